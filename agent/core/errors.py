@@ -1,0 +1,47 @@
+"""Errors as types: the operation that failed, on what, and the kernel's or peer's own words."""
+
+from __future__ import annotations
+
+
+class SluiceError(Exception):
+    """Something failed that a person has to read: one line, what, on which pod, why, and what to do."""
+
+
+class SettingsError(SluiceError):
+    """A file, flag or environment variable that cannot be used as it stands; names the place."""
+
+
+class NetnsError(SluiceError):
+    """A path or descriptor that is not the network namespace it was said to be."""
+
+
+class HostNetnsError(NetnsError):
+    """The namespace is the node's own: rules there would take the whole node off the network."""
+
+
+class ForeignNetnsError(NetnsError):
+    """The namespace holds none of the pod's addresses, so it is not proven to be that pod's."""
+
+
+class KernelError(SluiceError):
+    """The kernel refused an operation. `errno` is its number; the message holds its words."""
+
+    def __init__(self, operation: str, errno: int, words: str) -> None:
+        super().__init__(f"{operation}: {words}")
+        self.errno = errno
+
+
+class StaleError(KernelError):
+    """The rule set changed between reading and applying; reading again and retrying is right."""
+
+
+class ProtocolError(SluiceError):
+    """A peer (CNI plugin, ztunnel) sent what its protocol does not allow."""
+
+
+class ZtunnelError(SluiceError):
+    """No ztunnel took the pod: none connected, it refused, or it did not answer in time."""
+
+
+class CommandError(SluiceError):
+    """A program we started ended badly; holds its command line and the last line of its errors."""

@@ -1,0 +1,51 @@
+"""Every mark, port, chain, table and path that others see, each with its reason.
+
+The values of tables, chains, marks and ports are those of the existing ambient agents, so that Sluice can
+adopt pods that they programmed and they can adopt ours (design: rules).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# Ports on which ztunnel listens inside each pod's network namespace.
+OUTBOUND_PORT: Final = 15001  # captured egress
+INBOUND_PORT: Final = 15006  # captured plaintext ingress
+HBONE_PORT: Final = 15008  # already meant for ztunnel: never redirected
+DNS_PORT: Final = 15053  # captured DNS, udp and tcp
+
+# The mark on every socket that ztunnel opens, and the connection mark of what it touched.
+ZTUNNEL_MARK: Final = 0x539
+CONNECTION_MARK: Final = 0x111
+MARK_MASK: Final = 0xFFF
+
+# Marked replies are delivered locally: "fwmark 0x111/0xfff lookup 100", and "local default dev lo table 100".
+ROUTE_TABLE: Final = 100
+RULE_PREFERENCE: Final = 32764
+
+PROBE_IPV4: Final = "169.254.7.127"
+PROBE_IPV6: Final = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
+
+# DNS sockets of ztunnel live in a conntrack zone of their own, so that the pod and ztunnel may use the same
+# source port towards the same resolver without meeting in conntrack.
+DNS_ZONE: Final = 1
+
+# iptables chains and nftables tables and chains in a pod.
+XT_PREROUTING: Final = "ISTIO_PRERT"
+XT_OUTPUT: Final = "ISTIO_OUTPUT"
+NFT_TABLE_PREFIX: Final = "istio-ambient-"  # followed by nat, mangle or raw
+NFT_PREROUTING: Final = "istio-prerouting"
+NFT_OUTPUT: Final = "istio-output"
+
+TAG_PREFIX: Final = "sluice:"  # of every rule comment of ours; see core.tags
+
+# Labels and annotations (design: interfaces).
+DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
+SIDECAR_STATUS: Final = "sidecar.istio.io/status"
+REDIRECTION: Final = "ambient.istio.io/redirection"
+BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
+DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
+REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
+
+RUN_DIR: Final = "/run/sluice"
+ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"

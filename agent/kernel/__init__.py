@@ -1,0 +1,1 @@
+"""IO without decisions, a file per kernel mechanism."""

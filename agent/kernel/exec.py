@@ -1,0 +1,72 @@
+"""The only place that starts processes: an argument list, bounded time, no shell."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from agent.core.errors import CommandError
+
+# Debian keeps nft and iptables in sbin, which is not on the PATH of every service manager.
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    stdin: str = "",
+    netns: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    seconds: float = 30,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program to its end, inside the network namespace at path `netns` when one is given.
+
+    Raises CommandError when it cannot be started, outlives `seconds`, or ends non-zero while `check` holds.
+    """
+    full = _inside(argv, netns)
+    try:
+        done = subprocess.run(
+            full, input=stdin, capture_output=True, text=True, timeout=seconds, env=_environment(env), check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise CommandError(f"{' '.join(full)}: no end after {seconds:g} s") from None
+    except OSError as error:
+        raise CommandError(f"{full[0]}: {error.strerror}") from error
+    if check and done.returncode:
+        words = (done.stderr or done.stdout).strip().splitlines()
+        raise CommandError(f"{' '.join(full)}: {words[-1] if words else f'exit {done.returncode}'}")
+    return done
+
+
+def start(
+    argv: Sequence[str],
+    *,
+    netns: str | Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: int | IO[Any] = subprocess.DEVNULL,
+    stdout: int | IO[Any] = subprocess.DEVNULL,
+    stderr: int | IO[Any] = subprocess.DEVNULL,
+    pass_fds: Sequence[int] = (),
+) -> subprocess.Popen[bytes]:
+    """Starts a program that stays, in a session of its own, and returns at once; the caller ends it by pid."""
+    full = _inside(argv, netns)
+    try:
+        return subprocess.Popen(
+            full, stdin=stdin, stdout=stdout, stderr=stderr, env=_environment(env), start_new_session=True,
+            pass_fds=pass_fds,
+        )
+    except OSError as error:
+        raise CommandError(f"{full[0]}: {error.strerror}") from error
+
+
+def _inside(argv: Sequence[str], netns: str | Path | None) -> list[str]:
+    # nsenter execs in place, so the pid we hold is the program's own.
+    return [*(() if netns is None else ("nsenter", f"--net={netns}", "--")), *argv]
+
+
+def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{PATH}", "LC_ALL": "C", **(extra or {})}
