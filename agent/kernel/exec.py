@@ -30,7 +30,13 @@ def run(
     full = _inside(argv, netns)
     try:
         done = subprocess.run(
-            full, input=stdin, capture_output=True, text=True, timeout=seconds, env=_environment(env), check=False
+            full,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env=_environment(env),
         )
     except subprocess.TimeoutExpired:
         raise CommandError(f"{' '.join(full)}: no end after {seconds:g} s") from None
@@ -52,11 +58,16 @@ def start(
     stderr: int | IO[Any] = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Starts a program that stays, in a session of its own, and returns at once; the caller ends it by pid."""
+    """Starts a program that stays, in a session of its own, and returns at once; end it by its pid."""
     full = _inside(argv, netns)
     try:
         return subprocess.Popen(
-            full, stdin=stdin, stdout=stdout, stderr=stderr, env=_environment(env), start_new_session=True,
+            full,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            env=_environment(env),
+            start_new_session=True,
             pass_fds=pass_fds,
         )
     except OSError as error:

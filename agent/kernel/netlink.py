@@ -80,7 +80,7 @@ def messages(datagram: bytes) -> Iterator[Message]:
 
 
 class NetlinkSocket:
-    """A netlink socket that asks and waits. Not for two threads at once; belongs to the namespace it was made in."""
+    """Asks and waits. Not for two threads at once; belongs to the namespace it was made in."""
 
     def __init__(self, family: int, *, groups: Iterable[int] = (), seconds: float = 5) -> None:
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
@@ -148,4 +148,5 @@ def raise_for(operation: str, answer: Message) -> None:
         for kind, payload in attributes(answer.body[4 + HEADER.size :]):
             if kind == 1:
                 words += f" ({payload.rstrip(bytes(1)).decode(errors='replace')})"
-    raise StaleError(operation, number, words) if number == errno.ERESTART else KernelError(operation, number, words)
+    stale = number == errno.ERESTART
+    raise (StaleError if stale else KernelError)(operation, number, words)

@@ -133,7 +133,7 @@ def _refuse_host(status: os.stat_result, origin: str) -> None:
     """The guard at the lowest call: the namespace of this process and that of process 1 are the node's."""
     for host in ("/proc/self/ns/net", "/proc/1/ns/net"):
         try:
-            mine = os.stat(host)
+            mine = Path(host).stat()
         except OSError:
             continue  # process 1 may be hidden from us; our own never is
         if (mine.st_dev, mine.st_ino) == (status.st_dev, status.st_ino):

@@ -1,0 +1,1 @@
+"""iptables on nf_tables: written by iptables-restore, one process per family, read back by nfnetlink."""

@@ -1,0 +1,150 @@
+"""The iptables backend (nf_tables variant): at most one process per family and change, none to compare."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+
+from agent.backends.base import Support
+from agent.backends.iptables import bases, reading, rendering
+from agent.backends.iptables.bases import FAMILIES, WORD, Payload, Restore
+from agent.backends.iptables.reading import Have
+from agent.backends.iptables.rendering import XtTable
+from agent.core.errors import CommandError, KernelError
+from agent.core.plan import Plan, Step
+from agent.core.redirect import Redirect
+from agent.kernel import exec, scratch
+from agent.kernel.nfnetlink import (
+    GETCHAIN,
+    GETRULE,
+    GETTABLE,
+    NftSocket,
+)
+from agent.kernel.podnetns import PodNetns
+
+_PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
+
+
+class IptablesBackend:
+    """Five verbs over iptables-restore; reads the same tables through nfnetlink."""
+
+    name = "iptables"
+
+    def probe(self) -> Support:
+        for program in _PROGRAM.values():
+            if shutil.which(program, path=exec.PATH) is None:
+                return Support(
+                    False, f"{program} is not installed; install iptables 1.8 with its nft variant"
+                )
+        try:
+            scratch.call(_commit_sample)
+        except (CommandError, KernelError) as error:
+            return Support(
+                False, f"the kernel refused our rules ({error}); it needs nft_compat and xt modules"
+            )
+        return Support(True)
+
+    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
+        return desired
+
+    def read(self, target: PodNetns) -> Have:
+        return read(target.nft)
+
+    def plan(self, want: Redirect | None, have: Have) -> Plan[Payload]:
+        steps: list[Step[Payload]] = []
+        found: list[str] = []
+        create: list[tuple[int, str, str]] = []
+        for family in FAMILIES:
+            actual = have.families[family]
+            wanted = rendering.render(want or Redirect(ipv4=False, ipv6=False), family)
+            found += _differences(family, wanted.tables, actual)
+            create += [
+                (family, table, base)
+                for table, state in wanted.tables.items()
+                for base, _, _ in state.jumps
+                if base not in actual.get(table, XtTable()).bases
+            ]
+            script = rendering.script(family, wanted, actual)
+            if script:
+                steps.append(
+                    Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script))
+                )
+        if create:
+            steps.insert(0, bases.create(create, have))
+        if not steps:
+            steps = list(bases.drop(want, have))
+        return Plan(tuple(steps), tuple(found), have.generation)
+
+    def apply(self, target: PodNetns, plan: Plan[Payload]) -> None:
+        for step in plan.steps:
+            if isinstance(step.payload, Restore):
+                _restore(target, step.payload)
+            else:
+                target.nft.commit("nf_tables transaction", step.payload, plan.seen)
+
+
+def read(nft: NftSocket) -> Have:
+    """All tables of iptables in the namespace of this socket, read within one generation."""
+    for _ in range(20):
+        generation = nft.generation()
+        families = {}
+        for family, protocol in FAMILIES.items():
+            tables = nft.dump(GETTABLE, protocol)
+            chains = nft.dump(GETCHAIN, protocol) if tables else []
+            rules = nft.dump(GETRULE, protocol) if tables else []
+            families[family] = reading.family_tables(tables, chains, rules)
+        if nft.generation() == generation:
+            return Have(families, generation)
+    raise KernelError("read iptables", 0, "somebody keeps changing the rules while they are read")
+
+
+def _differences(family: int, want: dict[str, XtTable], have: dict[str, XtTable]) -> Iterator[str]:
+    for table in reading.TABLES:
+        wanted, actual = want.get(table, XtTable()), have.get(table, XtTable())
+        place = f"{WORD[family]}tables -t {table}"
+        left, right = dict(wanted.chains), dict(actual.chains)
+        if left and not right and not actual.jumps:
+            yield f"{place}: our chains are missing"
+            continue
+        for chain in sorted({*left, *right}):
+            if chain not in right:
+                yield f"{place}: chain {chain} is missing"
+            elif chain not in left:
+                yield f"{place}: chain {chain} is not wanted"
+            elif left[chain] != right[chain]:
+                missing = len(set(left[chain]) - set(right[chain]))
+                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of ours are missing"
+        if wanted.jumps != actual.jumps:
+            yield f"{place}: {len(actual.jumps)} jumps into our chains, not the {len(wanted.jumps)} wanted"
+
+
+def _restore(target: PodNetns, step: Restore) -> None:
+    # The process is forked by this thread while it is inside, so it needs no helper to get there.
+    process = target.netns.call(lambda: _start(step.family))
+    _finish(process, step)
+
+
+def _start(family: int) -> subprocess.Popen[bytes]:
+    pipe = subprocess.PIPE
+    return exec.start([_PROGRAM[family], "--noflush"], stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
+
+
+def _finish(process: subprocess.Popen[bytes], step: Restore) -> None:
+    try:
+        _, errors = process.communicate(step.script.encode(), timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise CommandError(f"{_PROGRAM[step.family]}: no end after 10 s") from None
+    if process.returncode:
+        words = errors.decode(errors="replace").strip().replace("\n", "; ")
+        raise CommandError(f"{_PROGRAM[step.family]} --noflush: {words or f'exit {process.returncode}'}")
+
+
+def _commit_sample() -> None:
+    """Every rule of every variant, in a namespace that nobody else sees."""
+    sample = Redirect(virtual_interfaces=("lo",))
+    for family in FAMILIES:
+        step = Restore(family, rendering.script(family, rendering.render(sample, family), {}))
+        _finish(_start(family), step)

@@ -1,0 +1,76 @@
+"""Tables and base chains: made by us when missing, marked as ours, dropped once empty. Pure.
+
+iptables-restore would make them too, but then nobody could say later whose they are, and removal would
+leave empty tables behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.backends import netfilter
+from agent.backends.iptables import rendering
+from agent.backends.iptables.reading import MARK, Have
+from agent.backends.netfilter import Hook, Table
+from agent.backends.nfmessages import base_chain, comment_data
+from agent.core.plan import Step
+from agent.core.redirect import Redirect
+from agent.kernel.netlink import NLM_F_CREATE, attribute
+from agent.kernel.nfnetlink import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
+
+FAMILIES = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
+WORD = {4: "ip", 6: "ip6"}
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Input of one iptables-restore --noflush."""
+
+    family: int
+    script: str
+
+
+Payload = tuple[Command, ...] | Restore
+
+
+def create(bases: list[tuple[int, str, str]], have: Have) -> Step[Payload]:
+    """Makes missing tables and base chains, with a comment that tells any later process who made them."""
+    lines: list[str] = []
+    commands: list[Command] = []
+    tables = {(family, table) for family, table, _ in bases if table not in have.families[family]}
+    for family, table in sorted(tables):
+        lines.append(f'add table {WORD[family]} {table} {{ comment "{MARK}" ; }}')
+        body = attribute(1, table) + attribute(2, 0) + attribute(6, comment_data(MARK))
+        commands.append(Command(NEWTABLE, NLM_F_CREATE, FAMILIES[family], body))
+    for family, table, base in bases:
+        place = (Table(table), Hook[base])
+        kind, priority = netfilter.BASE[place]
+        head = f"type {kind} hook {base.lower()} priority {priority}; policy accept"
+        lines.append(f'add chain {WORD[family]} {table} {base} {{ {head}; comment "{MARK}" ; }}')
+        body = (
+            attribute(1, table) + attribute(3, base) + base_chain(*place) + attribute(12, comment_data(MARK))
+        )
+        commands.append(Command(NEWCHAIN, NLM_F_CREATE, FAMILIES[family], body))
+    return Step("\n".join(lines), tuple(commands))
+
+
+def drop(want: Redirect | None, have: Have) -> Iterator[Step[Payload]]:
+    """Tables and base chains that we made, that are no longer wanted and in which nothing is left."""
+    lines: list[str] = []
+    commands: list[Command] = []
+    for family, tables in have.families.items():
+        wanted = rendering.render(want, family).tables if want else {}
+        for table, state in tables.items():
+            if table in wanted:
+                continue
+            if state.marked and state.bare:
+                lines.append(f"delete table {WORD[family]} {table}")
+                commands.append(Command(DELTABLE, 0, FAMILIES[family], attribute(1, table)))
+                continue
+            for base in state.idle:
+                lines.append(f"delete chain {WORD[family]} {table} {base}")
+                body = attribute(1, table) + attribute(3, base)
+                commands.append(Command(DELCHAIN, 0, FAMILIES[family], body))
+    if commands:
+        yield Step("\n".join(lines), tuple(commands))

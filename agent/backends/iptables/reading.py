@@ -1,0 +1,98 @@
+"""nf_tables dumps of the ip and ip6 tables that iptables-nft writes, as tags per chain. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
+from agent.backends.nfmessages import comment, text
+from agent.core.names import TAG_PREFIX
+from agent.kernel.netlink import Message, attributes
+
+TABLES = tuple(table.value for table in ORDER)
+MARK = "sluice"  # comment of tables and base chains that we made; those go again once they are empty
+_OURS = tuple(CHAINS.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Per family (4, 6) the tables that are there, and the generation they were read in."""
+
+    families: dict[int, dict[str, XtTable]]
+    generation: int
+
+
+def family_tables(
+    table_dump: Iterable[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
+) -> dict[str, XtTable]:
+    """The tables of one family that iptables uses; others do not appear."""
+    rules: dict[tuple[str, str], list[dict[int, bytes]]] = {}
+    for message in rule_dump:
+        parts = dict(attributes(message.body[4:]))
+        rules.setdefault((text(parts.get(1)), text(parts.get(2))), []).append(parts)
+    chains: dict[str, dict[str, dict[int, bytes]]] = {}
+    for message in chain_dump:
+        parts = dict(attributes(message.body[4:]))
+        chains.setdefault(text(parts.get(1)), {})[text(parts.get(3))] = parts
+    found = {}
+    for message in table_dump:
+        parts = dict(attributes(message.body[4:]))
+        name = text(parts.get(1))
+        if name in TABLES:
+            mine = {chain: rules.get((name, chain), []) for chain in chains.get(name, {})}
+            idle = tuple(
+                sorted(
+                    chain
+                    for chain, made in chains.get(name, {}).items()
+                    if comment(made.get(12, b"")) == MARK and not mine[chain]
+                )
+            )
+            bases = tuple(sorted(chain for chain, made in chains.get(name, {}).items() if 4 in made))
+            found[name] = replace(
+                _table(mine),
+                bases=bases,
+                idle=idle,
+                marked=comment(parts.get(6, b"")) == MARK,
+                bare=len(idle) == len(mine),
+            )
+    return found
+
+
+def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
+    ours = [
+        (chain, tuple(_tag(rule) for rule in rules))
+        for chain, rules in sorted(chains.items())
+        if chain in _OURS
+    ]
+    jumps = [
+        (chain, target, _tag(rule))
+        for chain, rules in chains.items()
+        if chain not in _OURS
+        for rule in rules
+        if (target := _jump_target(rule)) in _OURS
+    ]
+    return XtTable(tuple(ours), tuple(sorted(jumps)))
+
+
+def _expressions(rule: dict[int, bytes]) -> Iterable[tuple[str, dict[int, bytes]]]:
+    for _, element in attributes(rule.get(4, b"")):
+        parts = dict(attributes(element))
+        yield text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+
+
+def _tag(rule: dict[int, bytes]) -> str:
+    """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
+    found = comment(rule.get(7, b""))
+    for name, data in _expressions(rule):
+        if name == "match" and text(data.get(1)) == "comment":
+            found = data.get(3, b"").split(b"\0")[0].decode(errors="replace")
+    return found if found.startswith(TAG_PREFIX) else ""
+
+
+def _jump_target(rule: dict[int, bytes]) -> str:
+    for name, data in _expressions(rule):
+        if name == "immediate":
+            for _, verdict in attributes(data.get(2, b"")):
+                return text(dict(attributes(verdict)).get(2))
+    return ""

@@ -1,0 +1,152 @@
+"""A Redirect as iptables rules, per family and table, and the scripts that make them so. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from agent.backends import netfilter
+from agent.backends.netfilter import Field, Hook, Match, Rule, Table, Verb
+from agent.core import names, tags
+from agent.core.redirect import Redirect
+
+CHAINS = {Hook.PREROUTING: names.XT_PREROUTING, Hook.OUTPUT: names.XT_OUTPUT}
+# iptables commits table by table: what the redirections in nat rely on goes first.
+ORDER = (Table.RAW, Table.MANGLE, Table.NAT)
+
+
+@dataclass(frozen=True, slots=True)
+class XtTable:
+    """One table of one family, wanted or read: our chains as tags in order, and the jumps into them.
+
+    A chain is (name, tags), a jump (base chain, our chain, tag); a tag is "" for a rule without one.
+    On what was read: `bases` are the base chains that are there, `idle` those of them that we made and that
+    hold nothing, `marked` says that we made the table, `bare` that it holds nothing but idle chains.
+    """
+
+    chains: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    jumps: tuple[tuple[str, str, str], ...] = ()
+    bases: tuple[str, ...] = ()
+    idle: tuple[str, ...] = ()
+    marked: bool = False
+    bare: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """One family of a variant: the tables to compare with, and each chain's lines for iptables-restore."""
+
+    tables: dict[str, XtTable]
+    lines: dict[tuple[str, str], tuple[str, ...]]
+
+
+@lru_cache(maxsize=64)
+def render(redirect: Redirect, family: int) -> Rendering:
+    """Rules of family 4 or 6; empty when the intent leaves that family out."""
+    tables: dict[str, XtTable] = {}
+    lines: dict[tuple[str, str], tuple[str, ...]] = {}
+    wanted = redirect.ipv4 if family == 4 else redirect.ipv6
+    rules = [rule for rule in netfilter.rules(redirect) if rule.family in (None, family)] if wanted else []
+    for table in ORDER:
+        mine = [rule for rule in rules if rule.table is table]
+        if not mine:
+            continue
+        chains, jumps = [], []
+        for hook in Hook:
+            chain = CHAINS[hook]
+            texts = [arguments(rule) for rule in mine if rule.hook is hook]
+            marks = tags.chain(texts, f"{family} {table.value} {chain}")
+            lines[table.value, chain] = tuple(
+                f'-A {chain} -m comment --comment "{tag}" {text}'
+                for text, tag in zip(texts, marks, strict=True)
+            )
+            chains.append((chain, marks))
+            base = hook.name
+            (jump_tag,) = tags.chain([f"-j {chain}"], f"{family} {table.value} {base}")
+            jumps.append((base, chain, jump_tag))
+        tables[table.value] = XtTable(tuple(sorted(chains)), tuple(sorted(jumps)))
+    return Rendering(tables, lines)
+
+
+def arguments(rule: Rule) -> str:
+    """Matches and target of one rule, without chain and comment."""
+    protocol = next((m.value for m in rule.matches if m.field is Field.PROTOCOL), "")
+    return " ".join([*(_match(match, str(protocol)) for match in rule.matches), _target(rule)])
+
+
+def _match(match: Match, protocol: str) -> str:
+    sign, value = "! " if match.negated else "", match.value
+    mask = names.MARK_MASK
+    match match.field:
+        case Field.PROTOCOL:
+            return f"-p {value}"
+        case Field.IN_INTERFACE:
+            return f"{sign}-i {value}"
+        case Field.OUT_INTERFACE:
+            return f"{sign}-o {value}"
+        case Field.SOURCE:
+            return f"{sign}-s {value}"
+        case Field.DESTINATION:
+            return f"{sign}-d {value}"
+        case Field.SOURCE_PORT:
+            return f"-m {protocol} {sign}--sport {value}"
+        case Field.DESTINATION_PORT:
+            return f"-m {protocol} {sign}--dport {value}"
+        case Field.MARK:
+            return f"-m mark {sign}--mark {value:#x}/{mask:#x}"
+        case Field.CONNECTION_MARK:
+            return f"-m connmark {sign}--mark {value:#x}/{mask:#x}"
+
+
+def _target(rule: Rule) -> str:
+    match rule.verb:
+        case Verb.ACCEPT:
+            return "-j ACCEPT"
+        case Verb.RETURN:
+            return "-j RETURN"
+        case Verb.REDIRECT:
+            return f"-j REDIRECT --to-ports {rule.value}"
+        case Verb.SET_CONNECTION_MARK:
+            return f"-j CONNMARK --set-xmark {names.CONNECTION_MARK:#x}/{names.MARK_MASK:#x}"
+        case Verb.RESTORE_MARK:
+            return "-j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
+        case Verb.ZONE:
+            return f"-j CT --zone {rule.value}"
+
+
+def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:
+    """What iptables-restore --noflush has to read to turn `have` into `want`; "" when nothing is to do."""
+    sections = []
+    for table in ORDER:
+        wanted, actual = want.tables.get(table.value, XtTable()), have.get(table.value, XtTable())
+        if (wanted.chains, wanted.jumps) != (actual.chains, actual.jumps):
+            lines = _section(table.value, want, wanted, actual)
+            sections.append("\n".join([f"*{table.value}", *lines, "COMMIT"]))
+    return "\n".join(sections) + "\n" if sections else ""
+
+
+def _section(table: str, want: Rendering, wanted: XtTable, actual: XtTable) -> Iterator[str]:
+    for chain, _ in wanted.chains:
+        yield f":{chain} - [0:0]"  # creates the chain or empties it, in the same commit that fills it
+    keep = set(wanted.jumps) & set(actual.jumps)
+    left = sorted(keep)
+    for jump in actual.jumps:
+        if jump in left:
+            left.remove(jump)  # one of each is kept, a second one goes
+        else:
+            yield _jump("-D", jump)
+    for jump in wanted.jumps:
+        if jump not in keep:
+            yield _jump("-A", jump)
+    for chain, _ in wanted.chains:
+        yield from want.lines[table, chain]
+    unwanted = [chain for chain, _ in actual.chains if chain not in dict(wanted.chains)]
+    yield from (f"-F {chain}" for chain in unwanted)
+    yield from (f"-X {chain}" for chain in unwanted)
+
+
+def _jump(verb: str, jump: tuple[str, str, str]) -> str:
+    base, chain, tag = jump
+    comment = f'-m comment --comment "{tag}" ' if tag else ""
+    return f"{verb} {base} {comment}-j {chain}"

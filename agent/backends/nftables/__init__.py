@@ -1,0 +1,1 @@
+"""nftables by our own nfnetlink messages: one transaction per change, one table set for both families."""

@@ -1,0 +1,119 @@
+"""A Redirect as nf_tables: the printed script, the batch of messages, and the state to compare with. Pure.
+
+All three come from one walk over the rules, once per variant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from agent.backends import netfilter
+from agent.backends.netfilter import Hook, Table
+from agent.backends.nfmessages import HOOK_NUMBER, base_chain, comment_data
+from agent.backends.nftables import expressions
+from agent.backends.nftables.ruleset import Chain, TableState, digest
+from agent.core import names, tags
+from agent.core.redirect import Redirect
+from agent.kernel.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
+from agent.kernel.nfnetlink import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+
+OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*: skipped by a foreign flush; stays when the owner's socket closes
+
+_CHAIN = {Hook.PREROUTING: names.NFT_PREROUTING, Hook.OUTPUT: names.NFT_OUTPUT}
+# Priorities as nft 1.0.6 lists them, where it has a name for them on that hook.
+_PRINTED = {("prerouting", -100): "dstnat", ("output", -100): "-100"} | {
+    (hook.value, number): word for hook in Hook for number, word in ((-150, "mangle"), (-300, "raw"))
+}
+TABLES = tuple(names.NFT_TABLE_PREFIX + table.value for table in Table)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """One variant: `text` for nft -f, `commands` for a batch, `tables` to compare with what is read."""
+
+    text: str
+    commands: tuple[Command, ...]
+    tables: tuple[TableState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    chain: str
+    text: str
+    expressions: bytes
+
+
+@lru_cache(maxsize=64)
+def render(redirect: Redirect, owned: bool) -> Rendering:
+    """Renders all tables of a variant; `owned` gives them the flags OWNER and PERSIST."""
+    texts: list[str] = []
+    commands: list[Command] = []
+    states: list[TableState] = []
+    rules = netfilter.rules(redirect)
+    for table in Table:
+        mine = [rule for rule in rules if rule.table is table]
+        if mine:
+            text, added, state = _table(table, mine, owned)
+            texts.append(text)
+            commands += added
+            states.append(state)
+    return Rendering("\n".join(texts), tuple(commands), tuple(states))
+
+
+def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str, list[Command], TableState]:
+    name = names.NFT_TABLE_PREFIX + table.value
+    flags = OWNER | PERSIST if owned else 0
+    lines, commands, chains = [f"table inet {name} {{"], [table_command(name, flags)], []
+    later: list[Command] = []
+    for hook in Hook:
+        kind, priority = netfilter.BASE[table, hook]
+        printed = _PRINTED[hook.value, priority]
+        lines.append(f"\tchain {hook.value} {{")
+        lines.append(f"\t\ttype {kind} hook {hook.value} priority {printed}; policy accept;")
+        commands.append(_chain_command(name, hook.value, base_chain(table, hook)))
+        jump = _Line(hook.value, f"jump {_CHAIN[hook]}", expressions.verdict(expressions.JUMP, _CHAIN[hook]))
+        tagged = _write(name, [jump], lines, later)
+        chains.append(Chain(hook.value, tagged, kind, HOOK_NUMBER[hook], priority))
+    for hook in Hook:
+        lines.append(f"\tchain {_CHAIN[hook]} {{")
+        commands.append(_chain_command(name, _CHAIN[hook]))
+        own = [_Line(_CHAIN[hook], *expressions.rule(rule)) for rule in rules if rule.hook is hook]
+        chains.append(Chain(_CHAIN[hook], _write(name, own, lines, later)))
+    lines.append("}")
+    by_name = tuple(sorted(chains, key=lambda chain: chain.name))
+    return "\n".join(lines), commands + later, TableState(name, by_name, flags)
+
+
+def _write(
+    table: str, rules: list[_Line], lines: list[str], commands: list[Command]
+) -> tuple[tuple[str, str], ...]:
+    """Appends the rules of one chain, and its closing brace, to the script and to the batch."""
+    chain = rules[0].chain if rules else ""
+    marks = tags.chain((rule.text for rule in rules), f"{table} {chain}")
+    for rule, tag in zip(rules, marks, strict=True):
+        lines.append(f'\t\t{rule.text} comment "{tag}"')
+        body = (
+            attribute(1, table)
+            + attribute(2, rule.chain)
+            + nested(4, rule.expressions)
+            + attribute(7, comment_data(tag))
+        )
+        commands.append(Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body))
+    lines.append("\t}")
+    return tuple((tag, digest(rule.expressions)) for rule, tag in zip(rules, marks, strict=True))
+
+
+def table_command(name: str, flags: int) -> Command:
+    """Creates a table, or takes over an orphaned one when `flags` hold OWNER and PERSIST."""
+    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, name) + attribute(2, flags))
+
+
+def delete_commands(tables: tuple[str, ...]) -> Iterator[Command]:
+    return (Command(DELTABLE, 0, NFPROTO_INET, attribute(1, name)) for name in tables)
+
+
+def _chain_command(table: str, chain: str, *more: bytes) -> Command:
+    body = attribute(1, table) + attribute(3, chain) + b"".join(more)
+    return Command(NEWCHAIN, NLM_F_CREATE, NFPROTO_INET, body)

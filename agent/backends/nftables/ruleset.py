@@ -1,0 +1,108 @@
+"""What both sides are compared as: the tables of one pod, wanted or read, rules as digests. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from agent.kernel.netlink import attributes
+
+# Of each expression only the attributes that we set are compared: a newer kernel may dump more of them,
+# and counters run. Values of the inner ones are flattened, since the kernel and we may differ in flag bits.
+_COMPARED: dict[str, frozenset[int]] = {
+    "meta": frozenset({1, 2, 3}),
+    "cmp": frozenset({1, 2, 3}),
+    "payload": frozenset({1, 2, 3, 4}),
+    "bitwise": frozenset({1, 2, 3, 4, 5, 6}),
+    "immediate": frozenset({1, 2}),
+    "redir": frozenset({1, 2, 3}),
+    "ct": frozenset({1, 2, 4}),
+    "counter": frozenset(),
+}
+_NESTED = {("cmp", 3), ("bitwise", 4), ("bitwise", 5), ("immediate", 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """`kind`, `hook` and `priority` are empty for a regular chain. Rules are (tag or "", digest) in order."""
+
+    name: str
+    rules: tuple[tuple[str, str], ...]
+    kind: str = ""
+    hook: int = -1
+    priority: int = 0
+    accepts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TableState:
+    """One table of ours. `flags` and `owner` (netlink port, 0 for none) are set on what was read."""
+
+    name: str
+    chains: tuple[Chain, ...]  # by name
+    flags: int = 0
+    owner: int = 0
+
+
+def differences(want: tuple[TableState, ...], have: tuple[TableState, ...]) -> Iterator[str]:
+    """In words, table by table, what is not as wanted; ownership is not looked at."""
+    wanted, actual = {t.name: t for t in want}, {t.name: t for t in have}
+    for name in sorted({*wanted, *actual}):
+        if name not in actual:
+            yield f"table inet {name} is missing"
+        elif name not in wanted:
+            yield f"table inet {name} is not wanted"
+        elif wanted[name].chains != actual[name].chains:
+            yield from _chains(name, wanted[name], actual[name])
+
+
+def _chains(table: str, want: TableState, have: TableState) -> Iterator[str]:
+    wanted, actual = {c.name: c for c in want.chains}, {c.name: c for c in have.chains}
+    for name in sorted({*wanted, *actual}):
+        place = f"chain {table} {name}"
+        if name not in actual:
+            yield f"{place} is missing"
+        elif name not in wanted:
+            yield f"{place} is not ours"
+        elif wanted[name].rules != actual[name].rules:
+            yield f"{place}: {rule_difference(wanted[name].rules, actual[name].rules)}"
+        elif wanted[name] != actual[name]:
+            yield f"{place} has another hook, priority, type or policy"
+
+
+def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, str], ...]) -> str:
+    """How a list of rules differs from the wanted one, in one clause."""
+    tags = {tag for tag, _ in have}
+    missing = [index for index, (tag, _) in enumerate(want, 1) if tag not in tags]
+    ours = {tag for tag, _ in want}
+    foreign = sum(tag not in ours for tag, _ in have)
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} of {len(want)} rules missing")
+    if foreign:
+        parts.append(f"{foreign} rules that are not wanted")
+    return ", ".join(parts) or "rules altered or in another order"
+
+
+def digest(expressions: bytes) -> str:
+    """A hash of what a rule does, from NFTA_RULE_EXPRESSIONS; equal for what we send and the kernel dumps."""
+    state = blake2b(digest_size=8)
+    for _, element in attributes(expressions):
+        parts = dict(attributes(element))
+        name = parts.get(1, b"").rstrip(b"\0").decode(errors="replace")
+        state.update(f"\n{name}".encode())
+        compared = _COMPARED.get(name)
+        for kind, payload in sorted(attributes(parts.get(2, b""))):
+            if compared is None or kind in compared:
+                state.update(b"%d=" % kind + (_flat(payload) if (name, kind) in _NESTED else payload))
+    return state.hexdigest()
+
+
+def _flat(data: bytes) -> bytes:
+    parts = []
+    for kind, payload in sorted(attributes(data)):
+        # NFTA_DATA_VERDICT (2) is one level deeper; NFTA_DATA_VALUE (1) is the value itself.
+        inner = b"".join(b"%d:" % k + v for k, v in sorted(attributes(payload))) if kind == 2 else payload
+        parts.append(b"%d(" % kind + inner + b")")
+    return b"".join(parts)

@@ -1,0 +1,27 @@
+"""Redirect: what one pod's traffic must do; the contract between policy and kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from agent.core import names
+
+
+@dataclass(frozen=True, slots=True)
+class Redirect:
+    """The intent for one pod. Holds nothing of the pod itself, so all pods of a variant share one value.
+
+    `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound.
+    """
+
+    ipv4: bool = True
+    ipv6: bool = True
+    dns: bool = True
+    ingress_only: bool = False
+    virtual_interfaces: tuple[str, ...] = ()
+    probe_ipv4: str = names.PROBE_IPV4
+    probe_ipv6: str = names.PROBE_IPV6
+
+    def within(self, *, ipv6: bool) -> Redirect:
+        """The same intent in a namespace that has IPv6, or has it switched off."""
+        return self if ipv6 or not self.ipv6 else replace(self, ipv6=False)

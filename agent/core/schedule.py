@@ -1,0 +1,65 @@
+"""When each target is due: at once when woken, later after a failure, regularly for verification.
+
+Pure: `now` is an argument (seconds of any clock that does not go back), randomness is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+FIRST_RETRY, LAST_RETRY = 0.1, 30.0  # seconds
+
+
+@dataclass(slots=True)
+class _Entry:
+    due: float
+    failures: int = 0
+    running: bool = False
+    woken: bool = False  # while running: look again as soon as that pass ends
+
+
+class Schedule:
+    """Keys with due times. A key that runs is not handed out again until `ended`."""
+
+    def __init__(self, period: float, random: Callable[[], float]) -> None:
+        """`period`: seconds between verifications; `random`: uniform in [0, 1)."""
+        self.period, self._random = period, random
+        self._entries: dict[str, _Entry] = {}
+
+    def wake(self, key: str, now: float) -> None:
+        entry = self._entries.setdefault(key, _Entry(now))
+        entry.due = min(entry.due, now)
+        entry.woken = entry.running
+
+    def drop(self, key: str) -> None:
+        self._entries.pop(key, None)
+
+    def take(self, now: float, most: int) -> list[str]:
+        """Up to `most` keys that are due, longest waiting first; each now counts as running."""
+        due = sorted(
+            (entry.due, key) for key, entry in self._entries.items() if not entry.running and entry.due <= now
+        )
+        for _, key in due[:most]:
+            self._entries[key].running = True
+        return [key for _, key in due[:most]]
+
+    def ended(self, key: str, now: float, *, ok: bool) -> float | None:
+        """A pass ended. Returns seconds until the next one, or None when the key was dropped meanwhile."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        entry.running = False
+        if entry.woken:
+            entry.woken, delay = False, 0.0
+        elif ok:
+            # Spread, so that the pods of a node are not all verified in the same instant.
+            entry.failures, delay = 0, self.period * (0.75 + 0.5 * self._random())
+        else:
+            delay = min(LAST_RETRY, FIRST_RETRY * 2**entry.failures) * (0.5 + 0.5 * self._random())
+            entry.failures = min(entry.failures + 1, 16)
+        entry.due = now + delay
+        return delay
+
+    def next_due(self) -> float | None:
+        return min((entry.due for entry in self._entries.values() if not entry.running), default=None)

@@ -1,0 +1,130 @@
+"""The agent's settings: one frozen value, from file, environment and flags, parsed once."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from agent.core import names
+from agent.core.errors import SettingsError
+
+BACKENDS = ("auto", "nftables", "iptables")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting with its default. The metadata of a field is its one-line help, see HELP."""
+
+    node_name: str = ""
+    run_dir: str = names.RUN_DIR
+    zds_socket: str = names.ZDS_SOCKET
+    metrics_address: str = "0.0.0.0:15014"
+    static_pods: str = ""
+    backend: str = "auto"
+    dns_capture: bool = True
+    ipv6: bool = True
+    probe_ipv4: str = names.PROBE_IPV4
+    probe_ipv6: str = names.PROBE_IPV6
+    exclude_namespaces: tuple[str, ...] = ("kube-system",)
+    verify_seconds: float = 30.0
+    ack_seconds: float = 5.0
+    add_seconds: float = 10.0
+    log_level: str = "info"
+
+    @property
+    def cni_socket(self) -> str:
+        return f"{self.run_dir}/cni.sock"
+
+    @property
+    def admin_socket(self) -> str:
+        return f"{self.run_dir}/agent.sock"
+
+
+HELP: Mapping[str, str] = {
+    "node_name": "name of this node in logs and metrics (default: the host's name)",
+    "run_dir": "directory of sockets, state and pinned namespaces",
+    "zds_socket": "unix socket on which ztunnel connects",
+    "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
+    "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
+    "backend": "auto, nftables or iptables",
+    "dns_capture": "capture DNS, unless a pod's annotation says otherwise",
+    "ipv6": "program IPv6 where a pod has it",
+    "probe_ipv4": "source address of the node's probes, IPv4",
+    "probe_ipv6": "source address of the node's probes, IPv6",
+    "exclude_namespaces": "namespaces whose pods are never captured",
+    "verify_seconds": "seconds between two verifications of a pod",
+    "ack_seconds": "seconds that ztunnel has to acknowledge one pod",
+    "add_seconds": "seconds that a CNI ADD may take in the agent",
+    "log_level": "debug, info, warning or error",
+}
+_KINDS = {f.name: str(f.type) for f in fields(Settings)}
+
+
+def build(*layers: Mapping[str, tuple[Any, str]]) -> Settings:
+    """Merges layers, later ones win. Each maps a key to (value, place), place as in "sluice.yaml:3".
+
+    Text values (environment, flags) are converted to the key's type. Raises SettingsError with the place.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, (value, place) in layer.items():
+            if key not in _KINDS:
+                raise SettingsError(f"{place}: unknown setting {key!r}; known: {', '.join(_KINDS)}")
+            merged[key] = _convert(key, value, place)
+    return Settings(**merged)
+
+
+def _convert(key: str, value: Any, place: str) -> Any:
+    def refuse(what: str) -> SettingsError:
+        return SettingsError(f"{place}: {key}: {value!r} is not {what}")
+
+    kind = _KINDS[key]
+    if kind == "bool":
+        text = str(value).lower()
+        if text not in ("true", "false"):
+            raise refuse("true or false")
+        return text == "true"
+    if kind == "float":
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise refuse("a number of seconds") from None
+        if not 0 < number <= 3600:
+            raise refuse("a number of seconds between 0 and 3600")
+        return number
+    if kind.startswith("tuple"):
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise refuse("a list of names")
+        return tuple(part.strip() for part in parts if part.strip())
+    if not isinstance(value, str):
+        raise refuse("text")
+    return _text(key, value, refuse)
+
+
+def _text(key: str, value: str, refuse: Any) -> str:
+    if key == "backend" and value not in BACKENDS:
+        raise refuse("one of " + ", ".join(BACKENDS))
+    if key == "log_level" and value not in ("debug", "info", "warning", "error"):
+        raise refuse("debug, info, warning or error")
+    if key in ("run_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
+        raise refuse("an absolute path of at most 90 characters")
+    if key == "metrics_address" and value and not _host_port(value):
+        raise refuse("address:port")
+    for version in (4, 6):
+        if key == f"probe_ipv{version}":
+            try:
+                address = ipaddress.ip_address(value)
+            except ValueError:
+                raise refuse(f"an IPv{version} address") from None
+            if address.version != version:
+                raise refuse(f"an IPv{version} address")
+            return str(address)
+    return value
+
+
+def _host_port(value: str) -> bool:
+    host, _, port = value.rpartition(":")
+    return bool(host) and port.isdigit() and 0 < int(port) < 65536

@@ -1,0 +1,31 @@
+"""What became of each pod, for people, metrics and the CNI plugin's answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class State(StrEnum):
+    WAITING = "waiting"  # known, not yet looked at
+    ENABLED = "enabled"  # rules verified in the kernel and acknowledged by ztunnel
+    PENDING = "pending"  # rules verified, but no ztunnel has acknowledged: traffic is refused, not passed
+    EXCLUDED = "excluded"
+    FAILED = "failed"  # what should hold does not; see error
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """One pod's state. `error` is the last error in one line, `retry` the seconds until the next try."""
+
+    state: State
+    reason: str = ""
+    backend: str = ""
+    error: str = ""
+    retry: float | None = None
+    repairs: int = 0
+    verified: float = 0.0  # Unix time of the last read-back that was right
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,40 @@
+"""A network namespace for one call: for trying what the kernel can do without leaving anything behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+from agent.core.errors import KernelError
+from agent.kernel.netns import CLONE_NEWNET
+
+T = TypeVar("T")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(function: Callable[[], T]) -> T:
+    """Runs `function` in an empty namespace of its own, which goes when the call ends.
+
+    On a thread that ends with it, so no way back is needed. Processes that it starts are inside too.
+    """
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def inside() -> None:
+        try:
+            if _libc.unshare(CLONE_NEWNET):
+                number = ctypes.get_errno()
+                raise KernelError("unshare a network namespace", number, os.strerror(number))
+            result.append(function())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+            failure.append(error)
+
+    thread = threading.Thread(target=inside, name="scratch-netns")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
