@@ -86,9 +86,7 @@ _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 
 def rules(redirect: Redirect) -> tuple[Rule, ...]:
     """All rules of one pod, in the order in which they must stand within each table and chain."""
-    return tuple(
-        [*_mangle(), *_nat_prerouting(redirect), *_nat_output(redirect), *(_raw() if redirect.dns else ())]
-    )
+    return tuple([*_mangle(), *_nat_prerouting(redirect), *_nat_output(redirect), *(_raw() if redirect.dns else ())])
 
 
 def _families(redirect: Redirect) -> Iterator[tuple[int, str]]:
@@ -126,9 +124,7 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
 
 def _nat_output(redirect: Redirect) -> Iterator[Rule]:
     nat = (Table.NAT, Hook.OUTPUT)
-    outward = {
-        family: Match(Field.DESTINATION, _LOOPBACK[family], negated=True) for family, _ in _families(redirect)
-    }
+    outward = {family: Match(Field.DESTINATION, _LOOPBACK[family], negated=True) for family, _ in _families(redirect)}
     for family, probe in _families(redirect):
         yield Rule(*nat, (_TCP, Match(Field.DESTINATION, probe)), Verb.ACCEPT, family=family)
     if redirect.dns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.backends import netfilter
 from agent.backends.netfilter import Hook, Table
-from agent.kernel.netlink import attribute, nested
+from agent.core.netlink import attribute, nested
 
 HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 

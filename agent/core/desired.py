@@ -95,7 +95,5 @@ def _interfaces(pod: Pod, warnings: list[str]) -> tuple[str, ...]:
         if _INTERFACE.fullmatch(name):
             found[name] = None
         else:
-            warnings.append(
-                f"annotation {names.REROUTE_INTERFACES}: {name[:40]!r} is not an interface name; ignored"
-            )
+            warnings.append(f"annotation {names.REROUTE_INTERFACES}: {name[:40]!r} is not an interface name; ignored")
     return tuple(found)

@@ -23,6 +23,10 @@ class ForeignNetnsError(NetnsError):
     """The namespace holds none of the pod's addresses, so it is not proven to be that pod's."""
 
 
+class PodGoneError(NetnsError):
+    """The pod's namespace is no longer that pod's and nothing refers to it any more: the pod has ended."""
+
+
 class KernelError(SluiceError):
     """The kernel refused an operation. `errno` is its number; the message holds its words."""
 

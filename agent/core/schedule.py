@@ -37,9 +37,7 @@ class Schedule:
 
     def take(self, now: float, most: int) -> list[str]:
         """Up to `most` keys that are due, longest waiting first; each now counts as running."""
-        due = sorted(
-            (entry.due, key) for key, entry in self._entries.items() if not entry.running and entry.due <= now
-        )
+        due = sorted((entry.due, key) for key, entry in self._entries.items() if not entry.running and entry.due <= now)
         for _, key in due[:most]:
             self._entries[key].running = True
         return [key for _, key in due[:most]]

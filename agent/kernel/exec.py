@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from agent.core.errors import CommandError
 
@@ -14,34 +14,46 @@ from agent.core.errors import CommandError
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
+class Enterable(Protocol):
+    """Something one thread can be inside of for a moment, such as kernel.netns.Netns."""
+
+    def call(self, function: Callable[[], subprocess.Popen[str]]) -> subprocess.Popen[str]: ...
+
+
 def run(
     argv: Sequence[str],
     *,
     stdin: str = "",
     netns: str | Path | None = None,
+    within: Enterable | None = None,
     env: Mapping[str, str] | None = None,
     seconds: float = 30,
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end, inside the network namespace at path `netns` when one is given.
+    """Runs a program to its end, in the network namespace at path `netns` or of the handle `within`.
 
     Raises CommandError when it cannot be started, outlives `seconds`, or ends non-zero while `check` holds.
     """
     full = _inside(argv, netns)
+    pipe = subprocess.PIPE
+
+    def begin() -> subprocess.Popen[str]:
+        return subprocess.Popen(full, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=_environment(env))
+
     try:
-        done = subprocess.run(
-            full,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-            check=False,
-            env=_environment(env),
-        )
-    except subprocess.TimeoutExpired:
-        raise CommandError(f"{' '.join(full)}: no end after {seconds:g} s") from None
+        # Forked by this thread while it is inside, so the program needs no helper to get there.
+        process = begin() if within is None else within.call(begin)
     except OSError as error:
         raise CommandError(f"{full[0]}: {error.strerror}") from error
+    with process:
+        try:
+            out, err = process.communicate(stdin, timeout=seconds)
+        except BaseException as error:
+            process.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise CommandError(f"{' '.join(full)}: no end after {seconds:g} s") from None
+            raise
+    done = subprocess.CompletedProcess(full, process.returncode, out, err)
     if check and done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise CommandError(f"{' '.join(full)}: {words[-1] if words else f'exit {done.returncode}'}")

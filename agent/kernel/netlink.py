@@ -1,8 +1,4 @@
-"""Netlink messages and attributes, and a socket that waits for its answers.
-
-Header: length u32, type u16, flags u16, sequence u32, port u32, in host order; attributes: length u16,
-type u16, payload, padded to four bytes (linux/netlink.h).
-"""
+"""A netlink socket that asks and waits for its answers."""
 
 from __future__ import annotations
 
@@ -12,71 +8,24 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from agent.core.errors import KernelError, StaleError
-
-HEADER = struct.Struct("=IHHII")
-ATTRIBUTE = struct.Struct("=HH")
-
-NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLM_F_REPLACE, NLM_F_EXCL, NLM_F_CREATE, NLM_F_APPEND = 0x100, 0x200, 0x400, 0x800
-NLM_F_DUMP_INTR = 0x10
-NLMSG_ERROR, NLMSG_DONE = 2, 3
-NLA_F_NESTED = 0x8000
-_TYPE_MASK = 0x3FFF
+from agent.core.netlink import (
+    HEADER,
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLM_F_DUMP_INTR,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    Message,
+    attributes,
+    message,
+    messages,
+)
 
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One received message: type, flags, sequence and port of its header, and the body behind it."""
-
-    kind: int
-    flags: int
-    sequence: int
-    port: int
-    body: bytes
-
-
-def attribute(kind: int, payload: bytes | int | str) -> bytes:
-    """One padded attribute. An int is a big-endian u32 (nf_tables' order), a str is zero-terminated."""
-    if isinstance(payload, int):
-        payload = struct.pack(">I", payload)
-    elif isinstance(payload, str):
-        payload = payload.encode() + b"\0"
-    return ATTRIBUTE.pack(4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
-
-
-def nested(kind: int, *attributes: bytes) -> bytes:
-    return attribute(kind | NLA_F_NESTED, b"".join(attributes))
-
-
-def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type without flag bits, payload) of each attribute; stops at a torn tail."""
-    offset = 0
-    while offset + 4 <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, offset)
-        if length < 4 or offset + length > len(data):
-            return
-        yield kind & _TYPE_MASK, data[offset + 4 : offset + length]
-        offset += (length + 3) & ~3
-
-
-def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
-    return HEADER.pack(HEADER.size + len(body), kind, flags, sequence, 0) + body
-
-
-def messages(datagram: bytes) -> Iterator[Message]:
-    offset = 0
-    while offset + HEADER.size <= len(datagram):
-        length, kind, flags, sequence, port = HEADER.unpack_from(datagram, offset)
-        if length < HEADER.size or offset + length > len(datagram):
-            return
-        yield Message(kind, flags, sequence, port, datagram[offset + HEADER.size : offset + length])
-        offset += (length + 3) & ~3
 
 
 class NetlinkSocket:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from agent.kernel.netns import Netns
 from agent.kernel.nfnetlink import NftSocket
+from agent.kernel.rtnetlink import RouteSocket
 
 
 class PodNetns:
@@ -25,6 +26,15 @@ class PodNetns:
         if self._nft is None:
             self._nft = self.netns.call(NftSocket)
         return self._nft
+
+    def addresses(self) -> tuple[str, ...]:
+        """Every address in the namespace but loopback and link-local ones, without prefix lengths."""
+        with self.route() as route:
+            return route.addresses()
+
+    def route(self) -> RouteSocket:
+        """A short-lived rtnetlink socket in the namespace, to be closed by the caller."""
+        return self.netns.call(RouteSocket)
 
     def has_ipv6(self) -> bool:
         """Whether this namespace has IPv6 and lo may use it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 
 from agent.backends.base import Support
@@ -12,15 +11,11 @@ from agent.backends.iptables.bases import FAMILIES, WORD, Payload, Restore
 from agent.backends.iptables.reading import Have
 from agent.backends.iptables.rendering import XtTable
 from agent.core.errors import CommandError, KernelError
+from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import exec, scratch
-from agent.kernel.nfnetlink import (
-    GETCHAIN,
-    GETRULE,
-    GETTABLE,
-    NftSocket,
-)
+from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.podnetns import PodNetns
 
 _PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
@@ -34,15 +29,11 @@ class IptablesBackend:
     def probe(self) -> Support:
         for program in _PROGRAM.values():
             if shutil.which(program, path=exec.PATH) is None:
-                return Support(
-                    False, f"{program} is not installed; install iptables 1.8 with its nft variant"
-                )
+                return Support(False, f"{program} is not installed; install iptables 1.8 with its nft variant")
         try:
             scratch.call(_commit_sample)
         except (CommandError, KernelError) as error:
-            return Support(
-                False, f"the kernel refused our rules ({error}); it needs nft_compat and xt modules"
-            )
+            return Support(False, f"the kernel refused our rules ({error}); it needs nft_compat and xt modules")
         return Support(True)
 
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
@@ -67,9 +58,7 @@ class IptablesBackend:
             ]
             script = rendering.script(family, wanted, actual)
             if script:
-                steps.append(
-                    Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script))
-                )
+                steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
         if create:
             steps.insert(0, bases.create(create, have))
         if not steps:
@@ -79,7 +68,7 @@ class IptablesBackend:
     def apply(self, target: PodNetns, plan: Plan[Payload]) -> None:
         for step in plan.steps:
             if isinstance(step.payload, Restore):
-                _restore(target, step.payload)
+                _restore(step.payload, target)
             else:
                 target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
@@ -119,32 +108,13 @@ def _differences(family: int, want: dict[str, XtTable], have: dict[str, XtTable]
             yield f"{place}: {len(actual.jumps)} jumps into our chains, not the {len(wanted.jumps)} wanted"
 
 
-def _restore(target: PodNetns, step: Restore) -> None:
-    # The process is forked by this thread while it is inside, so it needs no helper to get there.
-    process = target.netns.call(lambda: _start(step.family))
-    _finish(process, step)
-
-
-def _start(family: int) -> subprocess.Popen[bytes]:
-    pipe = subprocess.PIPE
-    return exec.start([_PROGRAM[family], "--noflush"], stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe)
-
-
-def _finish(process: subprocess.Popen[bytes], step: Restore) -> None:
-    try:
-        _, errors = process.communicate(step.script.encode(), timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise CommandError(f"{_PROGRAM[step.family]}: no end after 10 s") from None
-    if process.returncode:
-        words = errors.decode(errors="replace").strip().replace("\n", "; ")
-        raise CommandError(f"{_PROGRAM[step.family]} --noflush: {words or f'exit {process.returncode}'}")
+def _restore(step: Restore, target: PodNetns | None = None) -> None:
+    within = target.netns if target else None
+    exec.run([_PROGRAM[step.family], "--noflush"], stdin=step.script, within=within, seconds=10)
 
 
 def _commit_sample() -> None:
     """Every rule of every variant, in a namespace that nobody else sees."""
     sample = Redirect(virtual_interfaces=("lo",))
     for family in FAMILIES:
-        step = Restore(family, rendering.script(family, rendering.render(sample, family), {}))
-        _finish(_start(family), step)
+        _restore(Restore(family, rendering.script(family, rendering.render(sample, family), {})))

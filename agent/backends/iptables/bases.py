@@ -14,10 +14,10 @@ from agent.backends.iptables import rendering
 from agent.backends.iptables.reading import MARK, Have
 from agent.backends.netfilter import Hook, Table
 from agent.backends.nfmessages import base_chain, comment_data
+from agent.core.netlink import NLM_F_CREATE, attribute
+from agent.core.nftables import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
 from agent.core.plan import Step
 from agent.core.redirect import Redirect
-from agent.kernel.netlink import NLM_F_CREATE, attribute
-from agent.kernel.nfnetlink import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
 
 FAMILIES = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
 WORD = {4: "ip", 6: "ip6"}
@@ -48,9 +48,7 @@ def create(bases: list[tuple[int, str, str]], have: Have) -> Step[Payload]:
         kind, priority = netfilter.BASE[place]
         head = f"type {kind} hook {base.lower()} priority {priority}; policy accept"
         lines.append(f'add chain {WORD[family]} {table} {base} {{ {head}; comment "{MARK}" ; }}')
-        body = (
-            attribute(1, table) + attribute(3, base) + base_chain(*place) + attribute(12, comment_data(MARK))
-        )
+        body = attribute(1, table) + attribute(3, base) + base_chain(*place) + attribute(12, comment_data(MARK))
         commands.append(Command(NEWCHAIN, NLM_F_CREATE, FAMILIES[family], body))
     return Step("\n".join(lines), tuple(commands))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
 from agent.backends.nfmessages import comment, text
 from agent.core.names import TAG_PREFIX
-from agent.kernel.netlink import Message, attributes
+from agent.core.netlink import Message, attributes
 
 TABLES = tuple(table.value for table in ORDER)
 MARK = "sluice"  # comment of tables and base chains that we made; those go again once they are empty
@@ -60,11 +60,7 @@ def family_tables(
 
 
 def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
-    ours = [
-        (chain, tuple(_tag(rule) for rule in rules))
-        for chain, rules in sorted(chains.items())
-        if chain in _OURS
-    ]
+    ours = [(chain, tuple(_tag(rule) for rule in rules)) for chain, rules in sorted(chains.items()) if chain in _OURS]
     jumps = [
         (chain, target, _tag(rule))
         for chain, rules in chains.items()

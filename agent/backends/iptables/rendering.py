@@ -58,8 +58,7 @@ def render(redirect: Redirect, family: int) -> Rendering:
             texts = [arguments(rule) for rule in mine if rule.hook is hook]
             marks = tags.chain(texts, f"{family} {table.value} {chain}")
             lines[table.value, chain] = tuple(
-                f'-A {chain} -m comment --comment "{tag}" {text}'
-                for text, tag in zip(texts, marks, strict=True)
+                f'-A {chain} -m comment --comment "{tag}" {text}' for text, tag in zip(texts, marks, strict=True)
             )
             chains.append((chain, marks))
             base = hook.name

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from agent.backends.base import Support
+from agent.backends.nfmessages import text
 from agent.backends.nftables import reading
 from agent.backends.nftables.reading import Have
 from agent.backends.nftables.rendering import (
@@ -18,11 +19,12 @@ from agent.backends.nftables.rendering import (
 )
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core.errors import KernelError
+from agent.core.netlink import attribute, attributes
+from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import scratch
-from agent.kernel.netlink import attribute, attributes
-from agent.kernel.nfnetlink import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command, NftSocket
+from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.podnetns import PodNetns
 
 NftPlan = Plan[tuple[Command, ...]]
@@ -41,9 +43,7 @@ class NftablesBackend:
             self.owned = scratch.call(_try_owned)
             scratch.call(lambda: _commit_sample(self.owned))
         except KernelError as error:
-            return Support(
-                False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2"
-            )
+            return Support(False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2")
         remark = "tables are owned" if self.owned else "this kernel has no owned tables (needs 6.9)"
         return Support(True, remarks=(remark,))
 
@@ -106,7 +106,7 @@ def read(nft: NftSocket) -> Have:
 
 
 def table_name(body: bytes) -> str:
-    return reading.text(dict(attributes(body[4:])).get(1))
+    return text(dict(attributes(body[4:])).get(1))
 
 
 def _try_owned() -> bool:

@@ -11,7 +11,7 @@ import struct
 
 from agent.backends.netfilter import Field, Match, Rule, Verb
 from agent.core import names
-from agent.kernel.netlink import attribute, nested
+from agent.core.netlink import attribute, nested
 
 _EQUAL, _NOT_EQUAL = 0, 1
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
@@ -32,9 +32,7 @@ def _meta(key: int) -> bytes:
 
 
 def _payload(base: int, offset: int, length: int) -> bytes:
-    return expression(
-        "payload", attribute(1, 1), attribute(2, base), attribute(3, offset), attribute(4, length)
-    )
+    return expression("payload", attribute(1, 1), attribute(2, base), attribute(3, offset), attribute(4, length))
 
 
 def _compare(value: bytes, negated: bool = False) -> bytes:
@@ -64,9 +62,7 @@ def _immediate(value: bytes) -> bytes:
 
 def verdict(code: int, chain: str = "") -> bytes:
     target = [attribute(2, chain)] if chain else []
-    return expression(
-        "immediate", attribute(1, 0), nested(2, nested(2, attribute(1, code & 0xFFFFFFFF), *target))
-    )
+    return expression("immediate", attribute(1, 0), nested(2, nested(2, attribute(1, code & 0xFFFFFFFF), *target)))
 
 
 COUNTER = expression("counter", attribute(1, bytes(8)), attribute(2, bytes(8)))
@@ -98,9 +94,7 @@ def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]
         return _address(match, family)
     if field in (Field.SOURCE_PORT, Field.DESTINATION_PORT):
         load = _payload(_TRANSPORT_HEADER, 0 if field is Field.SOURCE_PORT else 2, 2)
-        return f"{protocol} {field.value} {sign}{value}", load + _compare(
-            struct.pack(">H", value), match.negated
-        )
+        return f"{protocol} {field.value} {sign}{value}", load + _compare(struct.pack(">H", value), match.negated)
     mark = int(value)
     text = f"& 0x{names.MARK_MASK:08x} {'!=' if match.negated else '=='} 0x{mark:08x}"
     under = _bitwise(names.MARK_MASK, 0) + _compare(struct.pack("=I", mark), match.negated)

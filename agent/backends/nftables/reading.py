@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from agent.backends.nfmessages import comment, text
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core.names import TAG_PREFIX
-from agent.kernel.netlink import Message, attributes
+from agent.core.netlink import Message, attributes
 
 
 @dataclass(frozen=True, slots=True)

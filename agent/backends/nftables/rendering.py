@@ -15,9 +15,9 @@ from agent.backends.nfmessages import HOOK_NUMBER, base_chain, comment_data
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core import names, tags
+from agent.core.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
+from agent.core.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
 from agent.core.redirect import Redirect
-from agent.kernel.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.kernel.nfnetlink import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
 
 OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*: skipped by a foreign flush; stays when the owner's socket closes
 
@@ -86,9 +86,7 @@ def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str,
     return "\n".join(lines), commands + later, TableState(name, by_name, flags)
 
 
-def _write(
-    table: str, rules: list[_Line], lines: list[str], commands: list[Command]
-) -> tuple[tuple[str, str], ...]:
+def _write(table: str, rules: list[_Line], lines: list[str], commands: list[Command]) -> tuple[tuple[str, str], ...]:
     """Appends the rules of one chain, and its closing brace, to the script and to the batch."""
     chain = rules[0].chain if rules else ""
     marks = tags.chain((rule.text for rule in rules), f"{table} {chain}")

@@ -1,0 +1,22 @@
+"""Tables and lists as people like to read them in a terminal. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell, two spaces apart, as kubectl prints them."""
+    cells = [
+        tuple(header),
+        *(tuple("-" if cell in ("", None) else str(cell) for cell in row) for row in rows),
+    ]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def pairs(rows: Sequence[tuple[str, object]]) -> str:
+    """Lines of the form "Key: value", values aligned."""
+    width = max((len(key) for key, _ in rows), default=0) + 1
+    return "\n".join(f"{key + ':':<{width}}  {value}" for key, value in rows)

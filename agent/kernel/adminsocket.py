@@ -1,0 +1,45 @@
+"""The client's end of the admin socket: asks the agent of a node. Loaded by commands, never by the daemon."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from typing import Any
+from urllib.parse import urlencode
+
+from agent.core.errors import SluiceError
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def ask(run_dir: str, path: str, method: str = "GET", **query: str) -> Any:
+    """The JSON that the agent answers. Raises SluiceError with its words, or why it cannot be reached."""
+    place = f"{run_dir}/agent.sock"
+    connection = _UnixConnection(place)
+    try:
+        connection.request(method, f"{path}?{urlencode(query)}" if query else path)
+        response = connection.getresponse()
+        body = response.read()
+    except OSError as error:
+        raise SluiceError(
+            f"cannot ask the agent at {place}: {error.strerror or error}; is it running, and are you root?"
+        ) from None
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        raise SluiceError(f"the agent answered {response.status}: {body.decode(errors='replace')[:200]}") from None
+    if isinstance(answer, dict) and "error" in answer and response.status != 200:
+        raise SluiceError(answer["error"])
+    return answer
