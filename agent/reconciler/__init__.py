@@ -1,0 +1,1 @@
+"""Takes due pods: read, plan, apply, read again, publish to ztunnel, report. Knows only backends.base."""

@@ -1,0 +1,77 @@
+"""One pod's kernel work: every layer is read, planned, applied and read again until nothing is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from agent.backends.base import Backend
+from agent.core.errors import KernelError, StaleError
+from agent.core.redirect import Redirect
+from agent.kernel.podnetns import PodNetns
+
+# A change needs one pass, cleaning up after a removal a second one, a race with somebody else one more.
+PASSES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """One plan that was carried out."""
+
+    backend: str
+    script: str
+    differences: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Settled:
+    """What a pass over all layers did; `applied` is empty when everything was right already."""
+
+    applied: list[Applied] = field(default_factory=list)
+
+
+def settle(
+    target: PodNetns,
+    want: Redirect | None,
+    active: Sequence[Backend],
+    retired: Iterable[Backend] = (),
+) -> Settled:
+    """Makes `want` true in the active layers, then removes the retired ones; `want` None removes all.
+
+    Blocking; for a worker thread. Raises KernelError or CommandError; what was applied until then stays.
+    """
+    done = Settled()
+    layers = [(backend, want) for backend in (active if want else reversed(active))]
+    for backend, wanted in [*layers, *((backend, None) for backend in retired)]:
+        _layer(backend, target, wanted, done)
+    return done
+
+
+def _layer(backend: Backend, target: PodNetns, want: Redirect | None, done: Settled) -> None:
+    differences: tuple[str, ...] = ()
+    for _ in range(PASSES):
+        for unit, wanted in backend.targets({target: want}).items():
+            plan = backend.plan(wanted, backend.read(unit))
+            if not plan:
+                return
+            differences = plan.differences
+            try:
+                backend.apply(unit, plan)
+            except StaleError:
+                continue  # somebody changed something in between: look again
+            done.applied.append(Applied(backend.name, str(plan), differences))
+    words = "; ".join(differences) or "somebody keeps changing it"
+    raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)
+
+
+def verify(
+    target: PodNetns, want: Redirect | None, active: Sequence[Backend], retired: Iterable[Backend] = ()
+) -> dict[str, tuple[tuple[str, ...], str]]:
+    """Reads and compares, changes nothing: per layer that is not right (differences, script to repair it)."""
+    found = {}
+    for backend, wanted in [*((b, want) for b in active), *((b, None) for b in retired)]:
+        for unit, unit_want in backend.targets({target: wanted}).items():
+            plan = backend.plan(unit_want, backend.read(unit))
+            if plan.differences:
+                found[backend.name] = (plan.differences, str(plan))
+    return found

@@ -1,0 +1,160 @@
+"""The agent's end of the CNI plugin: what each verb means for the pod table."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from agent.core.desired import decide
+from agent.core.errors import SluiceError
+from agent.core.pods import Pod, PodTable
+from agent.core.settings import Settings
+from agent.core.status import State, Status
+from agent.kernel.netns import Netns
+from agent.sources import cni_wire
+from agent.sources.cni_wire import CniReply, CniRequest, Verb
+from agent.sources.namespaces import Namespaces
+from agent.sources.watchfile import Reconciling
+
+log = logging.getLogger("sluice.cni")
+
+
+class Inspecting(Reconciling, Protocol):
+    """The reconciler, with the comparison that CHECK asks for."""
+
+    def status(self, uid: str) -> Status: ...
+
+    async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]: ...
+
+
+class CniService:
+    """Answers requests. `readiness` returns what keeps the agent from taking ADDs, and what is degraded."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        table: PodTable,
+        reconciler: Inspecting,
+        namespaces: Namespaces,
+        readiness: Callable[[], tuple[str, str]],
+    ) -> None:
+        self._settings, self._table, self._reconciler = settings, table, reconciler
+        self._namespaces, self._readiness = namespaces, readiness
+        self._locks: dict[str, asyncio.Lock] = {}  # one verb at a time per pod
+
+    async def handle(self, request: CniRequest, descriptor: int | None) -> CniReply:
+        """Takes over `descriptor`, the pod's namespace. Every failure is an answer, never an exception."""
+        netns = None
+        try:
+            if descriptor is not None:
+                netns = Netns(descriptor, request.netns or "the pod's namespace")
+            match request.verb:
+                case Verb.ADD:
+                    taken, netns = netns, None
+                    return await self._add(request, taken)
+                case Verb.DEL:
+                    return await self._delete(request)
+                case Verb.CHECK:
+                    return await self._check(request)
+                case Verb.STATUS:
+                    return self._status()
+                case Verb.GC:
+                    return await self._collect(request)
+            return CniReply()
+        except SluiceError as error:
+            log.warning("CNI %s of container %s: %s", request.verb, request.container_id, error)
+            if request.verb is Verb.DEL:
+                return CniReply()  # a DEL that fails would make the pod unremovable
+            return CniReply(cni_wire.INVALID_ENVIRONMENT, str(error), f"CNI_NETNS={request.netns}")
+        finally:
+            if netns is not None:
+                netns.close()
+
+    async def _add(self, request: CniRequest, netns: Netns | None) -> CniReply:
+        pod = _pod(request)
+        async with self._locks.setdefault(pod.uid, asyncio.Lock()):
+            return await self._add_one(pod, netns)
+
+    async def _add_one(self, pod: Pod, netns: Netns | None) -> CniReply:
+        if netns is None:
+            return CniReply(
+                cni_wire.INVALID_ENVIRONMENT, f"pod {pod.key}: no network namespace was handed over"
+            )
+        known = self._namespaces.id(pod.uid)
+        if known is not None and known != netns.id:
+            # The sandbox was built anew and nobody told us of the old one's end.
+            self._table.gone(pod.uid)
+            await self._reconciler.forget(pod.uid)
+        self._namespaces.adopt(pod.uid, netns)
+        self._table.seen(pod)
+        decision = decide(self._table.get(pod.uid) or pod, self._settings)
+        if not decision.enrolled:
+            self._reconciler.wake(pod.uid)
+            return CniReply()
+        try:
+            async with asyncio.timeout(self._settings.add_seconds):
+                status = await self._reconciler.settled(pod.uid)
+        except TimeoutError:
+            status = self._reconciler.status(pod.uid)
+            words = status.error or f"not done within {self._settings.add_seconds:g} s"
+            return CniReply(cni_wire.TRY_AGAIN_LATER, f"pod {pod.key} is not captured: {words}")
+        if status.state is State.ENABLED:
+            return CniReply()
+        return CniReply(
+            cni_wire.TRY_AGAIN_LATER,
+            f"pod {pod.key} is not captured: {status.error or status.state}",
+            f"state {status.state}; see `sluice explain {pod.key}` on this node",
+        )
+
+    async def _delete(self, request: CniRequest) -> CniReply:
+        pod = self._table.by_container(request.container_id)
+        if pod is not None:
+            async with self._locks.setdefault(pod.uid, asyncio.Lock()):
+                if self._table.gone(pod.uid, container_id=request.container_id) is not None:
+                    await self._reconciler.forget(pod.uid)
+            self._locks.pop(pod.uid, None)
+        return CniReply()
+
+    async def _check(self, request: CniRequest) -> CniReply:
+        pod = self._table.by_container(request.container_id)
+        if pod is None:
+            return CniReply(cni_wire.UNKNOWN_CONTAINER, f"container {request.container_id} is not known here")
+        found = await self._reconciler.inspect(pod)
+        if not found:
+            return CniReply()
+        details = "\n".join(f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines)
+        self._reconciler.wake(pod.uid, "CNI CHECK")
+        return CniReply(cni_wire.DRIFT, f"pod {pod.key} is not captured as it should be", details)
+
+    def _status(self) -> CniReply:
+        missing, degraded = self._readiness()
+        if missing:
+            return CniReply(cni_wire.NOT_AVAILABLE, f"the agent cannot take pods: {missing}")
+        if degraded:
+            return CniReply(cni_wire.LIMITED, f"the agent is degraded: {degraded}")
+        return CniReply()
+
+    async def _collect(self, request: CniRequest) -> CniReply:
+        valid = {container for container, _ in request.valid_attachments}
+        for pod in [p for p in self._table if p.source == "cni" and p.container_id not in valid]:
+            if self._table.gone(pod.uid, container_id=pod.container_id) is not None:
+                log.info("CNI GC: forgetting pod %s, container %s", pod.key, pod.container_id)
+                await self._reconciler.forget(pod.uid)
+        return CniReply()
+
+
+def _pod(request: CniRequest) -> Pod:
+    """Runtimes other than Kubernetes' give no UID or namespace: the container's id has to do."""
+    return Pod(
+        uid=request.pod_uid or request.container_id,
+        namespace=request.pod_namespace or "default",
+        name=request.pod_name or request.container_id,
+        netns_path=request.netns,
+        addresses=request.addresses,
+        container_id=request.container_id,
+        interface=request.ifname,
+        annotations=request.annotations,
+        source="cni",
+    )

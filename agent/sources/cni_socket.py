@@ -1,0 +1,116 @@
+"""The unix socket on which the plugin calls: frames and the namespace's descriptor in, one answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+
+from agent.core.errors import ProtocolError
+from agent.kernel.unixsocket import listen, peer
+from agent.sources import cni_wire
+from agent.sources.cni import CniService
+from agent.sources.cni_wire import CniReply
+
+log = logging.getLogger("sluice.cni")
+SECONDS = 5  # that a plugin has to send its request
+
+
+class CniSocket:
+    """Serves each connection in a task of its own. `count(verb, code, seconds)` is told of each answer."""
+
+    def __init__(self, path: str, service: CniService, count: Callable[[str, int, float], None]) -> None:
+        self.path, self._service, self._count = path, service, count
+
+    async def serve(self) -> None:
+        """Until cancelled; the socket file stays, so that plugins are refused, not lost."""
+        listener = listen(self.path, socket.SOCK_STREAM)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    sock, _ = await loop.sock_accept(listener)
+                    tasks.create_task(self._serve_one(sock))
+        finally:
+            listener.close()
+
+    async def _serve_one(self, sock: socket.socket) -> None:
+        started, verb, reply = time.monotonic(), "unknown", CniReply()
+        sock.setblocking(False)
+        with sock:
+            try:
+                _, uid = peer(sock)
+                if uid != 0:
+                    raise ProtocolError(f"the caller is user {uid}; only root may be a CNI plugin")
+                async with asyncio.timeout(SECONDS):
+                    payload, descriptor = await _receive(sock)
+                try:
+                    request = cni_wire.parse_request(payload)
+                except BaseException:
+                    _close(descriptor)
+                    raise
+                verb = str(request.verb)
+                reply = await self._service.handle(request, descriptor)
+            except ProtocolError as error:
+                reply = CniReply(cni_wire.INVALID_CONFIG, str(error))
+            except TimeoutError:
+                reply = CniReply(cni_wire.TRY_AGAIN_LATER, f"the request did not arrive within {SECONDS} s")
+            except OSError as error:
+                log.warning("CNI caller: %s", error)
+                return
+            with contextlib.suppress(OSError):  # the runtime may have killed its plugin
+                await asyncio.get_running_loop().sock_sendall(sock, reply.encode())
+            self._count(verb, reply.code, time.monotonic() - started)
+
+
+async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
+    """One frame and the descriptor that came with it. Raises ProtocolError; then nothing is left open."""
+    data, descriptor = b"", None
+    try:
+        while True:
+            await _readable(sock)
+            try:
+                chunk, descriptors, flags, _ = socket.recv_fds(sock, 1 << 16, 4)
+            except BlockingIOError:
+                continue
+            for extra in descriptors:
+                if descriptor is None:
+                    descriptor = extra
+                    os.set_inheritable(extra, False)
+                else:
+                    os.close(extra)
+                    raise ProtocolError("more than one descriptor came along")
+            if flags & socket.MSG_CTRUNC:
+                raise ProtocolError("more descriptors came along than fit")
+            if not chunk:
+                raise ProtocolError("the request ended early")
+            data += chunk
+            if len(data) >= 4:
+                length = int.from_bytes(data[:4])
+                if length > cni_wire.MAX_REQUEST:
+                    raise ProtocolError(f"the request has {length} bytes; at most {cni_wire.MAX_REQUEST}")
+                if len(data) >= 4 + length:
+                    return data[4 : 4 + length], descriptor
+    except BaseException:
+        _close(descriptor)
+        raise
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, lambda: None if ready.done() else ready.set_result(None))
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock)
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Drift as the kernel tells it: nf_tables notifications in every captured pod's namespace.
+
+A notification wakes the pod's reconciliation and names the process that committed the change. Our own
+commits are known by the port of the pod's socket. What is missed here is found by the periodic verification.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from agent.core import netlink
+from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.podnetns import PodNetns
+
+
+class DriftWatcher:
+    """One socket per pod in the event loop. All methods belong to the loop's thread."""
+
+    def __init__(self, wake: Callable[[str, str], None]) -> None:
+        """`wake(uid, cause)`; cause is such as "nft[4711]"."""
+        self._wake = wake
+        self._watched: dict[str, tuple[PodNetns, NetlinkSocket]] = {}
+
+    def watch(self, uid: str, target: PodNetns) -> None:
+        known = self._watched.get(uid)
+        if known is not None and known[0] is target:
+            return
+        self.unwatch(uid)
+        sock = target.netns.call(lambda: NetlinkSocket(NETLINK_NETFILTER, groups=[GROUP_NFTABLES]))
+        sock.socket.setblocking(False)
+        self._watched[uid] = target, sock
+        asyncio.get_running_loop().add_reader(sock.socket, self._read, uid, target.nft.port, sock)
+
+    def unwatch(self, uid: str) -> None:
+        known = self._watched.pop(uid, None)
+        if known is not None:
+            asyncio.get_running_loop().remove_reader(known[1].socket)
+            known[1].close()
+
+    def close(self) -> None:
+        for uid in list(self._watched):
+            self.unwatch(uid)
+
+    def _read(self, uid: str, ours: int, sock: NetlinkSocket) -> None:
+        cause = ""
+        try:
+            while True:
+                for message in netlink.messages(sock.socket.recv(1 << 16)):
+                    if message.kind == NEWGEN and message.port != ours:
+                        cause = _culprit(message.body)
+        except BlockingIOError:
+            pass
+        except OSError:
+            cause = "unknown"  # ENOBUFS: notifications were lost, so the pod is looked at
+        if cause:
+            self._wake(uid, cause)
+
+
+def _culprit(body: bytes) -> str:
+    parts = dict(netlink.attributes(body[4:]))
+    with contextlib.suppress(IndexError):
+        name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+        return f"{name or 'unknown'}[{int.from_bytes(parts.get(2, b''))}]"
+    return "unknown"

@@ -1,0 +1,151 @@
+"""Each pod's namespace: found, proven to be that pod's, kept open and pinned.
+
+Found by the descriptor that the CNI plugin handed over, by our own pin, or by the path that a source gave.
+Proven by not being the host's (guard in kernel.netns), by the cookie noted earlier, and by holding one of
+the pod's addresses.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from pathlib import Path
+
+from agent.core.errors import ForeignNetnsError, NetnsError, PodGoneError
+from agent.core.pods import Pod
+from agent.kernel.netns import Netns, NetnsId, unpin
+from agent.kernel.podnetns import PodNetns
+from agent.sources.state import Note, State
+
+
+class Namespaces:
+    """Open namespaces by UID. Called from worker threads, one pod at a time each."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._open: dict[str, PodNetns] = {}
+        self._notes: dict[str, Note] = {}
+        self._pinned: set[str] = set()
+        self._lock = threading.Lock()
+
+    def restore(self, note: Note) -> None:
+        """A note of our predecessor's."""
+        self._notes[note.pod.uid] = note
+
+    def adopt(self, uid: str, netns: Netns) -> None:
+        """Takes over a handle that a source vouches for; an equal one that is open already stays."""
+        with self._lock:
+            known = self._open.get(uid)
+            if known is not None and known.netns.id == netns.id:
+                netns.close()
+                return
+            self._open[uid] = PodNetns(netns)
+        if known is not None:
+            known.close()
+
+    def id(self, uid: str) -> NetnsId | None:
+        """The namespace that the pod was last known in."""
+        known = self._open.get(uid)
+        if known is not None:
+            return known.netns.id
+        note = self._notes.get(uid)
+        return note.netns if note else None
+
+    def resolve(self, pod: Pod) -> PodNetns:
+        target = self._open.get(pod.uid)
+        if target is None:
+            target = PodNetns(self._find(pod))
+            with self._lock:
+                self._open[pod.uid] = target
+        if not _holds(target, pod):
+            if self._left(pod, target):
+                raise PodGoneError(f"pod {pod.key}: its namespace is empty and no longer at {pod.netns_path}")
+            raise ForeignNetnsError(
+                f"pod {pod.key}: {target.netns.origin} holds none of its addresses "
+                f"({', '.join(pod.addresses)}); not touching it"
+            )
+        return target
+
+    def remember(self, pod: Pod, *, captured: bool) -> None:
+        target = self._open.get(pod.uid)
+        note = Note(pod, captured, target.netns.id if target else None)
+        if captured and target is not None and pod.uid not in self._pinned:
+            target.netns.pin(self._state.pin(pod.uid))
+            self._pinned.add(pod.uid)
+        if self._notes.get(pod.uid) != note:
+            self._state.save(note)
+            self._notes[pod.uid] = note
+        if not captured:
+            self._let_go(pod.uid)
+
+    def was_captured(self, uid: str) -> bool:
+        note = self._notes.get(uid)
+        return note is not None and note.captured
+
+    def release(self, uid: str) -> None:
+        self._let_go(uid)
+        self._notes.pop(uid, None)
+        self._state.remove(uid)
+
+    def close(self) -> None:
+        """At the end of the process: handles are closed, pins and notes stay for the next one."""
+        for target in self._open.values():
+            target.close()
+        self._open.clear()
+
+    def _let_go(self, uid: str) -> None:
+        with self._lock:
+            target = self._open.pop(uid, None)
+        if target is not None:
+            target.close()
+        self._pinned.discard(uid)
+        unpin(self._state.pin(uid))
+
+    def _find(self, pod: Pod) -> Netns:
+        note, pin = self._notes.get(pod.uid), self._state.pin(pod.uid)
+        wanted = note.netns if note else None
+        problems = []
+        for path in (pin, Path(pod.netns_path)) if pod.netns_path else (pin,):
+            if path == pin and not pin.exists():
+                continue
+            try:
+                netns = Netns.open(path)
+            except NetnsError as error:
+                if path != pin:
+                    problems.append(error)
+                continue
+            if wanted is None or _same(netns.id, wanted):
+                if path == pin:
+                    self._pinned.add(pod.uid)
+                return netns
+            netns.close()
+            problems.append(NetnsError(f"{path}: is another network namespace by now"))
+        if note is not None and note.netns is not None:
+            raise PodGoneError(
+                f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})"
+            )
+        if problems:
+            raise type(problems[0])(f"pod {pod.key}: {problems[0]}")
+        raise NetnsError(f"pod {pod.key}: no path of its network namespace is known")
+
+    def _left(self, pod: Pod, target: PodNetns) -> bool:
+        """Nothing but our own handles leads to this namespace any more."""
+        if not pod.netns_path or target.addresses():
+            return False
+        try:
+            with Netns.open(pod.netns_path) as there:
+                return not _same(there.id, target.netns.id)
+        except NetnsError:
+            return True
+
+
+def _same(left: NetnsId, right: NetnsId) -> bool:
+    return left.cookie == right.cookie if left.cookie and right.cookie else left == right
+
+
+def _holds(target: PodNetns, pod: Pod) -> bool:
+    """A pod whose addresses nobody named is taken at its source's word."""
+    if not pod.addresses:
+        return True
+    wanted = {ipaddress.ip_address(address) for address in pod.addresses}
+    return any(ipaddress.ip_address(address) in wanted for address in target.addresses())

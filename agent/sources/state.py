@@ -1,0 +1,108 @@
+"""What the agent keeps on disk of each pod, so that a later process finds it without asking anyone.
+
+<run_dir>/pods/<uid>.json holds the facts, <run_dir>/netns/<uid> pins the namespace. The namespace's cookie is
+noted: a path may lead to another namespace by then, device and inode numbers are reused, a cookie is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from agent.core.errors import SluiceError
+from agent.core.pods import UID, Pod
+from agent.kernel.netns import NetnsId, unpin
+
+log = logging.getLogger("sluice.state")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One pod as it stands on disk. `netns` is None for a pod that was never captured."""
+
+    pod: Pod
+    captured: bool
+    netns: NetnsId | None
+
+
+class State:
+    """The directory. Files are written to a temporary name and renamed, so that none is ever half written."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.pods, self.pins = Path(run_dir) / "pods", Path(run_dir) / "netns"
+        self.damaged: list[str] = []
+
+    def pin(self, uid: str) -> Path:
+        return self.pins / uid
+
+    def load(self) -> Iterator[Note]:
+        """All notes. A damaged one is set aside under another name, told of, and never stops the others."""
+        self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in sorted(self.pods.glob("*.json")):
+            try:
+                note = _decode(json.loads(path.read_bytes()))
+                if note.pod.uid != path.stem:
+                    raise ValueError(f"it is about pod {note.pod.uid}")
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                aside = path.with_suffix(".damaged")
+                path.replace(aside)
+                self.damaged.append(path.name)
+                log.error(
+                    "damaged state file %s (%s): kept as %s; the pod keeps its rules, restart the pod",
+                    path,
+                    error,
+                    aside.name,
+                )
+                continue
+            yield note
+
+    def save(self, note: Note) -> None:
+        self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = self.pods / f"{note.pod.uid}.json"
+        content = json.dumps(_encode(note), indent=1, sort_keys=True)
+        if path.exists() and path.read_text() == content:
+            return
+        temporary = path.with_suffix(".new")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(content)
+        # No fsync: /run is memory, and after a reboot the namespaces are gone too.
+        temporary.replace(path)
+
+    def remove(self, uid: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.pods / f"{uid}.json").unlink()
+        unpin(self.pin(uid))
+
+
+def _encode(note: Note) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "captured": note.captured,
+        "netns": asdict(note.netns) if note.netns else None,
+        "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False)},
+    }
+
+
+def _decode(data: dict[str, Any]) -> Note:
+    if data["version"] != 1:
+        raise SluiceError(f"unknown version {data['version']!r}")
+    known = {field.name: field for field in fields(Pod)}
+    given = data["pod"]
+    if not UID.fullmatch(given["uid"]):
+        raise ValueError("its UID is not one")
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"unknown key {name!r}")
+        expected = {"tuple[str, ...]": list, "bool": bool, "str": str}.get(str(known[name].type), dict)
+        if not isinstance(value, expected):
+            raise ValueError(f"{name} is of another type")
+    facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    pod = Pod(**facts)
+    netns = NetnsId(**{k: int(v) for k, v in data["netns"].items()}) if data["netns"] else None
+    return Note(pod, bool(data["captured"]), netns)

@@ -1,0 +1,83 @@
+"""Feeds the static file into the pod table, again whenever it changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from agent.core import names
+from agent.core.errors import SettingsError
+from agent.core.pods import PodTable
+from agent.core.status import Status
+from agent.sources.static import StaticPods, parse
+
+log = logging.getLogger("sluice.static")
+PERIOD = 1.0  # seconds; one stat each
+
+
+class Reconciling(Protocol):
+    """The part of the reconciler that a source needs."""
+
+    def wake(self, uid: str, cause: str = "") -> None: ...
+
+    async def settled(self, uid: str) -> Status: ...
+
+    async def forget(self, uid: str) -> None: ...
+
+
+class StaticFile:
+    """A file that cannot be used is told of and changes nothing: what was read before goes on."""
+
+    def __init__(self, path: str, table: PodTable, reconciler: Reconciling) -> None:
+        self.path, self.error = Path(path), ""
+        self._table, self._reconciler = table, reconciler
+        self._seen: tuple[int, int, int] | None = None
+
+    async def load(self) -> None:
+        """Reads the file when it is another one than before; a file that is not there lists no pods."""
+        try:
+            status = self.path.stat()
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if version == self._seen:
+                return
+            self._seen = version
+            pods = parse(self.path.read_text(), str(self.path))
+        except FileNotFoundError:
+            if self._seen == (0, 0, 0):
+                return
+            self._seen, pods = (0, 0, 0), StaticPods()
+        except (SettingsError, OSError, UnicodeDecodeError) as error:
+            self.error = str(error)
+            log.error("static pods not used, the ones read before stay: %s", error)
+            return
+        self.error = ""
+        await self._apply(pods)
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD)
+            await self.load()
+
+    async def _apply(self, new: StaticPods) -> None:
+        # Also pods that a predecessor took from the file, which its notes on disk tell us of.
+        listed = {pod.uid for pod in self._table if pod.source == "static"}
+        woken = self._table.mark(new.marks)
+        for pod in new.pods.values():
+            woken |= self._table.seen(pod)
+        for uid in woken:
+            self._reconciler.wake(uid)
+        for uid in listed - set(new.pods):
+            await self._drop(uid)
+
+    async def _drop(self, uid: str) -> None:
+        """Its namespace may live on, so its rules go before it is forgotten."""
+        pod = self._table.get(uid)
+        if pod is not None:
+            annotations = {**pod.annotations, names.DATAPLANE_MODE: "none"}
+            self._table.seen(replace(pod, annotations=annotations, labels={}))
+            await self._reconciler.settled(uid)
+            self._table.gone(uid)
+            await self._reconciler.forget(uid)

@@ -1,0 +1,1 @@
+"""ZDS: the protocol by which the agent hands pod network namespaces to a ztunnel."""

@@ -1,0 +1,194 @@
+"""The agent's end of ZDS: ztunnel dials in, is given every pod, then each change; one message at a time.
+
+A late acknowledgement would be taken for the next message's, since there are no request ids; so a connection
+that does not answer in time is dropped, and ztunnel gets everything again when it comes back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from agent.core.errors import ProtocolError, ZtunnelError
+from agent.core.pods import Pod
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.unixsocket import listen, peer
+from agent.zds import messages
+from agent.zds.messages import Add, Delete, SnapshotSent
+
+log = logging.getLogger("sluice.zds")
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A pod as ztunnel is told of it, and the namespace whose descriptor rides along."""
+
+    add: Add
+    target: PodNetns
+
+
+class Connection:
+    """One ztunnel. `acked` holds what it acknowledged, by UID."""
+
+    def __init__(self, sock: socket.socket, seconds: float, pid: int) -> None:
+        self.socket, self.seconds, self.pid = sock, seconds, pid
+        self.acked: dict[str, Offer] = {}
+        self.closed = False
+        self._turn = asyncio.Lock()
+        self._answer: asyncio.Future[bytes] | None = None
+
+    async def hello(self) -> None:
+        """Waits for the first message. Raises ProtocolError for another version or garbage."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.seconds):
+                packet = await loop.sock_recv(self.socket, messages.MAX_MESSAGE + 1)
+        except TimeoutError:
+            raise ProtocolError(f"no hello within {self.seconds:g} s") from None
+        version = messages.decode_hello(packet).version
+        if version != 1:
+            raise ProtocolError(f"it speaks ZDS version {version}, this agent version 1")
+
+    async def read(self) -> None:
+        """Takes in answers until the peer leaves. Raises ProtocolError for one that nobody waits for."""
+        loop = asyncio.get_running_loop()
+        while packet := await loop.sock_recv(self.socket, messages.MAX_MESSAGE + 1):
+            if self._answer is None or self._answer.done():
+                raise ProtocolError("it answered without being asked")
+            self._answer.set_result(packet)
+
+    async def ask(self, message: messages.Request, descriptor: int | None = None) -> None:
+        """Sends one message and waits for its acknowledgement. Raises ZtunnelError."""
+        async with self._turn:
+            if self.closed:
+                raise ZtunnelError("ztunnel has gone away")
+            self._answer = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(self.seconds):
+                    # Never blocks: one message at a time is under way, and it is small.
+                    rights = [] if descriptor is None else [descriptor]
+                    socket.send_fds(self.socket, [messages.encode(message)], rights)
+                    error = messages.decode_response(await self._answer).error
+            except TimeoutError:
+                self.drop()
+                raise ZtunnelError(
+                    f"ztunnel (pid {self.pid}) did not acknowledge within {self.seconds:g} s; see its log"
+                ) from None
+            except (OSError, ProtocolError, asyncio.CancelledError) as failure:
+                self.drop()  # after a cancelled wait the next answer would be taken for another's
+                if isinstance(failure, asyncio.CancelledError):
+                    raise
+                raise ZtunnelError(f"ztunnel (pid {self.pid}): {failure}") from failure
+            finally:
+                self._answer = None
+        if error:
+            raise ZtunnelError(f"ztunnel (pid {self.pid}) refused: {error}")
+
+    def drop(self) -> None:
+        if not self.closed:
+            self.closed = True
+            with contextlib.suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)  # ends `read`, which then closes the socket
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_exception(ZtunnelError("ztunnel has gone away"))
+
+
+class ZdsServer:
+    """Adds go to the newest connection, deletions to all: two ztunnels run during a rolling upgrade."""
+
+    def __init__(self, path: str, seconds: float, changed: Callable[[str | None], None]) -> None:
+        """`changed` is called with a UID that was (un)acknowledged, or None when that may concern any."""
+        self.path, self.seconds, self._changed = path, seconds, changed
+        self._offers: dict[str, Offer] = {}
+        self._connections: list[Connection] = []  # newest last
+
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
+
+    @property
+    def unacknowledged(self) -> int:
+        """Pods that the newest connection has not taken yet."""
+        newest = self._connections[-1].acked if self._connections else {}
+        return sum(newest.get(uid) != offer for uid, offer in self._offers.items())
+
+    async def serve(self) -> None:
+        """Until cancelled."""
+        listener = listen(self.path, socket.SOCK_SEQPACKET)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    sock, _ = await loop.sock_accept(listener)
+                    tasks.create_task(self._serve_one(sock))
+        finally:
+            listener.close()
+
+    async def publish(self, pod: Pod, target: PodNetns) -> None:
+        offer = Offer(Add(pod.uid, pod.name, pod.namespace, pod.service_account), target)
+        if self._offers.get(pod.uid) != offer:
+            self._offers[pod.uid] = offer
+        if not self._connections:
+            raise ZtunnelError(f"no ztunnel is connected to {self.path}; is it running on this node?")
+        newest = self._connections[-1]
+        if newest.acked.get(pod.uid) != offer:
+            await self._add(newest, offer)
+
+    async def withdraw(self, uid: str) -> None:
+        self._offers.pop(uid, None)
+        for connection in list(self._connections):
+            if connection.acked.pop(uid, None) is not None:
+                try:
+                    await connection.ask(Delete(uid))
+                except ZtunnelError as error:
+                    log.warning("ztunnel did not take the removal of %s: %s", uid, error)
+
+    async def _add(self, connection: Connection, offer: Offer) -> None:
+        await connection.ask(offer.add, offer.target.netns.fd)
+        connection.acked[offer.add.uid] = offer
+
+    async def _serve_one(self, sock: socket.socket) -> None:
+        pid, uid = peer(sock)
+        connection = Connection(sock, self.seconds, pid)
+        reader: asyncio.Task[None] | None = None
+        try:
+            if uid not in (0, os.geteuid()):
+                raise ProtocolError(f"it runs as user {uid}; only root may be ztunnel")
+            await connection.hello()
+            self._connections.append(connection)
+            log.info("ztunnel connected: pid %d", pid)
+            reader = asyncio.create_task(connection.read())
+            await asyncio.gather(reader, self._snapshot(connection))
+            log.info("ztunnel left: pid %d", pid)
+        except (ProtocolError, OSError) as error:
+            log.warning("ztunnel dropped: pid %d: %s", pid, error)
+        finally:
+            if reader is not None:
+                reader.cancel()
+            connection.drop()
+            sock.close()
+            if connection in self._connections:
+                self._connections.remove(connection)
+                self._changed(None)
+
+    async def _snapshot(self, connection: Connection) -> None:
+        try:
+            for uid in list(self._offers):
+                offer = self._offers.get(uid)
+                if offer is None or connection.acked.get(uid) == offer:
+                    continue  # gone meanwhile, or added by a pass meanwhile
+                try:
+                    await self._add(connection, offer)
+                except ZtunnelError as error:
+                    log.warning("ztunnel did not take %s/%s: %s", offer.add.namespace, offer.add.name, error)
+                self._changed(uid)
+            await connection.ask(SnapshotSent())
+            log.info("ztunnel has all pods: pid %d, %d pods", connection.pid, len(connection.acked))
+            self._changed(None)
+        except ZtunnelError as error:
+            log.warning("snapshot not complete: %s", error)
