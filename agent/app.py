@@ -1,0 +1,175 @@
+"""The composition root of `sluice agent`: settings in, parts built and joined, one TaskGroup.
+
+Start-up: mechanisms are probed, what the predecessor noted is restored and settled, then the sockets open.
+The end (SIGTERM) closes handles and leaves every rule, pin and note in place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import resource
+import signal
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agent.backends.base import Backend
+from agent.backends.choose import choose
+from agent.backends.iptables.backend import IptablesBackend
+from agent.backends.nftables.backend import NftablesBackend
+from agent.backends.routing import RoutingBackend
+from agent.core.pods import PodTable
+from agent.core.settings import Settings
+from agent.export.admin import Admin
+from agent.export.http import HttpServer
+from agent.export.metrics import Metrics
+from agent.kernel.unixsocket import listen
+from agent.reconciler.loop import Reconciler
+from agent.sources.cni import CniService
+from agent.sources.cni_socket import CniSocket
+from agent.sources.drift import DriftWatcher
+from agent.sources.exempt import write_exempt
+from agent.sources.namespaces import Namespaces
+from agent.sources.state import State
+from agent.sources.watchfile import StaticFile
+from agent.zds.server import ZdsServer
+
+log = logging.getLogger("sluice.agent")
+
+
+class Agent:
+    """All parts of one agent."""
+
+    def __init__(self, settings: Settings, version: str) -> None:
+        """Probes the mechanisms. Raises SettingsError when none of those allowed can be used."""
+        self.settings, self.version = settings, version
+        backends: list[Backend] = [RoutingBackend(), NftablesBackend(), IptablesBackend()]
+        self.support = {backend.name: backend.probe() for backend in backends}
+        self.choice = choose(settings.backend, {b.name: b for b in backends}, self.support)
+        self.table = PodTable()
+        self.state = State(settings.run_dir)
+        self.namespaces = Namespaces(self.state)
+        self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause))
+        self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed)
+        self.metrics = Metrics(
+            lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
+            lambda: self.zds.connections,
+        )
+        self.reconciler = Reconciler(
+            settings,
+            self.table,
+            self.choice,
+            self.namespaces,
+            self.zds,
+            self.drift,
+            self.metrics,
+            random.random,
+        )
+        self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
+        self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
+        self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node)
+        self._started = False
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        Path(self.settings.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_exempt(self.settings)
+        self._restore()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(part) for part in self._parts()]
+                await stop.wait()
+                for task in running:
+                    task.cancel()
+        finally:
+            self.drift.close()
+            self.namespaces.close()
+            log.info("stopped; all rules stay in place")
+
+    def readiness(self) -> tuple[str, str]:
+        """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
+        if not self._started or not self.reconciler.synced:
+            return "it is still looking at the pods that were here before", ""
+        if not self.zds.connections:
+            return "", f"no ztunnel is connected to {self.settings.zds_socket}"
+        return "", self.static.error
+
+    def node(self) -> Mapping[str, Any]:
+        """What `sluice status` shows of the node itself."""
+        return {
+            "node": self.settings.node_name or socket.gethostname(),
+            "version": self.version,
+            "backend": self.choice.name,
+            "backend_reason": self.choice.reason,
+            "backends": {
+                name: "; ".join(support.remarks) or "usable" if support.ok else support.missing
+                for name, support in self.support.items()
+            },
+            "ztunnel_connections": self.zds.connections,
+            "ztunnel_unacknowledged": self.zds.unacknowledged,
+            "static_pods": self.static.error or "ok" if self.settings.static_pods else "not set",
+            "damaged_state_files": self.state.damaged,
+        }
+
+    def _restore(self) -> None:
+        for note in self.state.load():
+            self.namespaces.restore(note)
+            self.table.seen(note.pod)
+            self.reconciler.wake(note.pod.uid)
+
+    def _parts(self) -> list[Any]:
+        cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
+        parts = [self.reconciler.run(), self.zds.serve(), cni.serve(), self._admin(), self._ready()]
+        if self.settings.metrics_address:
+            parts.append(self._tcp())
+        if self.settings.static_pods:
+            parts.append(self._static())
+        return parts
+
+    async def _ready(self) -> None:
+        self._started = True
+        while not self.reconciler.synced:
+            await self.reconciler.progressed()
+        log.info("ready: %d pods, backend %s (%s)", len(self.table), self.choice.name, self.choice.reason)
+
+    async def _static(self) -> None:
+        await self.static.load()
+        await self.static.run()
+
+    async def _admin(self) -> None:
+        server = await asyncio.start_unix_server(
+            HttpServer(self.admin.private), sock=listen(self.settings.admin_socket, socket.SOCK_STREAM)
+        )
+        async with server:
+            await server.serve_forever()
+
+    async def _tcp(self) -> None:
+        host, _, port = self.settings.metrics_address.rpartition(":")
+        server = await asyncio.start_server(HttpServer(self.admin.public), host.strip("[]"), int(port))
+        async with server:
+            await server.serve_forever()
+
+    def _ztunnel_changed(self, uid: str | None) -> None:
+        for one in [uid] if uid is not None else [pod.uid for pod in self.table]:
+            self.reconciler.wake(one)
+
+
+def main(settings: Settings, version: str) -> int:
+    """Runs the agent; returns the exit code."""
+    # Three descriptors per pod: its namespace, its nf_tables socket, its notifications.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    async def run() -> None:
+        await Agent(settings, version).run()
+
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(run())
+    return 0

@@ -1,0 +1,36 @@
+"""`sluice agent`: runs the node agent."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from typing import Any
+
+from agent.cli import settings as from_user
+from agent.core.errors import SluiceError
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("agent", help="run the node agent", description=_ABOUT)
+    from_user.add_options(parser)
+    parser.set_defaults(run=run)
+
+
+_ABOUT = """Runs the node agent: takes pods from the CNI plugin and the static file, programs their
+namespaces, hands them to ztunnel and keeps them right. SIGTERM leaves every rule in place."""
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = from_user.load(args)
+    if os.geteuid() != 0:
+        raise SluiceError("sluice agent programs network namespaces; run it as root")
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from agent import app  # the daemon's parts are loaded for the daemon alone
+
+    return app.main(settings, args.version_text)

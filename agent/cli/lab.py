@@ -1,0 +1,90 @@
+"""`sluice lab up|down|exec|pods`: nodes and pods in network namespaces of this machine, to try things on."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from agent.core.errors import SluiceError
+from agent.kernel.exec import start
+from agent.lab.demo import demo
+from agent.lab.lab import Lab, check_machine, down
+from agent.lab.processes import Backend
+from agent.lab.topology import DEFAULT_PREFIX, DOMAIN, default_spec
+
+
+def register(subparsers: Any) -> None:
+    """Adds the group to argparse's `subparsers`; each command sets `run`, which returns the exit code."""
+    group = subparsers.add_parser("lab", help="nodes and pods in network namespaces of this machine")
+    commands = group.add_subparsers(dest="lab_command", metavar="COMMAND", required=True)
+    _command(commands, "demo", _demo, "the main job, shown and proven; leaves nothing behind")
+    parser = _command(commands, "up", _up, "build the lab and leave it running")
+    parser.add_argument("--backend", choices=[str(b) for b in Backend], default=str(Backend.NFTABLES))
+    parser.add_argument(
+        "--without-sluice", action="store_true", help="plain pods: neither agent nor ztunnel nor sluice-cni"
+    )
+    _command(commands, "down", _down, "remove the lab, also one that is half built")
+    parser = _command(commands, "exec", _exec, "run a command in a pod: exec POD -- COMMAND ...")
+    parser.add_argument("pod", metavar="POD", help="NAMESPACE/NAME, or NAME alone")
+    parser.add_argument("argv", metavar="COMMAND", nargs=argparse.REMAINDER)
+    _command(commands, "pods", _pods, "list the lab's pods with their addresses")
+
+
+def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
+    parser.add_argument("--prefix", default=DEFAULT_PREFIX, help="tells labs apart (default: %(default)s)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _up(args: argparse.Namespace) -> int:
+    lab = Lab(default_spec(args.prefix))
+    sluice = not args.without_sluice
+    lab.up(agents=sluice, sluice=sluice, backend=Backend(args.backend), tell=_tell)
+    _pods(args)
+    _tell(f"up; names in {DOMAIN} by the resolver {lab.resolver}")
+    _tell("try: sluice lab exec shop/client -- CMD...; remove it by: sluice lab down")
+    return 0
+
+
+def _tell(step: str) -> None:
+    print(f"lab: {step}", flush=True)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    return demo(args.prefix)
+
+
+def _down(args: argparse.Namespace) -> int:
+    check_machine()
+    down(args.prefix)
+    return 0
+
+
+def _exec(args: argparse.Namespace) -> int:
+    check_machine()
+    argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not argv:
+        raise SluiceError("lab exec: no command; write: sluice lab exec POD -- COMMAND ...")
+    netns = Lab.from_state(args.prefix).netns(args.pod)
+    process = start(argv, netns=netns, stdin=0, stdout=1, stderr=2)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # It has a session of its own, so the terminal's Ctrl-C came to us alone.
+        process.terminate()
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _pods(args: argparse.Namespace) -> int:
+    lab = Lab.from_state(args.prefix)
+    rows = [("POD", "NODE", "ENROLLED", "IPV4", "IPV6", "PROGRAMS")]
+    for pod in lab.pods.up().values():
+        spec = pod.spec
+        enrolled = "yes" if spec.enrolled else "no"
+        rows.append((spec.ref, spec.node, enrolled, pod.ipv4, pod.ipv6, ",".join(spec.programs) or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0

@@ -1,0 +1,70 @@
+"""Settings from file, environment and flags; each value keeps its place for error messages."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.core.errors import SettingsError
+from agent.core.settings import HELP, Settings, build
+
+_ENVIRONMENT = "SLUICE_"
+_NOT_SETTINGS = {"SLUICE_CONFIG"}
+Layer = dict[str, tuple[Any, str]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--config and one flag per setting."""
+    default = os.environ.get("SLUICE_CONFIG", "")
+    parser.add_argument("--config", default=default, metavar="FILE", help="settings as YAML (or $SLUICE_CONFIG)")
+    group = parser.add_argument_group("settings", "also keys of the file, and $SLUICE_<NAME> in the environment")
+    for field in fields(Settings):
+        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            metavar="VALUE",
+            help=f"{HELP[field.name]} (default: {shown if shown != '' else 'none'})".replace("%", "%%"),
+        )
+
+
+def load(args: argparse.Namespace) -> Settings:
+    """Raises SettingsError, with file and line, flag or variable."""
+    flags = {
+        field.name: (value, "--" + field.name.replace("_", "-"))
+        for field in fields(Settings)
+        if (value := getattr(args, field.name)) is not None
+    }
+    return build(_file(args.config) if args.config else {}, environment(os.environ), flags)
+
+
+def environment(variables: Mapping[str, str]) -> Layer:
+    return {
+        name.removeprefix(_ENVIRONMENT).lower(): (value, f"${name}")
+        for name, value in variables.items()
+        if name.startswith(_ENVIRONMENT) and name not in _NOT_SETTINGS
+    }
+
+
+def _file(path: str) -> Layer:
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise SettingsError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
+    if root is None:
+        return {}
+    if not isinstance(root, yaml.MappingNode):
+        raise SettingsError(f"{path}:1: not a mapping of settings to values")
+    return {str(key.value): (values[key.value], f"{path}:{key.start_mark.line + 1}") for key, _ in root.value}

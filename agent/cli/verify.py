@@ -1,0 +1,57 @@
+"""`sluice verify` and `diff`: wanted against actual. Exit 0 right, 1 drift, 2 could not tell."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from agent.cli import client, output
+from agent.core.errors import SluiceError
+from agent.core.text import table
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("verify", help="compare pods with the kernel; exit 0 right, 1 drift, 2 unknown")
+    parser.add_argument("pod", metavar="POD", nargs="?", help="namespace/name, a name that is alone, or a UID")
+    parser.add_argument("--all", action="store_true", help="every pod of this node")
+    parser.add_argument("--repair", action="store_true", help="put right what differs, then compare again")
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_verify)
+    parser = subparsers.add_parser("diff", help="what would be changed in a pod, as a script; exit 1 if anything")
+    parser.add_argument("pod", metavar="POD")
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_diff)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    if bool(args.pod) == args.all:
+        raise SluiceError("verify: name one POD, or give --all")
+    query = {"all": "true"} if args.all else {"pod": args.pod}
+    rows = client.ask(args.run_dir, "/v1/verify", "POST" if args.repair else "GET", **query)
+    header = ("NAMESPACE", "NAME", "STATE", "RESULT", "DETAILS")
+    lines = [
+        (
+            row["namespace"],
+            row["name"],
+            row["state"],
+            row["result"],
+            row["error"] or "; ".join(row["differences"]),
+        )
+        for row in rows
+    ]
+    output.emit(args.output, rows, table(header, lines) if lines else "No pods on this node.")
+    results = {row["result"] for row in rows}
+    return 2 if "unknown" in results else 1 if "drift" in results else 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    (row,) = client.ask(args.run_dir, "/v1/verify", pod=args.pod)
+    if row["error"] and row["result"] == "unknown":
+        raise SluiceError(row["error"])
+    lines = [f"# {line}" for line in row["differences"]]
+    lines += [script for script in row["scripts"].values() if script]
+    if lines or args.output != "table":
+        output.emit(args.output, row, "\n".join(lines))
+    return 1 if row["differences"] else 0

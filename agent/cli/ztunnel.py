@@ -1,0 +1,28 @@
+"""`sluice ztunnel`: the embedded layer 4 proxy."""
+
+from __future__ import annotations
+
+import argparse
+
+from agent.ztunnel.app import ZtunnelSettings, main
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = ZtunnelSettings()
+    parser = subparsers.add_parser("ztunnel", help="run the embedded ztunnel until it is told to end")
+    parser.add_argument(
+        "--zds-socket", default=defaults.zds_socket, metavar="PATH", help="the agent's ZDS socket"
+    )  # fmt: skip
+    parser.add_argument(
+        "--records", default=defaults.records, metavar="PATH",
+        help="file for one JSON line per connection; - is standard output, empty is none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drain-seconds", type=float, default=defaults.drain_seconds, metavar="S",
+        help="how long connections may run on after SIGTERM (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    return main(ZtunnelSettings(args.zds_socket, args.records, args.drain_seconds))

@@ -1,0 +1,84 @@
+"""The agent's own metrics, and the log line of each applied plan: the reconciler's journal."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter as Count
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from agent.core.pods import Pod
+from agent.core.status import State
+
+log = logging.getLogger("sluice.reconciler")
+
+
+class _Pods(Collector):
+    """sluice_pods{state}, counted when it is asked for."""
+
+    def __init__(self, states: Callable[[], Iterable[State]]) -> None:
+        self._states = states
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("sluice_pods", "Pods on this node by state.", labels=["state"])
+        found = Count(self._states())
+        for state in State:
+            family.add_metric([state.value], found[state])
+        yield family
+
+
+class Metrics:
+    """Everything under one registry of its own."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, states: Callable[[], Iterable[State]], ztunnels: Callable[[], int]) -> None:
+        self.registry = r = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=r)
+        GCCollector(registry=r)
+        r.register(_Pods(states))
+        self.drift = Counter(
+            "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
+        )
+        buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
+        self.reconcile = Histogram(
+            "sluice_reconcile_seconds", "One pass over one pod.", buckets=buckets, registry=r
+        )
+        self.applied_total = Counter("sluice_plans_applied_total", "Plans applied.", ["backend"], registry=r)
+        self.failures = Counter("sluice_reconcile_failures_total", "Passes that failed.", registry=r)
+        self.cni_requests = Counter(
+            "sluice_cni_requests_total", "Requests of the CNI plugin.", ["verb", "code"], registry=r
+        )
+        self.cni_seconds = Histogram(
+            "sluice_cni_seconds", "Time to answer the CNI plugin.", ["verb"], buckets=buckets, registry=r
+        )
+        connections = Gauge("sluice_ztunnel_connections", "Live ZDS connections.", registry=r)
+        connections.set_function(ztunnels)
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def cni(self, verb: str, code: int, seconds: float) -> None:
+        self.cni_requests.labels(verb, str(code)).inc()
+        self.cni_seconds.labels(verb).observe(seconds)
+
+    def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        self.applied_total.labels(layer).inc()
+        if cause:
+            self.drift.labels(layer, "changed").inc()
+        words = "; ".join(differences) or "took over the ownership"
+        by = f" after a change by {cause}" if cause else ""
+        log.info("pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, words)
+
+    def failed(self, pod: Pod, error: Exception) -> None:
+        self.failures.inc()
+        log.error("pod %s: %s", pod.key, error)
+
+    def passed(self, pod: Pod, seconds: float) -> None:
+        self.reconcile.observe(seconds)
