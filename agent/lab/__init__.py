@@ -1,0 +1,1 @@
+"""The lab: nodes, pods, a real CNI chain, programs and traffic, all in network namespaces of one machine."""

@@ -1,0 +1,214 @@
+"""Who captured what: the load generator's records held against those of the ztunnels. Pure.
+
+A connection that succeeded and that no ztunnel relayed outbound has escaped. The records meet at the far end:
+the server told the client which address it saw, and that is the address from which the last proxy on the way
+spoke (`via`). The client's own port will not do: NAT gives it another one towards the proxy when an older
+entry holds the same ports. Ports come round again in a long run, so records are counted per key.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final
+
+from agent.core.errors import SluiceError
+
+EXAMPLES: Final = 5
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """One connection as its client saw it; `time` is Unix seconds of the opening, addresses are normal."""
+
+    time: float
+    source: str
+    target: str
+    ok: bool
+    error: str = ""
+    seen_peer: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ZtunnelRecord:
+    """One connection that a ztunnel relayed; `direction` is outbound or inbound, addresses are normal.
+
+    `time` is Unix seconds of when the ztunnel took it; `via` is the address from which it spoke onwards.
+    """
+
+    direction: str
+    source: str
+    destination: str
+    error: str = ""
+    time: float = 0.0
+    via: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Figures of one run or one window. `errors` counts the failed by reason.
+
+    `captured_inbound` counts relays into the targets from the load's pods. They are not matched one to one,
+    since an outbound ztunnel opens a connection of its own, with its own port; so at the edges of a window
+    the two directions may differ by those in flight. `longest` is the longest connection, in seconds.
+    """
+
+    opened: int
+    ok: int
+    failed: int
+    errors: dict[str, int]
+    escaped: int
+    examples: tuple[LoadRecord, ...]
+    longest: float
+    captured_outbound: int
+    captured_inbound: int
+
+
+def account(
+    load: Iterable[LoadRecord], ztunnel: Iterable[ZtunnelRecord], window: tuple[float, float] | None = None
+) -> Account:
+    """Compares whole runs, and reports what opened within `window` (first and last Unix time), or all of it.
+
+    `ztunnel` are the records of all nodes, complete: written after the last connection of the load had ended.
+    """
+    everything, relays = list(load), list(ztunnel)
+    targets = {record.target for record in everything}
+    hosts = {_host(record.source) for record in everything}
+    fates = _fates(everything, _as_seen(relays))
+    first, last = window or (-math.inf, math.inf)
+    seen = [(record, captured) for record, captured in fates if first <= record.time <= last]
+    escaped = [record for record, captured in seen if record.ok and not captured]
+    inbound = [r for r in relays if r.direction == "inbound" and first <= r.time <= last]
+    return Account(
+        opened=len(seen),
+        ok=sum(record.ok for record, _ in seen),
+        failed=sum(not record.ok for record, _ in seen),
+        errors=dict(Counter(record.error or "unknown" for record, _ in seen if not record.ok)),
+        escaped=len(escaped),
+        examples=tuple(escaped[:EXAMPLES]),
+        longest=max((record.seconds for record, _ in seen), default=0.0),
+        captured_outbound=sum(captured for _, captured in seen),
+        captured_inbound=sum(_host(r.source) in hosts and r.destination in targets for r in inbound),
+    )
+
+
+def _as_seen(relays: list[ZtunnelRecord]) -> Counter[Key]:
+    """Outbound relays as their servers saw them: (peer, destination). An enrolled server sees its own proxy."""
+    inbound: dict[Key, deque[str]] = {}
+    for record in sorted(relays, key=lambda r: r.time):
+        if record.direction == "inbound":
+            inbound.setdefault((record.source, record.destination), deque()).append(record.via)
+    seen: Counter[Key] = Counter()
+    for record in sorted(relays, key=lambda r: r.time):
+        if record.direction == "outbound":
+            arrived = inbound.get((record.via, record.destination))
+            seen[arrived.popleft() if arrived else record.via, record.destination] += 1
+    return seen
+
+
+def _fates(load: list[LoadRecord], relayed: Counter[Key]) -> list[tuple[LoadRecord, bool]]:
+    """Each record with whether a relay is left for it.
+
+    Of one key's records the successful ones come first: one that failed may never have reached the ztunnel,
+    and must not use up the relay of one that did.
+    """
+    left = relayed.copy()
+    fates = []
+    for record in sorted(load, key=lambda r: (not r.ok, r.time)):
+        key = (record.seen_peer, record.target)
+        captured = left[key] > 0
+        if captured:
+            left[key] -= 1
+        fates.append((record, captured))
+    return fates
+
+
+def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:
+    """From load.py's JSON lines. A line cut short by a kill is passed over."""
+    for data in _objects(lines):
+        if "target" in data:
+            yield LoadRecord(
+                time=float(data["time"]),
+                source=normal(data["source"]),
+                target=normal(data["target"]),
+                ok=bool(data["ok"]),
+                error=str(data.get("error") or ""),
+                seen_peer=normal(data.get("seen_peer") or ""),
+                seconds=float(data.get("seconds") or 0.0),
+            )
+
+
+def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
+    """From a ztunnel's JSON lines: those of TCP. A line cut short by a kill is passed over.
+
+    Raises SluiceError when the ztunnel says that it dropped records: who escaped cannot be told then.
+    """
+    for data in _objects(lines):
+        if data.get("kind") == "lost":
+            raise SluiceError(
+                f"the ztunnel dropped {data.get('count')} records: escapes cannot be told from them"
+            )
+        if data.get("kind") == "tcp":
+            yield ZtunnelRecord(
+                direction=str(data.get("direction", "")),
+                source=normal(str(data.get("source", ""))),
+                destination=normal(str(data.get("destination", ""))),
+                error=str(data.get("error") or ""),
+                time=_unix(data.get("time")),
+                via=normal(str(data.get("via") or "")),
+            )
+
+
+def _unix(time: object) -> float:
+    """Of RFC 3339 text or of Unix seconds; 0 for neither."""
+    if isinstance(time, str):
+        try:
+            return datetime.fromisoformat(time).timestamp()
+        except ValueError:
+            return 0.0
+    return float(time) if isinstance(time, int | float) else 0.0
+
+
+def normal(text: str) -> str:
+    """`ip:port` or `[ip]:port` in the one shortest form; an IPv4-mapped IPv6 address as IPv4.
+
+    What is no address with a port stays as it is.
+    """
+    host, colon, port = text.rpartition(":")
+    shortest = _normal_host(host.removeprefix("[").removesuffix("]"))
+    return f"{shortest}:{port}" if colon and shortest else text
+
+
+@lru_cache(maxsize=4096)  # a run has tens of thousands of records and a handful of hosts
+def _normal_host(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return ""
+    if isinstance(address, ipaddress.IPv6Address):
+        mapped = address.ipv4_mapped
+        return str(mapped) if mapped else f"[{address}]"
+    return str(address)
+
+
+def _host(text: str) -> str:
+    return text.rpartition(":")[0]
+
+
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            data = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(data, dict):
+            yield data

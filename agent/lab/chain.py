@@ -1,0 +1,153 @@
+"""Runs a CNI chain as a container runtime does: the lab's stand-in for containerd and its libcni.
+
+ADD calls the plugins in order, each with the result of the one before; a failure is followed by DEL at once.
+DEL runs in reverse with the cached result, and runtimes call it twice: when the pod stops, and when its
+sandbox is removed, by then without namespace and without result. All plugins run in the node's namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from agent.core.errors import SluiceError
+from agent.kernel.exec import run
+from agent.lab.conflist import IFNAME, Attachment, Json, at_least, environment, plugin_input
+
+REPO: Final = Path(__file__).resolve().parents[2]
+CNI_PATH: Final = (REPO / "cni_plugin", Path("/usr/lib/cni"))
+
+
+class ChainError(SluiceError):
+    """A plugin refused. `code` is CNI's, or -1 when the plugin did not answer with an error as specified."""
+
+    def __init__(self, plugin: str, verb: str, code: int, msg: str, details: str) -> None:
+        super().__init__(f"{plugin} {verb}: {msg} (CNI error {code}){': ' + details if details else ''}")
+        self.plugin, self.verb, self.code, self.msg, self.details = plugin, verb, code, msg, details
+
+
+class Chain:
+    """One node's chain: reads the configuration list at `config` anew for every operation."""
+
+    def __init__(
+        self,
+        config: Path,
+        cache: Path,
+        netns: Path | None,
+        path: Sequence[Path] = CNI_PATH,
+        seed: int | None = None,
+    ) -> None:
+        self.config, self.cache, self.netns, self.path = config, cache, netns, path
+        self._random = random.Random(seed)
+
+    def add(self, attachment: Attachment) -> Json:
+        """Returns the last plugin's result. Raises ChainError after having called DEL."""
+        network, result = self._network(), None
+        try:
+            for plugin in network["plugins"]:
+                stdin = plugin_input(network, plugin, attachment, result)
+                result = self._call("ADD", plugin, stdin, attachment)
+        except BaseException:
+            with contextlib.suppress(ChainError):  # the reason why ADD failed is the one to tell
+                self.delete(attachment)
+            raise
+        if result is None:
+            raise ChainError(network["name"], "ADD", -1, "the last plugin printed no result", "")
+        self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        kept = {"attachment": dataclasses.asdict(attachment), "result": result}
+        self._cached(attachment).write_text(json.dumps(kept))
+        return result
+
+    def delete(self, attachment: Attachment) -> None:
+        """Calls every plugin and only then raises the first ChainError: one must not stop the others."""
+        network, result, first = self._network(), self.result(attachment), None
+        for plugin in reversed(network["plugins"]):
+            try:
+                self._call("DEL", plugin, plugin_input(network, plugin, attachment, result), attachment)
+            except ChainError as error:
+                first = first or error
+        if first is not None:
+            raise first
+        self._cached(attachment).unlink(missing_ok=True)
+
+    def check(self, attachment: Attachment) -> None:
+        """Raises ChainError when a plugin finds its work undone."""
+        network, result = self._network(), self.result(attachment)
+        if not at_least(network["cniVersion"], "0.4.0"):
+            return
+        for plugin in network["plugins"]:
+            self._call("CHECK", plugin, plugin_input(network, plugin, attachment, result), attachment)
+
+    def status(self) -> bool:
+        """Whether the plugins were asked; raises ChainError when one of them is not ready."""
+        network = self._network()
+        asked = at_least(network["cniVersion"], "1.1.0")
+        for plugin in network["plugins"] if asked else ():
+            self._call("STATUS", plugin, plugin_input(network, plugin, None, None), None)
+        return asked
+
+    def collect(self, valid: Iterable[Attachment]) -> bool:
+        """GC: DEL for each attachment that we know and that is not `valid`, then the verb where it exists."""
+        valid = list(valid)
+        known = {attachment.container_id for attachment in valid}
+        for path in sorted(self.cache.glob("*.json")):
+            stale = Attachment(**json.loads(path.read_text())["attachment"])
+            if stale.container_id not in known:
+                self.delete(stale)
+        network = self._network()
+        asked = at_least(network["cniVersion"], "1.1.0")
+        named = [{"containerID": attachment.container_id, "ifname": IFNAME} for attachment in valid]
+        for plugin in network["plugins"] if asked else ():
+            stdin = plugin_input(network, plugin, None, None, {"cni.dev/valid-attachments": named})
+            self._call("GC", plugin, stdin, None)
+        return asked
+
+    def result(self, attachment: Attachment) -> Json | None:
+        """The cached result of ADD; None before it and after DEL."""
+        try:
+            kept: Json = json.loads(self._cached(attachment).read_text())
+        except FileNotFoundError:
+            return None
+        result: Json = kept["result"]
+        return result
+
+    def _cached(self, attachment: Attachment) -> Path:
+        return self.cache / f"{attachment.container_id}-{IFNAME}.json"
+
+    def _network(self) -> Json:
+        network: Json = json.loads(self.config.read_text())
+        return network
+
+    def _call(self, verb: str, plugin: Json, stdin: Json, attachment: Attachment | None) -> Json | None:
+        program = self._find(plugin["type"], verb)
+        variables = environment(verb, self.path, attachment, self._random)
+        done = run([str(program)], stdin=json.dumps(stdin), netns=self.netns, env=variables, check=False)
+        answer: Any = _parse(done.stdout)
+        if done.returncode:
+            if not isinstance(answer, dict) or "code" not in answer:
+                words = (done.stderr or done.stdout).strip() or f"exit {done.returncode} without a word"
+                raise ChainError(plugin["type"], verb, -1, words, "")
+            raise ChainError(
+                plugin["type"], verb, answer["code"], answer.get("msg", ""), answer.get("details", "")
+            )
+        if done.stdout.strip() and not isinstance(answer, dict):
+            raise ChainError(plugin["type"], verb, -1, "stdout is not a JSON object", done.stdout[:200])
+        return answer if isinstance(answer, dict) else None
+
+    def _find(self, kind: str, verb: str) -> Path:
+        for directory in self.path:
+            if (directory / kind).is_file():
+                return directory / kind
+        raise ChainError(kind, verb, -1, f"no such plugin in {':'.join(map(str, self.path))}", "")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

@@ -1,0 +1,152 @@
+"""The lab's long-lived processes: a file per process, so that another process can end them later.
+
+A pid alone may be reused by a stranger; together with its start time it may not. Every wait for an end is on
+a pidfd, never a poll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from agent.core.errors import SluiceError
+from agent.kernel.exec import start
+
+# Handles of what this process itself started: somebody has to reap them.
+_own: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process; `started` is in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+    name: str
+    pid: int
+    started: int
+    log: str
+
+    @property
+    def alive(self) -> bool:
+        if self.pid in _own:
+            _own[self.pid].poll()
+        return start_time(self.pid) == self.started
+
+    def tail(self, lines: int = 5) -> str:
+        """The end of its log, for an error message."""
+        with contextlib.suppress(OSError):
+            said = Path(self.log).read_text(errors="replace").strip().splitlines()
+            if said:
+                return " | ".join(said[-lines:])
+        return "its log is empty"
+
+
+class Children:
+    """The processes recorded in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, name: str, argv: Sequence[str], netns: Path, log: Path) -> Child:
+        """Starts `argv` in the namespace, output appended to `log`. Raises SluiceError if it is running."""
+        before = self.get(name)
+        if before is not None and before.alive:
+            raise SluiceError(f"{name} is running already, as process {before.pid}")
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with log.open("ab") as out:
+            process = start(argv, netns=netns, stdout=out, stderr=out)
+        _own[process.pid] = process
+        child = Child(name, process.pid, start_time(process.pid) or 0, str(log))
+        self._path(name).write_text(json.dumps(asdict(child)))
+        return child
+
+    def get(self, name: str) -> Child | None:
+        try:
+            return Child(**json.loads(self._path(name).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # an interrupted `start` leaves half a file: `down` then finds it by its namespace
+
+    def all(self) -> list[Child]:
+        found = (self.get(path.stem) for path in sorted(self.directory.glob("*.json")))
+        return [child for child in found if child is not None]
+
+    def end(self, name: str, seconds: float = 5) -> None:
+        """SIGTERM, and SIGKILL after `seconds`; not running or not known is fine."""
+        child = self.get(name)
+        if child is not None:
+            end(child.pid, child.started, seconds)
+        self._path(name).unlink(missing_ok=True)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL at once, as a crash would."""
+        self.end(name, seconds=0)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.json"
+
+
+def end(pid: int, started: int | None, seconds: float) -> None:
+    """Ends one process if it is still the one that began at `started`; with 0 seconds by SIGKILL alone."""
+    own = _own.pop(pid, None)
+    if own is not None and own.poll() is not None:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if start_time(pid) != started:
+            return
+        steps = ((signal.SIGTERM, seconds),) if seconds else ()
+        for number, patience in (*steps, (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, number)
+            if select.select([handle], [], [], patience)[0]:
+                break
+        else:
+            raise SluiceError(f"process {pid} does not end, even by SIGKILL")
+    finally:
+        os.close(handle)
+    if own is not None:
+        own.wait()
+
+
+def start_time(pid: int) -> int | None:
+    """None when there is no such process, or only its remains that nobody reaped yet."""
+    try:
+        # The name, in parentheses, may hold spaces: count from behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def listening(pid: int, port: int) -> bool:
+    """Whether some process in that one's network namespace listens on the TCP port; sends no packet."""
+    ends_with = f":{port:04X}"
+    for family in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                if state == "0A" and local.endswith(ends_with):
+                    return True
+    return False
+
+
+def await_ready(child: Child, ready: Callable[[], bool], seconds: float, what: str) -> None:
+    """Asks `ready` until it holds. Raises SluiceError, with the log's tail, when child or time end before."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if not child.alive:
+            raise SluiceError(f"{child.name} ended before it was {what}: {child.tail()}")
+        if time.monotonic() > deadline:
+            raise SluiceError(f"{child.name} is not {what} after {seconds:g} s: {child.tail()}")
+        time.sleep(0.01)  # a foreign process announces this in no way that could be awaited

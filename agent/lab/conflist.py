@@ -1,0 +1,108 @@
+"""What a container runtime hands to CNI plugins, as pure values: configuration list, stdin, environment.
+
+Facts: CNI specification 1.1.0, sections 2 (environment) and 3 (deriving the execution configuration).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from agent.lab.topology import LabSpec
+
+ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
+IFNAME: Final = "eth0"
+# Debian's containernetworking-plugins 1.1.1 know versions up to this one.
+CNI_VERSION: Final = "1.0.0"
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One container's interface, as the runtime knows it."""
+
+    container_id: str
+    netns: str  # a path; empty on the second DEL, when the namespace is gone
+    namespace: str
+    name: str
+    uid: str
+    annotations: Mapping[str, str]
+
+
+def conflist(spec: LabSpec, node: str, *, sluice: bool = True) -> Json:
+    """The node's network configuration list: ptp with host-local, dual stack, then Sluice chained behind."""
+    directory = spec.node_dir(node)
+    ptp = {
+        "type": "ptp",
+        "ipam": {
+            "type": "host-local",
+            "dataDir": str(address_dir(spec, node).parent),
+            "ranges": [[{"subnet": cidr}] for cidr in spec.pod_cidrs(node)],
+            "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}],
+        },
+    }
+    chained = {
+        "type": "sluice-cni",
+        "socket": str(directory / "cni.sock"),
+        "capabilities": {ANNOTATIONS: True},
+        "excludeNamespaces": ["kube-system"],
+    }
+    return {"cniVersion": CNI_VERSION, "name": "lab", "plugins": [ptp, chained] if sluice else [ptp]}
+
+
+def address_dir(spec: LabSpec, node: str) -> Path:
+    """Where host-local keeps a file per address in use, named by the address (the network's name is last)."""
+    return spec.node_dir(node) / "cni" / "host-local" / "lab"
+
+
+def plugin_input(
+    network: Json,
+    plugin: Json,
+    attachment: Attachment | None,
+    previous: Json | None,
+    extra: Json | None = None,
+) -> Json:
+    """The execution configuration of one plugin: what it reads on stdin.
+
+    `capabilities` are the plugin's requests to the runtime: they leave, and those that we serve come back as
+    `runtimeConfig`. `extra` holds the keys of single verbs, such as cni.dev/valid-attachments.
+    """
+    config = {key: value for key, value in plugin.items() if key != "capabilities"}
+    config |= {"cniVersion": network["cniVersion"], "name": network["name"], **(extra or {})}
+    if attachment is not None and plugin.get("capabilities", {}).get(ANNOTATIONS):
+        config["runtimeConfig"] = {ANNOTATIONS: dict(attachment.annotations)}
+    if previous is not None:
+        config["prevResult"] = previous
+    return config
+
+
+def environment(
+    verb: str, path: Sequence[Path], attachment: Attachment | None, shuffle: random.Random
+) -> dict[str, str]:
+    """The variables of one call. The keys of CNI_ARGS come in random order: runtimes build them from maps."""
+    variables = {"CNI_COMMAND": verb, "CNI_PATH": ":".join(map(str, path))}
+    if attachment is None:
+        return variables
+    args = [
+        "IgnoreUnknown=1",
+        f"K8S_POD_NAMESPACE={attachment.namespace}",
+        f"K8S_POD_NAME={attachment.name}",
+        f"K8S_POD_INFRA_CONTAINER_ID={attachment.container_id}",
+        f"K8S_POD_UID={attachment.uid}",
+    ]
+    shuffle.shuffle(args)
+    return variables | {
+        "CNI_CONTAINERID": attachment.container_id,
+        "CNI_NETNS": attachment.netns,
+        "CNI_IFNAME": IFNAME,
+        "CNI_ARGS": ";".join(args),
+    }
+
+
+def at_least(version: str, wanted: str) -> bool:
+    """Compares versions of the specification: CHECK came with 0.4.0, GC and STATUS with 1.1.0."""
+    return [int(part) for part in version.split(".")] >= [int(part) for part in wanted.split(".")]

@@ -1,0 +1,179 @@
+"""A pod's life, as a container runtime leads it: namespace, CNI ADD, programs; and all of it backwards."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import secrets
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from agent.core.errors import SluiceError
+from agent.lab import nodes
+from agent.lab.chain import Chain, ChainError
+from agent.lab.children import Child, Children, await_ready, listening
+from agent.lab.conflist import Attachment, Json, conflist
+from agent.lab.topology import DOMAIN, PORTS, LabSpec, PodSpec, Program
+
+START_SECONDS: Final = 20.0  # for a program to listen; generous, since the machine may be busy
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """A pod that is up: what it was to be, what the runtime chose, and what the chain gave it."""
+
+    spec: PodSpec
+    attachment: Attachment
+    ipv4: str
+    ipv6: str
+
+    def address(self, program: Program, family: int = 4) -> str:
+        """Where others reach a program of it: `ip:port`, or `[ip]:port` for family 6."""
+        return f"{self.ipv4}:{PORTS[program]}" if family == 4 else f"[{self.ipv6}]:{PORTS[program]}"
+
+
+class Pods:
+    """All pods of one lab, kept as files in /run/<prefix>/pods, so that a later process knows them too."""
+
+    def __init__(self, spec: LabSpec, children: Children) -> None:
+        self.spec, self._children = spec, children
+        self._directory = spec.run_dir / "pods"
+
+    def write_chains(self, *, sluice: bool) -> None:
+        """Puts the configuration list on every node."""
+        for node in self.spec.nodes:
+            path = self._conflist(node)
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.write_text(json.dumps(conflist(self.spec, node, sluice=sluice), indent=2) + "\n")
+
+    def chain(self, node: str) -> Chain:
+        return Chain(self._conflist(node), self._conflist(node).parent / "cache", self.spec.netns_path(node))
+
+    def create(self, spec: PodSpec) -> Pod:
+        """Namespace and network; programs are started apart. Raises ChainError, and then nothing is left."""
+        name, path = self.spec.netns_name(spec.key), self.spec.netns_path(spec.key)
+        attachment = Attachment(
+            secrets.token_hex(32), str(path), spec.namespace, spec.name, str(uuid.uuid4()), spec.annotations
+        )
+        try:
+            nodes.add_namespace(name, nodes.NO_DAD)
+            result = self.chain(spec.node).add(attachment)
+            pod = Pod(spec, attachment, *_addresses(result))
+            self._directory.mkdir(exist_ok=True, mode=0o700)
+            self._file(spec).write_text(json.dumps({"attachment": asdict(attachment), "result": result}))
+        except BaseException:
+            nodes.remove_namespace(name)
+            raise
+        return pod
+
+    def start(self, pod: Pod) -> None:
+        """Starts the pod's programs and returns when all of them listen."""
+        started = [(program, self._start(pod, program)) for program in pod.spec.programs]
+        for program, child in started:
+            port = PORTS[program]
+            await_ready(child, partial(listening, child.pid, port), START_SECONDS, f"listening on {port}")
+
+    def run(self, pod: Pod, name: str, argv: Sequence[str]) -> Child:
+        """Starts one more process in the pod; it ends with the pod, or by `Children.end(child.name)`."""
+        # A dot, which no name holds: shop-web's processes are not those of a pod shop-web-2.
+        full = f"{pod.spec.key}.{name}"
+        log = self.spec.node_dir(pod.spec.node) / f"{full}.log"
+        return self._children.start(full, argv, self.spec.netns_path(pod.spec.key), log)
+
+    def remove(self, spec: PodSpec) -> None:
+        """Ends its programs, DEL, namespace away, DEL again as runtimes do; not there is fine.
+
+        Raises ChainError when a DEL failed, after everything else is gone.
+        """
+        for child in self._children.all():
+            if child.name.startswith(f"{spec.key}."):
+                self._children.end(child.name)
+        pod, failure = self.get(spec), None
+        steps = [pod.attachment, replace(pod.attachment, netns="")] if pod else []
+        for attachment in steps:
+            try:
+                self.chain(spec.node).delete(attachment)
+            except ChainError as error:
+                failure = failure or error
+            nodes.remove_namespace(self.spec.netns_name(spec.key))
+        nodes.remove_namespace(self.spec.netns_name(spec.key))
+        self._file(spec).unlink(missing_ok=True)
+        if failure is not None:
+            raise failure
+
+    def get(self, spec: PodSpec) -> Pod | None:
+        """None when it is not up."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            kept = json.loads(self._file(spec).read_text())
+            return Pod(spec, Attachment(**kept["attachment"]), *_addresses(kept["result"]))
+        return None
+
+    def up(self) -> dict[str, Pod]:
+        """Those that are up, by NAMESPACE/NAME."""
+        found = {spec.ref: self.get(spec) for spec in self.spec.pods}
+        return {ref: pod for ref, pod in found.items() if pod is not None}
+
+    def require(self, ref: str) -> Pod:
+        """By NAMESPACE/NAME or NAME. Raises SluiceError when it is unknown or not up."""
+        spec = self.spec.pod(ref)
+        pod = self.get(spec)
+        if pod is None:
+            raise SluiceError(f"lab pod {spec.ref} is not up; bring the lab up with: sluice lab up")
+        return pod
+
+    def write_names(self) -> Path:
+        """The hosts file of the lab's DNS server: NAME.NAMESPACE.lab.test, both families."""
+        path = self.spec.run_dir / "hosts"
+        lines = []
+        for pod in self.up().values():
+            name = f"{pod.spec.name}.{pod.spec.namespace}.{DOMAIN}"
+            lines += [f"{pod.ipv4} {name}", f"{pod.ipv6} {name}"]
+        path.write_text("".join(f"{line}\n" for line in lines))
+        return path
+
+    def _start(self, pod: Pod, program: Program) -> Child:
+        return self.run(pod, program, command(program, pod, self.spec))
+
+    def _conflist(self, node: str) -> Path:
+        return self.spec.node_dir(node) / "cni" / "10-lab.conflist"
+
+    def _file(self, spec: PodSpec) -> Path:
+        return self._directory / f"{spec.key}.json"
+
+
+def command(program: Program, pod: Pod, spec: LabSpec) -> list[str]:
+    """The command line of a pod's program. Pure."""
+    port = str(PORTS[program])
+    match program:
+        case Program.WEB:
+            return [sys.executable, "-m", "agent.lab.programs.web", "--port", port, "--pod", pod.spec.ref]
+        case Program.ECHO:
+            log = spec.node_dir(pod.spec.node) / f"{pod.spec.key}.peers"
+            return [sys.executable, "-m", "agent.lab.programs.echo", "--port", port, "--log", str(log)]
+        case Program.IPERF:
+            return ["iperf3", "--server", "--port", port]
+        case Program.DNS:
+            return [
+                # Nothing from the host: neither its configuration, its hosts file nor its resolvers.
+                "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts", "--no-resolv",
+                "--no-poll", f"--port={port}", "--pid-file=", "--cache-size=0", f"--local=/{DOMAIN}/",
+                # It reads this again on SIGHUP, which it could not as another user: /run/<prefix> is root's.
+                f"--addn-hosts={spec.run_dir / 'hosts'}", "--user=root", "--log-facility=-", "--log-queries",
+            ]  # fmt: skip
+
+
+def _addresses(result: Json) -> tuple[str, str]:
+    """The IPv4 and the IPv6 address of a CNI result. Raises SluiceError unless it has one of each."""
+    addresses = {}
+    for entry in result.get("ips", []):
+        interface = ipaddress.ip_interface(entry["address"])
+        addresses[interface.version] = str(interface.ip)
+    if set(addresses) != {4, 6}:
+        raise SluiceError(f"CNI result without one address of each family: {json.dumps(result)}")
+    return addresses[4], addresses[6]

@@ -1,0 +1,93 @@
+"""A node's own processes: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from agent.lab.children import Child, Children, await_ready
+from agent.lab.topology import LabSpec
+
+READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and nothing here is a measurement
+
+
+class Backend(StrEnum):
+    NFTABLES = "nftables"
+    IPTABLES = "iptables"
+
+
+class NodeProcesses:
+    """Starts, ends and kills them. `name` tells two ztunnels of one rolling upgrade apart."""
+
+    def __init__(self, spec: LabSpec, node: str, children: Children) -> None:
+        self.node, self.directory = node, spec.node_dir(node)
+        self._netns, self._children = spec.netns_path(node), children
+
+    def configure(self, backend: Backend) -> Path:
+        """Writes the agent's settings; it reads them when it starts."""
+        path = self.directory / "sluice.yaml"
+        path.write_text(yaml.safe_dump(settings(self.node, self.directory, backend), sort_keys=False))
+        return path
+
+    def start_agent(self) -> Child:
+        """Returns once it says that it is ready. Raises SluiceError with the tail of its log."""
+        argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
+        log = self.directory / "agent.log"
+        child = self._children.start(f"{self.node}.agent", argv, self._netns, log)
+        self.await_agent(child)
+        return child
+
+    def start_ztunnel(self, name: str = "ztunnel") -> Child:
+        """Returns at once: it is ready only with the agent, which may not be there yet."""
+        argv = [
+            sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
+            "--records", str(self.directory / "ztunnel.jsonl"),
+        ]  # fmt: skip
+        log = self.directory / f"{name}.log"
+        return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
+
+    def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
+        await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
+
+    def end(self, name: str = "agent") -> None:
+        """SIGTERM and, should that not help within 10 s, SIGKILL."""
+        self._children.end(f"{self.node}.{name}", seconds=10)
+
+    def kill(self, name: str = "agent") -> None:
+        """SIGKILL, as a crash or the kernel's OOM killer would."""
+        self._children.kill(f"{self.node}.{name}")
+
+
+def settings(node: str, directory: Path, backend: Backend) -> dict[str, Any]:
+    """The agent's settings on a lab node. Pure."""
+    return {
+        "node_name": node,
+        "run_dir": str(directory),
+        "zds_socket": str(directory / "ztunnel.sock"),
+        "metrics_address": "127.0.0.1:15014",
+        "backend": str(backend),
+        "exclude_namespaces": ["kube-system"],
+    }
+
+
+def ready(path: Path) -> bool:
+    """Whether the agent's admin socket answers GET /readyz with 200."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(2)
+        admin.connect(str(path))
+        admin.sendall(b"GET /readyz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while b"\r\n" not in answer:
+            data = admin.recv(4096)
+            if not data:
+                return False
+            answer += data
+        words = answer.split(maxsplit=2)
+        return len(words) > 1 and words[1] == b"200"
+    return False

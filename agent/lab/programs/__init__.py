@@ -1,0 +1,1 @@
+"""Programs that run inside the lab's pods. Standard library only: `python -m agent.lab.programs.NAME`."""

@@ -1,0 +1,152 @@
+"""What a lab consists of: nodes, pods, addresses, names and paths, as plain values without effects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+from agent.core.errors import SettingsError
+from agent.core.names import DATAPLANE_MODE
+
+DEFAULT_PREFIX: Final = "slulab"
+DOMAIN: Final = "lab.test"
+
+# `down` removes every namespace and file that carries the prefix, so the prefix must be one that nobody else
+# uses: it starts with "slu", holds no dash (the dash ends it), and is not the agent's own /run/sluice.
+_PREFIX = re.compile(r"slu[a-z0-9]{1,9}")
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,28}[a-z0-9])?")
+
+
+class Program(StrEnum):
+    """What runs inside a pod; `PORTS` says where it listens."""
+
+    WEB = "web"
+    ECHO = "echo"
+    IPERF = "iperf"
+    DNS = "dns"
+
+
+PORTS: Final = {Program.WEB: 80, Program.ECHO: 7000, Program.IPERF: 5201, Program.DNS: 53}
+
+
+@dataclass(frozen=True, slots=True)
+class PodSpec:
+    """One pod; a pod without programs is a client, in which others start what they need."""
+
+    node: str
+    namespace: str
+    name: str
+    enrolled: bool = False
+    programs: tuple[Program, ...] = ()
+
+    @property
+    def ref(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+    @property
+    def key(self) -> str:
+        """The name in files and network namespaces, where a slash cannot be."""
+        return f"{self.namespace}-{self.name}"
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        return {DATAPLANE_MODE: "ambient"} if self.enrolled else {}
+
+
+@dataclass(frozen=True, slots=True)
+class LabSpec:
+    """The whole lab. Raises SettingsError for what could not be built or not be told apart."""
+
+    prefix: str = DEFAULT_PREFIX
+    nodes: tuple[str, ...] = ("node1", "node2")
+    pods: tuple[PodSpec, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not _PREFIX.fullmatch(self.prefix) or self.prefix == "sluice":
+            raise SettingsError(f"lab prefix {self.prefix!r}: 'slu' and 1 to 9 of a-z, 0-9, but not 'sluice'")
+        for word in (*self.nodes, *(part for pod in self.pods for part in (pod.namespace, pod.name))):
+            if not _LABEL.fullmatch(word):
+                raise SettingsError(f"lab name {word!r}: 1 to 30 of a-z, 0-9 and inner dashes")
+        # A node's name is also that of its port on the segment's bridge.
+        if not 1 <= len(self.nodes) <= 200 or max(map(len, self.nodes)) > 15:
+            raise SettingsError("a lab has 1 to 200 nodes, with names of at most 15 characters")
+        # /run/<prefix> holds the nodes' directories beside these.
+        names = [*self.nodes, *(pod.key for pod in self.pods), "lan", "pods", "processes"]
+        if len(set(names)) != len(names):
+            raise SettingsError("lab: names of nodes and pods must differ, and not be lan, pods or processes")
+        for pod in self.pods:
+            if pod.node not in self.nodes:
+                raise SettingsError(f"lab pod {pod.ref}: no node {pod.node!r}")
+
+    def pod(self, ref: str) -> PodSpec:
+        """By NAMESPACE/NAME, or by NAME alone where that is unique."""
+        found = [pod for pod in self.pods if ref in (pod.ref, pod.name)]
+        if len(found) != 1:
+            names = ", ".join(pod.ref for pod in self.pods)
+            raise SettingsError(f"lab pod {ref!r}: {'ambiguous' if found else 'unknown'}; there are {names}")
+        return found[0]
+
+    @property
+    def lan(self) -> str:
+        return f"{self.prefix}-lan"
+
+    def netns_name(self, name: str) -> str:
+        """Of a node, or of a pod by its `key`."""
+        return f"{self.prefix}-{name}"
+
+    def netns_path(self, name: str) -> Path:
+        return Path("/run/netns", self.netns_name(name))
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("/run", self.prefix)
+
+    def node_dir(self, node: str) -> Path:
+        return self.run_dir / node
+
+    def underlay(self, node: str) -> tuple[str, str]:
+        """The node's IPv4 and IPv6 addresses on the segment, without prefix lengths."""
+        number = self.nodes.index(node) + 1
+        return f"192.0.2.{number}", f"2001:db8:1::{number:x}"
+
+    def pod_cidrs(self, node: str) -> tuple[str, str]:
+        number = self.nodes.index(node) + 1
+        return f"10.244.{number}.0/24", f"fd00:10:244:{number:x}::/64"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prefix": self.prefix,
+            "nodes": list(self.nodes),
+            "pods": [
+                {"node": p.node, "namespace": p.namespace, "name": p.name, "enrolled": p.enrolled,
+                 "programs": [str(program) for program in p.programs]}
+                for p in self.pods
+            ],
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LabSpec:
+        pods = tuple(
+            PodSpec(p["node"], p["namespace"], p["name"], p["enrolled"], tuple(map(Program, p["programs"])))
+            for p in data["pods"]
+        )
+        return cls(data["prefix"], tuple(data["nodes"]), pods)
+
+
+def default_spec(prefix: str = DEFAULT_PREFIX) -> LabSpec:
+    """The lab of the demo: three pods enrolled, one excluded, and a DNS server that is no one's business."""
+    serving = (Program.WEB, Program.ECHO)
+    return LabSpec(
+        prefix=prefix,
+        pods=(
+            PodSpec("node2", "kube-system", "dns", programs=(Program.DNS,)),
+            PodSpec("node1", "shop", "web", enrolled=True, programs=serving),
+            PodSpec("node1", "shop", "client", enrolled=True),
+            PodSpec("node2", "shop", "db", enrolled=True, programs=(*serving, Program.IPERF)),
+            PodSpec("node2", "legacy", "batch", programs=serving),
+        ),
+    )

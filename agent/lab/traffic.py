@@ -1,0 +1,80 @@
+"""Continuous traffic from a pod, and the account of where its connections went."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from agent.core.errors import SluiceError
+from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account, read_load, read_ztunnel
+from agent.lab.children import await_ready
+from agent.lab.lab import Lab
+from agent.lab.pods import Pod
+
+RATE: Final = 250.0  # new connections per second
+SETTLE_SECONDS: Final = 3.0  # for the ztunnels to write the last records
+
+
+class Traffic:
+    """One run of load.py in a pod. `targets` are `ip:port` or `[ip]:port`."""
+
+    def __init__(
+        self, lab: Lab, pod: Pod, targets: Sequence[str], *, name: str = "load", rate: float = RATE
+    ) -> None:
+        self._lab, self._pod, self._targets, self._rate = lab, pod, targets, rate
+        self._name = name
+        self.records = lab.spec.run_dir / f"{pod.spec.key}.{name}.jsonl"
+
+    def start(self) -> None:
+        """Returns once the first connections were made. Raises SluiceError when none are."""
+        argv = [sys.executable, "-m", "agent.lab.programs.load", "--rate", str(self._rate)]
+        self.records.unlink(missing_ok=True)
+        child = self._lab.pods.run(self._pod, self._name, [*argv, "--out", str(self.records), *self._targets])
+        await_ready(child, lambda: _size(self.records) > 0, 20, "making connections")
+
+    def stop(self) -> list[LoadRecord]:
+        """Ends it, waits for the connections in flight, and returns what it recorded."""
+        # Longer than load.py's own limit for a connection: cut short, it would lose records.
+        self._lab.children.end(f"{self._pod.spec.key}.{self._name}", seconds=15)
+        return self.so_far()
+
+    def so_far(self) -> list[LoadRecord]:
+        with self.records.open() as lines:
+            return list(read_load(lines))
+
+
+def relayed(lab: Lab) -> list[ZtunnelRecord]:
+    """The records of all nodes' ztunnels. Raises SluiceError when one of them had to drop some."""
+    records: list[ZtunnelRecord] = []
+    for node in lab.spec.nodes:
+        path = lab.spec.node_dir(node) / "ztunnel.jsonl"
+        if path.exists():
+            with path.open() as lines:
+                records += read_ztunnel(lines)
+    return records
+
+
+def settled(lab: Lab, load: Sequence[LoadRecord], window: tuple[float, float] | None = None) -> Account:
+    """The account once no escape is left or, if some stay, SETTLE_SECONDS later.
+
+    A ztunnel writes a record when its connection has ended, which is after the client's has. Raises
+    SluiceError when there is no load to account for: nothing escaped would then mean nothing.
+    """
+    if not load:
+        raise SluiceError("no connection was recorded: there is nothing to account for")
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        result = account(load, relayed(lab), window)
+        if not result.escaped or time.monotonic() > deadline:
+            return result
+        time.sleep(0.1)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from agent.core.errors import SluiceError
+from agent.lab.account import LoadRecord, ZtunnelRecord, account, normal, read_load, read_ztunnel
+
+TARGET = "10.244.2.3:7000"
+
+
+def load(
+    port: int, *, time: float = 1.0, ok: bool = True, error: str = "", target: str = TARGET
+) -> LoadRecord:
+    return LoadRecord(time, f"10.244.1.3:{port}", target, ok, error)
+
+
+def out(port: int, destination: str = TARGET) -> ZtunnelRecord:
+    return ZtunnelRecord("outbound", f"10.244.1.3:{port}", destination)
+
+
+def test_what_succeeded_without_an_outbound_record_escaped() -> None:
+    result = account([load(1), load(2), load(3)], [out(1), out(3)])
+    assert (result.opened, result.ok, result.escaped, result.captured_outbound) == (3, 3, 1, 2)
+    assert [record.source for record in result.examples] == ["10.244.1.3:2"]
+
+
+def test_source_and_target_must_both_match() -> None:
+    assert account([load(1)], [out(1, "10.244.2.3:80")]).escaped == 1
+
+
+def test_an_inbound_record_does_not_excuse_an_escape() -> None:
+    inbound = ZtunnelRecord("inbound", "10.244.1.3:1", TARGET)
+    result = account([load(1)], [inbound])
+    assert (result.escaped, result.captured_inbound) == (1, 1)
+
+
+def test_inbound_counts_relays_of_the_loads_pods_into_its_targets_only() -> None:
+    inbound = [
+        ZtunnelRecord("inbound", "10.244.1.3:999", TARGET),
+        ZtunnelRecord("inbound", "10.244.1.9:999", TARGET),
+        ZtunnelRecord("inbound", "10.244.1.3:999", "10.244.2.3:80"),
+    ]
+    assert account([load(1)], [out(1), *inbound]).captured_inbound == 1
+
+
+def test_inbound_relays_are_cut_to_the_window_by_their_own_time() -> None:
+    inbound = [ZtunnelRecord("inbound", "10.244.1.3:999", TARGET, time=time) for time in (1.0, 2.0, 3.0)]
+    assert account([load(1)], inbound, (2, 3)).captured_inbound == 2
+
+
+def test_failed_connections_are_counted_by_reason_and_never_escape() -> None:
+    records = [load(1, ok=False, error="timeout"), load(2, ok=False, error="timeout"), load(3, ok=False)]
+    result = account(records, [out(1)])
+    assert (result.failed, result.errors) == (3, {"timeout": 2, "unknown": 1})
+    assert (result.escaped, result.captured_outbound) == (0, 1)
+
+
+def test_a_port_used_twice_needs_two_relays() -> None:
+    assert account([load(1, time=1), load(1, time=60)], [out(1)]).escaped == 1
+    assert account([load(1, time=1), load(1, time=60)], [out(1), out(1)]).escaped == 0
+
+
+def test_a_failed_connection_does_not_use_up_the_relay_of_one_that_succeeded() -> None:
+    records = [load(1, time=1, ok=False, error="refused"), load(1, time=60)]
+    assert account(records, [out(1)]).escaped == 0
+
+
+def test_a_window_reports_what_opened_within_it_compared_over_the_whole_run() -> None:
+    records = [load(1, time=1), load(2, time=2), load(3, time=3), load(2, time=60)]
+    result = account(records, [out(1), out(2)], (2, 3))
+    assert (result.opened, result.escaped, result.captured_outbound) == (2, 1, 1)
+    assert [record.source for record in result.examples] == ["10.244.1.3:3"]
+
+
+def test_examples_are_few_and_the_earliest() -> None:
+    result = account([load(port, time=100 - port) for port in range(50)], [])
+    assert result.escaped == 50
+    assert [record.time for record in result.examples] == [51, 52, 53, 54, 55]
+
+
+def test_nothing_at_all() -> None:
+    result = account([], [])
+    assert (result.opened, result.escaped, result.examples) == (0, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "shortest"),
+    [
+        ("10.0.0.1:80", "10.0.0.1:80"),
+        ("[fd00::1]:80", "[fd00::1]:80"),
+        ("fd00:0:0::1:80", "[fd00::1]:80"),
+        ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
+        ("[FD00::0001]:80", "[fd00::1]:80"),
+        ("", ""),
+        ("web:80", "web:80"),
+    ],
+)
+def test_addresses_are_compared_in_one_form(text: str, shortest: str) -> None:
+    assert normal(text) == shortest
+
+
+def test_reads_lines_and_passes_over_what_a_kill_cut_short() -> None:
+    good = {
+        "time": 5,
+        "source": "[FD00::1]:7",
+        "target": "[fd00::2]:80",
+        "ok": True,
+        "error": "",
+        "seconds": 0.1,
+    }
+    lines = [json.dumps(good), json.dumps({"summary": 1}), "[1]", json.dumps(good)[:30]]
+    assert list(read_load(lines)) == [LoadRecord(5.0, "[fd00::1]:7", "[fd00::2]:80", True)]
+
+
+def test_reads_the_ztunnels_tcp_records() -> None:
+    tcp = {
+        "kind": "tcp",
+        "direction": "outbound",
+        "source": "10.0.0.1:5",
+        "destination": "10.0.0.2:80",
+        "bytes": 3,
+    }
+    lines = [json.dumps(tcp), json.dumps({**tcp, "kind": "dns"}), json.dumps({**tcp, "error": "reset"}), "{"]
+    assert [record.error for record in read_ztunnel(lines)] == ["", "reset"]
+
+
+def test_a_ztunnel_that_dropped_records_cannot_prove_anything() -> None:
+    with pytest.raises(SluiceError, match="dropped 7 records"):
+        list(read_ztunnel(['{"kind":"lost","count":7}']))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("1970-01-01T00:01:00.500000Z", 60.5), (60.5, 60.5), (None, 0.0), ("soon", 0.0)],
+)
+def test_reads_when_the_ztunnel_took_a_connection(time: object, seconds: float) -> None:
+    line = json.dumps({"kind": "tcp", "direction": "inbound", "source": "", "destination": "", "time": time})
+    assert [record.time for record in read_ztunnel([line])] == [seconds]
