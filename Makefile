@@ -1,0 +1,66 @@
+# Sluice: every target says what it does, is safe to repeat, and fails with one clear line.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+ROOT = @[ "$$(id -u)" = 0 ] || { echo "make $@: not root; it makes network namespaces. Try: sudo make $@" >&2; exit 1; }
+
+.PHONY: help setup plugin demo lab test check unit fuzz netns e2e bench clean lock
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup:  ## install what is needed: Debian packages, .venv from locked versions, the CNI plugin
+	@tools/setup
+
+plugin:  ## build the CNI plugin alone
+	@$(MAKE) -s -C cni_plugin
+
+demo: setup  ## the main job with real traffic, shown and proven; leaves nothing behind (root)
+	$(ROOT)
+	@$(PYTHON) -m agent lab demo
+
+lab: setup  ## a lab to explore; remove it with: .venv/bin/sluice lab down (root)
+	$(ROOT)
+	@$(PYTHON) -m agent lab up
+
+check: setup  ## lint, types, import contracts, unit, golden, contract and scenario tests; no root needed
+	@echo "check: ruff, mypy, import contracts"
+	@$(PYTHON) -m ruff check agent tests
+	@$(PYTHON) -m ruff format --check -q agent || { echo "check: run .venv/bin/ruff format agent" >&2; exit 1; }
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-cache | tail -n 4
+	@$(PYTEST) -q tests/unit tests/golden tests/contract tests/scenario
+
+fuzz: setup  ## Hypothesis on every parser of foreign input
+	@$(PYTEST) -q tests/fuzz
+
+netns: setup  ## real packets in network namespaces (root)
+	$(ROOT)
+	@$(PYTEST) -q tests/netns
+
+e2e: setup  ## the agent, the proxy and the plugin together, broken on purpose; then the demo (root)
+	$(ROOT)
+	@$(PYTEST) -q tests/e2e
+
+test: setup  ## everything that one machine can run (root)
+	$(ROOT)
+	@echo "test: lint, types, import contracts"
+	@$(PYTHON) -m ruff check agent tests
+	@$(PYTHON) -m ruff format --check -q agent || { echo "test: run .venv/bin/ruff format agent" >&2; exit 1; }
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports --no-cache | tail -n 4
+	@echo "test: unit, golden, contract, scenario, fuzz, netns and e2e tiers"
+	@$(PYTEST) tests
+	@$(PYTHON) -m agent lab demo --prefix sludemo
+
+bench: setup  ## medians of what the design promises (root)
+	$(ROOT)
+	@$(PYTHON) -m tests.bench
+
+lock:  ## write requirements.lock anew (needs uv)
+	@tools/lock
+
+clean:  ## remove what the other targets made in this directory
+	@$(MAKE) -s -C cni_plugin clean
+	@rm -rf .venv build sluice.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
