@@ -1,0 +1,102 @@
+"""The ztunnel process: its parts joined, and its end.
+
+On SIGTERM another instance is normally there already and gets all new connections (see listeners). This one
+goes on accepting for OVERLAP_SECONDS, for handshakes that were begun with it, then closes its listeners, lets
+what is under way run out, and ends. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import resource
+import signal
+from dataclasses import dataclass
+
+from agent.core import names
+from agent.ztunnel.client import Client
+from agent.ztunnel.pod import Engine
+from agent.ztunnel.poller import Deadlines, Poller
+from agent.ztunnel.records import Records
+from agent.ztunnel.workload import Workload
+from agent.ztunnel.workloads import Workloads
+
+OVERLAP_SECONDS = 1.0
+_LOOK_SECONDS = 0.05
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ZtunnelSettings:
+    """`records`: a path, "-" for standard output, "" for none. Times in seconds."""
+
+    zds_socket: str = names.ZDS_SOCKET
+    records: str = "-"
+    drain_seconds: float = 5.0
+    dns_seconds: float = 5.0
+    connect_seconds: float = 10.0
+
+
+def main(settings: ZtunnelSettings) -> int:
+    """Runs until told to end by SIGTERM or SIGINT. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s ztunnel %(message)s")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return asyncio.run(_serve(settings))
+
+
+class _Ending:
+    """Counts the signals that ask to end."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.asked, self.urgent = asyncio.Event(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signal)
+
+    def _signal(self) -> None:
+        (self.urgent if self.asked.is_set() else self.asked).set()
+
+    async def pause(self, seconds: float) -> None:
+        """Returns earlier when it became urgent."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.urgent.wait(), seconds)
+
+
+async def _serve(settings: ZtunnelSettings) -> int:
+    loop = asyncio.get_running_loop()
+    ending = _Ending(loop)
+    engine = Engine(
+        Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
+        Records(loop, settings.records),
+    )  # fmt: skip
+    workloads = Workloads(loop, functools.partial(Workload, engine))
+    agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())
+    asked = asyncio.create_task(ending.asked.wait())
+    # A defect that ends the client must end the process: without the agent's word it would serve stale pods.
+    await asyncio.wait((asked, agent), return_when=asyncio.FIRST_COMPLETED)
+    log.info("ending: %d pods", len(workloads.running))
+    workloads.leaving = True
+    await ending.pause(OVERLAP_SECONDS)
+    await _drain(list(workloads.running.values()), settings.drain_seconds, ending)
+    failed = agent.done()
+    agent.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await agent
+    workloads.close()
+    for part in (engine.connects, engine.queries, engine.records, engine.poller):
+        part.close()
+    return 1 if failed else 0
+
+
+async def _drain(workloads: list[Workload], seconds: float, ending: _Ending) -> None:
+    for workload in workloads:
+        workload.stop_listening()
+    loop = asyncio.get_running_loop()
+    until = loop.time() + seconds
+    while any(workload.pod.live for workload in workloads):
+        if loop.time() >= until or ending.urgent.is_set():
+            return
+        await ending.pause(_LOOK_SECONDS)

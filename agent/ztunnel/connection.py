@@ -1,0 +1,171 @@
+"""One proxied TCP connection: found out where it goes, connected, relayed, recorded.
+
+`client` is the accepted socket, `server` the one we open. Outbound, the server is anywhere; inbound, it is
+the application in the same pod, which must see the client's own address. Whatever breaks on one side is
+passed on as a reset to the other, so that neither takes a failure for an orderly end.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from enum import Enum
+
+from agent.core.errors import SluiceError
+from agent.ztunnel import original, poller
+from agent.ztunnel.original import Address
+from agent.ztunnel.pod import Pod, now
+from agent.ztunnel.relay import Half
+from agent.ztunnel.upstream import reset
+
+_CLOSE = {
+    errno.ECONNREFUSED: "refused",
+    errno.ETIMEDOUT: "timeout",
+    errno.ECONNRESET: "reset",
+    errno.EPIPE: "reset",
+    errno.ENOTCONN: "reset",
+}
+# What refuses the client's address, not the connection: the application then sees ours; the record says so.
+_NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
+
+
+class Direction(Enum):
+    OUTBOUND = "outbound"
+    INBOUND = "inbound"
+
+
+class Connection:
+    """Lives from `open` until it has been recorded; keeps itself in `pod.live` for so long."""
+
+    __slots__ = (
+        "_began", "_client", "_destination", "_direction", "_done", "_down", "_note", "_pod", "_server",
+        "_source", "_up", "_via",
+    )  # fmt: skip
+
+    def __init__(self, pod: Pod, direction: Direction, client: socket.socket, peer: Address) -> None:
+        """Takes over `client`, which must be non-blocking; `peer` is its peer as accept said."""
+        self._pod, self._direction, self._client = pod, direction, client
+        self._source = original.plain(peer)
+        self._destination: Address | None = None
+        self._server: socket.socket | None = None
+        self._up: Half | None = None  # client to server; None while connecting
+        self._down: Half | None = None
+        self._via: Address | None = None  # the address that the server sees
+        self._began = now()
+        self._note = ""
+        self._done = False
+
+    def open(self) -> None:
+        """Starts to connect. Failure is recorded and shown to the client, never raised."""
+        self._pod.live.add(self)
+        try:
+            self._connect()
+        except OSError as error:
+            self._fail(error)
+        except SluiceError as error:
+            self._end("error", str(error))
+
+    def expire(self) -> None:
+        if self._up is None and not self._done:
+            self._end("timeout", "connect timed out")
+
+    def abort(self) -> None:
+        if not self._done:
+            self._end("drained", "")
+
+    def _connect(self) -> None:
+        destination = self._destination = original.original_destination(self._client, self._source)
+        if original.is_own(destination, self._client):
+            self._end("refused", "the destination is a port of ztunnel itself")
+            return
+        self._server = self._reach(destination)
+        self._pod.engine.poller.add(self._server.fileno(), self._server_event)
+        self._pod.engine.connects.add(self)
+
+    def _reach(self, destination: Address) -> socket.socket:
+        upstream = self._pod.upstream
+        if self._direction is Direction.INBOUND:
+            try:
+                return upstream.connect_as(self._source, destination)
+            except OSError as error:
+                if error.errno not in _NO_SOURCE:
+                    raise
+                self._note = f"source address not preserved: {error.strerror}"
+        return upstream.connect(destination)
+
+    def _server_event(self, mask: int) -> None:
+        if self._down is not None and self._up is not None:
+            self._event(mask, self._down, self._up)
+        else:
+            self._connected(mask)
+
+    def _client_event(self, mask: int) -> None:
+        if self._down is not None and self._up is not None:
+            self._event(mask, self._up, self._down)
+
+    def _connected(self, mask: int) -> None:
+        server = self._server
+        if server is None or not mask & (poller.WRITE | poller.END):
+            return
+        failed = server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed:
+            self._fail(OSError(failed, os.strerror(failed)))
+            return
+        self._pod.engine.connects.settle(self)
+        self._via = server.getsockname()
+        self._up, self._down = Half(self._client, server), Half(server, self._client)
+        # The request is usually here already: pass it on before the first event of the client tells of it.
+        self._event(mask | poller.READ & ~poller.END, self._down, self._up)
+        self._pump(self._up)
+        if not self._done:
+            self._pod.engine.poller.add(self._client.fileno(), self._client_event)
+
+    def _event(self, mask: int, reads: Half, writes: Half) -> None:
+        """`reads` takes from the socket that reported `mask`, `writes` gives to it."""
+        if mask & poller.READ and not reads.finished:
+            if mask & poller.END:
+                reads.ended = True
+            self._pump(reads)
+        if mask & poller.WRITE and writes.buffered and not self._done:
+            self._pump(writes)
+        if mask & poller.ERROR and not self._done:
+            # Nobody was reading when the reset came: stalled, or after the FIN.
+            failed = reads.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
+            self._fail(OSError(failed, os.strerror(failed)))
+
+    def _pump(self, half: Half) -> None:
+        if self._done:
+            return
+        try:
+            more = half.pump()
+        except OSError as error:
+            self._fail(error)
+            return
+        if more:
+            self._pod.engine.poller.loop.call_soon(self._pump, half)
+        elif self._up is not None and self._down is not None and self._up.finished and self._down.finished:
+            self._end("fin", "")
+
+    def _fail(self, error: OSError) -> None:
+        close = _CLOSE.get(error.errno or 0, "error")
+        self._end(close, error.strerror or str(error))
+
+    def _end(self, close: str, error: str) -> None:
+        self._done = True
+        shut = socket.socket.close if close == "fin" else reset
+        loop = self._pod.engine.poller
+        for end in (self._client, self._server):
+            if end is not None:
+                loop.remove(end.fileno())
+                shut(end)
+        for half in (self._up, self._down):
+            if half is not None:
+                half.close()
+        self._pod.engine.connects.settle(self)
+        self._pod.live.discard(self)
+        self._pod.record(
+            "tcp", self._direction.value, self._began, self._source, self._destination,
+            self._up.moved if self._up else 0, self._down.moved if self._down else 0,
+            close, "; ".join(filter(None, (error, self._note))), self._via,
+        )  # fmt: skip

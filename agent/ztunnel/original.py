@@ -1,0 +1,63 @@
+"""Where a captured connection was going, and addresses as people read them."""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+from agent.core import names
+
+# (host, port) for IPv4, (host, port, flow, scope) for IPv6; v4-mapped addresses always as IPv4.
+Address = tuple[str, int] | tuple[str, int, int, int]
+
+SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; the same number at level IPV6
+OWN_PORTS = frozenset((names.OUTBOUND_PORT, names.INBOUND_PORT, names.HBONE_PORT, names.DNS_PORT))
+_MAPPED = "::ffff:"
+
+
+def plain(address: Address) -> Address:
+    """IPv4 for a v4-mapped address, anything else as it is."""
+    host = address[0]
+    if len(address) == 4 and host.startswith(_MAPPED) and "." in host:
+        return host[len(_MAPPED) :], address[1]
+    return address
+
+
+def text(address: Address) -> str:
+    """ip:port, [v6]:port."""
+    return f"{address[0]}:{address[1]}" if len(address) == 2 else f"[{address[0]}]:{address[1]}"
+
+
+def original_destination(accepted: socket.socket, peer: Address) -> Address:
+    """The destination before redirection: from conntrack, else the accepted socket's own address.
+
+    `peer` is its peer's address after `plain`. Raises OSError when the connection is gone already.
+    """
+    try:
+        if len(peer) == 2:
+            return parse_ipv4(accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16))
+        return parse_ipv6(accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28))
+    except OSError:
+        # No entry (or no conntrack at all): redirected without NAT, or not redirected.
+        local: Address = plain(accepted.getsockname())
+        return local
+
+
+def parse_ipv4(sockaddr: bytes) -> Address:
+    """struct sockaddr_in."""
+    return socket.inet_ntop(socket.AF_INET, sockaddr[4:8]), struct.unpack_from(">H", sockaddr, 2)[0]
+
+
+def parse_ipv6(sockaddr: bytes) -> Address:
+    """struct sockaddr_in6: family, port, flow, 16 bytes of address, scope in host order."""
+    port: int = struct.unpack_from(">H", sockaddr, 2)[0]
+    scope: int = struct.unpack_from("=I", sockaddr, 24)[0]
+    return socket.inet_ntop(socket.AF_INET6, sockaddr[8:24]), port, 0, scope
+
+
+def is_own(destination: Address, accepted: socket.socket) -> bool:
+    """Whether connecting there would come back to a listener of ours in this pod, and so for ever."""
+    if destination[1] not in OWN_PORTS:
+        return False
+    host = destination[0]
+    return host == "::1" or host.startswith("127.") or host == plain(accepted.getsockname())[0]

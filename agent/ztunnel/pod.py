@@ -1,0 +1,55 @@
+"""What every connection of one pod shares."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from agent.ztunnel.original import Address
+from agent.ztunnel.poller import Deadlines, Poller
+from agent.ztunnel.records import Record, Records
+from agent.ztunnel.upstream import Upstream
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What all pods share. `connects` and `queries` bound how long an upstream may be silent."""
+
+    poller: Poller
+    connects: Deadlines
+    queries: Deadlines
+    records: Records
+
+
+class Live(Protocol):
+    """A connection or query that is under way."""
+
+    def abort(self) -> None:
+        """Ends it now, as drained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """`name` is namespace/name; `live` is what is under way."""
+
+    uid: str
+    name: str
+    engine: Engine
+    upstream: Upstream
+    live: set[Live] = field(default_factory=set)
+
+    def record(
+        self, kind: str, direction: str, began: tuple[float, float], source: Address,
+        destination: Address | None, sent: int, received: int, close: str, error: str, via: Address | None = None,
+    ) -> None:
+        """`began` is what `now` gave at the start."""
+        self.engine.records.add(Record(
+            began[0], kind, direction, self.name, self.uid, source, destination, sent, received,
+            time.monotonic() - began[1], close, error, via,
+        ))  # fmt: skip
+
+
+def now() -> tuple[float, float]:
+    """(wall clock, monotonic clock): the first says when, the second how long."""
+    return time.time(), time.monotonic()

@@ -1,0 +1,100 @@
+"""Readiness and deadlines for thousands of sockets, at one system call per socket.
+
+asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every change of interest. Here a socket
+is registered once, edge-triggered, for everything; the epoll descriptor itself is what asyncio watches. With
+it a reset is seen even while nobody wants to read, because the kernel always reports errors.
+
+Nothing may be registered while a batch of events runs: a descriptor closed in the batch could come back as
+another socket and get its predecessor's events. Accepting is therefore left to asyncio's own readers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import select
+from collections.abc import Callable
+from typing import Protocol
+
+READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+END = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+WRITE = select.EPOLLOUT
+ERROR = select.EPOLLERR
+
+Handler = Callable[[int], None]
+
+
+class Poller:
+    """Calls a handler with the event mask at each edge. One thread, bound to one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Handler] = {}
+        loop.add_reader(self._epoll.fileno(), self._run)
+
+    def add(self, fd: int, handler: Handler) -> None:
+        """The first call comes soon, with what holds already. Raises OSError when out of memory."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+        self._handlers[fd] = handler
+
+    def remove(self, fd: int) -> None:
+        """Call right before closing `fd`, which is what takes it out of the kernel's set."""
+        self._handlers.pop(fd, None)
+
+    def close(self) -> None:
+        self.loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _run(self) -> None:
+        handlers = self._handlers
+        for fd, mask in self._epoll.poll(0, 256):
+            handler = handlers.get(fd)
+            if handler is None:
+                continue
+            try:
+                handler(mask)
+            except Exception as error:  # noqa: BLE001 - one connection's defect must not lose the others' edges
+                self.loop.call_exception_handler({"message": "ztunnel: event handler", "exception": error})
+
+
+class Waiting(Protocol):
+    """Something that gives up when it has waited too long."""
+
+    def expire(self) -> None:
+        """Called once, unless `Deadlines.settle` came first."""
+
+
+class Deadlines:
+    """One timer for all that wait equally long: what came first expires first."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._loop, self._seconds = loop, seconds
+        self._queue: dict[Waiting, float] = {}  # in the order of their deadlines
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, waiting: Waiting) -> None:
+        due = self._loop.time() + self._seconds
+        self._queue[waiting] = due
+        if self._timer is None:
+            self._timer = self._loop.call_at(due, self._expire)
+
+    def settle(self, waiting: Waiting) -> None:
+        """It waits no longer. Without this, all connections of the last seconds would be kept in memory."""
+        self._queue.pop(waiting, None)
+
+    def close(self) -> None:
+        self._queue.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _expire(self) -> None:
+        now, self._timer = self._loop.time(), None
+        late = list(itertools.takewhile(lambda waiting: self._queue[waiting] <= now, self._queue))
+        for waiting in late:
+            del self._queue[waiting]
+        for first in self._queue.values():
+            self._timer = self._loop.call_at(first, self._expire)
+            break
+        for waiting in late:
+            waiting.expire()

@@ -1,0 +1,132 @@
+"""One JSON line per connection and per DNS query, written together and never in traffic's way.
+
+Lines are held for at most FLUSH_SECONDS. A pipe whose reader is slow is written only as far as it has room,
+in pieces that fit; beyond HELD_BYTES new lines are dropped, counted, and the count is a line of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import select
+import stat
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from agent.ztunnel.original import Address, text
+
+FLUSH_SECONDS = 0.1
+HELD_BYTES = 16 << 20
+PIECE = select.PIPE_BUF  # a pipe that polls writable takes this much without blocking
+
+log = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """`started` in seconds since 1970; `close`: fin, reset, refused, timeout, error or drained.
+
+    `via` is the address from which the proxy spoke to the destination: what joins the records of two proxies
+    on one way, since conntrack may have given the client another source port.
+    """
+
+    started: float
+    kind: str
+    direction: str
+    pod: str
+    uid: str
+    source: Address
+    destination: Address | None
+    sent: int
+    received: int
+    seconds: float
+    close: str
+    error: str
+    via: Address | None = None
+
+    def line(self) -> bytes:
+        value = self._asdict()
+        started = datetime.fromtimestamp(value.pop("started"), UTC)
+        value["source"] = text(self.source)
+        value["destination"] = text(self.destination) if self.destination else ""
+        value["via"] = text(self.via) if self.via else ""
+        value["seconds"] = round(self.seconds, 6)
+        time = started.isoformat(timespec="microseconds").replace("+00:00", "Z")
+        return json.dumps({"time": time, **value}, separators=(",", ":")).encode() + b"\n"
+
+
+class Records:
+    """Writes to `path`; "-" is standard output, "" nowhere. Never raises because of what it writes to."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
+        self._loop, self._path = loop, path
+        self._fd, self._pipe = -1, False
+        self._waiting: list[Record] = []
+        self._held = bytearray()
+        self._lost = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._complained = False
+
+    def add(self, record: Record) -> None:
+        if not self._path:
+            return
+        self._waiting.append(record)
+        if self._timer is None:
+            self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        self._timer = None
+        waiting, self._waiting = self._waiting, []
+        for record in waiting:
+            if len(self._held) < HELD_BYTES:
+                self._held += record.line()
+            else:
+                self._lost += 1
+        try:
+            self._write()
+            self._complained = False
+        except OSError as error:
+            self._failed(error)
+        if self._held:
+            self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
+
+    def close(self) -> None:
+        """Writes what it can; only then is what is left lost."""
+        self.flush()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._shut()
+
+    def _write(self) -> None:
+        if self._fd < 0:
+            self._open()
+        room = select.poll()
+        room.register(self._fd, select.POLLOUT)
+        while self._held:
+            if self._pipe and not room.poll(0):
+                return
+            del self._held[: os.write(self._fd, self._held[:PIECE] if self._pipe else self._held)]
+            if self._lost and len(self._held) < HELD_BYTES:
+                self._held += json.dumps({"kind": "lost", "count": self._lost}).encode() + b"\n"
+                self._lost = 0
+
+    def _open(self) -> None:
+        if self._path == "-":
+            self._fd = os.dup(1)
+        else:
+            # O_NONBLOCK: opening a FIFO without a reader must fail, not wait.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            self._fd = os.open(self._path, flags, 0o640)
+        self._pipe = not stat.S_ISREG(os.fstat(self._fd).st_mode)
+
+    def _shut(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _failed(self, error: OSError) -> None:
+        if not self._complained:  # once, not ten times a second
+            log.error("records %s: %s; kept and tried again, traffic goes on", self._path, error.strerror)
+        self._complained = True
+        self._shut()

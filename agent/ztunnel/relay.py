@@ -1,0 +1,99 @@
+"""One direction of a connection: bytes from one socket to another, without losing any.
+
+Short exchanges are copied once through a buffer. What fills the buffer is a stream, and from then on bytes
+move by splice through a pipe, without coming to user space. Reading happens only while the pipe is empty: so
+EAGAIN always means that the source has nothing, and a slow reader stops its sender (back-pressure).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+
+CHUNK = 16 << 10  # must fit into a fresh pipe (64 KiB) beside nothing else
+PIPE_SIZE = 1 << 20
+ROUNDS = 8  # then others get their turn
+_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+class Half:
+    """Moves bytes from `source` to `sink`, both non-blocking. Owns its pipe, not the sockets."""
+
+    __slots__ = ("buffered", "ended", "finished", "moved", "pipe", "sink", "source")
+
+    def __init__(self, source: socket.socket, sink: socket.socket) -> None:
+        self.source, self.sink = source, sink
+        self.pipe: tuple[int, int] | None = None
+        self.buffered = 0  # bytes in the pipe
+        self.moved = 0  # bytes handed to the sink
+        self.ended = False  # a FIN is known to be in the source's queue, or has been read
+        self.finished = False  # the FIN has been passed on
+
+    def pump(self) -> bool:
+        """Moves what can be moved now; True when there may be more: call again soon. Raises OSError."""
+        for _ in range(ROUNDS):
+            if self.buffered and not self._drain():
+                return False
+            if not (self._fill() if self.pipe is None else self._fill_pipe()):
+                return False
+        return True
+
+    def close(self) -> None:
+        if self.pipe is not None:
+            os.close(self.pipe[0])
+            os.close(self.pipe[1])
+            self.pipe = None
+
+    def _fill(self) -> bool:
+        """Whether to go on. A short read means an empty queue (epoll(7)), unless a FIN is behind it."""
+        try:
+            data = self.source.recv(CHUNK)
+        except BlockingIOError:
+            return False
+        if not data:
+            return self._finish()
+        try:
+            sent = self.sink.send(data)
+        except BlockingIOError:
+            sent = 0
+        self.moved += sent
+        if sent < len(data):
+            self.buffered = os.write(self._open_pipe(), memoryview(data)[sent:])
+            return True
+        if len(data) == CHUNK:
+            self._open_pipe()
+            return True
+        return self.ended
+
+    def _fill_pipe(self) -> bool:
+        assert self.pipe is not None
+        try:
+            self.buffered = os.splice(self.source.fileno(), self.pipe[1], PIPE_SIZE, flags=_FLAGS)
+        except BlockingIOError:
+            return False
+        return True if self.buffered else self._finish()
+
+    def _drain(self) -> bool:
+        """Whether the pipe is empty now. False: the sink is full and its next edge will call."""
+        assert self.pipe is not None
+        try:
+            while self.buffered:
+                count = os.splice(self.pipe[0], self.sink.fileno(), self.buffered, flags=_FLAGS)
+                self.buffered -= count
+                self.moved += count
+        except BlockingIOError:
+            return False
+        return True
+
+    def _finish(self) -> bool:
+        self.ended = self.finished = True
+        self.sink.shutdown(socket.SHUT_WR)
+        return False
+
+    def _open_pipe(self) -> int:
+        self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # the limit for unprivileged pipes; a smaller one is only slower
+            fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)
+        return self.pipe[1]

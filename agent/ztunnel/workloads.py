@@ -1,0 +1,135 @@
+"""The pods that the agent has handed over, kept in step with what it says. What the receiver of ZDS must do.
+
+A pod whose start failed is refused (the agent marks it pending) and still tried again every RETRY_SECONDS:
+the cause is often another ztunnel or a process that is just leaving the port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from agent.core.errors import ProtocolError, SluiceError, ZtunnelError
+from agent.kernel.netns import Netns
+from agent.zds.messages import Add, Delete, Keep, Request, SnapshotSent
+
+RETRY_SECONDS = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Running(Protocol):
+    """A started pod."""
+
+    @property
+    def netns(self) -> Netns:
+        """Its namespace, owned by it."""
+
+    def close(self) -> None:
+        """Ends it at once."""
+
+
+Started = TypeVar("Started", bound=Running)
+
+
+class Workloads(Generic[Started]):
+    """`running` and `pending` by pod UID; `snapshot` the UIDs named so far, None when it is complete."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[Add, Netns], Started]) -> None:
+        """`start` raises OSError or SluiceError when the pod cannot be started."""
+        self._loop, self._start = loop, start
+        self.running: dict[str, Started] = {}
+        self.pending: dict[str, tuple[Add, Netns]] = {}
+        self._snapshot: set[str] | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self.leaving = False  # this process is about to end: no new pods
+
+    def connected(self) -> None:
+        """A new connection to the agent: it will name every pod again."""
+        self._snapshot = set()
+        for uid in tuple(self.pending):
+            self._forget(uid)
+
+    def handle(self, request: Request, netns: Netns | None) -> None:
+        """Does what is asked; takes over `netns`. Raises SluiceError with the words for the agent."""
+        match request:
+            case Add():
+                assert netns is not None
+                self._add(request, netns)
+            case Keep(uid):
+                if self._snapshot is None:
+                    raise ProtocolError("ZDS: KeepWorkload after SnapshotSent")
+                self._snapshot.add(uid)
+            case Delete(uid):
+                if self._snapshot is not None:
+                    self._snapshot.discard(uid)
+                self._forget(uid)
+                self._stop(uid)
+            case SnapshotSent():
+                self._complete()
+
+    def close(self) -> None:
+        for uid in tuple(self.pending):
+            self._forget(uid)
+        for uid in tuple(self.running):
+            self._stop(uid)
+
+    def _add(self, add: Add, netns: Netns) -> None:
+        if self.leaving:
+            netns.close()
+            raise ZtunnelError("this ztunnel is about to end")
+        if self._snapshot is not None:
+            self._snapshot.add(add.uid)
+        self._forget(add.uid)
+        known = self.running.get(add.uid)
+        if known is not None:
+            if _same(known.netns, netns):
+                netns.close()
+                return
+            self._stop(add.uid)
+        if words := self._try(add, netns):
+            raise ZtunnelError(words)
+
+    def _try(self, add: Add, netns: Netns) -> str:
+        """Why the pod did not start; empty when it did."""
+        try:
+            self.running[add.uid] = self._start(add, netns)
+        except (OSError, SluiceError) as error:
+            self.pending[add.uid] = (add, netns)
+            if self._retry is None:
+                self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
+            log.warning("pod %s/%s not started: %s", add.namespace, add.name, error)
+            return f"{add.namespace}/{add.name}: {error}"
+        log.info("pod %s/%s started", add.namespace, add.name)
+        return ""
+
+    def _try_again(self) -> None:
+        self._retry = None
+        pending, self.pending = self.pending, {}
+        for add, netns in pending.values():
+            self._try(add, netns)
+
+    def _complete(self) -> None:
+        if self._snapshot is None:
+            raise ProtocolError("ZDS: a second SnapshotSent")
+        named, self._snapshot = self._snapshot, None
+        for uid in self.running.keys() - named:
+            self._stop(uid)
+
+    def _forget(self, uid: str) -> None:
+        if found := self.pending.pop(uid, None):
+            found[1].close()
+        if not self.pending and self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+
+    def _stop(self, uid: str) -> None:
+        if found := self.running.pop(uid, None):
+            found.close()
+            log.info("pod %s stopped", uid)
+
+
+def _same(one: Netns, other: Netns) -> bool:
+    return (one.id.device, one.id.inode) == (other.id.device, other.id.inode)
