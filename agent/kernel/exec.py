@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -12,6 +13,14 @@ from agent.core.errors import CommandError
 
 # Debian keeps nft and iptables in sbin, which is not on the PATH of every service manager.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+_recent: deque[int] = deque(maxlen=64)
+
+
+def is_ours(pid: int) -> bool:
+    """Whether a process is or lately was one that this process started and waited for."""
+    return pid in _recent
 
 
 class Enterable(Protocol):
@@ -43,6 +52,7 @@ def run(
     try:
         # Forked by this thread while it is inside, so the program needs no helper to get there.
         process = begin() if within is None else within.call(begin)
+        _recent.append(process.pid)
     except OSError as error:
         raise CommandError(f"{full[0]}: {error.strerror}") from error
     with process:

@@ -21,6 +21,7 @@ from typing import Any, Final
 from agent.core.errors import SluiceError
 
 EXAMPLES: Final = 5
+NEAR_SECONDS: Final = 1.0  # a client's opening and its proxy's taking of it are never farther apart
 
 Key = tuple[str, str]
 
@@ -83,7 +84,7 @@ def account(
     everything, relays = list(load), list(ztunnel)
     targets = {record.target for record in everything}
     hosts = {_host(record.source) for record in everything}
-    fates = _fates(everything, _as_seen(relays))
+    fates = _fates(everything, relays)
     first, last = window or (-math.inf, math.inf)
     seen = [(record, captured) for record, captured in fates if first <= record.time <= last]
     escaped = [record for record, captured in seen if record.ok and not captured]
@@ -101,34 +102,45 @@ def account(
     )
 
 
-def _as_seen(relays: list[ZtunnelRecord]) -> Counter[Key]:
-    """Outbound relays as their servers saw them: (peer, destination). An enrolled server sees its own proxy."""
+def _as_seen(relays: list[ZtunnelRecord]) -> dict[Key, deque[ZtunnelRecord]]:
+    """Outbound relays by how their servers saw them: (peer, destination). An enrolled server sees its own proxy."""
     inbound: dict[Key, deque[str]] = {}
-    for record in sorted(relays, key=lambda r: r.time):
+    for record in relays:
         if record.direction == "inbound":
             inbound.setdefault((record.source, record.destination), deque()).append(record.via)
-    seen: Counter[Key] = Counter()
-    for record in sorted(relays, key=lambda r: r.time):
+    seen: dict[Key, deque[ZtunnelRecord]] = {}
+    for record in relays:
         if record.direction == "outbound":
             arrived = inbound.get((record.via, record.destination))
-            seen[arrived.popleft() if arrived else record.via, record.destination] += 1
+            peer = arrived.popleft() if arrived else record.via
+            seen.setdefault((peer, record.destination), deque()).append(record)
     return seen
 
 
-def _fates(load: list[LoadRecord], relayed: Counter[Key]) -> list[tuple[LoadRecord, bool]]:
-    """Each record with whether a relay is left for it.
+def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[LoadRecord, bool]]:
+    """Each record with whether a relay is left for it; no relay serves two.
 
     Of one key's records the successful ones come first: one that failed may never have reached the ztunnel,
-    and must not use up the relay of one that did.
+    and must not use up the relay of one that did. What is left over is matched by pod, target and time:
+    conntrack at the server's end may have changed the port by which the two proxies' records meet.
     """
-    left = relayed.copy()
-    fates = []
+    seen = _as_seen(sorted(relays, key=lambda r: r.time))
+    fates, unmatched = [], []
     for record in sorted(load, key=lambda r: (not r.ok, r.time)):
-        key = (record.seen_peer, record.target)
-        captured = left[key] > 0
-        if captured:
-            left[key] -= 1
-        fates.append((record, captured))
+        if left := seen.get((record.seen_peer, record.target)):
+            left.popleft()
+            fates.append((record, True))
+        else:
+            unmatched.append(record)
+    spare: dict[Key, list[ZtunnelRecord]] = {}
+    for relay in (relay for left in seen.values() for relay in left):
+        spare.setdefault((_host(relay.source), relay.destination), []).append(relay)
+    for record in unmatched:
+        near = spare.get((_host(record.source), record.target), [])
+        match = next((r for r in near if abs(r.time - record.time) <= NEAR_SECONDS), None)
+        if match is not None:
+            near.remove(match)
+        fates.append((record, match is not None))
     return fates
 
 
@@ -154,9 +166,7 @@ def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
     """
     for data in _objects(lines):
         if data.get("kind") == "lost":
-            raise SluiceError(
-                f"the ztunnel dropped {data.get('count')} records: escapes cannot be told from them"
-            )
+            raise SluiceError(f"the ztunnel dropped {data.get('count')} records: escapes cannot be told from them")
         if data.get("kind") == "tcp":
             yield ZtunnelRecord(
                 direction=str(data.get("direction", "")),

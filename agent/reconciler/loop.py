@@ -82,7 +82,8 @@ class Reconciler:
         """The pod is due now; `cause` names who changed something in its namespace."""
         entry = self._entries.setdefault(uid, _Entry())
         if cause:
-            entry.cause, entry.noticed = cause, entry.noticed or time.monotonic()
+            # The first one: what follows may be others reacting to it.
+            entry.cause, entry.noticed = entry.cause or cause, entry.noticed or time.monotonic()
         self._schedule.wake(uid, time.monotonic())
         self._wakeup.set()
 

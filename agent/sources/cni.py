@@ -148,7 +148,7 @@ class CniService:
 def _pod(request: CniRequest) -> Pod:
     """Runtimes other than Kubernetes' give no UID or namespace: the container's id has to do."""
     return Pod(
-        uid=request.pod_uid or request.container_id,
+        uid=request.pod_uid or request.container_id[:128],
         namespace=request.pod_namespace or "default",
         name=request.pod_name or request.container_id,
         netns_path=request.netns,

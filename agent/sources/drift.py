@@ -1,17 +1,18 @@
 """Drift as the kernel tells it: nf_tables notifications in every captured pod's namespace.
 
 A notification wakes the pod's reconciliation and names the process that committed the change. Our own
-commits are known by the port of the pod's socket. What is missed here is found by the periodic verification.
+commits are known by the port of the pod's socket, those of iptables-restore by its process id. What is
+missed here is found by the periodic verification.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 
 from agent.core import netlink
 from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.kernel import exec
 from agent.kernel.netlink import NetlinkSocket
 from agent.kernel.podnetns import PodNetns
 
@@ -50,7 +51,7 @@ class DriftWatcher:
             while True:
                 for message in netlink.messages(sock.socket.recv(1 << 16)):
                     if message.kind == NEWGEN and message.port != ours:
-                        cause = _culprit(message.body)
+                        cause = cause or _culprit(message.body)
         except BlockingIOError:
             pass
         except OSError:
@@ -60,8 +61,10 @@ class DriftWatcher:
 
 
 def _culprit(body: bytes) -> str:
+    """Who committed, as "nft[4711]"; "" when it was a program that we started."""
     parts = dict(netlink.attributes(body[4:]))
-    with contextlib.suppress(IndexError):
-        name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
-        return f"{name or 'unknown'}[{int.from_bytes(parts.get(2, b''))}]"
-    return "unknown"
+    pid = int.from_bytes(parts.get(2, b""))
+    if exec.is_ours(pid):
+        return ""
+    name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+    return f"{name or 'unknown'}[{pid}]"

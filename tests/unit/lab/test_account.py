@@ -10,14 +10,31 @@ from agent.lab.account import LoadRecord, ZtunnelRecord, account, normal, read_l
 TARGET = "10.244.2.3:7000"
 
 
-def load(
-    port: int, *, time: float = 1.0, ok: bool = True, error: str = "", target: str = TARGET
-) -> LoadRecord:
-    return LoadRecord(time, f"10.244.1.3:{port}", target, ok, error)
+LONG_AGO = -1000.0  # too far off to be matched by time alone
 
 
-def out(port: int, destination: str = TARGET) -> ZtunnelRecord:
-    return ZtunnelRecord("outbound", f"10.244.1.3:{port}", destination)
+def load(port: int, *, time: float = 1.0, ok: bool = True, error: str = "", target: str = TARGET) -> LoadRecord:
+    """The server saw the proxy, on a port of its own that goes with the client's."""
+    return LoadRecord(time, f"10.244.1.3:{port}", target, ok, error, f"10.244.1.3:{port + 10000}" if ok else "")
+
+
+def out(port: int, destination: str = TARGET, *, time: float = LONG_AGO) -> ZtunnelRecord:
+    return ZtunnelRecord("outbound", f"10.244.1.3:{port}", destination, "", time, f"10.244.1.3:{port + 10000}")
+
+
+def test_an_enrolled_servers_proxy_is_followed_back_to_the_clients() -> None:
+    arrived = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", LONG_AGO, "10.244.1.3:777")
+    seen = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:777")
+    assert account([seen], [out(1), arrived]).escaped == 0
+    assert account([seen], [arrived]).escaped == 1, "captured only at the server's end"
+
+
+def test_a_port_that_conntrack_changed_is_made_up_for_by_time() -> None:
+    changed = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:777")
+    assert account([changed], [out(5, time=1.2)]).escaped == 0
+    assert account([changed], [out(5, time=9.0)]).escaped == 1
+    assert account([changed, changed], [out(5, time=1.2)]).escaped == 1, "no relay serves two"
+    assert account([changed], [out(5, "10.244.2.3:80", time=1.2)]).escaped == 1
 
 
 def test_what_succeeded_without_an_outbound_record_escaped() -> None:
@@ -26,7 +43,7 @@ def test_what_succeeded_without_an_outbound_record_escaped() -> None:
     assert [record.source for record in result.examples] == ["10.244.1.3:2"]
 
 
-def test_source_and_target_must_both_match() -> None:
+def test_peer_and_target_must_both_match() -> None:
     assert account([load(1)], [out(1, "10.244.2.3:80")]).escaped == 1
 
 
@@ -54,7 +71,7 @@ def test_failed_connections_are_counted_by_reason_and_never_escape() -> None:
     records = [load(1, ok=False, error="timeout"), load(2, ok=False, error="timeout"), load(3, ok=False)]
     result = account(records, [out(1)])
     assert (result.failed, result.errors) == (3, {"timeout": 2, "unknown": 1})
-    assert (result.escaped, result.captured_outbound) == (0, 1)
+    assert (result.escaped, result.captured_outbound) == (0, 0)
 
 
 def test_a_port_used_twice_needs_two_relays() -> None:
@@ -111,7 +128,7 @@ def test_reads_lines_and_passes_over_what_a_kill_cut_short() -> None:
         "seconds": 0.1,
     }
     lines = [json.dumps(good), json.dumps({"summary": 1}), "[1]", json.dumps(good)[:30]]
-    assert list(read_load(lines)) == [LoadRecord(5.0, "[fd00::1]:7", "[fd00::2]:80", True)]
+    assert list(read_load(lines)) == [LoadRecord(5.0, "[fd00::1]:7", "[fd00::2]:80", True, seconds=0.1)]
 
 
 def test_reads_the_ztunnels_tcp_records() -> None:
