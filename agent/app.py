@@ -122,6 +122,8 @@ class Agent:
         for note in self.state.load():
             self.namespaces.restore(note)
             self.table.seen(note.pod)
+            if note.captured:
+                self.zds.expect(note.pod.uid)
             self.reconciler.wake(note.pod.uid)
 
     def _parts(self) -> list[Any]:

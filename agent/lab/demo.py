@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from agent.core.text import pairs, table
@@ -78,52 +79,90 @@ def _pods(lab: Lab, check: Checks) -> None:
     check("three pods are captured, one is excluded", states == wanted, "" if states == wanted else states)
 
 
+# Who calls whom, and where a ztunnel has to take it: legacy/batch is not enrolled, so nothing is at its end.
+_CALLS = (
+    ("shop/client", "shop/web", ("outbound", "inbound")),
+    ("shop/client", "shop/db", ("outbound", "inbound")),
+    ("shop/db", "shop/web", ("outbound", "inbound")),
+    ("shop/client", "legacy/batch", ("outbound",)),
+    ("legacy/batch", "shop/web", ("inbound",)),
+    ("legacy/batch", "legacy/batch", ()),
+)
+_CURL = "%{size_request} %{size_header} %{size_download} %{time_total}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One connection as its client saw it: bytes by direction and seconds."""
+
+    source: str
+    target: str
+    address: str
+    sent: int
+    received: int
+    seconds: float
+
+
 def _connections(lab: Lab, check: Checks) -> None:
     _title("Traffic on one node and between nodes: HTTP over IPv4 and IPv6, then one second of iperf3")
-    pods = lab.pods.up()
-    for source, target in (
-        ("shop/client", "shop/web"),
-        ("shop/client", "shop/db"),
-        ("shop/db", "shop/web"),
-        ("shop/client", "legacy/batch"),
-        ("legacy/batch", "shop/web"),
-        ("legacy/batch", "legacy/batch"),
-    ):
-        for family in (4, 6):
-            lab.exec(source, ["curl", "-sS", "-m", "5", f"http://{pods[target].address(Program.WEB, family)}/"])
-    lab.exec("shop/client", ["iperf3", "-c", pods["shop/db"].ipv4, "-t", "1", "-J"])
-    records = _await_records(lab, lambda found: sum(r["destination"].endswith(":5201") for r in found) >= 4)
-    rows = [_row(lab, record) for record in records if record["kind"] == "tcp"]
-    header = ("SOURCE", "DESTINATION", "AT", "CAPTURED", "SENT", "RECEIVED", "MS", "CLOSED")
-    print(table(header, sorted(rows)))
-    print("  (legacy/batch is excluded: what it sends and is sent shows up only at the captured end)")
-    seen = {(row[0].split(" ")[0], row[1].split(" ")[0], row[2]) for row in rows}
-    for source, target, directions in (
-        ("shop/client", "shop/web", "both"),
-        ("shop/client", "shop/db", "both"),
-        ("shop/db", "shop/web", "both"),
-        ("shop/client", "legacy/batch", "outbound"),
-        ("legacy/batch", "shop/web", "inbound"),
-        ("legacy/batch", "legacy/batch", "neither"),
-    ):
-        found = {at for s, t, at in seen if (s, t) == (source, target)}
-        wanted = {"both": {"outbound", "inbound"}, "neither": set()}.get(directions, {directions})
-        check(f"{source} to {target} is captured {directions}", found == wanted, sorted(found) or "not seen")
-    sent = sum(r["sent"] for r in records if r["destination"].endswith(":5201") and r["direction"] == "outbound")
-    check("iperf3's stream went through the proxy", sent > 1_000_000, f"{sent / 1e6:.0f} MB")
-
-
-def _row(lab: Lab, record: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        _named(lab, record["source"], port=False),
-        _named(lab, record["destination"], port=True),
-        record["direction"],
-        "no" if record["error"] else "yes",
-        str(record["sent"]),
-        str(record["received"]),
-        f"{record['seconds'] * 1e3:.1f}",
-        record["close"],
+    calls = [_http(lab, source, target, family) for source, target, _ in _CALLS for family in (4, 6)]
+    bulk = _iperf(lab)
+    expected = sum(2 * len(ends) for _, _, ends in _CALLS) + 4  # iperf3 opens two connections
+    records = _await_records(lab, lambda found: len(found) >= expected)
+    rows = [_row(lab, call, _ends(lab, call, records)) for call in (*calls, bulk)]
+    header = ("SOURCE", "DESTINATION", "ADDRESS", "CAPTURED", "SENT", "RECEIVED", "MS")
+    print(table(header, rows))
+    for source, target, ends in _CALLS:
+        mine = [call for call in calls if (call.source, call.target) == (source, target)]
+        found = [tuple(sorted(_ends(lab, call, records))) for call in mine]
+        where = " and ".join(ends) or "nowhere"
+        check(f"{source} to {target}: captured {where}", found == [tuple(sorted(ends))] * 2)
+    same = all(
+        (record["sent"], record["received"]) == (call.sent, call.received)
+        for call in calls
+        for record in _ends(lab, call, records).values()
     )
+    check("the proxies counted the bytes that the clients counted", same)
+    relayed = max((r["sent"] for r in _matching(lab, bulk, records, "outbound")), default=0)
+    check("iperf3's stream went through the proxy", relayed >= bulk.sent > 0, f"{relayed / 1e6:.0f} MB")
+
+
+def _http(lab: Lab, source: str, target: str, family: int) -> _Call:
+    address = lab.pods.require(target).address(Program.WEB, family)
+    argv = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", _CURL, f"http://{address}/"]
+    sent, head, body, seconds = lab.exec(source, argv).stdout.split()
+    return _Call(source, target, address, int(sent), int(head) + int(body), float(seconds))
+
+
+def _iperf(lab: Lab) -> _Call:
+    pod = lab.pods.require("shop/db")
+    report = json.loads(lab.exec("shop/client", ["iperf3", "-c", pod.ipv4, "-t", "1", "-J"]).stdout)
+    total = report["end"]["sum_received"]
+    address = pod.address(Program.IPERF)
+    return _Call("shop/client", "shop/db", address, total["bytes"], 0, total["seconds"])
+
+
+def _ends(lab: Lab, call: _Call, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Direction -> record, for each end at which a ztunnel took this call."""
+    found = {d: _matching(lab, call, records, d) for d in ("outbound", "inbound")}
+    return {direction: matching[-1] for direction, matching in found.items() if matching}
+
+
+def _matching(lab: Lab, call: _Call, records: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
+    source = lab.pods.require(call.source)
+    return [
+        record
+        for record in records
+        if record["direction"] == direction
+        and record["destination"] == call.address
+        and record["source"].rpartition(":")[0].strip("[]") in (source.ipv4, source.ipv6)
+    ]
+
+
+def _row(lab: Lab, call: _Call, ends: dict[str, dict[str, Any]]) -> tuple[object, ...]:
+    captured = " and ".join(ends) or "no"
+    ms = f"{call.seconds * 1e3:.1f}"
+    return call.source, call.target, call.address, captured, call.sent, call.received, ms
 
 
 def _named(lab: Lab, address: str, *, port: bool) -> str:

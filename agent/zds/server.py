@@ -19,7 +19,7 @@ from agent.core.pods import Pod
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.unixsocket import listen, peer
 from agent.zds import messages
-from agent.zds.messages import Add, Delete, SnapshotSent
+from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
 log = logging.getLogger("sluice.zds")
 
@@ -33,11 +33,12 @@ class Offer:
 
 
 class Connection:
-    """One ztunnel. `acked` holds what it acknowledged, by UID."""
+    """One ztunnel. `acked` holds what it acknowledged, by UID; `kept` the UIDs it was told to keep as they are."""
 
     def __init__(self, sock: socket.socket, seconds: float, pid: int) -> None:
         self.socket, self.seconds, self.pid = sock, seconds, pid
         self.acked: dict[str, Offer] = {}
+        self.kept: set[str] = set()
         self.closed = False
         self._turn = asyncio.Lock()
         self._answer: asyncio.Future[bytes] | None = None
@@ -105,6 +106,7 @@ class ZdsServer:
         """`changed` is called with a UID that was (un)acknowledged, or None when that may concern any."""
         self.path, self.seconds, self._changed = path, seconds, changed
         self._offers: dict[str, Offer] = {}
+        self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
 
     @property
@@ -129,10 +131,15 @@ class ZdsServer:
         finally:
             listener.close()
 
+    def expect(self, uid: str) -> None:
+        """A predecessor captured this pod and we have not looked at it yet: no ztunnel may drop it meanwhile."""
+        self._expected.add(uid)
+
     async def publish(self, pod: Pod, target: PodNetns) -> None:
         offer = Offer(Add(pod.uid, pod.name, pod.namespace, pod.service_account), target)
         if self._offers.get(pod.uid) != offer:
             self._offers[pod.uid] = offer
+            self._expected.discard(pod.uid)
         if not self._connections:
             raise ZtunnelError(f"no ztunnel is connected to {self.path}; is it running on this node?")
         newest = self._connections[-1]
@@ -141,8 +148,12 @@ class ZdsServer:
 
     async def withdraw(self, uid: str) -> None:
         self._offers.pop(uid, None)
+        self._expected.discard(uid)
         for connection in list(self._connections):
-            if connection.acked.pop(uid, None) is not None:
+            known = uid in connection.kept or uid in connection.acked
+            connection.kept.discard(uid)
+            connection.acked.pop(uid, None)
+            if known:
                 try:
                     await connection.ask(Delete(uid))
                 except ZtunnelError as error:
@@ -178,6 +189,10 @@ class ZdsServer:
 
     async def _snapshot(self, connection: Connection) -> None:
         try:
+            for uid in list(self._expected):
+                if uid in self._expected:
+                    connection.kept.add(uid)
+                    await connection.ask(Keep(uid))
             for uid in list(self._offers):
                 offer = self._offers.get(uid)
                 if offer is None or connection.acked.get(uid) == offer:
