@@ -6,7 +6,7 @@ import logging
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.gc_collector import GCCollector
@@ -17,6 +17,9 @@ from agent.core.pods import Pod
 from agent.core.status import State
 
 log = logging.getLogger("sluice.reconciler")
+
+
+_SHOWN = 3  # differences in one log line; `sluice explain` has all of them
 
 
 class _Pods(Collector):
@@ -39,6 +42,7 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self, states: Callable[[], Iterable[State]], ztunnels: Callable[[], int]) -> None:
+        disable_created_metrics()  # a second series for each, which nobody asks for
         self.registry = r = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
@@ -72,13 +76,15 @@ class Metrics:
         self.applied_total.labels(layer).inc()
         if cause:
             self.drift.labels(layer, "changed").inc()
-        words = "; ".join(differences) or "took over the ownership"
+        shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
+        words = "; ".join(shown) or "ownership taken over, or empty tables removed"
         by = f" after a change by {cause}" if cause else ""
         log.info("pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, words)
 
     def failed(self, pod: Pod, error: Exception) -> None:
         self.failures.inc()
-        log.error("pod %s: %s", pod.key, error)
+        script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
+        log.error("pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
 
     def passed(self, pod: Pod, seconds: float) -> None:
         self.reconcile.observe(seconds)

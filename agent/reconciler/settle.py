@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from agent.backends.base import Backend
-from agent.core.errors import KernelError, StaleError
+from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import PodNetns
 
@@ -38,7 +38,8 @@ def settle(
 ) -> Settled:
     """Makes `want` true in the active layers, then removes the retired ones; `want` None removes all.
 
-    Blocking; for a worker thread. Raises KernelError or CommandError; what was applied until then stays.
+    Blocking; for a worker thread. Raises KernelError or CommandError, with the script that was refused as a
+    note; what was applied until then stays.
     """
     done = Settled()
     layers = [(backend, want) for backend in (active if want else reversed(active))]
@@ -59,6 +60,9 @@ def _layer(backend: Backend, target: PodNetns, want: Redirect | None, done: Sett
                 backend.apply(unit, plan)
             except StaleError:
                 continue  # somebody changed something in between: look again
+            except SluiceError as error:
+                error.add_note(str(plan))
+                raise
             done.applied.append(Applied(backend.name, str(plan), differences))
     words = "; ".join(differences) or "somebody keeps changing it"
     raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)

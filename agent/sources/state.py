@@ -7,6 +7,7 @@ noted: a path may lead to another namespace by then, device and inode numbers ar
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from agent.core.errors import SluiceError
 from agent.core.pods import UID, Pod
 from agent.kernel.netns import NetnsId, unpin
 
@@ -90,19 +90,38 @@ def _encode(note: Note) -> dict[str, Any]:
 
 
 def _decode(data: dict[str, Any]) -> Note:
+    """Raises ValueError, KeyError or TypeError: anything that `save` would not have written."""
     if data["version"] != 1:
-        raise SluiceError(f"unknown version {data['version']!r}")
-    known = {field.name: field for field in fields(Pod)}
+        raise ValueError(f"unknown version {data['version']!r}")
+    known = {field.name: str(field.type) for field in fields(Pod)}
     given = data["pod"]
     if not UID.fullmatch(given["uid"]):
         raise ValueError("its UID is not one")
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"unknown key {name!r}")
-        expected = {"tuple[str, ...]": list, "bool": bool, "str": str}.get(str(known[name].type), dict)
-        if not isinstance(value, expected):
+        if not _is(known[name], value):
             raise ValueError(f"{name} is of another type")
+    for address in given.get("addresses", ()):
+        ipaddress.ip_address(address)
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    pod = Pod(**facts)
-    netns = NetnsId(**{k: int(v) for k, v in data["netns"].items()}) if data["netns"] else None
-    return Note(pod, bool(data["captured"]), netns)
+    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]))
+
+
+def _is(kind: str, value: object) -> bool:
+    match kind:
+        case "tuple[str, ...]":
+            return isinstance(value, list) and all(isinstance(item, str) for item in value)
+        case "bool":
+            return isinstance(value, bool)
+        case "str":
+            return isinstance(value, str)
+    return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+
+
+def _netns(given: object) -> NetnsId | None:
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise ValueError("netns is of another type")
+    return NetnsId(**{key: int(number) for key, number in given.items()})
