@@ -72,7 +72,7 @@ class Agent:
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node)
-        self._started = False
+        self._synced = False  # once true it stays so: a new pod is no reason to be unready
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
@@ -95,7 +95,7 @@ class Agent:
 
     def readiness(self) -> tuple[str, str]:
         """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
-        if not self._started or not self.reconciler.synced:
+        if not self._synced:
             return "it is still looking at the pods that were here before", ""
         if not self.zds.connections:
             return "", f"no ztunnel is connected to {self.settings.zds_socket}"
@@ -132,18 +132,16 @@ class Agent:
         if self.settings.metrics_address:
             parts.append(self._tcp())
         if self.settings.static_pods:
-            parts.append(self._static())
+            parts.append(self.static.run())
         return parts
 
     async def _ready(self) -> None:
-        self._started = True
+        if self.settings.static_pods:
+            await self.static.load()
         while not self.reconciler.synced:
             await self.reconciler.progressed()
+        self._synced = True
         log.info("ready: %d pods, backend %s (%s)", len(self.table), self.choice.name, self.choice.reason)
-
-    async def _static(self) -> None:
-        await self.static.load()
-        await self.static.run()
 
     async def _admin(self) -> None:
         server = await asyncio.start_unix_server(

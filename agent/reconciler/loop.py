@@ -17,7 +17,7 @@ from typing import TypeVar
 from agent.backends.base import Backend
 from agent.backends.choose import Choice
 from agent.core.desired import Decision, decide
-from agent.core.errors import PodGoneError, SluiceError, ZtunnelError
+from agent.core.errors import PodGoneError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
@@ -51,6 +51,8 @@ class _Entry:
     noticed: float = 0.0
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
+    # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Reconciler:
@@ -135,27 +137,31 @@ class Reconciler:
         finally:
             for task in tasks:
                 task.cancel()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            # What is being applied is finished first: afterwards the sockets are closed.
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     async def _pass(self, uid: str) -> None:
         entry = self._entries.setdefault(uid, _Entry())
         waiters, entry.waiters = entry.waiters, []
         started = time.monotonic()
         pod = self.table.get(uid)
-        ok = True
-        if pod is None or uid in self._gone:
-            await self._release(uid)
-        else:
-            ok = await self._try(pod, entry)
-            self._journal.passed(pod, time.monotonic() - started)
-        delay = self._schedule.ended(uid, time.monotonic(), ok=ok)
-        if not ok:
-            entry.status = replace(entry.status, retry=delay)
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(entry.status)
-        self._progress.set()
-        self._wakeup.set()
+        ok = False
+        try:
+            if pod is None or uid in self._gone:
+                await self._release(uid)
+                ok = True
+            else:
+                ok = await self._try(pod, entry)
+                self._journal.passed(pod, time.monotonic() - started)
+        finally:
+            delay = self._schedule.ended(uid, time.monotonic(), ok=ok)
+            if not ok:
+                entry.status = replace(entry.status, retry=delay)
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(entry.status)
+            self._progress.set()
+            self._wakeup.set()
 
     async def _try(self, pod: Pod, entry: _Entry) -> bool:
         decision = decide(pod, self.settings)
@@ -173,22 +179,28 @@ class Reconciler:
             return True
         except ZtunnelError as error:
             entry.status = self._status(entry, State.PENDING, decision, error)
-        except (SluiceError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - one pod's failure, whatever it is, never stops another
             entry.status = self._status(entry, State.FAILED, decision, error)
             self._journal.failed(pod, error)
         return False
 
     async def _enrol(self, pod: Pod, entry: _Entry, decision: Decision, redirect: Redirect) -> None:
-        target = await self._thread(lambda: self._namespaces.resolve(pod))
-        await self._thread(lambda: self._namespaces.remember(pod, captured=True))
-        self._watcher.watch(pod.uid, target)
-        retired = () if entry.cleaned else self.choice.retired
-        started = entry.noticed or time.monotonic()
-        want, done = await self._thread(lambda: self._apply(target, redirect, retired))
+        async with entry.lock:
+            target = await self._thread(lambda: self._find(pod))
+            self._watcher.watch(pod.uid, target)
+            retired = () if entry.cleaned else self.choice.retired
+            started = entry.noticed or time.monotonic()
+            want, done = await self._thread(lambda: self._apply(target, redirect, retired))
         self._note(pod, entry, want, done, time.monotonic() - started)
         entry.cleaned, entry.want = True, want
         await self._publisher.publish(pod, target)
         entry.status = self._status(entry, State.ENABLED, decision)
+
+    def _find(self, pod: Pod) -> PodNetns:
+        """Noted and pinned before anything is changed: a crash at any later point finds its way back."""
+        target = self._namespaces.resolve(pod)
+        self._namespaces.remember(pod, captured=True)
+        return target
 
     def _apply(
         self, target: PodNetns, redirect: Redirect, retired: tuple[Backend, ...]
@@ -199,10 +211,10 @@ class Reconciler:
     async def _exclude(self, pod: Pod, entry: _Entry, decision: Decision) -> None:
         """Only rules that we put there are removed: another agent may rule over a pod that is not ours."""
         if self._namespaces.was_captured(pod.uid):
-            target = await self._thread(lambda: self._namespaces.resolve(pod))
             layers = (*self.choice.active, *self.choice.retired)
             started = time.monotonic()
-            done = await self._thread(lambda: settle(target, None, layers))
+            async with entry.lock:
+                done = await self._thread(lambda: settle(self._namespaces.resolve(pod), None, layers))
             self._note(pod, entry, None, done, time.monotonic() - started)
             self._watcher.unwatch(pod.uid)
             await self._publisher.withdraw(pod.uid)
@@ -228,14 +240,15 @@ class Reconciler:
         decision = decide(pod, self.settings)
         if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
             return {}
-        target = await self._thread(lambda: self._namespaces.resolve(pod))
         redirect = decision.redirect
 
         def compare() -> dict[str, tuple[tuple[str, ...], str]]:
+            target = self._namespaces.resolve(pod)
             want = redirect.within(ipv6=target.has_ipv6()) if redirect else None
             return verify(target, want, self.choice.active, self.choice.retired)
 
-        return await self._thread(compare)
+        async with self._entries.setdefault(pod.uid, _Entry()).lock:
+            return await self._thread(compare)
 
     def _note(self, pod: Pod, entry: _Entry, want: Redirect | None, done: Settled, seconds: float) -> None:
         drifted = entry.want is not None and entry.want == want
