@@ -17,6 +17,7 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
 from agent.lab.account import account
+from agent.lab.children import await_ready
 from agent.lab.conflist import address_dir
 from agent.lab.lab import Lab, down
 from agent.lab.topology import LabSpec, PodSpec, Program, default_spec
@@ -168,6 +169,8 @@ def test_two_labs_side_by_side_and_down_leaves_nothing_of_one(lab: Lab) -> None:
     other.up(agents=False, sluice=False)
     try:
         stranger = other.pods.run(other.pods.require("web"), "sleep", ["sleep", "1000"])
+        inside = Path(f"/proc/{stranger.pid}/comm")  # nsenter's until it has entered and run the program
+        await_ready(stranger, lambda: inside.read_text() == "sleep\n", 10, "sleeping")
         # A record that is lost, as of a process that was started just when `up` was interrupted.
         (other.spec.run_dir / "processes" / f"{stranger.name}.json").unlink()
         pids = nodes.processes_inside(nodes.namespaces(OTHER))

@@ -13,7 +13,21 @@ import pytest
 from agent.ztunnel import records as module
 from agent.ztunnel.records import Record, Records
 
-ONE = Record(0.25, "tcp", "outbound", "shop/web", "u", ("10.0.0.1", 5), ("fd00::1", 80, 0, 0), 3, 4, 0.5, "fin", "")
+ONE = Record(
+    0.25,
+    "tcp",
+    "outbound",
+    "shop/web",
+    "u",
+    ("10.0.0.1", 5),
+    ("fd00::1", 80, 0, 0),
+    3,
+    4,
+    0.5,
+    "fin",
+    "",
+    ("10.0.0.1", 6),
+)
 
 
 @pytest.fixture
@@ -27,7 +41,7 @@ def test_a_line() -> None:
     assert json.loads(ONE.line()) == {
         "time": "1970-01-01T00:00:00.250000Z", "kind": "tcp", "direction": "outbound", "pod": "shop/web", "uid": "u",
         "source": "10.0.0.1:5", "destination": "[fd00::1]:80", "sent": 3, "received": 4, "seconds": 0.5,
-        "close": "fin", "error": "",
+        "close": "fin", "error": "", "via": "10.0.0.1:6",
     }  # fmt: skip
 
 
@@ -49,9 +63,7 @@ def test_a_missing_folder_that_appears(loop: asyncio.AbstractEventLoop, tmp_path
     assert path.read_bytes() == ONE.line()
 
 
-def test_a_pipe_nobody_reads(
-    loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pipe_nobody_reads(loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HELD_BYTES", 200_000)
     path = tmp_path / "fifo"
     os.mkfifo(path)
