@@ -1,0 +1,31 @@
+"""The rules of every variant as text. SLUICE_GOLDEN=write writes them anew; read the difference then."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from agent.cli.rules import render
+from agent.core.redirect import Redirect
+
+DATA = Path(__file__).parent / "data"
+VARIANTS = {
+    "default": Redirect(),
+    "no-dns": Redirect(dns=False),
+    "no-ipv6": Redirect(ipv6=False),
+    "ingress-only": Redirect(ingress_only=True),
+    "virtual-interfaces": Redirect(virtual_interfaces=("eth1", "k6t-eth0")),
+    "own-probe-addresses": Redirect(probe_ipv4="192.0.2.7", probe_ipv6="2001:db8::7"),
+}
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rendered_rules(backend: str, variant: str) -> None:
+    text = "".join(f"# {program}\n{script}\n" for program, script in render(backend, VARIANTS[variant]).items())
+    path = DATA / f"{backend}.{variant}.txt"
+    if os.environ.get("SLUICE_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()

@@ -1,0 +1,65 @@
+"""A pod's namespace for tests of rules: made, entered by handle, dumped, removed; and both choices of backend."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.backends.base import Backend
+from agent.backends.iptables.backend import IptablesBackend
+from agent.backends.nftables.backend import NftablesBackend
+from agent.backends.routing import RoutingBackend
+from agent.kernel.exec import run
+from agent.kernel.netns import Netns
+from agent.kernel.podnetns import PodNetns
+
+CHOICES = ("nftables", "iptables")
+
+
+def layers(name: str) -> tuple[Backend, ...]:
+    """The layers of one choice; nftables with owned tables where the kernel has them."""
+    nftables = NftablesBackend()
+    assert nftables.probe().ok
+    return (RoutingBackend(), nftables if name == "nftables" else IptablesBackend())
+
+
+class Pod:
+    """A network namespace with a handle as the agent holds one."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.path = name, Path("/run/netns", name)
+        self.target = PodNetns(Netns.open(self.path))
+
+    def sh(self, script: str, *, check: bool = True) -> str:
+        return run(["sh", "-c", script], netns=self.path, check=check).stdout
+
+    def reopen(self) -> None:
+        """As a new agent would: its predecessor's sockets are gone."""
+        self.target.close()
+        self.target = PodNetns(Netns.open(self.path))
+
+    def dump(self) -> str:
+        """Everything that capture may touch, without counters."""
+        text = self.sh(
+            "nft list ruleset; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
+        )
+        text = re.sub(r"packets \d+ bytes \d+", "packets N bytes N", text)
+        return re.sub(r" # handle \d+| # progname \w+", "", text)
+
+
+@contextlib.contextmanager
+def pod(name: str = "slu-tt-pod") -> Iterator[Pod]:
+    unique = f"{name}-{os.getpid()}"
+    run(["ip", "netns", "add", unique])
+    try:
+        run(["ip", "link", "set", "lo", "up"], netns=Path("/run/netns", unique))
+        made = Pod(unique)
+        try:
+            yield made
+        finally:
+            made.target.close()
+    finally:
+        run(["ip", "netns", "del", unique], check=False)
