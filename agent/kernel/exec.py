@@ -65,8 +65,10 @@ def run(
             raise
     done = subprocess.CompletedProcess(full, process.returncode, out, err)
     if check and done.returncode:
-        words = (done.stderr or done.stdout).strip().splitlines()
-        raise CommandError(f"{' '.join(full)}: {words[-1] if words else f'exit {done.returncode}'}")
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        # nft says what is wrong first and underlines it last; most others end with it.
+        words = next((line for line in lines if "rror" in line), lines[-1] if lines else f"exit {done.returncode}")
+        raise CommandError(f"{' '.join(full)}: {words}")
     return done
 
 
