@@ -1,0 +1,1 @@
+"""What the design promises, measured: `python -m tests.bench`. Nothing here is a test; nothing here asserts."""

@@ -1,0 +1,172 @@
+"""The agent with many pods: from start to ready, its memory, and what one pod costs in-process."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from support.node import PLUGIN, FakeZtunnel, Node, NodePod, ip, node, until
+
+from agent.backends.base import Backend as Mechanism
+from agent.backends.iptables.backend import IptablesBackend
+from agent.backends.nftables.backend import NftablesBackend
+from agent.backends.routing import RoutingBackend
+from agent.core.redirect import Redirect
+from agent.kernel.exec import run
+from agent.kernel.netns import Netns
+from agent.kernel.podnetns import PodNetns
+from agent.lab.processes import ready
+from agent.reconciler.settle import settle, verify
+from tests.bench.measure import Row, memory, spawn
+
+PODS = 250  # for which the design names its aims
+
+
+class Acknowledger(threading.Thread):
+    """A ztunnel that takes everything and comes back whenever the agent does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(daemon=True)
+        self._path, self._ending = path, threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self._ending.wait(0.005):
+            try:
+                link = FakeZtunnel(self._path)
+            except OSError:
+                continue
+            while not link.ended.wait(0.02):
+                if self._ending.is_set():
+                    link.close()
+
+    def close(self) -> None:
+        self._ending.set()
+        self.join()
+
+
+def many_pods(prefix: str, runs: int, count: int, sampled: int) -> Iterator[Row]:
+    with node(prefix) as here:
+        pods = _pods(here, count)
+        here.start()
+        ztunnel = Acknowledger(here.run_dir / "ztunnel.sock")
+        until(lambda: here.ask("/v1/status")["ztunnel_connections"], "the acknowledger")
+        socket_path = here.run_dir / "cni.sock"
+
+        def add(pod: NodePod) -> float:
+            return spawn([str(PLUGIN)], json.dumps(pod.config(socket_path)).encode(), pod.environment("ADD"))
+
+        for pod in pods:
+            add(pod)
+        yield from _starts(here, pods, runs)
+        ztunnel.close()
+        here.processes.end()
+        yield from per_pod(pods[:sampled])
+
+
+def _pods(here: Node, count: int) -> list[NodePod]:
+    """Namespaces with an address each, on no network: nothing is sent here."""
+    pods = []
+    for number in range(1, count + 1):
+        title = here.spec.netns_name(f"many{number}")
+        run(["ip", "netns", "add", title])
+        pod = NodePod(Path("/run/netns", title), number, f"many{number}")
+        ip(title, "link set lo up", "link add eth0 type veth peer name eth1", f"address add {pod.ipv4}/24 dev eth0",
+           f"address add {pod.ipv6}/64 dev eth0 nodad", "link set eth0 up", "link set eth1 up")  # fmt: skip
+        pods.append(pod)
+    return pods
+
+
+def _starts(here: Node, pods: Sequence[NodePod], runs: int) -> Iterator[Row]:
+    unchanged, gone, resident, proportional = [], [], [], []
+    for _ in range(runs):
+        unchanged.append(_start(here, len(pods), lambda: None))
+        found = memory(_pid(here))
+        resident.append(found["Rss"])
+        proportional.append(found["Pss"])
+    for _ in range(runs):
+        gone.append(_start(here, len(pods), lambda: _each(pods, _clear)))
+
+    def aim(value: float) -> float | None:
+        return value if len(pods) == PODS else None
+
+    yield Row(f"agent start to ready, {len(pods)} pods, nothing to change", "s", unchanged, aim(1.0))
+    yield Row(f"agent start to ready, {len(pods)} pods, all rules gone", "s", gone, aim(1.5))
+    yield Row(f"agent, resident memory with {len(pods)} pods", "MB", resident, aim(70.0))
+    yield Row(f"agent, proportional memory with {len(pods)} pods", "MB", proportional)
+
+
+def _start(here: Node, count: int, before: Callable[[], None]) -> float:
+    """Seconds from the start of the process to /readyz 200; then waits for every pod."""
+    here.processes.end()
+    before()
+    admin = here.run_dir / "agent.sock"
+    argv_log = here.run_dir / "agent.log"
+    started = time.perf_counter()
+    child = here.children.start("node1.agent", agent_argv(here), here.netns, argv_log)
+    while not ready(admin):
+        if not child.alive:
+            raise RuntimeError(child.tail())
+        time.sleep(0.02)  # each question costs the agent a millisecond of what is measured
+    seconds = time.perf_counter() - started
+    until(lambda: here.ask("/v1/status")["pods"] == {"enabled": count}, "every pod is enabled", 60)
+    return seconds
+
+
+def agent_argv(here: Node) -> list[str]:
+    return [sys.executable, "-m", "agent", "agent", "--config", str(here.run_dir / "sluice.yaml")]
+
+
+def _pid(here: Node) -> int:
+    child = here.children.get("node1.agent")
+    if child is None:
+        raise RuntimeError("the agent is gone")
+    return child.pid
+
+
+def _each(pods: Sequence[NodePod], work: Callable[[PodNetns], None]) -> None:
+    def one(pod: NodePod) -> None:
+        target = PodNetns(Netns.open(pod.netns))
+        try:
+            work(target)
+        finally:
+            target.close()
+
+    with ThreadPoolExecutor(8) as pool:  # closing an nf_tables socket waits, so several at a time
+        list(pool.map(one, pods))
+
+
+def _clear(target: PodNetns) -> None:
+    settle(target, None, (RoutingBackend(), NftablesBackend(), IptablesBackend()))
+
+
+def per_pod(pods: Sequence[NodePod]) -> Iterator[Row]:
+    """Milliseconds of this process for one pod, one after the other."""
+    want = Redirect()
+    targets = [PodNetns(Netns.open(pod.netns)) for pod in pods]
+    nftables = NftablesBackend()
+    nftables.probe()
+    try:
+        for name, backend in (("nftables", nftables), ("iptables", IptablesBackend())):
+            layers: tuple[Mechanism, ...] = (RoutingBackend(), backend)
+            for target in targets:
+                _clear(target)
+            applied = [_timed(partial(settle, target, want, layers)) for target in targets]
+            compared = [_timed(partial(verify, target, want, layers)) for target in targets]
+            yield Row(f"one pod in-process, {name}: apply and read back", "ms", applied)
+            yield Row(f"one pod in-process, {name}: read and compare", "ms", compared)
+    finally:
+        for target in targets:
+            target.close()
+
+
+def _timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) * 1e3

@@ -1,0 +1,114 @@
+"""Whatever happens to the agents, no connection of an enrolled pod escapes or fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent.kernel.exec import run
+from agent.lab import ask
+from agent.lab.account import account
+from agent.lab.lab import Lab, down
+from agent.lab.processes import Backend, NodeProcesses
+from agent.lab.topology import LabSpec, PodSpec, Program
+from agent.lab.traffic import Traffic, relayed, settled
+
+pytestmark = pytest.mark.root
+PREFIX, RATE, CALM = "sluee", 150.0, 0.4
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    down(PREFIX)
+    echo = (Program.ECHO,)
+    pods = (
+        PodSpec("node1", "shop", "web", enrolled=True, programs=echo),
+        PodSpec("node1", "shop", "client", enrolled=True),
+        PodSpec("node2", "shop", "db", enrolled=True, programs=echo),
+        PodSpec("node2", "legacy", "batch", programs=echo),
+    )
+    lab = Lab(LabSpec(PREFIX, ("node1", "node2"), pods))
+    lab.up()
+    try:
+        yield lab
+    finally:
+        lab.down()
+
+
+def restart(node: NodeProcesses) -> None:
+    node.end()
+    node.start_agent()
+
+
+def kill(node: NodeProcesses) -> None:
+    node.kill()
+    node.start_agent()
+
+
+def switch(backend: Backend) -> Callable[[NodeProcesses], None]:
+    def to(node: NodeProcesses) -> None:
+        node.configure(backend)
+        restart(node)
+
+    return to
+
+
+def test_no_connection_escapes_or_fails(lab: Lab) -> None:
+    up = lab.pods.up()
+    servers = ("shop/web", "shop/db", "legacy/batch")
+    targets = [up[ref].address(Program.ECHO, family) for ref in servers for family in (4, 6)]
+    steps = {
+        "restarted": restart,
+        "killed": kill,
+        "to iptables": switch(Backend.IPTABLES),
+        "killed on iptables": kill,
+        "to nftables": switch(Backend.NFTABLES),
+    }
+    traffic = Traffic(lab, up["shop/client"], targets, rate=RATE)
+    traffic.start()
+    windows = {}
+    for name, step in steps.items():
+        first = time.time()
+        for node in lab.nodes.values():
+            step(node)
+        time.sleep(CALM)
+        windows[name] = first, time.time()
+    load = traffic.stop()
+    whole = settled(lab, load)
+    assert (whole.escaped, whole.failed, whole.errors) == (0, 0, {}), whole
+    assert whole.captured_outbound == whole.opened == len(load)
+    records = relayed(lab)
+    for name, window in windows.items():
+        part = account(load, records, window)
+        assert part.opened > RATE / 4 * (window[1] - window[0]), name  # there was traffic all the time
+    for node in lab.spec.nodes:
+        rows = ask.agent(lab, node, "/v1/verify", all="true")
+        assert {row["result"] for row in rows} == {"ok"}, rows
+
+
+def test_the_account_would_see_an_escape(lab: Lab) -> None:
+    """The same measure over a pod that is not enrolled: every connection counts as escaped."""
+    up = lab.pods.up()
+    traffic = Traffic(lab, up["legacy/batch"], [up["shop/web"].address(Program.ECHO)], name="plain", rate=50)
+    traffic.start()
+    time.sleep(0.3)
+    whole = settled(lab, traffic.stop())
+    assert whole.opened > 0
+    assert (whole.failed, whole.escaped) == (0, whole.opened)
+
+
+def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
+    if not any("tables are owned" in words for words in ask.agent(lab, "node1", "/v1/status")["backends"].values()):
+        pytest.skip("this kernel has no owned tables (needs 6.9)")
+    up = lab.pods.up()
+    traffic = Traffic(lab, up["shop/client"], [up["shop/db"].address(Program.ECHO)], name="flush", rate=RATE)
+    traffic.start()
+    for _ in range(5):
+        run(["nft", "flush", "ruleset"], netns=lab.netns("shop/client"))
+        time.sleep(0.1)
+    whole = settled(lab, traffic.stop())
+    assert whole.opened > 0
+    assert (whole.escaped, whole.failed) == (0, 0), whole
+    assert ask.agent(lab, "node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
