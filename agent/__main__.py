@@ -5,16 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from agent.cli import agent, lab, pods, rules, verify, ztunnel
 from agent.core.errors import SluiceError
 
 _ABOUT = """Takes the traffic of pods through one layer 4 proxy per node, keeps it right, and can say why.
 Exit codes: 0 fine, 1 drift or a failed check, 2 the command could not do its work."""
 
 
-def parser() -> argparse.ArgumentParser:
+# Command -> module of agent.cli that has it. The daemon pays for what it imports, so only the command's is.
+_GROUPS = {
+    "agent": "agent",
+    "ztunnel": "ztunnel",
+    "lab": "lab",
+    "status": "pods",
+    "pods": "pods",
+    "explain": "pods",
+    "verify": "verify",
+    "diff": "verify",
+    "rules": "rules",
+}
+
+
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """With the group of one command, or with all of them."""
     try:
         number = version("sluice")
     except PackageNotFoundError:
@@ -23,14 +38,16 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"sluice {number}")
     top.set_defaults(version_text=number)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for group in (agent, ztunnel, lab, pods, verify, rules):
-        group.register(commands)
+    modules = [_GROUPS[command]] if command in _GROUPS else dict.fromkeys(_GROUPS.values())
+    for module in modules:
+        import_module(f"agent.cli.{module}").register(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors are one line on stderr and exit code 2."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser(words[0] if words else "").parse_args(words)
     try:
         code: int = args.run(args)
         return code

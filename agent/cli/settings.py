@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,8 @@ from agent.core.settings import HELP, Settings, build
 
 _ENVIRONMENT = "SLUICE_"
 _NOT_SETTINGS = {"SLUICE_CONFIG"}
+# What Kubernetes gives every pod of a namespace that has a Service named sluice or sluice-something.
+_SERVICE = re.compile(r"SLUICE_([A-Z0-9_]+_)?(SERVICE|PORT)(_|$)")
 Layer = dict[str, tuple[Any, str]]
 
 
@@ -47,7 +50,7 @@ def environment(variables: Mapping[str, str]) -> Layer:
     return {
         name.removeprefix(_ENVIRONMENT).lower(): (value, f"${name}")
         for name, value in variables.items()
-        if name.startswith(_ENVIRONMENT) and name not in _NOT_SETTINGS
+        if name.startswith(_ENVIRONMENT) and name not in _NOT_SETTINGS and not _SERVICE.match(name)
     }
 
 
@@ -59,7 +62,7 @@ def _file(path: str) -> Layer:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # PyYAML raises all of them
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise SettingsError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from None
@@ -67,4 +70,4 @@ def _file(path: str) -> Layer:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise SettingsError(f"{path}:1: not a mapping of settings to values")
-    return {str(key.value): (values[key.value], f"{path}:{key.start_mark.line + 1}") for key, _ in root.value}
+    return {str(key.value): (values.get(key.value), f"{path}:{key.start_mark.line + 1}") for key, _ in root.value}

@@ -47,5 +47,9 @@ class ZtunnelError(SluiceError):
     """No ztunnel took the pod: none connected, it refused, or it did not answer in time."""
 
 
+class NoZtunnelError(ZtunnelError):
+    """No ztunnel is connected: nothing to be tried again before one is, and that will be told."""
+
+
 class CommandError(SluiceError):
     """A program we started ended badly; holds its command line and the last line of its errors."""

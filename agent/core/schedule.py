@@ -17,6 +17,7 @@ class _Entry:
     failures: int = 0
     running: bool = False
     woken: bool = False  # while running: look again as soon as that pass ends
+    dropped: bool = False  # while running: kept until that pass ends, so that it never runs twice at once
 
 
 class Schedule:
@@ -30,10 +31,14 @@ class Schedule:
     def wake(self, key: str, now: float) -> None:
         entry = self._entries.setdefault(key, _Entry(now))
         entry.due = min(entry.due, now)
-        entry.woken = entry.running
+        entry.woken, entry.dropped = entry.running, False
 
     def drop(self, key: str) -> None:
-        self._entries.pop(key, None)
+        entry = self._entries.get(key)
+        if entry is not None and entry.running:
+            entry.dropped, entry.woken = True, False
+        else:
+            self._entries.pop(key, None)
 
     def take(self, now: float, most: int) -> list[str]:
         """Up to `most` keys that are due, longest waiting first; each now counts as running."""
@@ -45,17 +50,18 @@ class Schedule:
     def ended(self, key: str, now: float, *, ok: bool) -> float | None:
         """A pass ended. Returns seconds until the next one, or None when the key was dropped meanwhile."""
         entry = self._entries.get(key)
-        if entry is None:
+        if entry is None or entry.dropped:
+            self._entries.pop(key, None)
             return None
         entry.running = False
-        if entry.woken:
-            entry.woken, delay = False, 0.0
-        elif ok:
+        if ok:
             # Spread, so that the pods of a node are not all verified in the same instant.
             entry.failures, delay = 0, self.period * (0.75 + 0.5 * self._random())
         else:
             delay = min(LAST_RETRY, FIRST_RETRY * 2**entry.failures) * (0.5 + 0.5 * self._random())
             entry.failures = min(entry.failures + 1, 16)
+        if entry.woken:
+            entry.woken, delay = False, 0.0
         entry.due = now + delay
         return delay
 

@@ -88,8 +88,8 @@ def _convert(key: str, value: Any, place: str) -> Any:
         return text == "true"
     if kind == "float":
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = float("yes" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
             raise refuse("a number of seconds") from None
         if not 0 < number <= 3600:
             raise refuse("a number of seconds between 0 and 3600")
@@ -127,4 +127,4 @@ def _text(key: str, value: str, refuse: Any) -> str:
 
 def _host_port(value: str) -> bool:
     host, _, port = value.rpartition(":")
-    return bool(host) and port.isdigit() and 0 < int(port) < 65536
+    return bool(host) and port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 65536

@@ -136,9 +136,7 @@ class Admin:
         if not found:
             raise SluiceError(f"no pod {name!r} on this node; `sluice pods` lists them")
         if len(found) > 1:
-            raise SluiceError(
-                f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name"
-            )
+            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
         return found[0]
 
 

@@ -52,11 +52,15 @@ class HttpServer:
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
-        with contextlib.suppress(OSError, TimeoutError, h11.RemoteProtocolError):
+        with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
-                async with asyncio.timeout(SECONDS):
-                    event = await _request(connection, reader)
-                response = await self._answer(event)
+                event = None
+                try:
+                    async with asyncio.timeout(SECONDS):
+                        event = await _request(connection, reader)
+                    response = await self._answer(event)
+                except h11.RemoteProtocolError as error:
+                    response = Response.text(f"bad request: {error}", error.error_status_hint)
                 async with asyncio.timeout(SECONDS):
                     writer.write(_bytes(connection, event, response))
                     await writer.drain()
@@ -64,7 +68,10 @@ class HttpServer:
                 writer.close()
 
     async def _answer(self, event: h11.Request) -> Response:
-        parts = urlsplit(event.target.decode("ascii", "replace"))
+        try:
+            parts = urlsplit(event.target.decode("ascii", "replace"))
+        except ValueError as error:
+            return Response.text(f"bad request: {error}", 400)
         request = Request(event.method.decode(), parts.path, dict(parse_qsl(parts.query)))
         try:
             return await self._handler(request)
@@ -84,15 +91,15 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
             raise h11.RemoteProtocolError("no request")
 
 
-def _bytes(connection: h11.Connection, event: h11.Request, response: Response) -> bytes:
+def _bytes(connection: h11.Connection, event: h11.Request | None, response: Response) -> bytes:
     body = response.body
     headers = [("content-type", response.content_type), ("connection", "close")]
-    accepted = dict(event.headers).get(b"accept-encoding", b"")
+    accepted = dict(event.headers).get(b"accept-encoding", b"") if event else b""
     if b"gzip" in accepted and len(body) >= _WORTH_COMPRESSING:
         body = gzip.compress(body, 1)
         headers.append(("content-encoding", "gzip"))
     headers.append(("content-length", str(len(body))))
     events: list[h11.Event] = [h11.Response(status_code=response.status, headers=headers)]
-    if event.method != b"HEAD":
+    if event is None or event.method != b"HEAD":
         events.append(h11.Data(data=body))
     return b"".join(connection.send(part) or b"" for part in (*events, h11.EndOfMessage()))

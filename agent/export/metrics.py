@@ -51,9 +51,7 @@ class Metrics:
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )
         buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
-        self.reconcile = Histogram(
-            "sluice_reconcile_seconds", "One pass over one pod.", buckets=buckets, registry=r
-        )
+        self.reconcile = Histogram("sluice_reconcile_seconds", "One pass over one pod.", buckets=buckets, registry=r)
         self.applied_total = Counter("sluice_plans_applied_total", "Plans applied.", ["backend"], registry=r)
         self.failures = Counter("sluice_reconcile_failures_total", "Passes that failed.", registry=r)
         self.cni_requests = Counter(

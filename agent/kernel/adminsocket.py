@@ -30,10 +30,9 @@ def ask(run_dir: str, path: str, method: str = "GET", **query: str) -> Any:
         connection.request(method, f"{path}?{urlencode(query)}" if query else path)
         response = connection.getresponse()
         body = response.read()
-    except OSError as error:
-        raise SluiceError(
-            f"cannot ask the agent at {place}: {error.strerror or error}; is it running, and are you root?"
-        ) from None
+    except (OSError, http.client.HTTPException) as error:
+        words = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise SluiceError(f"cannot ask the agent at {place}: {words}; is it running, and are you root?") from None
     finally:
         connection.close()
     try:

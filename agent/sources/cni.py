@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 from agent.core.desired import decide
 from agent.core.errors import SluiceError
@@ -42,13 +44,16 @@ class CniService:
     ) -> None:
         self._settings, self._table, self._reconciler = settings, table, reconciler
         self._namespaces, self._readiness = namespaces, readiness
-        self._locks: dict[str, asyncio.Lock] = {}  # one verb at a time per pod
+        # One verb at a time per pod; a lock lives as long as somebody holds it or waits for it.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def handle(self, request: CniRequest, descriptor: int | None) -> CniReply:
         """Takes over `descriptor`, the pod's namespace. Every failure is an answer, never an exception."""
         netns = None
         try:
-            if descriptor is not None:
+            if descriptor is not None and request.verb is Verb.DEL:
+                os.close(descriptor)  # found by container id: whatever this is must not keep it from being forgotten
+            elif descriptor is not None:
                 netns = Netns(descriptor, request.netns or "the pod's namespace")
             match request.verb:
                 case Verb.ADD:
@@ -79,9 +84,7 @@ class CniService:
 
     async def _add_one(self, pod: Pod, netns: Netns | None) -> CniReply:
         if netns is None:
-            return CniReply(
-                cni_wire.INVALID_ENVIRONMENT, f"pod {pod.key}: no network namespace was handed over"
-            )
+            return CniReply(cni_wire.INVALID_ENVIRONMENT, f"pod {pod.key}: no network namespace was handed over")
         known = self._namespaces.id(pod.uid)
         if known is not None and known != netns.id:
             # The sandbox was built anew and nobody told us of the old one's end.
@@ -114,7 +117,6 @@ class CniService:
             async with self._locks.setdefault(pod.uid, asyncio.Lock()):
                 if self._table.gone(pod.uid, container_id=request.container_id) is not None:
                     await self._reconciler.forget(pod.uid)
-            self._locks.pop(pod.uid, None)
         return CniReply()
 
     async def _check(self, request: CniRequest) -> CniReply:

@@ -44,6 +44,7 @@ class State:
     def load(self) -> Iterator[Note]:
         """All notes. A damaged one is set aside under another name, told of, and never stops the others."""
         self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._sweep()
         for path in sorted(self.pods.glob("*.json")):
             try:
                 note = _decode(json.loads(path.read_bytes()))
@@ -62,11 +63,20 @@ class State:
                 continue
             yield note
 
+    def _sweep(self) -> None:
+        """What a crash between two steps left: half-written notes, and pins that would keep a namespace for ever."""
+        for path in self.pods.glob("*.new"):
+            path.unlink()
+        for pin in self.pins.glob("*"):
+            if not (self.pods / f"{pin.name}.json").exists():
+                unpin(pin)
+                log.warning("removed the pin %s: no note tells whose it is", pin)
+
     def save(self, note: Note) -> None:
         self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.pods / f"{note.pod.uid}.json"
         content = json.dumps(_encode(note), indent=1, sort_keys=True)
-        if path.exists() and path.read_text() == content:
+        if path.exists() and path.read_bytes() == content.encode():
             return
         temporary = path.with_suffix(".new")
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
@@ -122,6 +132,6 @@ def _is(kind: str, value: object) -> bool:
 def _netns(given: object) -> NetnsId | None:
     if given is None:
         return None
-    if not isinstance(given, dict):
+    if not isinstance(given, dict) or not all(type(number) is int for number in given.values()):
         raise ValueError("netns is of another type")
-    return NetnsId(**{key: int(number) for key, number in given.items()})
+    return NetnsId(**given)

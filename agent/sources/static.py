@@ -41,13 +41,13 @@ def parse(text: str, name: str) -> StaticPods:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise SettingsError(f"{name}:{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # PyYAML raises all of them
         raise SettingsError(f"{name}: not YAML: {error}") from None
     if root is None:
         return StaticPods()
     top = _mapping(root, name, {"pods"})
     entries = top.get("pods")
-    if entries is None:
+    if entries is None or entries.tag == "tag:yaml.org,2002:null":
         return StaticPods()
     if not isinstance(entries, yaml.SequenceNode):
         raise _error(entries, name, "pods", "is not a list")
@@ -100,8 +100,8 @@ def _mapping(node: yaml.Node, name: str, known: set[str]) -> dict[str, yaml.Node
         raise _error(node, name, "entry", "is not a mapping of keys to values")
     found: dict[str, yaml.Node] = {}
     for key, value in node.value:
-        if key.value not in known:
-            raise _error(key, name, str(key.value), f"is not a known key; known: {', '.join(sorted(known))}")
+        if not isinstance(key, yaml.ScalarNode) or key.value not in known:
+            raise _error(key, name, str(key.value)[:80], f"is not a known key; known: {', '.join(sorted(known))}")
         if key.value in found:
             raise _error(key, name, key.value, "is given twice")
         found[key.value] = value
@@ -109,9 +109,14 @@ def _mapping(node: yaml.Node, name: str, known: set[str]) -> dict[str, yaml.Node
 
 
 def _scalar(node: yaml.Node, name: str, key: str) -> str:
-    if not isinstance(node, yaml.ScalarNode) or not node.value:
+    if not isinstance(node, yaml.ScalarNode) or not node.value or not _printable(node.value):
         raise _error(node, name, key, "is not text")
     return str(node.value)
+
+
+def _printable(text: str) -> bool:
+    """Neither a path nor a message can carry a zero byte or an unpaired surrogate, which YAML can write."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _addresses(node: yaml.Node | None, name: str) -> tuple[str, ...]:
@@ -130,7 +135,7 @@ def _texts(node: yaml.Node | None, name: str, key: str) -> dict[str, str]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise _error(node, name, key, "is not a mapping of text to text")
-    return {str(k.value): _scalar(v, name, f"{key}.{k.value}") for k, v in node.value}
+    return {_scalar(k, name, key): _scalar(v, name, f"{key}.{k.value}") for k, v in node.value}
 
 
 def _error(node: Any, name: str, key: str, words: str) -> SettingsError:

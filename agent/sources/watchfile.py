@@ -11,7 +11,7 @@ from typing import Protocol
 from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.pods import PodTable
-from agent.core.status import Status
+from agent.core.status import State, Status
 from agent.sources.static import StaticPods, parse
 
 log = logging.getLogger("sluice.static")
@@ -76,8 +76,10 @@ class StaticFile:
         """Its namespace may live on, so its rules go before it is forgotten."""
         pod = self._table.get(uid)
         if pod is not None:
-            annotations = {**pod.annotations, names.DATAPLANE_MODE: "none"}
-            self._table.seen(replace(pod, annotations=annotations, labels={}))
-            await self._reconciler.settled(uid)
+            # A label, since a mark for the same name would win over an annotation.
+            self._table.seen(replace(pod, labels={names.DATAPLANE_MODE: "none"}))
+            status = await self._reconciler.settled(uid)
+            if status.state is State.FAILED:
+                return  # its rules are still there: tried again by the reconciler, and known until they are gone
             self._table.gone(uid)
             await self._reconciler.forget(uid)

@@ -1,0 +1,155 @@
+"""Races of forgetting and waiting in the reconciler's loop, beside the step scripts of test_reconciler."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from support.world import World, play, pod
+
+from agent.core.redirect import Redirect
+from agent.core.status import State
+
+
+async def forgotten_soon(world: World) -> asyncio.Task[None]:
+    """The pod has ended, and the loop has not looked at that yet."""
+    world.table.gone("web")
+    forgetting = asyncio.create_task(world.reconciler.forget("web"))
+    await asyncio.sleep(0)
+    assert not forgetting.done()
+    return forgetting
+
+
+def test_a_waiter_that_gave_up_does_not_keep_the_pod_from_being_forgotten() -> None:
+    async def script(world: World) -> None:
+        world.publisher.hold = asyncio.Event()
+        world.table.seen(pod())
+        world.reconciler.wake("web")
+        while "rules set web" not in world.kernel.log:  # noqa: ASYNC110 - kernel work alone tells nobody
+            await asyncio.sleep(0)
+        impatient = asyncio.create_task(world.reconciler.settled("web"))
+        await asyncio.sleep(0)
+        impatient.cancel()
+        forgetting = await forgotten_soon(world)
+        world.publisher.hold.set()
+        await forgetting
+        (status,) = await world.settle(pod(netns_path="/run/netns/again"))
+        assert status.state is State.ENABLED
+        assert world.held("rules", "web") is not None
+
+    play(script)
+
+
+def test_back_before_it_was_forgotten_is_not_answered_with_the_old_state() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        before = world.target("web")
+        forgetting = await forgotten_soon(world)
+        (status,) = await world.settle(pod(netns_path="/run/netns/again"))
+        assert status.state is State.ENABLED
+        assert world.target("web") is not before and world.held("rules", "web") is not None
+        await forgetting
+        assert world.publisher.published == {"web"}
+
+    play(script)
+
+
+def test_back_before_it_was_forgotten_is_captured_also_when_nobody_waits() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        forgetting = await forgotten_soon(world)
+        world.table.seen(pod(netns_path="/run/netns/again"))
+        world.reconciler.wake("web")
+        await forgetting
+        while world.reconciler.status("web").state is not State.ENABLED:
+            await world.reconciler.progressed()
+        assert world.held("rules", "web") is not None
+
+    play(script)
+
+
+def test_what_cannot_be_released_is_tried_again_and_nobody_is_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        release, refusals = world.namespaces.release, iter([OSError(16, "busy")])
+
+        def busy_once(uid: str) -> None:
+            for error in refusals:
+                raise error
+            release(uid)
+
+        monkeypatch.setattr(world.namespaces, "release", busy_once)
+        await (await forgotten_soon(world))
+        while "release web" not in world.kernel.log:
+            await world.reconciler.progressed()
+
+    play(script)
+
+
+def test_whoever_waits_for_a_pod_that_ended_is_not_told_what_was_true_before() -> None:
+    async def script(world: World) -> None:
+        (status,) = await world.settle(pod())
+        assert status.state is State.ENABLED
+        world.namespaces.gone.add("web")
+        status = await world.reconciler.settled("web")
+        assert (status.state, status.error) == (State.FAILED, "pod shop/web: gone")
+
+    play(script)
+
+
+def test_forgetting_what_nobody_knows_and_inspecting_what_was_forgotten_leave_nothing() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        await world.reconciler.forget("other")
+        await (await forgotten_soon(world))
+        await world.reconciler.inspect(pod())
+        assert world.reconciler.synced  # no entry that no pass will ever look at
+
+    play(script)
+
+
+def test_rules_of_a_predecessor_are_not_touched() -> None:
+    async def script(world: World) -> None:
+        target = world.namespaces.resolve(pod())
+        world.kernel.held.update({("rules", target): Redirect(), ("routing", target): Redirect()})
+        (status,) = await world.settle(pod())
+        assert status.state is State.ENABLED
+        assert world.kernel.log == ["publish web"]
+
+    play(script)
+
+
+def test_a_pod_that_a_predecessor_captured_is_set_free_backwards_then_of_retired_layers() -> None:
+    async def script(world: World) -> None:
+        target = world.namespaces.resolve(pod())
+        world.namespaces.captured.add("web")
+        world.kernel.held.update({(name, target): Redirect() for name in ("rules", "routing", "old")})
+        (status,) = await world.settle(pod(enrolled=False))
+        assert status.state is State.EXCLUDED and world.namespaces.captured == set()
+        assert world.kernel.log == ["rules clear web", "routing clear web", "old clear web"]
+
+    play(script)
+
+
+def test_a_changed_want_is_no_drift() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        without = {"istio.io/dataplane-mode": "ambient", "ambient.istio.io/dns-capture": "false"}
+        await world.settle(pod(annotations=without))
+        assert world.held("rules", "web") == Redirect(dns=False)
+        assert world.reconciler.repairs("web") == [] and set(world.journal.causes) == {""}
+
+    play(script)
+
+
+def test_passes_that_wait_for_ztunnel_hold_up_no_kernel_work() -> None:
+    async def script(world: World) -> None:
+        world.publisher.hold = asyncio.Event()
+        waiting = [asyncio.create_task(world.settle(pod(f"p{number}"))) for number in range(20)]
+        while sum(line.startswith("rules set") for line in world.kernel.log) < 20:  # noqa: ASYNC110 - more than there are workers
+            await asyncio.sleep(0)
+        assert world.publisher.published == set()
+        world.publisher.hold.set()
+        assert {status.state for (status,) in await asyncio.gather(*waiting)} == {State.ENABLED}
+
+    play(script)

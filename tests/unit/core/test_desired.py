@@ -1,0 +1,120 @@
+"""The policy: each rule of enrolment, each exclusion with its reason, each annotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agent.core.desired import decide
+from agent.core.pods import Pod
+from agent.core.redirect import Redirect
+from agent.core.settings import Settings
+
+MODE = "istio.io/dataplane-mode"
+AMBIENT, NONE = {MODE: "ambient"}, {MODE: "none"}
+DNS, BYPASS = "ambient.istio.io/dns-capture", "ambient.istio.io/bypass-inbound-capture"
+INTERFACES = "istio.io/reroute-virtual-interfaces"
+
+
+def pod(**facts: Any) -> Pod:
+    return Pod(**{"uid": "u", "namespace": "shop", "name": "web", **facts})
+
+
+def annotated(**annotations: str) -> Pod:
+    return pod(labels=AMBIENT, annotations=annotations)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"namespace_labels": AMBIENT}, f"namespace shop says {MODE}=ambient"),
+        ({"labels": AMBIENT}, f"the pod says {MODE}=ambient"),
+        ({"annotations": AMBIENT}, f"the pod says {MODE}=ambient"),
+        ({"labels": AMBIENT, "annotations": NONE, "namespace_labels": NONE}, f"the pod says {MODE}=ambient"),
+        ({"labels": {MODE: "other"}, "namespace_labels": AMBIENT}, f"namespace shop says {MODE}=ambient"),
+    ],
+)
+def test_enrolled(facts: dict[str, Any], reason: str) -> None:
+    decision = decide(pod(**facts), Settings())
+    assert decision.enrolled and decision.redirect == Redirect()
+    assert (decision.reason, decision.warnings) == (reason, ())
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({}, f"neither the pod nor its namespace says {MODE}=ambient"),
+        ({"namespace_labels": NONE}, f"neither the pod nor its namespace says {MODE}=ambient"),
+        ({"labels": {MODE: "Ambient"}}, f"neither the pod nor its namespace says {MODE}=ambient"),
+        ({"labels": NONE, "annotations": AMBIENT, "namespace_labels": AMBIENT}, f"the pod says {MODE}=none"),
+        ({"annotations": NONE, "namespace_labels": AMBIENT}, f"the pod says {MODE}=none"),
+    ],
+)
+def test_not_enrolled(facts: dict[str, Any], reason: str) -> None:
+    decision = decide(pod(**facts), Settings())
+    assert not decision.enrolled and decision.redirect is None and decision.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"host_network": True}, "it shares the host's network"),
+        ({"annotations": {"sidecar.istio.io/status": ""}}, "it has a sidecar (annotation sidecar.istio.io/status)"),
+        ({"labels": {**AMBIENT, "app": "ztunnel"}}, "it is ztunnel itself"),
+        ({"namespace": "kube-system"}, "namespace kube-system is excluded by the setting exclude_namespaces"),
+        ({"terminal": True}, "it has ended"),
+    ],
+)
+def test_never_enrolled_whatever_the_labels_say(facts: dict[str, Any], reason: str) -> None:
+    decision = decide(pod(**{"labels": AMBIENT, "namespace_labels": AMBIENT, **facts}), Settings())
+    assert (decision.redirect, decision.reason) == (None, reason)
+
+
+def test_excluded_namespaces_are_a_setting() -> None:
+    settings = Settings(exclude_namespaces=("shop",))
+    assert not decide(pod(labels=AMBIENT), settings).enrolled
+    assert decide(pod(namespace="kube-system", labels=AMBIENT), settings).enrolled
+
+
+def test_settings_reach_the_redirect() -> None:
+    settings = Settings(ipv6=False, dns_capture=False, probe_ipv4="10.0.0.1", probe_ipv6="fd00::1")
+    got = decide(pod(labels=AMBIENT), settings).redirect
+    assert got == Redirect(ipv6=False, dns=False, probe_ipv4="10.0.0.1", probe_ipv6="fd00::1")
+
+
+@pytest.mark.parametrize("default", [True, False])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [(t, True) for t in ("1", "t", "T", "TRUE", "true", "True")]
+    + [(f, False) for f in ("0", "f", "F", "FALSE", "false", "False")],
+)
+def test_flags_are_read_as_go_reads_them(text: str, value: bool, default: bool) -> None:
+    decision = decide(annotated(**{DNS: text, BYPASS: text}), Settings(dns_capture=default))
+    assert decision.redirect == Redirect(dns=value, ingress_only=value) and decision.warnings == ()
+
+
+@pytest.mark.parametrize("default", [True, False])
+@pytest.mark.parametrize("text", ["", "yes", "tRUE", " true", "2", "x" * 200])
+def test_what_is_no_flag_counts_as_absent_and_is_told(text: str, default: bool) -> None:
+    decision = decide(annotated(**{DNS: text, BYPASS: text}), Settings(dns_capture=default))
+    assert decision.redirect == Redirect(dns=default, ingress_only=False)
+    assert [warning.split(":")[0] for warning in decision.warnings] == [f"annotation {DNS}", f"annotation {BYPASS}"]
+    assert all(len(warning) < 160 for warning in decision.warnings)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("", ()), ("br0", ("br0",)), (" br0 , tap1,br0,, ", ("br0", "tap1")), ("e.1,a-b,a_b@c", ("e.1", "a-b", "a_b@c"))],
+)  # fmt: skip
+def test_virtual_interfaces(text: str, names: tuple[str, ...]) -> None:
+    decision = decide(annotated(**{INTERFACES: text}), Settings())
+    assert decision.redirect == Redirect(virtual_interfaces=names) and decision.warnings == ()
+
+
+@pytest.mark.parametrize("bad", ["x" * 16, "a b", "a;reboot", '"', "../x", "-j", "é", "a\n", "+"])
+def test_bad_interface_names_are_told_and_the_others_used(bad: str) -> None:
+    decision = decide(annotated(**{INTERFACES: f"br0,x{bad}x,tap1" if bad == "a\n" else f"br0,{bad},tap1"}), Settings())
+    assert decision.redirect == Redirect(virtual_interfaces=("br0", "tap1"))
+    (warning,) = decision.warnings
+    assert warning.startswith(f"annotation {INTERFACES}: ") and "\n" not in warning

@@ -1,0 +1,413 @@
+"""The agent's end of ZDS with ztunnels that behave in every way; real sockets, one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from agent.core.errors import ZtunnelError
+from agent.core.pods import Pod
+from agent.zds import messages, server
+from agent.zds.messages import Ack, Add, Delete, Hello, Keep, SnapshotSent, encode
+from agent.zds.server import ZdsServer
+
+SOON = 0.15  # seconds, for the tests in which an answer never comes
+LATE = 20.0  # for all others: never reached
+
+
+def pod(name: str, account: str = "") -> Pod:
+    return Pod(uid=f"uid-{name}", namespace="shop", name=name, service_account=account)
+
+
+@dataclass
+class Ztunnel:
+    """A scripted peer on a plain socket."""
+
+    path: Path
+    socket: socket.socket = field(init=False)
+
+    async def dial(self, hello: bytes = encode(Hello(1))) -> Ztunnel:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket.setblocking(False)
+        self.socket.connect(str(self.path))
+        self.socket.send(hello)
+        return self
+
+    async def receive(self) -> messages.Request | None:
+        """The next request, None at the end. A descriptor that rides along must be there for adds alone."""
+        got, inode = await self.receive_with_inode()
+        assert (inode is not None) == isinstance(got, Add)
+        return got
+
+    async def receive_with_inode(self) -> tuple[messages.Request | None, int | None]:
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        loop.add_reader(self.socket, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(self.socket)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.socket, 2048, 4)
+        except ConnectionResetError:
+            return None, None
+        inodes = [os.fstat(fd).st_ino for fd in fds]
+        for fd in fds:
+            os.close(fd)
+        assert len(fds) < 2
+        return messages.decode_request(data) if data else None, inodes[0] if inodes else None
+
+    def ack(self, error: str = "") -> None:
+        self.socket.send(encode(Ack(error)))
+
+    async def take(self) -> messages.Request | None:
+        got = await self.receive()
+        if got is not None:
+            self.ack()
+        return got
+
+    async def snapshot(self) -> list[messages.Request]:
+        """Acknowledges everything up to SnapshotSent; what was named."""
+        named: list[messages.Request] = []
+        while (got := await self.take()) != SnapshotSent():
+            assert got is not None, "dropped in the snapshot"
+            named.append(got)
+        return named
+
+    async def end(self) -> None:
+        assert await self.receive() is None
+
+
+class Bench:
+    """A running server and what it has told."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder = folder
+        self.changed: list[str | None] = []
+        self._progress = asyncio.Event()
+        self.server = ZdsServer(str(folder / "zds.sock"), seconds, self._note)
+        self.files: dict[str, Any] = {}
+
+    def _note(self, uid: str | None) -> None:
+        self.changed.append(uid)
+        self._progress.set()
+
+    def target(self, name: str) -> Any:
+        """A file stands for the pod's namespace: its inode tells whether it is that one."""
+        if name not in self.files:
+            self.files[name] = (self.folder / name).open("w")
+        return SimpleNamespace(netns=SimpleNamespace(fd=self.files[name].fileno()))
+
+    def publish(self, name: str, **facts: Any) -> asyncio.Task[None]:
+        self.targets = getattr(self, "targets", {})
+        target = self.targets.setdefault(name, self.target(name))
+        return asyncio.create_task(self.server.publish(pod(name, **facts), target))
+
+    async def ztunnel(self) -> Ztunnel:
+        return await Ztunnel(self.folder / "zds.sock").dial()
+
+    async def synced(self) -> Ztunnel:
+        """A ztunnel that has everything and is the newest."""
+        made = await self.ztunnel()
+        await made.snapshot()
+        return made
+
+    async def until(self, true: Callable[[], bool]) -> None:
+        while not true():
+            self._progress.clear()
+            await self._progress.wait()
+
+
+def bench(seconds: float = LATE) -> Callable[[Callable[[Bench], Awaitable[None]]], Callable[[Path], None]]:
+    def decorate(steps: Callable[[Bench], Awaitable[None]]) -> Callable[[Path], None]:
+        @wraps(steps)
+        def run(tmp_path: Path) -> None:
+            async def inside() -> None:
+                async with asyncio.timeout(20), serving(Bench(tmp_path, seconds)) as made:
+                    await steps(made)
+
+            asyncio.run(inside())
+
+        del run.__wrapped__  # type: ignore[attr-defined]  # or pytest would ask for the steps' argument
+        return run
+
+    return decorate
+
+
+@contextlib.asynccontextmanager
+async def serving(made: Bench) -> AsyncIterator[Bench]:
+    task = asyncio.create_task(made.server.serve())
+    await asyncio.sleep(0)
+    try:
+        yield made
+        assert not task.done(), "the server has ended"
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        for file in made.files.values():
+            file.close()
+
+
+async def offered(made: Bench, *names: str) -> None:
+    """Offers that no ztunnel has taken."""
+    for name in names:
+        with pytest.raises(ZtunnelError, match="no ztunnel is connected"):
+            await made.publish(name)
+
+
+@bench()
+async def test_the_snapshot_then_additions(made: Bench) -> None:
+    await offered(made, "a", "b")
+    assert made.server.unacknowledged == 2
+    ztunnel = await made.ztunnel()
+    assert await ztunnel.snapshot() == [Add("uid-a", "a", "shop", ""), Add("uid-b", "b", "shop", "")]
+    assert made.changed == ["uid-a", "uid-b"]  # whoever waited for a pod is told
+    assert (made.server.connections, made.server.unacknowledged) == (1, 0)
+    adding = made.publish("c", account="robot")
+    assert await ztunnel.take() == Add("uid-c", "c", "shop", "robot")
+    await adding
+    await made.publish("a")  # known: nothing is sent
+
+
+@bench()
+async def test_the_descriptor_is_the_pods_namespace(made: Bench) -> None:
+    await offered(made, "a")
+    ztunnel = await made.ztunnel()
+    for name in ("a", "b"):
+        got, inode = await ztunnel.receive_with_inode()
+        assert got == Add(f"uid-{name}", name, "shop", "")
+        assert inode == (made.folder / name).stat().st_ino
+        ztunnel.ack()
+        if name == "a":
+            assert await ztunnel.take() == SnapshotSent()
+            adding = made.publish("b")
+    await adding
+
+
+@bench()
+async def test_additions_go_to_the_newest_removals_to_all(made: Bench) -> None:
+    first = await made.synced()
+    adding = made.publish("a")
+    assert isinstance(await first.take(), Add)
+    await adding
+    second = await made.synced()
+    adding = made.publish("b")
+    assert await second.take() == Add("uid-b", "b", "shop", "")
+    await adding
+    removing = asyncio.create_task(made.server.withdraw("uid-a"))
+    assert await first.take() == Delete("uid-a")  # and not b before it
+    assert await second.take() == Delete("uid-a")
+    await removing
+    second.socket.close()
+    await made.until(lambda: made.server.connections == 1)
+    adding = made.publish("b")  # the older one is the newest again
+    assert await first.take() == Add("uid-b", "b", "shop", "")
+    await adding
+
+
+@bench()
+async def test_pods_of_a_predecessor_are_kept_until_they_were_looked_at(made: Bench) -> None:
+    made.server.expect("uid-a")
+    made.server.expect("uid-b")
+    await made.server.withdraw("uid-b")
+    ztunnel = await made.ztunnel()
+    assert await ztunnel.snapshot() == [Keep("uid-a")]
+    removing = asyncio.create_task(made.server.withdraw("uid-a"))
+    assert await ztunnel.take() == Delete("uid-a")
+    await removing
+
+
+@bench()
+async def test_a_refusal_has_ztunnels_words_and_keeps_the_connection(made: Bench) -> None:
+    ztunnel = await made.synced()
+    adding = made.publish("a")
+    await ztunnel.receive()
+    ztunnel.ack("no such namespace")
+    with pytest.raises(ZtunnelError, match="refused: no such namespace"):
+        await adding
+    assert made.server.unacknowledged == 1
+    again = made.publish("a")
+    assert isinstance(await ztunnel.take(), Add)
+    await again
+
+
+@bench()
+async def test_a_refusal_in_the_snapshot_stops_no_other_pod(made: Bench) -> None:
+    await offered(made, "a", "b")
+    ztunnel = await made.ztunnel()
+    await ztunnel.receive()
+    ztunnel.ack("not this one")
+    assert await ztunnel.snapshot() == [Add("uid-b", "b", "shop", "")]
+    assert made.server.unacknowledged == 1
+    assert made.changed == ["uid-b"]  # the refused one is not told as acknowledged
+
+
+@bench(SOON)
+async def test_one_that_never_acknowledges_is_dropped_and_another_takes_over(made: Bench) -> None:
+    good = await made.synced()
+    bad = await made.synced()
+    adding = made.publish("a")
+    await bad.receive()
+    with pytest.raises(ZtunnelError, match="did not acknowledge within"):
+        await adding
+    await bad.end()
+    await made.until(lambda: made.server.connections == 1)
+    adding = made.publish("b")
+    assert await good.take() == Add("uid-b", "b", "shop", "")
+    await adding
+
+
+@bench(SOON)
+async def test_a_late_acknowledgement_is_not_taken_for_the_next_messages(made: Bench) -> None:
+    ztunnel = await made.synced()
+    first, second = made.publish("a"), made.publish("b")
+    await ztunnel.receive()
+    with pytest.raises(ZtunnelError, match="did not acknowledge"):
+        await first
+    with contextlib.suppress(OSError):  # it may see already that it was dropped
+        ztunnel.ack()
+    with pytest.raises(ZtunnelError):
+        await second
+    assert made.server.unacknowledged == 2
+    await ztunnel.end()
+
+
+@bench()
+async def test_death_in_the_middle_of_the_snapshot_is_noticed_at_once(made: Bench) -> None:
+    await offered(made, "a", "b", "c")
+    dying = await made.ztunnel()
+    await dying.take()
+    await dying.receive()
+    dying.socket.close()
+    await made.until(lambda: made.server.connections == 0)  # and not only after the time to acknowledge
+    assert made.server.unacknowledged == 3
+    assert len(await (await made.ztunnel()).snapshot()) == 3  # the next one is given everything
+
+
+@bench()
+async def test_death_while_a_pod_is_added_fails_that_pod_at_once(made: Bench) -> None:
+    ztunnel = await made.synced()
+    adding = made.publish("a")
+    await ztunnel.receive()
+    ztunnel.socket.close()
+    with pytest.raises(ZtunnelError, match="gone away"):
+        await adding
+
+
+@pytest.mark.parametrize(
+    "hello", [b"\xff\xff", encode(Hello(0)), encode(Hello(2)), b"\x0a\x01x", b"x" * 2000], ids=repr
+)
+def test_a_bad_greeting_is_dropped_and_the_server_lives(tmp_path: Path, hello: bytes) -> None:
+    @bench()
+    async def steps(made: Bench) -> None:
+        bad = await Ztunnel(tmp_path / "zds.sock").dial(hello)
+        await bad.end()
+        assert made.server.connections == 0
+        await made.synced()
+
+    steps(tmp_path)
+
+
+@bench(SOON)
+async def test_silence_instead_of_a_greeting_is_dropped(made: Bench) -> None:
+    silent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    silent.setblocking(False)
+    silent.connect(str(made.folder / "zds.sock"))
+    assert await asyncio.get_running_loop().sock_recv(silent, 10) == b""
+    silent.close()
+
+
+@bench()
+async def test_a_garbled_acknowledgement_is_an_error_and_dropped(made: Bench) -> None:
+    ztunnel = await made.synced()
+    adding = made.publish("a")
+    await ztunnel.receive()
+    ztunnel.socket.send(b"\xff\xff\xff")
+    with pytest.raises(ZtunnelError, match="ZDS"):
+        await adding
+    await ztunnel.end()
+    await made.synced()
+
+
+@bench()
+async def test_an_answer_that_nobody_asked_for_is_dropped(made: Bench) -> None:
+    ztunnel = await made.synced()
+    ztunnel.ack()
+    await ztunnel.end()
+    await made.until(lambda: made.server.connections == 0)
+
+
+@bench()
+async def test_withdrawn_before_its_turn_in_the_snapshot(made: Bench) -> None:
+    await offered(made, "a", "b")
+    ztunnel = await made.ztunnel()
+    await ztunnel.receive()
+    await made.server.withdraw("uid-b")
+    ztunnel.ack()
+    assert await ztunnel.take() == SnapshotSent()
+
+
+@bench()
+async def test_withdrawn_while_its_addition_is_under_way(made: Bench) -> None:
+    """The ztunnel must be told, although it has not acknowledged the pod yet."""
+    await offered(made, "a")
+    ztunnel = await made.ztunnel()
+    await ztunnel.receive()
+    removing = asyncio.create_task(made.server.withdraw("uid-a"))
+    await asyncio.sleep(0)
+    ztunnel.ack()
+    assert {type(await ztunnel.take()) for _ in range(2)} == {Delete, SnapshotSent}
+    await removing
+
+
+@bench()
+async def test_a_pod_that_does_not_fit_a_message_costs_no_connection(made: Bench) -> None:
+    ztunnel = await made.synced()
+    for account in ("x" * 2000, "\ud800"):
+        with pytest.raises(ZtunnelError, match="cannot be told"):
+            await made.publish("big", account=account)
+    adding = made.publish("a")
+    assert await ztunnel.take() == Add("uid-a", "a", "shop", "")
+    await adding
+    other = await made.ztunnel()
+    assert await other.snapshot() == [Add("uid-a", "a", "shop", "")]
+
+
+@bench()
+async def test_only_root_may_use_the_socket(made: Bench) -> None:
+    assert stat.S_IMODE((made.folder / "zds.sock").stat().st_mode) == 0o600
+
+
+def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
+        stale.bind(str(tmp_path / "zds.sock"))
+
+    @bench()
+    async def steps(made: Bench) -> None:
+        await made.synced()
+
+    steps(tmp_path)
+
+
+def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "peer", lambda sock: (1, os.geteuid() + 12345))
+
+    @bench()
+    async def steps(made: Bench) -> None:
+        await offered(made, "a")
+        await (await made.ztunnel()).end()
+        assert made.server.connections == 0
+
+    steps(tmp_path)
