@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import random
 import resource
@@ -27,7 +28,7 @@ from agent.core.settings import Settings
 from agent.export.admin import Admin
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
-from agent.kernel.unixsocket import listen
+from agent.kernel.unixsocket import claim, listen
 from agent.reconciler.loop import Reconciler
 from agent.sources.cni import CniService
 from agent.sources.cni_socket import CniSocket
@@ -72,7 +73,7 @@ class Agent:
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node)
-        self._synced = False  # once true it stays so: a new pod is no reason to be unready
+        self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
@@ -80,6 +81,7 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         Path(self.settings.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
+        claim(Path(self.settings.run_dir))
         write_exempt(self.settings)
         self._restore()
         try:
@@ -95,7 +97,7 @@ class Agent:
 
     def readiness(self) -> tuple[str, str]:
         """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
-        if not self._synced:
+        if not self._synced.is_set():
             return "it is still looking at the pods that were here before", ""
         if not self.zds.connections:
             return "", f"no ztunnel is connected to {self.settings.zds_socket}"
@@ -128,7 +130,7 @@ class Agent:
 
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
-        parts = [self.reconciler.run(), self.zds.serve(), cni.serve(), self._admin(), self._ready()]
+        parts = [self.reconciler.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
         if self.settings.metrics_address:
             parts.append(self._tcp())
         if self.settings.static_pods:
@@ -140,8 +142,13 @@ class Agent:
             await self.static.load()
         while not self.reconciler.synced:
             await self.reconciler.progressed()
-        self._synced = True
+        self._synced.set()
         log.info("ready: %d pods, backend %s (%s)", len(self.table), self.choice.name, self.choice.reason)
+
+    async def _zds(self) -> None:
+        """A ztunnel is given its snapshot once every pod was looked at: then it is whole, and sent once."""
+        await self._synced.wait()
+        await self.zds.serve()
 
     async def _admin(self) -> None:
         server = await asyncio.start_unix_server(
@@ -157,13 +164,20 @@ class Agent:
             await server.serve_forever()
 
     def _ztunnel_changed(self, uid: str | None) -> None:
-        for one in [uid] if uid is not None else [pod.uid for pod in self.table]:
-            self.reconciler.wake(one)
+        """A ztunnel acknowledged this pod, or (None) one has gone, which may concern every pod."""
+        if uid is not None:
+            self.reconciler.acknowledged(uid)
+            return
+        for pod in self.table:
+            self.reconciler.wake(pod.uid)
 
 
 def main(settings: Settings, version: str) -> int:
     """Runs the agent; returns the exit code."""
     # Three descriptors per pod: its namespace, its nf_tables socket, its notifications.
+    # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -15,15 +15,22 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "iptables": ("routing", "iptables"),
 }
 
+WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4}
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`active` layers in order of application; `retired` ones get want=None once per pod."""
+    """`active` layers in order of application; `retired` ones get want=None once per pod.
+
+    `workers`: how many pods are worked on at a time. Netlink alone is faster from one thread (the others
+    would only fight for the interpreter and for the kernel's locks), processes are worth waiting for in several.
+    """
 
     name: str
     reason: str
     active: tuple[Backend, ...]
     retired: tuple[Backend, ...]
+    workers: int = 1
 
 
 def choose(setting: str, backends: Mapping[str, Backend], support: Mapping[str, Support]) -> Choice:
@@ -39,5 +46,5 @@ def choose(setting: str, backends: Mapping[str, Backend], support: Mapping[str, 
         reason = f"setting backend={setting}" + (f", first that works{skipped}" if setting == "auto" else "")
         active = tuple(backends[layer] for layer in LAYERS[name])
         retired = tuple(b for b in backends.values() if b not in active)
-        return Choice(name, reason, active, retired)
+        return Choice(name, reason, active, retired, WORKERS[name])
     raise SettingsError(f"no backend can be used (setting backend={setting}): {'; '.join(problems)}")

@@ -8,6 +8,7 @@ route is ours by definition: there is no room for a tag, and adding an equal one
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,11 +55,10 @@ class RoutingBackend:
 
     def read(self, target: PodNetns) -> list[Item]:
         known = {item for family in (4, 6) for item in items(family)}
-        with target.route() as route:
-            found: list[Item] = []
-            for family in (4, 6):
-                found += [item for item in route.local_routes(family) if item in known]
-                found += [item for item in route.mark_rules(family) if item in known]
+        found: list[Item] = []
+        for family in (4, 6):
+            found += [item for item in target.route.local_routes(family, names.ROUTE_TABLE) if item in known]
+            found += [item for item in target.route.mark_rules(family) if item in known]
         return found
 
     def plan(self, want: Redirect | None, have: list[Item]) -> Plan[Change]:
@@ -73,11 +73,10 @@ class RoutingBackend:
         return Plan(tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes), differences)
 
     def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
-        with target.route() as route:
-            for step in plan.steps:
-                route.change(step.payload.item, add=step.payload.add)
+        for step in plan.steps:
+            target.route.change(step.payload.item, add=step.payload.add)
 
 
 def _try() -> None:
-    with RouteSocket() as route:
+    with contextlib.closing(RouteSocket()) as route:
         route.change(items(4)[1], add=True)

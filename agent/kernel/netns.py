@@ -12,6 +12,7 @@ import fcntl
 import os
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,24 @@ SO_NETNS_COOKIE = 71  # asm-generic/socket.h; since 5.14, never reused while the
 MS_BIND, MNT_DETACH = 0x1000, 2
 
 _libc = ctypes.CDLL(None, use_errno=True)  # setns: os.setns needs Python 3.12
+
+
+class _Home(threading.local):
+    """The namespace that each thread lives in and comes back to, opened at its first departure."""
+
+    fd = -1
+
+    def descriptor(self) -> int:
+        if self.fd < 0:
+            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        return self.fd
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+_home = _Home()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +83,22 @@ class Netns:
         return cls(fd, str(path))
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs `function` inside the namespace, on this thread, and comes back. It must not wait or yield."""
+        """Runs `function` inside the namespace, on this thread, and comes back. It must not wait or yield.
+
+        That the namespace is not the host's was settled when this handle was made: a descriptor never comes to
+        mean another namespace.
+        """
         if self.fd < 0:
             raise NetnsError(f"network namespace {self.origin}: already closed")
-        _refuse_host(os.fstat(self.fd), self.origin)
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        home = _home.descriptor()
+        if _libc.setns(self.fd, CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise KernelError(f"setns into {self.origin}", number, os.strerror(number))
         try:
-            if _libc.setns(self.fd, CLONE_NEWNET):
-                number = ctypes.get_errno()
-                raise KernelError(f"setns into {self.origin}", number, os.strerror(number))
-            try:
-                return function()
-            finally:
-                if _libc.setns(home, CLONE_NEWNET):
-                    os.abort()
+            return function()
         finally:
-            os.close(home)
+            if _libc.setns(home, CLONE_NEWNET):
+                os.abort()
 
     def pin(self, path: Path) -> None:
         """Bind-mounts the namespace on `path`, so that a later process finds it without asking anyone."""

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from agent.core.errors import KernelError
 from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, attribute
 from agent.core.netlink import attributes as parse
-from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.netlink import SOL_NETLINK, NetlinkSocket
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
 _NEWADDR_GET, _NEWROUTE, _DELROUTE, _GETROUTE = 22, 24, 25, 26
 _NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
+_GET_STRICT_CHK = 12
 _BOOT, _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 3, 254, 2, 1
 _LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
@@ -52,12 +53,9 @@ class RouteSocket(NetlinkSocket):
 
     def __init__(self) -> None:
         super().__init__(socket.NETLINK_ROUTE)
-
-    def __enter__(self) -> RouteSocket:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        # Dumps are then filtered by the kernel; without it (before 4.20) they are filtered here alone.
+        with contextlib.suppress(OSError):
+            self.socket.setsockopt(SOL_NETLINK, _GET_STRICT_CHK, 1)
 
     def addresses(self) -> tuple[str, ...]:
         """All addresses of the namespace, without loopback and link-local ones."""
@@ -81,13 +79,14 @@ class RouteSocket(NetlinkSocket):
             numbers = [int.from_bytes(parts.get(kind, b""), "little") for kind in (6, 10, 16, 15)]
             yield MarkRule(family, *numbers)
 
-    def local_routes(self, family: int) -> Iterator[LocalRoute]:
-        """Default routes of type local on lo, in any table but `local` itself."""
-        for answer in self._dump("read routes", _GETROUTE, _ROUTE.pack(AF[family], *[0] * 8)):
+    def local_routes(self, family: int, table: int) -> Iterator[LocalRoute]:
+        """Default routes of type local on lo in one table (1 to 252)."""
+        wanted, body = table, _ROUTE.pack(AF[family], 0, 0, 0, table, 0, 0, 0, 0)
+        for answer in self._dump("read routes", _GETROUTE, body):
             header, parts = _ROUTE.unpack_from(answer), dict(parse(answer[_ROUTE.size :]))
             table = int.from_bytes(parts.get(15, b""), "little") or header[4]
             oif = int.from_bytes(parts.get(4, b""), "little")
-            if header[1] == 0 and header[7] == _TYPE_LOCAL and oif == _LOOPBACK_INDEX and table != 255:
+            if header[1] == 0 and header[7] == _TYPE_LOCAL and oif == _LOOPBACK_INDEX and table == wanted:
                 yield LocalRoute(family, table)
 
     def change(self, item: MarkRule | LocalRoute, *, add: bool) -> None:

@@ -1,11 +1,18 @@
-"""Listening unix sockets that only root may use, and who is at the other end."""
+"""Listening unix sockets that only root may use, and who is at the other end; one agent per directory."""
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import logging
 import os
 import socket
 import struct
 from pathlib import Path
+
+from agent.core.errors import SluiceError
+
+log = logging.getLogger("sluice.socket")
 
 
 def listen(path: str, kind: int) -> socket.socket:
@@ -31,3 +38,25 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process that connected."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
+
+
+async def accept(listener: socket.socket) -> socket.socket:
+    """The next connection. Having no descriptor left, or a peer that is gone already, ends nothing."""
+    while True:
+        try:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            return sock
+        except OSError as error:
+            log.error("accept on %s: %s; trying again", listener.getsockname(), error.strerror)
+            await asyncio.sleep(0.1)
+
+
+def claim(directory: Path) -> int:
+    """A lock on the directory, held until the process ends. Raises SluiceError while another process has it."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise SluiceError(f"another agent runs on {directory}; stop it first, or give another run_dir") from None
+    return descriptor

@@ -132,9 +132,7 @@ class Chain:
             if not isinstance(answer, dict) or "code" not in answer:
                 words = (done.stderr or done.stdout).strip() or f"exit {done.returncode} without a word"
                 raise ChainError(plugin["type"], verb, -1, words, "")
-            raise ChainError(
-                plugin["type"], verb, answer["code"], answer.get("msg", ""), answer.get("details", "")
-            )
+            raise ChainError(plugin["type"], verb, answer["code"], answer.get("msg", ""), answer.get("details", ""))
         if done.stdout.strip() and not isinstance(answer, dict):
             raise ChainError(plugin["type"], verb, -1, "stdout is not a JSON object", done.stdout[:200])
         return answer if isinstance(answer, dict) else None

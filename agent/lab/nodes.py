@@ -28,9 +28,7 @@ _FORWARD = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
 def claim(spec: LabSpec) -> None:
     """Makes /run/<prefix>: of two who build the same lab at once, one is refused, and must not clean up."""
-    refused = SluiceError(
-        f"lab {spec.prefix} is already there; first: sluice lab down --prefix {spec.prefix}"
-    )
+    refused = SluiceError(f"lab {spec.prefix} is already there; first: sluice lab down --prefix {spec.prefix}")
     if namespaces(spec.prefix):
         raise refused
     try:

@@ -21,9 +21,7 @@ SETTLE_SECONDS: Final = 3.0  # for the ztunnels to write the last records
 class Traffic:
     """One run of load.py in a pod. `targets` are `ip:port` or `[ip]:port`."""
 
-    def __init__(
-        self, lab: Lab, pod: Pod, targets: Sequence[str], *, name: str = "load", rate: float = RATE
-    ) -> None:
+    def __init__(self, lab: Lab, pod: Pod, targets: Sequence[str], *, name: str = "load", rate: float = RATE) -> None:
         self._lab, self._pod, self._targets, self._rate = lab, pod, targets, rate
         self._name = name
         self.records = lab.spec.run_dir / f"{pod.spec.key}.{name}.jsonl"

@@ -64,6 +64,8 @@ def _layer(backend: Backend, target: PodNetns, want: Redirect | None, done: Sett
                 error.add_note(str(plan))
                 raise
             done.applied.append(Applied(backend.name, str(plan), differences))
+            if not differences:
+                return  # nothing was wrong: only ownership was taken over, or what was empty dropped
     words = "; ".join(differences) or "somebody keeps changing it"
     raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)
 

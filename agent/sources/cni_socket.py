@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from agent.core.errors import ProtocolError
-from agent.kernel.unixsocket import listen, peer
+from agent.kernel.unixsocket import accept, listen, peer
 from agent.sources import cni_wire
 from agent.sources.cni import CniService
 from agent.sources.cni_wire import CniReply
@@ -29,11 +29,10 @@ class CniSocket:
     async def serve(self) -> None:
         """Until cancelled; the socket file stays, so that plugins are refused, not lost."""
         listener = listen(self.path, socket.SOCK_STREAM)
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    sock, _ = await loop.sock_accept(listener)
+                    sock = await accept(listener)
                     tasks.create_task(self._serve_one(sock))
         finally:
             listener.close()
@@ -62,6 +61,9 @@ class CniSocket:
             except OSError as error:
                 log.warning("CNI caller: %s", error)
                 return
+            except Exception:  # a defect met by one request must not end the agent
+                log.exception("CNI %s failed", verb)
+                reply = CniReply(cni_wire.TRY_AGAIN_LATER, "internal error; see the agent's log")
             with contextlib.suppress(OSError):  # the runtime may have killed its plugin
                 await asyncio.get_running_loop().sock_sendall(sock, reply.encode())
             self._count(verb, reply.code, time.monotonic() - started)
@@ -77,13 +79,13 @@ async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
                 chunk, descriptors, flags, _ = socket.recv_fds(sock, 1 << 16, 4)
             except BlockingIOError:
                 continue
+            if descriptor is None and descriptors:
+                descriptor = descriptors.pop(0)
+                os.set_inheritable(descriptor, False)  # recv_fds ignores its flags before Python 3.13
             for extra in descriptors:
-                if descriptor is None:
-                    descriptor = extra
-                    os.set_inheritable(extra, False)
-                else:
-                    os.close(extra)
-                    raise ProtocolError("more than one descriptor came along")
+                os.close(extra)
+            if descriptors:
+                raise ProtocolError("more than one descriptor came along")
             if flags & socket.MSG_CTRUNC:
                 raise ProtocolError("more descriptors came along than fit")
             if not chunk:

@@ -11,35 +11,34 @@ import asyncio
 from collections.abc import Callable
 
 from agent.core import netlink
-from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.core.nftables import NEWGEN
 from agent.kernel import exec
 from agent.kernel.netlink import NetlinkSocket
 from agent.kernel.podnetns import PodNetns
 
 
 class DriftWatcher:
-    """One socket per pod in the event loop. All methods belong to the loop's thread."""
+    """Every captured pod's notifications in the event loop. All methods belong to the loop's thread."""
 
     def __init__(self, wake: Callable[[str, str], None]) -> None:
         """`wake(uid, cause)`; cause is such as "nft[4711]"."""
         self._wake = wake
-        self._watched: dict[str, tuple[PodNetns, NetlinkSocket]] = {}
+        self._watched: dict[str, PodNetns] = {}
 
     def watch(self, uid: str, target: PodNetns) -> None:
-        known = self._watched.get(uid)
-        if known is not None and known[0] is target:
+        """From now on; what was notified since the namespace was opened is told at once."""
+        if self._watched.get(uid) is target:
             return
         self.unwatch(uid)
-        sock = target.netns.call(lambda: NetlinkSocket(NETLINK_NETFILTER, groups=[GROUP_NFTABLES]))
-        sock.socket.setblocking(False)
-        self._watched[uid] = target, sock
-        asyncio.get_running_loop().add_reader(sock.socket, self._read, uid, target.nft.port, sock)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(target.events.socket, self._read, uid, target.nft.port, target.events)
+        self._watched[uid] = target
 
     def unwatch(self, uid: str) -> None:
-        known = self._watched.pop(uid, None)
-        if known is not None:
-            asyncio.get_running_loop().remove_reader(known[1].socket)
-            known[1].close()
+        """Before the target is closed."""
+        target = self._watched.pop(uid, None)
+        if target is not None:
+            asyncio.get_running_loop().remove_reader(target.events.socket)
 
     def close(self) -> None:
         for uid in list(self._watched):

@@ -39,6 +39,10 @@ class Namespaces:
             if known is not None and known.netns.id == netns.id:
                 netns.close()
                 return
+            other = next((pod for pod, target in self._open.items() if target.netns.id == netns.id), uid)
+            if other != uid:
+                netns.close()
+                raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {other}; not touching it")
             self._open[uid] = PodNetns(netns)
         if known is not None:
             known.close()
@@ -121,9 +125,7 @@ class Namespaces:
             netns.close()
             problems.append(NetnsError(f"{path}: is another network namespace by now"))
         if note is not None and note.netns is not None:
-            raise PodGoneError(
-                f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})"
-            )
+            raise PodGoneError(f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})")
         if problems:
             raise type(problems[0])(f"pod {pod.key}: {problems[0]}")
         raise NetnsError(f"pod {pod.key}: no path of its network namespace is known")

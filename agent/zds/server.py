@@ -14,10 +14,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.core.errors import ProtocolError, ZtunnelError
+from agent.core.errors import NoZtunnelError, ProtocolError, ZtunnelError
 from agent.core.pods import Pod
 from agent.kernel.podnetns import PodNetns
-from agent.kernel.unixsocket import listen, peer
+from agent.kernel.unixsocket import accept, listen, peer
 from agent.zds import messages
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
@@ -39,6 +39,7 @@ class Connection:
         self.socket, self.seconds, self.pid = sock, seconds, pid
         self.acked: dict[str, Offer] = {}
         self.kept: set[str] = set()
+        self.adding: list[str] = []  # under way or about to be: one may be there twice
         self.closed = False
         self._turn = asyncio.Lock()
         self._answer: asyncio.Future[bytes] | None = None
@@ -62,9 +63,14 @@ class Connection:
             if self._answer is None or self._answer.done():
                 raise ProtocolError("it answered without being asked")
             self._answer.set_result(packet)
+        self.drop()  # whoever waits for an answer need not wait any longer
 
     async def ask(self, message: messages.Request, descriptor: int | None = None) -> None:
         """Sends one message and waits for its acknowledgement. Raises ZtunnelError."""
+        try:
+            packet = messages.encode(message)
+        except (ProtocolError, UnicodeEncodeError) as wrong:
+            raise ZtunnelError(f"cannot be told to ztunnel: {wrong}") from None
         async with self._turn:
             if self.closed:
                 raise ZtunnelError("ztunnel has gone away")
@@ -73,7 +79,7 @@ class Connection:
                 async with asyncio.timeout(self.seconds):
                     # Never blocks: one message at a time is under way, and it is small.
                     rights = [] if descriptor is None else [descriptor]
-                    socket.send_fds(self.socket, [messages.encode(message)], rights)
+                    socket.send_fds(self.socket, [packet], rights)
                     error = messages.decode_response(await self._answer).error
             except TimeoutError:
                 self.drop()
@@ -103,7 +109,7 @@ class ZdsServer:
     """Adds go to the newest connection, deletions to all: two ztunnels run during a rolling upgrade."""
 
     def __init__(self, path: str, seconds: float, changed: Callable[[str | None], None]) -> None:
-        """`changed` is called with a UID that was (un)acknowledged, or None when that may concern any."""
+        """`changed` is called with a UID that was acknowledged, and with None when a ztunnel has gone."""
         self.path, self.seconds, self._changed = path, seconds, changed
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
@@ -122,11 +128,10 @@ class ZdsServer:
     async def serve(self) -> None:
         """Until cancelled."""
         listener = listen(self.path, socket.SOCK_SEQPACKET)
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.TaskGroup() as tasks:
                 while True:
-                    sock, _ = await loop.sock_accept(listener)
+                    sock = await accept(listener)
                     tasks.create_task(self._serve_one(sock))
         finally:
             listener.close()
@@ -141,7 +146,7 @@ class ZdsServer:
             self._offers[pod.uid] = offer
             self._expected.discard(pod.uid)
         if not self._connections:
-            raise ZtunnelError(f"no ztunnel is connected to {self.path}; is it running on this node?")
+            raise NoZtunnelError(f"no ztunnel is connected to {self.path}; is it running on this node?")
         newest = self._connections[-1]
         if newest.acked.get(pod.uid) != offer:
             await self._add(newest, offer)
@@ -150,7 +155,7 @@ class ZdsServer:
         self._offers.pop(uid, None)
         self._expected.discard(uid)
         for connection in list(self._connections):
-            known = uid in connection.kept or uid in connection.acked
+            known = uid in connection.kept or uid in connection.acked or uid in connection.adding
             connection.kept.discard(uid)
             connection.acked.pop(uid, None)
             if known:
@@ -160,8 +165,14 @@ class ZdsServer:
                     log.warning("ztunnel did not take the removal of %s: %s", uid, error)
 
     async def _add(self, connection: Connection, offer: Offer) -> None:
-        await connection.ask(offer.add, offer.target.netns.fd)
-        connection.acked[offer.add.uid] = offer
+        uid = offer.add.uid
+        connection.adding.append(uid)
+        try:
+            await connection.ask(offer.add, offer.target.netns.fd)
+        finally:
+            connection.adding.remove(uid)
+        if self._offers.get(uid) == offer:  # otherwise withdrawn meanwhile: its removal waits behind us
+            connection.acked[uid] = offer
 
     async def _serve_one(self, sock: socket.socket) -> None:
         pid, uid = peer(sock)
@@ -178,6 +189,8 @@ class ZdsServer:
             log.info("ztunnel left: pid %d", pid)
         except (ProtocolError, OSError) as error:
             log.warning("ztunnel dropped: pid %d: %s", pid, error)
+        except Exception:  # a defect met by one connection must not end the agent
+            log.exception("ztunnel dropped: pid %d", pid)
         finally:
             if reader is not None:
                 reader.cancel()
@@ -201,9 +214,9 @@ class ZdsServer:
                     await self._add(connection, offer)
                 except ZtunnelError as error:
                     log.warning("ztunnel did not take %s/%s: %s", offer.add.namespace, offer.add.name, error)
+                    continue
                 self._changed(uid)
             await connection.ask(SnapshotSent())
             log.info("ztunnel has all pods: pid %d, %d pods", connection.pid, len(connection.acked))
-            self._changed(None)
         except ZtunnelError as error:
             log.warning("snapshot not complete: %s", error)

@@ -19,7 +19,7 @@ from agent.kernel.netns import Netns
 from agent.zds.messages import MAX_MESSAGE, Ack, Add, Hello, decode_request, encode
 from agent.ztunnel.workloads import Workloads
 
-FIRST_DELAY, LAST_DELAY = 0.01, 15.0
+FIRST_DELAY, LAST_DELAY = 0.01, 1.0  # seconds; an agent that comes back is not kept waiting
 _ERROR_BYTES = MAX_MESSAGE - 64  # of an Ack, so that the message stays within its limit
 _MOST_FDS = 8
 

@@ -40,8 +40,17 @@ class Pod:
     live: set[Live] = field(default_factory=set)
 
     def record(
-        self, kind: str, direction: str, began: tuple[float, float], source: Address,
-        destination: Address | None, sent: int, received: int, close: str, error: str, via: Address | None = None,
+        self,
+        kind: str,
+        direction: str,
+        began: tuple[float, float],
+        source: Address,
+        destination: Address | None,
+        sent: int,
+        received: int,
+        close: str,
+        error: str,
+        via: Address | None = None,
     ) -> None:
         """`began` is what `now` gave at the start."""
         self.engine.records.add(Record(

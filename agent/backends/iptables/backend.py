@@ -77,13 +77,15 @@ def read(nft: NftSocket) -> Have:
     """All tables of iptables in the namespace of this socket, read within one generation."""
     for _ in range(20):
         generation = nft.generation()
-        families = {}
+        families, seen = {}, set()
         for family, protocol in FAMILIES.items():
             tables = nft.dump(GETTABLE, protocol)
             chains = nft.dump(GETCHAIN, protocol) if tables else []
             rules = nft.dump(GETRULE, protocol) if tables else []
             families[family] = reading.family_tables(tables, chains, rules)
-        if nft.generation() == generation:
+            seen |= {message.body[2:4] for message in (*tables, *chains, *rules)}
+        # Each message of a dump carries the low half of the generation that it shows.
+        if seen <= {generation.to_bytes(4)[2:]}:
             return Have(families, generation)
     raise KernelError("read iptables", 0, "somebody keeps changing the rules while they are read")
 

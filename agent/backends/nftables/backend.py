@@ -19,7 +19,7 @@ from agent.backends.nftables.rendering import (
 )
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core.errors import KernelError
-from agent.core.netlink import attribute, attributes
+from agent.core.netlink import attributes
 from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
@@ -90,17 +90,11 @@ def read(nft: NftSocket) -> Have:
     """Our tables in the namespace of this socket, all read within one generation."""
     for _ in range(20):
         generation = nft.generation()
-        present = [
-            message
-            for message in nft.dump(GETTABLE, NFPROTO_INET)
-            if (name := table_name(message.body)) in TABLES and name
-        ]
-        chains, rules = [], []
-        if present:
-            chains = nft.dump(GETCHAIN, NFPROTO_INET)
-            for message in present:
-                rules += nft.dump(GETRULE, NFPROTO_INET, attribute(1, table_name(message.body)))
-        if nft.generation() == generation:
+        present = [message for message in nft.dump(GETTABLE, NFPROTO_INET) if table_name(message.body) in TABLES]
+        chains = nft.dump(GETCHAIN, NFPROTO_INET) if present else []
+        rules = nft.dump(GETRULE, NFPROTO_INET) if present else []
+        # Each message of a dump carries the low half of the generation that it shows.
+        if all(message.body[2:4] == generation.to_bytes(4)[2:] for message in (*present, *chains, *rules)):
             return Have(reading.tables(present, chains, rules), generation, nft.port)
     raise KernelError("read nf_tables", 0, "somebody keeps changing the rules while they are read")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import blake2b
 
 from agent.core.netlink import attributes
@@ -22,8 +21,8 @@ _COMPARED: dict[str, frozenset[int]] = {
     "ct": frozenset({1, 2, 4}),
     "counter": frozenset(),
 }
-# A counter as the kernel dumps it: name, then two attributes of eight bytes. Blanked before hashing only so
-# that equal rules are equal keys of the cache.
+# A counter as the kernel dumps it: name, then two attributes of eight bytes. Blanked only so that equal rules
+# are equal keys of a cache.
 _COUNTS = re.compile(rb"(counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00).{8}(\x0c\x00\x02\x00).{8}", re.DOTALL)
 _NO_COUNTS = rb"\g<1>" + bytes(8) + rb"\g<2>" + bytes(8)
 _NESTED = {("cmp", 3), ("bitwise", 4), ("bitwise", 5), ("immediate", 2)}
@@ -91,13 +90,13 @@ def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, st
     return ", ".join(parts) or "rules altered or in another order"
 
 
+def without_counts(message: bytes) -> bytes:
+    """The same bytes with every counter at zero."""
+    return _COUNTS.sub(_NO_COUNTS, message)
+
+
 def digest(expressions: bytes) -> str:
     """A hash of what a rule does, from NFTA_RULE_EXPRESSIONS; equal for what we send and the kernel dumps."""
-    return _digest(_COUNTS.sub(_NO_COUNTS, expressions))
-
-
-@lru_cache(maxsize=1024)  # a node's pods have the same few dozen rules, and each is read again and again
-def _digest(expressions: bytes) -> str:
     state = blake2b(digest_size=8)
     for _, element in attributes(expressions):
         parts = dict(attributes(element))

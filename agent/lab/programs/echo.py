@@ -44,9 +44,7 @@ class Echo:
 
     def __init__(self, port: int, log: TextIO | None) -> None:
         self._log = log
-        self._server = socket.create_server(
-            ("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG
-        )
+        self._server = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)
         self._server.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._server, select.EPOLLIN)
