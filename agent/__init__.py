@@ -16,3 +16,5 @@ ztunnel     the embedded proxy, a process of its own
 lab         nodes, pods, traffic and faults in network namespaces
 cli         one file per command group; app joins the parts of the agent
 """
+
+__version__ = "0.1.0"

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
+from agent import __version__
 from agent.core.errors import SluiceError
 
 _ABOUT = """Takes the traffic of pods through one layer 4 proxy per node, keeps it right, and can say why.
@@ -30,13 +30,9 @@ _GROUPS = {
 
 def parser(command: str = "") -> argparse.ArgumentParser:
     """With the group of one command, or with all of them."""
-    try:
-        number = version("sluice")
-    except PackageNotFoundError:
-        number = "unknown"
     top = argparse.ArgumentParser(prog="sluice", description=_ABOUT)
-    top.add_argument("--version", action="version", version=f"sluice {number}")
-    top.set_defaults(version_text=number)
+    top.add_argument("--version", action="version", version=f"sluice {__version__}")
+    top.set_defaults(version_text=__version__)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
     modules = [_GROUPS[command]] if command in _GROUPS else dict.fromkeys(_GROUPS.values())
     for module in modules:

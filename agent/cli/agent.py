@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    gc.disable()  # nothing of what is loaded now is ever garbage; app turns it on again
     from agent import app  # the daemon's parts are loaded for the daemon alone
 
     return app.main(settings, args.version_text)

@@ -77,7 +77,8 @@ class Metrics:
         shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
         words = "; ".join(shown) or "ownership taken over, or empty tables removed"
         by = f" after a change by {cause}" if cause else ""
-        log.info("pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, words)
+        level = logging.INFO if differences else logging.DEBUG  # not worth a line per pod at each start
+        log.log(level, "pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, words)
 
     def failed(self, pod: Pod, error: Exception) -> None:
         self.failures.inc()

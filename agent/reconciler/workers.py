@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-BATCH = 16  # so that a new pod waits behind few others
+BATCH = 32  # so that a new pod waits behind few others
 
 
 class Workers:
