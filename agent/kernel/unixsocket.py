@@ -8,7 +8,9 @@ import logging
 import os
 import socket
 import struct
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from agent.core.errors import SluiceError
 
@@ -38,6 +40,17 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process that connected."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
+
+
+async def serve(path: str, kind: int, handle: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
+    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind."""
+    listener = listen(path, kind)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                tasks.create_task(handle(await accept(listener)))
+    finally:
+        listener.close()
 
 
 async def accept(listener: socket.socket) -> socket.socket:

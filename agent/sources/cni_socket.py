@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from agent.core.errors import ProtocolError
-from agent.kernel.unixsocket import accept, listen, peer
+from agent.kernel.unixsocket import peer, serve
 from agent.sources import cni_wire
 from agent.sources.cni import CniService
 from agent.sources.cni_wire import CniReply
@@ -28,14 +28,7 @@ class CniSocket:
 
     async def serve(self) -> None:
         """Until cancelled; the socket file stays, so that plugins are refused, not lost."""
-        listener = listen(self.path, socket.SOCK_STREAM)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    sock = await accept(listener)
-                    tasks.create_task(self._serve_one(sock))
-        finally:
-            listener.close()
+        await serve(self.path, socket.SOCK_STREAM, self._serve_one)
 
     async def _serve_one(self, sock: socket.socket) -> None:
         started, verb, reply = time.monotonic(), "unknown", CniReply()

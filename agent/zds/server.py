@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from agent.core.errors import NoZtunnelError, ProtocolError, ZtunnelError
 from agent.core.pods import Pod
 from agent.kernel.podnetns import PodNetns
-from agent.kernel.unixsocket import accept, listen, peer
+from agent.kernel.unixsocket import peer, serve
 from agent.zds import messages
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
@@ -127,14 +127,7 @@ class ZdsServer:
 
     async def serve(self) -> None:
         """Until cancelled."""
-        listener = listen(self.path, socket.SOCK_SEQPACKET)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                while True:
-                    sock = await accept(listener)
-                    tasks.create_task(self._serve_one(sock))
-        finally:
-            listener.close()
+        await serve(self.path, socket.SOCK_SEQPACKET, self._serve_one)
 
     def expect(self, uid: str) -> None:
         """A predecessor captured this pod and we have not looked at it yet: no ztunnel may drop it meanwhile."""
