@@ -87,7 +87,7 @@ class Lab:
             for node in self.nodes.values():
                 node.configure(backend)
                 node.start_ztunnel()
-                node.start_agent()
+                node.await_ztunnel(node.start_agent())
         tell(f"{len(self.spec.pods)} pods, through the CNI chain ptp{' and sluice-cni' if sluice else ''}")
         created = [self.pods.create(spec) for spec in self.spec.pods]
         self.pods.write_names()

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from agent.kernel.adminsocket import ask
 from agent.lab.children import Child, Children, await_ready
 from agent.lab.topology import LabSpec
 
@@ -54,6 +55,14 @@ class NodeProcesses:
 
     def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
         await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
+
+    def await_ztunnel(self, agent: Child) -> None:
+        """Until a ztunnel has come to the agent, which refuses pods before that: it tries again each second."""
+
+        def joined() -> bool:
+            return bool(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
+
+        await_ready(agent, joined, READY_SECONDS, "joined by its ztunnel")
 
     def end(self, name: str = "agent") -> None:
         """SIGTERM and, should that not help within 10 s, SIGKILL."""
