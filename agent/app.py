@@ -174,11 +174,11 @@ class Agent:
 
 def main(settings: Settings, version: str) -> int:
     """Runs the agent; returns the exit code."""
-    # Three descriptors per pod: its namespace, its nf_tables socket, its notifications.
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
+    # Four descriptors per pod: its namespace, and its nf_tables, route and notification sockets.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

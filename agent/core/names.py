@@ -42,7 +42,6 @@ TAG_PREFIX: Final = "sluice:"  # of every rule comment of ours; see core.tags
 # Labels and annotations (design: interfaces).
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
 SIDECAR_STATUS: Final = "sidecar.istio.io/status"
-REDIRECTION: Final = "ambient.istio.io/redirection"
 BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
 REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
