@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from agent.core import names
+from agent.core.exclusions import Exclusions
 
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
     """The intent for one pod. Holds nothing of the pod itself, so all pods of a variant share one value.
 
-    `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound.
+    `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound. `dns_to` are the
+    resolvers whose traffic is captured as DNS, () for all. `preserve`: connections that were there before the
+    rules run on outside, see core.outside. `refuse_non_tcp`: what is neither TCP nor DNS is refused, not only counted.
     """
 
     ipv4: bool = True
@@ -21,6 +24,10 @@ class Redirect:
     virtual_interfaces: tuple[str, ...] = ()
     probe_ipv4: str = names.PROBE_IPV4
     probe_ipv6: str = names.PROBE_IPV6
+    dns_to: tuple[str, ...] = ()
+    exclude: Exclusions = Exclusions()
+    refuse_non_tcp: bool = False
+    preserve: bool = False
 
     def within(self, *, ipv6: bool) -> Redirect:
         """The same intent in a namespace that has IPv6, or has it switched off."""

@@ -10,7 +10,16 @@ from typing import Any
 from agent.core import names
 from agent.core.errors import SettingsError
 
-BACKENDS = ("auto", "nftables", "iptables")
+BACKENDS = ("auto", "nftables", "iptables", "iptables-legacy")
+# The values of the settings that are one word of a few.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "backend": BACKENDS,
+    "host_probes": (*BACKENDS, "off"),
+    "probe_canary": ("report", "rollback", "off"),
+    "dns_capture_to": ("any", "resolvers"),
+    "non_tcp": ("count", "refuse"),
+    "log_level": ("debug", "info", "warning", "error"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +33,17 @@ class Settings:
     static_pods: str = ""
     backend: str = "auto"
     dns_capture: bool = True
+    dns_capture_to: str = "any"
+    dns_resolvers: tuple[str, ...] = ()
     ipv6: bool = True
     probe_ipv4: str = names.PROBE_IPV4
     probe_ipv6: str = names.PROBE_IPV6
     exclude_namespaces: tuple[str, ...] = ("kube-system",)
+    sidecar_annotations: bool = False
+    non_tcp: str = "count"
+    preserve_connections: bool = True
+    host_probes: str = "auto"
+    probe_canary: str = "report"
     verify_seconds: float = 30.0
     ack_seconds: float = 5.0
     add_seconds: float = 10.0
@@ -48,12 +64,19 @@ HELP: Mapping[str, str] = {
     "zds_socket": "unix socket on which ztunnel connects",
     "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
     "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
-    "backend": "auto, nftables or iptables",
+    "backend": "auto, nftables, iptables (its nf_tables variant) or iptables-legacy",
     "dns_capture": "capture DNS, unless a pod's annotation says otherwise",
+    "dns_capture_to": "any, or resolvers: capture DNS only towards the resolvers that the pod is configured with",
+    "dns_resolvers": "resolvers of pods whose own are not known (dns_capture_to: resolvers)",
     "ipv6": "program IPv6 where a pod has it",
     "probe_ipv4": "source address of the node's probes, IPv4",
     "probe_ipv6": "source address of the node's probes, IPv6",
     "exclude_namespaces": "namespaces whose pods are never captured",
+    "sidecar_annotations": "honour the exclusions of traffic.sidecar.istio.io annotations too",
+    "non_tcp": "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
+    "preserve_connections": "let connections that are older than a pod's enrolment run on uncaptured",
+    "host_probes": "mechanism of the node's probe exemption: auto, nftables, iptables, iptables-legacy or off",
+    "probe_canary": "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
     "verify_seconds": "seconds between two verifications of a pod",
     "ack_seconds": "seconds that ztunnel has to acknowledge one pod",
     "add_seconds": "seconds that a CNI ADD may take in the agent",
@@ -98,31 +121,37 @@ def _convert(key: str, value: Any, place: str) -> Any:
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise refuse("a list of names")
-        return tuple(part.strip() for part in parts if part.strip())
+        words = tuple(part.strip() for part in parts if part.strip())
+        if key == "dns_resolvers":
+            return tuple(_address(word, refuse) for word in words)
+        return words
     if not isinstance(value, str):
         raise refuse("text")
     return _text(key, value, refuse)
 
 
 def _text(key: str, value: str, refuse: Any) -> str:
-    if key == "backend" and value not in BACKENDS:
-        raise refuse("one of " + ", ".join(BACKENDS))
-    if key == "log_level" and value not in ("debug", "info", "warning", "error"):
-        raise refuse("debug, info, warning or error")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise refuse("one of " + ", ".join(CHOICES[key]))
     if key in ("run_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
         raise refuse("an absolute path of at most 90 characters")
     if key == "metrics_address" and value and not _host_port(value):
         raise refuse("address:port")
     for version in (4, 6):
         if key == f"probe_ipv{version}":
-            try:
-                address = ipaddress.ip_address(value)
-            except ValueError:
-                raise refuse(f"an IPv{version} address") from None
-            if address.version != version:
-                raise refuse(f"an IPv{version} address")
-            return str(address)
+            return _address(value, refuse, version)
     return value
+
+
+def _address(value: str, refuse: Any, version: int | None = None) -> str:
+    """As the ipaddress module writes it."""
+    try:
+        address = ipaddress.ip_address(value)
+    except ValueError:
+        address = None
+    if address is None or version not in (None, address.version) or getattr(address, "scope_id", None):
+        raise refuse(f"an IPv{version} address" if version else "a list of addresses")
+    return str(address)
 
 
 def _host_port(value: str) -> bool:
