@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from agent.core import names
+from agent.core.exclusions import Range
 from agent.core.redirect import Redirect
 
 
@@ -39,13 +40,17 @@ BASE: dict[tuple[Table, Hook], tuple[str, int]] = {
 class Field(Enum):
     """What a match looks at; the value's type is in the comment."""
 
-    PROTOCOL = "protocol"  # "tcp" or "udp"
+    FAMILY = "family"  # 4 or 6, for a rule that names no address
+    PROTOCOL = "protocol"  # "tcp", "udp", "icmp" or "ipv6-icmp"
     IN_INTERFACE = "iifname"  # str
     OUT_INTERFACE = "oifname"  # str
-    SOURCE = "saddr"  # address without prefix
-    DESTINATION = "daddr"  # address without prefix
-    SOURCE_PORT = "sport"  # int
-    DESTINATION_PORT = "dport"  # int
+    SOURCE = "saddr"  # address without prefix, or networks
+    DESTINATION = "daddr"  # address without prefix, or networks
+    SOURCE_PORT = "sport"  # int, or ranges
+    DESTINATION_PORT = "dport"  # int, or ranges
+    OPENING = "opening"  # a TCP packet that opens a connection: SYN alone of FIN, SYN, RST and ACK
+    USER = "skuid"  # ranges of ids; only where the packet has a socket
+    ESTABLISHED = "established"  # conntrack has seen both directions
     MARK = "mark"  # int, under names.MARK_MASK
     CONNECTION_MARK = "ct mark"  # int, under names.MARK_MASK
 
@@ -57,12 +62,16 @@ class Verb(Enum):
     SET_CONNECTION_MARK = "set connection mark"
     RESTORE_MARK = "restore mark"
     ZONE = "zone"  # value: conntrack zone
+    COUNT = "count"  # nothing else
+    DROP = "drop"  # on output the sender is told: EPERM
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
+    """`value` is one thing, or a tuple of which any may match: ranges (first, last), or networks of one family."""
+
     field: Field
-    value: str | int
+    value: str | int | tuple[Range, ...] | tuple[str, ...]
     negated: bool = False
 
 
@@ -81,12 +90,23 @@ class Rule:
 _TCP, _UDP = Match(Field.PROTOCOL, "tcp"), Match(Field.PROTOCOL, "udp")
 _FROM_ZTUNNEL = Match(Field.MARK, names.ZTUNNEL_MARK)
 _NOT_FROM_ZTUNNEL = Match(Field.MARK, names.ZTUNNEL_MARK, negated=True)
+_NOT_OPENING = Match(Field.OPENING, "syn", negated=True)
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
+_ICMP = {4: "icmp", 6: "ipv6-icmp"}
 
 
 def rules(redirect: Redirect) -> tuple[Rule, ...]:
     """All rules of one pod, in the order in which they must stand within each table and chain."""
-    return tuple([*_mangle(), *_nat_prerouting(redirect), *_nat_output(redirect), *(_raw() if redirect.dns else ())])
+    return tuple(
+        [
+            *_mangle(),
+            *_other_inbound(redirect),
+            *_other_outbound(redirect),
+            *_nat_prerouting(redirect),
+            *_nat_output(redirect),
+            *(_raw() if redirect.dns else ()),
+        ]
+    )
 
 
 def _families(redirect: Redirect) -> Iterator[tuple[int, str]]:
@@ -96,22 +116,76 @@ def _families(redirect: Redirect) -> Iterator[tuple[int, str]]:
         yield 6, redirect.probe_ipv6
 
 
+def _by_family(redirect: Redirect, addresses: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Networks or addresses of each family; a family without any makes no rule, for that would match all."""
+    for family, _ in _families(redirect):
+        mine = tuple(address for address in addresses if (":" in address) == (family == 6))
+        if mine:
+            yield family, mine
+
+
 def _mangle() -> Iterator[Rule]:
     yield Rule(Table.MANGLE, Hook.PREROUTING, (_FROM_ZTUNNEL,), Verb.SET_CONNECTION_MARK)
     touched = Match(Field.CONNECTION_MARK, names.CONNECTION_MARK)
     yield Rule(Table.MANGLE, Hook.OUTPUT, (touched,), Verb.RESTORE_MARK)
 
 
+def _other_inbound(redirect: Redirect) -> Iterator[Rule]:
+    """What is neither TCP nor captured DNS: counted, or dropped. ICMP carries path MTU and neighbours: let be."""
+    here = (Table.MANGLE, Hook.PREROUTING)
+    yield from _not_other(redirect, *here)
+    yield Rule(*here, (Match(Field.IN_INTERFACE, "lo"),), Verb.RETURN)
+    if redirect.dns:  # answers to ztunnel
+        answers = (_UDP, Match(Field.SOURCE_PORT, 53), Match(Field.ESTABLISHED, "yes"))
+        yield Rule(*here, answers, Verb.RETURN)
+    if redirect.refuse_non_tcp:
+        for interface in redirect.exclude.interfaces:
+            yield Rule(*here, (Match(Field.IN_INTERFACE, interface),), Verb.RETURN)
+        yield from _inbound_exclusions(redirect, *here, ("udp",))
+    yield from _rest(redirect, *here)
+
+
+def _other_outbound(redirect: Redirect) -> Iterator[Rule]:
+    here = (Table.MANGLE, Hook.OUTPUT)
+    yield from _not_other(redirect, *here)
+    yield Rule(*here, (Match(Field.OUT_INTERFACE, "lo"),), Verb.RETURN)
+    yield Rule(*here, (_FROM_ZTUNNEL,), Verb.RETURN)
+    if redirect.dns:
+        for family, to in _resolvers(redirect):
+            yield Rule(*here, (*to, _UDP, Match(Field.DESTINATION_PORT, 53)), Verb.RETURN, family=family)
+    if redirect.refuse_non_tcp:
+        yield from _outbound_exclusions(redirect, *here, ("udp",))
+    yield from _rest(redirect, *here)
+
+
+def _not_other(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
+    yield Rule(table, hook, (_TCP,), Verb.RETURN)
+    for family, _ in _families(redirect):
+        yield Rule(table, hook, (Match(Field.PROTOCOL, _ICMP[family]),), Verb.RETURN, family=family)
+
+
+def _rest(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
+    for family, _ in _families(redirect):  # a family that is left out is not counted, and never dropped
+        verb = Verb.DROP if redirect.refuse_non_tcp else Verb.COUNT
+        yield Rule(table, hook, (Match(Field.FAMILY, family),), verb, family=family)
+
+
 def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
     nat = (Table.NAT, Hook.PREROUTING)
+    if redirect.preserve:
+        yield Rule(*nat, (_TCP, _NOT_OPENING), Verb.RETURN)
+    for interface in redirect.exclude.interfaces:
+        yield Rule(*nat, (Match(Field.IN_INTERFACE, interface),), Verb.RETURN)
     for interface in redirect.virtual_interfaces:
-        inbound = (Match(Field.IN_INTERFACE, interface), _TCP)
-        yield Rule(*nat, inbound, Verb.REDIRECT, names.OUTBOUND_PORT)
-        yield Rule(*nat, inbound, Verb.RETURN)
+        arriving = Match(Field.IN_INTERFACE, interface)
+        yield from _destinations(redirect, *nat, ("tcp",), arriving)
+        yield Rule(*nat, (arriving, _TCP), Verb.REDIRECT, names.OUTBOUND_PORT)
+        yield Rule(*nat, (arriving, _TCP), Verb.RETURN)
     if redirect.ingress_only:
         return
     for family, probe in _families(redirect):
         yield Rule(*nat, (_TCP, Match(Field.SOURCE, probe)), Verb.ACCEPT, family=family)
+    yield from _inbound_exclusions(redirect, *nat, ("tcp",))
     for family, _ in _families(redirect):
         plain = (
             Match(Field.DESTINATION, _LOOPBACK[family], negated=True),
@@ -125,20 +199,71 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
 def _nat_output(redirect: Redirect) -> Iterator[Rule]:
     nat = (Table.NAT, Hook.OUTPUT)
     outward = {family: Match(Field.DESTINATION, _LOOPBACK[family], negated=True) for family, _ in _families(redirect)}
+    if redirect.preserve:
+        yield Rule(*nat, (_TCP, _NOT_OPENING), Verb.RETURN)
     for family, probe in _families(redirect):
         yield Rule(*nat, (_TCP, Match(Field.DESTINATION, probe)), Verb.ACCEPT, family=family)
+    yield from _outbound_exclusions(redirect, *nat, ("tcp", "udp") if redirect.dns else ("tcp",))
     if redirect.dns:
-        port = Match(Field.DESTINATION_PORT, 53)
-        off_lo = Match(Field.OUT_INTERFACE, "lo", negated=True)
-        yield Rule(*nat, (off_lo, _UDP, port, _NOT_FROM_ZTUNNEL), Verb.REDIRECT, names.DNS_PORT)
-        for family, match in outward.items():
-            dns = (match, _TCP, port, _NOT_FROM_ZTUNNEL)
-            yield Rule(*nat, dns, Verb.REDIRECT, names.DNS_PORT, family)
+        yield from _dns(redirect, outward)
     yield Rule(*nat, (_TCP, Match(Field.MARK, names.CONNECTION_MARK)), Verb.ACCEPT)
     for family, match in outward.items():
         yield Rule(*nat, (match, Match(Field.OUT_INTERFACE, "lo")), Verb.ACCEPT, family=family)
     for family, match in outward.items():
         yield Rule(*nat, (match, _TCP, _NOT_FROM_ZTUNNEL), Verb.REDIRECT, names.OUTBOUND_PORT, family)
+
+
+def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
+    nat, port = (Table.NAT, Hook.OUTPUT), Match(Field.DESTINATION_PORT, 53)
+    off_lo = Match(Field.OUT_INTERFACE, "lo", negated=True)
+    for family, to in _resolvers(redirect):
+        udp = (*to, off_lo, _UDP, port, _NOT_FROM_ZTUNNEL)
+        yield Rule(*nat, udp, Verb.REDIRECT, names.DNS_PORT, family)
+    for family, match in outward.items():
+        for wanted, to in _resolvers(redirect):
+            if wanted in (None, family):
+                tcp = (*(to or (match,)), _TCP, port, _NOT_FROM_ZTUNNEL)
+                yield Rule(*nat, tcp, Verb.REDIRECT, names.DNS_PORT, family)
+
+
+def _resolvers(redirect: Redirect) -> Iterator[tuple[int | None, tuple[Match, ...]]]:
+    """Which destinations count as DNS, by family: (None, ()) for any."""
+    if not redirect.dns_to:
+        yield None, ()
+    for family, addresses in _by_family(redirect, redirect.dns_to):
+        yield family, (Match(Field.DESTINATION, addresses),)
+
+
+def _inbound_exclusions(redirect: Redirect, table: Table, hook: Hook, protocols: tuple[str, ...]) -> Iterator[Rule]:
+    """Returned, not accepted: what comes after our jump is as it would be without us."""
+    for family, sources in _by_family(redirect, redirect.exclude.inbound_networks):
+        yield Rule(table, hook, (Match(Field.SOURCE, sources),), Verb.RETURN, family=family)
+    yield from _ports(redirect.exclude.inbound_ports, table, hook, protocols)
+
+
+def _outbound_exclusions(redirect: Redirect, table: Table, hook: Hook, protocols: tuple[str, ...]) -> Iterator[Rule]:
+    for interface in redirect.exclude.interfaces:
+        yield Rule(table, hook, (Match(Field.OUT_INTERFACE, interface),), Verb.RETURN)
+    if redirect.exclude.users:
+        yield Rule(table, hook, (Match(Field.USER, redirect.exclude.users),), Verb.RETURN)
+    yield from _destinations(redirect, table, hook, protocols)
+
+
+def _destinations(
+    redirect: Redirect, table: Table, hook: Hook, protocols: tuple[str, ...], *more: Match
+) -> Iterator[Rule]:
+    for family, to in _by_family(redirect, redirect.exclude.outbound_networks):
+        yield Rule(table, hook, (*more, Match(Field.DESTINATION, to)), Verb.RETURN, family=family)
+    yield from _ports(redirect.exclude.outbound_ports, table, hook, protocols, *more)
+
+
+def _ports(
+    ranges: tuple[Range, ...], table: Table, hook: Hook, protocols: tuple[str, ...], *more: Match
+) -> Iterator[Rule]:
+    if ranges:
+        for protocol in protocols:
+            ports = Match(Field.DESTINATION_PORT, ranges)
+            yield Rule(table, hook, (*more, Match(Field.PROTOCOL, protocol), ports), Verb.RETURN)
 
 
 def _raw() -> Iterator[Rule]:

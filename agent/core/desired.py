@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import ipaddress
 from dataclasses import dataclass
 
 from agent.core import names
+from agent.core.exclusions import INTERFACE, exclusions
 from agent.core.pods import Pod, mode
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 
-# What the kernel takes as an interface name, less what a shell or a rule language could misread.
-_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,14}")
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
 _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE", "false", "False"}
 
@@ -70,6 +69,9 @@ def _enrolled(pod: Pod, settings: Settings, reason: str) -> Decision:
             virtual_interfaces=_interfaces(pod, warnings),
             probe_ipv4=settings.probe_ipv4,
             probe_ipv6=settings.probe_ipv6,
+            dns_to=_resolvers(pod, settings, warnings),
+            exclude=exclusions(pod.annotations, sidecar=settings.sidecar_annotations, warnings=warnings),
+            refuse_non_tcp=settings.non_tcp == "refuse",
         ),
         reason,
         tuple(warnings),
@@ -92,8 +94,19 @@ def _interfaces(pod: Pod, warnings: list[str]) -> tuple[str, ...]:
         name = part.strip()
         if not name:
             continue
-        if _INTERFACE.fullmatch(name):
+        if INTERFACE.fullmatch(name):
             found[name] = None
         else:
             warnings.append(f"annotation {names.REROUTE_INTERFACES}: {name[:40]!r} is not an interface name; ignored")
     return tuple(found)
+
+
+def _resolvers(pod: Pod, settings: Settings, warnings: list[str]) -> tuple[str, ...]:
+    """The resolvers towards which DNS is captured; () for all, as also when none are known: nothing escapes."""
+    if settings.dns_capture_to == "any":
+        return ()
+    known = {ipaddress.ip_address(address) for address in pod.resolvers or settings.dns_resolvers}
+    usable = sorted((a for a in known if not a.is_loopback), key=lambda a: (a.version, a))
+    if not usable:
+        warnings.append("no resolver of this pod is known: DNS is captured towards all; see the setting dns_resolvers")
+    return tuple(map(str, usable))

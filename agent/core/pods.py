@@ -15,13 +15,14 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes obje
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """Facts about one pod. `addresses` are plain IPs; `container_id` is the runtime's, for CNI DEL."""
+    """Facts about one pod. `addresses` and `resolvers` are plain IPs; `container_id` is the runtime's, for CNI DEL."""
 
     uid: str
     namespace: str
     name: str
     netns_path: str = ""
     addresses: tuple[str, ...] = ()
+    resolvers: tuple[str, ...] = ()
     service_account: str = ""
     container_id: str = ""
     interface: str = ""

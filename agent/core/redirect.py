@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from agent.core import names
-from agent.core.exclusions import Exclusions
+from agent.core.exclusions import NOTHING, Exclusions
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Redirect:
     probe_ipv4: str = names.PROBE_IPV4
     probe_ipv6: str = names.PROBE_IPV6
     dns_to: tuple[str, ...] = ()
-    exclude: Exclusions = Exclusions()
+    exclude: Exclusions = NOTHING
     refuse_non_tcp: bool = False
     preserve: bool = False
 

@@ -6,10 +6,13 @@ rules need not be parsed back.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from hashlib import blake2b
 
 from agent.core.names import TAG_PREFIX
+
+TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
 
 
 def chain(texts: Iterable[str], seed: str) -> tuple[str, ...]:

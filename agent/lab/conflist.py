@@ -48,7 +48,7 @@ def conflist(spec: LabSpec, node: str, *, sluice: bool = True) -> Json:
     chained = {
         "type": "sluice-cni",
         "socket": str(directory / "cni.sock"),
-        "capabilities": {ANNOTATIONS: True},
+        "capabilities": {ANNOTATIONS: True, "dns": True},
         "excludeNamespaces": ["kube-system"],
     }
     return {"cniVersion": CNI_VERSION, "name": "lab", "plugins": [ptp, chained] if sluice else [ptp]}

@@ -155,6 +155,7 @@ def _pod(request: CniRequest) -> Pod:
         name=request.pod_name or request.container_id,
         netns_path=request.netns,
         addresses=request.addresses,
+        resolvers=request.resolvers,
         container_id=request.container_id,
         interface=request.ifname,
         annotations=request.annotations,

@@ -8,6 +8,7 @@ into paths.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import re
@@ -108,6 +109,20 @@ class CniRequest:
         return tuple(dict.fromkeys(_address(item, f"{place}[{i}]") for i, item in enumerate(ips)))
 
     @property
+    def resolvers(self) -> tuple[str, ...]:
+        """The pod's resolvers: the runtime's (capability dns), or else what an earlier plugin answered.
+
+        Whatever is no address is left out: it is only ever a reason to capture less.
+        """
+        given = _object(_object(self.config, "runtimeConfig", "config"), "dns", "config.runtimeConfig").get("servers")
+        answered = _object(_object(self.config, "prevResult", "config"), "dns", "config.prevResult").get("nameservers")
+        found: dict[str, None] = {}
+        for item in _list(given, "config.runtimeConfig.dns.servers") or _list(answered, "config.prevResult.dns"):
+            with contextlib.suppress(ValueError, TypeError):
+                found[str(ipaddress.ip_address(item if isinstance(item, str) and "%" not in item else ""))] = None
+        return tuple(found)
+
+    @property
     def valid_attachments(self) -> tuple[tuple[str, str], ...]:
         """GC: container id and interface of everything that still lives; empty for other verbs."""
         if self.verb is not Verb.GC:
@@ -177,7 +192,7 @@ def _checked(verb: Verb, container_id: str, given: Mapping[str, Any]) -> CniRequ
     )
     # The derived values are not kept, as they are cheap; they are tried here so that they never raise later.
     _ = (request.pod_namespace, request.pod_name, request.pod_uid)
-    _ = (request.annotations, request.addresses, request.valid_attachments)
+    _ = (request.annotations, request.addresses, request.resolvers, request.valid_attachments)
     return request
 
 

@@ -43,9 +43,23 @@ DESIGN = [
     ("raw", "ISTIO_PRERT", "DNS -p udp -m udp --sport 53 -m mark ! --mark 0x539/0xfff -j CT --zone 1"),
 ]
 VALUES = {
-    4: {"lo": "127.0.0.1", "probe": "169.254.7.127"},
-    6: {"lo": "::1", "probe": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"},
+    4: {"lo": "127.0.0.1", "probe": "169.254.7.127", "icmp": "icmp"},
+    6: {"lo": "::1", "probe": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff", "icmp": "ipv6-icmp"},
 }
+# Ours alone: what is neither TCP nor captured DNS is counted, and nothing else is done to it.
+COUNTING = [
+    ("mangle", "ISTIO_PRERT", "-p tcp -j RETURN"),
+    ("mangle", "ISTIO_PRERT", "-p {icmp} -j RETURN"),
+    ("mangle", "ISTIO_PRERT", "-i lo -j RETURN"),
+    ("mangle", "ISTIO_PRERT", "DNS -p udp -m udp --sport 53 -m conntrack --ctstate ESTABLISHED -j RETURN"),
+    ("mangle", "ISTIO_PRERT", ""),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p {icmp} -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-o lo -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-m mark --mark 0x539/0xfff -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "DNS -p udp -m udp --dport 53 -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", ""),
+]
 
 
 @pytest.mark.parametrize("family", [4, 6])
@@ -55,14 +69,14 @@ VALUES = {
 def test_rows_of_the_design(family: int, dns: bool, ingress_only: bool, virtual: tuple[str, ...]) -> None:
     left_out = {"DNS": not dns, "INBOUND": ingress_only, "VIRTUAL": not virtual}
     wanted: dict[tuple[str, str], list[str]] = {}
-    for table, chain, row in DESIGN:
+    for table, chain, row in DESIGN + COUNTING:
         word, _, rest = row.partition(" ")
         if not left_out.get(word, False):
             text = (rest if word in left_out else row).format(**VALUES[family])
             wanted.setdefault((table, chain), []).append(text)
     rendered = render(Redirect(dns=dns, ingress_only=ingress_only, virtual_interfaces=virtual), family)
     found = {
-        place: [re.sub(rf'^-A {place[1]} -m comment --comment "sluice:[0-9a-f]{{12}}" ', "", line) for line in lines]
+        place: [re.sub(rf'^-A {place[1]} -m comment --comment "sluice:[0-9a-f]{{12}}" ?', "", line) for line in lines]
         for place, lines in rendered.lines.items()
         if lines
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli.rules import render
+from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 
 DATA = Path(__file__).parent / "data"
@@ -18,6 +19,21 @@ VARIANTS = {
     "ingress-only": Redirect(ingress_only=True),
     "virtual-interfaces": Redirect(virtual_interfaces=("eth1", "k6t-eth0")),
     "own-probe-addresses": Redirect(probe_ipv4="192.0.2.7", probe_ipv6="2001:db8::7"),
+    "exclusions": Redirect(
+        virtual_interfaces=("k6t-eth0",),
+        exclude=Exclusions(
+            outbound_ports=((80, 80), (8000, 9000)),
+            inbound_ports=tuple((port, port) for port in range(22, 52)),
+            outbound_networks=("10.0.0.0/8", "192.0.2.1/32", "fd00::/8"),
+            inbound_networks=("172.16.0.0/12",),
+            users=((0, 0), (1000, 2000)),
+            interfaces=("eth1",),
+        ),
+    ),
+    "dns-to-resolvers": Redirect(dns_to=("1.1.1.1", "8.8.8.8", "2001:db8::53")),
+    "dns-to-ipv4-resolvers": Redirect(dns_to=("8.8.8.8",)),
+    "refuse-non-tcp": Redirect(refuse_non_tcp=True, exclude=Exclusions(outbound_ports=((443, 443),))),
+    "preserve": Redirect(preserve=True),
 }
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
 from agent.backends.nfmessages import comment, text
-from agent.core.names import TAG_PREFIX
+from agent.core import tags
 from agent.core.netlink import Message, attributes
 
 TABLES = tuple(table.value for table in ORDER)
 MARK = "sluice"  # comment of tables and base chains that we made; those go again once they are empty
 _OURS = tuple(CHAINS.values())
+_CHAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,28}")  # names that are written into scripts again
+_JUMP = (-3 & 0xFFFFFFFF).to_bytes(4)  # NFT_JUMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
     jumps = [
         (chain, target, _tag(rule))
         for chain, rules in chains.items()
-        if chain not in _OURS
+        if chain not in _OURS and _CHAIN.fullmatch(chain)
         for rule in rules
         if (target := _jump_target(rule)) in _OURS
     ]
@@ -83,12 +86,18 @@ def _tag(rule: dict[int, bytes]) -> str:
     for name, data in _expressions(rule):
         if name == "match" and text(data.get(1)) == "comment":
             found = data.get(3, b"").split(b"\0")[0].decode(errors="replace")
-    return found if found.startswith(TAG_PREFIX) else ""
+    return found if tags.TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
 
 
 def _jump_target(rule: dict[int, bytes]) -> str:
+    """Where a rule that does nothing but jump goes; with another match it is somebody's own, and not ours to drop."""
+    target = ""
     for name, data in _expressions(rule):
+        if name == "match" and text(data.get(1)) == "comment":
+            continue
         if name == "immediate":
-            for _, verdict in attributes(data.get(2, b"")):
-                return text(dict(attributes(verdict)).get(2))
-    return ""
+            verdict = dict(attributes(dict(attributes(data.get(2, b""))).get(2, b"")))
+            target = text(verdict.get(2)) if verdict.get(1) == _JUMP else ""
+        elif name != "counter":
+            return ""
+    return target

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
+from typing import Any
 
 from agent.backends import netfilter
 from agent.backends.netfilter import Field, Hook, Match, Rule, Table, Verb
@@ -55,7 +57,7 @@ def render(redirect: Redirect, family: int) -> Rendering:
         chains, jumps = [], []
         for hook in Hook:
             chain = CHAINS[hook]
-            texts = [arguments(rule) for rule in mine if rule.hook is hook]
+            texts = [text for rule in mine if rule.hook is hook for text in arguments(rule)]
             marks = tags.chain(texts, f"{family} {table.value} {chain}")
             lines[table.value, chain] = tuple(
                 f'-A {chain} -m comment --comment "{tag}" {text}' for text, tag in zip(texts, marks, strict=True)
@@ -68,16 +70,55 @@ def render(redirect: Redirect, family: int) -> Rendering:
     return Rendering(tables, lines)
 
 
-def arguments(rule: Rule) -> str:
-    """Matches and target of one rule, without chain and comment."""
-    protocol = next((m.value for m in rule.matches if m.field is Field.PROTOCOL), "")
-    return " ".join([*(_match(match, str(protocol)) for match in rule.matches), _target(rule)])
+def arguments(rule: Rule) -> tuple[str, ...]:
+    """Matches and target of one rule, without chain and comment; several where xtables needs one for each value."""
+    protocol = str(next((m.value for m in rule.matches if m.field is Field.PROTOCOL), ""))
+    matches = [_alternatives(match, protocol) for match in rule.matches]
+    target = _target(rule)
+    return tuple(" ".join(word for word in (*words, target) if word) for words in product(*matches))
+
+
+def _alternatives(match: Match, protocol: str) -> tuple[str, ...]:
+    if not isinstance(match.value, tuple):
+        return (_match(match, protocol),)
+    match match.field:
+        case Field.SOURCE:
+            return tuple(f"-s {network}" for network in match.value)
+        case Field.DESTINATION:
+            return tuple(f"-d {network}" for network in match.value)
+        case Field.USER:
+            return tuple(f"-m owner --uid-owner {_range(one, '-')}" for one in match.value)
+        case Field.SOURCE_PORT | Field.DESTINATION_PORT:
+            word = "--sports" if match.field is Field.SOURCE_PORT else "--dports"
+            return tuple(f"-m multiport {word} {','.join(few)}" for few in _multiports(match.value))
+    raise ValueError(f"{match.field} takes one value")
+
+
+def _multiports(ranges: tuple[Any, ...]) -> Iterator[list[str]]:
+    """Lists that fit one multiport match: fifteen ports, of which a range takes two."""
+    few: list[str] = []
+    room = 15
+    for one in ranges:
+        size = 1 if one[0] == one[1] else 2
+        if size > room:
+            yield few
+            few, room = [], 15
+        few.append(_range(one, ":"))
+        room -= size
+    if few:
+        yield few
+
+
+def _range(one: Any, sign: str) -> str:
+    return str(one[0]) if one[0] == one[1] else f"{one[0]}{sign}{one[1]}"
 
 
 def _match(match: Match, protocol: str) -> str:
     sign, value = "! " if match.negated else "", match.value
     mask = names.MARK_MASK
     match match.field:
+        case Field.FAMILY:
+            return ""  # the program's own
         case Field.PROTOCOL:
             return f"-p {value}"
         case Field.IN_INTERFACE:
@@ -92,10 +133,15 @@ def _match(match: Match, protocol: str) -> str:
             return f"-m {protocol} {sign}--sport {value}"
         case Field.DESTINATION_PORT:
             return f"-m {protocol} {sign}--dport {value}"
+        case Field.OPENING:
+            return f"-m tcp {sign}--tcp-flags FIN,SYN,RST,ACK SYN"
+        case Field.ESTABLISHED:
+            return "-m conntrack --ctstate ESTABLISHED"
         case Field.MARK:
             return f"-m mark {sign}--mark {value:#x}/{mask:#x}"
         case Field.CONNECTION_MARK:
             return f"-m connmark {sign}--mark {value:#x}/{mask:#x}"
+    raise ValueError(f"{match.field} takes several values")
 
 
 def _target(rule: Rule) -> str:
@@ -112,6 +158,10 @@ def _target(rule: Rule) -> str:
             return "-j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
         case Verb.ZONE:
             return f"-j CT --zone {rule.value}"
+        case Verb.COUNT:
+            return ""
+        case Verb.DROP:
+            return "-j DROP"
 
 
 def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 
 from agent.backends import netfilter
 from agent.backends.netfilter import Hook, Table
 from agent.backends.nfmessages import HOOK_NUMBER, base_chain, comment_data
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, digest
+from agent.backends.nftables.sets import AnonymousSet
 from agent.core import names, tags
 from agent.core.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
 from agent.core.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
@@ -43,6 +45,7 @@ class _Line:
     chain: str
     text: str
     expressions: bytes
+    sets: tuple[AnonymousSet, ...] = ()
 
 
 @lru_cache(maxsize=64)
@@ -67,6 +70,7 @@ def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str,
     flags = OWNER | PERSIST if owned else 0
     lines, commands, chains = [f"table inet {name} {{"], [table_command(name, flags)], []
     later: list[Command] = []
+    numbers = count(1)  # of sets, within the table's part of the batch
     for hook in Hook:
         kind, priority = netfilter.BASE[table, hook]
         printed = _PRINTED[hook.value, priority]
@@ -79,11 +83,20 @@ def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str,
     for hook in Hook:
         lines.append(f"\tchain {_CHAIN[hook]} {{")
         commands.append(_chain_command(name, _CHAIN[hook]))
-        own = [_Line(_CHAIN[hook], *expressions.rule(rule)) for rule in rules if rule.hook is hook]
+        own = list(_lines(_CHAIN[hook], [rule for rule in rules if rule.hook is hook], numbers))
         chains.append(Chain(_CHAIN[hook], _write(name, own, lines, later)))
     lines.append("}")
     by_name = tuple(sorted(chains, key=lambda chain: chain.name))
     return "\n".join(lines), commands + later, TableState(name, by_name, flags)
+
+
+def _lines(chain: str, rules: list[netfilter.Rule], numbers: Iterator[int]) -> Iterator[_Line]:
+    for rule in rules:
+        number = next(numbers)
+        text, encoded, sets = expressions.rule(rule, number)
+        for _ in sets[1:]:
+            next(numbers)
+        yield _Line(chain, text, encoded, sets)
 
 
 def _write(table: str, rules: list[_Line], lines: list[str], commands: list[Command]) -> tuple[tuple[str, str], ...]:
@@ -98,6 +111,8 @@ def _write(table: str, rules: list[_Line], lines: list[str], commands: list[Comm
             + nested(4, rule.expressions)
             + attribute(7, comment_data(tag))
         )
+        for found in rule.sets:
+            commands += found.commands(table)
         commands.append(Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body))
     lines.append("\t}")
     return tuple((tag, digest(rule.expressions)) for rule, tag in zip(rules, marks, strict=True))

@@ -19,6 +19,8 @@ _COMPARED: dict[str, frozenset[int]] = {
     "immediate": frozenset({1, 2}),
     "redir": frozenset({1, 2, 3}),
     "ct": frozenset({1, 2, 4}),
+    "byteorder": frozenset({1, 2, 3, 4, 5}),
+    "lookup": frozenset({2}),  # the set's name and number are the kernel's
     "counter": frozenset(),
 }
 # A counter as the kernel dumps it: name, then two attributes of eight bytes. Blanked only so that equal rules

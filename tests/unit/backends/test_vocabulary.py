@@ -20,8 +20,11 @@ from agent.backends.routing import RoutingBackend, items
 from agent.core import tags
 from agent.core.errors import SettingsError
 from agent.core.netlink import attribute, nested
+from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 
+_ranges = st.sampled_from([(), ((80, 80),), ((53, 53), (8000, 9000))])
+_networks = st.sampled_from([(), ("10.0.0.0/8",), ("fd00::/8",), ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")])
 redirects = st.builds(
     Redirect,
     ipv4=st.booleans(),
@@ -29,6 +32,18 @@ redirects = st.builds(
     dns=st.booleans(),
     ingress_only=st.booleans(),
     virtual_interfaces=st.lists(st.sampled_from(["eth1", "net1", "k6t-eth0"]), unique=True).map(tuple),
+    dns_to=st.lists(st.sampled_from(["1.1.1.1", "8.8.8.8", "2001:db8::53"]), unique=True).map(tuple),
+    exclude=st.builds(
+        Exclusions,
+        outbound_ports=_ranges,
+        inbound_ports=_ranges,
+        outbound_networks=_networks,
+        inbound_networks=_networks,
+        users=_ranges,
+        interfaces=st.sampled_from([(), ("net1",)]),
+    ),
+    refuse_non_tcp=st.booleans(),
+    preserve=st.booleans(),
 )
 
 
@@ -45,9 +60,10 @@ def test_p52_no_rule_lacks_its_qualifier_and_addresses_are_of_the_rules_family(r
         if rule.verb is Verb.REDIRECT and Field.IN_INTERFACE not in fields:
             assert Field.MARK in fields, "ztunnel's own traffic would come back to it"
         for match in rule.matches:
-            assert match.value != ""
+            assert match.value not in ("", ())
             if match.field in (Field.SOURCE, Field.DESTINATION):
-                assert ipaddress.ip_address(match.value).version == rule.family
+                for one in match.value if isinstance(match.value, tuple) else (match.value,):
+                    assert ipaddress.ip_network(one).version == rule.family
         assert rule.family is None or families[rule.family]
         if rule.table is Table.RAW:
             assert redirect.dns
@@ -68,7 +84,7 @@ def counter(packets: int) -> bytes:
 
 def test_a_digest_ignores_counters_and_what_newer_kernels_add() -> None:
     rule = netfilter.rules(Redirect())[-1]
-    _, ours = expressions.rule(rule)
+    _, ours, _ = expressions.rule(rule)
     counted = ours.replace(expressions.COUNTER, counter(12345))
     assert counted != ours and digest(counted) == digest(ours)
     load = expressions.expression("meta", attribute(2, 3), attribute(1, 1))

@@ -1,0 +1,83 @@
+"""Anonymous sets: what a rule compares a field with when any of several values may match. Pure.
+
+They belong to their rule and are constant: nobody can change the elements without replacing the rule, so the
+rule's tag tells for them too and they need not be read back.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from agent.backends.netfilter import Field
+from agent.core.netlink import NLM_F_CREATE, attribute, nested
+from agent.core.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command
+
+_ANONYMOUS, _CONSTANT, _INTERVAL = 1, 2, 4  # NFT_SET_*
+_INTERVAL_END = 1  # NFT_SET_ELEM_INTERVAL_END
+# nft's own numbers of data types, which only tell it how to print: ipv4_addr, ipv6_addr, inet_service, uid.
+_IPV4, _IPV6, _SERVICE, _UID = 7, 8, 13, 24
+_BIG_ENDIAN = bytes([0, 4, 2, 0, 0, 0])  # NFTNL_UDATA_SET_KEYBYTEORDER
+
+
+@dataclass(frozen=True, slots=True)
+class AnonymousSet:
+    """`intervals` are (first, last) as numbers of `length` bytes; `number` ties it to its rule in one batch."""
+
+    number: int
+    kind: int
+    length: int
+    intervals: tuple[tuple[int, int], ...]
+    text: str
+    name = "__set%d"  # the kernel fills in the number
+
+    def commands(self, table: str) -> Iterator[Command]:
+        """Creates and fills the set; to stand before its rule in the batch."""
+        size = sum(1 for _ in self._edges())
+        yield Command(
+            NEWSET,
+            NLM_F_CREATE,
+            NFPROTO_INET,
+            attribute(1, table)
+            + attribute(2, self.name)
+            + attribute(3, _ANONYMOUS | _CONSTANT | _INTERVAL)
+            + attribute(4, self.kind)
+            + attribute(5, self.length)
+            + nested(9, attribute(1, size))
+            + attribute(10, self.number)
+            + attribute(13, _BIG_ENDIAN),
+        )
+        elements = [nested(1, *edge) for edge in self._edges()]
+        body = attribute(1, table) + attribute(2, self.name) + attribute(4, self.number) + nested(3, *elements)
+        yield Command(NEWSETELEM, NLM_F_CREATE, NFPROTO_INET, body)
+
+    def _edges(self) -> Iterator[tuple[bytes, ...]]:
+        """An interval is its first key, and an end just behind its last one unless nothing is behind it."""
+        if self.intervals[0][0] > 0:
+            yield self._key(0), attribute(3, _INTERVAL_END)
+        for first, last in self.intervals:
+            yield (self._key(first),)
+            if last + 1 < 1 << 8 * self.length:
+                yield self._key(last + 1), attribute(3, _INTERVAL_END)
+
+    def _key(self, value: int) -> bytes:
+        return nested(1, attribute(1, value.to_bytes(self.length)))
+
+
+def anonymous(field: Field, values: tuple[Any, ...], number: int) -> AnonymousSet:
+    """From a match's values: ranges, sorted and apart, or networks of one family."""
+    match field:
+        case Field.SOURCE | Field.DESTINATION:
+            networks: list[Any] = sorted(ipaddress.ip_network(value) for value in values)
+            kind, length = (_IPV4, 4) if networks[0].version == 4 else (_IPV6, 16)
+            intervals = tuple((int(n.network_address), int(n.broadcast_address)) for n in networks)
+            words = [str(n.network_address) if n.num_addresses == 1 else str(n) for n in networks]
+        case Field.SOURCE_PORT | Field.DESTINATION_PORT | Field.USER:
+            kind, length = (_UID, 4) if field is Field.USER else (_SERVICE, 2)
+            intervals = values
+            words = [str(first) if first == last else f"{first}-{last}" for first, last in values]
+        case _:
+            raise ValueError(f"{field} takes one value")
+    return AnonymousSet(number, kind, length, intervals, "{ " + ", ".join(words) + " }")
