@@ -10,20 +10,22 @@ from pathlib import Path
 
 from agent.backends.base import Backend
 from agent.backends.iptables.backend import IptablesBackend
+from agent.backends.iptables.legacy import IptablesLegacyBackend
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.podnetns import PodNetns
 
-CHOICES = ("nftables", "iptables")
+CHOICES = ("nftables", "iptables", "iptables-legacy")
 
 
 def layers(name: str) -> tuple[Backend, ...]:
     """The layers of one choice; nftables with owned tables where the kernel has them."""
     nftables = NftablesBackend()
     assert nftables.probe().ok
-    return (RoutingBackend(), nftables if name == "nftables" else IptablesBackend())
+    netfilter = {"nftables": nftables, "iptables": IptablesBackend(), "iptables-legacy": IptablesLegacyBackend()}
+    return (RoutingBackend(), netfilter[name])
 
 
 class Pod:
@@ -44,7 +46,8 @@ class Pod:
     def dump(self) -> str:
         """Everything that capture may touch, without counters."""
         text = self.sh(
-            "nft list ruleset; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
+            "nft list ruleset; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all;"
+            " for v in ip ip6; do ${v}tables-legacy-save; done | grep -v '^#' || true"
         )
         text = re.sub(r"packets \d+ bytes \d+", "packets N bytes N", text)
         return re.sub(r" # handle \d+| # progname \w+", "", text)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from agent.backends.base import Support
 from agent.backends.iptables import bases, reading, rendering
-from agent.backends.iptables.bases import FAMILIES, WORD, Payload, Restore
+from agent.backends.iptables.bases import FAMILIES, Payload, Restore
+from agent.backends.iptables.comparison import differences
 from agent.backends.iptables.reading import Have
 from agent.backends.iptables.rendering import XtTable
 from agent.core.errors import CommandError, KernelError
@@ -49,7 +50,7 @@ class IptablesBackend:
         for family in FAMILIES:
             actual = have.families[family]
             wanted = rendering.render(want or Redirect(ipv4=False, ipv6=False), family)
-            found += _differences(family, wanted.tables, actual)
+            found += differences(family, wanted.tables, actual)
             create += [
                 (family, table, base)
                 for table, state in wanted.tables.items()
@@ -88,26 +89,6 @@ def read(nft: NftSocket) -> Have:
         if seen <= {generation.to_bytes(4)[2:]}:
             return Have(families, generation)
     raise KernelError("read iptables", 0, "somebody keeps changing the rules while they are read")
-
-
-def _differences(family: int, want: dict[str, XtTable], have: dict[str, XtTable]) -> Iterator[str]:
-    for table in reading.TABLES:
-        wanted, actual = want.get(table, XtTable()), have.get(table, XtTable())
-        place = f"{WORD[family]}tables -t {table}"
-        left, right = dict(wanted.chains), dict(actual.chains)
-        if left and not right and not actual.jumps:
-            yield f"{place}: our chains are missing"
-            continue
-        for chain in sorted({*left, *right}):
-            if chain not in right:
-                yield f"{place}: chain {chain} is missing"
-            elif chain not in left:
-                yield f"{place}: chain {chain} is not wanted"
-            elif left[chain] != right[chain]:
-                missing = len(set(left[chain]) - set(right[chain]))
-                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of ours are missing"
-        if wanted.jumps != actual.jumps:
-            yield f"{place}: {len(actual.jumps)} jumps into our chains, not the {len(wanted.jumps)} wanted"
 
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:

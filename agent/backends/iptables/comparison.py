@@ -1,0 +1,41 @@
+"""What is not as wanted, in words, for both variants of iptables. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from agent.backends.iptables.bases import WORD
+from agent.backends.iptables.reading import TABLES
+from agent.backends.iptables.rendering import XtTable
+
+_NONE = XtTable()
+
+
+def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:
+    """Whether there are no differences: the case that has to be quick."""
+    return all(
+        (left := want.get(table, _NONE)).chains == (right := have.get(table, _NONE)).chains
+        and left.jumps == right.jumps
+        for table in TABLES
+    )
+
+
+def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> Iterator[str]:
+    """One line per chain or set of jumps of one family (4, 6) that differs; both mappings by table name."""
+    for table in TABLES:
+        wanted, actual = want.get(table, _NONE), have.get(table, _NONE)
+        place = f"{WORD[family]}tables -t {table}"
+        left, right = dict(wanted.chains), dict(actual.chains)
+        if left and not right and not actual.jumps:
+            yield f"{place}: our chains are missing"
+            continue
+        for chain in sorted({*left, *right}):
+            if chain not in right:
+                yield f"{place}: chain {chain} is missing"
+            elif chain not in left:
+                yield f"{place}: chain {chain} is not wanted"
+            elif left[chain] != right[chain]:
+                missing = len(set(left[chain]) - set(right[chain]))
+                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of ours are missing"
+        if wanted.jumps != actual.jumps:
+            yield f"{place}: {len(actual.jumps)} jumps into our chains, not the {len(wanted.jumps)} wanted"

@@ -1,0 +1,135 @@
+"""The iptables backend, legacy variant: reads by socket options, writes by iptables-legacy-restore.
+
+Unlike nf_tables the kernel has no way to remove a table or a base chain of legacy xtables, nor to tell what they
+were before: after a removal, tables that were not there before remain, empty and with policy ACCEPT. Nor does it
+tell anyone of changes, or refuse one that was planned for another state: drift is found by reading alone, and what
+somebody changes while iptables-legacy-restore rewrites the same table may be lost, as between any two iptables.
+Each change sets the counters of policies, not of rules, to zero, as that of any iptables-legacy program does.
+While a namespace has no IPv6 its IPv6 tables are neither read nor written: rules made before stay as they are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from agent.backends.base import Support
+from agent.backends.iptables import legacy_reading, rendering
+from agent.backends.iptables.bases import FAMILIES, Restore
+from agent.backends.iptables.comparison import differences, same
+from agent.backends.iptables.deeds import Deeds
+from agent.backends.iptables.legacy_reading import Found
+from agent.backends.iptables.reading import TABLES
+from agent.backends.iptables.rendering import XtTable
+from agent.core.errors import CommandError, KernelError
+from agent.core.plan import Plan, Step
+from agent.core.redirect import Redirect
+from agent.kernel import exec, scratch, xtables
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.xtables import Key
+
+_PROGRAM = {4: "iptables-legacy-restore", 6: "ip6tables-legacy-restore"}
+# The lock of iptables is the pod's own: its network namespace, as a file. One on the node would make pods wait for
+# each other. --wait without a number sleeps until it is free; only another agent in the same pod can hold it.
+_LOCK = {"XTABLES_LOCKFILE": "/proc/self/ns/net"}
+_NOTHING = Redirect(ipv4=False, ipv6=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Per family (4, 6) those of our tables that are there; nothing for a family that the namespace lacks."""
+
+    families: dict[int, dict[str, XtTable]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """What the last read of a namespace found, and what that meant with the deeds known by then."""
+
+    tables: dict[Key, Found]
+    version: int
+    have: Have
+
+
+class IptablesLegacyBackend:
+    """Five verbs over iptables-legacy-restore."""
+
+    name = "iptables-legacy"
+
+    def __init__(self) -> None:
+        self._deeds = Deeds()
+        self._last: WeakKeyDictionary[PodNetns, _Last] = WeakKeyDictionary()
+
+    def probe(self) -> Support:
+        for program in _PROGRAM.values():
+            if shutil.which(program, path=exec.PATH) is None:
+                return Support(False, f"{program} is not installed; install iptables 1.8 with its legacy variant")
+        try:
+            scratch.call(_commit_sample)
+        except (CommandError, KernelError) as error:
+            needs = "ip_tables, ip6_tables, the tables raw, mangle, nat of both, and xt modules"
+            return Support(False, f"the kernel refused our rules ({error}); it needs {needs}")
+        return Support(True)
+
+    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
+        return desired
+
+    def read(self, target: PodNetns) -> Have:
+        last = self._last.get(target)
+        tables, version = _tables(target, last.tables if last else {}), self._deeds.version
+        if last is None or last.tables is not tables or last.version != version:
+            have = Have({4: {}, 6: {}})
+            for (family, name), found in tables.items():
+                have.families[family][name] = self._deeds.judged(found)
+            last = self._last[target] = _Last(tables, version, have)
+        return last.have
+
+    def plan(self, want: Redirect | None, have: Have) -> Plan[Restore]:
+        steps: list[Step[Restore]] = []
+        found: list[str] = []
+        for family in FAMILIES:
+            actual = have.families[family]
+            wanted = rendering.render(want or _NOTHING, family)
+            if not same(wanted.tables, actual):
+                found += differences(family, wanted.tables, actual)
+                script = rendering.script(family, wanted, actual)
+                steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
+        return Plan(tuple(steps), tuple(found))
+
+    def apply(self, target: PodNetns, plan: Plan[Restore]) -> None:
+        for step in plan.steps:
+            _restore(step.payload, target)
+        # Only of tables that were rewritten just now: others may have been somebody's before.
+        for (family, name), found in _tables(target, {}).items():
+            if any(step.payload.family == family and f"*{name}\n" in step.payload.script for step in plan.steps):
+                self._deeds.learn(found)
+
+
+def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
+    """All of ours that are there; `last` itself when they are as they were."""
+    known = {key: found.info for key, found in last.items()}
+    raw = target.netns.call(lambda: xtables.again(TABLES, known))
+    if raw.keys() == last.keys() and all(last[key].holds(data) for key, (_, data) in raw.items()):
+        return last
+    if known:
+        raw = target.netns.call(lambda: xtables.again(TABLES, {}))
+    return {key: legacy_reading.found(key[0], *parts) for key, parts in raw.items()}
+
+
+def _restore(step: Restore, target: PodNetns | None = None) -> None:
+    within = target.netns if target else None
+    exec.run([_PROGRAM[step.family], "--noflush", "--wait"], stdin=step.script, within=within, env=_LOCK, seconds=10)
+
+
+def _commit_sample() -> None:
+    """Every rule of every variant, in a namespace that nobody else sees; and whether they are read as written."""
+    sample = Redirect(virtual_interfaces=("lo",))
+    for family in xtables.families():
+        wanted = rendering.render(sample, family)
+        _restore(Restore(family, rendering.script(family, wanted, {})))
+        held = xtables.read(TABLES, ())[family]
+        tables = {name: legacy_reading.found(family, *parts).table for name, parts in held.items()}
+        for line in differences(family, wanted.tables, tables):
+            raise KernelError("try the rules", 0, f"they are not read as they were written: {line}")

@@ -1,0 +1,105 @@
+"""Tables of legacy xtables, as the kernel hands them out, as tags per chain. Pure.
+
+A table holds its base chains, each from its hook entry to its underflow (the policy); then every chain that
+somebody made: an entry whose ERROR target names it, its rules, a RETURN; and last an entry named ERROR.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from agent.backends.iptables.entries import Entry, blanked, broken, entries, places, without_counts
+from agent.backends.iptables.rendering import CHAINS, XtTable
+from agent.core.names import TAG_PREFIX
+
+_HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # as linux/netfilter.h numbers them
+_OURS = tuple(sorted(CHAINS.values()))
+# What is of another form is not ours and must not get into a script: a pod may write any comment and any name.
+_TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
+_NAME = re.compile("[A-Za-z0-9_.][A-Za-z0-9_.-]*")
+_INFO = struct.Struct("=32s11III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A table and, parallel to its chains, a digest of what each rule does; and the bytes that say so."""
+
+    table: XtTable
+    deeds: tuple[tuple[bytes, ...], ...]
+    info: bytes
+    layout: struct.Struct
+    parts: tuple[bytes, ...]
+
+    def holds(self, data: bytes) -> bool:
+        """Whether entries are still these but for their counters.
+
+        Equal bytes have equal sizes in them, so their counters lie where ours do; and the comefrom of each tells
+        from which hooks it is reached, so their ipt_getinfo is ours too.
+        """
+        return len(data) == self.layout.size and self.layout.unpack(data) == self.parts
+
+
+def found(family: int, info: bytes, data: bytes) -> Found:
+    """One table of family 4 or 6 from its ipt_getinfo and its entries. Raises KernelError if it is none."""
+    if len(info) != _INFO.size or len(data) != _INFO.unpack(info)[-1]:
+        raise broken("lengths")
+    return _found(family, info, blanked(family, data, tuple(places(family, data))))
+
+
+@lru_cache(maxsize=512)  # a node's pods have the same few tables
+def _found(family: int, info: bytes, data: bytes) -> Found:
+    at = tuple(places(family, data))
+    rules = tuple(entries(family, data, at))
+    bases = _bases(info, rules)
+    chains = {**_made(rules), **bases}
+    ours = [(chain, chains[chain]) for chain in _OURS if chain in chains]
+    tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in ours)
+    deeds = tuple(tuple(rule.deed for rule in held) for _, held in ours)
+    layout = without_counts(family, len(data), at)
+    table = XtTable(tagged, tuple(sorted(_jumps(chains))), tuple(sorted(bases)))
+    return Found(table, deeds, info, layout, layout.unpack(data))
+
+
+def _jumps(chains: Mapping[str, list[Entry]]) -> Iterator[tuple[str, str, str]]:
+    for chain, held in chains.items():
+        if chain in _OURS or not _NAME.fullmatch(chain):
+            continue
+        for rule in held:
+            # With a match or with somebody's comment it is theirs, and not for us to take out.
+            if rule.jump in _OURS and rule.plain and (rule.comment is None or _tag(rule)):
+                yield chain, rule.jump, _tag(rule)
+
+
+def _bases(info: bytes, rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
+    _, valid, *offsets = _INFO.unpack(info)
+    return {
+        hook: [rule for rule in rules if offsets[number] <= rule.offset < offsets[number + 5]]
+        for number, hook in enumerate(_HOOKS)
+        if valid & 1 << number
+    }
+
+
+def _made(rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
+    chains: dict[str, list[Entry]] = {}
+    held: list[Entry] = []
+    for rule in rules:
+        if rule.head is None:
+            held.append(rule)
+        else:
+            held = chains[rule.head] = []  # also one named ERROR at the end, which stays empty
+    return {chain: list(_without_foot(held)) for chain, held in chains.items()}
+
+
+def _without_foot(rules: list[Entry]) -> Iterator[Entry]:
+    """The RETURN at a chain's end, which iptables does not show. Anything else there is a rule."""
+    for number, rule in enumerate(rules, 1):
+        if number < len(rules) or not (rule.returns and rule.plain and rule.comment is None):
+            yield rule
+
+
+def _tag(rule: Entry) -> str:
+    return rule.comment if rule.comment and _TAG.fullmatch(rule.comment) else ""

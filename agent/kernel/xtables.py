@@ -1,0 +1,116 @@
+"""Legacy xtables: a namespace's tables as the kernel lays them out, by socket options and without a process.
+
+linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h, which number their options alike. Asking
+for a table that is not there makes it or loads its module (xt_find_table_lock, xt_request_find_table_lock), and
+it never goes again: only what the namespace lists in /proc, or an earlier answer proved, is asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import sys
+from collections.abc import Collection, Mapping
+
+from agent.core.errors import KernelError
+
+Key = tuple[int, str]  # family (4 or 6) and table
+# One table: its struct ipt_getinfo (84 bytes), and its entries: many struct ipt_entry or ip6t_entry.
+Raw = tuple[bytes, bytes]
+
+_GET_INFO, _GET_ENTRIES = 64, 65
+_LEVEL = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
+# Of the thread: /proc/net is that of the process's first thread, which is never in a pod's namespace.
+_NAMES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
+_LO_WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/lo/disable_ipv6"
+_INFO_SIZE = 84  # struct ipt_getinfo; its last four bytes are the size of the entries
+_HEAD = 40  # struct ipt_get_entries before its entries: name, size, and alignment
+
+# socket.getsockopt sends nothing, and here the table's name has to be sent.
+_getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
+_getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+
+
+def families() -> tuple[int, ...]:
+    """4, and 6 where lo may use IPv6; inside the namespace."""
+    return (4, 6) if _contents(_LO_WITHOUT_IPV6)[:1] == b"0" else (4,)
+
+
+def read(wanted: Collection[str], known: Collection[Key]) -> dict[int, dict[str, Raw]]:
+    """Per family those of the `wanted` tables that are there; 6 has none if lo has no IPv6. Inside the namespace.
+
+    `known` are tables that an earlier read of the same namespace found: they are there still. Raises KernelError.
+    """
+    found: dict[int, dict[str, Raw]] = {4: {}, 6: {}}
+    for (family, name), raw in _read(wanted, known, {}).items():
+        found[family][name] = raw
+    return found
+
+
+def again(wanted: Collection[str], known: Mapping[Key, bytes]) -> dict[Key, Raw]:
+    """The same, for whoever compares with an earlier read: `known` holds the ipt_getinfo of each table of then.
+
+    It is handed back unless its size is wrong by now: where entries differ from those of then, only `read` tells
+    what their ipt_getinfo is.
+    """
+    return _read(wanted, known, known)
+
+
+def _read(wanted: Collection[str], known: Collection[Key], infos: Mapping[Key, bytes]) -> dict[Key, Raw]:
+    asking = families()
+    asked = [(family, name) for family in asking for name in _present(family, wanted, known)]
+    found: dict[Key, Raw] = {}
+    if asked:
+        # A UDP socket of IPv6 hands options of the level IPPROTO_IP on: one socket serves both families.
+        with socket.socket(socket.AF_INET6 if 6 in asking else socket.AF_INET, socket.SOCK_DGRAM) as one:
+            for key in asked:
+                try:
+                    found[key] = _table(one.fileno(), *key, infos.get(key))
+                except FileNotFoundError:
+                    continue  # its module has been unloaded
+    return found
+
+
+def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Collection[str]:
+    """A table stays for the life of its namespace, so one that was there needs no looking up."""
+    if all((family, name) in known for name in wanted):
+        return wanted
+    listed = _contents(_NAMES[family]).decode().split()
+    return [name for name in wanted if name in listed]
+
+
+def _contents(path: str) -> bytes:
+    """At most a page; nothing where the file, and so the module behind it, is missing."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return os.read(fd, 4096)
+    finally:
+        os.close(fd)
+
+
+def _table(fd: int, family: int, name: str, info: bytes | None) -> Raw:
+    head = name.encode().ljust(32, b"\0")
+    for _ in range(20):
+        info = info or _option(fd, family, _GET_INFO, head, _INFO_SIZE)
+        size = info[_INFO_SIZE - 4 :]
+        try:
+            length = _HEAD + int.from_bytes(size, sys.byteorder)
+            return info, _option(fd, family, _GET_ENTRIES, head + size, length)[_HEAD:]
+        except BlockingIOError:
+            info = None  # EAGAIN: it has another size by now
+    raise KernelError(f"read table {name}", errno.EAGAIN, "somebody keeps changing the rules while they are read")
+
+
+def _option(fd: int, family: int, option: int, request: bytes, size: int) -> bytes:
+    buffer = ctypes.create_string_buffer(request, size)
+    if _getsockopt(fd, _LEVEL[family], option, buffer, ctypes.byref(ctypes.c_uint(size))):
+        number = ctypes.get_errno()
+        if number in (errno.EAGAIN, errno.ENOENT):
+            raise OSError(number, os.strerror(number))
+        raise KernelError(f"read xtables of IPv{family}", number, os.strerror(number))
+    return buffer.raw

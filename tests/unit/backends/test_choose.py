@@ -1,0 +1,163 @@
+"""The choice: what is tried, in which order and no further; what sticks; what is said when nothing works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from agent.backends.base import Support
+from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
+from agent.core.errors import SettingsError
+from agent.core.host import HostTable, HostView, InKernel, Variant
+
+BOTH = (("iptables-nft-restore", "/x"), ("iptables-legacy-restore", "/x"))
+NEITHER = HostView("6.1", True, InKernel.LOADED, (), (), BOTH, Variant.NFT)
+MODERN = replace(NEITHER, nft=(HostTable("ip", "nat", True, True, 4),))
+LEGACY = replace(NEITHER, legacy=(HostTable("ip", "nat", True, True, 3),), iptables=Variant.LEGACY)
+MIXED = replace(MODERN, legacy=LEGACY.legacy)
+OLD = Recorded("iptables", "it was the first", "nftables", "", "6.1", 1.0)
+
+
+class Named:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class World:
+    """Fake layers; `broken` fail their probe, `idle` pass it and capture nothing."""
+
+    def __init__(self, broken: Sequence[str] = (), idle: Sequence[str] = ()) -> None:
+        self.broken, self.idle = broken, idle
+        self.backends: dict[str, Any] = {name: Named(name) for name in ("routing", *LAYERS)}
+        self.probed: list[str] = []
+        self.tested: list[str] = []
+        self.explained: list[str] = []
+
+    def choose(self, setting: str = "auto", view: HostView | None = NEITHER, old: Recorded | None = None) -> Choice:
+        return choose(setting, self.backends, Trials(self.probe, self.test, self.explain), view, old)
+
+    def probe(self, layer: str) -> Support:
+        self.probed.append(layer)
+        return Support(layer not in self.broken, f"no {layer} here" if layer in self.broken else "")
+
+    def test(self, layers: Sequence[Any]) -> list[str]:
+        self.tested.append(layers[-1].name)
+        return ["a connection was not captured"] if layers[-1].name in self.idle else []
+
+    def explain(self, name: str) -> list[str]:
+        self.explained.append(name)
+        return [f"xt_{name} is missing: modprobe it"]
+
+
+@pytest.mark.parametrize("setting", LAYERS)
+def test_a_setting_is_obeyed_and_nothing_else_is_looked_at(setting: str) -> None:
+    world = World()
+    choice = world.choose(setting, LEGACY, OLD)
+    assert choice.name == setting and choice.reason == f"setting backend={setting}"
+    assert tuple(one.name for one in choice.active) == LAYERS[setting]
+    assert {one.name for one in choice.retired} == set(world.backends) - set(LAYERS[setting])
+    assert world.probed == list(LAYERS[setting]) and world.tested == [setting]
+
+
+def test_p30_nothing_of_iptables_is_tried_while_nftables_works() -> None:
+    world = World()
+    assert world.choose(view=LEGACY).name == "nftables"
+    assert world.probed == ["routing", "nftables"] and not world.explained
+
+
+def test_p30_a_restart_chooses_what_it_chose_before_and_says_why() -> None:
+    world = World()
+    choice = world.choose(old=OLD)
+    assert choice.name == "iptables" and "it was the first" in choice.reason
+    assert world.probed == ["routing", "iptables"]
+
+
+@pytest.mark.parametrize(
+    "old", [replace(OLD, release="5.15"), replace(OLD, backend="ebpf"), None], ids=["kernel", "unknown", "none"]
+)
+def test_a_record_of_another_kernel_or_of_what_is_not_known_binds_nobody(old: Recorded | None) -> None:
+    assert World().choose(old=old).name == "nftables"
+
+
+def test_a_recorded_choice_that_fails_makes_room() -> None:
+    choice = World(broken=["iptables"]).choose(old=OLD)
+    assert choice.name == "nftables" and "no iptables here" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("view", "first", "word"),
+    [
+        (LEGACY, "iptables-legacy", "3 rules of legacy"),
+        (MODERN, "iptables", "4 rules of iptables-nft"),
+        (MIXED, "iptables", "besides 3 legacy"),
+        (NEITHER, "iptables", "writes nf_tables"),
+        (replace(NEITHER, iptables=Variant.LEGACY), "iptables-legacy", "is the legacy one"),
+        (replace(NEITHER, nft=None, legacy=None, iptables=Variant.UNKNOWN), "iptables", "tells nothing"),
+        (None, "iptables", "most hosts"),
+    ],
+)
+def test_p31_without_nftables_the_hosts_own_variant_comes_first(
+    view: HostView | None, first: str, word: str
+) -> None:
+    order = candidates("auto", view, None)
+    assert list(order) == ["nftables", first, *({"iptables", "iptables-legacy"} - {first})]
+    assert word in order[first]
+    choice = World(broken=["nftables"]).choose(view=view)
+    assert choice.name == first and word in choice.reason and "no nftables here" in choice.reason
+    assert World(broken=["nftables", first]).choose(view=view).name == list(order)[2]
+
+
+def test_p31_rules_that_are_taken_but_capture_nothing_are_not_chosen() -> None:
+    world = World(idle=["nftables"])
+    choice = world.choose()
+    assert choice.name == "iptables" and "a connection was not captured" in choice.reason
+    assert world.tested == ["nftables", "iptables"]
+    assert world.probed.count("routing") == 1, "a layer is probed once"
+
+
+@pytest.mark.parametrize("setting", ["auto", "iptables"])
+def test_p34_when_nothing_works_everything_missing_is_named_with_what_to_do(setting: str) -> None:
+    world = World(broken=["nftables", "iptables"], idle=["iptables-legacy"])
+    with pytest.raises(SettingsError) as raised:
+        world.choose(setting)
+    tried = [setting] if setting != "auto" else ["nftables", "iptables", "iptables-legacy"]
+    assert world.explained == tried
+    assert all(f"xt_{name} is missing: modprobe it" in str(raised.value) for name in tried)
+    assert "nothing was changed" in str(raised.value)
+
+
+def test_a_layer_that_is_not_built_is_passed_over() -> None:
+    world = World(broken=["nftables"])
+    del world.backends["iptables-legacy"]
+    assert world.choose(view=LEGACY).name == "iptables"
+
+
+@pytest.mark.parametrize(
+    ("view", "chosen", "name", "word"),
+    [
+        (LEGACY, "nftables", "iptables-legacy", "3 of legacy"),
+        (MODERN, "nftables", "iptables", "4 of iptables-nft"),
+        (MIXED, "iptables", "nftables", "before both"),
+        (NEITHER, "iptables-legacy", "nftables", "none of iptables"),
+        (replace(LEGACY, programs=BOTH[:1]), "nftables", "nftables", "not installed"),
+        (replace(MODERN, programs=()), "nftables", "nftables", "not installed"),
+        (replace(NEITHER, nf_tables=InKernel.ABSENT), "iptables-legacy", "iptables-legacy", "not in this kernel"),
+        (replace(NEITHER, nf_tables=InKernel.UNKNOWN), "nftables", "nftables", "none of iptables"),
+    ],
+)
+def test_p31_the_host_mechanism_follows_what_translates_there(
+    view: HostView, chosen: str, name: str, word: str
+) -> None:
+    assert choose_host("auto", view, chosen)[0] == name
+    assert word in choose_host("auto", view, chosen)[1]
+    assert choose_host("off", view, chosen) == ("off", "setting host_probes=off")
+
+
+def test_rules_in_a_table_that_does_not_translate_do_not_decide_for_the_host() -> None:
+    filters = replace(NEITHER, legacy=(HostTable("ip", "filter", True, False, 9),))
+    assert choose_host("auto", filters, "nftables")[0] == "nftables"
+    native = replace(NEITHER, nft=(HostTable("ip", "nat", False, True, 9),))
+    assert choose_host("auto", native, "nftables")[0] == "nftables"
