@@ -1,0 +1,68 @@
+"""Connections from before a pod's enrolment, which run on outside of ztunnel. Pure.
+
+conntrack takes the first packet that it sees of a flow for the flow's beginning, also in mid-stream
+(nf_conntrack_tcp_loose), and the rules would redirect it: the connection would be reset. So for as long as such
+connections live, the rules leave alone what does not begin with a SYN (Redirect.preserve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from agent.core.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, is_loopback, taken
+
+NAMED = 5  # connections that a line of text names
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """Connections by their sockets' cookies. Handshakes under way are counted in until they are seen captured."""
+
+    cookies: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.cookies)
+
+    def remaining(self, now: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+        """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED."""
+        return tuple(one for one in candidates(now) if one.cookie in self.cookies)
+
+
+def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket]) -> Outside:
+    """What the rules did not catch, from the pod's connections just before and just after they were applied.
+
+    One that is in `after` alone either slipped in before the rules, or ztunnel has its other end.
+    """
+    return Outside(frozenset(one.cookie for now in (before, after) for one in candidates(now)))
+
+
+def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """Connections of the pod with somebody else that are not captured, each once, in an order that is stable."""
+    captured = taken(sockets)
+    found = {one.cookie: one for one in sockets if one.cookie not in captured and _with_others(one)}
+    return tuple(sorted(found.values(), key=lambda one: (one.local, one.remote, one.cookie)))
+
+
+def _with_others(one: TcpSocket) -> bool:
+    if one.state not in CONNECTED or one.of_ztunnel or one.local[1] in CAPTURE_PORTS:
+        return False
+    return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
+
+
+def report(connections: Sequence[TcpSocket]) -> str:
+    """One line for people; "" for none. The pod's end of each connection comes first."""
+    if not connections:
+        return ""
+    count = len(connections)
+    what = (
+        "1 connection from before the enrolment is"
+        if count == 1
+        else f"{count} connections from before the enrolment are"
+    )
+    return f"{what} still outside: {_named(connections)}"
+
+
+def _named(connections: Iterable[TcpSocket]) -> str:
+    words = [str(one) for one in connections]
+    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")

@@ -1,0 +1,150 @@
+"""TCP sockets of one namespace over sock_diag (linux/sock_diag.h, linux/inet_diag.h).
+
+A dump is no snapshot: a socket that others in its hash bucket move under the reader may be missed or come twice
+(inet_diag_dump_icsk).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import struct
+from collections.abc import Iterable
+from functools import lru_cache
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, inet_ntop, inet_pton, ntohs
+from typing import Final
+
+from agent.core.errors import KernelError
+from agent.core.netlink import ATTRIBUTE, NLM_F_DUMP
+from agent.core.sockets import Endpoint, TcpSocket, TcpState
+from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.netns import Netns
+
+NETLINK_SOCK_DIAG = 4
+_BY_FAMILY, _GETSOCK = 20, 18  # SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK
+_WHAT = "read TCP sockets (sock_diag)"
+_FAMILIES: Final = {AF_INET: 4, AF_INET6: 6}
+# inet_diag_req_v2 without the socket's identity: family, protocol, extensions, pad, states as bits
+_REQUEST = struct.Struct("=BBBBI")
+_OLD_REQUEST = struct.Struct("=52xI4x")  # inet_diag_req: nothing but the states
+# inet_diag_sockid as it is asked for: ports, addresses, interface, cookie
+_IDENTITY = struct.Struct(">HH16s16s4s8s")
+_NO_COOKIE = b"\xff" * 8
+# inet_diag_msg, all fields in host order but the ports: family, state, timer, retransmissions, ports, addresses,
+# interface, cookie, expires, queues, uid, inode
+_ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
+_SKV6ONLY, _MARK = 11, 15
+_ATTRIBUTE, _U32 = ATTRIBUTE.unpack_from, struct.Struct("=I").unpack_from
+_MAPPED = bytes(10) + b"\xff\xff"
+_ALL: Final = frozenset(TcpState)
+_STATES: Final = {int(state): state for state in TcpState}
+
+
+class SockDiag(NetlinkSocket):
+    """Make it inside the namespace that it is to ask; usable from anywhere afterwards. One thread."""
+
+    def __init__(self, *, ipv6: bool = True) -> None:
+        """`ipv6` False where the kernel has no IPv6 at all: with IPv6 merely switched off in a namespace, sockets
+        of family 6 still carry IPv4."""
+        super().__init__(NETLINK_SOCK_DIAG)
+        self.ipv6 = ipv6
+
+    def sockets(self, family: int, states: Iterable[TcpState] = _ALL) -> list[TcpSocket]:
+        """All sockets of one family (4 or 6) in one of `states`. Raises KernelError."""
+        if family == 6 and not self.ipv6:
+            return []
+        number = AF_INET6 if family == 6 else AF_INET
+        return self._dump(_BY_FAMILY, _REQUEST.pack(number, IPPROTO_TCP, 0, 0, _bits(states)) + bytes(48))
+
+    def both(self, states: Iterable[TcpState] = _ALL) -> list[TcpSocket]:
+        """All sockets of both families in one of `states`. Raises KernelError.
+
+        Asked in the old way, which knows no families: the kernel walks once through the table of the whole node's
+        sockets instead of twice, and that is most of what a dump of few sockets costs.
+        """
+        states = tuple(states)
+        if self.ipv6:
+            with contextlib.suppress(KernelError):  # should a kernel not know it any more
+                return self._dump(_GETSOCK, _OLD_REQUEST.pack(_bits(states)))
+        return self.sockets(4, states) + self.sockets(6, states)
+
+    def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
+        """The connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
+
+        Not found when its socket is bound to an interface. Raises KernelError when it cannot be asked.
+        """
+        try:
+            answers = self.request(_WHAT, _BY_FAMILY, 0, encode(local, remote))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+        # The kernel's lookup falls back to the listener that would take the connection.
+        found = (decode(answer.body) for answer in answers)
+        return next((one for one in found if one and (one.local, one.remote) == (local, remote)), None)
+
+    def _dump(self, kind: int, body: bytes) -> list[TcpSocket]:
+        found = (decode(answer.body) for answer in self.request(_WHAT, kind, NLM_F_DUMP, body))
+        return [one for one in found if one is not None]
+
+
+def _bits(states: Iterable[TcpState]) -> int:
+    bits = 0
+    for state in states:
+        bits |= 1 << state
+    return bits
+
+
+def listeners(netns: Netns) -> list[TcpSocket]:
+    """The listening sockets of a namespace, by a socket for this once. Raises KernelError, NetnsError."""
+    diag = netns.call(SockDiag)
+    try:
+        return diag.both((TcpState.LISTEN,))
+    finally:
+        diag.close()
+
+
+def encode(local: Endpoint, remote: Endpoint) -> bytes:
+    """Body of a request for one connection; both addresses of one family."""
+    family = AF_INET6 if ":" in local[0] else AF_INET
+    here, there = (inet_pton(family, address).ljust(16, b"\0") for address, _ in (local, remote))
+    identity = _IDENTITY.pack(local[1], remote[1], here, there, bytes(4), _NO_COOKIE)
+    return _REQUEST.pack(family, IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + identity
+
+
+def decode(body: bytes) -> TcpSocket | None:
+    """One socket of an answer's body; None when it is torn, or of a family or state that is not known here."""
+    if len(body) < _ANSWER.size:
+        return None
+    number, code, sport, dport, source, destination, cookie, uid, inode = _ANSWER.unpack_from(body)
+    family, state = _FAMILIES.get(number), _STATES.get(code)
+    if family is None or state is None:
+        return None
+    mark, v6_only = _attributes(body)
+    local, remote = (_address(family, source), ntohs(sport)), (_address(family, destination), ntohs(dport))
+    return TcpSocket(family, local, remote, state, cookie, uid, inode, mark, v6_only)
+
+
+def _attributes(body: bytes) -> tuple[int | None, bool]:
+    """Mark and "IPv6 only", which the kernel writes in front of it (inet_diag_msg_attrs_fill).
+
+    A walk of its own: core.netlink.attributes would take a third of a dump's whole time.
+    """
+    v6_only, offset, end = False, _ANSWER.size, len(body)
+    while offset + 4 < end:
+        length, kind = _ATTRIBUTE(body, offset)
+        if length < 4 or offset + length > end:
+            break
+        if kind == _MARK and length == 8:
+            return _U32(body, offset + 4)[0], v6_only
+        if kind == _SKV6ONLY:
+            v6_only = body[offset + 4] != 0
+        offset += (length + 3) & ~3
+    return None, v6_only
+
+
+@lru_cache(maxsize=4096)
+def _address(family: int, raw: bytes) -> str:
+    if family == 4:
+        return inet_ntop(AF_INET, raw[:4])
+    return inet_ntop(AF_INET, raw[12:]) if raw.startswith(_MAPPED) else inet_ntop(AF_INET6, raw)

@@ -1,0 +1,125 @@
+"""The probe canary: connects from the node to a pod that was just enrolled, as the kubelet will.
+
+It shows that the node reaches the pod, and passes ztunnel by, before a probe of the kubelet's that fails restarts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from agent.core.canary import Finding, Verdict, judge
+from agent.core.listeners import probed
+from agent.core.sockets import Endpoint, TcpSocket, TcpState
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.sockdiag import SockDiag
+
+TRIES, TIMEOUT, PAUSE = 3, 1.0, 0.2  # seconds
+WINDOW = 60.0  # seconds after its enrolment in which a pod's first listener is waited for
+
+
+class Run(Protocol):
+    """Runs kernel work where it does not hold up the loop."""
+
+    def __call__(self, function: Callable[[], list[TcpSocket]], /) -> Awaitable[list[TcpSocket]]: ...
+
+
+class _View:
+    """The pod's sockets; needs the pod's handle only to be made. Closing waits for a thread that is reading."""
+
+    def __init__(self, target: PodNetns) -> None:
+        self._diag, self._lock = target.netns.call(SockDiag), threading.Lock()
+
+    def read(self, *states: TcpState) -> list[TcpSocket]:
+        with self._lock:
+            return self._diag.both(states or TcpState)
+
+    def close(self) -> None:
+        with self._lock:
+            self._diag.close()
+
+
+class Canary:
+    """Methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        probe_ipv4: str,
+        probe_ipv6: str,
+        *,
+        run: Run = asyncio.to_thread,
+        make: Callable[[int], socket.socket] = lambda family: socket.socket(family, socket.SOCK_STREAM),
+        timeout: float = TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`make` opens the socket that connects, in the namespace that counts as the node's."""
+        self._probe = {4: probe_ipv4, 6: probe_ipv6}
+        self._run, self._make, self._timeout, self._clock = run, make, timeout, clock
+        self._until: dict[str, float] = {}
+
+    def enrolled(self, uid: str) -> None:
+        """ztunnel has just acknowledged the newly enrolled pod: it is due from now on."""
+        self._until[uid] = self._clock() + WINDOW
+
+    def due(self, uid: str) -> bool:
+        """Whether the pod is to be probed: newly enrolled, and no listener of it was probed yet."""
+        if uid in self._until and self._clock() > self._until[uid]:
+            del self._until[uid]
+        return uid in self._until
+
+    def done(self, uid: str, finding: Finding) -> None:
+        """After a probe: only a pod without listener stays due."""
+        if finding.verdict is not Verdict.NO_LISTENER:
+            self.forget(uid)
+
+    def forget(self, uid: str) -> None:
+        self._until.pop(uid, None)
+
+    async def probe(self, addresses: Sequence[str], target: PodNetns, *, ipv6: bool) -> Finding:
+        """Takes up to TRIES * (timeout + PAUSE). Raises KernelError or NetnsError when the pod cannot be looked into.
+
+        `target` may be closed once this has begun to wait. That the application is too busy to take a connection
+        looks the same as a way that is blocked.
+        """
+        with contextlib.closing(_View(target)) as view:
+            tried = probed(await self._run(lambda: view.read(TcpState.LISTEN)), addresses, ipv6=ipv6)
+            if tried is None:
+                return Finding(Verdict.NO_LISTENER)
+            for attempt in range(TRIES):
+                if attempt:
+                    await asyncio.sleep(PAUSE)
+                finding, sure = await self._try(view, tried)
+                if sure:
+                    break
+            return finding
+
+    async def _try(self, view: _View, tried: Endpoint) -> tuple[Finding, bool]:
+        """What one connection showed, and whether another one could not show more."""
+        family = socket.AF_INET6 if ":" in tried[0] else socket.AF_INET
+        try:
+            with self._make(family) as connection:
+                connection.setblocking(False)
+                async with asyncio.timeout(self._timeout):
+                    await asyncio.get_running_loop().sock_connect(connection, tried)
+                own: Endpoint = connection.getsockname()[:2]
+                probe = self._probe[6 if family == socket.AF_INET6 else 4]
+                finding = judge(await self._run(view.read), tried, own, probe)
+                return finding or _unseen(connection, tried), finding is not None
+        except TimeoutError:
+            return Finding(Verdict.FAILED, tried, f"no answer in {self._timeout:g} s"), False
+        except OSError as error:
+            return Finding(Verdict.FAILED, tried, os.strerror(error.errno or 0)), False
+
+
+def _unseen(connection: socket.socket, tried: Endpoint) -> Finding:
+    """A connection whose other end the pod does not hold (any more)."""
+    failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if failed:  # an application that resets at once leaves no trace, and neither does a ztunnel that does
+        return Finding(Verdict.FAILED, tried, f"connected, then: {os.strerror(failed)}")
+    return Finding(Verdict.CAPTURED, tried, "connected, but not with the pod's listener")
