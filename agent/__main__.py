@@ -25,6 +25,7 @@ _GROUPS = {
     "verify": "verify",
     "diff": "verify",
     "rules": "rules",
+    "preflight": "preflight",
 }
 
 

@@ -1,21 +1,26 @@
-"""Which mechanisms are used on this node, and which are to be cleaned away. Pure."""
+"""Which mechanisms are used on this node, and which are to be cleaned away. Pure.
+
+Looking must not decide what is seen later: candidates are tried one after the other and only until one passes, so
+that a module of legacy iptables is never loaded because somebody looked whether it is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from agent.backends.base import Backend, Support
 from agent.core.errors import SettingsError
+from agent.core.host import HostView, InKernel, Variant
 
-PREFERENCE = ("nftables", "iptables")
 # What each choice consists of, in the order of application; removal goes backwards.
 LAYERS: Mapping[str, tuple[str, ...]] = {
     "nftables": ("routing", "nftables"),
     "iptables": ("routing", "iptables"),
+    "iptables-legacy": ("routing", "iptables-legacy"),
 }
 
-WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4}
+WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +38,124 @@ class Choice:
     workers: int = 1
 
 
-def choose(setting: str, backends: Mapping[str, Backend], support: Mapping[str, Support]) -> Choice:
-    """Both mappings by name. Raises SettingsError, naming what is missing, when none can be used."""
-    candidates = PREFERENCE if setting == "auto" else (setting,)
-    problems = []
-    for name in candidates:
-        failed = [f"{layer}: {support[layer].missing}" for layer in LAYERS[name] if not support[layer].ok]
-        if failed:
-            problems += failed
-            continue
-        skipped = f"; not usable here: {'; '.join(problems)}" if problems else ""
-        reason = f"setting backend={setting}" + (f", first that works{skipped}" if setting == "auto" else "")
-        active = tuple(backends[layer] for layer in LAYERS[name])
-        retired = tuple(b for b in backends.values() if b not in active)
-        return Choice(name, reason, active, retired, WORKERS[name])
-    raise SettingsError(f"no backend can be used (setting backend={setting}): {'; '.join(problems)}")
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What an earlier start chose, under the kernel `release`; `time` in seconds since 1970."""
+
+    backend: str
+    reason: str
+    host: str
+    host_reason: str
+    release: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trials:
+    """How a candidate is tried. Each is called only for what is needed, since trying may load modules.
+
+    `probe` takes a layer's name. `test` takes the layers of a choice and returns what did not work, () when all did.
+    `explain` takes a choice's name and returns what is missing for it, with what to do, one line each.
+    """
+
+    probe: Callable[[str], Support]
+    test: Callable[[Sequence[Backend]], Sequence[str]] = lambda layers: ()
+    explain: Callable[[str], Sequence[str]] = lambda name: ()
+
+
+def choose(
+    setting: str,
+    backends: Mapping[str, Backend],
+    trials: Trials | Mapping[str, Support],
+    view: HostView | None = None,
+    recorded: Recorded | None = None,
+) -> Choice:
+    """The first candidate that passes its preflight and its functional test; the setting leaves one, or all.
+
+    Raises SettingsError, naming for every candidate what is missing and what to do, when none passes: nothing was
+    touched then, and rules that work stay as they are.
+    """
+    if isinstance(trials, Mapping):  # TODO(lead): app.py hands over Trials; then this goes
+        trials = Trials(trials.__getitem__)
+    tried: dict[str, Support] = {}
+    problems: dict[str, str] = {}
+    for name, reason in candidates(setting, view, recorded).items():
+        problem = _problem(name, backends, trials, tried)
+        if not problem:
+            words = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
+            active = tuple(backends[layer] for layer in LAYERS[name])
+            retired = tuple(b for b in backends.values() if b not in active)
+            return Choice(name, "; ".join(words), active, retired, WORKERS[name])
+        problems[name] = problem
+    details = " | ".join(f"{name}: {'; '.join(trials.explain(name)) or why}" for name, why in problems.items())
+    raise SettingsError(f"no backend can be used (setting backend={setting}), nothing was changed: {details}")
+
+
+def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -> dict[str, str]:
+    """Choice -> why it is tried, in order. A record of another kernel is one of another boot: it binds nobody."""
+    if setting != "auto":
+        return {setting: f"setting backend={setting}"}
+    order: dict[str, str] = {}
+    if recorded and recorded.backend in LAYERS and (view is None or view.release == recorded.release):
+        order[recorded.backend] = f"kept from the last start ({recorded.reason})"
+    order.setdefault("nftables", "setting backend=auto, the first that works")
+    name, why = _variant(view)
+    other = "iptables" if name == "iptables-legacy" else "iptables-legacy"
+    order.setdefault(name, f"setting backend=auto, {why}")
+    order.setdefault(other, "setting backend=auto, the last that was left")
+    return order
+
+
+def choose_host(setting: str, view: HostView, chosen: str) -> tuple[str, str]:
+    """(mechanism, reason) of the probe exemption in the host's own namespace; "off" when the setting says so.
+
+    It follows what already translates addresses there, so that a person finds it beside the other rules and no
+    second machinery is woken. All mechanisms are entries of one list behind the kernel's NAT hook, which asks them
+    for each new connection in the order of their priorities until one has answered (nf_nat_inet_fn); among equal
+    priorities the one registered last comes first, and every iptables registers with 100. On a host of both variants
+    nobody can tell from outside which one that is. A chain of nf_tables has a priority of its own choice and so comes
+    before both: there, and where nobody translates, it is nftables. What was `chosen` for pods is taken instead when
+    nf_tables is not known to be there.
+    """
+    if setting != "auto":
+        return setting, f"setting host_probes={setting}"
+    modern, legacy = view.xtables_rules(Variant.NFT, "nat"), view.xtables_rules(Variant.LEGACY, "nat")
+    found = [f"{legacy} of legacy iptables"] * bool(legacy) + [f"{modern} of iptables-nft"] * bool(modern)
+    words = f"NAT rules of the host: {' and '.join(found) or 'none of iptables'}"
+    name = "iptables-legacy" if legacy else "iptables" if modern else "nftables"
+    if legacy and modern:
+        name, words = "nftables", f"{words}, whose order cannot be known; a chain of our own comes before both"
+    program = {"iptables": "iptables-nft-restore", "iptables-legacy": "iptables-legacy-restore"}.get(name, "")
+    if program and not view.has(program):
+        name, words = "nftables", f"{words}; {program} is not installed"
+    if name == "nftables" and chosen != "nftables" and view.nf_tables not in (InKernel.LOADED, InKernel.BUILT_IN):
+        return chosen, f"{words}; nf_tables is {view.nf_tables.value}, and pods use {chosen}"
+    return name, words
+
+
+def _problem(name: str, backends: Mapping[str, Backend], trials: Trials, tried: dict[str, Support]) -> str:
+    for layer in LAYERS[name]:
+        if layer not in backends:
+            return f"there is no {layer} in this build"
+        if layer not in tried:
+            tried[layer] = trials.probe(layer)
+        if not tried[layer].ok:
+            return f"{layer}: {tried[layer].missing}"
+    return "; ".join(trials.test([backends[layer] for layer in LAYERS[name]]))
+
+
+def _variant(view: HostView | None) -> tuple[str, str]:
+    """The iptables that the host uses: whose rules are there; failing that, whose program; the newer one in doubt."""
+    if view is None:
+        return "iptables", "the variant that most hosts use"
+    modern, legacy = view.xtables_rules(Variant.NFT), view.xtables_rules(Variant.LEGACY)
+    if legacy and not modern:
+        return "iptables-legacy", f"as the host, which has {legacy} rules of legacy iptables"
+    if modern:
+        both = f" besides {legacy} legacy ones" if legacy else ""
+        return "iptables", f"as the host, which has {modern} rules of iptables-nft{both}"
+    if view.iptables is Variant.LEGACY:
+        return "iptables-legacy", "as the host, whose iptables is the legacy one"
+    if view.iptables is Variant.NFT:
+        return "iptables", "as the host, whose iptables writes nf_tables"
+    return "iptables", "the host tells nothing about its variant"

@@ -30,22 +30,28 @@ MS_BIND, MNT_DETACH = 0x1000, 2
 _libc = ctypes.CDLL(None, use_errno=True)  # setns: os.setns needs Python 3.12
 
 
-class _Home(threading.local):
-    """The namespace that each thread lives in and comes back to, opened at its first departure."""
+class _Home:
+    """The namespace that one thread lives in and comes back to; goes with the thread."""
 
-    fd = -1
-
-    def descriptor(self) -> int:
-        if self.fd < 0:
-            self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        return self.fd
+    def __init__(self) -> None:
+        self.fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        os.close(self.fd)
 
 
-_home = _Home()
+class _Homes(threading.local):
+    """One for each thread, opened at its first departure. The finalizer is not here: a local has but one."""
+
+    home: _Home | None = None
+
+    def descriptor(self) -> int:
+        if self.home is None:
+            self.home = _Home()
+        return self.home.fd
+
+
+_homes = _Homes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +96,7 @@ class Netns:
         """
         if self.fd < 0:
             raise NetnsError(f"network namespace {self.origin}: already closed")
-        home = _home.descriptor()
+        home = _homes.descriptor()
         if _libc.setns(self.fd, CLONE_NEWNET):
             number = ctypes.get_errno()
             raise KernelError(f"setns into {self.origin}", number, os.strerror(number))

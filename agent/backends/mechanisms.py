@@ -1,0 +1,15 @@
+"""All layers that there are, by name and in the order in which they are shown."""
+
+from __future__ import annotations
+
+from agent.backends.base import Backend
+from agent.backends.iptables.backend import IptablesBackend
+from agent.backends.iptables.legacy import IptablesLegacyBackend
+from agent.backends.nftables.backend import NftablesBackend
+from agent.backends.routing import RoutingBackend
+
+
+def mechanisms() -> dict[str, Backend]:
+    """Fresh ones; none is probed yet."""
+    made: tuple[Backend, ...] = (RoutingBackend(), NftablesBackend(), IptablesBackend(), IptablesLegacyBackend())
+    return {backend.name: backend for backend in made}

@@ -1,0 +1,94 @@
+"""Feature by feature what this node's kernel can do for a backend, each tried for real in a namespace of its own.
+
+What a kernel's version or its list of modules says is no answer: distributions leave out modules, and others
+load on first use. The cheap sample at every start is each backend's probe; this is for naming what is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.backends.needs import HasIpv6, Need, PolicyRule, Program, Restored, Transaction, needs
+from agent.core import names
+from agent.core.errors import SluiceError
+from agent.kernel import exec, scratch
+from agent.kernel.nfnetlink import NftSocket
+from agent.kernel.rtnetlink import MarkRule, RouteSocket
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One need, tried. `words` are the kernel's when it refused; `without` is set where it is optional."""
+
+    name: str
+    needed_by: tuple[str, ...]
+    present: bool
+    words: str = ""
+    remedy: str = ""
+    without: str = ""
+
+    @property
+    def lacking(self) -> bool:
+        """Missing, and nothing works without it."""
+        return not self.present and not self.without
+
+
+def attempt(need: Need) -> str:
+    """ "" when it works, else the kernel's or the program's own words."""
+    try:
+        scratch.call(lambda: _try(need))
+    except (SluiceError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def examine(choice: str, *, ipv6: bool = True, attempt: Callable[[Need], str] = attempt) -> tuple[Feature, ...]:
+    """Every need of one choice. Loads modules as programming a pod would; makes nothing that stays."""
+    found: dict[str, Feature] = {}
+    for need in needs(choice, ipv6=ipv6):
+        if need.behind and not (need.behind in found and found[need.behind].present):
+            continue  # it would only say the same again
+        words = attempt(need)
+        remedy = need.remedy.replace("{release}", os.uname().release) if words else ""
+        found[need.name] = Feature(need.name, (choice,), not words, words, remedy, need.without)
+    return tuple(found.values())
+
+
+def lacking(features: Iterable[Feature]) -> tuple[str, ...]:
+    """One line for each that is missing and needed: what, the kernel's words, what to do."""
+    return tuple(f"{one.name} is missing ({one.words}): {one.remedy}" for one in features if one.lacking)
+
+
+def merge(*examined: tuple[Feature, ...]) -> tuple[Feature, ...]:
+    """Several choices in one list; what they share stands once."""
+    found: dict[str, Feature] = {}
+    for one in (one for features in examined for one in features):
+        before = found.get(one.name)
+        by = (*before.needed_by, *one.needed_by) if before else one.needed_by
+        found[one.name] = Feature(one.name, by, one.present, one.words, one.remedy, one.without)
+    return tuple(found.values())
+
+
+def _try(need: Need) -> None:
+    """Raises SluiceError or OSError when it is refused; in a scratch namespace."""
+    match need.trial:
+        case HasIpv6():
+            if not Path("/proc/thread-self/net/if_inet6").exists():
+                raise SluiceError("the kernel has no IPv6, or it is switched off")
+        case PolicyRule(family):
+            with contextlib.closing(RouteSocket()) as route:
+                mark = (names.CONNECTION_MARK, names.MARK_MASK)
+                route.change(MarkRule(family, names.RULE_PREFERENCE, *mark, names.ROUTE_TABLE), add=True)
+        case Transaction(commands):
+            with contextlib.closing(NftSocket()) as nft:
+                nft.commit(f"try {need.name}", commands, None)
+        case Program(name):
+            if shutil.which(name, path=exec.PATH) is None:
+                raise SluiceError(f"{name} is not installed")
+        case Restored(program, script):
+            exec.run([program, "--noflush"], stdin=script, seconds=10)

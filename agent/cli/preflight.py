@@ -1,0 +1,132 @@
+"""`sluice preflight`: what this node can do, tried out, and which backend an agent would choose. Needs no agent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from agent.backends import preflight
+from agent.backends.base import Backend, Support
+from agent.backends.choose import LAYERS, Choice, Trials, choose, choose_host
+from agent.backends.mechanisms import mechanisms
+from agent.backends.preflight import Feature
+from agent.backends.selftest import selftest
+from agent.cli import client, output
+from agent.core.errors import SettingsError, SluiceError
+from agent.core.host import HostTable, HostView
+from agent.core.settings import BACKENDS
+from agent.core.text import pairs, table
+from agent.kernel import hostview
+from agent.sources import recorded
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "preflight",
+        help="what this node's kernel can do for each backend, tried out; exit 1 if something needed is missing",
+    )
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as the setting (default: auto)")
+    parser.add_argument("--no-ipv6", action="store_true", help="as the setting ipv6: false")
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_run)
+
+
+class _Tried:
+    """Remembers what choosing tried, which is all that is shown: the rest might load modules."""
+
+    def __init__(self, ipv6: bool) -> None:
+        self.ipv6 = ipv6
+        self.backends = mechanisms()
+        self.support: dict[str, Support] = {}
+        self.findings: dict[str, tuple[str, ...]] = {}
+
+    def probe(self, layer: str) -> Support:
+        self.support[layer] = self.backends[layer].probe()
+        return self.support[layer]
+
+    def test(self, layers: Sequence[Backend]) -> tuple[str, ...]:
+        name = next(name for name, members in LAYERS.items() if members[-1] == layers[-1].name)
+        self.findings[name] = selftest(layers, ipv6=self.ipv6)
+        return self.findings[name]
+
+    def features(self) -> tuple[Feature, ...]:
+        """Of the choices whose layers were probed."""
+        names = [name for name, layers in LAYERS.items() if layers[-1] in self.support]
+        return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6) for name in names))
+
+
+def _run(args: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise SluiceError("sluice preflight makes network namespaces to try things in; run it as root")
+    view, tried = hostview.look(), _Tried(not args.no_ipv6)
+    choice, problem = None, ""
+    try:
+        trials = Trials(tried.probe, tried.test)
+        choice = choose(args.backend, tried.backends, trials, view, recorded.load(args.run_dir))
+    except SettingsError as error:
+        problem = str(error)
+    features = tried.features()
+    value = _value(view, choice, problem, tried, features)
+    output.emit(args.output, value, _text(view, value, features))
+    wanted = {choice.name} if choice else set(LAYERS)
+    broken = any(one.lacking and wanted & set(one.needed_by) for one in features)
+    return 1 if choice is None or broken else 0
+
+
+def _value(
+    view: HostView, choice: Choice | None, problem: str, tried: _Tried, features: tuple[Feature, ...]
+) -> dict[str, Any]:
+    host = choose_host("auto", view, choice.name) if choice else ("", "")
+    return {
+        "backend": choice.name if choice else "",
+        "reason": choice.reason if choice else problem,
+        "host_probes": host[0],
+        "host_probes_reason": host[1],
+        "selftest": {name: list(found) for name, found in tried.findings.items()},
+        "features": [{**asdict(one), "needed_by": list(one.needed_by)} for one in features],
+        "host": {
+            "release": view.release,
+            "ipv6": view.ipv6,
+            "nf_tables": view.nf_tables.value,
+            "iptables": view.iptables.value,
+            "programs": dict(view.programs),
+            "tables": None if view.nft is None else [asdict(one) for one in view.nft],
+            "legacy_tables": None if view.legacy is None else [asdict(one) for one in view.legacy],
+            "remarks": list(view.remarks),
+        },
+    }
+
+
+def _text(view: HostView, value: dict[str, Any], features: tuple[Feature, ...]) -> str:
+    passed = "packets are captured, and no longer after removal"
+    tests = {name: "; ".join(found) or passed for name, found in value["selftest"].items()}
+    rows = [
+        ("Backend", f"{value['backend'] or 'none'} ({value['reason']})"),
+        ("Host probes", f"{value['host_probes']} ({value['host_probes_reason']})" if value["backend"] else "none"),
+        *((f"Self-test {name}", words) for name, words in tests.items()),
+        ("Kernel", f"{view.release}, nf_tables {view.nf_tables.value}, IPv6 {'on' if view.ipv6 else 'off'}"),
+        ("iptables", view.iptables.value),
+        ("Host tables", _tables(view.nft)),
+        ("Legacy tables", _tables(view.legacy)),
+        *(("Remark", words) for words in view.remarks),
+    ]
+    cells = [(one.name, ",".join(one.needed_by), *_result(one)) for one in features]
+    return f"{pairs(rows)}\n\n{table(('FEATURE', 'NEEDED BY', 'PRESENT', 'WHAT TO DO'), cells)}"
+
+
+def _result(one: Feature) -> tuple[str, str]:
+    if one.present:
+        return "yes", ""
+    words = [one.words, one.remedy, *([f"else {one.without}"] if one.without else [])]
+    return "no" if one.without else "MISSING", "; ".join(words)
+
+
+def _tables(tables: tuple[HostTable, ...] | None) -> str:
+    if tables is None:
+        return "unknown"
+    shown = (f"{one.family} {one.name}{' of iptables' if one.xtables else ''} ({one.rules} rules)" for one in tables)
+    return ", ".join(shown) or "none"

@@ -1,0 +1,53 @@
+"""The choice of mechanisms that an earlier start made: <run_dir>/backend.json, so that a restart chooses the same.
+
+It binds nobody: what is damaged is ignored and told of, what is written by another kernel is not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from agent.backends.choose import Recorded
+
+log = logging.getLogger("sluice.recorded")
+_VERSION = 1
+
+
+def load(run_dir: str) -> Recorded | None:
+    """None when there is none, or none that can be used."""
+    path = _path(run_dir)
+    try:
+        data = json.loads(path.read_bytes())
+        if data.pop("version") != _VERSION:
+            raise ValueError("it is of another version")
+        kinds = {field.name: float if field.name == "time" else str for field in fields(Recorded)}
+        for name, value in data.items():
+            if type(value) is not kinds[name]:
+                raise ValueError(f"{name} is of another type")
+        return Recorded(**data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        words = f"no key {error}" if isinstance(error, KeyError) else error
+        log.warning("%s cannot be used (%s): the backend is chosen anew and written there", path, words)
+        return None
+
+
+def save(run_dir: str, recorded: Recorded) -> None:
+    """Written to a temporary name and renamed, so that it is never half written. Raises OSError."""
+    path = _path(run_dir)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(".new")
+    content = json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(content)
+    # No fsync: /run is memory, and after a reboot no pod is left that a choice was made for.
+    temporary.replace(path)
+
+
+def _path(run_dir: str) -> Path:
+    return Path(run_dir) / "backend.json"

@@ -1,0 +1,289 @@
+"""Choosing without traces, naming what is missing, and a self-test that fails when packets are not captured."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.rules import Pod
+from support.rules import pod as made
+
+from agent.__main__ import main
+from agent.backends import preflight
+from agent.backends.base import Backend, Support
+from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
+from agent.backends.mechanisms import mechanisms
+from agent.backends.needs import Need, Program, Restored, Transaction
+from agent.backends.preflight import attempt, examine, lacking
+from agent.backends.selftest import selftest
+from agent.core.errors import SettingsError
+from agent.core.host import HostView, InKernel
+from agent.core.nftables import NEWTABLE, NFPROTO_INET, Command
+from agent.core.redirect import Redirect
+from agent.kernel import hostview
+from agent.kernel.exec import run
+from agent.kernel.podnetns import PodNetns
+from agent.reconciler.settle import settle, verify
+from agent.sources import recorded
+
+pytestmark = pytest.mark.root
+LEGACY = "iptables-legacy -t nat -A POSTROUTING -p tcp -j ACCEPT; ip6tables-legacy -t filter -A INPUT -j ACCEPT"
+MODERN = "iptables-nft -t nat -A POSTROUTING -p tcp -j ACCEPT; iptables-nft -t nat -N OTHER"
+
+NATIVE = "nft add table ip nat; nft add chain ip nat post '{ type nat hook postrouting priority 100; }'"
+
+
+@pytest.fixture
+def host() -> Iterator[Pod]:
+    """A namespace in the part of the host's own."""
+    with made("slu-pf-host") as one:
+        yield one
+
+
+def layers(name: str) -> list[Backend]:
+    backends = mechanisms()
+    return [backends[layer] for layer in LAYERS[name]]
+
+
+def look(host: Pod) -> HostView:
+    return host.target.netns.call(hostview.look)
+
+
+def traces(host: Pod) -> str:
+    """Legacy tables and every rule: there, and in the namespace that the tests themselves run in."""
+    names = "cat /proc/net/ip_tables_names /proc/net/ip6_tables_names; echo -; nft list ruleset"
+    return host.sh(names) + run(["sh", "-c", f"{names}; ls /sys/module | sort"]).stdout
+
+
+def start(host: Pod, setting: str = "auto", run_dir: str = "") -> Choice:
+    """As the agent starts: looks, tries, chooses, records."""
+    view, backends = look(host), mechanisms()
+    old = recorded.load(run_dir) if run_dir else None
+    trials = Trials(lambda layer: backends[layer].probe(), selftest)
+    choice = choose(setting, backends, trials, view, old)
+    if run_dir:
+        by_host = choose_host("auto", view, choice.name)
+        recorded.save(run_dir, Recorded(choice.name, choice.reason, *by_host, view.release, 1.0))
+    return choice
+
+
+@pytest.mark.parametrize("setting", ["auto", "nftables", "iptables"])
+@pytest.mark.parametrize("foreign", ["", LEGACY, MODERN], ids=["empty", "legacy", "nft"])
+def test_p30_five_starts_choose_the_same_and_create_nothing(
+    host: Pod, setting: str, foreign: str, tmp_path: Path
+) -> None:
+    host.sh(foreign)
+    before = traces(host)
+    chosen = [start(host, setting, str(tmp_path)).name for _ in range(5)]
+    assert chosen == [setting if setting != "auto" else "nftables"] * 5
+    assert traces(host) == before
+    if not foreign:
+        assert before.startswith("-\n"), "no legacy table was there, and none is there now"
+
+
+def test_p30_what_the_agent_itself_tried_in_legacy_is_not_what_it_sees_later(host: Pod, tmp_path: Path) -> None:
+    before, first = traces(host), look(host)
+    for _ in range(2):
+        start(host, "iptables-legacy")
+        assert look(host) == first and traces(host) == before
+    assert start(host, "auto", str(tmp_path)).name == "nftables"
+
+
+@pytest.mark.parametrize(
+    ("script", "first", "by_host"),
+    [
+        (LEGACY, "iptables-legacy", "iptables-legacy"),
+        (MODERN, "iptables", "iptables"),
+        (f"{LEGACY}; {MODERN}", "iptables", "nftables"),
+        ("", "", "nftables"),
+        (NATIVE, "", "nftables"),
+    ],
+    ids=["legacy-only", "nft-only", "both", "neither", "native"],
+)
+def test_p31_matrix(host: Pod, script: str, first: str, by_host: str) -> None:
+    host.sh(script)
+    before = traces(host)
+    view = look(host)
+    assert view.nf_tables in (InKernel.LOADED, InKernel.BUILT_IN), "else this kernel cannot be tested here"
+    order = list(candidates("auto", view, None))
+    assert order[0] == "nftables" and (not first or order[1] == first)
+    assert choose_host("auto", view, "nftables")[0] == by_host
+    assert traces(host) == before
+    rules = {(one.family, one.name): one.rules for one in (*(view.nft or ()), *(view.legacy or ())) if one.xtables}
+    wanted = {("ip", "nat"): 1, ("ip6", "filter"): 1} if "legacy" in script else {}
+    assert rules == {**wanted, **({("ip", "nat"): 1} if "iptables-nft" in script else {})}
+
+
+def masked(*missing: str) -> Any:
+    def one(need: Need) -> str:
+        return "Operation not supported" if any(word in need.name for word in missing) else attempt(need)
+
+    return one
+
+
+@pytest.mark.parametrize(
+    ("missing", "chosen"),
+    [
+        ((), "nftables"),
+        (("owned tables", "meta skuid", "sets of intervals"), "nftables"),
+        (("ct zone",), "iptables"),
+        (("inet nat", "table raw"), ""),
+        (("nf_tables", "program iptables-nft-restore"), "iptables-legacy"),
+        (("policy routing",), ""),
+    ],
+)
+def test_p34_feature_masks(host: Pod, missing: Sequence[str], chosen: str) -> None:
+    """What works goes on working: a choice that cannot be made touches nothing."""
+    used = layers("nftables")
+    settle(host.target, Redirect(), used)
+    before = host.dump()
+    kernel = {name: examine(name, attempt=masked(*missing)) for name in LAYERS}
+
+    def probe(layer: str) -> Support:
+        if layer == "routing":
+            return Support("policy routing" not in missing, "no policy routing")
+        words = [line for line in lacking(kernel[layer]) if "policy routing" not in line]
+        return Support(not words, "; ".join(words))
+
+    trials = Trials(probe, selftest, lambda name: lacking(kernel[name]))
+    if chosen:
+        assert choose("auto", mechanisms(), trials, look(host)).name == chosen
+    else:
+        with pytest.raises(SettingsError) as raised:
+            choose("auto", mechanisms(), trials, look(host))
+        for word in missing:
+            assert word in str(raised.value) and "Operation not supported" in str(raised.value)
+    assert host.dump() == before and verify(host.target, Redirect(), used) == {}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_need_is_there_on_a_machine_that_captures(name: str) -> None:
+    assert lacking(examine(name)) == () and selftest(layers(name)) == ()
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        Program("iptables-that-nobody-has"),
+        Restored("iptables-nft-restore", "*nat\n-A OUTPUT -j NOSUCH\nCOMMIT\n"),
+        Restored("ip6tables-legacy-restore", "*nat\n-A OUTPUT -m nosuch -j ACCEPT\nCOMMIT\n"),
+        Transaction((Command(NEWTABLE, 0, NFPROTO_INET, b""),)),
+    ],
+)
+def test_a_refusal_is_reported_in_its_own_words(trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = attempt(Need("x", trial, "do"))
+    assert len(words) > 10
+    monkeypatch.setattr(preflight, "needs", lambda choice, ipv6: (Need("x", trial, "do for {release}"),))
+    (line,) = lacking(examine("nftables"))
+    assert line.startswith("x is missing") and "do for " in line and "{" not in line
+
+
+class Sabotaged:
+    """A layer that does its work; then a script spoils it, or `want` is exchanged before it begins."""
+
+    def __init__(self, layer: Backend, script: str = "", always: Redirect | None = None) -> None:
+        self.layer, self.script, self.always, self.name = layer, script, always, layer.name
+
+    def probe(self) -> Support:
+        return self.layer.probe()
+
+    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
+        return desired
+
+    def read(self, target: PodNetns) -> Any:
+        return self.layer.read(target)
+
+    def plan(self, want: Redirect | None, have: Any) -> Any:
+        return self.layer.plan(self.always or want, have)
+
+    def apply(self, target: PodNetns, plan: Any) -> None:
+        self.layer.apply(target, plan)
+        if self.script and plan.differences:
+            run(["sh", "-c", self.script], within=target.netns)
+            self.script = ""
+            # The next reading would find it and mend it: what is tested is that packets tell.
+            self.plan = lambda want, have: type(plan)()  # type: ignore[method-assign]
+
+
+_FOUR = "IPv4: an outbound connection was not captured"
+SABOTAGE = [
+    ("nftables", "nft flush chain inet istio-ambient-nat output", _FOUR),
+    ("nftables", "nft flush chain inet istio-ambient-nat prerouting", "IPv6: an inbound connection was not captured"),
+    ("iptables", "iptables-nft -t nat -F OUTPUT", _FOUR),
+    ("iptables", "ip6tables-nft -t nat -F PREROUTING", "IPv6: an inbound connection was not captured"),
+    ("iptables-legacy", "iptables-legacy -t nat -F OUTPUT", _FOUR),
+    ("iptables-legacy", "ip6tables-legacy -t nat -F OUTPUT", "IPv6: a DNS query was not captured"),
+    (
+        "iptables-legacy",
+        "iptables-legacy -t nat -I ISTIO_OUTPUT -p tcp -j REDIRECT --to-ports 15001",
+        "IPv4: a connection of ztunnel itself was captured",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "script", "finding"), SABOTAGE)
+def test_p31_the_self_test_fails_when_the_rules_do_not_capture(name: str, script: str, finding: str) -> None:
+    routing, layer = layers(name)
+    with contextlib.suppress(AttributeError):
+        layer.owned = False  # type: ignore[attr-defined]
+    found = selftest([routing, Sabotaged(layer, script)])
+    assert any(line.startswith(finding) for line in found), found
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_self_test_fails_when_rules_stay(name: str) -> None:
+    routing, layer = layers(name)
+    found = selftest([routing, Sabotaged(layer, always=Redirect())])
+    assert "IPv4: an outbound connection was captured after the removal of the rules" in found
+
+
+def test_the_self_test_fails_without_rules_and_leaves_no_trace(host: Pod) -> None:
+    before = traces(host)
+    assert len(selftest([])) == 6
+    assert len(selftest([], ipv6=False)) == 3 and not [line for line in selftest([], ipv6=False) if "IPv6" in line]
+    assert traces(host) == before
+    assert "pod0" not in run(["ip", "-o", "link"]).stdout
+
+
+def test_a_refusal_is_a_finding_and_not_an_exception() -> None:
+    class Refusing(Sabotaged):
+        def apply(self, target: PodNetns, plan: Any) -> None:
+            run(["iptables-nft-restore"], stdin="nonsense", within=target.netns)
+
+    (found,) = selftest([Refusing(layers("nftables")[1])])
+    assert "could not be done" in found and "iptables-nft-restore" in found
+
+
+def test_the_command_shows_all_of_it_and_needs_no_agent(host: Pod, tmp_path: Path) -> None:
+    host.sh(LEGACY)
+    before = traces(host)
+    command = [sys.executable, "-m", "agent", "preflight", "--run-dir", str(tmp_path)]
+    value = json.loads(run([*command, "-o", "json"], netns=host.path).stdout)
+    assert value["backend"] == "nftables" and value["selftest"] == {"nftables": []}
+    assert value["host_probes"] == "iptables-legacy" and value["host"]["legacy_tables"][0]["name"] == "nat"
+    assert all(one["present"] or one["without"] for one in value["features"])
+    text = run([*command, "--backend", "iptables", "--no-ipv6"], netns=host.path).stdout
+    assert "IPv4 target CONNMARK" in text and "IPv6 target" not in text
+    assert traces(host) == before and list(tmp_path.iterdir()) == []
+
+
+def test_the_command_exits_with_one_when_no_packet_is_captured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("agent.cli.preflight.selftest", lambda layers, ipv6: selftest([], ipv6=ipv6))
+    assert main(["preflight", "--backend", "nftables", "--run-dir", str(tmp_path)]) == 1
+    assert f"{_FOUR} with the rules" in capsys.readouterr().out
+
+
+def test_a_self_test_leaves_no_descriptor_behind() -> None:
+    used = layers("nftables")
+    selftest(used)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        assert selftest(used) == ()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
