@@ -14,27 +14,35 @@ import random
 import resource
 import signal
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.backends.base import Backend
-from agent.backends.choose import choose
-from agent.backends.iptables.backend import IptablesBackend
-from agent.backends.nftables.backend import NftablesBackend
-from agent.backends.routing import RoutingBackend
+from agent.backends.base import Support
+from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
+from agent.backends.hostprobes.layers import layers
+from agent.backends.mechanisms import mechanisms
+from agent.backends.preflight import examine, lacking
+from agent.backends.selftest import selftest
 from agent.core.pods import PodTable
 from agent.core.settings import Settings
 from agent.export.admin import Admin
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
+from agent.kernel import hostview
+from agent.kernel.hostnetns import HostNetns
 from agent.kernel.unixsocket import claim, listen
+from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
+from agent.sources import recorded
+from agent.sources.canary import Canary
 from agent.sources.cni import CniService
 from agent.sources.cni_socket import CniSocket
 from agent.sources.drift import DriftWatcher
 from agent.sources.exempt import write_exempt
 from agent.sources.namespaces import Namespaces
+from agent.sources.outside import OutsideConnections
 from agent.sources.state import State
 from agent.sources.watchfile import StaticFile
 from agent.zds.server import ZdsServer
@@ -48,9 +56,8 @@ class Agent:
     def __init__(self, settings: Settings, version: str) -> None:
         """Probes the mechanisms. Raises SettingsError when none of those allowed can be used."""
         self.settings, self.version = settings, version
-        backends: list[Backend] = [RoutingBackend(), NftablesBackend(), IptablesBackend()]
-        self.support = {backend.name: backend.probe() for backend in backends}
-        self.choice = choose(settings.backend, {b.name: b for b in backends}, self.support)
+        self.support: dict[str, Support] = {}
+        self.choice, self.host_choice = self._choose()
         self.table = PodTable()
         self.state = State(settings.run_dir)
         self.namespaces = Namespaces(self.state)
@@ -60,6 +67,7 @@ class Agent:
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
         )
+        self.outside, self.host = OutsideConnections(), self._host()
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -69,11 +77,44 @@ class Agent:
             self.drift,
             self.metrics,
             random.random,
+            outside=self.outside,
+            host=self.host,
+            canary=self._canary(),
         )
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node)
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
+
+    def _choose(self) -> tuple[Choice, tuple[str, str]]:
+        """The backend, and (mechanism, reason) of the probe exemption; recorded, so that a restart takes the same."""
+        settings, view, backends = self.settings, hostview.look(), mechanisms(ipv6=self.settings.ipv6)
+
+        def probe(layer: str) -> Support:
+            self.support[layer] = backends[layer].probe()
+            return self.support[layer]
+
+        trials = Trials(
+            probe,
+            lambda layers: selftest(layers, ipv6=settings.ipv6),
+            lambda name: lacking(examine(name, ipv6=settings.ipv6)),
+        )
+        old = recorded.load(settings.run_dir)
+        choice = choose(settings.backend, backends, trials, view, old)
+        host, why = choose_host(settings.host_probes, view, choice.name)
+        if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
+            new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
+            recorded.save(settings.run_dir, new)
+        return choice, (host, why)
+
+    def _host(self) -> HostLoop:
+        name = self.host_choice[0]
+        active, retired = layers(name)
+        return HostLoop(self.settings, name, active, retired, HostNetns(), self.metrics, random.random)
+
+    def _canary(self) -> Canary | None:
+        off = "off" in (self.settings.probe_canary, self.host_choice[0])
+        return None if off else Canary(self.settings.probe_ipv4, self.settings.probe_ipv6)
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
@@ -92,6 +133,7 @@ class Agent:
                     task.cancel()
         finally:
             self.drift.close()
+            self.outside.close()
             self.namespaces.close()
             log.info("stopped; all rules stay in place")
 
@@ -101,6 +143,8 @@ class Agent:
             return "it is still looking at the pods that were here before", ""
         if not self.zds.connections:
             return "", f"no ztunnel is connected to {self.settings.zds_socket}"
+        if self.host.status.error:
+            return "", f"probes from this node are captured: {self.host.status.error}"
         return "", self.static.error
 
     def node(self) -> Mapping[str, Any]:
@@ -114,6 +158,8 @@ class Agent:
                 name: "; ".join(support.remarks) or "usable" if support.ok else support.missing
                 for name, support in self.support.items()
             },
+            "host_probes": self.host.status.as_dict(),
+            "host_probes_reason": self.host_choice[1],
             "ztunnel_connections": self.zds.connections,
             "ztunnel_unacknowledged": self.zds.unacknowledged,
             "static_pods": self.static.error or "ok" if self.settings.static_pods else "not set",
@@ -126,11 +172,12 @@ class Agent:
             self.table.seen(note.pod)
             if note.captured:
                 self.zds.expect(note.pod.uid)
+                self.outside.restore(note.pod.uid, note.outside)
             self.reconciler.wake(note.pod.uid)
 
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
-        parts = [self.reconciler.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
+        parts = [self.reconciler.run(), self.host.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
         if self.settings.metrics_address:
             parts.append(self._tcp())
         if self.settings.static_pods:
@@ -143,6 +190,7 @@ class Agent:
         while not self.reconciler.synced:
             await self.reconciler.progressed()
         self._synced.set()
+        self.host.complete()
         log.info("ready: %d pods, backend %s (%s)", len(self.table), self.choice.name, self.choice.reason)
 
     async def _zds(self) -> None:
@@ -178,7 +226,8 @@ def main(settings: Settings, version: str) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
-    # Four descriptors per pod: its namespace, and its nf_tables, route and notification sockets.
+    # Six descriptors per pod: its namespace, its nf_tables and route sockets and those for notifications of each,
+    # and one more while connections from before its enrolment are left.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

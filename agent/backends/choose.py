@@ -66,7 +66,7 @@ class Trials:
 def choose(
     setting: str,
     backends: Mapping[str, Backend],
-    trials: Trials | Mapping[str, Support],
+    trials: Trials,
     view: HostView | None = None,
     recorded: Recorded | None = None,
 ) -> Choice:
@@ -75,8 +75,6 @@ def choose(
     Raises SettingsError, naming for every candidate what is missing and what to do, when none passes: nothing was
     touched then, and rules that work stay as they are.
     """
-    if isinstance(trials, Mapping):  # TODO(lead): app.py hands over Trials; then this goes
-        trials = Trials(trials.__getitem__)
     tried: dict[str, Support] = {}
     problems: dict[str, str] = {}
     for name, reason in candidates(setting, view, recorded).items():

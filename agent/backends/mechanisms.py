@@ -9,7 +9,7 @@ from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
 
 
-def mechanisms() -> dict[str, Backend]:
+def mechanisms(*, ipv6: bool = True) -> dict[str, Backend]:
     """Fresh ones; none is probed yet."""
     made: tuple[Backend, ...] = (RoutingBackend(), NftablesBackend(), IptablesBackend(), IptablesLegacyBackend())
     return {backend.name: backend for backend in made}

@@ -24,12 +24,14 @@ class Plan(Generic[P]):
     """Steps in order; empty when in sync. `differences` say in words what is not as it should be.
 
     `seen` is the backend's mark of the state that the plan was made from (a generation), so that applying
-    it to another state fails instead of doing harm; None where the mechanism has no such mark.
+    it to another state fails instead of doing harm; None where the mechanism has no such mark. `remarks` say what is
+    no drift but should be known, such as foreign rules that come before ours.
     """
 
     steps: tuple[Step[P], ...] = ()
     differences: tuple[str, ...] = ()
     seen: int | None = None
+    remarks: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.steps)

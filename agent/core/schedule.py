@@ -16,7 +16,7 @@ class _Entry:
     due: float
     failures: int = 0
     running: bool = False
-    woken: bool = False  # while running: look again as soon as that pass ends
+    woken: float | None = None  # while running: when to look again, for that pass may not have seen it
     dropped: bool = False  # while running: kept until that pass ends, so that it never runs twice at once
 
 
@@ -29,14 +29,16 @@ class Schedule:
         self._entries: dict[str, _Entry] = {}
 
     def wake(self, key: str, now: float) -> None:
+        """Due at `now`, which may lie ahead, or earlier if it is so already."""
         entry = self._entries.setdefault(key, _Entry(now))
-        entry.due = min(entry.due, now)
-        entry.woken, entry.dropped = entry.running, False
+        entry.due, entry.dropped = min(entry.due, now), False
+        if entry.running:
+            entry.woken = now if entry.woken is None else min(entry.woken, now)
 
     def drop(self, key: str) -> None:
         entry = self._entries.get(key)
         if entry is not None and entry.running:
-            entry.dropped, entry.woken = True, False
+            entry.dropped, entry.woken = True, None
         else:
             self._entries.pop(key, None)
 
@@ -60,8 +62,8 @@ class Schedule:
         else:
             delay = min(LAST_RETRY, FIRST_RETRY * 2**entry.failures) * (0.5 + 0.5 * self._random())
             entry.failures = min(entry.failures + 1, 16)
-        if entry.woken:
-            entry.woken, delay = False, 0.0
+        if entry.woken is not None:
+            delay, entry.woken = min(delay, max(0.0, entry.woken - now)), None
         entry.due = now + delay
         return delay
 

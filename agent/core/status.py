@@ -17,7 +17,11 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One pod's state. `error` is the last error in one line, `retry` the seconds until the next try."""
+    """One pod's state. `error` is the last error in one line, `retry` the seconds until the next try.
+
+    `outside` counts connections that are older than the enrolment and run on uncaptured. `notes` are lines for
+    people about what is right but should be known: annotations that cannot be used, foreign rules before ours.
+    """
 
     state: State
     reason: str = ""
@@ -25,6 +29,9 @@ class Status:
     error: str = ""
     retry: float | None = None
     repairs: int = 0
+    outside: int = 0
+    notes: tuple[str, ...] = ()
+    probe: str = ""  # what the node's probe of the pod showed, "" before
     verified: float = 0.0  # Unix time of the last read-back that was right
 
     def as_dict(self) -> dict[str, Any]:

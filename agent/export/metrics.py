@@ -13,6 +13,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from agent.core.canary import Finding, Verdict
 from agent.core.pods import Pod
 from agent.core.status import State
 
@@ -53,6 +54,12 @@ class Metrics:
         buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
         self.reconcile = Histogram("sluice_reconcile_seconds", "One pass over one pod.", buckets=buckets, registry=r)
         self.applied_total = Counter("sluice_plans_applied_total", "Plans applied.", ["backend"], registry=r)
+        self.contended_total = Counter(
+            "sluice_contended_total", "Fights: somebody kept undoing the repairs of a pod.", registry=r
+        )
+        self.probes = Counter(
+            "sluice_probe_canary_total", "Probes of newly enrolled pods from the node.", ["verdict"], registry=r
+        )
         self.failures = Counter("sluice_reconcile_failures_total", "Passes that failed.", registry=r)
         self.cni_requests = Counter(
             "sluice_cni_requests_total", "Requests of the CNI plugin.", ["verb", "code"], registry=r
@@ -74,16 +81,39 @@ class Metrics:
         self.applied_total.labels(layer).inc()
         if cause:
             self.drift.labels(layer, "changed").inc()
-        shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
-        words = "; ".join(shown) or "ownership taken over, or empty tables removed"
         by = f" after a change by {cause}" if cause else ""
         level = logging.INFO if differences else logging.DEBUG  # not worth a line per pod at each start
-        log.log(level, "pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, words)
+        log.log(level, "pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, _words(differences))
 
     def failed(self, pod: Pod, error: Exception) -> None:
         self.failures.inc()
         script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         log.error("pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
 
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        self.contended_total.inc()
+        theirs = f"; foreign rules there: {'; '.join(remarks)}" if remarks else ""
+        log.warning("pod %s: %s keeps undoing our repairs, which are slowed down from now on%s", pod.key, cause, theirs)
+
+    def probed(self, pod: Pod, finding: Finding) -> None:
+        self.probes.labels(finding.verdict.value).inc()
+        log.log(logging.INFO if finding.verdict is Verdict.OK else logging.WARNING, "pod %s: %s", pod.key, finding)
+
+    def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        self.applied_total.labels(f"host-{layer}").inc()
+        if cause:
+            self.drift.labels(f"host-{layer}", "changed").inc()
+        by = f" after a change by {cause}" if cause else ""
+        log.info("node: %s applied in %.1f ms%s: %s", layer, seconds * 1e3, by, _words(differences))
+
+    def host_failed(self, error: Exception) -> None:
+        self.failures.inc()
+        log.error("node: the exemption of probes: %s", error)
+
     def passed(self, pod: Pod, seconds: float) -> None:
         self.reconcile.observe(seconds)
+
+
+def _words(differences: tuple[str, ...]) -> str:
+    shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
+    return "; ".join(shown) or "ownership taken over, or empty tables removed"

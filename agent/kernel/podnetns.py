@@ -24,6 +24,16 @@ class _Sockets:
     events: NetlinkSocket
 
 
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a namespace is like: whether it has IPv6, its addresses, and whether lo has 127.0.0.1 and ::1."""
+
+    ipv6: bool
+    addresses: tuple[str, ...]
+    loopback4: bool
+    loopback6: bool
+
+
 class PodNetns:
     """A namespace and its sockets. Not for two threads at once."""
 
@@ -51,6 +61,11 @@ class PodNetns:
     def has_ipv6(self) -> bool:
         """Whether this namespace has IPv6 and lo may use it."""
         return self.netns.call(_has_ipv6)
+
+    def facts(self) -> Facts:
+        found = self.route.addresses(loopback=True)
+        others = tuple(a for a in found if a != "::1" and not a.startswith("127."))
+        return Facts(self.has_ipv6(), others, "127.0.0.1" in found, "::1" in found)
 
     def close(self) -> None:
         opened, self._opened = self._opened, None

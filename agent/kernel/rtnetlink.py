@@ -57,15 +57,15 @@ class RouteSocket(NetlinkSocket):
         with contextlib.suppress(OSError):
             self.socket.setsockopt(SOL_NETLINK, _GET_STRICT_CHK, 1)
 
-    def addresses(self) -> tuple[str, ...]:
-        """All addresses of the namespace, without loopback and link-local ones."""
+    def addresses(self, *, loopback: bool = False) -> tuple[str, ...]:
+        """All addresses of the namespace, without link-local ones, and without loopback ones unless asked for."""
         found = []
         for answer in self.request("read addresses", _NEWADDR_GET, NLM_F_DUMP, bytes(8)):
             parts = dict(parse(answer.body[8:]))
             raw = parts.get(2) or parts.get(1)  # IFA_LOCAL where the link has a peer, else IFA_ADDRESS
             if raw is not None and len(raw) in (4, 16):
                 address = ipaddress.ip_address(raw)
-                if not address.is_loopback and not address.is_link_local:
+                if (loopback or not address.is_loopback) and not address.is_link_local:
                     found.append(str(address))
         return tuple(found)
 

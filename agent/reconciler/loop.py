@@ -8,50 +8,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
-from agent.backends.base import Backend
 from agent.backends.choose import Choice
+from agent.core.canary import Verdict
 from agent.core.desired import Decision, decide
-from agent.core.errors import NoZtunnelError, PodGoneError, ZtunnelError
+from agent.core.errors import NoZtunnelError, PodGoneError, SluiceError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
 from agent.core.settings import Settings
 from agent.core.status import State, Status
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.parts import Journal, Namespaces, Publisher, Watcher
-from agent.reconciler.settle import Settled, settle, verify
+from agent.reconciler.enrolment import Enrolled, Enrolment
+from agent.reconciler.entry import Entry, Repair
+from agent.reconciler.parts import Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
+from agent.reconciler.settle import Settled
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Repair:
-    """One drift that was found and put right. `seconds` run from the notice to the applied plan."""
-
-    time: float
-    layer: str
-    differences: tuple[str, ...]
-    cause: str
-    seconds: float
-
-
-@dataclass(slots=True)
-class _Entry:
-    status: Status = field(default_factory=lambda: Status(State.WAITING))
-    want: Redirect | None = None  # of the last pass that succeeded
-    cleaned: bool = False  # retired layers were removed
-    cause: str = ""  # who changed something, as told by the watcher
-    noticed: float = 0.0
-    repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
-    waiters: list[asyncio.Future[Status]] = field(default_factory=list)
-    # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+SOON = 2.0  # seconds until a pod is looked at again in which something is about to end
 
 
 class Reconciler:
@@ -67,12 +44,20 @@ class Reconciler:
         watcher: Watcher,
         journal: Journal,
         random: Callable[[], float],
+        *,
+        outside: Outside,
+        host: Host | None = None,
+        canary: Probing | None = None,
     ) -> None:
+        """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through."""
         self.settings, self.table, self.choice = settings, table, choice
         self._namespaces, self._publisher, self._watcher = namespaces, publisher, watcher
-        self._journal = journal
+        self._journal, self._host, self._canary = journal, host, canary
+        self._enrolment = Enrolment(choice, namespaces, outside, preserve=settings.preserve_connections)
+        self._claimed: dict[str, tuple[str, ...]] = {}
+        self._probes: set[asyncio.Task[None]] = set()
         self._schedule = Schedule(settings.verify_seconds, random)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
         self._unseen: set[str] = set()  # pods that have not had their first pass
@@ -80,18 +65,22 @@ class Reconciler:
         self._progress = asyncio.Event()
 
     def wake(self, uid: str, cause: str = "") -> None:
-        """The pod is due now; `cause` names who changed something in its namespace."""
-        entry = self._entry(uid)
+        """The pod is due now; `cause` names who changed something in its namespace.
+
+        After a change the pod is due at once, unless somebody keeps undoing our repairs.
+        """
+        entry, now = self._entry(uid), time.monotonic()
         if cause:
             # The first one: what follows may be others reacting to it.
-            entry.cause, entry.noticed = entry.cause or cause, entry.noticed or time.monotonic()
-        self._schedule.wake(uid, time.monotonic())
+            entry.cause, entry.noticed = entry.cause or cause, entry.noticed or now
+            now += entry.contention.pause(now)
+        self._schedule.wake(uid, now)
         self._wakeup.set()
 
-    def _entry(self, uid: str) -> _Entry:
+    def _entry(self, uid: str) -> Entry:
         if uid not in self._entries:
             self._unseen.add(uid)
-        return self._entries.setdefault(uid, _Entry())
+        return self._entries.setdefault(uid, Entry())
 
     async def settled(self, uid: str) -> Status:
         """Wakes the pod and returns its status after a pass that began after this call."""
@@ -148,7 +137,7 @@ class Reconciler:
                 except TimeoutError:
                     continue
         finally:
-            for task in tasks:
+            for task in (*tasks, *self._probes):
                 task.cancel()
             # What is being applied is finished first: afterwards the sockets are closed.
             self._workers.close()
@@ -168,7 +157,10 @@ class Reconciler:
                 ok = await self._try(pod, entry)
                 self._journal.passed(pod, time.monotonic() - started)
         finally:
-            delay = self._schedule.ended(uid, time.monotonic(), ok=ok)
+            now = time.monotonic()
+            if entry.status.outside or (self._canary and self._canary.due(uid)):
+                self._schedule.wake(uid, now + SOON)
+            delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
                 entry.status = replace(entry.status, retry=delay)
             _tell(waiters, entry.status)
@@ -178,12 +170,15 @@ class Reconciler:
             self._progress.set()
             self._wakeup.set()
 
-    async def _try(self, pod: Pod, entry: _Entry) -> bool:
+    async def _try(self, pod: Pod, entry: Entry) -> bool:
         decision = decide(pod, self.settings)
         try:
             if decision.redirect is None:
                 await self._exclude(pod, entry, decision)
+            elif decision.redirect == entry.refused:
+                await self._exclude(pod, entry, decision, f"rolled back, for the {entry.status.probe}")
             else:
+                entry.refused = None
                 await self._enrol(pod, entry, decision, decision.redirect)
             return True
         except PodGoneError as error:
@@ -201,55 +196,97 @@ class Reconciler:
             self._journal.failed(pod, error)
         return False
 
-    async def _enrol(self, pod: Pod, entry: _Entry, decision: Decision, redirect: Redirect) -> None:
+    async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> None:
         retired = () if entry.cleaned else self.choice.retired
-        started = entry.noticed or time.monotonic()
+        cause, noticed = entry.take_cause()
+        started = noticed or time.monotonic()
+        if self._host and pod.uid not in self._claimed:
+            # Before the rules: from their first moment on the node's probes must not be taken for a stranger's.
+            async with entry.lock:
+                self._claim(pod, await self._workers.run(lambda: self._enrolment.addresses(pod)))
+            await self._host.settled()
         async with entry.lock:
-            target, want, done = await self._workers.run(lambda: self._apply(pod, redirect, retired))
-        self._watcher.watch(pod.uid, target)
-        self._note(pod, entry, want, done, time.monotonic() - started)
-        entry.cleaned, entry.want = True, want
+            found = await self._workers.run(lambda: self._enrolment.enrol(pod, redirect, retired))
+        self._watcher.watch(pod.uid, found.target)
+        self._claim(pod, found.addresses)
+        self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
+        entry.cleaned, entry.want = True, found.want
+        entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
         if entry.status.state is not State.ENABLED:
             entry.status = self._status(entry, State.PENDING, decision)
             self._unseen.discard(pod.uid)
             self._progress.set()
-        await self._publisher.publish(pod, target)
+        await self._publisher.publish(pod, found.target)
         entry.status = self._status(entry, State.ENABLED, decision)
+        self._probe(pod, entry, found)
 
-    def _apply(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...]) -> tuple[PodNetns, Redirect, Settled]:
-        target = self._namespaces.resolve(pod)
-        # Noted and pinned before anything is changed: a crash at any later point finds its way back.
-        self._namespaces.remember(pod, captured=True)
-        want = redirect.within(ipv6=target.has_ipv6())
-        return target, want, settle(target, want, self.choice.active, retired)
+    def _claim(self, pod: Pod, addresses: tuple[str, ...]) -> None:
+        if self._host and self._claimed.get(pod.uid) != addresses:
+            self._host.claim(pod.uid, addresses)
+            self._claimed[pod.uid] = addresses
 
-    async def _exclude(self, pod: Pod, entry: _Entry, decision: Decision) -> None:
+    def _probe(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
+        """Sees in a task of its own whether the node's probes reach the newly enrolled pod."""
+        if self._canary is None:
+            return
+        if found.first:
+            self._canary.enrolled(pod.uid)
+        if self._canary.due(pod.uid) and not any(task.get_name() == f"probe {pod.uid}" for task in self._probes):
+            task = asyncio.create_task(self._look(self._canary, pod, entry, found), name=f"probe {pod.uid}")
+            self._probes.add(task)
+            task.add_done_callback(self._probes.discard)
+
+    async def _look(self, canary: Probing, pod: Pod, entry: Entry, found: Enrolled) -> None:
+        addresses = pod.addresses or found.addresses
+        try:
+            finding = await canary.probe(addresses, found.target, ipv6=found.want.ipv6)
+        except SluiceError:
+            return  # the pod has gone, or its next pass will tell
+        canary.done(pod.uid, finding)
+        if finding.verdict is Verdict.NO_LISTENER or self._entries.get(pod.uid) is not entry:
+            return
+        entry.status = replace(entry.status, probe=str(finding))
+        self._journal.probed(pod, finding)
+        if finding.verdict is not Verdict.OK and self.settings.probe_canary == "rollback":
+            entry.refused = decide(pod, self.settings).redirect
+            self.wake(pod.uid)
+
+    async def _exclude(self, pod: Pod, entry: Entry, decision: Decision, rolled_back: str = "") -> None:
         """Only rules that we put there are removed: another agent may rule over a pod that is not ours."""
         if self._namespaces.was_captured(pod.uid):
-            layers, retired = self.choice.active, self.choice.retired
             started = time.monotonic()
             async with entry.lock:
-                done = await self._workers.run(lambda: settle(self._namespaces.resolve(pod), None, layers, retired))
-            self._note(pod, entry, None, done, time.monotonic() - started)
+                done = await self._workers.run(lambda: self._enrolment.unenrol(pod))
+            self._note(pod, entry, None, done, "", time.monotonic() - started)
             self._watcher.unwatch(pod.uid)
+            self._unclaim(pod.uid)
             await self._publisher.withdraw(pod.uid)
         async with entry.lock:
-            await self._workers.run(lambda: self._namespaces.remember(pod, captured=False))
+            await self._workers.run(lambda: self._enrolment.forget(pod))
         entry.want, entry.cleaned = None, False
-        entry.status = self._status(entry, State.EXCLUDED, decision)
+        entry.status = replace(entry.status, outside=0, notes=decision.warnings)
+        error = SluiceError(rolled_back) if rolled_back else None
+        entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)
+
+    def _unclaim(self, uid: str) -> None:
+        if self._host and self._claimed.pop(uid, None) is not None:
+            self._host.release(uid)
+        if self._canary:
+            self._canary.forget(uid)
 
     async def _release(self, uid: str) -> None:
         self._watcher.unwatch(uid)
+        self._unclaim(uid)
         await self._publisher.withdraw(uid)
         entry = self._entries[uid]
         async with entry.lock:
-            await self._workers.run(lambda: self._namespaces.release(uid))
+            await self._workers.run(lambda: self._enrolment.release(uid))
         if self.table.get(uid) is None:
             self._schedule.drop(uid)
             del self._entries[uid]
             _tell(entry.waiters, Status(State.FAILED, error="the pod is gone"))
         else:  # the same pod is back in another namespace: nothing of the old one counts
-            self._entries[uid] = _Entry(waiters=entry.waiters)
+            self._entries[uid] = Entry(waiters=entry.waiters)
             self.wake(uid)
         _tell(self._gone.pop(uid, []), None)
 
@@ -258,32 +295,31 @@ class Reconciler:
         decision = decide(pod, self.settings)
         if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
             return {}
-        redirect = decision.redirect
+        entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
+        redirect = None if decision.redirect == entry.refused else decision.redirect
+        preserve = entry.want is not None and entry.want.preserve
+        async with entry.lock:
+            return await self._workers.run(lambda: self._enrolment.compare(pod, redirect, preserve))
 
-        def compare() -> dict[str, tuple[tuple[str, ...], str]]:
-            target = self._namespaces.resolve(pod)
-            want = redirect.within(ipv6=target.has_ipv6()) if redirect else None
-            return verify(target, want, self.choice.active, self.choice.retired)
-
-        async with self._entries.get(pod.uid, _Entry()).lock:  # it may have been forgotten meanwhile
-            return await self._workers.run(compare)
-
-    def _note(self, pod: Pod, entry: _Entry, want: Redirect | None, done: Settled, seconds: float) -> None:
+    def _note(self, pod: Pod, entry: Entry, want: Redirect | None, done: Settled, cause: str, seconds: float) -> None:
         drifted = entry.want is not None and entry.want == want
-        cause = (entry.cause or "unknown") if drifted else ""
+        cause = (cause or "unknown") if drifted else ""
         for plan in done.applied:
             if drifted and plan.differences:
                 entry.repairs.append(Repair(time.time(), plan.backend, plan.differences, cause, seconds))
+                if entry.contention.repaired(time.monotonic()):
+                    self._journal.contended(pod, cause, done.remarks)
             self._journal.applied(pod, plan.backend, plan.differences, seconds, cause)
-        entry.cause, entry.noticed = "", 0.0
 
-    def _status(self, entry: _Entry, state: State, decision: Decision, error: Exception | None = None) -> Status:
+    def _status(self, entry: Entry, state: State, decision: Decision, error: Exception | None = None) -> Status:
         captured = state is not State.EXCLUDED
-        return Status(
+        return replace(
+            entry.status,
             state=state,
             reason=decision.reason,
             backend=self.choice.name if captured else "",
             error="" if error is None else str(error),
+            retry=None,
             repairs=len(entry.repairs),
             verified=time.time() if state in (State.ENABLED, State.PENDING) else entry.status.verified,
         )

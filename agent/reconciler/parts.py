@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from agent.core.canary import Finding
 from agent.core.pods import Pod
+from agent.core.sockets import TcpSocket
 from agent.kernel.podnetns import PodNetns
 
 
@@ -14,14 +17,63 @@ class Namespaces(Protocol):
     def resolve(self, pod: Pod) -> PodNetns:
         """The proven namespace of the pod. Raises NetnsError; blocking."""
 
-    def remember(self, pod: Pod, *, captured: bool) -> None:
-        """Notes the pod on disk, with a pin on its namespace while it is captured; blocking."""
+    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
+        """Notes the pod on disk, with a pin on its namespace while it is captured; blocking.
+
+        `outside` are the sockets' cookies of connections that are older than its enrolment.
+        """
+
+    def is_new(self, pod: Pod) -> bool:
+        """Whether the pod's sandbox is just being made: a CNI ADD announced it, and nothing is noted of it."""
 
     def was_captured(self, uid: str) -> bool:
         """Whether we have, or may have, rules in this pod."""
 
     def release(self, uid: str) -> None:
         """Forgets the pod: handles closed, pin and note removed; blocking."""
+
+
+class Outside(Protocol):
+    """Knows which of a pod's connections are older than its enrolment; blocking."""
+
+    def begin(self, uid: str, target: PodNetns) -> None:
+        """Right before the first rules are applied."""
+
+    def applied(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
+        """Right after: those that are outside now."""
+
+    def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
+        """Those that are left."""
+
+    def forget(self, uid: str) -> None: ...
+
+    def as_note(self, uid: str) -> list[int]:
+        """What a later process needs to know them again."""
+
+
+class Host(Protocol):
+    """The exemption of the node's probes, which holds the addresses of enrolled pods."""
+
+    def claim(self, uid: str, addresses: Iterable[str]) -> None: ...
+
+    def release(self, uid: str) -> None: ...
+
+    async def settled(self) -> object:
+        """Returns after a pass that began after this call."""
+
+
+class Probing(Protocol):
+    """The canary: connects to newly enrolled pods as the node's probes do."""
+
+    def enrolled(self, uid: str) -> None: ...
+
+    def due(self, uid: str) -> bool: ...
+
+    def done(self, uid: str, finding: Finding) -> None: ...
+
+    def forget(self, uid: str) -> None: ...
+
+    async def probe(self, addresses: Sequence[str], target: PodNetns, *, ipv6: bool) -> Finding: ...
 
 
 class Publisher(Protocol):
@@ -49,5 +101,11 @@ class Journal(Protocol):
         """A plan was carried out; `cause` names who made it necessary, "" when the want itself changed."""
 
     def failed(self, pod: Pod, error: Exception) -> None: ...
+
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        """Somebody keeps undoing our repairs; `remarks` tell of the foreign rules that are there."""
+
+    def probed(self, pod: Pod, finding: Finding) -> None:
+        """The canary came back with an answer."""
 
     def passed(self, pod: Pod, seconds: float) -> None: ...

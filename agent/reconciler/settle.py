@@ -25,9 +25,13 @@ class Applied:
 
 @dataclass(slots=True)
 class Settled:
-    """What a pass over all layers did; `applied` is empty when everything was right already."""
+    """What a pass over all layers did; `applied` is empty when everything was right already.
+
+    `remarks` are those of the last plans of the layers.
+    """
 
     applied: list[Applied] = field(default_factory=list)
+    remarks: tuple[str, ...] = ()
 
 
 def settle(
@@ -54,6 +58,7 @@ def _layer(backend: Backend, target: PodNetns, want: Redirect | None, done: Sett
         for unit, wanted in backend.targets({target: want}).items():
             plan = backend.plan(wanted, backend.read(unit))
             if not plan:
+                done.remarks += plan.remarks
                 return
             differences = plan.differences
             try:

@@ -70,9 +70,12 @@ class Namespaces:
             )
         return target
 
-    def remember(self, pod: Pod, *, captured: bool) -> None:
+    def is_new(self, pod: Pod) -> bool:
+        return pod.source == "cni" and pod.uid not in self._notes
+
+    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
         target = self._open.get(pod.uid)
-        note = Note(pod, captured, target.netns.id if target else None)
+        note = Note(pod, captured, target.netns.id if target else None, outside)
         if captured and target is not None and pod.uid not in self._pinned:
             target.netns.pin(self._state.pin(pod.uid))
             self._pinned.add(pod.uid)

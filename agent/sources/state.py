@@ -24,11 +24,15 @@ log = logging.getLogger("sluice.state")
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One pod as it stands on disk. `netns` is None for a pod that was never captured."""
+    """One pod as it stands on disk. `netns` is None for a pod that was never captured.
+
+    `outside` are the sockets' cookies of connections that are older than its enrolment.
+    """
 
     pod: Pod
     captured: bool
     netns: NetnsId | None
+    outside: tuple[int, ...] = ()
 
 
 class State:
@@ -95,6 +99,7 @@ def _encode(note: Note) -> dict[str, Any]:
         "version": 1,
         "captured": note.captured,
         "netns": asdict(note.netns) if note.netns else None,
+        "outside": list(note.outside),
         "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False)},
     }
 
@@ -115,7 +120,10 @@ def _decode(data: dict[str, Any]) -> Note:
     for address in given.get("addresses", ()):
         ipaddress.ip_address(address)
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]))
+    outside = data.get("outside", [])  # absent from notes of 0.1
+    if not isinstance(outside, list) or not all(type(number) is int for number in outside):
+        raise ValueError("outside is of another type")
+    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), tuple(outside))
 
 
 def _is(kind: str, value: object) -> bool:

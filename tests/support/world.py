@@ -8,11 +8,14 @@ from typing import Any
 
 from agent.backends.base import Support
 from agent.backends.choose import Choice
+from agent.core.canary import Finding
 from agent.core.errors import KernelError, PodGoneError, StaleError, ZtunnelError
 from agent.core.plan import Plan, Step
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
+from agent.core.sockets import TcpSocket, TcpState
+from agent.kernel.podnetns import Facts
 from agent.reconciler.loop import Reconciler
 
 AMBIENT = {"istio.io/dataplane-mode": "ambient"}
@@ -31,6 +34,12 @@ class Target:
 
     def has_ipv6(self) -> bool:
         return True
+
+    def facts(self) -> Facts:
+        return Facts(ipv6=True, addresses=("10.0.0.2",), loopback4=True, loopback6=True)
+
+    def addresses(self) -> tuple[str, ...]:
+        return self.facts().addresses
 
 
 class Kernel:
@@ -89,6 +98,7 @@ class Namespaces:
         self.kernel = kernel
         self.targets: dict[str, Target] = {}
         self.captured: set[str] = set()
+        self.noted: dict[str, tuple[int, ...]] = {}
         self.gone: set[str] = set()
         self.failures: dict[str, Exception] = {}
 
@@ -99,7 +109,11 @@ class Namespaces:
             raise self.failures.pop(pod.uid)
         return self.targets.setdefault(pod.uid, Target(pod.uid))
 
-    def remember(self, pod: Pod, *, captured: bool) -> None:
+    def is_new(self, pod: Pod) -> bool:
+        return pod.uid not in self.noted
+
+    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
+        self.noted[pod.uid] = outside
         (self.captured.add if captured else self.captured.discard)(pod.uid)
 
     def was_captured(self, uid: str) -> bool:
@@ -108,7 +122,34 @@ class Namespaces:
     def release(self, uid: str) -> None:
         self.kernel.log.append(f"release {uid}")
         self.captured.discard(uid)
+        self.noted.pop(uid, None)
         self.targets.pop(uid, None)
+
+
+class Outside:
+    """Connections by the cookies of their sockets, which scripts put in."""
+
+    def __init__(self) -> None:
+        self.there: dict[str, set[int]] = {}
+        self.known: dict[str, set[int]] = {}
+
+    def begin(self, uid: str, target: Any) -> None:
+        self.known[uid] = set(self.there.get(uid, ()))
+
+    def applied(self, uid: str, target: Any) -> tuple[TcpSocket, ...]:
+        self.known[uid] = self.known[uid] | self.there.get(uid, set())
+        return self.remaining(uid, target)
+
+    def remaining(self, uid: str, target: Any) -> tuple[TcpSocket, ...]:
+        self.known[uid] = self.known.get(uid, set()) & self.there.get(uid, set())
+        ends = ("10.0.0.2", 5000), ("10.0.0.9", 80)
+        return tuple(TcpSocket(4, *ends, TcpState.ESTABLISHED, cookie) for cookie in sorted(self.known[uid]))
+
+    def forget(self, uid: str) -> None:
+        self.known.pop(uid, None)
+
+    def as_note(self, uid: str) -> list[int]:
+        return sorted(self.known.get(uid, ()))
 
 
 class Publisher:
@@ -148,12 +189,20 @@ class Journal:
     def __init__(self) -> None:
         self.causes: list[str] = []
         self.errors: list[str] = []
+        self.fights: list[str] = []
+        self.findings: list[Finding] = []
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         self.causes.append(cause)
 
     def failed(self, pod: Pod, error: Exception) -> None:
         self.errors.append(str(error))
+
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        self.fights.append(cause)
+
+    def probed(self, pod: Pod, finding: Finding) -> None:
+        self.findings.append(finding)
 
     def passed(self, pod: Pod, seconds: float) -> None:
         pass
@@ -167,12 +216,12 @@ class World:
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()
         self.namespaces, self.publisher = Namespaces(self.kernel), Publisher(self.kernel)
-        self.watcher, self.journal = Watcher(), Journal()
+        self.watcher, self.journal, self.outside = Watcher(), Journal(), Outside()
         choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), 4)
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
-            self.publisher, self.watcher, self.journal, lambda: 0.5,
+            self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside,
         )  # fmt: skip
 
     async def settle(self, *pods: Pod) -> list[Any]:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.backends import netfilter
-from agent.backends.base import Support
-from agent.backends.choose import LAYERS, choose
 from agent.backends.iptables.rendering import XtTable, render, script
 from agent.backends.netfilter import Field, Table, Verb
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, differences, digest
 from agent.backends.routing import RoutingBackend, items
 from agent.core import tags
-from agent.core.errors import SettingsError
-from agent.core.netlink import attribute, nested
 from agent.core.exclusions import Exclusions
+from agent.core.netlink import attribute, nested
 from agent.core.redirect import Redirect
 
 _ranges = st.sampled_from([(), ((80, 80),), ((53, 53), (8000, 9000))])
@@ -133,24 +128,3 @@ def test_routing_adds_the_route_first_and_removes_it_last() -> None:
     assert [step.payload.item for step in backend.plan(None, [route, rule]).steps] == [rule, route]
     assert not backend.plan(Redirect(ipv6=False), [route, rule])
     assert len(backend.plan(Redirect(ipv6=False), [route, rule, rule]).steps) == 0, "a second one adds nothing"
-
-
-class Named:
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-
-@pytest.mark.parametrize(
-    ("setting", "broken", "name"),
-    [("auto", "", "nftables"), ("auto", "nftables", "iptables"), ("iptables", "", "iptables")],
-)
-def test_the_choice_and_what_it_retires(setting: str, broken: str, name: str) -> None:
-    backends: Any = {layer: Named(layer) for layer in ("routing", "nftables", "iptables")}
-    support = {layer: Support(layer != broken, "no such thing" if layer == broken else "") for layer in backends}
-    choice = choose(setting, backends, support)
-    assert choice.name == name and tuple(b.name for b in choice.active) == LAYERS[name]
-    assert {b.name for b in choice.retired} == set(backends) - set(LAYERS[name])
-    if broken:
-        assert "no such thing" in choice.reason
-        with pytest.raises(SettingsError, match="no such thing"):
-            choose(broken, backends, support)

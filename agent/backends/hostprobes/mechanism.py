@@ -1,0 +1,32 @@
+"""What all mechanisms of the probe exemption have in common: the five verbs, for the host instead of a pod."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from agent.backends.base import Support
+from agent.backends.hostprobes.want import HostProbes
+from agent.core.plan import Plan
+from agent.kernel.hostnetns import HostNetns
+
+
+class HostMechanism(Protocol):
+    """As backends.base.Backend. `Have` is what `read` returned, opaque to everybody else."""
+
+    name: str
+
+    def probe(self) -> Support:
+        """Can this node do it. Tries in a namespace of its own and leaves nothing behind."""
+
+    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
+        """Splits the desired state into units that settle alone; there is one host."""
+
+    def read(self, target: HostNetns) -> Any:
+        """What of ours is in the kernel now; makes nothing and loads nothing."""
+
+    def plan(self, want: HostProbes | None, have: Any) -> Plan[Any]:
+        """What to change, pure; `want` None removes all of ours."""
+
+    def apply(self, target: HostNetns, plan: Plan[Any]) -> None:
+        """Does it. Raises StaleError when the kernel's state is not the one planned for."""

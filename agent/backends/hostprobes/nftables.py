@@ -1,0 +1,175 @@
+"""The probe exemption in a table of our own: rules and sets changed in one transaction, owned where the kernel can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from agent.backends.base import Support
+from agent.backends.hostprobes import nft_rendering, nft_sets
+from agent.backends.hostprobes.nft_rendering import OWNER, PERSIST, TABLE
+from agent.backends.hostprobes.nft_sets import SetState
+from agent.backends.hostprobes.want import SETS, HostProbes, change, settled
+from agent.backends.nfmessages import text
+from agent.backends.nftables import reading
+from agent.backends.nftables.ruleset import TableState, differences
+from agent.core import names
+from agent.core.errors import KernelError
+from agent.core.netlink import Message, attribute, attributes
+from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
+from agent.core.plan import Plan, Step
+from agent.kernel import scratch
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.nfnetlink import NftSocket
+
+NftPlan = Plan[tuple[Command, ...]]
+_NO_MEMBERS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Our table on the host, None when it is not there, and its sets; all of one generation."""
+
+    table: TableState | None
+    sets: tuple[SetState, ...]
+    generation: int
+
+    def members(self, family: int) -> Mapping[str, str]:
+        found = (state.members for state in self.sets if state == nft_sets.wanted(family))
+        return next(found, _NO_MEMBERS)
+
+
+class NftHostProbes:
+    """Five verbs. `owned`: the table carries OWNER and PERSIST; `probe` finds out if it can."""
+
+    name = "nftables"
+
+    def __init__(self, owned: bool = False) -> None:
+        self.owned = owned
+
+    def probe(self) -> Support:
+        try:
+            self.owned = scratch.call(_try_owned)
+            scratch.call(lambda: _commit_sample(self._flags))
+        except KernelError as error:
+            needs = "it needs nf_tables, inet nat and nft_meta, 5.2"
+            return Support(False, f"the kernel refused the table of the node's probes ({error}); {needs}")
+        return Support(True, remarks=("the table is owned" if self.owned else "this kernel has no owned tables",))
+
+    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
+        return desired
+
+    def read(self, target: HostNetns) -> Have:
+        return read(target.nft)
+
+    def plan(self, want: HostProbes | None, have: Have) -> NftPlan:
+        if want is None:
+            return self._removal(have)
+        found = (*self._wrong(want, have), *_wrong_sets(want, have))
+        if found:
+            return self._anew(want, have, found)
+        changes = [(SETS[family], change(want, family, have.members(family))) for family in want.families]
+        lines, commands, words = list[str](), list[Command](), list[str]()
+        for name, one in changes:
+            gone = (*one.removed, *one.renamed)
+            come = {**one.added, **one.renamed}
+            lines += [f"delete element inet {TABLE} {name} {{ {', '.join(gone)} }}"] if gone else []
+            shown = ", ".join(nft_sets.element(*member) for member in come.items())
+            lines += [f"add element inet {TABLE} {name} {{ {shown} }}"] if come else []
+            commands += [*nft_sets.removed(TABLE, name, gone), *nft_sets.added(TABLE, name, come)]
+            words += [one.words(name)] if one else []
+        if have.table and self.owned and have.table.flags & (OWNER | PERSIST) == PERSIST:
+            lines.insert(0, f"# take over the ownership of table inet {TABLE}")
+            commands.insert(0, nft_rendering.table_command(self._flags))
+        steps = (Step("\n".join(lines), tuple(commands)),) if commands else ()
+        return Plan(steps, tuple(words), have.generation)
+
+    @property
+    def _flags(self) -> int:
+        return OWNER | PERSIST if self.owned else 0
+
+    def _removal(self, have: Have) -> NftPlan:
+        if have.table is None:
+            return Plan(seen=have.generation)
+        commands: tuple[Command, ...] = (nft_rendering.delete_command(),)
+        return Plan(
+            (Step(f"delete table inet {TABLE}", commands),), (f"table inet {TABLE} is not wanted",), have.generation
+        )
+
+    def _wrong(self, want: HostProbes, have: Have) -> Iterator[str]:
+        yield from differences((nft_rendering.state(want),), (have.table,) if have.table else ())
+        # PERSIST cannot be given to an existing table: one replacement gives it both flags.
+        if have.table and self.owned and not have.table.flags & (OWNER | PERSIST):
+            yield f"table inet {TABLE} is not protected by an owner"
+
+    def _anew(self, want: HostProbes, have: Have, found: tuple[str, ...]) -> NftPlan:
+        """The table with all that its sets have to hold, in the transaction that takes the old one away."""
+        members = {family: settled(want, family, have.members(family)) for family in want.families}
+        before = self._removal(have).steps
+        script = [*(step.text for step in before), nft_rendering.script(want, members)]
+        commands = [command for step in before for command in step.payload]
+        commands += nft_rendering.commands(want, self._flags, members)
+        return Plan((Step("\n".join(script), tuple(commands)),), found, have.generation)
+
+    def apply(self, target: HostNetns, plan: NftPlan) -> None:
+        for step in plan.steps:
+            target.nft.commit("nf_tables transaction on the host", step.payload, plan.seen)
+
+
+def _wrong_sets(want: HostProbes, have: Have) -> Iterator[str]:
+    if have.table is None:
+        return
+    wanted = {SETS[family]: nft_sets.wanted(family) for family in want.families}
+    actual = {state.name: state for state in have.sets}
+    for name in sorted({*wanted, *actual}):
+        if wanted.get(name) != actual.get(name):
+            what = "missing" if name not in actual else "of another type" if name in wanted else "not wanted"
+            yield f"set {TABLE} {name} is {what}"
+
+
+def read(nft: NftSocket) -> Have:
+    """Only our table is asked for: a node may have thousands of rules besides."""
+    of_table = attribute(1, TABLE)
+    for _ in range(20):
+        generation = nft.generation()
+        tables = [m for m in nft.dump(GETTABLE, NFPROTO_INET) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
+        rest: list[list[Message]] = [[], [], [], []]
+        if tables:
+            chains = [m for m in nft.dump(GETCHAIN, NFPROTO_INET) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
+            sets = nft.dump(nft_sets.GETSET, NFPROTO_INET, of_table)
+            elements = list[Message]()
+            for state in nft_sets.states(sets, ()):
+                elements += nft.dump(nft_sets.GETSETELEM, NFPROTO_INET, of_table + attribute(2, state.name))
+            rest = [chains, nft.dump(GETRULE, NFPROTO_INET, of_table), sets, elements]
+        if _of_one_generation(generation, (tables, *rest)):
+            found = reading.tables(tables, rest[0], rest[1])
+            return Have(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
+    raise KernelError("read nf_tables of the host", 0, "somebody keeps changing the rules while they are read")
+
+
+def _of_one_generation(generation: int, dumps: Iterable[Iterable[Message]]) -> bool:
+    """Each message of a dump carries the low half of the generation that it shows."""
+    low = generation.to_bytes(4)[2:]
+    return all(message.body[2:4] == low for dump in dumps for message in dump)
+
+
+def _try_owned() -> bool:
+    nft = NftSocket()
+    try:
+        nft.commit("try table flags", [nft_rendering.table_command(OWNER | PERSIST)], None)
+        return True
+    except KernelError:
+        return False
+    finally:
+        nft.close()
+
+
+def _commit_sample(flags: int) -> None:
+    sample = HostProbes({"192.0.2.1": "a", "2001:db8::1": "b"}, names.PROBE_IPV4, names.PROBE_IPV6)
+    nft = NftSocket()
+    try:
+        members = {family: sample.of(family) for family in sample.families}
+        nft.commit("try the rules", list(nft_rendering.commands(sample, flags, members)), None)
+    finally:
+        nft.close()

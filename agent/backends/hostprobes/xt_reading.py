@@ -1,0 +1,87 @@
+"""Our part of the host's nat tables, from nf_tables messages and from entries of legacy xtables. Pure."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
+
+from agent.backends.hostprobes.xt_rendering import BASE, CHAIN, Held
+from agent.backends.iptables.entries import Entry, entries, places
+from agent.backends.nfmessages import comment, text
+from agent.core.names import TAG_PREFIX
+from agent.core.netlink import Message, attributes
+
+MARK = "sluice"  # comment of the table and of the base chain, where we made them
+# What is of another form is not ours and must not get into a script.
+_TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
+_INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
+_POSTROUTING = 4
+
+
+def nft_held(
+    table: Mapping[int, bytes], base: Mapping[int, bytes] | None, chain: bool, rules: Iterable[Message]
+) -> Held:
+    """`table` and `base` are attributes of nat and its POSTROUTING; `rules` may be those of other chains too."""
+    held: dict[str, list[tuple[str, str]]] = {BASE: [], CHAIN: []}
+    for message in rules:
+        parts = dict(attributes(message.body[4:]))
+        if text(parts.get(1)) == "nat" and text(parts.get(2)) in held:
+            held[text(parts.get(2))].append((_nft_jump(parts), _nft_tag(parts)))
+    idle = base is not None and comment(base.get(12, b"")) == MARK and not held[BASE]
+    # NFTA_TABLE_USE (3) counts chains, NFTA_TABLE_USERDATA (6) holds a comment.
+    alone = int.from_bytes(table.get(3, b"")) == (base is not None)
+    bare = comment(table.get(6, b"")) == MARK and alone and (base is None or idle)
+    tags = tuple(tag for _, tag in held[CHAIN])
+    return Held(tags if chain else None, _jumps(held[BASE]), base is not None, idle, bare)
+
+
+def legacy_held(family: int, info: bytes, data: bytes) -> Held:
+    """From ipt_getinfo and the entries of nat. Raises KernelError when they do not add up."""
+    rules = tuple(entries(family, data, tuple(places(family, data))))
+    _, _, *offsets = _INFO.unpack(info)
+    begin, end = offsets[_POSTROUTING], offsets[_POSTROUTING + 5]
+    base = [(rule.jump or "", _tag(rule.comment)) for rule in rules if begin <= rule.offset < end]
+    return Held(_made(rules), _jumps(base), base=True)
+
+
+def _jumps(rules: list[tuple[str, str]]) -> tuple[tuple[int, str], ...]:
+    return tuple((number, tag) for number, (target, tag) in enumerate(rules, 1) if target == CHAIN)
+
+
+def _made(rules: tuple[Entry, ...]) -> tuple[str, ...] | None:
+    """Tags of our chain: what lies between its head and the next one, but for the RETURN at its end."""
+    heads = [number for number, rule in enumerate(rules) if rule.head == CHAIN]
+    if not heads:
+        return None
+    held = list(takewhile(lambda rule: rule.head is None, rules[heads[0] + 1 :]))
+    foot = bool(held) and held[-1].returns and held[-1].plain and held[-1].comment is None
+    return tuple(_tag(rule.comment) for rule in (held[:-1] if foot else held))
+
+
+def _expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, bytes]]]:
+    for _, element in attributes(rule.get(4, b"")):
+        parts = dict(attributes(element))
+        yield text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+
+
+def _nft_tag(rule: Mapping[int, bytes]) -> str:
+    """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
+    found = comment(rule.get(7, b""))
+    for name, data in _expressions(rule):
+        if name == "match" and text(data.get(1)) == "comment":
+            found = data.get(3, b"").split(b"\0")[0].decode(errors="replace")
+    return _tag(found)
+
+
+def _nft_jump(rule: Mapping[int, bytes]) -> str:
+    for name, data in _expressions(rule):
+        if name == "immediate":
+            for _, verdict in attributes(data.get(2, b"")):
+                return text(dict(attributes(verdict)).get(2))
+    return ""
+
+
+def _tag(words: str | None) -> str:
+    return words if words and _TAG.fullmatch(words) else ""

@@ -1,0 +1,43 @@
+"""What the loop keeps of one pod between passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from agent.core.contention import Contention
+from agent.core.redirect import Redirect
+from agent.core.status import State, Status
+
+
+@dataclass(slots=True)
+class Repair:
+    """One drift that was found and put right. `seconds` run from the notice to the applied plan."""
+
+    time: float
+    layer: str
+    differences: tuple[str, ...]
+    cause: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Entry:
+    status: Status = field(default_factory=lambda: Status(State.WAITING))
+    want: Redirect | None = None  # of the last pass that succeeded
+    cleaned: bool = False  # retired layers were removed
+    cause: str = ""  # who changed something, as told by the watcher
+    noticed: float = 0.0
+    repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
+    contention: Contention = field(default_factory=Contention)
+    waiters: list[asyncio.Future[Status]] = field(default_factory=list)
+    refused: Redirect | None = None  # an intent that was rolled back: not tried again until it is another
+    # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def take_cause(self) -> tuple[str, float]:
+        """(who, when noticed) for the pass that begins; what is told from now on is for the next one."""
+        taken = self.cause, self.noticed
+        self.cause, self.noticed = "", 0.0
+        return taken

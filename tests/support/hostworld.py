@@ -1,0 +1,138 @@
+"""A node in small: a namespace that plays the host, two pods and an outside client that it routes between."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from support.node import PORT, Server
+
+from agent.backends.hostprobes.claims import Claims
+from agent.backends.hostprobes.layers import layers
+from agent.backends.hostprobes.mechanism import HostMechanism
+from agent.backends.hostprobes.nftables import NftHostProbes
+from agent.backends.hostprobes.want import HostProbes
+from agent.core.names import PROBE_IPV4, PROBE_IPV6
+from agent.kernel.exec import run
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.netns import Netns
+from agent.lab.nodes import NO_DAD
+
+MECHANISMS = ("nftables", "iptables", "iptables-legacy")
+PROBE = {4: PROBE_IPV4, 6: PROBE_IPV6}
+NOBODY = 65534
+_numbers = itertools.count()
+
+
+def active(mechanism: str, *, owned: bool = False) -> tuple[HostMechanism, ...]:
+    """Fresh layers. Owned tables cannot be damaged, so they are shown by themselves."""
+    made, _ = layers(mechanism)
+    for layer in made:
+        if isinstance(layer, NftHostProbes):
+            layer.owned = owned
+    return made
+
+
+def want(claims: Claims, *, ipv6: bool = True, complete: bool = True) -> HostProbes:
+    return claims.want(PROBE_IPV4, PROBE_IPV6, ipv6=ipv6, complete=complete)
+
+
+class Place:
+    """A namespace with `number` in its addresses; the host has none of its own but one on each link."""
+
+    def __init__(self, name: str, number: int) -> None:
+        self.name, self.path, self.number = name, Path("/run/netns", name), number
+        run(["ip", "netns", "add", name])
+        run(["sysctl", "-qw", *NO_DAD, "net.ipv4.conf.all.rp_filter=0"], netns=self.path)
+        self.sh("ip link set lo up")
+
+    def address(self, family: int) -> str:
+        return f"10.82.{self.number}.2" if family == 4 else f"fd82:{self.number}::2"
+
+    def host(self, family: int) -> str:
+        """The host's address on this place's link."""
+        return f"10.82.{self.number}.1" if family == 4 else f"fd82:{self.number}::1"
+
+    @property
+    def both(self) -> tuple[str, str]:
+        return self.address(4), self.address(6)
+
+    def sh(self, script: str, *, check: bool = True) -> str:
+        return run(["sh", "-c", script], netns=self.path, check=check).stdout
+
+    def connect(self, address: str, *, user: int = 0) -> str:
+        """What the server there says of its peer. A process of that user inside; CommandError when it fails."""
+        dial = f"exec 3<>/dev/tcp/{address}/{PORT} && cat <&3"
+        who = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        return run([*who, "bash", "-c", dial], netns=self.path, seconds=10).stdout.removeprefix("::ffff:")
+
+    def remove(self) -> None:
+        run(["ip", "netns", "del", self.name], check=False)
+
+
+class World:
+    """`host` routes between `a`, `b` (pods) and `outside`; a server in both pods tells each client its address."""
+
+    def __init__(self, made: contextlib.ExitStack) -> None:
+        prefix = f"slu-hp-{os.getpid()}-{next(_numbers)}"
+
+        def place(name: str, number: int) -> Place:
+            one = Place(f"{prefix}-{name}", number)
+            made.callback(one.remove)
+            return one
+
+        self.host, self.a, self.b, self.outside = (place(*one) for one in (("h", 0), ("a", 1), ("b", 2), ("o", 3)))
+        self.host.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
+        for one in (self.a, self.b, self.outside):
+            self._join(one)
+        for one in (self.a, self.b):
+            with Netns.open(one.path) as inside:
+                made.callback(Server(inside).close)
+        self._door = made.enter_context(Netns.open(self.host.path))
+        self.target = HostNetns(self._door)
+        made.callback(lambda: self.target.close())
+
+    def _join(self, one: Place) -> None:
+        port = f"p{one.number}"
+        self.host.sh(f"ip link add {port} type veth peer name eth0 netns {one.name}; ip link set {port} up")
+        for family, size in ((4, 24), (6, 64)):
+            self.host.sh(f"ip addr add {one.host(family)}/{size} dev {port}")
+            one.sh(f"ip link set eth0 up; ip addr add {one.address(family)}/{size} dev eth0")
+            one.sh(f"ip route add default via {one.host(family)}")
+
+    def reopen(self) -> None:
+        """As a new agent would: its predecessor's sockets are gone."""
+        self.target.close()
+        self.target = HostNetns(self._door)
+
+    def dump(self) -> str:
+        """Everything that the exemption may touch on the host, without counters."""
+        text = self.host.sh(
+            "nft list ruleset; ipset save; iptables-legacy-save; ip6tables-legacy-save; ip rule; ip -6 rule"
+        )
+        text = re.sub(r"packets \d+ bytes \d+", "packets N bytes N", text)
+        return re.sub(r"\[\d+:\d+\]|# (Generated|Completed) .*| # handle \d+| # progname \w+", "", text)
+
+    def members(self) -> dict[str, str]:
+        """Address -> comment of all our sets, as nft or ipset prints them."""
+        text = self.host.sh("nft list ruleset; ipset save")
+        found = re.findall(r'([0-9a-f.:]+) comment "(?!sluice:)([^"]*)"', text)
+        bare = re.findall(r"^add istio-\S+ (\S+)$", text, re.MULTILINE)
+        return dict(found) | dict.fromkeys(bare, "")
+
+
+@contextlib.contextmanager
+def world() -> Iterator[World]:
+    with contextlib.ExitStack() as made:
+        yield World(made)
+
+
+def claimed(*pairs: tuple[str, Sequence[str]]) -> Claims:
+    claims = Claims()
+    for uid, addresses in pairs:
+        claims.claim(uid, addresses)
+    return claims
