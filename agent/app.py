@@ -110,6 +110,7 @@ class Agent:
     def _host(self) -> HostLoop:
         name = self.host_choice[0]
         active, retired = layers(name)
+        self.support |= {f"host {layer.name}": layer.probe() for layer in active}
         return HostLoop(self.settings, name, active, retired, HostNetns(), self.metrics, random.random)
 
     def _canary(self) -> Canary | None:

@@ -247,6 +247,7 @@ class Reconciler:
             return
         entry.status = replace(entry.status, probe=str(finding))
         self._journal.probed(pod, finding)
+        self._progress.set()
         if finding.verdict is not Verdict.OK and self.settings.probe_canary == "rollback":
             entry.refused = decide(pod, self.settings).redirect
             self.wake(pod.uid)

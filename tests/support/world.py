@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent.backends.base import Support
 from agent.backends.choose import Choice
-from agent.core.canary import Finding
+from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError, PodGoneError, StaleError, ZtunnelError
 from agent.core.plan import Plan, Step
 from agent.core.pods import Pod, PodTable
@@ -110,7 +110,7 @@ class Namespaces:
         return self.targets.setdefault(pod.uid, Target(pod.uid))
 
     def is_new(self, pod: Pod) -> bool:
-        return pod.uid not in self.noted
+        return pod.source == "cni" and pod.uid not in self.noted
 
     def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
         self.noted[pod.uid] = outside
@@ -150,6 +150,51 @@ class Outside:
 
     def as_note(self, uid: str) -> list[int]:
         return sorted(self.known.get(uid, ()))
+
+
+class Host:
+    """The probe exemption: notes in the kernel's log when it is told."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.claims: dict[str, tuple[str, ...]] = {}
+
+    def claim(self, uid: str, addresses: Iterable[str]) -> None:
+        self.claims[uid] = tuple(addresses)
+        self.kernel.log.append(f"claim {uid}")
+
+    def release(self, uid: str) -> None:
+        del self.claims[uid]
+        self.kernel.log.append(f"unclaim {uid}")
+
+    async def settled(self) -> None:
+        pass
+
+
+class Canary:
+    """Answers with what the script put in; a pod is due until then."""
+
+    def __init__(self) -> None:
+        self.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        self.due_pods: set[str] = set()
+        self.probes = 0
+
+    def enrolled(self, uid: str) -> None:
+        self.due_pods.add(uid)
+
+    def due(self, uid: str) -> bool:
+        return uid in self.due_pods
+
+    def done(self, uid: str, finding: Finding) -> None:
+        if finding.verdict is not Verdict.NO_LISTENER:
+            self.due_pods.discard(uid)
+
+    def forget(self, uid: str) -> None:
+        self.due_pods.discard(uid)
+
+    async def probe(self, addresses: Sequence[str], target: Any, *, ipv6: bool) -> Finding:
+        self.probes += 1
+        return self.answer
 
 
 class Publisher:
@@ -211,17 +256,20 @@ class Journal:
 class World:
     """One reconciler with two active layers and one retired, over a fake kernel."""
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, *, exempt: bool = False, **settings: Any) -> None:
+        """`exempt`: the node's probes are, and a canary tries them."""
         self.kernel = Kernel()
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()
         self.namespaces, self.publisher = Namespaces(self.kernel), Publisher(self.kernel)
         self.watcher, self.journal, self.outside = Watcher(), Journal(), Outside()
+        self.host, self.canary = Host(self.kernel), Canary()
         choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), 4)
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
             self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside,
+            host=self.host if exempt else None, canary=self.canary if exempt else None,
         )  # fmt: skip
 
     async def settle(self, *pods: Pod) -> list[Any]:

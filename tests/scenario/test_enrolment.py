@@ -1,0 +1,172 @@
+"""Enrolment: older connections, the node's probes, the canary's verdict, and somebody who fights back."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from support.world import World, play, pod
+
+from agent.core.canary import Finding, Verdict
+from agent.core.pods import Pod
+from agent.core.redirect import Redirect
+from agent.core.status import State
+
+FAILED = Finding(Verdict.FAILED, ("10.0.0.2", 80), "No route to host")
+
+
+def running(name: str = "web") -> Pod:
+    """A pod that is not just being made: a static file named it."""
+    return replace(pod(name), source="static")
+
+
+def held(world: World, uid: str = "web") -> Redirect:
+    found = world.held("rules", uid)
+    assert isinstance(found, Redirect)
+    return found
+
+
+async def until(world: World, state: State, uid: str = "web") -> None:
+    while world.reconciler.status(uid).state is not state:
+        await world.reconciler.progressed()
+
+
+def test_p55_rules_are_lenient_while_older_connections_live_and_strict_afterwards() -> None:
+    async def script(world: World) -> None:
+        world.outside.there["web"] = {7, 8}
+        (status,) = await world.settle(running())
+        assert status.state is State.ENABLED and status.outside == 2 and held(world).preserve
+        assert "10.0.0.2:5000 -> 10.0.0.9:80" in status.notes[0]
+        assert world.namespaces.noted["web"] == (7, 8), "a later process finds them again"
+        assert await world.reconciler.inspect(running()) == {}, "what is lenient on purpose is no drift"
+        world.outside.there["web"] = {8}
+        assert (await world.reconciler.settled("web")).outside == 1
+        world.outside.there["web"] = {99}  # a new one is captured, not outside
+        status = await world.reconciler.settled("web")
+        assert (status.outside, status.notes, held(world).preserve) == (0, (), False)
+        assert world.journal.causes[-1] == "", "nobody drifted"
+
+    play(script)
+
+
+def test_older_connections_are_looked_at_again_without_being_asked() -> None:
+    async def script(world: World) -> None:
+        world.outside.there["web"] = {7}
+        await world.settle(running())
+        world.outside.there["web"] = set()
+        while held(world).preserve:
+            await world.reconciler.progressed()
+
+    play(script)
+
+
+def test_connections_are_not_preserved_when_the_setting_says_so_or_the_pod_is_just_being_made() -> None:
+    async def script(world: World) -> None:
+        world.outside.there["web"] = {7}
+        preserves = world.reconciler.settings.preserve_connections
+        (status,) = await world.settle(pod() if preserves else running())
+        assert status.outside == 0 and not held(world).preserve
+        assert world.kernel.log.count("rules set web") == 1
+
+    play(script)
+    play(script, preserve_connections=False)
+
+
+def test_probes_are_exempt_before_the_rules_come_and_until_they_are_gone() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        log = world.kernel.log
+        assert log.index("claim web") < log.index("rules set web")
+        assert world.host.claims == {"web": ("10.0.0.2",)}
+        await world.settle(pod(enrolled=False))
+        assert log.index("rules clear web") < log.index("unclaim web")
+
+    play(script, exempt=True)
+
+
+def test_p45_a_probe_that_fails_is_told_and_the_pod_stays_captured() -> None:
+    async def script(world: World) -> None:
+        world.canary.answer = FAILED
+        await world.settle(pod())
+        while not world.journal.findings:
+            await world.reconciler.progressed()
+        assert world.journal.findings == [FAILED]
+        status = await world.reconciler.settled("web")
+        assert status.state is State.ENABLED and "No route to host" in status.probe
+        assert world.canary.probes == 1, "once"
+
+    play(script, exempt=True)
+
+
+def test_p45_a_probe_that_fails_rolls_the_enrolment_back_when_the_setting_says_so() -> None:
+    async def script(world: World) -> None:
+        world.canary.answer = FAILED
+        await world.settle(pod())
+        await until(world, State.FAILED)
+        status = world.reconciler.status("web")
+        assert "rolled back" in status.error and "No route to host" in status.error
+        assert world.held("rules", "web") is None and "web" not in world.publisher.published
+        assert await world.reconciler.inspect(pod()) == {}
+        assert (await world.reconciler.settled("web")).state is State.FAILED, "and stays so"
+        world.canary.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        changed = {**pod().annotations, "ambient.istio.io/dns-capture": "false"}
+        (status,) = await world.settle(replace(pod(), annotations=changed))
+        assert status.state is State.ENABLED, "another intent is another try"
+
+    play(script, exempt=True, probe_canary="rollback")
+
+
+def test_a_pod_that_listens_later_is_probed_then() -> None:
+    async def script(world: World) -> None:
+        world.canary.answer = Finding(Verdict.NO_LISTENER)
+        await world.settle(pod())
+        world.canary.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        while not world.journal.findings:
+            await world.reconciler.progressed()  # by itself
+        assert world.reconciler.status("web").probe.endswith(": ok")
+
+    play(script, exempt=True)
+
+
+def test_who_keeps_undoing_repairs_is_named_and_no_longer_answered_at_once() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        for _ in range(6):
+            world.kernel.damage("rules", world.target("web"))
+            world.reconciler.wake("web", "nft[42]")
+            await world.reconciler.progressed()
+            while len(world.reconciler.repairs("web")) == 0:
+                await world.reconciler.progressed()
+        assert world.journal.fights == ["nft[42]"]
+        world.kernel.damage("rules", world.target("web"))
+        world.reconciler.wake("web", "nft[42]")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not isinstance(world.held("rules", "web"), Redirect), "left alone for a while"
+        while not isinstance(world.held("rules", "web"), Redirect):
+            await world.reconciler.progressed()  # but not for ever
+
+    play(script)
+
+
+def test_a_change_that_is_told_while_a_pass_runs_keeps_its_name() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.kernel.damage("rules", world.target("web"))
+
+        def again(_: object) -> None:
+            world.rules.before_apply = lambda target: None
+            loop.call_soon_threadsafe(late)
+
+        def late() -> None:
+            world.reconciler.wake("web", "iptables[43]")
+
+        loop = asyncio.get_running_loop()
+        world.rules.before_apply = again
+        world.reconciler.wake("web", "nft[42]")
+        await world.reconciler.progressed()
+        world.kernel.damage("rules", world.target("web"))
+        await world.reconciler.settled("web")
+        assert [repair.cause for repair in world.reconciler.repairs("web")] == ["nft[42]", "iptables[43]"]
+
+    play(script)

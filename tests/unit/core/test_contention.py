@@ -1,0 +1,28 @@
+"""Repairs are free until they come too often, then ever rarer, and free again after some quiet."""
+
+from __future__ import annotations
+
+from agent.core.contention import FREE, LONGEST, WINDOW, Contention
+
+
+def test_a_few_repairs_are_made_at_once() -> None:
+    one = Contention()
+    for second in range(FREE):
+        assert not one.repaired(second) and one.pause(second) == 0
+
+
+def test_rare_repairs_never_become_a_fight() -> None:
+    one = Contention()
+    assert not any(one.repaired(time) for time in range(0, 10_000, int(WINDOW)))
+
+
+def test_a_fight_is_told_once_and_slows_down_up_to_a_limit() -> None:
+    one, now, told, pauses = Contention(), 0.0, 0, []
+    for _ in range(FREE + 10):
+        told += one.repaired(now)
+        pauses.append(one.pause(now))
+        now += pauses[-1] + 0.01
+    assert told == 1
+    assert pauses[FREE : FREE + 4] == [1.0, 2.0, 4.0, 8.0] and pauses[-1] == LONGEST
+    assert one.pause(now + 3 * LONGEST) == 0
+    assert not one.repaired(now + 3 * LONGEST) and one.pause(now + 3 * LONGEST) == 0
