@@ -36,6 +36,7 @@ from agent.kernel.unixsocket import claim, listen
 from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
 from agent.sources import recorded
+from agent.sources.beside import Beside
 from agent.sources.canary import Canary
 from agent.sources.cni import CniService
 from agent.sources.cni_socket import CniSocket
@@ -66,8 +67,10 @@ class Agent:
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
+            lambda: [(pod, self.beside.totals(pod.uid)) for pod in self.table],
         )
         self.outside, self.host = OutsideConnections(), self._host()
+        self.beside = Beside(self.choice.name)
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -80,10 +83,11 @@ class Agent:
             outside=self.outside,
             host=self.host,
             canary=self._canary(),
+            counting=self.beside,
         )
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
-        self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node)
+        self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node, self.beside)
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
     def _choose(self) -> tuple[Choice, tuple[str, str]]:

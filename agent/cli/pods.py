@@ -34,6 +34,7 @@ def _status(args: argparse.Namespace) -> int:
         ("Problem", answer["problem"] or "none"),
         ("Backend", f"{answer['backend']} ({answer['backend_reason']})"),
         *((f"  {name}", words) for name, words in answer["backends"].items()),
+        ("Probes", _probes(answer)),
         ("Ztunnels", answer["ztunnel_connections"]),
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
@@ -42,6 +43,15 @@ def _status(args: argparse.Namespace) -> int:
         rows.append(("Damaged state", ", ".join(answer["damaged_state_files"])))
     output.emit(args.output, answer, pairs(rows))
     return 0
+
+
+def _probes(answer: Any) -> str:
+    """How the node's own probes are exempt."""
+    host = answer["host_probes"]
+    if host["mechanism"] == "off":
+        return f"captured as any other connection ({answer['host_probes_reason']})"
+    state = host["error"] or ("exempt" if host["ok"] else "not looked at yet")
+    return f"{state} for {host['members']} addresses by {host['mechanism']} ({answer['host_probes_reason']})"
 
 
 def _pods(args: argparse.Namespace) -> int:
@@ -75,11 +85,16 @@ def _explain(args: argparse.Namespace) -> int:
         retry = f"; next try in {a['retry']:.1f} s" if a["retry"] is not None else ""
         rows.append(("Error", a["error"] + retry))
     rows += [("Considered", "")] + [(f"  {key}", value) for key, value in a["considered"].items()]
-    rows += [("Warning", warning) for warning in a["warnings"]]
+    rows += [("Note", note) for note in a["notes"]]
+    if a["probe"]:
+        rows.append(("Probe", a["probe"]))
     if a["redirect"]:
-        wanted = (f"{k}={','.join(v) if isinstance(v, list) else v}" for k, v in a["redirect"].items())
+        wanted = (f"{k}={_word(v)}" for k, v in a["redirect"].items() if v not in ([], {}))
         rows += [("Wanted", " ".join(wanted)), ("In the kernel", a["inspect_error"] or a["in_kernel"])]
     rows += [("  difference", line) for line in a["differences"]]
+    for direction, counts in a["beside"].items():
+        what = f"{counts['packets']} packets, {counts['bytes']} bytes, neither TCP nor captured DNS"
+        rows.append((f"Beside, {direction}", what))
     rows += [("Addresses", ", ".join(a["addresses"]) or "none"), ("Namespace", a["netns"] or "not known")]
     rows += [
         ("Repaired", f"{_ago(r['time'])} ago, {r['layer']} in {r['seconds'] * 1e3:.1f} ms after {r['cause']}: "
@@ -88,6 +103,15 @@ def _explain(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     output.emit(args.output, a, pairs(rows))
     return 0
+
+
+def _word(value: Any) -> str:
+    """A value of the intent, in one word: lists by commas, ranges by a dash."""
+    if isinstance(value, dict):
+        return "{" + " ".join(f"{key}={_word(inner)}" for key, inner in value.items() if inner) + "}"
+    if isinstance(value, list):
+        return ",".join("-".join(map(str, dict.fromkeys(v))) if isinstance(v, list) else str(v) for v in value)
+    return str(value)
 
 
 def _ago(moment: float) -> str:

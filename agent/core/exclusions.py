@@ -39,8 +39,8 @@ def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
     """ "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the part that is none."""
     found: list[Range] = []
     for part in _parts(text):
-        first, _, last = part.replace(":", "-").partition("-")
-        last = last or first
+        first, sign, last = part.replace(":", "-").partition("-")
+        last = last if sign else first
         if not _NUMBER.fullmatch(first) or not _NUMBER.fullmatch(last):
             raise ValueError(part)
         if not lowest <= int(first) <= int(last) <= highest:
@@ -101,6 +101,7 @@ def _parts(text: str) -> list[str]:
 
 _OURS = "traffic.sluice.io/"
 _SIDECAR = "traffic.sidecar.istio.io/"
+PREFIXES = (_OURS, _SIDECAR)
 # Field -> parser, what an entry is, our annotation, the sidecar's.
 _ANNOTATIONS: Mapping[str, tuple[Callable[[str], tuple[Any, ...]], str, str, str]] = {
     "outbound_ports": (ports, "a port or range", "exclude-outbound-ports", "excludeOutboundPorts"),

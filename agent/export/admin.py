@@ -10,11 +10,13 @@ from typing import Any
 from agent.core import names
 from agent.core.desired import Decision, decide
 from agent.core.errors import SluiceError
+from agent.core.exclusions import PREFIXES
 from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.reconciler.loop import Reconciler
+from agent.sources.beside import Beside
 
 Found = dict[str, tuple[tuple[str, ...], str]]
 
@@ -29,6 +31,7 @@ class Admin:
     metrics: Metrics
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
+    beside: Beside
 
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz; safe to show to anyone on the network."""
@@ -91,7 +94,6 @@ class Admin:
             **self._row(pod),
             "decision": "enrolled" if decision.enrolled else "excluded",
             "considered": _considered(pod, self.settings),
-            "warnings": list(decision.warnings),
             "redirect": _redirect(decision),
             "netns": pod.netns_path,
             "source": pod.source,
@@ -99,6 +101,7 @@ class Admin:
             "in_kernel": "unknown" if error else "as wanted" if not found else "drifted",
             "differences": _differences(found),
             "inspect_error": error,
+            "beside": {direction: asdict(counts) for direction, counts in self.beside.totals(pod.uid).items()},
             "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
         }
 
@@ -158,4 +161,5 @@ def _considered(pod: Pod, settings: Settings) -> dict[str, str]:
         "setting exclude_namespaces": ", ".join(settings.exclude_namespaces) or "empty",
         f"annotation {names.DNS_CAPTURE}": pod.annotations.get(names.DNS_CAPTURE, "not set"),
         f"annotation {names.BYPASS_INBOUND}": pod.annotations.get(names.BYPASS_INBOUND, "not set"),
+        **{f"annotation {key}": pod.annotations[key] for key in sorted(pod.annotations) if key.startswith(PREFIXES)},
     }

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import Counter as Count
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from agent.backends.beside import Counts
 from agent.core.canary import Finding, Verdict
 from agent.core.pods import Pod
 from agent.core.status import State
@@ -37,17 +38,42 @@ class _Pods(Collector):
         yield family
 
 
+class _Beside(Collector):
+    """What pods send and receive beside ztunnel; a series per pod and direction that had any."""
+
+    def __init__(self, totals: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]]) -> None:
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["namespace", "pod", "direction"]
+        what = "neither TCP nor captured DNS, passed or refused as the setting non_tcp says"
+        packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods: {what}.", labels=labels)
+        octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods: {what}.", labels=labels)
+        for pod, totals in self._totals():
+            for direction, counts in totals.items():
+                if counts.packets:
+                    packets.add_metric([pod.namespace, pod.name, direction], counts.packets)
+                    octets.add_metric([pod.namespace, pod.name, direction], counts.bytes)
+        yield from (packets, octets)
+
+
 class Metrics:
     """Everything under one registry of its own."""
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, states: Callable[[], Iterable[State]], ztunnels: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        states: Callable[[], Iterable[State]],
+        ztunnels: Callable[[], int],
+        beside: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
         self.registry = r = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
         r.register(_Pods(states))
+        r.register(_Beside(beside))
         self.drift = Counter(
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )

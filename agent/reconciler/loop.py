@@ -23,7 +23,7 @@ from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import Entry, Repair
-from agent.reconciler.parts import Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
+from agent.reconciler.parts import Counting, Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
 from agent.reconciler.settle import Settled
 from agent.reconciler.workers import Workers
 
@@ -48,12 +48,13 @@ class Reconciler:
         outside: Outside,
         host: Host | None = None,
         canary: Probing | None = None,
+        counting: Counting | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through."""
         self.settings, self.table, self.choice = settings, table, choice
         self._namespaces, self._publisher, self._watcher = namespaces, publisher, watcher
         self._journal, self._host, self._canary = journal, host, canary
-        self._enrolment = Enrolment(choice, namespaces, outside, preserve=settings.preserve_connections)
+        self._enrolment = Enrolment(choice, namespaces, outside, counting, preserve=settings.preserve_connections)
         self._claimed: dict[str, tuple[str, ...]] = {}
         self._probes: set[asyncio.Task[None]] = set()
         self._schedule = Schedule(settings.verify_seconds, random)

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from agent.core.canary import Finding
 from agent.core.pods import Pod
+from agent.core.redirect import Redirect
 from agent.core.sockets import TcpSocket
 from agent.kernel.podnetns import PodNetns
 
@@ -49,6 +50,15 @@ class Outside(Protocol):
 
     def as_note(self, uid: str) -> list[int]:
         """What a later process needs to know them again."""
+
+
+class Counting(Protocol):
+    """Keeps totals of what passes beside ztunnel; blocking."""
+
+    def count(self, uid: str, target: PodNetns, want: Redirect, *, now: bool = False) -> None:
+        """Before `want` is made true; `now` even if it was read lately."""
+
+    def forget(self, uid: str) -> None: ...
 
 
 class Host(Protocol):

@@ -84,6 +84,12 @@ def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
     return bytes(blank)
 
 
+def counts(family: int, data: bytes, place: int) -> tuple[int, int]:
+    """(packets, bytes) that the entry at this place has matched."""
+    found: tuple[int, int] = struct.unpack_from("=QQ", data, place + _FORMS[family].counters)
+    return found
+
+
 def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
     """Takes `size` bytes of entries `at` these places apart into all that lies between the counters."""
     ends = [place + _FORMS[family].counters for place in at]

@@ -14,12 +14,11 @@ from functools import lru_cache
 
 from agent.backends.iptables.entries import Entry, blanked, broken, entries, places, without_counts
 from agent.backends.iptables.rendering import CHAINS, XtTable
-from agent.core.names import TAG_PREFIX
+from agent.core.tags import TAG
 
 _HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # as linux/netfilter.h numbers them
 _OURS = tuple(sorted(CHAINS.values()))
 # What is of another form is not ours and must not get into a script: a pod may write any comment and any name.
-_TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
 _NAME = re.compile("[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 _INFO = struct.Struct("=32s11III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
 
@@ -102,4 +101,4 @@ def _without_foot(rules: list[Entry]) -> Iterator[Entry]:
 
 
 def _tag(rule: Entry) -> str:
-    return rule.comment if rule.comment and _TAG.fullmatch(rule.comment) else ""
+    return rule.comment if rule.comment and TAG.fullmatch(rule.comment) else ""

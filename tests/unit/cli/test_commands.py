@@ -171,22 +171,33 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     agent.answers["/v1/status"] = (200, {
         "node": "n1", "version": "1", "ready": False, "problem": "starting", "backend": "nftables",
         "backend_reason": "first that works", "backends": {"iptables": "iptables is missing"}, "ztunnel_connections": 0,
-        "static_pods": "not set", "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
+        "host_probes": {"mechanism": "nftables", "ok": True, "error": "", "members": 3},
+        "host_probes_reason": "as the host", "static_pods": "not set",
+        "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
     })  # fmt: skip
     assert main(["status"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     said = {key: value.strip() for key, value in lines.items()}
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
+    assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
     assert (said["  iptables"], said["Damaged state"]) == ("iptables is missing", "u.json")
 
 
-@pytest.mark.parametrize("backend", ["nftables", "iptables"])
+@pytest.mark.parametrize("backend", ["nftables", "iptables", "iptables-legacy"])
 def test_rules_need_no_agent(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rules", "render", "--backend", backend, "-o", "json"]) == 0
     scripts = json.loads(capsys.readouterr().out)
     assert "ip" in scripts and len(scripts) > 1 and all("15001" in text for key, text in scripts.items() if key != "ip")
     assert main(["rules", "render", "--backend", backend, "--no-dns"]) == 0
     assert "15053" not in capsys.readouterr().out
+    excluded = ["--annotation", "traffic.sluice.io/exclude-outbound-ports=8443", "--dns-to", "192.0.2.53"]
+    assert main(["rules", "render", "--backend", backend, *excluded]) == 0
+    text = capsys.readouterr().out
+    assert "8443" in text and "192.0.2.53" in text
+    ports = "traffic.sluice.io/exclude-outbound-ports=x"
+    for option, value in (("annotation", ports), ("annotation", "x"), ("dns-to", "x")):
+        assert main(["rules", "render", "--backend", backend, f"--{option}", value]) == 2
+        assert option in capsys.readouterr().err
 
 
 def test_forms(capsys: pytest.CaptureFixture[str]) -> None:

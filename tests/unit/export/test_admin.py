@@ -16,6 +16,7 @@ from agent.core.status import State
 from agent.export.admin import Admin
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
+from agent.sources.beside import Beside
 
 Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 
@@ -26,7 +27,7 @@ class Bench:
         self.metrics = Metrics(lambda: [State.ENABLED, State.ENABLED, State.FAILED], lambda: 2)
         self.admin = Admin(
             world.reconciler.settings, world.table, world.reconciler, self.metrics, lambda: self.ready,
-            lambda: {"node": "n1"},
+            lambda: {"node": "n1"}, Beside("nftables"),
         )  # fmt: skip
 
     async def ask(self, path: str, method: str = "GET", **query: str) -> Any:
