@@ -57,7 +57,7 @@ class Reconciler:
         self._enrolment = Enrolment(choice, namespaces, outside, counting, preserve=settings.preserve_connections)
         self._claimed: dict[str, tuple[str, ...]] = {}
         self._probes: set[asyncio.Task[None]] = set()
-        self._schedule = Schedule(settings.verify_seconds, random)
+        self._schedule = Schedule(min(settings.verify_seconds, choice.sweep), random)
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
