@@ -1,4 +1,4 @@
-"""Who listens in a pod: ztunnel on its ports, the application on those that a probe may try. Pure."""
+"""Where in a pod a probe may try the application. Pure."""
 
 from __future__ import annotations
 
@@ -13,18 +13,6 @@ SOCKS_PORT: Final = 15080  # ztunnel's SOCKS5 proxy, where it is switched on
 ZTUNNEL_PORTS: Final = frozenset(
     (names.OUTBOUND_PORT, names.INBOUND_PORT, names.HBONE_PORT, names.DNS_PORT, SOCKS_PORT)
 )
-
-
-def missing_listeners(sockets: Iterable[TcpSocket], *, ingress_only: bool, hbone: bool = True) -> tuple[int, ...]:
-    """Ports on which the rules or the mesh send traffic to ztunnel and no socket of ztunnel's listens.
-
-    A listener counts by its mark, which a pod's own process cannot set without CAP_NET_ADMIN; where the kernel does
-    not tell marks, by its port. `ingress_only`: nothing is redirected to the inbound ports. `hbone` False for a
-    ztunnel that does not speak it.
-    """
-    there = {one.local[1] for one in sockets if one.state is TcpState.LISTEN and (one.mark is None or one.of_ztunnel)}
-    inbound = () if ingress_only else (names.INBOUND_PORT, *((names.HBONE_PORT,) if hbone else ()))
-    return tuple(port for port in (names.OUTBOUND_PORT, *inbound) if port not in there)
 
 
 def probed(sockets: Iterable[TcpSocket], addresses: Sequence[str], *, ipv6: bool) -> Endpoint | None:

@@ -18,7 +18,6 @@ from agent.core.errors import KernelError
 from agent.core.netlink import ATTRIBUTE, NLM_F_DUMP
 from agent.core.sockets import Endpoint, TcpSocket, TcpState
 from agent.kernel.netlink import NetlinkSocket
-from agent.kernel.netns import Netns
 
 NETLINK_SOCK_DIAG = 4
 _BY_FAMILY, _GETSOCK = 20, 18  # SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK
@@ -93,15 +92,6 @@ def _bits(states: Iterable[TcpState]) -> int:
     for state in states:
         bits |= 1 << state
     return bits
-
-
-def listeners(netns: Netns) -> list[TcpSocket]:
-    """The listening sockets of a namespace, by a socket for this once. Raises KernelError, NetnsError."""
-    diag = netns.call(SockDiag)
-    try:
-        return diag.both((TcpState.LISTEN,))
-    finally:
-        diag.close()
 
 
 def encode(local: Endpoint, remote: Endpoint) -> bytes:

@@ -1,10 +1,10 @@
-"""Which listeners of ztunnel are missing, and where a pod's application can be probed."""
+"""Where a pod's application can be probed."""
 
 from __future__ import annotations
 
 import pytest
 
-from agent.core.listeners import missing_listeners, probed
+from agent.core.listeners import probed
 from agent.core.sockets import TcpSocket, TcpState
 
 POD4, POD6 = "10.0.0.1", "fd00::1"
@@ -13,40 +13,6 @@ POD4, POD6 = "10.0.0.1", "fd00::1"
 def listener(port: int, host: str = "0.0.0.0", mark: int | None = 0, v6_only: bool = False) -> TcpSocket:
     family, anyone = (6, "::") if ":" in host else (4, "0.0.0.0")
     return TcpSocket(family, (host, port), (anyone, 0), TcpState.LISTEN, port, mark=mark, v6_only=v6_only)
-
-
-def ztunnels(*ports: int) -> list[TcpSocket]:
-    return [listener(port, "::", 0x539) for port in ports]
-
-
-@pytest.mark.parametrize(
-    ("there", "missing"),
-    [
-        ((), (15001, 15006, 15008)), ((15001, 15006, 15008), ()),
-        ((15001, 15006), (15008,)), ((15053, 15008), (15001, 15006)),
-    ],
-)  # fmt: skip
-def test_p03_what_ztunnel_does_not_listen_on(there: tuple[int, ...], missing: tuple[int, ...]) -> None:
-    assert missing_listeners(ztunnels(*there), ingress_only=False) == missing
-
-
-def test_what_is_not_needed_is_not_missed() -> None:
-    assert missing_listeners(ztunnels(15001), ingress_only=True) == ()
-    assert missing_listeners([], ingress_only=True) == (15001,)
-    assert missing_listeners(ztunnels(15001, 15006), ingress_only=False, hbone=False) == ()
-    assert missing_listeners(ztunnels(15001), ingress_only=False, hbone=False) == (15006,)
-
-
-def test_an_applications_listener_on_ztunnels_port_does_not_count() -> None:
-    right = ztunnels(15001, 15008)
-    assert missing_listeners([*right, listener(15006)], ingress_only=False) == (15006,)
-    assert missing_listeners([*right, listener(15006, mark=0x1539)], ingress_only=False) == ()
-    assert missing_listeners([*right, listener(15006, mark=None)], ingress_only=False) == ()  # not told
-
-
-def test_a_connection_on_a_port_is_no_listener() -> None:
-    connected = TcpSocket(4, (POD4, 15001), (POD4, 9), TcpState.ESTABLISHED, 1, mark=0x539)
-    assert missing_listeners([connected], ingress_only=True) == (15001,)
 
 
 @pytest.mark.parametrize(
