@@ -13,7 +13,7 @@ from support.pair import HOST4, HOST6, POD4, POD6, Pair, pair, stream
 
 from agent.core.sockets import TcpSocket, TcpState
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag, listeners
+from agent.kernel.sockdiag import SockDiag
 
 pytestmark = pytest.mark.root
 SS = {
@@ -114,7 +114,7 @@ def test_every_kind_of_socket_as_ss_shows_it(nodes: Pair, diag: SockDiag) -> Non
         assert {one.state for one in found} == set(SS.values())
         assert next(one for one in found if one.local == (POD4, 82)).remote == mapped.getsockname()
         assert order(found) == order(diag.sockets(4) + diag.sockets(6)) == order(seen_by_ss(nodes))
-        assert {one.local[1]: one.v6_only for one in listeners(nodes.target.netns)} == {
+        assert {one.local[1]: one.v6_only for one in diag.both((TcpState.LISTEN,))} == {
             80: False, 81: False, 82: False, 83: True
         }  # fmt: skip
         assert [one.local[1] for one in found if one.of_ztunnel] == [83]
