@@ -41,7 +41,7 @@ def demo(prefix: str) -> int:
         with interruptible():
             _title("The lab: two nodes, each with an agent and a ztunnel; pods made by a real CNI chain")
             lab.up(backend=Backend.NFTABLES, tell=lambda step: print(f"  {step}"))
-            for part in (_pods, _connections, _dns, _explain, faults.run_all):
+            for part in (_pods, _connections, _dns, _probe, _explain, faults.run_all):
                 part(lab, check)
     finally:
         down(prefix)
@@ -209,6 +209,26 @@ def _await_records(lab: Lab, enough: Callable[[list[dict[str, Any]]], bool]) -> 
         if enough(found) or time.monotonic() > deadline:
             return found
         time.sleep(0.05)
+
+
+def _probe(lab: Lab, check: Checks) -> None:
+    _title("A probe from the node itself, as the kubelet makes them: to the application, around the proxy")
+    address = lab.pods.require("shop/web").address(Program.WEB, 4)
+    before = len(_arrived(lab, address))
+    run(["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"], netns=lab.spec.netns_path("node1"))
+    lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
+    _await_records(lab, lambda found: len(_arrived(lab, address, found)) > before)
+    check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
+    status = ask.agent(lab, "node1", "/v1/status")["host_probes"]
+    check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")
+    told = ask.agent(lab, "node1", "/v1/explain", pod="shop/web")["probe"]
+    check("the agent's own probe of the new pod came through", told.endswith(": ok"), told)
+
+
+def _arrived(lab: Lab, address: str, records: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """Connections to this address that a proxy took inbound."""
+    records = _await_records(lab, lambda found: True) if records is None else records
+    return [r for r in records if (r["direction"], r["destination"]) == ("inbound", address)]
 
 
 def _explain(lab: Lab, check: Checks) -> None:
