@@ -26,6 +26,8 @@ _GROUPS = {
     "diff": "verify",
     "rules": "rules",
     "preflight": "preflight",
+    "uncapture": "uncapture",
+    "handback": "handback",
 }
 
 

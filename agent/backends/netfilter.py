@@ -95,13 +95,16 @@ _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 _ICMP = {4: "icmp", 6: "ipv6-icmp"}
 
 
-def rules(redirect: Redirect) -> tuple[Rule, ...]:
-    """All rules of one pod, in the order in which they must stand within each table and chain."""
+def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
+    """All rules of one pod, in the order in which they must stand within each table and chain.
+
+    Without `counting` those are left out that count, or refuse, what is neither TCP nor captured DNS.
+    """
     return tuple(
         [
             *_mangle(),
-            *_other_inbound(redirect),
-            *_other_outbound(redirect),
+            *(_other_inbound(redirect) if counting else ()),
+            *(_other_outbound(redirect) if counting else ()),
             *_nat_prerouting(redirect),
             *_nat_output(redirect),
             *(_raw() if redirect.dns else ()),

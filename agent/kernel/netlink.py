@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 
 from agent.core.errors import KernelError, StaleError
@@ -26,18 +28,35 @@ from agent.core.netlink import (
 
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
+_SO_ATTACH_FILTER, _SO_RCVTIMEO = 26, 20  # asm-generic/socket.h
+_INSTRUCTION_SIZE = 8  # struct sock_filter
+
+
+class _Buffer(threading.local):
+    """What a thread receives into: a new one for each datagram would cost more than most requests."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(1 << 18)
+
+
+_buffer = _Buffer()
 
 
 class NetlinkSocket:
     """Asks and waits. Not for two threads at once; belongs to the namespace it was made in."""
 
-    def __init__(self, family: int, *, groups: Iterable[int] = (), seconds: float = 5) -> None:
+    def __init__(self, family: int, *, groups: Iterable[int] = (), seconds: float = 5, only: bytes = b"") -> None:
+        """Joins multicast `groups`; `only` is a filter of core.sockfilter on what is received."""
         self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, family)
         try:
             self.socket.bind((0, 0))
-            self.socket.settimeout(seconds)
+            # The kernel's own time limit; Python's asks poll(2) before each call.
+            limit = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+            self.socket.setsockopt(socket.SOL_SOCKET, _SO_RCVTIMEO, limit)
             self.socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
             self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+            if only:
+                self._attach(only)
             for group in groups:
                 self.socket.setsockopt(SOL_NETLINK, 1, group)  # NETLINK_ADD_MEMBERSHIP
             self.port: int = self.socket.getsockname()[0]
@@ -76,15 +95,22 @@ class NetlinkSocket:
                 yield answer
 
     def receive(self, operation: str) -> bytes:
+        """One datagram. Raises KernelError, also when none comes in time."""
+        buffer = _buffer.bytes
         try:
-            return self.socket.recv(1 << 18)
-        except TimeoutError:
+            return bytes(memoryview(buffer)[: self.socket.recv_into(buffer)])
+        except BlockingIOError:
             raise KernelError(operation, errno.ETIMEDOUT, "the kernel did not answer") from None
         except OSError as error:
             raise KernelError(operation, error.errno or 0, error.strerror or "") from error
 
     def close(self) -> None:
         self.socket.close()
+
+    def _attach(self, program: bytes) -> None:
+        held = ctypes.create_string_buffer(program, len(program))  # the kernel copies it
+        fprog = struct.pack("@HP", len(program) // _INSTRUCTION_SIZE, ctypes.addressof(held))  # struct sock_fprog
+        self.socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
 def raise_for(operation: str, answer: Message) -> None:

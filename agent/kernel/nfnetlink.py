@@ -13,9 +13,11 @@ from collections.abc import Sequence
 
 from agent.core.errors import KernelError
 from agent.core.netlink import (
+    HEADER,
     NLM_F_ACK,
     NLM_F_DUMP,
     NLM_F_REQUEST,
+    NLMSG_DONE,
     NLMSG_ERROR,
     Message,
     attribute,
@@ -27,6 +29,7 @@ from agent.core.nftables import GETGEN, NETLINK_NETFILTER, Command
 from agent.kernel.netlink import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
 
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_LENGTH = struct.Struct("=I")  # the first field of nlmsghdr
 _GENERIC = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
 
 
@@ -40,11 +43,39 @@ class NftSocket(NetlinkSocket):
             self.socket.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
 
     def generation(self) -> int:
-        for answer in self.request("read nf_tables generation", GETGEN, 0, _GENERIC.pack(0, 0, 0)):
-            for kind, payload in attributes(answer.body[4:]):
-                if kind == 1:
-                    return int.from_bytes(payload)
-        return 0
+        """Grows by one with each transaction of anybody in the namespace, whatever the family."""
+        operation, sequence = "read nf_tables generation", self.next_sequence()
+        self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, _GENERIC.pack(0, 0, 0)))
+        while True:  # without an acknowledgement behind it: this is asked more often than anything else
+            for answer in messages(self.receive(operation)):
+                if answer.sequence != sequence:
+                    continue
+                if answer.kind == NLMSG_ERROR:
+                    raise_for(operation, answer)
+                for kind, payload in attributes(answer.body[4:]):
+                    if kind == 1:
+                        return int.from_bytes(payload)
+                return 0
+
+    def dumped(self, kind: int) -> bytes:
+        """Tables, chains or rules of all families: the messages as they come, one behind the other.
+
+        Not for a namespace that somebody may change meanwhile, unless the generation is compared afterwards.
+        """
+        operation, sequence = "read nf_tables", self.next_sequence()
+        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(0, 0, 0)))
+        parts: list[bytes] = []
+        while True:
+            data = self.receive(operation)
+            _, kind, _, answered, _ = HEADER.unpack_from(data)
+            if answered != sequence:
+                continue  # a late answer to a request that was given up
+            if kind == NLMSG_ERROR:
+                raise_for(operation, next(messages(data)))
+            offset, kind = _last(data)
+            parts.append(data if kind != NLMSG_DONE else data[:offset])
+            if kind == NLMSG_DONE:
+                return b"".join(parts)
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
         """Tables, chains or rules of a family; a table that does not exist dumps as nothing."""
@@ -94,3 +125,13 @@ class NftSocket(NetlinkSocket):
                     if failed is not None:
                         raise failed
                     return
+
+
+def _last(datagram: bytes) -> tuple[int, int]:
+    """Offset and type of the last message: the end of a dump, which some kernels put behind the data."""
+    end, at, offset = len(datagram) - HEADER.size, 0, 0
+    length_at = _LENGTH.unpack_from
+    while at <= end:
+        offset = at
+        at += max(HEADER.size, (length_at(datagram, at)[0] + 3) & ~3)
+    return offset, HEADER.unpack_from(datagram, offset)[1]

@@ -7,26 +7,30 @@ socket after a change waits some 20 ms for the kernel's readers, and tables that
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from dataclasses import dataclass
-from pathlib import Path
 
-from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER
-from agent.kernel.netlink import NetlinkSocket
+from agent.core import sockfilter
+from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
 from agent.kernel.netns import Netns
 from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.rtnetlink import RouteSocket
+from agent.kernel.notifications import Mark, Notifications
+from agent.kernel.rtnetlink import GROUPS, LOOPBACK_INDEX, Address, RouteSocket
 
 
 @dataclass(frozen=True, slots=True)
 class _Sockets:
     nft: NftSocket
     route: RouteSocket
-    events: NetlinkSocket
+    events: Notifications
+    route_events: Notifications
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a namespace is like: whether it has IPv6, its addresses, and whether lo has 127.0.0.1 and ::1."""
+    """What a namespace is like: whether it has IPv6, its addresses without loopback and link-local ones, and whether
+    lo is up and has 127.0.0.1 and ::1."""
 
     ipv6: bool
     addresses: tuple[str, ...]
@@ -35,11 +39,12 @@ class Facts:
 
 
 class PodNetns:
-    """A namespace and its sockets. Not for two threads at once."""
+    """A namespace and its sockets. Not for two threads at once, but that notifications are taken by the event loop."""
 
     def __init__(self, netns: Netns) -> None:
         self.netns = netns
         self._opened: _Sockets | None = None
+        self._facts: tuple[Mark, Facts] | None = None
 
     @property
     def nft(self) -> NftSocket:
@@ -50,27 +55,44 @@ class PodNetns:
         return self._sockets.route
 
     @property
-    def events(self) -> NetlinkSocket:
-        """Notifications of nf_tables changes in this namespace; not blocking."""
+    def events(self) -> Notifications:
+        """Each new generation of nf_tables in this namespace."""
         return self._sockets.events
+
+    @property
+    def route_events(self) -> Notifications:
+        """Changes of links, addresses, routes and policy rules in this namespace, also of families it lacks.
+
+        Membership in the groups of IPv6 is kept where there is no IPv6: it asks IPv6 for nothing, and is how we
+        learn that the namespace gets it.
+        """
+        return self._sockets.route_events
 
     def addresses(self) -> tuple[str, ...]:
         """Every address in the namespace but loopback and link-local ones, without prefix lengths."""
-        return self.route.addresses()
+        return self.facts().addresses
 
     def has_ipv6(self) -> bool:
         """Whether this namespace has IPv6 and lo may use it."""
-        return self.netns.call(_has_ipv6)
+        return self.facts().ipv6
 
     def facts(self) -> Facts:
-        found = self.route.addresses(loopback=True)
-        others = tuple(a for a in found if a != "::1" and not a.startswith("127."))
-        return Facts(self.has_ipv6(), others, "127.0.0.1" in found, "::1" in found)
+        """As last read, while no notification says otherwise."""
+        if self._facts is not None and self.route_events.unchanged_since(self._facts[0]):
+            return self._facts[1]
+        mark = self.route_events.mark()
+        up = self.route.lo_is_up()
+        ipv6 = self.netns.call(_has_ipv6)
+        found = _facts(self.route.held_addresses(), up=up, ipv6=ipv6)
+        # No notification is of disable_ipv6 itself. While lo is up, setting it takes ::1 away and clearing it brings
+        # ::1 back, which is told. Where that cannot be seen the answer does not last.
+        self._facts = (mark, found) if up and found.loopback6 == ipv6 else None
+        return found
 
     def close(self) -> None:
-        opened, self._opened = self._opened, None
+        opened, self._opened, self._facts = self._opened, None, None
         if opened is not None:
-            for one in (opened.nft, opened.route, opened.events):
+            for one in (opened.nft, opened.route, opened.events, opened.route_events):
                 one.close()
         self.netns.close()
 
@@ -87,14 +109,27 @@ def _open() -> _Sockets:
         undo.callback(nft.close)
         route = RouteSocket()
         undo.callback(route.close)
-        events = NetlinkSocket(NETLINK_NETFILTER, groups=[GROUP_NFTABLES])
-        events.socket.setblocking(False)
+        # Of the datagrams of a transaction, one for each object, the last one is enough.
+        events = Notifications(NETLINK_NETFILTER, [GROUP_NFTABLES], only=sockfilter.only(NEWGEN))
+        undo.callback(events.close)
+        route_events = Notifications(socket.NETLINK_ROUTE, GROUPS)
         undo.pop_all()
-    return _Sockets(nft, route, events)
+    return _Sockets(nft, route, events, route_events)
 
 
 def _has_ipv6() -> bool:
     # /proc/sys/net shows the namespace of the thread that opens the file.
-    with contextlib.suppress(OSError), Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").open("rb", 0) as file:
-        return file.read(1) == b"0"
-    return False
+    try:
+        fd = os.open("/proc/sys/net/ipv6/conf/lo/disable_ipv6", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return os.read(fd, 1) == b"0"
+    finally:
+        os.close(fd)
+
+
+def _facts(held: tuple[Address, ...], *, up: bool, ipv6: bool) -> Facts:
+    lo = {str(one.address) for one in held if one.index == LOOPBACK_INDEX} if up else set()
+    others = (one.address for one in held if not one.address.is_loopback and not one.address.is_link_local)
+    return Facts(ipv6, tuple(str(one) for one in others), "127.0.0.1" in lo, "::1" in lo)

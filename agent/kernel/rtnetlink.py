@@ -10,22 +10,30 @@ import errno
 import ipaddress
 import socket
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from agent.core import fibrules
 from agent.core.errors import KernelError
+from agent.core.fibrules import FibRule
 from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, attribute
 from agent.core.netlink import attributes as parse
 from agent.kernel.netlink import SOL_NETLINK, NetlinkSocket
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
-_NEWADDR_GET, _NEWROUTE, _DELROUTE, _GETROUTE = 22, 24, 25, 26
-_NEWRULE, _DELRULE, _GETRULE = 32, 33, 34
+GROUPS = (1, 5, 7, 8, 9, 11, 19)  # RTNLGRP_*: links; addresses, routes and rules of IPv4, then of IPv6
+NEWLINK, DELLINK, _GETLINK = 16, 17, 18
+NEWADDR, DELADDR, _GETADDR = 20, 21, 22
+NEWROUTE, DELROUTE, _GETROUTE = 24, 25, 26
+NEWRULE, DELRULE, _GETRULE = 32, 33, 34
+_LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
+_IFF_UP, _SKIP_STATS = 1, 8  # RTEXT_FILTER_SKIP_STATS of IFLA_EXT_MASK (29)
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
 _GET_STRICT_CHK = 12
 _BOOT, _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 3, 254, 2, 1
-_LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
+LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
 
 
@@ -48,6 +56,14 @@ class LocalRoute:
     table: int
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """One address without its prefix length, and the index of its interface."""
+
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    index: int
+
+
 class RouteSocket(NetlinkSocket):
     """rtnetlink in the namespace it was opened in."""
 
@@ -57,45 +73,61 @@ class RouteSocket(NetlinkSocket):
         with contextlib.suppress(OSError):
             self.socket.setsockopt(SOL_NETLINK, _GET_STRICT_CHK, 1)
 
-    def addresses(self, *, loopback: bool = False) -> tuple[str, ...]:
-        """All addresses of the namespace, without link-local ones, and without loopback ones unless asked for."""
+    def lo_is_up(self) -> bool:
+        """Whether lo is there and up. Answered under the kernel's RTNL lock, which all who change addresses, links
+        or IPv4 routes hold from before they notify to the end: after this answer, what was notified before is done."""
+        body = _LINK.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, 0, 0) + attribute(29, struct.pack("=I", _SKIP_STATS))
+        try:
+            answers = self.request("read lo", _GETLINK, 0, body)
+        except KernelError as error:
+            if error.errno == errno.ENODEV:
+                return False
+            raise
+        return any(_LINK.unpack_from(answer.body)[3] & _IFF_UP for answer in answers)
+
+    def held_addresses(self) -> tuple[Address, ...]:
+        """All addresses of the namespace, of either family."""
         found = []
-        for answer in self.request("read addresses", _NEWADDR_GET, NLM_F_DUMP, bytes(8)):
+        for answer in self.request("read addresses", _GETADDR, NLM_F_DUMP, bytes(8)):
             parts = dict(parse(answer.body[8:]))
             raw = parts.get(2) or parts.get(1)  # IFA_LOCAL where the link has a peer, else IFA_ADDRESS
             if raw is not None and len(raw) in (4, 16):
-                address = ipaddress.ip_address(raw)
-                if (loopback or not address.is_loopback) and not address.is_link_local:
-                    found.append(str(address))
+                index = int.from_bytes(answer.body[4:8], sys.byteorder)  # of ifaddrmsg
+                found.append(Address(ipaddress.ip_address(raw), index))
         return tuple(found)
 
-    def mark_rules(self, family: int) -> Iterator[MarkRule]:
-        """Rules of the form of MarkRule; others are left out."""
-        for answer in self._dump("read policy rules", _GETRULE, _RULE.pack(AF[family], *[0] * 8)):
-            header, parts = _RULE.unpack_from(answer), dict(parse(answer[_RULE.size :]))
-            if header[1] or header[2] or header[7] != _TO_TABLE or 10 not in parts:
-                continue
-            # FRA_PRIORITY 6, FRA_FWMARK 10, FRA_TABLE 15, FRA_FWMASK 16
-            numbers = [int.from_bytes(parts.get(kind, b""), "little") for kind in (6, 10, 16, 15)]
-            yield MarkRule(family, *numbers)
+    def rules(self, *, ipv6: bool) -> tuple[FibRule, ...]:
+        """All policy rules in order, those of IPv6 only when asked for."""
+        family = socket.AF_UNSPEC if ipv6 else socket.AF_INET
+        answers = self._dump("read policy rules", _GETRULE, _RULE.pack(family, *[0] * 8))
+        found = (fibrules.parse(answer) for answer in answers)
+        return tuple(rule for rule in found if rule is not None and (ipv6 or rule.family == 4))
 
     def local_routes(self, family: int, table: int) -> Iterator[LocalRoute]:
         """Default routes of type local on lo in one table (1 to 252)."""
-        wanted, body = table, _ROUTE.pack(AF[family], 0, 0, 0, table, 0, 0, 0, 0)
+        for header, parts in self._routes(family, table):
+            oif = int.from_bytes(parts.get(4, b""), sys.byteorder)
+            if header[1] == 0 and header[7] == _TYPE_LOCAL and oif == LOOPBACK_INDEX:
+                yield LocalRoute(family, table)
+
+    def has_routes(self, family: int, table: int) -> bool:
+        """Whether a table holds any route."""
+        return any(True for _ in self._routes(family, table))
+
+    def _routes(self, family: int, table: int) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
+        body = _ROUTE.pack(AF[family], 0, 0, 0, 0, 0, 0, 0, 0) + attribute(15, struct.pack("=I", table))
         for answer in self._dump("read routes", _GETROUTE, body):
             header, parts = _ROUTE.unpack_from(answer), dict(parse(answer[_ROUTE.size :]))
-            table = int.from_bytes(parts.get(15, b""), "little") or header[4]
-            oif = int.from_bytes(parts.get(4, b""), "little")
-            if header[1] == 0 and header[7] == _TYPE_LOCAL and oif == _LOOPBACK_INDEX and table == wanted:
-                yield LocalRoute(family, table)
+            if (int.from_bytes(parts.get(15, b""), sys.byteorder) or header[4]) == table:
+                yield header, parts
 
     def change(self, item: MarkRule | LocalRoute, *, add: bool) -> None:
         """Adds or deletes; an item that is already so is fine."""
         if isinstance(item, MarkRule):
-            kind, body = (_NEWRULE if add else _DELRULE), _rule_body(item)
+            kind, body = (NEWRULE if add else DELRULE), _rule_body(item)
             flags = NLM_F_CREATE | NLM_F_EXCL if add else 0
         else:
-            kind, body = (_NEWROUTE if add else _DELROUTE), _route_body(item)
+            kind, body = (NEWROUTE if add else DELROUTE), _route_body(item)
             flags = NLM_F_CREATE | NLM_F_REPLACE if add else 0
         try:
             self.request(f"ip {text(item, add=add)}", kind, flags, body)
@@ -104,9 +136,13 @@ class RouteSocket(NetlinkSocket):
                 raise
 
     def _dump(self, operation: str, kind: int, body: bytes) -> list[bytes]:
-        with contextlib.suppress(KernelError):  # a kernel without this family answers EOPNOTSUPP or EAFNOSUPPORT
+        try:
             return [answer.body for answer in self.request(operation, kind, NLM_F_DUMP, body)]
-        return []
+        except KernelError as error:
+            # No such table; or a kernel without this family.
+            if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                return []
+            raise
 
 
 def text(item: MarkRule | LocalRoute, *, add: bool) -> str:
@@ -127,5 +163,5 @@ def _rule_body(rule: MarkRule) -> bytes:
 
 def _route_body(route: LocalRoute) -> bytes:
     header = _ROUTE.pack(AF[route.family], 0, 0, 0, 0, _BOOT, _SCOPE_HOST, _TYPE_LOCAL, 0)
-    table, oif = struct.pack("=I", route.table), struct.pack("=I", _LOOPBACK_INDEX)
+    table, oif = struct.pack("=I", route.table), struct.pack("=I", LOOPBACK_INDEX)
     return header + attribute(1, _UNSPEC[route.family]) + attribute(15, table) + attribute(4, oif)

@@ -21,6 +21,7 @@ READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and nothing he
 class Backend(StrEnum):
     NFTABLES = "nftables"
     IPTABLES = "iptables"
+    LEGACY = "iptables-legacy"
 
 
 class NodeProcesses:
@@ -38,11 +39,15 @@ class NodeProcesses:
 
     def start_agent(self) -> Child:
         """Returns once it says that it is ready. Raises SluiceError with the tail of its log."""
-        argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
-        log = self.directory / "agent.log"
-        child = self._children.start(f"{self.node}.agent", argv, self._netns, log)
+        child = self.begin_agent()
         self.await_agent(child)
         return child
+
+    def begin_agent(self) -> Child:
+        """Starts it and returns at once."""
+        argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
+        log = self.directory / "agent.log"
+        return self._children.start(f"{self.node}.agent", argv, self._netns, log)
 
     def start_ztunnel(self, name: str = "ztunnel") -> Child:
         """Returns at once: it is ready only with the agent, which may not be there yet."""

@@ -1,27 +1,35 @@
-"""Drift as the kernel tells it: nf_tables notifications in every captured pod's namespace.
+"""Drift as the kernel tells it: notifications of nf_tables and of rtnetlink in every captured pod's namespace.
 
-A notification wakes the pod's reconciliation and names the process that committed the change. Our own
-commits are known by the port of the pod's socket, those of iptables-restore by its process id. What is
-missed here is found by the periodic verification.
+A notification wakes the pod's reconciliation and names the process that made the change. Our own changes are known
+by the port of the pod's sockets, those of iptables-restore by its process id. Legacy iptables tells nobody: drift
+there, and what is missed here, is found by the periodic verification.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from agent.core import netlink
+from agent.core import names, netlink
+from agent.core.netlink import Message
 from agent.core.nftables import NEWGEN
-from agent.kernel import exec
-from agent.kernel.netlink import NetlinkSocket
+from agent.kernel import exec, rtnetlink
 from agent.kernel.podnetns import PodNetns
+
+_MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port beyond all process ids
+_RULE = (rtnetlink.NEWRULE, rtnetlink.DELRULE)
+_ADDRESS = (rtnetlink.NEWADDR, rtnetlink.DELADDR)
+_ROUTE = (rtnetlink.NEWROUTE, rtnetlink.DELROUTE)
+_LINK = (rtnetlink.NEWLINK, rtnetlink.DELLINK)
 
 
 class DriftWatcher:
     """Every captured pod's notifications in the event loop. All methods belong to the loop's thread."""
 
     def __init__(self, wake: Callable[[str, str], None]) -> None:
-        """`wake(uid, cause)`; cause is such as "nft[4711]"."""
+        """`wake(uid, cause)`; cause is such as "nft[4711]", "process 4711" (of which no more is known), "kernel"."""
         self._wake = wake
         self._watched: dict[str, PodNetns] = {}
 
@@ -31,39 +39,78 @@ class DriftWatcher:
             return
         self.unwatch(uid)
         loop = asyncio.get_running_loop()
-        loop.add_reader(target.events.socket, self._read, uid, target.nft.port, target.events)
+        loop.add_reader(target.events.socket, self._rules_changed, uid, target)
+        loop.add_reader(target.route_events.socket, self._routes_changed, uid, target)
         self._watched[uid] = target
 
     def unwatch(self, uid: str) -> None:
         """Before the target is closed."""
         target = self._watched.pop(uid, None)
         if target is not None:
-            asyncio.get_running_loop().remove_reader(target.events.socket)
+            for events in (target.events, target.route_events):
+                asyncio.get_running_loop().remove_reader(events.socket)
 
     def close(self) -> None:
         for uid in list(self._watched):
             self.unwatch(uid)
 
-    def _read(self, uid: str, ours: int, sock: NetlinkSocket) -> None:
-        cause = ""
-        try:
-            while True:
-                for message in netlink.messages(sock.socket.recv(1 << 16)):
-                    if message.kind == NEWGEN and message.port != ours:
-                        cause = cause or _culprit(message.body)
-        except BlockingIOError:
-            pass
-        except OSError:
-            cause = "unknown"  # ENOBUFS: notifications were lost, so the pod is looked at
+    def _rules_changed(self, uid: str, target: PodNetns) -> None:
+        taken, lost = target.events.take()
+        foreign = (one for one in taken if one.kind == NEWGEN and one.port != target.nft.port)
+        cause = next(filter(None, map(_committer, foreign)), "unknown" if lost else "")
         if cause:
             self._wake(uid, cause)
 
+    def _routes_changed(self, uid: str, target: PodNetns) -> None:
+        taken, lost = target.route_events.take()
+        foreign = [one for one in taken if one.port != target.route.port and concerns(one)]
+        # Whom one can name, rather than the kernel, which only drew the conclusions.
+        port = next((one.port for one in foreign if one.port), 0)
+        if foreign or lost:
+            self._wake(uid, _requester(port, target) if foreign else "unknown")
 
-def _culprit(body: bytes) -> str:
+
+def concerns(message: Message) -> bool:
+    """Whether a notification of rtnetlink may tell of what capture relies on, or of what a pod is known by.
+
+    Any policy rule may come before ours. Any address may be the pod's, ::1 on lo tells of IPv6, and the last IPv4
+    address of lo takes our route with it without a word about that (fib_disable_ip). Routes count in our table only.
+    While lo is down it cannot be told whether there is IPv6, and nobody can listen on it.
+    """
+    if message.kind in _RULE or message.kind in _ADDRESS:
+        return True
+    if message.kind in _LINK:
+        return int.from_bytes(message.body[4:8], sys.byteorder) == rtnetlink.LOOPBACK_INDEX  # of ifinfomsg
+    if message.kind in _ROUTE:
+        table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
+        return (int.from_bytes(table, sys.byteorder) if table else message.body[4]) == names.ROUTE_TABLE
+    return False
+
+
+def _committer(message: Message) -> str:
     """Who committed, as "nft[4711]"; "" when it was a program that we started."""
-    parts = dict(netlink.attributes(body[4:]))
+    parts = dict(netlink.attributes(message.body[4:]))
     pid = int.from_bytes(parts.get(2, b""))
     if exec.is_ours(pid):
         return ""
     name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
     return f"{name or 'unknown'}[{pid}]"
+
+
+def _requester(port: int, target: PodNetns) -> str:
+    """Whom a port belongs to: that of a process's first socket is its process id, as its own PID namespace counts.
+
+    So the id is only a name for a process that we find under it in the pod's network namespace.
+    """
+    if not port:
+        return "kernel"
+    if port > _MOST_PIDS:
+        return "unknown"
+    process = Path("/proc", str(port))
+    try:
+        there = (process / "ns/net").stat()
+        if (there.st_dev, there.st_ino) == (target.netns.id.device, target.netns.id.inode):
+            return f"{(process / 'comm').read_text().strip()}[{port}]"
+    except OSError:
+        pass  # ended already, as ip mostly has
+    return f"process {port}"

@@ -1,38 +1,64 @@
-"""The iptables backend (nf_tables variant): at most one process per family and change, none to compare."""
+"""The iptables backend (nf_tables variant): at most one process per family and change, none to compare.
+
+While a namespace has no IPv6 its IPv6 tables are neither read nor written: rules made before stay as they are.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
+from agent.backends import shadows
 from agent.backends.base import Support
 from agent.backends.iptables import bases, reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Payload, Restore
-from agent.backends.iptables.comparison import differences
+from agent.backends.iptables.comparison import differences, same
 from agent.backends.iptables.reading import Have
 from agent.backends.iptables.rendering import XtTable
+from agent.backends.netfilter import Table
+from agent.backends.nfdumps import Content, Ruleset
+from agent.backends.nfmessages import comment_data
+from agent.backends.nfreading import Reader
 from agent.core.errors import CommandError, KernelError
-from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE
+from agent.core.netlink import Message, attribute
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import exec, scratch
-from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.podnetns import PodNetns
 
 _PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
+_NOTHING = Redirect(ipv4=False, ipv6=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What of ours is there, in the families that the namespace has; and remarks on what comes before it."""
+
+    held: Have
+    remarks: tuple[str, ...] = ()
 
 
 class IptablesBackend:
-    """Five verbs over iptables-restore; reads the same tables through nfnetlink."""
+    """Five verbs over iptables-restore; reads the same tables through nfnetlink.
+
+    `ipv6` False: nobody will want IPv6, and what the node lacks of it is not missed. What is left of IPv6 rules in a
+    namespace that has IPv6 is removed all the same.
+    """
 
     name = "iptables"
 
+    def __init__(self, *, ipv6: bool = True) -> None:
+        self._families = tuple(FAMILIES) if ipv6 else (4,)
+        self._reader = Reader(_seen)
+
     def probe(self) -> Support:
-        for program in _PROGRAM.values():
+        for program in (_PROGRAM[family] for family in self._families):
             if shutil.which(program, path=exec.PATH) is None:
                 return Support(False, f"{program} is not installed; install iptables 1.8 with its nft variant")
         try:
-            scratch.call(_commit_sample)
+            scratch.call(lambda: _commit_sample(self._families))
         except (CommandError, KernelError) as error:
             return Support(False, f"the kernel refused our rules ({error}); it needs nft_compat and xt modules")
         return Support(True)
@@ -40,16 +66,17 @@ class IptablesBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Have:
-        return read(target.nft)
+    def read(self, target: PodNetns) -> Seen:
+        return self._reader.read(target)
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[Payload]:
+    def plan(self, want: Redirect | None, have: Seen) -> Plan[Payload]:
         steps: list[Step[Payload]] = []
         found: list[str] = []
         create: list[tuple[int, str, str]] = []
-        for family in FAMILIES:
-            actual = have.families[family]
-            wanted = rendering.render(want or Redirect(ipv4=False, ipv6=False), family)
+        for family, actual in have.held.families.items():
+            wanted = rendering.render(want or _NOTHING, family)
+            if same(wanted.tables, actual):
+                continue
             found += differences(family, wanted.tables, actual)
             create += [
                 (family, table, base)
@@ -61,10 +88,10 @@ class IptablesBackend:
             if script:
                 steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
         if create:
-            steps.insert(0, bases.create(create, have))
+            steps.insert(0, bases.create(create, have.held))
         if not steps:
-            steps = list(bases.drop(want, have))
-        return Plan(tuple(steps), tuple(found), have.generation)
+            steps = list(bases.drop(want, have.held))
+        return Plan(tuple(steps), tuple(found), have.held.generation, have.remarks)
 
     def apply(self, target: PodNetns, plan: Plan[Payload]) -> None:
         for step in plan.steps:
@@ -74,21 +101,26 @@ class IptablesBackend:
                 target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def read(nft: NftSocket) -> Have:
-    """All tables of iptables in the namespace of this socket, read within one generation."""
-    for _ in range(20):
-        generation = nft.generation()
-        families, seen = {}, set()
-        for family, protocol in FAMILIES.items():
-            tables = nft.dump(GETTABLE, protocol)
-            chains = nft.dump(GETCHAIN, protocol) if tables else []
-            rules = nft.dump(GETRULE, protocol) if tables else []
-            families[family] = reading.family_tables(tables, chains, rules)
-            seen |= {message.body[2:4] for message in (*tables, *chains, *rules)}
-        # Each message of a dump carries the low half of the generation that it shows.
-        if seen <= {generation.to_bytes(4)[2:]}:
-            return Have(families, generation)
-    raise KernelError("read iptables", 0, "somebody keeps changing the rules while they are read")
+def _seen(ruleset: Ruleset, generation: int, target: PodNetns) -> Seen:
+    families = {family: _tables(ruleset, family) for family in (FAMILIES if target.has_ipv6() else (4,))}
+    remarks = shadows.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
+    return Seen(Have(families, generation), remarks)
+
+
+def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:
+    heads = (head for head in ruleset.tables if head.family == FAMILIES[family])
+    return _family(ruleset.content, FAMILIES[family], tuple((head.name, head.comment) for head in heads))
+
+
+@lru_cache(maxsize=64)
+def _family(content: Content, protocol: int, tables: tuple[tuple[str, str], ...]) -> dict[str, XtTable]:
+    """The tables of one family, given by name and comment, with what they hold."""
+    heads = [
+        Message(0, 0, 0, 0, bytes([protocol, 0, 0, 0]) + attribute(1, name) + attribute(6, comment_data(words)))
+        for name, words in tables
+    ]
+    chains, rules = ([m for m in part if m.body[0] == protocol] for part in (content.chains, content.rules))
+    return reading.family_tables(heads, chains, rules)
 
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:
@@ -96,8 +128,8 @@ def _restore(step: Restore, target: PodNetns | None = None) -> None:
     exec.run([_PROGRAM[step.family], "--noflush"], stdin=step.script, within=within, seconds=10)
 
 
-def _commit_sample() -> None:
+def _commit_sample(families: tuple[int, ...]) -> None:
     """Every rule of every variant, in a namespace that nobody else sees."""
     sample = Redirect(virtual_interfaces=("lo",))
-    for family in FAMILIES:
+    for family in families:
         _restore(Restore(family, rendering.script(family, rendering.render(sample, family), {})))

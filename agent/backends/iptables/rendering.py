@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from agent.backends import netfilter
+from agent.backends import netfilter, peers
 from agent.backends.netfilter import Field, Hook, Match, Rule, Table, Verb
 from agent.core import names, tags
 from agent.core.redirect import Redirect
@@ -44,12 +44,16 @@ class Rendering:
 
 
 @lru_cache(maxsize=64)
-def render(redirect: Redirect, family: int) -> Rendering:
-    """Rules of family 4 or 6; empty when the intent leaves that family out."""
+def render(redirect: Redirect, family: int, plain: bool = False) -> Rendering:
+    """Rules of family 4 or 6; empty when the intent leaves that family out.
+
+    `plain`: as istio-cni writes them, without tags and without rules that only count.
+    """
     tables: dict[str, XtTable] = {}
     lines: dict[tuple[str, str], tuple[str, ...]] = {}
     wanted = redirect.ipv4 if family == 4 else redirect.ipv6
-    rules = [rule for rule in netfilter.rules(redirect) if rule.family in (None, family)] if wanted else []
+    known = netfilter.rules(redirect, counting=not plain) if wanted else ()
+    rules = [peers.iptables(rule) if plain else rule for rule in known if rule.family in (None, family)]
     for table in ORDER:
         mine = [rule for rule in rules if rule.table is table]
         if not mine:
@@ -58,13 +62,13 @@ def render(redirect: Redirect, family: int) -> Rendering:
         for hook in Hook:
             chain = CHAINS[hook]
             texts = [text for rule in mine if rule.hook is hook for text in arguments(rule)]
-            marks = tags.chain(texts, f"{family} {table.value} {chain}")
+            marks = ("",) * len(texts) if plain else tags.chain(texts, f"{family} {table.value} {chain}")
             lines[table.value, chain] = tuple(
-                f'-A {chain} -m comment --comment "{tag}" {text}' for text, tag in zip(texts, marks, strict=True)
+                f"-A {chain} {_comment(tag)}{text}" for text, tag in zip(texts, marks, strict=True)
             )
             chains.append((chain, marks))
             base = hook.name
-            (jump_tag,) = tags.chain([f"-j {chain}"], f"{family} {table.value} {base}")
+            (jump_tag,) = ("",) if plain else tags.chain([f"-j {chain}"], f"{family} {table.value} {base}")
             jumps.append((base, chain, jump_tag))
         tables[table.value] = XtTable(tuple(sorted(chains)), tuple(sorted(jumps)))
     return Rendering(tables, lines)
@@ -165,14 +169,29 @@ def _target(rule: Rule) -> str:
 
 
 def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:
-    """What iptables-restore --noflush has to read to turn `have` into `want`; "" when nothing is to do."""
-    sections = []
-    for table in ORDER:
+    """What iptables-restore --noflush has to read to turn `have` into `want`; "" when nothing is to do.
+
+    To remove all, redirections go first, and chains last: one that somebody else's rule jumps to cannot go, and that
+    must not keep the rest.
+    """
+    sections: list[str] = []
+    ends: list[str] = []
+    for table in ORDER if want.tables else reversed(ORDER):
         wanted, actual = want.tables.get(table.value, XtTable()), have.get(table.value, XtTable())
-        if (wanted.chains, wanted.jumps) != (actual.chains, actual.jumps):
-            lines = _section(table.value, want, wanted, actual)
-            sections.append("\n".join([f"*{table.value}", *lines, "COMMIT"]))
-    return "\n".join(sections) + "\n" if sections else ""
+        if (wanted.chains, wanted.jumps) == (actual.chains, actual.jumps):
+            continue
+        lines = [*_section(table.value, want, wanted, actual)]
+        unwanted = [f"-X {chain}" for chain, _ in actual.chains if chain not in dict(wanted.chains)]
+        if want.tables:
+            lines += unwanted
+        elif unwanted:
+            ends.append(_commit(table, unwanted))
+        sections.append(_commit(table, lines))
+    return "".join([*sections, *ends])
+
+
+def _commit(table: Table, lines: list[str]) -> str:
+    return "\n".join([f"*{table.value}", *lines, "COMMIT", ""])
 
 
 def _section(table: str, want: Rendering, wanted: XtTable, actual: XtTable) -> Iterator[str]:
@@ -190,12 +209,13 @@ def _section(table: str, want: Rendering, wanted: XtTable, actual: XtTable) -> I
             yield _jump("-A", jump)
     for chain, _ in wanted.chains:
         yield from want.lines[table, chain]
-    unwanted = [chain for chain, _ in actual.chains if chain not in dict(wanted.chains)]
-    yield from (f"-F {chain}" for chain in unwanted)
-    yield from (f"-X {chain}" for chain in unwanted)
+    yield from (f"-F {chain}" for chain, _ in actual.chains if chain not in dict(wanted.chains))
 
 
 def _jump(verb: str, jump: tuple[str, str, str]) -> str:
     base, chain, tag = jump
-    comment = f'-m comment --comment "{tag}" ' if tag else ""
-    return f"{verb} {base} {comment}-j {chain}"
+    return f"{verb} {base} {_comment(tag)}-j {chain}"
+
+
+def _comment(tag: str) -> str:
+    return f'-m comment --comment "{tag}" ' if tag else ""

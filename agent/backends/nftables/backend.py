@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from agent.backends import shadows
 from agent.backends.base import Support
-from agent.backends.nfmessages import text
+from agent.backends.netfilter import Table
+from agent.backends.nfdumps import Ruleset
+from agent.backends.nfreading import Reader
 from agent.backends.nftables import reading
 from agent.backends.nftables.reading import Have
 from agent.backends.nftables.rendering import (
@@ -18,30 +21,35 @@ from agent.backends.nftables.rendering import (
     table_command,
 )
 from agent.backends.nftables.ruleset import TableState, differences
+from agent.core import names
 from agent.core.errors import KernelError
-from agent.core.netlink import attributes
-from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
+from agent.core.nftables import NFPROTO_INET, Command
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import scratch
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.podnetns import PodNetns
 
+_NAT = names.NFT_TABLE_PREFIX + Table.NAT.value
 NftPlan = Plan[tuple[Command, ...]]
 
 
 class NftablesBackend:
-    """Five verbs over nf_tables. `owned`: tables carry OWNER and PERSIST; `probe` finds out if they can."""
+    """Five verbs over nf_tables. `owned`: tables carry OWNER and PERSIST; `probe` finds out if they can.
+
+    `ipv6` False: nobody will want IPv6, and what the kernel lacks of it is not missed.
+    """
 
     name = "nftables"
 
-    def __init__(self, owned: bool = False) -> None:
-        self.owned = owned
+    def __init__(self, owned: bool = False, *, ipv6: bool = True) -> None:
+        self.owned, self._ipv6 = owned, ipv6
+        self._reader = Reader(_have)
 
     def probe(self) -> Support:
         try:
             self.owned = scratch.call(_try_owned)
-            scratch.call(lambda: _commit_sample(self.owned))
+            scratch.call(lambda: _commit_sample(self.owned, self._ipv6))
         except KernelError as error:
             return Support(False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2")
         remark = "tables are owned" if self.owned else "this kernel has no owned tables (needs 6.9)"
@@ -51,7 +59,7 @@ class NftablesBackend:
         return desired
 
     def read(self, target: PodNetns) -> Have:
-        return read(target.nft)
+        return self._reader.read(target)
 
     def plan(self, want: Redirect | None, have: Have) -> NftPlan:
         present = tuple(table.name for table in have.tables)
@@ -59,14 +67,16 @@ class NftablesBackend:
             commands = tuple(delete_commands(present))
             script = "\n".join(f"delete table inet {name}" for name in present)
             found = tuple(f"table inet {name} is not wanted" for name in present)
-            return Plan((Step(script, commands),) if commands else (), found, have.generation)
+            return Plan((Step(script, commands),) if commands else (), found, have.generation, have.remarks)
         rendering = render(want, self.owned)
         found = tuple(differences(rendering.tables, have.tables))
         if not found and not any(self._unowned(table) for table in have.tables):
             return self._adopt(have)
         found = found or ("the tables are not protected by an owner",)
         script = "".join(f"delete table inet {name}\n" for name in present) + rendering.text
-        return Plan((Step(script, (*delete_commands(present), *rendering.commands)),), found, have.generation)
+        return Plan(
+            (Step(script, (*delete_commands(present), *rendering.commands)),), found, have.generation, have.remarks
+        )
 
     def _unowned(self, table: TableState) -> bool:
         # PERSIST cannot be given to an existing table; one replacement gives it both flags.
@@ -76,31 +86,19 @@ class NftablesBackend:
         """Rules are right: at most the ownership that our predecessor left behind is taken over."""
         orphans = [t.name for t in have.tables if self.owned and t.flags & (OWNER | PERSIST) == PERSIST]
         if not orphans:
-            return Plan(seen=have.generation)
+            return Plan(seen=have.generation, remarks=have.remarks)
         script = "\n".join(f"# take over the ownership of table inet {name}" for name in orphans)
         commands = tuple(table_command(name, OWNER | PERSIST) for name in orphans)
-        return Plan((Step(script, commands),), seen=have.generation)
+        return Plan((Step(script, commands),), seen=have.generation, remarks=have.remarks)
 
     def apply(self, target: PodNetns, plan: NftPlan) -> None:
         for step in plan.steps:
             target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def read(nft: NftSocket) -> Have:
-    """Our tables in the namespace of this socket, all read within one generation."""
-    for _ in range(20):
-        generation = nft.generation()
-        present = [message for message in nft.dump(GETTABLE, NFPROTO_INET) if table_name(message.body) in TABLES]
-        chains = nft.dump(GETCHAIN, NFPROTO_INET) if present else []
-        rules = nft.dump(GETRULE, NFPROTO_INET) if present else []
-        # Each message of a dump carries the low half of the generation that it shows.
-        if all(message.body[2:4] == generation.to_bytes(4)[2:] for message in (*present, *chains, *rules)):
-            return Have(reading.tables(present, chains, rules), generation, nft.port)
-    raise KernelError("read nf_tables", 0, "somebody keeps changing the rules while they are read")
-
-
-def table_name(body: bytes) -> str:
-    return text(dict(attributes(body[4:])).get(1))
+def _have(ruleset: Ruleset, generation: int, target: PodNetns) -> Have:
+    remarks = shadows.chains(ruleset, NFPROTO_INET, _NAT, ipv6=target.has_ipv6())
+    return Have(reading.of(ruleset), generation, target.nft.port, remarks)
 
 
 def _try_owned() -> bool:
@@ -114,16 +112,13 @@ def _try_owned() -> bool:
         nft.close()
 
 
-def _commit_sample(owned: bool) -> None:
+def _commit_sample(owned: bool, ipv6: bool) -> None:
     """Every expression that any variant uses, in a namespace that nobody else sees."""
     sample = Redirect(virtual_interfaces=("lo",))
     nft = NftSocket()
     try:
-        nft.commit("try the rules", render(sample, owned).commands, None)
-        nft.commit("try the rules without IPv6", _replacing(replace(sample, ipv6=False), owned), None)
+        nft.commit("try the rules without IPv6", render(replace(sample, ipv6=False), owned).commands, None)
+        if ipv6:
+            nft.commit("try the rules", [*delete_commands(TABLES), *render(sample, owned).commands], None)
     finally:
         nft.close()
-
-
-def _replacing(redirect: Redirect, owned: bool) -> list[Command]:
-    return [*delete_commands(TABLES), *render(redirect, owned).commands]

@@ -1,4 +1,4 @@
-"""nf_tables dumps as the state that is compared. Pure: messages in, tables out."""
+"""nf_tables dumps as the state that is compared. Pure: a rule set in, tables out."""
 
 from __future__ import annotations
 
@@ -6,47 +6,73 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from agent.backends.nfdumps import Content, Ruleset
 from agent.backends.nfmessages import comment, text
+from agent.backends.nftables.rendering import TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest, without_counts
 from agent.core.names import TAG_PREFIX
 from agent.core.netlink import Message, attributes
+from agent.core.nftables import NFPROTO_INET
 
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """What of ours is in one namespace. `port` is our socket's, to know tables that we own."""
+    """What of ours is in one namespace. `port` is our socket's, to know tables that we own.
+
+    `remarks` are on what of others comes before it.
+    """
 
     tables: tuple[TableState, ...]
     generation: int
     port: int
+    remarks: tuple[str, ...] = ()
+
+
+def of(ruleset: Ruleset) -> tuple[TableState, ...]:
+    """Our tables in a pod with their chains and rules, by name."""
+    chains = _ours(ruleset.content)
+    found = (
+        TableState(head.name, chains.get(head.name, ()), head.flags, head.owner)
+        for head in ruleset.tables
+        if head.family == NFPROTO_INET and head.name in TABLES
+    )
+    return tuple(sorted(found, key=lambda table: table.name))
+
+
+@lru_cache(maxsize=64)
+def _ours(content: Content) -> dict[str, tuple[Chain, ...]]:
+    inet = ([m for m in part if m.body[0] == NFPROTO_INET] for part in (content.chains, content.rules))
+    return _chains(*inet)
 
 
 def tables(
     table_dump: Sequence[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
 ) -> tuple[TableState, ...]:
-    """Tables with their chains and rules, by name; chains and rules of other tables are left out."""
+    """From dumps of one family: tables with their chains and rules, by name; those of other tables are left out."""
     heads = [dict(attributes(message.body[4:])) for message in table_dump]
-    ours = {text(head.get(1)) for head in heads}
+    blanked = (replace(message, body=without_counts(message.body)) for message in rule_dump)
+    chains = _chains(chain_dump, blanked)
+    found = []
+    for head in heads:
+        name, numbers = text(head.get(1)), (int.from_bytes(head.get(kind, b"")) for kind in (2, 7))  # flags, owner
+        found.append(TableState(name, chains.get(name, ()), *numbers))
+    return tuple(sorted(found, key=lambda table: table.name))
+
+
+def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict[str, tuple[Chain, ...]]:
+    """The chains of each table by name, from messages of one family whose counters are blanked."""
     rules: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for message in rule_dump:
-        table, chain, tag, what = _rule(without_counts(message.body))
-        if table in ours:
-            rules.setdefault((table, chain), []).append((tag, what))
+        table, chain, tag, what = _rule(message.body)
+        rules.setdefault((table, chain), []).append((tag, what))
     chains: dict[str, list[Chain]] = {}
     for message in chain_dump:
         table, bare = _chain(message.body)
         chains.setdefault(table, []).append(replace(bare, rules=tuple(rules.get((table, bare.name), ()))))
-    found = []
-    for head in heads:
-        name = text(head.get(1))
-        flags, owner = int.from_bytes(head.get(2, b"")), int.from_bytes(head.get(7, b""))
-        mine = sorted(chains.get(name, ()), key=lambda chain: chain.name)
-        found.append(TableState(name, tuple(mine), flags, owner))
-    return tuple(sorted(found, key=lambda table: table.name))
+    return {table: tuple(sorted(held, key=lambda chain: chain.name)) for table, held in chains.items()}
 
 
-# A node's pods have the same few dozen rules and chains, under the same handles, and each is read again and
-# again: what a message says is worked out once.
+# Namespaces that differ in rules of others have ours in common: what a message says is worked out once.
 @lru_cache(maxsize=1024)
 def _rule(body: bytes) -> tuple[str, str, str, str]:
     """(table, chain, our tag or "", digest) of a rule message whose counters are blanked."""

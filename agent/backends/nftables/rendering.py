@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
-from agent.backends import netfilter
+from agent.backends import netfilter, peers
 from agent.backends.netfilter import Hook, Table
 from agent.backends.nfmessages import HOOK_NUMBER, base_chain, comment_data
 from agent.backends.nftables import expressions
@@ -49,23 +49,28 @@ class _Line:
 
 
 @lru_cache(maxsize=64)
-def render(redirect: Redirect, owned: bool) -> Rendering:
-    """Renders all tables of a variant; `owned` gives them the flags OWNER and PERSIST."""
+def render(redirect: Redirect, owned: bool, plain: bool = False) -> Rendering:
+    """Renders all tables of a variant; `owned` gives them the flags OWNER and PERSIST.
+
+    `plain`: as istio-cni writes them, without tags and without rules that only count.
+    """
     texts: list[str] = []
     commands: list[Command] = []
     states: list[TableState] = []
-    rules = netfilter.rules(redirect)
+    rules = netfilter.rules(redirect, counting=not plain)
     for table in Table:
-        mine = [rule for rule in rules if rule.table is table]
+        mine = [peers.nftables(rule) if plain else rule for rule in rules if rule.table is table]
         if mine:
-            text, added, state = _table(table, mine, owned)
+            text, added, state = _table(table, mine, owned, plain)
             texts.append(text)
             commands += added
             states.append(state)
     return Rendering("\n".join(texts), tuple(commands), tuple(states))
 
 
-def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str, list[Command], TableState]:
+def _table(
+    table: Table, rules: list[netfilter.Rule], owned: bool, plain: bool
+) -> tuple[str, list[Command], TableState]:
     name = names.NFT_TABLE_PREFIX + table.value
     flags = OWNER | PERSIST if owned else 0
     lines, commands, chains = [f"table inet {name} {{"], [table_command(name, flags)], []
@@ -78,13 +83,13 @@ def _table(table: Table, rules: list[netfilter.Rule], owned: bool) -> tuple[str,
         lines.append(f"\t\ttype {kind} hook {hook.value} priority {printed}; policy accept;")
         commands.append(_chain_command(name, hook.value, base_chain(table, hook)))
         jump = _Line(hook.value, f"jump {_CHAIN[hook]}", expressions.verdict(expressions.JUMP, _CHAIN[hook]))
-        tagged = _write(name, [jump], lines, later)
+        tagged = _write(name, [jump], lines, later, plain)
         chains.append(Chain(hook.value, tagged, kind, HOOK_NUMBER[hook], priority))
     for hook in Hook:
         lines.append(f"\tchain {_CHAIN[hook]} {{")
         commands.append(_chain_command(name, _CHAIN[hook]))
         own = list(_lines(_CHAIN[hook], [rule for rule in rules if rule.hook is hook], numbers))
-        chains.append(Chain(_CHAIN[hook], _write(name, own, lines, later)))
+        chains.append(Chain(_CHAIN[hook], _write(name, own, lines, later, plain)))
     lines.append("}")
     by_name = tuple(sorted(chains, key=lambda chain: chain.name))
     return "\n".join(lines), commands + later, TableState(name, by_name, flags)
@@ -99,18 +104,16 @@ def _lines(chain: str, rules: list[netfilter.Rule], numbers: Iterator[int]) -> I
         yield _Line(chain, text, encoded, sets)
 
 
-def _write(table: str, rules: list[_Line], lines: list[str], commands: list[Command]) -> tuple[tuple[str, str], ...]:
+def _write(
+    table: str, rules: list[_Line], lines: list[str], commands: list[Command], plain: bool
+) -> tuple[tuple[str, str], ...]:
     """Appends the rules of one chain, and its closing brace, to the script and to the batch."""
     chain = rules[0].chain if rules else ""
-    marks = tags.chain((rule.text for rule in rules), f"{table} {chain}")
+    marks = ("",) * len(rules) if plain else tags.chain((rule.text for rule in rules), f"{table} {chain}")
     for rule, tag in zip(rules, marks, strict=True):
-        lines.append(f'\t\t{rule.text} comment "{tag}"')
-        body = (
-            attribute(1, table)
-            + attribute(2, rule.chain)
-            + nested(4, rule.expressions)
-            + attribute(7, comment_data(tag))
-        )
+        lines.append(f'\t\t{rule.text} comment "{tag}"' if tag else f"\t\t{rule.text}")
+        body = attribute(1, table) + attribute(2, rule.chain) + nested(4, rule.expressions)
+        body += attribute(7, comment_data(tag)) if tag else b""
         for found in rule.sets:
             commands += found.commands(table)
         commands.append(Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body))

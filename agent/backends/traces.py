@@ -1,0 +1,78 @@
+"""Whose is what a namespace holds under the names that all mesh agents share. Pure; values in, an answer out.
+
+Ours carry tags, marks or an owner. Policy rules and routes have no room for any: they tell nothing by themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agent.backends.hostprobes.xt_rendering import Held
+from agent.backends.iptables.rendering import XtTable
+from agent.backends.nftables.rendering import OWNER, PERSIST
+from agent.backends.nftables.ruleset import TableState
+from agent.core.whose import Whose
+
+
+def of_layer(name: str, have: Any) -> Whose:
+    """From what the layer of that name has read (backends.mechanisms)."""
+    held = getattr(have, "held", have)
+    match name:
+        case "nftables":
+            return of_tables(have.tables)
+        case "iptables" | "iptables-legacy":
+            return of_families(held.families)
+    return Whose.NOBODYS
+
+
+def of_tables(tables: Iterable[TableState]) -> Whose:
+    """nf_tables: istio-cni writes no comments, and none of its tables has an owner."""
+    found = tuple(tables)
+    tagged = any(tag for table in found for chain in table.chains for tag, _ in chain.rules)
+    if tagged or any(table.flags & (OWNER | PERSIST) for table in found):
+        return Whose.OURS
+    return Whose.OTHERS if found else Whose.NOBODYS
+
+
+def of_families(families: Mapping[int, Mapping[str, XtTable]]) -> Whose:
+    """iptables of either variant. Chains that hold nothing and that nothing leads to do nothing for anybody: if no
+    other rule is there they are what was left of a removal, and go."""
+    tables = [table for family in families.values() for table in family.values()]
+    chains = [held for table in tables for _, held in table.chains]
+    tags = [*(tag for held in chains for tag in held), *(tag for table in tables for _, _, tag in table.jumps)]
+    if any(tags):
+        return Whose.OURS
+    if tags:
+        return Whose.OTHERS
+    left = chains or any(table.idle or (table.marked and table.bare) for table in tables)
+    return Whose.OURS if left else Whose.NOBODYS
+
+
+def of_host_layer(name: str, have: Any) -> Whose:
+    """From what the layer of the probe exemption of that name has read (backends.hostprobes.layers).
+
+    Sets of ipset are whose rules refer to them; policy rules are read as ours only if they carry our number.
+    """
+    match name:
+        case "nftables":
+            return of_tables((have.table,) if have.table else ())
+        case "iptables" | "iptables-legacy":
+            return of_held(have.held.values())
+        case "branch-eni":
+            return Whose.OURS if any(rule.ours for rule in have.rules) else Whose.NOBODYS
+        case "ipset":
+            return Whose.OURS if have else Whose.NOBODYS
+    return Whose.NOBODYS
+
+
+def of_held(families: Iterable[Held]) -> Whose:
+    """The chain of the node's own nat table and the jumps to it, as `of_families`."""
+    held = tuple(families)
+    tags = [tag for one in held for tag in (*(one.chain or ()), *(tag for _, tag in one.jumps))]
+    if any(tags):
+        return Whose.OURS
+    if tags:
+        return Whose.OTHERS
+    left = any(one.chain is not None or one.idle or one.bare for one in held)
+    return Whose.OURS if left else Whose.NOBODYS

@@ -1,0 +1,165 @@
+"""`sluice handback --all`: leaves captured pods captured, as istio-cni would have programmed them, and forgets them.
+
+Exit 0 all are handed back, 1 some are not, 2 it could not begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agent.backends import handback, traces
+from agent.backends.base import Backend
+from agent.backends.hostprobes.layers import layers
+from agent.backends.mechanisms import mechanisms
+from agent.cli import output
+from agent.cli import settings as from_user
+from agent.cli.uncapture import hold
+from agent.core.desired import decide
+from agent.core.errors import KernelError, SluiceError, StaleError
+from agent.core.redirect import Redirect
+from agent.core.settings import Settings
+from agent.core.text import table
+from agent.core.whose import Whose
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.podnetns import PodNetns
+from agent.reconciler.removal import LEFT, REMAINS, uncapture_host
+from agent.reconciler.settle import PASSES, settle
+from agent.sources import existing, recorded
+from agent.sources.state import Note, State
+
+_NETFILTER = ("nftables", "iptables", "iptables-legacy")
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "handback", help="leave captured pods as istio-cni would have programmed them, and forget them"
+    )
+    parser.add_argument("--all", action="store_true", required=True, help="every captured pod of this node")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be changed")
+    parser.add_argument(
+        "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
+    )
+    output.add_option(parser)
+    from_user.add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+@dataclass(slots=True)
+class Row:
+    """One pod and what became of it; `scripts` what was done, or would be."""
+
+    netns: str
+    pod: str
+    mechanism: str = ""
+    result: str = "not handed back"
+    scripts: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = from_user.load(args)
+    if os.geteuid() != 0:
+        raise SluiceError("sluice handback enters network namespaces; run it as root")
+    problems: list[str] = []
+    with hold(settings.run_dir, "handback"):
+        rows = list(_pods(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run))
+        if not args.netns:
+            rows += _host(dry_run=args.dry_run)
+    value = {"pods": [{**asdict(row), **_lists(row)} for row in rows], "problems": problems}
+    lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
+    words = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
+    scripts = [f"# {row.netns}\n{script}" for row in rows if args.dry_run for script in row.scripts]
+    output.emit(args.output, value, "\n".join([words, *(f"could not look: {one}" for one in problems), *scripts]))
+    return 1 if problems or any(row.result == "not handed back" for row in rows) else 0
+
+
+def _lists(row: Row) -> dict[str, list[str]]:
+    return {"scripts": list(row.scripts), "remarks": list(row.remarks)}
+
+
+def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run: bool) -> Iterator[Row]:
+    """Every namespace that holds something of ours, or that a note calls captured."""
+    run_dir = settings.run_dir
+    known = existing.known(run_dir)  # before State.load, which drops pins that no note belongs to
+    places = only or existing.places(run_dir, known)
+    found = list(existing.namespaces(places, problems))
+    notes = {note.pod.uid: note for note in State(run_dir).load()} if Path(run_dir).is_dir() else {}
+    for netns in found:
+        pod = existing.pod(netns, run_dir, known)
+        note = notes.get(pod.uid) if pod else None
+        row = Row(netns.origin, pod.name or pod.uid if pod else "")
+        with contextlib.closing(PodNetns(netns)) as target:
+            try:
+                there = hand_back(row, target, note, settings, dry_run=dry_run)
+            except SluiceError as error:
+                there, row.remarks = True, (*row.remarks, str(error))
+        if there:
+            yield row
+        if pod and row.result == "handed back":
+            existing.forget(run_dir, [pod.uid])
+
+
+def _host(*, dry_run: bool) -> Iterator[Row]:
+    """The exemption of the node's probes goes: istio-cni makes its own, and would be refused over a chain of ours."""
+    with contextlib.closing(HostNetns()) as host:
+        found = uncapture_host(host, layers("off")[1], traces.of_host_layer, dry_run=dry_run)
+    if found is None or found.result == LEFT:
+        return
+    result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
+    told = "the exemption of probes is removed: until istio-cni makes its own, ztunnel takes them"
+    yield Row("host", "", ",".join(found.layers), result, found.scripts, (told, *found.errors))
+
+
+def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
+    """Whether anything of ours was there; fills in the row. Raises SluiceError; what was right until then stays."""
+    made = mechanisms(ipv6=settings.ipv6)
+    ours = [n for n in _NETFILTER if traces.of_layer(n, made[n].read(target)) is Whose.OURS]
+    captured = note is not None and note.captured
+    if not ours and not captured:
+        return False
+    if note is None or not captured:
+        raise SluiceError("no note tells what its rules have to do; left as it is, see sluice uncapture")
+    old = recorded.load(settings.run_dir)
+    row.mechanism = ours[0] if ours else old.backend if old else _NETFILTER[0]
+    decision = decide(note.pod, settings)
+    if decision.redirect is None:
+        raise SluiceError(f"{decision.reason}: the settings do not want it captured; left as it is")
+    facts = target.facts()
+    want, lost = handback.known_to_peers(decision.redirect.within(ipv6=facts.ipv6))
+    want = replace(want, dns=want.dns and facts.loopback4 and (facts.loopback6 or not facts.ipv6))
+    silent = ("of connections from before its enrolment, those that were silent since are cut",) if note.outside else ()
+    row.remarks = (*decision.warnings, *lost, *silent)
+    chosen, layer = (made["routing"], made[row.mechanism]), made[row.mechanism]
+    if dry_run:
+        row.result, row.scripts = "would be handed back", _dry(target, layer, want)
+        return True
+    retired = [one for one in made.values() if one not in chosen]
+    done = [one.script for one in settle(target, want, chosen, retired).applied]
+    row.scripts = (*done, *strip(target, layer, want))
+    row.result = "handed back"
+    return True
+
+
+def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
+    """Turns right rules of ours into istio-cni's, and looks again. Raises SluiceError. Returns what was done."""
+    done: list[str] = []
+    for _ in range(PASSES):
+        plan = handback.plan(layer.name, want, layer.read(target), handback.places(target, layer.name))
+        if not plan:
+            return tuple(done)
+        with contextlib.suppress(StaleError):  # somebody changed something in between: look again
+            layer.apply(target, plan)
+            done.append(str(plan))
+    raise KernelError(f"hand back {layer.name}", 0, "somebody keeps changing it")
+
+
+def _dry(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
+    repair = str(layer.plan(want, layer.read(target)))
+    plan = handback.plan(layer.name, want, layer.read(target), handback.places(target, layer.name))
+    return tuple(words for words in (repair, str(plan)) if words)

@@ -1,0 +1,137 @@
+"""`sluice uncapture --all`: takes all of ours out of this node; needs no agent, no API server and no state.
+
+Exit 0 nothing of ours is left, 1 something is, 2 it could not begin.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.backends import traces
+from agent.backends.hostprobes.layers import layers as host_layers
+from agent.backends.mechanisms import mechanisms
+from agent.cli import client, output
+from agent.core.errors import SluiceError
+from agent.core.text import table
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.unixsocket import claim
+from agent.reconciler.removal import REMAINS, Removal, uncapture, uncapture_host
+from agent.sources import existing
+from agent.sources.existing import Known
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "uncapture", help="take all rules of this program out of this node, without an agent; exit 1 if any is left"
+    )
+    parser.add_argument("--all", action="store_true", required=True, help="every namespace in which something is")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would be removed; an agent may run")
+    parser.add_argument("--foreign", action="store_true", help="also what another agent has programmed, in pods")
+    parser.add_argument(
+        "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
+    )
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_run)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One namespace, or the host, and what became of it."""
+
+    netns: str
+    pod: Known | None
+    removal: Removal
+
+    @property
+    def right(self) -> bool:
+        return self.removal.result != REMAINS and not self.removal.errors
+
+    def as_dict(self) -> dict[str, Any]:
+        one = self.removal
+        return {
+            "netns": self.netns,
+            "pod": (self.pod.name or self.pod.uid) if self.pod else "",
+            "found": one.found.value,
+            "layers": list(one.layers),
+            "result": one.result,
+            "scripts": list(one.scripts),
+            "errors": list(one.errors),
+        }
+
+
+def _run(args: argparse.Namespace) -> int:
+    if os.geteuid() != 0:
+        raise SluiceError("sluice uncapture enters network namespaces; run it as root")
+    with contextlib.nullcontext() if args.dry_run else hold(args.run_dir, "uncapture"):
+        return _all(args)
+
+
+def _all(args: argparse.Namespace) -> int:
+    known, problems = existing.known(args.run_dir), list[str]()
+    places = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
+    rows, seen = remove(args, known, places, problems)
+    if not args.netns:
+        with contextlib.closing(HostNetns()) as host:
+            found = uncapture_host(host, host_layers("off")[1], traces.of_host_layer, dry_run=args.dry_run)
+        rows += [Row("host", None, found)] if found else []
+    if not args.dry_run:
+        stay = {row.pod.uid for row in rows if row.pod and not row.right}
+        existing.forget(args.run_dir, {one.uid for one in (seen if args.netns else known)} - stay)
+    value = {"namespaces": [row.as_dict() for row in rows], "problems": problems}
+    output.emit(args.output, value, _text(value, dry_run=args.dry_run))
+    return 0 if not problems and all(row.right for row in rows) else 1
+
+
+@contextlib.contextmanager
+def hold(run_dir: str, command: str) -> Iterator[None]:
+    """No agent runs on the directory, nor starts on it until the end. Raises SluiceError."""
+    if not Path(run_dir).is_dir():
+        yield
+        return
+    try:
+        lock = claim(Path(run_dir))
+    except SluiceError:
+        words = f"an agent runs on {run_dir} and would put everything back; stop it first, then run this again"
+        raise SluiceError(f"{command}: {words}") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def remove(
+    args: argparse.Namespace, known: Sequence[Known], places: Sequence[Path], problems: list[str]
+) -> tuple[list[Row], list[Known]]:
+    """From every namespace that `places` lead to; also which of the `known` pods they were."""
+    layers, rows, seen = tuple(mechanisms().values()), list[Row](), list[Known]()
+    for netns in existing.namespaces(places, problems):
+        pod = existing.pod(netns, args.run_dir, known)
+        seen += [pod] if pod else []
+        with contextlib.closing(PodNetns(netns)) as target:
+            noted = bool(pod and pod.captured)
+            removal = uncapture(
+                target, layers, traces.of_layer, noted=noted, foreign=args.foreign, dry_run=args.dry_run
+            )
+        rows += [Row(netns.origin, pod, removal)] if removal else []
+    return rows, seen
+
+
+def _text(value: dict[str, Any], *, dry_run: bool) -> str:
+    rows = value["namespaces"]
+    header = ("NETNS", "POD", "PROGRAMMED BY", "RESULT", "LAYERS", "DETAILS")
+    who = {"ours": "sluice", "another agent's": "another agent", "nobody's": ""}
+    lines = [
+        (one["netns"], one["pod"], who[one["found"]], one["result"], ",".join(one["layers"]), "; ".join(one["errors"]))
+        for one in rows
+    ]
+    scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]
+    words = table(header, lines) if lines else "Nothing of this program is on this node."
+    return "\n".join([words, *(f"could not look: {line}" for line in value["problems"]), *scripts])

@@ -1,0 +1,134 @@
+"""Taking all of ours away without knowing what was programmed, and by whom: every layer is asked, none is believed.
+
+The path is that of any removal (settle, hostsettle); what fails is told of and stops nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from agent.backends.base import Backend
+from agent.backends.hostprobes.mechanism import HostMechanism
+from agent.core.errors import SluiceError
+from agent.core.whose import Whose, whose
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.podnetns import PodNetns
+from agent.reconciler import hostsettle
+from agent.reconciler.settle import settle
+
+Tell = Callable[[str, Any], Whose]  # from a layer's name and what it has read (backends.traces)
+REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What became of one namespace: `found` whose it was, `layers` those that had something, `scripts` what was done
+    or would be, `errors` what could not be."""
+
+    found: Whose
+    result: str
+    layers: tuple[str, ...]
+    scripts: tuple[str, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+def uncapture(
+    target: PodNetns,
+    layers: Sequence[Backend],
+    tell: Tell,
+    *,
+    noted: bool,
+    foreign: bool = False,
+    dry_run: bool = False,
+) -> Removal | None:
+    """All layers backwards, so that redirections go before the routing they rely on. None where nothing is.
+
+    `noted`: a note or a pin says that it is ours. `foreign`: what another agent programmed goes too. Blocking.
+    """
+    errors: list[str] = []
+    have = _read(target, layers, errors)
+    due = [layer for layer in reversed(layers) if layer.name in have and layer.plan(None, have[layer.name])]
+    found = Whose.OURS if noted and due else whose(tell(name, one) for name, one in have.items())
+    names = tuple(layer.name for layer in due)
+    if found is Whose.NOBODYS:
+        return Removal(found, REMAINS, names, errors=tuple(errors)) if errors else None
+    if found is Whose.OTHERS and not foreign:
+        return Removal(found, LEFT, names, errors=tuple(errors))
+    if dry_run:
+        scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
+        return Removal(found, WOULD, names, scripts, tuple(errors))
+    done: list[str] = []
+    for layer in due:
+        try:
+            done += [one.script for one in settle(target, None, (layer,)).applied]
+        except SluiceError as error:
+            errors.append(str(error))
+            _step_by_step(target, layer, done)
+    left = _left(target, due)
+    return Removal(found, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+
+
+def uncapture_host(
+    target: HostNetns, layers: Sequence[HostMechanism], tell: Tell, *, dry_run: bool = False
+) -> Removal | None:
+    """The exemption of the node's probes. Sets go with the last rules that refer to them: another agent's keep them."""
+    errors: list[str] = []
+    have = _read(target, layers, errors)
+    found = {name: tell(name, one) for name, one in have.items()}
+    others = Whose.OTHERS in found.values()
+    due = [layer for layer in layers if found.get(layer.name) is Whose.OURS and not (others and layer.name == "ipset")]
+    if not due:
+        result = LEFT if others else REMAINS
+        return Removal(whose(found.values()), result, (), errors=tuple(errors)) if others or errors else None
+    names = tuple(layer.name for layer in due)
+    if dry_run:
+        scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
+        return Removal(Whose.OURS, WOULD, names, scripts, tuple(errors))
+    done: list[str] = []
+    for layer in due:
+        try:
+            done += [one.script for one in hostsettle.settle(target, None, (layer,))]
+        except SluiceError as error:
+            errors.append(str(error))
+    left = _left(target, due)
+    return Removal(Whose.OURS, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+
+
+def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:
+    """What each layer has there; a layer that cannot be read is left out and told of."""
+    found = {}
+    for layer in layers:
+        try:
+            found[layer.name] = layer.read(target)
+        except SluiceError as error:
+            errors.append(f"{layer.name}: {error}")
+    return found
+
+
+def _step_by_step(target: PodNetns, layer: Backend, done: list[str]) -> None:
+    """Each step of the plan by itself: the first that fails must not keep the others."""
+    try:
+        plan = layer.plan(None, layer.read(target))
+    except SluiceError:
+        return
+    for step in plan.steps:
+        try:
+            layer.apply(target, replace(plan, steps=(step,), seen=None))
+            done.append(step.text)
+        except SluiceError:
+            continue  # told of already, or by what is left
+
+
+def _left(target: Any, layers: Sequence[Any]) -> list[str]:
+    """Differences that are still there, and what cannot be read any more."""
+    left: list[str] = []
+    for layer in layers:
+        try:
+            plan = layer.plan(None, layer.read(target))
+        except SluiceError as error:
+            left.append(f"{layer.name}: {error}")
+            continue
+        left += [f"{layer.name}: {line}" for line in plan.differences]
+    return left
