@@ -231,7 +231,7 @@ def main(settings: Settings, version: str) -> int:
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
-    # Six descriptors per pod: its namespace, its nf_tables and route sockets and those for notifications of each,
+    # Five descriptors per pod: its namespace, its nf_tables and route sockets and those for notifications of each;
     # and one more while connections from before its enrolment are left.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
