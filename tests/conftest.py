@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+from support.traffic.table import Table
 
-TABLE: list[str] = []  # lines that the traffic table wants printed
+TABLE = Table()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -21,12 +22,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def traffic_table() -> list[str]:
+def traffic_table() -> Table:
     return TABLE
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TABLE:
+    if lines := TABLE.lines():
         terminalreporter.section("traffic table")
-        for line in TABLE:
+        for line in lines:
             terminalreporter.write_line(line)

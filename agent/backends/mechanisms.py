@@ -11,6 +11,6 @@ from agent.backends.routing import RoutingBackend
 
 def mechanisms(*, ipv6: bool = True) -> dict[str, Backend]:
     """Fresh ones; none is probed yet. Without `ipv6` none of them needs IPv6 of the node."""
-    netfilter = (NftablesBackend(ipv6=ipv6), IptablesBackend(ipv6=ipv6), IptablesLegacyBackend())
+    netfilter = (NftablesBackend(ipv6=ipv6), IptablesBackend(ipv6=ipv6), IptablesLegacyBackend(ipv6=ipv6))
     made: tuple[Backend, ...] = (RoutingBackend(), *netfilter)
     return {backend.name: backend for backend in made}

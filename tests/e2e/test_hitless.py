@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import select
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from agent.kernel.exec import run
+from agent.kernel.netns import Netns
+from agent.kernel.podnetns import PodNetns
 from agent.lab import ask
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
-from agent.lab.processes import Backend, NodeProcesses
+from agent.lab.processes import READY_SECONDS, Backend, NodeProcesses
 from agent.lab.topology import LabSpec, PodSpec, Program
 from agent.lab.traffic import Traffic, relayed, settled
 
@@ -55,6 +59,23 @@ def switch(backend: Backend) -> Callable[[NodeProcesses], None]:
     return to
 
 
+def cut(lab: Lab, backend: Backend) -> Callable[[NodeProcesses], None]:
+    """A switch whose agent is killed as soon as it has changed something in a pod; the next one begins there."""
+
+    def short(node: NodeProcesses) -> None:
+        node.configure(backend)
+        node.end()
+        watched = next(ref for ref, pod in lab.pods.up().items() if pod.spec.enrolled and pod.spec.node == node.node)
+        with contextlib.closing(PodNetns(Netns.open(lab.netns(watched)))) as target:
+            changes = target.events.socket
+            node.begin_agent()
+            assert select.select([changes], [], [], READY_SECONDS)[0], f"{node.node} changes nothing to {backend}"
+            node.kill()
+        node.start_agent()
+
+    return short
+
+
 def test_no_connection_escapes_or_fails(lab: Lab) -> None:
     up = lab.pods.up()
     servers = ("shop/web", "shop/db", "legacy/batch")
@@ -64,7 +85,12 @@ def test_no_connection_escapes_or_fails(lab: Lab) -> None:
         "killed": kill,
         "to iptables": switch(Backend.IPTABLES),
         "killed on iptables": kill,
+        "to legacy": switch(Backend.LEGACY),
+        "killed on legacy": kill,
         "to nftables": switch(Backend.NFTABLES),
+        "killed on the way to iptables": cut(lab, Backend.IPTABLES),
+        "killed on the way to legacy": cut(lab, Backend.LEGACY),
+        "killed on the way to nftables": cut(lab, Backend.NFTABLES),
     }
     traffic = Traffic(lab, up["shop/client"], targets, rate=RATE)
     traffic.start()

@@ -58,16 +58,18 @@ class IptablesLegacyBackend:
 
     name = "iptables-legacy"
 
-    def __init__(self) -> None:
+    def __init__(self, *, ipv6: bool = True) -> None:
+        """Without `ipv6` the node's own IPv6 is not tried; pods that have it are still looked at."""
+        self._ipv6 = ipv6
         self._deeds = Deeds()
         self._last: WeakKeyDictionary[PodNetns, _Last] = WeakKeyDictionary()
 
     def probe(self) -> Support:
-        for program in _PROGRAM.values():
-            if shutil.which(program, path=exec.PATH) is None:
+        for family, program in _PROGRAM.items():
+            if (family == 4 or self._ipv6) and shutil.which(program, path=exec.PATH) is None:
                 return Support(False, f"{program} is not installed; install iptables 1.8 with its legacy variant")
         try:
-            scratch.call(_commit_sample)
+            scratch.call(lambda: _commit_sample(ipv6=self._ipv6))
         except (CommandError, KernelError) as error:
             needs = "ip_tables, ip6_tables, the tables raw, mangle, nat of both, and xt modules"
             return Support(False, f"the kernel refused our rules ({error}); it needs {needs}")
@@ -123,10 +125,12 @@ def _restore(step: Restore, target: PodNetns | None = None) -> None:
     exec.run([_PROGRAM[step.family], "--noflush", "--wait"], stdin=step.script, within=within, env=_LOCK, seconds=10)
 
 
-def _commit_sample() -> None:
+def _commit_sample(*, ipv6: bool) -> None:
     """Every rule of every variant, in a namespace that nobody else sees; and whether they are read as written."""
     sample = Redirect(virtual_interfaces=("lo",))
     for family in xtables.families():
+        if family == 6 and not ipv6:
+            continue
         wanted = rendering.render(sample, family)
         _restore(Restore(family, rendering.script(family, wanted, {})))
         held = xtables.read(TABLES, ())[family]
