@@ -87,7 +87,9 @@ class Agent:
         )
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
-        self.admin = Admin(settings, self.table, self.reconciler, self.metrics, self.readiness, self.node, self.beside)
+        self.admin = Admin(
+            settings, self.table, self.reconciler, self.metrics, self.readiness, self.node, self.beside, self.host
+        )
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
     def _choose(self) -> tuple[Choice, tuple[str, str]]:

@@ -15,6 +15,7 @@ from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
+from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
 from agent.sources.beside import Beside
 
@@ -32,6 +33,7 @@ class Admin:
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
     beside: Beside
+    host: HostLoop | None = None
 
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz; safe to show to anyone on the network."""
@@ -125,7 +127,30 @@ class Admin:
                     "error": error or status.error,
                 }
             )
+        if self.host is not None and request.query.get("all") == "true":
+            rows.append(await self._verify_host(self.host, repair=request.method == "POST"))
         return rows
+
+    async def _verify_host(self, host: HostLoop, *, repair: bool) -> dict[str, Any]:
+        """The exemption of the node's probes, as one more row."""
+        found: Found = {}
+        error = ""
+        try:
+            if repair:
+                await host.settled()
+            found = await host.inspect()
+        except (SluiceError, OSError) as failure:
+            error = str(failure)
+        wrong = bool(found or host.status.error)
+        return {
+            "namespace": "",
+            "name": "(probes of the node)",
+            "state": host.status.mechanism,
+            "result": "unknown" if error else "drift" if wrong else "ok",
+            "differences": _differences(found),
+            "scripts": {layer: script for layer, (_, script) in found.items()},
+            "error": error or host.status.error,
+        }
 
     async def _inspect(self, pod: Pod) -> tuple[Found, str]:
         try:
