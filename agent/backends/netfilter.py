@@ -7,11 +7,11 @@ Order and effect are the table of the design's rules ("In the pod").
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from agent.core import names
-from agent.core.exclusions import Range
+from agent.core.exclusions import NOTHING, Range
 from agent.core.redirect import Redirect
 
 
@@ -62,6 +62,7 @@ class Verb(Enum):
     SET_CONNECTION_MARK = "set connection mark"
     RESTORE_MARK = "restore mark"
     ZONE = "zone"  # value: conntrack zone
+    ORIGINAL_ZONE = "original zone"  # value: conntrack zone of the packets that go as the first one went
     COUNT = "count"  # nothing else
     DROP = "drop"  # on output the sender is told: EPERM
 
@@ -100,16 +101,24 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
 
     Without `counting` those are left out that count, or refuse, what is neither TCP nor captured DNS.
     """
-    return tuple(
-        [
-            *_mangle(),
-            *(_other_inbound(redirect) if counting else ()),
-            *(_other_outbound(redirect) if counting else ()),
-            *_nat_prerouting(redirect),
-            *_nat_output(redirect),
-            *(_raw() if redirect.dns else ()),
-        ]
-    )
+    found = [
+        *_mangle(),
+        *(_other_inbound(redirect) if counting else ()),
+        *(_other_outbound(redirect) if counting else ()),
+        *_nat_prerouting(redirect),
+        *_nat_output(redirect),
+        *(_raw(redirect) if redirect.dns else ()),
+    ]
+    if not counting or (redirect.ipv4 and redirect.ipv6):
+        return tuple(found)
+    return tuple(_of_family(rule, 4 if redirect.ipv4 else 6) for rule in found)
+
+
+def _of_family(rule: Rule, family: int) -> Rule:
+    """In a table of both families a redirection that names none would take the family that is left out, too."""
+    if rule.family is not None or rule.verb is not Verb.REDIRECT:
+        return rule
+    return replace(rule, family=family, matches=(Match(Field.FAMILY, family), *rule.matches))
 
 
 def _families(redirect: Redirect) -> Iterator[tuple[int, str]]:
@@ -142,6 +151,7 @@ def _other_inbound(redirect: Redirect) -> Iterator[Rule]:
         answers = (_UDP, Match(Field.SOURCE_PORT, 53), Match(Field.ESTABLISHED, "yes"))
         yield Rule(*here, answers, Verb.RETURN)
     if redirect.refuse_non_tcp:
+        yield from _answers(redirect, *here)
         for interface in redirect.exclude.interfaces:
             yield Rule(*here, (Match(Field.IN_INTERFACE, interface),), Verb.RETURN)
         yield from _inbound_exclusions(redirect, *here, ("udp",))
@@ -157,6 +167,7 @@ def _other_outbound(redirect: Redirect) -> Iterator[Rule]:
         for family, to in _resolvers(redirect):
             yield Rule(*here, (*to, _UDP, Match(Field.DESTINATION_PORT, 53)), Verb.RETURN, family=family)
     if redirect.refuse_non_tcp:
+        yield from _answers(redirect, *here)
         yield from _outbound_exclusions(redirect, *here, ("udp",))
     yield from _rest(redirect, *here)
 
@@ -165,6 +176,12 @@ def _not_other(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
     yield Rule(table, hook, (_TCP,), Verb.RETURN)
     for family, _ in _families(redirect):
         yield Rule(table, hook, (Match(Field.PROTOCOL, _ICMP[family]),), Verb.RETURN, family=family)
+
+
+def _answers(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
+    """What is excluded one way must be answered the other way, where no exclusion matches."""
+    if redirect.exclude != NOTHING or redirect.dns_to:
+        yield Rule(table, hook, (Match(Field.ESTABLISHED, "yes"),), Verb.RETURN)
 
 
 def _rest(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
@@ -269,8 +286,13 @@ def _ports(
             yield Rule(table, hook, (*more, Match(Field.PROTOCOL, protocol), ports), Verb.RETURN)
 
 
-def _raw() -> Iterator[Rule]:
+def _raw(redirect: Redirect) -> Iterator[Rule]:
     ours = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)
+    if redirect.exclude != NOTHING or redirect.dns_to:
+        # Some queries go out around ztunnel, from zone 0: their answers must be looked for there. So ztunnel's
+        # queries alone are kept apart, and no answer by its port.
+        yield Rule(Table.RAW, Hook.OUTPUT, ours, Verb.ORIGINAL_ZONE, names.DNS_ZONE)
+        return
     yield Rule(Table.RAW, Hook.OUTPUT, ours, Verb.ZONE, names.DNS_ZONE)
     answers = (_UDP, Match(Field.SOURCE_PORT, 53), _NOT_FROM_ZTUNNEL)
     yield Rule(Table.RAW, Hook.PREROUTING, answers, Verb.ZONE, names.DNS_ZONE)

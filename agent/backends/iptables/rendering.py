@@ -162,6 +162,8 @@ def _target(rule: Rule) -> str:
             return "-j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
         case Verb.ZONE:
             return f"-j CT --zone {rule.value}"
+        case Verb.ORIGINAL_ZONE:
+            return f"-j CT --zone-orig {rule.value}"
         case Verb.COUNT:
             return ""
         case Verb.DROP:

@@ -189,6 +189,9 @@ def _action(rule: Rule) -> tuple[str, bytes]:
         case Verb.ZONE:
             store = expression("ct", attribute(2, _CT_ZONE), attribute(4, 1))
             return f"ct zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
+        case Verb.ORIGINAL_ZONE:  # NFTA_CT_DIRECTION 3: IP_CT_DIR_ORIGINAL
+            store = expression("ct", attribute(2, _CT_ZONE), attribute(3, b"\0"), attribute(4, 1))
+            return f"ct original zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
         case Verb.COUNT:
             return "", b""
         case Verb.DROP:
