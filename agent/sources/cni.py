@@ -91,7 +91,10 @@ class CniService:
             self._table.gone(pod.uid)
             await self._reconciler.forget(pod.uid)
         self._namespaces.adopt(pod.uid, netns)
-        self._table.seen(pod)
+        first = self._table.by_container(pod.container_id)
+        if first is None or first.uid != pod.uid or first.interface == pod.interface:
+            self._table.seen(pod)
+        # Otherwise a further interface (Multus): its addresses and its end are not the pod's.
         decision = decide(self._table.get(pod.uid) or pod, self._settings)
         if not decision.enrolled:
             self._reconciler.wake(pod.uid)
@@ -113,7 +116,7 @@ class CniService:
 
     async def _delete(self, request: CniRequest) -> CniReply:
         pod = self._table.by_container(request.container_id)
-        if pod is not None:
+        if pod is not None and request.ifname in ("", pod.interface):
             async with self._locks.setdefault(pod.uid, asyncio.Lock()):
                 if self._table.gone(pod.uid, container_id=request.container_id) is not None:
                     await self._reconciler.forget(pod.uid)

@@ -39,13 +39,19 @@ class Namespaces:
             if known is not None and known.netns.id == netns.id:
                 netns.close()
                 return
-            other = next((pod for pod, target in self._open.items() if target.netns.id == netns.id), uid)
-            if other != uid:
-                netns.close()
-                raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {other}; not touching it")
+            self._refuse_foreign(uid, netns)
             self._open[uid] = PodNetns(netns)
         if known is not None:
             known.close()
+
+    def _refuse_foreign(self, uid: str, netns: Netns) -> None:
+        """Closes it and raises ForeignNetnsError when another pod has it, also one that only a note tells of yet."""
+        opened = ((pod, target.netns.id) for pod, target in list(self._open.items()))
+        noted = ((pod, note.netns) for pod, note in list(self._notes.items()) if note.captured and note.netns)
+        for pod, held in (*opened, *noted):
+            if pod != uid and _same(held, netns.id):
+                netns.close()
+                raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {pod}; not touching it")
 
     def id(self, uid: str) -> NetnsId | None:
         """The namespace that the pod was last known in."""
@@ -58,9 +64,10 @@ class Namespaces:
     def resolve(self, pod: Pod) -> PodNetns:
         target = self._open.get(pod.uid)
         if target is None:
-            target = PodNetns(self._find(pod))
+            netns = self._find(pod)
             with self._lock:
-                self._open[pod.uid] = target
+                self._refuse_foreign(pod.uid, netns)
+                target = self._open[pod.uid] = PodNetns(netns)
         if not _holds(target, pod):
             if self._left(pod, target):
                 raise PodGoneError(f"pod {pod.key}: its namespace is empty and no longer at {pod.netns_path}")

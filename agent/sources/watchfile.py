@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from agent.core import names
 from agent.core.errors import SettingsError
-from agent.core.pods import PodTable
+from agent.core.pods import Pod, PodTable
 from agent.core.status import State, Status
 from agent.sources.static import StaticPods, parse
 
@@ -35,6 +36,7 @@ class StaticFile:
         self.path, self.error = Path(path), ""
         self._table, self._reconciler = table, reconciler
         self._seen: tuple[int, int, int] | None = None
+        self._listed: Mapping[str, Pod] = {}
 
     async def load(self) -> None:
         """Reads the file when it is another one than before; a file that is not there lists no pods."""
@@ -42,6 +44,7 @@ class StaticFile:
             status = self.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_size)
             if version == self._seen:
+                self._again()
                 return
             self._seen = version
             pods = parse(self.path.read_text(), str(self.path))
@@ -61,11 +64,22 @@ class StaticFile:
             await asyncio.sleep(PERIOD)
             await self.load()
 
+    def _again(self) -> None:
+        """What is listed and was forgotten, since its namespace has gone, may be back under the same path."""
+        for uid, pod in self._listed.items():
+            if self._table.get(uid) is None:
+                self._table.seen(pod)
+                self._reconciler.wake(uid)
+
     async def _apply(self, new: StaticPods) -> None:
+        self._listed = new.pods
         # Also pods that a predecessor took from the file, which its notes on disk tell us of.
         listed = {pod.uid for pod in self._table if pod.source == "static"}
         woken = self._table.mark(new.marks)
-        for pod in new.pods.values():
+        for uid, pod in new.pods.items():
+            known = self._table.get(uid)
+            if known is not None and known.netns_path != pod.netns_path:
+                await self._drop(uid)  # another namespace: nothing of the old one counts
             woken |= self._table.seen(pod)
         for uid in woken:
             self._reconciler.wake(uid)
