@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from pathlib import Path
 
 from agent.core.pods import Pod
@@ -22,6 +23,7 @@ def read_on(path: Path, end: socket.socket) -> None:
             seen.add(len(json.loads(path.read_bytes())["pod"]["annotations"]["a"]))
             end.recv(1)
         except BlockingIOError:
+            time.sleep(0.0001)  # so that the writer is not starved where there is one processor
             continue
         except Exception as error:  # noqa: BLE001  # it is the result
             end.send(repr(error).encode())
