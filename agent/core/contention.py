@@ -1,7 +1,8 @@
-"""How often a pod is repaired when somebody fights back. Pure: `now` is an argument.
+"""How often a pod is looked at and repaired when somebody keeps changing it. Pure: `now` is an argument.
 
 A drift is repaired at once. One that comes back again and again is somebody who wants it otherwise: two programs that
-undo one another as fast as they can would take a core each, and the pod would never be right for long.
+undo one another as fast as they can would take a core each, and the pod would never be right for long. Looking costs
+too: a pod that changes rules of its own without pause must not keep the agent busy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 FREE, WINDOW = 5, 10.0  # so many repairs in so many seconds are repaired at once
+LOOKS, LOOK_WINDOW, LOOK_PAUSE = 20, 2.0, 0.5  # so many looks in so many seconds, then one after such a pause
 LONGEST = 30.0  # seconds between repairs, however long it goes on
 
 
@@ -19,6 +21,11 @@ class Contention:
 
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=FREE + 1))
     _pause: float = 0.0
+    _looks: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
+
+    def looked(self, now: float) -> None:
+        """Notes that the pod is looked at because of a change."""
+        self._looks.append(now)
 
     def repaired(self, now: float) -> bool:
         """Notes a repair; True when this is where it becomes a fight."""
@@ -34,7 +41,9 @@ class Contention:
         return False
 
     def pause(self, now: float) -> float:
-        """Seconds until the next repair may begin."""
+        """Seconds until a change is to be answered."""
+        looks = self._looks
+        busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
         if not self._pause or now - self._times[-1] > max(WINDOW, 2 * self._pause):
-            return 0.0
-        return max(0.0, self._times[-1] + self._pause - now)
+            return busy
+        return max(busy, self._times[-1] + self._pause - now)

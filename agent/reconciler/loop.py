@@ -160,7 +160,7 @@ class Reconciler:
         finally:
             now = time.monotonic()
             if entry.status.outside or (self._canary and self._canary.due(uid)):
-                self._schedule.wake(uid, now + SOON)
+                self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
                 entry.status = replace(entry.status, retry=delay)
@@ -200,6 +200,8 @@ class Reconciler:
     async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> None:
         retired = () if entry.cleaned else self.choice.retired
         cause, noticed = entry.take_cause()
+        if cause:
+            entry.contention.looked(time.monotonic())
         started = noticed or time.monotonic()
         if self._host and pod.uid not in self._claimed:
             # Before the rules: from their first moment on the node's probes must not be taken for a stranger's.

@@ -170,3 +170,17 @@ def test_a_change_that_is_told_while_a_pass_runs_keeps_its_name() -> None:
         assert [repair.cause for repair in world.reconciler.repairs("web")] == ["nft[42]", "iptables[43]"]
 
     play(script)
+
+
+def test_a_pod_that_changes_rules_of_its_own_without_pause_does_not_keep_us_busy() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        passes = 0
+        for _ in range(2000):
+            world.reconciler.wake("web", "pod[7]")
+            for _ in range(3):
+                await asyncio.sleep(0)
+        passes = world.rules.reads
+        assert passes < 60, passes
+
+    play(script)

@@ -58,6 +58,7 @@ class Kernel:
 class Backend:
     def __init__(self, name: str, kernel: Kernel) -> None:
         self.name, self.kernel = name, kernel
+        self.reads = 0
         self.failures: list[Exception] = []  # raised by the next applies, one each
         self.deaf = False  # takes plans and does nothing
         self.before_apply: Callable[[Target], None] = lambda target: None
@@ -69,6 +70,7 @@ class Backend:
         return desired
 
     def read(self, target: Any) -> tuple[Redirect | str | None, int]:
+        self.reads += 1
         return self.kernel.held.get((self.name, target)), self.kernel.generation
 
     def plan(self, want: Redirect | None, have: tuple[Redirect | str | None, int]) -> Plan[Redirect | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.contention import FREE, LONGEST, WINDOW, Contention
+from agent.core.contention import FREE, LONGEST, LOOK_PAUSE, LOOK_WINDOW, LOOKS, WINDOW, Contention
 
 
 def test_a_few_repairs_are_made_at_once() -> None:
@@ -26,3 +26,19 @@ def test_a_fight_is_told_once_and_slows_down_up_to_a_limit() -> None:
     assert pauses[FREE : FREE + 4] == [1.0, 2.0, 4.0, 8.0] and pauses[-1] == LONGEST
     assert one.pause(now + 3 * LONGEST) == 0
     assert not one.repaired(now + 3 * LONGEST) and one.pause(now + 3 * LONGEST) == 0
+
+
+def test_who_changes_things_without_pause_is_looked_at_now_and_then() -> None:
+    one, now, looks = Contention(), 0.0, 0
+    while now < 60:
+        if one.pause(now) == 0:
+            one.looked(now)
+            looks += 1
+            now += 0.001
+        else:
+            now += one.pause(now)
+            one.looked(now)
+            looks += 1
+    assert looks < 1.1 * 60 * LOOKS / LOOK_WINDOW
+    assert one.pause(now + LOOK_WINDOW) == 0, "and at once again when it is quiet"
+    assert LOOK_PAUSE < LOOK_WINDOW
