@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 ROOT = @[ "$$(id -u)" = 0 ] || { echo "make $@: not root; it makes network namespaces. Try: sudo make $@" >&2; exit 1; }
 
-.PHONY: help setup plugin demo lab test check unit fuzz netns e2e bench compat clean lock
+.PHONY: help setup plugin demo lab test check unit fuzz netns e2e bench soak compat clean lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,6 +56,10 @@ test: setup  ## everything that one machine can run (root)
 bench: setup  ## medians of what the design promises (root)
 	$(ROOT)
 	@$(PYTHON) -m tests.bench
+
+soak: setup  ## descriptors and memory over 10,000 enrolments; by hand, some 9 minutes (root)
+	$(ROOT)
+	@$(PYTHON) -m tests.bench.soak
 
 compat: setup  ## nft of four Debian releases reads and deletes our tables; downloads them (root)
 	$(ROOT)

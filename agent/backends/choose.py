@@ -21,8 +21,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 }
 
 WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4}
-# Seconds between two comparisons where the kernel tells nobody of changes; elsewhere as the settings say.
-SWEEP: Mapping[str, float] = {"iptables-legacy": 10.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,6 @@ class Choice:
 
     `workers`: how many pods are worked on at a time. Netlink alone is faster from one thread (the others
     would only fight for the interpreter and for the kernel's locks), processes are worth waiting for in several.
-    `sweep`: seconds between two comparisons of a pod, at most.
     """
 
     name: str
@@ -39,7 +36,6 @@ class Choice:
     active: tuple[Backend, ...]
     retired: tuple[Backend, ...]
     workers: int = 1
-    sweep: float = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ def choose(
             words = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
             active = tuple(backends[layer] for layer in LAYERS[name])
             retired = tuple(b for b in backends.values() if b not in active)
-            return Choice(name, "; ".join(words), active, retired, WORKERS[name], SWEEP.get(name, 3600.0))
+            return Choice(name, "; ".join(words), active, retired, WORKERS[name])
         problems[name] = problem
     details = " | ".join(f"{name}: {'; '.join(trials.explain(name)) or why}" for name, why in problems.items())
     raise SettingsError(f"no backend can be used (setting backend={setting}), nothing was changed: {details}")

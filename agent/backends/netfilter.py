@@ -109,7 +109,7 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
         *_nat_output(redirect),
         *(_raw(redirect) if redirect.dns else ()),
     ]
-    if not counting or (redirect.ipv4 and redirect.ipv6):
+    if not counting or redirect.ipv4 == redirect.ipv6:
         return tuple(found)
     return tuple(_of_family(rule, 4 if redirect.ipv4 else 6) for rule in found)
 

@@ -57,7 +57,7 @@ class Reconciler:
         self._enrolment = Enrolment(choice, namespaces, outside, counting, preserve=settings.preserve_connections)
         self._claimed: dict[str, tuple[str, ...]] = {}
         self._probes: set[asyncio.Task[None]] = set()
-        self._schedule = Schedule(min(settings.verify_seconds, choice.sweep), random)
+        self._schedule = Schedule(settings.verify_seconds, random)
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
@@ -203,13 +203,10 @@ class Reconciler:
         if cause:
             entry.contention.looked(time.monotonic())
         started = noticed or time.monotonic()
-        if self._host and pod.uid not in self._claimed:
-            # Before the rules: from their first moment on the node's probes must not be taken for a stranger's.
-            async with entry.lock:
-                self._claim(pod, await self._workers.run(lambda: self._enrolment.addresses(pod)))
-            await self._host.settled()
+        exempt = await self._exempt(pod, entry)
         async with entry.lock:
             found = await self._workers.run(lambda: self._enrolment.enrol(pod, redirect, retired))
+        await exempt
         self._watcher.watch(pod.uid, found.target)
         self._claim(pod, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
@@ -222,6 +219,26 @@ class Reconciler:
         await self._publisher.publish(pod, found.target)
         entry.status = self._status(entry, State.ENABLED, decision)
         self._probe(pod, entry, found)
+
+    async def _exempt(self, pod: Pod, entry: Entry) -> asyncio.Future[object]:
+        """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt.
+
+        Before the rules: from their first moment on probes must not be taken for a stranger's. A pod that is just being
+        made has nothing that could be probed: there both are done at once.
+        """
+        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        done.set_result(None)
+        if self._host is None or pod.uid in self._claimed:
+            return done
+        addresses = pod.addresses
+        if not addresses:
+            async with entry.lock:
+                addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
+        self._claim(pod, addresses)
+        settled = asyncio.ensure_future(self._host.settled())
+        if not self._namespaces.is_new(pod):
+            await settled
+        return settled
 
     def _claim(self, pod: Pod, addresses: tuple[str, ...]) -> None:
         if self._host and self._claimed.get(pod.uid) != addresses:

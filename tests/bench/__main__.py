@@ -1,4 +1,4 @@
-"""`make bench`: medians of what the design promises, in one table, with the aims that were met or missed."""
+"""`make bench`: medians of what the design promises, in two tables, with the aims that were met or missed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, a
 
 from agent.core.errors import SluiceError
 from agent.lab.lab import check_machine, interruptible
-from tests.bench import plugin, start
+from tests.bench import plugin, repair, rules, start
 from tests.bench.measure import Row, show
 
 PREFIX = "slubench"
 
 
-def rows(quick: bool) -> Iterator[Row]:
+def measured(quick: bool, matrix: rules.Matrix) -> Iterator[Row]:
     runs = 10 if quick else 50
     yield from plugin.alone(PREFIX, runs)
     yield from plugin.whole_add(PREFIX, runs)
-    yield from start.many_pods(PREFIX, 2 if quick else 5, 50 if quick else start.PODS, 20 if quick else 100)
+    yield from start.many_pods(PREFIX, 2 if quick else 5, 50 if quick else start.PODS)
+    yield from repair.agents(PREFIX, 10 if quick else 50, 30 if quick else start.PODS, 3 if quick else 20)
+    yield from rules.measure(matrix, tell)
+
+
+def tell(line: str) -> None:
+    print(f"bench: {line}", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -30,12 +36,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer runs and pods: to see that it works")
     args = parser.parse_args()
     found: list[Row] = []
+    matrix = rules.Matrix((1, 10, 20) if args.quick else rules.COUNTS)
     try:
         check_machine()
         with interruptible():
-            for row in rows(args.quick):
+            for row in measured(args.quick, matrix):
                 found.append(row)
-                print(f"bench: {row.name}: {row.median:.4g} {row.unit}", file=sys.stderr, flush=True)
+                tell(f"{row.name}: {row.median:.4g} {row.unit}")
     except KeyboardInterrupt:
         print("bench: interrupted; what it made is removed", file=sys.stderr)
         return 130
@@ -45,7 +52,7 @@ def main() -> int:
     finally:
         if found:
             load, cores = os.getloadavg()[0], os.cpu_count()
-            print(f"\nLinux {os.uname().release}, {cores} cores, load {load:.1f}\n{show(found)}")
+            print(f"\nLinux {os.uname().release}, {cores} cores, load {load:.1f}\n{show(found)}\n\n{matrix.show()}")
     return 0
 
 

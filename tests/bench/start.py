@@ -1,4 +1,4 @@
-"""The agent with many pods: from start to ready, its memory, and what one pod costs in-process."""
+"""The agent with many pods: from start to ready, and its memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from support.node import PLUGIN, FakeZtunnel, Node, NodePod, ip, node, until
 
-from agent.backends.base import Backend as Mechanism
 from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
-from agent.core.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.podnetns import PodNetns
 from agent.lab.processes import ready
-from agent.reconciler.settle import settle, verify
+from agent.reconciler.settle import settle
 from tests.bench.measure import Row, memory, spawn
 
 PODS = 250  # for which the design names its aims
@@ -51,7 +48,7 @@ class Acknowledger(threading.Thread):
         self.join()
 
 
-def many_pods(prefix: str, runs: int, count: int, sampled: int) -> Iterator[Row]:
+def many_pods(prefix: str, runs: int, count: int) -> Iterator[Row]:
     with node(prefix) as here:
         pods = _pods(here, count)
         here.start()
@@ -66,8 +63,6 @@ def many_pods(prefix: str, runs: int, count: int, sampled: int) -> Iterator[Row]
             add(pod)
         yield from _starts(here, pods, runs)
         ztunnel.close()
-        here.processes.end()
-        yield from per_pod(pods[:sampled])
 
 
 def _pods(here: Node, count: int) -> list[NodePod]:
@@ -144,29 +139,3 @@ def _each(pods: Sequence[NodePod], work: Callable[[PodNetns], None]) -> None:
 
 def _clear(target: PodNetns) -> None:
     settle(target, None, (RoutingBackend(), NftablesBackend(), IptablesBackend()))
-
-
-def per_pod(pods: Sequence[NodePod]) -> Iterator[Row]:
-    """Milliseconds of this process for one pod, one after the other."""
-    want = Redirect()
-    targets = [PodNetns(Netns.open(pod.netns)) for pod in pods]
-    nftables = NftablesBackend()
-    nftables.probe()
-    try:
-        for name, backend in (("nftables", nftables), ("iptables", IptablesBackend())):
-            layers: tuple[Mechanism, ...] = (RoutingBackend(), backend)
-            for target in targets:
-                _clear(target)
-            applied = [_timed(partial(settle, target, want, layers)) for target in targets]
-            compared = [_timed(partial(verify, target, want, layers)) for target in targets]
-            yield Row(f"one pod in-process, {name}: apply and read back", "ms", applied)
-            yield Row(f"one pod in-process, {name}: read and compare", "ms", compared)
-    finally:
-        for target in targets:
-            target.close()
-
-
-def _timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return (time.perf_counter() - started) * 1e3

@@ -143,7 +143,7 @@ def test_health_and_nothing_private_on_tcp(here: Node) -> None:
 def test_verify_by_exit_code_and_repair(here: Node) -> None:
     right, wrong, lost = (here.add(here.pod(name)) for name in ("right", "wrong", "lost"))
     assert "ok" in here.sluice("verify", "--all")
-    # Of legacy tables nobody is told: their drift stays to be seen until the next comparison, some 10 s later.
+    # Of legacy tables nobody is told: their drift stays to be seen until the next comparison.
     here.restart(Backend.LEGACY)
     until(lambda: here.state(wrong) == "pending", "it has its rules")
     before = wrong.rules()
