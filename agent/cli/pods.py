@@ -89,7 +89,7 @@ def _explain(args: argparse.Namespace) -> int:
     if a["probe"]:
         rows.append(("Probe", a["probe"]))
     if a["redirect"]:
-        wanted = (f"{k}={_word(v)}" for k, v in a["redirect"].items() if v not in ([], {}))
+        wanted = (f"{k}={_word(v)}" for k, v in a["redirect"].items() if _word(v) not in ("", "{}"))
         rows += [("Wanted", " ".join(wanted)), ("In the kernel", a["inspect_error"] or a["in_kernel"])]
     rows += [("  difference", line) for line in a["differences"]]
     for direction, counts in a["beside"].items():
