@@ -230,10 +230,8 @@ class Reconciler:
         done.set_result(None)
         if self._host is None or pod.uid in self._claimed:
             return done
-        addresses = pod.addresses
-        if not addresses:
-            async with entry.lock:
-                addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
+        async with entry.lock:  # what its namespace has, once that is proven to be the pod's
+            addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
         self._claim(pod, addresses)
         settled = asyncio.ensure_future(self._host.settled())
         if not self._namespaces.is_new(pod):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from support.node import until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
@@ -110,8 +111,12 @@ def test_no_connection_escapes_or_fails(lab: Lab) -> None:
         part = account(load, records, window)
         assert part.opened > RATE / 4 * (window[1] - window[0]), name  # there was traffic all the time
     for node in lab.spec.nodes:
-        rows = ask.agent(lab, node, "/v1/verify", all="true")
-        assert {row["result"] for row in rows} == {"ok"}, rows
+        # The last agent has just begun: its ztunnel comes back to it within some seconds, and then all is well.
+        until(lambda node=node: results(lab, node) == {"ok"}, f"{node} is right")  # type: ignore[misc]
+
+
+def results(lab: Lab, node: str) -> set[str]:
+    return {row["result"] for row in ask.agent(lab, node, "/v1/verify", all="true")}
 
 
 def test_the_account_would_see_an_escape(lab: Lab) -> None:
