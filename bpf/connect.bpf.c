@@ -1,0 +1,126 @@
+/* An application connects: towards ztunnel, and the socket remembers where it wanted to go.
+ *
+ * cgroup/connect4 and connect6 run once for each connect, TCP Fast Open and connected UDP included, before anything
+ * is sent. What they return 0 for fails with EPERM.
+ */
+#include "socket.h"
+
+#define UDP_TRIES 8
+
+struct sockaddr4 {
+	__u16 family, port;
+	__u32 ip;
+	__u8 none[8];
+};
+
+struct sockaddr6 {
+	__u16 family, port;
+	__u32 flow;
+	struct address address;
+	__u32 scope;
+};
+
+static __always_inline int bind_to(struct bpf_sock_addr *ctx, const struct address *a, __u16 port)
+{
+	if (is_ipv4(a) && ctx->family == AF_INET) {
+		struct sockaddr4 to = {.family = AF_INET, .port = port, .ip = a->word[3]};
+		return bpf_bind(ctx, (struct sockaddr *)&to, sizeof(to));
+	}
+	struct sockaddr6 to = {.family = AF_INET6, .port = port, .address = *a};
+	return bpf_bind(ctx, (struct sockaddr *)&to, sizeof(to));
+}
+
+static __always_inline int is_bound(struct bpf_sock *sk)
+{
+	return sk->src_port || sk->src_ip4 || sk->src_ip6[0] || sk->src_ip6[2] || sk->src_ip6[3];
+}
+
+/* The application's address stays its pod's: that is what ztunnel sees, and what getsockname tells. */
+static __always_inline void speak_as_pod(struct bpf_sock_addr *ctx, const struct pod *pod, int ipv4)
+{
+	const struct address *own = ipv4 ? &pod->own4 : &pod->own6;
+	if (own->word[3] && !is_bound(ctx->sk))
+		bind_to(ctx, own, 0); /* without it the source is one of lo, which is captured, too */
+}
+
+/* ztunnel may ask by the port of a query which resolver it was for: so the port has to be known now. */
+static __always_inline void note_query(struct bpf_sock_addr *ctx, const struct pod *pod, __u64 cookie, const struct address *to,
+				       __u16 port, int ipv4)
+{
+	__u32 from = ctx->sk->src_port;
+	const struct address *own = ipv4 ? &pod->own4 : &pod->own6;
+	if (!from && own->word[3] && !is_bound(ctx->sk)) {
+		for (int i = 0; i < UDP_TRIES && !from; i++) {
+			__u32 port = 32768 + bpf_get_prandom_u32() % 28232;
+			if (!bind_to(ctx, own, bpf_htons(port)))
+				from = port;
+		}
+	}
+	if (!from)
+		return;
+	struct query query = {.cookie = cookie, .port = bpf_htons(from), .protocol = IPPROTO_UDP};
+	struct resolver resolver = {.address = *to, .port = port};
+	bpf_map_update_elem(&resolvers, &query, &resolver, BPF_ANY);
+}
+
+static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct address *to, struct address *through, __u16 *port)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	struct bpf_sock *sk = ctx->sk;
+	__u32 protocol = ctx->protocol;
+	if (!pod || !sk || (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP))
+		return 1;
+	__u16 asked = ctx->user_port;
+	int ipv4 = is_ipv4(to);
+	if (by_ztunnel(sk)) {
+		struct memory *memory = remembered(sk);
+		count(EXIT_ZTUNNEL);
+		if (memory && memory->kind == MEMORY_SPEAKS_AS)
+			return 1;
+		return remember(sk, MEMORY_ZTUNNEL, to, asked);
+	}
+	struct answer answer = outbound(pod, protocol, to, asked, bpf_get_current_uid_gid());
+	count(answer.cause);
+	if (answer.verdict == PASS) {
+		if (answer.cause == EXIT_EXCLUDED_USER)
+			return remember(sk, MEMORY_USER, to, asked);
+		forget(sk);
+		return 1;
+	}
+	if (!remember(sk, MEMORY_ASKED, to, asked))
+		return 0;
+	if (answer.verdict == TO_DNS) {
+		if (protocol == IPPROTO_UDP)
+			note_query(ctx, pod, cookie, to, asked, ipv4);
+		*through = localhost(ipv4);
+		*port = bpf_htons(DNS_PORT);
+	} else {
+		*through = ipv4 && !(pod->flags & POD_LOOPBACK4) ? pod->own4 : loopback_for(to, asked);
+		*port = bpf_htons(OUTBOUND_PORT);
+	}
+	speak_as_pod(ctx, pod, ipv4);
+	return 1;
+}
+
+SEC("cgroup/connect4") int connect4(struct bpf_sock_addr *ctx)
+{
+	struct address to = address4(ctx->user_ip4), through;
+	__u16 port = 0;
+	int result = connecting(ctx, &to, &through, &port);
+	if (port)
+		write4(ctx, &through, port);
+	return result;
+}
+
+SEC("cgroup/connect6") int connect6(struct bpf_sock_addr *ctx)
+{
+	struct address to = address6(ctx), through;
+	__u16 port = 0;
+	int result = connecting(ctx, &to, &through, &port);
+	if (port)
+		write6(ctx, &through, port);
+	return result;
+}
+
+char _license[] SEC("license") = "GPL";

@@ -1,0 +1,121 @@
+/* DNS over sockets that are not connected: each query goes to ztunnel, each answer seems to come from the resolver.
+ *
+ * An answer is shown as the one of the resolver that the socket asked last: ztunnel's answers all come from one address.
+ */
+#include "socket.h"
+
+#define REFUSED 0
+
+static __always_inline int by_flow(struct bpf_sock_addr *ctx, __u64 cookie, const struct address *to)
+{
+	struct flow flow = {
+		.cookie = cookie,
+		.remote = *to,
+		.local_port = bpf_htons(ctx->sk->src_port),
+		.remote_port = ctx->user_port,
+		.protocol = IPPROTO_UDP,
+	};
+	return bpf_map_lookup_elem(&flows, &flow) != NULL;
+}
+
+static __always_inline void note_refused(__u64 cookie)
+{
+	struct beside key = {.cookie = cookie, .direction = OUTBOUND};
+	struct traffic none = {}, *found = bpf_map_lookup_elem(&beside, &key);
+	if (!found) {
+		bpf_map_update_elem(&beside, &key, &none, BPF_NOEXIST);
+		found = bpf_map_lookup_elem(&beside, &key);
+	}
+	if (found)
+		found->packets++; /* its size is not known here */
+	count(EXIT_NOT_TCP_REFUSED);
+}
+
+/* Returns 1 and leaves `through` alone, or fills it, or returns 0 for EPERM. */
+static __always_inline int sending(struct bpf_sock_addr *ctx, const struct address *to, struct address *through, struct address *source)
+{
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	struct bpf_sock *sk = ctx->sk;
+	if (!pod || !sk || ctx->protocol != IPPROTO_UDP)
+		return 1;
+	__u16 asked = ctx->user_port;
+	if (by_ztunnel(sk)) {
+		count(EXIT_ZTUNNEL);
+		return remember(sk, MEMORY_ZTUNNEL, to, asked);
+	}
+	struct answer answer = outbound(pod, IPPROTO_UDP, to, asked, bpf_get_current_uid_gid());
+	if (answer.cause == EXIT_NOT_TCP && pod->flags & POD_REFUSE && !by_flow(ctx, cookie, to)) {
+		note_refused(cookie);
+		return REFUSED;
+	}
+	count(answer.cause);
+	if (answer.cause == EXIT_EXCLUDED_USER)
+		return remember(sk, MEMORY_USER, to, asked);
+	if (answer.verdict != TO_DNS)
+		return 1;
+	if (!remember(sk, MEMORY_ASKED, to, asked))
+		return REFUSED;
+	struct query query = {.cookie = cookie, .port = bpf_htons(sk->src_port), .protocol = IPPROTO_UDP};
+	struct resolver resolver = {.address = *to, .port = asked};
+	bpf_map_update_elem(&resolvers, &query, &resolver, BPF_ANY);
+	*through = localhost(is_ipv4(to));
+	*source = is_ipv4(to) ? pod->own4 : pod->own6;
+	return 1;
+}
+
+SEC("cgroup/sendmsg4") int sendmsg4(struct bpf_sock_addr *ctx)
+{
+	struct address to = address4(ctx->user_ip4), through = {}, source = {};
+	int result = sending(ctx, &to, &through, &source);
+	if (through.word[3]) {
+		write4(ctx, &through, bpf_htons(DNS_PORT));
+		if (!ctx->msg_src_ip4 && source.word[3])
+			FIELD(ctx->msg_src_ip4) = source.word[3];
+	}
+	return result;
+}
+
+SEC("cgroup/sendmsg6") int sendmsg6(struct bpf_sock_addr *ctx)
+{
+	struct address to = address6(ctx), through = {}, source = {};
+	int result = sending(ctx, &to, &through, &source);
+	if (through.word[3]) {
+		write6(ctx, &through, bpf_htons(DNS_PORT));
+		if (!(ctx->msg_src_ip6[0] | ctx->msg_src_ip6[1] | ctx->msg_src_ip6[2] | ctx->msg_src_ip6[3]) && source.word[3]) {
+			FIELD(ctx->msg_src_ip6[0]) = source.word[0];
+			FIELD(ctx->msg_src_ip6[1]) = source.word[1];
+			FIELD(ctx->msg_src_ip6[2]) = source.word[2];
+			FIELD(ctx->msg_src_ip6[3]) = source.word[3];
+		}
+	}
+	return result;
+}
+
+static __always_inline struct memory *answered(struct bpf_sock_addr *ctx, const struct address *from)
+{
+	if (ctx->user_port != bpf_htons(DNS_PORT) || !is_localhost(from) || !ctx->sk)
+		return NULL;
+	struct memory *memory = remembered(ctx->sk);
+	return memory && memory->kind == MEMORY_ASKED ? memory : NULL;
+}
+
+SEC("cgroup/recvmsg4") int recvmsg4(struct bpf_sock_addr *ctx)
+{
+	struct address from = address4(ctx->user_ip4);
+	struct memory *memory = answered(ctx, &from);
+	if (memory)
+		write4(ctx, &memory->address, memory->port);
+	return 1;
+}
+
+SEC("cgroup/recvmsg6") int recvmsg6(struct bpf_sock_addr *ctx)
+{
+	struct address from = address6(ctx);
+	struct memory *memory = answered(ctx, &from);
+	if (memory)
+		write6(ctx, &memory->address, memory->port);
+	return 1;
+}
+
+char _license[] SEC("license") = "GPL";

@@ -1,0 +1,73 @@
+/* Hands what one end of a connection remembers to its other end, in the same namespace, while it is being made. */
+#include "socket.h"
+
+/* Both fields hold a port in ways of their own: the remote one in network order, in the upper half of 32 bits. */
+static __always_inline __u16 remote_port(struct bpf_sock_ops *ctx)
+{
+	return bpf_htons(bpf_ntohl(ctx->remote_port));
+}
+
+static __always_inline struct address local(struct bpf_sock_ops *ctx)
+{
+	if (FIELD(ctx->family) == AF_INET)
+		return address4(FIELD(ctx->local_ip4));
+	return (struct address){{FIELD(ctx->local_ip6[0]), FIELD(ctx->local_ip6[1]), FIELD(ctx->local_ip6[2]), FIELD(ctx->local_ip6[3])}};
+}
+
+static __always_inline struct address remote(struct bpf_sock_ops *ctx)
+{
+	if (FIELD(ctx->family) == AF_INET)
+		return address4(FIELD(ctx->remote_ip4));
+	return (struct address){{FIELD(ctx->remote_ip6[0]), FIELD(ctx->remote_ip6[1]), FIELD(ctx->remote_ip6[2]), FIELD(ctx->remote_ip6[3])}};
+}
+
+static __always_inline void begun(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct memory *memory = remembered(sk);
+	if (!memory || (memory->kind != MEMORY_ASKED && memory->kind != MEMORY_SPEAKS_AS))
+		return;
+	struct connection key = {
+		.cookie = bpf_get_netns_cookie(ctx),
+		.source = local(ctx),
+		.destination = remote(ctx),
+		.source_port = bpf_htons(ctx->local_port),
+		.destination_port = remote_port(ctx),
+	};
+	struct memory given = *memory;
+	given.kind = memory->kind == MEMORY_ASKED ? MEMORY_ORIGINAL : MEMORY_CLIENT;
+	if (given.kind == MEMORY_CLIENT)
+		given.port = key.source_port;
+	if (bpf_map_update_elem(&handover, &key, &given, BPF_ANY))
+		count(EXIT_HANDOVER_FAILED);
+}
+
+static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct address from = remote(ctx), to = local(ctx);
+	if (!is_loopback(&from) && !is_loopback(&to) && !same(&from, &to))
+		return; /* what we hand over always is within the pod */
+	struct connection key = {
+		.cookie = bpf_get_netns_cookie(ctx),
+		.source = from,
+		.destination = to,
+		.source_port = remote_port(ctx),
+		.destination_port = bpf_htons(ctx->local_port),
+	};
+	struct memory *given = bpf_map_lookup_elem(&handover, &key);
+	if (given && remember(sk, given->kind, &given->address, given->port))
+		bpf_map_delete_elem(&handover, &key);
+}
+
+SEC("sockops") int socket_events(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	if (!sk)
+		return 1;
+	if (ctx->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		begun(ctx, sk);
+	else if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
+		accepted(ctx, sk);
+	return 1;
+}
+
+char _license[] SEC("license") = "GPL";

@@ -1,0 +1,104 @@
+/* Whom a socket seems to speak with: what the application asked for, what ztunnel has to know, whom it speaks for. */
+#include "socket.h"
+
+#define SOL_IP 0
+#define SOL_IPV6 41
+#define SO_ORIGINAL_DST 80 /* linux/netfilter_ipv4.h, and at level IPv6 */
+#define SOCKADDR_IN 16
+#define SOCKADDR_IN6 28
+
+static __always_inline struct memory *shown(struct bpf_sock_addr *ctx)
+{
+	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
+	return memory && (memory->kind == MEMORY_ASKED || memory->kind == MEMORY_CLIENT) ? memory : NULL;
+}
+
+/* ztunnel spoke for a client and took a port of its own: both ends show the client's address with that port. */
+SEC("cgroup/getpeername4") int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct memory *memory = shown(ctx);
+	if (memory)
+		write4(ctx, &memory->address, memory->port);
+	return 1;
+}
+
+SEC("cgroup/getpeername6") int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct memory *memory = shown(ctx);
+	if (memory)
+		write6(ctx, &memory->address, memory->port);
+	return 1;
+}
+
+SEC("cgroup/getsockname4") int getsockname4(struct bpf_sock_addr *ctx)
+{
+	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
+	if (memory && memory->kind == MEMORY_SPEAKS_AS)
+		FIELD(ctx->user_ip4) = memory->address.word[3];
+	return 1;
+}
+
+SEC("cgroup/getsockname6") int getsockname6(struct bpf_sock_addr *ctx)
+{
+	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
+	if (memory && memory->kind == MEMORY_SPEAKS_AS)
+		write6(ctx, &memory->address, ctx->user_port);
+	return 1;
+}
+
+static __always_inline struct address own_address(struct bpf_sock *sk)
+{
+	if (FIELD(sk->family) == AF_INET)
+		return address4(FIELD(sk->src_ip4));
+	return (struct address){{FIELD(sk->src_ip6[0]), FIELD(sk->src_ip6[1]), FIELD(sk->src_ip6[2]), FIELD(sk->src_ip6[3])}};
+}
+
+static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port)
+{
+	__u8 *at = ctx->optval, *end = ctx->optval_end;
+	if (ctx->level == SOL_IP && is_ipv4(a)) {
+		if (at + SOCKADDR_IN > end || ctx->optlen < SOCKADDR_IN)
+			return;
+		*(__u16 *)at = AF_INET;
+		*(__u16 *)(at + 2) = port;
+		*(__u32 *)(at + 4) = a->word[3];
+		*(__u64 *)(at + 8) = 0;
+		FIELD(ctx->optlen) = SOCKADDR_IN;
+		FIELD(ctx->retval) = 0;
+	} else if (ctx->level == SOL_IPV6 && !is_ipv4(a)) {
+		if (at + SOCKADDR_IN6 > end || ctx->optlen < SOCKADDR_IN6)
+			return;
+		*(__u16 *)at = AF_INET6;
+		*(__u16 *)(at + 2) = port;
+		*(__u32 *)(at + 4) = 0;
+		for (int i = 0; i < 4; i++)
+			*(__u32 *)(at + 8 + 4 * i) = a->word[i];
+		*(__u32 *)(at + 24) = 0;
+		FIELD(ctx->optlen) = SOCKADDR_IN6;
+		FIELD(ctx->retval) = 0;
+	}
+}
+
+/* SO_ORIGINAL_DST, as if conntrack had kept it. Runs after the kernel's own answer, which stands if we know none. */
+SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
+{
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) || !ctx->sk)
+		return 1;
+	struct bpf_sock *sk = ctx->sk;
+	struct memory *memory = remembered(sk);
+	if (memory && memory->kind == MEMORY_ORIGINAL) {
+		answer(ctx, &memory->address, memory->port);
+		return 1;
+	}
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	if (!ctx->retval || (sk->mark & MARK_MASK) != ZTUNNEL_MARK || !bpf_map_lookup_elem(&pods, &cookie))
+		return 1;
+	/* A connection that came in: its own address is where it was going. */
+	if (sk->src_port != OUTBOUND_PORT && sk->src_port != DNS_PORT) {
+		struct address own = own_address(sk);
+		answer(ctx, &own, bpf_htons(sk->src_port));
+	}
+	return 1;
+}
+
+char _license[] SEC("license") = "GPL";

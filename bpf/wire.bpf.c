@@ -1,0 +1,271 @@
+/* What enters and leaves the pod by its interfaces, packet by packet: tcx, on every one but lo.
+ *
+ * Counts, or refuses, what is neither TCP nor captured DNS. Outbound it is the last guard: a SYN that should have been
+ * captured and was not (MPTCP, raw sockets) is dropped. Inbound it marks TCP that the pod would only forward (a virtual
+ * machine's) and that has to be captured: the mark's policy rule delivers it here. Loaded once for each pod.
+ */
+#include "pod.h"
+
+#define ETH_P_IP bpf_htons(0x0800)
+#define ETH_P_IPV6 bpf_htons(0x86dd)
+#define TC_NEXT -1
+#define TC_DROP 2
+#define SYN 2
+#define ACK 16
+#define LISTEN 10
+#define MOST_EXTENSIONS 4
+
+const volatile __u64 own_cookie = 0;
+
+struct packet {
+	struct address from, to;
+	__u16 from_port, to_port;
+	__u8 protocol, flags, later_fragment;
+};
+
+static __always_inline int read_ports(struct __sk_buff *skb, __u32 at, struct packet *p)
+{
+	if (p->later_fragment || (p->protocol != IPPROTO_TCP && p->protocol != IPPROTO_UDP))
+		return 0;
+	struct {
+		__u16 from, to;
+	} ports;
+	if (bpf_skb_load_bytes(skb, at, &ports, sizeof(ports)))
+		return -1;
+	p->from_port = ports.from;
+	p->to_port = ports.to;
+	return p->protocol == IPPROTO_TCP ? bpf_skb_load_bytes(skb, at + 13, &p->flags, 1) : 0;
+}
+
+/* To the transport header: options for every hop, routing, fragment, options for the destination. */
+static __always_inline int past_extensions(struct __sk_buff *skb, __u32 at, struct packet *p)
+{
+	for (int i = 0; i < MOST_EXTENSIONS; i++) {
+		struct {
+			__u8 next, length;
+			__u16 fragment;
+		} extension;
+		if (p->protocol != 0 && p->protocol != 43 && p->protocol != 44 && p->protocol != 60)
+			break;
+		if (bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)))
+			return -1;
+		if (p->protocol == 44 && extension.fragment & bpf_htons(0xfff8))
+			p->later_fragment = 1;
+		at += p->protocol == 44 ? 8 : (extension.length + 1) * 8;
+		p->protocol = extension.next;
+	}
+	return at;
+}
+
+/* 1: a packet that concerns us; 0: another protocol; -1: too short. */
+static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
+{
+	int at = 14;
+	if (skb->protocol == ETH_P_IP) {
+		struct {
+			__u8 length, service;
+			__u16 total, id, fragment;
+			__u8 ttl, protocol;
+			__u16 sum;
+			__u32 from, to;
+		} ip;
+		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+			return -1;
+		p->from = address4(ip.from);
+		p->to = address4(ip.to);
+		p->protocol = ip.protocol;
+		p->later_fragment = (ip.fragment & bpf_htons(0x1fff)) != 0;
+		at += (ip.length & 15) * 4;
+	} else if (skb->protocol == ETH_P_IPV6) {
+		struct {
+			__u32 flow;
+			__u16 length;
+			__u8 next, hops;
+			struct address from, to;
+		} ip;
+		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+			return -1;
+		p->from = ip.from;
+		p->to = ip.to;
+		p->protocol = ip.next;
+		at = past_extensions(skb, at + sizeof(ip), p);
+		if (at < 0)
+			return -1;
+	} else {
+		return 0;
+	}
+	return read_ports(skb, at, p) ? -1 : 1;
+}
+
+static __always_inline void note(struct __sk_buff *skb, __u32 direction)
+{
+	struct beside key = {.cookie = own_cookie, .direction = direction};
+	struct traffic none = {}, *found = bpf_map_lookup_elem(&beside, &key);
+	if (!found) {
+		bpf_map_update_elem(&beside, &key, &none, BPF_NOEXIST);
+		found = bpf_map_lookup_elem(&beside, &key);
+	}
+	if (found) {
+		found->packets++;
+		found->bytes += skb->len - 14;
+	}
+}
+
+static __always_inline struct flow flow_of(const struct packet *p, __u32 direction)
+{
+	struct flow flow = {
+		.cookie = own_cookie,
+		.remote = direction == OUTBOUND ? p->to : p->from,
+		.local_port = direction == OUTBOUND ? p->from_port : p->to_port,
+		.remote_port = direction == OUTBOUND ? p->to_port : p->from_port,
+		.protocol = p->protocol,
+	};
+	return flow;
+}
+
+static __always_inline int has_flow(const struct packet *p, __u32 direction)
+{
+	struct flow flow = flow_of(p, direction);
+	return bpf_map_lookup_elem(&flows, &flow) != NULL;
+}
+
+/* What passes one way is answered the other way. */
+static __always_inline int pass_both_ways(const struct packet *p, __u32 direction)
+{
+	struct flow flow = flow_of(p, direction);
+	__u32 one = 1;
+	bpf_map_update_elem(&flows, &flow, &one, BPF_ANY);
+	return TC_NEXT;
+}
+
+static __always_inline int rest(struct __sk_buff *skb, const struct pod *pod, __u32 direction)
+{
+	note(skb, direction);
+	if (!(pod->flags & POD_REFUSE))
+		return TC_NEXT;
+	count(EXIT_NOT_TCP_REFUSED);
+	return TC_DROP;
+}
+
+static __always_inline __u16 kind_of(struct __sk_buff *skb)
+{
+	struct bpf_sock *sk = skb->sk;
+	struct memory *memory;
+	if (!sk || !(sk = bpf_sk_fullsock(sk)))
+		return MEMORY_NONE;
+	memory = bpf_sk_storage_get(&memories, sk, 0, 0);
+	return memory ? memory->kind : MEMORY_NONE;
+}
+
+/* Only what this pod sends itself: skb_iif is that of what it forwards. */
+static __always_inline int leaving_tcp(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
+{
+	if ((p->flags & (SYN | ACK)) != SYN || skb->ingress_ifindex)
+		return TC_NEXT;
+	struct answer answer = outbound(pod, IPPROTO_TCP, &p->to, p->to_port, ~0U);
+	if (answer.verdict == PASS || listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)
+		return TC_NEXT;
+	__u16 kind = kind_of(skb);
+	if (kind == MEMORY_ZTUNNEL || kind == MEMORY_SPEAKS_AS || kind == MEMORY_USER)
+		return TC_NEXT;
+	count(EXIT_ESCAPE_REFUSED);
+	return TC_DROP;
+}
+
+SEC("tc") int egress(struct __sk_buff *skb)
+{
+	__u64 cookie = own_cookie;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	struct packet p = {};
+	if (!pod)
+		return TC_NEXT;
+	int parsed = parse(skb, &p);
+	if (parsed < 0)
+		count(EXIT_MALFORMED);
+	if (parsed <= 0)
+		return parsed < 0 ? TC_DROP : TC_NEXT;
+	if (p.protocol == IPPROTO_TCP)
+		return leaving_tcp(skb, pod, &p);
+	if (p.protocol == IPPROTO_ICMP || p.protocol == IPPROTO_ICMPV6 || p.later_fragment || !family_on(pod, &p.to))
+		return TC_NEXT;
+	__u16 kind = kind_of(skb);
+	int udp = p.protocol == IPPROTO_UDP;
+	/* ztunnel's own, and what asks around it: the answers are known by the flow. */
+	if (kind == MEMORY_ZTUNNEL || (udp && pod->flags & POD_DNS && p.to_port == bpf_htons(53) && is_resolver(pod, &p.to)))
+		return pass_both_ways(&p, OUTBOUND);
+	if (pod->flags & POD_REFUSE) {
+		__u32 excluded = excluded_outbound(pod, &p.to, p.to_port, ~0U, udp);
+		if (excluded || kind == MEMORY_USER ||
+		    listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)
+			return pass_both_ways(&p, OUTBOUND);
+		if (has_flow(&p, OUTBOUND))
+			return TC_NEXT;
+	}
+	return rest(skb, pod, OUTBOUND);
+}
+
+/* Whether a connection of this namespace claims the packet: it has been captured then, or is the pod's own. */
+static __always_inline int is_claimed(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *sk;
+	if (is_ipv4(&p->to)) {
+		tuple.ipv4.saddr = p->from.word[3];
+		tuple.ipv4.daddr = p->to.word[3];
+		tuple.ipv4.sport = p->from_port;
+		tuple.ipv4.dport = p->to_port;
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &p->from, sizeof(p->from));
+		__builtin_memcpy(tuple.ipv6.daddr, &p->to, sizeof(p->to));
+		tuple.ipv6.sport = p->from_port;
+		tuple.ipv6.dport = p->to_port;
+		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	}
+	if (!sk)
+		return 0;
+	int listens = sk->state == LISTEN;
+	bpf_sk_release(sk);
+	return !listens;
+}
+
+static __always_inline int coming_tcp(struct __sk_buff *skb, const struct pod *pod, const struct packet *p)
+{
+	if (!(pod->flags & POD_FORWARDS) || is_own(pod, &p->to))
+		return TC_NEXT;
+	int captured;
+	if ((p->flags & (SYN | ACK)) == SYN)
+		captured = inbound(pod, skb->ifindex, &p->from, &p->to, p->to_port).verdict != PASS;
+	else
+		captured = is_claimed(skb, p);
+	if (captured)
+		skb->mark = CONNECTION_MARK;
+	return TC_NEXT;
+}
+
+SEC("tc") int ingress(struct __sk_buff *skb)
+{
+	__u64 cookie = own_cookie;
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	struct packet p = {};
+	if (!pod)
+		return TC_NEXT;
+	int parsed = parse(skb, &p);
+	if (parsed <= 0)
+		return TC_NEXT; /* the stack refuses it better than we could */
+	if (p.protocol == IPPROTO_TCP)
+		return coming_tcp(skb, pod, &p);
+	if (p.protocol == IPPROTO_ICMP || p.protocol == IPPROTO_ICMPV6 || p.later_fragment || !family_on(pod, &p.to))
+		return TC_NEXT;
+	int udp = p.protocol == IPPROTO_UDP, flow = has_flow(&p, INBOUND);
+	if (flow && ((udp && p.from_port == bpf_htons(53)) || pod->flags & POD_REFUSE))
+		return TC_NEXT;
+	if (pod->flags & POD_REFUSE) {
+		if (excluded_inbound(pod, &p.from, p.to_port, udp) ||
+		    listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)
+			return pass_both_ways(&p, INBOUND);
+	}
+	return rest(skb, pod, INBOUND);
+}
+
+char _license[] SEC("license") = "GPL";
