@@ -1,0 +1,112 @@
+"""The filesystems that eBPF needs: bpffs, which holds the pins, and the hierarchy of cgroup v2."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from agent.core.errors import KernelError
+
+BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+_ROOT_INODE = 1  # of a kernfs hierarchy; a cgroup's inode is its id
+_NO_ROOT = "the root of the hierarchy is not mounted; mount the host's cgroup2 filesystem into the agent"
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_bpffs(path: Path) -> bool:
+    """False also where nothing is."""
+    room = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is the first, a long
+    if _libc.statfs(os.fsencode(path), room):
+        return False
+    kind: int = struct.unpack_from("@l", room)[0]
+    return kind & 0xFFFFFFFF == BPF_FS_MAGIC
+
+
+def mount(at: Path = Path("/sys/fs/bpf")) -> None:
+    """Mounts bpffs there, for root alone, unless it is. Raises KernelError."""
+    if is_bpffs(at):
+        return
+    operation = f"mount bpffs on {at}"
+    try:
+        at.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(operation, error.errno or 0, str(error)) from error
+    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    if _libc.mount(b"bpf", os.fsencode(at), b"bpf", flags, b"mode=0700"):
+        number = ctypes.get_errno()
+        raise KernelError(operation, number, os.strerror(number))
+
+
+def remove_tree(path: Path) -> None:
+    """Unlinks the pins below and removes the directories, or unlinks the one pin; nothing there is fine.
+
+    Raises KernelError.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            for each in list(path.iterdir()):
+                remove_tree(each)
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return  # somebody else was faster
+    except OSError as error:
+        raise KernelError(f"remove {path}", error.errno or 0, error.strerror or str(error)) from error
+
+
+def cgroup_root() -> Path:
+    """Where the whole hierarchy of cgroup v2 is mounted, beside version 1 or alone. Raises KernelError."""
+    return _root()[0]
+
+
+def cgroup_id(pid: int) -> int:
+    """The id of a process's cgroup, as BPF programs see it. Raises KernelError, ESRCH for one that ended."""
+    root, whole = _root()
+    operation = f"cgroup of process {pid}"
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        below = next((line[3:] for line in lines if line.startswith("0::")), "/")
+        # From a cgroup namespace of our own, the path tells only how far the other one is from ours.
+        place = root / below.lstrip("/") if whole else _place(root, pid)
+        return place.stat().st_ino
+    except OSError as error:
+        number = errno.ESRCH if isinstance(error, FileNotFoundError) else error.errno or 0
+        raise KernelError(operation, number, os.strerror(number)) from error
+
+
+def _place(root: Path, pid: int) -> Path:
+    """By looking everywhere: some hundred small files on a full node. Raises FileNotFoundError."""
+    wanted = str(pid)
+    for directory, _, _ in os.walk(root):
+        with suppress(OSError):  # removed meanwhile; or threaded, which lists no processes
+            if wanted in (Path(directory) / "cgroup.procs").read_text().split():
+                return Path(directory)
+    raise FileNotFoundError(wanted)
+
+
+def _root() -> tuple[Path, bool]:
+    """The mount of the whole hierarchy; and whether paths in /proc start there, too."""
+    for below, place in _cgroup_mounts():
+        with suppress(OSError):
+            if place.stat().st_ino == _ROOT_INODE:
+                return place, below == "/"
+    raise KernelError("find the cgroup v2 hierarchy", errno.ENOENT, _NO_ROOT)
+
+
+def _cgroup_mounts() -> Iterator[tuple[str, Path]]:
+    """What is mounted, as seen from our cgroup namespace ("/.." is outside of it), and where; proc(5), mountinfo."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if after.startswith("cgroup2 "):
+            below, place = before.split()[3:5]
+            yield below, Path(_ESCAPE.sub(lambda match: chr(int(match[1], 8)), place))
