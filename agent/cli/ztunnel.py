@@ -21,8 +21,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--drain-seconds", type=float, default=defaults.drain_seconds, metavar="S",
         help="how long connections may run on after SIGTERM (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--bpf-dir", default=defaults.bpf_dir, metavar="PATH",
+        help="the agent's bpf_dir: which resolver a query was for, in pods redirected by eBPF (default: %(default)s)",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    return main(ZtunnelSettings(args.zds_socket, args.records, args.drain_seconds))
+    return main(ZtunnelSettings(args.zds_socket, args.records, args.drain_seconds, bpf_dir=args.bpf_dir))

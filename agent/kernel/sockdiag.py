@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
-from socket import AF_INET, AF_INET6, IPPROTO_TCP, inet_ntop, inet_pton, ntohs
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOL_SOCKET, inet_ntop, inet_pton, ntohs, socket
 from typing import Final
 
 from agent.core.errors import KernelError
 from agent.core.netlink import ATTRIBUTE, NLM_F_DUMP
 from agent.core.sockets import Endpoint, TcpSocket, TcpState
 from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.netns import SO_NETNS_COOKIE
 
 NETLINK_SOCK_DIAG = 4
-_BY_FAMILY, _GETSOCK = 20, 18  # SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK
+SO_COOKIE = 57  # asm-generic/socket.h: the cookie that sock_diag tells
+_BY_FAMILY, _GETSOCK, _DESTROY = 20, 18, 21  # SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK, SOCK_DESTROY
 _WHAT = "read TCP sockets (sock_diag)"
 _FAMILIES: Final = {AF_INET: 4, AF_INET6: 6}
 # inet_diag_req_v2 without the socket's identity: family, protocol, extensions, pad, states as bits
@@ -34,6 +36,7 @@ _NO_COOKIE = b"\xff" * 8
 _ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
 _SKV6ONLY, _MARK = 11, 15
 _ATTRIBUTE, _U32 = ATTRIBUTE.unpack_from, struct.Struct("=I").unpack_from
+_U64 = struct.Struct("=Q").unpack
 _MAPPED = bytes(10) + b"\xff\xff"
 _ALL: Final = frozenset(TcpState)
 _STATES: Final = {int(state): state for state in TcpState}
@@ -67,6 +70,10 @@ class SockDiag(NetlinkSocket):
                 return self._dump(_GETSOCK, _OLD_REQUEST.pack(_bits(states)))
         return self.sockets(4, states) + self.sockets(6, states)
 
+    def listening(self, ports: Collection[int]) -> list[TcpSocket]:
+        """The listening sockets of both families on these ports. Raises KernelError."""
+        return [one for one in self.both((TcpState.LISTEN,)) if one.local[1] in ports]
+
     def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
         """The connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
 
@@ -82,9 +89,35 @@ class SockDiag(NetlinkSocket):
         found = (decode(answer.body) for answer in answers)
         return next((one for one in found if one and (one.local, one.remote) == (local, remote)), None)
 
+    def destroy(self, one: TcpSocket) -> None:
+        """Resets a connection; one that has ended is fine. Raises KernelError."""
+        try:
+            self.request("end a connection", _DESTROY, 0, encode(one.local, one.remote, one.cookie))
+        except KernelError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                words = "not supported by this kernel (CONFIG_INET_DIAG_DESTROY); or set preserve_connections: true"
+                raise KernelError("end a connection", error.errno, words) from None
+            if error.errno != errno.ENOENT:
+                raise
+
     def _dump(self, kind: int, body: bytes) -> list[TcpSocket]:
         found = (decode(answer.body) for answer in self.request(_WHAT, kind, NLM_F_DUMP, body))
         return [one for one in found if one is not None]
+
+
+def cookies(descriptor: int) -> tuple[int, int] | None:
+    """(cookie, cookie of its network namespace) of a socket; None when the descriptor is no socket. Leaves it open."""
+    try:
+        held = socket(fileno=descriptor)
+    except OSError:
+        return None
+    try:
+        mine, namespace = (held.getsockopt(SOL_SOCKET, option, 8) for option in (SO_COOKIE, SO_NETNS_COOKIE))
+    except OSError:
+        return None
+    finally:
+        held.detach()
+    return _U64(mine)[0], _U64(namespace)[0]
 
 
 def _bits(states: Iterable[TcpState]) -> int:
@@ -94,11 +127,12 @@ def _bits(states: Iterable[TcpState]) -> int:
     return bits
 
 
-def encode(local: Endpoint, remote: Endpoint) -> bytes:
-    """Body of a request for one connection; both addresses of one family."""
+def encode(local: Endpoint, remote: Endpoint, cookie: int | None = None) -> bytes:
+    """Body of a request for one connection; both addresses of one family. `cookie`: of that socket alone."""
     family = AF_INET6 if ":" in local[0] else AF_INET
     here, there = (inet_pton(family, address).ljust(16, b"\0") for address, _ in (local, remote))
-    identity = _IDENTITY.pack(local[1], remote[1], here, there, bytes(4), _NO_COOKIE)
+    number = _NO_COOKIE if cookie is None else struct.pack("=Q", cookie)
+    identity = _IDENTITY.pack(local[1], remote[1], here, there, bytes(4), number)
     return _REQUEST.pack(family, IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + identity
 
 

@@ -14,9 +14,10 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agent.core.errors import NoZtunnelError, ProtocolError, ZtunnelError
+from agent.core.errors import KernelError, NoZtunnelError, ProtocolError, ZtunnelError
 from agent.core.pods import Pod
 from agent.kernel.podnetns import PodNetns
+from agent.kernel.process import Process
 from agent.kernel.unixsocket import peer, serve
 from agent.zds import messages
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
@@ -108,9 +109,16 @@ class Connection:
 class ZdsServer:
     """Adds go to the newest connection, deletions to all: two ztunnels run during a rolling upgrade."""
 
-    def __init__(self, path: str, seconds: float, changed: Callable[[str | None], None]) -> None:
-        """`changed` is called with a UID that was acknowledged, and with None when a ztunnel has gone."""
-        self.path, self.seconds, self._changed = path, seconds, changed
+    def __init__(
+        self,
+        path: str,
+        seconds: float,
+        changed: Callable[[str | None], None],
+        arrived: Callable[[Process], None] | None = None,
+    ) -> None:
+        """`changed` is called with a UID that was acknowledged, and with None when a ztunnel has gone; `arrived`,
+        before it is told of pods, with the process of each ztunnel, which it takes over."""
+        self.path, self.seconds, self._changed, self._arrived = path, seconds, changed, arrived
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
@@ -175,6 +183,7 @@ class ZdsServer:
             if uid not in (0, os.geteuid()):
                 raise ProtocolError(f"it runs as user {uid}; only root may be ztunnel")
             await connection.hello()
+            self._introduce(sock, pid)
             self._connections.append(connection)
             log.info("ztunnel connected: pid %d", pid)
             reader = asyncio.create_task(connection.read())
@@ -192,6 +201,20 @@ class ZdsServer:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._changed(None)
+
+    def _introduce(self, sock: socket.socket, pid: int) -> None:
+        if self._arrived is None:
+            return
+        try:
+            process = Process.of_peer(sock)
+        except KernelError as error:  # no reason to leave its pods without ztunnel: not every mechanism needs it
+            log.warning("ztunnel's process is not known: pid %d: %s", pid, error)
+            return
+        try:
+            self._arrived(process)
+        except BaseException:
+            process.close()
+            raise
 
     async def _snapshot(self, connection: Connection) -> None:
         try:

@@ -16,6 +16,7 @@ import signal
 from dataclasses import dataclass
 
 from agent.core import names
+from agent.ztunnel.asked import BPF_DIR, Asked
 from agent.ztunnel.client import Client
 from agent.ztunnel.pod import Engine
 from agent.ztunnel.poller import Deadlines, Poller
@@ -31,13 +32,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ZtunnelSettings:
-    """`records`: a path, "-" for standard output, "" for none. Times in seconds."""
+    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. Times in seconds."""
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
     drain_seconds: float = 5.0
     dns_seconds: float = 5.0
     connect_seconds: float = 10.0
+    bpf_dir: str = BPF_DIR
 
 
 def main(settings: ZtunnelSettings) -> int:
@@ -70,7 +72,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ending = _Ending(loop)
     engine = Engine(
         Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
-        Records(loop, settings.records),
+        Records(loop, settings.records), Asked(settings.bpf_dir),
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(Workload, engine))
     agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())
@@ -86,7 +88,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
-    for part in (engine.connects, engine.queries, engine.records, engine.poller):
+    for part in (engine.connects, engine.queries, engine.records, engine.poller, engine.asked):
         part.close()
     return 1 if failed else 0
 

@@ -1,7 +1,8 @@
 """Captured DNS over UDP: each query goes to the resolver that the pod asked, each answer back, byte for byte.
 
-The resolver is what conntrack remembers of the redirected query. If it remembers nothing the query is dropped
-and recorded: sending it to some other resolver would answer from another view of the names.
+The resolver is what conntrack remembers of the redirected query, or the agent's eBPF programs where they redirect.
+If neither does the query is dropped and recorded: sending it to some other resolver would answer from another view of
+the names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import socket
 
 from agent.core import names
-from agent.core.errors import SluiceError
+from agent.core.errors import KernelError, SluiceError
 from agent.kernel.conntrack import Conntrack
 from agent.ztunnel import poller
 from agent.ztunnel.original import Address
@@ -42,9 +43,19 @@ class Resolver:
             Query(self, listener, client, len(query)).ask(query)
 
     def original(self, listener: socket.socket, client: Address) -> Address | None:
-        """Raises KernelError."""
+        """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError."""
         local, peer = listener.getsockname()[:2], (client[0], client[1])
-        return self._conntrack.original_destination(socket.IPPROTO_UDP, local, peer)
+        failure: KernelError | None = None
+        found = None
+        try:
+            found = self._conntrack.original_destination(socket.IPPROTO_UDP, local, peer)
+        except KernelError as error:  # a kernel without conntrack has eBPF nevertheless
+            failure = error
+        if found is None or found[1] == names.DNS_PORT:  # a flow that was not redirected in conntrack's eyes
+            found = self.pod.engine.asked.resolver(listener, peer)
+        if found is None and failure is not None:
+            raise failure
+        return None if found is None or found[1] == names.DNS_PORT else found
 
     def close(self) -> None:
         self._conntrack.close()
@@ -74,8 +85,8 @@ class Query:
             if self._resolver.outstanding > OUTSTANDING:
                 raise OSError(errno.ENOBUFS, f"more than {OUTSTANDING} queries outstanding")
             found = self._destination = self._resolver.original(self._listener, self._client)
-            if found is None or found[1] == names.DNS_PORT:
-                raise OSError(errno.EDESTADDRREQ, "conntrack does not know which resolver was asked; dropped")
+            if found is None:
+                raise OSError(errno.EDESTADDRREQ, "neither conntrack nor eBPF knows which resolver was asked; dropped")
             # An IPv6 address takes four parts to be told apart by `text` and `take`.
             target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
             self._destination = target

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agent.ztunnel.asked import Asked
 from agent.ztunnel.original import Address
 from agent.ztunnel.poller import Deadlines, Poller
 from agent.ztunnel.records import Record, Records
@@ -20,6 +21,7 @@ class Engine:
     connects: Deadlines
     queries: Deadlines
     records: Records
+    asked: Asked
 
 
 class Live(Protocol):

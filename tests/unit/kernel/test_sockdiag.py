@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import struct
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from agent.core.errors import KernelError
 from agent.core.netlink import Message, attribute
 from agent.core.sockets import TcpState
-from agent.kernel.sockdiag import SockDiag, decode, encode
+from agent.kernel.netns import SO_NETNS_COOKIE
+from agent.kernel.sockdiag import SockDiag, cookies, decode, encode
 
 # An IPv4 connection, written down after linux/inet_diag.h on a little-endian machine. tests/netns compares with `ss`.
 V4 = bytes.fromhex(
@@ -121,3 +124,23 @@ def test_a_lookup_that_finds_another_finds_nothing() -> None:
         assert diag.find(here, there) is None
     with contextlib.closing(Asked(KernelError("x", 1, "not permitted"))) as diag, pytest.raises(KernelError):
         diag.find(here, there)
+
+
+def test_only_listeners_on_the_given_ports() -> None:
+    with contextlib.closing(Asked(V4)) as diag:
+        assert [one.local[1] for one in diag.listening({8080})] == [8080]
+        assert diag.listening({8081}) == []
+        assert {struct.unpack_from("=I", body, 52)[0] for _, body in diag.asked} == {1 << TcpState.LISTEN}
+
+
+def test_cookies_of_a_descriptor() -> None:
+    with socket.socket() as one, socket.socket() as two:
+        namespace = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0]
+        mine = struct.unpack("=Q", one.getsockopt(socket.SOL_SOCKET, 57, 8))[0]
+        assert cookies(one.fileno()) == (mine, namespace) != cookies(two.fileno())
+        assert one.fileno() >= 0 and os.fstat(one.fileno())  # left open
+    left, right = os.pipe()
+    assert cookies(left) is None and os.fstat(left)
+    for end in (left, right):
+        os.close(end)
+    assert cookies(left) is None

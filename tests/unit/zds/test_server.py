@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from agent.core.errors import ZtunnelError
+from agent.core.errors import KernelError, ZtunnelError
 from agent.core.pods import Pod
+from agent.kernel.process import Process
 from agent.zds import messages, server
 from agent.zds.messages import Ack, Add, Delete, Hello, Keep, SnapshotSent, encode
 from agent.zds.server import ZdsServer
@@ -411,3 +412,73 @@ def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert made.server.connections == 0
 
     steps(tmp_path)
+
+
+def met(made: Bench, arrived: Callable[[Process], None]) -> None:
+    """The bench's server, but with somebody who wants ztunnel's processes; not serving yet."""
+    made.server._arrived = arrived
+
+
+@bench()
+async def test_a_ztunnels_process_is_known_before_it_is_told_of_pods(made: Bench) -> None:
+    await offered(made, "a")
+    known: list[tuple[Process, int]] = []
+    met(made, lambda process: known.append((process, made.server.unacknowledged)))
+    ztunnel = await made.synced()
+    ((process, unacknowledged),) = known
+    assert (process.pid, process.alive(), unacknowledged) == (os.getpid(), True, 1)
+    ztunnel.socket.close()
+    await made.until(lambda: made.server.connections == 0)
+    assert process.alive()  # it is let go of by whoever has it, not with its connection
+    process.close()
+
+
+@bench()
+async def test_no_process_of_one_that_was_not_admitted(made: Bench) -> None:
+    known: list[Process] = []
+    met(made, known.append)
+    await (await Ztunnel(made.folder / "zds.sock").dial(b"\xff\xff")).end()
+    assert known == []
+
+
+@bench()
+async def test_a_process_that_is_not_to_be_had_costs_no_pod_its_ztunnel(
+    made: Bench,
+) -> None:
+    def refuse(sock: socket.socket) -> Process:
+        raise KernelError("hold it", 1, "no")
+
+    met(made, lambda process: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.Process, "of_peer", refuse)
+        await made.synced()
+    assert made.server.connections == 1
+
+
+@bench()
+async def test_descriptors_of_processes_are_not_left_behind(made: Bench) -> None:
+    def fail(process: Process) -> None:
+        raise RuntimeError("a defect")
+
+    async def visit() -> int:
+        ztunnel = await made.ztunnel()
+        while await ztunnel.receive() is not None:  # to its end, when the server drops it
+            ztunnel.ack()
+            ztunnel.socket.shutdown(socket.SHUT_WR)
+        ztunnel.socket.close()
+        await made.until(lambda: made.server.connections == 0)
+        return sum("pidfd" in place for place in open_files())
+
+    before = sum("pidfd" in place for place in open_files())
+    met(made, fail)
+    assert await visit() == before
+    made.server._arrived = None
+    assert await visit() == before
+
+
+def open_files() -> list[str]:
+    found = []
+    for place in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.append(str(place.readlink()))
+    return found

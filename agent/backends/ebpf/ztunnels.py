@@ -1,0 +1,183 @@
+"""ztunnel's processes, and the sockets of theirs that listen in a pod.
+
+What the pod itself opens on these ports is never taken for ztunnel's: a socket counts when a process holds it that
+came to us over ZDS, and is fetched from that very process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from agent.core import names
+from agent.core.errors import KernelError, StaleError
+from agent.core.sockets import TcpSocket
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.process import Process
+from agent.kernel.sockdiag import SockDiag, cookies
+
+SLOTS: Final = 2  # listeners of one role in one pod: an old and a new ztunnel overlap
+ROOT_CGROUP: Final = 1  # its id, in every hierarchy of version 2
+_GONE: Final = (errno.ESRCH, errno.EBADF)
+
+
+class Role(IntEnum):
+    """What a listener is for; enum listener_role of bpf/abi.h."""
+
+    OUTBOUND = 0
+    INBOUND = 1
+
+    @property
+    def port(self) -> int:
+        return names.OUTBOUND_PORT if self is Role.OUTBOUND else names.INBOUND_PORT
+
+
+class Holder:
+    """A registered process and which sockets it held when they were last looked at."""
+
+    def __init__(self, process: Process) -> None:
+        self.process = process
+        self._numbers: dict[int, int] = {}
+
+    def holds(self, inode: int) -> bool:
+        return inode in self._numbers
+
+    def number(self, inode: int) -> int | None:
+        """Of the descriptor; it may have come to mean something else."""
+        return self._numbers.get(inode)
+
+    def look(self, wanted: set[int]) -> None:
+        """Until these inodes were met, the first time at everything. Raises KernelError, not when it has ended."""
+        known = self._numbers
+        found = self.process.sockets(wanted if known else (), known.values())
+        if wanted <= found.keys():  # the rest stays as it was: ten thousand connections take 0.1 s
+            inodes = {number: inode for inode, number in known.items()}
+            inodes |= {number: inode for inode, number in found.items()}
+            found = {inode: number for number, inode in inodes.items()}
+        self._numbers = found
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket of ztunnel's in a pod."""
+
+    socket: TcpSocket
+    netns_cookie: int
+    holder: Holder
+
+    @property
+    def cookie(self) -> int:
+        return self.socket.cookie
+
+    def open(self) -> int:
+        """A duplicate, which the caller closes soon: while it is open the socket outlives ztunnel's closing it.
+
+        Raises StaleError when ztunnel has closed it, and KernelError.
+        """
+        inode = self.socket.inode
+        for again in (False, True):
+            if again:
+                self.holder.look({inode})
+            number = self.holder.number(inode)
+            taken = None if number is None else self._take(number)
+            if taken is not None:
+                return taken
+        what = f"take the listener {self.socket.local[1]} of ztunnel (pid {self.holder.process.pid})"
+        raise StaleError(what, errno.ESTALE, "it is no longer there")
+
+    def _take(self, number: int) -> int | None:
+        try:
+            taken = self.holder.process.take(number)
+        except KernelError as error:
+            if error.errno in _GONE:
+                return None
+            raise
+        if cookies(taken) == (self.socket.cookie, self.netns_cookie):
+            return taken
+        os.close(taken)
+        return None
+
+
+class Ztunnels:
+    """The processes that came over ZDS, until they end: one that drains still opens connections without it."""
+
+    def __init__(self) -> None:
+        self._holders: list[tuple[tuple[int, int], Holder]] = []  # newest first, by start and then by arrival
+        self._arrivals = itertools.count()
+        self._turn = threading.Lock()
+
+    def arrived(self, process: Process) -> None:
+        """Takes over `process`, which may have come before."""
+        with self._turn:
+            known = any(one.process.pid == process.pid and one.process.alive() for _, one in self._holders)
+            if not known:
+                self._holders.append(((process.started, next(self._arrivals)), Holder(process)))
+                self._holders.sort(key=lambda pair: pair[0], reverse=True)
+        if known:
+            process.close()
+
+    def processes(self) -> tuple[Process, ...]:
+        """Those that live, newest first; the others are let go of."""
+        return tuple(one.process for one in self._alive())
+
+    def keys(self) -> set[tuple[int, int]]:
+        """(cgroup id, process id as BPF sees it) of each; 0 instead of the latter is any process of the cgroup.
+
+        Raises KernelError when BPF could not tell a ztunnel from other processes.
+        """
+        numbered = Process.tgid_is_global()
+        found = set()
+        for process in self.processes():
+            try:
+                cgroup = process.cgroup_id()
+            except KernelError:
+                if process.alive():
+                    raise
+                continue
+            if not numbered and cgroup == ROOT_CGROUP:
+                raise KernelError(
+                    f"know ztunnel (pid {process.pid})", errno.EINVAL,
+                    "the agent has a PID namespace of its own and ztunnel is in the root cgroup, so BPF cannot tell "
+                    "ztunnel from other processes; run the agent with hostPID: true, or ztunnel in a cgroup of its own",
+                )  # fmt: skip
+            found.add((cgroup, process.pid if numbered else 0))
+        return found
+
+    def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
+        """What ztunnel listens on in this pod, of the newest process first, at most SLOTS of each role.
+
+        Raises KernelError when it cannot be read.
+        """
+        with contextlib.closing(target.netns.call(SockDiag)) as diag:
+            sockets = diag.listening({role.port for role in Role})
+        held = self._held(sockets)
+        cookie = target.netns.id.cookie
+        return {
+            role: [Listener(one, cookie, holder) for one, holder in held if one.local[1] == role.port][:SLOTS]
+            for role in Role
+        }
+
+    def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:
+        """The sockets that a process of ours holds, in the order of the processes."""
+        sockets = sorted(sockets, key=lambda one: one.cookie)
+        holders = self._alive()
+        for holder in holders:
+            missing = {one.inode for one in sockets if not any(other.holds(one.inode) for other in holders)}
+            if missing:
+                holder.look(missing)
+        return [(socket, holder) for holder in holders for socket in sockets if holder.holds(socket.inode)]
+
+    def _alive(self) -> list[Holder]:
+        with self._turn:
+            ended = [pair for pair in self._holders if not pair[1].process.alive()]
+            for pair in ended:
+                self._holders.remove(pair)
+                pair[1].process.close()
+            return [holder for _, holder in self._holders]
