@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from agent.core.plan import Plan
 from agent.core.redirect import Redirect
@@ -21,21 +21,43 @@ class Support:
 
 
 class Backend(Protocol):
-    """A mechanism. `Have` is what `read` returned, opaque to everybody else."""
+    """A mechanism. `Have` is what `read` returned, opaque to everybody else.
+
+    `outlives`: what it holds of a pod is kept by the node and does not go with the pod's namespace (see Lasting).
+    """
 
     name: str
+    outlives: bool
 
     def probe(self) -> Support:
         """Can this node do it. Tries in a namespace of its own and leaves nothing behind."""
 
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
+    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[Any, Redirect | None]:
         """Splits the desired state into units that settle alone; here each pod's namespace."""
 
-    def read(self, target: PodNetns) -> Any:
+    def read(self, target: Any) -> Any:
         """What of ours is in the kernel now."""
 
     def plan(self, want: Redirect | None, have: Any) -> Plan[Any]:
         """What to change, pure; `want` None removes all of ours."""
 
-    def apply(self, target: PodNetns, plan: Plan[Any]) -> None:
+    def apply(self, target: Any, plan: Plan[Any]) -> None:
         """Does it, atomically. Raises StaleError when the kernel's state is not the one planned for."""
+
+
+class Lasting(Backend, Protocol):
+    """A mechanism whose state of a pod `outlives` the pod. Connections that it captured need nothing of it."""
+
+    def orphans(self, known: Iterable[PodNetns]) -> Sequence[Any]:
+        """Units for `read` and `apply` of what the node holds and what is of none of the `known` pods.
+
+        One of a pod has the `cookie` of its namespace; one without is of the node itself. Raises KernelError.
+        """
+
+    def waits(self, target: PodNetns) -> bool:
+        """Whether it could only refuse what comes to the pod, until ztunnel is there. Raises KernelError."""
+
+
+def lasting(layers: Iterable[Backend]) -> tuple[Lasting, ...]:
+    """Those of the layers that are."""
+    return tuple(cast(Lasting, layer) for layer in layers if layer.outlives)

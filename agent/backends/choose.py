@@ -18,9 +18,10 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "nftables": ("routing", "nftables"),
     "iptables": ("routing", "iptables"),
     "iptables-legacy": ("routing", "iptables-legacy"),
+    "ebpf": ("routing", "ebpf-programs", "ebpf"),
 }
 
-WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4}
+WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4, "ebpf": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class Choice:
 
     `workers`: how many pods are worked on at a time. Netlink alone is faster from one thread (the others
     would only fight for the interpreter and for the kernel's locks), processes are worth waiting for in several.
+    `by_socket`: connections are captured when their sockets ask, and need nothing afterwards; else they are translated
+    for as long as they live. Where sockets are asked, those of ztunnel have to be known.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Choice:
     active: tuple[Backend, ...]
     retired: tuple[Backend, ...]
     workers: int = 1
+    by_socket: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def choose(
     view: HostView | None = None,
     recorded: Recorded | None = None,
 ) -> Choice:
-    """The first candidate that passes its preflight and its functional test; the setting leaves one, or all.
+    """The first candidate that passes its preflight and its functional test; the setting leaves one, or several.
 
     Raises SettingsError, naming for every candidate what is missing and what to do, when none passes: nothing was
     touched then, and rules that work stay as they are.
@@ -82,25 +86,33 @@ def choose(
         if not problem:
             words = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
             active = tuple(backends[layer] for layer in LAYERS[name])
-            retired = tuple(b for b in backends.values() if b not in active)
-            return Choice(name, "; ".join(words), active, retired, WORKERS[name])
+            retired = tuple(b for b in reversed(list(backends.values())) if b not in active)
+            return Choice(name, "; ".join(words), active, retired, WORKERS[name], name == "ebpf")
         problems[name] = problem
     details = " | ".join(f"{name}: {'; '.join(trials.explain(name)) or why}" for name, why in problems.items())
     raise SettingsError(f"no backend can be used (setting backend={setting}), nothing was changed: {details}")
 
 
 def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -> dict[str, str]:
-    """Choice -> why it is tried, in order. A record of another kernel is one of another boot: it binds nobody."""
-    if setting != "auto":
+    """Choice -> why it is tried, in order. A record of another kernel is one of another boot: it binds nobody.
+
+    eBPF is only taken where it is asked for, or was; and what asks for it is content with what comes after it.
+    """
+    if setting not in ("auto", "ebpf"):
         return {setting: f"setting backend={setting}"}
-    order: dict[str, str] = {}
-    if recorded and recorded.backend in LAYERS and (view is None or view.release == recorded.release):
+    order: dict[str, str] = {"ebpf": "setting backend=ebpf"} if setting == "ebpf" else {}
+    if (
+        setting == "auto"
+        and recorded
+        and recorded.backend in LAYERS
+        and (view is None or view.release == recorded.release)
+    ):
         order[recorded.backend] = f"kept from the last start ({recorded.reason})"
-    order.setdefault("nftables", "setting backend=auto, the first that works")
+    order.setdefault("nftables", f"setting backend={setting}, the first that works")
     name, why = _variant(view)
     other = "iptables" if name == "iptables-legacy" else "iptables-legacy"
-    order.setdefault(name, f"setting backend=auto, {why}")
-    order.setdefault(other, "setting backend=auto, the last that was left")
+    order.setdefault(name, f"setting backend={setting}, {why}")
+    order.setdefault(other, f"setting backend={setting}, the last that was left")
     return order
 
 
@@ -113,7 +125,7 @@ def choose_host(setting: str, view: HostView, chosen: str) -> tuple[str, str]:
     priorities the one registered last comes first, and every iptables registers with 100. On a host of both variants
     nobody can tell from outside which one that is. A chain of nf_tables has a priority of its own choice and so comes
     before both: there, and where nobody translates, it is nftables. What was `chosen` for pods is taken instead when
-    nf_tables is not known to be there.
+    nf_tables is not known to be there; eBPF has no way to exempt anybody on the host, and is not.
     """
     if setting != "auto":
         return setting, f"setting host_probes={setting}"
@@ -126,8 +138,14 @@ def choose_host(setting: str, view: HostView, chosen: str) -> tuple[str, str]:
     program = {"iptables": "iptables-nft-restore", "iptables-legacy": "iptables-legacy-restore"}.get(name, "")
     if program and not view.has(program):
         name, words = "nftables", f"{words}; {program} is not installed"
-    if name == "nftables" and chosen != "nftables" and view.nf_tables not in (InKernel.LOADED, InKernel.BUILT_IN):
+    if (
+        name == "nftables"
+        and chosen not in ("nftables", "ebpf")
+        and view.nf_tables not in (InKernel.LOADED, InKernel.BUILT_IN)
+    ):
         return chosen, f"{words}; nf_tables is {view.nf_tables.value}, and pods use {chosen}"
+    if name == "nftables" and view.nf_tables is InKernel.ABSENT and view.has("iptables-legacy-restore"):
+        return "iptables-legacy", f"{words}; nf_tables is {view.nf_tables.value}"
     return name, words
 
 

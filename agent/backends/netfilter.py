@@ -99,8 +99,12 @@ _ICMP = {4: "icmp", 6: "ipv6-icmp"}
 def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     """All rules of one pod, in the order in which they must stand within each table and chain.
 
-    Without `counting` those are left out that count, or refuse, what is neither TCP nor captured DNS.
+    Without `counting` those are left out that count, or refuse, what is neither TCP nor captured DNS. While draining
+    those are left that captured connections need: the kernel translates them by what conntrack knows, for as long as
+    any chain of NAT is there (see `tables`).
     """
+    if redirect.draining:
+        return (*_mangle(), *(_raw(redirect) if redirect.dns else ()))
     found = [
         *_mangle(),
         *(_other_inbound(redirect) if counting else ()),
@@ -112,6 +116,12 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     if not counting or redirect.ipv4 == redirect.ipv6:
         return tuple(found)
     return tuple(_of_family(rule, 4 if redirect.ipv4 else 6) for rule in found)
+
+
+def tables(redirect: Redirect) -> frozenset[Table]:
+    """Those that are there, with or without rules."""
+    always = frozenset((Table.MANGLE, Table.NAT))
+    return always | {Table.RAW} if redirect.dns else always
 
 
 def _of_family(rule: Rule, family: int) -> Rule:

@@ -2,8 +2,8 @@
 that speak with a client's address are delivered locally.
 
 A layer of its own, with the same five verbs, so that switching between netfilter backends leaves it alone
-and switching to a mechanism without packet marks removes it. What is exactly equal to the wanted rule or
-route is ours by definition: there is no room for a tag, and adding an equal one changes nothing.
+and switching to a mechanism without packet marks (Redirect.marks) removes it. What is exactly equal to the wanted
+rule or route is ours by definition: there is no room for a tag, and adding an equal one changes nothing.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class RoutingBackend:
     """Five verbs over rtnetlink. While a namespace has no IPv6, nothing of IPv6 is read or changed."""
 
     name = "routing"
+    outlives = False
 
     def __init__(self) -> None:
         self._last: WeakKeyDictionary[PodNetns, tuple[Mark, bool, Have]] = WeakKeyDictionary()
@@ -84,7 +85,7 @@ class RoutingBackend:
         if not isinstance(have, Have):
             have = Have(tuple(have))
         wanted: list[Item] = []
-        if want is not None:
+        if want is not None and want.marks:
             for family, asked in ((4, want.ipv4), (6, want.ipv6)):
                 wanted += items(family) if asked and family in have.families else ()
         # Deletions in the other order: no rule may point at a table that is empty already.

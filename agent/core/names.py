@@ -47,4 +47,5 @@ DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
 REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
 
 RUN_DIR: Final = "/run/sluice"
+BPF_DIR: Final = "/sys/fs/bpf/sluice"
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"

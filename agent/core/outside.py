@@ -7,12 +7,13 @@ connections live, the rules leave alone what does not begin with a SYN (Redirect
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from agent.core.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, is_loopback, taken
 
 NAMED = 5  # connections that a line of text names
+Select = Callable[[Sequence[TcpSocket]], tuple[TcpSocket, ...]]  # of all connections of a pod, see CONNECTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +25,20 @@ class Outside:
     def __bool__(self) -> bool:
         return bool(self.cookies)
 
-    def remaining(self, now: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
-        """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED."""
-        return tuple(one for one in candidates(now) if one.cookie in self.cookies)
+    def remaining(self, now: Sequence[TcpSocket], select: Select | None = None) -> tuple[TcpSocket, ...]:
+        """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED.
+
+        `select` tells which of them may be meant, `candidates` by default.
+        """
+        return tuple(one for one in (select or candidates)(now) if one.cookie in self.cookies)
 
 
-def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket]) -> Outside:
+def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Select | None = None) -> Outside:
     """What the rules did not catch, from the pod's connections just before and just after they were applied.
 
     One that is in `after` alone either slipped in before the rules, or ztunnel has its other end.
     """
-    return Outside(frozenset(one.cookie for now in (before, after) for one in candidates(now)))
+    return Outside(frozenset(one.cookie for now in (before, after) for one in (select or candidates)(now)))
 
 
 def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
@@ -50,17 +54,13 @@ def _with_others(one: TcpSocket) -> bool:
     return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
 
 
-def report(connections: Sequence[TcpSocket]) -> str:
+def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: str = "still outside") -> str:
     """One line for people; "" for none. The pod's end of each connection comes first."""
     if not connections:
         return ""
     count = len(connections)
-    what = (
-        "1 connection from before the enrolment is"
-        if count == 1
-        else f"{count} connections from before the enrolment are"
-    )
-    return f"{what} still outside: {_named(connections)}"
+    what = f"1 connection from before {since} is" if count == 1 else f"{count} connections from before {since} are"
+    return f"{what} {how}: {_named(connections)}"
 
 
 def _named(connections: Iterable[TcpSocket]) -> str:

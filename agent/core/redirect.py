@@ -15,6 +15,8 @@ class Redirect:
     `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound. `dns_to` are the
     resolvers whose traffic is captured as DNS, () for all. `preserve`: connections that were there before the
     rules run on outside, see core.outside. `refuse_non_tcp`: what is neither TCP nor DNS is refused, not only counted.
+    `marks`: packets are told apart by marks, which a policy rule and a route serve. `draining`: of NAT, nothing new is
+    captured, and what is captured already goes on as it does.
     """
 
     ipv4: bool = True
@@ -28,6 +30,8 @@ class Redirect:
     exclude: Exclusions = NOTHING
     refuse_non_tcp: bool = False
     preserve: bool = False
+    marks: bool = True
+    draining: bool = False
 
     def within(self, *, ipv6: bool) -> Redirect:
         """The same intent in a namespace that has IPv6, or has it switched off."""

@@ -10,11 +10,12 @@ from typing import Any
 from agent.core import names
 from agent.core.errors import SettingsError
 
-BACKENDS = ("auto", "nftables", "iptables", "iptables-legacy")
+_NETFILTER = ("nftables", "iptables", "iptables-legacy")
+BACKENDS = ("auto", *_NETFILTER, "ebpf")
 # The values of the settings that are one word of a few.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "backend": BACKENDS,
-    "host_probes": (*BACKENDS, "off"),
+    "host_probes": ("auto", *_NETFILTER, "off"),
     "probe_canary": ("report", "rollback", "off"),
     "dns_capture_to": ("any", "resolvers"),
     "non_tcp": ("count", "refuse"),
@@ -28,6 +29,7 @@ class Settings:
 
     node_name: str = ""
     run_dir: str = names.RUN_DIR
+    bpf_dir: str = names.BPF_DIR
     zds_socket: str = names.ZDS_SOCKET
     metrics_address: str = "0.0.0.0:15014"
     static_pods: str = ""
@@ -61,10 +63,11 @@ class Settings:
 HELP: Mapping[str, str] = {
     "node_name": "name of this node in logs and metrics (default: the host's name)",
     "run_dir": "directory of sockets, state and pinned namespaces",
+    "bpf_dir": "directory of what backend ebpf keeps in the kernel, in a bpf file system",
     "zds_socket": "unix socket on which ztunnel connects",
     "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
     "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
-    "backend": "auto, nftables, iptables (its nf_tables variant) or iptables-legacy",
+    "backend": "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (else as auto)",
     "dns_capture": "capture DNS, unless a pod's annotation says otherwise",
     "dns_capture_to": "any, or resolvers: capture DNS only towards the resolvers that the pod is configured with",
     "dns_resolvers": "resolvers of pods whose own are not known (dns_capture_to: resolvers)",
@@ -133,7 +136,7 @@ def _convert(key: str, value: Any, place: str) -> Any:
 def _text(key: str, value: str, refuse: Any) -> str:
     if key in CHOICES and value not in CHOICES[key]:
         raise refuse("one of " + ", ".join(CHOICES[key]))
-    if key in ("run_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
+    if key in ("run_dir", "bpf_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
         raise refuse("an absolute path of at most 90 characters")
     if key == "metrics_address" and value and not _host_port(value):
         raise refuse("address:port")

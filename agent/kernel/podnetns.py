@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from agent.core import sockfilter
 from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.core.wiring import Wiring
 from agent.kernel.netns import Netns
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.notifications import Mark, Notifications
@@ -45,6 +46,7 @@ class PodNetns:
         self.netns = netns
         self._opened: _Sockets | None = None
         self._facts: tuple[Mark, Facts] | None = None
+        self._wiring: tuple[Mark, Wiring] | None = None
 
     @property
     def nft(self) -> NftSocket:
@@ -89,8 +91,24 @@ class PodNetns:
         self._facts = (mark, found) if up and found.loopback6 == ipv6 else None
         return found
 
+    def wiring(self) -> Wiring:
+        """Interfaces, addresses and routes, as last read while no notification says otherwise.
+
+        Forwarding is switched on without a notification, and so may be seen late: as a rule before there are links.
+        """
+        if self._wiring is not None and self.route_events.unchanged_since(self._wiring[0]):
+            return self._wiring[1]
+        mark, ipv6 = self.route_events.mark(), self.has_ipv6()
+        links = self.route.links()
+        routes = tuple(route for family in ((4, 6) if ipv6 else (4,)) for route in self.route.main_routes(family))
+        addresses = tuple(one.address for one in self.route.held_addresses())
+        forwards = len(links) > 1 and self.netns.call(_forwards)
+        found = Wiring(links, addresses, routes, forwards, self.facts().loopback4)
+        self._wiring = (mark, found)
+        return found
+
     def close(self) -> None:
-        opened, self._opened, self._facts = self._opened, None, None
+        opened, self._opened, self._facts, self._wiring = self._opened, None, None, None
         if opened is not None:
             for one in (opened.nft, opened.route, opened.events, opened.route_events):
                 one.close()
@@ -127,6 +145,20 @@ def _has_ipv6() -> bool:
         return os.read(fd, 1) == b"0"
     finally:
         os.close(fd)
+
+
+def _forwards() -> bool:
+    for switch in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        try:
+            fd = os.open(f"/proc/sys/net/{switch}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # no such family
+        try:
+            if os.read(fd, 1) != b"0":
+                return True
+        finally:
+            os.close(fd)
+    return False
 
 
 def _facts(held: tuple[Address, ...], *, up: bool, ipv6: bool) -> Facts:

@@ -19,6 +19,7 @@ from agent.core.errors import KernelError
 from agent.core.fibrules import FibRule
 from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, attribute
 from agent.core.netlink import attributes as parse
+from agent.core.wiring import Link, Route
 from agent.kernel.netlink import SOL_NETLINK, NetlinkSocket
 
 AF = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -32,6 +33,7 @@ _IFF_UP, _SKIP_STATS = 1, 8  # RTEXT_FILTER_SKIP_STATS of IFLA_EXT_MASK (29)
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
 _GET_STRICT_CHK = 12
+MAIN_TABLE = 254  # RT_TABLE_MAIN
 _BOOT, _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 3, 254, 2, 1
 LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
@@ -95,6 +97,26 @@ class RouteSocket(NetlinkSocket):
                 index = int.from_bytes(answer.body[4:8], sys.byteorder)  # of ifaddrmsg
                 found.append(Address(ipaddress.ip_address(raw), index))
         return tuple(found)
+
+    def links(self) -> tuple[Link, ...]:
+        """All interfaces but lo."""
+        body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute(29, struct.pack("=I", _SKIP_STATS))
+        found = []
+        for answer in self.request("read links", _GETLINK, NLM_F_DUMP, body):
+            index, name = _LINK.unpack_from(answer.body)[2], dict(parse(answer.body[_LINK.size :])).get(3, b"")
+            if index != LOOPBACK_INDEX:
+                found.append(Link(index, name.rstrip(b"\0").decode(errors="replace")))
+        return tuple(found)
+
+    def main_routes(self, family: int) -> Iterator[Route]:
+        """Of the main table; of several next hops the first."""
+        for header, parts in self._routes(family, MAIN_TABLE):
+            # RTA_OIF, RTA_PRIORITY
+            index, metric = (int.from_bytes(parts.get(kind, b""), sys.byteorder) for kind in (4, 6))
+            if not index and (hops := parts.get(9)):  # RTA_MULTIPATH: struct rtnexthop, its interface behind 4 bytes
+                index = int.from_bytes(hops[4:8], sys.byteorder)
+            destination = parts.get(1, _UNSPEC[family])
+            yield Route(ipaddress.ip_network((destination, header[1])), index, metric)
 
     def rules(self, *, ipv6: bool) -> tuple[FibRule, ...]:
         """All policy rules in order, those of IPv6 only when asked for."""

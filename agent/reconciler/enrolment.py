@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
-from agent.backends.base import Backend
+from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
+from agent.core.errors import SluiceError
 from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import Facts, PodNetns
 from agent.reconciler.parts import Counting, Namespaces, Outside
-from agent.reconciler.settle import Settled, settle, verify
+from agent.reconciler.settle import Settled, settle, settle_each, verify, verify_each
+from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching
+
+log = logging.getLogger("sluice.enrolment")
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What a pass over a captured pod found and did. `first`: the pod was not captured before."""
+    """What a pass over a captured pod found and did. `first`: the pod was not captured before.
+
+    `changing`: what captured it before a change between NAT and eBPF is not all gone yet; `waiting`: not gone at all.
+    """
 
     target: PodNetns
     want: Redirect
@@ -25,17 +33,26 @@ class Enrolled:
     outside: int
     notes: tuple[str, ...]
     first: bool
+    changing: bool
+    waiting: bool
 
 
 class Enrolment:
     """Blocking; one pod at a time per thread."""
 
     def __init__(
-        self, choice: Choice, namespaces: Namespaces, outside: Outside, counting: Counting | None, *, preserve: bool
+        self,
+        choice: Choice,
+        namespaces: Namespaces,
+        outside: Outside,
+        switching: Switching,
+        counting: Counting | None,
+        *,
+        preserve: bool,
     ) -> None:
         """`preserve`: connections from before a pod's enrolment run on."""
         self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
-        self._counting = counting
+        self._switching, self._counting = switching, counting
 
     def addresses(self, pod: Pod) -> tuple[str, ...]:
         """The pod's addresses as its namespace has them."""
@@ -46,56 +63,95 @@ class Enrolment:
         target, first = self._namespaces.resolve(pod), not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
         lenient = first and self._preserve and not self._namespaces.is_new(pod)
-        if lenient:
-            self._outside.begin(pod.uid, target)
-        # Noted and pinned before anything is changed: a crash at any later point finds its way back.
-        self._remember(pod)
         facts = target.facts()
         want, notes = _within(redirect, facts)
-        left = () if lenient else self._outside.remaining(pod.uid, target)
-        done = self._settle(pod.uid, target, replace(want, preserve=lenient or bool(left)), retired)
         if lenient:
+            self._outside.begin(pod.uid, target)
+        carried = self._switching.begin(pod.uid, target, want, retired)
+        # Noted and pinned before anything is changed: a crash at any later point finds its way back.
+        self._remember(pod)
+        left = () if lenient else self._outside.remaining(pod.uid, target)
+        lax = replace(want, preserve=lenient or bool(left))
+        now, done = self._settle(pod.uid, target, lax, retired, carried)
+        if lenient or carried.fresh:
+            carried = self._switching.applied(pod.uid, target, carried)
             left = self._outside.applied(pod.uid, target)
-            if not left:
-                strict = self._settle(pod.uid, target, want)
+            if lenient and not left and not carried:
+                now, strict = self._settle(pod.uid, target, want)
                 done = Settled([*done.applied, *strict.applied], strict.remarks)
             self._remember(pod)
-        words = tuple(line for line in (*notes, report(left), *done.remarks) if line)
-        want = replace(want, preserve=bool(left))
-        return Enrolled(target, want, done, facts.addresses, len(left), words, first)
+        words = tuple(line for line in (*notes, report(left), self._switching.told(carried), *done.remarks) if line)
+        return Enrolled(target, now, done, facts.addresses, len(left), words, first, bool(carried), carried.waiting)
 
-    def _settle(self, uid: str, target: PodNetns, want: Redirect, retired: tuple[Backend, ...] = ()) -> Settled:
+    def _settle(
+        self,
+        uid: str,
+        target: PodNetns,
+        want: Redirect,
+        retired: tuple[Backend, ...] = (),
+        carried: Carried = NOTHING_CARRIED,
+    ) -> tuple[Redirect, Settled]:
+        """Also what the active layers were to make true."""
+        want, wants = self._switching.wants(
+            target, want, retired, carried=bool(carried), forwards=self._forwards(target), waiting=carried.waiting
+        )
         if self._counting:
             self._counting.count(uid, target, want)
-        return settle(target, want, self._choice.active, retired)
+        return want, settle_each(target, wants)
+
+    def again(self, found: Enrolled) -> Settled:
+        """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket)."""
+        return settle(found.target, found.want, self._choice.active)
 
     def unenrol(self, pod: Pod) -> Settled:
         """Takes all of ours away; connections from before the enrolment run on."""
         self._outside.forget(pod.uid)
+        self._switching.forget(pod.uid)
         return settle(self._namespaces.resolve(pod), None, self._choice.active, self._choice.retired)
 
-    def compare(self, pod: Pod, redirect: Redirect | None, preserve: bool) -> dict[str, tuple[tuple[str, ...], str]]:
+    def compare(
+        self, pod: Pod, redirect: Redirect | None, *, preserve: bool, changing: bool
+    ) -> dict[str, tuple[tuple[str, ...], str]]:
         """What is not as it should be, per layer; changes nothing."""
-        target = self._namespaces.resolve(pod)
-        want = None
-        if redirect is not None:
-            want = replace(_within(redirect, target.facts())[0], preserve=preserve)
-            if self._counting:
-                self._counting.count(pod.uid, target, want, now=True)
-        return verify(target, want, self._choice.active, self._choice.retired)
+        target, retired = self._namespaces.resolve(pod), self._choice.retired
+        if redirect is None:
+            return verify(target, None, self._choice.active, retired)
+        want = replace(_within(redirect, target.facts())[0], preserve=preserve)
+        want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
+        if self._counting:
+            self._counting.count(pod.uid, target, want, now=True)
+        return verify_each(target, wants)
 
     def forget(self, pod: Pod) -> None:
         """The pod is not captured, and that is noted."""
         self._namespaces.remember(pod, captured=False)
 
     def release(self, uid: str) -> None:
+        """The pod is gone. What does not go with its namespace is taken away."""
         self._outside.forget(uid)
+        self._switching.forget(uid)
         if self._counting:
             self._counting.forget(uid)
+        target = self._namespaces.opened(uid)
+        if target is not None:
+            try:
+                settle_each(target, [(one, None) for one in self.lasting])
+            except SluiceError as error:
+                log.warning("pod %s is gone, and what the node holds of it stays until the next sweep: %s", uid, error)
         self._namespaces.release(uid)
 
+    @property
+    def lasting(self) -> tuple[Lasting, ...]:
+        """Layers whose state outlives a pod, in the order of removal."""
+        return lasting((*reversed(self._choice.active), *self._choice.retired))
+
+    def _forwards(self, target: PodNetns) -> bool:
+        """Of no matter to rules, which see what is forwarded, too."""
+        return self._choice.by_socket and target.wiring().forwards
+
     def _remember(self, pod: Pod) -> None:
-        self._namespaces.remember(pod, captured=True, outside=tuple(self._outside.as_note(pod.uid)))
+        outside, carried = tuple(self._outside.as_note(pod.uid)), self._switching.as_note(pod.uid)
+        self._namespaces.remember(pod, captured=True, outside=outside, carried=carried)
 
 
 def _within(redirect: Redirect, facts: Facts) -> tuple[Redirect, tuple[str, ...]]:

@@ -27,6 +27,7 @@ class Entry:
     status: Status = field(default_factory=lambda: Status(State.WAITING))
     want: Redirect | None = None  # of the last pass that succeeded
     cleaned: bool = False  # retired layers were removed
+    changing: bool = False  # what captured it before a change between NAT and eBPF is not all gone yet
     cause: str = ""  # who changed something, as told by the watcher
     noticed: float = 0.0
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))

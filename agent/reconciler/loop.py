@@ -25,6 +25,8 @@ from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import Entry, Repair
 from agent.reconciler.parts import Counting, Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
 from agent.reconciler.settle import Settled
+from agent.reconciler.sweep import Sweep, repeat
+from agent.reconciler.switching import Switching
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
@@ -46,15 +48,26 @@ class Reconciler:
         random: Callable[[], float],
         *,
         outside: Outside,
+        carried: Outside | None = None,
         host: Host | None = None,
         canary: Probing | None = None,
         counting: Counting | None = None,
     ) -> None:
-        """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through."""
+        """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
+
+        `carried` knows connections from before a change between NAT and eBPF; without it such a change breaks them.
+        """
         self.settings, self.table, self.choice = settings, table, choice
         self._namespaces, self._publisher, self._watcher = namespaces, publisher, watcher
         self._journal, self._host, self._canary = journal, host, canary
-        self._enrolment = Enrolment(choice, namespaces, outside, counting, preserve=settings.preserve_connections)
+        self._enrolment = Enrolment(
+            choice,
+            namespaces,
+            outside,
+            Switching(choice, carried),
+            counting,
+            preserve=settings.preserve_connections,
+        )
         self._claimed: dict[str, tuple[str, ...]] = {}
         self._probes: set[asyncio.Task[None]] = set()
         self._schedule = Schedule(settings.verify_seconds, random)
@@ -91,9 +104,14 @@ class Reconciler:
         return await future
 
     def acknowledged(self, uid: str) -> None:
-        """A ztunnel that has just come took the pod. Its rules were right, so that was all that was missing."""
+        """A ztunnel that has just come took the pod. Its rules were right, so that was all that was missing.
+
+        Where sockets are captured, a pass has to find those that ztunnel listens on.
+        """
         entry = self._entries.get(uid)
-        if entry is not None and entry.status.state is State.PENDING:
+        if entry is not None and self.choice.by_socket:
+            self.wake(uid)
+        elif entry is not None and entry.status.state is State.PENDING:
             entry.status = replace(entry.status, state=State.ENABLED, error="", retry=None)
             self._progress.set()
 
@@ -123,6 +141,8 @@ class Reconciler:
     async def run(self) -> None:
         """Until cancelled. Running passes then end by themselves; rules stay as they are."""
         tasks: set[asyncio.Task[None]] = set()
+        if self._enrolment.lasting:
+            tasks.add(asyncio.create_task(self._sweeps(), name="sweeps"))
         try:
             while True:
                 self._wakeup.clear()
@@ -143,6 +163,12 @@ class Reconciler:
             # What is being applied is finished first: afterwards the sockets are closed.
             self._workers.close()
 
+    async def _sweeps(self) -> None:
+        while not self.synced:
+            await self.progressed()
+        sweep = Sweep(self._enrolment.lasting, self._namespaces.dead)
+        await repeat(lambda: self._workers.run(sweep), self.settings.verify_seconds)
+
     async def _pass(self, uid: str) -> None:
         entry = self._entry(uid)
         started = time.monotonic()
@@ -159,7 +185,7 @@ class Reconciler:
                 self._journal.passed(pod, time.monotonic() - started)
         finally:
             now = time.monotonic()
-            if entry.status.outside or (self._canary and self._canary.due(uid)):
+            if entry.status.outside or entry.changing or (self._canary and self._canary.due(uid)):
                 self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
@@ -210,15 +236,29 @@ class Reconciler:
         self._watcher.watch(pod.uid, found.target)
         self._claim(pod, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
-        entry.cleaned, entry.want = True, found.want
+        entry.cleaned, entry.want = not found.changing, found.want
+        entry.changing = found.changing and not found.waiting
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
-        if entry.status.state is not State.ENABLED:
+        pending = entry.status.state is not State.ENABLED
+        if pending:
             entry.status = self._status(entry, State.PENDING, decision)
             self._unseen.discard(pod.uid)
             self._progress.set()
         await self._publisher.publish(pod, found.target)
+        if (pending or found.waiting) and self.choice.by_socket:
+            await self._again(pod, entry, found)
+            if found.waiting:  # now the old way can go
+                self.wake(pod.uid)
         entry.status = self._status(entry, State.ENABLED, decision)
         self._probe(pod, entry, found)
+
+    async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
+        """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""
+        started = time.monotonic()
+        async with entry.lock:
+            done = await self._workers.run(lambda: self._enrolment.again(found))
+        for plan in done.applied:
+            self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 
     async def _exempt(self, pod: Pod, entry: Entry) -> asyncio.Future[object]:
         """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt.
@@ -282,7 +322,7 @@ class Reconciler:
             await self._publisher.withdraw(pod.uid)
         async with entry.lock:
             await self._workers.run(lambda: self._enrolment.forget(pod))
-        entry.want, entry.cleaned = None, False
+        entry.want, entry.cleaned, entry.changing = None, False, False
         entry.status = replace(entry.status, outside=0, notes=decision.warnings)
         error = SluiceError(rolled_back) if rolled_back else None
         entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)
@@ -318,7 +358,8 @@ class Reconciler:
         redirect = None if decision.redirect == entry.refused else decision.redirect
         preserve = entry.want is not None and entry.want.preserve
         async with entry.lock:
-            return await self._workers.run(lambda: self._enrolment.compare(pod, redirect, preserve))
+            compare = self._enrolment.compare
+            return await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
 
     def _note(self, pod: Pod, entry: Entry, want: Redirect | None, done: Settled, cause: str, seconds: float) -> None:
         drifted = entry.want is not None and entry.want == want

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from agent.core.canary import Finding
@@ -18,10 +18,19 @@ class Namespaces(Protocol):
     def resolve(self, pod: Pod) -> PodNetns:
         """The proven namespace of the pod. Raises NetnsError; blocking."""
 
-    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
+    def opened(self, uid: str) -> PodNetns | None:
+        """The pod's namespace as it was resolved last, without proving it again."""
+
+    def dead(self, cookies: Collection[int]) -> frozenset[int]:
+        """Those of the namespaces' cookies that belong to no pod and to nothing that lives; blocking."""
+
+    def remember(
+        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+    ) -> None:
         """Notes the pod on disk, with a pin on its namespace while it is captured; blocking.
 
-        `outside` are the sockets' cookies of connections that are older than its enrolment.
+        `outside` are the sockets' cookies of connections that are older than its enrolment, `carried` those of
+        connections that are older than a change between NAT and eBPF.
         """
 
     def is_new(self, pod: Pod) -> bool:
@@ -35,13 +44,13 @@ class Namespaces(Protocol):
 
 
 class Outside(Protocol):
-    """Knows which of a pod's connections are older than its enrolment; blocking."""
+    """Knows which of a pod's connections are older than a change, such as its enrolment; blocking."""
 
     def begin(self, uid: str, target: PodNetns) -> None:
-        """Right before the first rules are applied."""
+        """Right before it: when nothing is applied yet."""
 
     def applied(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Right after: those that are outside now."""
+        """Right after: those that are outside (or carried on) now."""
 
     def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
         """Those that are left."""

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent.backends.base import Backend
+from agent.backends.base import Backend, lasting
 from agent.backends.hostprobes.mechanism import HostMechanism
 from agent.core.errors import SluiceError
 from agent.core.whose import Whose, whose
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler import hostsettle
-from agent.reconciler.settle import settle
+from agent.reconciler.settle import Settled, settle, settle_unit
 
 Tell = Callable[[str, Any], Whose]  # from a layer's name and what it has read (backends.traces)
 REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
@@ -94,6 +94,31 @@ def uncapture_host(
             errors.append(str(error))
     left = _left(target, due)
     return Removal(Whose.OURS, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+
+
+def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Removal | None:
+    """What the node holds of pods, whether they live or not, and for all of them: when all that live were looked at.
+
+    All of it is ours, for nobody else knows of it. Backwards, as `uncapture`: what is of the node itself goes last.
+    """
+    errors, done, due, left = list[str](), list[str](), list[str](), list[str]()
+    for layer in reversed(lasting(layers)):
+        try:
+            for unit in layer.orphans(()):
+                plan, settled = layer.plan(None, layer.read(unit)), Settled()
+                due += [layer.name] if plan and layer.name not in due else []
+                if dry_run:
+                    done.append(str(plan))
+                    continue
+                settle_unit(layer, unit, None, settled)
+                done += [one.script for one in settled.applied]
+                left += [f"{layer.name}: {line}" for line in layer.plan(None, layer.read(unit)).differences]
+        except SluiceError as error:
+            errors.append(f"{layer.name}: {error}")
+    if not (due or errors):
+        return None
+    result = REMAINS if left or errors else WOULD if dry_run else REMOVED
+    return Removal(Whose.OURS, result, tuple(due), tuple(done), (*errors, *left))
 
 
 def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from agent.backends.base import Backend
 from agent.core.errors import KernelError, SluiceError, StaleError
@@ -45,32 +46,38 @@ def settle(
     Blocking; for a worker thread. Raises KernelError or CommandError, with the script that was refused as a
     note; what was applied until then stays.
     """
-    done = Settled()
     layers = [(backend, want) for backend in (active if want else reversed(active))]
-    for backend, wanted in [*layers, *((backend, None) for backend in retired)]:
-        _layer(backend, target, wanted, done)
+    return settle_each(target, [*layers, *((backend, None) for backend in retired)])
+
+
+def settle_each(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> Settled:
+    """The same with a want for each layer, in this order."""
+    done = Settled()
+    for backend, want in layers:
+        for unit, wanted in backend.targets({target: want}).items():
+            settle_unit(backend, unit, wanted, done)
     return done
 
 
-def _layer(backend: Backend, target: PodNetns, want: Redirect | None, done: Settled) -> None:
+def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settled) -> None:
+    """One of a layer's own units."""
     differences: tuple[str, ...] = ()
     for _ in range(PASSES):
-        for unit, wanted in backend.targets({target: want}).items():
-            plan = backend.plan(wanted, backend.read(unit))
-            if not plan:
-                done.remarks += plan.remarks
-                return
-            differences = plan.differences
-            try:
-                backend.apply(unit, plan)
-            except StaleError:
-                continue  # somebody changed something in between: look again
-            except SluiceError as error:
-                error.add_note(str(plan))
-                raise
-            done.applied.append(Applied(backend.name, str(plan), differences))
-            if not differences:
-                return  # nothing was wrong: only ownership was taken over, or what was empty dropped
+        plan = backend.plan(want, backend.read(unit))
+        if not plan:
+            done.remarks += plan.remarks
+            return
+        differences = plan.differences
+        try:
+            backend.apply(unit, plan)
+        except StaleError:
+            continue  # somebody changed something in between: look again
+        except SluiceError as error:
+            error.add_note(str(plan))
+            raise
+        done.applied.append(Applied(backend.name, str(plan), differences))
+        if not differences:
+            return  # nothing was wrong: only ownership was taken over, or what was empty dropped
     words = "; ".join(differences) or "somebody keeps changing it"
     raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)
 
@@ -79,8 +86,15 @@ def verify(
     target: PodNetns, want: Redirect | None, active: Sequence[Backend], retired: Iterable[Backend] = ()
 ) -> dict[str, tuple[tuple[str, ...], str]]:
     """Reads and compares, changes nothing: per layer that is not right (differences, script to repair it)."""
+    return verify_each(target, [*((b, want) for b in active), *((b, None) for b in retired)])
+
+
+def verify_each(
+    target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]
+) -> dict[str, tuple[tuple[str, ...], str]]:
+    """The same with a want for each layer."""
     found = {}
-    for backend, wanted in [*((b, want) for b in active), *((b, None) for b in retired)]:
+    for backend, wanted in layers:
         for unit, unit_want in backend.targets({target: wanted}).items():
             plan = backend.plan(unit_want, backend.read(unit))
             if plan.differences:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from agent.backends import beside
 from agent.backends.beside import Counts
+from agent.backends.ebpf.pins import Pins
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import PodNetns
 
@@ -30,8 +31,9 @@ class _Pod:
 class Beside:
     """By pod UID. `count` on worker threads, one pod at a time each; `totals` from anywhere."""
 
-    def __init__(self, backend: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._backend, self._clock = backend, clock
+    def __init__(self, backend: str, clock: Callable[[], float] = time.monotonic, pins: Pins | None = None) -> None:
+        """`pins`: where backend ebpf has its maps."""
+        self._backend, self._clock, self._pins = backend, clock, pins
         self._pods: dict[str, _Pod] = {}
         self._lock = threading.Lock()
 
@@ -56,7 +58,7 @@ class Beside:
             self._pods.pop(uid, None)
 
     def _read(self, pod: _Pod, target: PodNetns, want: Redirect) -> None:
-        found = beside.read(self._backend, target, want)
+        found = beside.read(self._backend, target, want, self._pins)
         pod.time = self._clock()
         with self._lock:
             for direction, counts in found.items():

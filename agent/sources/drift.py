@@ -74,16 +74,16 @@ def concerns(message: Message) -> bool:
     """Whether a notification of rtnetlink may tell of what capture relies on, or of what a pod is known by.
 
     Any policy rule may come before ours. Any address may be the pod's, ::1 on lo tells of IPv6, and the last IPv4
-    address of lo takes our route with it without a word about that (fib_disable_ip). Routes count in our table only.
-    While lo is down it cannot be told whether there is IPv6, and nobody can listen on it.
+    address of lo takes our route with it without a word about that (fib_disable_ip). While lo is down it cannot be told
+    whether there is IPv6, and nobody can listen on it. eBPF watches every interface, and has the main table's routes
+    where an interface is excluded; other tables than that and ours do not count.
     """
-    if message.kind in _RULE or message.kind in _ADDRESS:
+    if message.kind in _RULE or message.kind in _ADDRESS or message.kind in _LINK:
         return True
-    if message.kind in _LINK:
-        return int.from_bytes(message.body[4:8], sys.byteorder) == rtnetlink.LOOPBACK_INDEX  # of ifinfomsg
     if message.kind in _ROUTE:
         table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
-        return (int.from_bytes(table, sys.byteorder) if table else message.body[4]) == names.ROUTE_TABLE
+        number = int.from_bytes(table, sys.byteorder) if table else message.body[4]
+        return number in (names.ROUTE_TABLE, rtnetlink.MAIN_TABLE)
     return False
 
 

@@ -8,12 +8,14 @@ the pod's addresses.
 from __future__ import annotations
 
 import threading
+from collections.abc import Collection
 from pathlib import Path
 
 from agent.core.errors import ForeignNetnsError, NetnsError, PodGoneError
 from agent.core.pods import Pod
 from agent.kernel.netns import Netns, NetnsId, unpin
 from agent.kernel.podnetns import PodNetns
+from agent.sources import existing
 from agent.sources.state import Note, State
 
 
@@ -60,6 +62,28 @@ class Namespaces:
         note = self._notes.get(uid)
         return note.netns if note else None
 
+    def opened(self, uid: str) -> PodNetns | None:
+        """The pod's handle, as it is; None where none was opened."""
+        return self._open.get(uid)
+
+    def dead(self, cookies: Collection[int]) -> frozenset[int]:
+        """Those of the cookies that belong to no pod that is known, and to no namespace that is found on this node.
+
+        The latter may be of a pod whose note was damaged. Empty when not all namespaces could be looked at. Blocking.
+        """
+        strange = frozenset(cookies) - self._cookies()
+        if not strange:
+            return strange
+        problems: list[str] = []
+        for netns in existing.namespaces(existing.places(str(self._state.pods.parent), ()), problems):
+            strange -= {netns.id.cookie}
+            netns.close()
+        return frozenset() if problems else strange - self._cookies()
+
+    def _cookies(self) -> frozenset[int]:
+        opened = {target.netns.id.cookie for target in list(self._open.values())}
+        return frozenset(opened | {note.netns.cookie for note in list(self._notes.values()) if note.netns})
+
     def resolve(self, pod: Pod) -> PodNetns:
         target = self._open.get(pod.uid)
         if target is None:
@@ -79,9 +103,11 @@ class Namespaces:
     def is_new(self, pod: Pod) -> bool:
         return pod.source == "cni" and pod.uid not in self._notes
 
-    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
+    def remember(
+        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+    ) -> None:
         target = self._open.get(pod.uid)
-        note = Note(pod, captured, target.netns.id if target else None, outside)
+        note = Note(pod, captured, target.netns.id if target else None, outside, carried)
         if captured and target is not None and pod.uid not in self._pinned:
             target.netns.pin(self._state.pin(pod.uid))
             self._pinned.add(pod.uid)

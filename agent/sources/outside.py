@@ -1,4 +1,4 @@
-"""Which of a pod's connections are from before its enrolment, read from the kernel while there are any.
+"""Which of a pod's connections are from before a change, read from the kernel while there are any.
 
 One sock_diag socket per pod, and only from `begin` until the last such connection has ended.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from agent.core.outside import Outside, outside
+from agent.core.outside import Outside, Select, candidates, outside
 from agent.core.sockets import CONNECTED, TcpSocket
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.sockdiag import SockDiag
@@ -16,6 +16,7 @@ from agent.kernel.sockdiag import SockDiag
 
 @dataclass(slots=True)
 class _Pod:
+    select: Select
     known: Outside = field(default_factory=Outside)
     before: list[TcpSocket] | None = None  # between begin and applied
     diag: SockDiag | None = None
@@ -28,7 +29,7 @@ class _Pod:
 
     def learn(self, before: list[TcpSocket], after: Iterable[TcpSocket] = ()) -> None:
         # Added, not put in its place: a pass that is tried again begins when some rules are in already.
-        self.known = Outside(self.known.cookies | outside(before, tuple(after)).cookies)
+        self.known = Outside(self.known.cookies | outside(before, tuple(after), self.select).cookies)
 
     def close(self) -> None:
         diag, self.diag = self.diag, None
@@ -39,7 +40,9 @@ class _Pod:
 class OutsideConnections:
     """By pod UID. Called from worker threads, one pod at a time each; `as_note` and `restore` from anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, select: Select = candidates) -> None:
+        """`select`: which of a pod's connections the change is about; those outside of ztunnel by default."""
+        self._select = select
         self._pods: dict[str, _Pod] = {}
 
     def begin(self, uid: str, target: PodNetns) -> None:
@@ -47,7 +50,7 @@ class OutsideConnections:
 
         From here on `as_note` is what a later process needs if this one dies before it gets to `applied`.
         """
-        pod = self._pods.setdefault(uid, _Pod())
+        pod = self._pods.setdefault(uid, _Pod(self._select))
         pod.before = pod.read(target)
         pod.learn(pod.before)
 
@@ -59,7 +62,7 @@ class OutsideConnections:
         after = pod.read(target)
         pod.learn(pod.before, after)
         pod.before = None
-        left = pod.known.remaining(after)
+        left = pod.known.remaining(after, self._select)
         return left if left and len(left) == len(pod.known.cookies) else self.remaining(uid, target)
 
     def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
@@ -93,7 +96,7 @@ class OutsideConnections:
     def restore(self, uid: str, cookies: Iterable[int]) -> None:
         """A predecessor's note; one that is too old does no harm, for the kernel uses no cookie twice."""
         if known := frozenset(cookies):
-            self._pods[uid] = _Pod(Outside(known))
+            self._pods[uid] = _Pod(self._select, Outside(known))
 
     def close(self) -> None:
         """At the end of the process."""
@@ -101,4 +104,4 @@ class OutsideConnections:
             self.forget(uid)
 
     def _look(self, pod: _Pod, target: PodNetns) -> tuple[TcpSocket, ...]:
-        return pod.known.remaining(pod.read(target)) if pod.known else ()
+        return pod.known.remaining(pod.read(target), self._select) if pod.known else ()

@@ -26,13 +26,15 @@ log = logging.getLogger("sluice.state")
 class Note:
     """One pod as it stands on disk. `netns` is None for a pod that was never captured.
 
-    `outside` are the sockets' cookies of connections that are older than its enrolment.
+    `outside` are the sockets' cookies of connections that are older than its enrolment, `carried` those of connections
+    that are older than a change between NAT and eBPF.
     """
 
     pod: Pod
     captured: bool
     netns: NetnsId | None
     outside: tuple[int, ...] = ()
+    carried: tuple[int, ...] = ()
 
 
 class State:
@@ -100,6 +102,7 @@ def _encode(note: Note) -> dict[str, Any]:
         "captured": note.captured,
         "netns": asdict(note.netns) if note.netns else None,
         "outside": list(note.outside),
+        "carried": list(note.carried),
         "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False)},
     }
 
@@ -120,10 +123,15 @@ def _decode(data: dict[str, Any]) -> Note:
     for address in given.get("addresses", ()):
         ipaddress.ip_address(address)
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    outside = data.get("outside", [])  # absent from notes of 0.1
-    if not isinstance(outside, list) or not all(type(number) is int for number in outside):
-        raise ValueError("outside is of another type")
-    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), tuple(outside))
+    outside, carried = (_cookies(data, name) for name in ("outside", "carried"))
+    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), outside, carried)
+
+
+def _cookies(data: dict[str, Any], name: str) -> tuple[int, ...]:
+    found = data.get(name, [])  # absent from older notes
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise ValueError(f"{name} is of another type")
+    return tuple(found)
 
 
 def _is(kind: str, value: object) -> bool:

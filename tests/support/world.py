@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent.backends.base import Support
@@ -15,9 +16,11 @@ from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 from agent.core.sockets import TcpSocket, TcpState
+from agent.core.wiring import Wiring
 from agent.kernel.podnetns import Facts
 from agent.reconciler.loop import Reconciler
 
+_cookies = itertools.count(1)
 AMBIENT = {"istio.io/dataplane-mode": "ambient"}
 
 
@@ -30,13 +33,16 @@ class Target:
     """Stands for a PodNetns: something per namespace."""
 
     def __init__(self, uid: str) -> None:
-        self.uid = uid
+        self.uid, self.cookie, self.forwards = uid, next(_cookies), False
 
     def has_ipv6(self) -> bool:
         return True
 
-    def facts(self) -> Facts:
+    def facts(self) -> Any:
         return Facts(ipv6=True, addresses=("10.0.0.2",), loopback4=True, loopback6=True)
+
+    def wiring(self) -> Wiring:
+        return Wiring(forwards=self.forwards)
 
     def addresses(self) -> tuple[str, ...]:
         return self.facts().addresses
@@ -61,6 +67,7 @@ class Backend:
         self.reads = 0
         self.failures: list[Exception] = []  # raised by the next applies, one each
         self.deaf = False  # takes plans and does nothing
+        self.outlives = False
         self.before_apply: Callable[[Target], None] = lambda target: None
 
     def probe(self) -> Support:
@@ -95,12 +102,29 @@ class Backend:
             self.kernel.held[self.name, target] = step.payload
 
 
+class Lasting(Backend):
+    """Holds its state in the node."""
+
+    def __init__(self, name: str, kernel: Kernel) -> None:
+        super().__init__(name, kernel)
+        self.outlives = True
+        self.ready = lambda: True  # ztunnel's sockets are known
+
+    def waits(self, target: Any) -> bool:
+        return not self.ready()
+
+    def orphans(self, known: Iterable[Any]) -> list[Target]:
+        return [target for name, target in self.kernel.held if name == self.name and target not in known]
+
+
 class Namespaces:
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
         self.targets: dict[str, Target] = {}
         self.captured: set[str] = set()
         self.noted: dict[str, tuple[int, ...]] = {}
+        self.carried: dict[str, tuple[int, ...]] = {}
+        self.alive: set[int] = set()  # cookies of namespaces that are no pod's
         self.gone: set[str] = set()
         self.failures: dict[str, Exception] = {}
 
@@ -114,8 +138,16 @@ class Namespaces:
     def is_new(self, pod: Pod) -> bool:
         return pod.source == "cni" and pod.uid not in self.noted
 
-    def remember(self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = ()) -> None:
-        self.noted[pod.uid] = outside
+    def opened(self, uid: str) -> Any:
+        return self.targets.get(uid)
+
+    def dead(self, cookies: Collection[int]) -> frozenset[int]:
+        return frozenset(cookies) - self.alive - {target.cookie for target in self.targets.values()}
+
+    def remember(
+        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+    ) -> None:
+        self.noted[pod.uid], self.carried[pod.uid] = outside, carried
         (self.captured.add if captured else self.captured.discard)(pod.uid)
 
     def was_captured(self, uid: str) -> bool:
@@ -258,19 +290,23 @@ class Journal:
 class World:
     """One reconciler with two active layers and one retired, over a fake kernel."""
 
-    def __init__(self, *, exempt: bool = False, **settings: Any) -> None:
-        """`exempt`: the node's probes are, and a canary tries them."""
+    def __init__(self, *, exempt: bool = False, by_socket: bool | None = None, **settings: Any) -> None:
+        """`exempt`: the node's probes are, and a canary tries them. `by_socket`: of the rules, and the old ones are of
+        the other kind; None when they are alike."""
         self.kernel = Kernel()
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()
         self.namespaces, self.publisher = Namespaces(self.kernel), Publisher(self.kernel)
-        self.watcher, self.journal, self.outside = Watcher(), Journal(), Outside()
+        self.watcher, self.journal, self.outside, self.carried = Watcher(), Journal(), Outside(), Outside()
         self.host, self.canary = Host(self.kernel), Canary()
-        choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), 4)
+        if by_socket is not None:
+            kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
+            self.rules, self.old = (kind(n, self.kernel) for kind, n in zip(kinds, ("rules", "old"), strict=True))
+        choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), 4, bool(by_socket))
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
-            self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside,
+            self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
             host=self.host if exempt else None, canary=self.canary if exempt else None,
         )  # fmt: skip
 

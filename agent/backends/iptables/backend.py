@@ -48,6 +48,7 @@ class IptablesBackend:
     """
 
     name = "iptables"
+    outlives = False
 
     def __init__(self, *, ipv6: bool = True) -> None:
         self._families = tuple(FAMILIES) if ipv6 else (4,)

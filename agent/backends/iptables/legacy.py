@@ -57,6 +57,7 @@ class IptablesLegacyBackend:
     """Five verbs over iptables-legacy-restore."""
 
     name = "iptables-legacy"
+    outlives = False
 
     def __init__(self, *, ipv6: bool = True) -> None:
         """Without `ipv6` the node's own IPv6 is not tried; pods that have it are still looked at."""

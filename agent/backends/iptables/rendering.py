@@ -56,7 +56,7 @@ def render(redirect: Redirect, family: int, plain: bool = False) -> Rendering:
     rules = [peers.iptables(rule) if plain else rule for rule in known if rule.family in (None, family)]
     for table in ORDER:
         mine = [rule for rule in rules if rule.table is table]
-        if not mine:
+        if not wanted or table not in netfilter.tables(redirect):
             continue
         chains, jumps = [], []
         for hook in Hook:

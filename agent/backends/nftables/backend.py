@@ -41,6 +41,7 @@ class NftablesBackend:
     """
 
     name = "nftables"
+    outlives = False
 
     def __init__(self, owned: bool = False, *, ipv6: bool = True) -> None:
         self.owned, self._ipv6 = owned, ipv6

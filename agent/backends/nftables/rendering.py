@@ -60,7 +60,7 @@ def render(redirect: Redirect, owned: bool, plain: bool = False) -> Rendering:
     rules = netfilter.rules(redirect, counting=not plain)
     for table in Table:
         mine = [peers.nftables(rule) if plain else rule for rule in rules if rule.table is table]
-        if mine:
+        if table in netfilter.tables(redirect):
             text, added, state = _table(table, mine, owned, plain)
             texts.append(text)
             commands += added

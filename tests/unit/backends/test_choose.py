@@ -31,7 +31,7 @@ class World:
 
     def __init__(self, broken: Sequence[str] = (), idle: Sequence[str] = ()) -> None:
         self.broken, self.idle = broken, idle
-        self.backends: dict[str, Any] = {name: Named(name) for name in ("routing", *LAYERS)}
+        self.backends: dict[str, Any] = {name: Named(name) for name in ("routing", "ebpf-programs", *LAYERS)}
         self.probed: list[str] = []
         self.tested: list[str] = []
         self.explained: list[str] = []
@@ -62,6 +62,29 @@ def test_a_setting_is_obeyed_and_nothing_else_is_looked_at(setting: str) -> None
     assert world.probed == list(LAYERS[setting]) and world.tested == [setting]
 
 
+def test_ebpf_is_taken_when_it_is_asked_for_or_was_and_else_not() -> None:
+    assert World().choose(view=LEGACY).name == "nftables" and "ebpf" not in candidates("auto", NEITHER, None)
+    choice = World().choose("ebpf", old=OLD)
+    assert (choice.name, choice.reason, choice.by_socket) == ("ebpf", "setting backend=ebpf", True)
+    assert [one.name for one in choice.retired] == ["iptables-legacy", "iptables", "nftables"], "backwards"
+    kept = World().choose(old=replace(OLD, backend="ebpf"))
+    assert kept.name == "ebpf" and "kept" in kept.reason and not World().choose().by_socket
+
+
+def test_ebpf_makes_room_for_nftables_and_says_why() -> None:
+    choice = World(broken=["ebpf-programs"]).choose("ebpf", old=OLD)
+    assert choice.name == "nftables" and not choice.by_socket
+    assert choice.reason.startswith("setting backend=ebpf, ")
+    assert "ebpf cannot be used: ebpf-programs: no ebpf-programs here" in choice.reason
+    world = World(broken=["nftables"], idle=["ebpf"])
+    assert world.choose("ebpf", LEGACY).name == "iptables-legacy" and world.tested == ["ebpf", "iptables-legacy"]
+    del world.backends["ebpf"]
+    assert "there is no ebpf in this build" in world.choose("ebpf", LEGACY).reason
+    with pytest.raises(SettingsError, match="setting backend=ebpf") as raised:
+        World(broken=["routing"]).choose("ebpf")
+    assert all(f"{name}: xt_{name} is missing" in str(raised.value) for name in LAYERS)
+
+
 def test_p30_nothing_of_iptables_is_tried_while_nftables_works() -> None:
     world = World()
     assert world.choose(view=LEGACY).name == "nftables"
@@ -76,7 +99,7 @@ def test_p30_a_restart_chooses_what_it_chose_before_and_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    "old", [replace(OLD, release="5.15"), replace(OLD, backend="ebpf"), None], ids=["kernel", "unknown", "none"]
+    "old", [replace(OLD, release="5.15"), replace(OLD, backend="other"), None], ids=["kernel", "unknown", "none"]
 )
 def test_a_record_of_another_kernel_or_of_what_is_not_known_binds_nobody(old: Recorded | None) -> None:
     assert World().choose(old=old).name == "nftables"
@@ -146,6 +169,11 @@ def test_a_layer_that_is_not_built_is_passed_over() -> None:
         (replace(MODERN, programs=()), "nftables", "nftables", "not installed"),
         (replace(NEITHER, nf_tables=InKernel.ABSENT), "iptables-legacy", "iptables-legacy", "not in this kernel"),
         (replace(NEITHER, nf_tables=InKernel.UNKNOWN), "nftables", "nftables", "none of iptables"),
+        (NEITHER, "ebpf", "nftables", "none of iptables"),
+        (LEGACY, "ebpf", "iptables-legacy", "3 of legacy"),
+        (replace(NEITHER, nf_tables=InKernel.NOT_LOADED), "ebpf", "nftables", "none of iptables"),
+        (replace(NEITHER, nf_tables=InKernel.ABSENT), "ebpf", "iptables-legacy", "not in this kernel"),
+        (replace(NEITHER, nf_tables=InKernel.ABSENT, programs=()), "ebpf", "nftables", "none of iptables"),
     ],
 )
 def test_p31_the_host_mechanism_follows_what_translates_there(

@@ -31,7 +31,7 @@ FULL = Pod(
     source="cni",
 )
 NOTES = [
-    Note(FULL, True, NetnsId(4, 4026532000, 2**63 + 1)),
+    Note(FULL, True, NetnsId(4, 4026532000, 2**63 + 1), (1, 2**63), (3,)),
     Note(Pod("u-2", "shop", "db"), False, None),
 ]
 
