@@ -15,23 +15,31 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent.backends.base import Support
+from agent.backends.base import Backend, Support, lasting
 from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
+from agent.backends.ebpf import trial
+from agent.backends.ebpf.counting import exits
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import ProgramsBackend
+from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
 from agent.backends.mechanisms import mechanisms
 from agent.backends.preflight import examine, lacking
 from agent.backends.selftest import selftest
+from agent.core.errors import KernelError
 from agent.core.pods import PodTable
 from agent.core.settings import Settings
+from agent.core.switching import carried
 from agent.export.admin import Admin
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.kernel import hostview
 from agent.kernel.hostnetns import HostNetns
+from agent.kernel.process import Process
 from agent.kernel.unixsocket import claim, listen
 from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
@@ -58,19 +66,22 @@ class Agent:
         """Probes the mechanisms. Raises SettingsError when none of those allowed can be used."""
         self.settings, self.version = settings, version
         self.support: dict[str, Support] = {}
+        self.pins, self.ztunnels = Pins.of(settings.bpf_dir), Ztunnels()
+        self.programs = ProgramsBackend(self.pins, self.ztunnels)
         self.choice, self.host_choice = self._choose()
         self.table = PodTable()
         self.state = State(settings.run_dir)
         self.namespaces = Namespaces(self.state)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause))
-        self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed)
+        self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
             lambda: [(pod, self.beside.totals(pod.uid)) for pod in self.table],
+            lambda: exits(self.pins) if self.choice.by_socket else {},
         )
-        self.outside, self.host = OutsideConnections(), self._host()
-        self.beside = Beside(self.choice.name)
+        self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
+        self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -81,6 +92,7 @@ class Agent:
             self.metrics,
             random.random,
             outside=self.outside,
+            carried=self.carried,
             host=self.host,
             canary=self._canary(),
             counting=self.beside,
@@ -94,7 +106,8 @@ class Agent:
 
     def _choose(self) -> tuple[Choice, tuple[str, str]]:
         """The backend, and (mechanism, reason) of the probe exemption; recorded, so that a restart takes the same."""
-        settings, view, backends = self.settings, hostview.look(), mechanisms(ipv6=self.settings.ipv6)
+        settings, view = self.settings, hostview.look()
+        backends = mechanisms(ipv6=settings.ipv6, pins=self.pins, ztunnels=self.ztunnels)
 
         def probe(layer: str) -> Support:
             self.support[layer] = backends[layer].probe()
@@ -102,7 +115,7 @@ class Agent:
 
         trials = Trials(
             probe,
-            lambda layers: selftest(layers, ipv6=settings.ipv6),
+            self._selftest,
             lambda name: lacking(examine(name, ipv6=settings.ipv6)),
         )
         old = recorded.load(settings.run_dir)
@@ -112,6 +125,12 @@ class Agent:
             new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
             recorded.save(settings.run_dir, new)
         return choice, (host, why)
+
+    def _selftest(self, layers: Sequence[Backend]) -> tuple[str, ...]:
+        if not lasting(layers):
+            return selftest(layers, ipv6=self.settings.ipv6)
+        with trial.layers(self.pins) as throw_away:
+            return selftest(throw_away, ipv6=self.settings.ipv6, marks=False)
 
     def _host(self) -> HostLoop:
         name = self.host_choice[0]
@@ -141,6 +160,7 @@ class Agent:
         finally:
             self.drift.close()
             self.outside.close()
+            self.carried.close()
             self.namespaces.close()
             log.info("stopped; all rules stay in place")
 
@@ -180,6 +200,7 @@ class Agent:
             if note.captured:
                 self.zds.expect(note.pod.uid)
                 self.outside.restore(note.pod.uid, note.outside)
+                self.carried.restore(note.pod.uid, note.carried)
             self.reconciler.wake(note.pod.uid)
 
     def _parts(self) -> list[Any]:
@@ -217,6 +238,15 @@ class Agent:
         server = await asyncio.start_server(HttpServer(self.admin.public), host.strip("[]"), int(port))
         async with server:
             await server.serve_forever()
+
+    def _ztunnel_arrived(self, process: Process) -> None:
+        """Before it opens any connection: those must not be taken for a pod's."""
+        self.ztunnels.arrived(process)
+        if self.choice.by_socket:
+            try:
+                self.programs.admit()
+            except KernelError as error:
+                log.warning("ztunnel's own connections will be refused: %s", error)
 
     def _ztunnel_changed(self, uid: str | None) -> None:
         """A ztunnel acknowledged this pod, or (None) one has gone, which may concern every pod."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from agent.backends.ebpf import counting as ebpf
+from agent.backends.ebpf.pins import Pins
 from agent.backends.iptables import entries
 from agent.backends.iptables import rendering as xtables
 from agent.backends.iptables.bases import FAMILIES
@@ -37,8 +39,11 @@ class Counts:
         return Counts(self.packets + packets, self.bytes + size)
 
 
-def read(backend: str, target: PodNetns, want: Redirect) -> dict[str, Counts]:
-    """By direction, from the rules of `backend` that make `want` true. Raises KernelError."""
+def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = None) -> dict[str, Counts]:
+    """By direction, from the rules of `backend` that make `want` true, or from eBPF's map. Raises KernelError."""
+    if backend == "ebpf":
+        counted = ebpf.beside(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
+        return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
     wanted = _tags(backend, want)
     found = {INBOUND: Counts(), OUTBOUND: Counts()}
     for tag, packets, size in _rules(backend, target):

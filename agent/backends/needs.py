@@ -56,7 +56,14 @@ class Restored:
     script: str
 
 
-Trial = HasIpv6 | PolicyRule | Transaction | Program | Restored
+@dataclass(frozen=True, slots=True)
+class Ebpf:
+    """A feature of eBPF, by its name there."""
+
+    name: str
+
+
+Trial = HasIpv6 | PolicyRule | Transaction | Program | Restored | Ebpf
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,29 @@ class Need:
 
 def needs(choice: str, *, ipv6: bool = True) -> tuple[Need, ...]:
     """In the order in which they are tried. With `ipv6` False none touches IPv6."""
+    if choice == "ebpf":
+        return (*_common(ipv6), *_ebpf())
     found = [*_common(ipv6), *(_nftables() if choice == "nftables" else _iptables(choice, ipv6))]
     return tuple(found)
+
+
+def _ebpf() -> Iterator[Need]:
+    """Each with the first kernel that has it."""
+    kernel = "Linux {} with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF; or set backend: nftables"
+    for name, remedy in (
+        ("eBPF objects", "make objects, before the package is built"),
+        ("libbpf", "apt-get install libbpf1"),
+        ("cgroup v2 hierarchy", "mount the node's cgroup2 filesystem into the agent"),
+        ("bpffs", kernel.format("4.4")),
+        ("cgroup/connect", kernel.format("5.8")),
+        ("cgroup/sendmsg, recvmsg", kernel.format("5.8")),
+        ("cgroup/bind", kernel.format("5.8")),
+        ("cgroup/getpeername, getsockopt", kernel.format("5.15")),
+        ("sockops", kernel.format("5.15")),
+        ("sk_lookup", kernel.format("5.9")),
+        ("tcx", kernel.format("6.6")),
+    ):
+        yield Need(name, Ebpf(name), remedy)
 
 
 def modules(module: str, symbol: str) -> str:

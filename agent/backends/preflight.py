@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.backends.needs import HasIpv6, Need, PolicyRule, Program, Restored, Transaction, needs
+from agent.backends.ebpf import needs as ebpf
+from agent.backends.needs import Ebpf, HasIpv6, Need, PolicyRule, Program, Restored, Transaction, needs
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.kernel import exec, scratch
@@ -87,6 +88,8 @@ def _try(need: Need) -> None:
         case Transaction(commands):
             with contextlib.closing(NftSocket()) as nft:
                 nft.commit(f"try {need.name}", commands, None)
+        case Ebpf(name):
+            ebpf.attempt(name)
         case Program(name):
             if shutil.which(name, path=exec.PATH) is None:
                 raise SluiceError(f"{name} is not installed")

@@ -53,10 +53,13 @@ class _Place:
     netns: Netns
     wire: Wire
     family: int
+    listening: Callable[[], None]  # to be called when somebody listens: some mechanisms have to know the socket
 
 
-def selftest(active: Sequence[Backend], *, ipv6: bool = True) -> tuple[str, ...]:
+def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True) -> tuple[str, ...]:
     """What did not go as it has to with these layers, () when all did; IPv6 is tried where the namespace has it.
+
+    `marks` as of Redirect.
 
     Blocking, some 20 ms for nftables; leaves nothing behind. Raises nothing of the kernel's: refusals are findings.
     """
@@ -64,21 +67,22 @@ def selftest(active: Sequence[Backend], *, ipv6: bool = True) -> tuple[str, ...]
         # The handle outlives the thread that made the namespace: from here on it is held as a pod's is.
         inside = scratch.call(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         with contextlib.closing(PodNetns(Netns(inside, "self-test"))) as target:
-            return tuple(_run(active, target, ipv6))
+            return tuple(_run(active, target, Redirect(marks=marks).within(ipv6=ipv6 and target.has_ipv6())))
     except (SluiceError, OSError) as error:
         return (f"the self-test could not be done: {error}",)
 
 
-def _run(active: Sequence[Backend], target: PodNetns, ipv6: bool) -> Iterator[str]:
-    want = Redirect().within(ipv6=ipv6 and target.has_ipv6())
+def _run(active: Sequence[Backend], target: PodNetns, want: Redirect) -> Iterator[str]:
     families = (4, 6) if want.ipv6 else (4,)
     target.netns.call(lambda: scratchlink.make(families))
     with contextlib.closing(target.netns.call(Wire)) as wire:
-        places = [_Place(target.netns, wire, family) for family in families]
+        wanted: list[Redirect | None] = [want]
+        places = [_Place(target.netns, wire, family, lambda: _settle(active, target, wanted[0])) for family in families]
         _settle(active, target, want)
         found = [words for place in places for words in _observe(place, captured=True)]
         yield from found
         if not found:  # else there is nothing to be proven by their absence
+            wanted[0] = None
             _settle(active, target, None)
             yield from (words for place in places for words in _observe(place, captured=False))
 
@@ -208,6 +212,7 @@ def _bound(place: _Place, kind: int, port: int, address: str = "") -> socket.soc
 def _listener(place: _Place, port: int) -> socket.socket:
     made = _bound(place, socket.SOCK_STREAM, port)
     made.listen(8)
+    place.listening()
     return made
 
 

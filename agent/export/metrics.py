@@ -14,7 +14,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from agent.backends.beside import Counts
+from agent.backends.ebpf.abi import ExitCause
 from agent.core.canary import Finding, Verdict
+from agent.core.errors import KernelError
 from agent.core.pods import Pod
 from agent.core.status import State
 
@@ -57,6 +59,26 @@ class _Beside(Collector):
         yield from (packets, octets)
 
 
+class _Exits(Collector):
+    """Every way out of the eBPF programs, read when it is asked for."""
+
+    def __init__(self, exits: Callable[[], Mapping[ExitCause, int]]) -> None:
+        self._exits = exits
+
+    def collect(self) -> Iterator[Metric]:
+        help = "Decisions of the eBPF programs, by cause."
+        family = CounterMetricFamily("sluice_ebpf_exits", help, labels=["cause"])
+        try:
+            found = self._exits()
+        except KernelError as error:  # as while they are being removed
+            log.warning("the counters of the eBPF programs cannot be read: %s", error)
+            return
+        for cause, count in found.items():
+            family.add_metric([cause.name.lower()], count)
+        if found:
+            yield family
+
+
 class Metrics:
     """Everything under one registry of its own."""
 
@@ -67,6 +89,7 @@ class Metrics:
         states: Callable[[], Iterable[State]],
         ztunnels: Callable[[], int],
         beside: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
+        exits: Callable[[], Mapping[ExitCause, int]] = dict,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
         self.registry = r = CollectorRegistry(auto_describe=True)
@@ -74,6 +97,7 @@ class Metrics:
         GCCollector(registry=r)
         r.register(_Pods(states))
         r.register(_Beside(beside))
+        r.register(_Exits(exits))
         self.drift = Counter(
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )

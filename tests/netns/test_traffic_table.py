@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from support import istio
-from support.rules import CHOICES
+from support.rules import CHOICES as NETFILTER
 from support.traffic.common import COMMON
 from support.traffic.counters import counted
 from support.traffic.more import COUNTED, EXCLUDED, FAMILIES, OLDER, REFUSED, RESOLVERS
@@ -26,6 +26,7 @@ from support.traffic.world import ADDRESSES, APP
 from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 pytestmark = pytest.mark.root
+CHOICES = (*NETFILTER, "ebpf")
 _ALL = [*COMMON, *COUNTED, *RESOLVERS, *FAMILIES, *EXCLUDED, *REFUSED, *OLDER]
 ROWS = dict(enumerate(sorted(_ALL, key=lambda row: list(VARIANTS).index(row.variant)), 1))
 TOLD = {f"pod:{port}" for port in (OUTBOUND_PORT, INBOUND_PORT, DNS_PORT)}  # where SO_ORIGINAL_DST is asked for
@@ -70,7 +71,7 @@ def test_row(case: tuple[str, int, int], stages: dict[str, Stage], traffic_table
     row = ROWS[number]
     got = attempt(row, family, stages[mechanism])
     traffic_table.note(number, row, mechanism, f"IPv{family}", got)
-    assert got == row.gets(family)
+    assert got == row.gets(family, mechanism)
 
 
 @pytest.mark.parametrize("mechanism", CHOICES)
@@ -82,7 +83,8 @@ def test_p37_the_whole_table_in_a_pod_with_ipv6_alone(mechanism: str, traffic_ta
             if 6 in row.families and VARIANTS[row.variant].ipv6:
                 got = attempt(row, 6, stage)
                 traffic_table.note(number, row, mechanism, "IPv6-only pod", got)
-                wrong += [(number, row.what, got, row.gets(6))] if got != row.gets(6) else []
+                wanted = row.gets(6, mechanism)
+                wrong += [(number, row.what, got, wanted)] if got != wanted else []
         assert "10.77." not in stage.world.pod.sh("ip -4 addr"), "the pod has no IPv4 besides loopback"
         assert stage.world.pod.sh("ip -4 rule | grep 0x111 || true") == ""
     finally:
@@ -113,7 +115,7 @@ def attempt(row: Row, family: int, stage: Stage) -> str:
     if row.fate in ("survives", "breaks"):
         return "survives" if carries(*stage.old[row.sender, family]) else "breaks"
     counts = row.counts if stage.mechanism in CHOICES else None
-    before = counted(world.pod, stage.mechanism, family) if counts else (0, 0)
+    before = counted(world.pod, stage.mechanism, family, stage.node) if counts else (0, 0)
     arrival = fate(row, family, world)
     got = arrival.where
     if row.protocol == "tcp" and got == row.gets(family) and got in TOLD:
@@ -122,7 +124,7 @@ def attempt(row: Row, family: int, stage: Stage) -> str:
     if row.speaks_as and arrival.client != ADDRESSES[row.speaks_as][family]:
         got += f", seen as {arrival.client}"
     if counts:
-        now = counted(world.pod, stage.mechanism, family)
+        now = counted(world.pod, stage.mechanism, family, stage.node)
         added = now[0] - before[0], now[1] - before[1]
         right = counts[0], added[1] if counts[1] is None else counts[1]
         got += "" if added == right else f", counted {added}"

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 
+from support.ebpf import EbpfNode
 from support.rules import Pod
+
+from agent.kernel.exec import run
 
 CHAINS = {"nftables": ("istio-output", "istio-prerouting"), "xtables": ("ISTIO_OUTPUT", "ISTIO_PRERT")}
 
 
-def counted(pod: Pod, mechanism: str, family: int) -> tuple[int, int]:
+def counted(pod: Pod, mechanism: str, family: int, node: EbpfNode | None = None) -> tuple[int, int]:
     """Packets outbound and inbound. The rule that counts is the last of its chain and family."""
+    if node:
+        return _of_map(node, pod.target.netns.id.cookie)
     if mechanism == "nftables":
         out, into = (pod.sh(f"nft list chain inet istio-ambient-mangle {chain}") for chain in CHAINS["nftables"])
         wanted = re.compile(rf"meta nfproto ipv{family} counter packets (\d+) ")
@@ -22,3 +28,14 @@ def counted(pod: Pod, mechanism: str, family: int) -> tuple[int, int]:
 
 def _last(listing: str) -> int:
     return int(listing.strip().splitlines()[-1].split()[0])
+
+
+def _of_map(node: EbpfNode, cookie: int) -> tuple[int, int]:
+    """As bpftool shows it: a value for each CPU."""
+    shown = run(["bpftool", "-j", "map", "dump", "pinned", str(node.pins.maps / "beside")]).stdout
+    found = [0, 0]
+    for each in json.loads(shown):
+        key = each["formatted"]["key"]
+        if key["cookie"] == cookie:
+            found[key["direction"]] += sum(one["value"]["packets"] for one in each["formatted"]["values"])
+    return found[0], found[1]

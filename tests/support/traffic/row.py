@@ -35,8 +35,11 @@ class Row:
     from_port: int = 0  # of a crafted packet; 0 for any
     meant: str = ""  # the original destination, where it is not `to`
     speaks_as: str = ""  # ztunnel's connection with a client's address
+    ebpf: Mapping[int, str] | None = None  # the fate there, where another one is as right
 
-    def gets(self, family: int) -> str:
+    def gets(self, family: int, mechanism: str = "") -> str:
+        if self.ebpf and mechanism == "ebpf":
+            return self.ebpf[family]
         return self.fate if isinstance(self.fate, str) else self.fate[family]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -97,7 +98,7 @@ def _error(begin: Callable[[], None]) -> str:
     try:
         begin()
     except OSError as error:
-        return type(error).__name__
+        return errno.errorcode[error.errno or 0] if type(error) is OSError else type(error).__name__
     return ""
 
 

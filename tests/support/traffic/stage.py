@@ -8,6 +8,7 @@ import socket
 from dataclasses import replace
 
 from support import istio
+from support.ebpf import EbpfNode
 from support.rules import Pod, layers
 from support.traffic.arrival import awaited
 from support.traffic.variants import FRESH, VARIANTS
@@ -27,9 +28,14 @@ class Stage:
         self.mechanism, self.families = mechanism, families
         self.variant = ""
         self.old: dict[tuple[str, int], Old] = {}  # by who began it, and family
-        self._layers = () if mechanism in istio.ISTIO else layers(mechanism)
-        self._programmed: set[Pod] = set()  # with istio-cni's rules
         self._made = contextlib.ExitStack()
+        self.node = EbpfNode() if mechanism == "ebpf" else None
+        if self.node:
+            self._made.callback(self.node.close)
+            self._layers = self.node.layers
+        else:
+            self._layers = () if mechanism in istio.ISTIO else layers(mechanism)
+        self._programmed: set[Pod] = set()  # with istio-cni's rules
         self._fresh = contextlib.ExitStack()
         self._shared = self._made.enter_context(world(families))
         self.world = self._shared
@@ -53,7 +59,8 @@ class Stage:
 
     def _capture(self, want: Redirect) -> None:
         if self._layers:
-            settle(self.world.pod.target, want, self._layers)
+            marks = not self.node or self.world.pod.target.wiring().forwards
+            settle(self.world.pod.target, replace(want, marks=marks), self._layers)
             return
         if self.world.pod in self._programmed:
             istio.remove(self.world.pod, self.mechanism)

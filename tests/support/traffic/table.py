@@ -15,7 +15,7 @@ class Table:
     found: dict[tuple[int, str], dict[str, tuple[str, str]]] = field(default_factory=dict)
 
     def note(self, number: int, row: Any, mechanism: str, how: str, got: str) -> None:
-        wanted = row.gets(6 if "6" in how else 4)
+        wanted = row.gets(6 if "6" in how else 4, mechanism)
         self.rows[number] = row
         self.found.setdefault((number, mechanism), {})[how] = got, wanted
 

@@ -51,6 +51,7 @@ PROXY_PORTS = (OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT)
 TCP_PORTS = (*PROXY_PORTS, APP, OTHER, 53, 80, 6379, FIRST - 1, FIRST, INSIDE, LAST, LAST + 1)
 UDP_PORTS = (DNS_PORT, APP, 53, 123, FIRST - 1, FIRST, LAST, LAST + 1)
 SCTP = 132
+IPV6_TRANSPARENT = 75  # linux/in6.h
 
 _QUIET = f"""table inet quiet {{
   chain output {{
@@ -121,6 +122,7 @@ def listener(protocol: str, port: int, mark: int) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     if mark:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)  # as a ztunnel does
     if protocol == "udp":
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)  # to answer from where it was asked
     sock.bind(("::", port))

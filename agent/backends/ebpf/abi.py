@@ -1,0 +1,183 @@
+"""What bpf/abi.h says, in Python. Pure; a test compares both by BTF."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+VERSION = 1  # of the maps: one that an older program would misread gets a new number, and so a new directory
+ADDRESS = 16
+LISTENER_SLOTS = 2
+Address = IPv4Address | IPv6Address
+
+_POD = struct.Struct("=IIQ16s16s16s16s16s")
+_POLICY_KEY = struct.Struct("=IIQ16s")
+_POLICY_VALUE = struct.Struct("=II")
+_ZTUNNEL = struct.Struct("=QII")
+_LISTENER = struct.Struct("=QII")
+_BESIDE = struct.Struct("=QII")
+_TRAFFIC = struct.Struct("=QQ")
+_COOKIE = struct.Struct("=Q")
+_EXACT = 96  # bits of kind and policy, which every key of the policies begins with
+
+
+class PodFlag(IntFlag):
+    """enum pod_flags."""
+
+    IPV4 = 1
+    IPV6 = 2
+    DNS = 4
+    INGRESS_ONLY = 8
+    REFUSE = 16
+    FORWARDS = 32
+    LOOPBACK4 = 64
+
+
+class PolicyKind(IntEnum):
+    """enum policy_kind."""
+
+    OWN = 0
+    TO = 1
+    FROM = 2
+    PORT_OUT = 3
+    PORT_IN = 4
+    USER = 5
+    RESOLVER = 6
+    ROUTE = 7
+    INTERFACE = 8
+
+
+class InterfaceRole(IntEnum):
+    """enum interface_role."""
+
+    NONE = 0
+    VIRTUAL = 1
+    EXCLUDED = 2
+
+
+class ExitCause(IntEnum):
+    """enum exit_cause: every way out of the programs."""
+
+    CAPTURED_OUTBOUND = 0
+    CAPTURED_INBOUND = 1
+    CAPTURED_VIRTUAL = 2
+    CAPTURED_DNS = 3
+    ZTUNNEL = 4
+    FORGED_MARK = 5
+    LOOPBACK = 6
+    PROBE = 7
+    HBONE = 8
+    FAMILY = 9
+    INGRESS_ONLY = 10
+    NOT_TCP = 11
+    EXCLUDED_NETWORK = 12
+    EXCLUDED_PORT = 13
+    EXCLUDED_USER = 14
+    EXCLUDED_INTERFACE = 15
+    SPEAKS_AS = 16
+    NO_LISTENER = 17
+    ASSIGN_FAILED = 18
+    MEMORY_FAILED = 19
+    HANDOVER_FAILED = 20
+    ESCAPE_REFUSED = 21
+    NOT_TCP_REFUSED = 22
+    MALFORMED = 23
+
+
+@dataclass(frozen=True, slots=True)
+class Pod:
+    """struct pod. `policy` is the id of the prefixes that count for it, `has` their kinds; 0 for none."""
+
+    flags: PodFlag
+    has: int = 0
+    policy: int = 0
+    own4: Address | None = None
+    own6: Address | None = None
+    link6: Address | None = None
+    probe4: Address | None = None
+    probe6: Address | None = None
+
+    def encode(self) -> bytes:
+        parts = (address(a) for a in (self.own4, self.own6, self.link6, self.probe4, self.probe6))
+        return _POD.pack(self.flags, self.has, self.policy, *parts)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Pod:
+        """Raises ValueError for a value of another version."""
+        if len(data) != _POD.size:
+            raise ValueError(f"{len(data)} bytes are no pod")
+        flags, has, policy, *parts = _POD.unpack(data)
+        return cls(PodFlag(flags), has, policy, *(parse(part) for part in parts))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Prefix:
+    """What a policy lists: the first `bits` of `value` (16 bytes), and the verdict on what begins so."""
+
+    kind: PolicyKind
+    value: bytes
+    bits: int
+    verdict: int = 1
+
+    def key(self, policy: int) -> bytes:
+        return _POLICY_KEY.pack(_EXACT + self.bits, self.kind, policy, self.value)
+
+    def encode(self) -> bytes:
+        return _POLICY_VALUE.pack(self.verdict, _EXACT + self.bits)
+
+
+def prefix(key: bytes, value: bytes) -> tuple[int, Prefix]:
+    """The policy's id and the prefix, from map `policies`."""
+    bits, kind, policy, content = _POLICY_KEY.unpack(key)
+    return policy, Prefix(PolicyKind(kind), content, bits - _EXACT, _POLICY_VALUE.unpack(value)[0])
+
+
+def address(one: Address | None) -> bytes:
+    """16 bytes, IPv4 as ::ffff:a.b.c.d; zeros for none."""
+    if one is None:
+        return bytes(ADDRESS)
+    return one.packed if one.version == 6 else bytes(10) + b"\xff\xff" + one.packed
+
+
+def parse(data: bytes) -> Address | None:
+    """Of 16 bytes."""
+    if not any(data):
+        return None
+    found = IPv6Address(data)
+    return ip_address(data[12:]) if found.ipv4_mapped else found
+
+
+def cookie(number: int) -> bytes:
+    return _COOKIE.pack(number)
+
+
+def uncookie(data: bytes) -> int:
+    number: int = _COOKIE.unpack(data)[0]
+    return number
+
+
+def ztunnel(cgroup: int, tgid: int) -> bytes:
+    return _ZTUNNEL.pack(cgroup, tgid, 0)
+
+
+def unztunnel(data: bytes) -> tuple[int, int]:
+    """(cgroup id, tgid)."""
+    cgroup, tgid, _ = _ZTUNNEL.unpack(data)
+    return cgroup, tgid
+
+
+def listener(cookie: int, role: int, slot: int) -> bytes:
+    return _LISTENER.pack(cookie, role, slot)
+
+
+def beside(cookie: int, direction: int) -> bytes:
+    """`direction`: 0 outbound, 1 inbound."""
+    return _BESIDE.pack(cookie, direction, 0)
+
+
+def traffic(data: bytes) -> tuple[int, int]:
+    """(packets, bytes)."""
+    packets, size = _TRAFFIC.unpack(data)
+    return packets, size

@@ -1,0 +1,133 @@
+"""Programs and their links in one place, the node's or a pod's: read, compared, made. The same for both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from agent.backends.ebpf import objects
+from agent.backends.ebpf.objects import Program
+from agent.backends.ebpf.pins import Pins, Place
+from agent.core.plan import Step
+from agent.kernel import bpf, bpffs, bpflink, bpfload
+from agent.kernel.bpflink import LinkInfo
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """`ids`: program -> the kernel's number of it, for those of this build that are loaded. `links` by name.
+
+    `old` are names of pins of programs that are not of this build, or not wanted here.
+    """
+
+    ids: Mapping[str, int] = field(default_factory=dict)
+    links: Mapping[str, LinkInfo] = field(default_factory=dict)
+    old: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Loads an object file and pins its programs."""
+
+    object: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Makes a link; `swap`: puts the program into the one that is there, with no moment between."""
+
+    link: str
+    program: Program
+    swap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    link: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unpin:
+    """Of a program, by the name of its pin."""
+
+    program: str
+
+
+Deed = Load | Attach | Detach | Unpin
+
+
+def read(place: Place, programs: tuple[Program, ...]) -> Attached:
+    """Raises KernelError."""
+    ids, mine = {}, set()
+    pinned = place.programs()
+    for program in programs:
+        path = place.program(program)
+        mine.add(path.name)
+        if path.name in pinned and (fd := bpf.find(path)) is not None:
+            ids[program.name] = _closed(fd, bpf.program_info).id
+    links = {}
+    for name in place.links():
+        if (fd := bpf.find(place.link(name))) is not None:
+            links[name] = _closed(fd, bpflink.info)
+    return Attached(ids, links, tuple(name for name in pinned if name not in mine))
+
+
+def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[Deed], str]]:
+    """What makes `want` (link -> program) true, and what was wrong, "" for mere tidying up. Pure."""
+    lacking = {program.object for program in want.values() if program.name not in have.ids}
+    for name in sorted(lacking):
+        yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
+    for link, program in want.items():
+        found = have.links.get(link)
+        if found is None or not found.target:
+            wrong = f"{link} is {'not attached' if found is None else 'detached'}"
+            yield Step(f"attach {program.name} {program.attach.name.lower()} ({link})", Attach(link, program)), wrong
+        elif found.program_id != have.ids.get(program.name):
+            step: Step[Deed] = Step(f"replace the program of {link}", Attach(link, program, swap=True))
+            yield step, f"{link} runs another program"
+    for link in have.links.keys() - want.keys():
+        yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
+    for old in have.old:
+        yield Step(f"unpin {old}", Unpin(old)), ""
+
+
+def do(
+    deed: Deed,
+    pins: Pins,
+    place: Place,
+    attach: Callable[[Program, str, int], int],
+    sizes: Mapping[str, int],
+    constants: bytes = b"",
+) -> None:
+    """`attach(program, link, descriptor)` makes a link of the place's kind and returns its descriptor.
+
+    Raises KernelError.
+    """
+    if isinstance(deed, Load):
+        named = {one.name: place.program(one) for one in (*objects.NODE, *objects.POD) if one.object == deed.object}
+        bpfload.load(objects.path(deed.object), pins.maps, named, sizes, constants)
+    elif isinstance(deed, Attach):
+        _closed(bpf.get(place.program(deed.program)), lambda fd: _attach(deed, fd, place, attach))
+    elif isinstance(deed, Detach):
+        bpffs.remove_tree(place.link(deed.link))
+    else:
+        bpffs.remove_tree(place.path / "programs" / deed.program)
+
+
+def _attach(deed: Attach, program: int, place: Place, attach: Callable[[Program, str, int], int]) -> None:
+    if deed.swap:
+        _closed(bpf.get(place.link(deed.link)), lambda link: bpflink.update(link, program))
+    else:
+        made = attach(deed.program, deed.link, program)
+        _closed(made, lambda link: bpflink.pin(link, place.link(deed.link)))
+
+
+def _closed(fd: int, use: Callable[[int], T]) -> T:
+    try:
+        return use(fd)
+    finally:
+        os.close(fd)

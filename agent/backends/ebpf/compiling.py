@@ -1,0 +1,127 @@
+"""From intent to map entries: one pod's Redirect and the wiring of its namespace, as the programs read them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
+
+from agent.backends.ebpf import abi
+from agent.backends.ebpf.abi import InterfaceRole, Pod, PodFlag, PolicyKind, Prefix
+from agent.core.exclusions import Range
+from agent.core.redirect import Redirect
+from agent.core.wiring import Wiring
+
+_MAPPED = 96  # bits before an IPv4 address in ::ffff:a.b.c.d
+_NETWORKS = (PolicyKind.TO, PolicyKind.FROM, PolicyKind.ROUTE)
+
+
+@dataclass(frozen=True, slots=True)
+class Entries:
+    """What the maps hold for one pod, and the interfaces that its packets are watched on."""
+
+    pod: Pod
+    prefixes: tuple[Prefix, ...]
+    links: tuple[int, ...]
+
+
+def entries(redirect: Redirect, wiring: Wiring, cookie: int) -> Entries:
+    """`cookie` is the namespace's; two pods never share prefixes, so that each can be changed alone."""
+    own4, own6, link6 = wiring.own(4), wiring.own(6), wiring.link_local()
+    prefixes = tuple(sorted(_apart({*_prefixes(redirect, wiring, {own4, own6, link6})})))
+    has = 0
+    for one in prefixes:
+        has |= 1 << one.kind
+    pod = Pod(
+        _flags(redirect, wiring),
+        has,
+        policy(cookie, prefixes),
+        own4,
+        own6,
+        link6,
+        ip_address(redirect.probe_ipv4),
+        ip_address(redirect.probe_ipv6),
+    )
+    return Entries(pod, prefixes, tuple(sorted(link.index for link in wiring.links)))
+
+
+def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
+    """The id of a set of prefixes: a hash of them, so that it tells them. 0 for none."""
+    if not (texts := [one.key(0) + one.encode() for one in prefixes]):
+        return 0
+    found = blake2b(abi.cookie(cookie) + b"".join(texts), digest_size=8).digest()
+    return int.from_bytes(found, "little") or 1
+
+
+def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
+    found = PodFlag(0)
+    for flag, on in (
+        (PodFlag.IPV4, redirect.ipv4),
+        (PodFlag.IPV6, redirect.ipv6),
+        (PodFlag.DNS, redirect.dns),
+        (PodFlag.INGRESS_ONLY, redirect.ingress_only),
+        (PodFlag.REFUSE, redirect.refuse_non_tcp),
+        (PodFlag.FORWARDS, wiring.forwards),
+        (PodFlag.LOOPBACK4, wiring.loopback4),
+    ):
+        found |= flag if on else PodFlag(0)
+    return found
+
+
+def _prefixes(redirect: Redirect, wiring: Wiring, spoken: set[Any]) -> Iterator[Prefix]:
+    exclude = redirect.exclude
+    for address in wiring.addresses:
+        if address not in spoken and not address.is_loopback:
+            yield Prefix(PolicyKind.OWN, abi.address(address), 128)
+    for kind, networks in ((PolicyKind.TO, exclude.outbound_networks), (PolicyKind.FROM, exclude.inbound_networks)):
+        for text in networks:
+            yield _network(kind, ip_network(text))
+    for kind, ranges, width in (
+        (PolicyKind.PORT_OUT, exclude.outbound_ports, 16),
+        (PolicyKind.PORT_IN, exclude.inbound_ports, 16),
+        (PolicyKind.USER, exclude.users, 32),
+    ):
+        for one in ranges:
+            yield from (_number(kind, first, bits, width) for first, bits in split(one, width))
+    for text in redirect.dns_to:
+        yield Prefix(PolicyKind.RESOLVER, abi.address(ip_address(text)), 128)
+    excluded = wiring.indexes(exclude.interfaces)
+    if excluded:
+        for found, index in wiring.by_network().items():
+            yield _network(PolicyKind.ROUTE, found, int(index in excluded))
+    for role, indexes in (
+        (InterfaceRole.VIRTUAL, wiring.indexes(redirect.virtual_interfaces) - excluded),
+        (InterfaceRole.EXCLUDED, excluded),
+    ):
+        yield from (_number(PolicyKind.INTERFACE, index, 32, 32, role) for index in indexes)
+
+
+def _apart(found: set[Prefix]) -> set[Prefix]:
+    """Keeps IPv4 out of IPv6 networks as wide as ::/0, which have ::ffff:0:0/96 in them."""
+    ipv4 = abi.address(IPv4Address(0))
+    wide = {one.kind for one in found if one.kind in _NETWORKS and one.bits < _MAPPED and not any(one.value)}
+    taken = {one.kind for one in found if (one.value, one.bits) == (ipv4, _MAPPED)}
+    return found | {Prefix(kind, ipv4, _MAPPED, 0) for kind in wide - taken}
+
+
+def _network(kind: PolicyKind, network: Any, verdict: int = 1) -> Prefix:
+    address: IPv4Address | IPv6Address = network.network_address
+    return Prefix(kind, abi.address(address), network.prefixlen + (_MAPPED if address.version == 4 else 0), verdict)
+
+
+def _number(kind: PolicyKind, first: int, bits: int, width: int, verdict: int = 1) -> Prefix:
+    """Numbers stand at the front, in network order."""
+    return Prefix(kind, (first << (32 - width)).to_bytes(4, "big") + bytes(12), bits, verdict)
+
+
+def split(found: Range, width: int) -> Iterator[tuple[int, int]]:
+    """A range of numbers of `width` bits as prefixes: (first, bits)."""
+    first, last = found
+    while first <= last:
+        size = first & -first if first else 1 << width
+        while first + size - 1 > last:
+            size >>= 1
+        yield first, width - size.bit_length() + 1
+        first += size

@@ -1,0 +1,43 @@
+"""What the programs have counted: each pod's traffic beside TCP, and every way out of every program."""
+
+from __future__ import annotations
+
+import struct
+
+from agent.backends.ebpf import abi
+from agent.backends.ebpf.abi import ExitCause
+from agent.backends.ebpf.pins import Pins
+from agent.kernel.bpfmap import Map
+
+_INDEX, _COUNT = struct.Struct("=I"), struct.Struct("=Q")
+
+
+def beside(pins: Pins, cookie: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(packets, bytes) outbound and inbound of what is neither TCP nor captured DNS. Raises KernelError.
+
+    Bytes are those of IP packets; queries that are refused where they are sent count none.
+    """
+    if not (pins.maps / "beside").exists():
+        return (0, 0), (0, 0)
+    with Map.open(pins.maps / "beside") as counters:
+        outbound, inbound = (counters.lookup_percpu(abi.beside(cookie, direction)) for direction in (0, 1))
+    return _sum(outbound), _sum(inbound)
+
+
+def exits(pins: Pins) -> dict[ExitCause, int]:
+    """How often since the maps were made, over all pods of the node. Raises KernelError."""
+    if not (pins.maps / "exits").exists():
+        return {}
+    with Map.open(pins.maps / "exits") as counters:
+        return {
+            cause: sum(_COUNT.unpack(value)[0] for value in counters.lookup_percpu(_INDEX.pack(cause)))
+            for cause in ExitCause
+        }
+
+
+def _sum(values: list[bytes]) -> tuple[int, int]:
+    packets, size = 0, 0
+    for value in values:
+        more, bytes_ = abi.traffic(value)
+        packets, size = packets + more, size + bytes_
+    return packets, size

@@ -1,0 +1,83 @@
+"""Where everything is pinned: what a dead agent leaves, and a new one finds.
+
+    <root>/v1/maps/NAME
+    <root>/v1/programs/NAME@DIGEST        programs/ and links/ once more in pods/COOKIE/
+    <root>/v1/links/NAME
+
+A program's pin names the object file that it is from, and a link tells which program it runs: so it is known as ours,
+and as this build's, without a note anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.backends.ebpf import objects
+from agent.backends.ebpf.abi import VERSION
+from agent.backends.ebpf.objects import Program
+
+_VERSION = f"v{VERSION}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory with programs and links: the node's, or one pod's."""
+
+    path: Path
+
+    def program(self, program: Program) -> Path:
+        return self.path / "programs" / f"{program.name}@{objects.digest(program.object)}"
+
+    def link(self, name: str) -> Path:
+        return self.path / "links" / name
+
+    def programs(self) -> tuple[str, ...]:
+        """The names of all pins."""
+        return _names(self.path / "programs")
+
+    def links(self) -> tuple[str, ...]:
+        return _names(self.path / "links")
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """`root` is the setting bpf_dir, in a bpf file system that is mounted at `mount`, or will be."""
+
+    root: Path
+    mount: Path
+
+    @classmethod
+    def of(cls, root: str) -> Pins:
+        return cls(Path(root), Path(root).parent)
+
+    def within(self, name: str) -> Pins:
+        """Others, of the same layout, in a directory of ours."""
+        return Pins(self.root / name, self.mount)
+
+    @property
+    def node(self) -> Place:
+        return Place(self.root / _VERSION)
+
+    @property
+    def maps(self) -> Path:
+        return self.node.path / "maps"
+
+    def pod(self, cookie: int) -> Place:
+        return Place(self.node.path / "pods" / str(cookie))
+
+    def pods(self) -> tuple[int, ...]:
+        """The cookies of the namespaces for which something is pinned."""
+        return tuple(int(name) for name in _names(self.node.path / "pods") if name.isdigit())
+
+    def others(self) -> Iterable[Path]:
+        """What other versions of the maps have left."""
+        return [self.root / name for name in _names(self.root) if name != _VERSION]
+
+
+def _names(directory: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(one.name for one in directory.iterdir()))
+    except FileNotFoundError:
+        return ()

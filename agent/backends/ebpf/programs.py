@@ -1,0 +1,171 @@
+"""The node's part of the eBPF backend: programs on the root cgroup, and the map of ztunnel's processes.
+
+Made with the first pod that is captured. It stays when a pod goes, and goes when none has been captured for a while:
+a connection that is just being made still asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.backends.base import Support
+from agent.backends.ebpf import abi, attachments
+from agent.backends.ebpf.attachments import Attached, Deed
+from agent.backends.ebpf.needs import support
+from agent.backends.ebpf.objects import NODE, Program
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.errors import KernelError
+from agent.core.plan import Plan, Step
+from agent.core.redirect import Redirect
+from agent.kernel import bpffs, bpflink
+from agent.kernel.bpfmap import Map
+from agent.kernel.podnetns import PodNetns
+
+ZtunnelKey = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """The target for all of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
+
+    `whole`: the target is the node, not one of its pods; `left`: there is something to remove.
+    """
+
+    attached: Attached
+    admitted: frozenset[ZtunnelKey] = frozenset()
+    running: frozenset[ZtunnelKey] = frozenset()
+    ended: frozenset[ZtunnelKey] = frozenset()
+    whole: bool = False
+    left: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    ztunnel: ZtunnelKey
+
+
+@dataclass(frozen=True, slots=True)
+class Dismiss:
+    ztunnel: ZtunnelKey
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAll:
+    pass
+
+
+NodeDeed = Deed | Admit | Dismiss | RemoveAll
+
+
+@dataclass(slots=True)
+class ProgramsBackend:
+    """Five verbs; whatever pod is asked for, the target is the node."""
+
+    pins: Pins
+    ztunnels: Ztunnels
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    name: str = "ebpf-programs"
+    outlives: bool = True
+
+    def probe(self) -> Support:
+        return support(self.pins)
+
+    def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
+        return desired
+
+    def orphans(self, known: Iterable[PodNetns]) -> list[Node]:
+        """The node itself, when nothing of any pod is left. Raises KernelError."""
+        if not self.pins.node.path.exists() or self.pins.pods():
+            return []
+        if (self.pins.maps / "pods").exists():
+            with Map.open(self.pins.maps / "pods") as pods:
+                if pods.items():
+                    return []
+        return [Node()]
+
+    def waits(self, target: PodNetns) -> bool:
+        return False
+
+    def read(self, target: PodNetns | Node) -> Have:
+        whole = isinstance(target, Node)
+        attached = attachments.read(self.pins.node, NODE)
+        left = self.pins.root.exists()
+        if not (self.pins.maps / "ztunnels").exists():
+            return Have(attached, running=self._running(), whole=whole, left=left)
+        with Map.open(self.pins.maps / "ztunnels") as ztunnels:
+            admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
+        running = self._running()
+        ended = frozenset(one for one in admitted - running if not _lives(one))
+        return Have(attached, admitted, running, ended, whole, left)
+
+    def plan(self, want: Redirect | None, have: Have) -> Plan[NodeDeed]:
+        if want is None:
+            if not have.whole or not have.left:
+                return Plan()
+            return Plan((Step("detach all programs and remove all maps", RemoveAll()),), ("nobody is captured",))
+        changes: list[tuple[Step[Any], str]] = list(
+            attachments.steps({program.name: program for program in NODE}, have.attached)
+        )
+        for one in sorted(have.running - have.admitted):
+            changes.append((Step(f"map ztunnels: add cgroup {one[0]} process {one[1]}", Admit(one)), ""))
+        for one in sorted(have.ended):
+            changes.append((Step(f"map ztunnels: drop cgroup {one[0]} process {one[1]}", Dismiss(one)), ""))
+        return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
+
+    def apply(self, target: PodNetns | Node, plan: Plan[NodeDeed]) -> None:
+        """Raises KernelError."""
+        for step in plan.steps:
+            deed = step.payload
+            if isinstance(deed, RemoveAll):
+                bpffs.remove_tree(self.pins.root)
+            elif isinstance(deed, Admit | Dismiss):
+                self._ztunnel(deed)
+            else:
+                if not self.pins.root.exists():
+                    bpffs.mount(self.pins.mount)
+                attachments.do(deed, self.pins, self.pins.node, _attach, self.sizes)
+
+    def admit(self) -> None:
+        """Knows a ztunnel that has just come: before it opens its first connection. Raises KernelError."""
+        if (self.pins.maps / "ztunnels").exists():
+            for one in self._running():
+                self._ztunnel(Admit(one))
+
+    def _running(self) -> frozenset[ZtunnelKey]:
+        return frozenset(self.ztunnels.keys())
+
+    def _ztunnel(self, deed: Admit | Dismiss) -> None:
+        with Map.open(self.pins.maps / "ztunnels") as ztunnels:
+            key = abi.ztunnel(*deed.ztunnel)
+            if isinstance(deed, Admit):
+                ztunnels.update(key, bytes(4))
+            else:
+                ztunnels.delete(key)
+
+
+def _attach(program: Program, link: str, descriptor: int) -> int:
+    cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return bpflink.attach_cgroup(descriptor, cgroup, program.attach)
+    finally:
+        os.close(cgroup)
+
+
+def _lives(ztunnel: ZtunnelKey) -> bool:
+    """Whether that process is still there, in that cgroup; of a whole cgroup it is believed."""
+    cgroup, tgid = ztunnel
+    if not tgid:
+        return True
+    try:
+        return bpffs.cgroup_id(tgid) == cgroup
+    except KernelError:
+        return False

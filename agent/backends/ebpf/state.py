@@ -1,0 +1,154 @@
+"""One pod's state in the kernel, and what has to change in it. Values; `steps` is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent.backends.ebpf import objects
+from agent.backends.ebpf.abi import LISTENER_SLOTS, Pod, PodFlag, Prefix
+from agent.backends.ebpf.attachments import Attached, Deed, Detach, Unpin, steps
+from agent.backends.ebpf.compiling import entries, policy
+from agent.backends.ebpf.objects import Program
+from agent.backends.ebpf.ztunnels import Listener, Role
+from agent.core.plan import Plan, Step
+from agent.core.redirect import Redirect
+from agent.core.wiring import Wiring
+
+Change = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """`prefixes` are of the policy that `pod` names. `listening`: (role, slot) -> cookie of ztunnel's socket.
+
+    `offered` are ztunnel's listeners now, the newest first; `counted`: there are counters of the pod.
+    """
+
+    cookie: int
+    wiring: Wiring = field(default_factory=Wiring)
+    pod: Pod | None = None
+    prefixes: frozenset[Prefix] = frozenset()
+    attached: Attached = field(default_factory=Attached)
+    listening: Mapping[tuple[Role, int], int] = field(default_factory=dict)
+    offered: Mapping[Role, tuple[Listener, ...]] = field(default_factory=dict)
+    counted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PutPolicy:
+    id: int
+    prefixes: tuple[Prefix, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropPolicy:
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutPod:
+    """The one step that counts: before it nothing of the new, after it nothing of the old is in force."""
+
+    pod: Pod
+
+
+@dataclass(frozen=True, slots=True)
+class DropPod:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    role: Role
+    slot: int
+    listener: Listener
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisten:
+    role: Role
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropCounters:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class EndOlder:
+    """Connections that are not captured, for they are older than the entry, and must not run on."""
+
+
+PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | EndOlder
+
+
+def plan(want: Redirect | None, have: Have) -> Plan[PodDeed]:
+    changes = list(_removal(have) if want is None else _changes(want, have))
+    return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
+
+
+def _changes(redirect: Redirect, have: Have) -> Iterator[Change]:
+    want = entries(redirect, have.wiring, have.cookie)
+    if frozenset(want.prefixes) != have.prefixes and want.prefixes:
+        text = f"map policies: {want.pod.policy:016x} lists {len(want.prefixes)} prefixes"
+        yield Step(text, PutPolicy(want.pod.policy, want.prefixes)), "its exclusions and addresses differ"
+    yield from steps(_links(want.links), have.attached)
+    yield from _listeners(have)
+    if want.pod != have.pod:
+        wrong = "its map entry is missing" if have.pod is None else "its map entry differs"
+        yield Step(f"map pods: {have.cookie} = {words(want.pod)}", PutPod(want.pod)), wrong
+    if have.pod is None and not redirect.preserve:
+        yield Step("ss --kill: connections that are not captured", EndOlder()), ""
+    if have.pod is not None and have.pod.policy not in (0, want.pod.policy):
+        yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
+
+
+def _listeners(have: Have) -> Iterator[Change]:
+    """Only ever put in: a socket that closes leaves by itself, and one that we cannot see now may still serve."""
+    for role, offered in have.offered.items():
+        for slot, listener in enumerate(offered[:LISTENER_SLOTS]):
+            if have.listening.get((role, slot)) != listener.cookie:
+                text = f"map listeners: {have.cookie} {role.name.lower()} {slot} = socket {listener.cookie}"
+                yield Step(text, Listen(role, slot, listener)), ""
+
+
+def _removal(have: Have) -> Iterator[Change]:
+    """New connections are let alone first; what serves them goes after."""
+    if have.pod is not None:
+        yield Step(f"map pods: drop {have.cookie}", DropPod()), "its map entry is not wanted"
+    for link in have.attached.links:
+        yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
+    for name in have.attached.old:
+        yield Step(f"unpin {name}", Unpin(name)), ""
+    for program in objects.POD:
+        if program.name in have.attached.ids:
+            name = f"{program.name}@{objects.digest(program.object)}"
+            yield Step(f"unpin {name}", Unpin(name)), f"program {program.name} is not wanted"
+    for role, slot in have.listening:
+        yield Step(f"map listeners: drop {have.cookie} {role.name.lower()} {slot}", Unlisten(role, slot)), ""
+    if have.pod is not None and have.pod.policy:
+        yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
+    if have.counted:
+        yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
+
+
+def _links(indexes: tuple[int, ...]) -> dict[str, Program]:
+    found = {"lookup": objects.LOOKUP}
+    for index in indexes:
+        found |= {f"ingress-{index}": objects.INGRESS, f"egress-{index}": objects.EGRESS}
+    return found
+
+
+def words(pod: Pod) -> str:
+    """A map entry for people."""
+    flags = " ".join(flag.name.lower().replace("_", "-") for flag in PodFlag if flag in pod.flags and flag.name)
+    own = ", ".join(str(address) for address in (pod.own4, pod.own6) if address) or "no address"
+    return f"{flags or 'nothing'}; {own}" + (f"; policy {pod.policy:016x}" if pod.policy else "")
+
+
+def is_whole(pod: Pod, prefixes: frozenset[Prefix], cookie: int) -> bool:
+    """Whether the prefixes are those that the entry was made for."""
+    return policy(cookie, sorted(prefixes)) == pod.policy

@@ -1,0 +1,32 @@
+"""Throw-away layers for the functional self-test: programs and maps of their own, and this process as ztunnel."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from agent.backends.base import Backend
+from agent.backends.ebpf.backend import EbpfBackend
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import ProgramsBackend
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.kernel import bpffs
+from agent.kernel.process import Process
+
+
+@contextmanager
+def layers(pins: Pins) -> Iterator[tuple[Backend, ...]]:
+    """For the length of a `with`; pods that are captured are not concerned, since maps tell whom programs mind.
+
+    Raises KernelError.
+    """
+    ztunnels, place = Ztunnels(), pins.within(f"test-{os.getpid()}")
+    ztunnels.arrived(Process(os.getpid(), os.pidfd_open(os.getpid())))
+    bpffs.mount(pins.mount)
+    try:
+        yield ProgramsBackend(place, ztunnels), EbpfBackend(place, ztunnels)
+    finally:
+        for process in ztunnels.processes():
+            process.close()
+        bpffs.remove_tree(place.root)
