@@ -52,7 +52,7 @@ class ProgramInfo:
     maps: tuple[int, ...]
 
 
-def find(path: Path) -> int | None:
+def find(path: Path | str) -> int | None:
     """A descriptor of the object that is pinned there; None without one. Raises KernelError."""
     result = libbpf.ask("bpf_obj_get", os.fsencode(path))
     return None if result == -errno.ENOENT else libbpf.check(f"open BPF pin {path}", result)

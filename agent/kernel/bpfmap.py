@@ -102,6 +102,9 @@ class Map:
             os.close(self.fd)
             self.fd = -1
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> Map:
         return self
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TypeVar
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.objects import Program
-from agent.backends.ebpf.pins import Pins, Place
+from agent.backends.ebpf.pins import Pins, Place, pin
 from agent.core.plan import Step
 from agent.kernel import bpf, bpffs, bpflink, bpfload
 from agent.kernel.bpflink import LinkInfo
@@ -62,18 +63,24 @@ Deed = Load | Attach | Detach | Unpin
 
 def read(place: Place, programs: tuple[Program, ...]) -> Attached:
     """Raises KernelError."""
-    ids, mine = {}, set()
     pinned = place.programs()
-    for program in programs:
-        path = place.program(program)
-        mine.add(path.name)
-        if path.name in pinned and (fd := bpf.find(path)) is not None:
-            ids[program.name] = _closed(fd, bpf.program_info).id
+    mine = {program.name: pin(program) for program in programs}
+    found = {
+        name: _number(f"{place.path}/programs/{file}", pinned[file]) for name, file in mine.items() if file in pinned
+    }
     links = {}
     for name in place.links():
-        if (fd := bpf.find(place.link(name))) is not None:
+        if (fd := bpf.find(f"{place.path}/links/{name}")) is not None:
             links[name] = _closed(fd, bpflink.info)
-    return Attached(ids, links, tuple(name for name in pinned if name not in mine))
+    old = tuple(name for name in pinned if name not in mine.values())
+    return Attached({name: number for name, number in found.items() if number}, links, old)
+
+
+@lru_cache(4096)
+def _number(path: str, inode: int) -> int:
+    """The kernel's number of a pinned program; 0 when its pin has just gone."""
+    fd = bpf.find(path)
+    return 0 if fd is None else _closed(fd, bpf.program_info).id
 
 
 def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[Deed], str]]:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments, state
@@ -23,7 +24,7 @@ from agent.core.redirect import Redirect
 from agent.core.sockets import CONNECTED
 from agent.core.wiring import Wiring
 from agent.kernel import bpffs, bpflink
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.sockdiag import SockDiag
 
@@ -35,7 +36,15 @@ class Gone:
     cookie: int
 
 
-Target = PodNetns | Gone
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """Prefixes that no pod's entry names: their agent was killed before it was made, or after it was replaced."""
+
+    policy: int
+
+
+Target = PodNetns | Gone | Stray
+Offered = Mapping[Role, tuple[Listener, ...]]
 
 
 @dataclass(slots=True)
@@ -47,6 +56,11 @@ class EbpfBackend:
     sizes: Mapping[str, int] = field(default_factory=dict)
     name: str = "ebpf"
     outlives: bool = True
+    _maps: Maps = field(init=False)
+    _offered: WeakKeyDictionary[PodNetns, tuple[int, Offered]] = field(default_factory=WeakKeyDictionary, init=False)
+
+    def __post_init__(self) -> None:
+        self._maps = Maps(self.pins.maps)
 
     def probe(self) -> Support:
         return support(self.pins)
@@ -54,14 +68,16 @@ class EbpfBackend:
     def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
         return desired
 
-    def orphans(self, known: Iterable[PodNetns]) -> list[Gone]:
+    def orphans(self, known: Iterable[PodNetns]) -> list[Gone | Stray]:
         """Pods of which we have something, but that are not among `known`. Raises KernelError."""
         mine = {target.netns.id.cookie for target in known}
-        found = set(self.pins.pods())
-        if (self.pins.maps / "pods").exists():
-            with self._map("pods") as pods:
-                found |= {abi.uncookie(key) for key, _ in pods.items()}
-        return [Gone(cookie) for cookie in sorted(found - mine)]
+        found, stray = set(self.pins.pods()), set[int]()
+        if self._maps.exist():
+            stray = {abi.prefix(key, value)[0] for key, value in self._maps["policies"].items()}
+            for key, value in self._maps["pods"].items():
+                found.add(abi.uncookie(key))
+                stray.discard(Pod.decode(value).policy)
+        return [*(Gone(cookie) for cookie in sorted(found - mine)), *(Stray(policy) for policy in sorted(stray))]
 
     def waits(self, target: PodNetns) -> bool:
         """Whether no listener of ztunnel's is known yet. Raises KernelError."""
@@ -69,58 +85,64 @@ class EbpfBackend:
         return not have.listening and not any(have.offered.values())
 
     def read(self, target: Target) -> Have:
+        if isinstance(target, Stray):
+            return Have(0, stray=target.policy)
         cookie = _cookie(target)
-        place = self.pins.pod(cookie)
-        attached = attachments.read(place, POD)
-        wiring = target.wiring() if isinstance(target, PodNetns) else Wiring()
-        offered = {}
-        if isinstance(target, PodNetns):
-            offered = {role: tuple(found) for role, found in self.ztunnels.listeners(target).items()}
-        if not (self.pins.maps / "pods").exists():
-            return Have(cookie, wiring, attached=attached, offered=offered)
-        pod, prefixes = self._entry(cookie)
-        return Have(cookie, wiring, pod, prefixes, attached, self._listening(cookie), offered, self._counted(cookie))
+        attached = attachments.read(self.pins.pod(cookie), POD)
+        made = self._maps.exist()
+        listening = self._listening(cookie) if made else {}
+        pod, prefixes = self._entry(cookie) if made else (None, frozenset())
+        if not isinstance(target, PodNetns):
+            return Have(cookie, Wiring(), pod, prefixes, attached, listening)
+        return Have(cookie, target.wiring(), pod, prefixes, attached, listening, self._offers(target, listening))
+
+    def _offers(self, target: PodNetns, listening: Mapping[tuple[Role, int], int]) -> Offered:
+        """As last looked for, while the same processes run and what they offered is still there."""
+        version, offered = self._offered.get(target, (-1, {}))
+        there = set(listening.values())
+        known = offered and all(found and all(one.cookie in there for one in found) for found in offered.values())
+        if known and version == self.ztunnels.version():
+            return offered
+        version = self.ztunnels.version()
+        offered = {role: tuple(found) for role, found in self.ztunnels.listeners(target).items()}
+        self._offered[target] = version, offered
+        return offered
 
     def plan(self, want: Redirect | None, have: Have) -> Plan[PodDeed]:
         return state.plan(want, have)
 
     def apply(self, target: Target, plan: Plan[PodDeed]) -> None:
         """In order; the pod's map entry is what switches. Raises KernelError; StaleError when a listener has gone."""
-        cookie = _cookie(target)
+        cookie = 0 if isinstance(target, Stray) else _cookie(target)
         for step in plan.steps:
             self._do(target, cookie, step.payload)
-        if isinstance(target, Gone) or (plan and not self.pins.pod(cookie).links()):
+        if cookie and not self.pins.pod(cookie).links():
             bpffs.remove_tree(self.pins.pod(cookie).path)
 
     def _do(self, target: Target, cookie: int, deed: PodDeed) -> None:
         match deed:
             case state.PutPolicy(number, prefixes):
-                with self._map("policies") as policies:
-                    for one in prefixes:
-                        policies.update(one.key(number), one.encode())
+                for one in prefixes:
+                    self._maps["policies"].update(one.key(number), one.encode())
             case state.DropPolicy(number):
-                with self._map("policies") as policies:
-                    for key, value in policies.items():
-                        if abi.prefix(key, value)[0] == number:
-                            policies.delete(key)
+                policies = self._maps["policies"]
+                for key, value in policies.items():
+                    if abi.prefix(key, value)[0] == number:
+                        policies.delete(key)
             case state.PutPod(pod):
-                with self._map("pods") as pods:
-                    pods.update(abi.cookie(cookie), pod.encode())
+                self._maps["pods"].update(abi.cookie(cookie), pod.encode())
             case state.DropPod():
-                with self._map("pods") as pods:
-                    pods.delete(abi.cookie(cookie))
+                self._maps["pods"].delete(abi.cookie(cookie))
             case state.Listen(role, slot, listener):
-                with self._map("listeners") as listeners, opened(listener) as held:
-                    listeners.update_fd(abi.listener(cookie, role, slot), held)
+                with opened(listener) as held:
+                    self._maps["listeners"].update_fd(abi.listener(cookie, role, slot), held)
             case state.Unlisten(role, slot):
-                with self._map("listeners") as listeners:
-                    listeners.delete(abi.listener(cookie, role, slot))
+                self._maps["listeners"].delete(abi.listener(cookie, role, slot))
             case state.EndOlder():
                 _end_older(target)
             case state.DropCounters():
-                with self._map("beside") as beside:
-                    for direction in (0, 1):
-                        beside.delete(abi.beside(cookie, direction))
+                for direction in (0, 1):
+                    self._maps["beside"].delete(abi.beside(cookie, direction))
             case _:
                 constants = struct.pack("=Q", cookie)
                 attachments.do(deed, self.pins, self.pins.pod(cookie), self._attacher(target), self.sizes, constants)
@@ -136,36 +158,26 @@ class EbpfBackend:
         return attach
 
     def _entry(self, cookie: int) -> tuple[Pod | None, frozenset[Prefix]]:
-        with self._map("pods") as pods:
-            data = pods.lookup(abi.cookie(cookie))
+        data = self._maps["pods"].lookup(abi.cookie(cookie))
         if data is None:
             return None, frozenset()
         pod = Pod.decode(data)
         if not pod.policy:
             return pod, frozenset()
-        with self._map("policies") as policies:
-            listed = (abi.prefix(key, value) for key, value in policies.items())
-            return pod, frozenset(prefix for number, prefix in listed if number == pod.policy)
+        listed = (abi.prefix(key, value) for key, value in self._maps["policies"].items())
+        return pod, frozenset(prefix for number, prefix in listed if number == pod.policy)
 
     def _listening(self, cookie: int) -> dict[tuple[Role, int], int]:
         found = {}
-        with self._map("listeners") as listeners:
-            for role in Role:
-                for slot in range(abi.LISTENER_SLOTS):
-                    value = listeners.lookup(abi.listener(cookie, role, slot))
-                    if value is not None:
-                        found[role, slot] = int.from_bytes(value, "little")
+        for role in Role:
+            for slot in range(abi.LISTENER_SLOTS):
+                value = self._maps["listeners"].lookup(abi.listener(cookie, role, slot))
+                if value is not None:
+                    found[role, slot] = int.from_bytes(value, "little")
         return found
 
-    def _counted(self, cookie: int) -> bool:
-        with self._map("beside") as beside:
-            return any(beside.lookup(abi.beside(cookie, direction)) is not None for direction in (0, 1))
 
-    def _map(self, name: str) -> Map:
-        return Map.open(self.pins.maps / name)
-
-
-def _cookie(target: Target) -> int:
+def _cookie(target: PodNetns | Gone) -> int:
     return target.cookie if isinstance(target, Gone) else target.netns.id.cookie
 
 

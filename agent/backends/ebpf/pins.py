@@ -10,6 +10,7 @@ and as this build's, without a note anywhere.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +29,17 @@ class Place:
     path: Path
 
     def program(self, program: Program) -> Path:
-        return self.path / "programs" / f"{program.name}@{objects.digest(program.object)}"
+        return self.path / "programs" / pin(program)
 
     def link(self, name: str) -> Path:
         return self.path / "links" / name
 
-    def programs(self) -> tuple[str, ...]:
-        """The names of all pins."""
-        return _names(self.path / "programs")
+    def programs(self) -> dict[str, int]:
+        """All pins and their inodes; an inode never comes to mean another program."""
+        return _inodes(f"{self.path}/programs")
 
-    def links(self) -> tuple[str, ...]:
-        return _names(self.path / "links")
+    def links(self) -> dict[str, int]:
+        return _inodes(f"{self.path}/links")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +70,22 @@ class Pins:
 
     def pods(self) -> tuple[int, ...]:
         """The cookies of the namespaces for which something is pinned."""
-        return tuple(int(name) for name in _names(self.node.path / "pods") if name.isdigit())
+        return tuple(int(name) for name in _inodes(f"{self.node.path}/pods") if name.isdigit())
 
     def others(self) -> Iterable[Path]:
         """What other versions of the maps have left."""
-        return [self.root / name for name in _names(self.root) if name != _VERSION]
+        return [self.root / name for name in _inodes(str(self.root)) if name != _VERSION]
 
 
-def _names(directory: Path) -> tuple[str, ...]:
+def pin(program: Program) -> str:
+    """The name of a program's pin."""
+    return f"{program.name}@{objects.digest(program.object)}"
+
+
+def _inodes(directory: str) -> dict[str, int]:
+    """In the order of the names. Called for each pod again and again, so without pathlib."""
     try:
-        return tuple(sorted(one.name for one in directory.iterdir()))
+        with os.scandir(directory) as found:
+            return dict(sorted((one.name, one.inode()) for one in found))
     except FileNotFoundError:
-        return ()
+        return {}

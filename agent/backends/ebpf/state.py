@@ -11,6 +11,7 @@ from agent.backends.ebpf.abi import LISTENER_SLOTS, Pod, PodFlag, Prefix
 from agent.backends.ebpf.attachments import Attached, Deed, Detach, Unpin, steps
 from agent.backends.ebpf.compiling import entries, policy
 from agent.backends.ebpf.objects import Program
+from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.ztunnels import Listener, Role
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
@@ -23,7 +24,7 @@ Change = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
 class Have:
     """`prefixes` are of the policy that `pod` names. `listening`: (role, slot) -> cookie of ztunnel's socket.
 
-    `offered` are ztunnel's listeners now, the newest first; `counted`: there are counters of the pod.
+    `offered` are ztunnel's listeners now, the newest first. `stray`: prefixes of no pod at all.
     """
 
     cookie: int
@@ -33,7 +34,7 @@ class Have:
     attached: Attached = field(default_factory=Attached)
     listening: Mapping[tuple[Role, int], int] = field(default_factory=dict)
     offered: Mapping[Role, tuple[Listener, ...]] = field(default_factory=dict)
-    counted: bool = False
+    stray: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,8 @@ def _listeners(have: Have) -> Iterator[Change]:
 
 def _removal(have: Have) -> Iterator[Change]:
     """New connections are let alone first; what serves them goes after."""
+    if have.stray:
+        yield Step(f"map policies: drop {have.stray:016x}", DropPolicy(have.stray)), "prefixes that no pod has"
     if have.pod is not None:
         yield Step(f"map pods: drop {have.cookie}", DropPod()), "its map entry is not wanted"
     for link in have.attached.links:
@@ -125,13 +128,12 @@ def _removal(have: Have) -> Iterator[Change]:
         yield Step(f"unpin {name}", Unpin(name)), ""
     for program in objects.POD:
         if program.name in have.attached.ids:
-            name = f"{program.name}@{objects.digest(program.object)}"
-            yield Step(f"unpin {name}", Unpin(name)), f"program {program.name} is not wanted"
+            yield Step(f"unpin {pin(program)}", Unpin(pin(program))), f"program {program.name} is not wanted"
     for role, slot in have.listening:
         yield Step(f"map listeners: drop {have.cookie} {role.name.lower()} {slot}", Unlisten(role, slot)), ""
     if have.pod is not None and have.pod.policy:
         yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
-    if have.counted:
+    if have.pod is not None:
         yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
 
 

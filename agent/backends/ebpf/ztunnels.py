@@ -111,6 +111,7 @@ class Ztunnels:
     def __init__(self) -> None:
         self._holders: list[tuple[tuple[int, int], Holder]] = []  # newest first, by start and then by arrival
         self._arrivals = itertools.count()
+        self._version = 0
         self._turn = threading.Lock()
 
     def arrived(self, process: Process) -> None:
@@ -120,8 +121,14 @@ class Ztunnels:
             if not known:
                 self._holders.append(((process.started, next(self._arrivals)), Holder(process)))
                 self._holders.sort(key=lambda pair: pair[0], reverse=True)
+                self._version += 1
         if known:
             process.close()
+
+    def version(self) -> int:
+        """Another number whenever a process has come or ended."""
+        self._alive()
+        return self._version
 
     def processes(self) -> tuple[Process, ...]:
         """Those that live, newest first; the others are let go of."""
@@ -179,5 +186,6 @@ class Ztunnels:
             ended = [pair for pair in self._holders if not pair[1].process.alive()]
             for pair in ended:
                 self._holders.remove(pair)
+                self._version += 1
                 pair[1].process.close()
             return [holder for _, holder in self._holders]
