@@ -107,7 +107,7 @@ class Agent:
     def _choose(self) -> tuple[Choice, tuple[str, str]]:
         """The backend, and (mechanism, reason) of the probe exemption; recorded, so that a restart takes the same."""
         settings, view = self.settings, hostview.look()
-        backends = mechanisms(ipv6=settings.ipv6, pins=self.pins, ztunnels=self.ztunnels)
+        backends = mechanisms(ipv6=settings.ipv6, pins=self.pins, ztunnels=self.ztunnels, sizes=settings.bpf_map_sizes)
 
         def probe(layer: str) -> Support:
             self.support[layer] = backends[layer].probe()

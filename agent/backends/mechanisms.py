@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from agent.backends.base import Backend
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
@@ -14,13 +17,20 @@ from agent.backends.routing import RoutingBackend
 from agent.core import names
 
 
-def mechanisms(*, ipv6: bool = True, pins: Pins | None = None, ztunnels: Ztunnels | None = None) -> dict[str, Backend]:
+def mechanisms(
+    *,
+    ipv6: bool = True,
+    pins: Pins | None = None,
+    ztunnels: Ztunnels | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Backend]:
     """Fresh ones; none is probed yet. Without `ipv6` none of them needs IPv6 of the node.
 
-    `pins`: where eBPF's are, by default where an agent has them by default; `ztunnels`: the processes that are known.
+    `pins`: where eBPF's are, by default where an agent has them by default; `ztunnels`: the processes that are known;
+    `sizes`: of its maps, by name.
     """
     where, known = pins or Pins.of(names.BPF_DIR), ztunnels or Ztunnels()
     netfilter = (NftablesBackend(ipv6=ipv6), IptablesBackend(ipv6=ipv6), IptablesLegacyBackend(ipv6=ipv6))
-    ebpf = (ProgramsBackend(where, known), EbpfBackend(where, known))
+    ebpf = (ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes))
     made: tuple[Backend, ...] = (RoutingBackend(), *netfilter, *ebpf)
     return {backend.name: backend for backend in made}

@@ -48,4 +48,6 @@ REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
 
 RUN_DIR: Final = "/run/sluice"
 BPF_DIR: Final = "/sys/fs/bpf/sluice"
+# The maps of bpf/maps.h whose sizes are settings.
+BPF_MAPS: Final = ("pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", "beside")
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"

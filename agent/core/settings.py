@@ -10,6 +10,7 @@ from typing import Any
 from agent.core import names
 from agent.core.errors import SettingsError
 
+_MOST_ENTRIES = 1 << 24
 _NETFILTER = ("nftables", "iptables", "iptables-legacy")
 BACKENDS = ("auto", *_NETFILTER, "ebpf")
 # The values of the settings that are one word of a few.
@@ -30,6 +31,7 @@ class Settings:
     node_name: str = ""
     run_dir: str = names.RUN_DIR
     bpf_dir: str = names.BPF_DIR
+    bpf_sizes: tuple[str, ...] = ()
     zds_socket: str = names.ZDS_SOCKET
     metrics_address: str = "0.0.0.0:15014"
     static_pods: str = ""
@@ -56,6 +58,10 @@ class Settings:
         return f"{self.run_dir}/cni.sock"
 
     @property
+    def bpf_map_sizes(self) -> dict[str, int]:
+        return {name: int(number) for name, _, number in (word.partition("=") for word in self.bpf_sizes)}
+
+    @property
     def admin_socket(self) -> str:
         return f"{self.run_dir}/agent.sock"
 
@@ -64,6 +70,7 @@ HELP: Mapping[str, str] = {
     "node_name": "name of this node in logs and metrics (default: the host's name)",
     "run_dir": "directory of sockets, state and pinned namespaces",
     "bpf_dir": "directory of what backend ebpf keeps in the kernel, in a bpf file system",
+    "bpf_sizes": "entries of the maps of backend ebpf that are made from now on, such as pods=4096,handover=65536",
     "zds_socket": "unix socket on which ztunnel connects",
     "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
     "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
@@ -125,6 +132,8 @@ def _convert(key: str, value: Any, place: str) -> Any:
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
             raise refuse("a list of names")
         words = tuple(part.strip() for part in parts if part.strip())
+        if key == "bpf_sizes":
+            return tuple(_size(word, refuse) for word in words)
         if key == "dns_resolvers":
             return tuple(_address(word, refuse) for word in words)
         return words
@@ -144,6 +153,14 @@ def _text(key: str, value: str, refuse: Any) -> str:
         if key == f"probe_ipv{version}":
             return _address(value, refuse, version)
     return value
+
+
+def _size(word: str, refuse: Any) -> str:
+    """MAP=ENTRIES of a map of names.BPF_MAPS."""
+    name, sign, number = word.partition("=")
+    if not sign or name not in names.BPF_MAPS or not number.isdecimal() or not 1 <= int(number) <= _MOST_ENTRIES:
+        raise refuse(f"a list of MAP=ENTRIES (1 to {_MOST_ENTRIES}) with MAP of {', '.join(names.BPF_MAPS)}")
+    return f"{name}={int(number)}"
 
 
 def _address(value: str, refuse: Any, version: int | None = None) -> str:

@@ -45,6 +45,7 @@ def test_every_setting_has_its_help_and_takes_its_own_default() -> None:
         ("run_dir", "/tmp/x", "/tmp/x"),
         ("backend", "ebpf", "ebpf"),
         ("bpf_dir", "/sys/fs/bpf/x", "/sys/fs/bpf/x"),
+        ("bpf_sizes", "pods=10, handover=0100", ("pods=10", "handover=100")),
         ("metrics_address", "", ""),
         ("metrics_address", "[::]:1", "[::]:1"),
         ("probe_ipv4", "10.0.0.1", "10.0.0.1"),
@@ -58,6 +59,10 @@ def test_values(key: str, value: Any, taken: Any) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("bpf_sizes", "pods"),
+        ("bpf_sizes", "pods=0"),
+        ("bpf_sizes", "exits=5"),
+        ("bpf_sizes", "pods=99999999"),
         ("dns_capture", "yes"),
         ("dns_capture", 1),
         ("dns_capture", None),
