@@ -1,4 +1,4 @@
-"""`sluice rules render`: the rules of a variant, without an agent and without touching anything."""
+"""`sluice rules render`: what a variant consists of, without an agent and without touching anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 from typing import Any
 
 from agent.backends.choose import LAYERS
+from agent.backends.ebpf import state
 from agent.backends.iptables import rendering as xtables
 from agent.backends.nftables import rendering as nftables
 from agent.backends.routing import RoutingBackend
@@ -71,6 +72,9 @@ def _address(word: str) -> str:
 
 def render(backend: str, redirect: Redirect) -> dict[str, str]:
     """Program that reads it -> script."""
+    if backend == "ebpf":
+        # Of a pod without interfaces and addresses: those are the namespace's to tell.
+        return {"bpftool": str(state.plan(redirect, state.Have(cookie=0)))}
     scripts = {"ip": str(RoutingBackend().plan(redirect, []))}
     if backend == "nftables":
         return {**scripts, "nft -f": nftables.render(redirect, owned=False).text}

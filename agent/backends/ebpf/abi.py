@@ -20,6 +20,8 @@ _LISTENER = struct.Struct("=QII")
 _BESIDE = struct.Struct("=QII")
 _TRAFFIC = struct.Struct("=QQ")
 _COOKIE = struct.Struct("=Q")
+_IPV4 = bytes(10) + b"\xff\xff"  # what IPv4 addresses begin with
+_MAPPED = 96  # bits of it
 _EXACT = 96  # bits of kind and policy, which every key of the policies begins with
 
 
@@ -86,6 +88,9 @@ class ExitCause(IntEnum):
     MALFORMED = 23
 
 
+_WIDTHS = {PolicyKind.PORT_OUT: 16, PolicyKind.PORT_IN: 16, PolicyKind.USER: 32}  # of what is no address, in bits
+
+
 @dataclass(frozen=True, slots=True)
 class Pod:
     """struct pod. `policy` is the id of the prefixes that count for it, `has` their kinds; 0 for none."""
@@ -121,6 +126,20 @@ class Prefix:
     bits: int
     verdict: int = 1
 
+    def __str__(self) -> str:
+        name, number = self.kind.name.lower().replace("_", "-"), int.from_bytes(self.value[:4])
+        if self.kind is PolicyKind.INTERFACE:
+            return f"{name} {number} {InterfaceRole(self.verdict).name.lower()}"
+        if self.kind in _WIDTHS:
+            width = _WIDTHS[self.kind]
+            first = number >> (32 - width)
+            last = first + (1 << (width - self.bits)) - 1
+            return f"{name} {first}" + (f"-{last}" if last > first else "")
+        # ::/0 has IPv4 in it, which a prefix of its own then takes out.
+        four = self.bits >= _MAPPED and self.value[:12] == _IPV4
+        text = f"{ip_address(self.value[12:] if four else self.value)}/{self.bits - _MAPPED if four else self.bits}"
+        return f"{name} {text}" + ("" if self.verdict else " not")
+
     def key(self, policy: int) -> bytes:
         return _POLICY_KEY.pack(_EXACT + self.bits, self.kind, policy, self.value)
 
@@ -138,7 +157,7 @@ def address(one: Address | None) -> bytes:
     """16 bytes, IPv4 as ::ffff:a.b.c.d; zeros for none."""
     if one is None:
         return bytes(ADDRESS)
-    return one.packed if one.version == 6 else bytes(10) + b"\xff\xff" + one.packed
+    return one.packed if one.version == 6 else _IPV4 + one.packed
 
 
 def parse(data: bytes) -> Address | None:

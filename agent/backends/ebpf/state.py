@@ -94,7 +94,8 @@ def plan(want: Redirect | None, have: Have) -> Plan[PodDeed]:
 def _changes(redirect: Redirect, have: Have) -> Iterator[Change]:
     want = entries(redirect, have.wiring, have.cookie)
     if frozenset(want.prefixes) != have.prefixes and want.prefixes:
-        text = f"map policies: {want.pod.policy:016x} lists {len(want.prefixes)} prefixes"
+        lines = "".join(f"\n  {prefix}" for prefix in want.prefixes)
+        text = f"map policies: {want.pod.policy:016x} lists{lines}"
         yield Step(text, PutPolicy(want.pod.policy, want.prefixes)), "its exclusions and addresses differ"
     yield from steps(_links(want.links), have.attached)
     yield from _listeners(have)
