@@ -241,12 +241,14 @@ class Agent:
 
     def _ztunnel_arrived(self, process: Process) -> None:
         """Before it opens any connection: those must not be taken for a pod's."""
+        if not self.choice.by_socket:
+            process.close()
+            return
         self.ztunnels.arrived(process)
-        if self.choice.by_socket:
-            try:
-                self.programs.admit()
-            except KernelError as error:
-                log.warning("ztunnel's own connections will be refused: %s", error)
+        try:
+            self.programs.admit()
+        except KernelError as error:
+            log.warning("ztunnel's own connections will be refused: %s", error)
 
     def _ztunnel_changed(self, uid: str | None) -> None:
         """A ztunnel acknowledged this pod, or (None) one has gone, which may concern every pod."""

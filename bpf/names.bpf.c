@@ -7,42 +7,76 @@
 #define SOCKADDR_IN 16
 #define SOCKADDR_IN6 28
 
-static __always_inline struct memory *shown(struct bpf_sock_addr *ctx)
+/* The pod's own address, where the socket has one of lo: so it is for a port that was bound before the connect. */
+static __always_inline int own_instead(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown)
 {
-	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
-	return memory && (memory->kind == MEMORY_ASKED || memory->kind == MEMORY_CLIENT) ? memory : NULL;
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = is_loopback(now) ? bpf_map_lookup_elem(&pods, &cookie) : NULL;
+	if (!pod)
+		return 0;
+	*shown = is_ipv4(now) ? pod->own4 : pod->own6;
+	return shown->word[3] != 0;
 }
 
 /* ztunnel spoke for a client and took a port of its own: both ends show the client's address with that port. */
+static __always_inline int peer(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown, __u16 *port)
+{
+	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
+	if (!memory)
+		return 0;
+	if (memory->kind == MEMORY_ORIGINAL)
+		return own_instead(ctx, now, shown);
+	if (memory->kind != MEMORY_ASKED && memory->kind != MEMORY_CLIENT)
+		return 0;
+	*shown = memory->address;
+	*port = memory->port;
+	return 1;
+}
+
+static __always_inline int self(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown)
+{
+	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
+	if (!memory)
+		return 0;
+	if (memory->kind == MEMORY_ASKED)
+		return own_instead(ctx, now, shown);
+	if (memory->kind != MEMORY_SPEAKS_AS)
+		return 0;
+	*shown = memory->address;
+	return 1;
+}
+
 SEC("cgroup/getpeername4") int getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct memory *memory = shown(ctx);
-	if (memory)
-		write4(ctx, &memory->address, memory->port);
+	struct address now = address4(ctx->user_ip4), shown;
+	__u16 port = ctx->user_port;
+	if (peer(ctx, &now, &shown, &port))
+		write4(ctx, &shown, port);
 	return 1;
 }
 
 SEC("cgroup/getpeername6") int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct memory *memory = shown(ctx);
-	if (memory)
-		write6(ctx, &memory->address, memory->port);
+	struct address now = address6(ctx), shown;
+	__u16 port = ctx->user_port;
+	if (peer(ctx, &now, &shown, &port))
+		write6(ctx, &shown, port);
 	return 1;
 }
 
 SEC("cgroup/getsockname4") int getsockname4(struct bpf_sock_addr *ctx)
 {
-	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
-	if (memory && memory->kind == MEMORY_SPEAKS_AS)
-		FIELD(ctx->user_ip4) = memory->address.word[3];
+	struct address now = address4(ctx->user_ip4), shown;
+	if (self(ctx, &now, &shown))
+		FIELD(ctx->user_ip4) = shown.word[3];
 	return 1;
 }
 
 SEC("cgroup/getsockname6") int getsockname6(struct bpf_sock_addr *ctx)
 {
-	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
-	if (memory && memory->kind == MEMORY_SPEAKS_AS)
-		write6(ctx, &memory->address, ctx->user_port);
+	struct address now = address6(ctx), shown;
+	if (self(ctx, &now, &shown))
+		write6(ctx, &shown, ctx->user_port);
 	return 1;
 }
 

@@ -81,17 +81,18 @@ class EbpfBackend:
 
     def waits(self, target: PodNetns) -> bool:
         """Whether no listener of ztunnel's is known yet. Raises KernelError."""
-        have = self.read(target)
-        return not have.listening and not any(have.offered.values())
+        if self._maps.exist() and self._listening(_cookie(target)):
+            return False
+        return not any(self._offers(target, {}).values())
 
     def read(self, target: Target) -> Have:
         if isinstance(target, Stray):
             return Have(0, stray=target.policy)
         cookie = _cookie(target)
         attached = attachments.read(self.pins.pod(cookie), POD)
-        made = self._maps.exist()
-        listening = self._listening(cookie) if made else {}
-        pod, prefixes = self._entry(cookie) if made else (None, frozenset())
+        if not self._maps.exist():  # where another backend is used, this is asked of each pod once
+            return Have(cookie, attached=attached)
+        listening, (pod, prefixes) = self._listening(cookie), self._entry(cookie)
         if not isinstance(target, PodNetns):
             return Have(cookie, Wiring(), pod, prefixes, attached, listening)
         return Have(cookie, target.wiring(), pod, prefixes, attached, listening, self._offers(target, listening))

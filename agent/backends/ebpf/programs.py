@@ -97,8 +97,10 @@ class ProgramsBackend:
 
     def read(self, target: PodNetns | Node) -> Have:
         whole = isinstance(target, Node)
-        attached = attachments.read(self.pins.node, NODE)
         left = self.pins.root.exists()
+        if not left and not whole and not self.ztunnels.processes():
+            return Have(Attached())  # as where another backend is used
+        attached = attachments.read(self.pins.node, NODE)
         if not (self.pins.maps / "ztunnels").exists():
             return Have(attached, running=self._running(), whole=whole, left=left)
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
