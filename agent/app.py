@@ -15,13 +15,12 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent.backends.base import Backend, Support, lasting
+from agent.backends.base import Support
 from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
-from agent.backends.ebpf import trial
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
@@ -29,7 +28,7 @@ from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
 from agent.backends.mechanisms import mechanisms
 from agent.backends.preflight import examine, lacking
-from agent.backends.selftest import selftest
+from agent.backends.selftest import selftest_choice
 from agent.core.errors import KernelError
 from agent.core.pods import PodTable
 from agent.core.settings import Settings
@@ -115,7 +114,7 @@ class Agent:
 
         trials = Trials(
             probe,
-            self._selftest,
+            lambda layers: selftest_choice(layers, self.pins, ipv6=settings.ipv6),
             lambda name: lacking(examine(name, ipv6=settings.ipv6)),
         )
         old = recorded.load(settings.run_dir)
@@ -125,12 +124,6 @@ class Agent:
             new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
             recorded.save(settings.run_dir, new)
         return choice, (host, why)
-
-    def _selftest(self, layers: Sequence[Backend]) -> tuple[str, ...]:
-        if not lasting(layers):
-            return selftest(layers, ipv6=self.settings.ipv6)
-        with trial.layers(self.pins) as throw_away:
-            return selftest(throw_away, ipv6=self.settings.ipv6, marks=False)
 
     def _host(self) -> HostLoop:
         name = self.host_choice[0]

@@ -39,10 +39,10 @@ class Feature:
         return not self.present and not self.without
 
 
-def attempt(need: Need) -> str:
+def attempt(need: Need, bpf_dir: str = names.BPF_DIR) -> str:
     """ "" when it works, else the kernel's or the program's own words."""
     try:
-        scratch.call(lambda: _try(need))
+        scratch.call(lambda: _try(need, bpf_dir))
     except (SluiceError, OSError) as error:
         return str(error)
     return ""
@@ -75,7 +75,7 @@ def merge(*examined: tuple[Feature, ...]) -> tuple[Feature, ...]:
     return tuple(found.values())
 
 
-def _try(need: Need) -> None:
+def _try(need: Need, bpf_dir: str) -> None:
     """Raises SluiceError or OSError when it is refused; in a scratch namespace."""
     match need.trial:
         case HasIpv6():
@@ -89,7 +89,7 @@ def _try(need: Need) -> None:
             with contextlib.closing(NftSocket()) as nft:
                 nft.commit(f"try {need.name}", commands, None)
         case Ebpf(name):
-            ebpf.attempt(name)
+            ebpf.attempt(name, bpf_dir)
         case Program(name):
             if shutil.which(name, path=exec.PATH) is None:
                 raise SluiceError(f"{name} is not installed")

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
 
-from agent.backends.base import Backend
+from agent.backends.base import Backend, lasting
+from agent.backends.ebpf import trial
+from agent.backends.ebpf.pins import Pins
 from agent.core import names, packet
 from agent.core.errors import SluiceError, StaleError
 from agent.core.packet import ACK, RST, SYN, TCP, UDP, Packet
@@ -70,6 +72,16 @@ def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True
             return tuple(_run(active, target, Redirect(marks=marks).within(ipv6=ipv6 and target.has_ipv6())))
     except (SluiceError, OSError) as error:
         return (f"the self-test could not be done: {error}",)
+
+
+def selftest_choice(layers: Sequence[Backend], pins: Pins, *, ipv6: bool = True) -> tuple[str, ...]:
+    """The same with the layers of a choice. Of those that hold their state in the node others are tried in their place,
+    with a state of their own beside `pins`. Raises KernelError when they cannot be made.
+    """
+    if not lasting(layers):
+        return selftest(layers, ipv6=ipv6)
+    with trial.layers(pins) as throw_away:
+        return selftest(throw_away, ipv6=ipv6, marks=False)
 
 
 def _run(active: Sequence[Backend], target: PodNetns, want: Redirect) -> Iterator[str]:

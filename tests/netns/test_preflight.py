@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ebpf import EbpfNode
 from support.rules import Pod
 from support.rules import pod as made
 
@@ -17,10 +19,11 @@ from agent.__main__ import main
 from agent.backends import preflight
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
+from agent.backends.ebpf import trial
 from agent.backends.mechanisms import mechanisms
 from agent.backends.needs import Need, Program, Restored, Transaction
 from agent.backends.preflight import attempt, examine, lacking
-from agent.backends.selftest import selftest
+from agent.backends.selftest import selftest, selftest_choice
 from agent.core.errors import SettingsError
 from agent.core.host import HostView, InKernel
 from agent.core.nftables import NEWTABLE, NFPROTO_INET, Command
@@ -163,7 +166,13 @@ def test_p34_feature_masks(host: Pod, missing: Sequence[str], chosen: str) -> No
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_need_is_there_on_a_machine_that_captures(name: str) -> None:
-    assert lacking(examine(name)) == () and selftest(layers(name)) == ()
+    node = EbpfNode()
+    try:
+        assert selftest_choice(layers(name), node.pins) == ()
+        tried = examine(name, attempt=lambda need: attempt(need, str(node.pins.root)))
+        assert lacking(tried) == () and not node.pins.root.exists(), "and nothing is left"
+    finally:
+        node.close()
 
 
 @pytest.mark.parametrize(
@@ -235,11 +244,26 @@ def test_p31_the_self_test_fails_when_the_rules_do_not_capture(name: str, script
     assert any(line.startswith(finding) for line in found), found
 
 
-@pytest.mark.parametrize("name", LAYERS)
+STAYS = "IPv4: an outbound connection was captured after the removal of the rules"
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "ebpf"])
 def test_the_self_test_fails_when_rules_stay(name: str) -> None:
     routing, layer = layers(name)
-    found = selftest([routing, Sabotaged(layer, always=Redirect())])
-    assert "IPv4: an outbound connection was captured after the removal of the rules" in found
+    assert STAYS in selftest([routing, Sabotaged(layer, always=Redirect())])
+
+
+def test_the_self_test_fails_when_map_entries_stay_or_a_program_is_detached() -> None:
+    node = EbpfNode()
+    try:
+        with trial.layers(node.pins) as (programs, pods):
+            assert STAYS in selftest([programs, Sabotaged(pods, always=Redirect(marks=False))], marks=False)
+        with trial.layers(node.pins) as (programs, pods):
+            links = f"{node.pins.root}/test-{os.getpid()}/v1/links"
+            found = selftest([programs, Sabotaged(pods, f"bpftool link detach pinned {links}/connect4")], marks=False)
+            assert "IPv4: an outbound connection was seen nowhere with the rules" in found, "refused, not passed"
+    finally:
+        node.close()
 
 
 def test_the_self_test_fails_without_rules_and_leaves_no_trace(host: Pod) -> None:
