@@ -20,6 +20,7 @@ enum pod_flags {
 	POD_REFUSE = 1 << 4, /* what is neither TCP nor captured DNS */
 	POD_FORWARDS = 1 << 5, /* has more interfaces than one, and forwards between them */
 	POD_LOOPBACK4 = 1 << 6, /* 127.0.0.1 is there */
+	POD_ETHERNET = 1 << 7, /* all its interfaces have Ethernet headers */
 };
 
 /* What a policy may list. Prefixes of numbers stand in the first word, in network order. */
@@ -89,7 +90,7 @@ struct listener {
 enum memory_kind {
 	MEMORY_NONE,
 	MEMORY_ASKED, /* an application's socket: where it wanted to go */
-	MEMORY_ORIGINAL, /* a socket that ztunnel accepted: where the client wanted to go */
+	MEMORY_ORIGINAL, /* in handover alone, for the socket that ztunnel accepts: where the client wanted to go */
 	MEMORY_SPEAKS_AS, /* ztunnel's socket towards the application: the client that it speaks for */
 	MEMORY_CLIENT, /* the socket that the application accepted: the client */
 	MEMORY_ZTUNNEL, /* ztunnel's socket, known by its process */
@@ -104,7 +105,7 @@ struct memory {
 	__u32 none;
 };
 
-/* Map handover: of a connection that is being made, by the addresses that the SYN carries. */
+/* Map handover: of a connection that has been begun, by the addresses that its SYN carries. */
 struct connection {
 	__u64 cookie;
 	struct address source;

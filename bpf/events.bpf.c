@@ -37,12 +37,17 @@ static __always_inline void begun(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	given.kind = memory->kind == MEMORY_ASKED ? MEMORY_ORIGINAL : MEMORY_CLIENT;
 	if (given.kind == MEMORY_CLIENT)
 		given.port = key.source_port;
-	if (bpf_map_update_elem(&handover, &key, &given, BPF_ANY))
+	if (bpf_map_update_elem(&handover, &key, &given, BPF_ANY)) {
+		bpf_map_delete_elem(&handover, &key); /* of an earlier connection, at most */
 		count(EXIT_HANDOVER_FAILED);
+	}
 }
 
 static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
+	/* ztunnel asks for the destination at once, by SO_ORIGINAL_DST: what was handed over can stay where it is. */
+	if (ctx->local_port == OUTBOUND_PORT || ctx->local_port == DNS_PORT)
+		return;
 	struct address from = remote(ctx), to = local(ctx);
 	if (!is_loopback(&from) && !is_loopback(&to) && !same(&from, &to))
 		return; /* what we hand over always is within the pod */

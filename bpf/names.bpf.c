@@ -18,14 +18,17 @@ static __always_inline int own_instead(struct bpf_sock_addr *ctx, const struct a
 	return shown->word[3] != 0;
 }
 
+static __always_inline int at_ztunnel(struct bpf_sock *sk)
+{
+	return sk->src_port == OUTBOUND_PORT || sk->src_port == DNS_PORT;
+}
+
 /* ztunnel spoke for a client and took a port of its own: both ends show the client's address with that port. */
 static __always_inline int peer(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown, __u16 *port)
 {
 	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
 	if (!memory)
-		return 0;
-	if (memory->kind == MEMORY_ORIGINAL)
-		return own_instead(ctx, now, shown);
+		return ctx->sk && at_ztunnel(ctx->sk) ? own_instead(ctx, now, shown) : 0;
 	if (memory->kind != MEMORY_ASKED && memory->kind != MEMORY_CLIENT)
 		return 0;
 	*shown = memory->address;
@@ -80,6 +83,13 @@ SEC("cgroup/getsockname6") int getsockname6(struct bpf_sock_addr *ctx)
 	return 1;
 }
 
+static __always_inline struct address peer_address(struct bpf_sock *sk)
+{
+	if (FIELD(sk->family) == AF_INET)
+		return address4(FIELD(sk->dst_ip4));
+	return (struct address){{FIELD(sk->dst_ip6[0]), FIELD(sk->dst_ip6[1]), FIELD(sk->dst_ip6[2]), FIELD(sk->dst_ip6[3])}};
+}
+
 static __always_inline struct address own_address(struct bpf_sock *sk)
 {
 	if (FIELD(sk->family) == AF_INET)
@@ -90,6 +100,7 @@ static __always_inline struct address own_address(struct bpf_sock *sk)
 static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port)
 {
 	__u8 *at = ctx->optval, *end = ctx->optval_end;
+	int size = 0;
 	if (ctx->level == SOL_IP && is_ipv4(a)) {
 		if (at + SOCKADDR_IN > end || ctx->optlen < SOCKADDR_IN)
 			return;
@@ -97,8 +108,7 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 		*(__u16 *)(at + 2) = port;
 		*(__u32 *)(at + 4) = a->word[3];
 		*(__u64 *)(at + 8) = 0;
-		FIELD(ctx->optlen) = SOCKADDR_IN;
-		FIELD(ctx->retval) = 0;
+		size = SOCKADDR_IN;
 	} else if (ctx->level == SOL_IPV6 && !is_ipv4(a)) {
 		if (at + SOCKADDR_IN6 > end || ctx->optlen < SOCKADDR_IN6)
 			return;
@@ -108,9 +118,12 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 		for (int i = 0; i < 4; i++)
 			*(__u32 *)(at + 8 + 4 * i) = a->word[i];
 		*(__u32 *)(at + 24) = 0;
-		FIELD(ctx->optlen) = SOCKADDR_IN6;
-		FIELD(ctx->retval) = 0;
+		size = SOCKADDR_IN6;
 	}
+	if (!size)
+		return;
+	FIELD(ctx->optlen) = size;
+	FIELD(ctx->retval) = 0;
 }
 
 /* SO_ORIGINAL_DST, as if conntrack had kept it. Runs after the kernel's own answer, which stands if we know none. */
@@ -119,19 +132,27 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6) || !ctx->sk)
 		return 1;
 	struct bpf_sock *sk = ctx->sk;
-	struct memory *memory = remembered(sk);
-	if (memory && memory->kind == MEMORY_ORIGINAL) {
-		answer(ctx, &memory->address, memory->port);
+	int failed = FIELD(ctx->retval);
+	/* Else clang keeps the field's place for the write to come, and the verifier knows no such pointer. */
+	asm volatile("" : "+r"(ctx));
+	struct connection key = {
+		.cookie = bpf_get_netns_cookie(ctx),
+		.source = peer_address(sk),
+		.destination = own_address(sk),
+		.source_port = sk->dst_port,
+		.destination_port = bpf_htons(sk->src_port),
+	};
+	if (at_ztunnel(sk)) {
+		struct memory *given = bpf_map_lookup_elem(&handover, &key);
+		if (!given || given->kind != MEMORY_ORIGINAL)
+			return 1;
+		key.destination = given->address;
+		key.destination_port = given->port;
+	} else if (!failed || (sk->mark & MARK_MASK) != ZTUNNEL_MARK || !bpf_map_lookup_elem(&pods, &key.cookie)) {
 		return 1;
 	}
-	__u64 cookie = bpf_get_netns_cookie(ctx);
-	if (!ctx->retval || (sk->mark & MARK_MASK) != ZTUNNEL_MARK || !bpf_map_lookup_elem(&pods, &cookie))
-		return 1;
-	/* A connection that came in: its own address is where it was going. */
-	if (sk->src_port != OUTBOUND_PORT && sk->src_port != DNS_PORT) {
-		struct address own = own_address(sk);
-		answer(ctx, &own, bpf_htons(sk->src_port));
-	}
+	/* Else a connection that came in: its own address is where it was going. */
+	answer(ctx, &key.destination, key.destination_port);
 	return 1;
 }
 

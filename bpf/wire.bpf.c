@@ -20,8 +20,15 @@ const volatile __u64 own_cookie = 0;
 struct packet {
 	struct address from, to;
 	__u16 from_port, to_port;
+	__u32 bytes; /* from the IP header on */
 	__u8 protocol, flags, later_fragment;
 };
+
+/* From the IP header on: not every interface has a header in front of it (tun, WireGuard). */
+static __always_inline long load(struct __sk_buff *skb, __u32 at, void *to, __u32 size)
+{
+	return bpf_skb_load_bytes_relative(skb, at, to, size, BPF_HDR_START_NET);
+}
 
 static __always_inline int read_ports(struct __sk_buff *skb, __u32 at, struct packet *p)
 {
@@ -30,14 +37,20 @@ static __always_inline int read_ports(struct __sk_buff *skb, __u32 at, struct pa
 	struct {
 		__u16 from, to;
 	} ports;
-	if (bpf_skb_load_bytes(skb, at, &ports, sizeof(ports)))
+	if (load(skb, at, &ports, sizeof(ports)))
 		return -1;
 	p->from_port = ports.from;
 	p->to_port = ports.to;
-	return p->protocol == IPPROTO_TCP ? bpf_skb_load_bytes(skb, at + 13, &p->flags, 1) : 0;
+	return p->protocol == IPPROTO_TCP ? load(skb, at + 13, &p->flags, 1) : 0;
 }
 
-/* To the transport header: options for every hop, routing, fragment, options for the destination. */
+/* Options for every hop, routing, fragment, options for the destination. */
+static __always_inline int is_extension(__u8 protocol)
+{
+	return protocol == 0 || protocol == 43 || protocol == 44 || protocol == 60;
+}
+
+/* To the transport header; -1 also where more stands before it than anybody needs, for it could hide a SYN. */
 static __always_inline int past_extensions(struct __sk_buff *skb, __u32 at, struct packet *p)
 {
 	for (int i = 0; i < MOST_EXTENSIONS; i++) {
@@ -45,22 +58,24 @@ static __always_inline int past_extensions(struct __sk_buff *skb, __u32 at, stru
 			__u8 next, length;
 			__u16 fragment;
 		} extension;
-		if (p->protocol != 0 && p->protocol != 43 && p->protocol != 44 && p->protocol != 60)
-			break;
-		if (bpf_skb_load_bytes(skb, at, &extension, sizeof(extension)))
+		if (!is_extension(p->protocol))
+			return at;
+		if (load(skb, at, &extension, sizeof(extension)))
 			return -1;
 		if (p->protocol == 44 && extension.fragment & bpf_htons(0xfff8))
 			p->later_fragment = 1;
 		at += p->protocol == 44 ? 8 : (extension.length + 1) * 8;
 		p->protocol = extension.next;
+		if (p->later_fragment)
+			return at; /* no headers follow */
 	}
-	return at;
+	return is_extension(p->protocol) ? -1 : at;
 }
 
 /* 1: a packet that concerns us; 0: another protocol; -1: too short. */
 static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 {
-	int at = 14;
+	int at = 0;
 	if (skb->protocol == ETH_P_IP) {
 		struct {
 			__u8 length, service;
@@ -69,11 +84,12 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 			__u16 sum;
 			__u32 from, to;
 		} ip;
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+		if (load(skb, at, &ip, sizeof(ip)))
 			return -1;
 		p->from = address4(ip.from);
 		p->to = address4(ip.to);
 		p->protocol = ip.protocol;
+		p->bytes = bpf_ntohs(ip.total);
 		p->later_fragment = (ip.fragment & bpf_htons(0x1fff)) != 0;
 		at += (ip.length & 15) * 4;
 	} else if (skb->protocol == ETH_P_IPV6) {
@@ -83,11 +99,12 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 			__u8 next, hops;
 			struct address from, to;
 		} ip;
-		if (bpf_skb_load_bytes(skb, at, &ip, sizeof(ip)))
+		if (load(skb, at, &ip, sizeof(ip)))
 			return -1;
 		p->from = ip.from;
 		p->to = ip.to;
 		p->protocol = ip.next;
+		p->bytes = sizeof(ip) + bpf_ntohs(ip.length);
 		at = past_extensions(skb, at + sizeof(ip), p);
 		if (at < 0)
 			return -1;
@@ -97,7 +114,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 	return read_ports(skb, at, p) ? -1 : 1;
 }
 
-static __always_inline void note(struct __sk_buff *skb, __u32 direction)
+static __always_inline void note(const struct packet *p, __u32 direction)
 {
 	struct beside key = {.cookie = own_cookie, .direction = direction};
 	struct traffic none = {}, *found = bpf_map_lookup_elem(&beside, &key);
@@ -107,7 +124,7 @@ static __always_inline void note(struct __sk_buff *skb, __u32 direction)
 	}
 	if (found) {
 		found->packets++;
-		found->bytes += skb->len - 14;
+		found->bytes += p->bytes;
 	}
 }
 
@@ -138,9 +155,9 @@ static __always_inline int pass_both_ways(const struct packet *p, __u32 directio
 	return TC_NEXT;
 }
 
-static __always_inline int rest(struct __sk_buff *skb, const struct pod *pod, __u32 direction)
+static __always_inline int rest(const struct packet *p, const struct pod *pod, __u32 direction)
 {
-	note(skb, direction);
+	note(p, direction);
 	if (!(pod->flags & POD_REFUSE))
 		return TC_NEXT;
 	count(EXIT_NOT_TCP_REFUSED);
@@ -172,12 +189,28 @@ static __always_inline int leaving_tcp(struct __sk_buff *skb, const struct pod *
 	return TC_DROP;
 }
 
+/* Whether it is TCP without options of IP, or extension headers, and begins nothing: most packets, told without a copy. */
+static __always_inline int goes_on(struct __sk_buff *skb, const struct pod *pod)
+{
+	__u8 *at = (void *)(long)skb->data + 14, *end = (void *)(long)skb->data_end;
+	if (!(pod->flags & POD_ETHERNET))
+		return 0;
+	if (skb->protocol == ETH_P_IP) {
+		if (at + 34 > end || at[0] != 0x45 || at[9] != IPPROTO_TCP || at[6] & 0x1f || at[7])
+			return 0;
+		return (at[33] & (SYN | ACK)) != SYN;
+	}
+	if (skb->protocol != ETH_P_IPV6 || at + 54 > end || at[6] != IPPROTO_TCP)
+		return 0;
+	return (at[53] & (SYN | ACK)) != SYN;
+}
+
 SEC("tc") int egress(struct __sk_buff *skb)
 {
 	__u64 cookie = own_cookie;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	struct packet p = {};
-	if (!pod)
+	if (!pod || goes_on(skb, pod))
 		return TC_NEXT;
 	int parsed = parse(skb, &p);
 	if (parsed < 0)
@@ -201,7 +234,7 @@ SEC("tc") int egress(struct __sk_buff *skb)
 		if (has_flow(&p, OUTBOUND))
 			return TC_NEXT;
 	}
-	return rest(skb, pod, OUTBOUND);
+	return rest(&p, pod, OUTBOUND);
 }
 
 /* Whether a connection of this namespace claims the packet: it has been captured then, or is the pod's own. */
@@ -248,7 +281,7 @@ SEC("tc") int ingress(struct __sk_buff *skb)
 	__u64 cookie = own_cookie;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	struct packet p = {};
-	if (!pod)
+	if (!pod || (!(pod->flags & POD_FORWARDS) && goes_on(skb, pod)))
 		return TC_NEXT;
 	int parsed = parse(skb, &p);
 	if (parsed <= 0)
@@ -265,7 +298,7 @@ SEC("tc") int ingress(struct __sk_buff *skb)
 		    listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)
 			return pass_both_ways(&p, INBOUND);
 	}
-	return rest(skb, pod, INBOUND);
+	return rest(&p, pod, INBOUND);
 }
 
 char _license[] SEC("license") = "GPL";

@@ -16,6 +16,7 @@ class Link:
 
     index: int
     name: str
+    ethernet: bool = True
 
 
 @dataclass(frozen=True, slots=True)

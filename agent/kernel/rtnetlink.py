@@ -34,6 +34,7 @@ _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, pro
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
 _GET_STRICT_CHK = 12
 MAIN_TABLE = 254  # RT_TABLE_MAIN
+_ETHERNET = 1  # ARPHRD_ETHER
 _BOOT, _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 3, 254, 2, 1
 LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
@@ -103,9 +104,10 @@ class RouteSocket(NetlinkSocket):
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute(29, struct.pack("=I", _SKIP_STATS))
         found = []
         for answer in self.request("read links", _GETLINK, NLM_F_DUMP, body):
-            index, name = _LINK.unpack_from(answer.body)[2], dict(parse(answer.body[_LINK.size :])).get(3, b"")
+            _, kind, index, _, _ = _LINK.unpack_from(answer.body)
+            name = dict(parse(answer.body[_LINK.size :])).get(3, b"").rstrip(b"\0").decode(errors="replace")
             if index != LOOPBACK_INDEX:
-                found.append(Link(index, name.rstrip(b"\0").decode(errors="replace")))
+                found.append(Link(index, name, kind == _ETHERNET))
         return tuple(found)
 
     def main_routes(self, family: int) -> Iterator[Route]:

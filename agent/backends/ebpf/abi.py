@@ -35,6 +35,7 @@ class PodFlag(IntFlag):
     REFUSE = 16
     FORWARDS = 32
     LOOPBACK4 = 64
+    ETHERNET = 128
 
 
 class PolicyKind(IntEnum):

@@ -65,6 +65,7 @@ def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
         (PodFlag.REFUSE, redirect.refuse_non_tcp),
         (PodFlag.FORWARDS, wiring.forwards),
         (PodFlag.LOOPBACK4, wiring.loopback4),
+        (PodFlag.ETHERNET, all(link.ethernet for link in wiring.links)),
     ):
         found |= flag if on else PodFlag(0)
     return found
