@@ -35,14 +35,6 @@ static __always_inline int is_bound(struct bpf_sock *sk)
 	return sk->src_port || sk->src_ip4 || sk->src_ip6[0] || sk->src_ip6[2] || sk->src_ip6[3];
 }
 
-/* The application's address stays its pod's: that is what ztunnel sees, and what getsockname tells. */
-static __always_inline void speak_as_pod(struct bpf_sock_addr *ctx, const struct pod *pod, int ipv4)
-{
-	const struct address *own = ipv4 ? &pod->own4 : &pod->own6;
-	if (own->word[3] && !is_bound(ctx->sk))
-		bind_to(ctx, own, 0); /* without it the source is one of lo, which is captured, too */
-}
-
 /* ztunnel may ask by the port of a query which resolver it was for: so the port has to be known now. */
 static __always_inline void note_query(struct bpf_sock_addr *ctx, const struct pod *pod, __u64 cookie, const struct address *to,
 				       __u16 port, int ipv4)
@@ -99,7 +91,6 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 		*through = ipv4 && !(pod->flags & POD_LOOPBACK4) ? pod->own4 : loopback_for(to, asked);
 		*port = bpf_htons(OUTBOUND_PORT);
 	}
-	speak_as_pod(ctx, pod, ipv4);
 	return 1;
 }
 

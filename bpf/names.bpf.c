@@ -7,7 +7,7 @@
 #define SOCKADDR_IN 16
 #define SOCKADDR_IN6 28
 
-/* The pod's own address, where the socket has one of lo: so it is for a port that was bound before the connect. */
+/* The pod's own address, where the socket has one of lo, because its peer has: to both ends of a captured connection. */
 static __always_inline int own_instead(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
