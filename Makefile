@@ -1,10 +1,11 @@
 # Sluice: every target says what it does, is safe to repeat, and fails with one clear line.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
+BACKEND ?= nftables
 PYTEST := $(PYTHON) -m pytest
 ROOT = @[ "$$(id -u)" = 0 ] || { echo "make $@: not root; it makes network namespaces. Try: sudo make $@" >&2; exit 1; }
 
-.PHONY: help setup plugin demo lab test check unit fuzz netns e2e bench soak compat clean lock
+.PHONY: help setup plugin objects demo lab test check unit fuzz netns e2e bench soak compat clean lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -15,9 +16,12 @@ setup:  ## install what is needed: Debian packages, .venv from locked versions, 
 plugin:  ## build the CNI plugin alone
 	@$(MAKE) -s -C cni_plugin
 
-demo: setup  ## the main job with real traffic, shown and proven; leaves nothing behind (root)
+objects:  ## build the eBPF objects alone (clang)
+	@$(MAKE) -s -C bpf
+
+demo: setup  ## the main job with real traffic, proven; leaves nothing behind; or with BACKEND=ebpf (root)
 	$(ROOT)
-	@$(PYTHON) -m agent lab demo
+	@$(PYTHON) -m agent lab demo --backend $(BACKEND)
 
 lab: setup  ## a lab to explore; remove it with: .venv/bin/sluice lab down (root)
 	$(ROOT)
@@ -51,7 +55,8 @@ test: setup  ## everything that one machine can run (root)
 	@.venv/bin/lint-imports --no-cache | tail -n 4
 	@echo "test: unit, golden, contract, scenario, fuzz, netns and e2e tiers"
 	@$(PYTEST) tests
-	@$(PYTHON) -m agent lab demo --prefix sludemo
+	@$(PYTHON) -m agent lab demo --prefix sludemo --backend nftables
+	@$(PYTHON) -m agent lab demo --prefix sludemo --backend ebpf
 
 bench: setup  ## medians of what the design promises (root)
 	$(ROOT)
@@ -70,5 +75,6 @@ lock:  ## write requirements.lock anew (needs uv)
 
 clean:  ## remove what the other targets made in this directory
 	@$(MAKE) -s -C cni_plugin clean
+	@$(MAKE) -s -C bpf clean
 	@rm -rf .venv build sluice.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -181,6 +181,7 @@ enum exit_cause {
 	EXIT_HANDOVER_FAILED, /* ztunnel will not learn the destination, and refuses */
 	EXIT_ESCAPE_REFUSED, /* a SYN on its way out that nothing has captured */
 	EXIT_NOT_TCP_REFUSED,
+	EXIT_INTERFACE_FAILED, /* refused: the socket is bound to an interface, and stays so */
 	EXIT_MALFORMED, /* a packet too short to be read: dropped */
 	EXIT_CAUSES,
 };

@@ -6,6 +6,8 @@
 #include "socket.h"
 
 #define UDP_TRIES 8
+#define SOL_SOCKET 1
+#define SO_BINDTODEVICE 25
 
 struct sockaddr4 {
 	__u16 family, port;
@@ -33,6 +35,18 @@ static __always_inline int bind_to(struct bpf_sock_addr *ctx, const struct addre
 static __always_inline int is_bound(struct bpf_sock *sk)
 {
 	return sk->src_port || sk->src_ip4 || sk->src_ip6[0] || sk->src_ip6[2] || sk->src_ip6[3];
+}
+
+/* A socket that is bound to an interface would look for loopback behind it. Which one is used is ztunnel's to say now. */
+static __always_inline int by_any_interface(struct bpf_sock_addr *ctx)
+{
+	char none[16] = {};
+	if (!ctx->sk->bound_dev_if)
+		return 1;
+	if (!bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, none, sizeof(none)))
+		return 1;
+	count(EXIT_INTERFACE_FAILED);
+	return 0;
 }
 
 /* ztunnel may ask by the port of a query which resolver it was for: so the port has to be known now. */
@@ -80,7 +94,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 		forget(sk);
 		return 1;
 	}
-	if (!remember(sk, MEMORY_ASKED, to, asked))
+	if (!remember(sk, MEMORY_ASKED, to, asked) || !by_any_interface(ctx))
 		return 0;
 	if (answer.verdict == TO_DNS) {
 		if (protocol == IPPROTO_UDP)

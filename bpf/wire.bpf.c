@@ -180,6 +180,10 @@ static __always_inline int leaving_tcp(struct __sk_buff *skb, const struct pod *
 	if ((p->flags & (SYN | ACK)) != SYN || skb->ingress_ifindex)
 		return TC_NEXT;
 	struct answer answer = outbound(pod, IPPROTO_TCP, &p->to, p->to_port, ~0U);
+	if (is_loopback(&p->to)) { /* a captured connection of a socket that is bound to this interface */
+		count(EXIT_ESCAPE_REFUSED);
+		return TC_DROP;
+	}
 	if (answer.verdict == PASS || listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)
 		return TC_NEXT;
 	__u16 kind = kind_of(skb);

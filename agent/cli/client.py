@@ -8,7 +8,15 @@ import os
 from agent.core import names
 from agent.kernel.adminsocket import ask
 
-__all__ = ["add_option", "ask"]
+__all__ = ["add_bpf_dir", "add_option", "ask"]
+
+
+def add_bpf_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--bpf-dir",
+        default=os.environ.get("SLUICE_BPF_DIR", names.BPF_DIR),
+        help="what backend ebpf keeps in the kernel (default: $SLUICE_BPF_DIR or %(default)s)",
+    )
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

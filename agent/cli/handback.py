@@ -15,11 +15,12 @@ from typing import Any
 
 from agent.backends import handback, traces
 from agent.backends.base import Backend
+from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers
 from agent.backends.mechanisms import mechanisms
 from agent.cli import output
 from agent.cli import settings as from_user
-from agent.cli.uncapture import hold
+from agent.cli.uncapture import hold, left
 from agent.core.desired import decide
 from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.redirect import Redirect
@@ -34,6 +35,10 @@ from agent.sources import existing, recorded
 from agent.sources.state import Note, State
 
 _NETFILTER = ("nftables", "iptables", "iptables-legacy")
+_BY_SOCKET = (
+    "it was captured by eBPF: connections that came in before are cut (to keep them, let an agent switch to "
+    "another backend first)"
+)
 
 
 def register(subparsers: Any) -> None:
@@ -70,6 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     with hold(settings.run_dir, "handback"):
         rows = list(_pods(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run))
         if not args.netns:
+            if not args.dry_run and not problems and all(row.result == "handed back" for row in rows):
+                left(Pins.of(settings.bpf_dir), dry_run=False)
             rows += _host(dry_run=args.dry_run)
     value = {"pods": [{**asdict(row), **_lists(row)} for row in rows], "problems": problems}
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
@@ -118,7 +125,7 @@ def _host(*, dry_run: bool) -> Iterator[Row]:
 
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
     """Whether anything of ours was there; fills in the row. Raises SluiceError; what was right until then stays."""
-    made = mechanisms(ipv6=settings.ipv6)
+    made = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
     ours = [n for n in _NETFILTER if traces.of_layer(n, made[n].read(target)) is Whose.OURS]
     captured = note is not None and note.captured
     if not ours and not captured:
@@ -126,7 +133,7 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     if note is None or not captured:
         raise SluiceError("no note tells what its rules have to do; left as it is, see sluice uncapture")
     old = recorded.load(settings.run_dir)
-    row.mechanism = ours[0] if ours else old.backend if old else _NETFILTER[0]
+    row.mechanism = ours[0] if ours else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
     decision = decide(note.pod, settings)
     if decision.redirect is None:
         raise SluiceError(f"{decision.reason}: the settings do not want it captured; left as it is")
@@ -134,12 +141,13 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     want, lost = handback.known_to_peers(decision.redirect.within(ipv6=facts.ipv6))
     want = replace(want, dns=want.dns and facts.loopback4 and (facts.loopback6 or not facts.ipv6))
     silent = ("of connections from before its enrolment, those that were silent since are cut",) if note.outside else ()
-    row.remarks = (*decision.warnings, *lost, *silent)
+    entry = made["ebpf"].plan(None, made["ebpf"].read(target))
+    row.remarks = (*decision.warnings, *lost, *silent, *([_BY_SOCKET] if entry else []))
     chosen, layer = (made["routing"], made[row.mechanism]), made[row.mechanism]
     if dry_run:
-        row.result, row.scripts = "would be handed back", _dry(target, layer, want)
+        row.result, row.scripts = "would be handed back", (*_dry(target, layer, want), *([str(entry)] if entry else []))
         return True
-    retired = [one for one in made.values() if one not in chosen]
+    retired = [one for one in reversed(made.values()) if one not in chosen]
     done = [one.script for one in settle(target, want, chosen, retired).applied]
     row.scripts = (*done, *strip(target, layer, want))
     row.result = "handed back"

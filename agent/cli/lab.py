@@ -17,7 +17,9 @@ def register(subparsers: Any) -> None:
     """Adds the group to argparse's `subparsers`; each command sets `run`, which returns the exit code."""
     group = subparsers.add_parser("lab", help="nodes and pods in network namespaces of this machine")
     commands = group.add_subparsers(dest="lab_command", metavar="COMMAND", required=True)
-    _command(commands, "demo", _demo, "the main job, shown and proven; leaves nothing behind")
+    parser = _command(commands, "demo", _demo, "the main job, shown and proven; leaves nothing behind")
+    demos = [str(b) for b in (Backend.NFTABLES, Backend.EBPF)]
+    parser.add_argument("--backend", choices=demos, default=demos[0], help="where it begins (default: %(default)s)")
     parser = _command(commands, "up", _up, "build the lab and leave it running")
     parser.add_argument("--backend", choices=[str(b) for b in Backend], default=str(Backend.NFTABLES))
     parser.add_argument(
@@ -52,7 +54,7 @@ def _tell(step: str) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return demo(args.prefix)
+    return demo(args.prefix, Backend(args.backend))
 
 
 def _down(args: argparse.Namespace) -> int:

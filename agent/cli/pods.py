@@ -39,6 +39,9 @@ def _status(args: argparse.Namespace) -> int:
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
     ]
+    if answer.get("exits"):
+        causes = sorted(answer["exits"].items(), key=lambda pair: -pair[1])
+        rows.append(("Exits", ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in causes)))
     if answer["damaged_state_files"]:
         rows.append(("Damaged state", ", ".join(answer["damaged_state_files"])))
     output.emit(args.output, answer, pairs(rows))

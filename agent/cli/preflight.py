@@ -6,14 +6,16 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from agent.backends import preflight
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Trials, choose, choose_host
+from agent.backends.ebpf.pins import Pins
 from agent.backends.mechanisms import mechanisms
 from agent.backends.preflight import Feature
-from agent.backends.selftest import selftest
+from agent.backends.selftest import selftest_choice
 from agent.cli import client, output
 from agent.core.errors import SettingsError, SluiceError
 from agent.core.host import HostTable, HostView
@@ -31,16 +33,17 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as the setting (default: auto)")
     parser.add_argument("--no-ipv6", action="store_true", help="as the setting ipv6: false")
     client.add_option(parser)
+    client.add_bpf_dir(parser)
     output.add_option(parser)
     parser.set_defaults(run=_run)
 
 
 class _Tried:
-    """Remembers what choosing tried, which is all that is shown: the rest might load modules."""
+    """Remembers what choosing tried. Besides that only eBPF is shown: the rest might load modules."""
 
-    def __init__(self, ipv6: bool) -> None:
-        self.ipv6 = ipv6
-        self.backends = mechanisms()
+    def __init__(self, ipv6: bool, pins: Pins) -> None:
+        self.ipv6, self.pins = ipv6, pins
+        self.backends = mechanisms(ipv6=ipv6, pins=pins)
         self.support: dict[str, Support] = {}
         self.findings: dict[str, tuple[str, ...]] = {}
 
@@ -50,19 +53,20 @@ class _Tried:
 
     def test(self, layers: Sequence[Backend]) -> tuple[str, ...]:
         name = next(name for name, members in LAYERS.items() if members[-1] == layers[-1].name)
-        self.findings[name] = selftest(layers, ipv6=self.ipv6)
+        self.findings[name] = selftest_choice(layers, self.pins, ipv6=self.ipv6)
         return self.findings[name]
 
     def features(self) -> tuple[Feature, ...]:
-        """Of the choices whose layers were probed."""
-        names = [name for name, layers in LAYERS.items() if layers[-1] in self.support]
-        return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6) for name in names))
+        """Of the choices whose layers were probed, and of eBPF."""
+        names = [name for name, layers in LAYERS.items() if layers[-1] in self.support or name == "ebpf"]
+        attempt = partial(preflight.attempt, bpf_dir=str(self.pins.root))
+        return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6, attempt=attempt) for name in names))
 
 
 def _run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise SluiceError("sluice preflight makes network namespaces to try things in; run it as root")
-    view, tried = hostview.look(), _Tried(not args.no_ipv6)
+    view, tried = hostview.look(), _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
     choice, problem = None, ""
     try:
         trials = Trials(tried.probe, tried.test)

@@ -9,20 +9,24 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from agent.backends import traces
+from agent.backends.ebpf import state
+from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.mechanisms import mechanisms
 from agent.cli import client, output
 from agent.core.errors import SluiceError
 from agent.core.text import table
+from agent.core.whose import Whose
+from agent.kernel import bpffs
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.unixsocket import claim
-from agent.reconciler.removal import REMAINS, Removal, uncapture, uncapture_host
+from agent.reconciler.removal import REMAINS, REMOVED, Removal, uncapture, uncapture_host, uncapture_left
 from agent.sources import existing
 from agent.sources.existing import Known
 
@@ -38,6 +42,7 @@ def register(subparsers: Any) -> None:
         "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
     )
     client.add_option(parser)
+    client.add_bpf_dir(parser)
     output.add_option(parser)
     parser.set_defaults(run=_run)
 
@@ -79,6 +84,7 @@ def _all(args: argparse.Namespace) -> int:
     places = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
     rows, seen = remove(args, known, places, problems)
     if not args.netns:
+        rows += left(Pins.of(args.bpf_dir), dry_run=args.dry_run)
         with contextlib.closing(HostNetns()) as host:
             found = uncapture_host(host, host_layers("off")[1], traces.of_host_layer, dry_run=args.dry_run)
         rows += [Row("host", None, found)] if found else []
@@ -111,17 +117,36 @@ def remove(
     args: argparse.Namespace, known: Sequence[Known], places: Sequence[Path], problems: list[str]
 ) -> tuple[list[Row], list[Known]]:
     """From every namespace that `places` lead to; also which of the `known` pods they were."""
-    layers, rows, seen = tuple(mechanisms().values()), list[Row](), list[Known]()
+    layers, rows, seen = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values()), list[Row](), list[Known]()
     for netns in existing.namespaces(places, problems):
         pod = existing.pod(netns, args.run_dir, known)
         seen += [pod] if pod else []
         with contextlib.closing(PodNetns(netns)) as target:
             noted = bool(pod and pod.captured)
-            removal = uncapture(
-                target, layers, traces.of_layer, noted=noted, foreign=args.foreign, dry_run=args.dry_run
-            )
+            removal = uncapture(target, layers, _tell, noted=noted, foreign=args.foreign, dry_run=args.dry_run)
         rows += [Row(netns.origin, pod, removal)] if removal else []
     return rows, seen
+
+
+def _tell(layer: str, have: Any) -> Whose:
+    """What is pinned for a pod in our directory is ours."""
+    return traces.of_layer(layer, have) if layer != "ebpf" else Whose.OURS if state.plan(None, have) else Whose.NOBODYS
+
+
+def left(pins: Pins, *, dry_run: bool) -> list[Row]:
+    """What backend ebpf keeps for pods that have ended, and for all of them.
+
+    The whole directory goes in the end, with what another version made: that takes no more than removing files.
+    """
+    found = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
+    if pins.root.exists() and not dry_run:
+        done = Removal(Whose.OURS, REMOVED, ("ebpf-programs",), (f"rm -r {pins.root}",))
+        try:
+            bpffs.remove_tree(pins.root)
+        except SluiceError as error:
+            done = replace(done, result=REMAINS, errors=(*(found.errors if found else ()), str(error)))
+        found = done
+    return [Row("node", None, found)] if found else []
 
 
 def _text(value: dict[str, Any], *, dry_run: bool) -> str:

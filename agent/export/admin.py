@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from agent.backends.ebpf.counting import exits
+from agent.backends.ebpf.pins import Pins
 from agent.core import names
 from agent.core.desired import Decision, decide
 from agent.core.errors import SluiceError
@@ -77,7 +79,15 @@ class Admin:
             "ready": not missing,
             "problem": missing or degraded,
             "pods": states,
+            "exits": self._exits(),
         }
+
+    def _exits(self) -> dict[str, int]:
+        """Of the eBPF programs, by cause; those that there were."""
+        if self.node().get("backend") != "ebpf":
+            return {}
+        found = exits(Pins.of(self.settings.bpf_dir))
+        return {cause.name.lower(): count for cause, count in found.items() if count}
 
     async def _pods(self, _: Request) -> list[dict[str, Any]]:
         rows = [self._row(pod) for pod in self.table]

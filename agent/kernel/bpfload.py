@@ -49,9 +49,7 @@ def load(
             libbpf.close(obj)
 
 
-def _share(
-    obj: int, maps: Path, sizes: Mapping[str, int], constants: bytes, messages: list[str]
-) -> Iterator[int]:
+def _share(obj: int, maps: Path, sizes: Mapping[str, int], constants: bytes, messages: list[str]) -> Iterator[int]:
     """The object's maps but for those of the compiler, each with its pin path and its size."""
     for each in _walk("bpf_object__next_map", obj):
         name = libbpf.text("bpf_map__name", each)

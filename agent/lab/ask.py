@@ -8,6 +8,6 @@ from agent.kernel import adminsocket
 from agent.lab.lab import Lab
 
 
-def agent(lab: Lab, node: str, path: str, **query: str) -> Any:
-    """The JSON of one GET. Raises SluiceError."""
-    return adminsocket.ask(str(lab.spec.node_dir(node)), path, **query)
+def agent(lab: Lab, node: str, path: str, method: str = "GET", **query: str) -> Any:
+    """The JSON of one answer. Raises SluiceError."""
+    return adminsocket.ask(str(lab.spec.node_dir(node)), path, method, **query)

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import ask, faults
+from agent.lab import ask, faults, nodes
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.processes import Backend
 from agent.lab.topology import Program, default_spec
@@ -33,16 +33,17 @@ class Checks:
             self.failed.append(claim)
 
 
-def demo(prefix: str) -> int:
+def demo(prefix: str, backend: Backend = Backend.NFTABLES) -> int:
     """Runs it all on a lab of its own and removes the lab. Returns the exit code: 0 when every claim held."""
     check, started = Checks(), time.monotonic()
     lab = Lab(default_spec(prefix))
     try:
         with interruptible():
             _title("The lab: two nodes, each with an agent and a ztunnel; pods made by a real CNI chain")
-            lab.up(backend=Backend.NFTABLES, tell=lambda step: print(f"  {step}"))
-            for part in (_pods, _connections, _dns, _probe, _explain, faults.run_all):
+            lab.up(backend=backend, tell=lambda step: print(f"  {step}"))
+            for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
+            faults.run_all(lab, check, backend)
     finally:
         down(prefix)
     _title("Afterwards")
@@ -165,11 +166,10 @@ def _row(lab: Lab, call: _Call, ends: dict[str, dict[str, Any]]) -> tuple[object
     return call.source, call.target, call.address, captured, call.sent, call.received, ms
 
 
-def _named(lab: Lab, address: str, *, port: bool) -> str:
-    host = address.rpartition(":")[0]
-    plain = host.strip("[]")
+def _named(lab: Lab, address: str) -> str:
+    plain = address.rpartition(":")[0].strip("[]")
     pod = next((ref for ref, pod in lab.pods.up().items() if plain in (pod.ipv4, pod.ipv6)), plain)
-    return f"{pod} {address if port else plain}"
+    return f"{pod} {address}"
 
 
 def _dns(lab: Lab, check: Checks) -> None:
@@ -183,7 +183,7 @@ def _dns(lab: Lab, check: Checks) -> None:
     records = [r for r in _await_records(lab, lambda found: len(_queries(found)) >= 2) if r in _queries([r])]
     header = ("SOURCE", "RESOLVER", "KIND", "SENT", "RECEIVED")
     rows = [
-        (_named(lab, r["source"], port=False), _named(lab, r["destination"], port=True), r["kind"],
+        (f"{r['pod']} {r['source'].rpartition(':')[0]}", _named(lab, r["destination"]), r["kind"],
          r["sent"], r["received"]) for r in records
     ]  # fmt: skip
     print(table(header, rows))
@@ -241,7 +241,7 @@ def _explain(lab: Lab, check: Checks) -> None:
 
 
 def _left(lab: Lab) -> list[str]:
-    """Namespaces and directories of the lab that are still there."""
+    """Namespaces, directories and pins of the lab that are still there."""
     names = [line.split()[0] for line in run(["ip", "netns", "list"]).stdout.splitlines() if line]
     found = [name for name in names if name.startswith(f"{lab.spec.prefix}-")]
-    return found + [str(path) for path in (lab.spec.run_dir,) if path.exists()]
+    return found + [str(path) for path in (lab.spec.run_dir, *nodes.pins(lab.spec.prefix)) if path.exists()]

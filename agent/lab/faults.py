@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 from agent.core.text import table
-from agent.kernel import exec
-from agent.lab import ask
+from agent.lab import ask, restarts
 from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account
+from agent.lab.detaching import Detaching
+from agent.lab.flushing import Flushing
 from agent.lab.lab import Lab
 from agent.lab.processes import Backend
 from agent.lab.topology import Program
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 
 CALM = 1.0  # seconds of traffic around each fault, so that its effects fall into its own window
 LEAST_RATE = 200
+Accounts = Mapping[str, Account]  # by the window's name
+
+
+class During(Protocol):
+    """Does something in a window of its own."""
+
+    def __call__(self, name: str, action: Callable[[], None], hitless: bool = True) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +41,8 @@ class Window:
     hitless: bool
 
 
-def run_all(lab: Lab, check: Checks) -> None:
-    """Does every fault under traffic, accounts for each connection, prints and checks."""
+def run_all(lab: Lab, check: Checks, backend: Backend) -> None:
+    """Does every fault that there is for a backend under traffic, accounts for each connection, prints and checks."""
     print("\n== Under continuous traffic: new connections from shop/client to shop/web and shop/db, IPv4 and IPv6")
     pods = lab.pods.up()
     targets = [pods[ref].address(Program.ECHO, family) for ref in ("shop/web", "shop/db") for family in (4, 6)]
@@ -50,84 +58,25 @@ def run_all(lab: Lab, check: Checks) -> None:
         windows.append(Window(name, first, time.time(), hitless))
         print(f"  {name}")
 
-    during("agents restarted (SIGTERM)", lambda: _restart(lab))
-    during("agents killed (SIGKILL)", lambda: _kill(lab))
-    during("ztunnels replaced, new beside old", lambda: _replace_ztunnels(lab))
-    flushes: list[dict[str, Any]] = []
-    owned = ask.agent(lab, "node1", "/v1/status")["backends"]["nftables"] == "tables are owned"
-    flushed = f"nft flush ruleset in shop/client, tables {'owned' if owned else 'not owned: kernel before 6.9'}"
-    during(flushed, lambda: flushes.append(_flush(lab, repaired=not owned)), hitless=owned)
-    during("backend nftables to iptables", lambda: _switch(lab, Backend.IPTABLES))
-    flushed = "nft flush ruleset in shop/client, rules by iptables"
-    during(flushed, lambda: flushes.append(_flush(lab, repaired=True)), hitless=False)
-    during("backend iptables to nftables", lambda: _switch(lab, Backend.NFTABLES))
+    during("agents restarted (SIGTERM)", lambda: restarts.restart(lab))
+    during("agents killed (SIGKILL)", lambda: restarts.kill(lab))
+    during("ztunnels replaced, new beside old", lambda: restarts.replace_ztunnels(lab))
+    own = Detaching(lab) if backend is Backend.EBPF else Flushing(lab)
+    own.act(during)
     time.sleep(CALM)
     load = traffic.stop()
-    passed = _report(lab, check, load, windows)
-    _report_flushes(check, flushes, passed, owned)
+    own.report(check, _report(lab, check, load, windows))
     for node in lab.spec.nodes:
         wrong = [row for row in ask.agent(lab, node, "/v1/verify", all="true") if row["result"] != "ok"]
         check(f"sluice verify --all on {node} finds nothing wrong", not wrong, wrong or "")
 
 
-def _restart(lab: Lab) -> None:
-    for node in lab.nodes.values():
-        node.end()
-        node.start_agent()
-
-
-def _kill(lab: Lab) -> None:
-    for node in lab.nodes.values():
-        node.kill()
-        node.start_agent()
-
-
-def _switch(lab: Lab, backend: Backend) -> None:
-    for node in lab.nodes.values():
-        node.configure(backend)
-    _restart(lab)
-
-
-def _replace_ztunnels(lab: Lab) -> None:
-    """A rolling upgrade: the new one takes over while the old one still serves, then the old one is ended."""
-    for name, node in lab.nodes.items():
-        node.start_ztunnel("ztunnel2")
-        _await_pods(lab, name, connections=2)
-        node.end("ztunnel")
-
-
-def _await_pods(lab: Lab, node: str, connections: int) -> None:
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        status = ask.agent(lab, node, "/v1/status")
-        if status["ztunnel_connections"] >= connections and not status["ztunnel_unacknowledged"]:
-            return
-        time.sleep(0.05)
-
-
-def _flush(lab: Lab, *, repaired: bool) -> dict[str, Any]:
-    """`repaired`: whether a repair is to be awaited.
-
-    Returns what the kernel holds afterwards and the repairs that the agent noted.
-    """
-    pod = "shop/client"
-    noted = len(ask.agent(lab, "node1", "/v1/explain", pod=pod)["recent_repairs"])
-    exec.run(["nft", "flush", "ruleset"], netns=lab.netns(pod))
-    deadline = time.monotonic() + (5 if repaired else CALM)
-    while True:
-        answer = ask.agent(lab, "node1", "/v1/explain", pod=pod)
-        repairs = answer["recent_repairs"][noted:]
-        if (repairs and answer["in_kernel"] == "as wanted") or time.monotonic() > deadline:
-            return {"in_kernel": answer["in_kernel"], "repairs": repairs}
-        time.sleep(0.02)
-
-
-def _report(lab: Lab, check: Checks, load: list[LoadRecord], windows: list[Window]) -> int:
-    """Prints the table; returns how many connections escaped where escapes are to be expected."""
+def _report(lab: Lab, check: Checks, load: list[LoadRecord], windows: list[Window]) -> Accounts:
+    """Prints the table; returns the accounts of the windows in which escapes are to be expected."""
     whole = settled(lab, load, None)
     records = relayed(lab)
     rows: list[tuple[object, ...]] = []
-    passed = 0
+    passed: dict[str, Account] = {}
     for window in windows:
         result = account(load, records, (window.first, window.last))
         rows.append(_figures(window.name, result, window.last - window.first))
@@ -135,7 +84,7 @@ def _report(lab: Lab, check: Checks, load: list[LoadRecord], windows: list[Windo
             held = result.escaped == 0 and result.failed == 0 and result.opened > 0
             check(f"{window.name}: nothing escaped, nothing failed", held, _counts(result))
         else:
-            passed += result.escaped
+            passed[window.name] = result
     seconds = max(record.time for record in load) - min(record.time for record in load)
     rows.append(_figures("the whole run", whole, seconds))
     header = ("DURING", "CONNECTIONS", "PER SECOND", "CAPTURED", "ESCAPED", "FAILED", "LONGEST")
@@ -174,18 +123,3 @@ def _counts(result: Account) -> str:
     errors = f" {result.errors}" if result.errors else ""
     examples = f"; such as {result.examples[0]}" if result.examples else ""
     return f"{result.opened} connections, {result.escaped} escaped, {result.failed} failed{errors}{examples}"
-
-
-def _report_flushes(check: Checks, flushes: list[dict[str, Any]], passed: int, owned: bool) -> None:
-    nftables, plain = flushes
-    if owned:
-        untouched = not nftables["repairs"] and nftables["in_kernel"] == "as wanted"
-        check("the flush did not touch our nftables tables (flags OWNER and PERSIST)", untouched)
-    else:
-        check("with nftables the flush was noticed and repaired", nftables["in_kernel"] == "as wanted")
-    done = bool(plain["repairs"]) and plain["in_kernel"] == "as wanted"
-    check("with iptables the flush was noticed and repaired", done)
-    for repair in plain["repairs"]:
-        gone = f"{repair['seconds'] * 1e3:.1f} ms"
-        print(f"       {repair['cause']} did it; rules gone for {gone}; {passed} connections passed by the proxy")
-        check("the culprit is named", repair["cause"].startswith("nft["), repair["cause"])

@@ -88,6 +88,7 @@ class Lab:
                 node.configure(backend)
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
+                node.confirm(backend)
         tell(f"{len(self.spec.pods)} pods, through the CNI chain ptp{' and sluice-cni' if sluice else ''}")
         created = [self.pods.create(spec) for spec in self.spec.pods]
         self.pods.write_names()

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agent.core.errors import CommandError, SluiceError
+from agent.kernel import bpffs
 from agent.kernel.exec import run
 from agent.kernel.netns import unpin
-from agent.lab.topology import LabSpec
+from agent.lab.topology import BPFFS, LabSpec
 
 NETNS_DIR = Path("/run/netns")
 
@@ -29,7 +30,7 @@ _FORWARD = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 def claim(spec: LabSpec) -> None:
     """Makes /run/<prefix>: of two who build the same lab at once, one is refused, and must not clean up."""
     refused = SluiceError(f"lab {spec.prefix} is already there; first: sluice lab down --prefix {spec.prefix}")
-    if namespaces(spec.prefix):
+    if namespaces(spec.prefix) or pins(spec.prefix):
         raise refused
     try:
         spec.run_dir.mkdir(mode=0o700)
@@ -55,10 +56,12 @@ def up(spec: LabSpec) -> None:
 
 
 def down(prefix: str) -> None:
-    """Removes namespaces, mounts and files of the lab, also of one that was half made; nothing there is fine.
+    """Removes pins, namespaces, mounts and files of the lab, also of one that was half made; nothing there is fine.
 
     Processes are to be ended before: one that lives keeps its namespace alive, without a name.
     """
+    for path in pins(prefix):
+        bpffs.remove_tree(path)
     for name in namespaces(prefix):
         # A file that `ip netns add` was interrupted before mounting is refused by `ip netns del`.
         unpin(NETNS_DIR / name)
@@ -76,6 +79,12 @@ def down(prefix: str) -> None:
 def namespaces(prefix: str) -> list[str]:
     """Names of the lab's network namespaces, the segment's included."""
     return sorted(path.name for path in NETNS_DIR.glob(f"{prefix}-*"))
+
+
+def pins(prefix: str) -> list[Path]:
+    """Directories of what the lab's agents keep in the kernel. The file system that an agent mounted for it stays:
+    somebody else may have begun to use it."""
+    return sorted(BPFFS.glob(f"{prefix}-*"))
 
 
 def processes_inside(names: Iterable[str]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import yaml
 
+from agent.core.errors import SluiceError
 from agent.kernel.adminsocket import ask
 from agent.lab.children import Child, Children, await_ready
 from agent.lab.topology import LabSpec
@@ -22,6 +23,7 @@ class Backend(StrEnum):
     NFTABLES = "nftables"
     IPTABLES = "iptables"
     LEGACY = "iptables-legacy"
+    EBPF = "ebpf"
 
 
 class NodeProcesses:
@@ -29,12 +31,12 @@ class NodeProcesses:
 
     def __init__(self, spec: LabSpec, node: str, children: Children) -> None:
         self.node, self.directory = node, spec.node_dir(node)
-        self._netns, self._children = spec.netns_path(node), children
+        self._spec, self._netns, self._children = spec, spec.netns_path(node), children
 
-    def configure(self, backend: Backend) -> Path:
-        """Writes the agent's settings; it reads them when it starts."""
+    def configure(self, backend: Backend, **changes: Any) -> Path:
+        """Writes the agent's settings, the lab's but for `changes`; it reads them when it starts."""
         path = self.directory / "sluice.yaml"
-        path.write_text(yaml.safe_dump(settings(self.node, self.directory, backend), sort_keys=False))
+        path.write_text(yaml.safe_dump({**settings(self._spec, self.node, backend), **changes}, sort_keys=False))
         return path
 
     def start_agent(self) -> Child:
@@ -53,7 +55,7 @@ class NodeProcesses:
         """Returns at once: it is ready only with the agent, which may not be there yet."""
         argv = [
             sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
-            "--records", str(self.directory / "ztunnel.jsonl"),
+            "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
         ]  # fmt: skip
         log = self.directory / f"{name}.log"
         return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
@@ -69,6 +71,13 @@ class NodeProcesses:
 
         await_ready(agent, joined, READY_SECONDS, "joined by its ztunnel")
 
+    def confirm(self, backend: Backend) -> None:
+        """Raises SluiceError when the agent took another one instead."""
+        status = ask(str(self.directory), "/v1/status")
+        if status["backend"] != str(backend):
+            words = f"backend {status['backend']} instead of {backend} ({status['backend_reason']})"
+            raise SluiceError(f"{self.node}: {words}")
+
     def end(self, name: str = "agent") -> None:
         """SIGTERM and, should that not help within 10 s, SIGKILL."""
         self._children.end(f"{self.node}.{name}", seconds=10)
@@ -78,11 +87,13 @@ class NodeProcesses:
         self._children.kill(f"{self.node}.{name}")
 
 
-def settings(node: str, directory: Path, backend: Backend) -> dict[str, Any]:
+def settings(spec: LabSpec, node: str, backend: Backend) -> dict[str, Any]:
     """The agent's settings on a lab node. Pure."""
+    directory = spec.node_dir(node)
     return {
         "node_name": node,
         "run_dir": str(directory),
+        "bpf_dir": str(spec.bpf_dir(node)),
         "zds_socket": str(directory / "ztunnel.sock"),
         "metrics_address": "127.0.0.1:15014",
         "backend": str(backend),

@@ -14,6 +14,7 @@ from agent.core.names import DATAPLANE_MODE
 
 DEFAULT_PREFIX: Final = "slulab"
 DOMAIN: Final = "lab.test"
+BPFFS: Final = Path("/sys/fs/bpf")
 
 # `down` removes every namespace and file that carries the prefix, so the prefix must be one that nobody else
 # uses: it starts with "slu", holds no dash (the dash ends it), and is not the agent's own /run/sluice.
@@ -107,6 +108,10 @@ class LabSpec:
 
     def node_dir(self, node: str) -> Path:
         return self.run_dir / node
+
+    def bpf_dir(self, node: str) -> Path:
+        """Of the node's agent alone: two agents on one machine each mind their own pods."""
+        return BPFFS / self.netns_name(node)
 
     def underlay(self, node: str) -> tuple[str, str]:
         """The node's IPv4 and IPv6 addresses on the segment, without prefix lengths."""

@@ -200,7 +200,7 @@ class Node:
             self.server = Server(inside)
 
     def configure(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
-        wanted = {**settings("node1", self.run_dir, backend), **changes}
+        wanted = {**settings(self.spec, "node1", backend), **changes}
         (self.run_dir / "sluice.yaml").write_text(yaml.safe_dump(wanted))
 
     def start(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:

@@ -86,7 +86,8 @@ class ExitCause(IntEnum):
     HANDOVER_FAILED = 20
     ESCAPE_REFUSED = 21
     NOT_TCP_REFUSED = 22
-    MALFORMED = 23
+    INTERFACE_FAILED = 23
+    MALFORMED = 24
 
 
 _WIDTHS = {PolicyKind.PORT_OUT: 16, PolicyKind.PORT_IN: 16, PolicyKind.USER: 32}  # of what is no address, in bits

@@ -88,6 +88,9 @@ def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[De
     lacking = {program.object for program in want.values() if program.name not in have.ids}
     for name in sorted(lacking):
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
+    # First: one that a killed agent has made and not yet given its name would stand in the way of its like.
+    for link in sorted(have.links.keys() - want.keys()):
+        yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
     for link, program in want.items():
         found = have.links.get(link)
         if found is None or not found.target:
@@ -96,8 +99,6 @@ def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[De
         elif found.program_id != have.ids.get(program.name):
             step: Step[Deed] = Step(f"replace the program of {link}", Attach(link, program, swap=True))
             yield step, f"{link} runs another program"
-    for link in have.links.keys() - want.keys():
-        yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
     for old in have.old:
         yield Step(f"unpin {old}", Unpin(old)), ""
 

@@ -87,15 +87,19 @@ class EbpfBackend:
 
     def read(self, target: Target) -> Have:
         if isinstance(target, Stray):
-            return Have(0, stray=target.policy)
+            policies = self._maps["policies"].items() if self._maps.exist() else []
+            there = any(abi.prefix(key, value)[0] == target.policy for key, value in policies)
+            return Have(0, stray=target.policy if there else 0)
         cookie = _cookie(target)
         attached = attachments.read(self.pins.pod(cookie), POD)
+        left = self.pins.pod(cookie).path.exists()
         if not self._maps.exist():  # where another backend is used, this is asked of each pod once
-            return Have(cookie, attached=attached)
+            return Have(cookie, attached=attached, left=left)
         listening, (pod, prefixes) = self._listening(cookie), self._entry(cookie)
         if not isinstance(target, PodNetns):
-            return Have(cookie, Wiring(), pod, prefixes, attached, listening)
-        return Have(cookie, target.wiring(), pod, prefixes, attached, listening, self._offers(target, listening))
+            return Have(cookie, Wiring(), pod, prefixes, attached, listening, left=left)
+        offered = self._offers(target, listening)
+        return Have(cookie, target.wiring(), pod, prefixes, attached, listening, offered, left=left)
 
     def _offers(self, target: PodNetns, listening: Mapping[tuple[Role, int], int]) -> Offered:
         """As last looked for, while the same processes run and what they offered is still there."""
@@ -117,8 +121,6 @@ class EbpfBackend:
         cookie = 0 if isinstance(target, Stray) else _cookie(target)
         for step in plan.steps:
             self._do(target, cookie, step.payload)
-        if cookie and not self.pins.pod(cookie).links():
-            bpffs.remove_tree(self.pins.pod(cookie).path)
 
     def _do(self, target: Target, cookie: int, deed: PodDeed) -> None:
         match deed:
@@ -139,10 +141,12 @@ class EbpfBackend:
                     self._maps["listeners"].update_fd(abi.listener(cookie, role, slot), held)
             case state.Unlisten(role, slot):
                 self._maps["listeners"].delete(abi.listener(cookie, role, slot))
+            case state.DropPins():
+                bpffs.remove_tree(self.pins.pod(cookie).path)
             case state.EndOlder():
                 _end_older(target)
             case state.DropCounters():
-                for direction in (0, 1):
+                for direction in (0, 1) if self._maps.exist() else ():
                     self._maps["beside"].delete(abi.beside(cookie, direction))
             case _:
                 constants = struct.pack("=Q", cookie)

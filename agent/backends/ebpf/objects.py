@@ -52,8 +52,12 @@ def path(name: str) -> Path:
 
 @cache
 def digest(name: str) -> str:
-    """Of an object file's contents, for the names of pins: so a later build knows what is not its own."""
-    return blake2b(path(name).read_bytes(), digest_size=4).hexdigest()
+    """Of an object file's contents, for the names of pins: so a later build knows what is not its own.
+
+    "none" where the file is missing: nothing that is pinned is of this build then, and all of it can be removed.
+    """
+    file = path(name)
+    return blake2b(file.read_bytes(), digest_size=4).hexdigest() if file.exists() else "none"
 
 
 def missing(programs: Iterable[Program] = (*NODE, *POD)) -> tuple[str, ...]:

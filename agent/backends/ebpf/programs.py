@@ -83,8 +83,8 @@ class ProgramsBackend:
         return desired
 
     def orphans(self, known: Iterable[PodNetns]) -> list[Node]:
-        """The node itself, when nothing of any pod is left. Raises KernelError."""
-        if not self.pins.node.path.exists() or self.pins.pods():
+        """The node itself, when nothing of any pod is left, and no ztunnel waits for pods. Raises KernelError."""
+        if not self.pins.node.path.exists() or self.pins.pods() or self.ztunnels.processes():
             return []
         if (self.pins.maps / "pods").exists():
             with Map.open(self.pins.maps / "pods") as pods:

@@ -24,7 +24,8 @@ Change = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
 class Have:
     """`prefixes` are of the policy that `pod` names. `listening`: (role, slot) -> cookie of ztunnel's socket.
 
-    `offered` are ztunnel's listeners now, the newest first. `stray`: prefixes of no pod at all.
+    `offered` are ztunnel's listeners now, the newest first. `stray`: prefixes of no pod at all. `left`: the directory
+    of its pins is there, also when it is empty.
     """
 
     cookie: int
@@ -35,6 +36,7 @@ class Have:
     listening: Mapping[tuple[Role, int], int] = field(default_factory=dict)
     offered: Mapping[Role, tuple[Listener, ...]] = field(default_factory=dict)
     stray: int = 0
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +81,16 @@ class DropCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class DropPins:
+    """The directory, when nothing in it counts any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndOlder:
     """Connections that are not captured, for they are older than the entry, and must not run on."""
 
 
-PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | EndOlder
+PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | DropPins | EndOlder
 
 
 def plan(want: Redirect | None, have: Have) -> Plan[PodDeed]:
@@ -125,6 +132,8 @@ def _removal(have: Have) -> Iterator[Change]:
         yield Step(f"map pods: drop {have.cookie}", DropPod()), "its map entry is not wanted"
     for link in have.attached.links:
         yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
+    if have.pod is not None or have.attached.ids or have.attached.old:  # now that nobody counts any more
+        yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
     for name in have.attached.old:
         yield Step(f"unpin {name}", Unpin(name)), ""
     for program in objects.POD:
@@ -134,8 +143,8 @@ def _removal(have: Have) -> Iterator[Change]:
         yield Step(f"map listeners: drop {have.cookie} {role.name.lower()} {slot}", Unlisten(role, slot)), ""
     if have.pod is not None and have.pod.policy:
         yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
-    if have.pod is not None:
-        yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
+    if have.left:
+        yield Step(f"rm -r pods/{have.cookie}", DropPins()), ""
 
 
 def _links(indexes: tuple[int, ...]) -> dict[str, Program]:

@@ -174,12 +174,14 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
         "host_probes": {"mechanism": "nftables", "ok": True, "error": "", "members": 3},
         "host_probes_reason": "as the host", "static_pods": "not set",
         "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
+        "exits": {"not_tcp": 2, "captured_outbound": 10},
     })  # fmt: skip
     assert main(["status"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     said = {key: value.strip() for key, value in lines.items()}
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
+    assert said["Exits"] == "10 captured outbound, 2 not tcp"
     assert (said["  iptables"], said["Damaged state"]) == ("iptables is missing", "u.json")
 
 

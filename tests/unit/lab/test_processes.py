@@ -8,15 +8,17 @@ import pytest
 
 from agent.core import settings as core
 from agent.lab.processes import Backend, ready, settings
+from agent.lab.topology import LabSpec
 
 
 @pytest.mark.parametrize("backend", Backend)
 def test_the_agent_accepts_the_settings_that_the_lab_writes(backend: Backend) -> None:
-    written = settings("node1", Path("/run/slux/node1"), backend)
+    written = settings(LabSpec("slux", ("node1",)), "node1", backend)
     built = core.build({key: (value, "sluice.yaml") for key, value in written.items()})
     assert (built.node_name, built.run_dir, built.backend) == ("node1", "/run/slux/node1", str(backend))
     assert built.admin_socket == "/run/slux/node1/agent.sock"
     assert built.cni_socket == "/run/slux/node1/cni.sock"
+    assert built.bpf_dir == "/sys/fs/bpf/slux-node1"
 
 
 @pytest.mark.parametrize(

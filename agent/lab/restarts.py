@@ -1,0 +1,47 @@
+"""Agents and ztunnels of all nodes, ended and begun again: what an upgrade or a crash does."""
+
+from __future__ import annotations
+
+import time
+
+from agent.lab import ask
+from agent.lab.lab import Lab
+from agent.lab.processes import Backend
+
+
+def restart(lab: Lab) -> None:
+    for node in lab.nodes.values():
+        node.end()
+        node.start_agent()
+
+
+def kill(lab: Lab) -> None:
+    for node in lab.nodes.values():
+        node.kill()
+        node.start_agent()
+
+
+def switch(lab: Lab, backend: Backend) -> None:
+    """Raises SluiceError when an agent takes another one instead."""
+    for node in lab.nodes.values():
+        node.configure(backend)
+    restart(lab)
+    for node in lab.nodes.values():
+        node.confirm(backend)
+
+
+def replace_ztunnels(lab: Lab) -> None:
+    """A rolling upgrade: the new one takes over while the old one still serves, then the old one is ended."""
+    for name, node in lab.nodes.items():
+        node.start_ztunnel("ztunnel2")
+        _await_pods(lab, name, connections=2)
+        node.end("ztunnel")
+
+
+def _await_pods(lab: Lab, node: str, connections: int) -> None:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        status = ask.agent(lab, node, "/v1/status")
+        if status["ztunnel_connections"] >= connections and not status["ztunnel_unacknowledged"]:
+            return
+        time.sleep(0.05)
