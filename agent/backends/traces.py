@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from agent.backends.ebpf import state
 from agent.backends.hostprobes.xt_rendering import Held
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.nftables.rendering import OWNER, PERSIST
@@ -23,6 +24,8 @@ def of_layer(name: str, have: Any) -> Whose:
             return of_tables(have.tables)
         case "iptables" | "iptables-legacy":
             return of_families(held.families)
+        case "ebpf":  # in a directory of our own, of what nobody else knows
+            return Whose.OURS if state.plan(None, have) else Whose.NOBODYS
     return Whose.NOBODYS
 
 

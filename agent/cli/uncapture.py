@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from agent.backends import traces
-from agent.backends.ebpf import state
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.mechanisms import mechanisms
@@ -123,14 +122,11 @@ def remove(
         seen += [pod] if pod else []
         with contextlib.closing(PodNetns(netns)) as target:
             noted = bool(pod and pod.captured)
-            removal = uncapture(target, layers, _tell, noted=noted, foreign=args.foreign, dry_run=args.dry_run)
+            removal = uncapture(
+                target, layers, traces.of_layer, noted=noted, foreign=args.foreign, dry_run=args.dry_run
+            )
         rows += [Row(netns.origin, pod, removal)] if removal else []
     return rows, seen
-
-
-def _tell(layer: str, have: Any) -> Whose:
-    """What is pinned for a pod in our directory is ours."""
-    return traces.of_layer(layer, have) if layer != "ebpf" else Whose.OURS if state.plan(None, have) else Whose.NOBODYS
 
 
 def left(pins: Pins, *, dry_run: bool) -> list[Row]:
