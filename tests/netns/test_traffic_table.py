@@ -15,7 +15,7 @@ from support import istio
 from support.rules import CHOICES as NETFILTER
 from support.traffic.common import COMMON
 from support.traffic.counters import counted
-from support.traffic.more import COUNTED, EXCLUDED, FAMILIES, OLDER, REFUSED, RESOLVERS
+from support.traffic.more import COUNTED, EXCLUDED, FAMILIES, FORGED, OLDER, REFUSED, RESOLVERS
 from support.traffic.row import Row
 from support.traffic.sending import fate
 from support.traffic.stage import Stage, carries
@@ -27,7 +27,7 @@ from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT
 
 pytestmark = pytest.mark.root
 CHOICES = (*NETFILTER, "ebpf")
-_ALL = [*COMMON, *COUNTED, *RESOLVERS, *FAMILIES, *EXCLUDED, *REFUSED, *OLDER]
+_ALL = [*COMMON, *FORGED, *COUNTED, *RESOLVERS, *FAMILIES, *EXCLUDED, *REFUSED, *OLDER]
 ROWS = dict(enumerate(sorted(_ALL, key=lambda row: list(VARIANTS).index(row.variant)), 1))
 TOLD = {f"pod:{port}" for port in (OUTBOUND_PORT, INBOUND_PORT, DNS_PORT)}  # where SO_ORIGINAL_DST is asked for
 
@@ -118,7 +118,7 @@ def attempt(row: Row, family: int, stage: Stage) -> str:
     before = counted(world.pod, stage.mechanism, family, stage.node) if counts else (0, 0)
     arrival = fate(row, family, world)
     got = arrival.where
-    if row.protocol == "tcp" and got == row.gets(family) and got in TOLD:
+    if row.protocol == "tcp" and got == row.gets(family, stage.mechanism) and got in TOLD:
         meant = (ADDRESSES[row.meant or row.to][family], row.port)
         got += "" if arrival.original == meant else f", told to be for {arrival.original}"
     if row.speaks_as and arrival.client != ADDRESSES[row.speaks_as][family]:

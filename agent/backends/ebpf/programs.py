@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from agent.backends.base import Support
@@ -34,18 +35,24 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
+class Former:
+    """What another version of the maps has left, or a trial that was killed; every pod has been moved meanwhile."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Have:
     """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
 
-    `whole`: the target is the node, not one of its pods; `left`: there is something to remove.
+    `left`: the directory to remove, when the target is not a pod.
     """
 
     attached: Attached
     admitted: frozenset[ZtunnelKey] = frozenset()
     running: frozenset[ZtunnelKey] = frozenset()
     ended: frozenset[ZtunnelKey] = frozenset()
-    whole: bool = False
-    left: bool = False
+    left: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +67,9 @@ class Dismiss:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAll:
-    pass
+    """Everything below a directory: what is attached by it is detached."""
+
+    path: Path
 
 
 NodeDeed = Deed | Admit | Dismiss | RemoveAll
@@ -82,38 +91,40 @@ class ProgramsBackend:
     def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
         return desired
 
-    def orphans(self, known: Iterable[PodNetns]) -> list[Node]:
+    def orphans(self, known: Iterable[PodNetns]) -> list[Node | Former]:
         """The node itself, when nothing of any pod is left, and no ztunnel waits for pods. Raises KernelError."""
+        former = [Former(path) for path in self.pins.others()]
         if not self.pins.node.path.exists() or self.pins.pods() or self.ztunnels.processes():
-            return []
+            return [*former]
         if (self.pins.maps / "pods").exists():
             with Map.open(self.pins.maps / "pods") as pods:
                 if pods.items():
-                    return []
-        return [Node()]
+                    return [*former]
+        return [*former, Node()]
 
     def waits(self, target: PodNetns) -> bool:
         return False
 
-    def read(self, target: PodNetns | Node) -> Have:
-        whole = isinstance(target, Node)
-        left = self.pins.root.exists()
-        if not left and not whole and not self.ztunnels.processes():
+    def read(self, target: PodNetns | Node | Former) -> Have:
+        if isinstance(target, Node | Former):
+            path = self.pins.root if isinstance(target, Node) else target.path
+            return Have(Attached(), left=path if path.exists() else None)
+        if not self.pins.root.exists() and not self.ztunnels.processes():
             return Have(Attached())  # as where another backend is used
         attached = attachments.read(self.pins.node, NODE)
         if not (self.pins.maps / "ztunnels").exists():
-            return Have(attached, running=self._running(), whole=whole, left=left)
+            return Have(attached, running=self._running())
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
             admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
         running = self._running()
         ended = frozenset(one for one in admitted - running if not _lives(one))
-        return Have(attached, admitted, running, ended, whole, left)
+        return Have(attached, admitted, running, ended)
 
     def plan(self, want: Redirect | None, have: Have) -> Plan[NodeDeed]:
         if want is None:
-            if not have.whole or not have.left:
+            if have.left is None:
                 return Plan()
-            return Plan((Step("detach all programs and remove all maps", RemoveAll()),), ("nobody is captured",))
+            return Plan((Step(f"rm -r {have.left}", RemoveAll(have.left)),), ("nobody is captured by it",))
         changes: list[tuple[Step[Any], str]] = list(
             attachments.steps({program.name: program for program in NODE}, have.attached)
         )
@@ -123,12 +134,12 @@ class ProgramsBackend:
             changes.append((Step(f"map ztunnels: drop cgroup {one[0]} process {one[1]}", Dismiss(one)), ""))
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
-    def apply(self, target: PodNetns | Node, plan: Plan[NodeDeed]) -> None:
+    def apply(self, target: PodNetns | Node | Former, plan: Plan[NodeDeed]) -> None:
         """Raises KernelError."""
         for step in plan.steps:
             deed = step.payload
             if isinstance(deed, RemoveAll):
-                bpffs.remove_tree(self.pins.root)
+                bpffs.remove_tree(deed.path)
             elif isinstance(deed, Admit | Dismiss):
                 self._ztunnel(deed)
             else:

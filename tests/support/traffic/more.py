@@ -138,6 +138,22 @@ RESOLVERS = [
     ),
 ]  # fmt: skip
 
+# An application with CAP_NET_ADMIN can set any mark. Rules believe it; eBPF asks whose process it is.
+FORGED = [
+    *rows(
+        "default", "pod",
+        ("with ztunnel's mark, by another process", "tcp", "peer", APP, PEER,
+         {"mark": ZT, "forked": True, "ebpf": {4: OUT, 6: OUT}}),
+        ("the same to a service address", "tcp", "service", APP, PEER,
+         {"mark": ZT, "forked": True, "ebpf": {4: OUT, 6: OUT}}),
+        ("with the connection's mark, to another pod", "tcp", "peer", APP, POD,
+         {"mark": 0x111, "ebpf": {4: OUT, 6: OUT}}),
+        ("DNS with ztunnel's mark, by another process", "udp", "resolver", 53, "peer:53",
+         {"mark": ZT, "forked": True, "ebpf": {4: DNS, 6: DNS}}),
+        ("by another process", "tcp", "peer", APP, OUT, {"forked": True}),
+    ),
+]  # fmt: skip
+
 COUNTED = [
     *rows(
         "default", "pod",

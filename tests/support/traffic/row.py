@@ -30,6 +30,7 @@ class Row:
     mark: int = 0
     source: str = ""  # of a crafted packet; "" for the sender's own
     user: int = 0
+    forked: bool = False  # by another process than ztunnel, which the tests' own stands for
     families: tuple[int, ...] = (4, 6)
     counts: tuple[int, int | None] | None = None
     from_port: int = 0  # of a crafted packet; 0 for any

@@ -43,7 +43,7 @@ def target(row: Row, family: int) -> str:
 
 def _socket(row: Row, family: int, world: World) -> Arrival:
     where, path = (target(row, family), row.port), world.place("pod")
-    if row.user:
+    if row.user or row.forked:
         sock, error = as_user(row.user, path, lambda: client(row, family), lambda made: _begin(made, where))
     else:
         sock = opened(path, lambda: client(row, family))
