@@ -71,7 +71,7 @@ class Agent:
         self.table = PodTable()
         self.state = State(settings.run_dir)
         self.namespaces = Namespaces(self.state)
-        self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause))
+        self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],

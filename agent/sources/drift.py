@@ -28,9 +28,12 @@ _LINK = (rtnetlink.NEWLINK, rtnetlink.DELLINK)
 class DriftWatcher:
     """Every captured pod's notifications in the event loop. All methods belong to the loop's thread."""
 
-    def __init__(self, wake: Callable[[str, str], None]) -> None:
-        """`wake(uid, cause)`; cause is such as "nft[4711]", "process 4711" (of which no more is known), "kernel"."""
-        self._wake = wake
+    def __init__(self, wake: Callable[[str, str], None], *, wiring: bool = False) -> None:
+        """`wake(uid, cause)`; cause is such as "nft[4711]", "process 4711" (of which no more is known), "kernel".
+
+        `wiring`: what is programmed follows the interfaces and the routes of the main table, as eBPF's does.
+        """
+        self._wake, self._wiring = wake, wiring
         self._watched: dict[str, PodNetns] = {}
 
     def watch(self, uid: str, target: PodNetns) -> None:
@@ -63,27 +66,28 @@ class DriftWatcher:
 
     def _routes_changed(self, uid: str, target: PodNetns) -> None:
         taken, lost = target.route_events.take()
-        foreign = [one for one in taken if one.port != target.route.port and concerns(one)]
+        foreign = [one for one in taken if one.port != target.route.port and concerns(one, self._wiring)]
         # Whom one can name, rather than the kernel, which only drew the conclusions.
         port = next((one.port for one in foreign if one.port), 0)
         if foreign or lost:
             self._wake(uid, _requester(port, target) if foreign else "unknown")
 
 
-def concerns(message: Message) -> bool:
+def concerns(message: Message, wiring: bool = False) -> bool:
     """Whether a notification of rtnetlink may tell of what capture relies on, or of what a pod is known by.
 
     Any policy rule may come before ours. Any address may be the pod's, ::1 on lo tells of IPv6, and the last IPv4
     address of lo takes our route with it without a word about that (fib_disable_ip). While lo is down it cannot be told
-    whether there is IPv6, and nobody can listen on it. eBPF watches every interface, and has the main table's routes
-    where an interface is excluded; other tables than that and ours do not count.
+    whether there is IPv6, and nobody can listen on it. Other interfaces, and the main table's routes, count for `wiring`.
     """
-    if message.kind in _RULE or message.kind in _ADDRESS or message.kind in _LINK:
+    if message.kind in _RULE or message.kind in _ADDRESS:
         return True
+    if message.kind in _LINK:
+        return wiring or int.from_bytes(message.body[4:8], sys.byteorder) == rtnetlink.LOOPBACK_INDEX  # of ifinfomsg
     if message.kind in _ROUTE:
         table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
         number = int.from_bytes(table, sys.byteorder) if table else message.body[4]
-        return number in (names.ROUTE_TABLE, rtnetlink.MAIN_TABLE)
+        return number == names.ROUTE_TABLE or (wiring and number == rtnetlink.MAIN_TABLE)
     return False
 
 
