@@ -78,7 +78,7 @@ def concerns(message: Message, wiring: bool = False) -> bool:
 
     Any policy rule may come before ours. Any address may be the pod's, ::1 on lo tells of IPv6, and the last IPv4
     address of lo takes our route with it without a word about that (fib_disable_ip). While lo is down it cannot be told
-    whether there is IPv6, and nobody can listen on it. Other interfaces, and the main table's routes, count for `wiring`.
+    whether there is IPv6, and nobody can listen on it. Other interfaces, and the main table's routes: if `wiring`.
     """
     if message.kind in _RULE or message.kind in _ADDRESS:
         return True

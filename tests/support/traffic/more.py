@@ -146,7 +146,7 @@ FORGED = [
          {"mark": ZT, "forked": True, "ebpf": {4: OUT, 6: OUT}}),
         ("the same to a service address", "tcp", "service", APP, PEER,
          {"mark": ZT, "forked": True, "ebpf": {4: OUT, 6: OUT}}),
-        ("with the connection's mark, to another pod", "tcp", "peer", APP, {4: "ENETUNREACH", 6: POD},  # it is local now
+        ("with the connection's mark, to another pod", "tcp", "peer", APP, {4: "ENETUNREACH", 6: POD},  # local
          {"mark": 0x111, "ebpf": {4: OUT, 6: OUT}}),
         ("DNS with ztunnel's mark, by another process", "udp", "resolver", 53, "peer:53",
          {"mark": ZT, "forked": True, "ebpf": {4: DNS, 6: DNS}}),
