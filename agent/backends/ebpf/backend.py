@@ -15,13 +15,13 @@ from agent.backends.ebpf import abi, attachments, state
 from agent.backends.ebpf.abi import Pod, Prefix
 from agent.backends.ebpf.needs import support
 from agent.backends.ebpf.objects import LOOKUP, POD, Program
+from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.state import Have, PodDeed
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
-from agent.core.outside import candidates
 from agent.core.plan import Plan
 from agent.core.redirect import Redirect
-from agent.core.sockets import CONNECTED
+from agent.core.sockets import CONNECTED, TcpState
 from agent.core.wiring import Wiring
 from agent.kernel import bpffs, bpflink
 from agent.kernel.bpfmaps import Maps
@@ -143,8 +143,8 @@ class EbpfBackend:
                 self._maps["listeners"].delete(abi.listener(cookie, role, slot))
             case state.DropPins():
                 bpffs.remove_tree(self.pins.pod(cookie).path)
-            case state.EndOlder():
-                _end_older(target)
+            case state.EndOlder(redirect, wiring):
+                _end_older(target, redirect, wiring)
             case state.DropCounters():
                 for direction in (0, 1) if self._maps.exist() else ():
                     self._maps["beside"].delete(abi.beside(cookie, direction))
@@ -196,8 +196,9 @@ def opened(listener: Listener) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _end_older(target: Target) -> None:
+def _end_older(target: Target, redirect: Redirect, wiring: Wiring) -> None:
     assert isinstance(target, PodNetns)
     with contextlib.closing(target.netns.call(SockDiag)) as diag:
-        for one in candidates(diag.both(CONNECTED)):
+        listening = {one.local[1] for one in diag.both((TcpState.LISTEN,))}
+        for one in older(redirect, wiring, diag.both(CONNECTED), listening):
             diag.destroy(one)

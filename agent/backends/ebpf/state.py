@@ -87,7 +87,10 @@ class DropPins:
 
 @dataclass(frozen=True, slots=True)
 class EndOlder:
-    """Connections that are not captured, for they are older than the entry, and must not run on."""
+    """Connections that should be captured, but are older than the entry, and must not run on."""
+
+    redirect: Redirect
+    wiring: Wiring
 
 
 PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | DropPins | EndOlder
@@ -110,7 +113,7 @@ def _changes(redirect: Redirect, have: Have) -> Iterator[Change]:
         wrong = "its map entry is missing" if have.pod is None else "its map entry differs"
         yield Step(f"map pods: {have.cookie} = {words(want.pod)}", PutPod(want.pod)), wrong
     if have.pod is None and not redirect.preserve:
-        yield Step("ss --kill: connections that are not captured", EndOlder()), ""
+        yield Step("ss --kill: connections that are not captured", EndOlder(redirect, have.wiring)), ""
     if have.pod is not None and have.pod.policy not in (0, want.pod.policy):
         yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
 

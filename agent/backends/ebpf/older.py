@@ -1,0 +1,54 @@
+"""Which connections of a pod should have been captured and were not: those that began before it was. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from ipaddress import ip_address, ip_network
+
+from agent.core import names
+from agent.core.exclusions import Range
+from agent.core.outside import candidates
+from agent.core.redirect import Redirect
+from agent.core.sockets import TcpSocket
+from agent.core.wiring import Address, Wiring
+
+
+def older(
+    redirect: Redirect, wiring: Wiring, sockets: Sequence[TcpSocket], listening: Collection[int]
+) -> tuple[TcpSocket, ...]:
+    """Of all connections of the pod. One that came in is known by its port, on which somebody listens."""
+    return tuple(one for one in candidates(sockets) if _meant(redirect, wiring, one, one.local[1] in listening))
+
+
+def _meant(redirect: Redirect, wiring: Wiring, one: TcpSocket, inbound: bool) -> bool:
+    peer, exclude = ip_address(one.remote[0]), redirect.exclude
+    if not (redirect.ipv4 if peer.version == 4 else redirect.ipv6):
+        return False
+    if str(peer) in (redirect.probe_ipv4, redirect.probe_ipv6) or _behind(wiring, peer, exclude.interfaces):
+        return False
+    if inbound:
+        if redirect.ingress_only or one.local[1] == names.HBONE_PORT:
+            return False
+        return not (_in(one.local[1], exclude.inbound_ports) or _within(peer, exclude.inbound_networks))
+    return not (
+        _in(one.remote[1], exclude.outbound_ports)
+        or _within(peer, exclude.outbound_networks)
+        or _in(one.uid, exclude.users)
+    )
+
+
+def _in(number: int, ranges: Iterable[Range]) -> bool:
+    return any(first <= number <= last for first, last in ranges)
+
+
+def _within(address: Address, networks: Iterable[str]) -> bool:
+    return any(address in ip_network(network) for network in networks)
+
+
+def _behind(wiring: Wiring, peer: Address, interfaces: Iterable[str]) -> bool:
+    """Whether the way there, or from there, is an excluded interface."""
+    excluded = wiring.indexes(interfaces)
+    if not excluded:
+        return False
+    ways = [(network.prefixlen, index) for network, index in wiring.by_network().items() if peer in network]
+    return bool(ways) and max(ways)[1] in excluded
