@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -315,7 +316,9 @@ def clients(node: Stage) -> Iterator[dict[str, Any]]:
     child = os.fork()
     if not child:
         os.close(tell[0])
-        node.pod.target.netns.call(lambda: connect_for_ever(tell[1]))
+        enough = threading.Event()  # between two connections: one that is cut off has said nothing, which looks wrong
+        signal.signal(signal.SIGTERM, lambda *_: enough.set())
+        node.pod.target.netns.call(lambda: connect_until(enough, tell[1]))
         os._exit(0)
     os.close(tell[1])
 
@@ -339,7 +342,7 @@ def clients(node: Stage) -> Iterator[dict[str, Any]]:
     try:
         yield counted
     finally:
-        os.kill(child, 15)
+        os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
         ended.set()
         serving.join(SECONDS)
@@ -348,9 +351,9 @@ def clients(node: Stage) -> Iterator[dict[str, Any]]:
             counted["failed"] = failures.read().splitlines()
 
 
-def connect_for_ever(tell: int) -> None:
+def connect_until(enough: threading.Event, tell: int) -> None:
     number = 0
-    while True:
+    while not enough.is_set():
         number += 1
         to = PEER[4], 10000 + number % 5000
         try:
