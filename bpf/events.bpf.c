@@ -1,25 +1,6 @@
 /* Hands what one end of a connection remembers to its other end, in the same namespace, while it is being made. */
 #include "socket.h"
-
-/* Both fields hold a port in ways of their own: the remote one in network order, in the upper half of 32 bits. */
-static __always_inline __u16 remote_port(struct bpf_sock_ops *ctx)
-{
-	return bpf_htons(bpf_ntohl(ctx->remote_port));
-}
-
-static __always_inline struct address local(struct bpf_sock_ops *ctx)
-{
-	if (FIELD(ctx->family) == AF_INET)
-		return address4(FIELD(ctx->local_ip4));
-	return (struct address){{FIELD(ctx->local_ip6[0]), FIELD(ctx->local_ip6[1]), FIELD(ctx->local_ip6[2]), FIELD(ctx->local_ip6[3])}};
-}
-
-static __always_inline struct address remote(struct bpf_sock_ops *ctx)
-{
-	if (FIELD(ctx->family) == AF_INET)
-		return address4(FIELD(ctx->remote_ip4));
-	return (struct address){{FIELD(ctx->remote_ip6[0]), FIELD(ctx->remote_ip6[1]), FIELD(ctx->remote_ip6[2]), FIELD(ctx->remote_ip6[3])}};
-}
+#include "sockops.h"
 
 static __always_inline void begun(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {

@@ -4,6 +4,7 @@
  * RST, so without a ztunnel connections are refused, never passed in plaintext. Loaded once for each pod, with its cookie:
  * this kind of program is told nothing of the namespace that it runs in.
  */
+#include "maps.h"
 #include "pod.h"
 
 const volatile __u64 own_cookie = 0;

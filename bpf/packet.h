@@ -108,7 +108,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 }
 
 /* Whether it is TCP without options of IP, or extension headers, and begins nothing: most packets, told without a copy. */
-static __always_inline int goes_on(struct __sk_buff *skb, const struct pod *pod)
+static __always_inline int goes_on(struct __sk_buff *skb, const struct pod *pod, __u8 mask)
 {
 	__u8 *at = (void *)(long)skb->data + 14, *end = (void *)(long)skb->data_end;
 	if (!(pod->flags & POD_ETHERNET))
@@ -116,11 +116,11 @@ static __always_inline int goes_on(struct __sk_buff *skb, const struct pod *pod)
 	if (skb->protocol == ETH_P_IP) {
 		if (at + 34 > end || at[0] != 0x45 || at[9] != IPPROTO_TCP || at[6] & 0x1f || at[7])
 			return 0;
-		return (at[33] & (SYN | ACK)) != SYN;
+		return (at[33] & mask) != SYN;
 	}
 	if (skb->protocol != ETH_P_IPV6 || at + 54 > end || at[6] != IPPROTO_TCP)
 		return 0;
-	return (at[53] & (SYN | ACK)) != SYN;
+	return (at[53] & mask) != SYN;
 }
 
 #endif

@@ -2,7 +2,7 @@
 #ifndef SLUICE_POD_H
 #define SLUICE_POD_H
 
-#include "maps.h"
+#include "pod_maps.h"
 
 #define IPPROTO_ICMP 1
 #define IPPROTO_TCP 6

@@ -2,6 +2,7 @@
 #ifndef SLUICE_SOCKET_H
 #define SLUICE_SOCKET_H
 
+#include "maps.h"
 #include "pod.h"
 
 static __always_inline struct address address6(struct bpf_sock_addr *ctx)

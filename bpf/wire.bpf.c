@@ -4,6 +4,7 @@
  * captured and was not (MPTCP, raw sockets) is dropped. Inbound it marks TCP that the pod would only forward (a virtual
  * machine's) and that has to be captured: the mark's policy rule delivers it here. Loaded once for each pod.
  */
+#include "maps.h"
 #include "packet.h"
 
 #define TC_NEXT -1
@@ -96,7 +97,7 @@ SEC("tc") int egress(struct __sk_buff *skb)
 	__u64 cookie = own_cookie;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	struct packet p = {};
-	if (!pod || goes_on(skb, pod))
+	if (!pod || goes_on(skb, pod, SYN | ACK))
 		return TC_NEXT;
 	int parsed = parse(skb, &p);
 	if (parsed < 0)
@@ -167,7 +168,7 @@ SEC("tc") int ingress(struct __sk_buff *skb)
 	__u64 cookie = own_cookie;
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	struct packet p = {};
-	if (!pod || (!(pod->flags & POD_FORWARDS) && goes_on(skb, pod)))
+	if (!pod || (!(pod->flags & POD_FORWARDS) && goes_on(skb, pod, SYN | ACK)))
 		return TC_NEXT;
 	int parsed = parse(skb, &p);
 	if (parsed <= 0)

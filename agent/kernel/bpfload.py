@@ -15,6 +15,7 @@ from agent.kernel import bpf, libbpf
 from agent.kernel.bpfmap import Map, map_id
 
 _NONE: Final = MappingProxyType[str, int]({})
+_NOWHERE: Final = MappingProxyType[str, Path]({})
 _one = Lock()  # two loads at once would both find a map's pin missing
 
 
@@ -24,10 +25,11 @@ def load(
     programs: Mapping[str, Path] | Callable[[str], Path],
     sizes: Mapping[str, int] = _NONE,
     constants: bytes = b"",
+    elsewhere: Mapping[str, Path] = _NOWHERE,
 ) -> tuple[str, ...]:
     """Loads the object file `path`, shares its maps in `maps`, pins its programs; their names.
 
-    `constants` are the contents of its section .rodata, where it has one.
+    `constants` are the contents of its section .rodata, where it has one; `elsewhere` pins of maps not in `maps`.
 
     A map that is pinned already is used with its contents and its size; `sizes` (entries, by a map's name) is for
     those that are made now. A program that is pinned already and is the same, on the same maps, stays, and so its
@@ -35,12 +37,13 @@ def load(
     verifier's last words when it refused a program.
     """
     with _one, libbpf.messages() as messages:
-        _directory(maps)
+        for directory in {maps, *(path.parent for path in elsewhere.values())}:
+            _directory(directory)
         obj = libbpf.pointer("bpf_object__open_file", os.fsencode(path), None)
         if not obj:
             raise _refused(f"open BPF object {path}", ctypes.get_errno(), messages)
         try:
-            shared = list(_share(obj, maps, sizes, constants, messages))
+            shared = list(_share(obj, maps, sizes, constants, messages, elsewhere))
             if (result := libbpf.ask("bpf_object__load", obj)) < 0:
                 raise _refused(f"load BPF object {path}", -result, messages)
             ids = {map_id(libbpf.ask("bpf_map__fd", each)) for each in shared}
@@ -49,7 +52,14 @@ def load(
             libbpf.close(obj)
 
 
-def _share(obj: int, maps: Path, sizes: Mapping[str, int], constants: bytes, messages: list[str]) -> Iterator[int]:
+def _share(
+    obj: int,
+    maps: Path,
+    sizes: Mapping[str, int],
+    constants: bytes,
+    messages: list[str],
+    elsewhere: Mapping[str, Path],
+) -> Iterator[int]:
     """The object's maps but for those of the compiler, each with its pin path and its size."""
     for each in _walk("bpf_object__next_map", obj):
         name = libbpf.text("bpf_map__name", each)
@@ -59,7 +69,7 @@ def _share(obj: int, maps: Path, sizes: Mapping[str, int], constants: bytes, mes
                 if result < 0:
                     raise _refused(f"set the constants of BPF map {name}", -result, messages)
             continue
-        pin = maps / name
+        pin = elsewhere.get(name, maps / name)
         if (result := libbpf.ask("bpf_map__set_pin_path", each, os.fsencode(pin))) < 0:
             raise _refused(f"pin BPF map {name}", -result, messages)
         if size := _size(pin) or sizes.get(name, 0):

@@ -73,6 +73,15 @@ class Map:
         self._check("delete", result)
         return True
 
+    def take(self, key: bytes) -> bytes | None:
+        """The value, which is there no more: the last one that any program has written; None without it."""
+        value = create_string_buffer(self._room)
+        result = libbpf.ask("bpf_map_lookup_and_delete_elem", self.fd, self._key(key), value)
+        if result == -errno.ENOENT:
+            return None
+        self._check("take", result)
+        return value.raw
+
     def keys(self) -> list[bytes]:
         """All keys that stayed there all the time, each once; of others some.
 

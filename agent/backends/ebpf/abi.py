@@ -36,6 +36,7 @@ class PodFlag(IntFlag):
     FORWARDS = 32
     LOOPBACK4 = 64
     ETHERNET = 128
+    CAPTURED = 256
 
 
 class PolicyKind(IntEnum):

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TypeVar
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, TypeVar
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.objects import Program
 from agent.backends.ebpf.pins import Pins, Place, pin
+from agent.core.errors import KernelError
 from agent.core.plan import Step
 from agent.kernel import bpf, bpffs, bpflink, bpfload
 from agent.kernel.bpflink import LinkInfo
+from agent.kernel.netns import Netns
 
 T = TypeVar("T")
+_NOWHERE: Final = MappingProxyType[str, Path]({})
+# tcx takes a program once only, and the kernel frees the link that a killed agent had not pinned yet a moment later.
+_TRIES, _AGAIN = 50, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +119,18 @@ def do(
     attach: Callable[[Program, str, int], int],
     sizes: Mapping[str, int],
     constants: bytes = b"",
+    elsewhere: Mapping[str, Path] = _NOWHERE,
 ) -> None:
     """`attach(program, link, descriptor)` makes a link of the place's kind and returns its descriptor.
+
+    `elsewhere`: pins of maps that are not with the others.
 
     Raises KernelError.
     """
     if isinstance(deed, Load):
-        named = {one.name: place.program(one) for one in (*objects.NODE, *objects.POD) if one.object == deed.object}
-        bpfload.load(objects.path(deed.object), pins.maps, named, sizes, constants)
+        every = (*objects.NODE, *objects.POD, *objects.ACCOUNTING)
+        named = {one.name: place.program(one) for one in every if one.object == deed.object}
+        bpfload.load(objects.path(deed.object), pins.maps, named, sizes, constants, elsewhere)
     elif isinstance(deed, Attach):
         _closed(bpf.get(place.program(deed.program)), lambda fd: _attach(deed, fd, place, attach))
     elif isinstance(deed, Detach):
@@ -132,6 +145,28 @@ def _attach(deed: Attach, program: int, place: Place, attach: Callable[[Program,
     else:
         made = attach(deed.program, deed.link, program)
         _closed(made, lambda link: bpflink.pin(link, place.link(deed.link)))
+
+
+def attach_tcx(netns: Netns, program: Program, link: str, descriptor: int) -> int:
+    """To the interface that ends the link's name, in that namespace. Raises KernelError."""
+    index = int(link.rpartition("-")[2])
+    for _ in range(_TRIES):
+        try:
+            return netns.call(lambda: bpflink.attach_tcx(descriptor, index, program.attach))
+        except KernelError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            time.sleep(_AGAIN)
+    return netns.call(lambda: bpflink.attach_tcx(descriptor, index, program.attach))
+
+
+def attach_cgroup(program: Program, _: str, descriptor: int) -> int:
+    """To the root of all cgroups. Raises KernelError."""
+    cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return bpflink.attach_cgroup(descriptor, cgroup, program.attach)
+    finally:
+        os.close(cgroup)
 
 
 def _closed(fd: int, use: Callable[[int], T]) -> T:

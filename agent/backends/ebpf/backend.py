@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import struct
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +19,6 @@ from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.state import Have, PodDeed
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
-from agent.core.errors import KernelError
 from agent.core.plan import Plan
 from agent.core.redirect import Redirect
 from agent.core.sockets import CONNECTED, TcpState
@@ -46,8 +43,6 @@ class Stray:
     policy: int
 
 
-# tcx takes a program once only, and the kernel frees the link that a killed agent had not pinned yet a moment later.
-_TRIES, _AGAIN = 50, 0.02
 Target = PodNetns | Gone | Stray
 Offered = Mapping[Role, tuple[Listener, ...]]
 
@@ -162,15 +157,7 @@ class EbpfBackend:
             assert isinstance(target, PodNetns)
             if program == LOOKUP:
                 return bpflink.attach_netns(descriptor, target.netns.fd, program.attach)
-            index = int(link.rpartition("-")[2])
-            for _ in range(_TRIES):
-                try:
-                    return target.netns.call(lambda: bpflink.attach_tcx(descriptor, index, program.attach))
-                except KernelError as error:
-                    if error.errno != errno.EEXIST:
-                        raise
-                    time.sleep(_AGAIN)
-            return target.netns.call(lambda: bpflink.attach_tcx(descriptor, index, program.attach))
+            return attachments.attach_tcx(target.netns, program, link, descriptor)
 
         return attach
 

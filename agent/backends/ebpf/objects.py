@@ -43,6 +43,12 @@ LOOKUP: Final = Program("lookup", "lookup", AttachType.SK_LOOKUP)
 INGRESS: Final = Program("ingress", "wire", AttachType.TCX_INGRESS)
 EGRESS: Final = Program("egress", "wire", AttachType.TCX_EGRESS)
 POD: Final = (LOOKUP, INGRESS, EGRESS)
+# Those that account for connections, whatever captures them (agent/flows).
+ACCOUNT: Final = Program("account_sockets", "accounting", AttachType.CGROUP_SOCK_OPS)
+REFRESH: Final = Program("refresh", "live", AttachType.TRACE_ITER)
+LIST: Final = Program("list", "live", AttachType.TRACE_ITER)
+WATCH: Final = Program("watch", "watch", AttachType.TCX_EGRESS)
+ACCOUNTING: Final = (ACCOUNT, REFRESH, LIST, WATCH)
 
 
 def path(name: str) -> Path:

@@ -58,6 +58,11 @@ class Pins:
         return Pins(self.root / name, self.mount)
 
     @property
+    def accounting(self) -> Pins:
+        """Of what accounts for connections, whatever captures them: beside, so that each goes without the other."""
+        return Pins(self.root.with_name(f"{self.root.name}-accounting"), self.mount)
+
+    @property
     def node(self) -> Place:
         return Place(self.root / _VERSION)
 

@@ -6,7 +6,6 @@ a connection that is just being made still asks for it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +15,13 @@ from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments
 from agent.backends.ebpf.attachments import Attached, Deed
 from agent.backends.ebpf.needs import support
-from agent.backends.ebpf.objects import NODE, Program
+from agent.backends.ebpf.objects import NODE
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
-from agent.kernel import bpffs, bpflink
+from agent.kernel import bpffs
 from agent.kernel.bpfmap import Map
 from agent.kernel.podnetns import PodNetns
 
@@ -117,7 +116,7 @@ class ProgramsBackend:
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
             admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
         running = self._running()
-        ended = frozenset(one for one in admitted - running if not _lives(one))
+        ended = frozenset(one for one in admitted - running if not lives(one))
         return Have(attached, admitted, running, ended)
 
     def plan(self, want: Redirect | None, have: Have) -> Plan[NodeDeed]:
@@ -145,7 +144,7 @@ class ProgramsBackend:
             else:
                 if not self.pins.root.exists():
                     bpffs.mount(self.pins.mount)
-                attachments.do(deed, self.pins, self.pins.node, _attach, self.sizes)
+                attachments.do(deed, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes)
 
     def admit(self) -> None:
         """Knows a ztunnel that has just come: before it opens its first connection. Raises KernelError."""
@@ -165,16 +164,8 @@ class ProgramsBackend:
                 ztunnels.delete(key)
 
 
-def _attach(program: Program, link: str, descriptor: int) -> int:
-    cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return bpflink.attach_cgroup(descriptor, cgroup, program.attach)
-    finally:
-        os.close(cgroup)
-
-
-def _lives(ztunnel: ZtunnelKey) -> bool:
-    """Whether that process is still there, in that cgroup; of a whole cgroup it is believed."""
+def lives(ztunnel: ZtunnelKey) -> bool:
+    """Whether that process of a ztunnel is still there, in that cgroup; of a whole cgroup it is believed."""
     cgroup, tgid = ztunnel
     if not tgid:
         return True

@@ -171,6 +171,14 @@ class Ztunnels:
             for role in Role
         }
 
+    def holds(self, inode: int) -> bool:
+        """Whether one of the processes holds the socket with this inode. Raises KernelError."""
+        holders = self._alive()
+        for holder in holders:
+            if not holder.holds(inode):
+                holder.look({inode})
+        return any(holder.holds(inode) for holder in holders)
+
     def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:
         """The sockets that a process of ours holds, in the order of the processes."""
         sockets = sorted(sockets, key=lambda one: one.cookie)

@@ -1,0 +1,147 @@
+/* What the programs that account for connections and the agent both read: agent/flows/abi.py, compared by BTF in the tests.
+ *
+ * As in abi.h: addresses are 16 bytes in network order, ports are in network order, no padding without a name. Times are
+ * those of CLOCK_MONOTONIC, in nanoseconds. Bytes are of payload.
+ */
+#ifndef SLUICE_ACCOUNT_H
+#define SLUICE_ACCOUNT_H
+
+#include "abi.h"
+
+enum fate {
+	FATE_UNDECIDED,
+	FATE_CAPTURED,
+	FATE_EXEMPT,
+	FATE_LEAKED,
+};
+
+enum reason {
+	REASON_NONE,
+	REASON_LOOPBACK,
+	REASON_PROBE,
+	REASON_EXCLUDED_NETWORK,
+	REASON_EXCLUDED_PORT,
+	REASON_EXCLUDED_USER,
+	REASON_EXCLUDED_INTERFACE,
+	REASON_FAMILY,
+	REASON_INGRESS_ONLY,
+	REASON_BEFORE,
+	REASON_ZTUNNEL,
+	REASON_RAW,
+};
+
+enum how {
+	HOW_OPEN,
+	HOW_FIN,
+	HOW_RESET,
+	HOW_TIMEOUT,
+	HOW_REFUSED,
+	HOW_UNREACHABLE,
+	HOW_ABORTED,
+	HOW_UNKNOWN,
+};
+
+enum closer {
+	CLOSER_NOBODY,
+	CLOSER_LOCAL,
+	CLOSER_REMOTE,
+};
+
+enum owner {
+	OWNER_APPLICATION,
+	OWNER_ZTUNNEL,
+};
+
+enum told {
+	TOLD_NOTHING,
+	TELLING, /* somebody is about to */
+	TOLD_OPENED, /* its fate is known and counted */
+};
+
+/* What both ends of a connection know, whatever NAT has done to its addresses: the first sequence numbers. */
+struct handshake {
+	__u64 pod; /* netns cookie */
+	__u32 client;
+	__u32 server;
+};
+
+/* In the storage of a socket. */
+struct account {
+	struct address local, remote;
+	__u64 pod, socket; /* cookies */
+	__u64 opened, established;
+	__u64 sent, received; /* as counted in tallies already */
+	struct handshake handshake;
+	__u32 user, process;
+	char command[16];
+	__u32 told;
+	__u16 local_port, remote_port;
+	__u8 direction, fate, reason, owner;
+	__u8 closer; /* who sent the first FIN */
+	__u8 left; /* its SYN has left the pod by an interface */
+	__u8 none[2];
+};
+
+/* Of a connection, in ring buffer records when it has ended, from the iterator while it lives. */
+struct record {
+	struct address local, remote, peer; /* peer: whom the socket really is connected with; zero: as remote */
+	__u64 pod, socket;
+	__u64 opened, closed; /* closed: 0 while it lives */
+	__u64 sent, received;
+	__u32 segments_out, segments_in, retransmitted;
+	__u32 rtt; /* microseconds, smoothed; 0: never measured */
+	__u32 user, process;
+	char command[16];
+	__u16 local_port, remote_port, peer_port;
+	__u8 direction, fate, reason, how, closer, established;
+	__u32 none;
+};
+
+/* Map begun: connections of applications that ztunnel should accept. */
+struct begun {
+	__u32 reached; /* it did */
+	__u32 late; /* the application's end has gone before that: map late has its record */
+};
+
+/* Map tallies. `port` is where the service listens. */
+struct tally_key {
+	__u64 pod;
+	struct address remote;
+	__u16 port;
+	__u8 direction, fate, reason, none[3];
+};
+
+struct tally {
+	__u64 opened, closed, failed;
+	__u64 sent, received;
+	__u64 socket; /* of the last one that was opened or failed */
+};
+
+struct quality_key {
+	__u64 pod;
+	__u32 direction;
+	__u32 none;
+};
+
+enum buckets {
+	BOUNDS = 12,
+	BUCKETS,
+};
+
+/* Map qualities: of connections that have ended. Sums are in microseconds. */
+struct quality {
+	__u64 rtt[BUCKETS], rtt_sum;
+	__u64 duration[BUCKETS], duration_sum;
+	__u64 retransmitted, segments_out, segments_in;
+};
+
+/* Map losses. */
+enum loss {
+	LOST_RECORD, /* the ring buffer was full */
+	LOST_CONNECTION, /* its socket could not be given storage: not accounted for */
+	LOST_FATE, /* map begun was full: whether ztunnel accepted it will not be known */
+	LOST_PEER, /* map tallies was full: counted without address and port */
+	LOSSES,
+};
+
+#endif

@@ -1,0 +1,83 @@
+/* Looks at every connection that lives: its bytes so far are counted, and those whose fate has shown meanwhile; or lists them.
+ *
+ * Iterators over the storage of sockets. They run on a read of theirs, beside the programs that see connections end:
+ * whoever changes a count first has told it.
+ */
+#include "accounting.h"
+
+struct found {
+	struct account *account;
+	struct tcp_sock *tp;
+	struct memory *memory;
+};
+
+static __always_inline int is_open(struct sock *sk, struct found *found)
+{
+	if (!sk)
+		return 0;
+	found->tp = bpf_skc_to_tcp_sock(sk);
+	found->account = bpf_sk_storage_get(&accounts, sk, 0, 0);
+	found->memory = bpf_sk_storage_get(&memories, sk, 0, 0);
+	return found->tp && found->account && found->account->owner == OWNER_APPLICATION && found->account->opened &&
+	       found->account->established;
+}
+
+/* The bytes that are now counted by us. */
+static __always_inline __u64 claim(__u64 *counted, __u64 now)
+{
+	__u64 before = *(volatile __u64 *)counted;
+	if (now <= before || __sync_val_compare_and_swap(counted, before, now) != before)
+		return 0;
+	return now - before;
+}
+
+SEC("iter/bpf_sk_storage_map") int refresh(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct found found;
+	struct record r;
+	struct account *account;
+	if (!is_open(ctx->sk, &found))
+		return 0;
+	account = found.account;
+	__u32 fate = fate_of(account);
+	if (fate == FATE_UNDECIDED) { /* ztunnel's end is made within a moment */
+		if (bpf_ktime_get_ns() - account->established < SECOND)
+			return 0;
+		fate = FATE_LEAKED;
+	}
+	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
+	if (first) {
+		account->fate = fate;
+		__sync_lock_test_and_set(&account->told, TOLD_OPENED);
+	} else if (account->told != TOLD_OPENED || !account->opened) {
+		return 0; /* it is just being told of by somebody else */
+	}
+	record_of(&r, account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
+	struct tally *tally = tally_for(&r);
+	if (!tally)
+		return 0;
+	if (first) {
+		__sync_fetch_and_add(&tally->opened, 1);
+		tally->socket = r.socket;
+	}
+	__u64 sent = claim(&account->sent, r.sent), received = claim(&account->received, r.received);
+	if (sent)
+		__sync_fetch_and_add(&tally->sent, sent);
+	if (received)
+		__sync_fetch_and_add(&tally->received, received);
+	return 0;
+}
+
+SEC("iter/bpf_sk_storage_map") int list(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct found found;
+	struct record r;
+	if (!is_open(ctx->sk, &found))
+		return 0;
+	record_of(&r, found.account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
+	r.fate = fate_of(found.account);
+	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
+	return 0;
+}
+
+char _license[] SEC("license") = "GPL";
