@@ -20,7 +20,15 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "probe_canary": ("report", "rollback", "off"),
     "dns_capture_to": ("any", "resolvers"),
     "non_tcp": ("count", "refuse"),
+    "accounting": ("auto", "ebpf", "inet_diag", "off"),
     "log_level": ("debug", "info", "warning", "error"),
+}
+# Least and most of the settings that are whole numbers.
+RANGES: Mapping[str, tuple[int, int]] = {
+    "connection_log_bytes": (1 << 16, 1 << 40),
+    "connection_log_keep": (0, 99),
+    "connection_log_sample": (1, 1_000_000),
+    "metrics_label_sets": (1, 1_000_000),
 }
 
 
@@ -51,6 +59,16 @@ class Settings:
     verify_seconds: float = 30.0
     ack_seconds: float = 5.0
     add_seconds: float = 10.0
+    accounting: str = "auto"
+    connection_log: str = ""
+    connection_log_bytes: int = 100 << 20
+    connection_log_keep: int = 2
+    connection_log_sample: int = 1
+    peers_file: str = ""
+    trust_domain: str = "cluster.local"
+    cluster: str = "Kubernetes"
+    metrics_label_sets: int = 5000
+    metrics_expire_seconds: float = 900.0
     log_level: str = "info"
 
     @property
@@ -90,6 +108,16 @@ HELP: Mapping[str, str] = {
     "verify_seconds": "seconds between two verifications of a pod",
     "ack_seconds": "seconds that ztunnel has to acknowledge one pod",
     "add_seconds": "seconds that a CNI ADD may take in the agent",
+    "accounting": "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
+    "connection_log": "file that gets a line of JSON for each connection that ended; - is the standard output",
+    "connection_log_bytes": "size at which that file is rotated",
+    "connection_log_keep": "rotated files that are kept",
+    "connection_log_sample": "write one of so many connections there; failed and leaked ones are always written",
+    "peers_file": "file of workloads and services on other nodes, for the labels of metrics and for records (YAML)",
+    "trust_domain": "trust domain in the identities that metrics show",
+    "cluster": "name of the cluster in metrics",
+    "metrics_label_sets": "label sets of each metric of connections; what does not fit is counted as overflow",
+    "metrics_expire_seconds": "seconds after which a label set that nothing was added to is forgotten",
     "log_level": "debug, info, warning or error",
 }
 _KINDS = {f.name: str(f.type) for f in fields(Settings)}
@@ -119,6 +147,8 @@ def _convert(key: str, value: Any, place: str) -> Any:
         if text not in ("true", "false"):
             raise refuse("true or false")
         return text == "true"
+    if kind == "int":
+        return _whole(str(value), *RANGES[key], refuse)
     if kind == "float":
         try:
             number = float("yes" if isinstance(value, bool) else value)
@@ -147,12 +177,20 @@ def _text(key: str, value: str, refuse: Any) -> str:
         raise refuse("one of " + ", ".join(CHOICES[key]))
     if key in ("run_dir", "bpf_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
         raise refuse("an absolute path of at most 90 characters")
+    if key == "connection_log" and not value.startswith("/") and value not in ("", "-"):
+        raise refuse("an absolute path, or - for the standard output")
     if key == "metrics_address" and value and not _host_port(value):
         raise refuse("address:port")
     for version in (4, 6):
         if key == f"probe_ipv{version}":
             return _address(value, refuse, version)
     return value
+
+
+def _whole(value: str, least: int, most: int, refuse: Any) -> int:
+    if not value.isascii() or not value.isdecimal() or len(value) > 20 or not least <= int(value) <= most:
+        raise refuse(f"a whole number from {least} to {most}")
+    return int(value)
 
 
 def _size(word: str, refuse: Any) -> str:

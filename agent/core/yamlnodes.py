@@ -1,0 +1,100 @@
+"""YAML files read as nodes, so that every refusal can name its line. Pure.
+
+Every function raises SettingsError as "file:line: key: what is wrong".
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import yaml
+
+from agent.core.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A mapping of a file: its values by key, read by what they must be. `place` is the file's name."""
+
+    place: str
+    node: yaml.Node
+    values: dict[str, yaml.Node]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def error(self, key: str, words: str) -> SettingsError:
+        return error(self.values.get(key, self.node), self.place, key, words)
+
+    def text(self, key: str) -> str:
+        """ "" without the key."""
+        return scalar(self.values[key], self.place, key) if key in self.values else ""
+
+    def items(self, key: str) -> list[yaml.Node]:
+        """Of a list; none without the key, or when it is null."""
+        node = self.values.get(key)
+        if node is None or node.tag == "tag:yaml.org,2002:null":
+            return []
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.error(key, "is not a list")
+        return list(node.value)
+
+    def addresses(self, key: str) -> list[str]:
+        """As the ipaddress module writes them."""
+        try:
+            return [str(ipaddress.ip_address(scalar(item, self.place, key))) for item in self.items(key)]
+        except ValueError as refused:
+            raise self.error(key, str(refused)) from None
+
+    def texts(self, key: str) -> dict[str, str]:
+        node = self.values.get(key)
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise self.error(key, "is not a mapping of text to text")
+        return {scalar(k, self.place, key): scalar(v, self.place, f"{key}.{k.value}") for k, v in node.value}
+
+    def entries(self, key: str, known: Collection[str]) -> list[Entry]:
+        return [entry(item, self.place, known) for item in self.items(key)]
+
+
+def document(text: str, place: str, known: Collection[str]) -> Entry | None:
+    """The file's mapping, None when it holds nothing."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as refused:
+        line = refused.problem_mark.line + 1 if refused.problem_mark else 1
+        raise SettingsError(f"{place}:{line}: not YAML: {refused.problem}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as refused:  # PyYAML raises all of them
+        raise SettingsError(f"{place}: not YAML: {refused}") from None
+    return None if root is None else entry(root, place, known)
+
+
+def entry(node: yaml.Node, place: str, known: Collection[str]) -> Entry:
+    if not isinstance(node, yaml.MappingNode):
+        raise error(node, place, "entry", "is not a mapping of keys to values")
+    found: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value not in known:
+            raise error(key, place, str(key.value)[:80], f"is not a known key; known: {', '.join(sorted(known))}")
+        if key.value in found:
+            raise error(key, place, key.value, "is given twice")
+        found[key.value] = value
+    return Entry(place, node, found)
+
+
+def scalar(node: yaml.Node, place: str, key: str) -> str:
+    if not isinstance(node, yaml.ScalarNode) or not node.value or not _printable(node.value):
+        raise error(node, place, key, "is not text")
+    return str(node.value)
+
+
+def _printable(text: str) -> bool:
+    """Neither a path nor a message can carry a zero byte or an unpaired surrogate, which YAML can write."""
+    return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def error(node: yaml.Node, place: str, key: str, words: str) -> SettingsError:
+    return SettingsError(f"{place}:{node.start_mark.line + 1}: {key}: {words}")
