@@ -9,15 +9,27 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
-from collections.abc import Collection, Iterable
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Iterator
+from functools import cache, lru_cache
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOL_SOCKET, inet_ntop, inet_pton, ntohs, socket
 from typing import Final
 
+from agent.core import tcpinfo
 from agent.core.errors import KernelError
-from agent.core.netlink import ATTRIBUTE, NLM_F_DUMP
+from agent.core.netlink import (
+    ATTRIBUTE,
+    HEADER,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    Message,
+    attributes,
+    message,
+)
 from agent.core.sockets import Endpoint, TcpSocket, TcpState
-from agent.kernel.netlink import NetlinkSocket
+from agent.core.tcpinfo import TcpReport
+from agent.kernel.netlink import NetlinkSocket, raise_for
 from agent.kernel.netns import SO_NETNS_COOKIE
 
 NETLINK_SOCK_DIAG = 4
@@ -27,17 +39,25 @@ _WHAT = "read TCP sockets (sock_diag)"
 _FAMILIES: Final = {AF_INET: 4, AF_INET6: 6}
 # inet_diag_req_v2 without the socket's identity: family, protocol, extensions, pad, states as bits
 _REQUEST = struct.Struct("=BBBBI")
-_OLD_REQUEST = struct.Struct("=52xI4x")  # inet_diag_req: nothing but the states
+_OLD_REQUEST = struct.Struct("=3xB48xI4x")  # inet_diag_req: nothing but extensions and the states
 # inet_diag_sockid as it is asked for: ports, addresses, interface, cookie
 _IDENTITY = struct.Struct(">HH16s16s4s8s")
 _NO_COOKIE = b"\xff" * 8
 # inet_diag_msg, all fields in host order but the ports: family, state, timer, retransmissions, ports, addresses,
 # interface, cookie, expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
-_SKV6ONLY, _MARK = 11, 15
+_QUEUES = struct.Struct("=56xII")  # of the same message
+_INFO, _SKV6ONLY, _MARK = 2, 11, 15
+_WITH_INFO = 1 << (_INFO - 1)
 _ATTRIBUTE, _U32 = ATTRIBUTE.unpack_from, struct.Struct("=I").unpack_from
 _U64 = struct.Struct("=Q").unpack
 _MAPPED = bytes(10) + b"\xff\xff"
+# Family, state, local and remote port in network order, remote address as it is in the message.
+Row = tuple[int, int, int, int, bytes]
+_LEAST: Final = HEADER.size + _ANSWER.size
+_ENDS: Final = slice(4, 40)
+_SHORT: Final = _ANSWER.size + tcpinfo.SIZE  # less has no room for counts
+_WAITING: Final = (TcpState.TIME_WAIT, TcpState.FIN_WAIT2)
 _ALL: Final = frozenset(TcpState)
 _STATES: Final = {int(state): state for state in TcpState}
 
@@ -67,8 +87,51 @@ class SockDiag(NetlinkSocket):
         states = tuple(states)
         if self.ipv6:
             with contextlib.suppress(KernelError):  # should a kernel not know it any more
-                return self._dump(_GETSOCK, _OLD_REQUEST.pack(_bits(states)))
+                return self._dump(_GETSOCK, _OLD_REQUEST.pack(0, _bits(states)))
         return self.sockets(4, states) + self.sockets(6, states)
+
+    def reports(self, states: Iterable[TcpState]) -> tuple[list[TcpReport], dict[bytes, TcpState]]:
+        """Sockets of both families with their counts; and by TcpReport.ends those that are nothing but a timer any
+        more: in TIME_WAIT, or in FIN_WAIT2 while the peer's FIN is awaited (inet_twsk_diag_fill). Raises KernelError.
+
+        The cookie of a timer is the socket's only if somebody asked for that before (sock_gen_cookie).
+        """
+        found: list[TcpReport] = []
+        waiting: dict[bytes, TcpState] = {}
+        for step, run in self._runs(_WITH_INFO, states):
+            if step < HEADER.size + _SHORT:
+                timers = _timers(step).iter_unpack(run)
+                waiting.update((ends, _STATES[state]) for state, ends in timers if state in _WAITING)
+                continue
+            for start in range(HEADER.size, len(run), step):
+                if (one := report(run[start : start + step - HEADER.size])) is not None:
+                    found.append(one)
+        return found, waiting
+
+    def rows(self, states: Iterable[TcpState] = _ALL) -> Iterator[Row]:
+        """All sockets of both families, for dumps of very many. To be read to its end. Raises KernelError."""
+        for step, run in self._runs(0, states):
+            yield from _rows(step).iter_unpack(run)
+
+    def _runs(self, extensions: int, states: Iterable[TcpState]) -> Iterator[tuple[int, bytes]]:
+        """A dump in runs of messages of one length, to be unpacked together: those of TIME_WAIT all have one."""
+        sequence = self.next_sequence()
+        body = _OLD_REQUEST.pack(extensions, _bits(states))
+        self.socket.send(message(_GETSOCK, NLM_F_REQUEST | NLM_F_DUMP, sequence, body))
+        while True:
+            datagram, offset = self.receive(_WHAT), 0
+            while offset + HEADER.size <= len(datagram):
+                length, kind, flags, number, port = HEADER.unpack_from(datagram, offset)
+                if number == sequence and kind == NLMSG_DONE:
+                    return
+                if number == sequence and kind == NLMSG_ERROR:
+                    raise_for(_WHAT, Message(kind, flags, number, port, datagram[offset + HEADER.size :]))
+                    return
+                step = max(HEADER.size, (length + 3) & ~3)
+                end = offset + step * _alike(datagram, offset, step)
+                if number == sequence and step >= _LEAST:
+                    yield step, datagram[offset:end]
+                offset = end
 
     def listening(self, ports: Collection[int]) -> list[TcpSocket]:
         """The listening sockets of both families on these ports. Raises KernelError."""
@@ -145,8 +208,18 @@ def decode(body: bytes) -> TcpSocket | None:
     if family is None or state is None:
         return None
     mark, v6_only = _attributes(body)
-    local, remote = (_address(family, source), ntohs(sport)), (_address(family, destination), ntohs(dport))
+    local, remote = (address(family, source), ntohs(sport)), (address(family, destination), ntohs(dport))
     return TcpSocket(family, local, remote, state, cookie, uid, inode, mark, v6_only)
+
+
+def report(body: bytes) -> TcpReport | None:
+    """One socket with its counts: all zero when there are none, as of a listener in older kernels."""
+    one = decode(body)
+    if one is None:
+        return None
+    info = next((payload for kind, payload in attributes(body[_ANSWER.size :]) if kind == _INFO), b"")
+    unread, unacked = _QUEUES.unpack_from(body)
+    return TcpReport(one, body[_ENDS], unread, unacked, tcpinfo.decode(info) or tcpinfo.NOTHING)
 
 
 def _attributes(body: bytes) -> tuple[int | None, bool]:
@@ -167,8 +240,26 @@ def _attributes(body: bytes) -> tuple[int | None, bool]:
     return None, v6_only
 
 
+def _alike(datagram: bytes, offset: int, step: int) -> int:
+    """How many messages of the first one's length follow one another; 1 for a torn one. Lengths are below 65536."""
+    many = len(datagram) - (len(datagram) - offset) % step
+    low, high = datagram[offset:many:step], datagram[offset + 1 : many : step]
+    return max(1, min(len(found) - len(found.lstrip(found[:1])) for found in (low, high)))
+
+
+@cache
+def _rows(step: int) -> struct.Struct:
+    return struct.Struct(f"={HEADER.size}xBB2xHH16x16s{step - HEADER.size - 40}x")
+
+
+@cache
+def _timers(step: int) -> struct.Struct:
+    return struct.Struct(f"={HEADER.size}xxB2x36s{step - HEADER.size - 40}x")
+
+
 @lru_cache(maxsize=4096)
-def _address(family: int, raw: bytes) -> str:
+def address(family: int, raw: bytes) -> str:
+    """Of a socket of that family (4 or 6); IPv4 in IPv6 is shown as IPv4."""
     if family == 4:
         return inet_ntop(AF_INET, raw[:4])
     return inet_ntop(AF_INET, raw[12:]) if raw.startswith(_MAPPED) else inet_ntop(AF_INET6, raw)

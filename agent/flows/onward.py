@@ -1,0 +1,64 @@
+"""Which sockets ztunnel connected onwards for what it accepted, where no dump saw them. Pure.
+
+At its end a socket shows neither mark nor process. But for each connection that is captured ztunnel makes one of its
+own, with the same payload: it relays. So for each captured connection one socket with the same remote endpoint and the
+same payload is ztunnel's, and only one: should an application imitate it, ztunnel's is left over and counts instead.
+"""
+
+from __future__ import annotations
+
+from agent.core.sockets import Endpoint
+from agent.flows import ending
+from agent.flows.flow import Flow
+from agent.flows.record import Connection, How
+
+
+class Onward:
+    """Captured outbound connections that have ended and that nothing was found for yet."""
+
+    def __init__(self) -> None:
+        self._ended: dict[Endpoint, dict[int, Connection]] = {}
+
+    def ended(self, flow: Flow, record: Connection) -> None:
+        if flow.mirror and flow.active:
+            self._ended.setdefault(flow.remote, {})[flow.cookie] = record
+
+    def claims(self, flow: Flow, *, loosely: bool) -> bool:
+        """Whether `flow`, which has ended and may be ztunnel's, was made for one of them; each serves for one only.
+
+        `loosely`: the last FIN need not have come, see ending.received. To be asked after all others had their turn.
+        """
+        found = self._ended.get(flow.remote)
+        if not found:
+            return False
+        for cookie, record in found.items():
+            if _fits(flow, record, loosely):
+                del found[cookie]
+                return True
+        return False
+
+    def forget(self, flow: Flow) -> None:
+        found = self._ended.get(flow.remote)
+        if found is not None:
+            found.pop(flow.cookie, None)
+            if not found:
+                del self._ended[flow.remote]
+
+
+def _fits(flow: Flow, record: Connection, loosely: bool) -> bool:
+    info = flow.report.info
+    if record.how is not How.FIN or not ending.finished(info, True):
+        return record.how is not How.FIN  # what was cut off on one side was cut off on the other, and need not be equal
+    sent, received = flow.payload()
+    return sent == record.sent and (received == record.received or (loosely and info.received == record.received))
+
+
+def carried_alike(flow: Flow, accepted: Flow) -> bool:
+    """Whether the application's socket and one that ztunnel accepted carried the same, as ends of one connection do."""
+    here, there = flow.info, accepted.info
+    if accepted.remote[0] != flow.local[0] or (flow.closed is None) != (accepted.closed is None):
+        return False
+    if flow.closed is not None and not (ending.finished(here, True) and ending.finished(there, False)):
+        return not ending.finished(here, True) and not ending.finished(there, False)
+    up, down = there.received - ending.sent(here, True), here.received - ending.sent(there, False)
+    return 0 <= up <= 1 and 0 <= down <= 1

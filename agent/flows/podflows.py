@@ -1,0 +1,327 @@
+"""The connections of one pod, from dumps of its sockets and reports of their ends. Pure: the clock is an argument.
+
+Fate is known from ztunnel's end, which is in the same namespace. The two ends go in either order, so what has ended is
+held back for HOLD seconds until the other end is seen. What then has no mirror, and no reason to be exempt, has leaked.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import Enum
+from math import inf
+from typing import Final
+
+from agent.core.sockets import TcpState
+from agent.core.tcpinfo import TcpReport
+from agent.flows import ending
+from agent.flows.flow import Flow
+from agent.flows.mirror import TAKES_OUTBOUND, Mirrors
+from agent.flows.onward import Onward, carried_alike
+from agent.flows.record import Connection, Direction, Fate, Reason
+from agent.flows.sums import Sums
+from agent.flows.verdict import Verdicts
+
+HOLD: Final = 2.0  # seconds
+_LOOKS: Final = 2  # dumps without a mirror after which a live connection has leaked: one dump may miss it
+
+
+class _Stage(Enum):
+    """Of one pass over all that is undecided: what one finds the next may build on."""
+
+    MIRRORS = 0
+    STRAYS = 1  # after half the time: what follows from them must not be late
+    ONWARD = 2  # what ztunnel connected onwards is known by what it accepted
+
+
+class PodFlows:
+    """Not for two threads at once. `is_ztunnel` tells of an inode whether ztunnel's process holds that socket."""
+
+    def __init__(self, pod: int, verdicts: Verdicts, is_ztunnel: Callable[[int], bool], *, captured: bool) -> None:
+        self.pod, self.verdicts, self.captured = pod, verdicts, captured
+        self.sums = Sums(pod)
+        self._is_ztunnel = is_ztunnel
+        self._flows: dict[int, Flow] = {}  # by cookie, and for a while after the end
+        self._pending: dict[int, Flow] = {}  # live ones of unknown fate, and what has ended
+        self._unlooked: list[Flow] = []  # ended since the last dump
+        self._past: deque[tuple[float, Flow]] = deque()  # ended and told, but others may ask for them
+        self._mirrors = Mirrors()
+        self._strays: dict[int, Flow] = {}  # what ztunnel accepted, while the application's socket is not known
+        self._onward = Onward()
+        self._listening: frozenset[int] = frozenset()
+        self._listened: frozenset[int] = frozenset()  # before the last dump
+
+    @property
+    def unsettled(self) -> bool:
+        """Something has ended of which a dump may tell more."""
+        return bool(self._unlooked)
+
+    def dumped(
+        self, reports: Iterable[TcpReport], timers: Mapping[bytes, TcpState], now: float, *, complete: bool = False
+    ) -> int:
+        """All sockets of the pod at this time, and the timers of those in TIME_WAIT.
+
+        `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
+        """
+        ports, seen = set(), set()
+        for report in reports:
+            if report.socket.state is TcpState.LISTEN:
+                ports.add(report.socket.local[1])
+            elif report.used and not self._known_to_have_ended(report.socket.cookie):
+                seen.add(report.socket.cookie)
+                self._see(report, now)
+        self._listened, self._listening = self._listening, frozenset(ports)
+        for flow in self._unlooked:
+            flow.timer, flow.looked = timers.get(flow.report.ends), True
+        self._unlooked.clear()
+        missed = (
+            [one for one in self._flows.values() if one.closed is None and one.cookie not in seen] if complete else []
+        )
+        for flow in missed:
+            flow.closed, flow.looked = now, True
+            self._pending[flow.cookie] = flow
+        return len(missed)
+
+    def ended(self, report: TcpReport, now: float) -> None:
+        """A socket was destroyed."""
+        one = report.socket
+        flow = self._flows.get(one.cookie)
+        if flow is None:
+            flow = self._add(report, now)
+            flow.opened = min(now, ending.begun(report, now))
+        if flow.closed is not None:
+            return  # it was taken for ended when notifications were lost
+        if report.disconnected and flow.looks:
+            flow.last = flow.report.info
+        flow.report, flow.closed = report, now
+        self._unlooked.append(flow)
+        self._pending[flow.cookie] = flow
+
+    def change(self, verdicts: Verdicts, *, captured: bool) -> None:
+        """From now on. To be called after what was dumped and ended until now."""
+        if captured and not self.captured:
+            for flow in self._flows.values():
+                flow.before = flow.before or not flow.decided
+        self.verdicts, self.captured = verdicts, captured
+
+    def older(self) -> None:
+        """All that was dumped until now was there before anybody looked: its bytes up to now are not added."""
+        for flow in self._flows.values():
+            flow.before = True
+            flow.direction = self._direction(flow)
+            flow.sent, flow.received = flow.payload()
+
+    def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
+        """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
+        told: list[Connection] = []
+        for stage in _Stage:
+            hold = HOLD / 2 if stage is _Stage.STRAYS else HOLD
+            for flow in list(self._pending.values()):
+                age = inf if all_of_it else now - flow.closed if flow.closed is not None else -1.0
+                if not self._decide(flow, patient=age < hold, stage=stage) or not self._complete(flow, age < HOLD):
+                    continue
+                del self._pending[flow.cookie]
+                if flow.closed is not None:
+                    told += self._end(flow, now)
+        while self._past and self._past[0][0] < now - 2 * HOLD:
+            self._forget(self._past.popleft()[1])
+        return told
+
+    def count(self) -> None:
+        """Adds to the sums what live connections have carried since."""
+        for flow in self._flows.values():
+            if flow.closed is None and flow.decided:
+                self._count(flow)
+
+    def live(self) -> Iterator[Connection]:
+        for flow in self._flows.values():
+            if flow.closed is None and not flow.owned:
+                yield flow.connection(self.pod, self._flows.get(flow.mirror))
+
+    def _known_to_have_ended(self, cookie: int) -> bool:
+        flow = self._flows.get(cookie)
+        return flow is not None and flow.closed is not None
+
+    def _see(self, report: TcpReport, now: float) -> None:
+        one = report.socket
+        flow = self._flows.get(one.cookie) or self._add(report, now)
+        flow.report, flow.state = report, one.state
+        flow.looks += 1
+        if (flow.local, flow.remote) != (one.local, one.remote):  # a socket in SYN_SENT may not have an address yet
+            self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+            flow.local, flow.remote = one.local, one.remote
+            self._mirrors.add(flow.cookie, flow.local, flow.remote)
+        if one.inode:
+            flow.user = one.uid
+            if one.of_ztunnel and not flow.owned and not flow.decided:
+                flow.owned = self._is_ztunnel(one.inode)
+
+    def _add(self, report: TcpReport, now: float) -> Flow:
+        one = report.socket
+        flow = Flow(one.cookie, one.local, one.remote, now, self.verdicts, not self.captured, report)
+        self._flows[flow.cookie] = self._pending[flow.cookie] = flow
+        self._mirrors.add(flow.cookie, flow.local, flow.remote)
+        if flow.local[1] in TAKES_OUTBOUND:
+            self._strays[flow.cookie] = flow
+        return flow
+
+    def _decide(self, flow: Flow, *, patient: bool, stage: _Stage) -> bool:
+        """Whether fate, reason and direction are final now."""
+        if flow.decided:
+            return True
+        if flow.closed is None and not flow.established:
+            return False
+        flow.decided = (
+            self._is_owned(flow) or self._by_mirror(flow) or self._exempt(flow) or self._rest(flow, patient, stage)
+        )
+        return flow.decided
+
+    def _is_owned(self, flow: Flow) -> bool:
+        own = self.verdicts.own
+        # ztunnel speaks to the application with the client's address, which nobody in the pod has.
+        flow.owned = (
+            flow.owned
+            or flow.accepted_by_ztunnel
+            or (not own(flow.local[0]) and own(flow.remote[0]) and not flow.report.disconnected)
+        )
+        if flow.owned:
+            accepted = flow.accepted_by_ztunnel
+            flow.direction = Direction.INBOUND if accepted else Direction.OUTBOUND
+        return flow.owned
+
+    def _by_mirror(self, flow: Flow) -> bool:
+        found = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
+        if found is None and flow.report.disconnected:
+            found = self._mirror_of_disconnected(flow)
+        if found is None:
+            return False
+        if self._is_owned(found):
+            self._captured(flow, found)
+            return True
+        if not self.verdicts.own(flow.remote[0]):
+            return False
+        flow.direction = self._direction(flow)
+        flow.fate, flow.reason, flow.mirror = Fate.EXEMPT, Reason.LOOPBACK, found.cookie
+        return True
+
+    def _captured(self, flow: Flow, mirror: Flow) -> None:
+        flow.direction = Direction.OUTBOUND if mirror.accepted_by_ztunnel else Direction.INBOUND
+        flow.fate, flow.reason, flow.mirror, mirror.mirrored = Fate.CAPTURED, Reason.NONE, mirror.cookie, True
+        self._strays.pop(mirror.cookie, None)
+
+    def _served(self, flow: Flow) -> Flow | None:
+        """ztunnel's socket that accepted it. Of several with the same local end one that is exempt was not."""
+        found = [self._flows[one] for one in self._mirrors.served(flow.local)]
+        free = next((one for one in found if not one.mirrored and one.accepted_by_ztunnel), None)
+        if free is not None and self._mirrors.sharing(flow.local) > 1:
+            return None if flow.verdicts.outbound(flow.remote, flow.user) else free
+        return free
+
+    def _mirror_of_disconnected(self, flow: Flow) -> Flow | None:
+        """By what is left of its ends: outbound its port, inbound its port and the client's address."""
+        (address, port), bare = flow.local, flow.local[0] in ("0.0.0.0", "::")
+        for one in self._strays.values():
+            if one.remote[1] == port and (bare or one.remote[0] == address):
+                return one
+        if port not in self._listening and port not in self._listened:
+            return None
+        for one in self._flows.values():
+            if one.remote[1] == port and one.local[0] == flow.remote[0] and not one.mirrored and self._is_owned(one):
+                return one
+        return None
+
+    def _stray(self, flow: Flow) -> Flow | None:
+        """What ztunnel accepted with another port, and that carried the same."""
+        found = (one for one in self._strays.values() if not self._mirrors.sharing(one.remote))
+        return next((one for one in found if (one.looked or one.looks >= _LOOKS) and carried_alike(flow, one)), None)
+
+    def _direction(self, flow: Flow) -> Direction:
+        connected = flow.connected
+        if connected is None:
+            port = flow.local[1]
+            accepted = port in self._listening or port in self._listened
+            # Whose listener has gone in the meantime: a client's port is the higher one, as a rule.
+            connected = not accepted and (port > flow.remote[1] or flow.report.disconnected)
+        return Direction.OUTBOUND if connected else Direction.INBOUND
+
+    def _exempt(self, flow: Flow) -> bool:
+        flow.direction = self._direction(flow)
+        if flow.report.disconnected and not flow.looks:  # of its peer only the address is left
+            reason = Reason.LOOPBACK if self.verdicts.own(flow.remote[0]) else None
+        elif flow.active:
+            reason = flow.verdicts.outbound(flow.remote, flow.user)
+        else:
+            reason = flow.verdicts.inbound(flow.remote, flow.local)
+        if reason is None and flow.before:
+            reason = Reason.BEFORE if flow.established else None
+            if self._patient_for_mirror(flow):
+                return False
+        flow.reason, flow.fate = reason or Reason.NONE, Fate.EXEMPT if reason else Fate.UNDECIDED
+        return reason is not None
+
+    def _patient_for_mirror(self, flow: Flow) -> bool:
+        """A capture that was under way when the pod was first looked at: the dump may have missed its other end."""
+        return flow.closed is None and flow.looks < _LOOKS
+
+    def _rest(self, flow: Flow, patient: bool, stage: _Stage) -> bool:
+        """No mirror is there (yet), and no reason."""
+        if stage is _Stage.STRAYS and flow.active and flow.established and (flow.closed is None or not patient):
+            if (stray := self._stray(flow)) is not None:
+                self._captured(flow, stray)
+            return flow.fate is Fate.CAPTURED
+        if stage is not _Stage.ONWARD:
+            return False
+        if flow.closed is None:
+            if flow.looks < _LOOKS or (flow.active and self._strays):
+                return False
+        elif flow.active and flow.looked and self._onward.claims(flow, loosely=not patient):
+            flow.owned = flow.mirrored = True
+            return True
+        elif patient or not flow.established:
+            return not patient
+        if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
+            return flow.closed is not None  # whose it was will not be known
+        flow.fate = Fate.LEAKED
+        return True
+
+    def _complete(self, flow: Flow, patient: bool) -> bool:
+        """Of what has ended, whether waiting would tell more: of the mirror's counts, and of timers."""
+        if flow.closed is None or not patient or flow.owned:
+            return True
+        mirror = self._flows.get(flow.mirror)
+        return flow.looked and (mirror is None or mirror.looked)
+
+    def _end(self, flow: Flow, now: float) -> list[Connection]:
+        self._past.append((now, flow))
+        self._count(flow)
+        if flow.owned:
+            if not flow.mirrored and not flow.accepted_by_ztunnel:
+                self._onward.claims(flow, loosely=True)
+            return []
+        record = flow.connection(self.pod, self._flows.get(flow.mirror))
+        self._onward.ended(flow, record)
+        self.sums.ended(record)
+        return [record]
+
+    def _count(self, flow: Flow) -> None:
+        """What was added by one connection since it was last counted."""
+        if not flow.established:
+            self.sums.add(flow.key, failed=1, socket=flow.cookie)
+            return
+        mirror = self._flows.get(flow.mirror)
+        sent, received = flow.payload(mirror.info if mirror else None)
+        grown = max(0, sent - flow.sent), max(0, received - flow.received)
+        flow.sent, flow.received = flow.sent + grown[0], flow.received + grown[1]
+        opened, closed = int(not flow.told), int(flow.closed is not None)
+        flow.told = True
+        if opened or closed or any(grown):
+            self.sums.add(
+                flow.key, opened=opened, closed=closed, sent=0 if flow.owned else grown[0],
+                received=0 if flow.owned else grown[1], socket=flow.cookie,
+            )  # fmt: skip
+
+    def _forget(self, flow: Flow) -> None:
+        self._onward.forget(flow)
+        self._strays.pop(flow.cookie, None)
+        self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+        self._flows.pop(flow.cookie, None)

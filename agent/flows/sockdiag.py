@@ -1,0 +1,206 @@
+"""Accounting for connections without eBPF: by what sock_diag tells of each enrolled pod.
+
+Every end of a socket is told by the kernel, with its last counts; dumps show what lives, whose it is, and what the ends
+leave open. Two descriptors per pod.
+
+Times are those of asking: a connection begins when a dump first saw it, else when its last packets say that it was
+there, else when it ended; and it ends when that is read. So `records` should be called often, `refresh` at leisure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from agent.core.redirect import Redirect
+from agent.core.sockets import CARRYING, TcpState
+from agent.flows.podflows import PodFlows
+from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
+from agent.flows.verdict import Verdicts
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.sockdiag import SockDiag
+from agent.kernel.sockevents import SocketEvents
+
+# Requests of listeners (SYN_RECV) are no connections yet, and nobody is told of their end.
+_STATES: Final = (*CARRYING, TcpState.SYN_SENT, TcpState.LISTEN)
+
+
+@dataclass(slots=True)
+class _Pod:
+    flows: PodFlows
+    events: SocketEvents
+    diag: SockDiag
+    records: list[Connection] = field(default_factory=list)
+
+    def close(self) -> None:
+        self.events.close()
+        self.diag.close()
+
+
+class DiagCollector:
+    """Implements agent.flows.collector.Collector. From any thread; one call at a time does work.
+
+    Never known this way: process and command of a connection, the user of one that no dump saw, how a connect failed
+    that somebody waited for, and what ss --kill ended. Doubtful, and told as leaked: what ztunnel itself connected that
+    no dump saw and that does not relay one captured connection as it is (see agent.flows.onward).
+    """
+
+    name = "inet_diag"
+
+    def __init__(
+        self, is_ztunnel: Callable[[int], bool] = lambda inode: False, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`is_ztunnel`: whether ztunnel's process holds the socket with that inode. A mark alone proves nothing: with
+        the default whatever carries ztunnel's mark is taken for an application that forges it."""
+        self._is_ztunnel, self._clock = is_ztunnel, clock
+        self._lock = threading.Lock()
+        self._pods: dict[int, _Pod] = {}
+        self._left: list[Connection] = []  # records of pods that were released
+        self._sums: tuple[list[Delta], list[Quality]] = ([], [])
+        self._totals: Counter[tuple[Direction, Fate, Reason]] = Counter()
+        self._losses = {"notifications": 0, "endings": 0}
+
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError."""
+        cookie, wiring = target.netns.id.cookie, target.wiring()
+        with self._lock:
+            pod = self._pods.get(cookie)
+            if pod is None:
+                self._pods[cookie] = pod = self._begin(target, Verdicts(want, wiring), captured=captured)
+                if not fresh:
+                    pod.flows.older()
+                return False
+            flows = pod.flows
+            if (flows.verdicts.redirect, flows.verdicts.wiring, flows.captured) == (want, wiring, captured):
+                return False
+            self._look(pod)
+            flows.change(Verdicts(want, wiring), captured=captured)
+            return False
+
+    def release(self, cookie: int) -> None:
+        """What has ended is told; what lives is not."""
+        with self._lock:
+            pod = self._pods.pop(cookie, None)
+            if pod is None:
+                return
+            try:
+                self._look(pod)
+                pod.records += pod.flows.settle(self._clock(), all_of_it=True)
+                self._gather(pod)
+                self._left += pod.records
+            finally:
+                pod.close()
+
+    def admit(self) -> None:
+        """Nothing is kept of a ztunnel: `is_ztunnel` is asked of each socket."""
+
+    def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        """Nothing outlives the process; those go that it holds itself."""
+        with self._lock:
+            held = tuple(self._pods)
+        for cookie in dead(held):
+            self.release(cookie)
+
+    def refresh(self) -> tuple[list[Delta], list[Quality]]:
+        """Reads all sockets of all pods. Raises KernelError."""
+        with self._lock:
+            for pod in self._pods.values():
+                self._look(pod)
+                self._gather(pod)
+            sums, self._sums = self._sums, ([], [])
+            return sums
+
+    def totals(self) -> Mapping[tuple[Direction, Fate, Reason], int]:
+        """Since this process began: nothing outlives it."""
+        with self._lock:
+            return dict(self._totals)
+
+    def live(self, pod: int | None = None) -> list[Connection]:
+        """As of the last reading."""
+        with self._lock:
+            wanted = self._pods.values() if pod is None else filter(None, (self._pods.get(pod),))
+            return [one for found in wanted for one in found.flows.live()]
+
+    def records(self) -> list[Connection]:
+        """Raises KernelError. Some come later: what is not yet clear is held back for up to two seconds."""
+        with self._lock:
+            told, self._left = self._left, []
+            for pod in self._pods.values():
+                self._drain(pod)
+                if pod.flows.unsettled:
+                    self._dump(pod)
+                told += pod.records + pod.flows.settle(self._clock())
+                pod.records = []
+            return told
+
+    def connection(self, record: Connection) -> Connection:
+        return record
+
+    async def arrived(self, seconds: float) -> None:
+        """After so long: the kernel keeps some fifty thousand ends for each pod."""
+        await asyncio.sleep(seconds)
+
+    def verify(self) -> Sequence[str]:
+        return ()
+
+    def losses(self) -> Mapping[str, int]:
+        """`notifications`: how many times some were lost, the kernel does not tell how many. `endings`: connections of
+        which only that is known that they ended; what began and ended in that time is not known at all."""
+        with self._lock:
+            return dict(self._losses)
+
+    def close(self) -> None:
+        with self._lock:
+            for pod in self._pods.values():
+                pod.close()
+            self._pods.clear()
+
+    def _begin(self, target: PodNetns, verdicts: Verdicts, *, captured: bool) -> _Pod:
+        events = target.netns.call(SocketEvents)
+        try:
+            diag = target.netns.call(SockDiag)
+        except BaseException:
+            events.close()
+            raise
+        pod = _Pod(PodFlows(target.netns.id.cookie, verdicts, self._is_ztunnel, captured=captured), events, diag)
+        try:
+            self._dump(pod)
+        except BaseException:
+            pod.close()
+            raise
+        return pod
+
+    def _look(self, pod: _Pod) -> None:
+        # In this order: of what ends in between, the dump still tells whose it was.
+        self._dump(pod)
+        self._drain(pod)
+        if pod.flows.unsettled:
+            self._dump(pod)
+        pod.records += pod.flows.settle(self._clock())
+
+    def _drain(self, pod: _Pod) -> None:
+        reports, lost = pod.events.take()
+        now = self._clock()
+        for report in reports:
+            pod.flows.ended(report, now)
+        if lost:
+            self._losses["notifications"] += 1
+            self._dump(pod, complete=True)
+
+    def _dump(self, pod: _Pod, *, complete: bool = False) -> None:
+        states = (*_STATES, TcpState.TIME_WAIT) if pod.flows.unsettled else _STATES
+        reports, timers = pod.diag.reports(states)
+        self._losses["endings"] += pod.flows.dumped(reports, timers, self._clock(), complete=complete)
+
+    def _gather(self, pod: _Pod) -> None:
+        pod.flows.count()
+        deltas, qualities = pod.flows.sums.take()
+        for one in deltas:
+            self._totals[one.direction, one.fate, one.reason] += one.opened + one.failed
+        self._sums[0].extend(deltas)
+        self._sums[1].extend(qualities)

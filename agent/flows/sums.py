@@ -1,0 +1,92 @@
+"""What connections added since the last reading: by peer, and their quality. Pure, and forgets what it has told."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Connection, Delta, Direction, Fate, Quality, Reason
+
+_Key = tuple[Direction, Fate, Reason, str, int]
+
+
+@dataclass(slots=True)
+class _Tally:
+    opened: int = 0
+    closed: int = 0
+    failed: int = 0
+    sent: int = 0
+    received: int = 0
+    socket: int = 0
+
+
+@dataclass(slots=True)
+class _Measures:
+    rtt: list[int] = field(default_factory=lambda: [0] * (len(RTT_BOUNDS) + 1))
+    duration: list[int] = field(default_factory=lambda: [0] * (len(DURATION_BOUNDS) + 1))
+    rtt_sum: float = 0.0
+    duration_sum: float = 0.0
+    retransmitted: int = 0
+    segments_out: int = 0
+    segments_in: int = 0
+
+
+class Sums:
+    """Of one pod."""
+
+    def __init__(self, pod: int) -> None:
+        self._pod = pod
+        self._tallies: dict[_Key, _Tally] = {}
+        self._measures: dict[Direction, _Measures] = {}
+
+    def add(
+        self,
+        key: _Key,
+        *,
+        opened: int = 0,
+        closed: int = 0,
+        failed: int = 0,
+        sent: int = 0,
+        received: int = 0,
+        socket: int = 0,
+    ) -> None:
+        found = self._tallies.get(key)
+        if found is None:
+            found = self._tallies[key] = _Tally()
+        found.opened += opened
+        found.closed += closed
+        found.failed += failed
+        found.sent += sent
+        found.received += received
+        if opened or failed:
+            found.socket = socket
+
+    def ended(self, one: Connection) -> None:
+        """The quality of a connection that was established; without a measured round-trip time none is counted."""
+        if not one.established or one.closed is None:
+            return
+        found = self._measures.setdefault(one.direction, _Measures())
+        duration = max(0.0, one.closed - one.opened)
+        found.duration[bisect_left(DURATION_BOUNDS, duration)] += 1
+        found.duration_sum += duration
+        if one.rtt is not None:
+            found.rtt[bisect_left(RTT_BOUNDS, one.rtt)] += 1
+            found.rtt_sum += one.rtt
+        found.retransmitted += one.retransmitted
+        found.segments_out += one.segments_out
+        found.segments_in += one.segments_in
+
+    def take(self) -> tuple[list[Delta], list[Quality]]:
+        tallies, measures = self._tallies, self._measures
+        self._tallies, self._measures = {}, {}
+        deltas = [
+            Delta(self._pod, *key, one.opened, one.closed, one.failed, one.sent, one.received, one.socket)
+            for key, one in tallies.items()
+        ]
+        return deltas, [
+            Quality(
+                self._pod, direction, tuple(one.rtt), one.rtt_sum, tuple(one.duration), one.duration_sum,
+                one.retransmitted, one.segments_out, one.segments_in,
+            )
+            for direction, one in measures.items()
+        ]  # fmt: skip
