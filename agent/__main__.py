@@ -22,6 +22,7 @@ _GROUPS = {
     "status": "pods",
     "pods": "pods",
     "explain": "pods",
+    "connections": "connections",
     "verify": "verify",
     "diff": "verify",
     "rules": "rules",

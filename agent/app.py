@@ -34,8 +34,17 @@ from agent.core.pods import PodTable
 from agent.core.settings import Settings
 from agent.core.switching import carried
 from agent.export.admin import Admin
+from agent.export.connections import Connections
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
+from agent.export.records import Records
+from agent.flows import choose as collectors
+from agent.flows.accounting import Accounting
+from agent.flows.journal import Journal
+from agent.flows.logfile import LogFile
+from agent.flows.peersfile import PeersFile
+from agent.flows.tally import Tally
+from agent.flows.who import Who
 from agent.kernel import hostview
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.process import Process
@@ -73,11 +82,16 @@ class Agent:
         self.namespaces = Namespaces(self.state)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
+        self.who = Who(settings.cluster, settings.trust_domain)
+        self.connections: Connections | None = None
+        self.accounting = self._account()
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
             lambda: [(pod, self.beside.totals(pod.uid)) for pod in self.table],
             lambda: exits(self.pins) if self.choice.by_socket else {},
+            self.connections,
+            self.accounting.sockets if self.accounting else tuple,
         )
         self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
         self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
@@ -95,11 +109,21 @@ class Agent:
             host=self.host,
             canary=self._canary(),
             counting=self.beside,
+            accounting=self.accounting,
         )
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
+        self.records = Records(self.accounting, self.table)
         self.admin = Admin(
-            settings, self.table, self.reconciler, self.metrics, self.readiness, self.node, self.beside, self.host
+            settings,
+            self.table,
+            self.reconciler,
+            self.metrics,
+            self.readiness,
+            self.node,
+            self.beside,
+            self.host,
+            self.records,
         )
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
@@ -125,6 +149,24 @@ class Agent:
             recorded.save(settings.run_dir, new)
         return choice, (host, why)
 
+    def _account(self) -> Accounting | None:
+        """Counts connections by the best means that this node has. Raises SettingsError when it has not what is set."""
+        settings = self.settings
+        collector, reason = collectors.choose(settings, self.pins, self.ztunnels, by_socket=self.choice.by_socket)
+        if collector is None:
+            return None
+        journal = None
+        if settings.connection_log:
+            file = LogFile(settings.connection_log, settings.connection_log_bytes, settings.connection_log_keep)
+            journal = Journal(file, settings.connection_log_sample)
+        tally = Tally(self.who, settings.metrics_label_sets, settings.metrics_expire_seconds)
+        node = settings.node_name or socket.gethostname()
+        self.connections = shown = Connections(tally, lambda: made.losses(), lambda: made.refresh())
+        peers = PeersFile(settings.peers_file, self.who) if settings.peers_file else None
+        add, every = shown.add, settings.verify_seconds
+        made = Accounting(collector, self.table, self.who, node, add, reason, journal, every, peers)
+        return made
+
     def _host(self) -> HostLoop:
         name = self.host_choice[0]
         active, retired = layers(name)
@@ -148,6 +190,7 @@ class Agent:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(part) for part in self._parts()]
                 await stop.wait()
+                self.records.close()
                 for task in running:
                     task.cancel()
         finally:
@@ -155,6 +198,8 @@ class Agent:
             self.outside.close()
             self.carried.close()
             self.namespaces.close()
+            if self.accounting:
+                self.accounting.close()
             log.info("stopped; all rules stay in place")
 
     def readiness(self) -> tuple[str, str]:
@@ -182,6 +227,8 @@ class Agent:
             "host_probes_reason": self.host_choice[1],
             "ztunnel_connections": self.zds.connections,
             "ztunnel_unacknowledged": self.zds.unacknowledged,
+            "accounting": self.accounting.name if self.accounting else "off",
+            "accounting_reason": self.accounting.reason if self.accounting else "setting accounting",
             "static_pods": self.static.error or "ok" if self.settings.static_pods else "not set",
             "damaged_state_files": self.state.damaged,
         }
@@ -203,6 +250,8 @@ class Agent:
             parts.append(self._tcp())
         if self.settings.static_pods:
             parts.append(self.static.run())
+        if self.accounting:
+            parts.append(self.accounting.run(self.namespaces.dead))
         return parts
 
     async def _ready(self) -> None:
@@ -234,14 +283,20 @@ class Agent:
 
     def _ztunnel_arrived(self, process: Process) -> None:
         """Before it opens any connection: those must not be taken for a pod's."""
-        if not self.choice.by_socket:
+        if not self.choice.by_socket and self.accounting is None:
             process.close()
             return
         self.ztunnels.arrived(process)
-        try:
-            self.programs.admit()
-        except KernelError as error:
-            log.warning("ztunnel's own connections will be refused: %s", error)
+        if self.choice.by_socket:
+            try:
+                self.programs.admit()
+            except KernelError as error:
+                log.warning("ztunnel's own connections will be refused: %s", error)
+        if self.accounting:
+            try:
+                self.accounting.collector.admit()
+            except KernelError as error:
+                log.warning("ztunnel's own connections will be taken for the pods': %s", error)
 
     def _ztunnel_changed(self, uid: str | None) -> None:
         """A ztunnel acknowledged this pod, or (None) one has gone, which may concern every pod."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import Counter
 from typing import Any
 
 from agent.cli import client, output
@@ -35,6 +36,8 @@ def _status(args: argparse.Namespace) -> int:
         ("Backend", f"{answer['backend']} ({answer['backend_reason']})"),
         *((f"  {name}", words) for name, words in answer["backends"].items()),
         ("Probes", _probes(answer)),
+        ("Accounting", f"{answer['accounting']} ({answer['accounting_reason']})"),
+        *((f"  {fate}", words) for fate, words in _fates(answer["connections"])),
         ("Ztunnels", answer["ztunnel_connections"]),
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
@@ -46,6 +49,18 @@ def _status(args: argparse.Namespace) -> int:
         rows.append(("Damaged state", ", ".join(answer["damaged_state_files"])))
     output.emit(args.output, answer, pairs(rows))
     return 0
+
+
+def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What became of all connections: their number, and by reason where there is one."""
+    found: dict[str, Counter[str]] = {"captured": Counter(), "exempt": Counter(), "leaked": Counter()}
+    for row in rows:
+        found.setdefault(row["fate"], Counter())[row["reason"]] += row["connections"]
+    lines = []
+    for fate, reasons in found.items():
+        named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason)
+        lines.append((fate, f"{reasons.total()} connections" + (f" ({named})" if named else "")))
+    return lines if rows else []
 
 
 def _probes(answer: Any) -> str:

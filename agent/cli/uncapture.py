@@ -25,7 +25,7 @@ from agent.kernel import bpffs
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.unixsocket import claim
-from agent.reconciler.removal import REMAINS, REMOVED, Removal, uncapture, uncapture_host, uncapture_left
+from agent.reconciler.removal import REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
 from agent.sources import existing
 from agent.sources.existing import Known
 
@@ -135,14 +135,23 @@ def left(pins: Pins, *, dry_run: bool) -> list[Row]:
     The whole directory goes in the end, with what another version made: that takes no more than removing files.
     """
     found = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
+    rows = [Row("node", None, found)] if found else []
     if pins.root.exists() and not dry_run:
-        done = Removal(Whose.OURS, REMOVED, ("ebpf-programs",), (f"rm -r {pins.root}",))
-        try:
-            bpffs.remove_tree(pins.root)
-        except SluiceError as error:
-            done = replace(done, result=REMAINS, errors=(*(found.errors if found else ()), str(error)))
-        found = done
-    return [Row("node", None, found)] if found else []
+        rows = [Row("node", None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
+    if pins.accounting.root.exists():
+        root = pins.accounting.root
+        would = Removal(Whose.OURS, WOULD, ("accounting",), (f"rm -r {root}",))
+        rows.append(Row("node", None, would if dry_run else _directory(root, "accounting")))
+    return rows
+
+
+def _directory(root: Path, layer: str, errors: tuple[str, ...] = ()) -> Removal:
+    done = Removal(Whose.OURS, REMOVED, (layer,), (f"rm -r {root}",))
+    try:
+        bpffs.remove_tree(root)
+    except SluiceError as error:
+        done = replace(done, result=REMAINS, errors=(*errors, str(error)))
+    return done
 
 
 def _text(value: dict[str, Any], *, dry_run: bool) -> str:

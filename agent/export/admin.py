@@ -17,6 +17,7 @@ from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
+from agent.export.records import Records
 from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
 from agent.sources.beside import Beside
@@ -36,6 +37,7 @@ class Admin:
     node: Callable[[], Mapping[str, Any]]
     beside: Beside
     host: HostLoop | None = None
+    records: Records | None = None
 
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz; safe to show to anyone on the network."""
@@ -43,7 +45,7 @@ class Admin:
             return Response.text("only GET is answered here", 405)
         match request.path:
             case "/metrics":
-                return Response(200, self.metrics.render(), self.metrics.content_type)
+                return await self.metrics.page(request)
             case "/healthz":
                 return Response.text("ok")
             case "/readyz":
@@ -60,6 +62,8 @@ class Admin:
             ("GET", "/v1/verify"): self._verify,
             ("POST", "/v1/verify"): self._verify,
         }
+        if self.records is not None:
+            handlers["GET", "/v1/connections"] = self.records.connections
         handler = handlers.get((request.method, request.path))
         if handler is None:
             return await self.public(request)
@@ -80,6 +84,7 @@ class Admin:
             "problem": missing or degraded,
             "pods": states,
             "exits": self._exits(),
+            "connections": await self.records.totals() if self.records else [],
         }
 
     def _exits(self) -> dict[str, int]:

@@ -7,8 +7,8 @@ import contextlib
 import gzip
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -17,13 +17,18 @@ import h11
 log = logging.getLogger("sluice.http")
 SECONDS = 10  # for a client to send its request and to take the answer
 _WORTH_COMPRESSING = 1024  # bytes
+_WORTH_A_THREAD = 1 << 16  # bytes; less is compressed in less time than the hop takes
+_SLICE = 1 << 18  # bytes; a client that is slow to read keeps no more of them in memory than this
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
+    """Names of `headers` are in small letters; what came several times is one value, with commas."""
+
     method: str
     path: str
     query: Mapping[str, str]
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +66,9 @@ class HttpServer:
                     response = await self._answer(event)
                 except h11.RemoteProtocolError as error:
                     response = Response.text(f"bad request: {error}", error.error_status_hint)
+                pieces = await _pieces(connection, event, response)
                 async with asyncio.timeout(SECONDS):
-                    writer.write(_bytes(connection, event, response))
-                    await writer.drain()
+                    await _send(writer, pieces)
             finally:
                 writer.close()
 
@@ -72,7 +77,7 @@ class HttpServer:
             parts = urlsplit(event.target.decode("ascii", "replace"))
         except ValueError as error:
             return Response.text(f"bad request: {error}", 400)
-        request = Request(event.method.decode(), parts.path, dict(parse_qsl(parts.query)))
+        request = Request(event.method.decode(), parts.path, dict(parse_qsl(parts.query)), _headers(event))
         try:
             return await self._handler(request)
         except Exception:
@@ -91,15 +96,52 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
             raise h11.RemoteProtocolError("no request")
 
 
-def _bytes(connection: h11.Connection, event: h11.Request | None, response: Response) -> bytes:
+def _headers(event: h11.Request) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for raw, value in event.headers:
+        name, text = raw.decode("latin-1"), value.decode("latin-1")
+        found[name] = f"{found[name]}, {text}" if name in found else text
+    return found
+
+
+async def _pieces(connection: h11.Connection, event: h11.Request | None, response: Response) -> list[bytes]:
     body = response.body
     headers = [("content-type", response.content_type), ("connection", "close")]
-    accepted = dict(event.headers).get(b"accept-encoding", b"") if event else b""
-    if b"gzip" in accepted and len(body) >= _WORTH_COMPRESSING:
-        body = gzip.compress(body, 1)
+    if event is not None and len(body) >= _WORTH_COMPRESSING and takes_gzip(_headers(event).get("accept-encoding", "")):
+        large = len(body) >= _WORTH_A_THREAD
+        body = await asyncio.to_thread(gzip.compress, body, 1) if large else gzip.compress(body, 1)
         headers.append(("content-encoding", "gzip"))
     headers.append(("content-length", str(len(body))))
     events: list[h11.Event] = [h11.Response(status_code=response.status, headers=headers)]
     if event is None or event.method != b"HEAD":
         events.append(h11.Data(data=body))
-    return b"".join(connection.send(part) or b"" for part in (*events, h11.EndOfMessage()))
+    return [connection.send(part) or b"" for part in (*events, h11.EndOfMessage())]
+
+
+async def _send(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
+    for piece in pieces:
+        view = memoryview(piece)
+        for start in range(0, len(view), _SLICE):
+            writer.write(view[start : start + _SLICE])
+            await writer.drain()
+
+
+def takes_gzip(accept_encoding: str) -> bool:
+    """RFC 9110, 12.5.3: "*" is of codings that are not named, and weight 0 refuses."""
+    weights = {coding: weight for coding, _, weight in choices(accept_encoding)}
+    return next((weights[name] for name in ("gzip", "x-gzip", "*") if name in weights), 0.0) > 0
+
+
+def choices(header: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """What a header of content negotiation lists: each in small letters, its parameters, and its weight, 0 to 1.
+
+    RFC 9110, 12.4.2. A weight that is none refuses, for what is meant cannot be told.
+    """
+    for part in header.lower().split(","):
+        what, *words = (word.strip() for word in part.split(";"))
+        parameters = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in words)}
+        try:
+            weight = float(parameters.pop("q", "1"))
+        except ValueError:
+            weight = 0.0
+        yield what, parameters, weight if 0 <= weight <= 1 else 0.0

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -18,7 +17,10 @@ from agent.backends.ebpf.abi import ExitCause
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError
 from agent.core.pods import Pod
+from agent.core.sockets import TcpState
 from agent.core.status import State
+from agent.export.connections import Connections, Page
+from agent.flows.sockets import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
 
@@ -79,10 +81,33 @@ class _Exits(Collector):
             yield family
 
 
+class _Sockets(Collector):
+    """Of each pod, by state; and how near it is to the end of its ephemeral ports."""
+
+    def __init__(self, sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]]) -> None:
+        self._sockets = sockets
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["namespace", "pod"]
+        states = GaugeMetricFamily(
+            "sluice_sockets", "TCP sockets of pods by state, ztunnel's included.", labels=[*labels, "state"]
+        )
+        ports = GaugeMetricFamily("sluice_ephemeral_ports", "Local ports of pods for outbound use.", labels=labels)
+        used = GaugeMetricFamily(
+            "sluice_ephemeral_ports_used", "Of these, those in use towards the one peer that has most.", labels=labels
+        )
+        for pod, found in self._sockets():
+            for state in TcpState:
+                if state in found.states or state is TcpState.CLOSE_WAIT:
+                    count = found.states.get(state, 0)
+                    states.add_metric([pod.namespace, pod.name, state.name.lower()], count)
+            ports.add_metric([pod.namespace, pod.name], found.ephemeral.size)
+            used.add_metric([pod.namespace, pod.name], found.ephemeral.towards)
+        yield from (states, ports, used)
+
+
 class Metrics:
     """Everything under one registry of its own."""
-
-    content_type = CONTENT_TYPE_LATEST
 
     def __init__(
         self,
@@ -90,6 +115,8 @@ class Metrics:
         ztunnels: Callable[[], int],
         beside: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
         exits: Callable[[], Mapping[ExitCause, int]] = dict,
+        connections: Connections | None = None,
+        sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
         self.registry = r = CollectorRegistry(auto_describe=True)
@@ -98,6 +125,7 @@ class Metrics:
         r.register(_Pods(states))
         r.register(_Beside(beside))
         r.register(_Exits(exits))
+        r.register(_Sockets(sockets))
         self.drift = Counter(
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )
@@ -117,11 +145,9 @@ class Metrics:
         self.cni_seconds = Histogram(
             "sluice_cni_seconds", "Time to answer the CNI plugin.", ["verb"], buckets=buckets, registry=r
         )
-        connections = Gauge("sluice_ztunnel_connections", "Live ZDS connections.", registry=r)
-        connections.set_function(ztunnels)
-
-    def render(self) -> bytes:
-        return generate_latest(self.registry)
+        sessions = Gauge("sluice_ztunnel_connections", "Live ZDS connections.", registry=r)
+        sessions.set_function(ztunnels)
+        self.page = Page(r, connections)
 
     def cni(self, verb: str, code: int, seconds: float) -> None:
         self.cni_requests.labels(verb, str(code)).inc()

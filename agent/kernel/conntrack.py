@@ -35,20 +35,32 @@ class Conntrack:
 
         None when conntrack's zone 0 has no such flow. Raises KernelError when it cannot be asked.
         """
+        body = self._get(encode(protocol, local, client))
+        return None if body is None else decode(body)
+
+    def endpoint(self, protocol: int, client: Endpoint, service: Endpoint) -> Endpoint | None:
+        """Who answers `client`, which asked for `service`: another where DNAT has chosen one.
+
+        None when conntrack's zone 0 has no such flow. Raises KernelError when it cannot be asked.
+        """
+        body = self._get(encode(protocol, client, service, _TUPLE_ORIG))
+        return None if body is None else decode(body, _TUPLE_REPLY)
+
+    def _get(self, request: bytes) -> bytes | None:
         try:
-            answers = self._netlink.request("conntrack lookup", _CT_GET, 0, encode(protocol, local, client))
+            answers = self._netlink.request("conntrack lookup", _CT_GET, 0, request)
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return None
             raise
-        return decode(answers[0].body) if answers else None
+        return answers[0].body if answers else None
 
     def close(self) -> None:
         self._netlink.close()
 
 
-def encode(protocol: int, source: Endpoint, destination: Endpoint) -> bytes:
-    """Body of a GET for the flow whose replies go from `source` to `destination`."""
+def encode(protocol: int, source: Endpoint, destination: Endpoint, way: int = _TUPLE_REPLY) -> bytes:
+    """Body of a GET for the flow whose replies (or whose packets, by `way`) go from `source` to `destination`."""
     family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
     addresses = nested(
         _TUPLE_IP,
@@ -61,16 +73,16 @@ def encode(protocol: int, source: Endpoint, destination: Endpoint) -> bytes:
         attribute(_PROTO_SRC_PORT, struct.pack(">H", source[1])),
         attribute(_PROTO_DST_PORT, struct.pack(">H", destination[1])),
     )
-    return struct.pack(">BBH", family, 0, 0) + nested(_TUPLE_REPLY, addresses, ports)
+    return struct.pack(">BBH", family, 0, 0) + nested(way, addresses, ports)
 
 
-def decode(body: bytes) -> Endpoint | None:
-    """The original destination of the flow in a GET's answer; None when the answer does not hold one."""
-    original = dict(attributes(dict(attributes(body[4:])).get(_TUPLE_ORIG, b"")))
-    addresses = dict(attributes(original.get(_TUPLE_IP, b"")))
-    port = dict(attributes(original.get(_TUPLE_PROTO, b""))).get(_PROTO_DST_PORT, b"")
+def decode(body: bytes, way: int = _TUPLE_ORIG) -> Endpoint | None:
+    """The original destination of the flow in a GET's answer, or the source of its replies; None without one."""
+    found = dict(attributes(dict(attributes(body[4:])).get(way, b"")))
+    addresses, step = dict(attributes(found.get(_TUPLE_IP, b""))), int(way == _TUPLE_ORIG)
+    port = dict(attributes(found.get(_TUPLE_PROTO, b""))).get(_PROTO_SRC_PORT + step, b"")
     for family, kind in _IP_SRC.items():
-        address = addresses.get(kind + 1, b"")
+        address = addresses.get(kind + step, b"")
         if len(address) == (4 if family == socket.AF_INET else 16) and len(port) == 2:
             return socket.inet_ntop(family, address), struct.unpack(">H", port)[0]
     return None

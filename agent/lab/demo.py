@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import ask, faults, nodes
+from agent.lab import ask, closing, faults, nodes
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.processes import Backend
 from agent.lab.topology import Program, default_spec
@@ -43,7 +43,7 @@ def demo(prefix: str, backend: Backend = Backend.NFTABLES) -> int:
             lab.up(backend=backend, tell=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
-            faults.run_all(lab, check, backend)
+            closing.report(lab, check, faults.run_all(lab, check, backend))
     finally:
         down(prefix)
     _title("Afterwards")

@@ -41,8 +41,11 @@ class Window:
     hitless: bool
 
 
-def run_all(lab: Lab, check: Checks, backend: Backend) -> None:
-    """Does every fault that there is for a backend under traffic, accounts for each connection, prints and checks."""
+def run_all(lab: Lab, check: Checks, backend: Backend) -> Accounts:
+    """Does every fault that there is for a backend under traffic, accounts for each connection, prints and checks.
+
+    Returns the accounts of the windows in which connections could pass by.
+    """
     print("\n== Under continuous traffic: new connections from shop/client to shop/web and shop/db, IPv4 and IPv6")
     pods = lab.pods.up()
     targets = [pods[ref].address(Program.ECHO, family) for ref in ("shop/web", "shop/db") for family in (4, 6)]
@@ -65,10 +68,12 @@ def run_all(lab: Lab, check: Checks, backend: Backend) -> None:
     own.act(during)
     time.sleep(CALM)
     load = traffic.stop()
-    own.report(check, _report(lab, check, load, windows))
+    passed = _report(lab, check, load, windows)
+    own.report(check, passed)
     for node in lab.spec.nodes:
         wrong = [row for row in ask.agent(lab, node, "/v1/verify", all="true") if row["result"] != "ok"]
         check(f"sluice verify --all on {node} finds nothing wrong", not wrong, wrong or "")
+    return passed
 
 
 def _report(lab: Lab, check: Checks, load: list[LoadRecord], windows: list[Window]) -> Accounts:

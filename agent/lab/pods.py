@@ -127,15 +127,18 @@ class Pods:
             raise SluiceError(f"lab pod {spec.ref} is not up; bring the lab up with: sluice lab up")
         return pod
 
-    def write_names(self) -> Path:
-        """The hosts file of the lab's DNS server: NAME.NAMESPACE.lab.test, both families."""
-        path = self.spec.run_dir / "hosts"
-        lines = []
+    def write_names(self) -> None:
+        """The hosts file of the lab's DNS server, NAME.NAMESPACE.lab.test, and the agents' file of peers."""
+        lines, peers = list[str](), list[Json]()
         for pod in self.up().values():
             name = f"{pod.spec.name}.{pod.spec.namespace}.{DOMAIN}"
             lines += [f"{pod.ipv4} {name}", f"{pod.ipv6} {name}"]
-        path.write_text("".join(f"{line}\n" for line in lines))
-        return path
+            named = {"namespace": pod.spec.namespace, "name": pod.spec.name, "workload": pod.spec.name}
+            peers.append({"addresses": [pod.ipv4, pod.ipv6], **named})
+        (self.spec.run_dir / "hosts").write_text("".join(f"{line}\n" for line in lines))
+        passing = self.spec.peers_file.with_suffix(".new")
+        passing.write_text(json.dumps({"workloads": peers}, indent=1) + "\n")  # JSON is YAML, too
+        passing.replace(self.spec.peers_file)
 
     def _start(self, pod: Pod, program: Program) -> Child:
         return self.run(pod, program, command(program, pod, self.spec))

@@ -96,6 +96,7 @@ def settings(spec: LabSpec, node: str, backend: Backend) -> dict[str, Any]:
         "bpf_dir": str(spec.bpf_dir(node)),
         "zds_socket": str(directory / "ztunnel.sock"),
         "metrics_address": "127.0.0.1:15014",
+        "peers_file": str(spec.peers_file),
         "backend": str(backend),
         "exclude_namespaces": ["kube-system"],
     }

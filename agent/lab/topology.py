@@ -106,6 +106,11 @@ class LabSpec:
     def run_dir(self) -> Path:
         return Path("/run", self.prefix)
 
+    @property
+    def peers_file(self) -> Path:
+        """Whose addresses are whose, for all agents: what Kubernetes' API would tell."""
+        return self.run_dir / "peers.yaml"
+
     def node_dir(self, node: str) -> Path:
         return self.run_dir / node
 

@@ -12,7 +12,7 @@ from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import Facts, PodNetns
-from agent.reconciler.parts import Counting, Namespaces, Outside
+from agent.reconciler.parts import Accounting, Counting, Namespaces, Outside
 from agent.reconciler.settle import Settled, settle, settle_each, verify, verify_each
 from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching
 
@@ -24,6 +24,7 @@ class Enrolled:
     """What a pass over a captured pod found and did. `first`: the pod was not captured before.
 
     `changing`: what captured it before a change between NAT and eBPF is not all gone yet; `waiting`: not gone at all.
+    `soon`: something is left that nobody should wait for.
     """
 
     target: PodNetns
@@ -35,6 +36,7 @@ class Enrolled:
     first: bool
     changing: bool
     waiting: bool
+    soon: bool
 
 
 class Enrolment:
@@ -47,12 +49,13 @@ class Enrolment:
         outside: Outside,
         switching: Switching,
         counting: Counting | None,
+        accounting: Accounting | None = None,
         *,
         preserve: bool,
     ) -> None:
         """`preserve`: connections from before a pod's enrolment run on."""
         self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
-        self._switching, self._counting = switching, counting
+        self._switching, self._counting, self._accounting = switching, counting, accounting
 
     def addresses(self, pod: Pod) -> tuple[str, ...]:
         """The pod's addresses as its namespace has them."""
@@ -62,11 +65,14 @@ class Enrolment:
         """Makes `redirect` true. Raises SluiceError; what was applied until then stays."""
         target, first = self._namespaces.resolve(pod), not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
-        lenient = first and self._preserve and not self._namespaces.is_new(pod)
+        fresh = self._namespaces.is_new(pod)
+        lenient = first and self._preserve and not fresh
         facts = target.facts()
         want, notes = _within(redirect, facts)
         if lenient:
             self._outside.begin(pod.uid, target)
+        if first and self._accounting:
+            self._accounting.enrol(pod, target, want, captured=False, fresh=fresh)
         carried = self._switching.begin(pod.uid, target, want, retired)
         # Noted and pinned before anything is changed: a crash at any later point finds its way back.
         self._remember(pod)
@@ -80,8 +86,12 @@ class Enrolment:
                 now, strict = self._settle(pod.uid, target, want)
                 done = Settled([*done.applied, *strict.applied], strict.remarks)
             self._remember(pod)
+        soon = False
+        if self._accounting:
+            soon = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
         words = tuple(line for line in (*notes, report(left), self._switching.told(carried), *done.remarks) if line)
-        return Enrolled(target, now, done, facts.addresses, len(left), words, first, bool(carried), carried.waiting)
+        changing = bool(carried)
+        return Enrolled(target, now, done, facts.addresses, len(left), words, first, changing, carried.waiting, soon)
 
     def _settle(
         self,
@@ -107,7 +117,10 @@ class Enrolment:
         """Takes all of ours away; connections from before the enrolment run on."""
         self._outside.forget(pod.uid)
         self._switching.forget(pod.uid)
-        return settle(self._namespaces.resolve(pod), None, self._choice.active, self._choice.retired)
+        target = self._namespaces.resolve(pod)
+        if self._accounting:
+            self._accounting.release(pod.uid, target)
+        return settle(target, None, self._choice.active, self._choice.retired)
 
     def compare(
         self, pod: Pod, redirect: Redirect | None, *, preserve: bool, changing: bool
@@ -133,6 +146,8 @@ class Enrolment:
         if self._counting:
             self._counting.forget(uid)
         target = self._namespaces.opened(uid)
+        if self._accounting:
+            self._accounting.release(uid, target)
         if target is not None:
             try:
                 settle_each(target, [(one, None) for one in self.lasting])

@@ -28,6 +28,7 @@ class Entry:
     want: Redirect | None = None  # of the last pass that succeeded
     cleaned: bool = False  # retired layers were removed
     changing: bool = False  # what captured it before a change between NAT and eBPF is not all gone yet
+    soon: bool = False  # something is left to do that nobody should wait for
     cause: str = ""  # who changed something, as told by the watcher
     noticed: float = 0.0
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))

@@ -23,7 +23,7 @@ from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import Entry, Repair
-from agent.reconciler.parts import Counting, Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
+from agent.reconciler.parts import Accounting, Counting, Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
 from agent.reconciler.settle import Settled
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
@@ -52,6 +52,7 @@ class Reconciler:
         host: Host | None = None,
         canary: Probing | None = None,
         counting: Counting | None = None,
+        accounting: Accounting | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
 
@@ -66,6 +67,7 @@ class Reconciler:
             outside,
             Switching(choice, carried),
             counting,
+            accounting,
             preserve=settings.preserve_connections,
         )
         self._claimed: dict[str, tuple[str, ...]] = {}
@@ -185,7 +187,7 @@ class Reconciler:
                 self._journal.passed(pod, time.monotonic() - started)
         finally:
             now = time.monotonic()
-            if entry.status.outside or entry.changing or (self._canary and self._canary.due(uid)):
+            if entry.status.outside or entry.changing or entry.soon or (self._canary and self._canary.due(uid)):
                 self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
@@ -237,7 +239,7 @@ class Reconciler:
         self._claim(pod, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
         entry.cleaned, entry.want = not found.changing, found.want
-        entry.changing = found.changing and not found.waiting
+        entry.changing, entry.soon = found.changing and not found.waiting, found.soon
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
         pending = entry.status.state is not State.ENABLED
         if pending:
@@ -322,7 +324,7 @@ class Reconciler:
             await self._publisher.withdraw(pod.uid)
         async with entry.lock:
             await self._workers.run(lambda: self._enrolment.forget(pod))
-        entry.want, entry.cleaned, entry.changing = None, False, False
+        entry.want, entry.cleaned, entry.changing, entry.soon = None, False, False, False
         entry.status = replace(entry.status, outside=0, notes=decision.warnings)
         error = SluiceError(rolled_back) if rolled_back else None
         entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)

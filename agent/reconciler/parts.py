@@ -70,6 +70,15 @@ class Counting(Protocol):
     def forget(self, uid: str) -> None: ...
 
 
+class Accounting(Protocol):
+    """Keeps account of each pod's connections; blocking, and never fails: capture does not depend on it."""
+
+    def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        """Before `want` is made true (`captured` False) and after. True when it wants to be called again soon."""
+
+    def release(self, uid: str, target: PodNetns | None = None) -> None: ...
+
+
 class Host(Protocol):
     """The exemption of the node's probes, which holds the addresses of enrolled pods."""
 

@@ -79,7 +79,7 @@ def test_metrics_parse_and_count_what_happened() -> None:
     metrics.passed(Pod("u", "shop", "web"), 0.5)
     got = {
         (s.name, *sorted(s.labels.items())): s.value
-        for family in parsed(metrics.render().decode())
+        for family in parsed(metrics.page.own(False).decode())
         for s in family.samples
     }
     assert {state: got["sluice_pods", ("state", state)] for state in ("enabled", "failed", "pending")} == {

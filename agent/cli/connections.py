@@ -1,0 +1,132 @@
+"""`sluice connections`: those that pods have, the last that ended, and each that ends from now on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+import yaml
+
+from agent.cli import client, output
+from agent.core.text import table
+
+_HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
+# Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
+_WIDTHS: Final = (12, 22, 3, 21, 34, 9, 9, 9, 9, 8, 0)
+_WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
+Row = Mapping[str, Any]
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("connections", help="connections of pods: live ones, and the last that ended")
+    parser.add_argument(
+        "pod", metavar="POD", nargs="?", default="", help="namespace/name, a name that is alone, or a UID"
+    )
+    parser.add_argument("-f", "--follow", action="store_true", help="print each connection when it ends, until Ctrl-C")
+    parser.add_argument("--fate", choices=("captured", "exempt", "leaked", "undecided"), default="", help="only these")
+    parser.add_argument(
+        "-n", dest="count", metavar="N", type=_count, default=20, help="show N that ended (default: %(default)s)"
+    )
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_run)
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def _run(args: argparse.Namespace) -> int:
+    query = {key: value for key, value in (("pod", args.pod), ("fate", args.fate)) if value}
+    first = {"live": "false"} if args.follow else {}
+    answer = client.ask(args.run_dir, "/v1/connections", limit=str(args.count), **query, **first)
+    if args.follow:
+        _follow(args, query, answer)
+    now = time.time()
+    rows = [_cells(row, _ago(now - row["closed"])) for row in answer["ended"]]
+    rows += [_cells(row, "") for row in sorted(answer["live"], key=lambda row: row["opened"])]
+    output.emit(args.output, answer, table(_HEADER, rows) if rows else "No connections.")
+    return 0
+
+
+def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> None:
+    """Until the user ends it, or the agent does."""
+    if args.output == "table":
+        print(_line(_HEADER), flush=True)
+    while True:
+        if lost := answer.get("lost", 0):
+            print(f"sluice: {lost} records lost", file=sys.stderr, flush=True)
+        for row in answer["ended"]:
+            _print(args.output, row)
+        sys.stdout.flush()
+        answer = client.ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(_WAIT), **query)
+
+
+def _print(form: str, row: Row) -> None:
+    if form == "json":
+        print(json.dumps(row))
+    elif form == "yaml":
+        print(yaml.safe_dump(row, sort_keys=False, explicit_start=True), end="")
+    else:
+        print(_line(_cells(row, row["time"][11:23])))  # of an ISO 8601 moment: hours to milliseconds, in UTC
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+    return "  ".join(padded).rstrip()
+
+
+def _cells(row: Row, ended: str) -> tuple[str, ...]:
+    lasted = row["duration"] if row["closed"] is not None else max(0.0, time.time() - row["opened"])
+    return (
+        ended,
+        f"{row['namespace']}/{row['pod']}" if row["pod"] else "",
+        "in" if row["direction"] == "inbound" else "out",
+        row["local"],
+        row["remote"] + _name(row),
+        row["fate"] + (f" ({row['reason']})" if row["reason"] else ""),
+        size(row["sent_bytes"]),
+        size(row["received_bytes"]),
+        "" if row["rtt_seconds"] is None else span(row["rtt_seconds"]),
+        span(lasted),
+        "" if row["closed"] is None else row["close"] + (f" by {row['closed_by']}" if row["closed_by"] else ""),
+    )
+
+
+def _name(row: Row) -> str:
+    """Of the other end: the service that was asked for, else whose address it is."""
+    name = row["remote_service"] or row["remote_workload"]
+    return f" ({row['remote_namespace']}/{name})" if name else ""
+
+
+def size(count: int) -> str:
+    """Bytes in two or three figures: 999B, 1.5KiB, 20MiB."""
+    amount, power = float(count), 0
+    while amount >= 1000 and power < 4:
+        amount, power = amount / 1024, power + 1
+    digits = 1 if power and amount < 9.95 else 0
+    return f"{amount:.{digits}f}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def span(seconds: float) -> str:
+    """250us, 3.1ms, 1.25s, 2m5s, 3h7m, 2d4h."""
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f}us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f}ms"
+    if seconds < 60:
+        return f"{seconds:.2f}s"
+    minutes, rest = divmod(int(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest}s"
+    return f"{minutes // 60}h{minutes % 60}m" if minutes < 1440 else f"{minutes // 1440}d{minutes // 60 % 24}h"
+
+
+def _ago(seconds: float) -> str:
+    return span(max(0.0, seconds)) if seconds >= 60 else f"{max(0, int(seconds))}s"

@@ -1,0 +1,121 @@
+"""Families of metrics as text, in Prometheus' format 0.0.4 or OpenMetrics 1.0, from label sets written beforehand.
+
+github.com/prometheus/docs, instrumenting/exposition_formats.md; github.com/prometheus/OpenMetrics. In the second a
+counter's family has no _total in its name, a sample may carry an exemplar, and "# EOF" ends the page, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain
+
+from agent.export.http import choices
+from agent.flows.labels import FAILED, OPENED, pairs
+from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS
+from agent.flows.tally import Fated, Measured, Snapshot, Traffic
+
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_EOF = b"# EOF\n"
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """By a request's Accept header: when it is named and not liked less than plain text."""
+    best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for kind, parameters, weight in choices(accept):
+        if kind in best and (kind == "text/plain" or parameters.get("version", "1.0.0") == "1.0.0"):
+            best[kind] = max(best[kind], weight)
+    return 0 < best["application/openmetrics-text"] >= best["text/plain"]
+
+
+def joined(own: bytes, parts: Iterable[bytes], *, openmetrics: bool) -> bytes:
+    """One page of one that is whole and of further families; "# EOF" comes at its end and nowhere else."""
+    return b"".join((own.removesuffix(_EOF), *parts, _EOF if openmetrics else b""))
+
+
+def connections(found: Snapshot, losses: Iterable[tuple[str, int]], *, openmetrics: bool) -> Iterator[bytes]:
+    """Everything about connections, a part per family: the loop gets its turn between two that are made elsewhere."""
+    for name, help, samples in _counters(found, losses, openmetrics):
+        yield _text(_head(name if openmetrics else f"{name}_total", help, "counter"), samples)
+    for name, help, of in _HISTOGRAMS:
+        rows = (_histogram(name, row.labels, *of(row)) for row in found.measured)
+        yield _text(_head(name, help, "histogram"), chain.from_iterable(rows))
+
+
+def _text(head: Iterable[str], samples: Iterable[str]) -> bytes:
+    return "".join((*head, *samples)).encode()
+
+
+_Buckets = tuple[Sequence[float], Sequence[int], float]
+_HISTOGRAMS: tuple[tuple[str, str, Callable[[Measured], _Buckets]], ...] = (
+    (
+        "sluice_tcp_rtt_seconds",
+        "Smoothed round-trip time of connections, as the kernel had it when they ended.",
+        lambda row: (RTT_BOUNDS, row.rtt, row.rtt_sum),
+    ),
+    (
+        "sluice_tcp_connection_duration_seconds",
+        "Time from the opening of connections to their end.",
+        lambda row: (DURATION_BOUNDS, row.duration, row.duration_sum),
+    ),
+)
+
+
+def _counters(
+    found: Snapshot, losses: Iterable[tuple[str, int]], openmetrics: bool
+) -> Iterator[tuple[str, str, Iterable[str]]]:
+    """Name without _total, help and lines of each."""
+    for name, help, value in _TRAFFIC:
+        head = f"{name}_total{{"
+        yield name, help, [f"{head}{row.labels}{OPENED}}} {value(row)}\n" for row in found.traffic if _was_open(row)]
+    name = "istio_tcp_connections_failed"
+    failed = [f"{name}_total{{{row.labels}{FAILED}}} {row.failed}\n" for row in found.traffic if row.failed]
+    yield name, "Connections that could not be established.", failed
+    fates = [
+        f"sluice_connections_total{{{row.labels}}} {row.connections}{_exemplar(row, openmetrics)}\n"
+        for row in found.fates
+    ]
+    yield "sluice_connections", "Every connection of captured pods by what became of it, those that failed too.", fates
+    name = "sluice_tcp_retransmitted_segments"
+    segments = [f"{name}_total{{{row.labels}}} {row.retransmitted}\n" for row in found.measured]
+    yield name, "Segments that were sent again.", segments
+    yield _simple("sluice_records_lost", "What accounting lost under load.", "cause", losses)
+    help = "How often a cap on label sets was met: labels of what came then say overflow."
+    yield _simple("sluice_metrics_overflow", help, "kind", found.overflow.items())
+
+
+_TRAFFIC: tuple[tuple[str, str, Callable[[Traffic], int]], ...] = (
+    ("istio_tcp_connections_opened", "Connections that were established.", lambda row: row.opened),
+    ("istio_tcp_connections_closed", "Connections that ended after they had been established.", lambda row: row.closed),
+    ("istio_tcp_sent_bytes", "Bytes of payload in the direction of responses.", lambda row: row.sent),
+    ("istio_tcp_received_bytes", "Bytes of payload in the direction of requests.", lambda row: row.received),
+)
+
+
+def _was_open(row: Traffic) -> bool:
+    """All four or none of the series: those of what only ever failed would stay at zero."""
+    return bool(row.opened or row.closed or row.sent or row.received)
+
+
+def _simple(name: str, help: str, label: str, values: Iterable[tuple[str, int]]) -> tuple[str, str, list[str]]:
+    return name, help, [f"{name}_total{{{pairs(((label, which),))}}} {count}\n" for which, count in values]
+
+
+def _exemplar(row: Fated, openmetrics: bool) -> str:
+    """The socket that was counted last, to look for among the records; seconds since the epoch."""
+    if not openmetrics or not row.socket:
+        return ""
+    return f' # {{socket="{row.socket}"}} 1 {row.at:.3f}'
+
+
+def _head(name: str, help: str, kind: str) -> tuple[str, str]:
+    return f"# HELP {name} {help}\n", f"# TYPE {name} {kind}\n"
+
+
+def _histogram(name: str, labels: str, bounds: Sequence[float], counts: Sequence[int], sum: float) -> Iterator[str]:
+    *below, total = accumulate(counts)
+    for bound, count in zip(bounds, below, strict=True):
+        yield f'{name}_bucket{{{labels},le="{float(bound)}"}} {count}\n'
+    yield f'{name}_bucket{{{labels},le="+Inf"}} {total}\n'
+    yield f"{name}_sum{{{labels}}} {float(sum)}\n"
+    yield f"{name}_count{{{labels}}} {total}\n"

@@ -1,0 +1,134 @@
+"""What bpf/account.h says, in Python. Pure; a test compares both by BTF."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any, Final
+
+from agent.backends.ebpf.abi import parse
+from agent.core.sockets import Endpoint
+from agent.flows.record import (
+    DURATION_BOUNDS,
+    RTT_BOUNDS,
+    Closer,
+    Connection,
+    Direction,
+    Fate,
+    How,
+    Quality,
+    Reason,
+)
+
+RECORD: Final = struct.Struct("=16s16s16sQQQQQQIIIIII16s2s2s2sBBBBBB4x")
+TALLY_KEY: Final = struct.Struct("=Q16s2sBBB3x")
+TALLY: Final = struct.Struct("=QQQQQQ")
+QUALITY_KEY: Final = struct.Struct("=QI4x")
+_RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
+QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
+HANDSHAKE: Final = struct.Struct("=QII")
+_NOBODY = 0xFFFFFFFF
+
+
+class Loss(IntEnum):
+    """enum loss."""
+
+    RECORD = 0
+    CONNECTION = 1
+    FATE = 2
+    PEER = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """struct tally, since the map was made."""
+
+    opened: int = 0
+    closed: int = 0
+    failed: int = 0
+    sent: int = 0
+    received: int = 0
+    socket: int = 0
+
+
+def connections(data: bytes, epoch: int) -> Iterator[Connection]:
+    """Of records one after the other. `epoch`: nanoseconds from the epoch to the zero of the kernel's clock."""
+    for fields in RECORD.iter_unpack(data):
+        yield _connection(fields, epoch)
+
+
+def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
+    (local, remote, peer, pod, socket, opened, closed, sent, received, out, into, again, rtt, user, process, command,
+     local_port, remote_port, peer_port, direction, fate, reason, how, closer, established) = fields  # fmt: skip
+    return Connection(
+        pod,
+        socket,
+        Direction(direction),
+        Fate(fate),
+        Reason(reason),
+        _endpoint(local, local_port),
+        _endpoint(remote, remote_port),
+        _seconds(opened, epoch),
+        _seconds(closed, epoch) if closed else None,
+        _endpoint(peer, peer_port) if any(peer_port) else None,
+        bool(established),
+        sent,
+        received,
+        out,
+        into,
+        again,
+        rtt / 1e6 if rtt else None,
+        How(how),
+        Closer(closer),
+        -1 if user == _NOBODY else user,
+        process,
+        command.partition(b"\0")[0].decode(errors="replace"),
+    )
+
+
+def tally_key(data: bytes) -> tuple[int, Direction, Fate, Reason, str, int]:
+    """(pod, direction, fate, reason, remote address, port of the service)."""
+    pod, remote, port, direction, fate, reason = TALLY_KEY.unpack(data)
+    return pod, Direction(direction), Fate(fate), Reason(reason), address(remote), _port(port)
+
+
+def sort_key(direction: Direction, fate: Fate, reason: Reason) -> bytes:
+    """Of no pod and no peer."""
+    return TALLY_KEY.pack(0, bytes(16), bytes(2), direction, fate, reason)
+
+
+def tally(data: bytes) -> Tally:
+    return Tally(*TALLY.unpack(data))
+
+
+def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
+    """What was added from `old` to `new`."""
+    pod, direction = QUALITY_KEY.unpack(key)
+    values = QUALITY.unpack(new)
+    if old is not None:
+        values = tuple(now - before for now, before in zip(values, QUALITY.unpack(old), strict=True))
+    rtt, rest = values[:_RTT], values[_RTT:]
+    duration, more = rest[1 : 1 + _DURATION], rest[1 + _DURATION :]
+    return Quality(pod, Direction(direction), rtt, rest[0] / 1e6, duration, more[0] / 1e6, *more[1:])
+
+
+@lru_cache(16384)
+def address(data: bytes) -> str:
+    """Of 16 bytes; "" for none."""
+    found = parse(data)
+    return "" if found is None else str(found)
+
+
+def _endpoint(data: bytes, port: bytes) -> Endpoint:
+    return address(data), _port(port)
+
+
+def _port(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _seconds(nanoseconds: int, epoch: int) -> float:
+    return (nanoseconds + epoch) / 1e9

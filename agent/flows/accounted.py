@@ -1,0 +1,89 @@
+"""Which pods are accounted for, and by what rules: their entries in the maps, and what watches their interfaces."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf.abi import Pod, PodFlag
+from agent.backends.ebpf.compiling import Entries, entries
+from agent.backends.ebpf.pins import Pins
+from agent.core.redirect import Redirect
+from agent.kernel import bpffs
+from agent.kernel.bpfmaps import Maps
+from agent.kernel.podnetns import PodNetns
+
+
+@dataclass(slots=True)
+class AccountedPods:
+    """One pod at a time per thread. `watching`: packets that leave past all rules are looked for, too."""
+
+    pins: Pins
+    watching: bool
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    _maps: Maps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._maps = Maps(self.pins.maps)
+
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool) -> bool:
+        """Whether the pod was there before. Raises KernelError."""
+        cookie = target.netns.id.cookie
+        made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
+        # A pod that is captured already stays so while its rules are replaced.
+        if captured or (old is not None and PodFlag.CAPTURED in old.flags):
+            made = replace(made, pod=replace(made.pod, flags=made.pod.flags | PodFlag.CAPTURED))
+        if old != made.pod:
+            for prefix in made.prefixes:
+                self._maps["policies"].update(prefix.key(made.pod.policy), prefix.encode())
+            self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
+            if old is not None and old.policy not in (0, made.pod.policy):
+                self._drop(old.policy)
+        return old is not None
+
+    def watch(self, target: PodNetns, want: Redirect) -> None:
+        """Makes sure of it on every interface but lo: tcx waits for all CPUs, so not while anybody waits for the pod.
+
+        Raises KernelError.
+        """
+        if not self.watching:
+            return
+        place, cookie = self.pins.pod(target.netns.id.cookie), target.netns.id.cookie
+        made: Entries = entries(want, target.wiring(), cookie)
+        links = {f"watch-{index}": objects.WATCH for index in made.links}
+        for step, _ in list(attachments.steps(links, attachments.read(place, (objects.WATCH,)))):
+            attachments.do(
+                step.payload,
+                self.pins,
+                place,
+                lambda program, link, descriptor: attachments.attach_tcx(target.netns, program, link, descriptor),
+                self.sizes,
+                struct.pack("=Q", cookie),
+            )
+
+    def release(self, cookie: int) -> None:
+        """Raises KernelError."""
+        if not self._maps.exist():
+            return
+        old = self._entry(cookie)
+        self._maps["pods"].delete(abi.cookie(cookie))
+        bpffs.remove_tree(self.pins.pod(cookie).path)
+        if old is not None and old.policy:
+            self._drop(old.policy)
+
+    def cookies(self) -> set[int]:
+        """Of the namespaces of which something is left. Raises KernelError."""
+        if not self._maps.exist():
+            return set()
+        return {*(abi.uncookie(key) for key, _ in self._maps["pods"].items()), *self.pins.pods()}
+
+    def _entry(self, cookie: int) -> Pod | None:
+        data = self._maps["pods"].lookup(abi.cookie(cookie))
+        return None if data is None else Pod.decode(data)
+
+    def _drop(self, policy: int) -> None:
+        for key, value in self._maps["policies"].items():
+            if abi.prefix(key, value)[0] == policy:
+                self._maps["policies"].delete(key)

@@ -1,0 +1,206 @@
+"""The account that an agent keeps: which pods are counted, their totals, and the last of their connections.
+
+Joins one collector to what is shown. Records stay as the collector gave them until somebody asks, since most never are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from agent.core.errors import SluiceError
+from agent.core.pods import Pod, PodTable
+from agent.core.redirect import Redirect
+from agent.flows.collector import Collector
+from agent.flows.endpoints import Endpoints
+from agent.flows.journal import Journal
+from agent.flows.named import Named, named
+from agent.flows.peersfile import PeersFile
+from agent.flows.recent import Recent
+from agent.flows.record import Connection, Delta, Fate, Quality
+from agent.flows.sockets import PodSockets, SocketCounts
+from agent.flows.who import Who
+from agent.kernel.podnetns import PodNetns
+
+log = logging.getLogger("sluice.accounting")
+OFTEN, SELDOM = 0.1, 1.0  # seconds between two looks for ended connections, with and without somebody who follows
+REFRESH = 15.0  # seconds between two readings when nobody scrapes: leaks are told of
+SOCKETS = 55.0  # seconds between two counts of a pod's sockets: every other verification
+PEERS = 2.0  # seconds between two looks at the file of peers; one stat each
+_FORMER = 1024  # namespaces of pods that have gone, whose last connections still have a name
+
+
+Add = Callable[[list[Delta], list[Quality], Callable[[int], Pod | None], float], None]
+
+
+class Accounting:
+    """`enrol`, `release` and `refresh` on worker threads, the rest on the event loop's."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        table: PodTable,
+        who: Who,
+        node: str,
+        add: Add,
+        reason: str = "",
+        journal: Journal | None = None,
+        verify_seconds: float = 30.0,
+        peers: PeersFile | None = None,
+    ) -> None:
+        """`add` takes what refresh() finds, as Tally.add; `reason` tells why it is this collector."""
+        self.collector, self.reason, self.recent = collector, reason, Recent[Any, Named](self._named)
+        self._table, self._who, self._node, self._add, self._journal = table, who, node, add, journal
+        self._verify_seconds, self._peers, self._endpoints = verify_seconds, peers, Endpoints()
+        self._cookies: dict[str, int] = {}  # by UID
+        self._pods: OrderedDict[int, str] = OrderedDict()  # cookie -> UID, of those that have gone too
+        self._names: dict[str, Pod] = {}
+        self._counts, self._turn = SocketCounts(), threading.Lock()
+        self._sockets: dict[str, PodSockets] = {}  # by UID
+        self._looked: dict[str, float] = {}
+
+    @property
+    def name(self) -> str:
+        return self.collector.name
+
+    def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        """See Collector.enrol; never fails: capture does not depend on it."""
+        cookie = target.netns.id.cookie
+        with self._turn:
+            old = self._cookies.get(pod.uid)
+            self._cookies[pod.uid], self._names[pod.uid] = cookie, pod
+            self._pods[cookie] = pod.uid
+            self._pods.move_to_end(cookie)
+        try:
+            if old is not None and old != cookie:
+                self._release(old)
+            soon = self.collector.enrol(target, want, captured=captured, fresh=fresh)
+            self._look(pod.uid, target, new=soon)
+            return soon
+        except SluiceError as error:
+            log.warning("pod %s: its connections are not accounted for: %s", pod.key, error)
+            return False
+
+    def release(self, uid: str, target: PodNetns | None = None) -> None:
+        """Its name is kept for a while, for what has not been read yet; never fails. `target`: where it is known."""
+        with self._turn:
+            cookie = self._cookies.pop(uid, None)
+            self._sockets.pop(uid, None)
+            self._looked.pop(uid, None)
+            while len(self._pods) > len(self._cookies) + _FORMER:
+                former = next(one for one in self._pods if self._pods[one] not in self._cookies)
+                self._names.pop(self._pods.pop(former), None)
+        if target is not None:
+            cookie = target.netns.id.cookie
+        if cookie is not None:
+            try:
+                self._release(cookie)
+            except SluiceError as error:
+                log.warning("pod %s is gone, and what accounts for it stays until the next sweep: %s", uid, error)
+
+    def _release(self, cookie: int) -> None:
+        self._counts.release(cookie)
+        self.collector.release(cookie)
+
+    def _look(self, uid: str, target: PodNetns, *, new: bool) -> None:
+        """At its sockets, now and then; not while anybody waits for a new pod. A dump takes half a millisecond."""
+        now = time.monotonic()
+        if not new and now - self._looked.get(uid, -SOCKETS) >= SOCKETS:
+            self._looked[uid], self._sockets[uid] = now, self._counts.read(target)
+
+    def sockets(self) -> list[tuple[Pod, PodSockets]]:
+        """Of each pod as last counted."""
+        found = [(self._table.get(uid), sockets) for uid, sockets in list(self._sockets.items())]
+        return [(pod, sockets) for pod, sockets in found if pod is not None]
+
+    def pod(self, cookie: int) -> Pod | None:
+        """As it is, or was last."""
+        uid = self._pods.get(cookie, "")
+        return self._table.get(uid) or self._names.get(uid)
+
+    def live(self, pod: Pod | None) -> list[dict[str, Any]]:
+        """Raises KernelError."""
+        cookie = None if pod is None else self._cookies.get(pod.uid, 0)
+        found = self.collector.live(cookie)
+        return [self._name(one).as_dict() for one in found]
+
+    def totals(self) -> list[dict[str, Any]]:
+        """Connections by direction, fate and reason, since this account was begun. Raises KernelError."""
+        return [
+            {
+                "direction": direction.word,
+                "fate": fate.word,
+                "reason": reason.word if reason else "",
+                "connections": count,
+            }
+            for (direction, fate, reason), count in sorted(self.collector.totals().items())
+            if count
+        ]
+
+    def losses(self) -> Mapping[str, int]:
+        """Raises KernelError."""
+        return {**self.collector.losses(), **(self._journal.losses() if self._journal else {})}
+
+    def refresh(self) -> None:
+        """Adds what has been counted since the last time. Raises KernelError."""
+        self._who.know_pods(self._table)
+        deltas, qualities = self.collector.refresh()
+        self._add(deltas, qualities, self.pod, time.time())
+        for one in deltas:
+            if one.fate is Fate.LEAKED and (count := one.opened + one.failed):
+                pod = self.pod(one.pod)
+                where = f"{one.direction.word} {one.remote or 'unknown address'} port {one.port}"
+                log.warning("pod %s: %d connections leaked (%s)", pod.key if pod else one.pod, count, where)
+
+    async def run(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        """Until cancelled. `dead` picks the cookies that belong to no pod and to no namespace that lives."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._drain())
+            tasks.create_task(self._every(REFRESH, self.refresh))
+            if self._peers:
+                await asyncio.to_thread(self._peers.load)
+                tasks.create_task(self._every(PEERS, self._peers.load))
+            tasks.create_task(self._every(self._verify_seconds, lambda: self._verify(dead)))
+
+    def close(self) -> None:
+        self.collector.close()
+        self._counts.close()
+        self._endpoints.close()
+        if self._journal:
+            self._journal.close()
+
+    def _verify(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        self.collector.sweep(dead)
+        if wrong := self.collector.verify():
+            log.warning("accounting was put right: %s", "; ".join(wrong))
+
+    async def _drain(self) -> None:
+        while True:
+            with contextlib.suppress(SluiceError):
+                records = await asyncio.to_thread(self.collector.records)
+                self.recent.add(records)
+                if self._journal and records:
+                    self._journal.write([self._named(one) for one in records])
+            await self.collector.arrived(OFTEN if self.recent.followed else SELDOM)
+
+    async def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        while True:
+            await asyncio.sleep(seconds)
+            try:
+                await asyncio.to_thread(work)
+            except SluiceError as error:
+                log.warning("accounting: %s", error)
+
+    def _named(self, raw: Any) -> Named:
+        return self._name(self.collector.connection(raw))
+
+    def _name(self, connection: Connection) -> Named:
+        if self._who.service(*connection.remote):
+            connection = self._endpoints.resolved(connection)
+        return named(connection, self.pod(connection.pod), self._who, self._node)

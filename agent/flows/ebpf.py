@@ -1,0 +1,198 @@
+"""The collector with eBPF: totals are made in the kernel, and read; ended connections come by a ring buffer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from agent.backends.ebpf import objects
+from agent.backends.ebpf.backend import opened
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.ztunnels import Role, Ztunnels
+from agent.core.redirect import Redirect
+from agent.flows import abi
+from agent.flows.accounted import AccountedPods
+from agent.flows.collector import Sort
+from agent.flows.late import Late
+from agent.flows.programs import Programs
+from agent.flows.record import Connection, Delta, Quality
+from agent.flows.tallies import Tallies
+from agent.kernel import bpf, bpfiter
+from agent.kernel.bpfmaps import Maps
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.ringbuf import RingBuffer
+
+_POD = slice(48, 56)  # where a record has its pod
+_ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
+
+
+class EbpfCollector:
+    """The programs are made by `start`, which raises KernelError where they cannot run."""
+
+    name = "ebpf"
+
+    def __init__(
+        self,
+        programs: Programs,
+        ztunnels: Ztunnels,
+        *,
+        by_socket: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`by_socket`: backend ebpf captures, whose own guard drops what would pass by."""
+        self.programs, self._ztunnels, self._by_socket, self._clock = programs, ztunnels, by_socket, clock
+        pins: Pins = programs.pins
+        self._pods, self._maps = AccountedPods(pins, not by_socket, programs.sizes), Maps(pins.maps)
+        self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
+        self._tallies = Tallies(self._maps, clock)
+        self._qualities: dict[bytes, bytes] | None = None
+        self._known: set[int] = set()
+        self._late = Late(self._maps, self._tallies, _epoch)
+        self._ring: RingBuffer | None = None
+        self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
+        self._refreshing, self._taking = threading.Lock(), threading.Lock()
+
+    def start(self) -> tuple[str, ...]:
+        """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
+        wrong = self.programs.settle()
+        if self._ring is None:
+            self._ring = RingBuffer.open(self.programs.pins.maps / "records")
+            self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
+        return wrong
+
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        cookie = target.netns.id.cookie
+        self._pods.enrol(target, want, captured=captured)
+        if not captured:
+            return True
+        self._own(target)
+        if cookie not in self._known:
+            self._known.add(cookie)
+            return True
+        self._pods.watch(target, want)
+        return False
+
+    def release(self, cookie: int) -> None:
+        self._known.discard(cookie)
+        self._owned.pop(cookie, None)
+        self._pods.release(cookie)
+
+    def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        for cookie in dead(self._pods.cookies()):
+            self.release(cookie)
+
+    def refresh(self) -> tuple[list[Delta], list[Quality]]:
+        with self._refreshing:
+            with self._iterator(objects.REFRESH) as link:
+                bpfiter.read(link)
+            return [*self._late.deltas(), *self._tallies.added()], list(self._new_qualities())
+
+    def totals(self) -> Mapping[Sort, int]:
+        with self._refreshing, self._iterator(objects.REFRESH) as link:
+            bpfiter.read(link)
+            return self._tallies.totals()  # with what is late, which is looked for every second
+
+    def live(self, pod: int | None = None) -> list[Connection]:
+        with self._iterator(objects.LIST) as link:
+            data = bpfiter.read(link)
+        if pod is not None:
+            wanted, size = pod.to_bytes(8, "little"), abi.RECORD.size
+            records = (data[at : at + size] for at in range(0, len(data), size))
+            data = b"".join(record for record in records if record[_POD] == wanted)
+        # Between two buffers the kernel may go over a socket again (bpfiter.read).
+        return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
+
+    def records(self) -> Sequence[Any]:
+        size = abi.RECORD.size
+        with self._taking:
+            data = b"" if self._ring is None else self._ring.take(size)
+        return [*self._late.records(), *(data[at : at + size] for at in range(0, len(data), size))]
+
+    def connection(self, record: Any) -> Connection:
+        return record if isinstance(record, Connection) else next(abi.connections(record, _epoch()))
+
+    async def arrived(self, seconds: float) -> None:
+        """The programs wake whoever waits when a quarter of the ring buffer is full."""
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            self._woken.poll(0)
+            woken.set()
+
+        loop.add_reader(self._woken.fileno(), wake)
+        try:
+            async with asyncio.timeout(seconds):
+                await woken.wait()
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(self._woken.fileno())
+
+    def verify(self) -> Sequence[str]:
+        return self.programs.settle()
+
+    def losses(self) -> Mapping[str, int]:
+        counts = self._maps["losses"]
+        found = {
+            loss.name.lower(): sum(
+                int.from_bytes(value, "little") for value in counts.lookup_percpu(loss.to_bytes(4, "little"))
+            )
+            for loss in abi.Loss
+        }
+        found["record"] += self._ring.skipped if self._ring else 0
+        return found
+
+    def close(self) -> None:
+        with self._taking:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+                self._woken.close()
+
+    def admit(self) -> None:
+        """Knows the ztunnels that there are now, before they open anything in a pod. Raises KernelError."""
+        self.programs.admit(self._ztunnels.keys())
+
+    def _own(self, target: PodNetns) -> None:
+        """Marks what a ztunnel listened with before our programs could see it, where the port tells nothing."""
+        cookie, version = target.netns.id.cookie, self._ztunnels.version()
+        if not self._by_socket or self._owned.get(cookie) == version:
+            return
+        for one in self._ztunnels.listeners(target)[Role.INBOUND]:
+            with opened(one) as held:
+                self._maps["owners"].update(held.to_bytes(4, sys.byteorder), _ZTUNNEL)
+        self._owned[cookie] = version
+
+    def _new_qualities(self) -> Iterator[Quality]:
+        found = self._maps["qualities"].items()
+        if self._qualities is None:  # what was before, an earlier agent has told, or nobody ever will
+            self._qualities = dict(found)
+        for key, value in found:
+            if (old := self._qualities.get(key)) != value:
+                self._qualities[key] = value
+                yield abi.quality(key, value, old)
+
+    @contextmanager
+    def _iterator(self, program: objects.Program) -> Iterator[int]:
+        """A link of this process's own: nothing is attached by it unless it is read."""
+        loaded = bpf.get(self.programs.pins.node.program(program))
+        try:
+            link = bpfiter.attach(loaded, self._maps["accounts"].fd)
+        finally:
+            os.close(loaded)
+        try:
+            yield link
+        finally:
+            os.close(link)
+
+
+def _epoch() -> int:
+    """Nanoseconds from the epoch to the zero of CLOCK_MONOTONIC."""
+    return time.time_ns() - time.monotonic_ns()

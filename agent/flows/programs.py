@@ -1,0 +1,116 @@
+"""What accounts for connections on this node: a program on the root cgroup, iterators, and their maps.
+
+They outlive the agent. In a directory of their own, beside that of backend ebpf, so that each can be there without the
+other; but the storage in which that backend keeps an application's destinations is one map for both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf.attachments import Attach, Deed, Load
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import lives
+from agent.core.errors import KernelError
+from agent.core.plan import Plan, Step
+from agent.kernel import bpf, bpffs
+from agent.kernel.bpfmap import Map
+
+SHARED = "memories"
+_NODE = (objects.ACCOUNT, objects.REFRESH, objects.LIST)
+_LINKS = {"account": objects.ACCOUNT}
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """`bound`: the programs that are loaded see the destinations that backend ebpf remembers."""
+
+    attached: attachments.Attached
+    bound: bool = True
+
+
+@dataclass(slots=True)
+class Programs:
+    """`shared`: where backend ebpf has its map of destinations, when it captures."""
+
+    pins: Pins
+    shared: Path | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def settle(self) -> tuple[str, ...]:
+        """Makes it so; what was wrong. Raises KernelError."""
+        if lacking := objects.missing(objects.ACCOUNTING):
+            raise KernelError("account by eBPF", 2, f"this installation has no {', '.join(lacking)}.bpf.o")
+        bpffs.mount(self.pins.mount)
+        done = self.plan(self.read())
+        for step in done.steps:
+            attachments.do(
+                step.payload, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes, elsewhere=self.elsewhere
+            )
+        return done.differences
+
+    @property
+    def elsewhere(self) -> dict[str, Path]:
+        return {} if self.shared is None else {SHARED: self.shared}
+
+    def read(self) -> Have:
+        """Raises KernelError."""
+        return Have(attachments.read(self.pins.node, _NODE), self._bound())
+
+    def plan(self, have: Have) -> Plan[Deed]:
+        changes = list(_changes(have))
+        return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
+
+    def remove(self) -> None:
+        """All of it, pods' entries included. Raises KernelError."""
+        bpffs.remove_tree(self.pins.root)
+
+    def admit(self, ztunnels: Iterable[tuple[int, int]]) -> None:
+        """These (cgroup, process) are ztunnels, besides those that an earlier agent knew and that live. KernelError."""
+        with Map.open(self.pins.maps / "ztunnels") as admitted:
+            running, known = {*ztunnels}, {abi.unztunnel(key) for key, _ in admitted.items()}
+            for one in running - known:
+                admitted.update(abi.ztunnel(*one), bytes(4))
+            for one in known - running:
+                if lives(one):
+                    continue  # it has not come back to this agent yet
+                admitted.delete(abi.ztunnel(*one))
+
+    def _bound(self) -> bool:
+        if self.shared is None:
+            return True
+        if (held := bpf.find(self.shared)) is None:
+            return False
+        with Map(held, SHARED) as destinations:
+            for program in _NODE:
+                if (fd := bpf.find(self.pins.node.program(program))) is not None and destinations.id not in _maps(fd):
+                    return False
+        return True
+
+
+def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:
+    named = {program.object for program in _NODE}
+    if not have.bound:
+        for name in sorted(named):
+            yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"{name}.bpf.o sees other destinations"
+    elif any(program.name not in have.attached.ids for program in (objects.REFRESH, objects.LIST)):
+        name = objects.REFRESH.object
+        yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
+    found = list(attachments.steps(_LINKS, have.attached))
+    yield from found
+    attached = any(isinstance(step.payload, Attach) for step, _ in found)
+    if not have.bound and not attached:
+        step: Step[Deed] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
+        yield step, ""
+
+
+def _maps(program: int) -> tuple[int, ...]:
+    try:
+        return bpf.program_info(program).maps
+    finally:
+        os.close(program)
