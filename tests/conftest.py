@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 from support.traffic.table import Table
 
 TABLE = Table()
+settings.register_profile("sluice", deadline=None)  # no test asserts how long anything takes
+settings.load_profile("sluice")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -48,6 +48,9 @@ REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
 
 RUN_DIR: Final = "/run/sluice"
 BPF_DIR: Final = "/sys/fs/bpf/sluice"
-# The maps of bpf/maps.h whose sizes are settings.
-BPF_MAPS: Final = ("pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", "beside")
+# The maps of bpf/maps.h and bpf/account_maps.h whose sizes are settings; `records` in bytes.
+BPF_MAPS: Final = (
+    "pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", "beside",
+    "begun", "spoken", "late", "tallies", "rest", "exported", "qualities", "records",
+)  # fmt: skip
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"

@@ -29,6 +29,9 @@ class Accounting(Protocol):
     @property
     def recent(self) -> Recent[Any, Named]: ...
 
+    async def look(self) -> None:
+        """Adds to `recent` what has ended until now. Raises KernelError."""
+
     def live(self, pod: Pod | None) -> list[dict[str, Any]]:
         """Connections of that pod, or of all, as Named.as_dict() tells them. Blocking; called on a worker thread."""
 
@@ -77,6 +80,7 @@ class Records:
     async def _list(self, accounting: Accounting, query: Mapping[str, str], fate: str) -> dict[str, Any]:
         name, limit = query.get("pod", ""), _number(query, "limit", _MOST)
         pod = self._one(name)
+        await accounting.look()
         ended = accounting.recent.last(limit, _chosen(pod, name, fate))
         number = accounting.recent.number
         if name and pod is None and not accounting.recent.last(1, _chosen(None, name, "")):

@@ -132,6 +132,7 @@ class Accounting:
 
     def totals(self) -> list[dict[str, Any]]:
         """Connections by direction, fate and reason, since this account was begun. Raises KernelError."""
+        self.refresh()
         return [
             {
                 "direction": direction.word,
@@ -180,13 +181,17 @@ class Accounting:
         if wrong := self.collector.verify():
             log.warning("accounting was put right: %s", "; ".join(wrong))
 
+    async def look(self) -> None:
+        """For connections that have ended since the last look. Raises KernelError."""
+        records = await asyncio.to_thread(self.collector.records)
+        self.recent.add(records)
+        if self._journal and records:
+            self._journal.write([self._named(one) for one in records])
+
     async def _drain(self) -> None:
         while True:
             with contextlib.suppress(SluiceError):
-                records = await asyncio.to_thread(self.collector.records)
-                self.recent.add(records)
-                if self._journal and records:
-                    self._journal.write([self._named(one) for one in records])
+                await self.look()
             await self.collector.arrived(OFTEN if self.recent.followed else SELDOM)
 
     async def _every(self, seconds: float, work: Callable[[], None]) -> None:

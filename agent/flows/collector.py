@@ -37,7 +37,8 @@ class Collector(Protocol):
         """What was added since the last call, that of connections that live included."""
 
     def totals(self) -> Mapping[Sort, int]:
-        """Connections, opened or failed, since this account was begun, which with eBPF an agent's end does not end."""
+        """Connections, opened or failed, as of the last refresh(), since this account was begun; with eBPF that is
+        longer than an agent lives."""
 
     def live(self, pod: int | None = None) -> list[Connection]:
         """As they are now, of one pod or of all."""

@@ -1,14 +1,16 @@
-"""Connections whose application's end had gone before ztunnel's end was made, and which ztunnel has never reached."""
+"""Connections whose application's end had gone before ztunnel's end was made, which then never was.
+
+They stay undecided: nobody has answered them, else they would be leaked. A reset can overtake what makes ztunnel's end.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from agent.flows import abi
-from agent.flows.record import Connection, Delta, Fate
+from agent.flows.record import Connection, Delta
 from agent.flows.tallies import Tallies
 from agent.kernel.bpfmaps import Maps
 
@@ -42,7 +44,6 @@ class Late:
             if time.time() - (found.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:
                 continue
             self._maps["begun"].delete(key)
-            found = replace(found, fate=Fate.LEAKED)
             address, port = found.remote
             delta = Delta(
                 found.pod, found.direction, found.fate, found.reason, address, port,

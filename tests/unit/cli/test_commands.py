@@ -174,13 +174,22 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
         "host_probes": {"mechanism": "nftables", "ok": True, "error": "", "members": 3},
         "host_probes_reason": "as the host", "static_pods": "not set",
         "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
-        "exits": {"not_tcp": 2, "captured_outbound": 10},
+        "exits": {"not_tcp": 2, "captured_outbound": 10}, "accounting": "ebpf", "accounting_reason": "it runs here",
+        "connections": [
+            {"direction": "outbound", "fate": "captured", "reason": "", "connections": 5},
+            {"direction": "inbound", "fate": "captured", "reason": "", "connections": 2},
+            {"direction": "inbound", "fate": "exempt", "reason": "probe", "connections": 1},
+            {"direction": "outbound", "fate": "exempt", "reason": "loopback", "connections": 3},
+        ],
     })  # fmt: skip
     assert main(["status"]) == 0
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     said = {key: value.strip() for key, value in lines.items()}
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
+    assert said["Accounting"] == "ebpf (it runs here)"
+    assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"
+    assert said["  exempt"] == "4 connections (3 loopback, 1 probe)"
     assert said["Exits"] == "10 captured outbound, 2 not tcp"
     assert (said["  iptables"], said["Damaged state"]) == ("iptables is missing", "u.json")
 

@@ -102,6 +102,7 @@ def test_status_and_pods() -> None:
         assert await bench.ask("/v1/status") == {
             "node": "n1", "ready": True, "problem": "no ztunnel", "pods": {"enabled": 1, "excluded": 1},
             "exits": {},
+            "connections": [],
         }  # fmt: skip
         db, web = await bench.ask("/v1/pods")  # by name
         assert (db["name"], db["state"], db["backend"]) == ("db", "excluded", "")

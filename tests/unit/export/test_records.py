@@ -32,6 +32,9 @@ class Account:
         self.name, self.recent = "ebpf", Recent[Named, Named](lambda raw: raw, 20)
         self.open = [record(1), record(2, "api", Fate.LEAKED)]
 
+    async def look(self) -> None:
+        pass
+
     def live(self, pod: Pod | None) -> list[dict[str, Any]]:
         return [each.as_dict() for each in self.open if pod is None or each.pod == pod.name]
 

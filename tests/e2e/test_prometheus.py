@@ -1,0 +1,182 @@
+"""The page of /metrics and the shipped alerts in the hands of a real Prometheus; a leak is made, and it tells."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_plain
+from support.accounting import cookie
+from support.field import Inside
+from support.node import until
+from support.prometheus import RULES, Prometheus, get, program, prometheus
+
+from agent.__main__ import parser
+from agent.core.names import ZTUNNEL_MARK
+from agent.kernel.exec import run
+from agent.lab.lab import Lab, down
+from agent.lab.topology import PORTS, LabSpec, PodSpec, Program
+from agent.lab.traffic import Traffic
+
+pytestmark = pytest.mark.root
+PREFIX, PORT, RATE = "sluep", 15014, 50.0
+LEAKED = 'sluice_connections_total{fate="leaked"}'
+OUTBOUND = 'sluice_connections_total{fate="captured",direction="outbound"}'
+OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    down(PREFIX)
+    echo = (Program.ECHO,)
+    pods = (
+        PodSpec("node1", "shop", "web", enrolled=True, programs=echo),
+        PodSpec("node1", "shop", "client", enrolled=True),
+        PodSpec("node1", "legacy", "batch", programs=echo),
+    )
+    made = Lab(LabSpec(PREFIX, ("node1",), pods))
+    made.up()
+    try:
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture(scope="module")
+def traffic(lab: Lab) -> Iterator[Traffic]:
+    """Captured at both ends or at one, for IPv4 and IPv6, and towards nobody; seen at both ends when this returns."""
+    up = lab.pods.up()
+    targets = [up[ref].address(Program.ECHO, family) for ref in ("shop/web", "legacy/batch") for family in (4, 6)]
+    made = Traffic(lab, up["shop/client"], [*targets, f"{up['legacy/batch'].ipv4}:9"], rate=RATE)
+    made.start()
+    server = 'workload="web",direction="inbound",fate="captured"'
+    until(lambda: server in page(lab)[0], "it is counted at the server")
+    yield made
+    made.stop()
+
+
+def page(lab: Lab, **headers: str) -> tuple[str, dict[str, str]]:
+    body, found = get(lab.spec.netns_path("node1"), PORT, "/metrics", **headers)
+    return body.decode(), found
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+
+
+def test_the_rules_are_valid_and_fire_when_they_should() -> None:
+    """sluice.rules.test.yaml has a case that fires and one that does not for each."""
+    checked = run([program("promtool"), "check", "rules", str(RULES)]).stdout
+    assert f"{len(rules())} rules found" in checked
+    tests = RULES.with_name("sluice.rules.test.yaml")
+    assert "SUCCESS" in run([program("promtool"), "test", "rules", str(tests)]).stdout
+    untested = [rule["alert"] for rule in rules() if f'"{rule["alert"]}", alertstate="firing"' not in tests.read_text()]
+    assert not untested
+
+
+def test_every_alert_says_what_to_do_by_commands_that_there_are() -> None:
+    for rule in rules():
+        assert rule["labels"]["severity"] in ("critical", "warning"), rule
+        notes = rule["annotations"]
+        assert notes["summary"] and "What to do" in notes["description"], rule
+        commands = re.findall(r"`sluice ([^`]*)`", notes["description"])
+        assert any(words.startswith(("explain", "connections")) for words in commands), rule
+        for words in commands:
+            plain = re.sub(r"\{\{.*?\}\}", "x", words).replace("POD", "shop/web")
+            parser().parse_args(shlex.split(plain))  # exits where there is no such command or option
+
+
+def test_the_page_is_right_in_both_formats_and_compressed(lab: Lab, traffic: Traffic) -> None:
+    plain, headers = page(lab)
+    assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert "content-encoding" not in headers
+    linted = run([program("promtool"), "check", "metrics"], stdin=plain, check=False)
+    assert (linted.returncode, linted.stdout, linted.stderr) == (0, "", "")
+    shown, headers = page(lab, Accept=OPENMETRICS, Accept_Encoding="gzip")
+    assert headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert headers["content-encoding"] == "gzip" and 4 * int(headers["content-length"]) < len(shown)
+    families = {family.name: family for family in parse_openmetrics(shown)}
+    assert families.keys() == {family.name for family in parse_plain(plain)}
+    captured = [one for one in families["sluice_connections"].samples if one.labels["fate"] == "captured"]
+    assert {one.labels["workload"] for one in captured} == {"client", "web"}
+    sockets = {int(one.exemplar.labels["socket"]) for one in captured}
+    until(lambda: sockets <= {row["socket"] for row in connections(lab)["ended"]}, "exemplars lead to records")
+
+
+def connections(lab: Lab, *words: str) -> dict[str, list[dict[str, Any]]]:
+    """As the alerts say to ask."""
+    argv = [sys.executable, "-m", "agent", "connections", "-n", "100000", "-o", "json", *words]
+    return dict(json.loads(run([*argv, "--run-dir", str(lab.spec.node_dir("node1"))]).stdout))
+
+
+def test_rules_ask_for_what_the_agent_exports(lab: Lab) -> None:
+    exported = set(re.findall(r"^# TYPE (\S+)", page(lab)[0], re.M))
+    asked = {name for rule in rules() for name in re.findall(r"\b(?:sluice|process)_\w+", str(rule["expr"]))}
+    assert asked <= exported, asked - exported
+
+
+def test_a_leak_fires_the_shipped_alert_and_nothing_else_does(lab: Lab, traffic: Traffic) -> None:
+    node = lab.spec.netns_path("node1")
+    with prometheus(lab.children, node, lab.spec.run_dir / "prometheus", f"127.0.0.1:{PORT}") as server:
+        until(lambda: server.value(OUTBOUND) > 0 and server.value(f"count_over_time({OUTBOUND}[1m])") > 2, "scrapes")
+        scraped(server)
+        judged = time.time()
+        until(lambda: evaluated(server) > judged, "the rules were looked at, with traffic")
+        assert (server.alerts(), server.value(LEAKED)) == ({}, 0)
+        with leak(lab) as made:
+            fired = until(lambda: server.alerts().get("SluiceConnectionsLeaked"), "the alert fires", 60)
+            socket_ = cookie(made)
+        assert fired["state"] == "firing"
+        wanted = {"namespace": "shop", "workload": "client", "direction": "outbound", "severity": "critical"}
+        assert wanted.items() <= fired["labels"].items(), fired
+        assert "About 1 outbound connections of pods of shop/client" in fired["annotations"]["description"]
+        assert server.alerts().keys() == {"SluiceConnectionsLeaked"}
+        assert server.value(LEAKED) == 1
+        assert exemplars(server, LEAKED) == {str(socket_)}
+        (row,) = until(lambda: connections(lab, "--fate", "leaked")["ended"], "its record")
+        assert (row["socket"], row["pod"]) == (socket_, "client")
+        scraped(server)
+
+
+def leak(lab: Lab) -> socket.socket:
+    """What an application may do that has CAP_NET_ADMIN: it bears ztunnel's mark, and is let pass."""
+    batch = lab.pods.require("legacy/batch")
+    made = Inside(lab.netns("shop/client")).make(batch.ipv4)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK)
+    made.connect((batch.ipv4, PORTS[Program.ECHO]))
+    made.sendall(b"hello")  # without an end of line, so that the server goes on waiting
+    return made
+
+
+def evaluated(server: Prometheus) -> float:
+    """When the rules were looked at last; all of them can be."""
+    (group,) = server.ask("rules")["groups"]
+    assert [rule["name"] for rule in group["rules"] if rule["health"] not in ("ok", "unknown")] == [], group
+    stamp = re.sub(r"(\.\d{6})\d*", r"\1", group["lastEvaluation"])
+    return 0.0 if stamp.startswith("0001") else datetime.fromisoformat(stamp).timestamp()
+
+
+def scraped(server: Prometheus) -> None:
+    """Nothing of what it reads is refused."""
+    (target,) = server.ask("targets")["activeTargets"]
+    assert (target["health"], target["lastError"]) == ("up", ""), target
+    refused = r"^(prometheus_target_scrapes?_\w*(?:duplicate|out_of_\w+|exceeded)\w*) (\S+)"
+    dropped = {name: float(count) for name, count in re.findall(refused, server.own(), re.M)}
+    assert len(dropped) > 3 and not any(dropped.values()), dropped
+
+
+def exemplars(server: Prometheus, query: str) -> set[str]:
+    """Sockets; with them it is known that what it scrapes is OpenMetrics."""
+    now = time.time()
+    found = server.ask("query_exemplars", query=query, start=str(now - 300), end=str(now + 60))
+    return {one["labels"]["socket"] for series in found for one in series["exemplars"]}
