@@ -29,7 +29,6 @@ TALLY: Final = struct.Struct("=QQQQQQ")
 QUALITY_KEY: Final = struct.Struct("=QI4x")
 _RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
 QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
-HANDSHAKE: Final = struct.Struct("=QII")
 _NOBODY = 0xFFFFFFFF
 
 

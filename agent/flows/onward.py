@@ -18,39 +18,50 @@ class Onward:
 
     def __init__(self) -> None:
         self._ended: dict[Endpoint, dict[int, Connection]] = {}
+        self._known: dict[Endpoint, dict[int, Flow]] = {}  # what ztunnel surely made, for one that is still to end
 
     def ended(self, flow: Flow, record: Connection) -> None:
-        if flow.mirror and flow.active:
-            self._ended.setdefault(flow.remote, {})[flow.cookie] = record
+        if not flow.mirror or not flow.active:
+            return
+        known = self._known.get(flow.remote, {})
+        for cookie, one in known.items():
+            if _fits(one, record, loosely=False):
+                del known[cookie]
+                return
+        self._ended.setdefault(flow.remote, {})[flow.cookie] = record
+
+    def made(self, flow: Flow) -> None:
+        """One that is known to be ztunnel's has ended."""
+        if not self.claims(flow, loosely=False):
+            self._known.setdefault(flow.remote, {})[flow.cookie] = flow
 
     def claims(self, flow: Flow, *, loosely: bool) -> bool:
         """Whether `flow`, which has ended and may be ztunnel's, was made for one of them; each serves for one only.
 
         `loosely`: the last FIN need not have come, see ending.received. To be asked after all others had their turn.
         """
-        found = self._ended.get(flow.remote)
-        if not found:
-            return False
+        found = self._ended.get(flow.remote, {})
         for cookie, record in found.items():
-            if _fits(flow, record, loosely):
+            if _fits(flow, record, loosely=loosely):
                 del found[cookie]
                 return True
         return False
 
     def forget(self, flow: Flow) -> None:
-        found = self._ended.get(flow.remote)
-        if found is not None:
-            found.pop(flow.cookie, None)
-            if not found:
-                del self._ended[flow.remote]
+        for table in (self._ended, self._known):
+            found = table.get(flow.remote)
+            if found is not None:
+                found.pop(flow.cookie, None)
+                if not found:
+                    del table[flow.remote]
 
 
-def _fits(flow: Flow, record: Connection, loosely: bool) -> bool:
+def _fits(flow: Flow, record: Connection, *, loosely: bool) -> bool:
     info = flow.report.info
     if record.how is not How.FIN or not ending.finished(info, True):
-        return record.how is not How.FIN  # what was cut off on one side was cut off on the other, and need not be equal
+        return record.how is not How.FIN  # what was cut off on one side was on the other, and need not be equal
     sent, received = flow.payload()
-    return sent == record.sent and (received == record.received or (loosely and info.received == record.received))
+    return sent == record.sent and record.received == (info.received if loosely else received)
 
 
 def carried_alike(flow: Flow, accepted: Flow) -> bool:

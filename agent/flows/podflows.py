@@ -27,11 +27,14 @@ _LOOKS: Final = 2  # dumps without a mirror after which a live connection has le
 
 
 class _Stage(Enum):
-    """Of one pass over all that is undecided: what one finds the next may build on."""
+    """Of a pass over all that is undecided: each takes what the one before left over, so that nothing is mistaken whose
+    other end is still to be told of. The value: how long after its end a connection gets there, in parts of HOLD."""
 
-    MIRRORS = 0
-    STRAYS = 1  # after half the time: what follows from them must not be late
-    ONWARD = 2  # what ztunnel connected onwards is known by what it accepted
+    MIRRORS = 0.0
+    STRAYS = 0.5
+    ONWARD = 0.75  # what ztunnel connected onwards is known by what it accepted
+    LATE = 1.1  # the same, less exactly, when all that was captured has been told
+    REST = 1.25
 
 
 class PodFlows:
@@ -115,14 +118,15 @@ class PodFlows:
         """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
         told: list[Connection] = []
         for stage in _Stage:
-            hold = HOLD / 2 if stage is _Stage.STRAYS else HOLD
+            due = inf if all_of_it else now - HOLD * stage.value
             for flow in list(self._pending.values()):
-                age = inf if all_of_it else now - flow.closed if flow.closed is not None else -1.0
-                if not self._decide(flow, patient=age < hold, stage=stage) or not self._complete(flow, age < HOLD):
+                if flow.closed is not None and flow.closed > due:
                     continue
-                del self._pending[flow.cookie]
-                if flow.closed is not None:
-                    told += self._end(flow, now)
+                patient = flow.closed is not None and not all_of_it and now - flow.closed < HOLD
+                if self._decide(flow, stage, due) and self._complete(flow, patient):
+                    del self._pending[flow.cookie]
+                    if flow.closed is not None:
+                        told += self._end(flow, now)
         while self._past and self._past[0][0] < now - 2 * HOLD:
             self._forget(self._past.popleft()[1])
         return told
@@ -165,15 +169,20 @@ class PodFlows:
             self._strays[flow.cookie] = flow
         return flow
 
-    def _decide(self, flow: Flow, *, patient: bool, stage: _Stage) -> bool:
+    def _decide(self, flow: Flow, stage: _Stage, due: float) -> bool:
         """Whether fate, reason and direction are final now."""
         if flow.decided:
             return True
         if flow.closed is None and not flow.established:
             return False
-        flow.decided = (
-            self._is_owned(flow) or self._by_mirror(flow) or self._exempt(flow) or self._rest(flow, patient, stage)
-        )
+        if stage is _Stage.MIRRORS:
+            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or self._exempt(flow)
+        elif flow.active and flow.established and stage is _Stage.STRAYS:
+            flow.decided = self._by_stray(flow, due)
+        elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
+            flow.decided = self._by_onward(flow, stage)
+        elif stage is _Stage.REST:
+            flow.decided = self._rest(flow)
         return flow.decided
 
     def _is_owned(self, flow: Flow) -> bool:
@@ -210,11 +219,12 @@ class PodFlows:
         self._strays.pop(mirror.cookie, None)
 
     def _served(self, flow: Flow) -> Flow | None:
-        """ztunnel's socket that accepted it. Of several with the same local end one that is exempt was not."""
+        """ztunnel's socket that accepted it: of several with the same local end the one that carried the same."""
         found = [self._flows[one] for one in self._mirrors.served(flow.local)]
         free = next((one for one in found if not one.mirrored and one.accepted_by_ztunnel), None)
         if free is not None and self._mirrors.sharing(flow.local) > 1:
-            return None if flow.verdicts.outbound(flow.remote, flow.user) else free
+            other = not flow.report.disconnected and not carried_alike(flow, free)
+            return None if other or flow.verdicts.outbound(flow.remote, flow.user) else free
         return free
 
     def _mirror_of_disconnected(self, flow: Flow) -> Flow | None:
@@ -230,10 +240,23 @@ class PodFlows:
                 return one
         return None
 
-    def _stray(self, flow: Flow) -> Flow | None:
-        """What ztunnel accepted with another port, and that carried the same."""
-        found = (one for one in self._strays.values() if not self._mirrors.sharing(one.remote))
-        return next((one for one in found if (one.looked or one.looks >= _LOOKS) and carried_alike(flow, one)), None)
+    def _by_stray(self, flow: Flow, due: float) -> bool:
+        """ztunnel accepted it with another port, and that carried the same. What ended after `due` is no stray yet: the
+        application's end may be told of next."""
+        for one in self._strays.values():
+            known = one.looks >= _LOOKS if one.closed is None else one.looked and one.closed <= due
+            if known and not self._mirrors.sharing(one.remote) and carried_alike(flow, one):
+                self._captured(flow, one)
+                return True
+        return False
+
+    def _by_onward(self, flow: Flow, stage: _Stage) -> bool:
+        """ztunnel made it, for one that it accepted."""
+        if flow.looked:
+            found = self._onward.claims(flow, loosely=False)
+            flow.owned = found or (stage is _Stage.LATE and self._onward.claims(flow, loosely=True))
+            flow.mirrored = flow.owned
+        return flow.owned
 
     def _direction(self, flow: Flow) -> Direction:
         connected = flow.connected
@@ -263,22 +286,12 @@ class PodFlows:
         """A capture that was under way when the pod was first looked at: the dump may have missed its other end."""
         return flow.closed is None and flow.looks < _LOOKS
 
-    def _rest(self, flow: Flow, patient: bool, stage: _Stage) -> bool:
-        """No mirror is there (yet), and no reason."""
-        if stage is _Stage.STRAYS and flow.active and flow.established and (flow.closed is None or not patient):
-            if (stray := self._stray(flow)) is not None:
-                self._captured(flow, stray)
-            return flow.fate is Fate.CAPTURED
-        if stage is not _Stage.ONWARD:
+    def _rest(self, flow: Flow) -> bool:
+        """It has neither mirror nor reason."""
+        if flow.closed is None and (flow.looks < _LOOKS or (flow.active and self._strays)):
             return False
-        if flow.closed is None:
-            if flow.looks < _LOOKS or (flow.active and self._strays):
-                return False
-        elif flow.active and flow.looked and self._onward.claims(flow, loosely=not patient):
-            flow.owned = flow.mirrored = True
+        if not flow.established:
             return True
-        elif patient or not flow.established:
-            return not patient
         if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
             return flow.closed is not None  # whose it was will not be known
         flow.fate = Fate.LEAKED
@@ -296,7 +309,7 @@ class PodFlows:
         self._count(flow)
         if flow.owned:
             if not flow.mirrored and not flow.accepted_by_ztunnel:
-                self._onward.claims(flow, loosely=True)
+                self._onward.made(flow)
             return []
         record = flow.connection(self.pod, self._flows.get(flow.mirror))
         self._onward.ended(flow, record)

@@ -127,7 +127,7 @@ class DiagCollector:
             return [one for found in wanted for one in found.flows.live()]
 
     def records(self) -> list[Connection]:
-        """Raises KernelError. Some come later: what is not yet clear is held back for up to two seconds."""
+        """Raises KernelError. Some come later: what is not yet clear is held back for up to two and a half seconds."""
         with self._lock:
             told, self._left = self._left, []
             for pod in self._pods.values():

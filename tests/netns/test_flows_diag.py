@@ -59,9 +59,14 @@ class Watched:
         self.deltas += self.collector.refresh()[0]
         return self.collector.live()
 
-    def records(self, count: int) -> list[Connection]:
-        """Exactly so many, with all that was held back."""
-        until(lambda: len(self.read()) >= count, f"{count} records", seconds=SECONDS)
+    def records(self, count: int, ztunnel: int = 0) -> list[Connection]:
+        """Exactly so many, with all that was held back, when so many of ztunnel's sockets have ended too."""
+
+        def ended() -> bool:
+            self.refresh()
+            return len(self.read()) >= count and self.sum("closed", reason=Reason.ZTUNNEL) >= ztunnel
+
+        until(ended, f"{count} records", seconds=SECONDS)
         self.finish()
         assert len(self.told) == count, [(str(one.local), str(one.remote), one.fate.word) for one in self.told]
         return self.told
@@ -179,7 +184,7 @@ def test_p83_captured_outbound_connections_are_counted_to_the_byte(watched: Watc
             watched.read()
     for one in threads:
         one.join(SECONDS)
-    found = watched.records(COUNT)
+    found = watched.records(COUNT, ztunnel=2 * COUNT)
     assert {(one.fate, one.direction, one.remote) for one in found} == {(Fate.CAPTURED, OUT, (address, 8080))}
     told = {one.local: Counted(one.sent, one.received) for one in found}
     assert told == talk.clients
@@ -207,7 +212,7 @@ def test_captured_inbound_connections_are_counted_to_the_byte(watched: Watched, 
             watched.read()
     for one in threads:
         one.join(SECONDS)
-    found = watched.records(COUNT)
+    found = watched.records(COUNT, ztunnel=2 * COUNT)
     assert {(one.fate, one.direction, one.local) for one in found} == {(Fate.CAPTURED, IN, (address, 8080))}
     assert {one.remote: Counted(one.sent, one.received) for one in found} == talk.servers
     totals = dict(direction=IN, fate=Fate.CAPTURED, port=8080)
