@@ -88,7 +88,7 @@ HELP: Mapping[str, str] = {
     "node_name": "name of this node in logs and metrics (default: the host's name)",
     "run_dir": "directory of sockets, state and pinned namespaces",
     "bpf_dir": "directory of what backend ebpf keeps in the kernel, in a bpf file system",
-    "bpf_sizes": "entries of the BPF maps that are made from now on, such as pods=4096,handover=65536; of records bytes",
+    "bpf_sizes": "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
     "zds_socket": "unix socket on which ztunnel connects",
     "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
     "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",

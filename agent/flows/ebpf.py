@@ -8,6 +8,7 @@ import select
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from agent.flows.collector import Sort
 from agent.flows.late import Late
 from agent.flows.programs import Programs
 from agent.flows.record import Connection, Delta, Quality
+from agent.flows.sockdiag import DiagCollector
 from agent.flows.tallies import Tallies
 from agent.kernel import bpf, bpfiter
 from agent.kernel.bpfmaps import Maps
@@ -53,7 +55,9 @@ class EbpfCollector:
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
         self._tallies = Tallies(self._maps, clock)
         self._qualities: dict[bytes, bytes] | None = None
+        self._older = DiagCollector(ztunnels.holds)  # of what was there before the programs could see it
         self._known: set[int] = set()
+        self._past: set[int] = set()  # pods whose older connections were looked for
         self._late = Late(self._maps, self._tallies, _epoch)
         self._ring: RingBuffer | None = None
         self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
@@ -70,6 +74,7 @@ class EbpfCollector:
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
         cookie = target.netns.id.cookie
         self._pods.enrol(target, want, captured=captured)
+        self._follow_older(target, want, captured=captured, fresh=fresh)
         if not captured:
             return True
         self._own(target)
@@ -79,8 +84,20 @@ class EbpfCollector:
         self._pods.watch(target, want)
         return False
 
+    def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
+        cookie = target.netns.id.cookie
+        if self._older.follows(cookie):
+            self._older.enrol(target, want, captured=captured)
+        elif cookie not in self._past:
+            self._past.add(cookie)
+            if not fresh:
+                seen = {one.socket for one in self._listed(cookie)}
+                self._older.enrol(target, want, captured=captured, besides=seen)
+
     def release(self, cookie: int) -> None:
         self._known.discard(cookie)
+        self._past.discard(cookie)
+        self._older.release(cookie)
         self._owned.pop(cookie, None)
         self._pods.release(cookie)
 
@@ -92,13 +109,17 @@ class EbpfCollector:
         with self._refreshing:
             with self._iterator(objects.REFRESH) as link:
                 bpfiter.read(link)
-            return [*self._late.deltas(), *self._tallies.added()], list(self._new_qualities())
+            deltas, qualities = self._older.refresh()
+            return [*deltas, *self._late.deltas(), *self._tallies.added()], [*qualities, *self._new_qualities()]
 
     def totals(self) -> Mapping[Sort, int]:
         with self._refreshing:
-            return self._tallies.totals()
+            return Counter(self._tallies.totals()) + Counter(self._older.totals())
 
     def live(self, pod: int | None = None) -> list[Connection]:
+        return [*self._older.live(pod), *self._listed(pod)]
+
+    def _listed(self, pod: int | None) -> list[Connection]:
         with self._iterator(objects.LIST) as link:
             data = bpfiter.read(link)
         if pod is not None:
@@ -112,7 +133,11 @@ class EbpfCollector:
         size = abi.RECORD.size
         with self._taking:
             data = b"" if self._ring is None else self._ring.take(size)
-        return [*self._late.records(), *(data[at : at + size] for at in range(0, len(data), size))]
+        return [
+            *self._older.records(),
+            *self._late.records(),
+            *(data[at : at + size] for at in range(0, len(data), size)),
+        ]
 
     def connection(self, record: Any) -> Connection:
         return record if isinstance(record, Connection) else next(abi.connections(record, _epoch()))
@@ -145,10 +170,12 @@ class EbpfCollector:
             )
             for loss in abi.Loss
         }
+        found |= self._older.losses()
         found["record"] += self._ring.skipped if self._ring else 0
         return found
 
     def close(self) -> None:
+        self._older.close()
         with self._taking:
             if self._ring is not None:
                 self._ring.close()

@@ -7,11 +7,12 @@ held back for HOLD seconds until the other end is seen. What then has no mirror,
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from enum import Enum
 from math import inf
 from typing import Final
 
+from agent.core.names import HBONE_PORT
 from agent.core.sockets import TcpState
 from agent.core.tcpinfo import TcpReport
 from agent.flows import ending
@@ -51,6 +52,7 @@ class PodFlows:
         self._mirrors = Mirrors()
         self._strays: dict[int, Flow] = {}  # what ztunnel accepted, while the application's socket is not known
         self._onward = Onward()
+        self._alone = False  # only what was there at the beginning
         self._listening: frozenset[int] = frozenset()
         self._listened: frozenset[int] = frozenset()  # before the last dump
 
@@ -70,7 +72,7 @@ class PodFlows:
         for report in reports:
             if report.socket.state is TcpState.LISTEN:
                 ports.add(report.socket.local[1])
-            elif report.used and not self._known_to_have_ended(report.socket.cookie):
+            elif report.used and self._is_followed(report.socket.cookie):
                 seen.add(report.socket.cookie)
                 self._see(report, now)
         self._listened, self._listening = self._listening, frozenset(ports)
@@ -90,6 +92,8 @@ class PodFlows:
         one = report.socket
         flow = self._flows.get(one.cookie)
         if flow is None:
+            if self._alone:
+                return
             flow = self._add(report, now)
             flow.opened = min(now, ending.begun(report, now))
         if flow.closed is not None:
@@ -107,12 +111,27 @@ class PodFlows:
                 flow.before = flow.before or not flow.decided
         self.verdicts, self.captured = verdicts, captured
 
-    def older(self) -> None:
-        """All that was dumped until now was there before anybody looked: its bytes up to now are not added."""
+    def older(self, besides: Collection[int] | None = None) -> None:
+        """All that was dumped until now was there before anybody looked: its bytes up to now are not added.
+
+        With `besides` nothing else is followed from now on, and these sockets are not: somebody else counts them.
+        """
+        if besides is not None:
+            self._alone = True
+            for cookie in besides:
+                if (counted := self._flows.get(cookie)) is not None:
+                    self._pending.pop(cookie, None)
+                    self._forget(counted)
         for flow in self._flows.values():
             flow.before = True
             flow.direction = self._direction(flow)
             flow.sent, flow.received = flow.payload()
+
+    @property
+    def over(self) -> bool:
+        """What was there before is no longer, and nothing else is followed."""
+        waiting = any(flow.closed is not None for flow in self._pending.values())
+        return self._alone and not waiting and all(one.closed or one.owned for one in self._flows.values())
 
     def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
         """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
@@ -142,9 +161,10 @@ class PodFlows:
             if flow.closed is None and not flow.owned:
                 yield flow.connection(self.pod, self._flows.get(flow.mirror))
 
-    def _known_to_have_ended(self, cookie: int) -> bool:
+    def _is_followed(self, cookie: int) -> bool:
+        """Not what is known to have ended."""
         flow = self._flows.get(cookie)
-        return flow is not None and flow.closed is not None
+        return not self._alone if flow is None else flow.closed is None
 
     def _see(self, report: TcpReport, now: float) -> None:
         one = report.socket
@@ -294,7 +314,9 @@ class PodFlows:
             return True
         if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
             return flow.closed is not None  # whose it was will not be known
-        flow.fate = Fate.LEAKED
+        # Between nodes ztunnel keeps connections for many, and one may come and go unseen.
+        flow.owned = flow.active and flow.remote[1] == HBONE_PORT
+        flow.fate = Fate.UNDECIDED if flow.owned else Fate.LEAKED
         return True
 
     def _complete(self, flow: Flow, patient: bool) -> bool:

@@ -65,15 +65,27 @@ class DiagCollector:
         self._totals: Counter[tuple[Direction, Fate, Reason]] = Counter()
         self._losses = {"notifications": 0, "endings": 0}
 
-    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
-        """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError."""
+    def enrol(
+        self,
+        target: PodNetns,
+        want: Redirect,
+        *,
+        captured: bool,
+        fresh: bool = False,
+        besides: Collection[int] | None = None,
+    ) -> bool:
+        """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError.
+
+        `besides`: only connections that are there already are followed, until they end, and not these sockets.
+        """
         cookie, wiring = target.netns.id.cookie, target.wiring()
         with self._lock:
             pod = self._pods.get(cookie)
             if pod is None:
                 self._pods[cookie] = pod = self._begin(target, Verdicts(want, wiring), captured=captured)
                 if not fresh:
-                    pod.flows.older()
+                    pod.flows.older(besides)
+                self._end(cookie, pod)
                 return False
             flows = pod.flows
             if (flows.verdicts.redirect, flows.verdicts.wiring, flows.captured) == (want, wiring, captured):
@@ -109,9 +121,10 @@ class DiagCollector:
     def refresh(self) -> tuple[list[Delta], list[Quality]]:
         """Reads all sockets of all pods. Raises KernelError."""
         with self._lock:
-            for pod in self._pods.values():
+            for cookie, pod in list(self._pods.items()):
                 self._look(pod)
                 self._gather(pod)
+                self._end(cookie, pod)
             sums, self._sums = self._sums, ([], [])
             return sums
 
@@ -121,9 +134,10 @@ class DiagCollector:
             return dict(self._totals)
 
     def live(self, pod: int | None = None) -> list[Connection]:
-        """As of the last reading."""
         with self._lock:
-            wanted = self._pods.values() if pod is None else filter(None, (self._pods.get(pod),))
+            wanted = [one for cookie, one in self._pods.items() if pod in (None, cookie)]
+            for found in wanted:
+                self._look(found)
             return [one for found in wanted for one in found.flows.live()]
 
     def records(self) -> list[Connection]:
@@ -159,6 +173,16 @@ class DiagCollector:
             for pod in self._pods.values():
                 pod.close()
             self._pods.clear()
+
+    def follows(self, cookie: int) -> bool:
+        with self._lock:
+            return cookie in self._pods
+
+    def _end(self, cookie: int, pod: _Pod) -> None:
+        if pod.flows.over:
+            self._left += pod.records
+            del self._pods[cookie]
+            pod.close()
 
     def _begin(self, target: PodNetns, verdicts: Verdicts, *, captured: bool) -> _Pod:
         events = target.netns.call(SocketEvents)

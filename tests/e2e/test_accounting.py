@@ -194,3 +194,47 @@ def test_uncapture_takes_the_programs_away(alone: tuple[Node, Backend]) -> None:
     argv = ["uncapture", "--all", "--bpf-dir", str(made.spec.bpf_dir("node1")), "--run-dir", str(made.run_dir)]
     run([sys.executable, "-m", "agent", *argv], netns=made.netns)
     assert not directory.exists()
+
+
+def test_connections_from_before_the_enrolment_are_followed_to_their_end(alone: tuple[Node, Backend]) -> None:
+    made, backend = alone
+    up(made, backend)
+    pod = made.pod("older")
+    with Netns.open(made.netns) as inside:
+        listener = inside.call(lambda: socket.create_server(("0.0.0.0", 7100)))
+    with Netns.open(pod.netns) as inside:
+        app = inside.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+    with listener, app:
+        app.connect((made.host(pod), 7100))
+        far, _ = listener.accept()
+        with far:
+            app.sendall(b"x" * 1000)
+            assert len(far.recv(1000, socket.MSG_WAITALL)) == 1000
+            enrol(made, pod)
+            until(lambda: (pod.name, "enabled") in states(made), "the pod is captured")
+            app.sendall(b"y" * 500)
+            assert len(far.recv(500, socket.MSG_WAITALL)) == 500
+            until(lambda: rows(made, pod, "live") == [("exempt", "before", 1500)], "it is followed")
+            pod.connect(made.host(pod))
+            until(lambda: ("captured", "", 0) in rows(made, pod, "ended"), "so are newer ones")
+            app.shutdown(socket.SHUT_WR)
+            assert far.recv(1) == b""
+        assert app.recv(1) == b""
+    until(lambda: ("exempt", "before", 1500) in rows(made, pod, "ended"), "its end is told")
+    become(made, Totals({CAPTURED: 1, ("outbound", "exempt", "before"): 1}))
+
+
+def enrol(made: Node, pod: NodePod) -> None:
+    """Without an ADD, which would take it for new: named in the static file."""
+    text = f"pods:\n- {{namespace: {pod.namespace}, name: {pod.name}, netns: {pod.netns}, addresses: [{pod.ipv4}]}}\n"
+    (made.run_dir / "static.yaml").write_text(text)
+    made.restart(Backend(made.ask("/v1/status")["backend"]), static_pods=str(made.run_dir / "static.yaml"))
+
+
+def states(made: Node) -> set[tuple[str, str]]:
+    return {(row["name"], row["state"]) for row in made.ask("/v1/pods")}
+
+
+def rows(made: Node, pod: NodePod, kind: str) -> list[tuple[str, str, int]]:
+    found = made.ask("/v1/connections", pod=pod.key)[kind]
+    return [(row["fate"], row["reason"], row["sent_bytes"]) for row in found]
