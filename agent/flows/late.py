@@ -39,6 +39,8 @@ class Late:
         return taken
 
     def _look(self) -> None:
+        if self._maps["late"].is_empty():
+            return
         for key, value in self._maps["late"].items():
             found = next(abi.connections(value, self._epoch()))
             if time.time() - (found.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:

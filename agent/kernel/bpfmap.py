@@ -82,6 +82,13 @@ class Map:
         self._check("take", result)
         return value.raw
 
+    def is_empty(self) -> bool:
+        """One question, where `items` would make room for many."""
+        result = libbpf.ask("bpf_map_get_next_key", self.fd, None, create_string_buffer(self.key_size))
+        if result != -errno.ENOENT:
+            self._check("read the keys", result)
+        return result == -errno.ENOENT
+
     def keys(self) -> list[bytes]:
         """All keys that stayed there all the time, each once; of others some.
 

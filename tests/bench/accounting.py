@@ -1,8 +1,8 @@
 """What the accounting of connections costs, as a ratio in one run: the same pod with and without it, turn by turn.
 
-Client and listener are those of the benchmark of the data path, whose listener stands for ztunnel's end: `connect` opens
-connections back to back, of which nothing is sent but one byte back; `request` goes on over one connection; `stream` is
-bulk. A reader drains what the programs tell, as the agent does.
+Client and listener are those of the benchmark of the data path, whose listener stands for ztunnel's end: `connect`
+opens connections back to back, of which nothing is sent but one byte back; `request` goes on over one connection;
+`stream` is bulk. A reader drains what the programs tell, as the agent does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -22,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, a
 
 from support import rules
 from support.ebpf import EbpfNode
+from support.node import FakeZtunnel, node
 
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import SluiceError
+from agent.core.names import OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.core.redirect import Redirect
 from agent.core.text import table
 from agent.flows.ebpf import EbpfCollector
 from agent.flows.programs import Programs
-from agent.kernel.exec import run
+from agent.kernel.exec import run, start
 from agent.lab.lab import check_machine, interruptible
 from agent.reconciler.settle import settle
 from tests.bench.datapath import CAPTURED, QUANTITIES, RUNS, SOURCE, Counts, Place
@@ -85,14 +88,14 @@ def measure(mechanism: str, counts: Counts) -> None:
         pod, peer = (made.enter_context(rules.pod(f"slu-acct-{end}")) for end in "ab")
         place = Place(mechanism, pod, peer, traffic)
         made.callback(place.close)
-        node = EbpfNode(ztunnel=False)
-        made.callback(node.close)
+        programs = EbpfNode(ztunnel=False)
+        made.callback(programs.close)
         if mechanism == "ebpf":
             made.enter_context(place.attached())
         else:
             settle(pod.target, Redirect(), rules.layers(mechanism))
         place.prove()
-        account = Account(node, place, by_socket=False)
+        account = Account(programs, place, by_socket=False)
         for number in range(-1, counts.rounds):
             for kept in (False, True) if number % 2 else (True, False):
                 with account.kept() if kept else contextlib.nullcontext():
@@ -117,16 +120,73 @@ def measure(mechanism: str, counts: Counts) -> None:
     print(f"{account.records} records read, {account.lost} lost; {each * 1e6:.2f} us of CPU each to read them\n")
 
 
+def agent(count: int) -> None:
+    """What a real agent pays for so many connections of one pod, and whether its memory stays: prints each tenth."""
+    with contextlib.ExitStack() as made:
+        directory = Path(made.enter_context(tempfile.TemporaryDirectory(prefix="slu-bench-")))
+        traffic = directory / "traffic"
+        run(["gcc", "-O2", "-Wall", "-o", str(traffic), str(SOURCE)])
+        on = made.enter_context(node("slubn"))
+        on.start()
+        ztunnel = FakeZtunnel(on.run_dir / "ztunnel.sock")
+        made.callback(ztunnel.close)
+        pod = on.add(on.pod("client"))
+        argv = [str(traffic), "listen", hex(ZTUNNEL_MARK), "1", "trust", str(OUTBOUND_PORT)]
+        listener = start(argv, netns=pod.netns, stdout=subprocess.PIPE)
+        made.callback(lambda: (listener.kill(), listener.wait()))
+        assert listener.stdout and listener.stdout.readline() == b"ready\n"
+        run(["sysctl", "-qw", "net.ipv4.tcp_max_tw_buckets=0"], netns=pod.netns)
+        process = on.children.get("node1.agent")
+        assert process
+        client = [str(traffic), "connect", "1", str(listener.pid), "192.0.2.77", "80"]
+        run([*client, "3000"], netns=pod.netns)
+        time.sleep(5)  # until the pod's interfaces are watched
+        rows, before = list[tuple[object, ...]](), _spent(process.pid)
+        idle = before
+        time.sleep(10)
+        idle = (_spent(process.pid) - before) / 10
+        for number in range(10):
+            began, used = time.monotonic(), _spent(process.pid)
+            run([*client, str(count // 10)], netns=pod.netns, seconds=3600)
+            seconds = time.monotonic() - began
+            used = _spent(process.pid) - used - idle * seconds
+            rate = count / 10 / seconds
+            percent = used / seconds / rate * 1000 * 100
+            done = f"{(number + 1) * count // 10:,}"
+            rows.append((done, f"{rate:.0f}", f"{percent:.2f} %", f"{_resident(process.pid):.1f} MB"))
+        print(table(("CONNECTIONS", "PER SECOND", "OF A CORE PER 1000 PER SECOND", "AGENT'S MEMORY"), rows))
+        status = on.ask("/v1/status")
+        found = sum(row["connections"] for row in status["connections"] if row["fate"] == "captured")
+        lost = on.ask("/v1/connections")["losses"]
+        print(f"{found} of {count + 3000} are accounted for as captured; lost: {lost}")
+        print(f"the idle agent takes {idle * 100:.2f} % of a core")
+
+
+def _spent(pid: int) -> float:
+    """Seconds of CPU."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(pid: int) -> float:
+    """MB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.accounting", description=(__doc__ or "").split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.accounting", description=about)
     parser.add_argument("--rounds", type=int, default=Counts.rounds)
+    parser.add_argument("--agent", type=int, default=0, metavar="COUNT", help="only: a real agent, so many connections")
     parser.add_argument("mechanism", nargs="*", default=["nftables", "ebpf"], help=", ".join(CAPTURED))
     args = parser.parse_args()
     try:
         check_machine()
         with interruptible():
             print(f"Linux {os.uname().release}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-            for mechanism in args.mechanism:
+            if args.agent:
+                agent(args.agent)
+            for mechanism in () if args.agent else args.mechanism:
                 measure(mechanism, Counts(args.rounds))
     except KeyboardInterrupt:
         print("bench: interrupted; what it made is removed", file=sys.stderr)
