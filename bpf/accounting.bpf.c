@@ -113,13 +113,18 @@ static __always_inline void listening(struct bpf_sock *sk)
 		bpf_sk_storage_get(&owners, sk, &ztunnel, BPF_SK_STORAGE_GET_F_CREATE);
 }
 
+/* Last of all: from here on the iterator sees it, and takes as unknown what is neither decided nor in begun. */
+static __always_inline void seen(struct account *account, __u64 established)
+{
+	__sync_lock_test_and_set(&account->established, established);
+}
+
 static __always_inline void connected(struct bpf_sock *sk, const struct pod *pod, __u64 cookie)
 {
 	struct account *account = bpf_sk_storage_get(&accounts, sk, 0, 0);
 	struct tcp_sock *tp = bpf_skc_to_tcp_sock(sk);
 	if (!account || !tp || account->established)
 		return;
-	account->established = bpf_ktime_get_ns();
 	struct handshake key = {.pod = cookie, .client = tp->snd_una, .server = tp->rcv_nxt};
 	account->handshake = key;
 	if (account->owner == OWNER_ZTUNNEL) {
@@ -127,11 +132,13 @@ static __always_inline void connected(struct bpf_sock *sk, const struct pod *pod
 		if (is_loopback(&account->remote) || is_own(pod, &account->remote))
 			bpf_map_update_elem(&spoken, &key, &one, BPF_ANY);
 		count_ztunnel(cookie, OUTBOUND);
+		account->established = account->opened;
 		return;
 	}
 	struct begun none = {};
 	if (account->fate == FATE_UNDECIDED && bpf_map_update_elem(&begun, &key, &none, BPF_ANY))
 		lose(LOST_FATE);
+	seen(account, bpf_ktime_get_ns());
 }
 
 /* ztunnel has accepted what an application of this pod has begun. */
@@ -150,6 +157,27 @@ static __always_inline void reached(const struct handshake *key)
 	}
 	bpf_map_delete_elem(&late, key);
 	bpf_map_delete_elem(&begun, key);
+}
+
+/* Whoever speaks for a client to the application is ztunnel, or nobody has captured it. */
+static __always_inline void fate_inbound(struct account *account, const struct pod *pod, struct tcp_sock *tp,
+					 const struct handshake *key)
+{
+	if (!bpf_map_delete_elem(&spoken, key)) {
+		account->fate = FATE_CAPTURED;
+		return;
+	}
+	if (is_loopback(&account->remote) || is_own(pod, &account->remote)) {
+		exempt(account, REASON_LOOPBACK);
+		return;
+	}
+	struct answer answer = inbound(pod, sock_of(tp)->sk_rx_dst_ifindex, &account->remote, &account->local, account->local_port);
+	if (answer.verdict == PASS && answer.cause != EXIT_HBONE)
+		exempt(account, reason_for(answer.cause));
+	else if (!(pod->flags & POD_CAPTURED))
+		exempt(account, REASON_BEFORE);
+	else
+		account->fate = FATE_LEAKED;
 }
 
 static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk, const struct pod *pod, __u64 cookie)
@@ -171,24 +199,10 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 	struct account *account = opened(ctx, sk, cookie, INBOUND);
 	if (!account)
 		return;
-	account->established = account->opened;
 	account->user = ~0U;
 	follow(ctx);
-	if (!bpf_map_delete_elem(&spoken, &key)) {
-		account->fate = FATE_CAPTURED;
-		return;
-	}
-	if (is_loopback(&account->remote) || is_own(pod, &account->remote)) {
-		exempt(account, REASON_LOOPBACK);
-		return;
-	}
-	struct answer answer = inbound(pod, sock_of(tp)->sk_rx_dst_ifindex, &account->remote, &account->local, account->local_port);
-	if (answer.verdict == PASS && answer.cause != EXIT_HBONE)
-		exempt(account, reason_for(answer.cause));
-	else if (!(pod->flags & POD_CAPTURED))
-		exempt(account, REASON_BEFORE);
-	else
-		account->fate = FATE_LEAKED;
+	fate_inbound(account, pod, tp, &key);
+	seen(account, account->opened);
 }
 
 static __always_inline void ended_how(struct record *r, int old, int error)
@@ -223,12 +237,15 @@ static __always_inline void ended(struct bpf_sock *sk, struct account *account, 
 	struct record r;
 	if (!tp)
 		return;
+	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
+	if (!account->established && old != TCP_SYN_SENT && old != TCP_SYN_RECV)
+		account->established = account->opened; /* while this program was not attached */
 	record_of(&r, account, tp, bpf_sk_storage_get(&memories, sk, 0, 0), old);
 	r.closed = bpf_ktime_get_ns();
-	r.fate = fate_of(account);
+	r.fate = fate_of(account, tp);
 	ended_how(&r, old, sock_of(tp)->sk_err);
 	struct handshake key = account->handshake;
-	if (r.fate == FATE_UNDECIDED && r.established) {
+	if (first && r.fate == FATE_UNDECIDED && r.established) {
 		struct begun *found = bpf_map_lookup_elem(&begun, &key);
 		/* ztunnel's end may be made in this very moment: whoever of both finds the other tells. */
 		if (found && !bpf_map_update_elem(&late, &key, &r, BPF_ANY)) {
@@ -237,14 +254,12 @@ static __always_inline void ended(struct bpf_sock *sk, struct account *account, 
 				bpf_map_delete_elem(&late, &key);
 				r.fate = FATE_CAPTURED;
 			} else {
-				account->told = TOLD_OPENED;
 				return;
 			}
 		}
 	}
-	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
-	__u64 sent = __sync_lock_test_and_set(&account->sent, r.sent);
-	__u64 received = __sync_lock_test_and_set(&account->received, r.received);
+	__u64 sent = __sync_lock_test_and_set(&account->sent, r.sent | ENDED);
+	__u64 received = __sync_lock_test_and_set(&account->received, r.received | ENDED);
 	tell_ended(&r, first, r.sent - sent, r.received - received);
 	if (account->fate == FATE_UNDECIDED && r.established)
 		bpf_map_delete_elem(&begun, &key);

@@ -6,7 +6,7 @@
 #include "kernel.h"
 #include "pod.h"
 
-#define SECOND 1000000000ULL
+#define ENDED (1ULL << 63) /* on what is counted of a connection: the iterator, which may be at it, counts no more */
 
 static __always_inline void lose(__u32 cause)
 {
@@ -74,16 +74,25 @@ static __always_inline void record_of(struct record *r, const struct account *ac
 	r->established = account->established != 0;
 }
 
-/* Undecided: it should be captured, and nothing shows yet whether it was. */
-static __always_inline __u32 fate_of(const struct account *account)
+/* Undecided: it should be captured, and nothing shows yet whether it was.
+ *
+ * ztunnel's end is made before anything but the SYN is acknowledged; until then it may well be missing, for as long as
+ * ztunnel's queue of connections to be accepted is full.
+ */
+static __always_inline __u32 fate_of(const struct account *account, struct tcp_sock *tp)
 {
 	if (account->fate)
 		return account->fate;
 	if (account->left)
 		return FATE_LEAKED;
+	int answered = *(volatile __u64 *)&tp->bytes_acked > 1 || *(volatile __u64 *)&tp->bytes_received;
 	struct handshake key = account->handshake;
 	struct begun *found = account->established ? bpf_map_lookup_elem(&begun, &key) : NULL;
-	return found && found->reached ? FATE_CAPTURED : FATE_UNDECIDED;
+	if (!found)
+		return FATE_UNDECIDED;
+	if (__sync_val_compare_and_swap(&found->reached, 1, 1)) /* a barrier: looked at after what has come */
+		return FATE_CAPTURED;
+	return answered ? FATE_LEAKED : FATE_UNDECIDED;
 }
 
 static __always_inline struct tally *added(void *map, const struct tally_key *key)
@@ -153,12 +162,14 @@ static __always_inline void add_quality(const struct record *r)
 	__sync_fetch_and_add(&q->segments_in, r->segments_in);
 }
 
-/* Whoever reads is woken once when a quarter of the buffer is full; else it looks from time to time. */
+/* Whoever reads is woken when a quarter of the buffer is full, not by one record alone: several CPUs may see the same
+ * level. Else it looks from time to time.
+ */
 static __always_inline void hand_over(const struct record *r)
 {
 	__u64 stride = (sizeof(*r) + 8 + 7) & ~7ULL;
 	__u64 waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA), quarter = bpf_ringbuf_query(&records, BPF_RB_RING_SIZE) / 4;
-	int wake = waiting >= quarter && waiting < quarter + stride;
+	int wake = waiting >= quarter && waiting < quarter + 16 * stride;
 	if (bpf_ringbuf_output(&records, (void *)r, sizeof(*r), wake ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP))
 		lose(LOST_RECORD);
 }

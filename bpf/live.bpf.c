@@ -5,6 +5,9 @@
  */
 #include "accounting.h"
 
+/* For so long the kernel tries to complete what ztunnel has not accepted yet (tcp_synack_retries: 63 s). */
+#define PATIENCE (75 * 1000000000ULL)
+
 struct found {
 	struct account *account;
 	struct tcp_sock *tp;
@@ -18,8 +21,9 @@ static __always_inline int is_open(struct sock *sk, struct found *found)
 	found->tp = bpf_skc_to_tcp_sock(sk);
 	found->account = bpf_sk_storage_get(&accounts, sk, 0, 0);
 	found->memory = bpf_sk_storage_get(&memories, sk, 0, 0);
-	return found->tp && found->account && found->account->owner == OWNER_APPLICATION && found->account->opened &&
-	       found->account->established;
+	if (!found->tp || !found->account || !__sync_fetch_and_add(&found->account->established, 0)) /* a barrier */
+		return 0;
+	return found->account->owner == OWNER_APPLICATION && found->account->opened;
 }
 
 /* The bytes that are now counted by us. */
@@ -39,15 +43,17 @@ SEC("iter/bpf_sk_storage_map") int refresh(struct bpf_iter__bpf_sk_storage_map *
 	if (!is_open(ctx->sk, &found))
 		return 0;
 	account = found.account;
-	__u32 fate = fate_of(account);
-	if (fate == FATE_UNDECIDED) { /* ztunnel's end is made within a moment */
-		if (bpf_ktime_get_ns() - account->established < SECOND)
-			return 0;
-		fate = FATE_LEAKED;
+	__u32 fate = fate_of(account, found.tp);
+	struct handshake key = account->handshake;
+	if (fate == FATE_UNDECIDED && bpf_map_lookup_elem(&begun, &key)) {
+		if (bpf_ktime_get_ns() - account->established < PATIENCE)
+			return 0; /* it will show */
+		fate = FATE_LEAKED; /* one that says nothing, and of which ztunnel knows nothing */
 	}
 	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
 	if (first) {
-		account->fate = fate;
+		if (fate)
+			account->fate = fate;
 		__sync_lock_test_and_set(&account->told, TOLD_OPENED);
 	} else if (account->told != TOLD_OPENED || !account->opened) {
 		return 0; /* it is just being told of by somebody else */
@@ -75,7 +81,7 @@ SEC("iter/bpf_sk_storage_map") int list(struct bpf_iter__bpf_sk_storage_map *ctx
 	if (!is_open(ctx->sk, &found))
 		return 0;
 	record_of(&r, found.account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
-	r.fate = fate_of(found.account);
+	r.fate = fate_of(found.account, found.tp);
 	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
 	return 0;
 }
