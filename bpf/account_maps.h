@@ -94,6 +94,14 @@ struct {
 	__uint(max_entries, 4 << 20);
 } records SEC(".maps");
 
+/* The pod whose connections the iterator lists; 0: all. Set by the agent before it reads. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} chosen SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, LOSSES);

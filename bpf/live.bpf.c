@@ -78,7 +78,9 @@ SEC("iter/bpf_sk_storage_map") int list(struct bpf_iter__bpf_sk_storage_map *ctx
 {
 	struct found found;
 	struct record r;
-	if (!is_open(ctx->sk, &found))
+	__u32 first = 0;
+	__u64 *only = bpf_map_lookup_elem(&chosen, &first);
+	if (!is_open(ctx->sk, &found) || (only && *only && *only != found.account->pod))
 		return 0;
 	record_of(&r, found.account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
 	r.fate = fate_of(found.account, found.tp);

@@ -6,7 +6,6 @@ Joins one collector to what is shown. Records stay as the collector gave them un
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -14,7 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from agent.core.errors import SluiceError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.flows.collector import Collector
@@ -83,7 +81,7 @@ class Accounting:
             soon = self.collector.enrol(target, want, captured=captured, fresh=fresh)
             self._look(pod.uid, target, new=soon)
             return soon
-        except SluiceError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the pod is captured all the same
             log.warning("pod %s: its connections are not accounted for: %s", pod.key, error)
             return False
 
@@ -101,7 +99,7 @@ class Accounting:
         if cookie is not None:
             try:
                 self._release(cookie)
-            except SluiceError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 log.warning("pod %s is gone, and what accounts for it stays until the next sweep: %s", uid, error)
 
     def _release(self, cookie: int) -> None:
@@ -190,8 +188,10 @@ class Accounting:
 
     async def _drain(self) -> None:
         while True:
-            with contextlib.suppress(SluiceError):
+            try:
                 await self.look()
+            except Exception as error:  # noqa: BLE001 - it must not end the agent
+                log.warning("accounting: %s", error)
             await self.collector.arrived(OFTEN if self.recent.followed else SELDOM)
 
     async def _every(self, seconds: float, work: Callable[[], None]) -> None:
@@ -199,7 +199,7 @@ class Accounting:
             await asyncio.sleep(seconds)
             try:
                 await asyncio.to_thread(work)
-            except SluiceError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 log.warning("accounting: %s", error)
 
     def _named(self, raw: Any) -> Named:

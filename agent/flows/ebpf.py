@@ -31,7 +31,6 @@ from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.ringbuf import RingBuffer
 
-_POD = slice(48, 56)  # where a record has its pod
 _ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
 
 
@@ -61,7 +60,7 @@ class EbpfCollector:
         self._late = Late(self._maps, self._tallies, _epoch)
         self._ring: RingBuffer | None = None
         self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
-        self._refreshing, self._taking = threading.Lock(), threading.Lock()
+        self._refreshing, self._taking, self._listing = threading.Lock(), threading.Lock(), threading.Lock()
 
     def start(self) -> tuple[str, ...]:
         """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
@@ -73,8 +72,9 @@ class EbpfCollector:
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
         cookie = target.netns.id.cookie
-        self._pods.enrol(target, want, captured=captured)
-        self._follow_older(target, want, captured=captured, fresh=fresh)
+        known = self._pods.enrol(target, want, captured=captured)
+        if not known or cookie in self._known:  # what an agent before this one has counted can be looked at later
+            self._follow_older(target, want, captured=captured, fresh=fresh)
         if not captured:
             return True
         self._own(target)
@@ -120,12 +120,9 @@ class EbpfCollector:
         return [*self._older.live(pod), *self._listed(pod)]
 
     def _listed(self, pod: int | None) -> list[Connection]:
-        with self._iterator(objects.LIST) as link:
+        with self._listing, self._iterator(objects.LIST) as link:
+            self._maps["chosen"].update(bytes(4), (pod or 0).to_bytes(8, sys.byteorder))
             data = bpfiter.read(link)
-        if pod is not None:
-            wanted, size = pod.to_bytes(8, "little"), abi.RECORD.size
-            records = (data[at : at + size] for at in range(0, len(data), size))
-            data = b"".join(record for record in records if record[_POD] == wanted)
         # Between two buffers the kernel may go over a socket again (bpfiter.read).
         return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
-from support.accounting import cookie
+from support.applications import cookie
 from support.field import Inside
 from support.node import until
 from support.prometheus import RULES, Prometheus, get, program, prometheus

@@ -157,6 +157,7 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
     "memories": (4, "memory"),
     "accounts": (4, "account"),
     "owners": (4, 4),
+    "chosen": (4, 8),
     "begun": ("handshake", "begun"),
     "spoken": ("handshake", 4),
     "late": ("handshake", "record"),
