@@ -15,6 +15,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.node import PORT, REPO, SECONDS, Node, NodePod, node, until
 
+from agent.backends.ebpf.pins import Pins
+from agent.cli.uncapture import left
 from agent.core.names import ZTUNNEL_MARK
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
@@ -186,14 +188,17 @@ def test_off_and_what_cannot_be_had(alone: tuple[Node, Backend]) -> None:
 
 
 def test_uncapture_takes_the_programs_away(alone: tuple[Node, Backend]) -> None:
+    """Its part that is the node's: the whole command looks into every namespace of the machine."""
     made, backend = alone
     up(made, backend)
-    directory = made.spec.bpf_dir("node1").with_name(f"{made.spec.bpf_dir('node1').name}-accounting")
-    assert directory.exists()
+    pins = Pins.of(str(made.spec.bpf_dir("node1")))
     made.processes.end()
-    argv = ["uncapture", "--all", "--bpf-dir", str(made.spec.bpf_dir("node1")), "--run-dir", str(made.run_dir)]
-    run([sys.executable, "-m", "agent", *argv], netns=made.netns)
-    assert not directory.exists()
+    would = [row for row in left(pins, dry_run=True) if row.removal and row.removal.layers == ("accounting",)]
+    assert [row.removal.result for row in would if row.removal] == ["would be removed"]
+    assert pins.accounting.root.exists()
+    done = [row for row in left(pins, dry_run=False) if row.removal and row.removal.layers == ("accounting",)]
+    assert [row.removal.result for row in done if row.removal] == ["removed"]
+    assert not pins.accounting.root.exists() and left(pins, dry_run=True) == []
 
 
 def test_connections_from_before_the_enrolment_are_followed_to_their_end(alone: tuple[Node, Backend]) -> None:
