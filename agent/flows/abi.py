@@ -103,6 +103,12 @@ def tally(data: bytes) -> Tally:
     return Tally(*TALLY.unpack(data))
 
 
+def pod_of(key: bytes) -> int:
+    """Of a key of map `qualities`."""
+    pod: int = QUALITY_KEY.unpack(key)[0]
+    return pod
+
+
 def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
     """What was added from `old` to `new`."""
     pod, direction = QUALITY_KEY.unpack(key)

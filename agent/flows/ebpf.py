@@ -53,10 +53,11 @@ class EbpfCollector:
         self._pods, self._maps = AccountedPods(pins, not by_socket, programs.sizes), Maps(pins.maps)
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
         self._tallies = Tallies(self._maps, clock)
-        self._qualities: dict[bytes, bytes] | None = None
+        self._qualities: dict[bytes, bytes] = {}
         self._older = DiagCollector(ztunnels.holds)  # of what was there before the programs could see it
         self._known: set[int] = set()
         self._past: set[int] = set()  # pods whose older connections were looked for
+        self._gone: set[int] = set()  # pods of whose connections something may be left
         self._late = Late(self._maps, self._tallies, _epoch)
         self._ring: RingBuffer | None = None
         self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
@@ -68,10 +69,14 @@ class EbpfCollector:
         if self._ring is None:
             self._ring = RingBuffer.open(self.programs.pins.maps / "records")
             self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
+            # What is there, an earlier agent has told; what of it ended since then, nobody will.
+            self._qualities = dict(self._maps["qualities"].items())
+            self._gone = {abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
         return wrong
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
         cookie = target.netns.id.cookie
+        self._gone.discard(cookie)
         known = self._pods.enrol(target, want, captured=captured)
         if not known or cookie in self._known:  # what an agent before this one has counted can be looked at later
             self._follow_older(target, want, captured=captured, fresh=fresh)
@@ -99,6 +104,7 @@ class EbpfCollector:
         self._past.discard(cookie)
         self._older.release(cookie)
         self._owned.pop(cookie, None)
+        self._gone.add(cookie)
         self._pods.release(cookie)
 
     def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
@@ -194,13 +200,15 @@ class EbpfCollector:
         self._owned[cookie] = version
 
     def _new_qualities(self) -> Iterator[Quality]:
-        found = self._maps["qualities"].items()
-        if self._qualities is None:  # what was before, an earlier agent has told, or nobody ever will
-            self._qualities = dict(found)
-        for key, value in found:
-            if (old := self._qualities.get(key)) != value:
+        for key, value in self._maps["qualities"].items():
+            old = self._qualities.get(key)
+            if old != value:
                 self._qualities[key] = value
                 yield abi.quality(key, value, old)
+            elif abi.pod_of(key) in self._gone:  # nothing has ended there since the last reading
+                self._maps["qualities"].delete(key)
+                del self._qualities[key]
+        self._gone &= {abi.pod_of(key) for key in self._qualities}
 
     @contextmanager
     def _iterator(self, program: objects.Program) -> Iterator[int]:
