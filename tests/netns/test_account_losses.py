@@ -108,6 +108,19 @@ def stays(count: int) -> None:
         one.close()
 
 
+def test_the_histograms_of_a_pod_that_has_gone_make_room(mode: str) -> None:
+    with accounted(mode) as account:
+        list(talk(account, 5))
+        account.records(5)
+        account.refresh()
+        assert sum(sum(one.duration) for one in account.qualities) == 5
+        assert not account.maps["qualities"].is_empty()
+        account.collector.release(account.pod.cookie)
+        for _ in range(2):  # the first one takes what has ended meanwhile
+            account.refresh()
+        assert account.maps["qualities"].is_empty()
+
+
 def test_a_pod_is_released_and_enrolled_again(mode: str) -> None:
     """Of what lived meanwhile everything is told; what was begun meanwhile is not of our pods."""
     with accounted(mode) as account:

@@ -233,10 +233,10 @@ def test_connect_that_nobody_answers_is_a_reset(lab: Lab) -> None:
 @pytest.mark.parametrize("port", [15001, 15006])
 def test_own_ports_are_refused(served: Lab, port: int) -> None:
     for place in (served.peer, served.pod):
-        with place.connect(POD4, port) as client, pytest.raises(ConnectionResetError):
+        with pytest.raises(ConnectionResetError), place.connect(POD4, port) as client:  # as early as in connect()
             client.recv(1)
     served.ztunnel.wait_record(close="refused", direction="inbound")
-    with served.pod.connect("127.0.0.1", 15001) as client, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), served.pod.connect("127.0.0.1", 15001) as client:
         client.recv(1)
     served.ztunnel.wait_record(close="refused", direction="outbound", destination="127.0.0.1:15001")
 
