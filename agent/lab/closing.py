@@ -31,10 +31,12 @@ def report(lab: Lab, check: Checks, passed: Accounts) -> None:
         return
     taken = sum(record.direction == "outbound" for record in relayed(lab))
     captured = found["outbound", "captured", ""]
-    check("as many are captured as the proxies took", captured == taken, f"{captured} of {taken}")
+    # One that is cut off while it is provoked may be in one of the two accounts alone.
+    close = abs(captured - taken) <= len(passed)
+    check("as many are captured as the proxies took", close, f"{captured} counted here, {taken} by the proxies")
     escaped, leaked = sum(one.escaped for one in passed.values()), _sum(found, "outbound", "leaked")
     claim = "leaked are those that passed by while it was provoked"
-    check(claim, leaked == escaped, f"{leaked} counted here, {escaped} missed by the proxies")
+    check(claim, abs(leaked - escaped) <= len(passed), f"{leaked} counted here, {escaped} missed by the proxies")
     # At the server's end the lab has an estimate alone: its proxy's records are not matched one to one.
     alone = sum(max(0, one.captured_outbound - one.captured_inbound) for one in passed.values())
     near = abs(_sum(found, "inbound", "leaked") - alone) <= 2 * len(passed)
