@@ -42,9 +42,14 @@ class Entry:
         return list(node.value)
 
     def addresses(self, key: str) -> list[str]:
-        """As the ipaddress module writes them."""
+        """As the ipaddress module writes them; null is no list of them."""
+        node = self.values.get(key)
+        if node is None:
+            return []
+        if not isinstance(node, yaml.SequenceNode):
+            raise self.error(key, "is not a list")
         try:
-            return [str(ipaddress.ip_address(scalar(item, self.place, key))) for item in self.items(key)]
+            return [str(ipaddress.ip_address(scalar(item, self.place, key))) for item in node.value]
         except ValueError as refused:
             raise self.error(key, str(refused)) from None
 
