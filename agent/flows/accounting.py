@@ -91,9 +91,7 @@ class Accounting:
             cookie = self._cookies.pop(uid, None)
             self._sockets.pop(uid, None)
             self._looked.pop(uid, None)
-            while len(self._pods) > len(self._cookies) + _FORMER:
-                former = next(one for one in self._pods if self._pods[one] not in self._cookies)
-                self._names.pop(self._pods.pop(former), None)
+            self._forget_former()
         if target is not None:
             cookie = target.netns.id.cookie
         if cookie is not None:
@@ -101,6 +99,14 @@ class Accounting:
                 self._release(cookie)
             except Exception as error:  # noqa: BLE001 - as above
                 log.warning("pod %s is gone, and what accounts for it stays until the next sweep: %s", uid, error)
+
+    def _forget_former(self) -> None:
+        """Namespaces, the oldest first; a pod's name goes with its last one."""
+        former = [one for one, uid in self._pods.items() if self._cookies.get(uid) != one]
+        for one in former[: max(0, len(former) - _FORMER)]:
+            uid = self._pods.pop(one)
+            if uid not in self._pods.values():
+                self._names.pop(uid, None)
 
     def _release(self, cookie: int) -> None:
         self._counts.release(cookie)
