@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from agent.backends.ebpf import abi, attachments, objects
 from agent.backends.ebpf.abi import Pod, PodFlag
-from agent.backends.ebpf.compiling import Entries, entries
+from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.pins import Pins
 from agent.core.redirect import Redirect
 from agent.kernel import bpffs
@@ -43,16 +43,16 @@ class AccountedPods:
                 self._drop(old.policy)
         return old is not None
 
-    def watch(self, target: PodNetns, want: Redirect) -> None:
+    def watch(self, target: PodNetns) -> None:
         """Makes sure of it on every interface but lo: tcx waits for all CPUs, so not while anybody waits for the pod.
 
         Raises KernelError.
         """
         if not self.watching:
             return
-        place, cookie = self.pins.pod(target.netns.id.cookie), target.netns.id.cookie
-        made: Entries = entries(want, target.wiring(), cookie)
-        links = {f"watch-{index}": objects.WATCH for index in made.links}
+        cookie = target.netns.id.cookie
+        place = self.pins.pod(cookie)
+        links = {f"watch-{link.index}": objects.WATCH for link in target.wiring().links}
         for step, _ in list(attachments.steps(links, attachments.read(place, (objects.WATCH,)))):
             attachments.do(
                 step.payload,

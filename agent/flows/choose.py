@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, SettingsError
@@ -13,8 +10,6 @@ from agent.flows.collector import Collector
 from agent.flows.ebpf import EbpfCollector
 from agent.flows.programs import SHARED, Programs
 from agent.flows.sockdiag import DiagCollector
-
-log = logging.getLogger("sluice.accounting")
 
 
 def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: bool) -> tuple[Collector | None, str]:
@@ -36,5 +31,4 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
             why = f"eBPF cannot be used: {error}"
         else:
             return collector, "setting accounting" if settings.accounting == "ebpf" else "it runs here"
-    is_ztunnel: Callable[[int], bool] = ztunnels.holds
-    return DiagCollector(is_ztunnel), why
+    return DiagCollector(ztunnels.holds), why

@@ -86,7 +86,7 @@ class EbpfCollector:
         if cookie not in self._known:
             self._known.add(cookie)
             return True
-        self._pods.watch(target, want)
+        self._pods.watch(target)
         return False
 
     def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:

@@ -77,9 +77,8 @@ class Programs:
             for one in running - known:
                 admitted.update(abi.ztunnel(*one), bytes(4))
             for one in known - running:
-                if lives(one):
-                    continue  # it has not come back to this agent yet
-                admitted.delete(abi.ztunnel(*one))
+                if not lives(one):  # else it has not come back to this agent yet
+                    admitted.delete(abi.ztunnel(*one))
 
     def _bound(self) -> bool:
         if self.shared is None:
