@@ -6,7 +6,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf import abi, attachments, objects, policies
 from agent.backends.ebpf.abi import Pod, PodFlag
 from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.pins import Pins
@@ -36,11 +36,10 @@ class AccountedPods:
         if captured or (old is not None and PodFlag.CAPTURED in old.flags):
             made = replace(made, pod=replace(made.pod, flags=made.pod.flags | PodFlag.CAPTURED))
         if old != made.pod:
-            for prefix in made.prefixes:
-                self._maps["policies"].update(prefix.key(made.pod.policy), prefix.encode())
+            policies.put(self._maps, made.pod.policy, made.prefixes)
             self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
             if old is not None and old.policy not in (0, made.pod.policy):
-                self._drop(old.policy)
+                policies.drop(self._maps, old.policy)
         return old is not None
 
     def watch(self, target: PodNetns) -> None:
@@ -71,7 +70,7 @@ class AccountedPods:
         self._maps["pods"].delete(abi.cookie(cookie))
         bpffs.remove_tree(self.pins.pod(cookie).path)
         if old is not None and old.policy:
-            self._drop(old.policy)
+            policies.drop(self._maps, old.policy)
 
     def cookies(self) -> set[int]:
         """Of the namespaces of which something is left. Raises KernelError."""
@@ -82,8 +81,3 @@ class AccountedPods:
     def _entry(self, cookie: int) -> Pod | None:
         data = self._maps["pods"].lookup(abi.cookie(cookie))
         return None if data is None else Pod.decode(data)
-
-    def _drop(self, policy: int) -> None:
-        for key, value in self._maps["policies"].items():
-            if abi.prefix(key, value)[0] == policy:
-                self._maps["policies"].delete(key)

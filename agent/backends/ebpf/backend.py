@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
-from agent.backends.ebpf import abi, attachments, state
+from agent.backends.ebpf import abi, attachments, policies, state
 from agent.backends.ebpf.abi import Pod, Prefix
 from agent.backends.ebpf.needs import support
 from agent.backends.ebpf.objects import LOOKUP, POD, Program
@@ -87,8 +87,8 @@ class EbpfBackend:
 
     def read(self, target: Target) -> Have:
         if isinstance(target, Stray):
-            policies = self._maps["policies"].items() if self._maps.exist() else []
-            there = any(abi.prefix(key, value)[0] == target.policy for key, value in policies)
+            listed = self._maps["policies"].items() if self._maps.exist() else []
+            there = any(abi.prefix(key, value)[0] == target.policy for key, value in listed)
             return Have(0, stray=target.policy if there else 0)
         cookie = _cookie(target)
         attached = attachments.read(self.pins.pod(cookie), POD)
@@ -125,13 +125,9 @@ class EbpfBackend:
     def _do(self, target: Target, cookie: int, deed: PodDeed) -> None:
         match deed:
             case state.PutPolicy(number, prefixes):
-                for one in prefixes:
-                    self._maps["policies"].update(one.key(number), one.encode())
+                policies.put(self._maps, number, prefixes)
             case state.DropPolicy(number):
-                policies = self._maps["policies"]
-                for key, value in policies.items():
-                    if abi.prefix(key, value)[0] == number:
-                        policies.delete(key)
+                policies.drop(self._maps, number)
             case state.PutPod(pod):
                 self._maps["pods"].update(abi.cookie(cookie), pod.encode())
             case state.DropPod():
