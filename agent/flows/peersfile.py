@@ -8,6 +8,7 @@ from pathlib import Path
 from agent.core.errors import SettingsError
 from agent.flows import peers
 from agent.flows.who import Who
+from agent.kernel.watchedfile import WatchedFile
 
 log = logging.getLogger("sluice.peers")
 
@@ -16,23 +17,15 @@ class PeersFile:
     """A file that cannot be used is told of and changes nothing: what was read before goes on."""
 
     def __init__(self, path: str, who: Who) -> None:
-        self.path, self.error = Path(path), ""
-        self._who = who
-        self._seen: tuple[int, int, int] | None = None
+        self.error = ""
+        self._who, self._file = who, WatchedFile(Path(path))
 
     def load(self) -> None:
         """Blocking; a file that is not there names nobody."""
         try:
-            status = self.path.stat()
-            version = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if version == self._seen:
+            if (text := self._file.read()) is None:
                 return
-            self._seen = version
-            found = peers.parse(self.path.read_text(), str(self.path), self._who.cluster)
-        except FileNotFoundError:
-            if self._seen == (0, 0, 0):
-                return
-            self._seen, found = (0, 0, 0), peers.Peers()
+            found = peers.parse(text, str(self._file.path), self._who.cluster)
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
             log.error("peers not used, the ones read before stay: %s", error)

@@ -13,6 +13,7 @@ from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.pods import Pod, PodTable
 from agent.core.status import State, Status
+from agent.kernel.watchedfile import WatchedFile
 from agent.sources.static import StaticPods, parse
 
 log = logging.getLogger("sluice.static")
@@ -33,25 +34,18 @@ class StaticFile:
     """A file that cannot be used is told of and changes nothing: what was read before goes on."""
 
     def __init__(self, path: str, table: PodTable, reconciler: Reconciling) -> None:
-        self.path, self.error = Path(path), ""
+        self.error = ""
         self._table, self._reconciler = table, reconciler
-        self._seen: tuple[int, int, int] | None = None
+        self._file = WatchedFile(Path(path))
         self._listed: Mapping[str, Pod] = {}
 
     async def load(self) -> None:
         """Reads the file when it is another one than before; a file that is not there lists no pods."""
         try:
-            status = self.path.stat()
-            version = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if version == self._seen:
+            if (text := self._file.read()) is None:
                 self._again()
                 return
-            self._seen = version
-            pods = parse(self.path.read_text(), str(self.path))
-        except FileNotFoundError:
-            if self._seen == (0, 0, 0):
-                return
-            self._seen, pods = (0, 0, 0), StaticPods()
+            pods = parse(text, str(self._file.path))
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
             log.error("static pods not used, the ones read before stay: %s", error)
