@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.settings import HELP, Settings, build
 
@@ -28,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default=default, metavar="FILE", help="settings as YAML (or $SLUICE_CONFIG)")
     group = parser.add_argument_group("settings", "also keys of the file, and $SLUICE_<NAME> in the environment")
     for field in fields(Settings):
-        shown = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
         group.add_argument(
             "--" + field.name.replace("_", "-"),
             metavar="VALUE",
@@ -43,7 +45,21 @@ def load(args: argparse.Namespace) -> Settings:
         for field in fields(Settings)
         if (value := getattr(args, field.name)) is not None
     }
-    return build(_file(args.config) if args.config else {}, environment(os.environ), flags)
+    file = _file(args.config) if args.config else {}
+    return build(cluster(os.environ), file, environment(os.environ), flags)
+
+
+def cluster(variables: Mapping[str, str], account: Path = Path(names.SERVICE_ACCOUNT)) -> Layer:
+    """What a pod of a Kubernetes cluster knows of itself; anything that was set wins over it."""
+    host, port = (variables.get(f"KUBERNETES_SERVICE_{word}", "") for word in ("HOST", "PORT"))
+    if not host or not port:
+        return {}
+    url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    found: Layer = {"kube_server": (url, "$KUBERNETES_SERVICE_HOST")}
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        own = account / "namespace"
+        found["own_namespace"] = (own.read_text().strip(), str(own))
+    return found
 
 
 def environment(variables: Mapping[str, str]) -> Layer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from agent.core import names
 from agent.core.exclusions import INTERFACE, exclusions
 from agent.core.pods import Pod, mode
 from agent.core.redirect import Redirect
+from agent.core.selectors import DEFAULT
 from agent.core.settings import Settings
 
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
@@ -36,13 +38,36 @@ def decide(pod: Pod, settings: Settings) -> Decision:
     if (why := _never(pod, settings)) is not None:
         return Decision(None, why)
     said = mode(pod)
+    # What only an annotation says counts as a label: that is what there is on nodes without Kubernetes.
+    labels = {**pod.labels, names.DATAPLANE_MODE: said} if said else pod.labels
+    chosen = next((one for one in settings.enablement_selectors if one.matches(labels, pod.namespace_labels)), None)
+    if settings.enablement_selectors != DEFAULT:
+        where = "the setting enablement_selectors"
+        return (
+            _enrolled(pod, settings, f"{where} has: {chosen}") if chosen else Decision(None, f"nothing in {where} fits")
+        )
+    if chosen:
+        who = "the pod" if said == "ambient" else f"namespace {pod.namespace}"
+        return _enrolled(pod, settings, f"{who} says {names.DATAPLANE_MODE}=ambient")
     if said == "none":
         return Decision(None, f"the pod says {names.DATAPLANE_MODE}=none")
-    if said == "ambient":
-        return _enrolled(pod, settings, f"the pod says {names.DATAPLANE_MODE}=ambient")
-    if pod.namespace_labels.get(names.DATAPLANE_MODE) == "ambient":
-        return _enrolled(pod, settings, f"namespace {pod.namespace} says {names.DATAPLANE_MODE}=ambient")
     return Decision(None, f"neither the pod nor its namespace says {names.DATAPLANE_MODE}=ambient")
+
+
+def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
+    """Whether a pod may be enrolled for being in a namespace with these labels, whatever it says itself."""
+    return any(one.namespace and one.selects_namespace(labels) for one in settings.enablement_selectors)
+
+
+def exempt(namespace: str, name: str, settings: Settings) -> bool:
+    """Named by the settings as one that is never captured; all that has to be known is in a CNI call."""
+    if namespace in settings.exclude_namespaces or namespace == settings.own_namespace:
+        return True
+    return any(_named(f"{namespace}/{name}", word) for word in settings.exempt_pods)
+
+
+def _named(key: str, word: str) -> bool:
+    return key.startswith(word[:-1]) if word.endswith("*") else key == word
 
 
 def _never(pod: Pod, settings: Settings) -> str | None:
@@ -54,6 +79,12 @@ def _never(pod: Pod, settings: Settings) -> str | None:
         return "it is ztunnel itself"
     if pod.namespace in settings.exclude_namespaces:
         return f"namespace {pod.namespace} is excluded by the setting exclude_namespaces"
+    if pod.namespace == settings.own_namespace:
+        return f"namespace {pod.namespace} is the agent's own"
+    if exempt(pod.namespace, pod.name, settings):
+        return "it is named by the setting exempt_pods"
+    if pod.runtime_class in settings.unsupported_runtimes:
+        return f"its runtime class {pod.runtime_class} has a network stack of its own"
     if pod.terminal:
         return "it has ended"
     return None

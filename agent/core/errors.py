@@ -51,5 +51,22 @@ class NoZtunnelError(ZtunnelError):
     """No ztunnel is connected: nothing to be tried again before one is, and that will be told."""
 
 
+class SilentZtunnelError(ZtunnelError):
+    """ztunnel acknowledged the pod and does not listen there on all of its `ports`."""
+
+    def __init__(self, ports: tuple[int, ...]) -> None:
+        listed = ", ".join(map(str, ports))
+        super().__init__(f"ztunnel took the pod, but nothing listens in it on {listed}; see ztunnel's log")
+        self.ports = ports
+
+
 class CommandError(SluiceError):
     """A program we started ended badly; holds its command line and the last line of its errors."""
+
+
+class KubeError(SluiceError):
+    """The Kubernetes API refused or could not be reached: `status` of HTTP (0: no answer), `reason` its own word."""
+
+    def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason

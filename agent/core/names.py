@@ -54,3 +54,11 @@ BPF_MAPS: Final = (
     "begun", "spoken", "late", "tallies", "rest", "exported", "qualities", "records",
 )  # fmt: skip
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"
+SERVICE_ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # where the kubelet puts a pod's credentials
+
+# Written on a pod's status subresource, for istiod and people (design: interfaces).
+REDIRECTION: Final = "ambient.istio.io/redirection"
+
+CNI_TYPE: Final = "sluice-cni"
+CNI_CONF: Final = "02-sluice.conflist"  # sorts before what primary plugins install
+CNI_PLUGIN: Final = "/usr/local/lib/sluice/sluice-cni"  # where the image has the plugin's binary

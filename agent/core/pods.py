@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from agent.core import names
@@ -31,11 +31,48 @@ class Pod:
     namespace_labels: Mapping[str, str] = field(default_factory=dict)
     host_network: bool = False
     terminal: bool = False
+    containers: tuple[str, ...] = ()  # as Kubernetes lists them
+    runtime_class: str = ""
     source: str = ""  # cni, static or kube: who may say that the pod is gone
 
     @property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class KubePod:
+    """What the Kubernetes API says of one pod of this node, and nothing else of it.
+
+    `uid` is the runtime's: for a static pod's mirror the annotation kubernetes.io/config.mirror, while `api_uid` is
+    the object's own. `ended`: its phase is Succeeded or Failed and none of its containers runs. `deleting`: it has
+    been asked to end. `running`: a container of it runs or did. `containers` are ids without the runtime's scheme.
+    """
+
+    uid: str
+    namespace: str
+    name: str
+    api_uid: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    service_account: str = ""
+    addresses: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+    runtime_class: str = ""
+    host_network: bool = False
+    ended: bool = False
+    deleting: bool = False
+    running: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class KubeNamespace:
+    name: str
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_uid(uid: str) -> str:
@@ -46,51 +83,145 @@ def check_uid(uid: str) -> str:
 
 
 class PodTable:
-    """All pods of the node by UID, and what a static file says of pods that others bring."""
+    """All pods of the node by UID: as their sandboxes were announced, with what Kubernetes and the static file add.
+
+    A pod is here when its sandbox is known (CNI, static file), or when Kubernetes says that it runs and nobody
+    announced it: it was there before us.
+    """
 
     def __init__(self) -> None:
-        self._pods: dict[str, Pod] = {}
+        self._pods: dict[str, Pod] = {}  # announced
+        self._kube: dict[str, KubePod] = {}
+        self._namespaces: dict[str, Mapping[str, str]] = {}
         self._marks: dict[str, Mapping[str, str]] = {}  # namespace/name -> annotations
+        self._ended: dict[str, tuple[str, ...]] = {}  # sandboxes that ended, by what ran in them
+        self._merged: dict[str, Pod] = {}
 
     def seen(self, pod: Pod) -> set[str]:
         """A source knows this pod. Returns the UIDs to look at again."""
-        known = self._pods.get(pod.uid)
-        if known == pod:
-            return set()
         self._pods[pod.uid] = pod
-        return {pod.uid}
+        self._ended.pop(pod.uid, None)
+        return self._merge([pod.uid])
+
+    def know(self, pod: KubePod) -> set[str]:
+        """What Kubernetes says of it by now. Returns the UIDs to look at again."""
+        self._kube[pod.uid] = pod
+        return self._merge([pod.uid])
+
+    def know_namespace(self, namespace: KubeNamespace) -> set[str]:
+        self._namespaces[namespace.name] = namespace.labels
+        return self._merge([pod.uid for pod in self._merged.values() if pod.namespace == namespace.name])
+
+    def forget_namespace(self, name: str) -> None:
+        """Kubernetes has it no more. What it said goes on to hold for pods that are still here."""
+        self._namespaces.pop(name, None)
+
+    def unknow(self, uid: str, *, keep: bool) -> Pod | None:
+        """Kubernetes has the pod no more. With `keep` it stays as it was known last: its sandbox may still be there.
+
+        Returns the pod if it is here no more, and was.
+        """
+        pod = self._merged.get(uid)
+        self._kube.pop(uid, None)
+        if pod is not None and keep:
+            self._pods[uid] = pod
+        else:
+            self._pods.pop(uid, None)
+            self._ended.pop(uid, None)
+        self._merge([uid])
+        return None if uid in self._merged else pod
 
     def gone(self, uid: str, *, container_id: str = "") -> Pod | None:
         """A source says that the pod is gone; a `container_id` of an older sandbox of it does not count."""
-        pod = self._pods.get(uid)
+        pod = self._merged.get(uid)
         if pod is None or (container_id and pod.container_id != container_id):
             return None
-        return self._pods.pop(uid)
+        self._pods.pop(uid, None)
+        if uid in self._kube:  # what it says of containers that ran there is no reason to look for them
+            self._ended[uid] = self._kube[uid].containers
+        self._merge([uid])
+        return pod
 
     def mark(self, marks: Mapping[str, Mapping[str, str]]) -> set[str]:
         """Replaces all annotations given for pods that others bring. Returns the UIDs to look at again."""
         changed = {k for k in {*marks, *self._marks} if marks.get(k) != self._marks.get(k)}
         self._marks = dict(marks)
-        return {pod.uid for pod in self._pods.values() if pod.key in changed}
+        return self._merge([pod.uid for pod in self._merged.values() if pod.key in changed])
 
     def get(self, uid: str) -> Pod | None:
-        pod = self._pods.get(uid)
-        if pod is None or pod.key not in self._marks:
-            return pod
-        return replace(pod, annotations={**pod.annotations, **self._marks[pod.key]})
+        return self._merged.get(uid)
+
+    def kube(self, uid: str) -> KubePod | None:
+        """What Kubernetes says of it, whether or not its sandbox is there already."""
+        return self._kube.get(uid)
+
+    def kube_uids(self) -> frozenset[str]:
+        return frozenset(self._kube)
+
+    def namespace_labels(self, name: str) -> Mapping[str, str] | None:
+        """As Kubernetes has them; None when it has not told."""
+        return self._namespaces.get(name)
+
+    def namespaces(self) -> Mapping[str, Mapping[str, str]]:
+        return self._namespaces
 
     def by_container(self, container_id: str) -> Pod | None:
-        return next((pod for pod in self._pods.values() if pod.container_id == container_id), None)
+        return next((pod for pod in self._merged.values() if pod.container_id == container_id), None)
 
     def find(self, name: str) -> list[Pod]:
         """Pods by UID, namespace/name, or a name that is alone."""
         return [pod for pod in self if name in (pod.uid, pod.key, pod.name)]
 
     def __iter__(self) -> Iterator[Pod]:
-        return (pod for uid in list(self._pods) if (pod := self.get(uid)) is not None)
+        return iter(list(self._merged.values()))
 
     def __len__(self) -> int:
-        return len(self._pods)
+        return len(self._merged)
+
+    def _merge(self, uids: Iterable[str]) -> set[str]:
+        """Returns those that are others than before."""
+        changed = set()
+        for uid in list(uids):
+            pod = self._of(uid)
+            if self._merged.get(uid) == pod:
+                continue
+            changed.add(uid)
+            if pod is None:
+                del self._merged[uid]
+            else:
+                self._merged[uid] = pod
+        return changed
+
+    def _of(self, uid: str) -> Pod | None:
+        pod, kube = self._pods.get(uid), self._kube.get(uid)
+        if kube is not None and (pod is not None or self._runs(kube)):
+            pod = _with(pod or Pod(uid, kube.namespace, kube.name, source="kube"), kube)
+        if pod is None:
+            return None
+        labels = self._namespaces.get(pod.namespace)
+        if labels is not None:
+            pod = replace(pod, namespace_labels=labels)
+        if pod.key in self._marks:
+            pod = replace(pod, annotations={**pod.annotations, **self._marks[pod.key]})
+        return pod
+
+    def _runs(self, kube: KubePod) -> bool:
+        return kube.running and not kube.ended and self._ended.get(kube.uid) != kube.containers
+
+
+def _with(pod: Pod, kube: KubePod) -> Pod:
+    """Addresses are of both: an early status has none, and one that came with the sandbox may have been replaced."""
+    return replace(
+        pod,
+        labels=kube.labels,
+        annotations={key: text for key, text in kube.annotations.items() if key != names.REDIRECTION},  # ours
+        service_account=kube.service_account,
+        addresses=tuple(dict.fromkeys((*pod.addresses, *kube.addresses))),
+        containers=kube.containers,
+        runtime_class=kube.runtime_class,
+        host_network=kube.host_network,
+        terminal=kube.ended,
+    )
 
 
 def mode(pod: Pod) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from agent.core import names
+from agent.core import names, selectors
 from agent.core.errors import SettingsError
+from agent.core.selectors import DEFAULT, Selector
 
 _MOST_ENTRIES = 1 << 24
 _NETFILTER = ("nftables", "iptables", "iptables-legacy")
@@ -21,6 +24,8 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "dns_capture_to": ("any", "resolvers"),
     "non_tcp": ("count", "refuse"),
     "accounting": ("auto", "ebpf", "inet_diag", "off"),
+    "cni_install": ("auto", "own", "insert", "off"),
+    "offline_pods": ("by-namespace", "refuse"),
     "log_level": ("debug", "info", "warning", "error"),
 }
 # Least and most of the settings that are whole numbers.
@@ -41,6 +46,7 @@ class Settings:
     bpf_dir: str = names.BPF_DIR
     bpf_sizes: tuple[str, ...] = ()
     zds_socket: str = names.ZDS_SOCKET
+    ztunnel_ports: tuple[str, ...] = ("15001", "15006", "15008")
     metrics_address: str = "0.0.0.0:15014"
     static_pods: str = ""
     backend: str = "auto"
@@ -50,7 +56,24 @@ class Settings:
     ipv6: bool = True
     probe_ipv4: str = names.PROBE_IPV4
     probe_ipv6: str = names.PROBE_IPV6
+    kube_server: str = ""
+    kube_token_file: str = names.SERVICE_ACCOUNT + "/token"
+    kube_ca_file: str = names.SERVICE_ACCOUNT + "/ca.crt"
+    kube_peers: bool = False
+    own_namespace: str = ""
+    enablement_selectors: tuple[Selector, ...] = DEFAULT
     exclude_namespaces: tuple[str, ...] = ("kube-system",)
+    exempt_pods: tuple[str, ...] = ("istio-system/ztunnel-*",)
+    unsupported_runtimes: tuple[str, ...] = ("gvisor",)
+    offline_pods: str = "by-namespace"
+    startup_taint: str = ""
+    startup_taint_returns: bool = False
+    cni_install: str = "auto"
+    cni_conf_dir: str = ""
+    cni_bin_dir: str = ""
+    cni_conf_name: str = names.CNI_CONF
+    cni_plugin: str = names.CNI_PLUGIN
+    host_root: str = "/"
     sidecar_annotations: bool = False
     non_tcp: str = "count"
     preserve_connections: bool = True
@@ -90,6 +113,7 @@ HELP: Mapping[str, str] = {
     "bpf_dir": "directory of what backend ebpf keeps in the kernel, in a bpf file system",
     "bpf_sizes": "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
     "zds_socket": "unix socket on which ztunnel connects",
+    "ztunnel_ports": "ports on which ztunnel has to listen in a captured pod (`sluice ztunnel`: 15001,15006)",
     "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
     "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
     "backend": "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (else as auto)",
@@ -99,7 +123,24 @@ HELP: Mapping[str, str] = {
     "ipv6": "program IPv6 where a pod has it",
     "probe_ipv4": "source address of the node's probes, IPv4",
     "probe_ipv6": "source address of the node's probes, IPv6",
+    "kube_server": "URL of the Kubernetes API server; in a pod the cluster's own; none for no Kubernetes",
+    "kube_token_file": "file of the token for the API server; read again when it changes",
+    "kube_ca_file": "certificates that the API server is checked against",
+    "kube_peers": "watch all pods and services of the cluster, for the names of peers in metrics and records",
+    "own_namespace": "namespace of the agent's own pods, which are never captured (in a pod: its own)",
+    "enablement_selectors": "which pods are enrolled: list of {podSelector, namespaceSelector} (elsewhere: JSON)",
     "exclude_namespaces": "namespaces whose pods are never captured",
+    "exempt_pods": "NAMESPACE/NAME of pods that never are and start without the agent; * ends a name's beginning",
+    "unsupported_runtimes": "runtime classes whose pods cannot be captured, having a network stack of their own",
+    "offline_pods": "pods that cannot be looked up while the API server or the agent is away: by-namespace, or refuse",
+    "startup_taint": "taint that the agent takes from its node once capture works; empty for none",
+    "startup_taint_returns": "put that taint back while capture cannot be guaranteed",
+    "cni_install": "own (a configuration that wraps the primary one), insert (into it), off; auto: own in Kubernetes",
+    "cni_conf_dir": "the runtime's directory of CNI configurations (default: as the runtime says)",
+    "cni_bin_dir": "the runtime's directory of CNI plugins (default: as the runtime says)",
+    "cni_conf_name": "file name of our own CNI configuration",
+    "cni_plugin": "the plugin's binary that is installed",
+    "host_root": "where the host's own file system is mounted",
     "sidecar_annotations": "honour the exclusions of traffic.sidecar.istio.io annotations too",
     "non_tcp": "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
     "preserve_connections": "let connections that are older than a pod's enrolment run on uncaptured",
@@ -120,6 +161,10 @@ HELP: Mapping[str, str] = {
     "metrics_expire_seconds": "seconds after which a label set that nothing was added to is forgotten",
     "log_level": "debug, info, warning or error",
 }
+_PATHS = ("run_dir", "bpf_dir", "zds_socket", "kube_token_file", "kube_ca_file", "cni_plugin", "host_root")
+_EXEMPT = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9][-a-z0-9.]{0,252}\*?")
+_CONF_NAME = re.compile(r"[A-Za-z0-9][-A-Za-z0-9_.]{0,200}\.conflist")
+_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[-a-zA-Z0-9.]+)(:[0-9]{1,5})?")
 _KINDS = {f.name: str(f.type) for f in fields(Settings)}
 
 
@@ -157,6 +202,8 @@ def _convert(key: str, value: Any, place: str) -> Any:
         if not 0 < number <= 3600:
             raise refuse("a number of seconds between 0 and 3600")
         return number
+    if kind.startswith("tuple[Selector"):
+        return _selectors(value, refuse)
     if kind.startswith("tuple"):
         parts = value.split(",") if isinstance(value, str) else value
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
@@ -164,8 +211,12 @@ def _convert(key: str, value: Any, place: str) -> Any:
         words = tuple(part.strip() for part in parts if part.strip())
         if key == "bpf_sizes":
             return tuple(_size(word, refuse) for word in words)
+        if key == "ztunnel_ports":
+            return tuple(str(_whole(word, 1, 65535, refuse)) for word in words)
         if key == "dns_resolvers":
             return tuple(_address(word, refuse) for word in words)
+        if key == "exempt_pods" and not all(_EXEMPT.fullmatch(word) for word in words):
+            raise refuse("a list of NAMESPACE/NAME, where only NAME may end with *")
         return words
     if not isinstance(value, str):
         raise refuse("text")
@@ -175,8 +226,14 @@ def _convert(key: str, value: Any, place: str) -> Any:
 def _text(key: str, value: str, refuse: Any) -> str:
     if key in CHOICES and value not in CHOICES[key]:
         raise refuse("one of " + ", ".join(CHOICES[key]))
-    if key in ("run_dir", "bpf_dir", "zds_socket") and (not value.startswith("/") or len(value) > 90):
+    if key in _PATHS and (not value.startswith("/") or len(value) > 90):
         raise refuse("an absolute path of at most 90 characters")
+    if key == "kube_server" and value not in ("", "none") and not _URL.fullmatch(value):
+        raise refuse("a URL like https://10.96.0.1:443, or none")
+    if key in ("cni_conf_dir", "cni_bin_dir") and value and not value.startswith("/"):
+        raise refuse("an absolute path")
+    if key == "cni_conf_name" and not _CONF_NAME.fullmatch(value):
+        raise refuse("a file name that ends with .conflist")
     if key == "connection_log" and not value.startswith("/") and value not in ("", "-"):
         raise refuse("an absolute path, or - for the standard output")
     if key == "metrics_address" and value and not _host_port(value):
@@ -185,6 +242,18 @@ def _text(key: str, value: str, refuse: Any) -> str:
         if key == f"probe_ipv{version}":
             return _address(value, refuse, version)
     return value
+
+
+def _selectors(value: Any, refuse: Any) -> tuple[Selector, ...]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise refuse("JSON: a list of {podSelector, namespaceSelector}") from None
+    try:
+        return selectors.parse(value)
+    except SettingsError as wrong:
+        raise refuse(f"usable: {wrong}") from None
 
 
 def _whole(value: str, least: int, most: int, refuse: Any) -> int:

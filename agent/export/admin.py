@@ -15,6 +15,7 @@ from agent.core.errors import SluiceError
 from agent.core.exclusions import PREFIXES
 from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
+from agent.export.debug import Answering, Debug, Reviewing
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.records import Records
@@ -38,9 +39,10 @@ class Admin:
     beside: Beside
     host: HostLoop | None = None
     records: Records | None = None
+    review: Reviewing | None = None
 
     async def public(self, request: Request) -> Response:
-        """/metrics, /healthz and /readyz; safe to show to anyone on the network."""
+        """/metrics, /healthz and /readyz, safe to show to anyone on the network; and /debug/ for who is authorised."""
         if request.method not in ("GET", "HEAD"):
             return Response.text("only GET is answered here", 405)
         match request.path:
@@ -51,7 +53,15 @@ class Admin:
             case "/readyz":
                 missing, degraded = self.readiness()
                 return Response.text(missing or degraded or "ok", 503 if missing else 200)
+            case path if path.startswith("/debug/"):
+                return await self._debug(request)
         return Response.text("no such path; there are /metrics, /healthz and /readyz", 404)
+
+    async def _debug(self, request: Request) -> Response:
+        of_pod: dict[str, Answering] = {"explain": self._explain}
+        if self.records is not None:
+            of_pod["connections"] = self.records.connections
+        return await Debug(self.table, self.review, {"pods": self._pods}, of_pod)(request)
 
     async def private(self, request: Request) -> Response:
         """Everything; root's alone, by the socket's mode."""

@@ -95,6 +95,7 @@ def settings(spec: LabSpec, node: str, backend: Backend) -> dict[str, Any]:
         "run_dir": str(directory),
         "bpf_dir": str(spec.bpf_dir(node)),
         "zds_socket": str(directory / "ztunnel.sock"),
+        "ztunnel_ports": ["15001", "15006"],
         "metrics_address": "127.0.0.1:15014",
         "peers_file": str(spec.peers_file),
         "backend": str(backend),

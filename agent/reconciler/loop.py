@@ -13,17 +13,31 @@ from dataclasses import replace
 from typing import TypeVar
 
 from agent.backends.choose import Choice
-from agent.core.canary import Verdict
+from agent.core import names
+from agent.core.canary import Finding, Verdict
 from agent.core.desired import Decision, decide
-from agent.core.errors import NoZtunnelError, PodGoneError, SluiceError, ZtunnelError
+from agent.core.errors import NoZtunnelError, PodGoneError, SilentZtunnelError, SluiceError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
 from agent.core.settings import Settings
 from agent.core.status import State, Status
+from agent.reconciler.canaries import Canaries
+from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import Entry, Repair
-from agent.reconciler.parts import Accounting, Counting, Host, Journal, Namespaces, Outside, Probing, Publisher, Watcher
+from agent.reconciler.parts import (
+    Accounting,
+    Counting,
+    Host,
+    Journal,
+    Listening,
+    Namespaces,
+    Outside,
+    Probing,
+    Publisher,
+    Watcher,
+)
 from agent.reconciler.settle import Settled
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
@@ -53,14 +67,18 @@ class Reconciler:
         canary: Probing | None = None,
         counting: Counting | None = None,
         accounting: Accounting | None = None,
+        listening: Listening | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
+
+        Without `listening` ztunnel is believed when it acknowledges a pod.
 
         `carried` knows connections from before a change between NAT and eBPF; without it such a change breaks them.
         """
         self.settings, self.table, self.choice = settings, table, choice
         self._namespaces, self._publisher, self._watcher = namespaces, publisher, watcher
-        self._journal, self._host, self._canary = journal, host, canary
+        self._journal, self._claims, self._listening = journal, Claims(host), listening
+        self._canaries = Canaries(canary) if canary else None
         self._enrolment = Enrolment(
             choice,
             namespaces,
@@ -70,8 +88,6 @@ class Reconciler:
             accounting,
             preserve=settings.preserve_connections,
         )
-        self._claimed: dict[str, tuple[str, ...]] = {}
-        self._probes: set[asyncio.Task[None]] = set()
         self._schedule = Schedule(settings.verify_seconds, random)
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
@@ -108,10 +124,10 @@ class Reconciler:
     def acknowledged(self, uid: str) -> None:
         """A ztunnel that has just come took the pod. Its rules were right, so that was all that was missing.
 
-        Where sockets are captured, a pass has to find those that ztunnel listens on.
+        But where those it listens on are looked for, or are what captures, that takes a pass.
         """
         entry = self._entries.get(uid)
-        if entry is not None and self.choice.by_socket:
+        if entry is not None and (self.choice.by_socket or self._listening):
             self.wake(uid)
         elif entry is not None and entry.status.state is State.PENDING:
             entry.status = replace(entry.status, state=State.ENABLED, error="", retry=None)
@@ -160,8 +176,10 @@ class Reconciler:
                 except TimeoutError:
                     continue
         finally:
-            for task in (*tasks, *self._probes):
+            for task in tasks:
                 task.cancel()
+            if self._canaries:
+                self._canaries.close()
             # What is being applied is finished first: afterwards the sockets are closed.
             self._workers.close()
 
@@ -187,7 +205,7 @@ class Reconciler:
                 self._journal.passed(pod, time.monotonic() - started)
         finally:
             now = time.monotonic()
-            if entry.status.outside or entry.changing or entry.soon or (self._canary and self._canary.due(uid)):
+            if entry.status.outside or entry.changing or entry.soon or (self._canaries and self._canaries.due(uid)):
                 self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
@@ -236,7 +254,7 @@ class Reconciler:
             found = await self._workers.run(lambda: self._enrolment.enrol(pod, redirect, retired))
         await exempt
         self._watcher.watch(pod.uid, found.target)
-        self._claim(pod, found.addresses)
+        self._claims.claim(pod.uid, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
         entry.cleaned, entry.want = not found.changing, found.want
         entry.changing, entry.soon = found.changing and not found.waiting, found.soon
@@ -247,12 +265,26 @@ class Reconciler:
             self._unseen.discard(pod.uid)
             self._progress.set()
         await self._publisher.publish(pod, found.target)
+        await self._heard(pod, entry, found)
         if (pending or found.waiting) and self.choice.by_socket:
             await self._again(pod, entry, found)
             if found.waiting:  # now the old way can go
                 self.wake(pod.uid)
         entry.status = self._status(entry, State.ENABLED, decision)
-        self._probe(pod, entry, found)
+        if self._canaries:
+            self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
+
+    async def _heard(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
+        """Raises SilentZtunnelError when ztunnel's listeners are not all there, and has ztunnel told anew of a pod that
+        has none of them: its acknowledgement is of no worth any more."""
+        if (listening := self._listening) is None:
+            return
+        async with entry.lock:
+            missing = await self._workers.run(lambda: listening.missing(found.target))
+        if missing:
+            if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
+                await self._publisher.withdraw(pod.uid)
+            raise SilentZtunnelError(missing)
 
     async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""
@@ -268,42 +300,19 @@ class Reconciler:
         Before the rules: from their first moment on probes must not be taken for a stranger's. A pod that is just being
         made has nothing that could be probed: there both are done at once.
         """
-        done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        if self._host is None or pod.uid in self._claimed:
-            return done
+        if not self._claims.wants(pod.uid):
+            return asyncio.ensure_future(asyncio.sleep(0))
         async with entry.lock:  # what its namespace has, once that is proven to be the pod's
             addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
-        self._claim(pod, addresses)
-        settled = asyncio.ensure_future(self._host.settled())
+        self._claims.claim(pod.uid, addresses)
+        settled = self._claims.settled()
         if not self._namespaces.is_new(pod):
             await settled
         return settled
 
-    def _claim(self, pod: Pod, addresses: tuple[str, ...]) -> None:
-        if self._host and self._claimed.get(pod.uid) != addresses:
-            self._host.claim(pod.uid, addresses)
-            self._claimed[pod.uid] = addresses
-
-    def _probe(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
-        """Sees in a task of its own whether the node's probes reach the newly enrolled pod."""
-        if self._canary is None:
-            return
-        if found.first:
-            self._canary.enrolled(pod.uid)
-        if self._canary.due(pod.uid) and not any(task.get_name() == f"probe {pod.uid}" for task in self._probes):
-            task = asyncio.create_task(self._look(self._canary, pod, entry, found), name=f"probe {pod.uid}")
-            self._probes.add(task)
-            task.add_done_callback(self._probes.discard)
-
-    async def _look(self, canary: Probing, pod: Pod, entry: Entry, found: Enrolled) -> None:
-        addresses = pod.addresses or found.addresses
-        try:
-            finding = await canary.probe(addresses, found.target, ipv6=found.want.ipv6)
-        except SluiceError:
-            return  # the pod has gone, or its next pass will tell
-        canary.done(pod.uid, finding)
-        if finding.verdict is Verdict.NO_LISTENER or self._entries.get(pod.uid) is not entry:
+    def _probed(self, pod: Pod, entry: Entry, finding: Finding) -> None:
+        """The canary came back with an answer."""
+        if self._entries.get(pod.uid) is not entry:
             return
         entry.status = replace(entry.status, probe=str(finding))
         self._journal.probed(pod, finding)
@@ -330,10 +339,9 @@ class Reconciler:
         entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)
 
     def _unclaim(self, uid: str) -> None:
-        if self._host and self._claimed.pop(uid, None) is not None:
-            self._host.release(uid)
-        if self._canary:
-            self._canary.forget(uid)
+        self._claims.release(uid)
+        if self._canaries:
+            self._canaries.forget(uid)
 
     async def _release(self, uid: str) -> None:
         self._watcher.unwatch(uid)

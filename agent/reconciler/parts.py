@@ -114,6 +114,13 @@ class Publisher(Protocol):
         """Tells every ztunnel that the pod is gone; never fails."""
 
 
+class Listening(Protocol):
+    """Sees ztunnel's listeners."""
+
+    def missing(self, target: PodNetns) -> tuple[int, ...]:
+        """The ports of ztunnel on which nothing listens in the pod; blocking. Raises KernelError."""
+
+
 class Watcher(Protocol):
     """Notices changes in a pod's namespace and wakes the reconciler."""
 

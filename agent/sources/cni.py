@@ -31,6 +31,13 @@ class Inspecting(Reconciling, Protocol):
     async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]: ...
 
 
+class Admitting(Protocol):
+    """Knows what the Kubernetes API says of pods."""
+
+    async def admit(self, pod: Pod) -> None:
+        """Returns when enough is known of the pod to decide about it. Raises SluiceError when it cannot be had."""
+
+
 class CniService:
     """Answers requests. `readiness` returns what keeps the agent from taking ADDs, and what is degraded."""
 
@@ -41,9 +48,11 @@ class CniService:
         reconciler: Inspecting,
         namespaces: Namespaces,
         readiness: Callable[[], tuple[str, str]],
+        admission: Admitting | None = None,
     ) -> None:
         self._settings, self._table, self._reconciler = settings, table, reconciler
         self._namespaces, self._readiness = namespaces, readiness
+        self._admission = admission
         # One verb at a time per pod; a lock lives as long as somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -79,6 +88,14 @@ class CniService:
 
     async def _add(self, request: CniRequest, netns: Netns | None) -> CniReply:
         pod = _pod(request)
+        if self._admission is not None:
+            try:
+                async with asyncio.timeout(self._settings.add_seconds):
+                    await self._admission.admit(pod)
+            except (SluiceError, TimeoutError) as error:
+                _close(netns)
+                words = str(error) or f"Kubernetes did not answer within {self._settings.add_seconds:g} s"
+                return CniReply(cni_wire.TRY_AGAIN_LATER, f"pod {pod.key}: {words}")
         async with self._locks.setdefault(pod.uid, asyncio.Lock()):
             return await self._add_one(pod, netns)
 
@@ -148,6 +165,11 @@ class CniService:
                 log.info("CNI GC: forgetting pod %s, container %s", pod.key, pod.container_id)
                 await self._reconciler.forget(pod.uid)
         return CniReply()
+
+
+def _close(netns: Netns | None) -> None:
+    if netns is not None:
+        netns.close()
 
 
 def _pod(request: CniRequest) -> Pod:

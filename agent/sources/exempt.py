@@ -1,20 +1,55 @@
-"""Small files beside the socket that let the plugin pass pods that are never captured while we are away."""
+"""Small files beside the socket that let the plugin pass pods that are not captured while we are away."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
-from agent.core.pods import LABEL
+from agent.core.desired import enrols_namespace
+from agent.core.pods import LABEL, PodTable, mode
 from agent.core.settings import Settings
 
+_SOON = 0.5  # seconds in which changes are gathered
+_MOST = 10_000  # files: a cluster that has more namespaces fails closed for the rest
 
-def write_exempt(settings: Settings) -> None:
-    """<run_dir>/exempt/<namespace> for each excluded namespace, and for no other."""
-    directory = Path(settings.run_dir) / "exempt"
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    wanted = {name for name in settings.exclude_namespaces if LABEL.fullmatch(name)}
-    for path in directory.iterdir():
-        if path.name not in wanted:
-            path.unlink()
-    for name in wanted:
-        (directory / name).touch(mode=0o600)
+
+class Exempt:
+    """<run_dir>/exempt/<namespace> for each namespace whose pods may start without us, and for no other.
+
+    Those are the excluded ones and, as the setting offline_pods says, those that Kubernetes knows not to be enrolled
+    and in which no pod of this node enrols itself.
+    """
+
+    def __init__(self, settings: Settings, table: PodTable) -> None:
+        self._settings, self._table = settings, table
+        self._directory = Path(settings.run_dir) / "exempt"
+        self._changed = asyncio.Event()
+
+    def told(self) -> None:
+        """Namespaces may have changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled. What a predecessor knew stays until it is known better."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_SOON)
+            self._changed.clear()
+            self.write()
+
+    def write(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        wanted, there = self._wanted(), {path.name for path in self._directory.iterdir()}
+        for name in there - wanted:
+            (self._directory / name).unlink(missing_ok=True)
+        for name in wanted - there:
+            (self._directory / name).touch(mode=0o600)
+
+    def _wanted(self) -> set[str]:
+        settings, known = self._settings, self._table.namespaces()
+        wanted = {name for name in (*settings.exclude_namespaces, settings.own_namespace) if LABEL.fullmatch(name)}
+        if settings.offline_pods == "by-namespace":
+            own = {pod.namespace for pod in self._table if mode(pod) not in ("", "none")}
+            found = (name for name, labels in known.items() if not enrols_namespace(labels, settings))
+            wanted |= set(sorted(name for name in found if name not in own and LABEL.fullmatch(name))[:_MOST])
+        return wanted

@@ -20,6 +20,7 @@ from agent.core.pods import UID, Pod
 from agent.kernel.netns import NetnsId, unpin
 
 log = logging.getLogger("sluice.state")
+_TOLD_AGAIN = ("containers", "runtime_class")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ def _encode(note: Note) -> dict[str, Any]:
         "netns": asdict(note.netns) if note.netns else None,
         "outside": list(note.outside),
         "carried": list(note.carried),
-        "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False)},
+        # What an older release does not know it would take for damage; Kubernetes tells it again anyway.
+        "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False) and k not in _TOLD_AGAIN},
     }
 
 

@@ -262,6 +262,37 @@ def test_p38_a_pod_whose_lo_is_down_is_refused_with_its_reason_and_stops_nobody(
     assert here.captured(bad) and here.captured(bad, 6)
 
 
+def test_p03_a_pod_without_ztunnels_listeners_is_not_enrolled_whatever_was_acknowledged(here: Node) -> None:
+    pods = [here.add(here.pod(f"heard{number}")) for number in range(2)]
+    here.processes.end("ztunnel")
+    until(lambda: not here.ask("/v1/status")["ztunnel_connections"], "ztunnel has gone")
+    deaf = FakeZtunnel(here.run_dir / "ztunnel.sock", ports=())
+    try:
+        until(lambda: all("listens" in here.ask("/v1/explain", pod=pod.uid)["error"] for pod in pods), "it is told")
+        assert all(here.state(pod) == "pending" for pod in pods)
+        assert "15001, 15006" in here.sluice("explain", pods[0].key)
+        assert here.cni("ADD", here.pod("another")).error == 11
+    finally:
+        deaf.close()
+    good = FakeZtunnel(here.run_dir / "ztunnel.sock")
+    try:
+        enabled(here, *pods)
+        good.deafen(pods[0].uid)  # as a ztunnel that lost the pod: it is told anew
+        here.ask("/v1/verify", "POST", pod=pods[0].uid)
+        enabled(here, *pods)
+        assert good.added().count(pods[0].uid) == 2 and good.added().count(pods[1].uid) == 1
+        good.deafen(pods[1].uid, 15006)  # the other one may work: nothing is taken from it
+        here.ask("/v1/verify", "POST", pod=pods[1].uid)
+        until(lambda: here.state(pods[1]) == "pending", "the missing listener is seen")
+        assert good.added().count(pods[1].uid) == 1
+    finally:
+        good.close()
+        here.processes.start_ztunnel()
+    enabled(here, *pods)
+    for pod in pods:
+        here.delete(pod)
+
+
 def test_p38_an_error_for_one_pod_leaves_all_others_enabled(here: Node) -> None:
     pods = [here.add(here.pod(f"several{number}")) for number in range(3)]
     victim, others = pods[1], [pods[0], pods[2]]

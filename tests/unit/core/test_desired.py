@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from agent.core.desired import decide
+from agent.core.desired import Decision, decide, enrols_namespace
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
-from agent.core.settings import Settings
+from agent.core.settings import Settings, build
 
 MODE = "istio.io/dataplane-mode"
 AMBIENT, NONE = {MODE: "ambient"}, {MODE: "none"}
@@ -118,3 +118,35 @@ def test_bad_interface_names_are_told_and_the_others_used(bad: str) -> None:
     assert decision.redirect == Redirect(virtual_interfaces=("br0", "tap1"))
     (warning,) = decision.warnings
     assert warning.startswith(f"annotation {INTERFACES}: ") and "\n" not in warning
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"namespace": "sluice-system"}, "namespace sluice-system is the agent's own"),
+        ({"name": "node-agent-x"}, "it is named by the setting exempt_pods"),
+        ({"name": "exactly"}, "it is named by the setting exempt_pods"),
+        ({"runtime_class": "gvisor"}, "its runtime class gvisor has a network stack of its own"),
+    ],
+)
+def test_never_by_the_settings_whatever_the_pod_says(facts: dict[str, Any], reason: str) -> None:
+    settings = Settings(own_namespace="sluice-system", exempt_pods=("shop/node-agent-*", "shop/exactly"))
+    decision = decide(pod(labels=AMBIENT, **facts), settings)
+    assert (decision.enrolled, decision.reason) == (False, reason)
+    assert decide(pod(labels=AMBIENT, name="exactly-not", runtime_class="runc"), settings).enrolled
+
+
+def test_selectors_of_the_settings_decide_instead_of_the_default() -> None:
+    value = [{"podSelector": {"matchLabels": {"mesh": "on"}}, "namespaceSelector": {"matchLabels": {"team": "a"}}}]
+    settings = build({"enablement_selectors": (value, "f:1")})
+    assert decide(pod(labels={"mesh": "on"}, namespace_labels={"team": "a"}), settings) == Decision(
+        Redirect(), "the setting enablement_selectors has: pod mesh=on, namespace team=a"
+    )
+    for facts in ({"labels": {"mesh": "on"}}, {"labels": AMBIENT, "namespace_labels": {"team": "a"}}):
+        assert decide(pod(**facts), settings).reason == "nothing in the setting enablement_selectors fits"
+
+
+def test_which_namespaces_enrol_their_pods() -> None:
+    settings = Settings()
+    assert enrols_namespace(AMBIENT, settings)
+    assert not enrols_namespace(NONE, settings) and not enrols_namespace({}, settings)

@@ -1,4 +1,4 @@
-"""The composition root of `sluice agent`: settings in, parts built and joined, one TaskGroup.
+"""Settings in, parts built and joined, one TaskGroup.
 
 Start-up: mechanisms are probed, what the predecessor noted is restored and settled, then the sockets open.
 The end (SIGTERM) closes handles and leaves every rule, pin and note in place.
@@ -14,55 +14,47 @@ import random
 import resource
 import signal
 import socket
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agent.backends.base import Support
-from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
+from agent.app.accounting import account
+from agent.app.choosing import chosen
+from agent.app.journals import Journals
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
-from agent.backends.mechanisms import mechanisms
-from agent.backends.preflight import examine, lacking
-from agent.backends.selftest import selftest_choice
 from agent.core.errors import KernelError
 from agent.core.pods import PodTable
 from agent.core.settings import Settings
 from agent.core.switching import carried
 from agent.export.admin import Admin
-from agent.export.connections import Connections
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.export.records import Records
-from agent.flows import choose as collectors
-from agent.flows.accounting import Accounting
-from agent.flows.journal import Journal
-from agent.flows.logfile import LogFile
-from agent.flows.peersfile import PeersFile
-from agent.flows.tally import Tally
 from agent.flows.who import Who
-from agent.kernel import hostview
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.process import Process
 from agent.kernel.unixsocket import claim, listen
 from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
-from agent.sources import recorded
 from agent.sources.beside import Beside
 from agent.sources.canary import Canary
 from agent.sources.cni import CniService
 from agent.sources.cni_socket import CniSocket
 from agent.sources.drift import DriftWatcher
-from agent.sources.exempt import write_exempt
+from agent.sources.exempt import Exempt
+from agent.sources.listening import Listening
 from agent.sources.namespaces import Namespaces
 from agent.sources.outside import OutsideConnections
 from agent.sources.state import State
 from agent.sources.watchfile import StaticFile
 from agent.zds.server import ZdsServer
+
+if TYPE_CHECKING:
+    from agent.app.kubernetes import Kubernetes
 
 log = logging.getLogger("sluice.agent")
 
@@ -73,18 +65,22 @@ class Agent:
     def __init__(self, settings: Settings, version: str) -> None:
         """Probes the mechanisms. Raises SettingsError when none of those allowed can be used."""
         self.settings, self.version = settings, version
-        self.support: dict[str, Support] = {}
         self.pins, self.ztunnels = Pins.of(settings.bpf_dir), Ztunnels()
         self.programs = ProgramsBackend(self.pins, self.ztunnels)
-        self.choice, self.host_choice = self._choose()
+        found = chosen(settings, self.pins, self.ztunnels)
+        self.choice, self.host_choice, self.support = found.choice, found.host, found.support
+        self.node_name = settings.node_name or socket.gethostname()
         self.table = PodTable()
+        self.exempt = Exempt(settings, self.table)
         self.state = State(settings.run_dir)
         self.namespaces = Namespaces(self.state)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
         self.who = Who(settings.cluster, settings.trust_domain)
-        self.connections: Connections | None = None
-        self.accounting = self._account()
+        by_socket = self.choice.by_socket
+        made = account(settings, self.table, self.who, self.pins, self.ztunnels, by_socket=by_socket)
+        self.accounting = made[0] if made else None
+        self.connections = made[1] if made else None
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
@@ -93,6 +89,7 @@ class Agent:
             self.connections,
             self.accounting.sockets if self.accounting else tuple,
         )
+        self.kubernetes = self._kubernetes()
         self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
         self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
         self.reconciler = Reconciler(
@@ -102,7 +99,7 @@ class Agent:
             self.namespaces,
             self.zds,
             self.drift,
-            self.metrics,
+            Journals(self.metrics, self.kubernetes.events) if self.kubernetes else self.metrics,
             random.random,
             outside=self.outside,
             carried=self.carried,
@@ -110,8 +107,10 @@ class Agent:
             canary=self._canary(),
             counting=self.beside,
             accounting=self.accounting,
+            listening=Listening(map(int, settings.ztunnel_ports)),
         )
-        self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness)
+        admission = self.kubernetes.admission if self.kubernetes else None
+        self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.records = Records(self.accounting, self.table)
         self.admin = Admin(
@@ -127,45 +126,20 @@ class Agent:
         )
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
-    def _choose(self) -> tuple[Choice, tuple[str, str]]:
-        """The backend, and (mechanism, reason) of the probe exemption; recorded, so that a restart takes the same."""
-        settings, view = self.settings, hostview.look()
-        backends = mechanisms(ipv6=settings.ipv6, pins=self.pins, ztunnels=self.ztunnels, sizes=settings.bpf_map_sizes)
-
-        def probe(layer: str) -> Support:
-            self.support[layer] = backends[layer].probe()
-            return self.support[layer]
-
-        trials = Trials(
-            probe,
-            lambda layers: selftest_choice(layers, self.pins, ipv6=settings.ipv6),
-            lambda name: lacking(examine(name, ipv6=settings.ipv6)),
-        )
-        old = recorded.load(settings.run_dir)
-        choice = choose(settings.backend, backends, trials, view, old)
-        host, why = choose_host(settings.host_probes, view, choice.name)
-        if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
-            new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
-            recorded.save(settings.run_dir, new)
-        return choice, (host, why)
-
-    def _account(self) -> Accounting | None:
-        """Counts connections by the best means that this node has. Raises SettingsError when it has not what is set."""
-        settings = self.settings
-        collector, reason = collectors.choose(settings, self.pins, self.ztunnels, by_socket=self.choice.by_socket)
-        if collector is None:
+    def _kubernetes(self) -> Kubernetes | None:
+        if self.settings.kube_server in ("", "none"):
             return None
-        journal = None
-        if settings.connection_log:
-            file = LogFile(settings.connection_log, settings.connection_log_bytes, settings.connection_log_keep)
-            journal = Journal(file, settings.connection_log_sample)
-        tally = Tally(self.who, settings.metrics_label_sets, settings.metrics_expire_seconds)
-        node = settings.node_name or socket.gethostname()
-        self.connections = shown = Connections(tally, lambda: made.losses(), lambda: made.refresh())
-        peers = PeersFile(settings.peers_file, self.who) if settings.peers_file else None
-        add, every = shown.add, settings.verify_seconds
-        made = Accounting(collector, self.table, self.who, node, add, reason, journal, every, peers)
-        return made
+        from agent.app.kubernetes import Kubernetes  # with TLS and all: only where there is a cluster
+
+        return Kubernetes(
+            self.settings,
+            self.node_name,
+            self.table,
+            lambda uid: self.reconciler.status(uid).state,
+            lambda uid: self.reconciler.wake(uid),
+            self.namespaces.was_captured,
+            self.exempt,
+        )
 
     def _host(self) -> HostLoop:
         name = self.host_choice[0]
@@ -184,8 +158,9 @@ class Agent:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         Path(self.settings.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
         claim(Path(self.settings.run_dir))
-        write_exempt(self.settings)
         self._restore()
+        if self.kubernetes is None:
+            self.exempt.write()
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(part) for part in self._parts()]
@@ -206,16 +181,18 @@ class Agent:
         """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
         if not self._synced.is_set():
             return "it is still looking at the pods that were here before", ""
+        if self.kubernetes and self.kubernetes.missing:
+            return self.kubernetes.missing, ""
         if not self.zds.connections:
             return "", f"no ztunnel is connected to {self.settings.zds_socket}"
         if self.host.status.error:
             return "", f"probes from this node are captured: {self.host.status.error}"
-        return "", self.static.error
+        return "", self.static.error or (self.kubernetes.error if self.kubernetes else "")
 
     def node(self) -> Mapping[str, Any]:
         """What `sluice status` shows of the node itself."""
         return {
-            "node": self.settings.node_name or socket.gethostname(),
+            "node": self.node_name,
             "version": self.version,
             "backend": self.choice.name,
             "backend_reason": self.choice.reason,
@@ -229,6 +206,7 @@ class Agent:
             "ztunnel_unacknowledged": self.zds.unacknowledged,
             "accounting": self.accounting.name if self.accounting else "off",
             "accounting_reason": self.accounting.reason if self.accounting else "setting accounting",
+            "kubernetes": self.kubernetes.missing or self.kubernetes.error or "ok" if self.kubernetes else "not set",
             "static_pods": self.static.error or "ok" if self.settings.static_pods else "not set",
             "damaged_state_files": self.state.damaged,
         }
@@ -242,6 +220,8 @@ class Agent:
                 self.outside.restore(note.pod.uid, note.outside)
                 self.carried.restore(note.pod.uid, note.carried)
             self.reconciler.wake(note.pod.uid)
+        if self.kubernetes:
+            self.kubernetes.source.restored(pod.uid for pod in self.table if pod.source != "static")
 
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
@@ -252,11 +232,15 @@ class Agent:
             parts.append(self.static.run())
         if self.accounting:
             parts.append(self.accounting.run(self.namespaces.dead))
+        if self.kubernetes:
+            parts += [*self.kubernetes.parts(), self.exempt.run()]
         return parts
 
     async def _ready(self) -> None:
         if self.settings.static_pods:
             await self.static.load()
+        if self.kubernetes:
+            await self.kubernetes.settle()
         while not self.reconciler.synced:
             await self.reconciler.progressed()
         self._synced.set()

@@ -1,0 +1,81 @@
+"""What of the admin API is answered over TCP: to whoever the API server knows, about pods that he may list there.
+
+Never anything that changes something. The unix socket answers everything, to root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from agent.core.errors import KubeError, SluiceError
+from agent.core.pods import Pod, PodTable
+from agent.export.http import Request, Response
+
+Answering = Callable[[Request], Awaitable[Any]]
+_BEARER = "bearer "
+
+
+class Reviewing(Protocol):
+    """Asks the API server who a token is and what he may do (TokenReview, SubjectAccessReview)."""
+
+    async def allowed(self, token: str, verb: str, resource: str, namespace: str | None) -> bool:
+        """`namespace` None: in all of them. False for a token that is nobody's. Raises KubeError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Debug:
+    """`answers` by path below /debug/: each gives rows with a namespace, or what is about the one pod in the query."""
+
+    table: PodTable
+    review: Reviewing | None
+    rows: Mapping[str, Answering]
+    of_pod: Mapping[str, Answering]
+
+    async def __call__(self, request: Request) -> Response:
+        if self.review is None:
+            return Response.text("nobody can be authorised here: no Kubernetes; ask on the unix socket", 403)
+        word = request.headers.get("authorization", "")
+        if not word.lower().startswith(_BEARER):
+            return Response.text("a bearer token is needed (kubectl create token ...)", 401)
+        try:
+            return await self._answer(request, word[len(_BEARER) :].strip(), self.review)
+        except KubeError as error:
+            return Response.text(f"the caller could not be authorised: {error}", 503)
+        except SluiceError as error:
+            return Response.json({"error": str(error)}, 400)
+
+    async def _answer(self, request: Request, token: str, review: Reviewing) -> Response:
+        may = _Scope(token, review)
+        name = request.path.removeprefix("/debug/")
+        if (rows := self.rows.get(name)) is not None:
+            allowed = await may.among({pod.namespace for pod in self.table})
+            if not allowed:
+                return Response.text("the caller may not list pods in any namespace of this node", 403)
+            return Response.json([row for row in await rows(request) if row["namespace"] in allowed])
+        if (answer := self.of_pod.get(name)) is not None:
+            pods = self.table.find(request.query.get("pod", ""))
+            allowed = await may.among({pod.namespace for pod in pods})
+            mine = [pod for pod in pods if pod.namespace in allowed]
+            if len(mine) != 1:  # no more is told of what the caller may not see than of what is not there
+                return Response.text("no such pod on this node that the caller may list; give ?pod=namespace/name", 404)
+            return Response.json(await answer(_about(request, mine[0])))
+        known = ", ".join(f"/debug/{path}" for path in sorted({*self.rows, *self.of_pod}))
+        return Response.text(f"no such path; there are {known}", 404)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    token: str
+    review: Reviewing
+
+    async def among(self, namespaces: set[str]) -> set[str]:
+        """Those of the namespaces whose pods the caller may list."""
+        if await self.review.allowed(self.token, "list", "pods", None):
+            return namespaces
+        return {one for one in sorted(namespaces) if await self.review.allowed(self.token, "list", "pods", one)}
+
+
+def _about(request: Request, pod: Pod) -> Request:
+    return replace(request, query={**request.query, "pod": pod.uid})

@@ -1,0 +1,49 @@
+"""The canaries under way: whether the node's probes reach newly enrolled pods is seen beside the passes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from agent.core.canary import Finding, Verdict
+from agent.core.errors import SluiceError
+from agent.core.pods import Pod
+from agent.reconciler.enrolment import Enrolled
+from agent.reconciler.parts import Probing
+
+
+class Canaries:
+    """One task per pod that is due."""
+
+    def __init__(self, canary: Probing) -> None:
+        self._canary = canary
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
+        """After a pass that captured the pod; `told` is called once there is an answer."""
+        if found.first:
+            self._canary.enrolled(pod.uid)
+        if self._canary.due(pod.uid) and pod.uid not in self._tasks:
+            task = asyncio.create_task(self._look(pod, found, told), name=f"probe {pod.uid}")
+            self._tasks[pod.uid] = task
+            task.add_done_callback(lambda _: self._tasks.pop(pod.uid, None))
+
+    def due(self, uid: str) -> bool:
+        return self._canary.due(uid)
+
+    def forget(self, uid: str) -> None:
+        self._canary.forget(uid)
+
+    def close(self) -> None:
+        for task in list(self._tasks.values()):
+            task.cancel()
+
+    async def _look(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
+        addresses = pod.addresses or found.addresses
+        try:
+            finding = await self._canary.probe(addresses, found.target, ipv6=found.want.ipv6)
+        except SluiceError:
+            return  # the pod has gone, or its next pass will tell
+        self._canary.done(pod.uid, finding)
+        if finding.verdict is not Verdict.NO_LISTENER:
+            told(finding)

@@ -1,0 +1,108 @@
+"""Kubernetes Events on pods: what went wrong with their capture, where their owners look for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from agent.core.canary import Finding, Verdict
+from agent.core.errors import KubeError
+from agent.core.pods import KubePod, Pod, PodTable
+from agent.sources.kube.annotating import Sending
+
+log = logging.getLogger("sluice.kube")
+EVERY = 300.0  # seconds in which one kind of event is told once of a pod; what comes more often is counted
+_MOST = 1000  # events that wait; more are counted as lost
+_LONGEST = 1000  # bytes of a message: the API server takes 1,024 (core/validation/events.go)
+
+
+@dataclass(slots=True)
+class _Kind:
+    told: float
+    since: int = 0
+
+
+class Events:
+    """`tell` never blocks and never fails. Also the reconciler's journal, for what pods' owners have to know."""
+
+    def __init__(self, client: Sending, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
+        """`passed` is told of each pod that the reconciler looked at."""
+        self.lost = 0
+        self._client, self._table, self._node, self._passed = client, table, node, passed
+        self._waiting: asyncio.Queue[tuple[KubePod, str, str]] = asyncio.Queue(_MOST)
+        self._kinds: dict[tuple[str, str], _Kind] = {}
+
+    def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        if cause:
+            what = "; ".join(differences[:3])
+            self.tell(pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}")
+
+    def failed(self, pod: Pod, error: Exception) -> None:
+        self.tell(pod, "CaptureFailed", str(error))
+
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        self.tell(pod, "CaptureContended", f"{cause} keeps undoing repairs of capture; {'; '.join(remarks)}")
+
+    def probed(self, pod: Pod, finding: Finding) -> None:
+        if finding.verdict is not Verdict.OK:
+            self.tell(pod, "CaptureProbeFailed", str(finding))
+
+    def passed(self, pod: Pod, seconds: float) -> None:
+        self._passed(pod.uid)
+
+    def tell(self, pod: Pod, reason: str, words: str) -> None:
+        kube, now = self._table.kube(pod.uid), time.monotonic()
+        if kube is None:
+            return
+        kind = self._kinds.get((pod.uid, reason))
+        if kind is not None and now - kind.told < EVERY:
+            kind.since += 1
+            return
+        more = f" ({kind.since} more in the last {now - kind.told:.0f} s)" if kind and kind.since else ""
+        self._kinds[pod.uid, reason] = _Kind(now)
+        if len(self._kinds) > _MOST:
+            self._kinds = {key: one for key, one in self._kinds.items() if now - one.told < EVERY}
+        try:
+            self._waiting.put_nowait((kube, reason, words.encode()[:_LONGEST].decode(errors="ignore") + more))
+        except asyncio.QueueFull:
+            self.lost += 1
+
+    async def run(self) -> None:
+        """Until cancelled. An event that cannot be written is counted: it is in the log and in the metrics anyway."""
+        while True:
+            pod, reason, words = await self._waiting.get()
+            try:
+                path = f"/api/v1/namespaces/{pod.namespace}/events"
+                await self._client.send("POST", path, event(pod, reason, words, self._node, datetime.now(UTC)))
+            except KubeError as error:
+                self.lost += 1
+                log.warning("pod %s: event %s not written: %s", pod.key, reason, error)
+
+
+def event(pod: KubePod, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:
+    """As `kubectl describe pod` shows it (core/v1, Event)."""
+    stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{pod.name[:200]}.{time.time_ns():x}", "namespace": pod.namespace},
+        "involvedObject": {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "namespace": pod.namespace,
+            "name": pod.name,
+            "uid": pod.api_uid,
+        },
+        "type": "Warning",
+        "reason": reason,
+        "message": words,
+        "source": {"component": "sluice", "host": node},
+        "firstTimestamp": stamp,
+        "lastTimestamp": stamp,
+        "count": 1,
+    }

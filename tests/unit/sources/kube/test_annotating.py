@@ -1,0 +1,171 @@
+"""The annotation follows the state, whatever the API server does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from agent.core import names
+from agent.core.errors import KubeError
+from agent.core.pods import KubePod, PodTable
+from agent.core.status import State
+from agent.sources.kube.annotating import Annotator
+
+KUBE = KubePod("u1", "shop", "web", api_uid="a1", annotations={"own": "1"}, running=True)
+
+
+class Api:
+    """Keeps annotations as the API server does; `failures` are raised first."""
+
+    def __init__(self, table: PodTable) -> None:
+        self.table, self.failures, self.sent = table, list[KubeError](), list[tuple[str, str, Any, str]]()
+        self.changed = asyncio.Event()
+
+    async def send(self, method: str, path: str, body: Any, content_type: str = "") -> Mapping[str, Any]:
+        await asyncio.sleep(0)
+        if self.failures:
+            raise self.failures.pop(0)
+        self.sent.append((method, path, body, content_type))
+        self.changed.set()
+        return {}
+
+    def values(self) -> list[str | None]:
+        return [body["metadata"]["annotations"][names.REDIRECTION] for _, _, body, _ in self.sent]
+
+
+class World:
+    def __init__(self) -> None:
+        self.table, self.state, self.captured = PodTable(), State.WAITING, True
+        self.api = Api(self.table)
+        self.annotator = Annotator(
+            self.api, self.table, lambda _: self.state, lambda _: self.captured, 1000.0, lambda: 0.5
+        )
+
+    async def sent(self, count: int) -> None:
+        while len(self.api.sent) < count:
+            self.api.changed.clear()
+            await self.api.changed.wait()
+
+    def be(self, state: State) -> None:
+        self.state = state
+        self.annotator.look("u1")
+
+
+def during(world: World, play: Any) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(world.annotator.run())
+        try:
+            async with asyncio.timeout(10):
+                await play()
+                for _ in range(20):  # whatever else would be sent
+                    await asyncio.sleep(0)
+        finally:
+            task.cancel()
+
+    asyncio.run(run())
+
+
+def test_each_state_is_written_once() -> None:
+    world = World()
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        for number, state in enumerate((State.PENDING, State.ENABLED, State.EXCLUDED), 1):
+            world.be(state)
+            await world.sent(number)
+            world.be(state)
+        world.be(State.WAITING)
+
+    during(world, play)
+    assert world.api.values() == ["pending", "enabled", None]
+    method, path, body, kind = world.api.sent[0]
+    assert (method, path) == ("PATCH", "/api/v1/namespaces/shop/pods/web/status")
+    assert kind == "application/merge-patch+json"
+    assert body == {"metadata": {"uid": "a1", "annotations": {names.REDIRECTION: "pending"}}}
+
+
+def test_what_the_api_has_already_is_not_written() -> None:
+    world = World()
+    world.table.know(replace(KUBE, annotations={names.REDIRECTION: "enabled"}))
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        await asyncio.sleep(0)
+        world.be(State.EXCLUDED)
+        await world.sent(1)
+
+    during(world, play)
+    assert world.api.values() == [None]
+
+
+def test_somebody_who_removes_it_is_answered() -> None:
+    world = World()
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        await world.sent(1)
+        world.table.know(KUBE)
+        world.annotator.look("u1")
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["enabled", "enabled"]
+
+
+def test_a_failed_pod_is_pending_while_its_rules_are_there_and_else_nothing() -> None:
+    world = World()
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        world.be(State.FAILED)
+        await world.sent(1)
+        world.captured = False
+        world.be(State.FAILED)
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["pending", None]
+
+
+@pytest.mark.parametrize("status", [500, 429, 403, 0])
+def test_it_is_tried_again(status: int) -> None:
+    world = World()
+    world.table.know(KUBE)
+    world.api.failures = [KubeError("no", status)]
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        await world.sent(1)
+
+    during(world, play)
+    assert world.api.values() == ["enabled"]
+
+
+@pytest.mark.parametrize("status", [404, 409])
+def test_a_pod_that_is_gone_or_another_by_now_is_left_alone(status: int) -> None:
+    world = World()
+    world.table.know(KUBE)
+    world.api.failures = [KubeError("no", status)]
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        while world.api.failures:
+            await asyncio.sleep(0)
+
+    during(world, play)
+    assert world.api.sent == []
+
+
+def test_a_pod_that_kubernetes_does_not_know_is_not_looked_at() -> None:
+    world = World()
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+
+    during(world, play)
+    assert world.api.sent == []
