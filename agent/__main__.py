@@ -29,6 +29,9 @@ _GROUPS = {
     "preflight": "preflight",
     "uncapture": "uncapture",
     "handback": "handback",
+    "install": "install",
+    "uninstall": "uninstall",
+    "migrate": "migrate",
 }
 
 

@@ -60,9 +60,11 @@ static void name_pod(struct call *call)
     size_t length = 0, name_length = 0;
     const char *namespace = argument(call->args, "K8S_POD_NAMESPACE", &length);
     const char *name = argument(call->args, "K8S_POD_NAME", &name_length);
-    call->namespace[0] = '\0';
+    call->namespace[0] = call->name[0] = '\0';
     if (namespace && is_dns_label(namespace, length))
         snprintf(call->namespace, sizeof call->namespace, "%.*s", (int)length, namespace);
+    if (*call->namespace && name && is_pod_name(name, name_length))
+        snprintf(call->name, sizeof call->name, "%.*s", (int)name_length, name);
     if (*call->namespace && name && name_length <= 253)
         snprintf(call->pod, sizeof call->pod, "%s/%.*s", call->namespace, (int)name_length, name);
     else

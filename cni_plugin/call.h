@@ -10,6 +10,7 @@ struct call {
     enum verb verb;
     const char *container_id, *netns, *ifname, *args;
     char namespace[64]; /* a DNS label, or empty when CNI_ARGS names none that is one */
+    char name[254];     /* the pod's name in that namespace, or empty when CNI_ARGS names none that is one */
     char pod[400];      /* "namespace/name", or the container id outside Kubernetes */
 };
 

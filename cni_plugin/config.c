@@ -8,7 +8,7 @@
 #include "deadline.h"
 #include "words.h"
 
-static const char *const VERSIONS[] = {"0.3.1", "0.4.0", "1.0.0", "1.1.0"}; /* oldest first */
+static const char *const VERSIONS[] = {"0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"}; /* oldest first */
 enum { VERSION_COUNT = sizeof VERSIONS / sizeof *VERSIONS };
 
 static int version_index(const char *version)
@@ -104,6 +104,32 @@ static int check_namespaces(const struct config *config, struct failure *failure
     return 0;
 }
 
+/* The pod's name in "namespace/name", and whether the two are names; a "*" at its end is not part of it. */
+static const char *pod_name(const char *word, size_t *length, bool *open)
+{
+    const char *slash = word ? strchr(word, '/') : NULL;
+    if (!slash || !is_dns_label(word, (size_t)(slash - word)))
+        return NULL;
+    *length = strlen(slash + 1);
+    *open = *length && slash[*length] == '*';
+    *length -= *open;
+    return is_pod_name(slash + 1, *length) ? slash + 1 : NULL;
+}
+
+static int check_pods(const struct config *config, struct failure *failure)
+{
+    json_t *list = json_object_get(config->root, "exemptPods"), *item;
+    size_t i, length;
+    bool open;
+    if (list && !json_is_array(list))
+        return fail(failure, CNI_BAD_CONFIG, "exemptPods: not a list");
+    json_array_foreach(list, i, item)
+        if (!pod_name(text(item), &length, &open))
+            return fail(failure, CNI_BAD_CONFIG,
+                        "exemptPods[%zu]: not NAMESPACE/NAME, where NAME may end with *", i);
+    return 0;
+}
+
 static int check_version(const struct config *config, struct failure *failure)
 {
     json_t *value = json_object_get(config->root, "cniVersion");
@@ -144,7 +170,9 @@ int config_check(struct config *config, struct failure *failure)
     int bad = check_socket(config, failure) | check_timeout(config, failure);
     if (bad || check_version(config, failure) || check_name(config, failure))
         return -1;
-    return check_objects(config, failure) || check_namespaces(config, failure) ? -1 : 0;
+    if (check_objects(config, failure) || check_namespaces(config, failure))
+        return -1;
+    return check_pods(config, failure);
 }
 
 bool config_at_least(const struct config *config, const char *version)
@@ -159,6 +187,20 @@ bool config_excludes(const struct config *config, const char *namespace)
     json_array_foreach(list, i, item)
         if (*namespace && !strcmp(json_string_value(item), namespace))
             return true;
+    return false;
+}
+
+bool config_exempts(const struct config *config, const char *namespace, const char *name)
+{
+    json_t *list = json_object_get(config->root, "exemptPods"), *item;
+    size_t i, length, space = strlen(namespace);
+    bool open;
+    json_array_foreach(list, i, item) {
+        const char *word = json_string_value(item), *wanted = pod_name(word, &length, &open);
+        bool here = *namespace && !strncmp(word, namespace, space) && word[space] == '/';
+        if (here && *name && !strncmp(name, wanted, length) && (open || !name[length]))
+            return true;
+    }
     return false;
 }
 

@@ -34,5 +34,8 @@ bool config_at_least(const struct config *config, const char *version);
 /* Whether `namespace` is one of excludeNamespaces. */
 bool config_excludes(const struct config *config, const char *namespace);
 
+/* Whether exemptPods has this pod: "namespace/name", where "*" at the end stands for any rest of the name. */
+bool config_exempts(const struct config *config, const char *namespace, const char *name);
+
 /* A new array of the versions we support, oldest first. */
 json_t *supported_versions(void);

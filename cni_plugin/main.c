@@ -71,7 +71,8 @@ static int capture(const struct call *call, const struct config *config, int64_t
     char why[MAX_WHY];
     if (!config->prev_result)
         return fail(failure, CNI_BAD_CONFIG, "prevResult: missing; chain sluice-cni after a primary plugin");
-    if (config_excludes(config, call->namespace))
+    /* Also when its annotations ask for capture: the agent would not capture it either. */
+    if (config_excludes(config, call->namespace) || config_exempts(config, call->namespace, call->name))
         return 0;
     int netns = open_netns(call->netns);
     if (netns < 0)
@@ -98,7 +99,7 @@ static int ask(const struct call *call, const struct config *config, int64_t dea
 static int carry_out(struct call *call, struct config *config, int64_t start, struct failure *failure)
 {
     static const char *const SINCE[] = {
-        [VERB_ADD] = "0.3.1", [VERB_CHECK] = "0.4.0", [VERB_STATUS] = "1.1.0", [VERB_GC] = "1.1.0"};
+        [VERB_ADD] = "0.3.0", [VERB_CHECK] = "0.4.0", [VERB_STATUS] = "1.1.0", [VERB_GC] = "1.1.0"};
     if (config_check(config, failure) || call_read(call, failure))
         return -1;
     if (!config_at_least(config, SINCE[call->verb]))

@@ -25,6 +25,16 @@ bool is_dns_label(const char *word, size_t length)
     return true;
 }
 
+bool is_pod_name(const char *word, size_t length)
+{
+    if (length < 1 || length > 253 || !is_lower_or_digit(word[0]))
+        return false;
+    for (size_t i = 1; i < length; i++)
+        if (!is_lower_or_digit(word[i]) && word[i] != '-' && word[i] != '.')
+            return false;
+    return true;
+}
+
 bool is_identifier(const char *word, size_t most)
 {
     size_t length = strlen(word);

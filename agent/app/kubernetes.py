@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import asdict
 from typing import Any
 
-from agent.core.pods import PodTable
+from agent.core.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.status import State
+from agent.flows.who import Service, Who, Workload, of_pod
 from agent.sources.exempt import Exempt
 from agent.sources.kube import objects, source
 from agent.sources.kube.access import Access
@@ -19,7 +21,12 @@ from agent.sources.kube.annotating import Annotator
 from agent.sources.kube.client import Client
 from agent.sources.kube.events import Events
 from agent.sources.kube.follower import Follower
+from agent.sources.kube.nodes import Node, Taint
+from agent.sources.kube.peers import Peers
+from agent.sources.kube.review import Review
+from agent.sources.kube.tainting import Tainting
 
+_DOMAIN = "cluster.local"
 _PATIENCE = 5.0  # seconds that a start waits for an API server that does not answer
 
 
@@ -35,19 +42,29 @@ class Kubernetes:
         wake: Callable[[str], None],
         captured: Callable[[str], bool],
         exempt: Exempt,
+        who: Who,
+        lacking: Callable[[], str],
     ) -> None:
+        """`lacking`: why capture cannot be guaranteed here now."""
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self.admission = Admission(client, table, settings)
         self.annotator = Annotator(client, table, state, captured, settings.verify_seconds, random.random)
         self.events = Events(client, table, node, self.annotator.look)
         self.source = pods = source.Pods(table, wake, captured, self.annotator.look)
         namespaces = source.Namespaces(table, wake, exempt.told)
+        self.review = Review(client)
+        self.tainting = None
+        if settings.startup_taint:
+            taint, returns = Taint.parse(settings.startup_taint), settings.startup_taint_returns
+            self.tainting = Tainting(Node(client, node), taint, lacking, returns=returns)
+        self.peers = _peers(client, who) if settings.kube_peers else None
         here = {"fieldSelector": f"spec.nodeName={node}"}
         self.pods = Follower(client, "/api/v1/pods", here, objects.pod, pods, random.random)
         self.namespaces = Follower(client, "/api/v1/namespaces", {}, objects.namespace, namespaces, random.random)
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
-        return [self.pods.run(), self.namespaces.run(), self.annotator.run(), self.events.run()]
+        more = [part.run() for part in (self.tainting, self.peers) if part is not None]
+        return [self.pods.run(), self.namespaces.run(), self.annotator.run(), self.events.run(), *more]
 
     async def settle(self) -> None:
         """Returns when pods and namespaces are known, or when the API server has had time enough."""
@@ -64,4 +81,24 @@ class Kubernetes:
 
     @property
     def error(self) -> str:
-        return self.pods.error or self.namespaces.error
+        """What keeps the agent from knowing all that it should, in one line."""
+        more = [part.error for part in (self.tainting, self.peers) if part is not None]
+        return next((error for error in (self.pods.error, self.namespaces.error, *more) if error), "")
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Of each collection that is followed: complete lists, watches, events, bookmarks and failures so far."""
+        peers = self.peers.followers if self.peers else []
+        return {
+            **{one.path: asdict(one.since) for one in (self.pods, self.namespaces)},
+            **{f"{one.path} of the cluster": asdict(one.since) for one in peers},
+        }
+
+
+def _peers(client: Client, who: Who) -> Peers[Workload, Service]:
+    def workload(namespace: str, name: str, labels: Mapping[str, str]) -> Workload:
+        return of_pod(Pod("", namespace, name, labels=labels), who.cluster)
+
+    def service(namespace: str, name: str) -> Service:
+        return Service(f"{name}.{namespace}.svc.{_DOMAIN}", name, namespace)
+
+    return Peers(client, who.know_peers, workload, service, random.random)

@@ -26,11 +26,13 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
+from agent.core.desired import decide
 from agent.core.errors import KernelError
-from agent.core.pods import PodTable
+from agent.core.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.switching import carried
 from agent.export.admin import Admin
+from agent.export.cluster import Cluster
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.export.records import Records
@@ -50,11 +52,13 @@ from agent.sources.listening import Listening
 from agent.sources.namespaces import Namespaces
 from agent.sources.outside import OutsideConnections
 from agent.sources.state import State
+from agent.sources.unannounced import Unannounced
 from agent.sources.watchfile import StaticFile
 from agent.zds.server import ZdsServer
 
 if TYPE_CHECKING:
     from agent.app.kubernetes import Kubernetes
+    from agent.install.installer import Installer
 
 log = logging.getLogger("sluice.agent")
 
@@ -72,11 +76,14 @@ class Agent:
         self.node_name = settings.node_name or socket.gethostname()
         self.table = PodTable()
         self.exempt = Exempt(settings, self.table)
+        self.installer = self._installer()
         self.state = State(settings.run_dir)
-        self.namespaces = Namespaces(self.state)
+        self.unannounced = Unannounced(self._waiting)
+        self.namespaces = Namespaces(self.state, self.unannounced)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
         self.who = Who(settings.cluster, settings.trust_domain)
+        self.kubernetes = self._kubernetes()
         by_socket = self.choice.by_socket
         made = account(settings, self.table, self.who, self.pins, self.ztunnels, by_socket=by_socket)
         self.accounting = made[0] if made else None
@@ -88,8 +95,8 @@ class Agent:
             lambda: exits(self.pins) if self.choice.by_socket else {},
             self.connections,
             self.accounting.sockets if self.accounting else tuple,
+            self._cluster,
         )
-        self.kubernetes = self._kubernetes()
         self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
         self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
         self.reconciler = Reconciler(
@@ -123,8 +130,22 @@ class Agent:
             self.beside,
             self.host,
             self.records,
+            self.kubernetes.review if self.kubernetes else None,
         )
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
+
+    def _waiting(self) -> list[Pod]:
+        """Pods whose namespace nobody told, and that has not been found yet."""
+        lost = (pod for pod in self.table if not pod.netns_path and not self.namespaces.opened(pod.uid))
+        return [pod for pod in lost if decide(pod, self.settings).enrolled]
+
+    def _installer(self) -> Installer | None:
+        if self.settings.cni_install == "off":
+            return None
+        from agent.install.installer import Installer
+
+        made = Installer(self.settings)
+        return None if made.mode == "off" else made
 
     def _kubernetes(self) -> Kubernetes | None:
         if self.settings.kube_server in ("", "none"):
@@ -139,6 +160,8 @@ class Agent:
             lambda uid: self.reconciler.wake(uid),
             self.namespaces.was_captured,
             self.exempt,
+            self.who,
+            self._lacking,
         )
 
     def _host(self) -> HostLoop:
@@ -173,6 +196,7 @@ class Agent:
             self.outside.close()
             self.carried.close()
             self.namespaces.close()
+            self.unannounced.close()
             if self.accounting:
                 self.accounting.close()
             log.info("stopped; all rules stay in place")
@@ -183,11 +207,29 @@ class Agent:
             return "it is still looking at the pods that were here before", ""
         if self.kubernetes and self.kubernetes.missing:
             return self.kubernetes.missing, ""
+        if self.installer and not self.installer.ready:
+            return f"the CNI plugin is not installed: {self.installer.error or 'it is being put in place'}", ""
         if not self.zds.connections:
             return "", f"no ztunnel is connected to {self.settings.zds_socket}"
         if self.host.status.error:
             return "", f"probes from this node are captured: {self.host.status.error}"
         return "", self.static.error or (self.kubernetes.error if self.kubernetes else "")
+
+    def _cluster(self) -> Cluster:
+        """For metrics."""
+        api, cni = self.kubernetes, self.installer
+        return Cluster(
+            follows=api.counts() if api else {},
+            synced=not api.missing if api else None,
+            events_lost=api.events.lost if api else 0,
+            installed=cni.ready if cni else None,
+            rewrites=cni.rewrites if cni else 0,
+        )
+
+    def _lacking(self) -> str:
+        """Why a pod that starts now might not be captured; "" when it is sure to be."""
+        missing, _ = self.readiness()
+        return missing or ("" if self.zds.connections else "no ztunnel is connected")
 
     def node(self) -> Mapping[str, Any]:
         """What `sluice status` shows of the node itself."""
@@ -207,6 +249,7 @@ class Agent:
             "accounting": self.accounting.name if self.accounting else "off",
             "accounting_reason": self.accounting.reason if self.accounting else "setting accounting",
             "kubernetes": self.kubernetes.missing or self.kubernetes.error or "ok" if self.kubernetes else "not set",
+            "cni": (self.installer.error or self.installer.file) if self.installer else "not installed by the agent",
             "static_pods": self.static.error or "ok" if self.settings.static_pods else "not set",
             "damaged_state_files": self.state.damaged,
         }
@@ -232,6 +275,8 @@ class Agent:
             parts.append(self.static.run())
         if self.accounting:
             parts.append(self.accounting.run(self.namespaces.dead))
+        if self.installer:
+            parts.append(self.installer.run())
         if self.kubernetes:
             parts += [*self.kubernetes.parts(), self.exempt.run()]
         return parts

@@ -17,7 +17,7 @@ from agent.backends.ebpf import needs as ebpf
 from agent.backends.needs import Ebpf, HasIpv6, Need, PolicyRule, Program, Restored, Transaction, needs
 from agent.core import names
 from agent.core.errors import SluiceError
-from agent.kernel import exec, scratch
+from agent.kernel import exec, scratch, xtables
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.rtnetlink import MarkRule, RouteSocket
 
@@ -94,4 +94,4 @@ def _try(need: Need, bpf_dir: str) -> None:
             if shutil.which(name, path=exec.PATH) is None:
                 raise SluiceError(f"{name} is not installed")
         case Restored(program, script):
-            exec.run([program, "--noflush"], stdin=script, seconds=10)
+            exec.run([program, "--noflush"], stdin=script, env=xtables.LOCK, seconds=10)

@@ -142,6 +142,11 @@ class PodTable:
         self._merge([uid])
         return pod
 
+    def lost(self, uid: str) -> None:
+        """The namespace that it was announced with is gone. One that runs all the same is in another one by now."""
+        self._pods.pop(uid, None)
+        self._merge([uid])
+
     def mark(self, marks: Mapping[str, Mapping[str, str]]) -> set[str]:
         """Replaces all annotations given for pods that others bring. Returns the UIDs to look at again."""
         changed = {k for k in {*marks, *self._marks} if marks.get(k) != self._marks.get(k)}

@@ -179,7 +179,10 @@ def build(*layers: Mapping[str, tuple[Any, str]]) -> Settings:
             if key not in _KINDS:
                 raise SettingsError(f"{place}: unknown setting {key!r}; known: {', '.join(_KINDS)}")
             merged[key] = _convert(key, value, place)
-    return Settings(**merged)
+    made = Settings(**merged)
+    if made.kube_peers and made.peers_file:
+        raise SettingsError("kube_peers and peers_file: names of peers come from one of them; unset the other")
+    return made
 
 
 def _convert(key: str, value: Any, place: str) -> Any:

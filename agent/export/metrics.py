@@ -19,6 +19,7 @@ from agent.core.errors import KernelError
 from agent.core.pods import Pod
 from agent.core.sockets import TcpState
 from agent.core.status import State
+from agent.export.cluster import Cluster, ClusterCollector
 from agent.export.connections import Connections, Page
 from agent.flows.sockets import PodSockets
 
@@ -117,6 +118,7 @@ class Metrics:
         exits: Callable[[], Mapping[ExitCause, int]] = dict,
         connections: Connections | None = None,
         sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
+        cluster: Callable[[], Cluster] = Cluster,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
         self.registry = r = CollectorRegistry(auto_describe=True)
@@ -126,6 +128,7 @@ class Metrics:
         r.register(_Beside(beside))
         r.register(_Exits(exits))
         r.register(_Sockets(sockets))
+        r.register(ClusterCollector(cluster))
         self.drift = Counter(
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )

@@ -15,6 +15,7 @@ from typing import Any
 from agent.core.errors import SluiceError
 
 log = logging.getLogger("sluice.socket")
+_LOOK = 1.0  # seconds between two looks whether the file is still there
 
 
 def listen(path: str, kind: int) -> socket.socket:
@@ -42,13 +43,29 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-async def serve(path: str, kind: int, handle: Callable[[socket.socket], Coroutine[Any, Any, None]]) -> None:
-    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind."""
-    listener = listen(path, kind)
+Handle = Callable[[socket.socket], Coroutine[Any, Any, None]]
+
+
+async def serve(path: str, kind: int, handle: Handle) -> None:
+    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind.
+
+    A file that somebody removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when it is
+    ours by then (net.UnixListener.Close). One that is another socket by now is left to whoever made it.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
+        while True:
+            await asyncio.sleep(_LOOK)
+            if not Path(path).is_socket():
+                log.warning("the socket %s was removed; it is made again", path)
+                accepting.cancel()
+                accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
+
+
+async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
     try:
-        async with asyncio.TaskGroup() as tasks:
-            while True:
-                tasks.create_task(handle(await accept(listener)))
+        while True:
+            tasks.create_task(handle(await accept(listener)))
     finally:
         listener.close()
 

@@ -16,6 +16,9 @@ from collections.abc import Collection, Mapping
 
 from agent.core.errors import KernelError
 
+# For the legacy programs: the lock is the network namespace itself, as a file. One on the node would make pods wait for
+# each other, and needs a /run that can be written to.
+LOCK = {"XTABLES_LOCKFILE": "/proc/self/ns/net"}
 Key = tuple[int, str]  # family (4 or 6) and table
 # One table: its struct ipt_getinfo (84 bytes), and its entries: many struct ipt_entry or ip6t_entry.
 Raw = tuple[bytes, bytes]

@@ -124,7 +124,8 @@ class HostLoop:
                 due = self._schedule.next_due()
                 timeout = None if due is None else max(0.0, due - time.monotonic())
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wakeup.wait(), timeout)
+                    async with asyncio.timeout(timeout):  # wait_for may swallow the end (cpython#86296)
+                        await self._wakeup.wait()
         finally:
             loop.remove_reader(self._target.events.socket)
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -7,6 +7,7 @@ doubled event costs a comparison, never a wrong rule.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -171,10 +172,9 @@ class Reconciler:
                     task.add_done_callback(tasks.discard)
                 due = self._schedule.next_due()
                 timeout = None if due is None else max(0.0, due - time.monotonic())
-                try:
-                    await asyncio.wait_for(self._wakeup.wait(), timeout)
-                except TimeoutError:
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):  # wait_for may swallow the end (cpython#86296)
+                        await self._wakeup.wait()
         finally:
             for task in tasks:
                 task.cancel()
@@ -232,7 +232,7 @@ class Reconciler:
             # Its end was never announced, as when we were away at the time. Who waits must not see what was.
             entry.status = self._status(entry, State.FAILED, decision, error)
             self._journal.failed(pod, error)
-            self.table.gone(pod.uid)
+            self.table.lost(pod.uid)
             await self._release(pod.uid)
             return True
         except ZtunnelError as error:

@@ -15,18 +15,21 @@ from agent.core.errors import ForeignNetnsError, NetnsError, PodGoneError
 from agent.core.pods import Pod
 from agent.kernel.netns import Netns, NetnsId, unpin
 from agent.kernel.podnetns import PodNetns
-from agent.sources import existing
+from agent.sources import existing, searching
 from agent.sources.state import Note, State
+from agent.sources.unannounced import Unannounced
 
 
 class Namespaces:
     """Open namespaces by UID. Called from worker threads, one pod at a time each."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    def __init__(self, state: State, unannounced: Unannounced | None = None) -> None:
+        """Without `unannounced` a pod that nobody told the namespace of is not found."""
+        self._state, self._unannounced = state, unannounced
         self._open: dict[str, PodNetns] = {}
         self._notes: dict[str, Note] = {}
         self._pinned: set[str] = set()
+        self._paths: dict[str, Path] = {}  # where pods that nobody announced were found last
         self._lock = threading.Lock()
 
     def restore(self, note: Note) -> None:
@@ -123,6 +126,7 @@ class Namespaces:
 
     def release(self, uid: str) -> None:
         self._let_go(uid)
+        self._paths.pop(uid, None)
         self._notes.pop(uid, None)
         self._state.remove(uid)
 
@@ -144,8 +148,9 @@ class Namespaces:
         note, pin = self._notes.get(pod.uid), self._state.pin(pod.uid)
         wanted = note.netns if note else None
         problems = []
-        for path in (pin, Path(pod.netns_path)) if pod.netns_path else (pin,):
-            if path == pin and not pin.exists():
+        told = Path(pod.netns_path) if pod.netns_path else self._paths.get(pod.uid)
+        for path in (pin, told):
+            if path is None or (path == pin and not pin.exists()):
                 continue
             try:
                 netns = Netns.open(path)
@@ -159,16 +164,31 @@ class Namespaces:
                 return netns
             netns.close()
             problems.append(NetnsError(f"{path}: is another network namespace by now"))
+        if not pod.netns_path and self._unannounced is not None:
+            try:
+                netns = self._unannounced.find(pod)
+            except NetnsError as error:
+                if type(error) is not NetnsError:  # something is there, and is not proven to be the pod's
+                    raise
+                problems.append(error)
+            else:
+                if wanted is None or _same(netns.id, wanted):
+                    self._paths[pod.uid] = Path(netns.origin)
+                    return netns
+                netns.close()
+                problems.append(NetnsError(f"{netns.origin}: is another network namespace by now"))
         if note is not None and note.netns is not None:
             raise PodGoneError(f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})")
         if problems:
-            raise type(problems[0])(f"pod {pod.key}: {problems[0]}")
+            raise type(problems[-1])(f"pod {pod.key}: {problems[-1]}")
         raise NetnsError(f"pod {pod.key}: no path of its network namespace is known")
 
     def _left(self, pod: Pod, target: PodNetns) -> bool:
         """Nothing but our own handles leads to this namespace any more."""
-        if not pod.netns_path or target.addresses():
+        if target.addresses():
             return False
+        if not pod.netns_path:
+            return not searching.lives(target.netns.id)
         try:
             with Netns.open(pod.netns_path) as there:
                 return not _same(there.id, target.netns.id)

@@ -64,7 +64,8 @@ class _Ending:
     async def pause(self, seconds: float) -> None:
         """Returns earlier when it became urgent."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.urgent.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self.urgent.wait()
 
 
 async def _serve(settings: ZtunnelSettings) -> int:

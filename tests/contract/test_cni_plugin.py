@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.settings import Settings
+from agent.install.conflists import VERSIONS
+from agent.install.entry import entry
 from agent.sources import cni_wire
 from agent.sources.cni_wire import MAX_REPLY, CniReply, Verb, frame
 
@@ -74,11 +77,11 @@ def test_prev_result_is_printed_in_the_version_asked_for(plugin, agent):
     assert done.json == {"cniVersion": "0.4.0", "ips": []}
 
 
-@pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0", "1.1.0"])
+@pytest.mark.parametrize("version", ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"])
 def test_supported_versions(plugin, agent, version):
     assert plugin("ADD", plugin.config(cniVersion=version)).code == 0
     done = plugin("VERSION", {"cniVersion": version})
-    assert done.json == {"cniVersion": version, "supportedVersions": ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]}
+    assert done.json == {"cniVersion": version, "supportedVersions": list(VERSIONS)}
 
 
 @pytest.mark.parametrize("stdin", [b"", b"{", b"[]", b'{"cniVersion": "9.9.9"}', b'{"cniVersion": 1}'])
@@ -265,6 +268,74 @@ def test_del_of_an_excluded_pod_still_reaches_the_agent(plugin, agent):
     assert len(agent.requests) == 1
 
 
+EXEMPT = ["istio-system/ztunnel-*", "shop/web-0", "shop/api.*"]
+
+
+@pytest.mark.parametrize("verb", ["ADD", "CHECK"])
+@pytest.mark.parametrize(
+    "args",
+    [
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel-abc12",
+        "K8S_POD_NAME=ztunnel-;K8S_POD_NAMESPACE=istio-system",
+        "K8S_POD_NAMESPACE=shop;IgnoreUnknown=1;K8S_POD_NAME=web-0",
+        "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=api.v1",
+    ],
+)
+def test_p14_p15_p18_exempt_pods_start_with_no_agent_and_an_empty_run(plugin, verb, args):
+    """CNI_ARGS alone decides, also when the pod's annotation asks for capture: no agent would capture it either."""
+    annotations = {POD_ANNOTATIONS: {"istio.io/dataplane-mode": "ambient"}}
+    config = plugin.config(exemptPods=EXEMPT, runtimeConfig=annotations, socket="/nonexistent/run/cni.sock")
+    done = plugin(verb, config, CNI_ARGS=args)
+    assert done.code == 0
+    assert (done.json if verb == "ADD" else done.stdout) == (plugin.config()["prevResult"] if verb == "ADD" else b"")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel",
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=my-ztunnel-1",
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=",
+        "K8S_POD_NAMESPACE=istio-system",
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel-/../x",
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel-" + "x" * 300,
+        "K8S_POD_NAMESPACE=istio-syste;K8S_POD_NAME=ztunnel-1",
+        "K8S_POD_NAMESPACE=istio-system2;K8S_POD_NAME=ztunnel-1",
+        "K8S_POD_NAME=ztunnel-1",
+        "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-00",
+        "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-",
+        "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=*",
+        "K8S_POD_NAMESPACE=istio-system;K8S_POD_NAME=ztunnel-1;K8S_POD_NAME=shop",
+        "",
+    ],
+)
+def test_no_other_pod_is_exempt(plugin, args):
+    plugin("ADD", plugin.config(exemptPods=EXEMPT), CNI_ARGS=args).failed(11, "connect ")
+
+
+def test_what_the_installer_writes_is_what_the_plugin_takes(plugin, agent):
+    exempt = ("istio-system/ztunnel-*", "shop/api.*")
+    settings = Settings(own_namespace="sluice", exclude_namespaces=("shop", "a.b", "X"), exempt_pods=exempt)
+    config = plugin.config(**{**entry(settings), "socket": str(plugin.socket)})
+    assert plugin("ADD", config, CNI_ARGS="K8S_POD_NAMESPACE=bank;K8S_POD_NAME=x").code == 0
+    assert len(agent.requests) == 1
+    for args in ("K8S_POD_NAMESPACE=shop", "K8S_POD_NAMESPACE=sluice", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=api.1"):
+        assert plugin("ADD", config, CNI_ARGS=args).code == 0
+    assert len(agent.requests) == 1
+
+
+def test_del_of_an_exempt_pod_still_reaches_the_agent(plugin, agent):
+    assert plugin("DEL", plugin.config(exemptPods=["shop/web-0"])).code == 0
+    assert len(agent.requests) == 1
+
+
+def test_a_second_add_with_a_result_of_ours_is_a_success(plugin, agent):
+    """Two insertion points, as with Multus: what we printed comes back as prevResult, and is printed again."""
+    first = plugin("ADD")
+    second = plugin("ADD", plugin.config(prevResult=first.json))
+    assert (second.code, second.json) == (0, first.json)
+
+
 def test_exempt_file(plugin):
     plugin.exempt("shop")
     done = plugin("ADD")
@@ -302,7 +373,7 @@ def test_a_directory_does_not_exempt(plugin):
 
 
 @pytest.mark.root
-def test_runs_in_an_empty_root(plugin, agent):
+def test_p21_runs_in_an_empty_root(plugin, agent):
     root = plugin.socket.parent
     shutil.copy(plugin.binary, root / "sluice-cni")
     (root / "ns").touch()

@@ -78,6 +78,7 @@ CHANGES = st.fixed_dictionaries(
         "prevResult": RESULT | ANY,
         "runtimeConfig": st.dictionaries(st.just("io.kubernetes.cri.pod-annotations"), ANY) | ANY,
         "excludeNamespaces": st.lists(st.sampled_from(["shop", "a"]) | ANY, max_size=3) | ANY,
+        "exemptPods": st.lists(st.sampled_from(["shop/web", "shop/w*", "shop/*", "a/b"]) | ANY, max_size=3) | ANY,
         "timeoutSeconds": st.integers(0, 130) | ANY,
         "unknown": ANY,
     },
@@ -116,6 +117,7 @@ def good(peer: Peer) -> dict[str, Any]:
         "name": "lab",
         "type": "sluice-cni",
         "excludeNamespaces": ["kube-system"],
+        "exemptPods": ["istio-system/ztunnel-*"],
         "timeoutSeconds": 20,
         "prevResult": {"cniVersion": "1.1.0", "ips": [{"address": "10.0.0.1/24"}]},
         "runtimeConfig": {"io.kubernetes.cri.pod-annotations": {"a": "b"}},
@@ -155,7 +157,7 @@ GOOD_ENVIRONMENT = {
 
 @FUZZ
 @given(VERB, CHANGES)
-def test_configurations(plugin: Path, peer: Peer, verb: str, changes: dict[str, Any]) -> None:
+def test_p28_configurations(plugin: Path, peer: Peer, verb: str, changes: dict[str, Any]) -> None:
     """Exit code 0 or 1, stdout empty or one JSON object, no sanitizer report; ADD prints prevResult as it was."""
     peer.answer = CniReply().encode()
     config = {**good(peer), **changes}

@@ -186,6 +186,8 @@ def test_two_labs_side_by_side_and_down_leaves_nothing_of_one(lab: Lab) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("step", ["pods, through", "programs"])
 def test_an_interrupted_up_leaves_nothing(step: str, number: signal.Signals) -> None:
+    # A shell starts what is to run in the background with SIGINT ignored, and so may these tests be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pids: list[int] = []
 
     def interrupt(told: str) -> None:

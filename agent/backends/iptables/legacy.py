@@ -31,9 +31,6 @@ from agent.kernel.podnetns import PodNetns
 from agent.kernel.xtables import Key
 
 _PROGRAM = {4: "iptables-legacy-restore", 6: "ip6tables-legacy-restore"}
-# The lock of iptables is the pod's own: its network namespace, as a file. One on the node would make pods wait for
-# each other. --wait without a number sleeps until it is free; only another agent in the same pod can hold it.
-_LOCK = {"XTABLES_LOCKFILE": "/proc/self/ns/net"}
 _NOTHING = Redirect(ipv4=False, ipv6=False)
 
 
@@ -122,8 +119,9 @@ def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
 
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:
-    within = target.netns if target else None
-    exec.run([_PROGRAM[step.family], "--noflush", "--wait"], stdin=step.script, within=within, env=_LOCK, seconds=10)
+    """--wait without a number sleeps until the lock is free; only another agent in the same pod can hold it."""
+    within, command = target.netns if target else None, [_PROGRAM[step.family], "--noflush", "--wait"]
+    exec.run(command, stdin=step.script, within=within, env=xtables.LOCK, seconds=10)
 
 
 def _commit_sample(*, ipv6: bool) -> None:

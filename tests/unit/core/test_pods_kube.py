@@ -114,3 +114,13 @@ def test_a_pod_found_by_kubernetes_alone_stays_too(table: PodTable) -> None:
     assert facts(table).source == "kube"
     assert table.gone("u1") is not None
     assert list(table) == []
+
+
+def test_a_pod_whose_namespace_is_lost_and_that_still_runs_is_looked_for(table: PodTable) -> None:
+    table.know(KUBE)
+    table.seen(WEB)
+    table.lost("u1")
+    assert (facts(table).source, facts(table).container_id) == ("kube", "")
+    table.unknow("u1", keep=True)
+    table.lost("u1")
+    assert list(table) == []

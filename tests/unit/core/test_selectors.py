@@ -9,7 +9,7 @@ AMBIENT = {"istio.io/dataplane-mode": "ambient"}
 
 
 def test_the_default_is_what_istio_cni_has_when_written_out() -> None:
-    assert DEFAULT == parse(
+    expected = parse(
         [
             {"podSelector": {"matchLabels": AMBIENT}},
             {
@@ -20,6 +20,7 @@ def test_the_default_is_what_istio_cni_has_when_written_out() -> None:
             },
         ]
     )
+    assert expected == DEFAULT
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,8 @@ def test_operators_are_those_of_kubernetes(expression: object, labels: dict[str,
 
 
 def test_all_conditions_of_both_selectors_have_to_hold_and_an_empty_one_matches_everything() -> None:
-    (one,) = parse([{"podSelector": {"matchLabels": {"a": "1", "b": "2"}}, "namespaceSelector": {"matchLabels": {"c": "3"}}}])
+    both = {"podSelector": {"matchLabels": {"a": "1", "b": "2"}}, "namespaceSelector": {"matchLabels": {"c": "3"}}}
+    (one,) = parse([both])
     assert one.matches({"a": "1", "b": "2", "x": "y"}, {"c": "3"})
     assert not one.matches({"a": "1"}, {"c": "3"})
     assert not one.matches({"a": "1", "b": "2"}, {})
@@ -54,8 +56,8 @@ def test_all_conditions_of_both_selectors_have_to_hold_and_an_empty_one_matches_
 
 def test_they_print_as_kubectl_writes_them() -> None:
     assert str(DEFAULT[1]) == "pod istio.io/dataplane-mode!=none, namespace istio.io/dataplane-mode=ambient"
-    many = {"matchExpressions": [{"key": "a", "operator": "In", "values": ["2", "1"]}, {"key": "b", "operator": "Exists"}]}
-    assert str(parse([{"podSelector": many}])[0]) == "pod a in (1,2),b"
+    values, exists = {"key": "a", "operator": "In", "values": ["2", "1"]}, {"key": "b", "operator": "Exists"}
+    assert str(parse([{"podSelector": {"matchExpressions": [values, exists]}}])[0]) == "pod a in (1,2),b"
 
 
 @pytest.mark.parametrize(

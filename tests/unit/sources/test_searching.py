@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +50,7 @@ def test_a_process_is_read_as_proc_shows_it(node: Proc) -> None:
     (node.folder / "not-a-number").mkdir()
     (node.folder / "71").mkdir()  # it has ended meanwhile
     (seen,), hidden = proc.processes(str(node.folder))
-    assert (seen.pid, seen.cgroup, hidden) == (70, "0::/x\n", "")
+    assert (seen.pid, seen.cgroup, hidden) == (70, "0::/x\n", ())
     assert proc.started(70, str(node.folder)) == 99 and proc.started(71, str(node.folder)) is None
     assert proc.look(70, str(node.folder)) == seen and proc.look(71, str(node.folder)) is None
     assert dict(proc.in_hosts(str(node.folder))) == {1: "0::/init.scope\n"}
@@ -72,10 +74,29 @@ def test_p53_without_an_address_what_is_shared_with_another_pod_is_not_taken(nod
     assert isinstance(node.why(), ForeignNetnsError) and "others" in str(node.why())
 
 
-def test_what_is_no_namespace_is_told(node: Proc) -> None:
-    node.add("70", "one", f"/kubepods/pod{UID}/x")
+def test_what_goes_away_while_it_is_looked_at_is_not_told_to_be_gone(node: Proc) -> None:
+    node.add("70", "one", f"/kubepods/pod{UID}/x")  # a file is no namespace: as if it could not be opened any more
     for addresses in ((), ("10.0.0.1",)):
-        assert isinstance(node.why(*addresses), NetnsError) and "while it was looked at" in str(node.why(*addresses))
+        why = node.why(*addresses)
+        assert isinstance(why, ForeignNetnsError) and "while it was looked at" in str(why)
+
+
+def test_a_pod_whose_processes_are_hidden_from_us_is_not_told_to_be_gone(
+    node: Proc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """root may read every mode, so what the kernel would refuse is refused here."""
+    node.add("70", "one", f"/kubepods/pod{UID}/x")
+    real = os.stat
+
+    def stat(path: Any, **more: Any) -> os.stat_result:
+        if path == "ns/net" and more.get("dir_fd") is not None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        return real(path, **more)
+
+    monkeypatch.setattr(os, "stat", stat)
+    why = node.why()
+    assert isinstance(why, KernelError) and "CAP_SYS_PTRACE" in str(why) and "process 70" in str(why)
+    assert type(node.why(uid=OTHER)) is NetnsError, "nothing of this one is hidden"
 
 
 def test_a_pod_that_is_not_here_is_told_so(node: Proc) -> None:

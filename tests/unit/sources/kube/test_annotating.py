@@ -154,7 +154,7 @@ def test_a_pod_that_is_gone_or_another_by_now_is_left_alone(status: int) -> None
 
     async def play() -> None:
         world.be(State.ENABLED)
-        while world.api.failures:
+        while world.api.failures:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     during(world, play)

@@ -41,7 +41,7 @@ def written(made: Events, api: Api, count: int) -> list[Any]:
     async def run() -> None:
         task = asyncio.create_task(made.run())
         async with asyncio.timeout(10):
-            while len(api.sent) + made.lost < count:
+            while len(api.sent) + made.lost < count:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         task.cancel()
 

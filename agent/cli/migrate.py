@@ -1,0 +1,211 @@
+"""`sluice migrate`: from istio-cni to Sluice on this node, and back. What is interrupted goes on when it is run again.
+
+Exit 0 it can be done, or is done; 1 something is in the way or left to do, with what to do; 2 it could not be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.cli import handback, output
+from agent.cli import settings as from_user
+from agent.cli.uncapture import hold
+from agent.core.errors import SettingsError, SluiceError
+from agent.core.settings import Settings
+from agent.core.text import table
+from agent.install.binary import Binary
+from agent.install.conflists import Json
+from agent.install.entry import entry
+from agent.install.hostroot import HostRoot
+from agent.install.installer import mode
+from agent.install.netdir import NetDir
+from agent.install.planning import View
+from agent.migration import judging, steps, values
+from agent.migration.facts import Facts
+from agent.migration.judging import FINE, LEFT, NOTE, OBSTACLE, Finding
+from agent.migration.looking import look
+from agent.migration.steps import Step, Steps
+
+_MOST = 64  # steps; a whole change takes about ten
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("migrate", help="from istio-cni to this program on this node, and back")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--check", action="store_true", help="only look: what is in the way, what differs (exit 1, 0)")
+    what.add_argument("--take-over", action="store_true", help="our entry in front, then istio-cni's out of the way")
+    what.add_argument("--back", action="store_true", help="pods as istio-cni programs them, its entry, then ours goes")
+    parser.add_argument(
+        "--values", action="append", default=[], metavar="FILE", help="istio-cni's Helm values, ConfigMap or DaemonSet"
+    )
+    parser.add_argument(
+        "--accept", action="append", default=[], metavar="SUBJECT", help="go on in spite of obstacles of this subject"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only show the steps")
+    parser.add_argument(
+        "--netns", action="append", default=[], metavar="PATH", help="look at these namespaces alone, not at the host's"
+    )
+    output.add_option(parser)
+    from_user.add_options(parser)
+    parser.set_defaults(run=_run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """What all three commands need."""
+
+    args: argparse.Namespace
+    settings: Settings
+    entry: Json
+    mode: str
+
+    def look(self) -> Facts:
+        found = look(self.settings, [Path(path) for path in self.args.netns])
+        return replace(found, settings=_values(self.args.values))
+
+    def directory(self, facts: Facts) -> NetDir:
+        return NetDir(HostRoot(self.settings.host_root), facts.directory)
+
+    def judge(self, facts: Facts) -> tuple[Finding, ...]:
+        if self.args.back:
+            found = judging.back_findings(facts, self.settings.cni_conf_name)
+        else:
+            found = judging.take_over_findings(facts, self.entry, self.settings, self.mode)
+        return judging.accepted(found, self.args.accept)
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = from_user.load(args)
+    if os.geteuid() != 0:
+        raise SluiceError("sluice migrate enters network namespaces; run it as root")
+    how = "insert" if mode(settings) == "insert" else "own"
+    node = _Node(args, settings, entry(settings), how)
+    return _check(node) if args.check else _take_over(node) if args.take_over else _back(node)
+
+
+def _check(node: _Node) -> int:
+    facts = node.look()
+    findings = node.judge(facts)
+    _tell(node, facts, findings, _take_over_steps(node, facts)(facts.view).steps)
+    return 1 if _hindered(findings) else 0
+
+
+def _take_over(node: _Node) -> int:
+    facts = node.look()
+    findings, plan = node.judge(facts), _take_over_steps(node, facts)
+    if _hindered(findings) or node.args.dry_run:
+        _tell(node, facts, findings, plan(facts.view).steps)
+        return 1 if _hindered(findings) else 0
+    binary = Binary(HostRoot(node.settings.host_root), node.settings.cni_plugin, facts.plugins)
+    if not binary.right():
+        binary.install()
+    done = _carry_out(node.directory(facts), plan)
+    facts = node.look()
+    findings = (*node.judge(facts), *judging.left(facts))
+    _tell(node, facts, findings, (), done)
+    return 1 if any(one.level == OBSTACLE or one.subject == LEFT for one in findings) else 0
+
+
+def _take_over_steps(node: _Node, facts: Facts) -> Callable[[View], Steps]:
+    """While istio-cni's agent runs, ours comes beside it, and nothing of its own is touched: it would put it back."""
+    wished, aside = node.settings.cni_conf_name, not facts.agent
+    return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
+
+
+def _back(node: _Node) -> int:
+    """Pods first, while neither agent runs: istio-cni's then finds its own rules and changes nothing."""
+    facts = node.look()
+    findings, wished = node.judge(facts), node.settings.cni_conf_name
+    if _hindered(findings) or node.args.dry_run:
+        _tell(node, facts, findings, steps.back(facts.view, wished).steps)
+        return 1 if _hindered(findings) else 0
+    handed = _hand_back(node.args)
+    done: tuple[Step, ...] = ()
+    with hold(node.settings.run_dir, "migrate"):
+        if all(one.level != OBSTACLE for one in handed) and all(one.level != NOTE for one in findings):
+            done = _carry_out(node.directory(facts), lambda view: steps.back(view, wished))
+    facts = node.look()
+    findings = (*handed, *node.judge(facts))
+    _tell(node, facts, findings, (), done)
+    return 1 if any(one.level in (NOTE, OBSTACLE) for one in findings) else 0
+
+
+def _hand_back(args: argparse.Namespace) -> tuple[Finding, ...]:
+    """As `sluice handback --all`: what became of each pod."""
+    commands = argparse.ArgumentParser().add_subparsers()
+    handback.register(commands)
+    said = argparse.Namespace(**{**vars(args), "all": True, "output": "json"})
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        commands.choices["handback"].get_default("run")(said)
+    answer = json.loads(printed.getvalue())
+    problems = [Finding("pods", OBSTACLE, words, "see sluice handback --all") for words in answer["problems"]]
+    return (*problems, *(_handed(row) for row in answer["pods"]))
+
+
+def _handed(row: dict[str, Any]) -> Finding:
+    words = "; ".join([f"{row['pod'] or row['netns']}: {row['result']}", *row["remarks"]])
+    if row["result"] == "handed back":
+        return Finding("pods", FINE, words)
+    return Finding("pods", OBSTACLE, words, "put right what it says, then run this again")
+
+
+def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[Step, ...]:
+    """One step at a time, each planned from what is there then. Raises SluiceError; what was done stays."""
+    done: list[Step] = []
+    while True:
+        found = plan(directory.view())
+        if found.error:
+            raise SettingsError(f"{directory.directory}: {found.error}")
+        if not found.steps:
+            return tuple(done)
+        if len(done) == _MOST:
+            raise SettingsError(
+                f"{directory.directory}: somebody keeps changing it; {done[-1]} was done again and again"
+            )
+        directory.apply(found.steps[0].action)
+        done.append(found.steps[0])
+
+
+def _hindered(findings: Sequence[Finding]) -> bool:
+    return any(one.level == OBSTACLE for one in findings)
+
+
+def _values(files: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in files:
+        try:
+            found |= values.read(yaml.safe_load_all(Path(name).read_text()))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"{name}: {error.strerror if isinstance(error, OSError) else error}") from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise SettingsError(f"{name}: not YAML: {getattr(error, 'problem', error)}") from None
+    return found
+
+
+def _tell(
+    node: _Node, facts: Facts, findings: Sequence[Finding], todo: Sequence[Step], done: Sequence[Step] = ()
+) -> None:
+    made = {} if node.args.back else dict(judging.translated_of(facts).settings)
+    value = {
+        "findings": [asdict(one) for one in findings],
+        "settings": made,
+        "todo": list(map(str, todo)),
+        "done": list(map(str, done)),
+    }
+    rows = [(one.subject, one.level, one.words, one.todo) for one in findings]
+    lines = [table(("SUBJECT", "LEVEL", "FOUND", "WHAT TO DO"), rows)]
+    lines += [f"done:  {step}" for step in done]
+    lines += [f"to do: {step}" for step in todo]
+    if made and node.args.check:
+        lines += ["", "# istio-cni's settings as ours:", yaml.safe_dump(made, sort_keys=True).rstrip()]
+    output.emit(node.args.output, value, "\n".join(lines))

@@ -1,0 +1,234 @@
+"""CNI configurations as a runtime reads them, and our entry in them: wrapped, inserted, taken out again. Pure.
+
+Facts: ConfFiles, ConfFromBytes, ConfListFromBytes and ConfListFromConf in libcni/conf.go of containernetworking/cni.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from agent.core.errors import SettingsError
+from agent.core.names import CNI_TYPE
+
+Json = dict[str, Any]
+EXTENSIONS: Final = (".conf", ".conflist", ".json")  # what runtimes read; in the order of file names
+VERSIONS: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")  # what sluice-cni supports, as cni_plugin/config.c
+ISTIO: Final = "istio-cni"
+ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file whose bytes are from before our entry
+MOST: Final = 1 << 20  # bytes; sluice-cni takes no larger configuration
+_DEEPEST = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Conf:
+    """One file of the runtime's directory, as a list whichever kind it is. `single`: it holds one plugin, no list."""
+
+    name: str
+    data: bytes
+    network: Json
+    single: bool
+
+    @property
+    def plugins(self) -> list[Json]:
+        found: list[Json] = self.network["plugins"]
+        return found
+
+    @property
+    def entry(self) -> Json | None:
+        """Ours, when it is one of the list's own plugins."""
+        return next((one for one in self.plugins if one["type"] == CNI_TYPE), None)
+
+    @property
+    def wraps(self) -> str:
+        """Of a list that we made around another: that one's file name."""
+        return str((self.entry or {}).get("wraps", ""))
+
+    @property
+    def stem(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+def parse(name: str, data: bytes) -> Conf:
+    """What a runtime would take the file for. Raises SettingsError, naming the file, where it would refuse it.
+
+    Stricter than Go in one point: of a key that is there twice nobody can say which was meant.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise SettingsError(f"{name}: {why}")
+
+    if len(data) > MOST:
+        refuse(f"larger than {MOST} bytes")
+    if not name.isprintable():
+        raise SettingsError(f"{name!a}: its name is not text that a configuration could hold")
+    if not data.strip(b" \t\r\n\0"):
+        refuse("empty")
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        refuse(f"not JSON: {str(error) or 'nested too deep'}")
+    if not isinstance(value, dict):
+        refuse("not a JSON object")
+    if _deeper(value, _DEEPEST):
+        refuse(f"nested deeper than {_DEEPEST} levels")
+    single = not name.endswith(".conflist")
+    network = _listed(value) if single else value
+    if why := _wrong(network, single=single):
+        refuse(why)
+    return Conf(name, data, network, single)
+
+
+def _unique(found: list[tuple[str, Any]]) -> Json:
+    made = dict(found)
+    if len(made) != len(found):
+        keys = [key for key, _ in found]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return made
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(word: str) -> float:
+    value = float(word)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"the number {word[:40]} is too large")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        layer = [one for each in layer for one in (each.values() if isinstance(each, dict) else each)
+                 if isinstance(one, dict | list)]  # fmt: skip
+        if not layer:
+            return False
+    return True
+
+
+def _listed(plugin: Json) -> Json:
+    """A list of one, as libcni makes it; the plugin keeps all it says, also what a list says for it."""
+    return {**{key: plugin[key] for key in ("cniVersion", "name") if key in plugin}, "plugins": [plugin]}
+
+
+def _wrong(network: Json, *, single: bool) -> str:
+    plugins = network.get("plugins")
+    if not isinstance(plugins, list) or not plugins:
+        return "no plugins in it"
+    for number, plugin in enumerate(plugins):
+        if not isinstance(plugin, dict) or not isinstance(kind := plugin.get("type"), str) or not kind:
+            return f"{'the plugin' if single else f'plugins[{number}]'} has no type"
+        if "/" in kind or kind in (".", ".."):
+            return f"the type {kind!r} is not the name of a file"
+    if not isinstance(name := network.get("name"), str) or not name:
+        return "it has no name"
+    if not isinstance(network.get("cniVersion", ""), str):
+        return "cniVersion is not text"
+    return ""
+
+
+def chainable(conf: Conf) -> str:
+    """Why no plugin of ours can follow those of `conf`; empty when one can."""
+    version = conf.network.get("cniVersion") or "0.1.0"  # what leaving it out means
+    if version in VERSIONS:
+        return ""
+    old = version[:4] in ("0.1.", "0.2.")
+    why = "has no chains of plugins, which came with" if old else "is not supported; sluice-cni knows"
+    span = VERSIONS[0] if old else f"{VERSIONS[0]} to {VERSIONS[-1]}"
+    return f"{conf.name}: cniVersion {version} {why} {span}; set one of these there, if its plugins know it"
+
+
+def wrap(primary: Conf, entry: Json, file: str) -> bytes:
+    """Our own list, for `file`: all that the primary one says, in its order, then our entry."""
+    return encode(_chained(primary.network, {**entry, "file": file, "wraps": primary.name}))
+
+
+def insert(primary: Conf, entry: Json, file: str) -> bytes:
+    """The primary's own list with our entry, for `file`, which is a .conflist also when the primary was none."""
+    return encode(_chained(primary.network, {**entry, "file": file, "from": origin(primary)}))
+
+
+def rewrap(own: Conf, entry: Json) -> bytes:
+    """Our own list with today's entry, while the primary one it was made from cannot be read."""
+    assert own.entry is not None
+    kept: Json = {key: own.entry[key] for key in ("file", "wraps") if key in own.entry}
+    return encode(_chained(own.network, {**entry, **kept}))
+
+
+def strip(conf: Conf) -> bytes:
+    """Without our entries."""
+    return encode(stripped(conf.network))
+
+
+def _chained(network: Json, entry: Json) -> Json:
+    clean = stripped(network)
+    made = {**clean, "plugins": [*clean["plugins"], entry]}
+    if isinstance(versions := made.get("cniVersions"), list):  # the runtime takes the newest that it knows
+        made["cniVersions"] = [one for one in versions if one in VERSIONS]
+    return made
+
+
+def stripped(value: Any) -> Any:
+    """Without entries of ours at any depth: Multus keeps whole lists among its delegates."""
+    if isinstance(value, dict):
+        return {key: stripped(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [stripped(one) for one in value if not (isinstance(one, dict) and one.get("type") == CNI_TYPE)]
+    return value
+
+
+def mentions(value: Any) -> bool:
+    """Whether an entry of ours is in it, at any depth."""
+    if isinstance(value, dict):
+        return value.get("type") == CNI_TYPE or any(map(mentions, value.values()))
+    return isinstance(value, list) and any(map(mentions, value))
+
+
+def origin(conf: Conf) -> str:
+    """The name of the file that the list was in before our entry was put in."""
+    said = (conf.entry or {}).get("from")
+    names = [conf.stem + end for end in EXTENSIONS]
+    return names[names.index(said)] if is_inserted(conf) and said in names else conf.name
+
+
+def is_own(conf: Conf) -> bool:
+    """Whether we made the file, around another; a copy that others make of it has another name."""
+    return bool(conf.entry) and "wraps" in (conf.entry or {}) and (conf.entry or {}).get("file") == conf.name
+
+
+def is_inserted(conf: Conf) -> bool:
+    """Whether we put our entry into this file."""
+    return bool(conf.entry) and "wraps" not in (conf.entry or {}) and (conf.entry or {}).get("file") == conf.name
+
+
+def own_name(wished: str, first: str) -> str:
+    """A name that sorts before `first`: the one wished for or, if it does not, one that depends on `first` alone.
+
+    "-" sorts before ".": 00-multus-sluice.conflist comes before 00-multus.conf, and Multus, which looks for the first
+    configuration that is not its own, passes over what begins with 00-multus (findMasterPlugin).
+    """
+    return wished if wished < first else first.rpartition(".")[0] + "-sluice.conflist"
+
+
+def kept_name(name: str) -> str:
+    """Where the original bytes of a file are kept. Runtimes go by the extension alone: they read hidden files too."""
+    return ORIGINAL + name + KEPT
+
+
+def readable(names: Iterable[str]) -> list[str]:
+    """Those that a runtime reads, in its order. As Go's filepath.Ext, ".conf" alone is an extension."""
+    return sorted(name for name in names if name.endswith(EXTENSIONS))
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two networks say the same, in the same order."""
+    return json.dumps(one) == json.dumps(other)
+
+
+def encode(network: Json) -> bytes:
+    """As we write it."""
+    return json.dumps(network, indent=2).encode() + b"\n"

@@ -1,0 +1,46 @@
+"""Paths of the host, seen from a container: below the directory where the host's file system is mounted."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_MOST_LINKS = 40  # as the kernel's own MAXSYMLINKS
+
+
+class HostRoot:
+    """An absolute symlink of the host's leads on from its root, not from ours."""
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root)
+
+    def path(self, host: str) -> Path:
+        """Where a path of the host's is for us, all links followed; what is not there is taken as it is written.
+
+        Raises OSError, ELOOP, for links that lead in a circle.
+        """
+        todo = [part for part in reversed(host.split("/")) if part not in ("", ".")]
+        done: list[str] = []
+        root, links = str(self.root), 0
+        while todo:
+            part = todo.pop()
+            if part == "..":
+                done = done[:-1]
+                continue
+            try:
+                target = os.readlink("/".join((root, *done, part)))  # noqa: PTH115 - a Path costs ten times as much
+            except OSError:
+                done.append(part)
+                continue
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), host)
+            if target.startswith("/"):
+                done = []
+            todo += [one for one in reversed(target.split("/")) if one not in ("", ".")]
+        return self.root.joinpath(*done)
+
+    def host(self, path: Path) -> str:
+        """The other way: what the host calls it."""
+        return "/" + str(path.relative_to(self.root)) if self.root != Path("/") else str(path)

@@ -1,0 +1,237 @@
+"""Keeps the plugin and its configuration in place, whoever rewrites the directory and however often.
+
+Nothing is taken back at the end: what is installed has to outlive the agent, a reboot of the node too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.core.contention import Contention
+from agent.core.errors import SettingsError
+from agent.core.settings import Settings
+from agent.install import planning, runtime
+from agent.install.binary import Binary
+from agent.install.entry import entry
+from agent.install.hostroot import HostRoot
+from agent.install.netdir import NetDir
+from agent.install.planning import Action, Verdict, View
+from agent.install.runtime import Place, Places
+from agent.install.watching import Watching
+
+log = logging.getLogger("sluice.install")
+PERIOD = 1.0  # seconds between comparisons; a handful of small files is read
+FIND_PERIOD = 10.0  # seconds between looks at what the runtime's own configuration says
+PEACE = 60.0  # seconds without anything undone after which a fight is over
+_MODES = {"own": planning.own, "insert": planning.insert}
+
+
+def mode(settings: Settings) -> str:
+    """own, insert or off."""
+    if settings.cni_install != "auto":
+        return settings.cni_install
+    return "own" if settings.kube_server not in ("", "none") else "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look found to do: `binary` to be installed, and the verdict on the configurations."""
+
+    binary: bool = False
+    verdict: Verdict = field(default_factory=Verdict)
+    error: str = ""
+
+    @property
+    def right(self) -> bool:
+        return not self.binary and not self.error and self.verdict.right
+
+
+class Installer:
+    """One node's installation. `run` for ever, or `step` once."""
+
+    def __init__(
+        self, settings: Settings, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.mode = mode(settings)
+        self.ready = self.mode == "off"
+        self.error = ""
+        self.rewrites = 0
+        self.fighting = False
+        self.verdict = Verdict()
+        self.places: Places | None = None
+        self._settings, self._proc, self._clock = settings, proc, clock
+        self._host = HostRoot(settings.host_root)
+        self._entry = entry(settings)
+        self._contention, self._looks = Contention(), Contention()
+        self._kept: Binary | None = None
+        self._seen: NetDir | None = None
+        self._judged: tuple[View, Verdict] | None = None
+        self._written: dict[str, bytes] = {}
+        self._told: tuple[str, ...] = ()
+        self._found = self._undone_at = -PEACE
+
+    @property
+    def conf_dir(self) -> Place:
+        return self._where().conf
+
+    @property
+    def bin_dir(self) -> Place:
+        return self._where().bin
+
+    @property
+    def file(self) -> str:
+        """The configuration that has our entry, as the host names it; empty while there is none."""
+        return f"{self.conf_dir.path}/{self.verdict.file}" if self.verdict.file else ""
+
+    async def run(self) -> None:
+        """Returns at once when installing is off. Removes nothing when it is cancelled."""
+        if self.mode == "off":
+            return
+        watching = Watching()
+        try:
+            while True:
+                watching.follow(self._directories())
+                self.step()
+                if await watching.wait(PERIOD):
+                    self._looks.looked(self._clock())
+                    await asyncio.sleep(self._looks.pause(self._clock()))  # a directory where much is going on
+        finally:
+            watching.close()
+
+    def step(self) -> None:
+        """Looks, and puts right what is not, unless that has to wait because somebody undoes it again and again."""
+        if self.mode == "off":
+            return
+        look = self.look()
+        if look.binary or look.verdict.actions:
+            look = self._repair(look)
+        self.fighting = self.fighting and self._clock() - self._undone_at < PEACE
+        self._tell(look)
+
+    def look(self) -> Look:
+        """Changes nothing."""
+        places = self._where()
+        try:
+            missing = not self._binary(places).right()
+            view = self._directory(places).view()
+        except (SettingsError, OSError) as error:
+            return Look(error=str(error))
+        if self._judged is None or self._judged[0] != view:
+            self._judged = (view, self._judge(view, places))
+        return Look(missing, self._judged[1])
+
+    def _judge(self, view: View, places: Places) -> Verdict:
+        if places.several and self.mode == "own":
+            if self._settings.cni_install == "auto":
+                self.mode = "insert"
+            else:
+                return Verdict(error="the runtime takes several lists (max_conf_num is not 1); set cni_install: insert")
+        return _MODES[self.mode](view, self._entry, self._settings.cni_conf_name)
+
+    def _repair(self, look: Look) -> Look:
+        """The binary first: a configuration never names what is not there."""
+        places = self._where()
+        now = self._clock()
+        undone = self._undone(look)
+        if undone:
+            self._undone_at = now
+        if undone and self._contention.pause(now) > 0:
+            return look
+        if undone and self._contention.repaired(now) and not self.fighting:
+            self.fighting = True
+            log.warning("%s is undone again and again: another program wants %s", undone, _HINT)
+        try:
+            if look.binary:
+                self._binary(places).install()
+                log.info("installed %s/%s (%s)", places.bin.path, "sluice-cni", places.bin.reason)
+            self._apply(look.verdict.actions, places)
+        except SettingsError as error:
+            return Look(look.binary, look.verdict, str(error))
+        return self.look()
+
+    def _apply(self, actions: tuple[Action, ...], places: Places) -> None:
+        directory = self._directory(places)
+        if actions:
+            directory.sweep()
+        for action in actions:
+            directory.apply(action)
+            self.rewrites += isinstance(action, planning.Write)
+            log.info("%s: %s", places.conf.path, action)
+            if isinstance(action, planning.Write):
+                self._written[f"{places.conf.path}/{action.name}"] = action.data
+
+    def _undone(self, look: Look) -> str:
+        """The file that is to become again what we made it before; a primary one that changes is no quarrel."""
+        places = self._where()
+        for action in look.verdict.actions:
+            name = f"{places.conf.path}/{action.name}"
+            if isinstance(action, planning.Write) and self._written.get(name) == action.data:
+                return name
+        return ""
+
+    def _tell(self, look: Look) -> None:
+        self.verdict = look.verdict
+        self.error = look.error or look.verdict.error
+        # Also with an error that leaves what was installed before as it was.
+        ready = bool(look.verdict.file) and not (look.binary or look.verdict.actions or look.error)
+        told = (self.error, *look.verdict.remarks)
+        if told != self._told:
+            for words in look.verdict.remarks:
+                log.warning("%s: %s", self.conf_dir.path, words)
+            if self.error:
+                log.error("not installed as it should be: %s", self.error)
+            self._told = told
+        if ready and not self.ready:
+            places = self._where()
+            log.info("installed in %s (%s), plugin in %s", self.file, places.conf.reason, places.bin.path)
+        self.ready = ready
+
+    def _where(self) -> Places:
+        """Looked up again now and then: an upgrade of k3s moves its directory of plugins."""
+        now = self._clock()
+        # Who has found no runtime has to read all of /proc again.
+        period = FIND_PERIOD if self.places is None or self.places.runtime else 6 * FIND_PERIOD
+        if self.places is None or now - self._found >= period:
+            self._found = now
+            known = self.places.runtime if self.places else None
+            places = runtime.find(self._settings, self._host, self._proc, known)
+            if places != self.places and self.places is not None:
+                log.info("configurations are in %s (%s), plugins in %s", *_words(places))
+            self.places = places
+        return self.places
+
+    def _binary(self, places: Places) -> Binary:
+        if self._kept is None or self._kept.directory != places.bin.path:
+            self._kept = Binary(self._host, self._settings.cni_plugin, places.bin.path)
+        return self._kept
+
+    def _directory(self, places: Places) -> NetDir:
+        if self._seen is None or self._seen.directory != places.conf.path:
+            self._seen = NetDir(self._host, places.conf.path)
+        return self._seen
+
+    def _directories(self) -> list[Path]:
+        """The directories, those above, where they are removed and made, and those that links lead to."""
+        places = self._where()
+        found = dict[Path, None]()
+        for directory in (places.conf.path, places.bin.path):
+            try:
+                path = self._host.path(directory)
+            except OSError:
+                continue
+            above = self._host.path(directory.rpartition("/")[0] or "/")
+            found |= dict.fromkeys((path, path.parent, above))
+        found |= dict.fromkeys(self._directory(places).links())
+        return [path for path in found if path != self._host.root]
+
+
+_HINT = "it otherwise (Cilium: set cni.exclusive to false); trying ever more slowly"
+
+
+def _words(places: Places) -> tuple[str, str, str]:
+    return places.conf.path, places.conf.reason, places.bin.path

@@ -1,0 +1,159 @@
+"""The runtime's directory of configurations: read as a whole, changed in single atomic steps."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from pathlib import Path
+
+from agent.core.errors import SettingsError
+from agent.install.conflists import EXTENSIONS, MOST
+from agent.install.hostroot import HostRoot
+from agent.install.planning import Action, Remove, Rename, View, Write
+
+_TEMPORARY = ".sluice-new"  # no extension, so no runtime reads it
+_OURS = ".sluice-"
+_RECENT = 1.0  # seconds; steps are at most some hundredths
+_MOST_KNOWN = 100
+
+
+class NetDir:
+    """One directory. It may not be there yet, or go away: it is never made, and never removed."""
+
+    def __init__(self, host: HostRoot, directory: str) -> None:
+        """`directory` as the host names it."""
+        self.host, self.directory = host, directory
+        self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
+
+    @property
+    def path(self) -> Path:
+        return self.host.path(self.directory)
+
+    def view(self) -> View:
+        """Raises SettingsError when the directory is there and cannot be read; one that is not there has no files."""
+        files, unread = dict[str, bytes](), dict[str, str]()
+        try:
+            base = self.path
+            found = [entry for entry in os.scandir(base) if not entry.is_dir(follow_symlinks=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return View()
+        except OSError as error:
+            raise SettingsError(f"{self.directory}: {error.strerror}") from error
+        for entry in found:
+            name = entry.name
+            if not (name.endswith(EXTENSIONS) or name.startswith(_OURS) or ".cilium_ba" in name):
+                continue
+            try:
+                link = entry.is_symlink()
+                files[name] = self._content(self.host.path(f"{self.directory}/{name}") if link else base / name)
+            except FileNotFoundError:
+                continue  # gone meanwhile, or a link to nothing
+            except OSError as error:
+                unread[name] = error.strerror or str(error)
+        return View(files, unread)
+
+    def _content(self, path: Path) -> bytes:
+        """Read again when it may be another one: times of files move in steps, so a recent one proves nothing."""
+        status = path.stat()
+        version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        known = self._read.get(path)
+        if known and known[0] == version:
+            return known[1]
+        data = read(path)
+        if len(self._read) > _MOST_KNOWN:
+            self._read.clear()
+        if abs(time.time() - status.st_ctime) > _RECENT:
+            self._read[path] = (version, data)
+        else:
+            self._read.pop(path, None)
+        return data
+
+    def links(self) -> tuple[Path, ...]:
+        """Directories that files which are links lead to: what happens there happens to our files."""
+        found = dict[Path, None]()
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.path):
+                if entry.is_symlink() and entry.name.endswith(EXTENSIONS):
+                    found[self.host.path(f"{self.directory}/{entry.name}").parent] = None
+        return tuple(found)
+
+    def apply(self, action: Action) -> None:
+        """One atomic change, on disk when this returns. Raises SettingsError, naming the setting that may help."""
+        try:
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise failed(self.directory, error, "cni_conf_dir") from error
+        try:
+            _apply(action, directory)
+            os.fsync(directory)
+        except OSError as error:
+            raise failed(f"{self.directory}/{action.name}", error, "cni_conf_dir") from error
+        finally:
+            os.close(directory)
+
+    def sweep(self) -> None:
+        """Removes what a crash left of our writing."""
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self.path):
+                if entry.name.startswith(_TEMPORARY):
+                    os.unlink(entry.path)  # noqa: PTH108
+
+
+def failed(what: str, error: OSError, setting: str) -> SettingsError:
+    """The same error in our words."""
+    hint = ""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
+        hint = f"; is it the directory that the container runtime uses, and writable? set {setting}"
+    return SettingsError(f"{what}: {error.strerror or error}{hint}")
+
+
+def read(path: Path) -> bytes:
+    """A regular file, at most one byte more than MOST of it. Raises OSError; never waits, as a FIFO would have it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return file.read(MOST + 1)
+
+
+def _apply(action: Action, directory: int) -> None:
+    match action:
+        case Write(name, data, like):
+            _write(directory, name, data, like or name)
+        case Rename(name, to):
+            os.rename(name, to, src_dir_fd=directory, dst_dir_fd=directory)
+        case Remove(name):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+
+
+def _write(directory: int, name: str, data: bytes, like: str) -> None:
+    """Whoever reads sees the old content or the new. A file that is a link is replaced, not what it leads to."""
+    temporary = f"{_TEMPORARY}-{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=directory)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            _take_after(descriptor, directory, like)
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=directory)
+        raise
+
+
+def _take_after(descriptor: int, directory: int, like: str) -> None:
+    """Mode and owner of the file that was there."""
+    with contextlib.suppress(FileNotFoundError):
+        model = os.stat(like, dir_fd=directory)
+        if (model.st_uid, model.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(descriptor, model.st_uid, model.st_gid)
+        os.fchmod(descriptor, stat.S_IMODE(model.st_mode))

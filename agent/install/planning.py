@@ -1,0 +1,245 @@
+"""What has to be done to a runtime's directory of configurations, as a value: nothing when it is right. Pure.
+
+Each action is one atomic change, and after each of them the first list in the directory is one that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from agent.core.errors import SettingsError
+from agent.core.names import CNI_TYPE
+from agent.install import conflists
+from agent.install.conflists import ISTIO, ORIGINAL, Conf, Json, kept_name
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The directory as it was read: contents by file name, and why a file that is there could not be read."""
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """The file has this content then; `like`: a new one takes the mode of that file, else only root may read it."""
+
+    name: str
+    data: bytes
+    like: str = ""
+
+    def __str__(self) -> str:
+        return f"write {self.name} ({len(self.data)} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class Rename:
+    name: str
+    to: str
+
+    def __str__(self) -> str:
+        return f"rename {self.name} to {self.to}"
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    name: str
+
+    def __str__(self) -> str:
+        return f"remove {self.name}"
+
+
+Action = Write | Rename | Remove
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`file` has our entry, made from `primary`, once `actions` are done; both empty while there is no primary one.
+
+    `error` says why that is not so, or not up to date; `remarks` what a person should know.
+    """
+
+    actions: tuple[Action, ...] = ()
+    file: str = ""
+    primary: str = ""
+    error: str = ""
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        return bool(self.file) and not self.actions and not self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """The directory's configurations by what they are, each in the runtime's order."""
+
+    own: tuple[Conf, ...]  # ours, around another
+    inserted: tuple[Conf, ...]  # another's, with our entry put in by us
+    copies: tuple[Conf, ...]  # another's, made from one of those
+    others: tuple[Conf, ...]
+    bad: Mapping[str, str]
+
+    @property
+    def foreign(self) -> list[Conf]:
+        return sorted((*self.inserted, *self.copies, *self.others), key=lambda conf: conf.name)
+
+
+def sort(view: View, wished: str) -> Sorted:
+    """A damaged file under the name that ours shall have is in no group: it is written anew."""
+    groups: dict[str, list[Conf]] = {"own": [], "inserted": [], "copies": [], "others": []}
+    bad = {name: f"{name}: {why}" for name, why in view.unread.items()}
+    for name in conflists.readable(view.files):
+        try:
+            conf = conflists.parse(name, view.files[name])
+        except SettingsError as error:
+            bad[name] = str(error)
+            continue
+        if conflists.stripped(conf.plugins):
+            groups[_group(conf, wished)].append(conf)
+        else:
+            bad[name] = f"{name}: it has no plugin but {CNI_TYPE}"
+    bad.pop(wished, None)
+    own, inserted, copies, others = map(tuple, groups.values())
+    return Sorted(own, inserted, copies, others, bad)
+
+
+def _group(conf: Conf, wished: str) -> str:
+    if conflists.is_own(conf) or (conf.name == wished and not conflists.is_inserted(conf)):
+        return "own"
+    if conflists.is_inserted(conf):
+        return "inserted"
+    return "copies" if conf.entry else "others"
+
+
+def own(view: View, entry: Json, wished: str) -> Verdict:
+    """A list of ours around the primary one: the first that a runtime would take if ours were not there."""
+    found = sort(view, wished)
+    candidates = [conf for conf in found.foreign if conf not in found.copies] or list(found.copies)
+    current = next((conf for conf in found.own if conflists.is_own(conf)), None)
+    if current and (not candidates or current.wraps in found.bad):
+        why = found.bad.get(current.wraps, "")
+        gone = "" if why else f"{current.wraps} is not there; {current.name} stays as it was made from it"
+        return _refreshed(current, entry, why, gone)
+    if not candidates:
+        return Verdict(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+    primary = candidates[0]
+    if why := conflists.chainable(primary):
+        return Verdict(error=why, primary=primary.name, file=current.name if current else "")
+    file = conflists.own_name(wished, found.foreign[0].name)
+    actions = [*_write(view, file, conflists.wrap(primary, entry, file))]
+    actions += [Remove(conf.name) for conf in found.own if conf.name != file]
+    for conf in found.inserted:
+        actions += _restored(view, conf)
+    return Verdict(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, wished))
+
+
+def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> Verdict:
+    """Ours stays as it is but for the entry, which may be from an older agent."""
+    data = conflists.rewrap(current, entry)
+    actions = () if data == current.data else (Write(current.name, data),)
+    return Verdict(actions, current.name, current.wraps, error, (remark,) if remark else ())
+
+
+def insert(view: View, entry: Json, wished: str) -> Verdict:
+    """Our entry in the primary's own file; its bytes from before are kept beside, under a name no runtime reads."""
+    found = sort(view, wished)
+    if not found.foreign:
+        return Verdict(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+    primary = found.foreign[0]
+    file = primary.stem + ".conflist"
+    if why := conflists.chainable(primary):
+        return Verdict(error=why, primary=primary.name)
+    if file != primary.name and any(conf.name == file for conf in (*found.others, *found.copies)):
+        why = f"{primary.name} becomes {file}, which is there already"
+        return Verdict(error=f"{why}; remove one of them, or use cni_install: own")
+    actions: list[Action] = []
+    data, kept = conflists.insert(primary, entry, file), kept_name(primary.name)
+    if file != primary.name:
+        actions = [*_write(view, file, data, like=primary.name), Rename(primary.name, kept)]
+    elif data != primary.data:
+        keeps = primary in found.inserted
+        actions = [*(() if keeps else _write(view, kept, primary.data, like=file)), Write(file, data)]
+    actions += [Remove(conf.name) for conf in found.own]
+    for conf in found.inserted:
+        actions += () if conf.name == file else _restored(view, conf)
+    return Verdict(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, file))
+
+
+def removal(view: View, wished: str) -> Verdict:
+    """Our entry out of the whole directory, original bytes where they still hold; only `actions` and `remarks` count.
+
+    Where ours is all there is, its list stays without our entry under the primary's name: pods must still start.
+    """
+    found = sort(view, wished)
+    actions: list[Action] = []
+    remarks: tuple[str, ...] = ()
+    for conf in found.inserted:
+        actions += _restored(view, conf)
+    actions += [Write(conf.name, conflists.strip(conf)) for conf in found.copies if len(conf.plugins) > 1]
+    mentioning = [conf for conf in found.others if conflists.mentions(conf.network)]  # among Multus' delegates
+    actions += [Write(conf.name, _inside(conf)) for conf in mentioning]
+    last = next(iter(found.own), None)
+    name = _freed(last.wraps, wished) if last else ""
+    if name in found.bad:  # half written or damaged: whoever it belongs to may put it right, and then it comes first
+        name = "99-primary.conflist"
+    if last and not found.foreign:
+        actions.append(Write(name, conflists.strip(last), like=last.name))
+        remarks = (f"{last.name} was the only configuration: its plugins stay in {name}, without ours",)
+    actions += [Remove(conf.name) for conf in found.own]
+    if wished in view.files and all(conf.name != wished for conf in found.own):
+        actions.append(Remove(wished))  # damaged
+    gone = {one.name for one in actions if isinstance(one, Remove | Rename)}
+    actions += [Remove(name) for name in sorted(view.files) if _left(name, wished) and name not in gone]
+    return Verdict(tuple(actions), remarks=remarks)
+
+
+def _freed(wraps: str, wished: str) -> str:
+    """A name from a file's text: it leads not out of the directory, hides from no runtime and is not ours."""
+    stem = wraps.rpartition(".")[0]
+    name = stem + ".conflist"
+    return "10-primary.conflist" if not stem or "/" in stem or stem.startswith(".") or name == wished else name
+
+
+def _left(name: str, wished: str) -> bool:
+    """Kept originals, and what Cilium makes of files that it wants not to be there."""
+    return name.startswith(ORIGINAL) or name in (f"{wished}.cilium_bak", f"{wished}.cilium_backup")
+
+
+def _inside(conf: Conf) -> bytes:
+    network = conflists.stripped(conf.network)
+    return conflists.encode(network["plugins"][0] if conf.single else network)
+
+
+def _restored(view: View, conf: Conf) -> list[Action]:
+    """A file that our entry was put into, as it was: the kept bytes if they say the same as what is there."""
+    original = conflists.origin(conf)
+    kept = kept_name(original)
+    drop = [Remove(kept)] if kept in view.files else []
+    try:
+        before = conflists.parse(original, view.files.get(kept, b"")).network
+        same = conflists.same(before, conflists.stripped(conf.network))
+    except SettingsError:
+        same = False
+    if original != conf.name and original in view.files:  # the primary has put its own back
+        return [Remove(conf.name), *drop]
+    if same:
+        return [Rename(kept, original), *([Remove(conf.name)] if original != conf.name else [])]
+    return [Write(conf.name, conflists.strip(conf)), *drop]
+
+
+def _write(view: View, name: str, data: bytes, like: str = "") -> tuple[Action, ...]:
+    return () if view.files.get(name) == data else (Write(name, data, like),)
+
+
+def _remarks(found: Sorted, primary: Conf, file: str, wished: str) -> tuple[str, ...]:
+    remarks = []
+    if file != wished:
+        remarks.append(f"{wished} would not sort before {found.foreign[0].name}: {file} is used")
+    if any(plugin["type"] == ISTIO for plugin in primary.plugins):
+        remarks.append(f"{primary.name} chains istio-cni too, which is kept: two agents (sluice migrate --check)")
+    remarks += [f"{conf.name} is another's copy of a list of ours: not wrapped" for conf in found.copies]
+    remarks += [f"not used: {why}" for name, why in found.bad.items() if name < file]
+    return tuple(remarks)

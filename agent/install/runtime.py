@@ -1,0 +1,159 @@
+"""Where the container runtime reads CNI configurations and plugins, each with the reason why we think so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.settings import Settings
+from agent.install import running, tomlconf
+from agent.install.hostroot import HostRoot
+from agent.install.running import Running
+from agent.install.tomlconf import BIN_DIR, CONF_DIR, Said
+
+_CONTAINERD, _CRIO = "/etc/containerd/config.toml", "/etc/crio/crio.conf"
+# Where distributions put the configuration of a runtime that they bring along, the more particular ones first.
+_USUAL = (
+    ("k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"),
+    ("rke2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml"),
+    ("MicroK8s", "/var/snap/microk8s/current/args/containerd.toml"),
+    ("k0s", "/etc/k0s/containerd.toml"),
+    ("Talos", "/etc/cri/containerd.toml"),
+    ("CRI-O", _CRIO),
+    ("containerd", _CONTAINERD),
+)
+_NONE = "the usual one, as no container runtime's configuration was found"
+_SNAP = {"SNAP_DATA": "/var/snap/microk8s/current", "SNAP": "/snap/microk8s/current"}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A directory as the host names it."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """`several`: the runtime attaches a pod to more lists than the first; one around another would attach it twice."""
+
+    conf: Place
+    bin: Place
+    runtime: Running | None = None
+    several: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What one configuration says, and what that is called in reasons."""
+
+    said: Said
+    name: str
+
+
+def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: Running | None = None) -> Places:
+    """`known` is the runtime found before: if it runs still, only its files are read. A user's value always wins."""
+    given = Said(settings.cni_conf_dir, (settings.cni_bin_dir,) if settings.cni_bin_dir else ())
+    runtime = known if known and running.still(proc, known) else running.find(proc)
+    try:
+        source = _of_running(runtime, host) if runtime else _of_files(host)
+    except OSError as error:  # links that lead in a circle
+        source = _Source(Said(), f"a configuration that cannot be read ({error})")
+    conf = _place(given.conf_dir, "cni_conf_dir", source, source.said.conf_dir, CONF_DIR)
+    bins = tuple(map(str, source.said.bin_dirs))
+    bin_dir = _place(next(iter(given.bin_dirs), ""), "cni_bin_dir", source, _usable(bins, host), BIN_DIR)
+    return Places(conf, bin_dir, runtime, source.said.several)
+
+
+def _place(given: str, setting: str, source: _Source, said: str, default: str) -> Place:
+    if given:
+        return Place(given, f"setting {setting}")
+    if said:
+        return Place(said, f"{source.name} says so")
+    return Place(default, f"the usual one, as {source.name} says nothing else" if source.name else _NONE)
+
+
+def _usable(directories: tuple[str, ...], host: HostRoot) -> str:
+    """The runtime looks in all of them: the first that can be written to will do."""
+    for one in directories:
+        with contextlib.suppress(OSError):
+            if os.access(host.path(one), os.W_OK | os.X_OK):
+                return one
+    return next(iter(directories), "")
+
+
+def _of_running(runtime: Running, host: HostRoot) -> _Source:
+    if runtime.name == "cri-dockerd":
+        many = runtime.option("--cni-bin-dir")
+        return _Source(Said(runtime.option("--cni-conf-dir"), tuple(many.split(",") if many else ())), "cri-dockerd")
+    path = runtime.option("-c", "--config") or (_CRIO if runtime.name == "crio" else _CONTAINERD)
+    if runtime.name == "containerd":
+        name = next((name for name, usual in _USUAL if usual == path), "containerd")
+        return _containerd(host, path, f"{name}'s" if name == "containerd" else f"the containerd of {name}:")
+    source = _crio(host, path, runtime.option("-d", "--config-dir") or path + ".d")
+    conf, one = runtime.option("--cni-config-dir"), runtime.option("--cni-plugin-dir")
+    said = Said(conf or source.said.conf_dir, (one,) if one else source.said.bin_dirs)
+    return _Source(said, "CRI-O's command line" if conf or one else source.name)
+
+
+def _of_files(host: HostRoot) -> _Source:
+    for name, path in _USUAL:
+        if name == "CRI-O" and (host.path(path).is_file() or _drop_ins(host, path + ".d")):
+            return _crio(host, path, path + ".d")
+        if name != "CRI-O" and host.path(path).is_file():
+            return _containerd(host, path, f"{name}'s")
+    return _Source(Said(), "")
+
+
+def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
+    name = f"{whose} {path}"
+    try:
+        texts, seen = list[str](), set[Path]()
+        _collect(host, path, texts, seen)
+        variables = _SNAP if "/snap/" in path or "SNAP" in path else {}
+        return _Source(tomlconf.containerd(texts, variables), name)
+    except FileNotFoundError:
+        return _Source(Said(), f"containerd, which has no {path},")
+    except (OSError, ValueError) as error:
+        return _Source(Said(), f"{name} cannot be read ({error}), and")
+
+
+def _collect(host: HostRoot, path: str, texts: list[str], seen: set[Path]) -> None:
+    """The file, then what it imports, each once; patterns are relative to the file. Raises OSError, ValueError."""
+    for name, value in _SNAP.items():
+        path = path.replace("${" + name + "}", value)
+    place = host.path(path)
+    if place in seen:
+        return
+    seen.add(place)
+    text = place.read_text()
+    texts.append(text)
+    for pattern in tomlconf.imports(text):
+        absolute = pattern if pattern.startswith("/") else f"{path.rpartition('/')[0]}/{pattern}"
+        directory, _, name = absolute.rpartition("/")
+        for each in sorted(host.path(directory).glob(name)):
+            _collect(host, f"{directory}/{each.name}", texts, seen)
+
+
+def _crio(host: HostRoot, path: str, drop_ins: str) -> _Source:
+    names = [path, *_drop_ins(host, drop_ins)]
+    texts = []
+    for one in names:
+        try:
+            texts.append(host.path(one).read_text())
+        except OSError:
+            continue
+    try:
+        return _Source(tomlconf.crio(texts), f"CRI-O's {path} with {drop_ins}")
+    except ValueError as error:
+        return _Source(Said(), f"CRI-O's {path} cannot be read ({error}), and")
+
+
+def _drop_ins(host: HostRoot, directory: str) -> list[str]:
+    try:
+        return [f"{directory}/{name}" for name in sorted(os.listdir(host.path(directory)))]  # noqa: PTH208
+    except OSError:
+        return []

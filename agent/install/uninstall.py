@@ -1,0 +1,67 @@
+"""Takes our plugin out of a node's CNI in an order of which every prefix leaves a node that works.
+
+First no configuration names it any more, then the files beside go, the binary last of all: a runtime that finds the
+type of a plugin without its binary can neither start pods nor remove them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from agent.core.names import CNI_TYPE
+from agent.core.settings import Settings
+from agent.install import planning, runtime
+from agent.install.binary import Binary
+from agent.install.hostroot import HostRoot
+from agent.install.netdir import NetDir
+from agent.install.runtime import Places
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One atomic change; `do` raises SettingsError."""
+
+    words: str
+    do: Callable[[], None]
+
+
+class Uninstall:
+    """What is left to be done, looked up when it is asked for: after an interruption it goes on from there."""
+
+    def __init__(self, settings: Settings, binary: str = "auto", proc: Path = Path("/proc")) -> None:
+        """`binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
+        self._settings, self._wish = settings, binary
+        self._host = HostRoot(settings.host_root)
+        self.places: Places = runtime.find(settings, self._host, proc)
+
+    def steps(self) -> Iterator[Step]:
+        """In order. Raises SettingsError when the directory cannot be read."""
+        directory = NetDir(self._host, self.places.conf.path)
+        for action in planning.removal(directory.view(), self._settings.cni_conf_name).actions:
+            yield Step(f"{self.places.conf.path}: {action}", partial(directory.apply, action))
+        yield from self._last()
+
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should know, before the steps are done: what stays, and why."""
+        view = NetDir(self._host, self.places.conf.path).view()
+        kept = self.kept()
+        words = f"{self.places.bin.path}/{CNI_TYPE} stays: {kept}; it does nothing but answer, remove it later"
+        return (*planning.removal(view, self._settings.cni_conf_name).remarks, *([words] if kept else []))
+
+    def kept(self) -> str:
+        """Why the binary stays; empty when it goes, or is not there."""
+        if self._wish == "remove" or not self._binary().path.exists():
+            return ""
+        return "as asked for" if self._wish == "keep" else self._binary().needed()
+
+    def _last(self) -> Iterator[Step]:
+        NetDir(self._host, self.places.conf.path).sweep()
+        binary = self._binary()
+        if binary.path.exists() and not self.kept():
+            yield Step(f"remove {self.places.bin.path}/{CNI_TYPE}", binary.remove)
+
+    def _binary(self) -> Binary:
+        return Binary(self._host, self._settings.cni_plugin, self.places.bin.path)

@@ -1,0 +1,84 @@
+"""What happens in directories, as the kernel tells it; inotify(7), linux/inotify.h."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from agent.core.errors import KernelError
+
+MODIFY: Final = 0x2
+ATTRIB: Final = 0x4
+CLOSE_WRITE: Final = 0x8
+MOVED_FROM: Final = 0x40
+MOVED_TO: Final = 0x80
+CREATE: Final = 0x100
+DELETE: Final = 0x200
+DELETE_SELF: Final = 0x400
+MOVE_SELF: Final = 0x800
+Q_OVERFLOW: Final = 0x4000  # some events were lost
+IGNORED: Final = 0x8000  # the watch is gone, with its directory
+ONLYDIR: Final = 0x1000000
+CHANGES: Final = MODIFY | CLOSE_WRITE | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
+
+_EVENT = struct.Struct("@iIII")  # struct inotify_event: wd, mask, cookie, len
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """`watch` is what `add` returned, -1 for Q_OVERFLOW; `name` is empty for the directory itself."""
+
+    watch: int
+    mask: int
+    name: str
+
+
+class Inotify:
+    """One queue of events, non-blocking; `fileno` is readable while there are some."""
+
+    def __init__(self) -> None:
+        """Raises KernelError: EMFILE when the user's limit of queues (fs.inotify.max_user_instances) is used up."""
+        self._fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._fd < 0:
+            raise _error("inotify_init1")
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def add(self, directory: Path) -> int:
+        """Watches what `CHANGES` lists. Raises KernelError: ENOSPC when fs.inotify.max_user_watches is used up."""
+        watch: int = _libc.inotify_add_watch(self._fd, os.fsencode(directory), CHANGES | ONLYDIR)
+        if watch < 0:
+            raise _error(f"inotify_add_watch {directory}")
+        return watch
+
+    def remove(self, watch: int) -> None:
+        """Nothing happens if it has gone by itself."""
+        _libc.inotify_rm_watch(self._fd, watch)
+
+    def take(self) -> list[Event]:
+        """All that wait, in order."""
+        found: list[Event] = []
+        while True:
+            try:
+                data = os.read(self._fd, 1 << 16)
+            except BlockingIOError:
+                return found
+            at = 0
+            while at < len(data):
+                watch, mask, _, size = _EVENT.unpack_from(data, at)
+                at += _EVENT.size + size
+                found.append(Event(watch, mask, os.fsdecode(data[at - size : at].rstrip(b"\0"))))
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _error(operation: str) -> KernelError:
+    number = ctypes.get_errno()
+    return KernelError(operation, number, os.strerror(number))

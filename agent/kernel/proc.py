@@ -1,0 +1,123 @@
+"""The processes of this node that are in a network namespace of their own, as /proc tells.
+
+Read from the node's PID namespace (hostPID: true): there a cgroup's path is the kernel's word, whatever cgroup
+namespace the process lives in and whatever it mounts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.core.errors import KernelError
+
+NsKey = tuple[int, int]  # device and inode, which tell a namespace as long as it lives
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """One process: its network namespace, and the text of its cgroup file."""
+
+    pid: int
+    netns: NsKey
+    cgroup: str
+
+
+def processes(proc: str = "/proc") -> tuple[tuple[Seen, ...], tuple[tuple[int, str], ...]]:
+    """All processes outside the host's network namespace; what ends meanwhile is left out.
+
+    Beside them number and cgroup of those whose namespace is hidden from us. Raises KernelError when our own is.
+    """
+    hosts, found, hidden = hosts_netns(proc), list[Seen](), list[tuple[int, str]]()
+    for name in os.listdir(proc):  # noqa: PTH208 - a thousand names, no paths
+        if not name.isdecimal():
+            continue
+        try:
+            seen = _look(proc, int(name), hosts)
+        except PermissionError:
+            hidden.append((int(name), cgroup(int(name), proc)))
+            continue
+        if seen is not None:
+            found.append(seen)
+    return tuple(found), tuple(hidden)
+
+
+def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
+    """The namespaces that count as the host's: our own, and process 1's, which may be hidden. Raises KernelError."""
+    found = set()
+    for name in ("self", "1"):
+        try:
+            status = Path(proc, name, "ns/net").stat()
+        except OSError as error:
+            if name == "1":
+                continue
+            raise KernelError(f"look up {proc}/self/ns/net", error.errno or 0, error.strerror or "") from error
+        found.add((status.st_dev, status.st_ino))
+    return frozenset(found)
+
+
+def look(pid: int, proc: str = "/proc") -> Seen | None:
+    """The process as it is now, in whichever namespace; None when it has ended. Raises PermissionError."""
+    return _look(proc, pid, ())
+
+
+def started(pid: int, proc: str = "/proc") -> int | None:
+    """When it started, in ticks since boot; None when it has ended."""
+    try:
+        # Field 22 of proc_pid_stat(5); the command's name in front of field 3 may hold anything.
+        return int(Path(proc, str(pid), "stat").read_bytes().rpartition(b")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def cgroup(pid: int, proc: str = "/proc") -> str:
+    """The text of /proc/PID/cgroup; "" when the process has ended or hides it."""
+    try:
+        fd = os.open(f"{proc}/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    return _text(fd)
+
+
+def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
+    """Number and cgroup of each process in the host's namespace: only to explain why a pod was not found."""
+    hosts = hosts_netns(proc)
+    for name in os.listdir(proc):  # noqa: PTH208
+        if name.isdecimal():
+            try:
+                status = os.stat(f"{proc}/{name}/ns/net")  # noqa: PTH116
+            except OSError:
+                continue
+            if (status.st_dev, status.st_ino) in hosts:
+                yield int(name), cgroup(int(name), proc)
+
+
+def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> Seen | None:
+    # While this descriptor is open its files are this process's and no later one's: they fail once it has ended.
+    try:
+        directory = os.open(f"{proc}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.stat("ns/net", dir_fd=directory)
+        key = (status.st_dev, status.st_ino)
+        if key in leave_out:
+            return None
+        return Seen(pid, key, _text(os.open("cgroup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)))
+    except PermissionError:
+        raise
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+
+
+def _text(fd: int) -> str:
+    try:
+        return os.read(fd, 1 << 16).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(fd)

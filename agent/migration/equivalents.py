@@ -1,0 +1,180 @@
+"""Settings of istio-cni and what they are here. Pure; also the table of docs/migrating.md.
+
+Names of istio-cni's are those of its environment or, where a thing has none, of its Helm values (design: peers 1.2
+and 1.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import yaml
+
+from agent.core import selectors
+from agent.core.errors import SettingsError
+from agent.core.settings import Settings, build
+
+_TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool
+_LEVELS = {"debug": "debug", "info": "info", "warn": "warning", "error": "error", "fatal": "error", "none": "error"}
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalent:
+    """One setting: `env` and `helm` are istio-cni's names, `ours` the setting here; "" where there is none.
+
+    `words`: what takes its place; `plain`: values that need nothing, as words.
+    """
+
+    env: str
+    helm: str
+    ours: str = ""
+    words: str = ""
+    plain: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.env or self.helm
+
+
+TABLE = (
+    Equivalent("AMBIENT_ENABLED", "ambient.enabled", words="always; sidecars are not programmed", plain=("true",)),
+    Equivalent("AMBIENT_ENABLEMENT_SELECTOR", "ambient.enablementSelectors", "enablement_selectors"),
+    Equivalent("EXCLUDE_NAMESPACES", "excludeNamespaces", "exclude_namespaces"),
+    Equivalent("AMBIENT_DNS_CAPTURE", "ambient.dnsCapture", "dns_capture"),
+    Equivalent("AMBIENT_IPV6", "ambient.ipv6", "ipv6"),
+    Equivalent("NATIVE_NFTABLES", "global.nativeNftables", "backend", "true: nftables; false: auto"),
+    Equivalent("FORCE_IPTABLES_BINARY", "env.FORCE_IPTABLES_BINARY", "backend",
+               "legacy: iptables-legacy; nft: iptables"),
+    Equivalent("HOST_PROBE_SNAT_IP", "env.HOST_PROBE_SNAT_IP", "probe_ipv4"),
+    Equivalent("HOST_PROBE_SNAT_IPV6", "env.HOST_PROBE_SNAT_IPV6", "probe_ipv6"),
+    Equivalent("ZTUNNEL_UDS_ADDRESS", "env.ZTUNNEL_UDS_ADDRESS", "zds_socket"),
+    Equivalent("MONITORING_PORT", "env.MONITORING_PORT", "metrics_address", "0.0.0.0: and the port"),
+    Equivalent("", "logging.level", "log_level", "of several scopes the default's"),
+    Equivalent("", "cniBinDir", "cni_bin_dir", "as a rule not needed: found in the runtime's own configuration"),
+    Equivalent("", "cniConfDir", "cni_conf_dir", "as a rule not needed: found in the runtime's own configuration"),
+    Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is found by itself"),
+    Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in a list of our own around the primary one",
+               plain=("true",)),
+    Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default"),
+    Equivalent("ISTIO_OWNED_CNI_CONFIG_FILENAME", "istioOwnedCNIConfigFileName", words="cni_conf_name, if at all"),
+    Equivalent("", "provider", words="not needed: with Multus its own configuration is wrapped", plain=("default",)),
+    Equivalent("AMBIENT_RECONCILE_POD_RULES_ON_STARTUP", "ambient.reconcileIptablesOnStartup",
+               words="always, and every verify_seconds", plain=("true",)),
+    Equivalent("ENABLE_AMBIENT_DETECTION_RETRY", "ambient.enableAmbientDetectionRetry",
+               words="always: a pod that cannot be looked up is refused, see offline_pods", plain=("true",)),
+    Equivalent("AMBIENT_DISABLE_SAFE_UPGRADE", "env.AMBIENT_DISABLE_SAFE_UPGRADE",
+               words="nothing is removed when the agent ends; sluice uninstall does", plain=("false",)),
+    Equivalent("AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE", "env.AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE",
+               words="always, where the node has branch interfaces", plain=("true",)),
+    Equivalent("", "ambient.shareHostNetworkNamespace", words="always", plain=("true", "false")),
+    Equivalent("REPAIR_ENABLED", "repair.enabled",
+               words="none: repair is for sidecars; pods are captured late without it", plain=("true",)),
+    Equivalent("REPAIR_DELETE_PODS", "repair.deletePods", words="none: repair is for sidecars", plain=("false",)),
+    Equivalent("REPAIR_LABEL_PODS", "repair.labelPods", words="none: repair is for sidecars", plain=("false",)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Translated:
+    """`settings`: ours, as in our settings file; `remarks`: what has no equivalent, and what could not be read."""
+
+    settings: Mapping[str, Any]
+    remarks: tuple[str, ...] = ()
+
+
+def translate(found: Mapping[str, Any]) -> Translated:
+    """`found`: istio-cni's settings by their names in TABLE. Never raises: what cannot be used is told."""
+    settings, remarks = dict[str, Any](), list[str]()
+    for one in TABLE:
+        if one.name not in found:
+            continue
+        value = found[one.name]
+        if not one.ours:
+            if value not in ("", None) and _word(value) not in one.plain:
+                remarks.append(f"{one.name} {_word(value)}: {one.words}")
+            continue
+        try:
+            convert: Callable[[Any], Any] = _CONVERT.get(one.name, _word)
+            made = convert(value)
+            if made is not None:
+                build({one.ours: (made, one.name)})
+        except (SettingsError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+            remarks.append(f"{one.name} {_word(value)[:80]}: cannot be used here ({error}); set {one.ours} by hand")
+            continue
+        if made is not None:
+            settings[one.ours] = made
+    unknown = sorted(str(name) for name in found if all(name != one.name for one in TABLE))
+    remarks += [f"{name}: not known to this command" for name in unknown]
+    return Translated(settings, tuple(remarks))
+
+
+def differences(translated: Translated, here: Settings) -> tuple[str, ...]:
+    """Where an agent with the settings `here` would do otherwise than istio-cni did, as lines for the settings file."""
+    there = build({key: (value, key) for key, value in translated.settings.items()})
+    changed = [f.name for f in fields(Settings) if f.name in translated.settings]
+    return tuple(
+        f"{name}: {translated.settings[name]} (here: {_shown(getattr(here, name))})"
+        for name in changed
+        if _plain(getattr(there, name)) != _plain(getattr(here, name))
+    )
+
+
+def _plain(value: Any) -> Any:
+    return frozenset(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value) or "as found"
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _flag(value: Any) -> bool:
+    return value if isinstance(value, bool) else str(value).strip() in _TRUE
+
+
+def _names(value: Any) -> list[str]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        raise ValueError("not a list of names")
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def _selectors(value: Any) -> list[Any]:
+    read = yaml.safe_load(value) if isinstance(value, str) else value
+    selectors.parse(read)
+    made: list[Any] = read
+    return made
+
+
+def _backend(value: Any) -> str | None:
+    return "nftables" if _flag(value) else None
+
+
+def _forced(value: Any) -> str | None:
+    if str(value) not in ("legacy", "nft", ""):
+        raise ValueError("not legacy or nft")
+    return {"legacy": "iptables-legacy", "nft": "iptables"}.get(str(value))
+
+
+def _level(value: Any) -> str | None:
+    """As --log_output_level: a level, or scope:level with commas, where "default" and "all" count."""
+    scopes = [part.rpartition(":") for part in str(value).split(",") if part]
+    levels = [level for scope, _, level in scopes if scope in ("", "default", "all")]
+    return _LEVELS[levels[-1]] if levels and levels[-1] in _LEVELS else None
+
+
+_CONVERT: Mapping[str, Callable[[Any], Any]] = {
+    "AMBIENT_ENABLEMENT_SELECTOR": _selectors,
+    "EXCLUDE_NAMESPACES": _names,
+    "AMBIENT_DNS_CAPTURE": _flag,
+    "AMBIENT_IPV6": _flag,
+    "NATIVE_NFTABLES": _backend,
+    "FORCE_IPTABLES_BINARY": _forced,
+    "MONITORING_PORT": lambda value: f"0.0.0.0:{value}",
+    "logging.level": _level,
+}

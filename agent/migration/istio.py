@@ -1,0 +1,102 @@
+"""istio-cni in a directory of CNI configurations: where its entry stands, and the same without it. Pure.
+
+Its forms (design: peers 1.10): chained, an entry in the primary's own list; owned, a list of its own around the
+primary's plugins (02-istio-cni.conflist); alone, a file with nothing else in it (YYY-istio-cni.conf, with Multus).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from agent.core.errors import SettingsError
+from agent.core.names import CNI_TYPE
+from agent.install import conflists
+from agent.install.conflists import ISTIO, Conf, Json
+from agent.install.planning import View
+
+CHAINED, OWNED, ALONE = "chained", "owned", "alone"
+# What take-over keeps, under names that no runtime reads: a whole file, or one from before its entry was taken out.
+FILE: Final = ".sluice-istio-file-"
+ENTRY: Final = ".sluice-istio-entry-"
+KEPT: Final = ".kept"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A configuration with an entry of istio-cni's in it; `entry` is {} where it is deep inside (Multus' delegates)."""
+
+    conf: Conf
+    form: str
+    entry: Json
+
+
+def confs(view: View) -> list[Conf]:
+    """Every configuration that a runtime could use, in its order."""
+    found = []
+    for name in conflists.readable(view.files):
+        try:
+            found.append(conflists.parse(name, view.files[name]))
+        except SettingsError:
+            continue
+    return found
+
+
+def picked(view: View) -> Conf | None:
+    """The one that a runtime uses: the first by name that it can use."""
+    return next(iter(confs(view)), None)
+
+
+def places(view: View) -> list[Place]:
+    """In the order of file names. Ours around one of them is none."""
+    every = [conf for conf in confs(view) if not conflists.is_own(conf)]
+    return [Place(conf, _form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
+
+
+def entry(conf: Conf) -> Json:
+    return next((one for one in conf.plugins if one["type"] == ISTIO), {})
+
+
+def mentions(value: Any) -> bool:
+    """Whether an entry of istio-cni's is in it, at any depth."""
+    if isinstance(value, dict):
+        return value.get("type") == ISTIO or any(map(mentions, value.values()))
+    return isinstance(value, list) and any(map(mentions, value))
+
+
+def without(value: Any) -> Any:
+    """Without its entries, at any depth."""
+    if isinstance(value, dict):
+        return {key: without(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [without(one) for one in value if not (isinstance(one, dict) and one.get("type") == ISTIO)]
+    return value
+
+
+def added(network: Json, entry: Json) -> Json:
+    """With istio-cni's entry last of all, but before ours."""
+    plugins = list(network["plugins"])
+    at = next((n for n, one in enumerate(plugins) if one["type"] == CNI_TYPE), len(plugins))
+    return {**network, "plugins": [*plugins[:at], entry, *plugins[at:]]}
+
+
+def kept(view: View) -> Iterator[tuple[str, str, str]]:
+    """Of each file that take-over keeps: its name, FILE or ENTRY, and the name it had."""
+    for name in sorted(view.files):
+        for kind in (FILE, ENTRY):
+            if name.startswith(kind) and name.endswith(KEPT):
+                yield name, kind, name.removeprefix(kind).removesuffix(KEPT)
+
+
+def _form(conf: Conf, every: list[Conf]) -> str:
+    rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
+    if not rest:
+        return ALONE
+    others = [other for other in every if other is not conf and not mentions(other.network)]
+    wraps = any(_types(other) == [one for one in rest if one != CNI_TYPE] for other in others)
+    return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
+
+
+def _types(conf: Conf) -> list[str]:
+    return [one["type"] for one in conf.plugins if one["type"] != CNI_TYPE]

@@ -1,0 +1,143 @@
+"""Looks at one node: reads, and changes nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from agent.backends import traces
+from agent.backends.ebpf.pins import Pins
+from agent.backends.hostprobes.layers import layers as host_layers
+from agent.backends.mechanisms import mechanisms
+from agent.core.errors import SluiceError
+from agent.core.netlink import attributes
+from agent.core.nftables import GETCHAIN
+from agent.core.settings import Settings
+from agent.core.whose import Whose, whose
+from agent.install import runtime
+from agent.install.conflists import ISTIO
+from agent.install.hostroot import HostRoot
+from agent.install.netdir import NetDir
+from agent.kernel import exec
+from agent.kernel.adminsocket import ask
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.podnetns import PodNetns
+from agent.migration import istio
+from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts, Programmed
+from agent.sources import existing
+
+_RUN_DIR = "/var/run/istio-cni"
+_COMMAND = "install-cni"  # the program of its DaemonSet
+_CACHE = "/var/lib/cni/results"  # libcni.CacheDir; of the runtimes CRI-O alone deletes by the lists in it
+_CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # a sidecar's alone; ISTIO_OUTPUT is in both rule sets
+_TABLE = "istio-proxy-nat"
+_BY = {Whose.OURS: SLUICE, Whose.OTHERS: ISTIO_CNI}
+
+
+def look(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc")) -> Facts:
+    """`only`: these network namespaces, and not the host's. Raises SluiceError when the directory cannot be read."""
+    host, problems = HostRoot(settings.host_root), list[str]()
+    where = runtime.find(settings, host, proc)
+    view = NetDir(host, where.conf.path).view()
+    places, entries = list(only), [place.entry for place in istio.places(view)]
+    run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or _RUN_DIR) for one in entries), _RUN_DIR])
+    why, ztunnels = _ours(settings.run_dir)
+    crio = where.runtime is not None and where.runtime.name == "crio"
+    return Facts(
+        where.conf.path,
+        where.bin.path,
+        view,
+        binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
+        agent=_agent(host, run_dirs, proc),
+        ours=why,
+        ztunnels=ztunnels,
+        socket=Path(settings.zds_socket).exists(),
+        cached=_cached(host.path(_CACHE)) if crio else None,
+        programmed=tuple(_programmed(settings, places, problems)),
+        host="" if places else _host(problems),
+        problems=tuple(problems),
+    )
+
+
+def _agent(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
+    """Its socket answers, or its program runs: either may be out of our sight."""
+    for run_dir in run_dirs:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            probe.connect(str(host.path(f"{run_dir}/pluginevent.sock")))
+            return f"{run_dir}/pluginevent.sock answers"
+    for comm in sorted(proc.glob("[0-9]*/comm")):
+        with contextlib.suppress(OSError):
+            if comm.read_text().strip() == _COMMAND:
+                return f"process {comm.parent.name}, {_COMMAND}"
+    return ""
+
+
+def _ours(run_dir: str) -> tuple[str, int | None]:
+    """Why our agent does not answer, or how many ztunnels it has."""
+    try:
+        return "", int(ask(run_dir, "/v1/status")["ztunnel_connections"])
+    except SluiceError as error:
+        return str(error), None
+
+
+def _cached(folder: Path) -> int:
+    """Kept lists that name istio-cni; libcni.cachedInfo, where `config` is the list in base64."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for place in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, binascii.Error):
+                kept = json.loads(place.read_bytes())
+                found += istio.mentions(json.loads(base64.b64decode(kept["config"])))
+    return found
+
+
+def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> Iterable[Programmed]:
+    known = existing.known(settings.run_dir)
+    layers = mechanisms(pins=Pins.of(settings.bpf_dir))
+    for netns in existing.namespaces(only or existing.places(settings.run_dir, known), problems):
+        pod = existing.pod(netns, settings.run_dir, known)
+        with contextlib.closing(PodNetns(netns)) as target:
+            try:
+                found = whose(traces.of_layer(name, layer.read(target)) for name, layer in layers.items())
+                by = SIDECAR if _sidecar(target) else _BY.get(found, "")
+            except SluiceError as error:
+                problems.append(f"{netns.origin}: {error}")
+                continue
+        if by:
+            yield Programmed(netns.origin, by, (pod.name or pod.uid) if pod else "")
+
+
+def _sidecar(target: PodNetns) -> bool:
+    """nf_tables, where iptables-nft keeps its chains too, and the tables of old iptables if there are any."""
+    for message in target.nft.dump(GETCHAIN, 0):
+        parts: Mapping[int, bytes] = dict(attributes(message.body[4:]))
+        table, chain = (parts.get(kind, b"").rstrip(b"\0").decode(errors="replace") for kind in (1, 3))
+        if table == _TABLE or chain in _CHAINS:
+            return True
+    if "nat" not in target.netns.call(_legacy_tables):  # to ask for it would make it
+        return False
+    saved = exec.run(["iptables-legacy-save", "-t", "nat"], within=target.netns, check=False).stdout
+    return any(f":{chain} " in saved for chain in _CHAINS)
+
+
+def _legacy_tables() -> list[str]:
+    try:
+        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return []
+
+
+def _host(problems: list[str]) -> str:
+    try:
+        with contextlib.closing(HostNetns()) as target:
+            _, layers = host_layers("off")
+            return _BY.get(whose(traces.of_host_layer(one.name, one.read(target)) for one in layers), "")
+    except (SluiceError, OSError) as error:
+        problems.append(f"the host's rules: {error}")
+        return ""

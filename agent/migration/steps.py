@@ -1,0 +1,138 @@
+"""Taking a node over from istio-cni and handing it back, as steps that print, each one atomic change to a file. Pure.
+
+Before, between and after the steps the list that a runtime picks has an entry of istio-cni's or of ours in it: an
+enrolled pod is captured by one of the two, or its ADD is refused. What is left to do is planned from what is there, so
+that who was interrupted runs the same command again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from agent.core.errors import SettingsError
+from agent.install import conflists, planning
+from agent.install.conflists import Conf, Json
+from agent.install.planning import Action, Remove, Rename, View, Write
+from agent.migration import istio
+from agent.migration.istio import ENTRY, FILE, KEPT, Place
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    action: Action
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.action}  # {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """In order; none when all is done. `error`: why they do not lead to the end, and what to do about it."""
+
+    steps: tuple[Step, ...] = ()
+    error: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside: bool = True) -> Steps:
+    """Our list in front, around all that is there; then, if `aside`, istio-cni's own out of the way.
+
+    `mode` is own or insert: how our entry stands in the end.
+    """
+    last = planning.insert if mode == "insert" else planning.own
+    places = istio.places(view)
+    first = planning.own if places and aside else last
+    verdict = first(view, entry, wished)
+    if verdict.error:
+        return Steps(error=verdict.error, remarks=verdict.remarks)
+    why = "our entry first, beside that of istio-cni" if places else "our entry"
+    steps = [Step(action, why) for action in verdict.actions]
+    if not places or not aside:
+        return Steps(tuple(steps), remarks=verdict.remarks)
+    for place in istio.places(after(view, steps)):
+        steps += _aside(after(view, steps), place)
+    verdict = last(after(view, steps), entry, wished)
+    steps += [Step(action, "our entry without that of istio-cni") for action in verdict.actions]
+    if verdict.error:
+        return Steps(tuple(steps), verdict.error, verdict.remarks)
+    return Steps(tuple(steps), _unfinished(after(view, steps)), verdict.remarks)
+
+
+def _unfinished(view: View) -> str:
+    found = istio.picked(view)
+    if found is None or not conflists.mentions(found.network) or istio.mentions(found.network):
+        name = found.name if found else "nothing"
+        return f"istio-cni cannot be taken out: {name} would be all that is left; is there a primary CNI plugin?"
+    return ""
+
+
+def _aside(view: View, place: Place) -> list[Step]:
+    name = place.conf.name
+    if place.form != istio.CHAINED:
+        return [Step(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
+    kept, data = ENTRY + name + KEPT, place.conf.data
+    network = istio.without(place.conf.network)
+    clean = conflists.encode(network["plugins"][0] if place.conf.single else network)
+    keep = () if view.files.get(kept) == data else (Step(Write(kept, data, like=name), f"{name} as it is now"),)
+    return [*keep, Step(Write(name, clean), "istio-cni's entry out of the primary's list")]
+
+
+def back(view: View, wished: str) -> Steps:
+    """istio-cni's files as they were or as they would be today; then ours go."""
+    steps: list[Step] = []
+    for kept, kind, name in istio.kept(view):
+        steps += _restored(after(view, steps), kept, kind, name)
+    verdict = planning.removal(after(view, steps), wished)
+    steps += [Step(action, "our entry goes") for action in verdict.actions]
+    found = istio.picked(after(view, steps))
+    if found is None or not istio.mentions(found.network):
+        name = found.name if found else "no configuration"
+        words = f"then {name} would be used, without an entry of istio-cni's: its pods would start uncaptured"
+        return Steps(error=f"{words}; install istio-cni first, its agent writes its entry, then run this again")
+    return Steps(tuple(steps), remarks=verdict.remarks)
+
+
+def _restored(view: View, kept: str, kind: str, name: str) -> list[Step]:
+    done = Step(Remove(kept), "no longer needed")
+    there = {conf.name: conf for conf in istio.confs(view) if not conflists.is_own(conf)}
+    try:
+        old = conflists.parse(name, view.files[kept])
+    except SettingsError:
+        return [done]
+    if name in there and istio.mentions(there[name].network):
+        return [done]  # its agent has put it back
+    primary, rest = there.get(name) or next(iter(there.values()), None), istio.without(old.network)
+    if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
+        return [Step(Rename(kept, name), "istio-cni's entry as it was")]
+    entry = istio.entry(old)
+    if not entry or primary.single or istio.mentions(primary.network):
+        return [done]
+    target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)
+    data = conflists.encode(istio.added(network, entry))
+    return [Step(Write(target, data, like=primary.name), "istio-cni's entry after today's plugins"), done]
+
+
+def _stem(name: str, conf: Conf) -> bool:
+    """Whether the file is the same one, which our insertion may have given another ending."""
+    return name.rpartition(".")[0] == conf.stem
+
+
+def _says(primary: Conf, rest: Json) -> bool:
+    """Whether the plugins are those that istio-cni's entry was kept with."""
+    return bool(conflists.stripped(primary.network)["plugins"] == conflists.stripped(rest)["plugins"])
+
+
+def after(view: View, steps: Iterable[Step]) -> View:
+    """The directory once the steps are done."""
+    files = dict(view.files)
+    for step in steps:
+        match step.action:
+            case Write(name, data, _):
+                files[name] = data
+            case Rename(name, to):
+                files[to] = files.pop(name)
+            case Remove(name):
+                files.pop(name, None)
+    return replace(view, files=files)

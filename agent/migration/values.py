@@ -1,0 +1,102 @@
+"""istio-cni's settings, from whatever YAML a person has of them: Helm values, its ConfigMap, its DaemonSet. Pure.
+
+All are brought to the names of `equivalents.TABLE`. What is not about the node agent is passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from agent.install.conflists import Json
+from agent.migration.equivalents import TABLE
+
+_BY_HELM = {one.helm: one.name for one in TABLE if one.helm}
+_BY_ENV = {one.env: one.name for one in TABLE if one.env}
+_SHELLS = ("_internal_defaults_do_not_set", "cni", "values")  # what charts, istioctl and IstioOperator put around
+# Left out of the ConfigMap these are off, while the chart's own default is on.
+_OFF_WHEN_UNSET = ("AMBIENT_DNS_CAPTURE", "AMBIENT_IPV6")
+_VOLUMES = {"cni-bin-dir": "cniBinDir", "cni-net-dir": "cniConfDir"}
+# Keys of its entry in a CNI configuration.
+_ENTRY = {
+    "enablement_selectors": "AMBIENT_ENABLEMENT_SELECTOR",
+    "exclude_namespaces": "EXCLUDE_NAMESPACES",
+    "native_nftables": "NATIVE_NFTABLES",
+    "enable_ambient_detection_retry": "ENABLE_AMBIENT_DETECTION_RETRY",
+}
+
+
+def read(documents: Iterable[Any]) -> dict[str, Any]:
+    """From parsed YAML documents; what comes later wins."""
+    found: dict[str, Any] = {}
+    for document in documents:
+        for one in _single(document):
+            found |= _of(one)
+    return found
+
+
+def of_entry(entry: Json) -> dict[str, Any]:
+    """From its entry in a CNI configuration."""
+    return {name: entry[key] for key, name in _ENTRY.items() if key in entry}
+
+
+def _single(document: Any) -> Iterator[Mapping[str, Any]]:
+    if not isinstance(document, dict):
+        return
+    items = document.get("items")
+    if document.get("kind") == "List" and isinstance(items, list):
+        for item in items:
+            yield from _single(item)
+    else:
+        yield document
+
+
+def _of(document: Mapping[str, Any]) -> dict[str, Any]:
+    match document.get("kind"):
+        case "ConfigMap":
+            data = _mapping(document.get("data"))
+            found = {name: data[key] for key, name in _BY_ENV.items() if key in data}
+            cni = "AMBIENT_ENABLED" in data or "CURRENT_AGENT_VERSION" in data
+            return {**dict.fromkeys(_OFF_WHEN_UNSET if cni else (), "false"), **found}
+        case "DaemonSet":
+            return _of_daemonset(document)
+        case "IstioOperator":
+            return _of_helm(_mapping(document.get("spec")))
+        case None:
+            return _of_helm(document)
+    return {}
+
+
+def _of_daemonset(document: Mapping[str, Any]) -> dict[str, Any]:
+    pod = _mapping(_mapping(_mapping(document.get("spec")).get("template")).get("spec"))
+    found: dict[str, Any] = {}
+    for volume in map(_mapping, _sequence(pod.get("volumes"))):
+        path = _mapping(volume.get("hostPath")).get("path")
+        if path and volume.get("name") in _VOLUMES:
+            found[_VOLUMES[str(volume["name"])]] = path
+    for container in map(_mapping, _sequence(pod.get("containers"))):
+        for variable in map(_mapping, _sequence(container.get("env"))):
+            if variable.get("name") in _BY_ENV and "value" in variable:
+                found[_BY_ENV[str(variable["name"])]] = variable["value"]
+    return found
+
+
+def _of_helm(values: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for shell in _SHELLS:
+        found |= _of_helm(inner) if (inner := _mapping(values.get(shell))) else {}
+    for path, name in _BY_HELM.items():
+        value: Any = values
+        for part in path.split("."):
+            value = _mapping(value).get(part)
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _sequence(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

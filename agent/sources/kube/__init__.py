@@ -1,0 +1,1 @@
+"""What Kubernetes' API server says of this node's pods, and what is written there."""

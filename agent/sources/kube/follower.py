@@ -1,0 +1,126 @@
+"""Follows one collection of the API server for ever: lists it, watches it, and tells a sink."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from agent.core.errors import KubeError, ProtocolError
+from agent.sources.kube import protocol
+from agent.sources.kube.client import JSON, Client
+from agent.sources.kube.protocol import Course, Json, Lines, Listing, Pace, Rows, Verb
+
+log = logging.getLogger("sluice.kube")
+T = TypeVar("T")
+C = TypeVar("C", contravariant=True)
+
+
+class Sink(Protocol[C]):
+    """Called on the event loop, so it is quick; told again what it knows, it does nothing."""
+
+    def listed(self, objects: Sequence[C], /) -> None:
+        """The complete state: what is not in it is gone."""
+
+    def changed(self, object: C, /) -> None: ...
+
+    def removed(self, object: C, /) -> None: ...
+
+
+@dataclass(slots=True)
+class Since:
+    """Counters since the start."""
+
+    lists: int = 0  # complete ones
+    watches: int = 0  # that the server accepted
+    events: int = 0
+    bookmarks: int = 0
+    failures: int = 0
+
+
+class Follower(Generic[T]):
+    """`synced` is set after the first complete list; `error` is "" while all is well."""
+
+    def __init__(
+        self,
+        client: Client,
+        path: str,
+        query: Mapping[str, str],
+        decode: Callable[[Json], T | None],
+        sink: Sink[T],
+        random: Callable[[], float],
+        accept: str = JSON,
+        pace: Pace = Pace(),  # noqa: B008 (frozen)
+    ) -> None:
+        """`query`: fieldSelector and the like. `decode`: None for what is no usable object; a Table's rows come one by
+        one (protocol.Rows). `random`: uniform in [0, 1)."""
+        self.path, self.synced, self.error, self.since = path, asyncio.Event(), "", Since()
+        self._client, self._query, self._accept, self._pace = client, dict(query), accept, pace
+        self._decode, self._sink, self._course = decode, sink, Course(random, pace)
+        self._found: list[T] = []  # of the pages of a list that has begun
+
+    async def run(self) -> None:
+        """Until cancelled; nothing that the server does ends it."""
+        while True:
+            await asyncio.sleep(self._course.pause(time.monotonic()))
+            try:
+                await (self._list() if self._course.listing else self._watch())
+            except (KubeError, ProtocolError) as error:
+                self._failed(error)
+            except Exception as error:  # a defect met by one object must not end it
+                log.exception("%s: following failed", self.path)
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        now = time.monotonic()
+        self.since.failures += 1
+        self._course.failed(error, now)
+        if not self._course.pause(now):  # history was compacted meanwhile, as happens
+            log.info("following %s: %s", self.path, error)
+            return
+        said, self.error = self.error, str(error) or type(error).__name__
+        if isinstance(error, KubeError) and error.status == 403:
+            self.error += f"; the agent's role has to allow list and watch of {self.path}"
+        if not said:
+            log.warning("following %s: %s", self.path, self.error)
+
+    async def _list(self) -> None:
+        course, listing, page = self._course, Listing(), list[T]()
+        if not course.more:
+            self._found = []
+        query = {**self._query, **course.query(time.monotonic())}
+        async with self._client.stream(self.path, query, self._accept, self._pace.quiet) as pieces:
+            async for piece in pieces:
+                page += [value for one in listing.feed(piece) if (value := self._decode(one)) is not None]
+                await asyncio.sleep(0)  # a server that is quicker than we are must not hold up the loop
+        version, more = listing.end()
+        self._found += page
+        if course.page(version, more):
+            found, self._found, self.error = self._found, [], ""
+            self._sink.listed(found)
+            self.since.lists += 1
+            self.synced.set()
+
+    async def _watch(self) -> None:
+        course, lines, rows = self._course, Lines(), Rows()
+        query = {**self._query, **course.query(time.monotonic())}
+        async with self._client.stream(self.path, query, self._accept, course.silence) as pieces:
+            self.since.watches, self.error = self.since.watches + 1, ""
+            async for piece in pieces:
+                for line in lines.feed(piece):
+                    self._take(line, rows)
+        course.ended(time.monotonic())
+
+    def _take(self, line: bytes, rows: Rows) -> None:
+        verb, body = protocol.event(line)
+        if verb is Verb.BOOKMARK:
+            self.since.bookmarks += 1
+        else:
+            self.since.events += 1
+            for one in rows.unfold(body):
+                if (value := self._decode(one)) is not None:
+                    (self._sink.removed if verb is Verb.DELETED else self._sink.changed)(value)
+        self._course.told(protocol.version(body), verb is Verb.BOOKMARK)

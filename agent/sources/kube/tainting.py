@@ -1,0 +1,58 @@
+"""The startup taint: taken from the node once pods can be captured there, and put back, if wanted, while not."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from agent.core.errors import KubeError
+from agent.sources.kube.nodes import Taint
+
+log = logging.getLogger("sluice.kube")
+_EVERY = 1.0  # seconds between two looks at ourselves
+_PAUSE = 10.0  # the same, after the API server refused or did not answer
+_STEADY = 10.0  # seconds that capture is not possible for before the taint comes back: not at each ztunnel's restart
+
+
+class Tainted(Protocol):
+    """This node, at the API server. Raises KubeError."""
+
+    async def remove(self, taint: Taint) -> bool: ...
+
+    async def add(self, taint: Taint) -> bool: ...
+
+
+class Tainting:
+    """`lacking` tells why capture cannot be guaranteed now; "" when it can."""
+
+    def __init__(self, node: Tainted, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
+        self.error = ""
+        self._node, self._taint, self._lacking, self._returns = node, taint, lacking, returns
+        self._taken: bool | None = None  # not known before the first time
+        self._lacks = 0.0
+
+    async def run(self) -> None:
+        """Until cancelled. At the end of the agent the taint stays as it is: rules stay, too."""
+        while True:
+            await self.look()
+            await asyncio.sleep(_PAUSE if self.error else _EVERY)
+
+    async def look(self) -> None:
+        lacking = self._lacking()
+        self._lacks = self._lacks + _EVERY if lacking else 0.0
+        try:
+            if not lacking and self._taken is not True:
+                if await self._node.remove(self._taint):
+                    log.info("taint %s taken from the node: pods can be captured", self._taint)
+                self._taken = True
+            elif lacking and self._returns and self._taken is not False and self._lacks >= _STEADY:
+                if await self._node.add(self._taint):
+                    log.warning("taint %s put on the node: %s", self._taint, lacking)
+                self._taken = False
+            self.error = ""
+        except KubeError as error:
+            if not self.error:
+                log.warning("taint %s of the node: %s", self._taint, error)
+            self.error = f"the taint {self._taint}: {error}"

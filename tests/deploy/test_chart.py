@@ -1,0 +1,378 @@
+"""Every value of the chart reaches the process or the object that it is for; what is misspelt is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import chart
+
+from agent.core.settings import CHOICES, Settings
+
+Objects = list[dict[str, Any]]
+SCHEMA = chart.CHART / "values.schema.json"
+PLATFORMS = yaml.safe_load((chart.CHART / "files/platforms.yaml").read_text())
+RESOURCES = {"limits": {"memory": "123Mi"}}
+TERM = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": [
+    {"key": "odd", "operator": "Exists"}]}]}}}  # fmt: skip
+
+
+def agent(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = chart.pod(objects)["containers"][0]
+    return one
+
+
+def ztunnel(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = chart.pod(objects, "sluice-ztunnel")["containers"][0]
+    return one
+
+
+def metadata(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = chart.only(objects, "DaemonSet")["spec"]["template"]["metadata"]
+    return one
+
+
+def kinds(objects: Objects) -> set[str]:
+    return {one["kind"] for one in objects}
+
+
+def rules(objects: Objects) -> str:
+    return json.dumps(chart.only(objects, "ClusterRole")["rules"])
+
+
+def mounted(objects: Objects, path: str, source: str) -> bool:
+    """The agent has the host's `source` at `path`."""
+    names = [one["name"] for one in agent(objects)["volumeMounts"] if one["mountPath"] == path]
+    volumes = {one["name"]: one.get("hostPath", {}).get("path") for one in chart.pod(objects)["volumes"]}
+    return [volumes[name] for name in names] == [source]
+
+
+# What values.schema.json names: a value for it, and how it is seen that it got where it is for.
+CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
+    "global": ({"odd": 1}, lambda o: True),  # Helm's own: subcharts of an umbrella chart are given it
+    "platform": ("minikube", lambda o: mounted(o, "/var/run/docker/netns", "/var/run/docker/netns")),
+    "files": (
+        {"odd.yaml": "pods: []\n"},
+        lambda o: chart.only(o, "ConfigMap", "sluice-files")["data"] == {"odd.yaml": "pods: []\n"},
+    ),
+    "image.repository": ("odd.example/x", lambda o: agent(o)["image"].startswith("odd.example/x:")),
+    "image.tag": ("odd", lambda o: agent(o)["image"].endswith(":odd")),
+    "image.digest": ("sha256:" + "a" * 64, lambda o: agent(o)["image"].endswith("@sha256:" + "a" * 64)),
+    "image.pullPolicy": ("Always", lambda o: agent(o)["imagePullPolicy"] == "Always"),
+    "imagePullSecrets": ([{"name": "odd"}], lambda o: chart.pod(o)["imagePullSecrets"] == [{"name": "odd"}]),
+    "uninstall": (
+        True,
+        lambda o: [one["args"][0] for one in chart.pod(o)["initContainers"]] == ["uninstall", "uncapture"],
+    ),
+    "ztunnel.embedded": (True, lambda o: ztunnel(o)["args"][0] == "ztunnel"),
+    "ztunnel.records": ("-", lambda o: "--records=-" in ztunnel(o)["args"]),
+    "ztunnel.drainSeconds": (
+        77,
+        lambda o: (
+            "--drain-seconds=77" in ztunnel(o)["args"]
+            and chart.pod(o, "sluice-ztunnel")["terminationGracePeriodSeconds"] > 77
+        ),
+    ),
+    "ztunnel.resources": (RESOURCES, lambda o: ztunnel(o)["resources"]["limits"] == RESOURCES["limits"]),
+    "writable": (
+        ["/odd/cni"],
+        lambda o: mounted(o, "/host/odd/cni", "/odd/cni") and not mounted(o, "/host/etc/cni", "/etc/cni"),
+    ),
+    "netnsDirs": (["/odd/netns"], lambda o: mounted(o, "/odd/netns", "/odd/netns")),
+    "resources": (RESOURCES, lambda o: agent(o)["resources"]["limits"] == RESOURCES["limits"]),
+    "priorityClassName": ("odd", lambda o: chart.pod(o)["priorityClassName"] == "odd"),
+    "nodeSelector": ({"odd": "yes"}, lambda o: chart.pod(o)["nodeSelector"]["odd"] == "yes"),
+    "affinity": (TERM, lambda o: chart.pod(o)["affinity"] == TERM),
+    "tolerations": (
+        [{"key": "odd", "operator": "Exists"}],
+        lambda o: chart.pod(o)["tolerations"] == [{"key": "odd", "operator": "Exists"}],
+    ),
+    "updateStrategy": (
+        {"type": "OnDelete"},
+        lambda o: chart.only(o, "DaemonSet")["spec"]["updateStrategy"]["type"] == "OnDelete",
+    ),
+    "terminationGracePeriodSeconds": (99, lambda o: chart.pod(o)["terminationGracePeriodSeconds"] == 99),
+    "daemonSetAnnotations": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "DaemonSet")["metadata"]["annotations"] == {"odd": "yes"},
+    ),
+    "podAnnotations": ({"odd": "yes"}, lambda o: metadata(o)["annotations"]["odd"] == "yes"),
+    "podLabels": ({"odd": "yes"}, lambda o: metadata(o)["labels"]["odd"] == "yes"),
+    "seccompProfile": (
+        {"type": "Unconfined"},
+        lambda o: agent(o)["securityContext"]["seccompProfile"] == {"type": "Unconfined"},
+    ),
+    "seLinuxOptions": ({"type": "odd_t"}, lambda o: agent(o)["securityContext"]["seLinuxOptions"] == {"type": "odd_t"}),
+    "appArmor": (
+        "annotation",
+        lambda o: (
+            metadata(o)["annotations"]["container.apparmor.security.beta.kubernetes.io/agent"] == "unconfined"
+            and "appArmorProfile" not in agent(o)["securityContext"]
+        ),
+    ),
+    "scc": (
+        True,
+        lambda o: (
+            chart.only(o, "SecurityContextConstraints")["users"]
+            == [f"system:serviceaccount:sluice-system:{chart.pod(o)['serviceAccountName']}"]
+        ),
+    ),
+    "serviceAccount.create": (False, lambda o: "ServiceAccount" not in kinds(o)),
+    "serviceAccount.name": (
+        "odd",
+        lambda o: (
+            chart.pod(o)["serviceAccountName"] == "odd"
+            and bool(chart.only(o, "ServiceAccount", "odd"))
+            and chart.only(o, "ClusterRoleBinding")["subjects"][0]["name"] == "odd"
+        ),
+    ),
+    "serviceAccount.annotations": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "ServiceAccount")["metadata"]["annotations"] == {"odd": "yes"},
+    ),
+    "rbac.create": (False, lambda o: not kinds(o) & {"ClusterRole", "ClusterRoleBinding"}),
+    "rbac.debug": (True, lambda o: "tokenreviews" in rules(o) and "subjectaccessreviews" in rules(o)),
+    "networkPolicy.enabled": (
+        True,
+        lambda o: chart.only(o, "NetworkPolicy")["spec"]["ingress"][0]["ports"][0]["port"] == 15014,
+    ),
+    "networkPolicy.from": (
+        [{"podSelector": {}}],
+        lambda o: chart.only(o, "NetworkPolicy")["spec"]["ingress"][0]["from"] == [{"podSelector": {}}],
+    ),
+    "podMonitor.enabled": (True, lambda o: bool(chart.only(o, "PodMonitor"))),
+    "podMonitor.interval": (
+        "7s",
+        lambda o: chart.only(o, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["interval"] == "7s",
+    ),
+    "podMonitor.labels": ({"odd": "yes"}, lambda o: chart.only(o, "PodMonitor")["metadata"]["labels"]["odd"] == "yes"),
+    "prometheusRule.enabled": (True, lambda o: bool(chart.only(o, "PrometheusRule"))),
+    "prometheusRule.labels": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "PrometheusRule")["metadata"]["labels"]["odd"] == "yes",
+    ),
+    "resourceQuota.enabled": (True, lambda o: bool(chart.only(o, "ResourceQuota"))),
+    "resourceQuota.pods": ("77", lambda o: chart.only(o, "ResourceQuota")["spec"]["hard"] == {"pods": "77"}),
+}
+
+
+# These would hide what another is for: each is rendered alone, the others together.
+ALONE = {"platform", "image.digest", "uninstall", "serviceAccount.create", "serviceAccount.name", "rbac.create"}
+SWITCHES: Mapping[str, Any] = {
+    "ztunnel": {"embedded": True}, "networkPolicy": {"enabled": True}, "podMonitor": {"enabled": True},
+    "prometheusRule": {"enabled": True}, "resourceQuota": {"enabled": True},
+}  # fmt: skip
+
+
+def put(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """At "a.b"."""
+    first, _, rest = path.partition(".")
+    values[first] = values.get(first, {}) | {rest: value} if rest else value
+    return values
+
+
+def test_every_value_has_a_case() -> None:
+    found = {path for path in chart.leaves(json.loads(SCHEMA.read_text())) if not path.startswith("settings.")}
+    assert found == set(CASES)
+
+
+def test_every_value_with_a_default_is_in_the_schema_and_the_other_way_round() -> None:
+    schema = json.loads(SCHEMA.read_text())
+    defaults = yaml.safe_load((chart.CHART / "values.yaml").read_text())
+    assert set(defaults) == set(schema["properties"]) - {"global"}
+    for key, part in schema["properties"].items():
+        if "properties" in part and key != "settings":
+            assert set(defaults[key]) == set(part["properties"])
+
+
+def test_each_value_reaches_what_it_is_for() -> None:
+    together: dict[str, Any] = {}
+    for path in set(CASES) - ALONE:
+        put(together, path, CASES[path][0])
+    objects, plain, switched = chart.render(together), chart.render({}), chart.render(dict(SWITCHES))
+    for path, (value, seen) in CASES.items():
+        made = chart.render(put({}, path, value)) if path in ALONE else objects
+        assert seen(made), f"{path}: {value!r} is not to be found in what is rendered"
+        without = plain if path.split(".")[-1] in ("enabled", "embedded") or path in ALONE else switched
+        assert path == "global" or not holds(seen, without), f"{path}: the case holds without the value too"
+
+
+def holds(seen: Callable[[Objects], bool], objects: Objects) -> bool:
+    try:
+        return seen(objects)
+    except (AssertionError, KeyError):
+        return False
+
+
+def test_the_schema_has_every_setting_with_the_agents_own_ranges() -> None:
+    """SLUICE_GOLDEN=write puts them in."""
+    schema = json.loads(SCHEMA.read_text())
+    if os.environ.get("SLUICE_GOLDEN") == "write":
+        schema["properties"]["settings"] = chart.settings_schema()
+        SCHEMA.write_text(json.dumps(schema, indent=2) + "\n")
+    assert schema["properties"]["settings"] == chart.settings_schema()
+
+
+def test_every_setting_arrives_as_the_agent_reads_it(tmp_path: Path) -> None:
+    """All at once, each with a value that is neither its default nor another's; large numbers among them."""
+    given = chart.unusual()
+    apart = {"kube_peers": given.pop("kube_peers")}  # not together with peers_file
+    arrived = set()
+    for values in (given, apart):
+        got = chart.settings(chart.render({"settings": values}), tmp_path)
+        wanted = chart.build({key: (value, "test") for key, value in values.items()})
+        for name in values:
+            assert getattr(wanted, name) != getattr(Settings(), name), f"{name}: no unusual value in the test"
+            assert getattr(got, name) == getattr(wanted, name), name
+            arrived.add(name)
+    assert arrived == {field.name for field in fields(Settings)} - set(chart.NOT_IN_VALUES)
+
+
+def test_what_is_not_set_has_the_agents_default(tmp_path: Path) -> None:
+    got = chart.settings(chart.render({}), tmp_path)
+    differ = {one.name for one in fields(Settings) if getattr(got, one.name) != getattr(Settings(), one.name)}
+    assert differ == {"host_root", "own_namespace"}
+    assert (got.host_root, got.own_namespace) == ("/host", chart.NAMESPACE)
+
+
+def test_the_embedded_ztunnel_is_not_expected_to_listen_for_hbone(tmp_path: Path) -> None:
+    embedded = {"ztunnel": {"embedded": True}}
+    assert chart.settings(chart.render(embedded), tmp_path).ztunnel_ports == ("15001", "15006")
+    own = embedded | {"settings": {"ztunnel_ports": ["15001"]}}
+    assert chart.settings(chart.render(own), tmp_path).ztunnel_ports == ("15001",)
+
+
+def test_uninstalling_looks_where_the_agent_was() -> None:
+    values = {"uninstall": True, "settings": {"run_dir": "/run/r", "bpf_dir": "/sys/fs/bpf/b"}}
+    first, second = chart.pod(chart.render(values))["initContainers"]
+    assert first["args"] == ["uninstall", "--config", "/etc/sluice/sluice.yaml"]
+    assert ztunnel(chart.render(values | {"ztunnel": {"embedded": True}})), "it serves until no pod is captured"
+    assert second["args"] == ["uncapture", "--all", "--run-dir=/run/r", "--bpf-dir=/sys/fs/bpf/b"]
+
+
+def test_every_choice_of_a_setting_is_accepted(tmp_path: Path) -> None:
+    for number in range(max(map(len, CHOICES.values()))):
+        given = {key: words[min(number, len(words) - 1)] for key, words in CHOICES.items()}
+        got = chart.settings(chart.render({"settings": given}), tmp_path)
+        assert {key: getattr(got, key) for key in given} == given
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"settings": {"backand": "nftables"}},
+        {"settings": {"backend": "pf"}},
+        {"settings": {"metrics_label_sets": 0}},
+        {"settings": {"node_name": "one"}},
+        {"platform": "kubeadm2"},
+        {"images": {}},
+        {"image": {"tags": "x"}},
+        {"writable": ["relative"]},
+    ],
+)
+def test_what_is_misspelt_or_out_of_range_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(chart.HelmError, match=next(iter(values))):
+        chart.render(values)
+
+
+def test_settings_move_the_mounts_along() -> None:
+    moved = {
+        "run_dir": "/run/r", "zds_socket": "/run/z/s.sock", "bpf_dir": "/sys/fs/bpf2/x",
+        "connection_log": "/var/log/l/c", "cni_conf_dir": "/a/b/net.d", "cni_bin_dir": "/c/d/bin",
+        "host_root": "/h", "metrics_address": "[::]:1234",
+    }  # fmt: skip
+    objects = chart.render({"settings": moved, "ztunnel": {"embedded": True}})
+    for path, source in {
+        "/run/r": "/run/r", "/run/z": "/run/z", "/sys/fs/bpf2": "/sys/fs/bpf2", "/var/log/l": "/var/log/l",
+        "/h": "/", "/h/a/b": "/a/b", "/h/c/d": "/c/d", "/h/etc/cni": "/etc/cni",
+    }.items():  # fmt: skip
+        assert mounted(objects, path, source), path
+    assert agent(objects)["ports"][0]["containerPort"] == 1234
+    assert "--zds-socket=/run/z/s.sock" in ztunnel(objects)["args"]
+    assert "--bpf-dir=/sys/fs/bpf2/x" in ztunnel(objects)["args"]
+    assert {one["mountPath"] for one in ztunnel(objects)["volumeMounts"]} == {"/run/z", "/sys/fs/bpf2"}
+
+
+def test_probes_ask_where_the_agent_listens() -> None:
+    places = ("0.0.0.0:15014", None, 15014), ("127.0.0.1:9", "127.0.0.1", 9), ("[fd00::1]:99", "fd00::1", 99)
+    for address, host, port in places:
+        one = agent(chart.render({"settings": {"metrics_address": address}}))
+        for probe, path in (("readinessProbe", "/readyz"), ("livenessProbe", "/healthz"), ("startupProbe", "/healthz")):
+            assert one[probe]["httpGet"].get("host") == host and one[probe]["httpGet"]["path"] == path
+        assert one["ports"] == [{"name": "metrics", "containerPort": port, "hostPort": port, "protocol": "TCP"}]
+    silent = agent(chart.render({"settings": {"metrics_address": ""}}))
+    assert not {"ports", "readinessProbe", "livenessProbe", "startupProbe"} & set(silent)
+
+
+def test_a_change_of_settings_restarts_the_agents_and_one_of_files_does_not() -> None:
+    def checksum(values: dict[str, Any]) -> str:
+        return str(metadata(chart.render(values))["annotations"]["checksum/config"])
+
+    assert checksum({"settings": {"ipv6": False}}) != checksum({}) == checksum({"files": {"a": "b"}})
+
+
+def test_the_role_holds_what_the_settings_need_and_no_more() -> None:
+    def allowed(values: dict[str, Any]) -> dict[str, list[str]]:
+        held = chart.only(chart.render(values), "ClusterRole")["rules"]
+        return {resource: rule["verbs"] for rule in held for resource in rule["resources"]}
+
+    seen = ["get", "list", "watch"]
+    least = {"pods": seen, "namespaces": seen, "pods/status": ["patch"], "events": ["create"]}
+    assert allowed({}) == least
+    assert allowed({"settings": {"kube_peers": True}}) == least | {"services": ["list", "watch"]}
+    assert allowed({"settings": {"startup_taint": "a/b"}}) == least | {"nodes": ["get", "patch"]}
+    reviews = {"tokenreviews": ["create"], "subjectaccessreviews": ["create"]}
+    assert allowed({"rbac": {"debug": True}}) == least | reviews
+    assert "ClusterRole" not in kinds(chart.render({"settings": {"kube_server": "none"}}))
+
+
+def test_pods_are_not_privileged_and_need_no_network_of_pods() -> None:
+    agents = {"SYS_ADMIN", "NET_ADMIN", "NET_RAW", "SYS_PTRACE", "DAC_OVERRIDE"}
+    for name, least in (("sluice", agents), ("sluice-ztunnel", {"SYS_ADMIN", "NET_ADMIN"})):
+        spec = chart.pod(chart.render({"ztunnel": {"embedded": True}}), name)
+        context = spec["containers"][0]["securityContext"]
+        assert spec["hostNetwork"] and spec["dnsPolicy"] == "ClusterFirstWithHostNet"
+        assert context["capabilities"] == {"drop": ["ALL"], "add": context["capabilities"]["add"]}
+        assert set(context["capabilities"]["add"]) == least
+        assert context["readOnlyRootFilesystem"] and not context["privileged"]
+    resting = chart.pod(chart.render({"uninstall": True}))["containers"][0]
+    assert resting["securityContext"]["capabilities"]["add"] == [] and "volumeMounts" not in resting
+
+
+def test_the_hosts_files_are_read_only_but_for_cnis_parents() -> None:
+    """The parents, so that a directory which is removed and made again is seen (P26), and a link that is changed."""
+    for platform, own in PLATFORMS.items():
+        mounts = {one["mountPath"]: one for one in agent(chart.render({"platform": platform}))["volumeMounts"]}
+        assert mounts["/host"]["readOnly"] and mounts["/host"]["mountPropagation"] == "HostToContainer"
+        writable = {path for path, one in mounts.items() if path.startswith("/host/") and not one.get("readOnly")}
+        assert writable == {f"/host{path}" for path in own.get("writable", ["/etc/cni", "/opt/cni"])}
+        assert not {"/host/etc/cni/net.d", "/host/opt/cni/bin"} & set(mounts)
+
+
+def test_what_is_set_wins_over_the_platform() -> None:
+    objects = chart.render({"platform": "openshift", "scc": False, "seLinuxOptions": {}, "writable": ["/x/y"]})
+    assert "SecurityContextConstraints" not in kinds(objects)
+    assert "seLinuxOptions" not in agent(objects)["securityContext"]
+    assert mounted(objects, "/host/x/y", "/x/y") and not mounted(objects, "/host/var/lib/cni", "/var/lib/cni")
+    assert "ResourceQuota" not in kinds(chart.render({"platform": "gke", "resourceQuota": {"enabled": False}}))
+    assert "ResourceQuota" in kinds(chart.render({"platform": "gke"}))
+
+
+def test_alerts_are_the_very_file() -> None:
+    objects = chart.render({"prometheusRule": {"enabled": True}})
+    alerts = yaml.safe_load((chart.ROOT / "deploy/alerts/sluice.rules.yaml").read_text())
+    assert chart.only(objects, "PrometheusRule")["spec"] == alerts
+    assert (chart.CHART / "files/sluice.rules.yaml").is_symlink()
+
+
+def test_chart_and_agent_have_one_version() -> None:
+    from agent import __version__
+
+    made = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
+    assert made["appVersion"] == made["version"] == __version__

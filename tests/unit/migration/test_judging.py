@@ -1,0 +1,111 @@
+"""Findings: what is in the way, what a person should know, and that each comes with what to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from agent.core.settings import Settings
+from agent.install.entry import entry
+from agent.install.planning import View
+from agent.migration import judging
+from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts, Programmed
+from agent.migration.judging import ACCEPTED, LEFT, NOTE, OBSTACLE, Finding
+from agent.migration.steps import after, take_over
+
+HERE, PTP = Settings(), {"type": "ptp"}
+ENTRY = entry(HERE)
+
+
+def lists(*plugins: Any) -> bytes:
+    return json.dumps({"cniVersion": "1.0.0", "name": "k8s", "plugins": [PTP, *plugins]}).encode()
+
+
+ISTIO = {"type": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}
+NODE = Facts(
+    "/etc/cni/net.d", "/opt/cni/bin", View({"10-k8s.conflist": lists(), "02-istio-cni.conflist": lists(ISTIO)}),
+    binary=True, ztunnels=1, programmed=(Programmed("/run/netns/a", ISTIO_CNI), Programmed("/run/netns/b", SLUICE)),
+)  # fmt: skip
+
+
+def judged(facts: Facts, mode: str = "own", here: Settings = HERE) -> list[Finding]:
+    found = judging.take_over_findings(facts, ENTRY, here, mode)
+    assert all(one.todo for one in found if one.level == OBSTACLE)
+    return [one for one in found if one.level != "fine"]
+
+
+def test_a_node_as_it_should_be_has_nothing_in_the_way() -> None:
+    assert judged(NODE) == []
+
+
+CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"ours": "no such file"}, "agent", OBSTACLE, "no such file"),
+    ({"agent": "process 7"}, "istio-cni", NOTE, "process 7"),
+    ({"problems": ("/proc/7/ns/net: no",)}, "unseen", OBSTACLE, "/proc/7"),
+    ({"binary": False}, "binary", NOTE, "missing"),
+    ({"binary": False, "cached": 3}, "binary", OBSTACLE, "deletes 3 pods"),
+    ({"cached": 3}, "binary", NOTE, "stays"),
+    ({"programmed": (Programmed("/run/netns/s", SIDECAR, "shop/web"),)}, "sidecars", OBSTACLE, "shop/web"),
+    ({"view": View({"10-k8s.conflist": lists({**ISTIO, "ambient_enabled": False})})}, "sidecars", OBSTACLE, "ambient"),
+    ({"view": View()}, "configuration", OBSTACLE, "no CNI configuration"),
+    ({"settings": {"AMBIENT_DNS_CAPTURE": "false"}}, "settings", OBSTACLE, "dns_capture: False (here: True)"),
+    ({"settings": {"ISTIO_OWNED_CNI_CONFIG": "true"}}, "settings", NOTE, "always"),
+]
+
+
+@pytest.mark.parametrize(("change", "subject", "level", "words"), CHANGES)
+def test_what_is_found(change: dict[str, Any], subject: str, level: str, words: str) -> None:
+    (one,) = judged(replace(NODE, **change))
+    assert (one.subject, one.level) == (subject, level) and words in one.words
+    (accepted,) = judging.accepted([one], [subject])
+    assert accepted.level == (ACCEPTED if level == OBSTACLE else level)
+
+
+def test_entries_tell_the_settings_that_nobody_gave() -> None:
+    view = View({"10-k8s.conflist": lists({**ISTIO, "exclude_namespaces": ["a", "b"]})})
+    (one,) = judged(replace(NODE, view=view))
+    assert "exclude_namespaces: ['a', 'b'] (here: kube-system)" in one.words
+    assert judged(replace(NODE, view=view), here=Settings(exclude_namespaces=("b", "a"))) == []
+
+
+def test_istio_cni_deep_inside_multus_is_told() -> None:
+    multus = {"type": "multus", "name": "m", "cniVersion": "0.3.1", "delegates": [json.loads(lists(ISTIO))]}
+    files = {"00-multus.conf": json.dumps(multus).encode(), "10-k8s.conflist": lists(ISTIO)}
+    assert any("Multus may write" in one.words for one in judged(replace(NODE, view=View(files))))
+
+
+def test_inserting_beside_a_list_of_its_own_has_to_wait() -> None:
+    (one,) = judged(NODE, "insert")
+    assert one.level == OBSTACLE and "cni_install: own" in one.todo
+
+
+LEFTS: list[tuple[dict[str, Any], str]] = [
+    ({"agent": "process 7"}, "take its DaemonSet"),
+    ({"view": View(), "programmed": ()}, ""),
+    ({"view": View()}, "sluice pods"),
+    ({"view": View(), "programmed": (), "ztunnels": 0}, "whether ztunnel runs"),
+    ({"view": View(), "programmed": (), "ztunnels": 0, "socket": False}, "restart our agent"),
+]
+
+
+@pytest.mark.parametrize(("change", "todo"), LEFTS)
+def test_what_is_left_after_taking_over(change: dict[str, Any], todo: str) -> None:
+    found = judging.left(replace(NODE, **change))
+    assert all((one.subject, one.level) == (LEFT, NOTE) and one.todo for one in found)
+    assert todo in found[0].todo if todo else not found
+
+
+def test_the_way_back() -> None:
+    view = after(NODE.view, take_over(NODE.view, ENTRY, HERE.cni_conf_name).steps)
+    taken = replace(NODE, view=view, ours="stopped")
+
+    def levels(facts: Facts) -> list[tuple[str, str]]:
+        return [(one.subject, one.level) for one in judging.back_findings(facts, HERE.cni_conf_name)]
+
+    assert levels(taken) == [("configuration", "fine")]
+    assert levels(replace(taken, ours="")) == [("agent", OBSTACLE), ("configuration", "fine")]
+    assert levels(replace(taken, binary=False)) == [("binary", NOTE)]
+    assert levels(replace(taken, view=View({"10-k8s.conflist": lists(ENTRY)}))) == [("configuration", NOTE)]

@@ -1,0 +1,212 @@
+"""Steps from istio-cni to Sluice and back, over directories as they are found; looked at after each of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from agent.core.settings import Settings
+from agent.install import conflists
+from agent.install.entry import entry
+from agent.install.planning import View
+from agent.migration import istio
+from agent.migration.steps import Steps, after, back, take_over
+
+ENTRY = entry(Settings())
+WISHED = "02-sluice.conflist"
+OURS = {"type": "istio-cni", "name": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}
+
+
+def network(*plugins: object, name: str = "kindnet", version: str = "0.3.1") -> bytes:
+    return json.dumps({"cniVersion": version, "name": name, "plugins": list(plugins)}).encode()
+
+
+PTP, PORTMAP = (
+    {"type": "ptp", "ipam": {"type": "host-local"}},
+    {"type": "portmap", "capabilities": {"portMappings": True}},
+)
+PRIMARY = network(PTP, PORTMAP)
+CHAINED = network(PTP, PORTMAP, OURS)
+CALICO, CALICO_ISTIO = (network({"type": "calico"}, *more, name="k8s-pod-network") for more in ((), (OURS,)))
+MULTUS = json.dumps(
+    {"type": "multus", "name": "multus-cni-network", "cniVersion": "0.3.1", "delegates": [json.loads(CHAINED)]}
+).encode()
+
+NODES = {
+    "chained": {"10-kindnet.conflist": CHAINED},
+    "owned": {"10-kindnet.conflist": PRIMARY, "02-istio-cni.conflist": CHAINED},
+    "owned-of-another-name": {"10-kindnet.conflist": PRIMARY, "01-mesh.conflist": CHAINED},
+    "owned-and-out-of-date": {"10-calico.conflist": CALICO, "02-istio-cni.conflist": CHAINED},
+    "alone": {
+        "10-kindnet.conflist": CHAINED,
+        "YYY-istio-cni.conf": json.dumps({**OURS, "cniVersion": "0.3.1"}).encode(),
+    },
+    "two-lists": {"10-kindnet.conflist": CHAINED, "20-calico.conflist": CALICO},
+    "both-with-it": {"10-kindnet.conflist": CHAINED, "20-calico.conflist": CALICO_ISTIO},
+    "multus": {"00-multus.conf": MULTUS, "10-kindnet.conflist": CHAINED},
+    "with-rubbish": {"00-empty.conflist": b"", "05-bad.conf": b"{", "10-kindnet.conflist": CHAINED},
+}
+
+
+def guarded(view: View) -> bool:
+    """Whoever the runtime picks has one of the two in it: captured, or refused."""
+    conf = istio.picked(view)
+    return conf is not None and (istio.mentions(conf.network) or conflists.mentions(conf.network))
+
+
+def states(view: View, steps: Steps) -> Iterator[View]:
+    for count in range(len(steps.steps) + 1):
+        yield after(view, steps.steps[:count])
+
+
+def done(view: View, mode: str = "own") -> View:
+    steps = take_over(view, ENTRY, WISHED, mode=mode)
+    assert not steps.error
+    return after(view, steps.steps)
+
+
+@pytest.fixture(params=NODES)
+def node(request: pytest.FixtureRequest) -> View:
+    view = View(NODES[str(request.param)])
+    assert guarded(view) and istio.places(view)
+    return view
+
+
+@pytest.mark.parametrize("mode", ["own", "insert"])
+def test_after_each_step_of_taking_over_a_pod_is_captured_or_refused(node: View, mode: str) -> None:
+    steps = take_over(node, ENTRY, WISHED, mode=mode)
+    assert steps.steps and not steps.error
+    for state in states(node, steps):
+        assert guarded(state), sorted(state.files)
+    end = after(node, steps.steps)
+    conf = istio.picked(end)
+    assert conf is not None and conflists.mentions(conf.network) and not istio.mentions(conf.network)
+    assert not istio.places(end)
+
+
+def test_ours_is_there_before_anything_of_istio_cnis_goes(node: View) -> None:
+    steps = take_over(node, ENTRY, WISHED).steps
+    first = next(n for n, step in enumerate(steps) if step.action.name in node.files or "aside" in step.why)
+    conf = istio.picked(after(node, steps[:first]))
+    assert conf is not None and conflists.mentions(conf.network) and istio.mentions(conf.network)
+
+
+@pytest.mark.parametrize("mode", ["own", "insert"])
+def test_who_was_interrupted_goes_on_from_there(node: View, mode: str) -> None:
+    steps = take_over(node, ENTRY, WISHED, mode=mode)
+    end = after(node, steps.steps)
+    for state in states(node, steps):
+        again = take_over(state, ENTRY, WISHED, mode=mode)
+        assert not again.error and all(guarded(one) for one in states(state, again))
+        assert after(state, again.steps).files == end.files
+    assert not take_over(end, ENTRY, WISHED, mode=mode).steps
+
+
+@pytest.mark.parametrize("mode", ["own", "insert"])
+def test_back_gives_the_same_bytes_and_is_captured_or_refused_after_each_step(node: View, mode: str) -> None:
+    end = done(node, mode)
+    steps = back(end, WISHED)
+    assert steps.steps and not steps.error
+    for state in states(end, steps):
+        assert guarded(state), sorted(state.files)
+        again = back(state, WISHED)
+        assert not again.error and after(state, again.steps).files == after(end, steps.steps).files
+    found, before = dict(after(end, steps.steps).files), dict(node.files)
+    if before == NODES["owned-and-out-of-date"]:
+        conf = istio.picked(View(found))
+        assert conf is not None and [one["type"] for one in conf.plugins] == ["calico", "istio-cni"]
+        before["02-istio-cni.conflist"] = found["02-istio-cni.conflist"]
+    assert found == before
+    assert not back(after(end, steps.steps), WISHED).steps
+
+
+def test_while_its_agent_runs_ours_comes_beside_and_nothing_of_it_is_touched(node: View) -> None:
+    steps = take_over(node, ENTRY, WISHED, aside=False)
+    end = after(node, steps.steps)
+    assert steps.steps and {name: end.files[name] for name in node.files} == node.files
+    conf = istio.picked(end)
+    assert conf is not None and conflists.mentions(conf.network) and istio.mentions(conf.network)
+    assert not take_over(end, ENTRY, WISHED, aside=False).steps
+
+
+def test_after_its_agent_has_cleaned_up_itself_ours_follows() -> None:
+    beside = after(View(NODES["owned"]), take_over(View(NODES["owned"]), ENTRY, WISHED, aside=False).steps)
+    files = {name: data for name, data in beside.files.items() if name != "02-istio-cni.conflist"}
+    end = done(View(files))
+    conf = istio.picked(end)
+    assert conf is not None and conf.name == WISHED and not istio.mentions(conf.network)
+    assert set(end.files) == {WISHED, "10-kindnet.conflist"}
+
+
+def test_what_istio_cnis_agent_makes_of_our_list_is_no_hindrance() -> None:
+    """It takes the first list for the primary one: copies ours into its own, or puts its entry into ours."""
+    ours = json.loads(done(View({"10-kindnet.conflist": PRIMARY})).files[WISHED])
+    both = json.dumps({**ours, "plugins": [*ours["plugins"], OURS]}).encode()
+    for files in (
+        {"10-kindnet.conflist": PRIMARY, "02-istio-cni.conflist": both, WISHED: json.dumps(ours).encode()},
+        {"10-kindnet.conflist": CHAINED, WISHED: both},
+    ):
+        steps = take_over(View(files), ENTRY, WISHED)
+        assert not steps.error and all(map(guarded, states(View(files), steps)))
+        end = after(View(files), steps.steps)
+        conf = istio.picked(end)
+        assert conf is not None and conf.name == WISHED and [one["type"] for one in conf.plugins][2:] == ["sluice-cni"]
+        assert not istio.places(end)
+        again = back(end, WISHED)
+        assert not again.error and all(map(guarded, states(end, again)))
+        left = after(end, again.steps)
+        assert not any(conflists.mentions(conf.network) for conf in istio.confs(left)) and istio.places(left)
+
+
+def test_what_the_primary_has_changed_meanwhile_stays_when_istio_cni_comes_back() -> None:
+    newer = network(PTP, PORTMAP, {"type": "bandwidth"})
+    for form in ("chained", "owned"):
+        end = done(View(NODES[form]))
+        view = replace(end, files={**end.files, "10-kindnet.conflist": newer})
+        steps = back(view, WISHED)
+        assert not steps.error and all(map(guarded, states(view, steps)))
+        conf = istio.picked(after(view, steps.steps))
+        assert conf is not None
+        assert [one["type"] for one in conf.plugins] == ["ptp", "portmap", "bandwidth", "istio-cni"]
+        assert not [name for name in after(view, steps.steps).files if "sluice" in name]
+
+
+def test_what_istio_cnis_agent_has_put_back_itself_is_its() -> None:
+    end = done(View(NODES["owned"]))
+    view = replace(end, files={**end.files, "02-istio-cni.conflist": network(PTP, PORTMAP, {**OURS, "newer": True})})
+    steps = back(view, WISHED)
+    files = after(view, steps.steps).files
+    assert b"newer" in files["02-istio-cni.conflist"] and set(files) == {"10-kindnet.conflist", "02-istio-cni.conflist"}
+
+
+def test_without_istio_cni_there_is_no_way_back() -> None:
+    view = View({"10-kindnet.conflist": PRIMARY})
+    steps = back(done(view), WISHED)
+    assert "uncaptured" in steps.error and not steps.steps
+
+
+def test_without_a_primary_nothing_is_taken_out() -> None:
+    only = View({"YYY-istio-cni.conf": json.dumps({**OURS, "cniVersion": "0.3.1"}).encode()})
+    assert "primary" in take_over(only, ENTRY, WISHED).error
+    assert "no CNI configuration" in take_over(View(), ENTRY, WISHED).error
+
+
+def test_a_node_without_istio_cni_is_just_installed() -> None:
+    steps = take_over(View({"10-kindnet.conflist": PRIMARY}), ENTRY, WISHED)
+    assert [step.action.name for step in steps.steps] == [WISHED]
+
+
+def test_steps_print_what_and_why() -> None:
+    words = [str(step) for step in take_over(View(NODES["owned"]), ENTRY, WISHED).steps]
+    assert words[1] == (
+        "rename 02-istio-cni.conflist to .sluice-istio-file-02-istio-cni.conflist.kept"
+        "  # istio-cni's own file (owned) is kept aside"
+    )
+
+
+def test_no_runtime_reads_what_is_kept(node: View) -> None:
+    hidden = set(done(node).files) - set(conflists.readable(done(node).files))
+    assert hidden and all(name.startswith(".sluice-istio-") and name.endswith(".kept") for name in hidden)
