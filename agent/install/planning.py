@@ -107,7 +107,7 @@ def sort(view: View, wished: str) -> Sorted:
 
 
 def _group(conf: Conf, wished: str) -> str:
-    if conflists.is_own(conf) or (conf.name == wished and not conflists.is_inserted(conf)):
+    if conflists.is_own(conf) or conf.name == wished:  # that name is ours, whoever used it
         return "own"
     if conflists.is_inserted(conf):
         return "inserted"
@@ -185,11 +185,12 @@ def removal(view: View, wished: str) -> Verdict:
     name = _freed(last.wraps, wished) if last else ""
     if name in found.bad:  # half written or damaged: whoever it belongs to may put it right, and then it comes first
         name = "99-primary.conflist"
-    if last and not found.foreign:
+    stays = bool(last) and not found.foreign
+    if last and stays:
         actions.append(Write(name, conflists.strip(last), like=last.name))
         remarks = (f"{last.name} was the only configuration: its plugins stay in {name}, without ours",)
-    actions += [Remove(conf.name) for conf in found.own]
-    if wished in view.files and all(conf.name != wished for conf in found.own):
+    actions += [Remove(conf.name) for conf in found.own if not (stays and conf.name == name)]
+    if wished in view.files and all(conf.name != wished for conf in (*found.own, *found.foreign)):
         actions.append(Remove(wished))  # damaged
     gone = {one.name for one in actions if isinstance(one, Remove | Rename)}
     actions += [Remove(name) for name in sorted(view.files) if _left(name, wished) and name not in gone]
