@@ -94,9 +94,10 @@ class Namespaces:
             with self._lock:
                 self._refuse_foreign(pod.uid, netns)
                 target = self._open[pod.uid] = PodNetns(netns)
+        if self._left(pod, target):
+            where = pod.netns_path or "any place on this node"
+            raise PodGoneError(f"pod {pod.key}: its namespace is empty and no longer at {where}")
         if not _holds(target, pod):
-            if self._left(pod, target):
-                raise PodGoneError(f"pod {pod.key}: its namespace is empty and no longer at {pod.netns_path}")
             raise ForeignNetnsError(
                 f"pod {pod.key}: {target.netns.origin} holds none of its addresses "
                 f"({', '.join(pod.addresses)}); not touching it"
