@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import random
 import resource
 import signal
@@ -27,7 +28,7 @@ from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
 from agent.core.desired import decide
-from agent.core.errors import KernelError
+from agent.core.errors import KernelError, SettingsError
 from agent.core.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.switching import carried
@@ -132,6 +133,7 @@ class Agent:
             self.records,
             self.kubernetes.review if self.kubernetes else None,
         )
+        self._listener: socket.socket | None = None
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
     def _waiting(self) -> list[Pod]:
@@ -181,6 +183,8 @@ class Agent:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         Path(self.settings.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
         claim(Path(self.settings.run_dir))
+        if self.settings.metrics_address:
+            self._listener = _bound(self.settings.metrics_address)
         self._restore()
         if self.kubernetes is None:
             self.exempt.write()
@@ -269,8 +273,8 @@ class Agent:
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
         parts = [self.reconciler.run(), self.host.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
-        if self.settings.metrics_address:
-            parts.append(self._tcp())
+        if self._listener:
+            parts.append(self._tcp(self._listener))
         if self.settings.static_pods:
             parts.append(self.static.run())
         if self.accounting:
@@ -304,9 +308,8 @@ class Agent:
         async with server:
             await server.serve_forever()
 
-    async def _tcp(self) -> None:
-        host, _, port = self.settings.metrics_address.rpartition(":")
-        server = await asyncio.start_server(HttpServer(self.admin.public), host.strip("[]"), int(port))
+    async def _tcp(self, listener: socket.socket) -> None:
+        server = await asyncio.start_server(HttpServer(self.admin.public), sock=listener)
         async with server:
             await server.serve_forever()
 
@@ -334,6 +337,19 @@ class Agent:
             return
         for pod in self.table:
             self.reconciler.wake(pod.uid)
+
+
+def _bound(address: str) -> socket.socket:
+    """Raises SettingsError: on the host's network somebody else may have the port."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        raise SettingsError(
+            f"metrics_address {address}: {error.strerror}; set another one, or stop who has it"
+        ) from None
 
 
 def main(settings: Settings, version: str) -> int:
