@@ -348,7 +348,7 @@ def _bound(address: str) -> socket.socket:
         return socket.create_server(place[:2], family=family)
     except OSError as error:
         raise SettingsError(
-            f"metrics_address {address}: {error.strerror}; set another one, or stop who has it"
+            f"metrics_address {address}: {os.strerror(error.errno or 0)}; set another one, or stop who has it"
         ) from None
 
 

@@ -19,5 +19,5 @@ def test_p60i_a_port_that_is_taken_is_a_hard_error_that_names_the_setting() -> N
 
 
 def test_an_address_that_is_not_the_nodes_is_named_too() -> None:
-    with pytest.raises(SettingsError, match="metrics_address 192.0.2.1:15014: Cannot assign requested address"):
+    with pytest.raises(SettingsError, match=r"metrics_address 192\.0\.2\.1:15014: Cannot assign requested address"):
         _bound("192.0.2.1:15014")
