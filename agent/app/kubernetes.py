@@ -47,10 +47,11 @@ class Kubernetes:
     ) -> None:
         """`lacking`: why capture cannot be guaranteed here now."""
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
+        self._exempt = exempt
         self.admission = Admission(client, table, settings)
         self.annotator = Annotator(client, table, state, captured, settings.verify_seconds, random.random)
         self.events = Events(client, table, node, self.annotator.look)
-        self.source = pods = source.Pods(table, wake, captured, self.annotator.look)
+        self.source = pods = source.Pods(table, wake, captured, self._looked)
         namespaces = source.Namespaces(table, wake, exempt.told)
         self.review = Review(client)
         self.tainting = None
@@ -61,6 +62,11 @@ class Kubernetes:
         here = {"fieldSelector": f"spec.nodeName={node}"}
         self.pods = Follower(client, "/api/v1/pods", here, objects.pod, pods, random.random)
         self.namespaces = Follower(client, "/api/v1/namespaces", {}, objects.namespace, namespaces, random.random)
+
+    def _looked(self, uid: str) -> None:
+        """The API server told of this pod."""
+        self.annotator.look(uid)
+        self._exempt.told()
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         more = [part.run() for part in (self.tainting, self.peers) if part is not None]

@@ -17,6 +17,7 @@ Json = dict[str, Any]
 EXTENSIONS: Final = (".conf", ".conflist", ".json")  # what runtimes read; in the order of file names
 VERSIONS: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")  # what sluice-cni supports, as cni_plugin/config.c
 ISTIO: Final = "istio-cni"
+MIGRATED = ".sluice-istio-"  # so begin the names of what `sluice migrate` keeps of istio-cni's
 ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file whose bytes are from before our entry
 MOST: Final = 1 << 20  # bytes; sluice-cni takes no larger configuration
 _DEEPEST = 100

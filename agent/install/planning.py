@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install import conflists
-from agent.install.conflists import ISTIO, ORIGINAL, Conf, Json, kept_name
+from agent.install.conflists import ISTIO, MIGRATED, ORIGINAL, Conf, Json, kept_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +205,8 @@ def _freed(wraps: str, wished: str) -> str:
 
 
 def _left(name: str, wished: str) -> bool:
-    """Kept originals, and what Cilium makes of files that it wants not to be there."""
-    return name.startswith(ORIGINAL) or name in (f"{wished}.cilium_bak", f"{wished}.cilium_backup")
+    """Kept originals, those of `sluice migrate` too, and what Cilium makes of files that it wants not to be there."""
+    return name.startswith((ORIGINAL, MIGRATED)) or name in (f"{wished}.cilium_bak", f"{wished}.cilium_backup")
 
 
 def _inside(conf: Conf) -> bytes:

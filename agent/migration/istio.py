@@ -18,8 +18,8 @@ from agent.install.planning import View
 
 CHAINED, OWNED, ALONE = "chained", "owned", "alone"
 # What take-over keeps, under names that no runtime reads: a whole file, or one from before its entry was taken out.
-FILE: Final = ".sluice-istio-file-"
-ENTRY: Final = ".sluice-istio-entry-"
+FILE: Final = f"{conflists.MIGRATED}file-"
+ENTRY: Final = f"{conflists.MIGRATED}entry-"
 KEPT: Final = ".kept"
 
 

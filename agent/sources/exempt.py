@@ -24,9 +24,10 @@ class Exempt:
         self._settings, self._table = settings, table
         self._directory = Path(settings.run_dir) / "exempt"
         self._changed = asyncio.Event()
+        self._written: set[str] | None = None  # None: what a predecessor wrote has not been looked at
 
     def told(self) -> None:
-        """Namespaces may have changed."""
+        """Namespaces, or pods of this node, may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
@@ -38,12 +39,15 @@ class Exempt:
             self.write()
 
     def write(self) -> None:
-        self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        wanted, there = self._wanted(), {path.name for path in self._directory.iterdir()}
+        wanted, there = self._wanted(), self._written
+        if there is None:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            there = {path.name for path in self._directory.iterdir()}
         for name in there - wanted:
             (self._directory / name).unlink(missing_ok=True)
         for name in wanted - there:
             (self._directory / name).touch(mode=0o600)
+        self._written = wanted
 
     def _wanted(self) -> set[str]:
         settings, known = self._settings, self._table.namespaces()

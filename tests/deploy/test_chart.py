@@ -13,7 +13,8 @@ import pytest
 import yaml
 from support import chart
 
-from agent.core.settings import CHOICES, Settings
+from agent.core.settings import Settings
+from agent.core.settingvalues import CHOICES
 
 Objects = list[dict[str, Any]]
 SCHEMA = chart.CHART / "values.schema.json"

@@ -98,6 +98,11 @@ def ended(here: Node, api: ApiServer, *pods: NodePod) -> None:
         api.delete("Pod", pod.namespace, pod.name)
 
 
+def watched(here: Node) -> float:
+    """Events of this node's pods that the agent took so far."""
+    return metric(here, "sluice_kube_follow_total", path="/api/v1/pods", what="events")
+
+
 def annotation(api: ApiServer, pod: NodePod) -> str:
     for found in api.objects("pods"):
         if found["metadata"]["name"] == pod.name:
@@ -201,9 +206,9 @@ def test_p05_the_startup_taint_goes_when_pods_can_be_captured(here: Node, api: A
 
 
 def test_p09_while_the_api_is_away_nothing_that_may_be_enrolled_starts(here: Node, api: ApiServer) -> None:
+    before = watched(here)
     seen = made(here, api, "seen")
-    until(lambda: api.asked, "the agent watches")
-    time.sleep(0.3)
+    until(lambda: watched(here) > before, "the watch has brought it")
     api.down()
     assert here.cni("ADD", seen).code == 0  # the watch has brought it
     unseen, plain = here.pod("unseen", enrolled=False), here.pod("plain", namespace="plain", enrolled=False)

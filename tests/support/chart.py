@@ -22,7 +22,8 @@ import yaml
 
 from agent.cli import settings as from_user
 from agent.core import names
-from agent.core.settings import CHOICES, HELP, RANGES, Settings, build
+from agent.core.settings import HELP, Settings, build
+from agent.core.settingvalues import CHOICES, RANGES
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART, MANIFESTS, KUBE = ROOT / "deploy/chart/sluice", ROOT / "deploy/manifests", ROOT / "build/kube"
