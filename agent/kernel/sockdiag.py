@@ -59,6 +59,7 @@ _ENDS: Final = slice(4, 40)
 _SHORT: Final = _ANSWER.size + tcpinfo.SIZE  # less has no room for counts
 _WAITING: Final = (TcpState.TIME_WAIT, TcpState.FIN_WAIT2)
 _ALL: Final = frozenset(TcpState)
+_LOOPBACK: Final = "127.0.0.1"
 _STATES: Final = {int(state): state for state in TcpState}
 
 
@@ -136,6 +137,20 @@ class SockDiag(NetlinkSocket):
     def listening(self, ports: Collection[int]) -> list[TcpSocket]:
         """The listening sockets of both families on these ports. Raises KernelError."""
         return [one for one in self.both((TcpState.LISTEN,)) if one.local[1] in ports]
+
+    def listens(self, port: int) -> bool:
+        """Whether a socket listens on this port of loopback, of either family; one lookup, as for a connection.
+
+        False is not sure where programs at sk_lookup have a say. Raises KernelError.
+        """
+        try:
+            answers = self.request(_WHAT, _BY_FAMILY, 0, encode((_LOOPBACK, port), (_LOOPBACK, 1)))
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return False
+            raise
+        found = (decode(answer.body) for answer in answers)
+        return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in found)
 
     def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
         """The connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
