@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent.core.canary import Finding, Verdict
-from agent.core.errors import KubeError
+from agent.core.errors import KubeError, NetnsError
 from agent.core.pods import KubePod, Pod, PodTable
 from agent.sources.kube.annotating import Sending
 
@@ -43,7 +43,9 @@ class Events:
             self.tell(pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}")
 
     def failed(self, pod: Pod, error: Exception) -> None:
-        self.tell(pod, "CaptureFailed", str(error))
+        """Not that nothing of a pod was found: after a reboot the API goes on for a while about what ran before."""
+        if pod.source != "kube" or type(error) is not NetnsError:
+            self.tell(pod, "CaptureFailed", str(error))
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
         self.tell(pod, "CaptureContended", f"{cause} keeps undoing repairs of capture; {'; '.join(remarks)}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from agent.core.canary import Finding, Verdict
-from agent.core.errors import KernelError, KubeError
+from agent.core.errors import KernelError, KubeError, NetnsError
 from agent.core.pods import KubePod, Pod, PodTable
 from agent.sources.kube import events
 from agent.sources.kube.events import Events
@@ -55,6 +56,7 @@ def test_what_owners_of_pods_have_to_know_is_an_event_on_the_pod(table: PodTable
     made.applied(POD, "nftables", ("a chain is gone",), 0.003, "nft[12]")
     made.applied(POD, "nftables", ("at first",), 0.003, "")  # no repair
     made.failed(POD, KernelError("setns", 1, "not permitted"))
+    made.failed(replace(POD, source="kube"), NetnsError("nothing of it is here"))
     made.contended(POD, "iptables[3]", ("foreign",))
     made.probed(POD, Finding(Verdict.OK))
     made.passed(POD, 0.1)
