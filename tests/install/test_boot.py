@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import random
+import json
 import signal
 import subprocess
 import sys
@@ -93,8 +94,9 @@ def test_p01_the_primary_is_not_back_yet(node: Node) -> None:
 
 
 _AGENT = """
-import asyncio, json, sys
+import asyncio, json, signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where these tests run in the background
 from agent.core.settings import Settings
 from agent.install.installer import Installer
 made = Installer(Settings(**json.loads(sys.argv[1])), Path("/nonexistent/proc"))
@@ -112,8 +114,6 @@ asyncio.run(main())
 @pytest.mark.parametrize("mode", ["own", "insert"])
 def test_p04_every_end_leaves_the_files_as_they_are(node: Node, mode: str, end: signal.Signals) -> None:
     """Byte by byte, the same inodes, untouched; out of memory is SIGKILL."""
-    import json
-
     node.write(NAME, text(CALICO))
     settings = {
         "cni_install": mode,
