@@ -279,12 +279,16 @@ class Reconciler:
         has none of them: its acknowledgement is of no worth any more."""
         if (listening := self._listening) is None:
             return
-        async with entry.lock:
-            missing = await self._workers.run(lambda: listening.missing(found.target))
-        if missing:
-            if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
-                await self._publisher.withdraw(pod.uid)
-            raise SilentZtunnelError(missing)
+        missing: tuple[int, ...] = ()
+        for pause in (0.0, 0.1):  # looked at twice: to have ztunnel told anew costs the pod its connections
+            await asyncio.sleep(pause)
+            async with entry.lock:
+                missing = await self._workers.run(lambda: listening.missing(found.target))
+            if not missing:
+                return
+        if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
+            await self._publisher.withdraw(pod.uid)
+        raise SilentZtunnelError(missing)
 
     async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""

@@ -402,15 +402,15 @@ class FakeZtunnel(threading.Thread):
             if not data:
                 return
             request = decode_request(data)
-            if isinstance(request, Add) and descriptors:
+            self.requests.append(request)
+            reply = self.answer(request)
+            if isinstance(request, Add) and descriptors and reply == Ack():
                 self.deafen(request.uid)
                 self.listeners[request.uid] = self._listen(descriptors[0])
             elif isinstance(request, Delete):
                 self.deafen(request.uid)
             for descriptor in descriptors:
                 os.close(descriptor)
-            self.requests.append(request)
-            reply = self.answer(request)
             if isinstance(reply, bytes):
                 self.socket.send(reply)
             elif reply is not None:
