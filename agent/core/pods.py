@@ -31,7 +31,7 @@ class Pod:
     namespace_labels: Mapping[str, str] = field(default_factory=dict)
     host_network: bool = False
     terminal: bool = False
-    containers: tuple[str, ...] = ()  # as Kubernetes lists them
+    containers: tuple[str, ...] = field(default=(), compare=False)  # as Kubernetes lists them: where to look, no more
     runtime_class: str = ""
     source: str = ""  # cni, static or kube: who may say that the pod is gone
 
@@ -187,14 +187,13 @@ class PodTable:
         """Returns those that are others than before."""
         changed = set()
         for uid in list(uids):
-            pod = self._of(uid)
-            if self._merged.get(uid) == pod:
-                continue
-            changed.add(uid)
-            if pod is None:
-                del self._merged[uid]
-            else:
+            pod, before = self._of(uid), self._merged.get(uid)
+            if pod is not None:
                 self._merged[uid] = pod
+            else:
+                self._merged.pop(uid, None)
+            if pod != before:
+                changed.add(uid)
         return changed
 
     def _of(self, uid: str) -> Pod | None:

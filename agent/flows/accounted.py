@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ from agent.kernel import bpffs
 from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
 
+_BELIEVED = 300.0  # seconds: to look at what is attached costs more than all else of a pass over an unchanged pod
+
 
 @dataclass(slots=True)
 class AccountedPods:
@@ -24,6 +27,7 @@ class AccountedPods:
     watching: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
     _maps: Maps = field(init=False)
+    _watched: dict[int, tuple[tuple[int, ...], float]] = field(default_factory=dict)  # interfaces, and when seen
 
     def __post_init__(self) -> None:
         self._maps = Maps(self.pins.maps)
@@ -50,8 +54,12 @@ class AccountedPods:
         if not self.watching:
             return
         cookie = target.netns.id.cookie
+        indices, now = tuple(link.index for link in target.wiring().links), time.monotonic()
+        seen, when = self._watched.get(cookie, ((), -_BELIEVED))
+        if seen == indices and now - when < _BELIEVED:
+            return
         place = self.pins.pod(cookie)
-        links = {f"watch-{link.index}": objects.WATCH for link in target.wiring().links}
+        links = {f"watch-{index}": objects.WATCH for index in indices}
         for step, _ in list(attachments.steps(links, attachments.read(place, (objects.WATCH,)))):
             attachments.do(
                 step.payload,
@@ -61,9 +69,11 @@ class AccountedPods:
                 self.sizes,
                 struct.pack("=Q", cookie),
             )
+        self._watched[cookie] = (indices, now)
 
     def release(self, cookie: int) -> None:
         """Raises KernelError."""
+        self._watched.pop(cookie, None)
         if not self._maps.exist():
             return
         old = self._entry(cookie)

@@ -118,8 +118,10 @@ class Namespaces:
         if self._notes.get(pod.uid) != note:
             self._state.save(note)
             self._notes[pod.uid] = note
-        if not captured:
+        if not captured and pod.netns_path:
             self._let_go(pod.uid)
+        elif not captured:  # the handle stays: to search for it again takes long
+            self._unpin(pod.uid)
 
     def was_captured(self, uid: str) -> bool:
         note = self._notes.get(uid)
@@ -142,6 +144,9 @@ class Namespaces:
             target = self._open.pop(uid, None)
         if target is not None:
             target.close()
+        self._unpin(uid)
+
+    def _unpin(self, uid: str) -> None:
         self._pinned.discard(uid)
         unpin(self._state.pin(uid))
 

@@ -31,12 +31,13 @@ class Acknowledger(threading.Thread):
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)
         self._path, self._ending = path, threading.Event()
+        self.link: FakeZtunnel | None = None
         self.start()
 
     def run(self) -> None:
         while not self._ending.wait(0.005):
             try:
-                link = FakeZtunnel(self._path)
+                link = self.link = FakeZtunnel(self._path)
             except OSError:
                 continue
             while not link.ended.wait(0.02):

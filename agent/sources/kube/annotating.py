@@ -47,7 +47,7 @@ class Annotator:
 
     def look(self, uid: str) -> None:
         """The pod's state or its annotation may be another one by now."""
-        if self._table.kube(uid) is not None:
+        if self._due_for(uid) is not None:
             self._schedule.wake(uid, time.monotonic())
             self._due.set()
 
@@ -73,14 +73,14 @@ class Annotator:
                 ok = await self._settle(uid)
         finally:
             self._schedule.ended(uid, time.monotonic(), ok=ok)
-            if self._table.kube(uid) is None:
+            if self._due_for(uid) is None:
                 self._schedule.drop(uid)
             self._due.set()
 
     async def _settle(self, uid: str) -> bool:
-        pod = self._table.kube(uid)
-        if pod is None or (want := self._wanted(uid)) is None or want == pod.annotations.get(names.REDIRECTION, ""):
+        if (due := self._due_for(uid)) is None:
             return True
+        pod, want = due
         try:
             await self._client.send("PATCH", _path(pod), _patch(pod, want), MERGE_PATCH)
         except KubeError as error:
@@ -93,6 +93,13 @@ class Annotator:
             others = {key: text for key, text in now.annotations.items() if key != names.REDIRECTION}
             self._table.know(replace(now, annotations={**others, names.REDIRECTION: want} if want else others))
         return True
+
+    def _due_for(self, uid: str) -> tuple[KubePod, str] | None:
+        """The pod and what its annotation has to become; None when it is that."""
+        pod, want = self._table.kube(uid), self._wanted(uid)
+        if pod is None or want is None or want == pod.annotations.get(names.REDIRECTION, ""):
+            return None
+        return pod, want
 
     def _wanted(self, uid: str) -> str | None:
         """ "" for no annotation; None while nothing is known yet."""
