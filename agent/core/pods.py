@@ -33,6 +33,7 @@ class Pod:
     terminal: bool = False
     containers: tuple[str, ...] = field(default=(), compare=False)  # as Kubernetes lists them: where to look, no more
     runtime_class: str = ""
+    orphan: bool = False  # Kubernetes has it no more; its sandbox may still be there
     source: str = ""  # cni, static or kube: who may say that the pod is gone
 
     @property
@@ -124,7 +125,7 @@ class PodTable:
         pod = self._merged.get(uid)
         self._kube.pop(uid, None)
         if pod is not None and keep:
-            self._pods[uid] = pod
+            self._pods[uid] = replace(pod, orphan=True)
         else:
             self._pods.pop(uid, None)
             self._ended.pop(uid, None)
@@ -225,6 +226,7 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
         runtime_class=kube.runtime_class,
         host_network=kube.host_network,
         terminal=kube.ended,
+        orphan=False,
     )
 
 

@@ -183,7 +183,7 @@ class Namespaces:
                     return netns
                 netns.close()
                 problems.append(NetnsError(f"{netns.origin}: is another network namespace by now"))
-        if note is not None and note.netns is not None:
+        if pod.orphan or (note is not None and note.netns is not None):
             raise PodGoneError(f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})")
         if problems:
             raise type(problems[-1])(f"pod {pod.key}: {problems[-1]}")

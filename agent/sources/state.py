@@ -20,7 +20,7 @@ from agent.core.pods import UID, Pod
 from agent.kernel.netns import NetnsId, unpin
 
 log = logging.getLogger("sluice.state")
-_TOLD_AGAIN = ("containers", "runtime_class")
+_TOLD_AGAIN = ("containers", "runtime_class", "orphan")
 
 
 @dataclass(frozen=True, slots=True)

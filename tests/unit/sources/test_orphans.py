@@ -1,0 +1,34 @@
+"""A pod of which nothing is found is awaited while Kubernetes has it, and gone when Kubernetes has it no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.core.errors import NetnsError, PodGoneError
+from agent.core.pods import Pod
+from agent.kernel.netns import Netns
+from agent.sources.namespaces import Namespaces
+from agent.sources.state import State
+from agent.sources.unannounced import Unannounced
+
+POD = Pod("u1", "shop", "web", source="kube")
+
+
+class Nothing(Unannounced):
+    def __init__(self) -> None:
+        super().__init__(tuple)
+
+    def find(self, pod: Pod) -> Netns:
+        raise NetnsError("nothing of it is here")
+
+
+def test_a_pod_that_is_not_found(tmp_path: Path) -> None:
+    namespaces = Namespaces(State(str(tmp_path)), Nothing())
+    with pytest.raises(NetnsError, match="nothing of it is here") as found:
+        namespaces.resolve(POD)
+    assert type(found.value) is NetnsError
+    with pytest.raises(PodGoneError):
+        namespaces.resolve(replace(POD, orphan=True))
