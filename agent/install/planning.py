@@ -5,8 +5,8 @@ Each action is one atomic change, and after each of them the first list in the d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
@@ -52,6 +52,20 @@ class Remove:
 
 
 Action = Write | Rename | Remove
+
+
+def after(view: View, actions: Iterable[Action]) -> View:
+    """The directory once they are carried out."""
+    files = dict(view.files)
+    for action in actions:
+        match action:
+            case Write(name, data, _):
+                files[name] = data
+            case Rename(name, to):
+                files[to] = files.pop(name)
+            case Remove(name):
+                files.pop(name, None)
+    return replace(view, files=files)
 
 
 @dataclass(frozen=True, slots=True)

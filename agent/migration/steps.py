@@ -8,7 +8,7 @@ that who was interrupted runs the same command again.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from agent.core.errors import SettingsError
 from agent.install import conflists, planning
@@ -126,13 +126,4 @@ def _says(primary: Conf, rest: Json) -> bool:
 
 def after(view: View, steps: Iterable[Step]) -> View:
     """The directory once the steps are done."""
-    files = dict(view.files)
-    for step in steps:
-        match step.action:
-            case Write(name, data, _):
-                files[name] = data
-            case Rename(name, to):
-                files[to] = files.pop(name)
-            case Remove(name):
-                files.pop(name, None)
-    return replace(view, files=files)
+    return planning.after(view, (step.action for step in steps))

@@ -32,17 +32,19 @@ class Unannounced:
 
     def close(self) -> None:
         with self._lock:
-            while self._found:
-                self._found.popitem()[1].netns.close()
+            self._drop()
 
     def _search(self, pods: Mapping[str, Pod]) -> Mapping[str, Found | SluiceError]:
         """What was found for others is kept for their turn, until the next search."""
-        while self._found:
-            self._found.popitem()[1].netns.close()
+        self._drop()
         answers = dict(search(_wanted(pod) for pod in pods.values()))
         asked = next(iter(pods))
         self._found = {uid: one for uid, one in answers.items() if isinstance(one, Found) and uid != asked}
         return answers
+
+    def _drop(self) -> None:
+        while self._found:
+            self._found.popitem()[1].netns.close()
 
 
 def _wanted(pod: Pod) -> Wanted:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.cri import CriError
 from support.crihost import RESOLVER
-from support.crinode import CriNode, CriPod, Sandbox, crinode, until
+from support.crinode import CriNode, CriPod, Sandbox, running, until
 
 from agent.zds.messages import Ack, Add, Message, Request
 
@@ -26,12 +26,7 @@ MOMENTS = (0.003, 0.008)
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[CriNode]:
-    with crinode("slucrk") as made:
-        made.start_containerd()
-        made.start_ztunnel()
-        made.start_agent()
-        made.await_ztunnel()
-        until(made.configured, "the runtime has our list")
+    with running("slucrk") as made:
         made.start_web()
         yield made
 

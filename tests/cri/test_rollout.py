@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from support.cri import Cri
-from support.crinode import CriNode, CriPod, Sandbox, crinode, until
+from support.crinode import CriNode, CriPod, Sandbox, running, until
 
 from agent.kernel.netns import Netns
 
@@ -27,12 +27,7 @@ until [ -e /tmp/go ]; do sleep 0.05; done
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[CriNode]:
-    with crinode("slucro") as made:
-        made.start_containerd()
-        made.start_ztunnel()
-        made.start_agent()
-        made.await_ztunnel()
-        until(made.configured, "the runtime has our list")
+    with running("slucro") as made:
         yield made
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from support.crinode import CriNode, CriPod, crinode, until
+from support.crinode import CriNode, CriPod, running, until
 from support.node import PLUGIN
 
 pytestmark = pytest.mark.root
@@ -23,12 +23,7 @@ for step in Uninstall(Settings(cni_install="own", cni_plugin={str(PLUGIN)!r})).s
 
 @pytest.fixture(scope="module")
 def here() -> Iterator[CriNode]:
-    with crinode("slucru") as made:
-        made.start_containerd()
-        made.start_ztunnel()
-        made.start_agent()
-        made.await_ztunnel()
-        until(made.configured, "the runtime has our list")
+    with running("slucru") as made:
         yield made
 
 

@@ -358,4 +358,16 @@ def crinode(prefix: str) -> Iterator[CriNode]:
         assert not [pid for pid in pids if start_time(pid) is not None]
 
 
-__all__ = ["CriError", "CriNode", "CriPod", "Sandbox", "crinode", "until"]
+@contextlib.contextmanager
+def running(prefix: str) -> Iterator[CriNode]:
+    """The same with containerd, agent and ztunnel, and our list in the runtime's use."""
+    with crinode(prefix) as made:
+        made.start_containerd()
+        made.start_ztunnel()
+        made.start_agent()
+        made.await_ztunnel()
+        until(made.configured, "the runtime has our list")
+        yield made
+
+
+__all__ = ["CriError", "CriNode", "CriPod", "Sandbox", "crinode", "running", "until"]

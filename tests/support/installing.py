@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.settings import Settings, build
+from agent.install import planning
 from agent.install.installer import Installer
+from agent.install.planning import Action, Remove, View
 
 CALICO = {
     "name": "k8s-pod-network",
@@ -181,3 +183,11 @@ def recreate(directory: Path) -> None:
     """As a primary plugin's clean-up does it."""
     shutil.rmtree(directory)
     directory.mkdir()
+
+
+def apply(files: dict[str, bytes], action: Action) -> None:
+    """As the file system does it: what is to be removed has to be there."""
+    assert not isinstance(action, Remove) or action.name in files
+    done = planning.after(View(files), [action]).files
+    files.clear()
+    files.update(done)

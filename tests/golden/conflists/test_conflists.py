@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.installing import apply
 
 from agent.core.settings import Settings
 from agent.install import planning
 from agent.install.conflists import EXTENSIONS, parse, readable
 from agent.install.entry import entry
-from agent.install.planning import Action, Remove, Rename, Verdict, View, Write
+from agent.install.planning import Action, Verdict, View, Write
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent.name for path in HERE.glob("*/net.d"))
@@ -28,17 +29,6 @@ MODES: dict[str, Callable[..., Verdict]] = {"own": planning.own, "insert": plann
 
 def originals(case: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (HERE / case / "net.d").iterdir()}
-
-
-def apply(files: dict[str, bytes], action: Action) -> None:
-    """As the file system does it."""
-    match action:
-        case Write(name, data):
-            files[name] = data
-        case Rename(name, to):
-            files[to] = files.pop(name)
-        case Remove(name):
-            del files[name]
 
 
 def carry_out(files: dict[str, bytes], actions: tuple[Action, ...]) -> None:

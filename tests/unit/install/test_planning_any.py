@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.installing import apply
 
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.install import conflists, planning
 from agent.install.entry import entry
-from agent.install.planning import Remove, Rename, Verdict, View, Write
+from agent.install.planning import Verdict, View
 
 WISHED = "02-sluice.conflist"
 ENTRY = entry(Settings())
@@ -55,13 +56,7 @@ def valid(files: dict[str, bytes]) -> list[conflists.Conf]:
 def carry_out(files: dict[str, bytes], verdict: Verdict) -> None:
     could = bool(valid(files))
     for action in verdict.actions:
-        match action:
-            case Write(name, data):
-                files[name] = data
-            case Rename(name, to):
-                files[to] = files.pop(name)
-            case Remove(name):
-                del files[name]
+        apply(files, action)
         assert valid(files) or not could  # never takes the last list away, not even between two steps
 
 
