@@ -41,7 +41,7 @@ class Annotator:
         period: float,
         random: Callable[[], float],
     ) -> None:
-        """`period`: seconds after which a pod is looked at again though nothing was told of it."""
+        """`period`: seconds after which a pod is tried again that the API server did not know, or not as the same."""
         self._client, self._table, self._state, self._captured = client, table, state, captured
         self._schedule, self._due = Schedule(period, random), asyncio.Event()
 
