@@ -33,7 +33,7 @@ class Pod:
     terminal: bool = False
     containers: tuple[str, ...] = field(default=(), compare=False)  # as Kubernetes lists them: where to look, no more
     runtime_class: str = ""
-    orphan: bool = False  # Kubernetes has it no more; its sandbox may still be there
+    orphan: bool = field(default=False, compare=False)  # Kubernetes has it no more; its sandbox may still be there
     source: str = ""  # cni, static or kube: who may say that the pod is gone
 
     @property

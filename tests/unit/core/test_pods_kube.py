@@ -90,7 +90,7 @@ def test_an_object_that_is_gone_leaves_the_pod_as_it_was_while_its_sandbox_may_b
     before = facts(table)
     assert table.unknow("u1", keep=True) is None
     left = replace(before, orphan=True)
-    assert facts(table) == left
+    assert facts(table) == left and facts(table).orphan
     table.forget_namespace("shop")
     assert facts(table) == left
     assert table.gone("u1", container_id="c1") == left
