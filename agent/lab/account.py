@@ -12,7 +12,7 @@ import ipaddress
 import json
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -121,8 +121,9 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
     """Each record with whether a relay is left for it; no relay serves two.
 
     Of one key's records the successful ones come first: one that failed may never have reached the ztunnel,
-    and must not use up the relay of one that did. What is left over is matched by pod, target and time:
-    conntrack at the server's end may have changed the port by which the two proxies' records meet.
+    and must not use up the relay of one that did. What is left over is matched by its own address, which finds
+    the relays of those that failed; then by pod, target and time: conntrack may have changed the ports by which
+    the records meet.
     """
     seen = _as_seen(sorted(relays, key=lambda r: r.time))
     fates, unmatched = [], []
@@ -132,16 +133,32 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
             fates.append((record, True))
         else:
             unmatched.append(record)
+    spare = [relay for left in seen.values() for relay in left]
+    for whose in (str, _host):
+        taken, unmatched = _near(unmatched, spare, whose)
+        fates += [(record, True) for record, _ in taken]
+        used = {id(relay) for _, relay in taken}
+        spare = [relay for relay in spare if id(relay) not in used]
+    return fates + [(record, False) for record in unmatched]
+
+
+def _near(
+    load: list[LoadRecord], relays: list[ZtunnelRecord], whose: Callable[[str], str]
+) -> tuple[list[tuple[LoadRecord, ZtunnelRecord]], list[LoadRecord]]:
+    """Pairs of one source (`whose` it is), target and time; and the records that are left."""
     spare: dict[Key, list[ZtunnelRecord]] = {}
-    for relay in (relay for left in seen.values() for relay in left):
-        spare.setdefault((_host(relay.source), relay.destination), []).append(relay)
-    for record in unmatched:
-        near = spare.get((_host(record.source), record.target), [])
+    for relay in relays:
+        spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
+    pairs, left = [], []
+    for record in load:
+        near = spare.get((whose(record.source), record.target), [])
         match = next((r for r in near if abs(r.time - record.time) <= NEAR_SECONDS), None)
-        if match is not None:
+        if match is None:
+            left.append(record)
+        else:
             near.remove(match)
-        fates.append((record, match is not None))
-    return fates
+            pairs.append((record, match))
+    return pairs, left
 
 
 def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:

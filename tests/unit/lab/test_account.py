@@ -84,6 +84,13 @@ def test_a_failed_connection_does_not_use_up_the_relay_of_one_that_succeeded() -
     assert account(records, [out(1)]).escaped == 0
 
 
+def test_one_that_escaped_does_not_take_the_relay_of_one_that_failed_beside_it() -> None:
+    escaped = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:1")
+    failed = load(2, time=1.1, ok=False, error="Connection reset by peer")
+    result = account([escaped, failed], [out(2, time=1.1)])
+    assert (result.escaped, result.captured_outbound) == (1, 1)
+
+
 def test_a_window_reports_what_opened_within_it_compared_over_the_whole_run() -> None:
     records = [load(1, time=1), load(2, time=2), load(3, time=3), load(2, time=60)]
     result = account(records, [out(1), out(2)], (2, 3))
