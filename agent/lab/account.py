@@ -3,7 +3,7 @@
 A connection that succeeded and that no ztunnel relayed outbound has escaped. The records meet at the far end:
 the server told the client which address it saw, and that is the address from which the last proxy on the way
 spoke (`via`). The client's own port will not do: NAT gives it another one towards the proxy when an older
-entry holds the same ports. Ports come round again in a long run, so records are counted per key.
+entry holds the same ports. Ports come round again in a long run, so the times must fit, too.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -21,9 +21,11 @@ from typing import Any, Final
 from agent.core.errors import SluiceError
 
 EXAMPLES: Final = 5
-NEAR_SECONDS: Final = 1.0  # a client's opening and its proxy's taking of it are never farther apart
+NEAR_SECONDS: Final = 1.0  # a client's opening and its proxy's taking of it are hardly ever farther apart
+LATE_SECONDS: Final = 6.0  # and never farther than this: load.py gives up sooner
 
 Key = tuple[str, str]
+Relays = dict[Key, list["ZtunnelRecord"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +104,18 @@ def account(
     )
 
 
-def _as_seen(relays: list[ZtunnelRecord]) -> dict[Key, deque[ZtunnelRecord]]:
+def _as_seen(relays: list[ZtunnelRecord]) -> Relays:
     """Outbound relays by how their servers saw them: (peer, destination). An enrolled server sees its own proxy."""
-    inbound: dict[Key, deque[str]] = {}
+    inbound: Relays = {}
     for record in relays:
         if record.direction == "inbound":
-            inbound.setdefault((record.source, record.destination), deque()).append(record.via)
-    seen: dict[Key, deque[ZtunnelRecord]] = {}
+            inbound.setdefault((record.source, record.destination), []).append(record)
+    seen: Relays = {}
     for record in relays:
         if record.direction == "outbound":
-            arrived = inbound.get((record.via, record.destination))
-            peer = arrived.popleft() if arrived else record.via
-            seen.setdefault((peer, record.destination), deque()).append(record)
+            arrived = _take(inbound, (record.via, record.destination), record.time, LATE_SECONDS)
+            peer = arrived.via if arrived else record.via
+            seen.setdefault((peer, record.destination), []).append(record)
     return seen
 
 
@@ -128,37 +130,28 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
     seen = _as_seen(sorted(relays, key=lambda r: r.time))
     fates, unmatched = [], []
     for record in sorted(load, key=lambda r: (not r.ok, r.time)):
-        if left := seen.get((record.seen_peer, record.target)):
-            left.popleft()
+        if _take(seen, (record.seen_peer, record.target), record.time, LATE_SECONDS):
             fates.append((record, True))
         else:
             unmatched.append(record)
-    spare = [relay for left in seen.values() for relay in left]
     for whose in (str, _host):
-        taken, unmatched = _near(unmatched, spare, whose)
-        fates += [(record, True) for record, _ in taken]
-        used = {id(relay) for _, relay in taken}
-        spare = [relay for relay in spare if id(relay) not in used]
+        spare: Relays = {}
+        for relay in (relay for left in seen.values() for relay in left):
+            spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
+        found = [(r, _take(spare, (whose(r.source), r.target), r.time, NEAR_SECONDS)) for r in unmatched]
+        fates += [(record, True) for record, relay in found if relay]
+        seen, unmatched = spare, [record for record, relay in found if not relay]
     return fates + [(record, False) for record in unmatched]
 
 
-def _near(
-    load: list[LoadRecord], relays: list[ZtunnelRecord], whose: Callable[[str], str]
-) -> tuple[list[tuple[LoadRecord, ZtunnelRecord]], list[LoadRecord]]:
-    """Pairs of one source (`whose` it is), target and time; and the records that are left."""
-    spare: dict[Key, list[ZtunnelRecord]] = {}
-    for relay in relays:
-        spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
-    pairs, left = [], []
-    for record in load:
-        near = spare.get((whose(record.source), record.target), [])
-        match = next((r for r in near if abs(r.time - record.time) <= NEAR_SECONDS), None)
-        if match is None:
-            left.append(record)
-        else:
-            near.remove(match)
-            pairs.append((record, match))
-    return pairs, left
+def _take(spare: Relays, key: Key, time: float, within: float) -> ZtunnelRecord | None:
+    """Takes the one of this key that is nearest in time away, if one is near enough (`within` seconds)."""
+    near = [relay for relay in spare.get(key, []) if abs(relay.time - time) <= within]
+    if not near:
+        return None
+    nearest = min(near, key=lambda relay: abs(relay.time - time))
+    spare[key].remove(nearest)
+    return nearest
 
 
 def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:

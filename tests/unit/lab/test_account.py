@@ -10,7 +10,7 @@ from agent.lab.account import LoadRecord, ZtunnelRecord, account, normal, read_l
 TARGET = "10.244.2.3:7000"
 
 
-LONG_AGO = -1000.0  # too far off to be matched by time alone
+EARLIER = -2.0  # too far off load()'s time to be matched without the ports
 
 
 def load(port: int, *, time: float = 1.0, ok: bool = True, error: str = "", target: str = TARGET) -> LoadRecord:
@@ -18,12 +18,12 @@ def load(port: int, *, time: float = 1.0, ok: bool = True, error: str = "", targ
     return LoadRecord(time, f"10.244.1.3:{port}", target, ok, error, f"10.244.1.3:{port + 10000}" if ok else "")
 
 
-def out(port: int, destination: str = TARGET, *, time: float = LONG_AGO) -> ZtunnelRecord:
+def out(port: int, destination: str = TARGET, *, time: float = EARLIER) -> ZtunnelRecord:
     return ZtunnelRecord("outbound", f"10.244.1.3:{port}", destination, "", time, f"10.244.1.3:{port + 10000}")
 
 
 def test_an_enrolled_servers_proxy_is_followed_back_to_the_clients() -> None:
-    arrived = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", LONG_AGO, "10.244.1.3:777")
+    arrived = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", EARLIER, "10.244.1.3:777")
     seen = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:777")
     assert account([seen], [out(1), arrived]).escaped == 0
     assert account([seen], [arrived]).escaped == 1, "captured only at the server's end"
@@ -76,12 +76,27 @@ def test_failed_connections_are_counted_by_reason_and_never_escape() -> None:
 
 def test_a_port_used_twice_needs_two_relays() -> None:
     assert account([load(1, time=1), load(1, time=60)], [out(1)]).escaped == 1
-    assert account([load(1, time=1), load(1, time=60)], [out(1), out(1)]).escaped == 0
+    assert account([load(1, time=1), load(1, time=60)], [out(1), out(1, time=61)]).escaped == 0
+
+
+def test_whoever_escaped_is_blamed_and_not_who_had_the_same_port_later() -> None:
+    result = account([load(1, time=1), load(1, time=60)], [out(1, time=60)])
+    assert [record.time for record in result.examples] == [1]
+
+
+def test_a_server_that_captured_what_escaped_is_no_proxy_of_a_later_one() -> None:
+    """The escaped client's port is, later, the one from which a proxy speaks."""
+    earlier = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", 1, "10.244.1.3:700")
+    later = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", 60, "10.244.1.3:701")
+    escaped = LoadRecord(1, "10.244.1.3:10001", TARGET, True, "", "10.244.1.3:700")
+    captured = LoadRecord(60, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:701")
+    result = account([escaped, captured], [earlier, later, out(1, time=60)])
+    assert [record.time for record in result.examples] == [1]
 
 
 def test_a_failed_connection_does_not_use_up_the_relay_of_one_that_succeeded() -> None:
-    records = [load(1, time=1, ok=False, error="refused"), load(1, time=60)]
-    assert account(records, [out(1)]).escaped == 0
+    records = [load(1, time=1, ok=False, error="refused"), load(1, time=4)]
+    assert account(records, [out(1, time=3)]).escaped == 0
 
 
 def test_one_that_escaped_does_not_take_the_relay_of_one_that_failed_beside_it() -> None:
