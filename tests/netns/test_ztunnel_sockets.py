@@ -15,9 +15,12 @@ import pytest
 from support.holders import Holder, cookie, shared
 from support.ztunnel import Place
 
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
 from agent.core.errors import KernelError, StaleError
 from agent.core.names import ZTUNNEL_MARK
+from agent.core.redirect import Redirect
 from agent.kernel import process
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
@@ -289,6 +292,21 @@ def test_without_global_numbers_the_root_cgroup_would_be_everybody(
     with pytest.raises(KernelError, match="hostPID: true") as raised:
         stage.registry.keys()
     assert str(ztunnel.pid) in str(raised.value)
+
+
+def test_where_another_backend_captures_that_is_no_matter(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account knows ztunnels whatever captures; a node with nftables was refused every pod for that."""
+    ztunnel = stage.ztunnel()
+    if not rooted(ztunnel):
+        ((CGROUP2 if CGROUP2.is_dir() else CGROUP2.parent) / "cgroup.procs").write_text(str(ztunnel.pid))
+    monkeypatch.setattr(Process, "tgid_is_global", staticmethod(lambda: False))
+    programs, (_, target) = ProgramsBackend(Pins.of(str(tmp_path / "sluice")), stage.registry), stage.pod()
+    have = programs.read(target)
+    assert not programs.plan(None, have).steps
+    with pytest.raises(KernelError, match="hostPID: true"):
+        programs.plan(Redirect(), have)
 
 
 def test_a_pid_namespace_of_our_own_is_seen() -> None:

@@ -44,7 +44,8 @@ class Former:
 class Have:
     """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
 
-    `left`: the directory to remove, when the target is not a pod.
+    `unknown`: why BPF could not tell a ztunnel from other processes. `left`: the directory to remove, when the target
+    is not a pod.
     """
 
     attached: Attached
@@ -52,6 +53,7 @@ class Have:
     running: frozenset[ZtunnelKey] = frozenset()
     ended: frozenset[ZtunnelKey] = frozenset()
     left: Path | None = None
+    unknown: KernelError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +113,14 @@ class ProgramsBackend:
         if not self.pins.root.exists() and not self.ztunnels.processes():
             return Have(Attached())  # as where another backend is used
         attached = attachments.read(self.pins.node, NODE)
+        try:
+            running = self._running()
+        except KernelError as error:  # of no matter where another backend captures
+            return Have(attached, unknown=error)
         if not (self.pins.maps / "ztunnels").exists():
-            return Have(attached, running=self._running())
+            return Have(attached, running=running)
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
             admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
-        running = self._running()
         ended = frozenset(one for one in admitted - running if not lives(one))
         return Have(attached, admitted, running, ended)
 
@@ -124,6 +129,8 @@ class ProgramsBackend:
             if have.left is None:
                 return Plan()
             return Plan((Step(f"rm -r {have.left}", RemoveAll(have.left)),), ("nobody is captured by it",))
+        if have.unknown:
+            raise have.unknown
         changes: list[tuple[Step[Any], str]] = list(
             attachments.steps({program.name: program for program in NODE}, have.attached)
         )
