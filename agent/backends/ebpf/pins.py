@@ -92,5 +92,5 @@ def _inodes(directory: str) -> dict[str, int]:
     try:
         with os.scandir(directory) as found:
             return dict(sorted((one.name, one.inode()) for one in found))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter of a bpf_dir that can be none
         return {}
