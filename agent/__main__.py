@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from agent import __version__
+from agent.cli.parsing import Parser, Program
 from agent.core.errors import SluiceError
 
-_ABOUT = """Takes the traffic of pods through one layer 4 proxy per node, keeps it right, and can say why.
-Exit codes: 0 fine, 1 drift or a failed check, 2 the command could not do its work."""
+_ABOUT = "Takes the traffic of pods through one layer 4 proxy per node, keeps it right, and can say why."
 
 
 # Command -> module of agent.cli that has it. The daemon pays for what it imports, so only the command's is.
@@ -21,7 +22,7 @@ _GROUPS = {
     "lab": "lab",
     "status": "pods",
     "pods": "pods",
-    "explain": "pods",
+    "explain": "explain",
     "connections": "connections",
     "verify": "verify",
     "diff": "verify",
@@ -32,15 +33,33 @@ _GROUPS = {
     "install": "install",
     "uninstall": "uninstall",
     "migrate": "migrate",
+    "help": "completion",
+    "version": "completion",
+    "completion": "completion",
+    "doctor": "doctor",
+    "report": "report",
 }
+
+
+_DAEMONS = ("agent", "ztunnel")
+
+# How help lists them; those that nobody put anywhere come last.
+_SECTIONS = (
+    ("What holds on this node (asks the agent)", ("status", "pods", "explain", "connections", "verify", "diff")),
+    ("What is wrong with it", ("doctor", "report", "preflight")),
+    ("Change it (needs no agent)", ("install", "uninstall", "uncapture", "handback", "migrate")),
+    ("Run", ("agent", "ztunnel")),
+    ("Try", ("lab", "rules")),
+    ("About", ("help", "version", "completion")),
+)
 
 
 def parser(command: str = "") -> argparse.ArgumentParser:
     """With the group of one command, or with all of them."""
-    top = argparse.ArgumentParser(prog="sluice", description=_ABOUT)
+    top = Program(_SECTIONS, _ABOUT, prog="sluice")
     top.add_argument("--version", action="version", version=f"sluice {__version__}")
-    top.set_defaults(version_text=__version__)
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    top.set_defaults(version_text=__version__, whole=parser)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
     modules = [_GROUPS[command]] if command in _GROUPS else dict.fromkeys(_GROUPS.values())
     for module in modules:
         import_module(f"agent.cli.{module}").register(commands)
@@ -49,16 +68,26 @@ def parser(command: str = "") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors are one line on stderr and exit code 2."""
-    words = sys.argv[1:] if argv is None else argv
-    args = parser(words[0] if words else "").parse_args(words)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and not any(word.startswith("-") for word in words):
+        words = [*words[1:], "--help"]
     try:
+        args = parser(words[0] if words else "").parse_args(words)
         code: int = args.run(args)
+        sys.stdout.flush()
         return code
     except SluiceError as error:
-        print(f"sluice: {error}", file=sys.stderr)
+        print(f"sluice: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is for nobody, also when the interpreter ends
         return 0
+    except OSError as error:
+        if words[0] in _DAEMONS:  # of a defect their logs have to have all
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"sluice: {words[0]}: {place}{error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

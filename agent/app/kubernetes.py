@@ -93,10 +93,17 @@ class Kubernetes:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Of each collection that is followed: complete lists, watches, events, bookmarks and failures so far."""
+        return {path: asdict(one.since) for path, one in self._followed().items()}
+
+    def following(self) -> dict[str, bool]:
+        """Of each of them: whether it is known, and the last try to follow it went well."""
+        return {path: one.synced.is_set() and not one.error for path, one in self._followed().items()}
+
+    def _followed(self) -> dict[str, Follower[Any]]:
         peers = self.peers.followers if self.peers else []
         return {
-            **{one.path: asdict(one.since) for one in (self.pods, self.namespaces)},
-            **{f"{one.path} of the cluster": asdict(one.since) for one in peers},
+            **{one.path: one for one in (self.pods, self.namespaces)},
+            **{f"{one.path} of the cluster": one for one in peers},
         }
 
 

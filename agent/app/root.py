@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.app.accounting import account
+from agent.app.around import around
 from agent.app.choosing import chosen
+from agent.app.condition import condition
 from agent.app.journals import Journals
+from agent.app.verified import parts
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
@@ -34,6 +37,7 @@ from agent.core.settings import Settings
 from agent.core.switching import carried
 from agent.export.admin import Admin
 from agent.export.cluster import Cluster
+from agent.export.condition import Condition
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.export.records import Records
@@ -67,8 +71,11 @@ log = logging.getLogger("sluice.agent")
 class Agent:
     """All parts of one agent."""
 
-    def __init__(self, settings: Settings, version: str) -> None:
-        """Probes the mechanisms. Raises SettingsError when none of those allowed can be used."""
+    def __init__(self, settings: Settings, version: str, places: Mapping[str, str]) -> None:
+        """Probes the mechanisms; `places` says where settings come from.
+
+        Raises SettingsError when none of those allowed can be used.
+        """
         self.settings, self.version = settings, version
         self.pins, self.ztunnels = Pins.of(settings.bpf_dir), Ztunnels()
         self.programs = ProgramsBackend(self.pins, self.ztunnels)
@@ -97,9 +104,11 @@ class Agent:
             self.connections,
             self.accounting.sockets if self.accounting else tuple,
             self._cluster,
+            self._condition,
         )
         self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
         self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
+        listening = Listening(map(int, settings.ztunnel_ports))
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -115,7 +124,7 @@ class Agent:
             canary=self._canary(),
             counting=self.beside,
             accounting=self.accounting,
-            listening=Listening(map(int, settings.ztunnel_ports)),
+            listening=listening,
         )
         admission = self.kubernetes.admission if self.kubernetes else None
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)
@@ -129,9 +138,10 @@ class Agent:
             self.readiness,
             self.node,
             self.beside,
-            self.host,
             self.records,
             self.kubernetes.review if self.kubernetes else None,
+            parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
+            around(self.zds, self.namespaces, listening, self.host, places),
         )
         self._listener: socket.socket | None = None
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
@@ -224,11 +234,20 @@ class Agent:
         api, cni = self.kubernetes, self.installer
         return Cluster(
             follows=api.counts() if api else {},
+            following=api.following() if api else {},
             synced=not api.missing if api else None,
             events_lost=api.events.lost if api else 0,
             installed=cni.ready if cni else None,
             rewrites=cni.rewrites if cni else 0,
+            fought=cni.fighting if cni else False,
         )
+
+    def _condition(self) -> Condition:
+        """For metrics, too."""
+        accounting = self.accounting.name if self.accounting else "off"
+        about = {"node": self.node_name, "version": self.version, "accounting": accounting}
+        ready, host = not self.readiness()[0], self.host.status
+        return condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
 
     def _lacking(self) -> str:
         """Why a pod that starts now might not be captured; "" when it is sure to be."""
@@ -352,8 +371,8 @@ def _bound(address: str) -> socket.socket:
         ) from None
 
 
-def main(settings: Settings, version: str) -> int:
-    """Runs the agent; returns the exit code."""
+def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
+    """Runs the agent; `places` says where settings come from. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -364,7 +383,7 @@ def main(settings: Settings, version: str) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     async def run() -> None:
-        await Agent(settings, version).run()
+        await Agent(settings, version, places).run()
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())

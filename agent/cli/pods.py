@@ -1,4 +1,4 @@
-"""`sluice status`, `pods`, `explain`: what the agent knows."""
+"""`sluice status`, `pods`: what the agent knows of its node."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections import Counter
 from typing import Any
 
 from agent.cli import client, output
+from agent.cli.explain import ago
 from agent.core.text import pairs, table
 
 
 def register(subparsers: Any) -> None:
     _add(subparsers, "status", _status, "the agent of this node")
-    _add(subparsers, "pods", _pods, "this node's pods and their state")
-    parser = _add(subparsers, "explain", _explain, "why a pod is captured or not, and what holds in the kernel")
-    parser.add_argument("pod", metavar="POD", help="namespace/name, a name that is alone, or a UID")
+    parser = _add(subparsers, "pods", _pods, "this node's pods and their state")
+    parser.add_argument("-n", "--namespace", metavar="NAMESPACE", default="", help="only those of this namespace")
 
 
 def _add(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -74,6 +74,7 @@ def _probes(answer: Any) -> str:
 
 def _pods(args: argparse.Namespace) -> int:
     answer = client.ask(args.run_dir, "/v1/pods")
+    answer = [row for row in answer if args.namespace in ("", row["namespace"])]
     rows = [
         (
             row["namespace"],
@@ -81,59 +82,16 @@ def _pods(args: argparse.Namespace) -> int:
             row["state"],
             row["backend"],
             row["repairs"],
-            _ago(row["verified"]),
+            ago(row["verified"], time.time()),
             ",".join(row["addresses"]),
             row["error"] or row["reason"],
         )
         for row in answer
     ]
     header = ("NAMESPACE", "NAME", "STATE", "BACKEND", "REPAIRS", "VERIFIED", "ADDRESSES", "REASON")
-    output.emit(args.output, answer, table(header, rows) if rows else "No pods on this node.")
+    output.emit(args.output, answer, table(header, rows) if rows else f"No pods{_of(args.namespace)} on this node.")
     return 0
 
 
-def _explain(args: argparse.Namespace) -> int:
-    a = client.ask(args.run_dir, "/v1/explain", pod=args.pod)
-    rows: list[tuple[str, object]] = [
-        ("Pod", f"{a['namespace']}/{a['name']}  (UID {a['uid']})"),
-        ("Decision", f"{a['decision']}: {a['reason'] or 'not looked at yet'}"),
-        ("State", a["state"] + (f" by {a['backend']}" if a["backend"] else "")),
-    ]
-    if a["error"]:
-        retry = f"; next try in {a['retry']:.1f} s" if a["retry"] is not None else ""
-        rows.append(("Error", a["error"] + retry))
-    rows += [("Considered", "")] + [(f"  {key}", value) for key, value in a["considered"].items()]
-    rows += [("Note", note) for note in a["notes"]]
-    if a["probe"]:
-        rows.append(("Probe", a["probe"]))
-    if a["redirect"]:
-        wanted = (f"{k}={_word(v)}" for k, v in a["redirect"].items() if _word(v) not in ("", "{}"))
-        rows += [("Wanted", " ".join(wanted)), ("In the kernel", a["inspect_error"] or a["in_kernel"])]
-    rows += [("  difference", line) for line in a["differences"]]
-    for direction, counts in a["beside"].items():
-        what = f"{counts['packets']} packets, {counts['bytes']} bytes, neither TCP nor captured DNS"
-        rows.append((f"Beside, {direction}", what))
-    rows += [("Addresses", ", ".join(a["addresses"]) or "none"), ("Namespace", a["netns"] or "not known")]
-    rows += [
-        ("Repaired", f"{_ago(r['time'])} ago, {r['layer']} in {r['seconds'] * 1e3:.1f} ms after {r['cause']}: "
-         + "; ".join(r["differences"]))
-        for r in a["recent_repairs"]
-    ]  # fmt: skip
-    output.emit(args.output, a, pairs(rows))
-    return 0
-
-
-def _word(value: Any) -> str:
-    """A value of the intent, in one word: lists by commas, ranges by a dash."""
-    if isinstance(value, dict):
-        return "{" + " ".join(f"{key}={_word(inner)}" for key, inner in value.items() if inner) + "}"
-    if isinstance(value, list):
-        return ",".join("-".join(map(str, dict.fromkeys(v))) if isinstance(v, list) else str(v) for v in value)
-    return str(value)
-
-
-def _ago(moment: float) -> str:
-    if not moment:
-        return ""
-    seconds = max(0, int(time.time() - moment))
-    return f"{seconds}s" if seconds < 120 else f"{seconds // 60}m" if seconds < 7200 else f"{seconds // 3600}h"
+def _of(namespace: str) -> str:
+    return f" of namespace {namespace}" if namespace else ""

@@ -16,37 +16,79 @@ import yaml
 from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.settings import HELP, Settings, build
+from agent.core.settingvalues import CHOICES
 
 _ENVIRONMENT = "SLUICE_"
 _NOT_SETTINGS = {"SLUICE_CONFIG"}
 # What Kubernetes gives every pod of a namespace that has a Service named sluice or sluice-something.
 _SERVICE = re.compile(r"SLUICE_([A-Z0-9_]+_)?(SERVICE|PORT)(_|$)")
+_WORDS = {
+    "metrics_address": "ADDRESS:PORT", "probe_ipv4": "ADDRESS", "probe_ipv6": "ADDRESS", "kube_server": "URL",
+    "enablement_selectors": "JSON",
+}  # fmt: skip
+_PLACES = ("static_pods", "cni_plugin", "host_root", "connection_log")
 Layer = dict[str, tuple[Any, str]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """--config and one flag per setting."""
-    default = os.environ.get("SLUICE_CONFIG", "")
-    parser.add_argument("--config", default=default, metavar="FILE", help="settings as YAML (or $SLUICE_CONFIG)")
+    parser.add_argument(
+        "--config",
+        default=os.environ.get("SLUICE_CONFIG", ""),
+        metavar="FILE",
+        help="settings as YAML (or $SLUICE_CONFIG)",
+    )
     group = parser.add_argument_group("settings", "also keys of the file, and $SLUICE_<NAME> in the environment")
     for field in fields(Settings):
-        shown = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        shown = default(field.default)
+        words = HELP[field.name]
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            metavar="VALUE",
-            help=f"{HELP[field.name]} (default: {shown if shown != '' else 'none'})".replace("%", "%%"),
+            metavar=takes(field.name),
+            help=(words if "(default:" in words else f"{words} (default: {shown})").replace("%", "%%"),
         )
 
 
-def load(args: argparse.Namespace) -> Settings:
+def default(value: object) -> str:
+    """As a user would write it; "none" for nothing."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return (", ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
+
+
+def takes(name: str) -> str:
+    """What a setting's flag is followed by, in a word; choices with | in between."""
+    kind = next(str(field.type) for field in fields(Settings) if field.name == name)
+    if kind == "bool":
+        return "true|false"
+    if name in CHOICES:
+        return "|".join(CHOICES[name])
+    if name in _WORDS:
+        return _WORDS[name]
+    if name.endswith(("_dir", "_file", "_socket")) or name in _PLACES:
+        return "PATH"
+    return {"int": "NUMBER", "float": "SECONDS", "str": "TEXT"}.get(kind, "LIST")
+
+
+def load(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> Settings:
     """Raises SettingsError, with file and line, flag or variable."""
+    return build(*_layers(args, variables))
+
+
+def places(args: argparse.Namespace) -> dict[str, str]:
+    """Where each setting that was given comes from, as error messages name it. Raises SettingsError."""
+    return {key: place for layer in _layers(args) for key, (_, place) in layer.items()}
+
+
+def _layers(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> list[Layer]:
+    """Later ones win."""
     flags = {
         field.name: (value, "--" + field.name.replace("_", "-"))
         for field in fields(Settings)
         if (value := getattr(args, field.name)) is not None
     }
     file = _file(args.config) if args.config else {}
-    return build(cluster(os.environ), file, environment(os.environ), flags)
+    return [cluster(variables), file, environment(variables), flags]
 
 
 def cluster(variables: Mapping[str, str], account: Path = Path(names.SERVICE_ACCOUNT)) -> Layer:

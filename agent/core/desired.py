@@ -1,17 +1,20 @@
-"""The policy: is this pod captured, how, and why. Every label and annotation rule is here and only here."""
+"""The policy: is this pod captured, how, and why. Every rule of labels and annotations is here or in `considered`."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from agent.core import names
-from agent.core.exclusions import INTERFACE, exclusions
-from agent.core.pods import Pod, mode
+from agent.core.considered import Origin, considered, exempt
+from agent.core.exclusions import INTERFACE, NOTHING, PREFIXES, chosen, exclusions
+from agent.core.pods import Pod
 from agent.core.redirect import Redirect
-from agent.core.selectors import DEFAULT
 from agent.core.settings import Settings
+
+__all__ = ["Decision", "Option", "decide", "enrols_namespace", "exempt", "options"]
 
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
 _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE", "false", "False"}
@@ -33,25 +36,26 @@ class Decision:
         return self.redirect is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One value of a Redirect that is the policy's to choose; `key` names the annotation or setting it comes from.
+
+    Origin.FIXED is a default that no setting changes. An annotation wins over a setting, if it can be used.
+    """
+
+    name: str
+    value: Any
+    origin: Origin
+    key: str = ""
+
+
 def decide(pod: Pod, settings: Settings) -> Decision:
     """What must hold for this pod."""
-    if (why := _never(pod, settings)) is not None:
-        return Decision(None, why)
-    said = mode(pod)
-    # What only an annotation says counts as a label: that is what there is on nodes without Kubernetes.
-    labels = {**pod.labels, names.DATAPLANE_MODE: said} if said else pod.labels
-    chosen = next((one for one in settings.enablement_selectors if one.matches(labels, pod.namespace_labels)), None)
-    if settings.enablement_selectors != DEFAULT:
-        where = "the setting enablement_selectors"
-        return (
-            _enrolled(pod, settings, f"{where} has: {chosen}") if chosen else Decision(None, f"nothing in {where} fits")
-        )
-    if chosen:
-        who = "the pod" if said == "ambient" else f"namespace {pod.namespace}"
-        return _enrolled(pod, settings, f"{who} says {names.DATAPLANE_MODE}=ambient")
-    if said == "none":
-        return Decision(None, f"the pod says {names.DATAPLANE_MODE}=none")
-    return Decision(None, f"neither the pod nor its namespace says {names.DATAPLANE_MODE}=ambient")
+    fact = next(fact for fact in considered(pod, settings) if fact.enrols is not None)
+    if not fact.enrols:
+        return Decision(None, fact.reason)
+    found, warnings = options(pod, settings)
+    return Decision(Redirect(**{one.name: one.value for one in found}), fact.reason, warnings)
 
 
 def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
@@ -59,77 +63,60 @@ def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
     return any(one.namespace and one.selects_namespace(labels) for one in settings.enablement_selectors)
 
 
-def exempt(namespace: str, name: str, settings: Settings) -> bool:
-    """Named by the settings as one that is never captured; all that has to be known is in a CNI call."""
-    if namespace in settings.exclude_namespaces or namespace == settings.own_namespace:
-        return True
-    return any(_named(f"{namespace}/{name}", word) for word in settings.exempt_pods)
-
-
-def _named(key: str, word: str) -> bool:
-    return key.startswith(word[:-1]) if word.endswith("*") else key == word
-
-
-def _never(pod: Pod, settings: Settings) -> str | None:
-    if pod.host_network:
-        return "it shares the host's network"
-    if names.SIDECAR_STATUS in pod.annotations:
-        return f"it has a sidecar (annotation {names.SIDECAR_STATUS})"
-    if pod.labels.get("app") == "ztunnel":
-        return "it is ztunnel itself"
-    if pod.namespace in settings.exclude_namespaces:
-        return f"namespace {pod.namespace} is excluded by the setting exclude_namespaces"
-    if pod.namespace == settings.own_namespace:
-        return f"namespace {pod.namespace} is the agent's own"
-    if exempt(pod.namespace, pod.name, settings):
-        return "it is named by the setting exempt_pods"
-    if pod.runtime_class in settings.unsupported_runtimes:
-        return f"its runtime class {pod.runtime_class} has a network stack of its own"
-    if pod.terminal:
-        return "it has ended"
-    return None
-
-
-def _enrolled(pod: Pod, settings: Settings, reason: str) -> Decision:
+def options(pod: Pod, settings: Settings) -> tuple[tuple[Option, ...], tuple[str, ...]]:
+    """How the pod is captured if it is, each option with where it comes from; and warnings as in Decision."""
     warnings: list[str] = []
-    return Decision(
-        Redirect(
-            ipv6=settings.ipv6,
-            dns=_flag(pod, names.DNS_CAPTURE, settings.dns_capture, warnings),
-            ingress_only=_flag(pod, names.BYPASS_INBOUND, False, warnings),
-            virtual_interfaces=_interfaces(pod, warnings),
-            probe_ipv4=settings.probe_ipv4,
-            probe_ipv6=settings.probe_ipv6,
-            dns_to=_resolvers(pod, settings, warnings),
-            exclude=exclusions(pod.annotations, sidecar=settings.sidecar_annotations, warnings=warnings),
-            refuse_non_tcp=settings.non_tcp == "refuse",
-        ),
-        reason,
-        tuple(warnings),
+    found = (
+        _setting("ipv6", settings.ipv6),
+        _flag(pod, names.DNS_CAPTURE, Option("dns", settings.dns_capture, Origin.SETTING, "dns_capture"), warnings),
+        _flag(pod, names.BYPASS_INBOUND, Option("ingress_only", False, Origin.FIXED), warnings),
+        _interfaces(pod, warnings),
+        _setting("probe_ipv4", settings.probe_ipv4),
+        _setting("probe_ipv6", settings.probe_ipv6),
+        Option("dns_to", _resolvers(pod, settings, warnings), Origin.SETTING, "dns_capture_to"),
+        _exclude(pod, settings, warnings),
+        Option("refuse_non_tcp", settings.non_tcp == "refuse", Origin.SETTING, "non_tcp"),
     )
+    return found, tuple(warnings)
 
 
-def _flag(pod: Pod, annotation: str, default: bool, warnings: list[str]) -> bool:
+def _setting(name: str, value: Any) -> Option:
+    return Option(name, value, Origin.SETTING, name)
+
+
+def _flag(pod: Pod, annotation: str, default: Option, warnings: list[str]) -> Option:
     text = pod.annotations.get(annotation)
     if text is None:
         return default
     if text not in _TRUE | _FALSE:
         warnings.append(f"annotation {annotation}: {text[:40]!r} is not true or false; ignored")
         return default
-    return text in _TRUE
+    return Option(default.name, text in _TRUE, Origin.ANNOTATION, annotation)
 
 
-def _interfaces(pod: Pod, warnings: list[str]) -> tuple[str, ...]:
+def _interfaces(pod: Pod, warnings: list[str]) -> Option:
+    key = names.REROUTE_INTERFACES
     found: dict[str, None] = {}  # keeps the order, drops repeats
-    for part in pod.annotations.get(names.REROUTE_INTERFACES, "").split(","):
+    for part in pod.annotations.get(key, "").split(","):
         name = part.strip()
         if not name:
             continue
         if INTERFACE.fullmatch(name):
             found[name] = None
         else:
-            warnings.append(f"annotation {names.REROUTE_INTERFACES}: {name[:40]!r} is not an interface name; ignored")
-    return tuple(found)
+            warnings.append(f"annotation {key}: {name[:40]!r} is not an interface name; ignored")
+    return Option(
+        "virtual_interfaces", tuple(found), Origin.ANNOTATION if found else Origin.FIXED, key if found else ""
+    )
+
+
+def _exclude(pod: Pod, settings: Settings, warnings: list[str]) -> Option:
+    if not any(key.startswith(PREFIXES) for key in pod.annotations):  # as nearly always
+        return Option("exclude", NOTHING, Origin.FIXED)
+    value = exclusions(pod.annotations, sidecar=settings.sidecar_annotations, warnings=warnings)
+    used = chosen(pod.annotations, sidecar=settings.sidecar_annotations)
+    keys = [key for field, key in used.items() if getattr(value, field)]
+    return Option("exclude", value, Origin.ANNOTATION if keys else Origin.FIXED, ", ".join(keys))
 
 
 def _resolvers(pod: Pod, settings: Settings, warnings: list[str]) -> tuple[str, ...]:

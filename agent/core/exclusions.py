@@ -120,13 +120,21 @@ def exclusions(annotations: Mapping[str, str], *, sidecar: bool, warnings: list[
     exempted by a misreading; `warnings` gets a line for each.
     """
     found: dict[str, Any] = {}
-    for field, (parse, what, ours, theirs) in _ANNOTATIONS.items():
-        keys = [_OURS + ours, *([_SIDECAR + theirs] if sidecar and theirs else [])]
-        key = next((key for key in keys if key in annotations), None)
-        if key is None:
-            continue
+    for field, key in chosen(annotations, sidecar=sidecar).items():
+        parse, what, _, _ = _ANNOTATIONS[field]
         try:
             found[field] = parse(annotations[key])
         except ValueError as error:
             warnings.append(f"annotation {key}: {str(error)[:40]!r} is not {what}; the annotation is ignored")
     return Exclusions(**found)
+
+
+def chosen(annotations: Mapping[str, str], *, sidecar: bool) -> dict[str, str]:
+    """The annotation that counts for each field of Exclusions, where there is one."""
+    found = {}
+    for field, (_, _, ours, theirs) in _ANNOTATIONS.items():
+        keys = [_OURS + ours, *([_SIDECAR + theirs] if sidecar and theirs else [])]
+        key = next((key for key in keys if key in annotations), None)
+        if key is not None:
+            found[field] = key
+    return found

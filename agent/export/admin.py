@@ -3,32 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
-from agent.core import names
-from agent.core.desired import Decision, decide
 from agent.core.errors import SluiceError
-from agent.core.exclusions import PREFIXES
-from agent.core.pods import Pod, PodTable, mode
+from agent.core.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.export.debug import Answering, Debug, Reviewing
+from agent.export.explaining import Around, Explaining
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.records import Records
-from agent.reconciler.host import HostLoop
+from agent.export.verifying import Found, Part, Row, row
 from agent.reconciler.loop import Reconciler
 from agent.sources.beside import Beside
-
-Found = dict[str, tuple[tuple[str, ...], str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Admin:
-    """Answers about one agent. `node` is what `status` shows of the node besides its pods."""
+    """Answers about one agent. `node` is what `status` shows besides its pods, `parts` what `verify` does."""
 
     settings: Settings
     table: PodTable
@@ -37,9 +33,10 @@ class Admin:
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
     beside: Beside
-    host: HostLoop | None = None
     records: Records | None = None
     review: Reviewing | None = None
+    parts: Sequence[Part] = ()
+    around: Around | None = None
 
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz, safe to show to anyone on the network; and /debug/ for who is authorised."""
@@ -113,69 +110,27 @@ class Admin:
         identity = {"namespace": pod.namespace, "name": pod.name, "uid": pod.uid}
         return {**identity, "addresses": list(pod.addresses), **status.as_dict()}
 
-    async def _explain(self, request: Request) -> dict[str, Any]:
-        pod = self._one(request)
-        decision = decide(pod, self.settings)
-        found, error = await self._inspect(pod)
-        return {
-            **self._row(pod),
-            "decision": "enrolled" if decision.enrolled else "excluded",
-            "considered": _considered(pod, self.settings),
-            "redirect": _redirect(decision),
-            "netns": pod.netns_path,
-            "source": pod.source,
-            "container_id": pod.container_id,
-            "in_kernel": "unknown" if error else "as wanted" if not found else "drifted",
-            "differences": _differences(found),
-            "inspect_error": error,
-            "beside": {direction: asdict(counts) for direction, counts in self.beside.totals(pod.uid).items()},
-            "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
-        }
+    @property
+    def _explain(self) -> Explaining:
+        return Explaining(self.settings, self.table, self.reconciler, self.beside, self.node, self.records, self.around)
 
     async def _verify(self, request: Request) -> list[dict[str, Any]]:
-        pods = list(self.table) if request.query.get("all") == "true" else [self._one(request)]
-        if request.method == "POST":
+        every, repair = request.query.get("all") == "true", request.method == "POST"
+        pods = list(self.table) if every else [self._one(request)]
+        if repair:
             await asyncio.gather(*(self.reconciler.settled(pod.uid) for pod in pods))
-        rows = []
-        for pod in sorted(pods, key=lambda pod: pod.key):
-            found, error = await self._inspect(pod)
-            status = self.reconciler.status(pod.uid)
-            wrong = bool(found) or status.state.value in ("failed", "pending", "waiting")
-            rows.append(
-                {
-                    "namespace": pod.namespace,
-                    "name": pod.name,
-                    "state": status.state.value,
-                    "result": "unknown" if error else "drift" if wrong else "ok",
-                    "differences": _differences(found),
-                    "scripts": {layer: script for layer, (_, script) in found.items()},
-                    "error": error or status.error,
-                }
-            )
-        if self.host is not None and request.query.get("all") == "true":
-            rows.append(await self._verify_host(self.host, repair=request.method == "POST"))
+        rows = [await self._verified(pod) for pod in sorted(pods, key=lambda pod: pod.key)]
+        for part in self.parts if every else ():
+            rows += await part(repair)
         return rows
 
-    async def _verify_host(self, host: HostLoop, *, repair: bool) -> dict[str, Any]:
-        """The exemption of the node's probes, as one more row."""
-        found: Found = {}
-        error = ""
-        try:
-            if repair:
-                await host.settled()
-            found = await host.inspect()
-        except (SluiceError, OSError) as failure:
-            error = str(failure)
-        wrong = bool(found or host.status.error)
-        return {
-            "namespace": "",
-            "name": "(probes of the node)",
-            "state": host.status.mechanism,
-            "result": "unknown" if error else "drift" if wrong else "ok",
-            "differences": _differences(found),
-            "scripts": {layer: script for layer, (_, script) in found.items()},
-            "error": error or host.status.error,
-        }
+    async def _verified(self, pod: Pod) -> Row:
+        found, error = await self._inspect(pod)
+        status = self.reconciler.status(pod.uid)
+        state = status.state.value
+        wrong = bool(found) or state in ("failed", "pending", "waiting")
+        made = row(pod.name, state, found, error or status.error, unknown=bool(error))
+        return {**made, "namespace": pod.namespace, **({} if error else {"result": "drift" if wrong else "ok"})}
 
     async def _inspect(self, pod: Pod) -> tuple[Found, str]:
         try:
@@ -191,25 +146,3 @@ class Admin:
         if len(found) > 1:
             raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
         return found[0]
-
-
-def _differences(found: Found) -> list[str]:
-    return [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines]
-
-
-def _redirect(decision: Decision) -> dict[str, Any] | None:
-    return asdict(decision.redirect) if decision.redirect else None
-
-
-def _considered(pod: Pod, settings: Settings) -> dict[str, str]:
-    """Every fact that may decide about a pod, as it is found."""
-    return {
-        f"pod label or annotation {names.DATAPLANE_MODE}": mode(pod) or "not set",
-        f"namespace label {names.DATAPLANE_MODE}": pod.namespace_labels.get(names.DATAPLANE_MODE, "not set"),
-        "host network": str(pod.host_network).lower(),
-        f"annotation {names.SIDECAR_STATUS}": "set" if names.SIDECAR_STATUS in pod.annotations else "not set",
-        "setting exclude_namespaces": ", ".join(settings.exclude_namespaces) or "empty",
-        f"annotation {names.DNS_CAPTURE}": pod.annotations.get(names.DNS_CAPTURE, "not set"),
-        f"annotation {names.BYPASS_INBOUND}": pod.annotations.get(names.BYPASS_INBOUND, "not set"),
-        **{f"annotation {key}": pod.annotations[key] for key in sorted(pod.annotations) if key.startswith(PREFIXES)},
-    }

@@ -11,13 +11,18 @@ from prometheus_client.registry import Collector
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`follows`: by path of a followed collection, what happened how often. None is for what this node does not do."""
+    """`follows`: by path of a followed collection, what happened how often. None is for what this node does not do.
+
+    `following`: by the same paths, whether the last try went well. `fought`: somebody keeps undoing the installation.
+    """
 
     follows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    following: Mapping[str, bool] = field(default_factory=dict)
     synced: bool | None = None
     events_lost: int = 0
     installed: bool | None = None
     rewrites: int = 0
+    fought: bool = False
 
 
 class ClusterCollector(Collector):
@@ -35,6 +40,11 @@ class ClusterCollector(Collector):
                 for word, count in counts.items():
                     family.add_metric([path, word], count)
             yield family
+            what = "Whether a collection of the API server is followed: 0 since a try failed, until one goes well."
+            gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
+            for path, well in sorted(found.following.items()):
+                gauge.add_metric([path], well)
+            yield gauge
             what = "Whether this node's pods and all namespaces are known from the API server."
             yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
             what = "Events on pods that could not be written."
@@ -44,3 +54,5 @@ class ClusterCollector(Collector):
             yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
             what = "CNI configurations written; it grows when somebody else writes them, too."
             yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
+            what = "Whether somebody keeps undoing the CNI installation, until a minute after the last time."
+            yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)

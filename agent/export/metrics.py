@@ -20,6 +20,7 @@ from agent.core.pods import Pod
 from agent.core.sockets import TcpState
 from agent.core.status import State
 from agent.export.cluster import Cluster, ClusterCollector
+from agent.export.condition import Condition, ConditionCollector
 from agent.export.connections import Connections, Page
 from agent.flows.sockets import PodSockets
 
@@ -119,6 +120,7 @@ class Metrics:
         connections: Connections | None = None,
         sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
         cluster: Callable[[], Cluster] = Cluster,
+        condition: Callable[[], Condition | None] = lambda: None,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
         self.registry = r = CollectorRegistry(auto_describe=True)
@@ -129,6 +131,7 @@ class Metrics:
         r.register(_Exits(exits))
         r.register(_Sockets(sockets))
         r.register(ClusterCollector(cluster))
+        r.register(ConditionCollector(condition))
         self.drift = Counter(
             "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
         )

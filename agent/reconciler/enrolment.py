@@ -12,7 +12,7 @@ from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import Facts, PodNetns
-from agent.reconciler.parts import Accounting, Counting, Namespaces, Outside
+from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside
 from agent.reconciler.settle import Settled, settle, settle_each, verify, verify_each
 from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching
 
@@ -50,10 +50,12 @@ class Enrolment:
         switching: Switching,
         counting: Counting | None,
         accounting: Accounting | None = None,
+        listening: Listening | None = None,
         *,
         preserve: bool,
     ) -> None:
         """`preserve`: connections from before a pod's enrolment run on."""
+        self._listening = listening
         self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
         self._switching, self._counting, self._accounting = switching, counting, accounting
 
@@ -133,7 +135,10 @@ class Enrolment:
         want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
         if self._counting:
             self._counting.count(pod.uid, target, want, now=True)
-        return verify_each(target, wants)
+        found = verify_each(target, wants)
+        if self._listening and (missing := self._listening.missing(target)):
+            found["ztunnel"] = ((f"nothing listens on {', '.join(map(str, missing))}",), "")
+        return found
 
     def forget(self, pod: Pod) -> None:
         """The pod is not captured, and that is noted."""

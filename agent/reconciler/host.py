@@ -99,6 +99,10 @@ class HostLoop:
         if self._claims.release(uid):
             self._wake()
 
+    def claimed(self, uid: str) -> tuple[str, ...]:
+        """The pod's addresses that are to be exempt."""
+        return self._claims.of(uid)
+
     def complete(self) -> None:
         """Every enrolled pod has claimed: from now on entries of nobody go. Until then none does."""
         if not self._complete:

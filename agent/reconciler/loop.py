@@ -87,6 +87,7 @@ class Reconciler:
             Switching(choice, carried),
             counting,
             accounting,
+            listening,
             preserve=settings.preserve_connections,
         )
         self._schedule = Schedule(settings.verify_seconds, random)

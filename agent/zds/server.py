@@ -133,6 +133,11 @@ class ZdsServer:
         newest = self._connections[-1].acked if self._connections else {}
         return sum(newest.get(uid) != offer for uid, offer in self._offers.items())
 
+    def acknowledged(self, uid: str) -> bool:
+        """Whether the newest connection has taken this pod as it is now."""
+        offer = self._offers.get(uid)
+        return bool(offer and self._connections and self._connections[-1].acked.get(uid) == offer)
+
     async def serve(self) -> None:
         """Until cancelled."""
         await serve(self.path, socket.SOCK_SEQPACKET, self._serve_one)

@@ -50,6 +50,10 @@ class Claims:
         if not self._on[address]:
             del self._on[address]
 
+    def of(self, uid: str) -> tuple[str, ...]:
+        """Those that are the pod's by now: of two that claim one address the newer has it."""
+        return tuple(address for address in self._of.get(uid, ()) if self._on[address][-1] == uid)
+
     def want(self, probe_ipv4: str, probe_ipv6: str, *, ipv6: bool, complete: bool) -> HostProbes:
         """What the host has to hold; `complete` says that all enrolled pods have claimed."""
         members = MappingProxyType({address: on[-1] for address, on in sorted(self._on.items())})

@@ -2,61 +2,17 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import socketserver
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.fakeagent import FakeAgent
 
 from agent.__main__ import main
 from agent.cli import output
-
-COMMANDS = [
-    "agent", "ztunnel", "lab", "lab up", "lab demo", "lab down", "lab exec", "lab pods", "status", "pods", "explain",
-    "verify", "diff", "rules", "rules render",
-]  # fmt: skip
-
-
-class FakeAgent:
-    """Answers by (method, path) and notes what was asked, with the query."""
-
-    def __init__(self, folder: Path) -> None:
-        self.answers: dict[str, tuple[int, Any]] = {}
-        self.asked: list[str] = []
-        fake = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                fake.asked.append(f"{self.command} {self.path}")
-                status, answer = fake.answers[self.path.split("?")[0]]
-                body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-                if status == 0:
-                    self.wfile.write(body)
-                    return
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body)
-
-            do_POST = do_GET
-
-            def log_message(self, *_: object) -> None: ...
-
-            def address_string(self) -> str:
-                return "unix"
-
-        self.server = socketserver.UnixStreamServer(str(folder / "agent.sock"), Handler)
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.thread.join()
-        self.server.server_close()
 
 
 @pytest.fixture
@@ -72,22 +28,6 @@ def row(result: str = "ok", **facts: Any) -> dict[str, Any]:
         "namespace": "shop", "name": "web", "state": "enabled", "result": result, "differences": [], "scripts": {},
         "error": "", **facts,
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main([*command.split(), "--help"])
-    assert end.value.code == 0
-    assert f"usage: sluice{' ' + command if command else ''} " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("argv", [[], ["frobnicate"], ["explain"], ["pods", "-o", "xml"], ["rules"], ["diff"]])
-def test_what_is_no_command_is_exit_code_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(argv)
-    assert end.value.code == 2
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("argv", ["status", "pods", "explain web", "verify --all", "diff web"])
@@ -216,3 +156,13 @@ def test_forms(capsys: pytest.CaptureFixture[str]) -> None:
     for form, wanted in wanted_by.items():
         output.emit(form, {"b": 1, "a": [2]}, "T")
         assert capsys.readouterr().out == wanted
+
+
+def test_pods_of_one_namespace(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {"state": "enabled", "reason": "r", "backend": "b", "error": "", "repairs": 0, "verified": 0.0,
+             "addresses": []}  # fmt: skip
+    agent.answers["/v1/pods"] = (200, [{"namespace": one, "name": "web", **facts} for one in ("bank", "shop")])
+    assert main(["pods", "-n", "shop", "-o", "json"]) == 0
+    assert [row["namespace"] for row in json.loads(capsys.readouterr().out)] == ["shop"]
+    assert main(["pods", "--namespace", "none"]) == 0
+    assert capsys.readouterr().out == "No pods of namespace none on this node.\n"

@@ -130,7 +130,7 @@ def test_ctrl_c_is_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes(run: Any, argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run(Agent(), *argv)
-    assert end.value.code == 2 and "sluice connections: error: " in capsys.readouterr().err
+    assert end.value.code == 2 and "sluice: connections: -" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

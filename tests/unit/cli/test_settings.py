@@ -80,3 +80,18 @@ def test_mistakes_in_environment_and_flags_are_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLUICE_BACKNED", "x")
     with pytest.raises(SettingsError, match=r"^\$SLUICE_BACKNED: unknown setting"):
         load()
+
+
+def test_where_settings_come_from_and_what_their_flags_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "sluice.yaml"
+    file.write_text("backend: nftables\nipv6: false\nnode_name: x\n")
+    monkeypatch.setenv("SLUICE_IPV6", "true")
+    parser = argparse.ArgumentParser()
+    from_user.add_options(parser)
+    args = parser.parse_args(["--config", str(file), "--backend", "ebpf"])
+    assert from_user.places(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
+    takes = {key: from_user.takes(key) for key in ("ipv6", "offline_pods", "run_dir", "exempt_pods", "verify_seconds")}
+    assert takes == {
+        "ipv6": "true|false", "offline_pods": "by-namespace|refuse", "run_dir": "PATH", "exempt_pods": "LIST",
+        "verify_seconds": "SECONDS",
+    }  # fmt: skip

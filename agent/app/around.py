@@ -1,0 +1,23 @@
+"""What `sluice explain` is told of a pod's surroundings, from the parts that know them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from agent.export.explaining import Around
+from agent.reconciler.host import HostLoop
+from agent.sources.listening import Listening
+from agent.sources.namespaces import Namespaces
+from agent.zds.server import ZdsServer
+
+
+def around(
+    zds: ZdsServer, namespaces: Namespaces, listening: Listening, host: HostLoop, places: Mapping[str, str]
+) -> Around:
+    """`places` as agent.cli.settings.places has it."""
+
+    def silent(uid: str) -> tuple[int, ...] | None:
+        target = namespaces.opened(uid)
+        return None if target is None else listening.missing(target)
+
+    return Around(zds.acknowledged, silent, lambda: host.status, host.claimed, places)

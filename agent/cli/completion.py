@@ -1,0 +1,58 @@
+"""`sluice help`, `version` and `completion`: about the program itself."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import signal
+from typing import Any
+
+from agent.cli import client, output
+from agent.core.errors import SluiceError
+
+_PATIENCE = 1.0  # seconds that a shell is kept waiting for names
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser("help", help="the help of a command")
+    parser.add_argument("words", metavar="COMMAND", nargs="*", help="as in explain, or lab up")
+    parser = subparsers.add_parser("version", help="the version of this program")
+    output.add_option(parser)
+    parser.set_defaults(run=_version)
+    parser = subparsers.add_parser("completion", help="what makes a shell complete commands, options and pods")
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish", "pods"), help="bash, zsh or fish")
+    client.add_option(parser)
+    parser.set_defaults(run=_completion)
+
+
+def _version(args: argparse.Namespace) -> int:
+    value = {"version": args.version_text, "python": platform.python_version(), "kernel": platform.release()}
+    output.emit(args.output, value, f"sluice {args.version_text}")
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    if args.shell == "pods":
+        print("".join(f"{name}\n" for name in _pods(args.run_dir)), end="")
+        return 0
+    from agent.cli import shells, tree
+
+    print(shells.script(args.shell, tree.of(args.whole())), end="")
+    return 0
+
+
+def _pods(run_dir: str) -> list[str]:
+    """Of this node; none when nobody answers in time."""
+
+    def late(*_: object) -> None:
+        raise SluiceError("no answer in time")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
+    try:
+        rows = client.ask(run_dir, "/v1/pods")
+        return [f"{row['namespace']}/{row['name']}" for row in rows]
+    except SluiceError:
+        return []
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

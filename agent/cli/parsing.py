@@ -1,0 +1,96 @@
+"""How the command line is read: mistakes are one line with the nearest right word; help has what `manual` adds."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+_CHOICE = re.compile(r"argument (.+?): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+_REQUIRED = "the following arguments are required: "
+_UNKNOWN = "unrecognized arguments: "
+_MANY = 12  # options that a line of usage may list
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the program, of a command, or of a command in a group."""
+
+    def __init__(self, **words: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **words})
+
+    @property
+    def command(self) -> str:
+        """As in "lab up"; "" for the program."""
+        return self.prog.partition(" ")[2]
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2, and one line that begins as all errors do."""
+        words = f"{self.command}: " if self.command else ""
+        self.exit(2, f"sluice: {words}{self._plain(' '.join(message.split()))}\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Nobody else takes what this parser does not know, so here the nearest option can be told."""
+        found, extra = super().parse_known_args(args, namespace)
+        if extra:
+            self.error(_UNKNOWN + extra[0])
+        return found, extra
+
+    def format_help(self) -> str:
+        from agent.cli import manual  # for people who ask: no other run pays for its texts
+
+        if len(self._actions) > _MANY:
+            takes = (one.metavar for one in self._actions if not one.option_strings)
+            self.usage = " ".join((self.prog, "[OPTION]...", *(str(word) for word in takes if word)))
+        if (page := manual.PAGES.get(self.command)) is not None:
+            self.description, self.epilog = page.description, page.epilog
+        return super().format_help()
+
+    def _plain(self, message: str) -> str:
+        see = f"see `{self.prog} --help`"
+        if message.startswith(_REQUIRED):
+            return f"{message.removeprefix(_REQUIRED)} is missing; {see}"
+        if message.startswith(_UNKNOWN):
+            word = message.removeprefix(_UNKNOWN)
+            if not word.startswith("-"):
+                return f"{word!r} is one word too many; {see}"
+            options = (option for action in self._actions for option in action.option_strings)
+            return f"unknown option {word}; {_meant(word.partition('=')[0], options)}{see}"
+        if (found := _CHOICE.fullmatch(message)) is not None:
+            place, word, choices = found[1], found[2], [one.strip(" '") for one in found[3].split(",")]
+            if place == "COMMAND":
+                return f"unknown command {word!r}; {_meant(word, choices)}{see}"
+            return f"{place}: {word!r} is none of {', '.join(choices)}"
+        return f"{message.removeprefix('argument ')}; {see}"
+
+
+def _meant(word: str, choices: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, list(choices), 1, 0.55)
+    return f"did you mean {near[0]}? " if near else ""
+
+
+class Program(Parser):
+    """The program itself: its help has the commands in sections, one line each."""
+
+    def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **words: Any) -> None:
+        super().__init__(**words)
+        self._sections, self._about = sections, about
+
+    def format_help(self) -> str:
+        from agent.cli import manual
+
+        lines = self._lines()
+        named = [name for _, names in self._sections for name in names]
+        rest = ("More", [name for name in lines if name not in named])
+        text = [f"usage: {self.prog} COMMAND [OPTION]...", self._about]
+        for title, names in (*self._sections, rest):
+            if there := [f"  {name:<13} {lines[name]}" for name in names if name in lines]:
+                text.append("\n".join([f"{title}:", *there]))
+        return "\n\n".join([*text, manual.TOP]) + "\n"
+
+    def _lines(self) -> dict[str, str]:
+        """Command -> what it does."""
+        (commands,) = (one for one in self._actions if isinstance(one, argparse._SubParsersAction))
+        return {one.dest: str(one.help or "") for one in commands._choices_actions}

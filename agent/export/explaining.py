@@ -1,0 +1,261 @@
+"""All that is known of one pod, for `sluice explain`: why it is captured or not, and whether that holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from agent.core import names
+from agent.core.considered import Origin, considered
+from agent.core.desired import Decision, decide, enrols_namespace, options
+from agent.core.errors import SluiceError
+from agent.core.exclusions import PREFIXES
+from agent.core.pods import Pod, PodTable, mode
+from agent.core.settings import Settings
+from agent.export.advice import advise
+from agent.export.http import Request
+from agent.export.records import Records
+from agent.reconciler.host import HostStatus
+from agent.reconciler.loop import Reconciler
+from agent.sources.beside import Beside
+
+_COUNTED = 500  # connections that ended, of which the answer tells what became
+_SHOWN = 5  # of the leaked and failed ones
+_ALIKE = 3  # names that a wrong one may have been meant for
+_PROXY = "ztunnel"  # what an inspection calls listeners that are missing, which are no layer of rules
+Found = dict[str, tuple[tuple[str, ...], str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """What surrounds a pod besides its rules; asked by UID.
+
+    `acknowledged`: the newest ztunnel took it as it is now. `silent` (blocking): ports of ztunnel on which nothing
+    listens in it, None when its namespace is not open; raises SluiceError. `host`: how the node's probes are exempt;
+    `exempt`: the pod's addresses there. `places`: where each setting that was given comes from, as in "sluice.yaml:3";
+    the others are defaults.
+    """
+
+    acknowledged: Callable[[str], bool]
+    silent: Callable[[str], tuple[int, ...] | None]
+    host: Callable[[], HostStatus]
+    exempt: Callable[[str], tuple[str, ...]]
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Explaining:
+    """Answers GET /v1/explain. `node` is what is known of the node; without `around` some of the answer is null."""
+
+    settings: Settings
+    table: PodTable
+    reconciler: Reconciler
+    beside: Beside
+    node: Callable[[], Mapping[str, Any]]
+    records: Records | None = None
+    around: Around | None = None
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        """Raises SluiceError for a name that is no pod's here, or that of several."""
+        pod = self._one(request.query.get("pod", ""))
+        (found, error), ztunnel, connections = await asyncio.gather(
+            self._inspect(pod), self._ztunnel(pod), self._connections(pod)
+        )
+        rules = {layer: what for layer, what in found.items() if layer != _PROXY}
+        decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
+        told = {
+            "namespace": pod.namespace,
+            "name": pod.name,
+            "uid": pod.uid,
+            "addresses": list(pod.addresses),
+            **status.as_dict(),
+            "decision": "enrolled" if decision.enrolled else "excluded",
+            "considered": _considered(pod, self.settings),
+            "redirect": asdict(decision.redirect) if decision.redirect else None,
+            "netns": pod.netns_path,
+            "source": pod.source,
+            "container_id": pod.container_id,
+            "in_kernel": "unknown" if error else "drifted" if rules else "as wanted",
+            "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
+            "inspect_error": error,
+            "beside": {direction: asdict(counts) for direction, counts in self.beside.totals(pod.uid).items()},
+            "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
+            "node": self.node().get("node", ""),
+            "decided": decision.reason,  # while `reason` is that of the last pass
+            "facts": self._facts(pod),
+            "options": self._options(pod, decision),
+            "layers": self._layers(decision, rules, error),
+            "ztunnel": ztunnel,
+            "annotation": self._annotation(pod),
+            "exemption": self._exemption(pod, decision),
+            "connections": connections,
+        }
+        return {**told, "advice": advise(told, kubernetes=self._kubernetes, static=self.settings.static_pods)}
+
+    @property
+    def _kubernetes(self) -> bool:
+        return self.settings.kube_server not in ("", "none")
+
+    def _place(self, setting: str) -> str:
+        if self.around is None:
+            same = getattr(self.settings, setting) == getattr(Settings(), setting)
+            return "default" if same else "set"
+        return self.around.places.get(setting, "default")
+
+    def _facts(self, pod: Pod) -> list[dict[str, Any]]:
+        """In the order in which they are asked; the first that says something decides."""
+        rows, decided = list[dict[str, Any]](), False
+        for fact in considered(pod, self.settings):
+            says = fact.enrols is not None
+            place = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
+            effect = f"would have said: {fact.effect}" if says and decided else fact.effect
+            rows.append(
+                {
+                    "key": fact.key,
+                    "value": fact.value,
+                    "origin": fact.origin.value,
+                    "place": place,
+                    "effect": effect,
+                    "decides": says and not decided,
+                }
+            )
+            decided |= says
+        return rows
+
+    def _options(self, pod: Pod, decision: Decision) -> list[dict[str, Any]]:
+        """Of the wanted Redirect; none of an excluded pod."""
+        if decision.redirect is None:
+            return []
+        return [
+            {
+                "option": one.name,
+                "value": asdict(one.value) if one.name == "exclude" else one.value,
+                "origin": one.origin.value,
+                "key": one.key,
+                "place": self._place(one.key) if one.origin is Origin.SETTING else "",
+            }
+            for one in options(pod, self.settings)[0]
+        ]
+
+    def _layers(self, decision: Decision, found: Found, error: str) -> list[dict[str, Any]]:
+        """Those of the chosen backend, and what differs in others."""
+        wanted = [layer.name for layer in self.reconciler.choice.active] if decision.enrolled else []
+        return [
+            {
+                "layer": name,
+                "in_sync": None if error else name not in found,
+                "differences": list(found.get(name, ((), ""))[0]),
+                "script": found.get(name, ((), ""))[1],
+            }
+            for name in dict.fromkeys((*wanted, *found))
+        ]
+
+    def _annotation(self, pod: Pod) -> dict[str, Any] | None:
+        """As the API server had it last; None of a pod that it does not know."""
+        known = self.table.kube(pod.uid)
+        return {"key": names.REDIRECTION, "value": known.annotations.get(names.REDIRECTION, "")} if known else None
+
+    def _exemption(self, pod: Pod, decision: Decision) -> dict[str, Any] | None:
+        if self.around is None or not decision.enrolled:
+            return None
+        status, exempt = self.around.host(), list(self.around.exempt(pod.uid))
+        return {"mechanism": status.mechanism, "ok": status.ok, "error": status.error, "addresses": exempt}
+
+    async def _ztunnel(self, pod: Pod) -> dict[str, Any]:
+        told = {
+            "connections": self.node().get("ztunnel_connections"),
+            "acknowledged": None,
+            "listening": None,
+            "silent": None,
+            "error": "",
+        }
+        if (around := self.around) is None:
+            return told
+        try:
+            silent = await asyncio.to_thread(around.silent, pod.uid)
+        except (SluiceError, OSError) as error:
+            return {**told, "acknowledged": around.acknowledged(pod.uid), "error": str(error)}
+        told["acknowledged"] = around.acknowledged(pod.uid)
+        if silent is not None:
+            told["silent"] = list(silent)
+            told["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in silent]
+        return told
+
+    async def _connections(self, pod: Pod) -> dict[str, Any]:
+        """What became of the last ones, by direction, fate and reason, and those of them that look wrong."""
+        told = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "wrong": []}
+        if self.records is None:
+            return told
+        query = {"pod": pod.uid, "limit": str(_COUNTED)}
+        try:
+            answer = await self.records.connections(Request("GET", "/v1/connections", query))
+        except (SluiceError, OSError) as error:
+            return {**told, "error": str(error)}
+        live, ended = answer["live"], answer["ended"]
+        counts = Counter((row["direction"], row["fate"], row["reason"]) for row in (*live, *ended))
+        wrong = [row for row in (*ended, *live) if row["fate"] == "leaked" or not row["established"]]
+        return {
+            "collector": answer["collector"],
+            "error": "",
+            "live": len(live),
+            "ended": len(ended),
+            "fates": [
+                {"direction": direction, "fate": fate, "reason": reason, "connections": count}
+                for (direction, fate, reason), count in counts.most_common()
+            ],
+            "wrong": wrong[-_SHOWN:],
+        }
+
+    async def _inspect(self, pod: Pod) -> tuple[Found, str]:
+        try:
+            return await self.reconciler.inspect(pod), ""
+        except (SluiceError, OSError) as error:
+            return {}, str(error)
+
+    def _one(self, name: str) -> Pod:
+        found = self.table.find(name)
+        if not found:
+            raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
+        if len(found) > 1:
+            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
+        return found[0]
+
+    def _missing(self, name: str) -> str:
+        """What is known all the same, and where to look."""
+        for known in filter(None, map(self.table.kube, self.table.kube_uids())):
+            if name in (known.uid, known.key, known.name):
+                why = "it has ended" if known.ended else "no container of it has run, and nobody announced its sandbox"
+                look = f"kubectl -n {known.namespace} describe pod {known.name}"
+                return f"Kubernetes has {known.key} here, but {why}; see `{look}`"
+        namespace, _, alone = name.rpartition("/")
+        alike = sorted(pod.key for pod in self.table if alone and alone in pod.name)[:_ALIKE]
+        lines = [self._namespace(namespace)] if namespace else []
+        if self._kubernetes and namespace:
+            lines.append(f"`kubectl -n {namespace} get pod {alone} -o wide` says where it runs")
+        meant = f"did you mean {' or '.join(alike)}? " if alike else ""
+        return meant + "; ".join((*filter(None, lines), "`sluice pods` lists those that are here"))
+
+    def _namespace(self, name: str) -> str:
+        if name in self.settings.exclude_namespaces or name == self.settings.own_namespace:
+            return f"pods of namespace {name} are never captured"
+        labels = self.table.namespace_labels(name)
+        if labels is None:
+            return f"Kubernetes has no namespace {name}" if self._kubernetes and self.table.namespaces() else ""
+        return f"namespace {name} {'enrols' if enrols_namespace(labels, self.settings) else 'does not enrol'} its pods"
+
+
+def _considered(pod: Pod, settings: Settings) -> dict[str, str]:
+    """Every fact that may decide about a pod or how it is captured, by a name for people; `facts` is what decided."""
+    return {
+        f"pod label or annotation {names.DATAPLANE_MODE}": mode(pod) or "not set",
+        f"namespace label {names.DATAPLANE_MODE}": pod.namespace_labels.get(names.DATAPLANE_MODE, "not set"),
+        "host network": str(pod.host_network).lower(),
+        f"annotation {names.SIDECAR_STATUS}": "set" if names.SIDECAR_STATUS in pod.annotations else "not set",
+        "setting exclude_namespaces": ", ".join(settings.exclude_namespaces) or "empty",
+        f"annotation {names.DNS_CAPTURE}": pod.annotations.get(names.DNS_CAPTURE, "not set"),
+        f"annotation {names.BYPASS_INBOUND}": pod.annotations.get(names.BYPASS_INBOUND, "not set"),
+        **{f"annotation {key}": pod.annotations[key] for key in sorted(pod.annotations) if key.startswith(PREFIXES)},
+    }

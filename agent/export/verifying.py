@@ -1,0 +1,116 @@
+"""What `sluice verify --all` asks besides the pods: whatever of the node their capture depends on, a row each.
+
+A row has the shape of a pod's: `result` is ok, drift (something is wrong, `differences` or `error` say what) or unknown
+(it could not be looked at). Its name stands in brackets, which no pod's can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from agent.core.errors import SluiceError
+from agent.reconciler.host import HostLoop
+from agent.sources.bypassing import Remembered
+from agent.zds.server import ZdsServer
+
+if TYPE_CHECKING:
+    from agent.install.installer import Installer
+
+Row = dict[str, Any]
+Found = Mapping[str, tuple[tuple[str, ...], str]]  # what differs, per layer: lines, and the script that puts it right
+Part = Callable[[bool], Awaitable[list[Row]]]  # called with whether to put right what differs first
+
+
+def row(name: str, state: str, found: Found | None = None, error: str = "", *, unknown: bool = False) -> Row:
+    found = found or {}
+    return {
+        "namespace": "",
+        "name": name,
+        "state": state,
+        "result": "unknown" if unknown else "drift" if found or error else "ok",
+        "differences": lines(found),
+        "scripts": {layer: script for layer, (_, script) in found.items()},
+        "error": error,
+    }
+
+
+def lines(found: Found) -> list[str]:
+    return [f"{layer}: {line}" for layer, (differences, _) in found.items() for line in differences]
+
+
+def probes(host: HostLoop) -> Part:
+    """The exemption of the node's probes."""
+
+    async def rows(repair: bool) -> list[Row]:
+        name = "(probes of the node)"
+        try:
+            if repair:
+                await host.settled()
+            return [row(name, host.status.mechanism, await host.inspect(), host.status.error)]
+        except (SluiceError, OSError) as failure:
+            return [row(name, host.status.mechanism, error=str(failure), unknown=True)]
+
+    return rows
+
+
+def installation(installer: Installer) -> Part:
+    """The plugin's binary, and our list: the runtime's first, around what the primary CNI has now."""
+
+    async def rows(repair: bool) -> list[Row]:
+        if repair:
+            installer.step()
+        look = installer.look()
+        todo = (*(("install the plugin",) if look.binary else ()), *map(str, look.verdict.actions))
+        error = look.error or look.verdict.error or ("" if look.right or todo else "there is no configuration of ours")
+        found = {"cni": (todo, "")} if todo else {}
+        return [row("(CNI installation)", installer.mode, found, error, unknown=bool(look.error))]
+
+    return rows
+
+
+def ztunnel(zds: ZdsServer) -> Part:
+    """The proxy's connection. Whether it listens is told of each pod."""
+
+    async def rows(_: bool) -> list[Row]:
+        late, error = zds.unacknowledged, ""
+        if not zds.connections:
+            error = f"no ztunnel is connected to {zds.path}; start it: traffic of captured pods is refused until then"
+        elif late:
+            error = f"{late} pod{'s are' if late > 1 else ' is'} not acknowledged yet"
+        return [row("(ztunnel)", f"{zds.connections} connected", error=error)]
+
+    return rows
+
+
+def sources(missing: Callable[[], str], failing: Callable[[], str]) -> Part:
+    """Where pods are told from. `missing`: why not all are known, so that nobody can tell; `failing`: what is out of
+    date, or not done."""
+
+    async def rows(_: bool) -> list[Row]:
+        words = missing()
+        return [row("(sources of pods)", "", error=words or failing(), unknown=bool(words))]
+
+    return rows
+
+
+def bypassing(find: Callable[[], Iterable[Remembered]]) -> Part:
+    """Pods that run, should be captured and are not known here. `find` blocks."""
+
+    async def rows(_: bool) -> list[Row]:
+        try:
+            found = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
+        except (SluiceError, OSError) as error:
+            return [row("(pods that nobody announced)", "", error=str(error), unknown=True)]
+        return [
+            {**row(one.pod.name, "bypassing", error=_KNOWN if one.chained else _MADE), "namespace": one.pod.namespace}
+            for one in found
+        ]
+
+    return rows
+
+
+_ANEW = "stop the pod, so that it is made anew"
+_MADE = f"not captured: it was made by a CNI configuration without sluice-cni; {_ANEW}"
+_KNOWN = f"runs, and the agent does not know it: its note is lost; {_ANEW}"

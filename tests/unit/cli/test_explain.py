@@ -1,0 +1,195 @@
+"""`sluice explain` as a user reads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agent.__main__ import main
+from agent.cli import explain
+from agent.core.considered import considered
+from agent.core.pods import Pod
+from agent.core.settings import Settings
+
+AMBIENT = {"istio.io/dataplane-mode": "ambient"}
+LEAKED = {
+    "direction": "outbound", "fate": "leaked", "reason": "raw", "remote": "10.0.0.9:80", "close": "reset",
+    "established": True, "closed": 9_990.0, "opened": 9_900.0, "command": "curl", "process": 7, "user": 1000,
+}  # fmt: skip
+FAILED = {**LEAKED, "direction": "inbound", "fate": "captured", "reason": "", "established": False, "process": 0}
+
+
+def facts(pod: Pod) -> list[dict[str, Any]]:
+    rows = [
+        {"key": one.key, "value": one.value, "origin": one.origin.value, "place": "", "effect": one.effect,
+         "decides": False}
+        for one in considered(pod, Settings())
+    ]  # fmt: skip
+    rows[-2]["decides"], rows[3]["place"] = True, "sluice.yaml:3"
+    return rows
+
+
+def captured(**changes: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "namespace": "shop", "name": "web", "uid": "u1", "addresses": ["10.0.0.2"], "state": "enabled",
+        "reason": "the pod says so", "backend": "nftables", "error": "", "retry": None, "repairs": 1, "outside": 0,
+        "notes": ["lo lacks ::1"], "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
+        "decision": "enrolled", "redirect": {"dns": True}, "netns": "/run/netns/web", "source": "cni",
+        "in_kernel": "as wanted", "differences": [], "inspect_error": "",
+        "beside": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
+        "recent_repairs": [
+            {"time": 9_000.0, "layer": "nftables", "differences": ["a", "b"], "cause": "nft[7]", "seconds": 0.0021},
+        ],
+        "node": "n1", "decided": "the pod says so",
+        "facts": facts(Pod("u1", "shop", "web", annotations=AMBIENT)),
+        "options": [
+            {"option": "dns", "value": False, "origin": "pod annotation", "key": "dns-capture", "place": ""},
+            {"option": "dns_to", "value": [], "origin": "setting", "key": "dns_capture_to", "place": "default"},
+            {"option": "ingress_only", "value": False, "origin": "fixed", "key": "", "place": ""},
+            {"option": "exclude", "value": {"users": [[0, 0], [5, 9]], "interfaces": []}, "origin": "pod annotation",
+             "key": "x", "place": ""},
+        ],
+        "layers": [{"layer": "routing", "in_sync": True, "differences": [], "script": ""},
+                   {"layer": "nftables", "in_sync": True, "differences": [], "script": ""}],
+        "ztunnel": {"connections": 1, "acknowledged": True, "listening": [15001], "silent": [], "error": ""},
+        "annotation": {"key": "ambient.istio.io/redirection", "value": "enabled"},
+        "exemption": {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]},
+        "connections": {"collector": "ebpf", "error": "", "live": 1, "ended": 2, "fates": [
+            {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 2}], "wrong": [LEAKED, FAILED]},
+        "advice": "",
+    }  # fmt: skip
+    return {**told, **changes}
+
+
+TEXT = """\
+Pod:       shop/web  (UID u1, node n1)
+Captured:  yes by nftables: the pod says so
+Do:        nothing
+Note:      lo lacks ::1
+
+Decision
+      ASKED                    FOUND                   FROM                     EFFECT
+      host network             no                      pod                      -
+      sidecar.istio.io/status  -                       pod annotation           -
+      app                      -                       pod label                -
+      exclude_namespaces       kube-system             setting (sluice.yaml:3)  -
+      own_namespace            -                       setting                  -
+      exempt_pods              istio-system/ztunnel-*  setting                  -
+      runtime class            -                       pod                      -
+      unsupported_runtimes     gvisor                  setting                  -
+      ended                    no                      pod                      -
+      istio.io/dataplane-mode  -                       pod label                -
+  ->  istio.io/dataplane-mode  ambient                 pod annotation           enrols
+      istio.io/dataplane-mode  -                       namespace label          -
+
+Wanted
+  OPTION        VALUE        FROM
+  dns           no           pod annotation dns-capture
+  dns_to        any          setting dns_capture_to (default)
+  ingress_only  no           default
+  exclude       users=0,5-9  pod annotation x
+
+Holds
+  In the kernel:  as wanted
+    routing:      as wanted
+    nftables:     as wanted
+  ztunnel:        took the pod
+  Listeners:      15001
+  Node's probes:  exempt by nftables for 10.0.0.2
+  Probe:          probe from the node on 10.0.0.2:80: ok
+  Annotation:     ambient.istio.io/redirection=enabled
+
+Connections
+  1 live, and the last 2 that ended, by ebpf
+       2 outbound leaked (raw)
+  DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
+  out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
+  in   captured      reset, never established  10.0.0.9:80  -                        10s
+  beside, outbound: 3 packets, 252 bytes, neither TCP nor captured DNS
+
+Repaired
+  AGO  LAYER     TOOK    CHANGED BY  WHAT DIFFERED
+  16m  nftables  2.1 ms  nft[7]      a; b
+
+State:       enabled, verified 5s ago
+Addresses:   10.0.0.2
+Namespace:   /run/netns/web
+Known from:  cni"""
+
+
+def test_all_of_it() -> None:
+    assert explain.explained(captured(), 10_000.0) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"decision": "excluded", "backend": ""}, "no, excluded: the pod says so"),
+        ({"decision": "excluded", "differences": ["x"], "redirect": None}, "no, excluded, but rules of ours are left:"),
+        ({"state": "waiting"}, "not looked at yet, to be enrolled: the pod says so"),
+        ({"state": "pending"}, "not yet: its rules are there, but no ztunnel has it, so its traffic is refused"),
+        ({"state": "failed", "error": "no memory"}, "NO, though it should be: no memory"),
+        ({"inspect_error": "no memory"}, "unknown by nftables: no memory"),
+        ({"in_kernel": "drifted", "layers": [{"layer": "l", "in_sync": False, "differences": ["a", "b"]}]},
+         "NOT as it should be by nftables: 2 differences in the kernel; enrolled: the pod says so"),
+        ({"ztunnel": {"connections": 1, "acknowledged": True, "listening": [], "silent": [15001], "error": ""}},
+         "NO by nftables: rules are right, but ztunnel does not listen in it"),
+    ],
+)  # fmt: skip
+def test_the_second_line_names_the_cause(changes: dict[str, Any], line: str) -> None:
+    lines = explain.explained(captured(**changes), 10_000.0).splitlines()
+    assert lines[1].startswith(f"Captured:  {line}")
+    assert lines[2].startswith("Do: ")
+
+
+def test_an_error_with_its_next_try_comes_early() -> None:
+    text = explain.explained(captured(state="failed", error="no memory", retry=1.25, advice="do this"), 10_000.0)
+    assert text.splitlines()[2:4] == ["Do:        do this", "Error:     no memory; next try in 1.2 s"]
+
+
+def test_what_is_missing_is_said() -> None:
+    off = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "wrong": []}
+    silent = {"connections": 0, "acknowledged": False, "listening": [15001], "silent": [15006], "error": ""}
+    host = {"mechanism": "off", "ok": False, "error": "", "addresses": []}
+    text = explain.explained(captured(connections=off, ztunnel=silent, exemption=host, annotation=None), 10_000.0)
+    for words in (
+        "not accounted for: the setting accounting is off", "none is connected to the agent",
+        "15001; MISSING: 15006", "captured as any other connection (setting host_probes)",
+    ):  # fmt: skip
+        assert words in text
+    assert "Annotation" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "asked"),
+    [
+        (["web"], "web"), (["shop/web"], "shop/web"), (["-n", "shop", "web"], "shop/web"),
+        (["web", "--namespace", "shop"], "shop/web"), (["-n", "shop", "shop/web"], "shop/web"),
+    ],
+)  # fmt: skip
+def test_which_pod_is_asked_for(
+    argv: list[str], asked: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list[str]()
+
+    def ask(run_dir: str, path: str, **query: str) -> Any:
+        found.append(query["pod"])
+        return captured()
+
+    monkeypatch.setattr(explain.client, "ask", ask)
+    assert main(["explain", *argv]) == 0
+    assert found == [asked] and capsys.readouterr().out.startswith("Pod:       shop/web")
+
+
+def test_two_namespaces_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "-n", "bank", "shop/web"]) == 2
+    assert capsys.readouterr().err == "sluice: shop/web: not of namespace bank; give the namespace once\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0, "0s"), (119, "119s"), (120, "2m"), (7199, "119m"), (7200, "2h"), (200_000, "2d")]
+)
+def test_ago(seconds: int, said: str) -> None:
+    assert explain.ago(1_000.0, 1_000.0 + seconds) == said
+    assert explain.ago(0.0, 5.0) == ""
