@@ -31,7 +31,7 @@ from agent.migration import istio
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts, Programmed
 from agent.sources import existing
 
-_RUN_DIR = "/var/run/istio-cni"
+RUN_DIR = "/var/run/istio-cni"
 _COMMAND = "install-cni"  # the program of its DaemonSet
 _CACHE = "/var/lib/cni/results"  # libcni.CacheDir; of the runtimes CRI-O alone deletes by the lists in it
 _CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # a sidecar's alone; ISTIO_OUTPUT is in both rule sets
@@ -45,7 +45,7 @@ def look(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc
     where = runtime.find(settings, host, proc)
     view = NetDir(host, where.conf.path).view()
     places, entries = list(only), [place.entry for place in istio.places(view)]
-    run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or _RUN_DIR) for one in entries), _RUN_DIR])
+    run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or RUN_DIR) for one in entries), RUN_DIR])
     why, ztunnels = _ours(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"
     return Facts(
@@ -53,7 +53,7 @@ def look(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc
         where.bin.path,
         view,
         binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
-        agent=_agent(host, run_dirs, proc),
+        agent=theirs_runs(host, run_dirs, proc),
         ours=why,
         ztunnels=ztunnels,
         socket=Path(settings.zds_socket).exists(),
@@ -64,7 +64,7 @@ def look(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc
     )
 
 
-def _agent(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
+def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
     """Its socket answers, or its program runs: either may be out of our sight."""
     for run_dir in run_dirs:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -105,7 +105,7 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
         with contextlib.closing(PodNetns(netns)) as target:
             try:
                 found = whose(traces.of_layer(name, layer.read(target)) for name, layer in layers.items())
-                by = SIDECAR if _sidecar(target) else _BY.get(found, "")
+                by = SIDECAR if has_sidecar(target) else _BY.get(found, "")
             except SluiceError as error:
                 problems.append(f"{netns.origin}: {error}")
                 continue
@@ -113,7 +113,7 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
             yield Programmed(netns.origin, by, (pod.name or pod.uid) if pod else "")
 
 
-def _sidecar(target: PodNetns) -> bool:
+def has_sidecar(target: PodNetns) -> bool:
     """nf_tables, where iptables-nft keeps its chains too, and the tables of old iptables if there are any."""
     for message in target.nft.dump(GETCHAIN, 0):
         parts: Mapping[int, bytes] = dict(attributes(message.body[4:]))

@@ -1,0 +1,113 @@
+"""`sluice doctor`: what is wrong with this node, why, and what to type. Works with and without an agent."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+from agent import __version__
+from agent.cli import client, output
+from agent.cli.inforce import in_force
+from agent.core.errors import SluiceError
+from agent.core.text import table
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Finding, Verdict, examine_all, exit_code
+from agent.diagnosis.looking import look
+from agent.diagnosis.registry import CHECKS, chosen
+
+_MOST = 5  # rows of one cause that are shown
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "doctor",
+        help="what is wrong with this node, why, and what to do; exit 1 if anything is",
+    )
+    parser.add_argument("checks", metavar="CHECK", nargs="*", help="these alone (default: all)")
+    parser.add_argument("--list", action="store_true", help="show the checks and what each looks at; look at nothing")
+    parser.add_argument("--config", default="", metavar="FILE", help="settings (default: those of the running agent)")
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    checks = chosen(args.checks)
+    if args.list:
+        rows = [{"check": one.id, "about": one.about, "problems": list(one.problems)} for one in checks]
+        lines = [(row["check"], row["about"], ",".join(row["problems"])) for row in rows]
+        output.emit(args.output, rows, table(("CHECK", "LOOKS WHETHER", "FIELD PROBLEMS"), lines))
+        return 0
+    facts, findings = diagnose(args.run_dir, args.config, checks)
+    output.emit(args.output, value(facts, findings), text(findings))
+    return exit_code(findings)
+
+
+def diagnose(run_dir: str, config: str = "", checks: Sequence[Check] = CHECKS) -> tuple[Facts, tuple[Finding, ...]]:
+    """Raises SettingsError for settings that cannot be used, SluiceError for whoever may not look."""
+    if os.geteuid() != 0:
+        raise SluiceError("this looks into processes and network namespaces of the node; run it as root")
+    settings, source = in_force(run_dir, config)
+    facts = look(settings, source, {name for one in checks for name in one.needs})
+    return facts, examine_all(checks, facts)
+
+
+def value(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
+    """As JSON has it."""
+    counts = Counter(one.verdict.value for one in findings)
+    return {
+        "version": __version__,
+        "node": facts.agent.status.get("node", ""),
+        "agent": facts.left.why or "answers",
+        "settings": facts.source,
+        "summary": {verdict.value: counts[verdict.value] for verdict in Verdict},
+        "checks": [
+            {**asdict(one), "problems": list(one.problems), "verdict": one.verdict.value, "section": one.section}
+            for one in findings
+        ],
+    }
+
+
+def text(findings: Sequence[Finding]) -> str:
+    """A row for each thing found; below those of one cause why and what to do. What could not be seen comes last."""
+    seen = [one for one in findings if one.verdict is not Verdict.UNKNOWN]
+    rows = table(("CHECK", "VERDICT", "FOUND"), [(one.check, one.verdict.value, one.found) for one in seen])
+    head, *lines = rows.splitlines()
+    shown = [head] if seen else []
+    for _, group in groupby(zip(seen, lines, strict=True), lambda pair: (pair[0].check, pair[0].cause)):
+        several = list(group)
+        shown += [line for _, line in several[:_MOST]]
+        if len(several) > _MOST:
+            shown.append(f"    and {len(several) - _MOST} more: -o json has them all")
+        first = several[0][0]
+        if first.verdict is not Verdict.OK:
+            shown += [f"    why:  {first.cause}", f"    do:   {first.remedy}", f"    read: {first.section}"]
+    return "\n".join([*shown, *_unseen(findings), "", _summary(findings)]).lstrip("\n")
+
+
+def _unseen(findings: Sequence[Finding]) -> list[str]:
+    """Checks that could not tell, by the reason."""
+    reasons: dict[str, list[Finding]] = {}
+    for one in findings:
+        if one.verdict is Verdict.UNKNOWN:
+            reasons.setdefault(one.found, []).append(one)
+    lines = [""] if reasons else []
+    for words, these in reasons.items():
+        lines.append(f"not seen: {', '.join(dict.fromkeys(one.check for one in these))}: {words}")
+        lines += [f"    do:   {one.remedy}" for one in these[:1] if one.remedy]
+    return lines
+
+
+def _summary(findings: Sequence[Finding]) -> str:
+    """The checks of each verdict, the worst first; of those that are right only how many."""
+    words = []
+    for verdict in (Verdict.WRONG, Verdict.WARNING):
+        checks = dict.fromkeys(one.check for one in findings if one.verdict is verdict)
+        words += [f"{verdict.value}: {', '.join(checks)}"] if checks else []
+    right = sum(one.verdict is Verdict.OK for one in findings)
+    return "; ".join([*words, f"{right} ok"])

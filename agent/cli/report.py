@@ -1,0 +1,58 @@
+"""`sluice report`: all that somebody needs who is to help, in one file, without secrets."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from agent.cli import client, doctor, output
+from agent.core.text import table
+from agent.diagnosis.bundle import Bundle, safe
+from agent.diagnosis.gathering import gather
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "report",
+        help="write a support bundle without secrets",
+    )
+    parser.add_argument(
+        "--file",
+        default="",
+        metavar="FILE",
+        help="where to (default: sluice-report-NODE-TIME.tar.gz in this directory)",
+    )
+    parser.add_argument("--pod", default="", metavar="POD", help="of the pods this one alone")
+    parser.add_argument(
+        "--addresses", choices=("plain", "hashed"), default="plain", help="hashed: replace each by the same word"
+    )
+    parser.add_argument("--config", default="", metavar="FILE", help="settings (default: those of the running agent)")
+    client.add_option(parser)
+    output.add_option(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    facts, findings = doctor.diagnose(args.run_dir, args.config)
+    node = facts.agent.status.get("node") or socket.gethostname()
+    root = f"sluice-report-{safe(node)}"
+    bundle = Bundle(root, secrets.token_hex(16) if args.addresses == "hashed" else "")
+    gather(bundle, facts, doctor.value(facts, findings), doctor.text(findings), args.pod)
+    path = Path(args.file or f"{root}-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
+    size = bundle.write(path)
+    value = {
+        "file": str(path),
+        "bytes": size,
+        "taken": sorted(bundle.files),
+        "missing": dict(sorted(bundle.missing.items())),
+    }
+    lines = [f"{path}: {len(bundle.files)} files, {size} bytes, readable by root alone"]
+    if bundle.missing:
+        lines += ["", table(("NOT TAKEN", "WHY"), sorted(bundle.missing.items()))]
+    lines += ["", f"Read it before you send it: tar -xzf {path}; MANIFEST lists what is in it."]
+    output.emit(args.output, value, "\n".join(lines))
+    return 0

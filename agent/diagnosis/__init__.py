@@ -1,0 +1,1 @@
+"""`sluice doctor` and `sluice report`: what a node shows of itself, judged; and the same packed for somebody else."""

@@ -1,0 +1,155 @@
+"""Checks of the agent itself: does it answer, is it whole, does it lose anything. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent import __version__
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_MEMORY = 150 << 20  # bytes; what an agent of 250 pods may take (P60h)
+_PER_POD = 6  # descriptors (agent.app.root.main)
+_LEAST = 128  # descriptors of an agent without pods
+_LOG = "journalctl -u sluice -n 50 (or kubectl logs, in Kubernetes)"
+
+
+def _agent(facts: Facts) -> Iterator[Said]:
+    left = facts.left
+    if not left.why:
+        status = facts.agent.status
+        if not status["ready"]:
+            yield wrong(f"the agent is not ready: {status['problem']}", "new pods wait until it is", _LOG)
+        elif status["problem"]:
+            yield warning(status["problem"], "the agent takes pods, but not all of it works", "sluice status; " + _LOG)
+        else:
+            yield ok(f"version {status['version']}, ready, backend {status['backend']}")
+        return
+    listed = any(one.ours for one in facts.cni.files)
+    if not listed and not left.noted:
+        yield unknown(f"{left.why}; nothing of Sluice is installed here", "sluice install, or the chart")
+        return
+    what = [*(["new pods cannot start"] if listed else []), *(["nobody repairs rules"] if left.noted else [])]
+    yield wrong(left.why, f"no agent runs: {', '.join(what)}", "systemctl start sluice; " + _LOG)
+
+
+def _version(facts: Facts) -> Iterator[Said]:
+    running = facts.agent.status["version"]
+    if running == __version__:
+        yield ok(f"agent and command are {running}")
+        return
+    yield warning(
+        f"the agent is {running}, this command is {__version__}",
+        "an upgrade put new files in place and the agent was not restarted, or this is another copy",
+        "systemctl restart sluice (rules stay while it starts)",
+    )
+
+
+def _state(facts: Facts) -> Iterator[Said]:
+    damaged = dict.fromkeys((*facts.left.damaged, *facts.agent.status.get("damaged_state_files", ())))
+    if damaged:
+        yield wrong(
+            f"damaged: {', '.join(damaged)}",
+            "a note of a pod could not be read: the pod keeps its rules, but the agent may not know the pod",
+            f"sluice pods; restart the pod if it is not there; rm {facts.settings.run_dir}/pods/*.damaged",
+        )
+
+
+def _kubernetes(facts: Facts) -> Iterator[Said]:
+    said = facts.agent.status.get("kubernetes", "not set")
+    if said in ("ok", "not set"):
+        yield ok("no API server is set" if said == "not set" else "the API server answers, and all pods are known")
+        return
+    yield wrong(
+        said,
+        "enrolment is decided by the API server's labels: without it, pods that may be enrolled do not start",
+        "check kube_server, the token's file and the agent's ClusterRole; sluice status",
+    )
+
+
+def _static(facts: Facts) -> Iterator[Said]:
+    said = facts.agent.status.get("static_pods", "not set")
+    if said in ("ok", "not set"):
+        yield ok("no file is set" if said == "not set" else f"{facts.settings.static_pods} is read")
+        return
+    yield wrong(said, "the file of static pods cannot be used; what was read before holds on", "repair the file")
+
+
+def _resources(facts: Facts) -> Iterator[Said]:
+    agent = facts.agent
+    if not agent.pid:
+        yield unknown("the agent's process cannot be seen from here", "run it in the node's PID namespace, as root")
+        return
+    expected = _LEAST + _PER_POD * len(agent.pods)
+    room = agent.most_descriptors
+    if room and agent.descriptors > room * 8 // 10:
+        yield wrong(
+            f"{agent.descriptors} of {room} descriptors are open",
+            "with none left no pod can be looked at",
+            "set LimitNOFILE=1048576 in sluice.service, systemctl daemon-reload, systemctl restart sluice",
+        )
+    elif agent.descriptors > 2 * expected:
+        yield warning(
+            f"{agent.descriptors} descriptors are open for {len(agent.pods)} pods; some {expected} are usual",
+            "descriptors leak",
+            "sluice report, and tell us; systemctl restart sluice (frees them, rules stay)",
+        )
+    if agent.resident > _MEMORY:
+        yield warning(
+            f"{agent.resident >> 20} MiB resident",
+            "more than 150 MiB: a very large cluster with kube_peers, or a leak",
+            "set metrics_label_sets lower, or kube_peers: false; sluice report, and tell us",
+        )
+    if agent.descriptors <= 2 * expected and agent.resident <= _MEMORY:
+        yield ok(f"process {agent.pid}: {agent.resident >> 20} MiB, {agent.descriptors} of {room} descriptors")
+
+
+def _records(facts: Facts) -> Iterator[Said]:
+    lost = {name: count for name, count in facts.agent.losses.items() if count}
+    if lost:
+        yield warning(
+            "lost: " + ", ".join(f"{count} {name}" for name, count in lost.items()),
+            "more connections ended at once than could be read in time: totals hold, single records are missing",
+            "set bpf_sizes: records=16777216, and restart the agent",
+        )
+
+
+def _fates(facts: Facts) -> Iterator[Said]:
+    rows = facts.agent.status.get("connections", [])
+    leaked = [row for row in rows if row["fate"] == "leaked" and row["connections"]]
+    if leaked:
+        reasons = ", ".join(f"{row['connections']} {row['reason'] or row['direction']}" for row in leaked)
+        yield warning(
+            f"leaked so far: {reasons}",
+            "connections of enrolled pods went past ztunnel, while rules were missing or from before the enrolment",
+            "sluice connections --fate leaked; the count is the node's, and stays after the cure",
+        )
+        return
+    counted = sum(row["connections"] for row in rows)
+    yield ok(f"{counted} connections counted, none leaked" if counted else "no connection was counted yet")
+
+
+CHECKS = (
+    Check("agent", "the agent runs, answers and is ready", ("P02", "P18"), ("cni",), "", _agent),
+    Check("agent-version", "the running agent is the installed one", ("P58",), ("agent",), "", _version),
+    Check(
+        "agent-state",
+        "no note of a pod is damaged",
+        ("P29",),
+        (),
+        "all notes of pods can be read",
+        _state,
+    ),
+    Check(
+        "agent-resources",
+        "descriptors and memory of the agent",
+        ("P29", "P40", "P41", "P60h", "P60m"),
+        ("agent",),
+        "",
+        _resources,
+    ),
+    Check("kubernetes", "the API server answers the agent", ("P09", "P14"), ("agent",), "", _kubernetes),
+    Check("static-pods", "the file of static pods can be used", (), ("agent",), "", _static),
+    Check("leaks", "no connection of an enrolled pod went past ztunnel", ("P02", "P05"), ("agent",), "", _fates),
+    Check("records", "no record of a connection was lost", ("P60e",), ("agent",), "no record was lost", _records),
+)

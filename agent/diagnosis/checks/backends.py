@@ -1,0 +1,124 @@
+"""Checks of the mechanism: which one, what the kernel lacks for it, one rule set per pod. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.core.host import Variant
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+
+def _backend(facts: Facts) -> Iterator[Said]:
+    status, left = facts.agent.status, facts.left
+    name, reason = status.get("backend", left.backend), status.get("backend_reason", "as recorded")
+    if not name:
+        yield unknown("no backend was chosen here yet", "sluice preflight")
+        return
+    if status and left.backend and left.backend != name:
+        yield warning(
+            f"the agent uses {name}, on disk stands {left.backend}",
+            "the record could not be written or is another agent's: the next start may choose another one",
+            f"ls -la {facts.settings.run_dir}/backend.json; df {facts.settings.run_dir}",
+        )
+    wanted = facts.settings.backend
+    if wanted not in ("auto", name):
+        yield warning(f"{name}: {reason}", f"the setting says {wanted}, which cannot be used here", "sluice preflight")
+    elif left.release and left.release != facts.host.view.release:
+        yield warning(
+            f"{name} was chosen under kernel {left.release}, this is {facts.host.view.release}",
+            "the kernel was upgraded and the agent has not started since",
+            "systemctl restart sluice",
+        )
+    else:
+        yield ok(f"{name}: {reason}")
+
+
+def _preflight(facts: Facts) -> Iterator[Said]:
+    found = facts.preflight
+    if not found.choice:
+        yield wrong(found.reason, "no backend works on this kernel: no pod can be captured", "sluice preflight")
+        return
+    for words in found.selftest:
+        yield wrong(
+            f"{found.choice}: {words}",
+            "rules are taken by the kernel, but packets are not captured",
+            "sluice preflight; set backend to another one",
+        )
+    for one in found.features:
+        if one.lacking:
+            yield wrong(f"{one.name} is missing ({one.words})", f"{found.choice} needs it", one.remedy)
+        elif not one.present:
+            yield warning(f"{one.name} is missing ({one.words})", one.without, one.remedy)
+    if not found.selftest and all(one.present for one in found.features):
+        yield ok(f"{found.choice}: {len(found.features)} features, and packets are captured in a self-test")
+
+
+def _host_tables(facts: Facts) -> Iterator[Said]:
+    view = facts.host.view
+    modern, legacy = view.xtables_rules(Variant.NFT), view.xtables_rules(Variant.LEGACY)
+    if view.nft is None or view.legacy is None:
+        yield unknown("; ".join(view.remarks) or "the host's tables cannot be read without loading modules")
+        return
+    if modern and legacy:
+        yield warning(
+            f"{modern} rules of iptables-nft and {legacy} of legacy iptables on the host",
+            "two variants at once: some program uses another iptables than the rest; their order cannot be known",
+            "find the program that uses the other variant (update-alternatives --display iptables)",
+        )
+        return
+    used = view.iptables
+    if (used is Variant.LEGACY and modern) or (used is Variant.NFT and legacy):
+        held = "iptables-nft" if modern else "legacy iptables"
+        yield warning(
+            f"the host's iptables is the {used.value} one, and its {modern or legacy} rules are of {held}",
+            "programs with an iptables of their own write what the host's does not show",
+            "update-alternatives --config iptables",
+        )
+        return
+    yield ok(f"iptables: {used.value}; {modern} rules of iptables-nft, {legacy} legacy ones")
+
+
+def _rule_sets(facts: Facts) -> Iterator[Said]:
+    count = 0
+    for pod in (*facts.pods.noted, *facts.pods.others):
+        count += bool(pod.ours)
+        if len(pod.ours) > 1:
+            yield wrong(
+                f"{pod.name}: rules by {' and '.join(pod.ours)}",
+                "an older agent of another backend left its rules; each takes the traffic before the other sees it",
+                f"sluice verify {pod.name} --repair",
+            )
+        if pod.ours and pod.others:
+            yield wrong(
+                f"{pod.name}: rules by Sluice ({pod.ours[0]}) and by another agent ({', '.join(pod.others)})",
+                "istio-cni's agent programmed the pod too, or did before Sluice came",
+                f"sluice verify {pod.name} --repair; if istio-cni still runs: sluice migrate --check",
+            )
+        elif pod.others and pod.captured:
+            yield warning(
+                f"{pod.name}: rules by another agent alone ({', '.join(pod.others)})",
+                "the pod is noted as ours and was programmed by istio-cni, or by hand",
+                f"sluice verify {pod.name} --repair",
+            )
+        if pod.sidecar and pod.ours:
+            yield wrong(
+                f"{pod.name}: a sidecar's rules beside ours", "pods with a sidecar are excluded", "restart the pod"
+            )
+    if not any(pod.others or len(pod.ours) > 1 for pod in (*facts.pods.noted, *facts.pods.others)):
+        yield ok(f"{count} namespaces with rules, one rule set in each")
+
+
+CHECKS = (
+    Check("backend", "which mechanism captures, and why", ("P30", "P31", "P60o"), ("host",), "", _backend),
+    Check(
+        "preflight",
+        "the kernel has what the mechanism needs",
+        ("P31", "P34", "P36", "P60o"),
+        ("preflight",),
+        "",
+        _preflight,
+    ),
+    Check("host-tables", "the host uses one variant of iptables", ("P30", "P31", "P39"), ("host",), "", _host_tables),
+    Check("rule-sets", "one rule set in each pod", ("P30", "P32", "P58"), ("pods",), "", _rule_sets),
+)

@@ -1,0 +1,187 @@
+"""Checks of the CNI installation: our list first, the plugin in place, who else writes there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.diagnosis.facts import Facts, Listed
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_USUAL = "the usual one, as no"  # so begins the reason of a directory that nobody told (install.runtime)
+# Type of a primary plugin -> whose it is, and what is known of it beside others.
+_PRIMARY = {
+    "ptp": ("kindnet or the reference plugins", "kindnet writes its list again at each start"),
+    "cilium-cni": ("Cilium", "with cni.exclusive it renames the lists of others; set cni.exclusive=false"),
+    "aws-cni": ("aws-node", "it writes its list again at each start"),
+    "calico": ("Calico", "it writes its list again when its token changes"),
+    "multus": ("Multus", "it wraps the first list that it finds, which may be ours"),
+    "multus-shim": ("Multus", "it wraps the first list that it finds, which may be ours"),
+    "flannel": ("flannel", ""),
+    "azure-vnet": ("Azure", "it writes its list again at each start"),
+    "antrea": ("Antrea", ""),
+    "ovn-k8s-cni-overlay": ("OVN-Kubernetes", "in shared gateway mode set routingViaHost for probes"),
+    "bridge": ("the reference plugins", ""),
+}
+_RENAMED = (".cilium_bak", ".cilium_backup")
+
+
+def _configuration(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    first = next((one for one in cni.files if one.types), None)
+    ours = [one.name for one in cni.files if one.ours]
+    if cni.managed == "off" and not ours:
+        yield ok("cni_install is off and no list has our plugin: another means announces pods")
+        return
+    if cni.error or cni.verdict.error:
+        words = cni.error or cni.verdict.error
+        yield wrong(f"{cni.directory}: {words}", "our list cannot be made", "put right what it says; sluice install")
+        return
+    if first is None:
+        cause = "the primary CNI has not written its list, or pods have a network by other means"
+        yield wrong(
+            f"{cni.directory}: no CNI configuration that a runtime would take", cause, f"ls -la {cni.directory}"
+        )
+        return
+    if not first.ours:
+        theirs = f"{first.name} ({' > '.join(first.types)})"
+        who = _writer(first)
+        why = f"{who} wrote it" if ours else f"our entry is in no list; {who} wrote the first one"
+        remedy = "sluice install --check; sluice install, or start the agent, which keeps it so"
+        yield wrong(f"{cni.directory}: the runtime takes {theirs}, in which sluice-cni is not", why, remedy)
+        return
+    steps = "; ".join(map(str, cni.verdict.actions))
+    if steps:
+        cause = "the primary list has changed since ours was made from it, or settings have"
+        yield wrong(f"{cni.directory}: to do: {steps}", cause, "sluice install, or start the agent, which keeps it so")
+        return
+    yield from (
+        warning(f"{cni.directory}: {words}", "found beside our list", "sluice install --check")
+        for words in cni.verdict.remarks
+    )
+    if not cni.verdict.remarks:
+        yield ok(f"{cni.directory}/{first.name}: {' > '.join(first.types)}")
+
+
+def _writer(listed: Listed) -> str:
+    return next((_PRIMARY[one][0] for one in listed.types if one in _PRIMARY), "another program")
+
+
+def _primaries(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    for name in cni.view.files:
+        if name.endswith(_RENAMED):
+            yield wrong(
+                f"{cni.directory}/{name}",
+                "Cilium renames lists that are not its own (cni.exclusive=true)",
+                "helm upgrade cilium --set cni.exclusive=false; then sluice install",
+            )
+    others = [one for one in cni.files if one.types and not one.ours]
+    kinds = {one.types[0]: one.name for one in others}
+    if len(kinds) > 1:
+        listed = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
+        yield warning(
+            f"{cni.directory}: {listed}",
+            "several primary lists: the runtime takes the first by name, an older network may have left one",
+            "remove the one that is not in use",
+        )
+    rewrites = [
+        f"{_PRIMARY[kind][0]}: {_PRIMARY[kind][1]}"
+        for one in others
+        for kind in one.types
+        if kind in _PRIMARY and _PRIMARY[kind][1]
+    ]
+    if facts.agent.status.get("cni") and not rewrites and len(kinds) < 2:
+        return
+    if len(kinds) == 1 and rewrites:
+        yield ok(f"one primary list; {rewrites[0]}; the agent puts ours back")
+
+
+def _directories(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    words = (
+        f"configurations in {cni.directory} ({cni.directory_reason}), plugins in {cni.plugins} ({cni.plugins_reason})"
+    )
+    if cni.managed != "off" and cni.directory_reason.startswith(_USUAL):
+        yield warning(
+            words,
+            "no container runtime was found that would say where it reads them",
+            "set cni_conf_dir and cni_bin_dir; as root, in the node's PID namespace",
+        )
+    else:
+        yield ok(words)
+
+
+def _plugin(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    if cni.managed == "off" and not any(one.ours for one in cni.files):
+        yield ok("no list names it")
+        return
+    if cni.plugin:
+        yield wrong(
+            cni.plugin,
+            "the runtime starts it for each pod; without it no pod can start or end",
+            "sluice install; if the file system is read-only, set cni_bin_dir",
+        )
+    if cni.runs:
+        yield wrong(
+            f"{cni.plugins}/sluice-cni: {cni.runs}",
+            "it is there and cannot be run: mounted noexec, forbidden by SELinux, or of another architecture",
+            f"findmnt -T {cni.plugins}; sluice doctor security; sluice install",
+        )
+    if not cni.plugin and not cni.runs:
+        yield ok(f"{cni.plugins}/sluice-cni is there, is ours and runs")
+
+
+def _runtime(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    if not cni.runtime:
+        yield unknown(
+            "no container runtime runs here that could be asked", "run it as root, in the node's PID namespace"
+        )
+    elif cni.watched is None:
+        yield unknown(f"{cni.runtime}: its watches cannot be read", "crictl info | grep -A9 lastCNILoadStatus")
+    elif cni.watched:
+        yield ok(f"{cni.runtime} watches {cni.directory}")
+    else:
+        yield wrong(
+            f"{cni.runtime} watches another directory than the {cni.directory} that is there",
+            "the directory was removed and made again: the runtime goes on with what it read before",
+            f"systemctl restart {cni.runtime.split()[0]} (pods run on)",
+        )
+
+
+def _istio(facts: Facts) -> Iterator[Said]:
+    cni = facts.cni
+    chained = [one.name for one in cni.files if "istio-cni" in one.types]
+    if not cni.istio and not chained:
+        return
+    found = "; ".join([*([cni.istio] if cni.istio else []), *(f"{name} chains istio-cni" for name in chained)])
+    yield warning(
+        found,
+        "istio-cni's agent on the same node: both program pods, and the last one wins",
+        "sluice migrate --check",
+    )
+
+
+CHECKS = (
+    Check(
+        "cni-configuration",
+        "our list is the first that the runtime takes",
+        ("P01", "P04", "P07", "P08", "P19", "P25", "P27"),
+        ("cni",),
+        "",
+        _configuration,
+    ),
+    Check(
+        "cni-primary",
+        "one primary network, and nobody who renames lists",
+        ("P01", "P07", "P24"),
+        ("cni",),
+        "nothing fights over the directory",
+        _primaries,
+    ),
+    Check("cni-directories", "where the runtime reads lists and plugins", ("P20",), ("cni",), "", _directories),
+    Check("cni-plugin", "the plugin is in place and can be run", ("P19", "P21", "P60j"), ("cni",), "", _plugin),
+    Check("cni-runtime", "the runtime sees changes of its directory", ("P26",), ("cni",), "", _runtime),
+    Check("istio-cni", "no other mesh agent on this node", ("P24", "P30"), ("cni",), "istio-cni is not here", _istio),
+)

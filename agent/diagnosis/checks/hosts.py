@@ -1,0 +1,138 @@
+"""Checks of the node's own namespace: what is there of ours, what is not to be there, who flushes it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_FLUSHES = {
+    "firewalld": "its reload empties every table that it can",
+    "kube-router": "it writes whole tables with iptables-restore",
+    "nftables": "its restart begins with flush ruleset",
+    "ufw": "its reload removes and adds all chains of its own",
+}
+
+
+def _pod_rules(facts: Facts) -> Iterator[Said]:
+    if facts.host.pod_rules:
+        yield wrong(
+            f"in the node's own namespace: {', '.join(facts.host.pod_rules)}",
+            "some agent took it for a pod's: the node's own traffic goes to a proxy that is not there",
+            "nft list ruleset; iptables-save | grep ISTIO; remove these chains, then find out which agent it was",
+        )
+
+
+def _exemption(facts: Facts) -> Iterator[Said]:
+    said: Mapping[str, object] = facts.agent.status.get("host_probes", {})
+    reason = facts.agent.status.get("host_probes_reason", "")
+    if said.get("mechanism") == "off":
+        yield warning(
+            f"the node's probes are captured ({reason})",
+            "host_probes is off: kubelet's probes go through ztunnel, and fail where it needs an identity",
+            "set host_probes: auto, unless this is meant",
+        )
+    elif said.get("error"):
+        yield wrong(
+            f"{said['mechanism']}: {said['error']}",
+            "probes of the node reach ztunnel instead of the pod, and pods are restarted",
+            "sluice verify --all --repair; sluice preflight",
+        )
+    elif said:
+        yield ok(f"{said.get('members')} addresses by {said.get('mechanism')} ({reason})")
+    elif facts.pods.noted and not facts.host.probes:
+        yield wrong(
+            "there are captured pods, and no exemption of the node's probes in its namespace",
+            "it was flushed and no agent runs that would put it back",
+            "systemctl start sluice",
+        )
+    elif facts.host.probes:
+        yield ok(f"made by {', '.join(facts.host.probes)}; no agent looks after it")
+    else:
+        yield unknown("no agent and no captured pod: nothing to be exempt")
+
+
+def _firewall(facts: Facts) -> Iterator[Said]:
+    mechanism = facts.agent.status.get("host_probes", {}).get("mechanism", "")
+    for name in facts.node.firewalls:
+        yield warning(
+            f"{name} is active: {_FLUSHES[name]}",
+            f"what it flushes of ours is put back at once{'' if mechanism == 'nftables' else ', but not kept from it'}",
+            "nothing, as long as an agent runs; host_probes: nftables keeps our table apart (Linux 6.9)",
+        )
+
+
+def _ipv6(facts: Facts) -> Iterator[Said]:
+    if facts.node.ipv6_off or not facts.host.view.ipv6:
+        how = "ipv6.disable=1 on the kernel's command line" if facts.node.ipv6_off else "the kernel has no IPv6"
+        if facts.settings.ipv6:
+            yield ok(f"{how}: pods are captured for IPv4 alone, and nothing of IPv6 is asked for")
+        return
+    if not facts.settings.ipv6:
+        with_ipv6 = [pod.name for pod in facts.pods.noted if pod.ipv6 and any(":" in one for one in pod.addresses)]
+        if with_ipv6:
+            yield wrong(
+                f"ipv6 is false, and {len(with_ipv6)} pods have addresses of IPv6 ({with_ipv6[0]})",
+                "their IPv6 traffic is not captured",
+                "set ipv6: true, and restart the agent",
+            )
+
+
+def _paths(facts: Facts) -> Iterator[Said]:
+    """What turns the node's probes aside, told beside the canary, and alone only where it always does."""
+    values = facts.node.cilium
+    if values.get("enable-bpf-masquerade") == "true":
+        yield warning(
+            "Cilium: enable-bpf-masquerade is true",
+            "Cilium answers for the node's addresses before netfilter sees the reply to the probe address",
+            "sluice doctor probe-canary; if probes fail: helm upgrade cilium --set bpf.masquerade=false",
+        )
+    if facts.node.felix_bpf:
+        yield warning(
+            "Calico: FELIX_BPFENABLED is true",
+            "before Calico 3.29 its programs drop replies to the probe address",
+            "use Calico 3.29 or newer; sluice doctor probe-canary",
+        )
+
+
+def _filters(facts: Facts) -> Iterator[Said]:
+    values = facts.node.sysctls
+    strict = [name for name in ("all", "default") if values.get(f"net.ipv4.conf.{name}.rp_filter") == "1"]
+    if strict and any("branch-eni" in name for name in facts.host.probes):
+        yield warning(
+            f"rp_filter is 1 (strict) for {', '.join(strict)}, and pods hang on branch interfaces",
+            "replies to probes come in on another interface than the route says, and are dropped",
+            "sysctl -w net.ipv4.conf.all.rp_filter=2",
+        )
+
+
+CHECKS = (
+    Check(
+        "host-rules",
+        "no rules of pods in the node's own namespace",
+        ("P10", "P53"),
+        ("host",),
+        "no rules of pods in the node's own namespace",
+        _pod_rules,
+    ),
+    Check("probe-exemption", "the node's probes pass ztunnel by", ("P12", "P13", "P35"), ("host",), "", _exemption),
+    Check("firewall", "programs that flush the host's rules", ("P12",), ("node",), "none is active", _firewall),
+    Check(
+        "probe-path",
+        "other data paths that turn the node's probes aside",
+        ("P42", "P43", "P45"),
+        ("node",),
+        "none that is known",
+        _paths,
+    ),
+    Check(
+        "reverse-path",
+        "filters that drop replies to probes",
+        ("P42",),
+        ("node", "host"),
+        "nothing drops them that can be seen here",
+        _filters,
+    ),
+    Check("ipv6", "IPv6 of the node and the setting agree", ("P36", "P37"), ("host",), "IPv6 is on", _ipv6),
+)

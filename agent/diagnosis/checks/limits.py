@@ -1,0 +1,71 @@
+"""Checks of the node's limits: notification queues, connection tracking, ports that are taken. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_INSTANCES, _WATCHES = "fs.inotify.max_user_instances", "fs.inotify.max_user_watches"
+_COUNT, _MOST = "net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"
+_FULL = 0.8
+
+
+def _inotify(facts: Facts) -> Iterator[Said]:
+    node, raise_it = facts.node, f"sysctl -w {_INSTANCES}=8192 {_WATCHES}=524288, and in /etc/sysctl.d"
+    most = _number(node.sysctls, _INSTANCES)
+    if node.inotify:
+        yield wrong(
+            node.inotify,
+            f"root's queues of file events are used up ({_INSTANCES}={most}): changes are seen only by looking again",
+            raise_it,
+        )
+    elif most and node.inotify_used > most * _FULL:
+        yield warning(
+            f"{node.inotify_used} of {most} queues of file events are in use", "soon nobody gets one", raise_it
+        )
+    else:
+        yield ok(f"{node.inotify_used} of {most} queues of file events are in use")
+
+
+def _conntrack(facts: Facts) -> Iterator[Said]:
+    count, most = (_number(facts.node.sysctls, name) for name in (_COUNT, _MOST))
+    if not most:
+        yield unknown("the kernel tracks no connections (nf_conntrack is not loaded)")
+    elif count > most * _FULL:
+        yield warning(
+            f"{count} of {most} entries of connection tracking are in use in the node's namespace",
+            "with none left, new connections are dropped (backend ebpf needs none)",
+            f"sysctl -w {_MOST}={2 * most}",
+        )
+    else:
+        yield ok(f"{count} of {most} entries in use")
+
+
+def _port(facts: Facts) -> Iterator[Said]:
+    address, host = facts.settings.metrics_address, facts.host
+    if not address:
+        yield ok("metrics_address is empty")
+    elif host.port and not host.port_ours:
+        yield wrong(
+            f"{address} is taken by {host.port}",
+            "the agent does not start while somebody else has its port (istio-cni and istiod use 15014 too)",
+            "set metrics_address, or stop who has it",
+        )
+    elif not host.port and not facts.left.why:
+        yield warning(f"nothing listens on {address}", "the agent answers, but not there", "sluice status; restart it")
+    else:
+        yield ok(f"{address}: {host.port or 'free'}")
+
+
+def _number(values: Mapping[str, str], name: str) -> int:
+    word = values.get(name, "")
+    return int(word) if word.isdecimal() else 0
+
+
+CHECKS = (
+    Check("inotify", "queues of file events are left", ("P07", "P60m"), ("node",), "", _inotify),
+    Check("conntrack", "connection tracking has room", (), ("node",), "", _conntrack),
+    Check("metrics-port", "nobody else has the agent's port", ("P60i",), ("host",), "", _port),
+)

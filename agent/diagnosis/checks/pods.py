@@ -1,0 +1,212 @@
+"""Checks of the pods: captured as they should be, nobody's rules before ours, ports and sockets. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.diagnosis.facts import Facts, Pod, Row
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
+_FULL = 0.8  # of the ports for outgoing connections
+_NOT_CAPTURED = ("failed", "pending", "waiting")  # states that check `pods` tells of
+# Rows of `sluice verify` that have a check of their own here.
+_SEEN_BY_OTHERS = ("(probes of the node)", "(CNI installation)", "(ztunnel)")
+_UNSUPPORTED = {"gvisor": ("runsc", "gVisor"), "kata": ("kata", "Kata Containers")}
+
+
+def _key(row: Row) -> str:
+    return f"{row['namespace']}/{row['name']}" if row["namespace"] else str(row["name"])
+
+
+def _states(facts: Facts) -> Iterator[Said]:
+    rows = facts.agent.pods
+    for row in rows:
+        words = row["error"] or row["reason"] or "not looked at yet"
+        advice = f"sluice explain {_key(row)}"
+        match row["state"]:
+            case "failed":
+                yield wrong(f"{_key(row)}: {words}", "the pod should be captured and is not", advice)
+            case "pending":
+                yield wrong(
+                    f"{_key(row)}: {words}", "its rules are in, no ztunnel has it: connections are refused", advice
+                )
+            case "waiting" if facts.agent.status["ready"]:
+                yield warning(f"{_key(row)}: {words}", "the pod is known and its namespace was not found", advice)
+    states: dict[str, int] = {}
+    for row in rows:
+        states[row["state"]] = states.get(row["state"], 0) + 1
+    if not set(states) & set(_NOT_CAPTURED):
+        yield ok(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no pods here")
+
+
+def _bare(facts: Facts) -> Iterator[Said]:
+    """What the namespaces show, with or without an agent."""
+    noted = facts.pods.noted
+    for pod in noted:
+        if pod.error:
+            yield warning(
+                f"{pod.name}: {pod.error}", "its namespace cannot be looked into", "sluice explain " + pod.name
+            )
+        elif pod.captured and not pod.ours and not pod.others:
+            yield wrong(
+                f"{pod.name}: no rules in {pod.place}",
+                "they were removed, and nobody has put them back: the pod's traffic goes past ztunnel",
+                f"sluice verify {pod.name} --repair" if not facts.left.why else "systemctl start sluice",
+            )
+    for pod in facts.pods.others:
+        if pod.ours:
+            yield warning(
+                f"{pod.place}: rules by Sluice ({', '.join(pod.ours)}), and no note tells whose pod it is",
+                "its agent is gone or uses another run_dir; if no ztunnel has the pod, its connections are refused",
+                f"sluice uncapture --all --netns {pod.place}, if no agent looks after it",
+            )
+    right = [pod for pod in noted if pod.captured and (pod.ours or pod.others) and not pod.error]
+    if len(right) == sum(pod.captured for pod in noted) and not any(pod.ours for pod in facts.pods.others):
+        yield ok(f"{len(right)} captured pods, with rules in each")
+
+
+def _verified(facts: Facts) -> Iterator[Said]:
+    rows = [row for row in facts.agent.verify if row["name"] not in _SEEN_BY_OTHERS]
+    for row in rows:
+        words = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
+        if row["result"] == "drift" and words:
+            explain = f"sluice explain {_key(row)}; " if row["namespace"] else ""
+            yield wrong(
+                f"{_key(row)}: {words}",
+                "what is there is not what should be there, and the agent has not put it right yet",
+                f"{explain}sluice verify --all --repair",
+            )
+        elif row["result"] == "unknown":
+            yield unknown(f"{_key(row)}: {row['error']}")
+    yield ok(f"{len(rows)} compared with what should hold")
+
+
+def _foreign(facts: Facts) -> Iterator[Said]:
+    for pod in (*facts.pods.noted, *facts.pods.others):
+        if not pod.ours:
+            continue
+        for words in pod.foreign:
+            yield warning(
+                f"{pod.name}: {words}",
+                "rules of somebody else come before ours and may take the pod's traffic",
+                f"nsenter --net={pod.place} nft list ruleset; remove them, or exclude what they take",
+            )
+
+
+def _canary(facts: Facts) -> Iterator[Said]:
+    seen = 0
+    for row in facts.agent.pods:
+        said = str(row.get("probe", ""))
+        seen += bool(said)
+        if ": failed" in said or ": captured" in said:
+            yield wrong(
+                f"{_key(row)}: {said}",
+                "the node's own connection to the pod failed, or went through ztunnel: kubelet's probes will too",
+                "sluice doctor probe-exemption probe-path reverse-path; allow 169.254.7.127/32 in network policies",
+            )
+        elif said.endswith("no listener"):
+            seen -= 1
+    if facts.settings.probe_canary == "off":
+        yield unknown("the setting probe_canary is off")
+    elif not seen:
+        yield unknown("no pod was enrolled since the agent's start that listens on a port")
+
+
+def _runtimes(facts: Facts) -> Iterator[Said]:
+    shims = facts.node.shims
+    excluded = [one for one in facts.agent.pods if "runtime" in one["reason"] and one["state"] == "excluded"]
+    for name in facts.settings.unsupported_runtimes:
+        if any(_UNSUPPORTED.get(name, (name,))[0] in shim for shim in shims) and not excluded and facts.agent.pods:
+            yield warning(
+                f"{', '.join(shims)} run, and no pod is excluded for its runtime class",
+                "rules in the namespace of such a pod see nothing of its traffic",
+                "kubectl get runtimeclass; name them in unsupported_runtimes",
+            )
+    if any("kata" in shim for shim in shims) and "kata" not in facts.settings.unsupported_runtimes:
+        yield warning(
+            "Kata Containers run here",
+            "their connections begin in a virtual machine: inbound ones are captured, others as they leave it",
+            "if that is not what you want: unsupported_runtimes: gvisor,kata",
+        )
+
+
+def _listens(facts: Facts) -> Iterator[Said]:
+    for pod in facts.pods.noted:
+        if pod.ports and pod.captured:
+            low, high = pod.range
+            shown = ", ".join(map(str, pod.ports[:5]))
+            yield warning(
+                f"{pod.name}: listens on {shown}, within {low}-{high} from which outgoing connections take ports",
+                "a connection of ztunnel or of the pod may have the port when the application wants to bind it",
+                f"in the pod's securityContext: sysctl net.ipv4.ip_local_reserved_ports={shown.replace(' ', '')}",
+            )
+
+
+def _sockets(facts: Facts) -> Iterator[Said]:
+    for pod in facts.pods.noted:
+        waiting = pod.states.get("CLOSE_WAIT", 0)
+        used, room = _outgoing(pod), pod.range[1] - pod.range[0] + 1
+        if waiting > _MOST_WAITING:
+            yield warning(
+                f"{pod.name}: {waiting} sockets in CLOSE_WAIT",
+                "a program in the pod, or ztunnel, does not close what its peer has closed",
+                f"nsenter --net={pod.place} ss -tanp state close-wait",
+            )
+        if used > room * _FULL:
+            yield warning(
+                f"{pod.name}: {used} sockets, {room} ports for outgoing connections",
+                "with none left, connections fail with EADDRNOTAVAIL",
+                "widen net.ipv4.ip_local_port_range in the pod, or let it reuse connections",
+            )
+
+
+def _outgoing(pod: Pod) -> int:
+    return sum(count for state, count in pod.states.items() if state != "LISTEN")
+
+
+CHECKS = (
+    Check(
+        "pods",
+        "each enrolled pod is captured",
+        ("P02", "P05", "P06", "P54", "P56", "P60d"),
+        ("agent",),
+        "",
+        _states,
+    ),
+    Check("pod-rules", "rules are in the namespaces where they belong", ("P02", "P56"), ("pods",), "", _bare),
+    Check("pods-verified", "the kernel holds what should hold", ("P02", "P58"), ("agent",), "", _verified),
+    Check(
+        "foreign-rules",
+        "nobody's rules in a pod come before ours",
+        ("P60b", "P60p"),
+        ("pods",),
+        "no foreign rules before ours",
+        _foreign,
+    ),
+    Check(
+        "probe-canary",
+        "the node's connections reach the pods",
+        ("P37", "P42", "P43", "P44", "P45"),
+        ("agent",),
+        "each probed pod was reached",
+        _canary,
+    ),
+    Check("pod-runtimes", "no pod with a network stack of its own", ("P11",), ("agent",), "none is known", _runtimes),
+    Check(
+        "pod-ports",
+        "pods do not listen where outgoing connections take ports",
+        ("P60g",),
+        ("pods",),
+        "no port in that range",
+        _listens,
+    ),
+    Check(
+        "pod-sockets",
+        "sockets do not pile up",
+        ("P60f",),
+        ("pods",),
+        "no pod has many that are left over",
+        _sockets,
+    ),
+)

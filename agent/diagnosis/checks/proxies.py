@@ -1,0 +1,116 @@
+"""Checks of ztunnel: connected, once, and listening in each captured pod. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.core.names import DNS_PORT
+from agent.diagnosis.facts import Facts
+from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+
+_ZTUNNEL = "systemctl restart sluice-ztunnel (or kubectl -n istio-system get pods -l app=ztunnel -o wide)"
+
+
+def _connected(facts: Facts) -> Iterator[Said]:
+    path, left = facts.settings.zds_socket, facts.left
+    if left.zds and left.zds != "socket":
+        yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; systemctl restart sluice")
+        return
+    if left.why:
+        yield unknown("no agent answers, which would know")
+        return
+    status = facts.agent.status
+    count, waiting = status["ztunnel_connections"], status["ztunnel_unacknowledged"]
+    if not count and not left.zds:
+        yield wrong(
+            f"{path} is not there",
+            "another agent removed the socket at its end (istio-cni does): ztunnel cannot come back",
+            "systemctl restart sluice",
+        )
+    elif not count:
+        yield wrong(
+            f"no ztunnel is connected to {path}",
+            "captured pods have their connections refused; it does not run, or uses another socket",
+            _ZTUNNEL,
+        )
+    elif count > 1:
+        yield warning(
+            f"{count} ztunnels are connected to {path}",
+            "right for some minutes during a rollout; later a ztunnel hangs, or two are installed",
+            "pgrep -a ztunnel; end the older one",
+        )
+    if count and waiting:
+        yield warning(f"{waiting} pods wait for ztunnel's acknowledgement", "ztunnel is busy, or hangs", _ZTUNNEL)
+    if count == 1 and not waiting:
+        yield ok(f"one is connected to {path}, and has every pod")
+
+
+def _listening(facts: Facts) -> Iterator[Said]:
+    captured = [pod for pod in facts.pods.noted if pod.captured and not pod.error]
+    for pod in captured:
+        if pod.silent:
+            ports = ", ".join(map(str, pod.silent))
+            yield wrong(
+                f"{pod.name}: nothing listens on {ports}",
+                "rules send the pod's connections to ztunnel, which is not there (it restarted, or could not bind)",
+                f"see ztunnel's log for the pod; sluice verify {pod.name} --repair; {_ZTUNNEL}",
+            )
+    if captured and not any(pod.silent for pod in captured):
+        ports = ", ".join(facts.settings.ztunnel_ports)
+        yield ok(f"{len(captured)} captured pods, in each one ztunnel listens on {ports}")
+
+
+def _loopback(facts: Facts) -> Iterator[Said]:
+    for pod in facts.pods.noted:
+        if pod.error or not pod.captured:
+            continue
+        if not pod.loopback4:
+            yield wrong(
+                f"{pod.name}: lo is down, or has no 127.0.0.1",
+                "redirection ends at lo: no connection of the pod can be captured",
+                "in the pod: ip link set lo up",
+            )
+        elif pod.ipv6 and not pod.loopback6:
+            yield warning(
+                f"{pod.name}: lo has no ::1",
+                f"ztunnel cannot bind [::1]:{DNS_PORT}: DNS of this pod is not captured",
+                "in the pod: ip -6 address add ::1/128 dev lo; or set disable_ipv6 there",
+            )
+        elif not pod.ipv6 and any(":" in one for one in pod.addresses):
+            yield warning(
+                f"{pod.name}: IPv6 is off for lo, and another interface has {_first(pod.addresses)}",
+                "its IPv6 traffic cannot be captured",
+                "in the pod: sysctl net.ipv6.conf.lo.disable_ipv6=0",
+            )
+
+
+def _first(addresses: tuple[str, ...]) -> str:
+    return next(one for one in addresses if ":" in one)
+
+
+CHECKS = (
+    Check(
+        "ztunnel",
+        "one ztunnel is connected and has every pod",
+        ("P03", "P16", "P17"),
+        (),
+        "",
+        _connected,
+    ),
+    Check(
+        "ztunnel-listening",
+        "ztunnel listens in each captured pod",
+        ("P03", "P11", "P38"),
+        ("pods",),
+        "no captured pod",
+        _listening,
+    ),
+    Check(
+        "pod-loopback",
+        "lo of each captured pod has its addresses",
+        ("P36", "P38"),
+        ("pods",),
+        "lo is up in each, with all that is needed",
+        _loopback,
+    ),
+)

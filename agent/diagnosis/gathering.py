@@ -1,0 +1,217 @@
+"""What a support bundle holds: what the agent answers, what the kernel holds, what stands in files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from agent import __version__
+from agent.backends.hostprobes import nft_rendering, xt_rendering
+from agent.core.errors import SluiceError
+from agent.diagnosis.bundle import MOST, Bundle, safe
+from agent.diagnosis.facts import Facts
+from agent.kernel import bpffs, bpfquery, exec
+from agent.kernel.adminsocket import ask
+from agent.kernel.bpf import AttachType
+from agent.kernel.netns import Netns
+from agent.sources import existing
+
+_RECORDS = "500"
+_FILES = ("/etc/os-release", "/proc/version", "/proc/cmdline", "/proc/modules", "/proc/meminfo", "/proc/mounts")
+# In a pod, by the file's name. A program that is not installed is told of.
+_IN_POD: Mapping[str, Sequence[str]] = {
+    "nft": ("nft", "-s", "list", "ruleset"),
+    "iptables-legacy": ("iptables-legacy-save",),
+    "ip6tables-legacy": ("ip6tables-legacy-save",),
+    "rules": ("ip", "rule"),
+    "rules6": ("ip", "-6", "rule"),
+    "routes": ("ip", "route", "show", "table", "all"),
+    "routes6": ("ip", "-6", "route", "show", "table", "all"),
+    "addresses": ("ip", "-s", "address"),
+    "sockets": ("ss", "-tanei"),
+}
+# Of the host nothing but what is ours, by the mechanism that made it: its other tables are somebody else's, and a
+# program of the other variant would make tables.
+_EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
+    "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
+    "iptables": tuple(
+        (f"{program}-nft", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN) for program in ("iptables", "ip6tables")
+    ),
+    "iptables-legacy": tuple(
+        (f"{program}-legacy", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN)
+        for program in ("iptables", "ip6tables")
+    ),
+    "ipset": (("ipset", "list"),),
+    "branch-eni": (("ip", "rule"),),
+}
+_ON_HOST: Mapping[str, Sequence[str]] = {
+    "rules": ("ip", "rule"),
+    "rules6": ("ip", "-6", "rule"),
+    "addresses": ("ip", "-br", "address"),
+    "neighbours": ("ip", "neighbour"),
+}
+_LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables_names"}
+
+
+def gather(bundle: Bundle, facts: Facts, diagnosis: Any, table: str, pod: str = "") -> None:
+    """`pod`: of the pods this one alone. What cannot be had is noted in the bundle; nothing is raised."""
+    bundle.value("doctor.json", diagnosis)
+    bundle.text("doctor.txt", table + "\n")
+    bundle.value("settings.json", _settings(facts))
+    bundle.value("preflight.json", asdict(facts.preflight))
+    _node(bundle, facts)
+    _agent(bundle, facts, pod)
+    _cni(bundle, facts)
+    _programs(bundle)
+    for name, argv in _ON_HOST.items():
+        _command(bundle, f"host/{name}.txt", argv)
+    for argv in (argv for layer in facts.host.probes for argv in _EXEMPTION.get(layer, ())):
+        _command(bundle, f"host/{argv[0]}.txt", argv)
+    _pods(bundle, facts, pod)
+    _log(bundle, facts)
+
+
+def _settings(facts: Facts) -> dict[str, Any]:
+    values = {field.name: getattr(facts.settings, field.name) for field in fields(facts.settings)}
+    return {"from": facts.source, "values": values}
+
+
+def _node(bundle: Bundle, facts: Facts) -> None:
+    system = os.uname()
+    versions = {"sluice": __version__, "python": sys.version, "kernel": f"{system.release} {system.version}"}
+    bundle.value("versions.json", {**versions, "machine": system.machine, "platform": platform.platform()})
+    bundle.value("node.json", asdict(facts.node))
+    bundle.value("host/view.json", asdict(facts.host))
+    for path in _FILES:
+        _file(bundle, f"node/{safe(Path(path).name)}.txt", Path(path))
+
+
+def _agent(bundle: Bundle, facts: Facts, pod: str) -> None:
+    if facts.left.why:
+        bundle.lacks("agent/", facts.left.why)
+        return
+    run_dir = facts.settings.run_dir
+    bundle.value("agent/status.json", facts.agent.status)
+    chosen = [row for row in facts.agent.pods if not pod or pod in _titles(row)]
+    if pod and not chosen:
+        bundle.lacks(f"pods/{safe(pod)}", f"no pod {pod!r} on this node")
+    bundle.value("agent/pods.json", chosen if pod else list(facts.agent.pods))
+    bundle.value("agent/verify.json", list(facts.agent.verify))
+    query = {"limit": _RECORDS, **({"pod": pod} if pod else {})}
+    _try(bundle, "agent/connections.json", lambda: ask(run_dir, "/v1/connections", **query))
+    for row in chosen:
+        name = f"pods/{safe(row['namespace'])}_{safe(row['name'])}"
+        _try(bundle, f"{name}/explain.json", lambda uid=row["uid"]: ask(run_dir, "/v1/explain", pod=uid))  # type: ignore[misc]
+
+
+def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return f"{row['namespace']}/{row['name']}", row["name"], row["uid"]
+
+
+def _try(bundle: Bundle, name: str, asked: Callable[[], Any]) -> None:
+    try:
+        bundle.value(name, asked())
+    except SluiceError as error:
+        bundle.lacks(name, str(error))
+
+
+def _cni(bundle: Bundle, facts: Facts) -> None:
+    for name, data in facts.cni.view.files.items():
+        try:
+            bundle.value(f"cni/{safe(name)}", json.loads(data))
+        except (ValueError, RecursionError):
+            bundle.text(f"cni/{safe(name)}", data.decode(errors="replace"))
+    for name, why in facts.cni.view.unread.items():
+        bundle.lacks(f"cni/{safe(name)}", why)
+    if "cni" in facts.unseen:
+        bundle.lacks("cni/", facts.unseen["cni"])
+
+
+def _programs(bundle: Bundle) -> None:
+    """On the root cgroup by hook, and all that are loaded."""
+    try:
+        root = bpffs.cgroup_root()
+        hooks = [hook for hook in AttachType if hook.name.startswith("CGROUP")]
+        on_root = {hook.name.lower(): [asdict(one) for one in bpfquery.attached(root, hook)] for hook in hooks}
+        bundle.value("bpf.json", {"root_cgroup": on_root, "programs": [asdict(one) for one in bpfquery.programs()]})
+    except SluiceError as error:
+        bundle.lacks("bpf.json", str(error))
+
+
+def _pods(bundle: Bundle, facts: Facts, pod: str) -> None:
+    """Namespaces of captured pods, from the notes on disk: also with no agent."""
+    run_dir = facts.settings.run_dir
+    known = existing.known(run_dir)
+    for one in known:
+        if not one.captured or (pod and pod not in (one.name, one.uid, one.name.partition("/")[2])):
+            continue
+        name = f"pods/{safe(one.name.partition('/')[0])}_{safe(one.name.partition('/')[2] or one.uid)}"
+        _file(bundle, f"{name}/note.json", Path(run_dir, "pods", f"{one.uid}.json"), structured=True)
+        places = [Path(run_dir, "netns", one.uid), *([Path(one.path)] if one.path else [])]
+        problems = list[str]()
+        netns = next(iter(existing.namespaces(places, problems)), None)
+        if netns is None:
+            bundle.lacks(f"{name}/", "; ".join(problems) or "its network namespace is not there")
+            continue
+        with contextlib.closing(netns):
+            for title, argv in _IN_POD.items():
+                if title == "nft" and facts.host.view.nft is None:
+                    bundle.lacks(f"{name}/{title}.txt", f"nf_tables: {facts.host.view.nf_tables.value}")
+                elif title not in _LEGACY or netns.call(lambda at=_LEGACY[title]: _any(at)):  # type: ignore[misc]
+                    _command(bundle, f"{name}/{title}.txt", argv, netns)
+
+
+def _any(tables: str) -> bool:
+    """Whether there are legacy tables: the program that shows them would make them."""
+    with contextlib.suppress(OSError):
+        return bool(Path("/proc/thread-self/net", tables).read_text().strip())
+    return False
+
+
+def _log(bundle: Bundle, facts: Facts) -> None:
+    """The agent's output where it is a file, else the journal's."""
+    written = Path("/proc", str(facts.agent.pid), "fd/2")
+    if facts.agent.pid and written.is_file():
+        _file(bundle, "agent/log.txt", written)
+        return
+    unit = ("journalctl", "-u", "sluice", "-u", "sluice-ztunnel", "-n", "5000", "--no-pager", "-o", "short-iso")
+    _command(bundle, "agent/log.txt", unit)
+
+
+def _command(bundle: Bundle, name: str, argv: Sequence[str], within: Netns | None = None) -> None:
+    try:
+        done = exec.run(argv, within=within, check=False, seconds=20)
+    except SluiceError as error:
+        bundle.lacks(name, str(error))
+        return
+    if done.returncode and not done.stdout:
+        bundle.lacks(name, f"{' '.join(argv)}: {_first(done.stderr.splitlines()) or f'exit {done.returncode}'}")
+    else:
+        bundle.text(name, f"# {' '.join(argv)}\n{done.stdout}")
+
+
+def _first(lines: Iterable[str]) -> str:
+    return next((line for line in lines if line.strip()), "")
+
+
+def _file(bundle: Bundle, name: str, path: Path, *, structured: bool = False) -> None:
+    """The end of it, if it is long."""
+    try:
+        with path.open("rb") as file:
+            with contextlib.suppress(OSError):  # files of /proc have no end to go to
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * MOST))
+            words = file.read(4 * MOST).decode(errors="replace")
+        if structured:
+            with contextlib.suppress(ValueError):
+                bundle.value(name, json.loads(words))
+                return
+        bundle.text(name, words)
+    except OSError as error:
+        bundle.lacks(name, f"{path}: {error.strerror}")

@@ -1,0 +1,32 @@
+"""BPF programs of others that are asked when any process of the node connects or sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.diagnosis.facts import Attached
+from agent.kernel import bpffs, bpfquery
+from agent.kernel.bpf import AttachType
+
+# Hook as it is shown -> the kernel's; with the names of our own programs there (bpf/*.bpf.c).
+_HOOKS = {
+    "connect4": AttachType.CGROUP_INET4_CONNECT,
+    "connect6": AttachType.CGROUP_INET6_CONNECT,
+    "sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
+    "recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
+    "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+}
+
+
+def look(cgroup: str = "") -> tuple[Attached, ...]:
+    """Of the root of the hierarchy, or of that cgroup. Ours are named as their hook. Raises KernelError."""
+    place = Path(cgroup) if cgroup else bpffs.cgroup_root()
+    return tuple(
+        Attached(word, one.name, one.id)
+        for word, hook in _HOOKS.items()
+        for one in bpfquery.attached(place, hook)
+        if one.name != word
+    )

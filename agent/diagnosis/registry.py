@@ -1,0 +1,27 @@
+"""All checks, in the order in which they are shown: what stops everything first."""
+
+from __future__ import annotations
+
+from agent.core.errors import SettingsError
+from agent.diagnosis.checks import agents, backends, configurations, hosts, limits, others, pods, proxies
+from agent.diagnosis.finding import Check
+
+CHECKS: tuple[Check, ...] = (
+    *agents.CHECKS,
+    *configurations.CHECKS,
+    *backends.CHECKS,
+    *hosts.CHECKS,
+    *proxies.CHECKS,
+    *pods.CHECKS,
+    *others.CHECKS,
+    *limits.CHECKS,
+)
+
+
+def chosen(names: list[str]) -> tuple[Check, ...]:
+    """Those of these names, or all. Raises SettingsError, naming what there is."""
+    known = {one.id: one for one in CHECKS}
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"no check {name!r}; `sluice doctor --list` shows them: {', '.join(known)}")
+    return tuple(one for one in CHECKS if not names or one.id in names)
