@@ -153,10 +153,51 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
         lambda o: chart.only(o, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["interval"] == "7s",
     ),
     "podMonitor.labels": ({"odd": "yes"}, lambda o: chart.only(o, "PodMonitor")["metadata"]["labels"]["odd"] == "yes"),
+    "serviceMonitor.enabled": (
+        True,
+        lambda o: (
+            bool(chart.only(o, "ServiceMonitor"))
+            and chart.only(o, "Service")["spec"]["ports"]
+            == [{"name": "metrics", "port": 15014, "targetPort": "metrics"}]
+        ),
+    ),
+    "serviceMonitor.interval": (
+        "8s",
+        lambda o: chart.only(o, "ServiceMonitor")["spec"]["endpoints"][0]["interval"] == "8s",
+    ),
+    "serviceMonitor.labels": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "ServiceMonitor")["metadata"]["labels"]["odd"] == "yes",
+    ),
     "prometheusRule.enabled": (True, lambda o: bool(chart.only(o, "PrometheusRule"))),
     "prometheusRule.labels": (
         {"odd": "yes"},
         lambda o: chart.only(o, "PrometheusRule")["metadata"]["labels"]["odd"] == "yes",
+    ),
+    "prometheusRule.runbooks": (
+        "https://odd.example/runbooks",
+        lambda o: (
+            {
+                rule["annotations"]["runbook_url"].rpartition("#")[0]
+                for rule in chart.only(o, "PrometheusRule")["spec"]["groups"][0]["rules"]
+            }
+            == {"https://odd.example/runbooks"}
+        ),
+    ),
+    "dashboard.enabled": (
+        True,
+        lambda o: (
+            chart.only(o, "ConfigMap", "sluice-dashboard")["data"]["sluice.json"]
+            == (chart.ROOT / "deploy/dashboards/sluice.json").read_text()
+        ),
+    ),
+    "dashboard.labels": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "ConfigMap", "sluice-dashboard")["metadata"]["labels"]["odd"] == "yes",
+    ),
+    "dashboard.annotations": (
+        {"odd": "yes"},
+        lambda o: chart.only(o, "ConfigMap", "sluice-dashboard")["metadata"]["annotations"] == {"odd": "yes"},
     ),
     "resourceQuota.enabled": (True, lambda o: bool(chart.only(o, "ResourceQuota"))),
     "resourceQuota.pods": ("77", lambda o: chart.only(o, "ResourceQuota")["spec"]["hard"] == {"pods": "77"}),
@@ -167,7 +208,8 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
 ALONE = {"platform", "image.digest", "uninstall", "serviceAccount.create", "serviceAccount.name", "rbac.create"}
 SWITCHES: Mapping[str, Any] = {
     "ztunnel": {"embedded": True}, "networkPolicy": {"enabled": True}, "podMonitor": {"enabled": True},
-    "prometheusRule": {"enabled": True}, "resourceQuota": {"enabled": True},
+    "prometheusRule": {"enabled": True}, "resourceQuota": {"enabled": True}, "serviceMonitor": {"enabled": True},
+    "dashboard": {"enabled": True},
 }  # fmt: skip
 
 

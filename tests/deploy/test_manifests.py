@@ -14,9 +14,10 @@ EVERYTHING: dict[str, Any] = {
     "resourceQuota": {"enabled": True}, "rbac": {"debug": True}, "imagePullSecrets": [{"name": "x"}],
     "settings": {"kube_peers": True, "startup_taint": "sluice.io/not-ready", "connection_log": "/var/log/sluice/c.log"},
     "files": {"static.yaml": "pods: []\n"}, "podMonitor": {"enabled": True}, "prometheusRule": {"enabled": True},
+    "serviceMonitor": {"enabled": True}, "dashboard": {"enabled": True},
     "podAnnotations": {"a": "b"}, "daemonSetAnnotations": {"a": "b"}, "serviceAccount": {"annotations": {"a": "b"}},
 }  # fmt: skip
-FOREIGN = {"PodMonitor", "PrometheusRule", "SecurityContextConstraints"}  # no schema of Kubernetes' own
+FOREIGN = {"PodMonitor", "ServiceMonitor", "PrometheusRule", "SecurityContextConstraints"}  # not Kubernetes' own
 # Files of deploy/manifests: each is the namespace and what the chart renders with these values.
 PLAIN: dict[str, dict[str, Any]] = {
     "sluice.yaml": {},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import socket
 import sys
 import time
@@ -13,15 +12,13 @@ from datetime import datetime
 from typing import Any
 
 import pytest
-import yaml
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 from support.applications import cookie
 from support.field import Inside
 from support.node import until
-from support.prometheus import RULES, Prometheus, get, program, prometheus
+from support.prometheus import Prometheus, get, program, prometheus
 
-from agent.__main__ import parser
 from agent.core.names import ZTUNNEL_MARK
 from agent.kernel.exec import run
 from agent.lab.lab import Lab, down
@@ -70,32 +67,6 @@ def page(lab: Lab, **headers: str) -> tuple[str, dict[str, str]]:
     return body.decode(), found
 
 
-def rules() -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
-
-
-def test_the_rules_are_valid_and_fire_when_they_should() -> None:
-    """sluice.rules.test.yaml has a case that fires and one that does not for each."""
-    checked = run([program("promtool"), "check", "rules", str(RULES)]).stdout
-    assert f"{len(rules())} rules found" in checked
-    tests = RULES.with_name("sluice.rules.test.yaml")
-    assert "SUCCESS" in run([program("promtool"), "test", "rules", str(tests)]).stdout
-    untested = [rule["alert"] for rule in rules() if f'"{rule["alert"]}", alertstate="firing"' not in tests.read_text()]
-    assert not untested
-
-
-def test_every_alert_says_what_to_do_by_commands_that_there_are() -> None:
-    for rule in rules():
-        assert rule["labels"]["severity"] in ("critical", "warning"), rule
-        notes = rule["annotations"]
-        assert notes["summary"] and "What to do" in notes["description"], rule
-        commands = re.findall(r"`sluice ([^`]*)`", notes["description"])
-        assert any(words.startswith(("explain", "connections")) for words in commands), rule
-        for words in commands:
-            plain = re.sub(r"\{\{.*?\}\}", "x", words).replace("POD", "shop/web")
-            parser().parse_args(shlex.split(plain))  # exits where there is no such command or option
-
-
 def test_the_page_is_right_in_both_formats_and_compressed(lab: Lab, traffic: Traffic) -> None:
     plain, headers = page(lab)
     assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -117,12 +88,6 @@ def connections(lab: Lab, *words: str) -> dict[str, list[dict[str, Any]]]:
     """As the alerts say to ask."""
     argv = [sys.executable, "-m", "agent", "connections", "-n", "100000", "-o", "json", *words]
     return dict(json.loads(run([*argv, "--run-dir", str(lab.spec.node_dir("node1"))]).stdout))
-
-
-def test_rules_ask_for_what_the_agent_exports(lab: Lab) -> None:
-    exported = set(re.findall(r"^# TYPE (\S+)", page(lab)[0], re.M))
-    asked = {name for rule in rules() for name in re.findall(r"\b(?:sluice|process)_\w+", str(rule["expr"]))}
-    assert asked <= exported, asked - exported
 
 
 def test_a_leak_fires_the_shipped_alert_and_nothing_else_does(lab: Lab, traffic: Traffic) -> None:
