@@ -53,7 +53,7 @@ mount --rbind $1/run /run
 exec sleep infinity
 """
 
-_CONFIG = """version = 2
+CONFIG = """version = 2
 root = "{disk}/var"
 state = "/run/containerd"
 disabled_plugins = [
@@ -121,7 +121,7 @@ class CriHost:
             (disk / name).mkdir(parents=True)
         for name in ("etc/cni", "etc/containerd", "opt/cni", "var/lib/cni"):
             os.setxattr(disk / name, "trusted.overlay.opaque", b"y")  # whatever this machine has there is not ours
-        config = _CONFIG.format(disk=self._base, pause=criimages.PAUSE)
+        config = CONFIG.format(disk=self._base, pause=criimages.PAUSE)
         (disk / "etc/containerd/config.toml").write_text(config)
         for plugin in PLUGINS.iterdir():
             (disk / "opt/cni/bin" / plugin.name).symlink_to(plugin)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 from support import criimages, crileft
-from support.cri import Cri, CriError, decode
+from support.cri import Cri, CriError, container_config, decode
 from support.crihost import PATH, RESOLVER, CriHost, cgroups, check_programs, remove_cgroups
 from support.crileft import NETWORK
 from support.cripods import CriPod, Sandbox
@@ -220,14 +220,8 @@ class CriNode:
 
     def container(self, sandbox: Sandbox, script: str, name: str = "main") -> str:
         """A shell with this script, started; its id."""
-        config: list[tuple[int, Any]] = [
-            (1, [(1, name)]),
-            (2, [(1, criimages.BUSYBOX)]),
-            (3, "/bin/sh"),
-            (4, "-c"),
-            (4, script),
-        ]
-        config.append((15, [(2, [(3, sandbox.pod.namespaces())])]))
+        argv = ("/bin/sh", "-c", script)
+        config = container_config(name, criimages.BUSYBOX, argv, host_network=sandbox.pod.host_network)
         fields = [(1, sandbox.id), (2, config), (3, sandbox.pod.config(self.cgroup))]
         made = str(self.cri.call("CreateContainer", fields)[1][0].decode())
         self.cri.call("StartContainer", [(1, made)])

@@ -6,12 +6,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from support.cri import Fields
+from support.cri import Fields, sandbox_config
 from support.crihost import RESOLVER
 
 from agent.core.names import DATAPLANE_MODE
-
-POD, CONTAINER, NODE = 0, 1, 2  # NamespaceMode of cri-api
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,13 @@ class CriPod:
     def again(self) -> CriPod:
         return replace(self, attempt=self.attempt + 1)
 
-    def namespaces(self) -> Fields:
-        """NamespaceOption, as the kubelet has it by default: a PID namespace for each container."""
-        return [(1, NODE if self.host_network else POD), (2, CONTAINER)]
-
     def config(self, cgroup: str) -> Fields:
         """PodSandboxConfig."""
         mode = {DATAPLANE_MODE: "ambient"} if self.enrolled else {}
-        linux = [(1, f"{cgroup}/pod{self.uid}"), (2, [(1, self.namespaces())])]
-        metadata = [(1, self.name), (2, self.uid), (3, self.namespace), (4, self.attempt)]
-        return [
-            (1, metadata), (2, "" if self.host_network else self.name),
-            (4, [(1, RESOLVER)]), (6, {"app": self.name}), (7, {**mode, **self.annotations}), (8, linux),
-        ]  # fmt: skip
+        return sandbox_config(
+            self.namespace, self.name, self.uid, cgroup, attempt=self.attempt, labels={"app": self.name},
+            annotations={**mode, **self.annotations}, resolver=RESOLVER, host_network=self.host_network,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
