@@ -5,11 +5,7 @@ BACKEND ?= nftables
 PYTEST := $(PYTHON) -m pytest
 ROOT = @[ "$$(id -u)" = 0 ] || { echo "make $@: not root; it makes network namespaces. Try: sudo make $@" >&2; exit 1; }
 
-# What needs no root and no network namespaces; in `make test` it runs beside the tiers that do, which mostly wait.
-PLAIN = tests/unit tests/golden tests/contract tests/scenario tests/fuzz tests/kube tests/install tests/deploy
-ROOTED = tests/netns tests/cri tests/e2e
-
-.PHONY: help setup plugin objects demo lab test check fuzz kube netns cri e2e image bench soak compat clean lock
+.PHONY: help setup plugin objects demo lab test check fuzz kube netns cri rehearsal e2e docs test-vm image bench soak compat clean lock
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,7 +29,7 @@ lab: setup  ## a lab to explore; remove it with: .venv/bin/sluice lab down (root
 
 lint: setup
 	@echo "lint: ruff, mypy, import contracts"
-	@$(PYTHON) -m ruff check agent tests
+	@$(PYTHON) -m ruff check agent tests deploy/dashboards
 	@$(PYTHON) -m ruff format --check -q agent || { echo "lint: run .venv/bin/ruff format agent" >&2; exit 1; }
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache | tail -n 4
@@ -55,20 +51,27 @@ cri: setup  ## a real containerd with the plugin in its chain (root)
 	$(ROOT)
 	@$(PYTEST) -q tests/cri
 
+rehearsal: setup  ## upgrades rehearsed over three containerd nodes: the guided script, the CNI, Sluice, reboots (root)
+	$(ROOT)
+	@$(PYTEST) -q tests/rehearsal
+
+docs: setup  ## the commands of the documents, run as they are written (root)
+	$(ROOT)
+	@$(PYTEST) -q tests/docs
+
 e2e: setup  ## the agent, the proxy and the plugin together, broken on purpose; then the demo (root)
 	$(ROOT)
 	@$(PYTEST) -q tests/e2e
 
 test: lint  ## everything that one machine can run (root)
 	$(ROOT)
-	@mkdir -p build
-	@echo "test: $(PLAIN); beside them, shown first: $(ROOTED)"
-	@nice -n 5 $(PYTEST) $(PLAIN) >build/plain.log 2>&1 & plain=$$!; \
-	$(PYTEST) $(ROOTED); rooted=$$?; \
-	wait $$plain; plain=$$?; cat build/plain.log; \
-	[ $$rooted = 0 ] && [ $$plain = 0 ]
+	@tools/test
 	@$(PYTHON) -m agent lab demo --prefix sludemo --backend nftables
 	@$(PYTHON) -m agent lab demo --prefix sludemo --backend ebpf
+
+test-vm: setup  ## the guided script over three virtual machines by qemu (root; minutes, emulation is enough)
+	$(ROOT)
+	@SLUICE_VM=required $(PYTEST) -q tests/vm
 
 image: setup  ## the container image, from Debian's packages and no registry; then its own tests (root, minutes)
 	$(ROOT)
