@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+
+from agent.backends.ebpf import needs
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.errors import KernelError, SettingsError
+from agent.core.errors import KernelError, SettingsError, SluiceError
 from agent.core.settings import Settings
 from agent.flows.collector import Collector
 from agent.flows.ebpf import EbpfCollector
 from agent.flows.programs import SHARED, Programs
 from agent.flows.sockdiag import DiagCollector
+
+_TCX_SINCE = (6, 6)
 
 
 def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: bool) -> tuple[Collector | None, str]:
@@ -22,7 +28,8 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
     why = "setting accounting"
     if settings.accounting != "inet_diag":
         programs = Programs(pins.accounting, pins.maps / SHARED if by_socket else None, settings.bpf_map_sizes)
-        collector = EbpfCollector(programs, ztunnels, by_socket=by_socket)
+        watching, without = (False, "") if by_socket else _watching(pins)
+        collector = EbpfCollector(programs, ztunnels, by_socket=by_socket, watching=watching)
         try:
             collector.start()
         except KernelError as error:
@@ -30,5 +37,20 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
                 raise SettingsError(f"accounting: ebpf cannot be used: {error}; or set accounting: auto") from error
             why = f"eBPF cannot be used: {error}"
         else:
-            return collector, "setting accounting" if settings.accounting == "ebpf" else "it runs here"
+            return collector, ("setting accounting" if settings.accounting == "ebpf" else "it runs here") + without
     return DiagCollector(ztunnels.holds), why
+
+
+def _watching(pins: Pins) -> tuple[bool, str]:
+    """Whether interfaces can be watched where rules capture, and what goes unseen if not.
+
+    Kernels from before tcx are asked: it may have been brought to them, and trying it costs 0.1 s.
+    """
+    version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    if version >= _TCX_SINCE:
+        return True, ""
+    try:
+        needs.attempt("tcx", str(pins.root))
+    except SluiceError:
+        return False, "; but for packets made by hand and SYNs that nobody answers, which take tcx, of Linux 6.6"
+    return True, ""

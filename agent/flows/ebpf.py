@@ -45,12 +45,16 @@ class EbpfCollector:
         ztunnels: Ztunnels,
         *,
         by_socket: bool,
+        watching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`by_socket`: backend ebpf captures, whose own guard drops what would pass by."""
+        """`by_socket`: backend ebpf captures, whose own guard drops what would pass by.
+
+        `watching`: elsewhere what leaves past all rules is looked for at the pods' interfaces, which takes tcx.
+        """
         self.programs, self._ztunnels, self._by_socket, self._clock = programs, ztunnels, by_socket, clock
         pins: Pins = programs.pins
-        self._pods, self._maps = AccountedPods(pins, not by_socket, programs.sizes), Maps(pins.maps)
+        self._pods, self._maps = AccountedPods(pins, watching and not by_socket, programs.sizes), Maps(pins.maps)
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
         self._tallies = Tallies(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
