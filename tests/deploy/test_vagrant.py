@@ -1,7 +1,7 @@
 """The Vagrantfile is valid in both flavours for both providers, and hands the scripts what they ask for.
 
-Vagrant is Debian's with libvirt's provider, fetched and unpacked by `vagrant/vm/vagrant --fetch`; where it cannot be, the
-tests are skipped, in CI they fail. VirtualBox is in no Debian release: a program of its name says that it is there.
+Vagrant is Debian's with libvirt's provider, fetched and unpacked by `vagrant/vm/vagrant --fetch`; where it cannot be,
+the tests are skipped, in CI they fail. VirtualBox is in no Debian release: a program of its name says that it is there.
 """
 
 from __future__ import annotations
