@@ -454,7 +454,7 @@ def listening(node: Stage, version: int, mapped: bool) -> socket.socket:
 
 @pytest.mark.parametrize("version", [4, 6])
 def test_many_clients_and_many_connections_of_one(node: Stage, version: int) -> None:
-    clients = [f"10.99.{n // 250}.{n % 250 + 1}" if version == 4 else f"fd99::{n + 1:x}" for n in range(300)]
+    clients = [f"10.94.{n // 250}.{n % 250 + 1}" if version == 4 else f"fd94::{n + 1:x}" for n in range(300)]
     clients += [PEER[version]] * 1100
     with listening(node, version, False) as server, contextlib.ExitStack() as open_:
         port, seen = server.getsockname()[1], []
