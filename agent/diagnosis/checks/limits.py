@@ -54,7 +54,11 @@ def _port(facts: Facts) -> Iterator[Said]:
             "set metrics_address, or stop who has it",
         )
     elif not host.port and not facts.left.why:
-        yield warning(f"nothing listens on {address}", "the agent answers, but not there", "sluice status; restart it")
+        yield warning(
+            f"nothing listens on {address} here",
+            "the agent answers, but not there: it has another network namespace, as a lab's node has, or lost the port",
+            "run `sluice doctor` in the agent's network namespace (nsenter --net), else restart the agent",
+        )
     else:
         yield ok(f"{address}: {host.port or 'free'}")
 
