@@ -17,7 +17,7 @@ from agent.export.explaining import Around, Explaining
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.records import Records
-from agent.export.verifying import Found, Part, Row, row
+from agent.export.verifying import Part, Row, row
 from agent.reconciler.loop import Reconciler
 from agent.sources.beside import Beside
 
@@ -116,7 +116,7 @@ class Admin:
 
     async def _verify(self, request: Request) -> list[dict[str, Any]]:
         every, repair = request.query.get("all") == "true", request.method == "POST"
-        pods = list(self.table) if every else [self._one(request)]
+        pods = list(self.table) if every else [self._explain.one(request.query.get("pod", ""))]
         if repair:
             await asyncio.gather(*(self.reconciler.settled(pod.uid) for pod in pods))
         rows = [await self._verified(pod) for pod in sorted(pods, key=lambda pod: pod.key)]
@@ -125,24 +125,9 @@ class Admin:
         return rows
 
     async def _verified(self, pod: Pod) -> Row:
-        found, error = await self._inspect(pod)
+        found, error = await self._explain.inspect(pod)
         status = self.reconciler.status(pod.uid)
         state = status.state.value
         wrong = bool(found) or state in ("failed", "pending", "waiting")
         made = row(pod.name, state, found, error or status.error, unknown=bool(error))
         return {**made, "namespace": pod.namespace, **({} if error else {"result": "drift" if wrong else "ok"})}
-
-    async def _inspect(self, pod: Pod) -> tuple[Found, str]:
-        try:
-            return await self.reconciler.inspect(pod), ""
-        except (SluiceError, OSError) as error:
-            return {}, str(error)
-
-    def _one(self, request: Request) -> Pod:
-        name = request.query.get("pod", "")
-        found = self.table.find(name)
-        if not found:
-            raise SluiceError(f"no pod {name!r} on this node; `sluice pods` lists them")
-        if len(found) > 1:
-            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
-        return found[0]

@@ -60,9 +60,9 @@ class Explaining:
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Raises SluiceError for a name that is no pod's here, or that of several."""
-        pod = self._one(request.query.get("pod", ""))
+        pod = self.one(request.query.get("pod", ""))
         (found, error), ztunnel, connections = await asyncio.gather(
-            self._inspect(pod), self._ztunnel(pod), self._connections(pod)
+            self.inspect(pod), self._ztunnel(pod), self._connections(pod)
         )
         rules = {layer: what for layer, what in found.items() if layer != _PROXY}
         decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
@@ -209,13 +209,15 @@ class Explaining:
             "wrong": wrong[-_SHOWN:],
         }
 
-    async def _inspect(self, pod: Pod) -> tuple[Found, str]:
+    async def inspect(self, pod: Pod) -> tuple[Found, str]:
+        """What differs from what is wanted, per layer; or why it could not be looked at."""
         try:
             return await self.reconciler.inspect(pod), ""
         except (SluiceError, OSError) as error:
             return {}, str(error)
 
-    def _one(self, name: str) -> Pod:
+    def one(self, name: str) -> Pod:
+        """Raises SluiceError for a name that is no pod's here, or that of several."""
         found = self.table.find(name)
         if not found:
             raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
