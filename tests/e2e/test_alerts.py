@@ -7,7 +7,6 @@ Not to be had here: SluiceAgentMemory (300 MB for an hour), SluiceNotReady (a st
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -22,6 +21,7 @@ import pytest
 from support import apiserver_objects as objects
 from support import dashboard
 from support.apiserver import ApiServer
+from support.apiserver_inside import served
 from support.field import Inside
 from support.installing import CALICO, text
 from support.node import PLUGIN, PORT, Node, NodePod, node, until
@@ -29,7 +29,7 @@ from support.prometheus import RULES, Prometheus, discovered, hastened, promethe
 
 from agent.core import names
 from agent.kernel.exec import run, start
-from agent.kernel.netns import CLONE_NEWNET, Netns
+from agent.kernel.netns import Netns
 
 pytestmark = pytest.mark.root
 FASTER, SCRAPED = 100, "127.0.0.1:15014"
@@ -110,11 +110,7 @@ SEEN: set[str] = set()
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     directory = tmp_path_factory.mktemp("alerts")
     (directory / "rules.yaml").write_text(hastened(RULES.read_text(), FASTER))
-    with node("slueal") as here, Netns.open(here.netns) as inside:
-        api = ApiServer(directory / "api")
-        api._thread.start()
-        api.on_loop(lambda: _stay(inside.fd))
-        api.up()
+    with node("slueal") as here, served(here.netns, directory / "api") as api:
         api.put(objects.namespace("shop", **AMBIENT))
         at = directory / "prometheus"
         with prometheus(here.children, here.netns, at, SCRAPED, directory / "rules.yaml") as server:
@@ -129,13 +125,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             finally:
                 for stop in made.loops:
                     stop.set()
-                api.stop()
-
-
-def _stay(descriptor: int) -> None:
-    """The API server's thread lives in the node's namespace, and so do its sockets."""
-    if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 @pytest.fixture(scope="module")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from support import apiserver_objects as objects
 from support.apiserver import ApiServer
+from support.apiserver_inside import served
 from support.node import Node, NodePod, node, until
 
 from agent.core.names import DATAPLANE_MODE, REDIRECTION
-from agent.kernel.netns import CLONE_NEWNET, Netns
 
 pytestmark = pytest.mark.root
 AMBIENT = {DATAPLANE_MODE: "ambient"}
@@ -27,26 +25,13 @@ def here() -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def api(here: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """Its thread lives in the node's namespace, and so do its sockets."""
-    with Netns.open(here.netns) as inside:
-        made = ApiServer(tmp_path_factory.mktemp("api"))
-        made._thread.start()
-        made.on_loop(lambda: _stay(inside.fd))
-        made.up()
-    try:
+    with served(here.netns, tmp_path_factory.mktemp("api")) as made:
         made.put(objects.namespace("plain"))
         access = {"kube_server": made.url, "kube_token_file": made.token_file, "kube_ca_file": made.ca_file}
         here.start(**{**access, "cni_install": "off", "own_namespace": "sluice-system"})
         here.processes.start_ztunnel()
         here.await_ztunnel()
         yield made
-    finally:
-        made.stop()
-
-
-def _stay(descriptor: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def put(api: ApiServer, pod: NodePod, **facts: Any) -> None:

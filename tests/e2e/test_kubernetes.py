@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import http.client
 import json
 import socket
@@ -14,13 +13,14 @@ from typing import Any
 import pytest
 from support import apiserver_objects as objects
 from support.apiserver import ApiServer
+from support.apiserver_inside import served
 from support.field import Stream, enabled, metric
 from support.node import PORT, Node, NodePod, node, until
 
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.kernel.exec import run
-from agent.kernel.netns import CLONE_NEWNET, Netns
+from agent.kernel.netns import Netns
 
 pytestmark = pytest.mark.root
 AMBIENT = {names.DATAPLANE_MODE: "ambient"}
@@ -35,21 +35,8 @@ def here() -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def server(here: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiServer]:
-    """Its thread lives in the node's namespace, and so do its sockets."""
-    with Netns.open(here.netns) as inside:
-        made = ApiServer(tmp_path_factory.mktemp("api"))
-        made._thread.start()
-        made.on_loop(lambda: _stay(inside.fd))
-        made.up()
-    try:
+    with served(here.netns, tmp_path_factory.mktemp("api")) as made:
         yield made
-    finally:
-        made.stop()
-
-
-def _stay(descriptor: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "setns")
 
 
 @pytest.fixture
