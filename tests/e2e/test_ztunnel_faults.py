@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from support.node import FakeZtunnel, Node, NodePod, node, until
@@ -65,8 +65,8 @@ def faulty(fault: Fault, name: str) -> Fault:
     return answer
 
 
-def fake(here: Node, answer: Fault = lambda _: Ack()) -> FakeZtunnel:
-    made = FakeZtunnel(here.run_dir / "ztunnel.sock", answer)
+def fake(here: Node, answer: Fault = lambda _: Ack(), ports: Sequence[int] = (15001, 15006)) -> FakeZtunnel:
+    made = FakeZtunnel(here.run_dir / "ztunnel.sock", answer, ports=ports)
     assert made.complete.wait(20)
     return made
 
@@ -117,7 +117,8 @@ def test_beside_a_good_one_nobody_else_notices(here: Node) -> None:
     here.await_ztunnel()
     other = here.add(here.pod("bystander"))
     for fault in (never, dies, garbage):
-        bad = fake(here, faulty(fault, "victim"))  # newest: new pods go to it
+        # Newest, so new pods go to it. It listens nowhere: where it does, connections wait in its queue for ever.
+        bad = fake(here, faulty(fault, "victim"), ports=())
         pod = here.pod("victim")
         outcome = here.cni("ADD", pod)
         assert outcome.error in (0, 11), outcome.answer
