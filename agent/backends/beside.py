@@ -4,7 +4,7 @@ of our mangle chains. Reading the counters changes nothing, and is no part of co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from agent.backends.ebpf import counting as ebpf
@@ -46,7 +46,7 @@ def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = Non
         return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
     wanted = _tags(backend, want)
     found = {INBOUND: Counts(), OUTBOUND: Counts()}
-    for tag, packets, size in _rules(backend, target):
+    for tag, packets, size in _rules(backend, target, wanted):
         if tag in wanted:
             found[wanted[tag]] = found[wanted[tag]].plus(packets, size)
     return found
@@ -68,24 +68,29 @@ def _tags(backend: str, want: Redirect) -> dict[str, str]:
     return found
 
 
-def _rules(backend: str, target: PodNetns) -> Iterator[_Rule]:
+def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_Rule]:
+    """At least those with a wanted tag."""
     if backend == "nftables":
         table = names.NFT_TABLE_PREFIX + _MANGLE
-        yield from _nft_rules(target, NFPROTO_INET, table, (names.NFT_PREROUTING, names.NFT_OUTPUT))
+        yield from _nft_rules(target, NFPROTO_INET, table, (names.NFT_PREROUTING, names.NFT_OUTPUT), wanted)
     elif backend == "iptables":
         for protocol in FAMILIES.values():
-            yield from _nft_rules(target, protocol, _MANGLE, tuple(xtables.CHAINS.values()))
+            yield from _nft_rules(target, protocol, _MANGLE, tuple(xtables.CHAINS.values()), wanted)
     else:
         for (family, _), (_, data) in target.netns.call(lambda: sockopts.again((_MANGLE,), {})).items():
             for entry in entries.entries(family, data, tuple(entries.places(family, data))):
                 yield entry.comment or "", *entries.counts(family, data, entry.offset)
 
 
-def _nft_rules(target: PodNetns, protocol: int, table: str, chains: tuple[str, ...]) -> Iterator[_Rule]:
+def _nft_rules(
+    target: PodNetns, protocol: int, table: str, chains: tuple[str, ...], wanted: Container[str]
+) -> Iterator[_Rule]:
     for chain in chains:
         for message in target.nft.dump(GETRULE, protocol, attribute(1, table) + attribute(2, chain)):
             parts = dict(attributes(message.body[4:]))
             tag, packets, size = comment(parts.get(7, b"")), 0, 0
+            if tag and tag not in wanted:
+                continue
             for _, element in attributes(parts.get(4, b"")):
                 expression = dict(attributes(element))
                 data = dict(attributes(expression.get(2, b"")))

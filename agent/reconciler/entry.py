@@ -7,7 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from agent.core.contention import Contention
+from agent.core.desired import Decision, decide
+from agent.core.pods import Pod
 from agent.core.redirect import Redirect
+from agent.core.settings import Settings
 from agent.core.status import State, Status
 
 
@@ -37,6 +40,14 @@ class Entry:
     refused: Redirect | None = None  # an intent that was rolled back: not tried again until it is another
     # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    decided: tuple[Pod, Decision] | None = None  # the last one, for most passes are over a pod that is as it was
+
+    def decision(self, pod: Pod, settings: Settings) -> Decision:
+        """What must hold for the pod; `settings` are those of the agent's life."""
+        if self.decided is None or self.decided[0] != pod:
+            self.decided = pod, decide(pod, settings)
+        return self.decided[1]
 
     def take_cause(self) -> tuple[str, float]:
         """(who, when noticed) for the pass that begins; what is told from now on is for the next one."""

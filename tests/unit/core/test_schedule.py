@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agent.core.schedule import FIRST_RETRY, LAST_RETRY, Schedule
+from agent.core.schedule import FIRST_RETRY, LAST_RETRY, MOMENTS, Schedule
 
 PERIOD = 40.0
 
@@ -35,6 +35,22 @@ def test_after_success_it_is_verified_within_the_spread_of_the_period(random: fl
     schedule.take(0, 1)
     assert schedule.ended("a", 10, ok=True) == pytest.approx(PERIOD * factor, rel=0.01)
     assert schedule.next_due() == pytest.approx(10 + PERIOD * factor, rel=0.01)
+
+
+def test_what_is_verified_at_about_the_same_time_is_verified_together() -> None:
+    numbers = iter(range(100))
+    schedule = Schedule(PERIOD, lambda: next(numbers) / 100)
+    for number in range(100):
+        schedule.wake(str(number), 0)
+    for key in schedule.take(0, 100):
+        schedule.ended(key, 0.123, ok=True)
+    together = []
+    while (due := schedule.next_due()) is not None:
+        together.append((due, len(schedule.take(due, 100))))
+    moments = [due for due, _ in together]
+    assert moments == [PERIOD * (12 + number) / MOMENTS for number in range(1, 9)]
+    assert sum(count for _, count in together) == 100
+    assert min(count for _, count in together) > 10
 
 
 @pytest.mark.parametrize(("random", "factor"), [(0.0, 0.5), (0.999, 1.0)])
