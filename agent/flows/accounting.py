@@ -38,7 +38,7 @@ Add = Callable[[list[Delta], list[Quality], Callable[[int], Pod | None], float],
 
 
 class Accounting:
-    """`enrol`, `release` and `refresh` on worker threads, the rest on the event loop's."""
+    """`enrol`, `watch`, `release` and `refresh` on worker threads, the rest on the event loop's."""
 
     def __init__(
         self,
@@ -78,12 +78,18 @@ class Accounting:
         try:
             if old is not None and old != cookie:
                 self._release(old)
-            soon = self.collector.enrol(target, want, captured=captured, fresh=fresh)
-            self._look(pod.uid, target, new=soon)
-            return soon
+            return self.collector.enrol(target, want, captured=captured, fresh=fresh)
         except Exception as error:  # noqa: BLE001 - whatever it is, the pod is captured all the same
             log.warning("pod %s: its connections are not accounted for: %s", pod.key, error)
             return False
+
+    def watch(self, pod: Pod, target: PodNetns) -> None:
+        """See Collector.watch; never fails either."""
+        try:
+            self.collector.watch(target)
+            self._look(pod.uid, target)
+        except Exception as error:  # noqa: BLE001 - as above
+            log.warning("pod %s: its connections are not wholly accounted for: %s", pod.key, error)
 
     def release(self, uid: str, target: PodNetns | None = None) -> None:
         """Its name is kept for a while, for what has not been read yet; never fails. `target`: where it is known."""
@@ -112,10 +118,10 @@ class Accounting:
         self._counts.release(cookie)
         self.collector.release(cookie)
 
-    def _look(self, uid: str, target: PodNetns, *, new: bool) -> None:
-        """At its sockets, now and then; not while anybody waits for a new pod. A dump takes half a millisecond."""
+    def _look(self, uid: str, target: PodNetns) -> None:
+        """At its sockets, now and then. A dump takes half a millisecond."""
         now = time.monotonic()
-        if not new and now - self._looked.get(uid, -SOCKETS) >= SOCKETS:
+        if now - self._looked.get(uid, -SOCKETS) >= SOCKETS:
             self._looked[uid], self._sockets[uid] = now, self._counts.read(target)
 
     def sockets(self) -> list[tuple[Pod, PodSockets]]:

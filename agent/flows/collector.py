@@ -18,11 +18,14 @@ class Collector(Protocol):
     name: str
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
-        """Counts from now on, by `want`; whatever was the case before. True when it wants to be called again soon.
+        """Counts from now on, by `want`; whatever was the case before. True: to be called again before `watch`.
 
         `captured` False: what should be captured may not be yet, so new connections are exempt until it is. `fresh`:
         the pod's sandbox is just being made, so there are no connections.
         """
+
+    def watch(self, target: PodNetns) -> None:
+        """The rest of it, which takes long: for a thread on which no pod's capture waits."""
 
     def admit(self) -> None:
         """A ztunnel has come, and has opened nothing in any pod yet."""

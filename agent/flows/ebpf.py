@@ -90,8 +90,10 @@ class EbpfCollector:
         if cookie not in self._known:
             self._known.add(cookie)
             return True
-        self._pods.watch(target)
         return False
+
+    def watch(self, target: PodNetns) -> None:
+        self._pods.watch(target)
 
     def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
         cookie = target.netns.id.cookie

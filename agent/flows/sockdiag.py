@@ -94,6 +94,9 @@ class DiagCollector:
             flows.change(Verdicts(want, wiring), captured=captured)
             return False
 
+    def watch(self, target: PodNetns) -> None:
+        """Nothing is left to do."""
+
     def release(self, cookie: int) -> None:
         """What has ended is told; what lives is not."""
         with self._lock:

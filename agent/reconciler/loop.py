@@ -94,6 +94,8 @@ class Reconciler:
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
+        # Waits for the kernel while the others do what pods wait for.
+        self._patient = Workers(1) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
         self._progress = asyncio.Event()
@@ -114,7 +116,8 @@ class Reconciler:
     def _entry(self, uid: str) -> Entry:
         if uid not in self._entries:
             self._unseen.add(uid)
-        return self._entries.setdefault(uid, Entry())
+            self._entries[uid] = Entry()
+        return self._entries[uid]
 
     async def settled(self, uid: str) -> Status:
         """Wakes the pod and returns its status after a pass that began after this call."""
@@ -183,6 +186,8 @@ class Reconciler:
                 self._canaries.close()
             # What is being applied is finished first: afterwards the sockets are closed.
             self._workers.close()
+            if self._patient:
+                self._patient.close()
 
     async def _sweeps(self) -> None:
         while not self.synced:
@@ -219,7 +224,7 @@ class Reconciler:
             self._wakeup.set()
 
     async def _try(self, pod: Pod, entry: Entry) -> bool:
-        decision = decide(pod, self.settings)
+        decision = entry.decision(pod, self.settings)
         try:
             if decision.redirect is None:
                 await self._exclude(pod, entry, decision)
@@ -253,7 +258,8 @@ class Reconciler:
         exempt = await self._exempt(pod, entry)
         async with entry.lock:
             found = await self._workers.run(lambda: self._enrolment.enrol(pod, redirect, retired))
-        await exempt
+        if exempt is not None:
+            await exempt
         self._watcher.watch(pod.uid, found.target)
         self._claims.claim(pod.uid, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
@@ -274,6 +280,9 @@ class Reconciler:
         entry.status = self._status(entry, State.ENABLED, decision)
         if self._canaries:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
+        if self._patient and not found.soon:
+            async with entry.lock:
+                await self._patient.run(lambda: self._enrolment.watch(pod, found))
 
     async def _heard(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """Raises SilentZtunnelError when ztunnel's listeners are not all there, and has ztunnel told anew of a pod that
@@ -299,14 +308,14 @@ class Reconciler:
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 
-    async def _exempt(self, pod: Pod, entry: Entry) -> asyncio.Future[object]:
-        """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt.
+    async def _exempt(self, pod: Pod, entry: Entry) -> asyncio.Future[object] | None:
+        """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt; None: they are.
 
         Before the rules: from their first moment on probes must not be taken for a stranger's. A pod that is just being
         made has nothing that could be probed: there both are done at once.
         """
         if not self._claims.wants(pod.uid):
-            return asyncio.ensure_future(asyncio.sleep(0))
+            return None
         async with entry.lock:  # what its namespace has, once that is proven to be the pod's
             addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
         self._claims.claim(pod.uid, addresses)

@@ -76,6 +76,9 @@ class Accounting(Protocol):
     def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
         """Before `want` is made true (`captured` False) and after. True when it wants to be called again soon."""
 
+    def watch(self, pod: Pod, target: PodNetns) -> None:
+        """What is left to do once `enrol` has said False; takes long, so nobody should wait for it."""
+
     def release(self, uid: str, target: PodNetns | None = None) -> None: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.world import World, play, pod
+from support.world import Accounting, World, play, pod
 
 from agent.core.redirect import Redirect
 from agent.core.status import State
@@ -153,3 +153,37 @@ def test_passes_that_wait_for_ztunnel_hold_up_no_kernel_work() -> None:
         assert {status.state for (status,) in await asyncio.gather(*waiting)} == {State.ENABLED}
 
     play(script)
+
+
+def test_what_accounting_waits_for_keeps_no_other_pod_from_being_captured() -> None:
+    accounting = Accounting()
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        second = asyncio.create_task(world.reconciler.settled("web"))
+        while "web" not in accounting.watching:  # noqa: ASYNC110 - a thread tells nobody
+            await asyncio.sleep(0.001)
+        (status,) = await world.settle(pod("other"))
+        assert status.state is State.ENABLED
+        assert not second.done() and not accounting.watched
+        accounting.open.set()
+        await second
+        assert accounting.watched == {"web"}
+
+    play(script, accounting=accounting)
+
+
+def test_a_pod_that_ends_meanwhile_is_let_go_afterwards() -> None:
+    accounting = Accounting()
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.reconciler.wake("web")
+        while "web" not in accounting.watching:  # noqa: ASYNC110 - a thread tells nobody
+            await asyncio.sleep(0.001)
+        forgetting = await forgotten_soon(world)
+        accounting.open.set()
+        await forgetting
+        assert accounting.watched == {"web"} and world.reconciler.status("web").state is State.WAITING
+
+    play(script, accounting=accounting)

@@ -100,6 +100,7 @@ class Account:
         by = by or self.collector
         while by.enrol(self.pod.target, self.want, captured=True):
             pass
+        by.watch(self.pod.target)
 
     def settle(self, want: Redirect | None) -> None:
         settle(self.pod.target, want, self.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -205,6 +206,26 @@ class Host:
         pass
 
 
+class Accounting:
+    """Wants a second pass of each pod; what is left to do then takes until `open` is set."""
+
+    def __init__(self) -> None:
+        self.open, self.seen, self.watching, self.watched = threading.Event(), set[str](), set[str](), set[str]()
+
+    def enrol(self, pod: Pod, target: Any, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        if not captured or pod.uid in self.seen:
+            return False
+        self.seen.add(pod.uid)
+        return True
+
+    def watch(self, pod: Pod, target: Any) -> None:
+        self.watching.add(pod.uid)
+        if self.open.wait(20):
+            self.watched.add(pod.uid)
+
+    def release(self, uid: str, target: Any = None) -> None: ...
+
+
 class Canary:
     """Answers with what the script put in; a pod is due until then."""
 
@@ -290,9 +311,12 @@ class Journal:
 class World:
     """One reconciler with two active layers and one retired, over a fake kernel."""
 
-    def __init__(self, *, exempt: bool = False, by_socket: bool | None = None, **settings: Any) -> None:
+    def __init__(
+        self, *, exempt: bool = False, by_socket: bool | None = None, accounting: Accounting | None = None,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         """`exempt`: the node's probes are, and a canary tries them. `by_socket`: of the rules, and the old ones are of
-        the other kind; None when they are alike."""
+        the other kind; None when they are alike. With `accounting` there is one worker, as with nftables."""
         self.kernel = Kernel()
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()
@@ -302,12 +326,13 @@ class World:
         if by_socket is not None:
             kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
             self.rules, self.old = (kind(n, self.kernel) for kind, n in zip(kinds, ("rules", "old"), strict=True))
-        choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), 4, bool(by_socket))
+        workers = 1 if accounting else 4
+        choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), workers, bool(by_socket))
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
             self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
-            host=self.host if exempt else None, canary=self.canary if exempt else None,
+            host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
         )  # fmt: skip
 
     async def settle(self, *pods: Pod) -> list[Any]:
@@ -341,4 +366,4 @@ def play(script: Callable[[World], Coroutine[Any, Any, None]], **settings: Any) 
     return world
 
 
-__all__ = ["KernelError", "World", "play", "pod"]
+__all__ = ["Accounting", "KernelError", "World", "play", "pod"]
