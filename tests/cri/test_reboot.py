@@ -67,7 +67,7 @@ def test_p01_p04_p08_reboot_without_drain(made: CriNode, order: tuple[str, ...])
         else:
             start_agent(here)
     assert kubelet is not None
-    until(kubelet.all_run, "all pods run", 5)
+    until(kubelet.all_run, "all pods run")
     for sandbox, inside in kubelet.running.values():
         assert here.state(sandbox.pod) == "enabled"
         assert here.captured(sandbox, inside, RESOLVER)
