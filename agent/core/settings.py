@@ -85,7 +85,7 @@ class Settings:
 HELP: Mapping[str, str] = {
     "node_name": "name of this node in logs and metrics (default: the host's name)",
     "run_dir": "directory of sockets, state and pinned namespaces",
-    "bpf_dir": "directory of what backend ebpf keeps in the kernel, in a bpf file system",
+    "bpf_dir": "directory in a bpf file system of what backend ebpf keeps; uncapture all before you change it",
     "bpf_sizes": "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
     "zds_socket": "unix socket on which ztunnel connects",
     "ztunnel_ports": "ports on which ztunnel has to listen in a captured pod (`sluice ztunnel`: 15001,15006)",
