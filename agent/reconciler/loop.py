@@ -42,6 +42,7 @@ from agent.reconciler.parts import (
 from agent.reconciler.settle import Settled
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
+from agent.reconciler.watching import Watching
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
@@ -94,8 +95,7 @@ class Reconciler:
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
-        # Waits for the kernel while the others do what pods wait for.
-        self._patient = Workers(1) if accounting else None
+        self._watching = Watching(self._enrolment.watch) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
         self._progress = asyncio.Event()
@@ -166,6 +166,8 @@ class Reconciler:
         tasks: set[asyncio.Task[None]] = set()
         if self._enrolment.lasting:
             tasks.add(asyncio.create_task(self._sweeps(), name="sweeps"))
+        if self._watching:
+            tasks.add(asyncio.create_task(self._watching.run(), name="watching"))
         try:
             while True:
                 self._wakeup.clear()
@@ -186,8 +188,8 @@ class Reconciler:
                 self._canaries.close()
             # What is being applied is finished first: afterwards the sockets are closed.
             self._workers.close()
-            if self._patient:
-                self._patient.close()
+            if self._watching:
+                self._watching.close()
 
     async def _sweeps(self) -> None:
         while not self.synced:
@@ -266,6 +268,8 @@ class Reconciler:
         entry.cleaned, entry.want = not found.changing, found.want
         entry.changing, entry.soon = found.changing and not found.waiting, found.soon
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
+        if self._watching and not found.soon:
+            self._watching.due(pod, entry, found)
         pending = entry.status.state is not State.ENABLED
         if pending:
             entry.status = self._status(entry, State.PENDING, decision)
@@ -280,9 +284,6 @@ class Reconciler:
         entry.status = self._status(entry, State.ENABLED, decision)
         if self._canaries:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
-        if self._patient and not found.soon:
-            async with entry.lock:
-                await self._patient.run(lambda: self._enrolment.watch(pod, found))
 
     async def _heard(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """Raises SilentZtunnelError when ztunnel's listeners are not all there, and has ztunnel told anew of a pod that
@@ -337,6 +338,8 @@ class Reconciler:
 
     async def _exclude(self, pod: Pod, entry: Entry, decision: Decision, rolled_back: str = "") -> None:
         """Only rules that we put there are removed: another agent may rule over a pod that is not ours."""
+        if self._watching:
+            self._watching.forget(pod.uid)
         if self._namespaces.was_captured(pod.uid):
             started = time.monotonic()
             async with entry.lock:
@@ -360,6 +363,8 @@ class Reconciler:
     async def _release(self, uid: str) -> None:
         self._watcher.unwatch(uid)
         self._unclaim(uid)
+        if self._watching:
+            self._watching.forget(uid)
         await self._publisher.withdraw(uid)
         entry = self._entries[uid]
         async with entry.lock:
