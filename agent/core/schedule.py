@@ -5,7 +5,6 @@ Pure: `now` is an argument (seconds of any clock that does not go back), randomn
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -61,8 +60,7 @@ class Schedule:
             return None
         entry.running = False
         if ok:
-            # Spread, so that the pods of a node are not all verified in the same instant.
-            entry.failures, delay = 0, self._moment(now + self.period * (0.75 + 0.5 * self._random())) - now
+            entry.failures, delay = 0, self._verification(now)
         else:
             delay = min(LAST_RETRY, FIRST_RETRY * 2**entry.failures) * (0.5 + 0.5 * self._random())
             entry.failures = min(entry.failures + 1, 16)
@@ -71,10 +69,14 @@ class Schedule:
         entry.due = now + delay
         return delay
 
-    def _moment(self, due: float) -> float:
-        """The first moment of verification from `due` on."""
-        step = self.period / MOMENTS
-        return math.ceil(due / step) * step
+    def _verification(self, now: float) -> float:
+        """Seconds until a moment that is a quarter of the period before or after its end at most.
+
+        Spread, so that the pods of a node are not all verified in the same instant.
+        """
+        step, first, last = self.period / MOMENTS, 0.75 * self.period, 1.25 * self.period
+        delay = round((now + first + (last - first) * self._random()) / step) * step - now
+        return delay + step if delay < first else delay - step if delay > last else delay
 
     def next_due(self) -> float | None:
         return min((entry.due for entry in self._entries.values() if not entry.running), default=None)

@@ -37,13 +37,23 @@ def test_after_success_it_is_verified_within_the_spread_of_the_period(random: fl
     assert schedule.next_due() == pytest.approx(10 + PERIOD * factor, rel=0.01)
 
 
+@pytest.mark.parametrize("now", [0.0, 0.1, 1.0, 1.25, 2.4, 1234.56789])
+@pytest.mark.parametrize("random", [0.0, 0.03, 0.5, 0.96875, 0.999])
+def test_no_verification_comes_before_or_after_its_spread(now: float, random: float) -> None:
+    schedule = Schedule(PERIOD, lambda: random)
+    schedule.wake("a", now)
+    schedule.take(now, 1)
+    delay = schedule.ended("a", now, ok=True)
+    assert delay is not None and 0.75 * PERIOD <= delay <= 1.25 * PERIOD
+
+
 def test_what_is_verified_at_about_the_same_time_is_verified_together() -> None:
     numbers = iter(range(100))
     schedule = Schedule(PERIOD, lambda: next(numbers) / 100)
     for number in range(100):
         schedule.wake(str(number), 0)
     for key in schedule.take(0, 100):
-        schedule.ended(key, 0.123, ok=True)
+        schedule.ended(key, 1.3, ok=True)
     together = []
     while (due := schedule.next_due()) is not None:
         together.append((due, len(schedule.take(due, 100))))
