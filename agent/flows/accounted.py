@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 
 from agent.backends.ebpf import abi, attachments, objects, policies
 from agent.backends.ebpf.abi import Pod, PodFlag
-from agent.backends.ebpf.compiling import Entries, entries
+from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.pins import Pins
 from agent.core.redirect import Redirect
-from agent.core.wiring import Wiring
 from agent.kernel import bpffs
 from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
@@ -28,7 +27,6 @@ class AccountedPods:
     watching: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
     _maps: Maps = field(init=False)
-    _made: dict[int, tuple[Redirect, Wiring, Entries]] = field(default_factory=dict)  # last, of each pod
     _watched: dict[int, tuple[tuple[int, ...], float]] = field(default_factory=dict)  # interfaces, and when seen
 
     def __post_init__(self) -> None:
@@ -37,7 +35,7 @@ class AccountedPods:
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool) -> bool:
         """Whether the pod was there before. Raises KernelError."""
         cookie = target.netns.id.cookie
-        made, old = self._entries(want, target.wiring(), cookie), self._entry(cookie)
+        made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
         # A pod that is captured already stays so while its rules are replaced.
         if captured or (old is not None and PodFlag.CAPTURED in old.flags):
             made = replace(made, pod=replace(made.pod, flags=made.pod.flags | PodFlag.CAPTURED))
@@ -76,7 +74,6 @@ class AccountedPods:
     def release(self, cookie: int) -> None:
         """Raises KernelError."""
         self._watched.pop(cookie, None)
-        self._made.pop(cookie, None)
         if not self._maps.exist():
             return
         old = self._entry(cookie)
@@ -90,13 +87,6 @@ class AccountedPods:
         if not self._maps.exist():
             return set()
         return {*(abi.uncookie(key) for key, _ in self._maps["pods"].items()), *self.pins.pods()}
-
-    def _entries(self, want: Redirect, wiring: Wiring, cookie: int) -> Entries:
-        """Most passes are over a pod that is as it was."""
-        last = self._made.get(cookie)
-        if last is None or (last[0], last[1]) != (want, wiring):
-            self._made[cookie] = last = want, wiring, entries(want, wiring, cookie)
-        return last[2]
 
     def _entry(self, cookie: int) -> Pod | None:
         data = self._maps["pods"].lookup(abi.cookie(cookie))

@@ -111,11 +111,6 @@ class Enrolment:
             self._counting.count(uid, target, want)
         return want, settle_each(target, wants)
 
-    def watch(self, pod: Pod, found: Enrolled) -> None:
-        """What nobody's capture waits for."""
-        if self._accounting:
-            self._accounting.watch(pod, found.target)
-
     def again(self, found: Enrolled) -> Settled:
         """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket)."""
         return settle(found.target, found.want, self._choice.active)

@@ -16,7 +16,7 @@ from typing import TypeVar
 from agent.backends.choose import Choice
 from agent.core import names
 from agent.core.canary import Finding, Verdict
-from agent.core.desired import Decision, decide
+from agent.core.desired import Decision
 from agent.core.errors import NoZtunnelError, PodGoneError, SilentZtunnelError, SluiceError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
@@ -95,7 +95,7 @@ class Reconciler:
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
-        self._watching = Watching(self._enrolment.watch) if accounting else None
+        self._watching = Watching(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
         self._progress = asyncio.Event()
@@ -269,7 +269,7 @@ class Reconciler:
         entry.changing, entry.soon = found.changing and not found.waiting, found.soon
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
         if self._watching and not found.soon:
-            self._watching.due(pod, entry, found)
+            self._watching.due(pod, found.target, entry.lock)
         pending = entry.status.state is not State.ENABLED
         if pending:
             entry.status = self._status(entry, State.PENDING, decision)
@@ -333,7 +333,7 @@ class Reconciler:
         self._journal.probed(pod, finding)
         self._progress.set()
         if finding.verdict is not Verdict.OK and self.settings.probe_canary == "rollback":
-            entry.refused = decide(pod, self.settings).redirect
+            entry.refused = entry.decision(pod, self.settings).redirect
             self.wake(pod.uid)
 
     async def _exclude(self, pod: Pod, entry: Entry, decision: Decision, rolled_back: str = "") -> None:
@@ -380,10 +380,10 @@ class Reconciler:
 
     async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]:
         """What is not as it should be in the kernel, per layer; changes nothing. Raises SluiceError."""
-        decision = decide(pod, self.settings)
+        entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
+        decision = entry.decision(pod, self.settings)
         if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
             return {}
-        entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
         redirect = None if decision.redirect == entry.refused else decision.redirect
         preserve = entry.want is not None and entry.want.preserve
         async with entry.lock:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from agent.core.pods import Pod
-from agent.reconciler.enrolment import Enrolled
-from agent.reconciler.entry import Entry
+from agent.kernel.podnetns import PodNetns
+from agent.reconciler.parts import Accounting
+from agent.reconciler.workers import Workers
 
 
 class Watching:
-    """One pod at a time, in the order of their passes; `work` blocks, for as long as the kernel waits for all CPUs."""
+    """One pod at a time, in the order of their passes; each takes as long as the kernel waits for all CPUs."""
 
-    def __init__(self, work: Callable[[Pod, Enrolled], None]) -> None:
-        self._work = work
-        self._due: dict[str, tuple[Pod, Entry, Enrolled]] = {}
+    def __init__(self, accounting: Accounting) -> None:
+        self._accounting, self._worker = accounting, Workers(1)
+        self._due: dict[str, tuple[Pod, PodNetns, asyncio.Lock]] = {}
         self._wakeup = asyncio.Event()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="watching")
 
-    def due(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
-        """After a pass over the pod, which may be looked at again before its turn."""
-        self._due[pod.uid] = (pod, entry, found)
+    def due(self, pod: Pod, target: PodNetns, lock: asyncio.Lock) -> None:
+        """After a pass over the pod, which may be looked at again before its turn. `lock` is its namespace's."""
+        self._due[pod.uid] = (pod, target, lock)
         self._wakeup.set()
 
     def forget(self, uid: str) -> None:
-        """To be called before the pod's lock is taken to let its namespace go."""
+        """To be called before the lock is taken to let the namespace go."""
         self._due.pop(uid, None)
 
     async def run(self) -> None:
@@ -35,11 +33,15 @@ class Watching:
             await self._wakeup.wait()
             self._wakeup.clear()
             while self._due:
-                uid, (_, entry, _) = next(iter(self._due.items()))
-                async with entry.lock:
-                    now = self._due.pop(uid, None)  # as it is by now: None if it was forgotten meanwhile
-                    if now is not None and now[1] is entry:
-                        await asyncio.get_running_loop().run_in_executor(self._pool, self._work, now[0], now[2])
+                uid, (_, _, lock) = next(iter(self._due.items()))
+                async with lock:
+                    due = self._due.get(uid)
+                    if due is not None and due[2] is lock:  # neither forgotten nor in another namespace meanwhile
+                        del self._due[uid]
+                        await self._watch(due[0], due[1])
+
+    async def _watch(self, pod: Pod, target: PodNetns) -> None:
+        await self._worker.run(lambda: self._accounting.watch(pod, target))
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()

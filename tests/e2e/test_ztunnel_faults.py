@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from support.node import FakeZtunnel, Node, NodePod, node, until
@@ -65,8 +66,8 @@ def faulty(fault: Fault, name: str) -> Fault:
     return answer
 
 
-def fake(here: Node, answer: Fault = lambda _: Ack(), ports: Sequence[int] = (15001, 15006)) -> FakeZtunnel:
-    made = FakeZtunnel(here.run_dir / "ztunnel.sock", answer, ports=ports)
+def fake(here: Node, answer: Fault = lambda _: Ack(), **how: Any) -> FakeZtunnel:
+    made = FakeZtunnel(here.run_dir / "ztunnel.sock", answer, **how)
     assert made.complete.wait(20)
     return made
 

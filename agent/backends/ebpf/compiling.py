@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
@@ -27,6 +28,7 @@ class Entries:
     links: tuple[int, ...]
 
 
+@lru_cache(1024)  # most passes are over a pod that is as it was, and both backend and account ask
 def entries(redirect: Redirect, wiring: Wiring, cookie: int) -> Entries:
     """`cookie` is the namespace's; two pods never share prefixes, so that each can be changed alone."""
     own4, own6, link6 = wiring.own(4), wiring.own(6), wiring.link_local()
