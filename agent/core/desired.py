@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agent.core import names
 from agent.core.considered import Origin, considered, exempt
-from agent.core.exclusions import INTERFACE, NOTHING, PREFIXES, chosen, exclusions
+from agent.core.exclusions import INTERFACE, MOST, NOTHING, PREFIXES, chosen, exclusions
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
@@ -24,12 +24,14 @@ _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE"
 class Decision:
     """Enrolled with a Redirect, or excluded (`redirect` is None). `reason` is for people, in one line.
 
-    `warnings` name annotations that could not be used and were taken as absent.
+    `warnings` name annotations that could not be used and were taken as absent. `refused` names one that asks for
+    more than a pod may have: nothing is applied, a new pod does not start, and what was applied before stays.
     """
 
     redirect: Redirect | None
     reason: str
     warnings: tuple[str, ...] = ()
+    refused: str = ""
 
     @property
     def enrolled(self) -> bool:
@@ -55,7 +57,12 @@ def decide(pod: Pod, settings: Settings) -> Decision:
     if not fact.enrols:
         return Decision(None, fact.reason)
     found, warnings = options(pod, settings)
-    return Decision(Redirect(**{one.name: one.value for one in found}), fact.reason, warnings)
+    redirect = Redirect(**{one.name: one.value for one in found})
+    refused = ""
+    if len(redirect.virtual_interfaces) > MOST:  # without them the traffic of a pod's guests would be taken wrongly
+        refused = f"annotation {names.REROUTE_INTERFACES} names more than {MOST} interfaces"
+        redirect = replace(redirect, virtual_interfaces=redirect.virtual_interfaces[:MOST])
+    return Decision(redirect, fact.reason, warnings, refused)
 
 
 def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
@@ -96,15 +103,12 @@ def _flag(pod: Pod, annotation: str, default: Option, warnings: list[str]) -> Op
 
 def _interfaces(pod: Pod, warnings: list[str]) -> Option:
     key = names.REROUTE_INTERFACES
-    found: dict[str, None] = {}  # keeps the order, drops repeats
-    for part in pod.annotations.get(key, "").split(","):
-        name = part.strip()
-        if not name:
-            continue
-        if INTERFACE.fullmatch(name):
-            found[name] = None
-        else:
-            warnings.append(f"annotation {key}: {name[:40]!r} is not an interface name; ignored")
+    given = filter(None, map(str.strip, pod.annotations.get(key, "").split(",")))
+    names_given = dict.fromkeys(given)  # keeps the order, drops repeats
+    found = [name for name in names_given if INTERFACE.fullmatch(name)]
+    if wrong := [name for name in names_given if not INTERFACE.fullmatch(name)]:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        warnings.append(f"annotation {key}: {wrong[0][:40]!r}{more} is not an interface name; ignored")
     return Option(
         "virtual_interfaces", tuple(found), Origin.ANNOTATION if found else Origin.FIXED, key if found else ""
     )

@@ -17,7 +17,7 @@ Range = tuple[int, int]  # first and last, both included
 # What the kernel takes as an interface name, less what a shell or a rule language could misread.
 INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@:-]{0,14}")
 _NUMBER = re.compile(r"[0-9]{1,10}")
-_MOST = 256  # entries per list: an annotation must not make a rule set without bounds
+MOST = 256  # entries per list: an annotation must not make a rule set without bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +94,8 @@ def interfaces(text: str) -> tuple[str, ...]:
 
 def _parts(text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if len(parts) > _MOST:
-        raise ValueError(f"more than {_MOST} entries")
+    if len(parts) > MOST:
+        raise ValueError(f"more than {MOST} entries")
     return parts
 
 

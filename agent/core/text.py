@@ -20,3 +20,8 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
     """Lines of the form "Key: value", values aligned."""
     width = max((len(key) for key, _ in rows), default=0) + 1
     return "\n".join(f"{key + ':':<{width}}  {value}" for key, value in rows)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and how long it is: for a log that others must still be able to read."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters in all)"

@@ -37,6 +37,7 @@ class Entry:
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     contention: Contention = field(default_factory=Contention)
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
+    awaited: bool = False  # somebody waits for the pass that is under way
     refused: Redirect | None = None  # an intent that was rolled back: not tried again until it is another
     # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)

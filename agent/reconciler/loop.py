@@ -17,7 +17,14 @@ from agent.backends.choose import Choice
 from agent.core import names
 from agent.core.canary import Finding, Verdict
 from agent.core.desired import Decision
-from agent.core.errors import NoZtunnelError, PodGoneError, SilentZtunnelError, SluiceError, ZtunnelError
+from agent.core.errors import (
+    NoZtunnelError,
+    PodGoneError,
+    SettingsError,
+    SilentZtunnelError,
+    SluiceError,
+    ZtunnelError,
+)
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
@@ -204,6 +211,7 @@ class Reconciler:
         ended, ok = pod is None or uid in self._gone, False
         # Who waits for a pod that is back already waits for the pass after this one.
         waiters, entry.waiters = ([], entry.waiters) if ended else (entry.waiters, [])
+        entry.awaited = bool(waiters or self._gone.get(uid))
         try:
             if pod is None or ended:
                 await self._release(uid)
@@ -228,6 +236,8 @@ class Reconciler:
     async def _try(self, pod: Pod, entry: Entry) -> bool:
         decision = entry.decision(pod, self.settings)
         try:
+            if decision.refused:
+                raise SettingsError(decision.refused)
             if decision.redirect is None:
                 await self._exclude(pod, entry, decision)
             elif decision.redirect == entry.refused:
@@ -247,6 +257,8 @@ class Reconciler:
             entry.status = self._status(entry, State.PENDING, decision, error)
             return isinstance(error, NoZtunnelError)
         except Exception as error:  # noqa: BLE001 - one pod's failure, whatever it is, never stops another
+            if entry.status.error == str(error):
+                error.__notes__ = []  # the script that was refused is in the log already
             entry.status = self._status(entry, State.FAILED, decision, error)
             self._journal.failed(pod, error)
         return False
@@ -258,8 +270,7 @@ class Reconciler:
             entry.contention.looked(time.monotonic())
         started = noticed or time.monotonic()
         exempt = await self._exempt(pod, entry)
-        async with entry.lock:
-            found = await self._workers.run(lambda: self._enrolment.enrol(pod, redirect, retired))
+        found = await self._work(entry, lambda: self._enrolment.enrol(pod, redirect, retired))
         if exempt is not None:
             await exempt
         self._watcher.watch(pod.uid, found.target)
@@ -293,8 +304,7 @@ class Reconciler:
         missing: tuple[int, ...] = ()
         for pause in (0.0, 0.1):  # looked at twice: to have ztunnel told anew costs the pod its connections
             await asyncio.sleep(pause)
-            async with entry.lock:
-                missing = await self._workers.run(lambda: listening.missing(found.target))
+            missing = await self._work(entry, lambda: listening.missing(found.target))
             if not missing:
                 return
         if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
@@ -304,8 +314,7 @@ class Reconciler:
     async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""
         started = time.monotonic()
-        async with entry.lock:
-            done = await self._workers.run(lambda: self._enrolment.again(found))
+        done = await self._work(entry, lambda: self._enrolment.again(found))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 
@@ -317,8 +326,8 @@ class Reconciler:
         """
         if not self._claims.wants(pod.uid):
             return None
-        async with entry.lock:  # what its namespace has, once that is proven to be the pod's
-            addresses = await self._workers.run(lambda: self._enrolment.addresses(pod))
+        # What its namespace has, once that is proven to be the pod's.
+        addresses = await self._work(entry, lambda: self._enrolment.addresses(pod))
         self._claims.claim(pod.uid, addresses)
         settled = self._claims.settled()
         if not self._namespaces.is_new(pod):
@@ -342,14 +351,12 @@ class Reconciler:
             self._watching.forget(pod.uid)
         if self._namespaces.was_captured(pod.uid):
             started = time.monotonic()
-            async with entry.lock:
-                done = await self._workers.run(lambda: self._enrolment.unenrol(pod))
+            done = await self._work(entry, lambda: self._enrolment.unenrol(pod))
             self._note(pod, entry, None, done, "", time.monotonic() - started)
             self._watcher.unwatch(pod.uid)
             self._unclaim(pod.uid)
             await self._publisher.withdraw(pod.uid)
-        async with entry.lock:
-            await self._workers.run(lambda: self._enrolment.forget(pod))
+        await self._work(entry, lambda: self._enrolment.forget(pod))
         entry.want, entry.cleaned, entry.changing, entry.soon = None, False, False, False
         entry.status = replace(entry.status, outside=0, notes=decision.warnings)
         error = SluiceError(rolled_back) if rolled_back else None
@@ -367,8 +374,7 @@ class Reconciler:
             self._watching.forget(uid)
         await self._publisher.withdraw(uid)
         entry = self._entries[uid]
-        async with entry.lock:
-            await self._workers.run(lambda: self._enrolment.release(uid))
+        await self._work(entry, lambda: self._enrolment.release(uid))
         if self.table.get(uid) is None:
             self._schedule.drop(uid)
             del self._entries[uid]
@@ -389,6 +395,11 @@ class Reconciler:
         async with entry.lock:
             compare = self._enrolment.compare
             return await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
+
+    async def _work(self, entry: Entry, function: Callable[[], T]) -> T:
+        """Kernel work of a pass, before all others' when somebody waits for the pass. Its time is the pod's to pay."""
+        async with entry.lock:
+            return await self._workers.run(function, first=entry.awaited)
 
     def _note(self, pod: Pod, entry: Entry, want: Redirect | None, done: Settled, cause: str, seconds: float) -> None:
         drifted = entry.want is not None and entry.want == want

@@ -9,10 +9,12 @@ from typing import Any
 from agent.backends.base import Backend
 from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.redirect import Redirect
+from agent.core.text import shortened
 from agent.kernel.podnetns import PodNetns
 
 # A change needs one pass, cleaning up after a removal a second one, a race with somebody else one more.
 PASSES = 5
+LOGGED = 4096  # characters of a script that was refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
         except StaleError:
             continue  # somebody changed something in between: look again
         except SluiceError as error:
-            error.add_note(str(plan))
+            error.add_note(shortened(str(plan), LOGGED))
             raise
         done.applied.append(Applied(backend.name, str(plan), differences))
         if not differences:

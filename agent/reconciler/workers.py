@@ -16,49 +16,59 @@ T = TypeVar("T")
 BATCH = 32  # so that a new pod waits behind few others
 
 
+Work = tuple[Callable[[], Any], asyncio.Future[Any]]
+Result = tuple[asyncio.Future[Any], Any, Exception | None]
+
+
 class Workers:
-    """`count` threads; all methods belong to the event loop's thread."""
+    """`count` threads; all methods belong to the event loop's thread, but `_work` and `_next`."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="kernel")
         self._idle = count
-        self._waiting: deque[tuple[Callable[[], Any], asyncio.Future[Any]]] = deque()
+        self._first: deque[Work] = deque()  # somebody waits, such as a CNI ADD
+        self._waiting: deque[Work] = deque()
 
-    async def run(self, function: Callable[[], T]) -> T:
-        """What `function` returns or raises, on a worker."""
+    async def run(self, function: Callable[[], T], *, first: bool = False) -> T:
+        """What `function` returns or raises, on a worker; `first`: before all that is not, in any batch."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._waiting.append((function, future))
-        self._start()
+        (self._first if first else self._waiting).append((function, future))
+        if self._idle:
+            self._idle -= 1
+            self._pool.submit(self._work, asyncio.get_running_loop())
         return await future
 
     def close(self) -> None:
         """Waits for what is being done; what waits is dropped."""
+        self._first.clear()
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._idle and self._waiting:
-            self._idle -= 1
-            batch = [self._waiting.popleft() for _ in range(min(BATCH, len(self._waiting)))]
-            self._pool.submit(self._work, loop, batch)
-
-    def _work(
-        self, loop: asyncio.AbstractEventLoop, batch: list[tuple[Callable[[], Any], asyncio.Future[Any]]]
-    ) -> None:
-        results: list[tuple[asyncio.Future[Any], Any, Exception | None]] = []
-        for function, future in batch:
+    def _work(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A batch, which ends after the last one that somebody waits for."""
+        results: list[Result] = []
+        while len(results) < BATCH and (work := self._next()):
+            (function, future), urgent = work
             if future.cancelled():
                 continue
             try:
                 results.append((future, function(), None))
             except Exception as error:  # noqa: BLE001 - raised again where it is awaited
                 results.append((future, None, error))
+            if urgent and not self._first:
+                break
         if not loop.is_closed():
-            loop.call_soon_threadsafe(self._deliver, results)
+            loop.call_soon_threadsafe(self._deliver, loop, results)
 
-    def _deliver(self, results: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
-        self._idle += 1
+    def _next(self) -> tuple[Work, bool] | None:
+        for queue in (self._first, self._waiting):
+            try:
+                return queue.popleft(), queue is self._first
+            except IndexError:  # empty, or another worker was faster
+                continue
+        return None
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, results: list[Result]) -> None:
         for future, result, error in results:
             if future.done():
                 continue
@@ -66,4 +76,7 @@ class Workers:
                 future.set_result(result)
             else:
                 future.set_exception(error)
-        self._start()
+        if self._first or self._waiting:
+            self._pool.submit(self._work, loop)
+        else:
+            self._idle += 1

@@ -356,4 +356,3 @@ def debug(here: Node, path: str, token: str) -> tuple[int, str]:
 def test_the_agent_tells_what_it_knows_of_kubernetes_in_its_metrics(here: Node, api: ApiServer) -> None:
     assert metric(here, "sluice_kube_follow_total", path="/api/v1/pods", what="lists") >= 1
     assert metric(here, "sluice_kube_synced") == 1
-

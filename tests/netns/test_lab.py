@@ -93,10 +93,7 @@ def test_dns_answers_for_every_pod_in_both_families(lab: Lab) -> None:
     for pod in lab.pods.up().values():
         for kind, address in (("A", pod.ipv4), ("AAAA", pod.ipv6)):
             name = f"{pod.spec.name}.{pod.spec.namespace}.lab.test"
-            assert (
-                lab.exec("client", ["dig", "+short", f"@{lab.resolver}", name, kind]).stdout.strip()
-                == address
-            )
+            assert lab.exec("client", ["dig", "+short", f"@{lab.resolver}", name, kind]).stdout.strip() == address
 
 
 def test_load_of_250_connections_a_second_has_no_failures(lab: Lab) -> None:
@@ -134,8 +131,7 @@ def test_a_pod_comes_and_goes_as_under_a_runtime(lab: Lab) -> None:
     after = lab.add_pod(spec)
     assert after.attachment.uid != before.attachment.uid
     assert (
-        lab.exec("client", ["dig", "+short", f"@{lab.resolver}", "batch.legacy.lab.test"]).stdout.strip()
-        == after.ipv4
+        lab.exec("client", ["dig", "+short", f"@{lab.resolver}", "batch.legacy.lab.test"]).stdout.strip() == after.ipv4
     )
 
 
@@ -229,10 +225,7 @@ def test_command_line(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
 
     assert call("lab", "pods", "--prefix", PREFIX) == 0
     assert "shop/client" in capfd.readouterr().out
-    assert (
-        call("lab", "exec", "--prefix", PREFIX, "client", "--", "ip", "-brief", "address", "show", "eth0")
-        == 0
-    )
+    assert call("lab", "exec", "--prefix", PREFIX, "client", "--", "ip", "-brief", "address", "show", "eth0") == 0
     assert lab.pods.require("client").ipv4 in capfd.readouterr().out
     assert call("lab", "exec", "--prefix", PREFIX, "client", "--", "sh", "-c", "exit 7") == 7
     with pytest.raises(SluiceError, match="no command"):

@@ -102,7 +102,7 @@ DAMAGE = {
         # The same comment on a rule that does something else: tags alone would not tell.
         "nft -a list chain inet istio-ambient-nat istio-output | grep 'ip daddr.*15001' | while read rule; do"
         " h=${rule##*handle }; r=${rule%% # handle*}; r=$(echo \"$r\" | sed 's/:15001/:15002/;s/packets . bytes .//');"
-        " nft replace rule inet istio-ambient-nat istio-output handle $h \"$r\"; done",
+        ' nft replace rule inet istio-ambient-nat istio-output handle $h "$r"; done',
     ],
     "iptables": [
         "iptables-nft -t nat -F ISTIO_OUTPUT",

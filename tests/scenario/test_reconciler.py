@@ -97,6 +97,19 @@ def test_an_excluded_pod_that_was_never_ours_is_not_touched() -> None:
     play(script)
 
 
+def test_a_pod_that_asks_for_too_much_is_refused_and_keeps_the_rules_that_it_has() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod("old"))
+        many = {**pod().annotations, "istio.io/reroute-virtual-interfaces": ",".join(f"v{n}" for n in range(300))}
+        world.kernel.log.clear()
+        old, new = await world.settle(replace(pod("old"), annotations=many), replace(pod("new"), annotations=many))
+        for status in (old, new):
+            assert status.state is State.FAILED and "more than 256 interfaces" in status.error
+        assert world.kernel.log == [] and world.held("rules", "old") is not None
+
+    play(script)
+
+
 def test_a_retired_backend_is_cleared_once_after_the_new_rules_are_in() -> None:
     async def script(world: World) -> None:
         target = world.namespaces.resolve(pod())

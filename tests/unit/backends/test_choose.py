@@ -122,9 +122,7 @@ def test_a_recorded_choice_that_fails_makes_room() -> None:
         (None, "iptables", "most hosts"),
     ],
 )
-def test_p31_without_nftables_the_hosts_own_variant_comes_first(
-    view: HostView | None, first: str, word: str
-) -> None:
+def test_p31_without_nftables_the_hosts_own_variant_comes_first(view: HostView | None, first: str, word: str) -> None:
     order = candidates("auto", view, None)
     assert list(order) == ["nftables", first, *({"iptables", "iptables-legacy"} - {first})]
     assert word in order[first]

@@ -150,3 +150,17 @@ def test_which_namespaces_enrol_their_pods() -> None:
     settings = Settings()
     assert enrols_namespace(AMBIENT, settings)
     assert not enrols_namespace(NONE, settings) and not enrols_namespace({}, settings)
+
+
+def test_more_interfaces_than_a_pod_may_name_are_refused_and_the_pod_stays_enrolled() -> None:
+    decision = decide(annotated(**{INTERFACES: ",".join(f"v{n}" for n in range(257))}), Settings())
+    assert decision.enrolled and "more than 256 interfaces" in decision.refused
+    assert not decide(annotated(**{INTERFACES: ",".join(f"v{n}" for n in range(256))}), Settings()).refused
+
+
+def test_what_is_wrong_in_a_list_of_interfaces_is_one_warning() -> None:
+    decision = decide(
+        annotated(**{INTERFACES: "a/b," * 2 + "eth1," + ",".join(f"{n}/x" for n in range(9))}), Settings()
+    )
+    assert decision.redirect is not None and decision.redirect.virtual_interfaces == ("eth1",)
+    assert len(decision.warnings) == 1 and "'a/b' and 9 more" in decision.warnings[0]

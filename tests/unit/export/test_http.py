@@ -103,9 +103,7 @@ def test_a_defect_is_an_answer(ask: Callable[..., tuple[int, dict[str, str], byt
     ],
     ids=range(9),
 )
-def test_bad_requests(
-    ask: Callable[..., tuple[int, dict[str, str], bytes]], sent: bytes, status: int
-) -> None:
+def test_bad_requests(ask: Callable[..., tuple[int, dict[str, str], bytes]], sent: bytes, status: int) -> None:
     got, _, body = ask(sent, end=True)
     assert got == status
     assert body.startswith(b"bad request: ") == bool(status)

@@ -35,8 +35,7 @@ class Bench:
         path = self.directory / name
         log, stdin = self.directory / "log", self.directory / f"{name}.stdin"
         path.write_text(
-            f'#!/bin/sh\necho "$CNI_COMMAND {name} $CNI_CONTAINERID $CNI_NETNS" >> {log}\n'
-            f"cat > {stdin}\n{script}\n"
+            f'#!/bin/sh\necho "$CNI_COMMAND {name} $CNI_CONTAINERID $CNI_NETNS" >> {log}\ncat > {stdin}\n{script}\n'
         )
         path.chmod(0o755)
 

@@ -32,9 +32,7 @@ def test_survives_the_state_file() -> None:
     assert LabSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-@pytest.mark.parametrize(
-    "prefix", ["sluice", "cni", "slu", "slu-lab", "slu/../lock", "", "SLUX", "slu12345678901"]
-)
+@pytest.mark.parametrize("prefix", ["sluice", "cni", "slu", "slu-lab", "slu/../lock", "", "SLUX", "slu12345678901"])
 def test_refuses_a_prefix_that_could_be_somebody_elses(prefix: str) -> None:
     with pytest.raises(SettingsError):
         LabSpec(prefix)
