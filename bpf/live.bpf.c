@@ -1,4 +1,5 @@
-/* Looks at every connection that lives: its bytes so far are counted, and those whose fate has shown meanwhile; or lists them.
+/* Looks at every connection that lives: its bytes so far are counted, and those whose fate has shown meanwhile; or lists them,
+ * or says which sockets have an account at all.
  *
  * Iterators over the storage of sockets. They run on a read of theirs, beside the programs that see connections end:
  * whoever changes a count first has told it.
@@ -85,6 +86,23 @@ SEC("iter/bpf_sk_storage_map") int list(struct bpf_iter__bpf_sk_storage_map *ctx
 	record_of(&r, found.account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
 	r.fate = fate_of(found.account, found.tp);
 	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
+	return 0;
+}
+
+/* The cookies of the sockets that are counted already: of the chosen pod those with an account, in whatever state; and, over
+ * `owners`, what ztunnel listens with and has accepted, which never gets an account.
+ */
+SEC("iter/bpf_sk_storage_map") int known(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	__u32 first = 0;
+	__u64 *only = bpf_map_lookup_elem(&chosen, &first);
+	if (!ctx->sk)
+		return 0;
+	struct account *account = bpf_sk_storage_get(&accounts, ctx->sk, 0, 0);
+	if (account && only && *only && *only != account->pod)
+		return 0;
+	__u64 cookie = bpf_get_socket_cookie(ctx->sk);
+	bpf_seq_write(ctx->meta->seq, &cookie, sizeof(cookie));
 	return 0;
 }
 

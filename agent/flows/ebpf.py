@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+import struct
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.ringbuf import RingBuffer
 
+_COOKIE = struct.Struct("=Q")
 _ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
 
 
@@ -97,13 +99,12 @@ class EbpfCollector:
 
     def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
         cookie = target.netns.id.cookie
-        if self._older.follows(cookie):
-            self._older.enrol(target, want, captured=captured)
-        elif cookie not in self._past:
+        if cookie in self._past:
+            self._older.change(target, want, captured=captured)
+        else:
             self._past.add(cookie)
             if not fresh:
-                seen = {one.socket for one in self._listed(cookie)}
-                self._older.enrol(target, want, captured=captured, besides=seen)
+                self._older.enrol(target, want, captured=captured, besides=lambda: self._counted(cookie))
 
     def release(self, cookie: int) -> None:
         self._known.discard(cookie)
@@ -137,6 +138,16 @@ class EbpfCollector:
             data = bpfiter.read(link)
         # Between two buffers the kernel may go over a socket again (bpfiter.read).
         return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
+
+    def _counted(self, pod: int) -> set[int]:
+        """The cookies of the sockets that the programs have seen, and so count themselves."""
+        found = set[int]()
+        with self._listing:
+            self._maps["chosen"].update(bytes(4), pod.to_bytes(8, sys.byteorder))
+            for name in ("accounts", "owners"):
+                with self._iterator(objects.KNOWN, name) as link:
+                    found.update(one for (one,) in _COOKIE.iter_unpack(bpfiter.read(link)))
+        return found
 
     def records(self) -> Sequence[Any]:
         size = abi.RECORD.size
@@ -217,11 +228,11 @@ class EbpfCollector:
         self._gone &= {abi.pod_of(key) for key in self._qualities}
 
     @contextmanager
-    def _iterator(self, program: objects.Program) -> Iterator[int]:
+    def _iterator(self, program: objects.Program, over: str = "accounts") -> Iterator[int]:
         """A link of this process's own: nothing is attached by it unless it is read."""
         loaded = bpf.get(self.programs.pins.node.program(program))
         try:
-            link = bpfiter.attach(loaded, self._maps["accounts"].fd)
+            link = bpfiter.attach(loaded, self._maps[over].fd)
         finally:
             os.close(loaded)
         try:

@@ -111,17 +111,21 @@ class PodFlows:
                 flow.before = flow.before or not flow.decided
         self.verdicts, self.captured = verdicts, captured
 
-    def older(self, besides: Collection[int] | None = None) -> None:
-        """All that was dumped until now was there before anybody looked: its bytes up to now are not added.
+    def only_older(self, counted: Collection[int]) -> None:
+        """As older(), and nothing else is followed from now on. Somebody else counts `counted`, the cookies of sockets.
 
-        With `besides` nothing else is followed from now on, and these sockets are not: somebody else counts them.
+        To be called after two dumps, between which `counted` was asked for. A socket that is in one dump alone was made
+        or has ended meanwhile, and may be missing from `counted` for that.
         """
-        if besides is not None:
-            self._alone = True
-            for cookie in besides:
-                if (counted := self._flows.get(cookie)) is not None:
-                    self._pending.pop(cookie, None)
-                    self._forget(counted)
+        self._alone = True
+        for flow in list(self._flows.values()):
+            if flow.looks < 2 or flow.cookie in counted:
+                self._pending.pop(flow.cookie, None)
+                self._forget(flow)
+        self.older()
+
+    def older(self) -> None:
+        """All that was dumped until now was there before anybody looked: its bytes up to now are not added."""
         for flow in self._flows.values():
             flow.before = True
             flow.direction = self._direction(flow)
@@ -340,6 +344,8 @@ class PodFlows:
 
     def _count(self, flow: Flow) -> None:
         """What was added by one connection since it was last counted."""
+        if self._alone and flow.owned:
+            return  # whoever counts the rest knows ztunnel's own
         if not flow.established:
             self.sums.add(flow.key, failed=1, socket=flow.cookie)
             return

@@ -22,7 +22,7 @@ from agent.kernel import bpf, bpffs
 from agent.kernel.bpfmap import Map
 
 SHARED = "memories"
-_NODE = (objects.ACCOUNT, objects.REFRESH, objects.LIST)
+_NODE = (objects.ACCOUNT, *objects.ITERATORS)
 _LINKS = {"account": objects.ACCOUNT}
 
 
@@ -97,7 +97,7 @@ def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:
     if not have.bound:
         for name in sorted(named):
             yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"{name}.bpf.o sees other destinations"
-    elif any(program.name not in have.attached.ids for program in (objects.REFRESH, objects.LIST)):
+    elif any(program.name not in have.attached.ids for program in objects.ITERATORS):
         name = objects.REFRESH.object
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
     found = list(attachments.steps(_LINKS, have.attached))

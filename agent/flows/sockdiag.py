@@ -72,27 +72,35 @@ class DiagCollector:
         *,
         captured: bool,
         fresh: bool = False,
-        besides: Collection[int] | None = None,
+        besides: Callable[[], Collection[int]] | None = None,
     ) -> bool:
         """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError.
 
-        `besides`: only connections that are there already are followed, until they end, and not these sockets.
+        `besides`: only connections that are there already are followed, until they end, and not the sockets whose
+        cookies it returns: somebody else counts those, and all that are made from now on.
         """
         cookie, wiring = target.netns.id.cookie, target.wiring()
         with self._lock:
             pod = self._pods.get(cookie)
             if pod is None:
                 self._pods[cookie] = pod = self._begin(target, Verdicts(want, wiring), captured=captured)
-                if not fresh:
-                    pod.flows.older(besides)
+                if besides is not None:
+                    counted = besides()
+                    self._dump(pod)  # what lives in both dumps lived when `besides` looked
+                    pod.flows.only_older(counted)
+                elif not fresh:
+                    pod.flows.older()
                 self._end(cookie, pod)
-                return False
-            flows = pod.flows
-            if (flows.verdicts.redirect, flows.verdicts.wiring, flows.captured) == (want, wiring, captured):
-                return False
-            self._look(pod)
-            flows.change(Verdicts(want, wiring), captured=captured)
+            else:
+                self._change(pod, Verdicts(want, wiring), captured=captured)
             return False
+
+    def change(self, target: PodNetns, want: Redirect, *, captured: bool) -> None:
+        """Takes over a change; a pod that is not followed, or not any more, stays so. Raises as enrol()."""
+        wiring = target.wiring()
+        with self._lock:
+            if pod := self._pods.get(target.netns.id.cookie):
+                self._change(pod, Verdicts(want, wiring), captured=captured)
 
     def watch(self, target: PodNetns) -> None:
         """Nothing is left to do."""
@@ -177,15 +185,18 @@ class DiagCollector:
                 pod.close()
             self._pods.clear()
 
-    def follows(self, cookie: int) -> bool:
-        with self._lock:
-            return cookie in self._pods
-
     def _end(self, cookie: int, pod: _Pod) -> None:
         if pod.flows.over:
             self._left += pod.records
             del self._pods[cookie]
             pod.close()
+
+    def _change(self, pod: _Pod, verdicts: Verdicts, *, captured: bool) -> None:
+        flows = pod.flows
+        old = flows.verdicts.redirect, flows.verdicts.wiring, flows.captured
+        if old != (verdicts.redirect, verdicts.wiring, captured):
+            self._look(pod)
+            flows.change(verdicts, captured=captured)
 
     def _begin(self, target: PodNetns, verdicts: Verdicts, *, captured: bool) -> _Pod:
         events = target.netns.call(SocketEvents)

@@ -13,7 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -45,7 +45,8 @@ class LoadRecord:
 class ZtunnelRecord:
     """One connection that a ztunnel relayed; `direction` is outbound or inbound, addresses are normal.
 
-    `time` is Unix seconds of when the ztunnel took it; `via` is the address from which it spoke onwards.
+    `time` is Unix seconds of when the ztunnel took it; `via` is the address from which it spoke onwards. `arrived`, of
+    an outbound one: a ztunnel at the destination took it as well.
     """
 
     direction: str
@@ -54,15 +55,15 @@ class ZtunnelRecord:
     error: str = ""
     time: float = 0.0
     via: str = ""
+    arrived: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
     """Figures of one run or one window. `errors` counts the failed by reason.
 
-    `captured_inbound` counts relays into the targets from the load's pods. They are not matched one to one,
-    since an outbound ztunnel opens a connection of its own, with its own port; so at the edges of a window
-    the two directions may differ by those in flight. `longest` is the longest connection, in seconds.
+    `missed_inbound` counts connections that succeeded, and that a ztunnel relayed outbound but none took at the
+    target's end. `longest` is the longest connection, in seconds.
     """
 
     opened: int
@@ -73,7 +74,7 @@ class Account:
     examples: tuple[LoadRecord, ...]
     longest: float
     captured_outbound: int
-    captured_inbound: int
+    missed_inbound: int
 
 
 def account(
@@ -83,14 +84,10 @@ def account(
 
     `ztunnel` are the records of all nodes, complete: written after the last connection of the load had ended.
     """
-    everything, relays = list(load), list(ztunnel)
-    targets = {record.target for record in everything}
-    hosts = {_host(record.source) for record in everything}
-    fates = _fates(everything, relays)
+    fates = _fates(list(load), list(ztunnel))
     first, last = window or (-math.inf, math.inf)
-    seen = [(record, captured) for record, captured in fates if first <= record.time <= last]
-    escaped = [record for record, captured in seen if record.ok and not captured]
-    inbound = [r for r in relays if r.direction == "inbound" and first <= r.time <= last]
+    seen = [(record, relay) for record, relay in fates if first <= record.time <= last]
+    escaped = [record for record, relay in seen if record.ok and relay is None]
     return Account(
         opened=len(seen),
         ok=sum(record.ok for record, _ in seen),
@@ -99,8 +96,8 @@ def account(
         escaped=len(escaped),
         examples=tuple(escaped[:EXAMPLES]),
         longest=max((record.seconds for record, _ in seen), default=0.0),
-        captured_outbound=sum(captured for _, captured in seen),
-        captured_inbound=sum(_host(r.source) in hosts and r.destination in targets for r in inbound),
+        captured_outbound=sum(relay is not None for _, relay in seen),
+        missed_inbound=sum(record.ok and relay is not None and not relay.arrived for record, relay in seen),
     )
 
 
@@ -115,12 +112,12 @@ def _as_seen(relays: list[ZtunnelRecord]) -> Relays:
         if record.direction == "outbound":
             arrived = _take(inbound, (record.via, record.destination), record.time, LATE_SECONDS)
             peer = arrived.via if arrived else record.via
-            seen.setdefault((peer, record.destination), []).append(record)
+            seen.setdefault((peer, record.destination), []).append(replace(record, arrived=arrived is not None))
     return seen
 
 
-def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[LoadRecord, bool]]:
-    """Each record with whether a relay is left for it; no relay serves two.
+def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[LoadRecord, ZtunnelRecord | None]]:
+    """Each record with the outbound relay that is left for it, if any; no relay serves two.
 
     Of one key's records the successful ones come first: one that failed may never have reached the ztunnel,
     and must not use up the relay of one that did. What is left over is matched by its own address, which finds
@@ -128,10 +125,11 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
     the records meet.
     """
     seen = _as_seen(sorted(relays, key=lambda r: r.time))
-    fates, unmatched = [], []
+    fates: list[tuple[LoadRecord, ZtunnelRecord | None]] = []
+    unmatched = []
     for record in sorted(load, key=lambda r: (not r.ok, r.time)):
-        if _take(seen, (record.seen_peer, record.target), record.time, LATE_SECONDS):
-            fates.append((record, True))
+        if relay := _take(seen, (record.seen_peer, record.target), record.time, LATE_SECONDS):
+            fates.append((record, relay))
         else:
             unmatched.append(record)
     for whose in (str, _host):
@@ -139,9 +137,9 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
         for relay in (relay for left in seen.values() for relay in left):
             spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
         found = [(r, _take(spare, (whose(r.source), r.target), r.time, NEAR_SECONDS)) for r in unmatched]
-        fates += [(record, True) for record, relay in found if relay]
+        fates += [(record, relay) for record, relay in found if relay]
         seen, unmatched = spare, [record for record, relay in found if not relay]
-    return fates + [(record, False) for record in unmatched]
+    return fates + [(record, None) for record in unmatched]
 
 
 def _take(spare: Relays, key: Key, time: float, within: float) -> ZtunnelRecord | None:

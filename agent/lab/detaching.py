@@ -61,10 +61,9 @@ class Detaching:
             check(f"{one.window}: verify --repair puts it back", not one.left, "; ".join(one.left))
             passed = accounts[one.window]
             after = f"{one.seconds * 1e3:.0f} ms"
-            alone = max(0, passed.captured_outbound - passed.captured_inbound)
             print(
                 f"       put back after {after}; {passed.escaped} connections passed by the client's proxy, "
-                f"{alone} by the server's, {passed.failed} failed"
+                f"{passed.missed_inbound} by the server's, {passed.failed} failed"
             )
 
     def _cookie(self, ref: str) -> int:

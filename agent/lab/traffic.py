@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from agent.core.errors import SluiceError
 from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account, read_load, read_ztunnel
@@ -15,7 +15,10 @@ from agent.lab.lab import Lab
 from agent.lab.pods import Pod
 
 RATE: Final = 250.0  # new connections per second
-SETTLE_SECONDS: Final = 3.0  # for the ztunnels to write the last records
+SETTLE_SECONDS: Final = 3.0  # in which nothing comes any more, once traffic has ended
+LONGEST_SECONDS: Final = 60.0  # for what never stands still
+
+T = TypeVar("T")
 
 
 class Traffic:
@@ -55,20 +58,32 @@ def relayed(lab: Lab) -> list[ZtunnelRecord]:
     return records
 
 
-def settled(lab: Lab, load: Sequence[LoadRecord], window: tuple[float, float] | None = None) -> Account:
-    """The account once no escape is left or, if some stay, SETTLE_SECONDS later.
+def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:
+    """What is read once it is `right`, or else once it has not changed for SETTLE_SECONDS.
+
+    For figures that are written some time after the traffic that they tell of, on a machine that may be busy.
+    """
+    value, changed = read(), time.monotonic()
+    until = changed + LONGEST_SECONDS
+    while not right(value) and time.monotonic() < min(changed + SETTLE_SECONDS, until):
+        time.sleep(0.1)
+        last, value = value, read()
+        if value != last:
+            changed = time.monotonic()
+    return value
+
+
+def settled(
+    lab: Lab, load: Sequence[LoadRecord], right: Callable[[Account], bool] = lambda one: not one.escaped
+) -> Account:
+    """The account once it is `right` or, if that does not come, stands still.
 
     A ztunnel writes a record when its connection has ended, which is after the client's has. Raises
     SluiceError when there is no load to account for: nothing escaped would then mean nothing.
     """
     if not load:
         raise SluiceError("no connection was recorded: there is nothing to account for")
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while True:
-        result = account(load, relayed(lab), window)
-        if not result.escaped or time.monotonic() > deadline:
-            return result
-        time.sleep(0.1)
+    return still(lambda: account(load, relayed(lab)), right)
 
 
 def _size(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
@@ -364,6 +365,36 @@ def test_p55_older_connections_are_exempt_and_only_what_they_add_is_counted(watc
         end.close()
     one = watched.record(name)
     assert (one.sent, one.reason) == (1005, Reason.BEFORE)
+
+
+def test_only_what_lived_before_and_is_counted_by_nobody_is_followed_beside_another_collector(watched: Watched) -> None:
+    """What is made or ends while the other collector is asked is in one dump alone, and belongs to the other one."""
+    lab = watched.lab
+    run(["nft", "flush", "ruleset"], netns=lab.pod.path)
+    old, counted, ending = lab.outbound(), lab.outbound(), lab.outbound()
+
+    def asked() -> set[int]:
+        for end in ending:
+            end.close()
+        lab.outbound()
+        return {int.from_bytes(counted[0].getsockopt(socket.SOL_SOCKET, 57, 8), sys.byteorder)}  # SO_COOKIE
+
+    watched.collector.enrol(watched.target, EVERYTHING, captured=True, besides=asked)
+    lab.outbound()
+    watched.refresh()
+    assert [one.local for one in watched.refresh()] == [old[0].getsockname()]
+    name = old[0].getsockname()
+    for end in old:
+        end.close()
+    assert watched.record(name).reason is Reason.BEFORE
+    watched.refresh()
+    watched.collector.change(watched.target, Redirect(ipv6=False), captured=True)  # the last of them has ended
+    later = lab.outbound()
+    assert watched.refresh() == []
+    later[0].close()
+    watched.finish()
+    assert [one.local for one in watched.told] == [name]
+    assert watched.sum("opened") == watched.sum("closed") == 1
 
 
 @pytest.mark.parametrize("waits", [True, False])

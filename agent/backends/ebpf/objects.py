@@ -47,8 +47,10 @@ POD: Final = (LOOKUP, INGRESS, EGRESS)
 ACCOUNT: Final = Program("account_sockets", "accounting", AttachType.CGROUP_SOCK_OPS)
 REFRESH: Final = Program("refresh", "live", AttachType.TRACE_ITER)
 LIST: Final = Program("list", "live", AttachType.TRACE_ITER)
+KNOWN: Final = Program("known", "live", AttachType.TRACE_ITER)
+ITERATORS: Final = (REFRESH, LIST, KNOWN)
 WATCH: Final = Program("watch", "watch", AttachType.TCX_EGRESS)
-ACCOUNTING: Final = (ACCOUNT, REFRESH, LIST, WATCH)
+ACCOUNTING: Final = (ACCOUNT, *ITERATORS, WATCH)
 
 
 def path(name: str) -> Path:

@@ -50,21 +50,25 @@ def test_peer_and_target_must_both_match() -> None:
 def test_an_inbound_record_does_not_excuse_an_escape() -> None:
     inbound = ZtunnelRecord("inbound", "10.244.1.3:1", TARGET)
     result = account([load(1)], [inbound])
-    assert (result.escaped, result.captured_inbound) == (1, 1)
+    assert (result.escaped, result.missed_inbound) == (1, 0)
 
 
-def test_inbound_counts_relays_of_the_loads_pods_into_its_targets_only() -> None:
-    inbound = [
-        ZtunnelRecord("inbound", "10.244.1.3:999", TARGET),
-        ZtunnelRecord("inbound", "10.244.1.9:999", TARGET),
-        ZtunnelRecord("inbound", "10.244.1.3:999", "10.244.2.3:80"),
-    ]
-    assert account([load(1)], [out(1), *inbound]).captured_inbound == 1
+def arrived(port: int, *, time: float = EARLIER) -> ZtunnelRecord:
+    """What the server's proxy wrote of out(port)."""
+    return ZtunnelRecord("inbound", f"10.244.1.3:{port + 10000}", TARGET, "", time, f"10.244.1.3:{port + 10000}")
 
 
-def test_inbound_relays_are_cut_to_the_window_by_their_own_time() -> None:
-    inbound = [ZtunnelRecord("inbound", "10.244.1.3:999", TARGET, time=time) for time in (1.0, 2.0, 3.0)]
-    assert account([load(1)], inbound, (2, 3)).captured_inbound == 2
+def test_what_went_out_through_a_proxy_and_came_in_through_none_is_missed_inbound() -> None:
+    records = [load(1), load(2), load(3), load(4, ok=False)]
+    relays = [out(port) for port in (1, 2, 4)]  # the third escaped, the fourth failed
+    assert account(records, [*relays, arrived(1)]).missed_inbound == 1
+    assert account(records, [*relays, arrived(1), arrived(2)]).missed_inbound == 0
+
+
+def test_an_end_that_took_it_late_is_not_missed_in_the_window_before() -> None:
+    relays = [out(1, time=1.9), arrived(1, time=2.6), out(2, time=2.9)]
+    assert account([load(1, time=1.9), load(2, time=2.9)], relays, (1, 2)).missed_inbound == 0
+    assert account([load(1, time=1.9), load(2, time=2.9)], relays, (2, 3)).missed_inbound == 1
 
 
 def test_failed_connections_are_counted_by_reason_and_never_escape() -> None:
