@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from agent.core.pods import Pod, PodTable
@@ -44,12 +45,23 @@ class Kubernetes:
         exempt: Exempt,
         who: Who,
         lacking: Callable[[], str],
+        met: Callable[[], bool],
     ) -> None:
-        """`lacking`: why capture cannot be guaranteed here now."""
+        """`lacking`: why capture cannot be guaranteed here now. `met`: whether a ztunnel has come to this agent yet."""
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self._exempt = exempt
         self.admission = Admission(client, table, settings)
-        self.annotator = Annotator(client, table, state, captured, settings.verify_seconds, random.random)
+        self.annotator = Annotator(
+            client,
+            table,
+            state,
+            captured,
+            settings.verify_seconds,
+            random.random,
+            known=lambda: met() and not self.missing,
+            others=lambda: _others(settings.host_root),
+            fought=lambda uid, words: self.events.fought(uid, words),
+        )
         self.events = Events(client, table, node, self.annotator.look)
         self.source = pods = source.Pods(table, wake, captured, self._looked)
         namespaces = source.Namespaces(table, wake, exempt.told)
@@ -88,7 +100,7 @@ class Kubernetes:
     @property
     def error(self) -> str:
         """What keeps the agent from knowing all that it should, in one line."""
-        more = [part.error for part in (self.tainting, self.peers) if part is not None]
+        more = [part.error for part in (self.tainting, self.peers, self.annotator) if part is not None]
         return next((error for error in (self.pods.error, self.namespaces.error, *more) if error), "")
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -105,6 +117,14 @@ class Kubernetes:
             **{one.path: one for one in (self.pods, self.namespaces)},
             **{f"{one.path} of the cluster": one for one in peers},
         }
+
+
+def _others(host_root: str) -> str:
+    """How istio-cni's agent is seen to run on this node; "" when it does not."""
+    from agent.install.hostroot import HostRoot  # both are needed rarely
+    from agent.migration.theirs import RUN_DIR, theirs_runs
+
+    return theirs_runs(HostRoot(host_root), [RUN_DIR], Path("/proc"))
 
 
 def _peers(client: Client, who: Who) -> Peers[Workload, Service]:

@@ -174,6 +174,7 @@ class Agent:
             self.exempt,
             self.who,
             self._lacking,
+            lambda: self.zds.met,
         )
 
     def _host(self) -> HostLoop:

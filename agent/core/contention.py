@@ -12,14 +12,21 @@ from dataclasses import dataclass, field
 
 FREE, WINDOW = 5, 10.0  # so many repairs in so many seconds are repaired at once
 LOOKS, LOOK_WINDOW, LOOK_PAUSE = 20, 2.0, 0.5  # so many looks in so many seconds, then one after such a pause
-LONGEST = 30.0  # seconds between repairs, however long it goes on
+FIRST, LONGEST = 1.0, 30.0  # seconds between repairs, at first and however long it goes on
 
 
 @dataclass(slots=True)
 class Contention:
-    """One pod's recent repairs, times in seconds of any clock that does not go back."""
+    """One pod's recent repairs, times in seconds of any clock that does not go back.
 
-    _times: deque[float] = field(default_factory=lambda: deque(maxlen=FREE + 1))
+    More than `free` repairs in `window` seconds are a fight: the next ones come after pauses of `first` to `longest`.
+    """
+
+    free: int = FREE
+    window: float = WINDOW
+    first: float = FIRST
+    longest: float = LONGEST
+    _times: deque[float] = field(default_factory=deque)
     _pause: float = 0.0
     _looks: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
 
@@ -29,14 +36,16 @@ class Contention:
 
     def repaired(self, now: float) -> bool:
         """Notes a repair; True when this is where it becomes a fight."""
-        quiet = not self._times or now - self._times[-1] > max(WINDOW, 2 * self._pause)
+        quiet = not self._times or now - self._times[-1] > max(self.window, 2 * self._pause)
         self._times.append(now)
+        if len(self._times) > self.free + 1:
+            self._times.popleft()
         if quiet:
             self._pause = 0.0
         elif self._pause:
-            self._pause = min(LONGEST, 2 * self._pause)
-        elif len(self._times) > FREE and now - self._times[0] <= WINDOW:
-            self._pause = 1.0
+            self._pause = min(self.longest, 2 * self._pause)
+        elif len(self._times) > self.free and now - self._times[0] <= self.window:
+            self._pause = self.first
             return True
         return False
 
@@ -44,6 +53,6 @@ class Contention:
         """Seconds until a change is to be answered."""
         looks = self._looks
         busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
-        if not self._pause or now - self._times[-1] > max(WINDOW, 2 * self._pause):
+        if not self._pause or now - self._times[-1] > max(self.window, 2 * self._pause):
             return busy
         return max(busy, self._times[-1] + self._pause - now)

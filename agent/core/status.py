@@ -9,8 +9,8 @@ from typing import Any
 
 class State(StrEnum):
     WAITING = "waiting"  # known, not yet looked at
-    ENABLED = "enabled"  # rules verified in the kernel and acknowledged by ztunnel
-    PENDING = "pending"  # rules verified, but no ztunnel has acknowledged: traffic is refused, not passed
+    ENABLED = "enabled"  # rules verified in the kernel, and ztunnel listens in the pod
+    PENDING = "pending"  # rules verified, but ztunnel does not listen there: traffic is refused, not passed
     EXCLUDED = "excluded"
     FAILED = "failed"  # what should hold does not; see error
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 import contextlib
 import json
-import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -29,10 +28,9 @@ from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.migration import istio
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts, Programmed
+from agent.migration.theirs import RUN_DIR, theirs_runs
 from agent.sources import existing
 
-RUN_DIR = "/var/run/istio-cni"
-_COMMAND = "install-cni"  # the program of its DaemonSet
 _CACHE = "/var/lib/cni/results"  # libcni.CacheDir; of the runtimes CRI-O alone deletes by the lists in it
 _CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # a sidecar's alone; ISTIO_OUTPUT is in both rule sets
 _TABLE = "istio-proxy-nat"
@@ -62,20 +60,6 @@ def look(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc
         host="" if places else _host(problems),
         problems=tuple(problems),
     )
-
-
-def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
-    """Its socket answers, or its program runs: either may be out of our sight."""
-    for run_dir in run_dirs:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
-            probe.connect(str(host.path(f"{run_dir}/pluginevent.sock")))
-            return f"{run_dir}/pluginevent.sock answers"
-    for comm in sorted(proc.glob("[0-9]*/comm")):
-        with contextlib.suppress(OSError):
-            if comm.read_text().strip() == _COMMAND:
-                return f"process {comm.parent.name}, {_COMMAND}"
-    return ""
 
 
 def _ours(run_dir: str) -> tuple[str, int | None]:

@@ -244,7 +244,7 @@ class Reconciler:
                 await self._exclude(pod, entry, decision, f"rolled back, for the {entry.status.probe}")
             else:
                 entry.refused = None
-                await self._enrol(pod, entry, decision, decision.redirect)
+                return await self._enrol(pod, entry, decision, decision.redirect)
             return True
         except PodGoneError as error:
             # Its end was never announced, as when we were away at the time. Who waits must not see what was.
@@ -263,7 +263,8 @@ class Reconciler:
             self._journal.failed(pod, error)
         return False
 
-    async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> None:
+    async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> bool:
+        """False when the pod has to be looked at again soon, though it is captured."""
         retired = () if entry.cleaned else self.choice.retired
         cause, noticed = entry.take_cause()
         if cause:
@@ -281,20 +282,35 @@ class Reconciler:
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
         if self._watching and not found.soon:
             self._watching.due(pod, found.target, entry.lock)
-        pending = entry.status.state is not State.ENABLED
-        if pending:
-            entry.status = self._status(entry, State.PENDING, decision)
+        if entry.status.state is not State.ENABLED:
+            # ztunnel goes on in a pod that it was given by another agent, or by this one before a restart.
+            state = State.ENABLED if await self._listens(entry, found) else State.PENDING
+            entry.status = self._status(entry, state, decision)
             self._unseen.discard(pod.uid)
             self._progress.set()
-        await self._publisher.publish(pod, found.target)
+        opens = entry.status.state is State.PENDING  # ztunnel opens its sockets in the pod when it is given the pod
+        try:
+            await self._publisher.publish(pod, found.target)
+        except ZtunnelError as error:
+            if not await self._listens(entry, found):
+                raise
+            note = f"ztunnel listens in the pod, though it was not given by this agent: {error}"
+            entry.status = replace(entry.status, notes=(*entry.status.notes, note))
+            return False  # nothing tells when these listeners close
         await self._heard(pod, entry, found)
-        if (pending or found.waiting) and self.choice.by_socket:
+        if (opens or found.waiting) and self.choice.by_socket:
             await self._again(pod, entry, found)
             if found.waiting:  # now the old way can go
                 self.wake(pod.uid)
         entry.status = self._status(entry, State.ENABLED, decision)
         if self._canaries:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
+        return True
+
+    async def _listens(self, entry: Entry, found: Enrolled) -> bool:
+        """Whether ztunnel is seen to listen in the pod, on all of its ports."""
+        listening = self._listening
+        return listening is not None and not await self._work(entry, lambda: listening.missing(found.target))
 
     async def _heard(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """Raises SilentZtunnelError when ztunnel's listeners are not all there, and has ztunnel told anew of a pod that

@@ -122,6 +122,7 @@ class ZdsServer:
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
+        self.met = False  # a ztunnel has been connected since this agent began
 
     @property
     def connections(self) -> int:
@@ -190,6 +191,7 @@ class ZdsServer:
             await connection.hello()
             self._introduce(sock, pid)
             self._connections.append(connection)
+            self.met = True
             log.info("ztunnel connected: pid %d", pid)
             reader = asyncio.create_task(connection.read())
             await asyncio.gather(reader, self._snapshot(connection))

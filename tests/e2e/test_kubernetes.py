@@ -291,7 +291,7 @@ def test_the_api_server_restarts_and_renews_the_token_and_nothing_is_missed(here
     api.put(objects.namespace("shop", **AMBIENT))
     enabled(here, pod)
     assert here.captured(pod)
-    assert here.ask("/v1/status")["kubernetes"] == "ok"
+    until(lambda: here.ask("/v1/status")["kubernetes"] == "ok", "the watch of pods came back, too")
     ended(here, api, pod)
 
 
@@ -302,8 +302,8 @@ def test_without_the_api_at_its_start_the_agent_keeps_what_it_has_and_says_so(he
     assert here.captured(pod)
     here.processes.begin_agent()
     until(lambda: asked(here) and here.state(pod) == "enabled", "what was noted is looked at")
-    status = here.ask("/v1/status")
-    assert not status["ready"] and "Kubernetes has not told" in status["problem"]
+    until(lambda: "Kubernetes has not told" in here.ask("/v1/status")["problem"], "it waits for the API no longer")
+    assert not here.ask("/v1/status")["ready"]
     enabled(here, pod)
     assert here.captured(pod)
     api.up()

@@ -197,3 +197,39 @@ def test_a_pod_that_ends_meanwhile_is_let_go_afterwards() -> None:
         assert accounting.watching == {"web"}
 
     play(script, accounting=accounting)
+
+
+async def states(world: World) -> set[State]:
+    """Those that the pod has while it is settled once more, first of all by this agent."""
+    seen = set[State]()
+    world.table.seen(pod())
+    settling = asyncio.create_task(world.reconciler.settled("web"))
+    while not settling.done():
+        await world.reconciler.progressed()
+        seen.add(world.reconciler.status("web").state)
+    return seen | {(await settling).state}
+
+
+def test_while_ztunnel_listens_in_a_pod_it_is_enabled_whoever_is_connected_to_whom() -> None:
+    async def script(world: World) -> None:
+        world.listening.pods.add("web")
+        world.publisher.connected = False
+        assert await states(world) == {State.ENABLED}
+        status = world.reconciler.status("web")
+        assert "no ztunnel is connected" in status.notes[0] and status.retry is not None
+        world.listening.deaf = True
+        assert (await world.reconciler.settled("web")).state is State.PENDING
+
+    play(script, listens=True)
+
+
+def test_a_pod_in_which_nothing_listens_yet_is_pending_until_ztunnel_has_it() -> None:
+    async def script(world: World) -> None:
+        world.publisher.connected = False
+        assert await states(world) == {State.PENDING}
+        world.publisher.connected = True
+        world.reconciler.acknowledged("web")
+        while world.reconciler.status("web").state is not State.ENABLED:
+            await world.reconciler.progressed()
+
+    play(script, listens=True)

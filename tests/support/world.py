@@ -274,6 +274,17 @@ class Publisher:
             self.published.discard(uid)
 
 
+class Listening:
+    """Where ztunnel listens, by UID; in every pod that is published, too, unless it is deaf."""
+
+    def __init__(self, publisher: Publisher) -> None:
+        self.publisher, self.pods, self.deaf = publisher, set[str](), False
+
+    def missing(self, target: Any) -> tuple[int, ...]:
+        there = target.uid in self.pods or target.uid in self.publisher.published
+        return () if there and not self.deaf else (15001, 15006)
+
+
 class Watcher:
     def __init__(self) -> None:
         self.watched: set[str] = set()
@@ -313,15 +324,17 @@ class World:
 
     def __init__(
         self, *, exempt: bool = False, by_socket: bool | None = None, accounting: Accounting | None = None,
-        **settings: Any,
+        listens: bool = False, **settings: Any,
     ) -> None:  # fmt: skip
-        """`exempt`: the node's probes are, and a canary tries them. `by_socket`: of the rules, and the old ones are of
-        the other kind; None when they are alike. With `accounting` there is one worker, as with nftables."""
+        """`listens`: it is looked at whether ztunnel does. `exempt`: the node's probes are, and a canary tries them.
+        `by_socket`: of the rules, and the old ones are of the other kind; None when they are alike. With `accounting`
+        there is one worker, as with nftables."""
         self.kernel = Kernel()
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()
         self.namespaces, self.publisher = Namespaces(self.kernel), Publisher(self.kernel)
         self.watcher, self.journal, self.outside, self.carried = Watcher(), Journal(), Outside(), Outside()
+        self.listening = Listening(self.publisher)
         self.host, self.canary = Host(self.kernel), Canary()
         if by_socket is not None:
             kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
@@ -333,6 +346,7 @@ class World:
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
             self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
             host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
+            listening=self.listening if listens else None,
         )  # fmt: skip
 
     async def settle(self, *pods: Pod) -> list[Any]:

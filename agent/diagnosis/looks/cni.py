@@ -18,7 +18,7 @@ from agent.install.netdir import NetDir
 from agent.install.planning import View
 from agent.install.running import Running
 from agent.kernel import exec
-from agent.migration.looking import RUN_DIR, theirs_runs
+from agent.migration.theirs import RUN_DIR, theirs_runs
 
 
 def look(settings: Settings, proc: Path) -> Cni:

@@ -1,6 +1,7 @@
 """Keeps each pod's annotation ambient.istio.io/redirection as its state is: istiod decides by it how pods are reached.
 
-Level-triggered: what the annotation is, as last seen in the API, against what it has to be.
+Level-triggered: what the annotation is, as last seen in the API, against what it has to be. `enabled` makes all nodes
+send HBONE to the pod, everything else plain text; so it is written at once and taken back with care.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from agent.core import names
+from agent.core.contention import Contention
 from agent.core.errors import KubeError
 from agent.core.pods import KubePod, PodTable
 from agent.core.schedule import Schedule
@@ -20,6 +22,10 @@ from agent.core.status import State
 
 log = logging.getLogger("sluice.kube")
 _AT_ONCE = 4  # patches under way
+# Seconds that `enabled` stays while a pod's rules or ztunnel's listeners are missing. To send it plain text would help
+# nobody, for its rules refuse that too; and it would go on for seconds after ztunnel is back.
+HOLD = 60.0
+ENABLED, PENDING = "enabled", "pending"
 MERGE_PATCH = "application/merge-patch+json"
 
 
@@ -27,6 +33,15 @@ class Sending(Protocol):
     """The API server, as far as something is written there."""
 
     async def send(self, method: str, path: str, body: Any, content_type: str = ...) -> Mapping[str, Any]: ...
+
+
+@dataclass(slots=True)
+class _Past:
+    """One pod's annotation lately: since when `enabled` is no longer true, what we wrote, and who else writes."""
+
+    since: float | None = None
+    written: str | None = None
+    fight: Contention = field(default_factory=lambda: Contention(free=2, window=60.0, first=30.0, longest=1800.0))
 
 
 class Annotator:
@@ -40,16 +55,44 @@ class Annotator:
         captured: Callable[[str], bool],
         period: float,
         random: Callable[[], float],
+        *,
+        known: Callable[[], bool],
+        others: Callable[[], str],
+        fought: Callable[[str, str], None],
+        hold: float = HOLD,
     ) -> None:
-        """`period`: seconds after which a pod is tried again that the API server did not know, or not as the same."""
+        """`period`: seconds after which a pod is tried again that the API server did not know, or not as the same.
+
+        Nothing is written before `known`: pods and namespaces are, and a ztunnel has been connected once. `others` says
+        how another agent of the mesh is seen to run on this node, or ""; it may block. `fought` is told of a pod (UID)
+        that somebody else annotates otherwise again and again, in words.
+        """
         self._client, self._table, self._state, self._captured = client, table, state, captured
+        self._known, self._others, self._fought, self._hold = known, others, fought, hold
         self._schedule, self._due = Schedule(period, random), asyncio.Event()
+        self._past: dict[str, _Past] = {}
+        self._yields = ""
+
+    @property
+    def error(self) -> str:
+        """Which annotations are not as they should be, because somebody else writes them; "" when all are."""
+        now = time.monotonic()
+        fought = [
+            pod.key for uid, past in self._past.items() if past.fight.pause(now) and (pod := self._table.kube(uid))
+        ]
+        if fought:
+            return (
+                f"annotation {names.REDIRECTION}: somebody else keeps changing it, on {', '.join(sorted(fought)[:3])}"
+            )
+        return self._yields
 
     def look(self, uid: str) -> None:
         """The pod's state or its annotation may be another one by now."""
-        if self._due_for(uid) is not None:
-            self._schedule.wake(uid, time.monotonic())
+        if (due := self._due_for(uid)) is not None:
+            self._schedule.wake(uid, self._when(uid, *due))
             self._due.set()
+        elif uid in self._past:
+            self._past[uid].since = None
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -81,6 +124,11 @@ class Annotator:
         if (due := self._due_for(uid)) is None:
             return True
         pod, want = due
+        if (at := self._when(uid, pod, want)) > time.monotonic():
+            self._schedule.wake(uid, at)
+            return True
+        if _is(pod) and want != ENABLED and await self._yielding():
+            return False
         try:
             await self._client.send("PATCH", _path(pod), _patch(pod, want), MERGE_PATCH)
         except KubeError as error:
@@ -88,16 +136,51 @@ class Annotator:
                 return True
             log.warning("pod %s: annotation %s not set to %r: %s", pod.key, names.REDIRECTION, want, error)
             return False
+        self._wrote(uid, pod, want)
         now = self._table.kube(uid)
         if now is not None:  # what the watch will tell, so that nothing is written twice
             others = {key: text for key, text in now.annotations.items() if key != names.REDIRECTION}
             self._table.know(replace(now, annotations={**others, names.REDIRECTION: want} if want else others))
         return True
 
+    async def _yielding(self) -> bool:
+        """Whether another agent runs, whose the annotation may be."""
+        other = await asyncio.to_thread(self._others)
+        words = f"annotation {names.REDIRECTION}: left as it is while istio-cni's agent runs here, too ({other})"
+        if other and not self._yields:
+            log.warning("%s", words)
+        self._yields = words if other else ""
+        return bool(other)
+
+    def _wrote(self, uid: str, pod: KubePod, want: str) -> None:
+        past = self._past[uid]
+        if past.written == want and past.fight.repaired(time.monotonic()):
+            pause = past.fight.pause(time.monotonic())
+            words = (
+                f"somebody else keeps setting {names.REDIRECTION} to {_is(pod)!r}; {want!r} follows in {pause:.0f} s"
+            )
+            log.warning("pod %s: %s", pod.key, words)
+            self._fought(uid, words)
+        past.written = want
+
+    def _when(self, uid: str, pod: KubePod, want: str) -> float:
+        """When that is to be written."""
+        now = time.monotonic()
+        if uid not in self._past:  # those of pods that are gone make room
+            self._past = {one: past for one, past in self._past.items() if self._table.kube(one)}
+            self._past[uid] = _Past()
+        past = self._past[uid]
+        at = now + past.fight.pause(now)
+        if _is(pod) != ENABLED or self._state(uid) is State.EXCLUDED:
+            past.since = None
+            return at
+        past.since = now if past.since is None else past.since
+        return max(at, past.since + self._hold)
+
     def _due_for(self, uid: str) -> tuple[KubePod, str] | None:
         """The pod and what its annotation has to become; None when it is that."""
         pod, want = self._table.kube(uid), self._wanted(uid)
-        if pod is None or want is None or want == pod.annotations.get(names.REDIRECTION, ""):
+        if pod is None or want is None or want == _is(pod) or not self._known():
             return None
         return pod, want
 
@@ -105,14 +188,18 @@ class Annotator:
         """ "" for no annotation; None while nothing is known yet."""
         match self._state(uid):
             case State.ENABLED:
-                return "enabled"
+                return ENABLED
             case State.PENDING:
-                return "pending"
+                return PENDING
             case State.FAILED:
-                return "pending" if self._captured(uid) else ""
+                return PENDING if self._captured(uid) else ""
             case State.EXCLUDED:
                 return ""
         return None
+
+
+def _is(pod: KubePod) -> str:
+    return pod.annotations.get(names.REDIRECTION, "")
 
 
 def _path(pod: KubePod) -> str:

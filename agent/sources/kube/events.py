@@ -50,6 +50,11 @@ class Events:
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
         self.tell(pod, "CaptureContended", f"{cause} keeps undoing repairs of capture; {'; '.join(remarks)}")
 
+    def fought(self, uid: str, words: str) -> None:
+        """Somebody else writes the pod's annotation."""
+        if (pod := self._table.get(uid)) is not None:
+            self.tell(pod, "AnnotationContended", words)
+
     def probed(self, pod: Pod, finding: Finding) -> None:
         if finding.verdict is not Verdict.OK:
             self.tell(pod, "CaptureProbeFailed", str(finding))

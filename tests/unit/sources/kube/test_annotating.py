@@ -38,12 +38,16 @@ class Api:
 
 
 class World:
-    def __init__(self) -> None:
+    """`hold` 0: what is no longer true is taken back at once."""
+
+    def __init__(self, hold: float = 0.0) -> None:
         self.table, self.state, self.captured = PodTable(), State.WAITING, True
-        self.api = Api(self.table)
+        self.api, self.known, self.other, self.fights = Api(self.table), True, "", list[str]()
         self.annotator = Annotator(
-            self.api, self.table, lambda _: self.state, lambda _: self.captured, 1000.0, lambda: 0.5
-        )
+            self.api, self.table, lambda _: self.state, lambda _: self.captured, 1000.0, lambda: 0.5,
+            known=lambda: self.known, others=lambda: self.other, fought=lambda uid, words: self.fights.append(words),
+            hold=hold,
+        )  # fmt: skip
 
     async def sent(self, count: int) -> None:
         while len(self.api.sent) < count:
@@ -61,8 +65,8 @@ def during(world: World, play: Any) -> None:
         try:
             async with asyncio.timeout(10):
                 await play()
-                for _ in range(20):  # whatever else would be sent
-                    await asyncio.sleep(0)
+                for _ in range(20):  # whatever else would be sent, threads asked
+                    await asyncio.sleep(0.001)
         finally:
             task.cancel()
 
@@ -169,3 +173,104 @@ def test_a_pod_that_kubernetes_does_not_know_is_not_looked_at() -> None:
 
     during(world, play)
     assert world.api.sent == []
+
+
+CAPTURED = replace(KUBE, annotations={names.REDIRECTION: "enabled"})
+
+
+@pytest.mark.parametrize(("state", "captured"), [(State.PENDING, True), (State.FAILED, True), (State.FAILED, False)])
+def test_enabled_outlasts_a_while_without_ztunnel_or_rules(state: State, captured: bool) -> None:
+    world = World(hold=1000.0)
+    world.table.know(CAPTURED)
+    world.captured = captured
+
+    async def play() -> None:
+        world.be(state)
+        await asyncio.sleep(0.01)
+        world.be(State.ENABLED)
+
+    during(world, play)
+    assert world.api.sent == []
+
+
+def test_it_is_taken_back_when_that_lasts_and_at_once_when_the_pod_is_not_captured_any_more() -> None:
+    world = World(hold=0.05)
+    world.table.know(CAPTURED)
+
+    async def play() -> None:
+        world.be(State.PENDING)
+        await world.sent(1)
+        world.table.know(CAPTURED)
+        world.annotator._hold = 1000.0
+        world.be(State.EXCLUDED)
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["pending", None]
+
+
+def test_nothing_is_written_before_a_ztunnel_came_and_pods_and_namespaces_are_known() -> None:
+    world = World()
+    world.table.know(CAPTURED)
+    world.known = False
+
+    async def play() -> None:
+        for state in State:
+            world.be(state)
+            await asyncio.sleep(0.001)
+        assert world.api.sent == []
+        world.known = True
+        world.be(State.EXCLUDED)
+        await world.sent(1)
+
+    during(world, play)
+    assert world.api.values() == [None]
+
+
+def test_while_another_agent_runs_its_annotation_is_left_and_that_is_told() -> None:
+    world = World()
+    world.table.know(CAPTURED)
+    world.other = "/run/other.sock answers"
+
+    async def play() -> None:
+        world.be(State.EXCLUDED)
+        while not world.annotator.error:  # noqa: ASYNC110 - a thread tells nobody
+            await asyncio.sleep(0.001)
+        assert world.api.sent == [] and world.other in world.annotator.error
+        world.other = ""
+        await world.sent(1)
+
+    during(world, play)
+    assert world.api.values() == [None] and world.annotator.error == ""
+
+
+def test_a_fight_is_seen_told_once_and_given_up() -> None:
+    world = World()
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        for count in range(1, 5):
+            await world.sent(count)
+            world.table.know(KUBE)  # somebody takes it away again
+            world.annotator.look("u1")
+
+    during(world, play)
+    assert world.api.values() == ["enabled"] * 4
+    assert len(world.fights) == 1 and "somebody else keeps setting" in world.fights[0]
+    assert "shop/web" in world.annotator.error
+
+
+def test_what_was_remembered_of_pods_that_are_gone_makes_room() -> None:
+    world = World()
+
+    async def play() -> None:
+        world.state = State.ENABLED
+        for number in range(3):
+            world.table.know(replace(KUBE, uid=f"p{number}", api_uid=f"p{number}"))
+            world.annotator.look(f"p{number}")
+            await world.sent(number + 1)
+            world.table.unknow(f"p{number}", keep=False)
+
+    during(world, play)
+    assert len(world.annotator._past) == 1
