@@ -15,9 +15,9 @@ from agent.core.host import HostView, InKernel, Variant
 
 # What each choice consists of, in the order of application; removal goes backwards.
 LAYERS: Mapping[str, tuple[str, ...]] = {
-    "nftables": ("routing", "nftables"),
-    "iptables": ("routing", "iptables"),
-    "iptables-legacy": ("routing", "iptables-legacy"),
+    "nftables": ("routing", "conntrack", "nftables"),
+    "iptables": ("routing", "conntrack", "iptables"),
+    "iptables-legacy": ("routing", "conntrack", "iptables-legacy"),
     "ebpf": ("routing", "ebpf-programs", "ebpf"),
 }
 

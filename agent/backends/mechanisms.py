@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from agent.backends.base import Backend
+from agent.backends.conntrack import ConntrackBackend
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
@@ -32,5 +33,5 @@ def mechanisms(
     where, known = pins or Pins.of(names.BPF_DIR), ztunnels or Ztunnels()
     netfilter = (NftablesBackend(ipv6=ipv6), IptablesBackend(ipv6=ipv6), IptablesLegacyBackend(ipv6=ipv6))
     ebpf = (ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes))
-    made: tuple[Backend, ...] = (RoutingBackend(), *netfilter, *ebpf)
+    made: tuple[Backend, ...] = (RoutingBackend(), ConntrackBackend(), *netfilter, *ebpf)
     return {backend.name: backend for backend in made}

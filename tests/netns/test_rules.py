@@ -44,7 +44,7 @@ def choice(request: pytest.FixtureRequest) -> str:
 
 def apply(pod: Pod, choice: str, want: Redirect | None = WANT, retired: str = "") -> list[str]:
     """Settles and returns the scripts that were needed."""
-    old = layers(retired)[1:] if retired else ()
+    old = layers(retired)[-1:] if retired else ()
     return [plan.script for plan in settle(pod.target, want, layers(choice), old).applied]
 
 

@@ -116,7 +116,7 @@ def test_p56_uncapture_needs_no_agent_and_leaves_no_trace(
     (row,) = uncapture()
     assert (row["result"], row["found"]) == ("removed", "ours")
     assert row["pod"] == ("shop/web" if noted else "")
-    assert row["layers"] == [choice, "routing"], "redirections before the routing they rely on"
+    assert row["layers"] == [choice, "conntrack", "routing"], "redirections before the routing they rely on"
     assert pod.dump() == before
     assert not list(tmp_path.glob("pods/*")) and not list(tmp_path.glob("netns/*"))
     assert uncapture() == []
@@ -128,7 +128,7 @@ def test_all_mechanisms_at_once_go_at_once(pod: Pod, uncapture: Uncapture) -> No
         settle(pod.target, WANT, layers(choice))
     pod.reopen()
     (row,) = uncapture()
-    assert row["layers"] == ["iptables-legacy", "iptables", "nftables", "routing"]
+    assert row["layers"] == ["iptables-legacy", "iptables", "nftables", "conntrack", "routing"]
     assert pod.dump() == before
 
 
@@ -245,7 +245,7 @@ def test_only_shown_it_changes_nothing_and_an_agent_may_run(
         (row,) = uncapture("--dry-run")
     finally:
         os.close(agent)
-    assert row["result"] == "would be removed" and row["layers"] == [choice, "routing"]
+    assert row["result"] == "would be removed" and row["layers"] == [choice, "conntrack", "routing"]
     assert "istio-ambient-nat" in str(row["scripts"]) or "-X ISTIO_OUTPUT" in str(row["scripts"])
     assert pod.dump() == before
     assert (tmp_path / "netns" / "uid-1").exists() and (tmp_path / "pods" / "uid-1.json").exists()
@@ -338,7 +338,7 @@ def test_p56_sequences_of_enrol_and_unenrol_end_as_wanted(pod: Pod, seed: int, u
             assert not any(word in pod.dump() for word in ("sluice:", "15001", "32764")), done
         if step == "settle" or number == 11:
             used = layers(choice)
-            retired = [one for name in CHOICES if name != choice for one in layers(name)[1:]]
+            retired = [one for name in CHOICES if name != choice for one in layers(name)[-1:]]
             settle(pod.target, want, used, retired)
             assert verify(pod.target, want, used, retired) == {}, done
     pod.reopen()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.backends.base import Backend
+from agent.backends.conntrack import ConntrackBackend
 from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.iptables.legacy import IptablesLegacyBackend
 from agent.backends.nftables.backend import NftablesBackend
@@ -25,7 +26,7 @@ def layers(name: str) -> tuple[Backend, ...]:
     nftables = NftablesBackend()
     assert nftables.probe().ok
     netfilter = {"nftables": nftables, "iptables": IptablesBackend(), "iptables-legacy": IptablesLegacyBackend()}
-    return (RoutingBackend(), netfilter[name])
+    return (RoutingBackend(), ConntrackBackend(), netfilter[name])
 
 
 class Pod:
@@ -47,7 +48,8 @@ class Pod:
         """Everything that capture may touch, without counters."""
         text = self.sh(
             "nft list ruleset; ip rule; ip -6 rule; ip route show table all; ip -6 route show table all;"
-            " for v in ip ip6; do ${v}tables-legacy-save; done | grep -v '^#' || true"
+            " for v in ip ip6; do ${v}tables-legacy-save; done | grep -v '^#' || true;"
+            " grep -H . /proc/sys/net/netfilter/nf_conntrack_tcp_timeout_*"
         )
         text = re.sub(r"packets \d+ bytes \d+", "packets N bytes N", text)
         return re.sub(r" # handle \d+| # progname \w+", "", text)

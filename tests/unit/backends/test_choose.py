@@ -31,7 +31,8 @@ class World:
 
     def __init__(self, broken: Sequence[str] = (), idle: Sequence[str] = ()) -> None:
         self.broken, self.idle = broken, idle
-        self.backends: dict[str, Any] = {name: Named(name) for name in ("routing", "ebpf-programs", *LAYERS)}
+        names = ("routing", "conntrack", "ebpf-programs", *LAYERS)
+        self.backends: dict[str, Any] = {name: Named(name) for name in names}
         self.probed: list[str] = []
         self.tested: list[str] = []
         self.explained: list[str] = []
@@ -66,7 +67,7 @@ def test_ebpf_is_taken_when_it_is_asked_for_or_was_and_else_not() -> None:
     assert World().choose(view=LEGACY).name == "nftables" and "ebpf" not in candidates("auto", NEITHER, None)
     choice = World().choose("ebpf", old=OLD)
     assert (choice.name, choice.reason, choice.by_socket) == ("ebpf", "setting backend=ebpf", True)
-    assert [one.name for one in choice.retired] == ["iptables-legacy", "iptables", "nftables"], "backwards"
+    assert [one.name for one in choice.retired] == ["iptables-legacy", "iptables", "nftables", "conntrack"]
     kept = World().choose(old=replace(OLD, backend="ebpf"))
     assert kept.name == "ebpf" and "kept" in kept.reason and not World().choose().by_socket
 
@@ -88,14 +89,14 @@ def test_ebpf_makes_room_for_nftables_and_says_why() -> None:
 def test_p30_nothing_of_iptables_is_tried_while_nftables_works() -> None:
     world = World()
     assert world.choose(view=LEGACY).name == "nftables"
-    assert world.probed == ["routing", "nftables"] and not world.explained
+    assert world.probed == ["routing", "conntrack", "nftables"] and not world.explained
 
 
 def test_p30_a_restart_chooses_what_it_chose_before_and_says_why() -> None:
     world = World()
     choice = world.choose(old=OLD)
     assert choice.name == "iptables" and "it was the first" in choice.reason
-    assert world.probed == ["routing", "iptables"]
+    assert world.probed == ["routing", "conntrack", "iptables"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""How long the pod's conntrack remembers a TCP connection that is silent: as long as the sockets may be.
+
+Rules redirect a connection by its conntrack entry. When conntrack forgets the entry before TCP has ended, the next
+packet belongs to no connection any more: an answer 61 s after the question's FIN never arrives. So the timeouts of the
+pod's namespace are raised, never lowered, to LEAST. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
+
+The raised value contains the pod's own one, as base + own. So removal can put it back without a note of it, and what
+was raised is known as ours. There are no notifications of these values; they are read each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from agent.backends.base import Support
+from agent.core.errors import KernelError
+from agent.core.plan import Plan, Step
+from agent.core.redirect import Redirect
+from agent.kernel import sysctl
+from agent.kernel.podnetns import PodNetns
+
+_PREFIX: Final = "net/netfilter/nf_conntrack_tcp_timeout_"
+# Where both sides may be silent for as long as the sockets live: the five days of an established connection. 11.6 days
+# and more are few enough for the kernel, which takes 24 days at 1000 ticks a second.
+_SILENT: Final = (432_000, 1_000_000)
+# Where one side repeats a segment until it is acknowledged: longer than the 120 s between two repetitions
+# (TCP_RTO_MAX), and no longer than an hour, for the entry outlives the sockets if the last packet was lost.
+_REPEATED: Final = (300, 3_300)
+# timeout: (least seconds, base of what is ours). time_wait and close outlast TCP's own by the kernel's defaults,
+# syn_sent and syn_recv its repetitions; a pod that shortens those four harms no connection that is established.
+LEAST: Final[Mapping[str, tuple[int, int]]] = {
+    "established": _SILENT,
+    "close_wait": _SILENT,
+    "fin_wait": _REPEATED,
+    "last_ack": _REPEATED,
+    "max_retrans": _REPEATED,
+    "unacknowledged": _REPEATED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    name: str
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Seconds by timeout, () where the namespace has no conntrack or hides it. `refused`: why none can be set."""
+
+    seconds: tuple[tuple[str, int], ...] = ()
+    refused: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether anything is as we would have raised it."""
+        return any(own(name, seconds) != seconds for name, seconds in self.seconds)
+
+
+class ConntrackBackend:
+    """Five verbs over the namespace's sysctls. A namespace where they cannot be set is captured all the same."""
+
+    name = "conntrack"
+    outlives = False
+
+    def __init__(self) -> None:
+        self._refused: WeakKeyDictionary[PodNetns, str] = WeakKeyDictionary()
+
+    def probe(self) -> Support:
+        return Support(True)
+
+    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
+        return desired
+
+    def read(self, target: PodNetns) -> Have:
+        return Have(target.netns.call(_read), self._refused.get(target, ""))
+
+    def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
+        """`want` None puts the pod's own values back."""
+        changes = tuple(
+            Change(name, due)
+            for name, seconds in have.seconds
+            if (due := raised(name, seconds) if want else own(name, seconds)) != seconds
+        )
+        if have.refused:
+            words = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
+            return Plan(remarks=(words,) if changes and want else ())
+        steps = tuple(Step(f"sysctl -w {_PREFIX}{one.name}={one.seconds}", one) for one in changes)
+        return Plan(steps, tuple(f"{step.text} is due" for step in steps))
+
+    def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
+        try:
+            target.netns.call(lambda: _write([step.payload for step in plan.steps]))
+        except KernelError as error:
+            self._refused[target] = str(error)
+
+
+def raised(name: str, seconds: int) -> int:
+    """What the timeout has to be when it is `seconds` now."""
+    least, base = LEAST[name]
+    return seconds if seconds >= least else base + seconds
+
+
+def own(name: str, seconds: int) -> int:
+    """What the pod had before it was raised."""
+    least, base = LEAST[name]
+    return seconds - base if base <= seconds < base + least else seconds
+
+
+def _read() -> tuple[tuple[str, int], ...]:
+    found = ((name, sysctl.read(_PREFIX + name)) for name in LEAST)
+    return tuple((name, seconds) for name, seconds in found if seconds is not None)
+
+
+def _write(changes: Sequence[Change]) -> None:
+    for change in changes:
+        sysctl.write(_PREFIX + change.name, change.seconds)

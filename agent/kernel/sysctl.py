@@ -1,0 +1,64 @@
+"""Numbers under /proc/sys of the current network namespace. In a container /proc/sys is mounted read-only as a rule."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import os
+
+from agent.core.errors import KernelError
+
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same numbers on every architecture
+_CLOEXEC, _CREATE = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC; FSCONFIG_CMD_CREATE
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def read(name: str) -> int | None:
+    """`name` with slashes, below /proc/sys. None where this kernel or this namespace does not have it."""
+    try:
+        fd = os.open(f"/proc/sys/{name}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(os.read(fd, 32))
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+
+
+def write(name: str, value: int) -> None:
+    """Raises KernelError."""
+    try:
+        try:
+            fd = os.open(f"/proc/sys/{name}", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            fd = os.open(f"sys/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=_own_proc())
+        try:
+            os.write(fd, str(value).encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise KernelError(f"write {value} to /proc/sys/{name}", error.errno or 0, error.strerror or "") from error
+
+
+@functools.cache
+def _own_proc() -> int:
+    """A proc file system of this process alone, attached nowhere, that nobody has mounted read-only. Raises OSError."""
+    context = _call(_FSOPEN, b"proc", _CLOEXEC)
+    try:
+        _call(_FSCONFIG, context, _CREATE, None, None, 0)
+        return _call(_FSMOUNT, context, _CLOEXEC, 0)
+    finally:
+        os.close(context)
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
+    if result < 0:
+        failed = ctypes.get_errno()
+        raise OSError(failed, os.strerror(failed))
+    return result
