@@ -15,11 +15,22 @@ from dataclasses import dataclass
 
 from agent.backends.nfmessages import comment, text
 from agent.core.netlink import HEADER, Message, attributes, messages
+from agent.core.nftables import NEWCHAIN, NEWTABLE
 
 _KEPT, _LARGEST = 64, 1 << 16  # sizes of dumps, and bytes of one; larger ones are taken apart each time
 _DORMANT = 1  # NFT_TABLE_F_DORMANT: its chains are not called
 # A counter as the kernel dumps it: its name, then two attributes of eight bytes.
 _COUNTS = re.compile(rb"counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00(.{8})\x0c\x00\x02\x00(.{8})", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A chain that a backend cannot do without; `shared` with others, whose rules in it stay."""
+
+    family: int
+    table: str
+    chain: str
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +59,11 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """All that nf_tables holds in one namespace but sets."""
+    """All that nf_tables holds in one namespace but sets; without `whole` only our own tables and chains."""
 
     tables: tuple[Head, ...]
     content: Content
+    whole: bool = True
 
     def lasts(self, port: int) -> bool:
         """Whether nothing of it can change without a new generation.
@@ -59,7 +71,7 @@ class Ruleset:
         When an owner's socket closes, its tables go or lose their owner, and the generation stays (nft_rcv_nl_event).
         Ours close after everything that is known through them is forgotten; of others nobody tells us.
         """
-        return all(head.owner in (0, port) for head in self.tables)
+        return self.whole and all(head.owner in (0, port) for head in self.tables)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +84,16 @@ class _Known:
 _known: OrderedDict[tuple[int, int], tuple[_Known, ...]] = OrderedDict()
 
 
-def ruleset(tables: bytes, chains: bytes, rules: bytes) -> Ruleset:
+def ruleset(tables: bytes, chains: bytes, rules: bytes, *, whole: bool = True) -> Ruleset:
     """From the dumps of GETTABLE, GETCHAIN and GETRULE, over all families."""
-    return Ruleset(tuple(_head(message.body) for message in _messages(tables)), _content(chains, rules))
+    return Ruleset(tuple(_head(message.body) for message in _messages(tables)), _content(chains, rules), whole)
+
+
+def uses(dump: bytes) -> int:
+    """How many chains and sets a dump's tables hold, or how many rules its chains: an upper bound."""
+    kind = {NEWTABLE: 3, NEWCHAIN: 6}  # NFTA_TABLE_USE, NFTA_CHAIN_USE
+    held = ((dict(attributes(one.body[4:])), kind.get(one.kind, 0)) for one in _messages(dump))
+    return sum(int.from_bytes(parts.get(number, b"")) for parts, number in held)
 
 
 def _content(chains: bytes, rules: bytes) -> Content:

@@ -3,24 +3,36 @@
 The generation belongs to the namespace and to all families: nftables of either family and iptables-nft. Every
 transaction makes a new one, ours too, so a change that we made is read again. What may change without one is not
 kept (nfdumps.Ruleset.lasts).
+
+A pod may have any number of rules of its own and change them without pause, and to dump n rules costs the kernel n * n
+steps (7 s for 40,000). How many there are is asked first. Where they cannot all be read, our own chains alone are, by
+name; and where even those change with every look, they are taken as they were read last: better to put our rules anew
+than not to look.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from agent.backends import nfdumps
-from agent.backends.nfdumps import Ruleset
+from agent.backends.nfdumps import Place, Ruleset
 from agent.core.errors import KernelError
+from agent.core.netlink import attribute
 from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.notifications import Mark
 from agent.kernel.podnetns import PodNetns
 
 H = TypeVar("H")
+WHOLE = 2048  # rules of a namespace, and half as many chains and sets
+OWN = 8192  # rules of one chain that we need
+_BYTES = 1 << 22  # of one dump
+_TRIES = 4
+_RARELY = 60.0  # seconds until all is tried again where it could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +46,12 @@ class _Last(Generic[H]):
 class Reader(Generic[H]):
     """One backend's view of each namespace; forgets a namespace with its PodNetns."""
 
-    def __init__(self, view: Callable[[Ruleset, int, PodNetns], H]) -> None:
-        """`view` makes a backend's Have of (rule set, its generation, the namespace)."""
-        self._view = view
+    def __init__(self, view: Callable[[Ruleset, int | None, PodNetns], H], own: Sequence[Place]) -> None:
+        """`view` makes a backend's Have of (rule set, its generation, the namespace), where generation None says that
+        it changed while it was read; `own` are the chains that it cannot do without."""
+        self._view, self._own = view, own
         self._last: WeakKeyDictionary[PodNetns, _Last[H]] = WeakKeyDictionary()
+        self._large: WeakKeyDictionary[PodNetns, float] = WeakKeyDictionary()  # until when only our own are read
 
     def read(self, target: PodNetns) -> H:
         last, ipv6, mark = self._last.get(target), target.has_ipv6(), target.events.mark()
@@ -50,21 +64,54 @@ class Reader(Generic[H]):
             and target.nft.generation() == last.generation
         ):
             return last.have
-        ruleset, generation = read(target.nft)
+        ruleset, generation = read(target.nft, self._own, whole=self._large.get(target, 0.0) <= time.monotonic())
         have = self._view(ruleset, generation, target)
-        if ruleset.lasts(target.nft.port):
+        if generation is not None and ruleset.lasts(target.nft.port):
             self._last[target] = _Last(have, generation, mark, ipv6)
         else:
             self._last.pop(target, None)
+        if not ruleset.whole:
+            now = time.monotonic()
+            if self._large.get(target, 0.0) <= now:
+                self._large[target] = now + _RARELY
         return have
 
 
-def read(nft: NftSocket) -> tuple[Ruleset, int]:
-    """The rule set, all of it of one generation, and which."""
-    generation = nft.generation()
-    for _ in range(20):
-        dumps = [nft.dumped(kind) for kind in (GETTABLE, GETCHAIN, GETRULE)]
-        before, generation = generation, nft.generation()
-        if before == generation:
-            return nfdumps.ruleset(*dumps), generation
-    raise KernelError("read nf_tables", 0, "somebody keeps changing the rules while they are read")
+def read(nft: NftSocket, own: Sequence[Place], *, whole: bool = True) -> tuple[Ruleset, int | None]:
+    """The rule set, and the one generation that all of it is of; what is ours alone if `whole` is not possible."""
+    for all_of_it in (True, False) if whole else (False,):
+        for _ in range(_TRIES):
+            before = nft.generation()
+            ruleset = _whole(nft) if all_of_it else _ours(nft, own)
+            if ruleset is None:
+                break  # too large
+            if nft.generation() == before:
+                return ruleset, before
+    assert ruleset is not None
+    return ruleset, None
+
+
+def _whole(nft: NftSocket) -> Ruleset | None:
+    tables, _ = nft.dumped(GETTABLE, most=_BYTES)
+    if nfdumps.uses(tables) > WHOLE // 2:
+        return None
+    chains, _ = nft.dumped(GETCHAIN, most=_BYTES)
+    if nfdumps.uses(chains) > WHOLE:
+        return None
+    rules, complete = nft.dumped(GETRULE, most=_BYTES)
+    return nfdumps.ruleset(tables, chains, rules) if complete else None
+
+
+def _ours(nft: NftSocket, own: Sequence[Place]) -> Ruleset:
+    """By name. A chain of ours that somebody filled is taken for empty, which is not what we put there."""
+    heads = {(one.family, one.table): nft.get(GETTABLE, one.family, attribute(1, one.table)) for one in own}
+    chains, rules = [], []
+    for one in own:
+        table = attribute(1, one.table)
+        if heads[one.family, one.table] and (chain := nft.get(GETCHAIN, one.family, table + attribute(3, one.chain))):
+            chains.append(chain)
+            if nfdumps.uses(chain) <= OWN:
+                rules.append(nft.dumped(GETRULE, one.family, table + attribute(2, one.chain), _BYTES)[0])
+            elif one.shared:
+                raise KernelError(f"read chain {one.table} {one.chain}", 0, f"it has more than {OWN} rules")
+    return nfdumps.ruleset(b"".join(heads.values()), b"".join(chains), b"".join(rules), whole=False)

@@ -32,6 +32,7 @@ _TAKES_OTHER = frozenset({"mark", "drop", "tproxy", "queue"})
 _ENDS = frozenset({"dnat", "redirect", "tproxy", "drop", "accept", "return", "queue"})
 _BLACKHOLES = frozenset({6, 7, 8})  # FR_ACT_BLACKHOLE, _UNREACHABLE, _PROHIBIT
 _LOCAL = 255
+_NOT_READ = "the pod has more rules than can be read, or changes them all the time: what comes before ours is not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class _Chain:
 def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[str, ...]:
     """Of chains before ours, a line each. `table` holds our NAT chains: in `family`, or (0) in ip and in ip6, where
     our chains are called from the base chains of iptables."""
+    if not ruleset.whole:
+        return (_NOT_READ,)
     suspects = _suspects(ruleset.content, within=not family)
     if not suspects:
         return ()

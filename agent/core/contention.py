@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 FREE, WINDOW = 5, 10.0  # so many repairs in so many seconds are repaired at once
 LOOKS, LOOK_WINDOW, LOOK_PAUSE = 20, 2.0, 0.5  # so many looks in so many seconds, then one after such a pause
 FIRST, LONGEST = 1.0, 30.0  # seconds between repairs, at first and however long it goes on
+SLOW, SHARE = 0.5, 5  # kernel work that took so many seconds is followed by a pause of so many times as long
 
 
 @dataclass(slots=True)
@@ -29,10 +30,16 @@ class Contention:
     _times: deque[float] = field(default_factory=deque)
     _pause: float = 0.0
     _looks: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
+    _rested: float = 0.0  # when it may be looked at again after a slow look
 
     def looked(self, now: float) -> None:
         """Notes that the pod is looked at because of a change."""
         self._looks.append(now)
+
+    def worked(self, now: float, seconds: float) -> None:
+        """Notes kernel work over the pod that took so long and has ended: others wait for the worker meanwhile."""
+        if seconds > SLOW:
+            self._rested = now + min(LONGEST, SHARE * seconds)
 
     def repaired(self, now: float) -> bool:
         """Notes a repair; True when this is where it becomes a fight."""
@@ -53,6 +60,7 @@ class Contention:
         """Seconds until a change is to be answered."""
         looks = self._looks
         busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
+        busy = max(busy, self._rested - now)
         if not self._pause or now - self._times[-1] > max(self.window, 2 * self._pause):
             return busy
         return max(busy, self._times[-1] + self._pause - now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -27,6 +28,8 @@ from agent.flows.sockets import PodSockets
 log = logging.getLogger("sluice.reconciler")
 
 
+_QUIET = 60.0  # seconds until the same failure of the same pod is logged again
+_FAILING = 1024  # pods of which that is known
 _SHOWN = 3  # differences in one log line; `sluice explain` has all of them
 
 
@@ -144,6 +147,7 @@ class Metrics:
         self.probes = Counter(
             "sluice_probe_canary_total", "Probes of newly enrolled pods from the node.", ["verdict"], registry=r
         )
+        self._said: dict[str, tuple[str, float]] = {}  # of each pod the failure that was logged last, and when
         self.failures = Counter("sluice_reconcile_failures_total", "Passes that failed.", registry=r)
         self.cni_requests = Counter(
             "sluice_cni_requests_total", "Requests of the CNI plugin.", ["verb", "code"], registry=r
@@ -169,6 +173,12 @@ class Metrics:
 
     def failed(self, pod: Pod, error: Exception) -> None:
         self.failures.inc()
+        words, before = str(error), self._said.get(pod.uid, ("", 0.0))
+        if words == before[0] and time.monotonic() < before[1] + _QUIET:
+            return
+        if len(self._said) >= _FAILING:
+            self._said.clear()
+        self._said[pod.uid] = words, time.monotonic()
         script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         log.error("pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
 

@@ -57,14 +57,16 @@ class NftSocket(NetlinkSocket):
                         return int.from_bytes(payload)
                 return 0
 
-    def dumped(self, kind: int) -> bytes:
-        """Tables, chains or rules of all families: the messages as they come, one behind the other.
+    def dumped(self, kind: int, family: int = 0, body: bytes = b"", most: int = 1 << 30) -> tuple[bytes, bool]:
+        """Tables, chains or rules, of all families by default: the messages as they come, one behind the other.
 
+        Also whether that is all: what is beyond `most` bytes is received, but not kept.
         Not for a namespace that somebody may change meanwhile, unless the generation is compared afterwards.
         """
         operation, sequence = "read nf_tables", self.next_sequence()
-        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(0, 0, 0)))
+        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(family, 0, 0) + body))
         parts: list[bytes] = []
+        size, kept = 0, 0
         while True:
             data = self.receive(operation)
             _, kind, _, answered, _ = HEADER.unpack_from(data)
@@ -73,9 +75,22 @@ class NftSocket(NetlinkSocket):
             if kind == NLMSG_ERROR:
                 raise_for(operation, next(messages(data)))
             offset, kind = _last(data)
-            parts.append(data if kind != NLMSG_DONE else data[:offset])
+            size += len(data)
+            if size <= most:
+                kept += len(data)
+                parts.append(data if kind != NLMSG_DONE else data[:offset])
             if kind == NLMSG_DONE:
-                return b"".join(parts)
+                return b"".join(parts), kept == size
+
+    def get(self, kind: int, family: int, body: bytes) -> bytes:
+        """One table or chain, as in a dump; empty when it does not exist."""
+        try:
+            found = self.request("read nf_tables", kind, 0, _GENERIC.pack(family, 0, 0) + body)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return b""
+            raise
+        return b"".join(message(one.kind, 0, one.sequence, one.body) for one in found)
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
         """Tables, chains or rules of a family; a table that does not exist dumps as nothing."""

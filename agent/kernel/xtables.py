@@ -29,6 +29,7 @@ _LEVEL = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
 _NAMES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
 _LO_WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/lo/disable_ipv6"
 _INFO_SIZE = 84  # struct ipt_getinfo; its last four bytes are the size of the entries
+_MOST = 1 << 21  # bytes of a table's entries: some ten thousand rules
 _HEAD = 40  # struct ipt_get_entries before its entries: name, size, and alignment
 
 # socket.getsockopt sends nothing, and here the table's name has to be sent.
@@ -101,6 +102,8 @@ def _table(fd: int, family: int, name: str, info: bytes | None) -> Raw:
     for _ in range(20):
         info = info or _option(fd, family, _GET_INFO, head, _INFO_SIZE)
         size = info[_INFO_SIZE - 4 :]
+        if int.from_bytes(size, sys.byteorder) > _MOST:
+            raise KernelError(f"read table {name} of IPv{family}", 0, f"its rules are more than {_MOST >> 20} MiB")
         try:
             length = _HEAD + int.from_bytes(size, sys.byteorder)
             return info, _option(fd, family, _GET_ENTRIES, head + size, length)[_HEAD:]

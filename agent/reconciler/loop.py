@@ -413,9 +413,17 @@ class Reconciler:
             return await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
 
     async def _work(self, entry: Entry, function: Callable[[], T]) -> T:
-        """Kernel work of a pass, before all others' when somebody waits for the pass. Its time is the pod's to pay."""
+        """Kernel work of a pass, before all others' when somebody waits for the pass. Slow work slows the pod down."""
+
+        def timed() -> T:
+            started = time.monotonic()
+            try:
+                return function()
+            finally:
+                entry.contention.worked(now := time.monotonic(), now - started)
+
         async with entry.lock:
-            return await self._workers.run(function, first=entry.awaited)
+            return await self._workers.run(timed, first=entry.awaited)
 
     def _note(self, pod: Pod, entry: Entry, want: Redirect | None, done: Settled, cause: str, seconds: float) -> None:
         drifted = entry.want is not None and entry.want == want

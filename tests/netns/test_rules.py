@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
+from agent.backends import nfreading
 from agent.backends.nftables.backend import NftablesBackend
 from agent.core.errors import HostNetnsError, NetnsError, StaleError
 from agent.core.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
+from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.settle import settle, verify
 
@@ -85,6 +88,40 @@ def test_removal_leaves_no_trace(pod: Pod, choice: str, foreign: str) -> None:
     apply(pod, choice, None)
     assert pod.dump() == before
     assert apply(pod, choice, None) == []
+
+
+@pytest.mark.parametrize(
+    ("choice", "damage", "whole"),
+    [
+        ("nftables", "nft flush chain inet istio-ambient-nat istio-output", "too large"),
+        ("nftables", "nft delete table inet istio-ambient-nat", "torn"),
+        ("iptables", "iptables-nft -t nat -F", "too large"),
+        ("iptables", "iptables-nft -t nat -F ISTIO_OUTPUT", "torn"),
+    ],
+)
+def test_a_pod_whose_own_rules_cannot_be_read_is_captured_and_repaired_all_the_same(
+    pod: Pod, choice: str, damage: str, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod.sh(FOREIGN)
+    used = layers(choice)
+    for backend in used:
+        if isinstance(backend, NftablesBackend):
+            backend.owned = False
+    if whole == "torn":  # somebody commits with each of our looks
+        numbers = count()
+        monkeypatch.setattr(NftSocket, "generation", lambda _: next(numbers))
+    else:
+        monkeypatch.setattr(nfreading, "WHOLE", 8)
+    done = settle(pod.target, WANT, used)
+    assert any("is not known" in remark for remark in done.remarks)
+    assert not verify(pod.target, WANT, used)
+    pod.sh(damage)
+    assert verify(pod.target, WANT, used)
+    settle(pod.target, WANT, used)
+    assert not verify(pod.target, WANT, used)
+    settle(pod.target, None, used)
+    left = pod.dump()
+    assert "istio" not in left.lower() and "tcp dport 99" in left
 
 
 DAMAGE = {

@@ -94,9 +94,9 @@ class Spy:
             self.families.append(body[0])
             return request(sock, operation, kind, flags, body)
 
-        def spied_dump(sock: Any, kind: int) -> bytes:
+        def spied_dump(sock: Any, kind: int, *rest: Any, **most: Any) -> tuple[bytes, bool]:
             self.asked.append("dump")
-            return dumped(sock, kind)
+            return dumped(sock, kind, *rest, **most)
 
         def spied_commit(sock: Any, operation: str, commands: Any, generation: int | None) -> None:
             self.families += [command.family for command in commands]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from agent.backends import shadows
 from agent.backends.base import Support
@@ -17,8 +18,8 @@ from agent.backends.iptables.bases import FAMILIES, Payload, Restore
 from agent.backends.iptables.comparison import differences, same
 from agent.backends.iptables.reading import Have
 from agent.backends.iptables.rendering import XtTable
-from agent.backends.netfilter import Table
-from agent.backends.nfdumps import Content, Ruleset
+from agent.backends.netfilter import Hook, Table
+from agent.backends.nfdumps import Content, Place, Ruleset
 from agent.backends.nfmessages import comment_data
 from agent.backends.nfreading import Reader
 from agent.core.errors import CommandError, KernelError
@@ -30,6 +31,11 @@ from agent.kernel.podnetns import PodNetns
 
 _PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
 _NOTHING = Redirect(ipv4=False, ipv6=False)
+_PLACES = tuple(
+    Place(family, table, chain, shared)
+    for family, table, hook in product(FAMILIES.values(), reading.TABLES, Hook)
+    for chain, shared in ((rendering.CHAINS[hook], False), (hook.name, True))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,7 @@ class IptablesBackend:
 
     def __init__(self, *, ipv6: bool = True) -> None:
         self._families = tuple(FAMILIES) if ipv6 else (4,)
-        self._reader = Reader(_seen)
+        self._reader = Reader(_seen, _PLACES)
 
     def probe(self) -> Support:
         for program in (_PROGRAM[family] for family in self._families):
@@ -102,10 +108,10 @@ class IptablesBackend:
                 target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _seen(ruleset: Ruleset, generation: int, target: PodNetns) -> Seen:
+def _seen(ruleset: Ruleset, generation: int | None, target: PodNetns) -> Seen:
     families = {family: _tables(ruleset, family) for family in (FAMILIES if target.has_ipv6() else (4,))}
     remarks = shadows.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
-    return Seen(Have(families, generation), remarks)
+    return Seen(Have(families, generation, ruleset.whole), remarks)
 
 
 def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:

@@ -62,7 +62,7 @@ def drop(want: Redirect | None, have: Have) -> Iterator[Step[Payload]]:
         for table, state in tables.items():
             if table in wanted:
                 continue
-            if state.marked and state.bare:
+            if state.marked and state.bare and have.whole:
                 lines.append(f"delete table {WORD[family]} {table}")
                 commands.append(Command(DELTABLE, 0, FAMILIES[family], attribute(1, table)))
                 continue

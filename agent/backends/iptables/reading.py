@@ -20,10 +20,14 @@ _JUMP = (-3 & 0xFFFFFFFF).to_bytes(4)  # NFT_JUMP
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """Per family (4, 6) the tables that are there, and the generation they were read in."""
+    """Per family (4, 6) the tables that are there, and the generation they were read in (None: it changed meanwhile).
+
+    Without `whole` there may be chains in them that were not read.
+    """
 
     families: dict[int, dict[str, XtTable]]
-    generation: int
+    generation: int | None
+    whole: bool = True
 
 
 def family_tables(

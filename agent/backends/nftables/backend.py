@@ -45,7 +45,7 @@ class NftablesBackend:
 
     def __init__(self, owned: bool = False, *, ipv6: bool = True) -> None:
         self.owned, self._ipv6 = owned, ipv6
-        self._reader = Reader(_have)
+        self._reader = Reader(_have, reading.PLACES)
 
     def probe(self) -> Support:
         try:
@@ -97,7 +97,7 @@ class NftablesBackend:
             target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _have(ruleset: Ruleset, generation: int, target: PodNetns) -> Have:
+def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> Have:
     remarks = shadows.chains(ruleset, NFPROTO_INET, _NAT, ipv6=target.has_ipv6())
     return Have(reading.of(ruleset), generation, target.nft.port, remarks)
 

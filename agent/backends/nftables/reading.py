@@ -6,24 +6,29 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from agent.backends.nfdumps import Content, Ruleset
+from agent.backends.netfilter import Hook
+from agent.backends.nfdumps import Content, Place, Ruleset
 from agent.backends.nfmessages import comment, text
-from agent.backends.nftables.rendering import TABLES
+from agent.backends.nftables.rendering import CHAINS, TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest, without_counts
 from agent.core.names import TAG_PREFIX
 from agent.core.netlink import Message, attributes
 from agent.core.nftables import NFPROTO_INET
+
+PLACES = tuple(
+    Place(NFPROTO_INET, table, chain) for table in TABLES for hook in Hook for chain in (CHAINS[hook], hook.value)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Have:
     """What of ours is in one namespace. `port` is our socket's, to know tables that we own.
 
-    `remarks` are on what of others comes before it.
+    `generation` None: it changed while it was read. `remarks` are on what of others comes before it.
     """
 
     tables: tuple[TableState, ...]
-    generation: int
+    generation: int | None
     port: int
     remarks: tuple[str, ...] = ()
 

@@ -23,7 +23,7 @@ from agent.core.redirect import Redirect
 
 OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*: skipped by a foreign flush; stays when the owner's socket closes
 
-_CHAIN = {Hook.PREROUTING: names.NFT_PREROUTING, Hook.OUTPUT: names.NFT_OUTPUT}
+CHAINS = {Hook.PREROUTING: names.NFT_PREROUTING, Hook.OUTPUT: names.NFT_OUTPUT}
 # Priorities as nft 1.0.6 lists them, where it has a name for them on that hook.
 _PRINTED = {("prerouting", -100): "dstnat", ("output", -100): "-100"} | {
     (hook.value, number): word for hook in Hook for number, word in ((-150, "mangle"), (-300, "raw"))
@@ -82,14 +82,14 @@ def _table(
         lines.append(f"\tchain {hook.value} {{")
         lines.append(f"\t\ttype {kind} hook {hook.value} priority {printed}; policy accept;")
         commands.append(_chain_command(name, hook.value, base_chain(table, hook)))
-        jump = _Line(hook.value, f"jump {_CHAIN[hook]}", expressions.verdict(expressions.JUMP, _CHAIN[hook]))
+        jump = _Line(hook.value, f"jump {CHAINS[hook]}", expressions.verdict(expressions.JUMP, CHAINS[hook]))
         tagged = _write(name, [jump], lines, later, plain)
         chains.append(Chain(hook.value, tagged, kind, HOOK_NUMBER[hook], priority))
     for hook in Hook:
-        lines.append(f"\tchain {_CHAIN[hook]} {{")
-        commands.append(_chain_command(name, _CHAIN[hook]))
-        own = list(_lines(_CHAIN[hook], [rule for rule in rules if rule.hook is hook], numbers))
-        chains.append(Chain(_CHAIN[hook], _write(name, own, lines, later, plain)))
+        lines.append(f"\tchain {CHAINS[hook]} {{")
+        commands.append(_chain_command(name, CHAINS[hook]))
+        own = list(_lines(CHAINS[hook], [rule for rule in rules if rule.hook is hook], numbers))
+        chains.append(Chain(CHAINS[hook], _write(name, own, lines, later, plain)))
     lines.append("}")
     by_name = tuple(sorted(chains, key=lambda chain: chain.name))
     return "\n".join(lines), commands + later, TableState(name, by_name, flags)

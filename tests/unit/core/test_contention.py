@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.contention import FREE, LONGEST, LOOK_PAUSE, LOOK_WINDOW, LOOKS, WINDOW, Contention
+from agent.core.contention import FREE, LONGEST, LOOK_PAUSE, LOOK_WINDOW, LOOKS, SHARE, SLOW, WINDOW, Contention
 
 
 def test_a_few_repairs_are_made_at_once() -> None:
@@ -42,3 +42,13 @@ def test_who_changes_things_without_pause_is_looked_at_now_and_then() -> None:
     assert looks < 1.1 * 60 * LOOKS / LOOK_WINDOW
     assert one.pause(now + LOOK_WINDOW) == 0, "and at once again when it is quiet"
     assert LOOK_PAUSE < LOOK_WINDOW
+
+
+def test_a_pod_whose_rules_take_long_pays_with_a_pause() -> None:
+    one = Contention()
+    one.worked(10.0, SLOW)
+    assert one.pause(10.0) == 0
+    one.worked(12.0, 2.0)
+    assert one.pause(12.0) == SHARE * 2.0 and one.pause(12.0 + SHARE * 2.0) == 0
+    one.worked(30.0, 60.0)
+    assert one.pause(30.0) == LONGEST

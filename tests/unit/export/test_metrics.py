@@ -1,0 +1,27 @@
+"""The journal's log: a pod that fails again and again does not fill it."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from agent.core.errors import KernelError
+from agent.core.pods import Pod
+from agent.export.metrics import Metrics
+
+
+def test_a_failure_that_repeats_is_logged_once_a_minute_and_counted_each_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("agent.export.metrics.time.monotonic", lambda: now)
+    metrics = Metrics(tuple, lambda: 0)
+    with caplog.at_level(logging.ERROR):
+        for uid in ("a", "a", "b", "a"):
+            metrics.failed(Pod(uid, "shop", uid), KernelError("read", 1, "refused"))
+        assert [record.getMessage() for record in caplog.records] == [f"pod shop/{n}: read: refused" for n in "ab"]
+        metrics.failed(Pod("a", "shop", "a"), KernelError("read", 1, "something else"))
+        now += 61
+        metrics.failed(Pod("b", "shop", "b"), KernelError("read", 1, "refused"))
+    assert len(caplog.records) == 4 and metrics.failures._value.get() == 6
