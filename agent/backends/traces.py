@@ -13,7 +13,7 @@ from agent.backends.hostprobes.xt_rendering import Held
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.nftables.rendering import OWNER, PERSIST
 from agent.backends.nftables.ruleset import TableState
-from agent.core.whose import Whose
+from agent.core.whose import Whose, whose
 
 
 def of_layer(name: str, have: Any) -> Whose:
@@ -57,7 +57,7 @@ def of_families(families: Mapping[int, Mapping[str, XtTable]]) -> Whose:
 def of_host_layer(name: str, have: Any) -> Whose:
     """From what the layer of the probe exemption of that name has read (backends.hostprobes.layers).
 
-    Sets of ipset are whose rules refer to them; policy rules are read as ours only if they carry our number.
+    Policy rules are read as ours only if they carry our number.
     """
     match name:
         case "nftables":
@@ -69,6 +69,13 @@ def of_host_layer(name: str, have: Any) -> Whose:
         case "ipset":
             return Whose.OURS if have else Whose.NOBODYS
     return Whose.NOBODYS
+
+
+def of_host(parts: Mapping[str, Whose]) -> Whose:
+    """Of the whole exemption, from the answers of its layers. Sets of ipset belong to the rules that refer to them:
+    they tell something only where there are no rules."""
+    rules = whose(one for name, one in parts.items() if name != "ipset")
+    return parts.get("ipset", rules) if rules is Whose.NOBODYS else rules
 
 
 def of_held(families: Iterable[Held]) -> Whose:

@@ -125,19 +125,26 @@ def _take_over_steps(node: _Node, facts: Facts) -> Callable[[View], Steps]:
 def _back(node: _Node) -> int:
     """Pods first, while neither agent runs: istio-cni's then finds its own rules and changes nothing."""
     facts = node.look()
-    findings, wished = node.judge(facts), node.settings.cni_conf_name
+    findings, plan = node.judge(facts), _back_steps(node, facts)
     if _hindered(findings) or node.args.dry_run:
-        _tell(node, facts, findings, steps.back(facts.view, wished).steps)
+        _tell(node, facts, findings, plan(facts.view).steps)
         return 1 if _hindered(findings) else 0
     handed = _hand_back(node.args)
     done: tuple[Step, ...] = ()
     with hold(node.settings.run_dir, "migrate"):
-        if all(one.level != OBSTACLE for one in handed) and all(one.level != NOTE for one in findings):
-            done = _carry_out(node.directory(facts), lambda view: steps.back(view, wished))
-    facts = node.look()
-    findings = (*handed, *node.judge(facts))
+        if not _hindered(handed):
+            done = _carry_out(node.directory(facts), plan)
+    before, facts = facts, node.look()
+    findings = (*handed, *node.judge(facts), *judging.left_of_back(before, facts))
     _tell(node, facts, findings, (), done)
     return 1 if any(one.level in (NOTE, OBSTACLE) for one in findings) else 0
+
+
+def _back_steps(node: _Node, facts: Facts) -> Callable[[View], Steps]:
+    wished = node.settings.cni_conf_name
+    if facts.binary and not steps.back(facts.view, wished).error:
+        return lambda view: steps.back(view, wished)
+    return lambda view: steps.until_istio_cni(view, node.entry, wished)
 
 
 def _hand_back(args: argparse.Namespace) -> tuple[Finding, ...]:

@@ -206,13 +206,13 @@ def is_inserted(conf: Conf) -> bool:
     return bool(conf.entry) and "wraps" not in (conf.entry or {}) and (conf.entry or {}).get("file") == conf.name
 
 
-def own_name(wished: str, first: str) -> str:
-    """A name that sorts before `first`: the one wished for or, if it does not, one that depends on `first` alone.
+def own_name(wished: str, first: str, behind: str = "") -> str:
+    """A name that sorts before `first` and after `behind`: the one wished for or, if it does not, one from `first`.
 
     "-" sorts before ".": 00-multus-sluice.conflist comes before 00-multus.conf, and Multus, which looks for the first
     configuration that is not its own, passes over what begins with 00-multus (findMasterPlugin).
     """
-    return wished if wished < first else first.rpartition(".")[0] + "-sluice.conflist"
+    return wished if behind < wished < first else first.rpartition(".")[0] + "-sluice.conflist"
 
 
 def kept_name(name: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
-from agent.install import conflists
+from agent.install import conflists, istio
 from agent.install.conflists import ISTIO, MIGRATED, ORIGINAL, Conf, Json, kept_name
 
 
@@ -100,6 +100,18 @@ class Sorted:
     def foreign(self) -> list[Conf]:
         return sorted((*self.inserted, *self.copies, *self.others), key=lambda conf: conf.name)
 
+    @property
+    def theirs(self) -> list[Conf]:
+        """istio-cni's own lists. Its agent writes its list again and again while another one comes first, so ours
+        follows it, and takes over when it goes."""
+        return istio.owned(self.foreign)
+
+    @property
+    def later(self) -> list[Conf]:
+        """All others, which ours has to come before."""
+        theirs = self.theirs
+        return [conf for conf in self.foreign if conf not in theirs]
+
 
 def sort(view: View, wished: str) -> Sorted:
     """A damaged file under the name that ours shall have is in no group: it is written anew."""
@@ -131,7 +143,7 @@ def _group(conf: Conf, wished: str) -> str:
 def own(view: View, entry: Json, wished: str) -> Verdict:
     """A list of ours around the primary one: the first that a runtime would take if ours were not there."""
     found = sort(view, wished)
-    candidates = [conf for conf in found.foreign if conf not in found.copies] or list(found.copies)
+    candidates = [conf for conf in found.later if conf not in found.copies] or list(found.copies)
     current = next((conf for conf in found.own if conflists.is_own(conf)), None)
     if current and (not candidates or current.wraps in found.bad):
         why = found.bad.get(current.wraps, "")
@@ -142,7 +154,9 @@ def own(view: View, entry: Json, wished: str) -> Verdict:
     primary = candidates[0]
     if why := conflists.chainable(primary):
         return Verdict(error=why, primary=primary.name, file=current.name if current else "")
-    file = conflists.own_name(wished, found.foreign[0].name)
+    first = found.later[0].name
+    behind = max((conf.name for conf in found.theirs if conf.name < first), default="")
+    file = conflists.own_name(wished, first, behind)
     actions = [*_write(view, file, conflists.wrap(primary, entry, file))]
     actions += [Remove(conf.name) for conf in found.own if conf.name != file]
     for conf in found.inserted:
@@ -162,7 +176,7 @@ def insert(view: View, entry: Json, wished: str) -> Verdict:
     found = sort(view, wished)
     if not found.foreign:
         return Verdict(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
-    primary = found.foreign[0]
+    primary = found.later[0]
     file = primary.stem + ".conflist"
     if why := conflists.chainable(primary):
         return Verdict(error=why, primary=primary.name)
@@ -252,9 +266,12 @@ def _write(view: View, name: str, data: bytes, like: str = "") -> tuple[Action, 
 def _remarks(found: Sorted, primary: Conf, file: str, wished: str) -> tuple[str, ...]:
     remarks = []
     if file != wished:
-        remarks.append(f"{wished} would not sort before {found.foreign[0].name}: {file} is used")
+        remarks.append(f"{wished} would not sort before {found.later[0].name}: {file} is used")
     if any(plugin["type"] == ISTIO for plugin in primary.plugins):
         remarks.append(f"{primary.name} chains istio-cni too, which is kept: two agents (sluice migrate --check)")
-    remarks += [f"{conf.name} is another's copy of a list of ours: not wrapped" for conf in found.copies]
+    theirs = found.theirs
+    remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (sluice migrate)" for conf in theirs]
+    copies = [conf.name for conf in found.copies if conf not in theirs]
+    remarks += [f"{name} is another's copy of a list of ours: not wrapped" for name in copies]
     remarks += [f"not used: {why}" for name, why in found.bad.items() if name < file]
     return tuple(remarks)

@@ -1,8 +1,4 @@
-"""istio-cni in a directory of CNI configurations: where its entry stands, and the same without it. Pure.
-
-Its forms (design: peers 1.10): chained, an entry in the primary's own list; owned, a list of its own around the
-primary's plugins (02-istio-cni.conflist); alone, a file with nothing else in it (YYY-istio-cni.conf, with Multus).
-"""
+"""istio-cni in a directory of CNI configurations: where its entry stands, and the same without it. Pure."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install import conflists
 from agent.install.conflists import ISTIO, Conf, Json
+from agent.install.istio import entry, form, mentions
 from agent.install.planning import View
 
-CHAINED, OWNED, ALONE = "chained", "owned", "alone"
 # What take-over keeps, under names that no runtime reads: a whole file, or one from before its entry was taken out.
 FILE: Final = f"{conflists.MIGRATED}file-"
 ENTRY: Final = f"{conflists.MIGRATED}entry-"
@@ -51,18 +47,7 @@ def picked(view: View) -> Conf | None:
 def places(view: View) -> list[Place]:
     """In the order of file names. Ours around one of them is none."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
-    return [Place(conf, _form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
-
-
-def entry(conf: Conf) -> Json:
-    return next((one for one in conf.plugins if one["type"] == ISTIO), {})
-
-
-def mentions(value: Any) -> bool:
-    """Whether an entry of istio-cni's is in it, at any depth."""
-    if isinstance(value, dict):
-        return value.get("type") == ISTIO or any(map(mentions, value.values()))
-    return isinstance(value, list) and any(map(mentions, value))
+    return [Place(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
 
 
 def without(value: Any) -> Any:
@@ -87,16 +72,3 @@ def kept(view: View) -> Iterator[tuple[str, str, str]]:
         for kind in (FILE, ENTRY):
             if name.startswith(kind) and name.endswith(KEPT):
                 yield name, kind, name.removeprefix(kind).removesuffix(KEPT)
-
-
-def _form(conf: Conf, every: list[Conf]) -> str:
-    rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
-    if not rest:
-        return ALONE
-    others = [other for other in every if other is not conf and not mentions(other.network)]
-    wraps = any(_types(other) == [one for one in rest if one != CNI_TYPE] for other in others)
-    return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
-
-
-def _types(conf: Conf) -> list[str]:
-    return [one["type"] for one in conf.plugins if one["type"] != CNI_TYPE]

@@ -10,7 +10,7 @@ from agent.install.conflists import ISTIO, Json
 from agent.migration import istio, values
 from agent.migration.equivalents import Translated, differences, translate
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts
-from agent.migration.steps import back, take_over
+from agent.migration.steps import back, take_over, taken
 
 FINE, NOTE, OBSTACLE, ACCEPTED = "fine", "note", "obstacle", "accepted"
 LEFT = "left"  # subject of what take-over has not reached yet
@@ -63,6 +63,19 @@ def back_findings(facts: Facts, wished: str) -> tuple[Finding, ...]:
     return tuple(found)
 
 
+def left_of_back(before: Facts, facts: Facts) -> tuple[Finding, ...]:
+    """What is not given back yet, looked at after it."""
+    found = []
+    if facts.host == SLUICE:
+        words = "the exemption of the node's probes is ours still: istio-cni cannot make its own over it"
+        found.append(Finding("host", OBSTACLE, words, "see sluice handback --all"))
+    if facts.agent and (name := taken(before.view)) and name not in facts.view.files:
+        words = f"istio-cni's agent took {name} for the primary list, and waits for it now that it has gone"
+        pods = "-n istio-system -l k8s-app=istio-cni-node --field-selector spec.nodeName=NODE"
+        found.append(Finding(LEFT, NOTE, words, f"restart it: kubectl delete pod {pods}"))
+    return tuple(found)
+
+
 def left(facts: Facts) -> tuple[Finding, ...]:
     """What take-over has not reached yet, looked at after it."""
     found = []
@@ -100,9 +113,6 @@ def _configuration(facts: Facts, entry: Json, here: Settings, mode: str) -> Iter
             yield Finding("sidecars", OBSTACLE, words, "keep istio-cni on this node")
     if not places:
         yield Finding("configuration", FINE, f"no configuration in {facts.directory} has istio-cni in it (any more)")
-    if mode == "insert" and any(place.form == istio.OWNED for place in places):
-        words = "istio-cni has a list of its own, and ours is to be inserted: for a moment neither would be in front"
-        yield Finding("configuration", OBSTACLE, words, "set cni_install: own for the time of the change")
     steps = take_over(facts.view, entry, here.cni_conf_name, mode=mode)
     if steps.error:
         yield Finding("configuration", OBSTACLE, steps.error, f"put {facts.directory} right, or set cni_conf_dir")

@@ -21,6 +21,7 @@ from agent.core.whose import Whose, whose
 from agent.install import runtime
 from agent.install.conflists import ISTIO
 from agent.install.hostroot import HostRoot
+from agent.install.istio import mentions
 from agent.install.netdir import NetDir
 from agent.kernel import exec
 from agent.kernel.adminsocket import ask
@@ -77,7 +78,7 @@ def _cached(folder: Path) -> int:
         for place in sorted(folder.iterdir()):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, binascii.Error):
                 kept = json.loads(place.read_bytes())
-                found += istio.mentions(json.loads(base64.b64decode(kept["config"])))
+                found += mentions(json.loads(base64.b64decode(kept["config"])))
     return found
 
 
@@ -121,7 +122,8 @@ def _host(problems: list[str]) -> str:
     try:
         with contextlib.closing(HostNetns()) as target:
             _, layers = host_layers("off")
-            return _BY.get(whose(traces.of_host_layer(one.name, one.read(target)) for one in layers), "")
+            found = {one.name: traces.of_host_layer(one.name, one.read(target)) for one in layers}
+            return _BY.get(traces.of_host(found), "")
     except (SluiceError, OSError) as error:
         problems.append(f"the host's rules: {error}")
         return ""

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from agent.core.errors import SettingsError
 from agent.install import conflists, planning
 from agent.install.conflists import Conf, Json
+from agent.install.istio import CHAINED, mentions
+from agent.install.istio import entry as entry_of
 from agent.install.planning import Action, Remove, Rename, View, Write
 from agent.migration import istio
 from agent.migration.istio import ENTRY, FILE, KEPT, Place
@@ -62,7 +64,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
 
 def _unfinished(view: View) -> str:
     found = istio.picked(view)
-    if found is None or not conflists.mentions(found.network) or istio.mentions(found.network):
+    if found is None or not conflists.mentions(found.network) or mentions(found.network):
         name = found.name if found else "nothing"
         return f"istio-cni cannot be taken out: {name} would be all that is left; is there a primary CNI plugin?"
     return ""
@@ -70,7 +72,7 @@ def _unfinished(view: View) -> str:
 
 def _aside(view: View, place: Place) -> list[Step]:
     name = place.conf.name
-    if place.form != istio.CHAINED:
+    if place.form != CHAINED:
         return [Step(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
     kept, data = ENTRY + name + KEPT, place.conf.data
     network = istio.without(place.conf.network)
@@ -84,14 +86,49 @@ def back(view: View, wished: str) -> Steps:
     steps: list[Step] = []
     for kept, kind, name in istio.kept(view):
         steps += _restored(after(view, steps), kept, kind, name)
+    steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
     steps += [Step(action, "our entry goes") for action in verdict.actions]
     found = istio.picked(after(view, steps))
-    if found is None or not istio.mentions(found.network):
+    if found is None or not mentions(found.network):
         name = found.name if found else "no configuration"
         words = f"then {name} would be used, without an entry of istio-cni's: its pods would start uncaptured"
         return Steps(error=f"{words}; install istio-cni first, its agent writes its entry, then run this again")
     return Steps(tuple(steps), remarks=verdict.remarks)
+
+
+def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
+    """Our entry in the primary's list, which refuses enrolled pods until istio-cni has put its own there.
+
+    Its agent remembers the first list that it finds as the primary one for as long as it runs, and waits for that file
+    when it has gone. So none of our own may be there when it starts.
+    """
+    verdict = planning.insert(view, entry, wished)
+    why = "our entry refuses enrolled pods until istio-cni is there"
+    return Steps(tuple(Step(action, why) for action in verdict.actions), remarks=verdict.remarks)
+
+
+def taken(view: View) -> str:
+    """The list of ours that istio-cni's agent took for the primary one; "" for none."""
+    found = (conf.entry for conf in istio.confs(view) if _added(conf))
+    return next((str(ours["file"]) for ours in found if ours and "wraps" in ours), "")
+
+
+def _added(conf: Conf) -> Json:
+    """istio-cni's entry where its agent put it behind ours; what we wrap comes before."""
+    return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == conflists.ISTIO else {}
+
+
+def _moved(view: View) -> list[Step]:
+    """What istio-cni's agent put into a list of ours, into the primary's: ours is about to go."""
+    confs = istio.confs(view)
+    entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
+    primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
+    if not entry or primary is None or mentions(primary.network):
+        return []
+    data, name = conflists.encode(istio.added(primary.network, entry)), f"{primary.stem}.conflist"
+    steps = [Step(Write(name, data, like=primary.name), "istio-cni's entry out of our list into the primary's")]
+    return steps if name == primary.name else [*steps, Step(Remove(primary.name), "a list now, as istio-cni makes it")]
 
 
 def _restored(view: View, kept: str, kind: str, name: str) -> list[Step]:
@@ -101,13 +138,13 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[Step]:
         old = conflists.parse(name, view.files[kept])
     except SettingsError:
         return [done]
-    if name in there and istio.mentions(there[name].network):
+    if name in there and mentions(there[name].network):
         return [done]  # its agent has put it back
     primary, rest = there.get(name) or next(iter(there.values()), None), istio.without(old.network)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
         return [Step(Rename(kept, name), "istio-cni's entry as it was")]
-    entry = istio.entry(old)
-    if not entry or primary.single or istio.mentions(primary.network):
+    entry = entry_of(old)
+    if not entry or primary.single or mentions(primary.network):
         return [done]
     target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)
     data = conflists.encode(istio.added(network, entry))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 
 from agent.core.contention import Contention
 from agent.core.desired import Decision, decide
@@ -12,6 +13,8 @@ from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 from agent.core.status import State, Status
+
+BELIEVED = 300.0  # seconds; another agent may program a retired layer, and legacy tables tell nobody
 
 
 @dataclass(slots=True)
@@ -29,7 +32,7 @@ class Repair:
 class Entry:
     status: Status = field(default_factory=lambda: Status(State.WAITING))
     want: Redirect | None = None  # of the last pass that succeeded
-    cleaned: bool = False  # retired layers were removed
+    cleaned: float = -inf  # when nothing was left of retired layers, on the monotonic clock
     changing: bool = False  # what captured it before a change between NAT and eBPF is not all gone yet
     soon: bool = False  # something is left to do that nobody should wait for
     cause: str = ""  # who changed something, as told by the watcher

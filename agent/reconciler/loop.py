@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import TypeVar
 
 from agent.backends.choose import Choice
@@ -33,7 +34,7 @@ from agent.core.status import State, Status
 from agent.reconciler.canaries import Canaries
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
-from agent.reconciler.entry import Entry, Repair
+from agent.reconciler.entry import BELIEVED, Entry, Repair
 from agent.reconciler.parts import (
     Accounting,
     Counting,
@@ -265,7 +266,7 @@ class Reconciler:
 
     async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> bool:
         """False when the pod has to be looked at again soon, though it is captured."""
-        retired = () if entry.cleaned else self.choice.retired
+        retired = () if time.monotonic() - entry.cleaned < BELIEVED else self.choice.retired
         cause, noticed = entry.take_cause()
         if cause:
             entry.contention.looked(time.monotonic())
@@ -277,8 +278,12 @@ class Reconciler:
         self._watcher.watch(pod.uid, found.target)
         self._claims.claim(pod.uid, found.addresses)
         self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
-        entry.cleaned, entry.want = not found.changing, found.want
-        entry.changing, entry.soon = found.changing and not found.waiting, found.soon
+        if retired:
+            entry.cleaned = time.monotonic()
+        if found.changing or cause:  # who changed something may have made what a retired layer is about
+            entry.cleaned = -inf
+        entry.want = found.want
+        entry.changing, entry.soon = found.changing and not found.waiting, found.soon or bool(cause)
         entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
         if self._watching and not found.soon:
             self._watching.due(pod, found.target, entry.lock)
@@ -373,7 +378,7 @@ class Reconciler:
             self._unclaim(pod.uid)
             await self._publisher.withdraw(pod.uid)
         await self._work(entry, lambda: self._enrolment.forget(pod))
-        entry.want, entry.cleaned, entry.changing, entry.soon = None, False, False, False
+        entry.want, entry.cleaned, entry.changing, entry.soon = None, -inf, False, False
         entry.status = replace(entry.status, outside=0, notes=decision.warnings)
         error = SluiceError(rolled_back) if rolled_back else None
         entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)
@@ -410,7 +415,11 @@ class Reconciler:
         preserve = entry.want is not None and entry.want.preserve
         async with entry.lock:
             compare = self._enrolment.compare
-            return await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
+            found = await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
+        if any(layer.name in found for layer in self.choice.retired):  # a pass does not look at them each time
+            entry.cleaned = -inf
+            self.wake(pod.uid)
+        return found
 
     async def _work(self, entry: Entry, function: Callable[[], T]) -> T:
         """Kernel work of a pass, before all others' when somebody waits for the pass. Slow work slows the pod down."""

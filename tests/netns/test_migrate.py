@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support import istio
-from support.node import PLUGIN, Node, NodePod, node
+from support.node import PLUGIN, Node, NodePod, node, until
 from support.rules import pod as made
 
 from agent.cli import migrate
@@ -165,13 +165,35 @@ def test_a_node_is_taken_over_and_given_back(world: tuple[Node, Host], capsys: p
     assert host.migrate("--back", "-o", "json") == 1
     assert found(capsys.readouterr().out).keys() == {"binary"}
     conf = host.picked()
-    assert conf.entry, "ours stays in front until istio-cni can"
+    assert conf.entry and conf.name == "10-lab.conflist", "ours refuses until istio-cni can, in the primary's own list"
     assert programmed(pod) == rules
     host.istio_binary()
     assert host.migrate("--back", "-o", "json") == 0
     assert json.loads(capsys.readouterr().out)["done"]
     assert host.files == FORMS["owned"] and programmed(pod) == rules
     assert host.migrate("--back", "-o", "json") == 0 and not json.loads(capsys.readouterr().out)["done"]
+
+
+LATER = {
+    "iptables": ("iptables-nft-restore", "ip6tables-nft-restore"),
+    "iptables-legacy": ("iptables-legacy-restore", "ip6tables-legacy-restore"),
+}
+
+
+@pytest.mark.parametrize("mechanism", LATER)
+def test_rules_that_istio_cni_makes_after_ours_go_while_the_agent_runs(tmp_path: Path, mechanism: str) -> None:
+    """The kernel tells of those of iptables-nft; those of iptables-legacy a verification finds."""
+    with node(f"slumi{os.getpid() % 10000}") as one:
+        one.start()
+        one.processes.start_ztunnel()
+        one.await_ztunnel()
+        pod = one.add(one.pod("web"))
+        for family, program in zip((4, 6), LATER[mechanism], strict=True):
+            run([program, "--noflush"], netns=pod.netns, stdin=istio.iptables(Redirect(), family))
+        until(lambda: all(row["result"] == "ok" for row in one.ask("/v1/verify", pod=pod.key)), "it is as wanted")
+        left = "iptables-nft-save; ip6tables-nft-save; iptables-legacy-save; ip6tables-legacy-save"
+        assert "ISTIO_" not in run(["sh", "-c", left], netns=pod.netns).stdout
+        assert one.captured(pod)
 
 
 class Interrupted(BaseException):
@@ -253,8 +275,7 @@ def test_while_istio_cnis_agent_runs_ours_comes_beside_and_its_own_stays(
         assert host.migrate("--take-over", "--accept", "agent", "-o", "json") == 1
         assert {"left", "istio-cni"} <= found(capsys.readouterr().out).keys()
         assert {name: host.files[name] for name in FORMS["owned"]} == FORMS["owned"]
-        conf = host.picked()
-        assert [one["type"] for one in conf.plugins] == ["ptp", "istio-cni", "sluice-cni"]
+        assert "02-sluice.conflist" in host.files and host.picked().name == "02-istio-cni.conflist", "ours comes next"
         listener.close()
         assert host.migrate("--take-over", "--accept", "agent", "-o", "json") == 0
     conf = host.picked()

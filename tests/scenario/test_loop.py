@@ -233,3 +233,22 @@ def test_a_pod_in_which_nothing_listens_yet_is_pending_until_ztunnel_has_it() ->
             await world.reconciler.progressed()
 
     play(script, listens=True)
+
+
+@pytest.mark.parametrize("noticed", ["by the kernel", "by a verification"])
+def test_what_another_agent_programs_in_a_retired_layer_later_goes_too(noticed: str) -> None:
+    """As istio-cni does with iptables while both agents run: a pass does not look at retired layers each time."""
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.kernel.damage("old", world.target("web"))
+        await world.settle(pod())
+        if noticed == "by the kernel":
+            world.reconciler.wake("web", "iptables-restore[7]")
+        else:
+            assert "old" in await world.reconciler.inspect(world.table.get("web"))
+        while "old clear web" not in world.kernel.log:
+            await world.reconciler.progressed()
+        assert world.held("rules", "web") is not None and not await world.reconciler.inspect(world.table.get("web"))
+
+    play(script)

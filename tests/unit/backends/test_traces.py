@@ -78,3 +78,11 @@ def test_the_plain_form_does_the_same_as_ours_but_for_counting() -> None:
                 assert len(lines) == len(tagged.lines[place])
         assert not any("comment" in line for lines in plain.lines.values() for line in lines)
     assert "comment" not in nftables.render(WANT, False, True).text
+
+
+def test_sets_are_whose_rules_refer_to_them() -> None:
+    sets = {"ipset": Whose.OURS}
+    assert traces.of_host(sets) is Whose.OURS
+    for of_rules in (Whose.OURS, Whose.OTHERS):
+        assert traces.of_host({**sets, "iptables": of_rules, "nftables": Whose.NOBODYS}) is of_rules
+    assert traces.of_host({"iptables": Whose.NOBODYS}) is Whose.NOBODYS

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from agent.core.settings import Settings
+from agent.install import planning
 from agent.install.entry import entry
-from agent.install.planning import View
+from agent.install.planning import View, own
 from agent.migration import judging
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, Facts, Programmed
 from agent.migration.judging import ACCEPTED, LEFT, NOTE, OBSTACLE, Finding
@@ -77,11 +78,6 @@ def test_istio_cni_deep_inside_multus_is_told() -> None:
     assert any("Multus may write" in one.words for one in judged(replace(NODE, view=View(files))))
 
 
-def test_inserting_beside_a_list_of_its_own_has_to_wait() -> None:
-    (one,) = judged(NODE, "insert")
-    assert one.level == OBSTACLE and "cni_install: own" in one.todo
-
-
 LEFTS: list[tuple[dict[str, Any], str]] = [
     ({"agent": "process 7"}, "take its DaemonSet"),
     ({"view": View(), "programmed": ()}, ""),
@@ -109,3 +105,19 @@ def test_the_way_back() -> None:
     assert levels(replace(taken, ours="")) == [("agent", OBSTACLE), ("configuration", "fine")]
     assert levels(replace(taken, binary=False)) == [("binary", NOTE)]
     assert levels(replace(taken, view=View({"10-k8s.conflist": lists(ENTRY)}))) == [("configuration", NOTE)]
+
+
+def test_what_is_left_after_handing_back() -> None:
+    """istio-cni's agent that came back before ours went has our list for the primary one, and waits for it."""
+    files = dict(NODE.view.files)
+    ours = own(View({"10-k8s.conflist": lists()}), ENTRY, HERE.cni_conf_name)
+    before = replace(NODE, view=planning.after(View({"10-k8s.conflist": lists()}), ours.actions), agent="process 7")
+    theirs = json.loads(before.view.files[HERE.cni_conf_name])
+    theirs["plugins"].append(ISTIO)
+    before = replace(before, view=View({**before.view.files, HERE.cni_conf_name: json.dumps(theirs).encode()}))
+    gone = replace(before, view=View(files))
+    (one,) = judging.left_of_back(before, gone)
+    assert HERE.cni_conf_name in one.words and "kubectl delete pod -n istio-system" in one.todo
+    assert judging.left_of_back(before, before) == judging.left_of_back(before, replace(gone, agent="")) == ()
+    (host,) = judging.left_of_back(NODE, replace(NODE, host=SLUICE))
+    assert (host.subject, host.level) == ("host", OBSTACLE)

@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from support.istioinstaller import IstioInstaller, Waits, picked
 
 from agent.core.settings import Settings
-from agent.install import conflists
+from agent.install import conflists, planning
 from agent.install.entry import entry
-from agent.install.planning import View
+from agent.install.istio import mentions
+from agent.install.planning import Verdict, View
 from agent.migration import istio
-from agent.migration.steps import Steps, after, back, take_over
+from agent.migration.steps import Steps, after, back, take_over, taken, until_istio_cni
 
 ENTRY = entry(Settings())
 WISHED = "02-sluice.conflist"
@@ -31,6 +33,7 @@ PTP, PORTMAP = (
 PRIMARY = network(PTP, PORTMAP)
 CHAINED = network(PTP, PORTMAP, OURS)
 CALICO, CALICO_ISTIO = (network({"type": "calico"}, *more, name="k8s-pod-network") for more in ((), (OURS,)))
+MULTUS_ALONE = b'{"type": "multus", "name": "multus-cni-network", "cniVersion": "0.3.1", "delegates": []}'
 MULTUS = json.dumps(
     {"type": "multus", "name": "multus-cni-network", "cniVersion": "0.3.1", "delegates": [json.loads(CHAINED)]}
 ).encode()
@@ -54,7 +57,7 @@ NODES = {
 def guarded(view: View) -> bool:
     """Whoever the runtime picks has one of the two in it: captured, or refused."""
     conf = istio.picked(view)
-    return conf is not None and (istio.mentions(conf.network) or conflists.mentions(conf.network))
+    return conf is not None and (mentions(conf.network) or conflists.mentions(conf.network))
 
 
 def states(view: View, steps: Steps) -> Iterator[View]:
@@ -83,15 +86,23 @@ def test_after_each_step_of_taking_over_a_pod_is_captured_or_refused(node: View,
         assert guarded(state), sorted(state.files)
     end = after(node, steps.steps)
     conf = istio.picked(end)
-    assert conf is not None and conflists.mentions(conf.network) and not istio.mentions(conf.network)
+    assert conf is not None and conflists.mentions(conf.network) and not mentions(conf.network)
     assert not istio.places(end)
+
+
+def ours_is_next(view: View) -> bool:
+    """Ours is used, with istio-cni's entry in it, or as soon as istio-cni's own lists have gone."""
+    conf = istio.picked(view)
+    assert conf is not None and mentions(conf.network)
+    theirs = {conf.name for conf in istio.confs(view) if not conflists.is_own(conf) and mentions(conf.network)}
+    rest = istio.picked(View({name: data for name, data in view.files.items() if name not in theirs}))
+    return conflists.mentions(conf.network) or (rest is not None and conflists.mentions(rest.network))
 
 
 def test_ours_is_there_before_anything_of_istio_cnis_goes(node: View) -> None:
     steps = take_over(node, ENTRY, WISHED).steps
     first = next(n for n, step in enumerate(steps) if step.action.name in node.files or "aside" in step.why)
-    conf = istio.picked(after(node, steps[:first]))
-    assert conf is not None and conflists.mentions(conf.network) and istio.mentions(conf.network)
+    assert ours_is_next(after(node, steps[:first]))
 
 
 @pytest.mark.parametrize("mode", ["own", "insert"])
@@ -127,8 +138,7 @@ def test_while_its_agent_runs_ours_comes_beside_and_nothing_of_it_is_touched(nod
     steps = take_over(node, ENTRY, WISHED, aside=False)
     end = after(node, steps.steps)
     assert steps.steps and {name: end.files[name] for name in node.files} == node.files
-    conf = istio.picked(end)
-    assert conf is not None and conflists.mentions(conf.network) and istio.mentions(conf.network)
+    assert ours_is_next(end)
     assert not take_over(end, ENTRY, WISHED, aside=False).steps
 
 
@@ -137,7 +147,7 @@ def test_after_its_agent_has_cleaned_up_itself_ours_follows() -> None:
     files = {name: data for name, data in beside.files.items() if name != "02-istio-cni.conflist"}
     end = done(View(files))
     conf = istio.picked(end)
-    assert conf is not None and conf.name == WISHED and not istio.mentions(conf.network)
+    assert conf is not None and conf.name == WISHED and not mentions(conf.network)
     assert set(end.files) == {WISHED, "10-kindnet.conflist"}
 
 
@@ -210,3 +220,70 @@ def test_steps_print_what_and_why() -> None:
 def test_no_runtime_reads_what_is_kept(node: View) -> None:
     hidden = set(done(node).files) - set(conflists.readable(done(node).files))
     assert hidden and all(name.startswith(".sluice-istio-") and name.endswith(".kept") for name in hidden)
+
+
+LISTS = {
+    "chained": ("", {"10-kindnet.conflist": PRIMARY}),
+    "chained-in-a-conf": ("", {"10-kindnet.conf": json.dumps({**PTP, "name": "k", "cniVersion": "0.3.1"}).encode()}),
+    "owned": ("02-istio-cni.conflist", {"10-kindnet.conflist": PRIMARY}),
+    "owned-after-ours": ("05-istio-cni.conflist", {"10-kindnet.conflist": PRIMARY}),
+    "owned-beside-multus": ("00-istio-cni.conflist", {"00-multus.conf": MULTUS_ALONE, "10-kindnet.conflist": PRIMARY}),
+}
+
+
+def apply(files: dict[str, bytes], steps: Steps | Verdict) -> int:
+    """Carries it out; a pod that starts is captured or refused after each step. How many there were."""
+    actions = [step.action for step in steps.steps] if isinstance(steps, Steps) else list(steps.actions)
+    for count in range(len(actions)):
+        assert guarded(planning.after(View(files), actions[: count + 1]))
+    done = dict(planning.after(View(files), actions).files)
+    files.clear()
+    files.update(done)
+    return len(actions)
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("form", LISTS)
+def test_both_agents_installers_leave_each_other_alone_there_and_back(form: str, restarted: bool) -> None:
+    """istio-cni's agent runs, ours comes, istio-cni's goes; then ours goes, and istio-cni's comes."""
+    owned, files = LISTS[form][0], dict(LISTS[form][1])
+    theirs = IstioInstaller(owned)
+    theirs.settle(files)
+    before = dict(files)
+    assert theirs.settle(files) == 0 and apply(files, planning.own(View(files), ENTRY, WISHED))
+    theirs = IstioInstaller(owned) if restarted else theirs
+    theirs.settle(files)
+    apply(files, planning.own(View(files), ENTRY, WISHED))
+    assert theirs.settle(files) == 0, "it has nothing to do as long as nobody else has"
+    assert "istio-cni" in picked(files)
+
+    theirs.clean_up(files)
+    assert guarded(View(files)) and "sluice-cni" in picked(files), "without a moment between"
+    apply(files, planning.own(View(files), ENTRY, WISHED))
+    apply(files, take_over(View(files), ENTRY, WISHED))
+    assert picked(files)[-1] == "sluice-cni" and "istio-cni" not in picked(files)
+
+    assert apply(files, until_istio_cni(View(files), ENTRY, WISHED)) and "sluice-cni" in picked(files)
+    assert not apply(files, until_istio_cni(View(files), ENTRY, WISHED))
+    theirs = IstioInstaller(owned)
+    theirs.settle(files)
+    assert theirs.settle(files) == 0 and {"istio-cni", "sluice-cni"} <= set(picked(files)), "refused as long as both"
+    assert apply(files, back(View(files), WISHED)) and not taken(View(files))
+    assert theirs.settle(files) == 0 and picked(files) == [one for one in picked(before) if one != "sluice-cni"]
+    assert not any(b"sluice" in data or "sluice" in name for name, data in files.items())
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_istio_cni_that_came_back_before_ours_went_has_to_be_restarted(form: str) -> None:
+    owned, files = LISTS[form][0], dict(LISTS[form][1])
+    apply(files, planning.own(View(files), ENTRY, WISHED))
+    theirs = IstioInstaller(owned)
+    theirs.settle(files)
+    ours = taken(View(files))
+    assert ours in files and "sluice-cni" in picked(files)
+    assert apply(files, back(View(files), WISHED)) and ours not in files
+    assert picked(files)[-1] == "istio-cni" and "sluice-cni" not in picked(files)
+    with pytest.raises(Waits, match=ours):
+        theirs.settle(files)
+        theirs.settle({name: data for name, data in files.items() if name != owned})
+    assert IstioInstaller(owned).settle(files, 5) < 5 and picked(files)[-1] == "istio-cni"

@@ -1,0 +1,47 @@
+"""istio-cni's entry in CNI configurations, and which of them are its own. Pure.
+
+Its forms (design: peers 1.10): chained, an entry in the primary's own list; owned, a list of its own around the
+primary's plugins (02-istio-cni.conflist); alone, a file with nothing else in it (YYY-istio-cni.conf, with Multus).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from agent.core.names import CNI_TYPE
+from agent.install.conflists import ISTIO, Conf, Json
+
+CHAINED: Final = "chained"
+OWNED: Final = "owned"
+ALONE: Final = "alone"
+
+
+def entry(conf: Conf) -> Json:
+    return next((one for one in conf.plugins if one["type"] == ISTIO), {})
+
+
+def mentions(value: Any) -> bool:
+    """Whether an entry of istio-cni's is in it, at any depth."""
+    if isinstance(value, dict):
+        return value.get("type") == ISTIO or any(map(mentions, value.values()))
+    return isinstance(value, list) and any(map(mentions, value))
+
+
+def form(conf: Conf, every: Sequence[Conf]) -> str:
+    """Of a configuration with its entry; `every` configuration of the directory but lists of ours."""
+    rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
+    if not rest:
+        return ALONE
+    others = [other for other in every if other is not conf and not mentions(other.network)]
+    wraps = any(_types(other) == [one for one in rest if one != CNI_TYPE] for other in others)
+    return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
+
+
+def owned(every: Sequence[Conf]) -> list[Conf]:
+    """Lists that istio-cni made around another one, which its agent keeps in front of all others."""
+    return [conf for conf in every if entry(conf) and form(conf, every) == OWNED]
+
+
+def _types(conf: Conf) -> list[str]:
+    return [one["type"] for one in conf.plugins if one["type"] != CNI_TYPE]
