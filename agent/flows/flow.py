@@ -52,6 +52,11 @@ class Flow:
         return self.last if self.report.disconnected and self.last is not None else self.report.info
 
     @property
+    def lost(self) -> bool:
+        """It has reset itself before any dump: of its ends only its port and its peer's address are left."""
+        return self.report.disconnected and not self.looks
+
+    @property
     def active(self) -> bool:
         return self.direction is Direction.OUTBOUND
 

@@ -7,7 +7,6 @@ same payload is ztunnel's, and only one: should an application imitate it, ztunn
 
 from __future__ import annotations
 
-from agent.core.sockets import Endpoint
 from agent.flows import ending
 from agent.flows.flow import Flow
 from agent.flows.record import Connection, How
@@ -17,30 +16,31 @@ class Onward:
     """Captured outbound connections that have ended and that nothing was found for yet."""
 
     def __init__(self) -> None:
-        self._ended: dict[Endpoint, dict[int, Connection]] = {}
-        self._known: dict[Endpoint, dict[int, Flow]] = {}  # what ztunnel surely made, for one that is still to end
+        # By the remote address alone: what has reset itself has no remote port any more.
+        self._ended: dict[str, dict[int, Connection]] = {}
+        self._known: dict[str, dict[int, Flow]] = {}  # what ztunnel surely made, for one that is still to end
 
     def ended(self, flow: Flow, record: Connection) -> None:
         if not flow.mirror or not flow.active:
             return
-        known = self._known.get(flow.remote, {})
+        known = self._known.get(flow.remote[0], {})
         for cookie, one in known.items():
             if _fits(one, record, loosely=False):
                 del known[cookie]
                 return
-        self._ended.setdefault(flow.remote, {})[flow.cookie] = record
+        self._ended.setdefault(flow.remote[0], {})[flow.cookie] = record
 
     def made(self, flow: Flow) -> None:
         """One that is known to be ztunnel's has ended."""
         if not self.claims(flow, loosely=False):
-            self._known.setdefault(flow.remote, {})[flow.cookie] = flow
+            self._known.setdefault(flow.remote[0], {})[flow.cookie] = flow
 
     def claims(self, flow: Flow, *, loosely: bool) -> bool:
         """Whether `flow`, which has ended and may be ztunnel's, was made for one of them; each serves for one only.
 
         `loosely`: the last FIN need not have come, see ending.received. To be asked after all others had their turn.
         """
-        found = self._ended.get(flow.remote, {})
+        found = self._ended.get(flow.remote[0], {})
         for cookie, record in found.items():
             if _fits(flow, record, loosely=loosely):
                 del found[cookie]
@@ -49,15 +49,17 @@ class Onward:
 
     def forget(self, flow: Flow) -> None:
         for table in (self._ended, self._known):
-            found = table.get(flow.remote)
+            found = table.get(flow.remote[0])
             if found is not None:
                 found.pop(flow.cookie, None)
                 if not found:
-                    del table[flow.remote]
+                    del table[flow.remote[0]]
 
 
 def _fits(flow: Flow, record: Connection, *, loosely: bool) -> bool:
     info = flow.report.info
+    if flow.remote[1] != record.remote[1] and flow.remote[1] and record.remote[1]:
+        return False
     if record.how is not How.FIN or not ending.finished(info, True):
         return record.how is not How.FIN  # what was cut off on one side was on the other, and need not be equal
     sent, received = flow.payload()

@@ -1,7 +1,8 @@
 """The connections of one pod, from dumps of its sockets and reports of their ends. Pure: the clock is an argument.
 
 Fate is known from ztunnel's end, which is in the same namespace. The two ends go in either order, so what has ended is
-held back for HOLD seconds until the other end is seen. What then has no mirror, and no reason to be exempt, has leaked.
+held back for HOLD seconds until the other end is seen. What then has no mirror, and no reason to be exempt, has leaked,
+if that proves it; else it stays undecided.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class PodFlows:
         self._mirrors = Mirrors()
         self._strays: dict[int, Flow] = {}  # what ztunnel accepted, while the application's socket is not known
         self._onward = Onward()
+        self._torn = 0.0  # until when notifications may be missing
         self._alone = False  # only what was there at the beginning
         self._listening: frozenset[int] = frozenset()
         self._listened: frozenset[int] = frozenset()  # before the last dump
@@ -82,6 +84,7 @@ class PodFlows:
         missed = (
             [one for one in self._flows.values() if one.closed is None and one.cookie not in seen] if complete else []
         )
+        self._torn = now if complete else self._torn
         for flow in missed:
             flow.closed, flow.looked = now, True
             self._pending[flow.cookie] = flow
@@ -200,13 +203,13 @@ class PodFlows:
         if flow.closed is None and not flow.established:
             return False
         if stage is _Stage.MIRRORS:
-            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or self._exempt(flow)
+            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or (not flow.lost and self._exempt(flow))
         elif flow.active and flow.established and stage is _Stage.STRAYS:
             flow.decided = self._by_stray(flow, due)
         elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
             flow.decided = self._by_onward(flow, stage)
         elif stage is _Stage.REST:
-            flow.decided = self._rest(flow)
+            flow.decided = (flow.lost and self._exempt(flow)) or self._rest(flow)
         return flow.decided
 
     def _is_owned(self, flow: Flow) -> bool:
@@ -226,6 +229,8 @@ class PodFlows:
         found = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
         if found is None and flow.report.disconnected:
             found = self._mirror_of_disconnected(flow)
+        if found is None:
+            found = self._disconnected_mirror(flow)
         if found is None:
             return False
         if self._is_owned(found):
@@ -257,10 +262,19 @@ class PodFlows:
         for one in self._strays.values():
             if one.remote[1] == port and (bare or one.remote[0] == address):
                 return one
-        if port not in self._listening and port not in self._listened:
-            return None
         for one in self._flows.values():
             if one.remote[1] == port and one.local[0] == flow.remote[0] and not one.mirrored and self._is_owned(one):
+                return one
+        return None
+
+    def _disconnected_mirror(self, flow: Flow) -> Flow | None:
+        """ztunnel's end towards an application, by what is left of it when ztunnel has reset it: its port and the
+        application's address. It is ztunnel's, for nobody else in the pod speaks with an address from elsewhere."""
+        if self.verdicts.own(flow.remote[0]):
+            return None
+        for one in self._pending.values():
+            if one.lost and not one.mirrored and (one.remote[0], one.local[1]) == (flow.local[0], flow.remote[1]):
+                one.owned = True
                 return one
         return None
 
@@ -293,7 +307,7 @@ class PodFlows:
 
     def _exempt(self, flow: Flow) -> bool:
         flow.direction = self._direction(flow)
-        if flow.report.disconnected and not flow.looks:  # of its peer only the address is left
+        if flow.lost:
             reason = Reason.LOOPBACK if self.verdicts.own(flow.remote[0]) else None
         elif flow.active:
             reason = flow.verdicts.outbound(flow.remote, flow.user)
@@ -320,8 +334,19 @@ class PodFlows:
             return flow.closed is not None  # whose it was will not be known
         # Between nodes ztunnel keeps connections for many, and one may come and go unseen.
         flow.owned = flow.active and flow.remote[1] == HBONE_PORT
-        flow.fate = Fate.UNDECIDED if flow.owned else Fate.LEAKED
+        flow.fate = Fate.LEAKED if self._proven(flow) else Fate.UNDECIDED
         return True
+
+    def _proven(self, flow: Flow) -> bool:
+        """Whether having no mirror means that nobody has captured it.
+
+        Not where the end of a mirror may not have been told; and not of a socket that was cut off and that no dump
+        showed with its owner: ztunnel's onward ones end like that, too, and carried what can no longer be compared.
+        """
+        if flow.owned or flow.opened <= self._torn:
+            return False
+        cut = flow.closed is not None and not ending.finished(flow.report.info, flow.active)
+        return not (cut and flow.user < 0 and (flow.active or flow.report.disconnected))
 
     def _complete(self, flow: Flow, patient: bool) -> bool:
         """Of what has ended, whether waiting would tell more: of the mirror's counts, and of timers."""

@@ -46,8 +46,9 @@ class DiagCollector:
     """Implements agent.flows.collector.Collector. From any thread; one call at a time does work.
 
     Never known this way: process and command of a connection, the user of one that no dump saw, how a connect failed
-    that somebody waited for, and what ss --kill ended. Doubtful, and told as leaked: what ztunnel itself connected that
-    no dump saw and that does not relay one captured connection as it is (see agent.flows.onward).
+    that somebody waited for, and what ss --kill ended. Undecided: what was cut off and no dump saw, where nothing shows
+    whose it was. Doubtful, and told as leaked: what ztunnel itself connected that ended in order, that no dump saw and
+    that does not relay one captured connection as it is (see agent.flows.onward).
     """
 
     name = "inet_diag"

@@ -7,6 +7,7 @@ import re
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -516,3 +517,54 @@ def test_an_enrolment_takes_two_descriptors_and_gives_them_back(watched: Watched
     watched.collector.release(watched.pod)
     watched.collector.release(watched.pod)
     assert count() == before
+
+
+@pytest.mark.parametrize("seen", [True, False])
+@pytest.mark.parametrize("resets", ["client", "server"])
+@pytest.mark.parametrize("way", ["outbound", "inbound"])
+def test_what_ends_by_a_reset_is_captured_all_the_same(watched: Watched, way: str, resets: str, seen: bool) -> None:
+    """Who resets itself loses its addresses: an application, or ztunnel, which passes a reset on."""
+    count = 15
+    watched.enrol()
+    for number in range(count):
+        near, far = getattr(watched.lab, way)()
+        near.sendall(b"hello")
+        assert far.recv(5, socket.MSG_WAITALL) == b"hello"
+        if seen and number == count // 2:
+            watched.refresh()
+        first, second = (near, far) if resets == "client" else (far, near)
+        abort(first)
+        with suppress(ConnectionResetError):
+            second.recv(1)
+        second.close()
+    found = watched.records(count, ztunnel=2 * count)
+    assert {(one.direction.word, one.fate, one.how) for one in found} == {(way, Fate.CAPTURED, How.RESET)}
+
+
+def test_a_leak_that_is_cut_off_is_one_only_where_its_owner_was_seen(watched: Watched) -> None:
+    """What ztunnel makes onwards may end in the same way, and carried what cannot be compared any more."""
+    lab = watched.lab
+    run(["nft", "flush", "ruleset"], netns=lab.pod.path)
+    watched.enrol()
+    seen = lab.outbound()
+    watched.refresh()
+    unseen, inbound = lab.outbound(), lab.inbound()
+    for cut, other in (seen, unseen, inbound):
+        abort(cut)
+        with pytest.raises(ConnectionResetError):
+            other.recv(1)
+        other.close()
+    fates = Counter((one.direction, one.fate) for one in watched.records(3))
+    assert fates == {(OUT, Fate.LEAKED): 1, (OUT, Fate.UNDECIDED): 1, (IN, Fate.LEAKED): 1}
+
+
+def test_nothing_leaked_of_which_a_notification_may_be_lost(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockdiag, "SocketEvents", lambda: SocketEvents(buffer=4096))
+    watched.enrol()
+    for _ in range(40):
+        for end in watched.lab.outbound():
+            end.close()
+    until(lambda: watched.read() and watched.refresh() == [], "all have ended")
+    watched.finish()
+    assert watched.collector.losses()["notifications"]
+    assert watched.sum("opened", fate=Fate.LEAKED) == 0
