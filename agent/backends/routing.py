@@ -2,30 +2,27 @@
 that speak with a client's address are delivered locally.
 
 A layer of its own, with the same five verbs, so that switching between netfilter backends leaves it alone
-and switching to a mechanism without packet marks (Redirect.marks) removes it. What is exactly equal to the wanted
-rule or route is ours by definition: there is no room for a tag, and adding an equal one changes nothing.
+and switching to a mechanism without packet marks (Redirect.marks) removes it. `routeplaces` says where they stand and
+how ours are known.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from agent.backends import shadows
+from agent.backends import routeplaces, shadows
 from agent.backends.base import Support
-from agent.core import names
+from agent.backends.routeplaces import TABLES, Item, Place
 from agent.core.errors import KernelError
-from agent.core.fibrules import TO_TABLE, FibRule
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import rtnetlink, scratch
 from agent.kernel.notifications import Mark
 from agent.kernel.podnetns import PodNetns
-from agent.kernel.rtnetlink import LocalRoute, MarkRule, RouteSocket
-
-Item = MarkRule | LocalRoute
+from agent.kernel.rtnetlink import RouteSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +31,19 @@ class Change:
     add: bool
 
 
+def _empty() -> Mapping[int, Place]:
+    return {family: Place((), routeplaces.usual(family)) for family in (4, 6)}
+
+
 @dataclass(frozen=True, slots=True)
 class Have:
-    """Our items in the families that the namespace has, with repeats; and remarks on what comes before them."""
+    """By family what is ours and what it should be, for the families that the namespace has."""
 
-    items: tuple[Item, ...]
-    families: tuple[int, ...] = (4, 6)
-    remarks: tuple[str, ...] = ()
+    places: Mapping[int, Place] = field(default_factory=_empty)
 
-
-def items(family: int) -> tuple[Item, ...]:
-    """The route goes first: a rule without its route would only fall through, but for nothing."""
-    return (
-        LocalRoute(family, names.ROUTE_TABLE),
-        MarkRule(family, names.RULE_PREFERENCE, names.CONNECTION_MARK, names.MARK_MASK, names.ROUTE_TABLE),
-    )
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return tuple(shadows.words(rule) for place in self.places.values() for rule in place.before)
 
 
 class RoutingBackend:
@@ -80,17 +75,17 @@ class RoutingBackend:
         self._last[target] = (mark, ipv6, have)
         return have
 
-    def plan(self, want: Redirect | None, have: Have | Sequence[Item]) -> Plan[Change]:
-        """A bare sequence of items stands for a namespace with both families and nothing of others."""
-        if not isinstance(have, Have):
-            have = Have(tuple(have))
+    def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
+        """Raises KernelError when every table that we may take is somebody else's."""
         wanted: list[Item] = []
         if want is not None and want.marks:
-            for family, asked in ((4, want.ipv4), (6, want.ipv6)):
-                wanted += items(family) if asked and family in have.families else ()
+            for family, place in have.places.items():
+                if want.ipv4 if family == 4 else want.ipv6:
+                    wanted += place.wanted or _refuse(family)
+        held = [item for place in have.places.values() for item in place.held]
         # Deletions in the other order: no rule may point at a table that is empty already.
-        changes = [Change(item, True) for item in wanted if item not in have.items]
-        changes += [Change(item, False) for item in reversed(have.items) if item not in wanted]
+        changes = [Change(item, True) for item in wanted if item not in held]
+        changes += [Change(item, False) for item in reversed(held) if item not in wanted]
         differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in changes)
         steps = tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
         return Plan(steps, differences, remarks=have.remarks)
@@ -103,27 +98,19 @@ class RoutingBackend:
 
 def _read(route: RouteSocket, families: tuple[int, ...]) -> Have:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
-    known = {item for family in families for item in items(family)}
-    found: list[Item] = []
-    rules = route.rules(ipv6=6 in families)
+    rules, places = route.rules(ipv6=6 in families), {}
     for family in families:
-        found += [item for item in route.local_routes(family, names.ROUTE_TABLE) if item in known]
-        marks = (_mark_rule(rule) for rule in rules if rule.family == family)
-        found += [item for item in marks if item in known]
-    suspects = shadows.rules(rules)
-    remarks = tuple(
-        shadows.words(rule) for rule in suspects if rule.action != TO_TABLE or route.has_routes(rule.family, rule.table)
-    )
-    return Have(tuple(found), families, remarks)
+        routes = {table: route.table_routes(family, table) for table in TABLES}
+        places[family] = routeplaces.place(family, rules, routes)
+    return Have(places)
 
 
-def _mark_rule(rule: FibRule) -> MarkRule | None:
-    """A rule that selects by its mark and by nothing else."""
-    if not rule.plain or rule.action != TO_TABLE:
-        return None
-    return MarkRule(rule.family, rule.preference, rule.mark, rule.mask, rule.table)
+def _refuse(family: int) -> tuple[Item, ...]:
+    *first, last = map(str, TABLES)
+    words = f"the pod uses routing tables {', '.join(first)} and {last} of IPv{family} itself; free one of them"
+    raise KernelError("ip rule add", 0, words)
 
 
 def _try() -> None:
     with contextlib.closing(RouteSocket()) as route:
-        route.change(items(4)[1], add=True)
+        route.change(routeplaces.usual(4)[1], add=True)

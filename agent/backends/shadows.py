@@ -30,7 +30,7 @@ _XT_BASES = frozenset((table.value, hook.name) for table in Table for hook in Ho
 _TAKES = {"nat": frozenset({"dnat", "redirect", "drop", "queue"})}
 _TAKES_OTHER = frozenset({"mark", "drop", "tproxy", "queue"})
 _ENDS = frozenset({"dnat", "redirect", "tproxy", "drop", "accept", "return", "queue"})
-_BLACKHOLES = frozenset({6, 7, 8})  # FR_ACT_BLACKHOLE, _UNREACHABLE, _PROHIBIT
+_LEADS_AWAY = frozenset({TO_TABLE, 2, 6, 7, 8})  # FR_ACT_GOTO, _BLACKHOLE, _UNREACHABLE, _PROHIBIT
 _LOCAL = 255
 _NOT_READ = "the pod has more rules than can be read, or changes them all the time: what comes before ours is not known"
 
@@ -168,17 +168,16 @@ def _chain(body: bytes) -> _Chain:
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:
-    """Policy rules before ours that a reply of the pod to ztunnel, marked as such, may match.
+    """Policy rules that a reply of the pod to ztunnel, marked as such, may match if they come before ours.
 
     It is sent from within, so its incoming interface is lo; what is looked up for an outgoing interface is not routed
-    by marks. Whether a table leads anywhere is for the caller to find out.
+    by marks. A table that is empty today may be filled tomorrow.
     """
     return tuple(
         rule
         for rule in held
-        if rule.preference < names.RULE_PREFERENCE
-        and (rule.action == TO_TABLE or rule.action in _BLACKHOLES)
-        and rule.table not in (_LOCAL, names.ROUTE_TABLE)
+        if rule.action in _LEADS_AWAY
+        and rule.table != _LOCAL
         and not rule.oif
         and (rule.inverted or (rule.iif in ("", "lo") and not (rule.mark ^ names.CONNECTION_MARK) & _bits(rule)))
     )

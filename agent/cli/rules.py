@@ -10,7 +10,7 @@ from agent.backends.choose import LAYERS
 from agent.backends.ebpf import state
 from agent.backends.iptables import rendering as xtables
 from agent.backends.nftables import rendering as nftables
-from agent.backends.routing import RoutingBackend
+from agent.backends.routing import Have, RoutingBackend
 from agent.cli import output
 from agent.core.errors import SettingsError
 from agent.core.exclusions import exclusions
@@ -75,7 +75,7 @@ def render(backend: str, redirect: Redirect) -> dict[str, str]:
     if backend == "ebpf":
         # Of a pod without interfaces and addresses: those are the namespace's to tell.
         return {"bpftool": str(state.plan(redirect, state.Have(cookie=0)))}
-    scripts = {"ip": str(RoutingBackend().plan(redirect, []))}
+    scripts = {"ip": str(RoutingBackend().plan(redirect, Have()))}
     if backend == "nftables":
         return {**scripts, "nft -f": nftables.render(redirect, owned=False).text}
     variant = "legacy" if backend == "iptables-legacy" else "nft"

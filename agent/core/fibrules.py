@@ -26,7 +26,10 @@ _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
 
 @dataclass(frozen=True, slots=True)
 class FibRule:
-    """One rule. `iif` and `oif` are interfaces or "", `others` its further selectors and limits in words."""
+    """One rule. `iif` and `oif` are interfaces or "", `others` its further selectors and limits in words.
+
+    `protocol`: who made it, as a number of rt_protos (FRA_PROTOCOL), 0 where nobody said.
+    """
 
     family: int
     preference: int
@@ -38,6 +41,7 @@ class FibRule:
     iif: str = ""
     oif: str = ""
     others: tuple[str, ...] = ()
+    protocol: int = 0
 
     @property
     def plain(self) -> bool:
@@ -77,6 +81,7 @@ def parse(body: bytes) -> FibRule | None:
         _text(parts.get(3)),
         _text(parts.get(17)),
         tuple(_others(header, parts)),
+        _number(parts.get(21)),
     )
 
 

@@ -22,6 +22,10 @@ MARK_MASK: Final = 0xFFF
 # Marked replies are delivered locally: "fwmark 0x111/0xfff lookup 100", and "local default dev lo table 100".
 ROUTE_TABLE: Final = 100
 RULE_PREFERENCE: Final = 32764
+# Where table 100 has routes of somebody else, or a policy rule of theirs that leads there: the first free one of these.
+SPARE_TABLES: Final = (13370, 13371, 13372, 13373)
+# Protocol number of routes and policy rules that we made; no routing program of rt_protos has it.
+ROUTING_PROTOCOL: Final = 83
 
 PROBE_IPV4: Final = "169.254.7.127"
 PROBE_IPV6: Final = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"

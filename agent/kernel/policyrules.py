@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+from agent.core import names
 from agent.core.errors import KernelError
 from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, Message, attribute, attributes
 from agent.kernel.rtnetlink import AF, RouteSocket
 
-OURS: Final = 83  # FRA_PROTOCOL (since 4.17) of rules that we made; no routing program of rt_protos has this number
+OURS: Final = names.ROUTING_PROTOCOL  # FRA_PROTOCOL, since 4.17
 _NEWRULE, _DELRULE, _GETRULE, _GETROUTE = 32, 33, 34, 26
 _HEADER = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr and rtmsg are laid out alike
 _TO_TABLE, _UNICAST = 1, 1

@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.core import fibrules
+from agent.core import fibrules, names
 from agent.core.errors import KernelError
 from agent.core.fibrules import FibRule
-from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, attribute
+from agent.core.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, attribute
 from agent.core.netlink import attributes as parse
 from agent.core.wiring import Link, Route
 from agent.kernel.netlink import SOL_NETLINK, NetlinkSocket
@@ -35,20 +35,21 @@ _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, tabl
 _GET_STRICT_CHK = 12
 MAIN_TABLE = 254  # RT_TABLE_MAIN
 _ETHERNET = 1  # ARPHRD_ETHER
-_BOOT, _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 3, 254, 2, 1
+_SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 254, 2, 1
 LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
 
 
 @dataclass(frozen=True, slots=True)
 class MarkRule:
-    """ip rule: packets whose mark is `mark` under `mask` are looked up in `table`."""
+    """ip rule: packets whose mark is `mark` under `mask` are looked up in `table`. `protocol` 0 is nobody's."""
 
     family: int
     preference: int
     mark: int
     mask: int
     table: int
+    protocol: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,7 @@ class LocalRoute:
 
     family: int
     table: int
+    protocol: int = names.ROUTING_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +129,14 @@ class RouteSocket(NetlinkSocket):
         found = (fibrules.parse(answer) for answer in answers)
         return tuple(rule for rule in found if rule is not None and (ipv6 or rule.family == 4))
 
-    def local_routes(self, family: int, table: int) -> Iterator[LocalRoute]:
-        """Default routes of type local on lo in one table (1 to 252)."""
+    def table_routes(self, family: int, table: int) -> tuple[LocalRoute | None, ...]:
+        """All routes of one table (none of 253 to 255), None for each that is no LocalRoute."""
+        found = list[LocalRoute | None]()
         for header, parts in self._routes(family, table):
             oif = int.from_bytes(parts.get(4, b""), sys.byteorder)
-            if header[1] == 0 and header[7] == _TYPE_LOCAL and oif == LOOPBACK_INDEX:
-                yield LocalRoute(family, table)
-
-    def has_routes(self, family: int, table: int) -> bool:
-        """Whether a table holds any route."""
-        return any(True for _ in self._routes(family, table))
+            local = header[1] == 0 and header[7] == _TYPE_LOCAL and oif == LOOPBACK_INDEX
+            found.append(LocalRoute(family, table, header[5]) if local else None)
+        return tuple(found)
 
     def _routes(self, family: int, table: int) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
         body = _ROUTE.pack(AF[family], 0, 0, 0, 0, 0, 0, 0, 0) + attribute(15, struct.pack("=I", table))
@@ -146,13 +146,12 @@ class RouteSocket(NetlinkSocket):
                 yield header, parts
 
     def change(self, item: MarkRule | LocalRoute, *, add: bool) -> None:
-        """Adds or deletes; an item that is already so is fine."""
+        """Adds or deletes; an item that is already so is fine. What is in the place of a new route stays there."""
         if isinstance(item, MarkRule):
             kind, body = (NEWRULE if add else DELRULE), _rule_body(item)
-            flags = NLM_F_CREATE | NLM_F_EXCL if add else 0
         else:
             kind, body = (NEWROUTE if add else DELROUTE), _route_body(item)
-            flags = NLM_F_CREATE | NLM_F_REPLACE if add else 0
+        flags = NLM_F_CREATE | NLM_F_EXCL if add else 0
         try:
             self.request(f"ip {text(item, add=add)}", kind, flags, body)
         except KernelError as error:
@@ -174,18 +173,21 @@ def text(item: MarkRule | LocalRoute, *, add: bool) -> str:
     six = "-6 " if item.family == 6 else ""
     if isinstance(item, MarkRule):
         what = f"fwmark {item.mark:#x}/{item.mask:#x} lookup {item.table} pref {item.preference}"
-        return f"{six}rule {'add' if add else 'del'} {what}"
+        made = f" protocol {item.protocol}" if item.protocol else ""
+        return f"{six}rule {'add' if add else 'del'} {what}{made}"
     everything = "0.0.0.0/0" if item.family == 4 else "::/0"
-    return f"{six}route {'replace' if add else 'del'} local {everything} dev lo table {item.table} scope host"
+    what = f"local {everything} dev lo table {item.table} scope host proto {item.protocol}"
+    return f"{six}route {'add' if add else 'del'} {what}"
 
 
 def _rule_body(rule: MarkRule) -> bytes:
     header = _RULE.pack(AF[rule.family], 0, 0, 0, 0, 0, 0, _TO_TABLE, 0)
     numbers = {6: rule.preference, 10: rule.mark, 16: rule.mask, 15: rule.table}
-    return header + b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in numbers.items())
+    body = header + b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in numbers.items())
+    return body + (attribute(21, bytes([rule.protocol])) if rule.protocol else b"")  # FRA_PROTOCOL, since 4.17
 
 
 def _route_body(route: LocalRoute) -> bytes:
-    header = _ROUTE.pack(AF[route.family], 0, 0, 0, 0, _BOOT, _SCOPE_HOST, _TYPE_LOCAL, 0)
+    header = _ROUTE.pack(AF[route.family], 0, 0, 0, 0, route.protocol, _SCOPE_HOST, _TYPE_LOCAL, 0)
     table, oif = struct.pack("=I", route.table), struct.pack("=I", LOOPBACK_INDEX)
     return header + attribute(1, _UNSPEC[route.family]) + attribute(15, table) + attribute(4, oif)

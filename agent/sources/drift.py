@@ -87,7 +87,7 @@ def concerns(message: Message, wiring: bool = False) -> bool:
     if message.kind in _ROUTE:
         table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
         number = int.from_bytes(table, sys.byteorder) if table else message.body[4]
-        return number == names.ROUTE_TABLE or (wiring and number == rtnetlink.MAIN_TABLE)
+        return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == rtnetlink.MAIN_TABLE)
     return False
 
 

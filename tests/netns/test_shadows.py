@@ -136,26 +136,43 @@ def test_p60b_kubevirts_masquerade_is_told_of_when_it_comes_before_ours(nodes: P
     )
 
 
-RULES = [
-    ("ip rule add pref 100 lookup 77; ip route add default dev lo table 77", "IPv4 with preference 100: lookup 77"),
-    ("ip rule add pref 100 from 10.0.0.0/8 lookup main", "IPv4 with preference 100: from 10.0.0.0/8 lookup main"),
-    ("ip rule add pref 100 fwmark 0x11/0xff lookup main", "IPv4 with preference 100: fwmark 0x11/0xff lookup main"),
-    ("ip -6 rule add pref 100 unreachable", "IPv6 with preference 100: unreachable"),
-    ("ip rule add pref 100 lookup 77", ""),
-    ("ip rule add pref 100 fwmark 0x5 lookup main", ""),
-    ("ip rule add pref 100 iif eth0 lookup main", ""),
-    ("ip rule add pref 32765 lookup main", ""),
+BEFORE = [
+    "ip rule add pref 100 lookup 77; ip route add default dev lo table 77",
+    "ip rule add pref 100 from 10.0.0.0/8 lookup main",
+    "ip rule add not fwmark 0xca6c lookup 77; ip rule add table main suppress_prefixlength 0",  # wg-quick
+    "ip rule add pref 100 goto 32766",
+    "ip -6 rule add pref 100 unreachable",
+    "ip rule add pref 100 lookup 100",
+    "ip rule add pref 100 fwmark 1 lookup 100; ip route replace local default dev lo table 100",  # TPROXY
+    "ip route add 192.0.2.0/24 dev lo table 100",
+    "ip rule add pref 32764 iif eth0 lookup main",
+    "ip rule add pref 100 fwmark 0x5 lookup main",
 ]
 
 
-@pytest.mark.parametrize(("script", "told"), RULES)
-def test_a_policy_rule_before_ours_is_told_of_when_it_may_take_marked_packets(
-    nodes: Pair, script: str, told: str
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("script", BEFORE)
+def test_marked_packets_stay_here_whatever_routing_the_pod_has_and_that_stays(
+    nodes: Pair, script: str, first: bool
 ) -> None:
-    run(["ip", "route", "flush", "table", "77"], netns=nodes.pod.path, check=False)
-    found = prepare(nodes, "nftables", script, before=False)
-    assert found == ((f"policy rule of {told}",) if told else ())
+    def routing() -> str:
+        words = "ip rule; ip -6 rule; ip route show table all; ip -6 route show table all"
+        return run(["sh", "-c", words], netns=nodes.pod.path).stdout
+
+    if not first:
+        settle(nodes.target, WANT, layers("nftables"))
+    run(["sh", "-ec", script], netns=nodes.pod.path)
+    theirs = routing() if first else ""
+    assert settle(nodes.target, WANT, layers("nftables")).remarks == ()
+    assert verify(nodes.target, WANT, layers("nftables")) == {}, "a fresh process finds what was taken"
     family, to, source = ("-6", HOST6, POD6) if "-6" in script else ("-4", HOST4, POD4)
-    got = run(["ip", family, "route", "get", to, "from", source, "mark", "0x111"], netns=nodes.pod.path, check=False)
-    delivered = got.returncode == 0 and got.stdout.startswith("local ") and " table 100 " in got.stdout
-    assert delivered == (not told), got.stdout + got.stderr
+    got = run(["ip", family, "route", "get", to, "from", source, "mark", "0x111"], netns=nodes.pod.path).stdout
+    assert got.startswith("local ") and " dev lo " in got
+    settle(nodes.target, None, layers("nftables"))
+    left = routing()
+    assert left == theirs if first else "0x111" not in left and "proto 83" not in left
+
+
+def test_a_policy_rule_that_none_can_come_before_is_told_of(nodes: Pair) -> None:
+    found = prepare(nodes, "nftables", "ip rule add pref 0 lookup main", before=False)
+    assert found == ("policy rule of IPv4 with preference 0: lookup main",)

@@ -12,7 +12,8 @@ from agent.backends.iptables.rendering import XtTable, render, script
 from agent.backends.netfilter import Field, Table, Verb
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, differences, digest
-from agent.backends.routing import RoutingBackend, items
+from agent.backends.routeplaces import Place, usual
+from agent.backends.routing import Have, RoutingBackend
 from agent.core import tags
 from agent.core.exclusions import Exclusions
 from agent.core.netlink import attribute, nested
@@ -123,8 +124,9 @@ def test_an_iptables_script_touches_what_differs_and_nothing_else() -> None:
 
 def test_routing_adds_the_route_first_and_removes_it_last() -> None:
     backend = RoutingBackend()
-    route, rule = items(4)
-    assert [step.payload.item for step in backend.plan(Redirect(ipv6=False), []).steps] == [route, rule]
-    assert [step.payload.item for step in backend.plan(None, [route, rule]).steps] == [rule, route]
-    assert not backend.plan(Redirect(ipv6=False), [route, rule])
-    assert len(backend.plan(Redirect(ipv6=False), [route, rule, rule]).steps) == 0, "a second one adds nothing"
+    want, (route, rule) = Redirect(ipv6=False), usual(4)
+    assert [step.payload.item for step in backend.plan(want, Have()).steps] == [route, rule]
+    held = {size: Have({4: Place((route, *[rule] * size), (route, rule))}) for size in (1, 2)}
+    assert [step.payload.item for step in backend.plan(None, held[1]).steps] == [rule, route]
+    assert not backend.plan(want, held[1])
+    assert len(backend.plan(want, held[2]).steps) == 0, "a second one adds nothing"

@@ -30,7 +30,7 @@ def body(
 
 def test_ours_selects_by_its_mark_alone() -> None:
     rule = parse(body({**MARKED, 14: b"\xff\xff\xff\xff", 21: b"\3"}))
-    assert rule == FibRule(4, 32764, 1, 100, 0x111, 0xFFF) and rule.plain
+    assert rule == FibRule(4, 32764, 1, 100, 0x111, 0xFFF, protocol=3) and rule.plain
 
 
 @pytest.mark.parametrize(
