@@ -52,7 +52,7 @@ def _verdict(told: Told) -> Rows:
     if told["error"]:
         retry = f"; next try in {told['retry']:.1f} s" if told["retry"] is not None else ""
         rows.append(("Error", told["error"] + retry))
-    return rows + [("Note", note) for note in told["notes"]]
+    return rows + [("Note", note) for note in dict.fromkeys((*told["foreign"], *told["notes"]))]
 
 
 def _captured(told: Told) -> str:
@@ -75,6 +75,8 @@ def _captured(told: Told) -> str:
         return f"NOT as it should be{by}: {count} difference{'' if count == 1 else 's'} in the kernel; enrolled: {why}"
     if told["ztunnel"]["silent"]:
         return f"NO{by}: rules are right, but ztunnel does not listen in it; enrolled: {why}"
+    if told["foreign"]:
+        return f"NOT all{by}: rules are right, but not what comes before them; enrolled: {why}"
     return f"yes{by}: {why}"
 
 

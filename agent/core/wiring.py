@@ -17,6 +17,7 @@ class Link:
     index: int
     name: str
     ethernet: bool = True
+    bridge: bool = False
 
 
 @dataclass(frozen=True, slots=True)

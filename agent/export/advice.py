@@ -40,6 +40,8 @@ def _broken(told: Told, *, kubernetes: bool) -> str:
         return f"sluice verify {name} --repair; who changed it is told below, once that is done"
     if ztunnel["silent"]:
         return f"restart ztunnel: nothing listens in the pod on {', '.join(map(str, ztunnel['silent']))}"
+    if told["foreign"]:
+        return "take out of the pod what the notes name: it comes before our rules, which leave it untouched"
     return ""
 
 

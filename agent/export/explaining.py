@@ -25,7 +25,7 @@ from agent.sources.beside import Beside
 _COUNTED = 500  # connections that ended, of which the answer tells what became
 _SHOWN = 5  # of the leaked and failed ones
 _ALIKE = 3  # names that a wrong one may have been meant for
-_PROXY = "ztunnel"  # what an inspection calls listeners that are missing, which are no layer of rules
+_PROXY, _FOREIGN = "ztunnel", "foreign"  # of an inspection: listeners that are missing, and what others put in the way
 Found = dict[str, tuple[tuple[str, ...], str]]
 
 
@@ -64,7 +64,7 @@ class Explaining:
         (found, error), ztunnel, connections = await asyncio.gather(
             self.inspect(pod), self._ztunnel(pod), self._connections(pod)
         )
-        rules = {layer: what for layer, what in found.items() if layer != _PROXY}
+        rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
         decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
         told = {
             "namespace": pod.namespace,
@@ -81,6 +81,7 @@ class Explaining:
             "in_kernel": "unknown" if error else "drifted" if rules else "as wanted",
             "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
             "inspect_error": error,
+            "foreign": list(found.get(_FOREIGN, ((), ""))[0]),
             "beside": {direction: asdict(counts) for direction, counts in self.beside.totals(pod.uid).items()},
             "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
             "node": self.node().get("node", ""),
@@ -212,7 +213,7 @@ class Explaining:
     async def inspect(self, pod: Pod) -> tuple[Found, str]:
         """What differs from what is wanted, per layer; or why it could not be looked at."""
         try:
-            return await self.reconciler.inspect(pod), ""
+            return await self.reconciler.inspect(pod, foreign=True), ""
         except (SluiceError, OSError) as error:
             return {}, str(error)
 

@@ -13,9 +13,11 @@ import struct
 from agent.core.errors import KernelError
 from agent.core.netlink import attribute, attributes, nested
 from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.notifications import Notifications
 
 NETLINK_NETFILTER = 12
 _CT_GET = 1 << 8 | 1  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_GET
+_GROUP_NEW = 1  # NFNLGRP_CONNTRACK_NEW
 _TUPLE_ORIG, _TUPLE_REPLY = 1, 2
 _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC = {socket.AF_INET: 1, socket.AF_INET6: 3}  # the destination's attribute is the next one
@@ -57,6 +59,21 @@ class Conntrack:
 
     def close(self) -> None:
         self._netlink.close()
+
+
+class NewFlows:
+    """The flows that conntrack meets from now on, of any zone and however short they live. Make it in the namespace."""
+
+    def __init__(self) -> None:
+        self._events = Notifications(NETLINK_NETFILTER, [_GROUP_NEW])
+
+    def answering(self, service: Endpoint) -> Endpoint | None:
+        """Who answers the flow to `service`; None when no such flow was told of."""
+        told = (message.body for message in self._events.take()[0])
+        return next((decode(body, _TUPLE_REPLY) for body in told if decode(body) == service), None)
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def encode(protocol: int, source: Endpoint, destination: Endpoint, way: int = _TUPLE_REPLY) -> bytes:

@@ -107,9 +107,11 @@ class RouteSocket(NetlinkSocket):
         found = []
         for answer in self.request("read links", _GETLINK, NLM_F_DUMP, body):
             _, kind, index, _, _ = _LINK.unpack_from(answer.body)
-            name = dict(parse(answer.body[_LINK.size :])).get(3, b"").rstrip(b"\0").decode(errors="replace")
+            parts = dict(parse(answer.body[_LINK.size :]))
+            name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+            made = dict(parse(parts.get(18, b""))).get(1, b"")  # IFLA_INFO_KIND of IFLA_LINKINFO
             if index != LOOPBACK_INDEX:
-                found.append(Link(index, name, kind == _ETHERNET))
+                found.append(Link(index, name, kind == _ETHERNET, made == b"bridge\0"))
         return tuple(found)
 
     def main_routes(self, family: int) -> Iterator[Route]:

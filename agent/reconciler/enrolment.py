@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
+from agent.core.bridged import bridged
 from agent.core.errors import SluiceError
 from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.kernel.podnetns import Facts, PodNetns
 from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside
-from agent.reconciler.settle import Settled, settle, settle_each, verify, verify_each
-from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching
+from agent.reconciler.settle import Settled, remarks, settle, settle_each, verify, verify_each
+from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching, Wants
 
 log = logging.getLogger("sluice.enrolment")
 
@@ -71,6 +72,8 @@ class Enrolment:
         lenient = first and self._preserve and not fresh
         facts = target.facts()
         want, notes = _within(redirect, facts)
+        if not self._choice.by_socket:
+            notes += bridged(want, target.wiring())
         if lenient:
             self._outside.begin(pod.uid, target)
         if first and self._accounting:
@@ -125,9 +128,9 @@ class Enrolment:
         return settle(target, None, self._choice.active, self._choice.retired)
 
     def compare(
-        self, pod: Pod, redirect: Redirect | None, *, preserve: bool, changing: bool
+        self, pod: Pod, redirect: Redirect | None, *, preserve: bool, changing: bool, foreign: bool = False
     ) -> dict[str, tuple[tuple[str, ...], str]]:
-        """What is not as it should be, per layer; changes nothing."""
+        """What is not as it should be, per layer; changes nothing. `foreign` as of Reconciler.inspect."""
         target, retired = self._namespaces.resolve(pod), self._choice.retired
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
@@ -138,7 +141,16 @@ class Enrolment:
         found = verify_each(target, wants)
         if self._listening and (missing := self._listening.missing(target)):
             found["ztunnel"] = ((f"nothing listens on {', '.join(map(str, missing))}",), "")
+        if foreign and (lines := self._foreign(target, want, wants)):
+            found["foreign"] = (lines, "")
         return found
+
+    def _foreign(self, target: PodNetns, want: Redirect, wants: Wants) -> tuple[str, ...]:
+        """Rules before ours that take what ours are for, and whether a new connection gets to ztunnel."""
+        lines = remarks(target, wants)
+        if self._listening and not self._choice.by_socket and not want.draining:
+            lines += self._listening.astray(target, want)
+        return lines
 
     def forget(self, pod: Pod) -> None:
         """The pod is not captured, and that is noted."""

@@ -405,8 +405,11 @@ class Reconciler:
             self.wake(uid)
         _tell(self._gone.pop(uid, []), None)
 
-    async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]:
-        """What is not as it should be in the kernel, per layer; changes nothing. Raises SluiceError."""
+    async def inspect(self, pod: Pod, *, foreign: bool = False) -> dict[str, tuple[tuple[str, ...], str]]:
+        """What is not as it should be in the kernel, per layer; changes nothing. Raises SluiceError.
+
+        With `foreign` also what others have put in the way of our rules.
+        """
         entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
         decision = entry.decision(pod, self.settings)
         if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
@@ -415,7 +418,9 @@ class Reconciler:
         preserve = entry.want is not None and entry.want.preserve
         async with entry.lock:
             compare = self._enrolment.compare
-            found = await self._workers.run(lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing))
+            found = await self._workers.run(
+                lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing, foreign=foreign)
+            )
         if any(layer.name in found for layer in self.choice.retired):  # a pass does not look at them each time
             entry.cleaned = -inf
             self.wake(pod.uid)

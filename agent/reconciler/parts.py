@@ -123,6 +123,9 @@ class Listening(Protocol):
     def missing(self, target: PodNetns) -> tuple[int, ...]:
         """The ports of ztunnel on which nothing listens in the pod; blocking. Raises KernelError."""
 
+    def astray(self, target: PodNetns, want: Redirect) -> tuple[str, ...]:
+        """In words, new connections of the pod that the rules of `want` do not lead to ztunnel; blocking."""
+
 
 class Watcher(Protocol):
     """Notices changes in a pod's namespace and wakes the reconciler."""

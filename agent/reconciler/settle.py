@@ -91,6 +91,12 @@ def verify(
     return verify_each(target, [*((b, want) for b in active), *((b, None) for b in retired)])
 
 
+def remarks(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> tuple[str, ...]:
+    """What of others the layers remark on, which is no drift."""
+    units = ((one, unit, want) for one, wanted in layers for unit, want in one.targets({target: wanted}).items())
+    return tuple(line for one, unit, want in units for line in one.plan(want, one.read(unit)).remarks)
+
+
 def verify_each(
     target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]
 ) -> dict[str, tuple[tuple[str, ...], str]]:

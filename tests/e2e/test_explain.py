@@ -156,4 +156,7 @@ def test_foreign_rules_before_ours_are_told(here: Node) -> None:
     here.ask("/v1/verify", "POST", pod=pod.key)
     notes = [line for line in here.sluice("explain", pod.key).splitlines() if line.startswith("Note:")]
     assert notes and "foreign" in notes[0], notes
+    (row,) = here.ask("/v1/verify", pod=pod.key)
+    assert row["result"] == "drift", "connections to port 7000 escape"
+    assert row["differences"][0].startswith("foreign: chain ip foreign out")
     here.delete(pod)

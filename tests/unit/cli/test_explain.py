@@ -36,7 +36,7 @@ def captured(**changes: Any) -> dict[str, Any]:
         "reason": "the pod says so", "backend": "nftables", "error": "", "retry": None, "repairs": 1, "outside": 0,
         "notes": ["lo lacks ::1"], "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
         "decision": "enrolled", "redirect": {"dns": True}, "netns": "/run/netns/web", "source": "cni",
-        "in_kernel": "as wanted", "differences": [], "inspect_error": "",
+        "in_kernel": "as wanted", "differences": [], "inspect_error": "", "foreign": [],
         "beside": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
         "recent_repairs": [
             {"time": 9_000.0, "layer": "nftables", "differences": ["a", "b"], "cause": "nft[7]", "seconds": 0.0021},
@@ -135,6 +135,7 @@ def test_all_of_it() -> None:
          "NOT as it should be by nftables: 2 differences in the kernel; enrolled: the pod says so"),
         ({"ztunnel": {"connections": 1, "acknowledged": True, "listening": [], "silent": [15001], "error": ""}},
          "NO by nftables: rules are right, but ztunnel does not listen in it"),
+        ({"foreign": ["a chain"]}, "NOT all by nftables: rules are right, but not what comes before them"),
     ],
 )  # fmt: skip
 def test_the_second_line_names_the_cause(changes: dict[str, Any], line: str) -> None:
@@ -146,6 +147,12 @@ def test_the_second_line_names_the_cause(changes: dict[str, Any], line: str) -> 
 def test_an_error_with_its_next_try_comes_early() -> None:
     text = explain.explained(captured(state="failed", error="no memory", retry=1.25, advice="do this"), 10_000.0)
     assert text.splitlines()[2:4] == ["Do:        do this", "Error:     no memory; next try in 1.2 s"]
+
+
+def test_what_is_in_the_way_is_a_note_once() -> None:
+    text = explain.explained(captured(foreign=["a chain"], notes=["a chain", "lo lacks ::1"]), 10_000.0)
+    notes = [line.split(None, 1)[1] for line in text.splitlines() if line.startswith("Note:")]
+    assert notes == ["a chain", "lo lacks ::1"]
 
 
 def test_what_is_missing_is_said() -> None:

@@ -1,0 +1,23 @@
+"""Containers or virtual machines within a pod: what rules make of their traffic, in words. Pure."""
+
+from __future__ import annotations
+
+from agent.core import names
+from agent.core.exclusions import INTERFACE
+from agent.core.redirect import Redirect
+from agent.core.wiring import Wiring
+
+_MOST = 4  # bridges that are named
+
+
+def bridged(want: Redirect, wiring: Wiring) -> tuple[str, ...]:
+    """A line where the pod forwards for a bridge of its own that it does not name; to rules its TCP is inbound."""
+    known = (*want.virtual_interfaces, *want.exclude.interfaces)
+    found = [link.name for link in wiring.links if link.bridge and link.name not in known]
+    if not wiring.forwards or not found or want.ingress_only:
+        return ()
+    shown = [name for name in found if INTERFACE.fullmatch(name)][:_MOST]
+    value = ",".join((*want.virtual_interfaces, *shown))
+    what = f"containers or virtual machines behind the bridge {', '.join(shown) or 'in the pod'} cannot connect by TCP"
+    do = f"the annotation {names.REROUTE_INTERFACES}={value} captures them as the pod itself"
+    return (f"{what}, which is taken for inbound; {do}",)

@@ -1,0 +1,81 @@
+"""A first packet from within the pod is said to go astray exactly when rules of others lead it away from ztunnel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from support.pair import Pair
+from support.pair import pair as made
+from support.rules import CHOICES, layers
+
+from agent.backends.opening import led_astray
+from agent.core.exclusions import Exclusions
+from agent.core.redirect import Redirect
+from agent.kernel.exec import run
+from agent.reconciler.settle import settle, verify
+
+pytestmark = pytest.mark.root
+WANT = Redirect()
+WHAT = "a connection of the pod to 192.0.2.1:80 would "
+
+
+def theirs(kind: str, hook: str, priority: int, rule: str) -> str:
+    return f"nft 'table ip theirs {{ chain c {{ type {kind} hook {hook} priority {priority}; {rule}; }}; }}'"
+
+
+LEGACY = "iptables-legacy -t nat -I OUTPUT -p tcp -j ACCEPT"
+# (their rules, what is said of them)
+SCRIPTS = [
+    ("true", ""),
+    (theirs("nat", "output", -150, "tcp dport 80 redirect to :7777"), WHAT + "go to 127.0.0.1:7777 instead of ztunnel"),
+    (theirs("filter", "output", -310, "tcp dport 80 notrack"), WHAT + "leave without conntrack"),
+    (theirs("filter", "output", -160, "tcp dport 80 meta mark set 0x539"), WHAT + "leave the pod uncaptured"),
+    (theirs("nat", "output", -150, "accept"), ""),
+    (theirs("filter", "output", -310, "ct zone set 7"), ""),
+    (theirs("nat", "postrouting", 100, "masquerade"), ""),
+    (theirs("filter", "output", -160, "drop"), ""),  # refused, which is not astray
+]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Pair]:
+    with made() as both:
+        yield both
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_goes_astray_is_said_whatever_leads_it_there(nodes: Pair, choice: str) -> None:
+    def shell(script: str) -> None:
+        run(["sh", "-ec", script], netns=nodes.pod.path)
+
+    settle(nodes.target, WANT, layers(choice))
+    try:
+        for script, said in SCRIPTS:
+            shell(script)
+            found = led_astray(nodes.target, WANT)
+            shell("nft add table ip theirs; nft delete table ip theirs")
+            assert len(found) == bool(said) and all(line.startswith(said) for line in found), (script, found)
+        shell(LEGACY)
+        assert bool(led_astray(nodes.target, WANT)) == (choice == "iptables-legacy"), "others come before it"
+        shell(LEGACY.replace("-I", "-D"))
+    finally:
+        settle(nodes.target, None, layers(choice))
+
+
+def test_without_rules_it_leaves_and_what_is_excluded_may(nodes: Pair) -> None:
+    settle(nodes.target, WANT, layers("nftables"))
+    run(["nft", theirs("nat", "output", -150, "tcp dport 80 redirect to :7777")[5:-1]], netns=nodes.pod.path)
+    assert led_astray(nodes.target, WANT)
+    for exclude in (
+        Exclusions(outbound_ports=((80, 80),)),
+        Exclusions(outbound_networks=("192.0.2.0/24", "2001:db8::/32")),
+        Exclusions(users=((0, 0),)),
+        Exclusions(interfaces=("eth0",)),
+    ):
+        assert led_astray(nodes.target, Redirect(exclude=exclude)) == ()
+    assert verify(nodes.target, WANT, layers("nftables")) == {}, "nothing was changed"
+    run(["nft", "flush", "chain", "ip", "theirs", "c"], netns=nodes.pod.path)
+    settle(nodes.target, None, layers("nftables"))
+    families = [line.split(" to ")[1].split(" ")[0] for line in led_astray(nodes.target, WANT)]
+    assert families == ["192.0.2.1:80", "[2001:db8::1]:80"]

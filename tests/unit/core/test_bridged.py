@@ -1,0 +1,31 @@
+"""What people are told of containers within a pod."""
+
+from __future__ import annotations
+
+from agent.core.bridged import bridged
+from agent.core.exclusions import Exclusions
+from agent.core.redirect import Redirect
+from agent.core.wiring import Link, Wiring
+
+ETH0, DOCKER0 = Link(2, "eth0"), Link(3, "docker0", bridge=True)
+
+
+def test_a_bridge_that_the_pod_forwards_for_is_told_of_with_the_annotation_that_captures_it() -> None:
+    (line,) = bridged(Redirect(virtual_interfaces=("tap0",)), Wiring((ETH0, DOCKER0), forwards=True))
+    assert "behind the bridge docker0" in line and "istio.io/reroute-virtual-interfaces=tap0,docker0 " in line
+
+
+def test_nothing_is_told_of_a_bridge_that_is_named_or_of_a_pod_that_does_not_forward() -> None:
+    both = (ETH0, DOCKER0)
+    assert bridged(Redirect(), Wiring(both)) == () == bridged(Redirect(), Wiring((ETH0,), forwards=True))
+    for want in (
+        Redirect(virtual_interfaces=("docker0",)),
+        Redirect(exclude=Exclusions(interfaces=("docker0",))),
+        Redirect(ingress_only=True),
+    ):
+        assert bridged(want, Wiring(both, forwards=True)) == ()
+
+
+def test_a_name_that_no_annotation_can_hold_is_not_printed() -> None:
+    (line,) = bridged(Redirect(), Wiring((ETH0, Link(3, "br\x1b[2J", bridge=True)), forwards=True))
+    assert "\x1b" not in line and "bridge in the pod" in line
