@@ -192,7 +192,6 @@ class Agent:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        Path(self.settings.run_dir).mkdir(parents=True, exist_ok=True, mode=0o700)
         claim(Path(self.settings.run_dir))
         if self.settings.metrics_address:
             self._listener = _bound(self.settings.metrics_address)
@@ -294,7 +293,7 @@ class Agent:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
         parts = [self.reconciler.run(), self.host.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
         if self._listener:
-            parts.append(self._tcp(self._listener))
+            parts.append(HttpServer(self.admin.public).serve(self._listener))
         if self.settings.static_pods:
             parts.append(self.static.run())
         if self.accounting:
@@ -322,16 +321,8 @@ class Agent:
         await self.zds.serve()
 
     async def _admin(self) -> None:
-        server = await asyncio.start_unix_server(
-            HttpServer(self.admin.private), sock=listen(self.settings.admin_socket, socket.SOCK_STREAM)
-        )
-        async with server:
-            await server.serve_forever()
-
-    async def _tcp(self, listener: socket.socket) -> None:
-        server = await asyncio.start_server(HttpServer(self.admin.public), sock=listener)
-        async with server:
-            await server.serve_forever()
+        """Only root connects there: all of it may be one."""
+        await HttpServer(self.admin.private).serve(listen(self.settings.admin_socket, socket.SOCK_STREAM), 256, 256)
 
     def _ztunnel_arrived(self, process: Process) -> None:
         """Before it opens any connection: those must not be taken for a pod's."""

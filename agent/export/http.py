@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import json
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,14 @@ from urllib.parse import parse_qsl, urlsplit
 
 import h11
 
+from agent.kernel.accepting import Limits, reset_at_close, strangers
+
 log = logging.getLogger("sluice.http")
 SECONDS = 10  # for a client to send its request and to take the answer
 _WORTH_COMPRESSING = 1024  # bytes
 _WORTH_A_THREAD = 1 << 16  # bytes; less is compressed in less time than the hop takes
+_HEAD = 16384  # bytes of a request
+_MOST, _EACH = 256, 8  # connections in all, and of one address: a scraper needs one
 _SLICE = 1 << 18  # bytes; a client that is slow to read keeps no more of them in memory than this
 
 
@@ -55,8 +60,18 @@ class HttpServer:
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
 
+    async def serve(self, listener: socket.socket, most: int = _MOST, each: int = _EACH) -> None:
+        """At most so many connections in all, and of one address; others are reset. Until cancelled."""
+        await strangers(listener, Limits(most, each), self._streams)
+
+    async def _streams(self, sock: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection(sock=sock, limit=_HEAD)
+        await self(reader, writer)
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16384)
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=_HEAD)
         with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
             try:
                 event = None
@@ -69,8 +84,11 @@ class HttpServer:
                 pieces = await _pieces(connection, event, response)
                 async with asyncio.timeout(SECONDS):
                     await _send(writer, pieces)
+            except (OSError, TimeoutError):  # what a client does not take is not kept for it
+                reset_at_close(writer.get_extra_info("socket"))
+                raise
             finally:
-                writer.close()
+                writer.transport.abort()
 
     async def _answer(self, event: h11.Request) -> Response:
         try:
@@ -89,7 +107,7 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(await reader.read(16384))
+            connection.receive_data(await reader.read(_HEAD))
         elif isinstance(event, h11.Request):
             return event
         else:
@@ -119,6 +137,8 @@ async def _pieces(connection: h11.Connection, event: h11.Request | None, respons
 
 
 async def _send(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
+    """Returns when the kernel has all of it."""
+    writer.transport.set_write_buffer_limits(high=0)
     for piece in pieces:
         view = memoryview(piece)
         for start in range(0, len(view), _SLICE):

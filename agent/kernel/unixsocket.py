@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.errors import SluiceError
+from agent.kernel.accepting import Seldom, accept
 
 log = logging.getLogger("sluice.socket")
+_AT_ONCE = 512  # connections that are served; a node has fewer pods
 _LOOK = 1.0  # seconds between two looks whether the file is still there
 
 
@@ -63,27 +65,35 @@ async def serve(path: str, kind: int, handle: Handle) -> None:
 
 
 async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
-    try:
-        while True:
-            tasks.create_task(handle(await accept(listener)))
-    finally:
-        listener.close()
+    """Only root connects here: what is too much at once waits in the queue, and is not refused."""
+    room, broken = asyncio.Semaphore(_AT_ONCE), Seldom(logging.ERROR)
 
-
-async def accept(listener: socket.socket) -> socket.socket:
-    """The next connection. Having no descriptor left, or a peer that is gone already, ends nothing."""
-    while True:
+    async def one(sock: socket.socket) -> None:
         try:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
-            return sock
-        except OSError as error:
-            log.error("accept on %s: %s; trying again", listener.getsockname(), error.strerror)
-            await asyncio.sleep(0.1)
+            await handle(sock)
+        finally:
+            room.release()
+
+    with listener:
+        while True:
+            await room.acquire()
+            sock, _ = await accept(listener, broken)
+            tasks.create_task(one(sock))
+            await asyncio.sleep(0)
 
 
 def claim(directory: Path) -> int:
-    """A lock on the directory, held until the process ends. Raises SluiceError while another process has it."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Makes the directory and a lock on it, held until the process ends.
+
+    Raises SluiceError when that cannot be written, and while another process has the lock.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SluiceError(
+            f"run_dir {directory}: {error.strerror}; it must be a directory that root can write to"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

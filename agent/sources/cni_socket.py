@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -53,7 +54,9 @@ class CniSocket:
                 reply = CniReply(cni_wire.TRY_AGAIN_LATER, f"the request did not arrive within {SECONDS} s")
             except OSError as error:
                 log.warning("CNI caller: %s", error)
-                return
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    return  # it is gone
+                reply = CniReply(cni_wire.TRY_AGAIN_LATER, error.strerror or "")
             except Exception:  # a defect met by one request must not end the agent
                 log.exception("CNI %s failed", verb)
                 reply = CniReply(cni_wire.TRY_AGAIN_LATER, "internal error; see the agent's log")
@@ -80,6 +83,8 @@ async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
             if descriptors:
                 raise ProtocolError("more than one descriptor came along")
             if flags & socket.MSG_CTRUNC:
+                if descriptor is None:
+                    raise OSError(errno.EMFILE, "the agent has no descriptor left for the pod's namespace")
                 raise ProtocolError("more descriptors came along than fit")
             if not chunk:
                 raise ProtocolError("the request ended early")

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from agent.core.errors import SluiceError
 from agent.core.pods import UID, Pod
 from agent.kernel.netns import NetnsId, unpin
 
@@ -80,6 +81,13 @@ class State:
                 log.warning("removed the pin %s: no note tells whose it is", pin)
 
     def save(self, note: Note) -> None:
+        """Raises SluiceError, with the path: a pod that cannot be noted is not captured."""
+        try:
+            self._save(note)
+        except OSError as error:
+            raise SluiceError(f"cannot write a note in {self.pods}: {error.strerror}") from error
+
+    def _save(self, note: Note) -> None:
         self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.pods / f"{note.pod.uid}.json"
         content = json.dumps(_encode(note), indent=1, sort_keys=True)

@@ -100,6 +100,22 @@ def test_the_loop_goes_on_while_a_page_is_written_and_many_share_it() -> None:
     asyncio.run(run())
 
 
+def test_whoever_asks_again_and_again_does_not_take_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    async def run() -> None:
+        page = Page(a_registry())
+        for _ in range(2):
+            await page(asked({}))
+
+    monkeypatch.setattr("agent.export.connections.asyncio.sleep", sleep)
+    asyncio.run(run())
+    assert pauses[0] == 0 < pauses[1]
+
+
 def test_a_page_that_fails_is_tried_anew() -> None:
     class Broken(Connections):
         def render(self, openmetrics: bool) -> Iterator[bytes]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gzip
-from collections.abc import Callable
+import os
+import select
+import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,71 @@ def test_a_slow_client_is_bounded(
 ) -> None:
     monkeypatch.setattr(http, "SECONDS", 0.05)
     assert ask(b"GET / HTTP/1.1\r\n")[0] == 0
+
+
+def serving(script: Callable[[tuple[str, int]], Awaitable[None]], **limits: int) -> None:
+    """Runs `script` with the address of a server that listens everywhere."""
+
+    async def run() -> None:
+        listener = socket.create_server(("0.0.0.0", 0))
+        task = asyncio.create_task(HttpServer(handler).serve(listener, **limits))
+        try:
+            await asyncio.wait_for(script(("127.0.0.1", listener.getsockname()[1])), 30)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+async def answer(place: tuple[str, int], of: str, sent: bytes = b"") -> bytes:
+    """What comes over a connection from that address; nothing when it is reset."""
+    reader, writer = await asyncio.open_connection(*place, local_addr=(of, 0))
+    try:
+        writer.write(sent or get("/x"))
+        return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+def test_an_address_and_all_together_have_so_many_connections_and_the_node_itself_is_never_kept_out() -> None:
+    async def script(place: tuple[str, int]) -> None:
+        silent = [await asyncio.open_connection(*place, local_addr=(of, 0)) for of in ("127.0.0.2", "127.0.0.3")]
+        assert b"200" in await answer(place, "127.0.0.1"), "the listener's own address, as the kubelet's probes"
+        assert await answer(place, "127.0.0.2") == b"", "one of each address"
+        assert await answer(place, "127.0.0.4") == b"", "two in all"
+        for _, writer in silent:
+            writer.write(get("/x"))
+        assert [b"200" in await reader.read() for reader, _ in silent] == [True, True]
+        assert b"200" in await answer(place, "127.0.0.4"), "there is room again"
+        for _, writer in silent:
+            writer.close()
+
+    serving(script, most=2, each=1)
+
+
+def test_a_client_that_never_reads_is_cut_off_with_all_that_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "SECONDS", 0.2)
+    large = Response(200, os.urandom(1 << 23))
+
+    async def run() -> None:
+        async def page(_: Request) -> Response:
+            return large
+
+        listener = socket.create_server(("127.0.0.1", 0))
+        task = asyncio.create_task(HttpServer(page).serve(listener))
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(listener.getsockname())
+        client.sendall(get("/"))
+        poll = select.poll()
+        poll.register(client, 0)  # errors and the end of both directions are told all the same
+        ((_, events),) = await asyncio.to_thread(poll.poll, 20_000)
+        assert events & select.POLLERR, "reset: a close would leave the kernel's buffer to it"
+        client.close()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(run(), 30))

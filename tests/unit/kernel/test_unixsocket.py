@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.core.errors import SluiceError
 from agent.kernel import unixsocket
 
 
@@ -79,3 +80,9 @@ def test_another_socket_under_that_name_is_left_to_whoever_made_it(path: Path) -
             assert path.stat().st_ino == inode
 
     during(path, play)
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_line_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SluiceError, match=f"run_dir {tmp_path}/file/run: Not a directory; it must"):
+        unixsocket.claim(tmp_path / "file/run")

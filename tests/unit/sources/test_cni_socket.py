@@ -214,3 +214,25 @@ def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(cni_socket, "peer", lambda sock: (1, 0))
 
     play(tmp_path, script)
+
+
+def test_without_a_descriptor_left_for_the_namespace_the_runtime_is_to_try_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel then delivers the request without what came along (scm_detach_fds)."""
+
+    async def script(bench: Bench) -> None:
+        receive = socket.recv_fds
+        with monkeypatch.context() as patch, (tmp_path / "netns").open("w") as netns:
+
+            def without(sock: socket.socket, *sizes: int) -> Any:
+                data, descriptors, flags, address = receive(sock, *sizes)
+                for one in descriptors:
+                    os.close(one)
+                return data, [], flags | socket.MSG_CTRUNC, address
+
+            patch.setattr("agent.sources.cni_socket.socket.recv_fds", without)
+            answer = await bench.ask(STATUS, fds=(netns.fileno(),))
+        assert answer is not None and (answer["code"], "no descriptor left" in answer["msg"]) == (11, True)
+
+    play(tmp_path, script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from agent.core.errors import SluiceError
 from agent.core.pods import Pod
 from agent.kernel.netns import NetnsId
 from agent.sources.state import Note, State
@@ -143,3 +145,12 @@ def test_a_note_that_is_damaged_while_we_run_is_written_anew(state: State, tmp_p
     (state.pods / "u-2.json").write_bytes(b"\xff\xfe\xff")
     state.save(NOTES[1])
     assert list(State(str(tmp_path)).load()) == NOTES
+
+
+def test_a_full_directory_is_said_with_its_path(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("agent.sources.state.os.open", full)
+    with pytest.raises(SluiceError, match=f"cannot write a note in {tmp_path}.*: No space left on device"):
+        state.save(Note(FULL, False, None))

@@ -1,0 +1,122 @@
+"""Accepting connections: what the kernel lacks for it ends nothing and is logged once a minute; strangers get few."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import logging
+import resource
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+log = logging.getLogger("sluice.socket")
+RESERVE = 64  # descriptors that strangers never get: for CNI, ZDS, and what an ADD opens
+_QUIET = 60.0  # seconds between two log lines of one kind
+_NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_RESET = struct.pack("ii", 1, 0)  # struct linger: closing resets, and keeps nothing
+
+
+class Seldom:
+    """Logs one kind of event at most once a minute, with how many there were."""
+
+    def __init__(self, level: int = logging.WARNING) -> None:
+        self._level, self._count, self._next = level, 0, 0.0
+
+    def log(self, words: str) -> None:
+        self._count += 1
+        if time.monotonic() >= self._next:
+            more = f" ({self._count} times since this was logged last)" if self._count > 1 else ""
+            log.log(self._level, "%s%s", words, more)
+            self._count, self._next = 0, time.monotonic() + _QUIET
+
+
+async def accept(listener: socket.socket, seldom: Seldom) -> tuple[socket.socket, Any]:
+    """The next connection and its peer's address. Having no descriptor left, or a peer that is gone, ends nothing."""
+    while True:
+        try:
+            return await asyncio.get_running_loop().sock_accept(listener)
+        except OSError as error:
+            seldom.log(f"accept on {listener.getsockname()}: {error.strerror}; trying again")
+            if error.errno in _NONE_LEFT:
+                await asyncio.sleep(0.1)
+
+
+def reset_at_close(sock: Any) -> None:
+    """Of what waits to be sent nothing stays in the kernel then."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+
+
+class Limits:
+    """How many connections there may be in all, and of one address (of IPv6 a /64, which one host may have whole)."""
+
+    def __init__(self, most: int, each: int) -> None:
+        self._most, self._each = most, each
+        self._held: Counter[str] = Counter()
+        self._full = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
+
+    def refusal(self, sock: socket.socket, key: str) -> str:
+        """Why this connection cannot be taken; "" if it can. The node's own, as the kubelet's, can while it has few."""
+        if self._held[key] >= self._each:
+            return f"{key or 'root'} has {self._each} connections, and more are not allowed"
+        if key == host(sock.getsockname()):
+            return ""
+        if self._held.total() >= self._most:
+            return f"there are {self._most} connections, and more are not allowed"
+        if sock.fileno() >= self._full:  # the lowest free one
+            return "the last descriptors are kept for CNI and ztunnel"
+        return ""
+
+    def enter(self, key: str) -> None:
+        self._held[key] += 1
+
+    def leave(self, key: str) -> None:
+        self._held[key] -= 1
+        if not self._held[key]:
+            del self._held[key]
+
+
+def host(address: Any) -> str:
+    """Whom a peer's address stands for; "" on a unix socket."""
+    if not isinstance(address, tuple):
+        return ""
+    known = ipaddress.ip_address(address[0].partition("%")[0])
+    if isinstance(known, ipaddress.IPv6Address) and known.ipv4_mapped is None:
+        return str(ipaddress.IPv6Network((int(known), 64), strict=False))
+    return str(getattr(known, "ipv4_mapped", known))
+
+
+async def strangers(
+    listener: socket.socket, limits: Limits, handle: Callable[[socket.socket], Coroutine[Any, Any, None]]
+) -> None:
+    """Each connection in a task of its own, within the limits, reset beyond them; until cancelled. Closes both."""
+    broken, refused = Seldom(logging.ERROR), Seldom()
+
+    async def one(sock: socket.socket, key: str) -> None:
+        try:
+            with sock:
+                await handle(sock)
+        finally:
+            limits.leave(key)
+
+    with listener:
+        listener.setblocking(False)
+        place = listener.getsockname()
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                sock, address = await accept(listener, broken)
+                key = host(address)
+                if words := limits.refusal(sock, key):
+                    reset_at_close(sock)
+                    sock.close()
+                    refused.log(f"a connection to {place} was reset: {words}")
+                else:
+                    limits.enter(key)
+                    tasks.create_task(one(sock, key))
+                await asyncio.sleep(0)  # accepting alone would not let anybody else run while there is a queue

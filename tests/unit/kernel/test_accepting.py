@@ -1,0 +1,42 @@
+"""Limits of connections: who counts as one, and what is logged how often."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from agent.kernel.accepting import Seldom, host
+
+
+@pytest.mark.parametrize(
+    ("address", "key"),
+    [
+        (("10.0.0.1", 4711), "10.0.0.1"),
+        (("::ffff:10.0.0.1", 4711, 0, 0), "10.0.0.1"),
+        (("2001:db8::1:2:3:4", 4711, 0, 0), "2001:db8::/64"),
+        (("fe80::1%eth0", 4711, 0, 2), "fe80::/64"),
+        (("::1", 4711, 0, 0), "::/64"),
+        ("", ""),
+        (b"", ""),
+    ],
+)
+def test_who_a_peer_stands_for(address: Any, key: str) -> None:
+    assert host(address) == key
+
+
+def test_one_kind_of_event_is_logged_once_a_minute_with_how_many_there_were(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("agent.kernel.accepting.time.monotonic", lambda: now)
+    seldom = Seldom(logging.ERROR)
+    for _ in range(1000):
+        seldom.log("no descriptor left")
+    now += 61
+    seldom.log("no descriptor left")
+    assert [one.getMessage() for one in caplog.records] == [
+        "no descriptor left",
+        "no descriptor left (1000 times since this was logged last)",
+    ]
