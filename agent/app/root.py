@@ -56,6 +56,7 @@ from agent.sources.exempt import Exempt
 from agent.sources.listening import Listening
 from agent.sources.namespaces import Namespaces
 from agent.sources.outside import OutsideConnections
+from agent.sources.proxied import Proxied
 from agent.sources.state import State
 from agent.sources.unannounced import Unannounced
 from agent.sources.watchfile import StaticFile
@@ -125,6 +126,7 @@ class Agent:
             counting=self.beside,
             accounting=self.accounting,
             listening=listening,
+            proxied=Proxied(),
         )
         admission = self.kubernetes.admission if self.kubernetes else None
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)

@@ -78,7 +78,7 @@ PAGES: Final[Mapping[str, Page]] = {
         "The pods of this node, whether each is captured, and why or why not.\n\n"
         "States: enabled (its rules are verified, and ztunnel listens in it), pending (its rules hold, but ztunnel "
         "does not listen in it: its traffic is refused, not passed), excluded, failed (see REASON), waiting (not "
-        "looked at yet).",
+        "looked at yet, or it runs and waits for its ztunnel before its rules come).",
         {"pods": "all of this node", "pods -n shop": "of one namespace", "pods -o json": "for programs"},
         {0: "the agent answered", 2: "it cannot be asked"},
     ),

@@ -14,7 +14,7 @@ from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 
-__all__ = ["Decision", "Option", "decide", "enrols_namespace", "exempt", "options"]
+__all__ = ["Decision", "Option", "decide", "enrols_namespace", "exempt", "intent", "options"]
 
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
 _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE", "false", "False"}
@@ -54,15 +54,18 @@ class Option:
 def decide(pod: Pod, settings: Settings) -> Decision:
     """What must hold for this pod."""
     fact = next(fact for fact in considered(pod, settings) if fact.enrols is not None)
-    if not fact.enrols:
-        return Decision(None, fact.reason)
+    return intent(pod, settings, fact.reason) if fact.enrols else Decision(None, fact.reason)
+
+
+def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
+    """How the pod is captured if it is."""
     found, warnings = options(pod, settings)
     redirect = Redirect(**{one.name: one.value for one in found})
     refused = ""
     if len(redirect.virtual_interfaces) > MOST:  # without them the traffic of a pod's guests would be taken wrongly
         refused = f"annotation {names.REROUTE_INTERFACES} names more than {MOST} interfaces"
         redirect = replace(redirect, virtual_interfaces=redirect.virtual_interfaces[:MOST])
-    return Decision(redirect, fact.reason, warnings, refused)
+    return Decision(redirect, reason, warnings, refused)
 
 
 def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:

@@ -17,10 +17,10 @@ from agent.core.sockets import CAPTURE_PORTS, CONNECTED, OPENING, TcpSocket, is_
 _REDIRECTED: Final = CAPTURE_PORTS - {names.HBONE_PORT}
 
 
-def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
-    """Both ends of what rules have redirected, and of what ztunnel says to the application in a client's name.
+def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """Both ends of what was redirected to ztunnel, and of what it says to the application in a client's name.
 
-    Not ztunnel's own connections with others: it keeps those for long, and nothing is done to their packets.
+    By rules and by sockets alike. Not ztunnel's own connections with others: it keeps those for long.
     """
     ends = [one for one in sockets if one.state in CONNECTED]
     served = {one.remote for one in ends if one.local[1] in _REDIRECTED}
@@ -32,8 +32,13 @@ def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
         if one.local[1] in _REDIRECTED
         or one.local in served
         or ((one.local, one.remote) in spoken and (one.local, one.remote) in pairs)
-        or (one.state in OPENING and not one.of_ztunnel and _with_others(one))
     )
+
+
+def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """What is proxied by rules, and handshakes that may be: the first packet may have met the rules."""
+    opening = (one for one in sockets if one.state in OPENING and not one.of_ztunnel and _with_others(one))
+    return _sorted({one.cookie: one for one in (*proxied(sockets), *opening)}.values())
 
 
 def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:

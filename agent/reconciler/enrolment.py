@@ -12,8 +12,9 @@ from agent.core.errors import SluiceError
 from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
+from agent.core.sockets import TcpSocket
 from agent.kernel.podnetns import Facts, PodNetns
-from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside
+from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside, Proxied
 from agent.reconciler.settle import Settled, remarks, settle, settle_each, verify, verify_each
 from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching, Wants
 
@@ -52,11 +53,12 @@ class Enrolment:
         counting: Counting | None,
         accounting: Accounting | None = None,
         listening: Listening | None = None,
+        proxied: Proxied | None = None,
         *,
         preserve: bool,
     ) -> None:
-        """`preserve`: connections from before a pod's enrolment run on."""
-        self._listening = listening
+        """`preserve`: connections from before a pod's enrolment run on. Without `proxied` ztunnel's end with it."""
+        self._listening, self._proxied = listening, proxied
         self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
         self._switching, self._counting, self._accounting = switching, counting, accounting
 
@@ -64,9 +66,13 @@ class Enrolment:
         """The pod's addresses as its namespace has them."""
         return self._namespaces.resolve(pod).addresses()
 
-    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...]) -> Enrolled:
-        """Makes `redirect` true. Raises SluiceError; what was applied until then stays."""
-        target, first = self._namespaces.resolve(pod), not self._namespaces.was_captured(pod.uid)
+    def runs(self, pod: Pod, *, leaving: bool) -> bool:
+        """Whether the pod runs and is not captured. Does not block."""
+        return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
+
+    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool = False) -> Enrolled:
+        """Makes `redirect` true. Raises SluiceError; what was applied until then stays. `leaving`: it was not to be."""
+        target, first = self._namespaces.resolve(pod), leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
@@ -118,20 +124,45 @@ class Enrolment:
         """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket)."""
         return settle(found.target, found.want, self._choice.active)
 
-    def unenrol(self, pod: Pod) -> Settled:
-        """Takes all of ours away; connections from before the enrolment run on."""
+    def leave(self, pod: Pod, redirect: Redirect) -> tuple[Settled, tuple[TcpSocket, ...]]:
+        """Nothing new is captured; ztunnel carries on what it has, which is returned. `redirect`: as it was captured.
+
+        Connections from before the enrolment run on. Raises SluiceError.
+        """
         self._outside.forget(pod.uid)
         self._switching.forget(pod.uid)
         target = self._namespaces.resolve(pod)
         if self._accounting:
             self._accounting.release(pod.uid, target)
+        want, _ = _within(redirect, target.facts())
+        done = settle_each(target, self._switching.leaving(target, want))
+        return done, self._proxied.there(target) if self._proxied else ()
+
+    def unenrol(self, pod: Pod) -> Settled:
+        """Takes all of ours away. What ztunnel still carries is reset before: without rules no end would hear of it."""
+        target = self._namespaces.resolve(pod)
+        if self._proxied:
+            try:
+                self._proxied.reset(target)
+            except SluiceError as error:
+                log.warning("pod %s: connections through ztunnel may hang: %s", pod.key, error)
         return settle(target, None, self._choice.active, self._choice.retired)
 
     def compare(
-        self, pod: Pod, redirect: Redirect | None, *, preserve: bool, changing: bool, foreign: bool = False
+        self,
+        pod: Pod,
+        redirect: Redirect | None,
+        *,
+        leaving: Redirect | None,
+        preserve: bool,
+        changing: bool,
+        foreign: bool = False,
     ) -> dict[str, tuple[tuple[str, ...], str]]:
-        """What is not as it should be, per layer; changes nothing. `foreign` as of Reconciler.inspect."""
+        """What is not as it should be, per layer; changes nothing. `leaving`: as it was captured. `foreign` as of
+        Reconciler.inspect."""
         target, retired = self._namespaces.resolve(pod), self._choice.retired
+        if leaving is not None:
+            return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
         want = replace(_within(redirect, target.facts())[0], preserve=preserve)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any
 
 from agent.core.contention import Contention
 from agent.core.desired import Decision, decide
@@ -13,6 +15,8 @@ from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 from agent.core.status import State, Status
+from agent.reconciler.parts import Journal
+from agent.reconciler.settle import Settled
 
 BELIEVED = 300.0  # seconds; another agent may program a retired layer, and legacy tables tell nobody
 
@@ -40,6 +44,8 @@ class Entry:
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     contention: Contention = field(default_factory=Contention)
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
+    patience: float = 0.0  # until when a pod that runs waits for its ztunnel without rules (monotonic)
+    leaving: float = 0.0  # until when ztunnel may carry on what it has of a pod that is not captured any more
     awaited: bool = False  # somebody waits for the pass that is under way
     refused: Redirect | None = None  # an intent that was rolled back: not tried again until it is another
     # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
@@ -52,6 +58,35 @@ class Entry:
         if self.decided is None or self.decided[0] != pod:
             self.decided = pod, decide(pod, settings)
         return self.decided[1]
+
+    def told(
+        self, state: State, decision: Decision, backend: str, error: Exception | None = None, **changes: Any
+    ) -> None:
+        """The status after a pass, or in it; `changes` are further fields of it."""
+        self.status = replace(
+            self.status,
+            state=state,
+            reason=decision.reason,
+            backend=backend if state is not State.EXCLUDED else "",
+            error="" if error is None else str(error),
+            retry=None,
+            repairs=len(self.repairs),
+            verified=time.time() if state in (State.ENABLED, State.PENDING) else self.status.verified,
+            **changes,
+        )
+
+    def noted(
+        self, journal: Journal, pod: Pod, want: Redirect | None, done: Settled, cause: str, seconds: float
+    ) -> None:
+        """What a pass made of `want`. It was a repair if that was the want before; `cause` made it necessary."""
+        drifted = self.want is not None and self.want == want
+        cause = (cause or "unknown") if drifted else ""
+        for plan in done.applied:
+            if drifted and plan.differences:
+                self.repairs.append(Repair(time.time(), plan.backend, plan.differences, cause, seconds))
+                if self.contention.repaired(time.monotonic()):
+                    journal.contended(pod, cause, done.remarks)
+            journal.applied(pod, plan.backend, plan.differences, seconds, cause)
 
     def take_cause(self) -> tuple[str, float]:
         """(who, when noticed) for the pass that begins; what is told from now on is for the next one."""

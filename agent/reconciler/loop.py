@@ -15,17 +15,9 @@ from math import inf
 from typing import TypeVar
 
 from agent.backends.choose import Choice
-from agent.core import names
 from agent.core.canary import Finding, Verdict
-from agent.core.desired import Decision
-from agent.core.errors import (
-    NoZtunnelError,
-    PodGoneError,
-    SettingsError,
-    SilentZtunnelError,
-    SluiceError,
-    ZtunnelError,
-)
+from agent.core.desired import Decision, intent
+from agent.core.errors import NoZtunnelError, PodGoneError, SettingsError, SluiceError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
@@ -35,6 +27,7 @@ from agent.reconciler.canaries import Canaries
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import BELIEVED, Entry, Repair
+from agent.reconciler.leaving import Leaving
 from agent.reconciler.parts import (
     Accounting,
     Counting,
@@ -44,10 +37,11 @@ from agent.reconciler.parts import (
     Namespaces,
     Outside,
     Probing,
+    Proxied,
     Publisher,
     Watcher,
 )
-from agent.reconciler.settle import Settled
+from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
 from agent.reconciler.watching import Watching
@@ -78,6 +72,7 @@ class Reconciler:
         counting: Counting | None = None,
         accounting: Accounting | None = None,
         listening: Listening | None = None,
+        proxied: Proxied | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
 
@@ -86,8 +81,8 @@ class Reconciler:
         `carried` knows connections from before a change between NAT and eBPF; without it such a change breaks them.
         """
         self.settings, self.table, self.choice = settings, table, choice
-        self._namespaces, self._publisher, self._watcher = namespaces, publisher, watcher
-        self._journal, self._claims, self._listening = journal, Claims(host), listening
+        self._namespaces, self._watcher = namespaces, watcher
+        self._journal, self._claims = journal, Claims(host)
         self._canaries = Canaries(canary) if canary else None
         self._enrolment = Enrolment(
             choice,
@@ -97,12 +92,15 @@ class Reconciler:
             counting,
             accounting,
             listening,
+            proxied,
             preserve=settings.preserve_connections,
         )
         self._schedule = Schedule(settings.verify_seconds, random)
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
+        self._proxying = Proxying(publisher, listening, self._work)
+        self._leaving = Leaving(self._enrolment, self._proxying, self._work)
         self._watching = Watching(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
@@ -135,12 +133,12 @@ class Reconciler:
         return await future
 
     def acknowledged(self, uid: str) -> None:
-        """A ztunnel that has just come took the pod. Its rules were right, so that was all that was missing.
+        """A ztunnel that has just come took the pod. Where its rules were right that was all that was missing.
 
         But where those it listens on are looked for, or are what captures, that takes a pass.
         """
         entry = self._entries.get(uid)
-        if entry is not None and (self.choice.by_socket or self._listening):
+        if entry is not None and (self.choice.by_socket or self._proxying.looks or entry.patience):
             self.wake(uid)
         elif entry is not None and entry.status.state is State.PENDING:
             entry.status = replace(entry.status, state=State.ENABLED, error="", retry=None)
@@ -224,6 +222,8 @@ class Reconciler:
             now = time.monotonic()
             if entry.status.outside or entry.changing or entry.soon or (self._canaries and self._canaries.due(uid)):
                 self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
+            if (limit := entry.leaving or entry.patience) > now:
+                self._schedule.wake(uid, min(limit, now + SOON))
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
                 entry.status = replace(entry.status, retry=delay)
@@ -249,18 +249,18 @@ class Reconciler:
             return True
         except PodGoneError as error:
             # Its end was never announced, as when we were away at the time. Who waits must not see what was.
-            entry.status = self._status(entry, State.FAILED, decision, error)
+            entry.told(State.FAILED, decision, self.choice.name, error)
             self._journal.failed(pod, error)
             self.table.lost(pod.uid)
             await self._release(pod.uid)
             return True
         except ZtunnelError as error:
-            entry.status = self._status(entry, State.PENDING, decision, error)
+            entry.told(State.WAITING if entry.patience else State.PENDING, decision, self.choice.name, error)
             return isinstance(error, NoZtunnelError)
         except Exception as error:  # noqa: BLE001 - one pod's failure, whatever it is, never stops another
             if entry.status.error == str(error):
                 error.__notes__ = []  # the script that was refused is in the log already
-            entry.status = self._status(entry, State.FAILED, decision, error)
+            entry.told(State.FAILED, decision, self.choice.name, error)
             self._journal.failed(pod, error)
         return False
 
@@ -271,66 +271,47 @@ class Reconciler:
         if cause:
             entry.contention.looked(time.monotonic())
         started = noticed or time.monotonic()
-        exempt = await self._exempt(pod, entry)
-        found = await self._work(entry, lambda: self._enrolment.enrol(pod, redirect, retired))
+        leaving = bool(entry.leaving)
+        if self._enrolment.runs(pod, leaving=leaving):
+            await self._proxying.first(pod, entry, await self._work(entry, lambda: self._namespaces.resolve(pod)))
+        exempt = await self._claims.exempt(
+            pod, lambda: self._work(entry, lambda: self._enrolment.addresses(pod)), new=self._namespaces.is_new(pod)
+        )
+        found = await self._work(entry, lambda: self._enrolment.enrol(pod, redirect, retired, leaving=leaving))
+        entry.patience, entry.leaving = 0.0, 0.0
         if exempt is not None:
             await exempt
         self._watcher.watch(pod.uid, found.target)
         self._claims.claim(pod.uid, found.addresses)
-        self._note(pod, entry, found.want, found.done, cause, time.monotonic() - started)
+        entry.noted(self._journal, pod, found.want, found.done, cause, time.monotonic() - started)
         if retired:
             entry.cleaned = time.monotonic()
         if found.changing or cause:  # who changed something may have made what a retired layer is about
             entry.cleaned = -inf
         entry.want = found.want
         entry.changing, entry.soon = found.changing and not found.waiting, found.soon or bool(cause)
-        entry.status = replace(entry.status, outside=found.outside, notes=(*decision.warnings, *found.notes))
+        notes = (*decision.warnings, *found.notes)
+        entry.status = replace(entry.status, outside=found.outside, leaving=False, notes=notes)
         if self._watching and not found.soon:
             self._watching.due(pod, found.target, entry.lock)
         if entry.status.state is not State.ENABLED:
             # ztunnel goes on in a pod that it was given by another agent, or by this one before a restart.
-            state = State.ENABLED if await self._listens(entry, found) else State.PENDING
-            entry.status = self._status(entry, state, decision)
+            state = State.ENABLED if await self._proxying.listens(entry, found.target) else State.PENDING
+            entry.told(state, decision, self.choice.name)
             self._unseen.discard(pod.uid)
             self._progress.set()
         opens = entry.status.state is State.PENDING  # ztunnel opens its sockets in the pod when it is given the pod
-        try:
-            await self._publisher.publish(pod, found.target)
-        except ZtunnelError as error:
-            if not await self._listens(entry, found):
-                raise
-            note = f"ztunnel listens in the pod, though it was not given by this agent: {error}"
+        if note := await self._proxying.serve(pod, entry, found.target):
             entry.status = replace(entry.status, notes=(*entry.status.notes, note))
             return False  # nothing tells when these listeners close
-        await self._heard(pod, entry, found)
         if (opens or found.waiting) and self.choice.by_socket:
             await self._again(pod, entry, found)
             if found.waiting:  # now the old way can go
                 self.wake(pod.uid)
-        entry.status = self._status(entry, State.ENABLED, decision)
+        entry.told(State.ENABLED, decision, self.choice.name)
         if self._canaries:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
         return True
-
-    async def _listens(self, entry: Entry, found: Enrolled) -> bool:
-        """Whether ztunnel is seen to listen in the pod, on all of its ports."""
-        listening = self._listening
-        return listening is not None and not await self._work(entry, lambda: listening.missing(found.target))
-
-    async def _heard(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
-        """Raises SilentZtunnelError when ztunnel's listeners are not all there, and has ztunnel told anew of a pod that
-        has none of them: its acknowledgement is of no worth any more."""
-        if (listening := self._listening) is None:
-            return
-        missing: tuple[int, ...] = ()
-        for pause in (0.0, 0.1):  # looked at twice: to have ztunnel told anew costs the pod its connections
-            await asyncio.sleep(pause)
-            missing = await self._work(entry, lambda: listening.missing(found.target))
-            if not missing:
-                return
-        if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
-            await self._publisher.withdraw(pod.uid)
-        raise SilentZtunnelError(missing)
 
     async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
         """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""
@@ -338,22 +319,6 @@ class Reconciler:
         done = await self._work(entry, lambda: self._enrolment.again(found))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
-
-    async def _exempt(self, pod: Pod, entry: Entry) -> asyncio.Future[object] | None:
-        """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt; None: they are.
-
-        Before the rules: from their first moment on probes must not be taken for a stranger's. A pod that is just being
-        made has nothing that could be probed: there both are done at once.
-        """
-        if not self._claims.wants(pod.uid):
-            return None
-        # What its namespace has, once that is proven to be the pod's.
-        addresses = await self._work(entry, lambda: self._enrolment.addresses(pod))
-        self._claims.claim(pod.uid, addresses)
-        settled = self._claims.settled()
-        if not self._namespaces.is_new(pod):
-            await settled
-        return settled
 
     def _probed(self, pod: Pod, entry: Entry, finding: Finding) -> None:
         """The canary came back with an answer."""
@@ -372,16 +337,19 @@ class Reconciler:
             self._watching.forget(pod.uid)
         if self._namespaces.was_captured(pod.uid):
             started = time.monotonic()
-            done = await self._work(entry, lambda: self._enrolment.unenrol(pod))
-            self._note(pod, entry, None, done, "", time.monotonic() - started)
-            self._watcher.unwatch(pod.uid)
-            self._unclaim(pod.uid)
-            await self._publisher.withdraw(pod.uid)
-        await self._work(entry, lambda: self._enrolment.forget(pod))
-        entry.want, entry.cleaned, entry.changing, entry.soon = None, -inf, False, False
-        entry.status = replace(entry.status, outside=0, notes=decision.warnings)
+            done = await self._leaving.step(pod, entry, intent(pod, self.settings).redirect or Redirect())
+            entry.noted(self._journal, pod, None, done, "", time.monotonic() - started)
+            if not entry.leaving:
+                self._watcher.unwatch(pod.uid)
+                self._unclaim(pod.uid)
+        elif entry.patience:  # ztunnel was told, the rules were not there yet
+            await self._proxying.withdraw(pod.uid)
+        if not entry.leaving:
+            await self._work(entry, lambda: self._enrolment.forget(pod))
+        entry.want, entry.cleaned, entry.changing, entry.soon, entry.patience = None, -inf, False, False, 0.0
         error = SluiceError(rolled_back) if rolled_back else None
-        entry.status = self._status(entry, State.FAILED if error else State.EXCLUDED, decision, error)
+        state, leaving = State.FAILED if error else State.EXCLUDED, bool(entry.leaving)
+        entry.told(state, decision, self.choice.name, error, outside=0, leaving=leaving, notes=decision.warnings)
 
     def _unclaim(self, uid: str) -> None:
         self._claims.release(uid)
@@ -393,7 +361,7 @@ class Reconciler:
         self._unclaim(uid)
         if self._watching:
             self._watching.forget(uid)
-        await self._publisher.withdraw(uid)
+        await self._proxying.withdraw(uid)
         entry = self._entries[uid]
         await self._work(entry, lambda: self._enrolment.release(uid))
         if self.table.get(uid) is None:
@@ -416,13 +384,14 @@ class Reconciler:
             return {}
         redirect = None if decision.redirect == entry.refused else decision.redirect
         preserve = entry.want is not None and entry.want.preserve
+        leaving = intent(pod, self.settings).redirect if entry.leaving else None
         async with entry.lock:
-            compare = self._enrolment.compare
+            compare, changing = self._enrolment.compare, entry.changing
             found = await self._workers.run(
-                lambda: compare(pod, redirect, preserve=preserve, changing=entry.changing, foreign=foreign)
+                lambda: compare(pod, redirect, leaving=leaving, preserve=preserve, changing=changing, foreign=foreign)
             )
-        if any(layer.name in found for layer in self.choice.retired):  # a pass does not look at them each time
-            entry.cleaned = -inf
+        if not leaving and any(layer.name in found for layer in self.choice.retired):
+            entry.cleaned = -inf  # a pass does not look at them each time
             self.wake(pod.uid)
         return found
 
@@ -438,29 +407,6 @@ class Reconciler:
 
         async with entry.lock:
             return await self._workers.run(timed, first=entry.awaited)
-
-    def _note(self, pod: Pod, entry: Entry, want: Redirect | None, done: Settled, cause: str, seconds: float) -> None:
-        drifted = entry.want is not None and entry.want == want
-        cause = (cause or "unknown") if drifted else ""
-        for plan in done.applied:
-            if drifted and plan.differences:
-                entry.repairs.append(Repair(time.time(), plan.backend, plan.differences, cause, seconds))
-                if entry.contention.repaired(time.monotonic()):
-                    self._journal.contended(pod, cause, done.remarks)
-            self._journal.applied(pod, plan.backend, plan.differences, seconds, cause)
-
-    def _status(self, entry: Entry, state: State, decision: Decision, error: Exception | None = None) -> Status:
-        captured = state is not State.EXCLUDED
-        return replace(
-            entry.status,
-            state=state,
-            reason=decision.reason,
-            backend=self.choice.name if captured else "",
-            error="" if error is None else str(error),
-            retry=None,
-            repairs=len(entry.repairs),
-            verified=time.time() if state in (State.ENABLED, State.PENDING) else entry.status.verified,
-        )
 
 
 def _tell(waiters: list[asyncio.Future[T]], result: T) -> None:

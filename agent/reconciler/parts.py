@@ -127,6 +127,16 @@ class Listening(Protocol):
         """In words, new connections of the pod that the rules of `want` do not lead to ztunnel; blocking."""
 
 
+class Proxied(Protocol):
+    """Knows the connections that ztunnel carries for a pod; blocking."""
+
+    def there(self, target: PodNetns) -> tuple[TcpSocket, ...]:
+        """Both ends of each, as far as they are in the pod. Raises KernelError."""
+
+    def reset(self, target: PodNetns) -> None:
+        """Ends them so that both ends hear of it. Raises KernelError."""
+
+
 class Watcher(Protocol):
     """Notices changes in a pod's namespace and wakes the reconciler."""
 

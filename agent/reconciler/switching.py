@@ -86,6 +86,14 @@ class Switching:
         old: Wants = [(one, _drained(want) if drains and _holds(target, one) else None) for one in retired]
         return want, [*((one, want) for one in self._choice.active), *old]
 
+    def leaving(self, target: PodNetns, want: Redirect) -> Wants:
+        """What every layer does while ztunnel carries on what it has of a pod, and takes nothing new.
+
+        Raises KernelError.
+        """
+        layers = (*reversed(self._choice.active), *self._choice.retired)
+        return [(one, _drained(want) if _holds(target, one) else None) for one in layers]
+
     def told(self, carried: Carried) -> str:
         """One line for people; "" when there is nothing to tell."""
         return told(carried.left, self._choice.name)

@@ -13,7 +13,7 @@ from agent.core.desired import decide
 from agent.core.errors import SluiceError
 from agent.core.pods import Pod, PodTable
 from agent.core.settings import Settings
-from agent.core.status import State, Status
+from agent.core.status import State
 from agent.kernel.netns import Netns
 from agent.sources import cni_wire
 from agent.sources.cni_wire import CniReply, CniRequest, Verb
@@ -25,8 +25,6 @@ log = logging.getLogger("sluice.cni")
 
 class Inspecting(Reconciling, Protocol):
     """The reconciler, with the comparison that CHECK asks for."""
-
-    def status(self, uid: str) -> Status: ...
 
     async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]: ...
 

@@ -27,6 +27,10 @@ class Reconciling(Protocol):
 
     async def settled(self, uid: str) -> Status: ...
 
+    def status(self, uid: str) -> Status: ...
+
+    async def progressed(self) -> None: ...
+
     async def forget(self, uid: str) -> None: ...
 
 
@@ -77,8 +81,7 @@ class StaticFile:
             woken |= self._table.seen(pod)
         for uid in woken:
             self._reconciler.wake(uid)
-        for uid in listed - set(new.pods):
-            await self._drop(uid)
+        await asyncio.gather(*(self._drop(uid) for uid in listed - set(new.pods)))  # each may take a while
 
     async def _drop(self, uid: str) -> None:
         """Its namespace may live on, so its rules go before it is forgotten."""
@@ -87,6 +90,9 @@ class StaticFile:
             # A label, since a mark for the same name would win over an annotation.
             self._table.seen(replace(pod, labels={names.DATAPLANE_MODE: "none"}))
             status = await self._reconciler.settled(uid)
+            while status.leaving:
+                await self._reconciler.progressed()
+                status = self._reconciler.status(uid)
             if status.state is State.FAILED:
                 return  # its rules are still there: tried again by the reconciler, and known until they are gone
             self._table.gone(uid)

@@ -33,6 +33,8 @@ from support.node import until
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.pins import pin
+from agent.backends.ebpf.programs import Node
+from agent.core.errors import StaleError
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 from agent.kernel.bpfmap import Map
@@ -364,3 +366,15 @@ def connect_until(enough: threading.Event, tell: int) -> None:
                 app.recv(1)
         except OSError as error:
             os.write(tell, f"{to} {error!r}\n".encode())
+
+
+def test_two_pods_at_once_do_not_attach_the_nodes_programs_twice() -> None:
+    """A second program would take what the first has rewritten for what the application wanted."""
+    with stage() as node:
+        programs, target = node.node.programs, node.pod.target
+        programs.apply(Node(), programs.plan(None, programs.read(Node())))
+        first, second = (programs.plan(node.want, programs.read(target)) for _ in range(2))
+        programs.apply(target, first)
+        with pytest.raises(StaleError):
+            programs.apply(target, second)
+        assert not programs.plan(node.want, programs.read(target))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import pytest
 from support.world import World, play, pod
 
 from agent.core.canary import Finding, Verdict
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.status import State
+from agent.reconciler import leaving, proxying
 
 FAILED = Finding(Verdict.FAILED, ("10.0.0.2", 80), "No route to host")
 
@@ -78,7 +80,7 @@ def test_probes_are_exempt_before_the_rules_come_and_until_they_are_gone() -> No
         log = world.kernel.log
         assert log.index("claim web") < log.index("rules set web")
         assert world.host.claims == {"web": ("10.0.0.2",)}
-        await world.settle(pod(enrolled=False))
+        await world.let_go(pod(enrolled=False))
         assert log.index("rules clear web") < log.index("unclaim web")
 
     play(script, exempt=True)
@@ -105,6 +107,7 @@ def test_p45_a_probe_that_fails_rolls_the_enrolment_back_when_the_setting_says_s
         await until(world, State.FAILED)
         status = world.reconciler.status("web")
         assert "rolled back" in status.error and "No route to host" in status.error
+        await world.reconciler.settled("web")
         assert world.held("rules", "web") is None and "web" not in world.publisher.published
         assert await world.reconciler.inspect(pod()) == {}
         assert (await world.reconciler.settled("web")).state is State.FAILED, "and stays so"
@@ -182,5 +185,85 @@ def test_a_pod_that_changes_rules_of_its_own_without_pause_does_not_keep_us_busy
                 await asyncio.sleep(0)
         passes = world.rules.reads
         assert passes < 60, passes
+
+    play(script)
+
+
+def test_in_a_pod_that_runs_ztunnel_is_there_before_the_rules() -> None:
+    async def script(world: World) -> None:
+        (status,) = await world.settle(running())
+        assert status.state is State.ENABLED
+        log = world.kernel.log
+        assert log.index("publish web") < log.index("routing set web") < log.index("rules set web")
+
+    play(script)
+
+
+def test_a_pod_that_runs_waits_for_a_ztunnel_without_rules_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(world: World) -> None:
+        world.publisher.connected = False
+        (status,) = await world.settle(running())
+        assert status.state is State.WAITING and "no ztunnel" in status.error
+        assert world.kernel.log == [] and world.namespaces.captured == set()
+        world.publisher.connected = True
+        world.reconciler.acknowledged("web")
+        await until(world, State.ENABLED)
+        world.publisher.connected = False
+        monkeypatch.setattr(proxying, "PATIENCE", 0.0)
+        (status,) = await world.settle(running("db"))
+        assert status.state is State.PENDING and held(world, "db"), "captured, and refused"
+
+    play(script)
+
+
+def test_a_pod_that_waits_for_a_ztunnel_and_is_not_to_be_captured_any_more() -> None:
+    async def script(world: World) -> None:
+        world.publisher.connected = False
+        await world.settle(running())
+        (status,) = await world.settle(replace(running(), annotations={}))
+        assert (status.state, status.leaving) == (State.EXCLUDED, False) and world.kernel.log == []
+
+    play(script)
+
+
+def test_what_ztunnel_carries_ends_by_itself_before_the_last_rules_go() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.proxied.carries.add("web")
+        world.kernel.log.clear()
+        (status,) = await world.settle(pod(enrolled=False))
+        assert (status.state, status.leaving) == (State.EXCLUDED, True)
+        await world.reconciler.settled("web")
+        assert held(world).draining and "web" in world.publisher.published
+        assert await world.reconciler.inspect(pod(enrolled=False)) == {}, "rules that drain are no drift"
+        world.proxied.carries.clear()
+        while world.reconciler.status("web").leaving:
+            await world.reconciler.progressed()  # by itself
+        assert world.held("rules", "web") is None and "web" not in world.publisher.published
+
+    play(script)
+
+
+def test_what_ztunnel_still_carries_in_the_end_is_reset_while_rules_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.proxied.carries.add("web")
+        world.kernel.log.clear()
+        monkeypatch.setattr(leaving, "SECONDS", 0.0)
+        await world.let_go(pod(enrolled=False))
+        log = world.kernel.log
+        assert log.index("withdraw web") < log.index("reset web") < log.index("rules clear web")
+
+    play(script)
+
+
+def test_a_pod_that_comes_back_while_it_leaves_is_captured_as_one_that_runs() -> None:
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        await world.settle(pod(enrolled=False))
+        world.outside.there["web"] = {7}  # made meanwhile
+        (status,) = await world.settle(pod())
+        assert (status.state, status.leaving, status.outside) == (State.ENABLED, False, 1)
+        assert held(world).preserve and not held(world).draining
 
     play(script)

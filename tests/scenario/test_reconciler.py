@@ -76,9 +76,11 @@ def test_unenrolling_removes_the_rules_before_ztunnel_is_told() -> None:
     async def script(world: World) -> None:
         await world.settle(pod())
         world.kernel.log.clear()
-        (status,) = await world.settle(pod(enrolled=False))
-        assert status.state is State.EXCLUDED
-        assert world.kernel.log == ["rules clear web", "routing clear web", "withdraw web"]
+        await world.let_go(pod(enrolled=False))
+        assert world.reconciler.status("web").state is State.EXCLUDED
+        assert world.kernel.log == [
+            "rules set web", "routing set web", "withdraw web", "reset web", "rules clear web", "routing clear web",
+        ], "they drain first"  # fmt: skip
         assert world.kernel.held == {} and world.watcher.watched == set() and world.namespaces.captured == set()
         (status,) = await world.settle(pod())
         assert status.state is State.ENABLED, "and back"

@@ -199,7 +199,7 @@ def test_a_pod_that_forwards_keeps_its_marks() -> None:
 def test_a_pod_is_only_enabled_once_ztunnels_sockets_were_looked_for() -> None:
     async def script(world: World) -> None:
         world.publisher.hold = asyncio.Event()
-        world.table.seen(WEB)
+        world.table.seen(pod())
         world.reconciler.wake("web")
         while "rules set web" not in world.kernel.log:  # noqa: ASYNC110 - kernel work alone tells no event
             await asyncio.sleep(0)

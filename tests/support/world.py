@@ -187,6 +187,22 @@ class Outside:
         return sorted(self.known.get(uid, ()))
 
 
+class Proxied:
+    """What ztunnel carries, by the pods' UIDs, which scripts put in."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.carries: set[str] = set()
+
+    def there(self, target: Any) -> tuple[TcpSocket, ...]:
+        ends = ("127.0.0.1", 15001), ("10.0.0.2", 5000)
+        return (TcpSocket(4, *ends, TcpState.ESTABLISHED, 1),) if target.uid in self.carries else ()
+
+    def reset(self, target: Any) -> None:
+        self.kernel.log.append(f"reset {target.uid}")
+        self.carries.discard(target.uid)
+
+
 class Host:
     """The probe exemption: notes in the kernel's log when it is told."""
 
@@ -335,7 +351,7 @@ class World:
         self.namespaces, self.publisher = Namespaces(self.kernel), Publisher(self.kernel)
         self.watcher, self.journal, self.outside, self.carried = Watcher(), Journal(), Outside(), Outside()
         self.listening = Listening(self.publisher)
-        self.host, self.canary = Host(self.kernel), Canary()
+        self.host, self.canary, self.proxied = Host(self.kernel), Canary(), Proxied(self.kernel)
         if by_socket is not None:
             kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
             self.rules, self.old = (kind(n, self.kernel) for kind, n in zip(kinds, ("rules", "old"), strict=True))
@@ -346,13 +362,19 @@ class World:
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
             self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
             host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
-            listening=self.listening if listens else None,
+            listening=self.listening if listens else None, proxied=self.proxied,
         )  # fmt: skip
 
     async def settle(self, *pods: Pod) -> list[Any]:
         for one in pods:
             self.table.seen(one)
         return [await self.reconciler.settled(one.uid) for one in pods]
+
+    async def let_go(self, one: Pod) -> None:
+        """Settled until nothing of it is captured."""
+        await self.settle(one)
+        while self.reconciler.status(one.uid).leaving:
+            await self.reconciler.settled(one.uid)
 
     def target(self, uid: str) -> Target:
         return self.namespaces.targets[uid]

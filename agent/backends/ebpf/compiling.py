@@ -58,13 +58,13 @@ def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
 
 
 def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
-    found = PodFlag(0)
+    found, takes = PodFlag(0), not redirect.draining
     for flag, on in (
-        (PodFlag.IPV4, redirect.ipv4),
-        (PodFlag.IPV6, redirect.ipv6),
-        (PodFlag.DNS, redirect.dns),
+        (PodFlag.IPV4, redirect.ipv4 and takes),
+        (PodFlag.IPV6, redirect.ipv6 and takes),
+        (PodFlag.DNS, redirect.dns and takes),
         (PodFlag.INGRESS_ONLY, redirect.ingress_only),
-        (PodFlag.REFUSE, redirect.refuse_non_tcp),
+        (PodFlag.REFUSE, redirect.refuse_non_tcp and takes),
         (PodFlag.FORWARDS, wiring.forwards),
         (PodFlag.LOOPBACK4, wiring.loopback4),
         (PodFlag.ETHERNET, all(link.ethernet for link in wiring.links)),

@@ -6,9 +6,11 @@ a connection that is just being made still asks for it.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from agent.backends.base import Support
@@ -18,7 +20,7 @@ from agent.backends.ebpf.needs import support
 from agent.backends.ebpf.objects import NODE
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.errors import KernelError
+from agent.core.errors import KernelError, StaleError
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import bpffs
@@ -85,6 +87,7 @@ class ProgramsBackend:
     sizes: Mapping[str, int] = field(default_factory=dict)
     name: str = "ebpf-programs"
     outlives: bool = True
+    _turn: Lock = field(default_factory=Lock, init=False)
 
     def probe(self) -> Support:
         return support(self.pins)
@@ -141,7 +144,16 @@ class ProgramsBackend:
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
     def apply(self, target: PodNetns | Node | Former, plan: Plan[NodeDeed]) -> None:
-        """Raises KernelError."""
+        """Raises KernelError; StaleError when another pod's pass was at it meanwhile.
+
+        A program that is attached twice would take what it has rewritten for what the application wanted.
+        """
+        with self._turn:
+            if isinstance(target, PodNetns) and self.plan(Redirect(), self.read(target)) != plan:
+                raise StaleError(self.name, errno.ESTALE, "it was changed meanwhile")
+            self._do(plan)
+
+    def _do(self, plan: Plan[NodeDeed]) -> None:
         for step in plan.steps:
             deed = step.payload
             if isinstance(deed, RemoveAll):

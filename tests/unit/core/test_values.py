@@ -28,6 +28,7 @@ def test_a_status_can_be_written_as_json() -> None:
         "repairs": 2,
         "outside": 0,
         "notes": [],
+        "leaving": False,
         "probe": "",
         "verified": 7.0,
     }

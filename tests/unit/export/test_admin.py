@@ -107,7 +107,7 @@ def test_status_and_pods() -> None:
         db, web = await bench.ask("/v1/pods")  # by name
         assert (db["name"], db["state"], db["backend"]) == ("db", "excluded", "")
         assert set(web) == {"namespace", "name", "uid", "addresses", "state", "reason", "backend", "error", "retry",
-                            "repairs", "verified", "outside", "notes", "probe"}  # fmt: skip
+                            "repairs", "verified", "outside", "notes", "leaving", "probe"}  # fmt: skip
         assert (web["uid"], web["addresses"], web["state"], web["backend"]) == ("web", ["10.0.0.1"], "enabled", "rules")
 
     on_bench(script)

@@ -68,6 +68,13 @@ class Reconciling:
     def status(self, uid: str) -> Status:
         return self.current
 
+    async def progressed(self) -> None:
+        self.told.append(("progressed", ""))
+        if self.states:
+            self.current = self.states.pop(0)
+        else:
+            await asyncio.Event().wait()
+
     async def inspect(self, pod: Pod) -> dict[str, tuple[tuple[str, ...], str]]:
         return self.found
 

@@ -20,6 +20,7 @@ class Reconciling:
 
     def __init__(self, table: PodTable) -> None:
         self.table, self.told = table, list[tuple[str, str, bool | None]]()
+        self.leaving = 0  # passes until nothing is left
 
     def _note(self, verb: str, uid: str) -> None:
         pod = self.table.get(uid)
@@ -30,7 +31,14 @@ class Reconciling:
 
     async def settled(self, uid: str) -> Status:
         self._note("settled", uid)
-        return Status(State.EXCLUDED)
+        return self.status(uid)
+
+    def status(self, uid: str) -> Status:
+        return Status(State.EXCLUDED, leaving=self.leaving > 0)
+
+    async def progressed(self) -> None:
+        self._note("left", "")
+        self.leaving -= 1
 
     async def forget(self, uid: str) -> None:
         self._note("forget", uid)
@@ -103,6 +111,13 @@ def test_a_missing_file_lists_no_pods(tmp_path: Path) -> None:
     assert [told[0] for told in bench.read()] == ["settled", "forget"]
     assert bench.read() == []
     assert bench.load(WEB) == [("wake", "static.shop.web", True)]
+
+
+def test_a_pod_is_not_forgotten_before_the_last_of_its_rules_is_gone(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.load(WEB)
+    bench.reconciler.leaving = 2
+    assert [told[0] for told in bench.load()] == ["settled", "left", "left", "forget"]
 
 
 def test_a_directory_in_its_place_is_an_error_that_is_shown(tmp_path: Path) -> None:

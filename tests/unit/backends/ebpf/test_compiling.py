@@ -219,3 +219,10 @@ def test_the_order_of_what_is_wanted_is_no_matter() -> None:
         virtual_interfaces=("k6t0", "eth1"), dns_to=("10.0.0.53", "fd00::53"), exclude=Exclusions(interfaces=("eth0",))
     )
     assert compiled(redirect) == compiled(replace(redirect, dns_to=redirect.dns_to[::-1]), backwards)
+
+
+def test_a_pod_that_drains_takes_nothing_new_and_still_speaks_for_clients() -> None:
+    takes = PodFlag.IPV4 | PodFlag.IPV6 | PodFlag.DNS | PodFlag.REFUSE
+    found, whole = compiled(Redirect(draining=True, refuse_non_tcp=True)), compiled(Redirect(refuse_non_tcp=True))
+    assert whole.pod.flags & takes == takes and not found.pod.flags & takes
+    assert replace(found.pod, flags=whole.pod.flags) == whole.pod and found.links == whole.links

@@ -1,0 +1,25 @@
+"""The connections that ztunnel carries for a pod, as the pod's namespace has them."""
+
+from __future__ import annotations
+
+import contextlib
+
+from agent.core.sockets import CONNECTED, TcpSocket
+from agent.core.switching import proxied
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.sockdiag import SockDiag
+
+
+class Proxied:
+    """Blocking."""
+
+    def there(self, target: PodNetns) -> tuple[TcpSocket, ...]:
+        """Both ends of each. Raises KernelError."""
+        with contextlib.closing(target.netns.call(SockDiag)) as diag:
+            return proxied(diag.both(CONNECTED))
+
+    def reset(self, target: PodNetns) -> None:
+        """Both ends, so that neither waits for the other. Raises KernelError."""
+        with contextlib.closing(target.netns.call(SockDiag)) as diag:
+            for one in proxied(diag.both(CONNECTED)):
+                diag.destroy(one)

@@ -1,0 +1,58 @@
+"""What ztunnel carries is found in the pod's namespace and reset at both ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from agent.core import names
+from agent.kernel.exec import run
+from agent.kernel.netns import Netns
+from agent.kernel.podnetns import PodNetns
+from agent.sources.proxied import Proxied
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def pod() -> Iterator[PodNetns]:
+    name = f"slu-proxied-{os.getpid()}"
+    run(["ip", "netns", "add", name])
+    made = None
+    try:
+        run(["ip", "-n", name, "link", "set", "lo", "up"])
+        made = PodNetns(Netns.open(f"/run/netns/{name}"))
+        yield made
+    finally:
+        if made:
+            made.close()
+        run(["ip", "netns", "del", name], check=False)
+
+
+def connected(pod: PodNetns, family: int, host: str, port: int) -> tuple[socket.socket, socket.socket]:
+    listener, client = (pod.netns.call(lambda: socket.socket(family)) for _ in range(2))
+    with listener:
+        listener.bind((host, port))
+        listener.listen()
+        client.connect((host, port))
+        return client, listener.accept()[0]
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_both_ends_hear_of_the_end_and_nobody_else_does(pod: PodNetns, family: int, host: str) -> None:
+    proxied, found = connected(pod, family, host, names.OUTBOUND_PORT), Proxied()
+    others = connected(pod, family, host, 8080)
+    assert {one.local for one in found.there(pod)} == {end.getsockname()[:2] for end in proxied}
+    found.reset(pod)
+    for end in proxied:
+        end.settimeout(10)
+        with pytest.raises(ConnectionError):
+            end.recv(1)
+    assert found.there(pod) == ()
+    others[0].sendall(b"x")
+    assert others[1].recv(1) == b"x"
+    for end in (*proxied, *others):
+        end.close()
