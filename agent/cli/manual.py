@@ -176,6 +176,7 @@ PAGES: Final[Mapping[str, Page]] = {
         {
             "uncapture --all --dry-run": "only show what would be removed; an agent may run",
             "uncapture --all": "remove it",
+            "uncapture --all --annotations --config /etc/sluice/sluice.yaml": "in a cluster: also the pods' annotation",
             "uncapture --all --netns /run/netns/web-0": "in this namespace, and nothing else of the node",
         },
         {0: "nothing of ours is left", 1: "something is", 2: _NOT_BEGUN},

@@ -17,7 +17,7 @@ from agent.backends import traces
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.mechanisms import mechanisms
-from agent.cli import client, output
+from agent.cli import annotation, client, output
 from agent.core.errors import SluiceError
 from agent.core.text import table
 from agent.core.whose import Whose
@@ -25,9 +25,11 @@ from agent.kernel import bpffs
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.unixsocket import claim
-from agent.reconciler.removal import REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
+from agent.reconciler.removal import LEFT, REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
 from agent.sources import existing
 from agent.sources.existing import Known
+
+_HOST, _NODE = "host", "node"  # rows that are no pod's
 
 
 def register(subparsers: Any) -> None:
@@ -39,6 +41,17 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--foreign", action="store_true", help="also what another agent has programmed, in pods")
     parser.add_argument(
         "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
+    )
+    parser.add_argument(
+        "--annotations",
+        action="store_true",
+        help="then also the annotation ambient.istio.io/redirection of this node's pods, at the API server",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        default=os.environ.get("SLUICE_CONFIG", ""),
+        help="for --annotations: the agent's settings, which say where the API server is (or $SLUICE_CONFIG)",
     )
     client.add_option(parser)
     client.add_bpf_dir(parser)
@@ -72,6 +85,8 @@ class Row:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.annotations and args.netns:
+        raise SluiceError("--annotations is for all pods of the node, --netns for some; give one of them")
     if os.geteuid() != 0:
         raise SluiceError("sluice uncapture enters network namespaces; run it as root")
     with contextlib.nullcontext() if args.dry_run else hold(args.run_dir, "uncapture"):
@@ -86,11 +101,15 @@ def _all(args: argparse.Namespace) -> int:
         rows += left(Pins.of(args.bpf_dir), dry_run=args.dry_run)
         with contextlib.closing(HostNetns()) as host:
             found = uncapture_host(host, host_layers("off")[1], traces.of_host_layer, dry_run=args.dry_run)
-        rows += [Row("host", None, found)] if found else []
+        rows += [Row(_HOST, None, found)] if found else []
     if not args.dry_run:
         stay = {row.pod.uid for row in rows if row.pod and not row.right}
         existing.forget(args.run_dir, {one.uid for one in (seen if args.netns else known)} - stay)
-    value = {"namespaces": [row.as_dict() for row in rows], "problems": problems}
+    remarks = list[str]()
+    if args.annotations and not args.dry_run:
+        captured = [row for row in rows if row.removal.result in (LEFT, REMAINS) and row.netns not in (_HOST, _NODE)]
+        remarks = annotation.take_back(args.config, [one.pod.uid if one.pod else "" for one in captured], problems)
+    value = {"namespaces": [row.as_dict() for row in rows], "problems": problems, "remarks": remarks}
     output.emit(args.output, value, _text(value, dry_run=args.dry_run))
     return 0 if not problems and all(row.right for row in rows) else 1
 
@@ -135,13 +154,13 @@ def left(pins: Pins, *, dry_run: bool) -> list[Row]:
     The whole directory goes in the end, with what another version made: that takes no more than removing files.
     """
     found = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
-    rows = [Row("node", None, found)] if found else []
+    rows = [Row(_NODE, None, found)] if found else []
     if pins.root.exists() and not dry_run:
-        rows = [Row("node", None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
+        rows = [Row(_NODE, None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
     if pins.accounting.root.exists():
         root = pins.accounting.root
         would = Removal(Whose.OURS, WOULD, ("accounting",), (f"rm -r {root}",))
-        rows.append(Row("node", None, would if dry_run else _directory(root, "accounting")))
+        rows.append(Row(_NODE, None, would if dry_run else _directory(root, "accounting")))
     return rows
 
 
@@ -164,4 +183,4 @@ def _text(value: dict[str, Any], *, dry_run: bool) -> str:
     ]
     scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]
     words = table(header, lines) if lines else "Nothing of this program is on this node."
-    return "\n".join([words, *(f"could not look: {line}" for line in value["problems"]), *scripts])
+    return "\n".join([words, *value["remarks"], *(f"could not look: {one}" for one in value["problems"]), *scripts])

@@ -296,7 +296,8 @@ def test_uninstalling_looks_where_the_agent_was() -> None:
     first, second = chart.pod(chart.render(values))["initContainers"]
     assert first["args"] == ["uninstall", "--config", "/etc/sluice/sluice.yaml"]
     assert ztunnel(chart.render(values | {"ztunnel": {"embedded": True}})), "it serves until no pod is captured"
-    assert second["args"] == ["uncapture", "--all", "--run-dir=/run/r", "--bpf-dir=/sys/fs/bpf/b"]
+    wanted = ["--annotations", "--config=/etc/sluice/sluice.yaml", "--run-dir=/run/r", "--bpf-dir=/sys/fs/bpf/b"]
+    assert second["args"] == ["uncapture", "--all", *wanted]
 
 
 def test_every_choice_of_a_setting_is_accepted(tmp_path: Path) -> None:

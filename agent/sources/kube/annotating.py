@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from agent.core.errors import KubeError
 from agent.core.pods import KubePod, PodTable
 from agent.core.schedule import Schedule
 from agent.core.status import State
+from agent.sources.kube import objects
 
 log = logging.getLogger("sluice.kube")
 _AT_ONCE = 4  # patches under way
@@ -33,6 +34,12 @@ class Sending(Protocol):
     """The API server, as far as something is written there."""
 
     async def send(self, method: str, path: str, body: Any, content_type: str = ...) -> Mapping[str, Any]: ...
+
+
+class Asking(Sending, Protocol):
+    """The same, and what is read there."""
+
+    async def get(self, path: str, query: Mapping[str, str] | None = ...) -> Mapping[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -196,6 +203,28 @@ class Annotator:
             case State.EXCLUDED:
                 return ""
         return None
+
+
+async def take_back(client: Asking, node: str, keep: Collection[str]) -> list[str]:
+    """Removes the annotation from the node's pods, but for those of the UIDs `keep`. Returns the pods' names.
+
+    Raises KubeError; what was removed until then stays removed, so it may be called again.
+    """
+    done, query = list[str](), {"fieldSelector": f"spec.nodeName={node}", "limit": "500"}
+    while True:
+        page = await client.get("/api/v1/pods", query)
+        for pod in filter(None, map(objects.pod, page.get("items") or ())):
+            if not _is(pod) or pod.uid in keep:
+                continue
+            try:
+                await client.send("PATCH", _path(pod), _patch(pod, ""), MERGE_PATCH)
+                done.append(pod.key)
+            except KubeError as error:
+                if error.status not in (404, 409):  # it is gone, or another pod has its name by now
+                    raise
+        if not (following := (page.get("metadata") or {}).get("continue")):
+            return done
+        query["continue"] = following
 
 
 def _is(pod: KubePod) -> str:

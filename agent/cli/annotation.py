@@ -1,0 +1,58 @@
+"""Takes the annotation ambient.istio.io/redirection back from this node's pods: the end of an uninstallation."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import socket
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+
+from agent.cli import settings as from_user
+from agent.core import names
+from agent.core.errors import KubeError, SettingsError
+from agent.core.settings import Settings
+from agent.install.hostroot import HostRoot
+from agent.migration.theirs import RUN_DIR, theirs_runs
+
+_REFUSED = (401, 403)  # the role is gone, and will not come back by waiting
+_BY_HAND = f"do it by hand: kubectl annotate pods --all -A {names.REDIRECTION}-"
+
+
+def take_back(config: str, captured: Collection[str], problems: list[str]) -> list[str]:
+    """Of all pods of the node but the `captured` ones, by UID ("": which one is not known). `config`: settings' file.
+
+    Returns lines for people; adds to `problems` what it is worth trying again for.
+    """
+    given = argparse.Namespace(**{field.name: None for field in fields(Settings)} | {"config": config})
+    try:
+        settings = from_user.load(given)
+        if settings.kube_server in ("", "none"):
+            return []
+        if other := theirs_runs(HostRoot(settings.host_root), [RUN_DIR], Path("/proc")):
+            return [f"{names.REDIRECTION} stays on all pods: istio-cni's agent runs here ({other})"]
+        if "" in captured:
+            return [f"{names.REDIRECTION} stays on all pods: which of them are still captured is not known"]
+        done = asyncio.run(_take_back(settings, captured))
+    except KubeError as error:
+        if error.status in _REFUSED:
+            return [f"{names.REDIRECTION} stays on the pods: {error}; {_BY_HAND}"]
+        problems.append(f"{names.REDIRECTION}: {error}")
+        return []
+    except SettingsError as error:
+        problems.append(f"{names.REDIRECTION}: {error}")
+        return []
+    return [f"{names.REDIRECTION} taken back from {len(done)} pods"] if done else []
+
+
+async def _take_back(settings: Settings, captured: Collection[str]) -> list[str]:
+    from agent.sources.kube import annotating  # with TLS and all: only where there is a cluster
+    from agent.sources.kube.access import Access
+    from agent.sources.kube.client import Client
+
+    client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
+    try:
+        return await annotating.take_back(client, settings.node_name or socket.gethostname(), captured)
+    finally:
+        await client.close()
