@@ -20,6 +20,7 @@ from agent.sources.kube.access import Access
 from agent.sources.kube.admission import Admission
 from agent.sources.kube.annotating import Annotator
 from agent.sources.kube.client import Client
+from agent.sources.kube.conditions import ZtunnelCondition
 from agent.sources.kube.events import Events
 from agent.sources.kube.follower import Follower
 from agent.sources.kube.nodes import Node, Taint
@@ -45,9 +46,11 @@ class Kubernetes:
         exempt: Exempt,
         who: Who,
         lacking: Callable[[], str],
+        connected: Callable[[], bool],
         met: Callable[[], bool],
     ) -> None:
-        """`lacking`: why capture cannot be guaranteed here now. `met`: whether a ztunnel has come to this agent yet."""
+        """`lacking`: why capture cannot be guaranteed here now. `connected`: whether a ztunnel is; `met`: whether one
+        has been since this agent began."""
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self._exempt = exempt
         self.admission = Admission(client, table, settings)
@@ -66,6 +69,7 @@ class Kubernetes:
         self.source = pods = source.Pods(table, wake, captured, self._looked)
         namespaces = source.Namespaces(table, wake, exempt.told)
         self.review = Review(client)
+        self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.tell_node)
         self.tainting = None
         if settings.startup_taint:
             taint, returns = Taint.parse(settings.startup_taint), settings.startup_taint_returns
@@ -82,7 +86,8 @@ class Kubernetes:
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         more = [part.run() for part in (self.tainting, self.peers) if part is not None]
-        return [self.pods.run(), self.namespaces.run(), self.annotator.run(), self.events.run(), *more]
+        more += [self.annotator.run(), self.events.run(), self.condition.run()]
+        return [self.pods.run(), self.namespaces.run(), *more]
 
     async def settle(self) -> None:
         """Returns when pods and namespaces are known, or when the API server has had time enough."""

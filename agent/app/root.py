@@ -176,6 +176,7 @@ class Agent:
             self.exempt,
             self.who,
             self._lacking,
+            lambda: bool(self.zds.connections),
             lambda: self.zds.met,
         )
 

@@ -26,7 +26,7 @@ from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.unixsocket import claim
 from agent.reconciler.removal import LEFT, REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
-from agent.sources import existing
+from agent.sources import existing, recorded
 from agent.sources.existing import Known
 
 _HOST, _NODE = "host", "node"  # rows that are no pod's
@@ -105,6 +105,8 @@ def _all(args: argparse.Namespace) -> int:
     if not args.dry_run:
         stay = {row.pod.uid for row in rows if row.pod and not row.right}
         existing.forget(args.run_dir, {one.uid for one in (seen if args.netns else known)} - stay)
+        if not args.netns and all(row.right for row in rows):
+            recorded.forget(args.run_dir)  # what is installed after this is another installation
     remarks = list[str]()
     if args.annotations and not args.dry_run:
         captured = [row for row in rows if row.removal.result in (LEFT, REMAINS) and row.netns not in (_HOST, _NODE)]

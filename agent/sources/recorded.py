@@ -49,5 +49,10 @@ def save(run_dir: str, recorded: Recorded) -> None:
     temporary.replace(path)
 
 
+def forget(run_dir: str) -> None:
+    """The next agent chooses anew."""
+    _path(run_dir).unlink(missing_ok=True)
+
+
 def _path(run_dir: str) -> Path:
     return Path(run_dir) / "backend.json"

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import h11
 from support.apiserver_faults import Fault, Faults, Kind, Where
-from support.apiserver_store import KINDS, Store, TestFailed, merged, patched
+from support.apiserver_store import KINDS, Store, TestFailed, by_type, merged, patched
 from support.apiserver_views import View, status
 
 Json = dict[str, Any]
@@ -258,13 +258,14 @@ class Conversation:
                 return self.store.put(patched(found, asked.body))
             except TestFailed as error:
                 raise Refused(422, "Invalid", f"the server rejected our request: {error}") from None
-        if asked.head["content-type"] != "application/merge-patch+json":
+        kind = asked.head["content-type"]
+        if kind not in ("application/merge-patch+json", "application/strategic-merge-patch+json"):
             raise Refused(415, "UnsupportedMediaType", asked.head["content-type"])
         metadata = asked.body.get("metadata", {})
         for key in ("uid", "resourceVersion"):
             if metadata.get(key, found["metadata"].get(key)) != found["metadata"].get(key):
                 raise Refused(409, "Conflict", f"Precondition failed: {key} in precondition differs")
-        return self.store.put(merged(found, asked.body))
+        return self.store.put(merged(found, by_type(found, asked.body) if "strategic" in kind else asked.body))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ def merged(target: Any, patch: Any) -> Any:
     return result
 
 
+def by_type(target: Json, patch: Json) -> Json:
+    """A strategic merge patch as a plain one. Conditions are the one list that is patched here: merged by `type`."""
+    given = {one["type"]: one for one in patch.get("status", {}).get("conditions", [])}
+    there = target.get("status", {}).get("conditions", [])
+    whole = [*(one for one in there if one["type"] not in given), *given.values()]
+    return {**patch, "status": {**patch.get("status", {}), "conditions": whole}}
+
+
 class TestFailed(Exception):
     """A JSON patch that does not apply, in its own words."""
 

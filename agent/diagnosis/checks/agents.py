@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from agent import __version__
 from agent.diagnosis.facts import Facts
 from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.remedies import log, restart, start
 
 _MEMORY = 150 << 20  # bytes; what an agent of 250 pods may take (P60h)
 _PER_POD = 6  # descriptors (agent.app.root.main)
 _LEAST = 128  # descriptors of an agent without pods
-_LOG = "journalctl -u sluice -n 50 (or kubectl logs, in Kubernetes)"
 
 
 def _agent(facts: Facts) -> Iterator[Said]:
@@ -19,9 +19,11 @@ def _agent(facts: Facts) -> Iterator[Said]:
     if not left.why:
         status = facts.agent.status
         if not status["ready"]:
-            yield wrong(f"the agent is not ready: {status['problem']}", "new pods wait until it is", _LOG)
+            yield wrong(f"the agent is not ready: {status['problem']}", "new pods wait until it is", log(facts))
         elif status["problem"]:
-            yield warning(status["problem"], "the agent takes pods, but not all of it works", "sluice status; " + _LOG)
+            yield warning(
+                status["problem"], "the agent takes pods, but not all of it works", "sluice status; " + log(facts)
+            )
         else:
             yield ok(f"version {status['version']}, ready, backend {status['backend']}")
         return
@@ -30,7 +32,7 @@ def _agent(facts: Facts) -> Iterator[Said]:
         yield unknown(f"{left.why}; nothing of Sluice is installed here", "sluice install, or the chart")
         return
     what = [*(["new pods cannot start"] if listed else []), *(["nobody repairs rules"] if left.noted else [])]
-    yield wrong(left.why, f"no agent runs: {', '.join(what)}", "systemctl start sluice; " + _LOG)
+    yield wrong(left.why, f"no agent runs: {', '.join(what)}", f"{start(facts)}; {log(facts)}")
 
 
 def _version(facts: Facts) -> Iterator[Said]:
@@ -41,7 +43,7 @@ def _version(facts: Facts) -> Iterator[Said]:
     yield warning(
         f"the agent is {running}, this command is {__version__}",
         "an upgrade put new files in place and the agent was not restarted, or this is another copy",
-        "systemctl restart sluice (rules stay while it starts)",
+        f"{restart(facts)} (rules stay while it starts)",
     )
 
 
@@ -86,13 +88,13 @@ def _resources(facts: Facts) -> Iterator[Said]:
         yield wrong(
             f"{agent.descriptors} of {room} descriptors are open",
             "with none left no pod can be looked at",
-            "set LimitNOFILE=1048576 in sluice.service, systemctl daemon-reload, systemctl restart sluice",
+            f"raise its limit of open files (sluice.service: LimitNOFILE=1048576); {restart(facts)}",
         )
     elif agent.descriptors > 2 * expected:
         yield warning(
             f"{agent.descriptors} descriptors are open for {len(agent.pods)} pods; some {expected} are usual",
             "descriptors leak",
-            "sluice report, and tell us; systemctl restart sluice (frees them, rules stay)",
+            f"sluice report, and tell us; {restart(facts)} (frees them, rules stay)",
         )
     if agent.resident > _MEMORY:
         yield warning(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from agent.core.host import Variant
 from agent.diagnosis.facts import Facts
 from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.remedies import restart
 
 
 def _backend(facts: Facts) -> Iterator[Said]:
@@ -28,7 +29,7 @@ def _backend(facts: Facts) -> Iterator[Said]:
         yield warning(
             f"{name} was chosen under kernel {left.release}, this is {facts.host.view.release}",
             "the kernel was upgraded and the agent has not started since",
-            "systemctl restart sluice",
+            restart(facts),
         )
     else:
         yield ok(f"{name}: {reason}")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from agent.diagnosis.facts import Facts
 from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.remedies import start
 
 _FLUSHES = {
     "firewalld": "its reload empties every table that it can",
@@ -45,7 +46,7 @@ def _exemption(facts: Facts) -> Iterator[Said]:
         yield wrong(
             "there are captured pods, and no exemption of the node's probes in its namespace",
             "it was flushed and no agent runs that would put it back",
-            "systemctl start sluice",
+            start(facts),
         )
     elif facts.host.probes:
         yield ok(f"made by {', '.join(facts.host.probes)}; no agent looks after it")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from agent.diagnosis.facts import Facts, Pod, Row
 from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
 _FULL = 0.8  # of the ports for outgoing connections
@@ -52,7 +53,7 @@ def _bare(facts: Facts) -> Iterator[Said]:
             yield wrong(
                 f"{pod.name}: no rules in {pod.place}",
                 "they were removed, and nobody has put them back: the pod's traffic goes past ztunnel",
-                f"sluice verify {pod.name} --repair" if not facts.left.why else "systemctl start sluice",
+                f"sluice verify {pod.name} --repair" if not facts.left.why else start(facts),
             )
     for pod in facts.pods.others:
         if pod.ours:

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from agent.core.names import DNS_PORT
 from agent.diagnosis.facts import Facts
 from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
-
-_ZTUNNEL = "systemctl restart sluice-ztunnel (or kubectl -n istio-system get pods -l app=ztunnel -o wide)"
+from agent.diagnosis.remedies import restart, ztunnel
 
 
 def _connected(facts: Facts) -> Iterator[Said]:
     path, left = facts.settings.zds_socket, facts.left
     if left.zds and left.zds != "socket":
-        yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; systemctl restart sluice")
+        yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; {restart(facts)}")
         return
     if left.why:
         yield unknown("no agent answers, which would know")
@@ -25,13 +24,13 @@ def _connected(facts: Facts) -> Iterator[Said]:
         yield wrong(
             f"{path} is not there",
             "another agent removed the socket at its end (istio-cni does): ztunnel cannot come back",
-            "systemctl restart sluice",
+            restart(facts),
         )
     elif not count:
         yield wrong(
             f"no ztunnel is connected to {path}",
             "captured pods have their connections refused; it does not run, or uses another socket",
-            _ZTUNNEL,
+            ztunnel(facts),
         )
     elif count > 1:
         yield warning(
@@ -40,7 +39,7 @@ def _connected(facts: Facts) -> Iterator[Said]:
             "pgrep -a ztunnel; end the older one",
         )
     if count and waiting:
-        yield warning(f"{waiting} pods wait for ztunnel's acknowledgement", "ztunnel is busy, or hangs", _ZTUNNEL)
+        yield warning(f"{waiting} pods wait for ztunnel's acknowledgement", "ztunnel is busy, or hangs", ztunnel(facts))
     if count == 1 and not waiting:
         yield ok(f"one is connected to {path}, and has every pod")
 
@@ -53,7 +52,7 @@ def _listening(facts: Facts) -> Iterator[Said]:
             yield wrong(
                 f"{pod.name}: nothing listens on {ports}",
                 "rules send the pod's connections to ztunnel, which is not there (it restarted, or could not bind)",
-                f"see ztunnel's log for the pod; sluice verify {pod.name} --repair; {_ZTUNNEL}",
+                f"see ztunnel's log for the pod; sluice verify {pod.name} --repair; {ztunnel(facts)}",
             )
     if captured and not any(pod.silent for pod in captured):
         ports = ", ".join(facts.settings.ztunnel_ports)

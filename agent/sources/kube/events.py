@@ -12,7 +12,7 @@ from typing import Any
 
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KubeError, NetnsError
-from agent.core.pods import KubePod, Pod, PodTable
+from agent.core.pods import Pod, PodTable
 from agent.sources.kube.annotating import Sending
 
 log = logging.getLogger("sluice.kube")
@@ -27,6 +27,20 @@ class _Kind:
     since: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """The object that an event is shown with; a node has no namespace."""
+
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.namespace}/{self.name}" if self.namespace else self.name
+
+
 class Events:
     """`tell` never blocks and never fails. Also the reconciler's journal, for what pods' owners have to know."""
 
@@ -34,7 +48,7 @@ class Events:
         """`passed` is told of each pod that the reconciler looked at."""
         self.lost = 0
         self._client, self._table, self._node, self._passed = client, table, node, passed
-        self._waiting: asyncio.Queue[tuple[KubePod, str, str]] = asyncio.Queue(_MOST)
+        self._waiting: asyncio.Queue[tuple[About, str, str]] = asyncio.Queue(_MOST)
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
@@ -63,47 +77,53 @@ class Events:
         self._passed(pod.uid)
 
     def tell(self, pod: Pod, reason: str, words: str) -> None:
-        kube, now = self._table.kube(pod.uid), time.monotonic()
-        if kube is None:
-            return
-        kind = self._kinds.get((pod.uid, reason))
+        if (kube := self._table.kube(pod.uid)) is not None:
+            self._say(About("Pod", kube.namespace, kube.name, kube.api_uid), reason, words)
+
+    def tell_node(self, reason: str, words: str) -> None:
+        """As the kubelet does: its events are in namespace default, and name the node as the UID, too."""
+        self._say(About("Node", "", self._node, self._node), reason, words)
+
+    def _say(self, about: About, reason: str, words: str) -> None:
+        now = time.monotonic()
+        kind = self._kinds.get((about.uid, reason))
         if kind is not None and now - kind.told < EVERY:
             kind.since += 1
             return
         more = f" ({kind.since} more in the last {now - kind.told:.0f} s)" if kind and kind.since else ""
-        self._kinds[pod.uid, reason] = _Kind(now)
+        self._kinds[about.uid, reason] = _Kind(now)
         if len(self._kinds) > _MOST:
             self._kinds = {key: one for key, one in self._kinds.items() if now - one.told < EVERY}
         try:
-            self._waiting.put_nowait((kube, reason, words.encode()[:_LONGEST].decode(errors="ignore") + more))
+            self._waiting.put_nowait((about, reason, words.encode()[:_LONGEST].decode(errors="ignore") + more))
         except asyncio.QueueFull:
             self.lost += 1
 
     async def run(self) -> None:
         """Until cancelled. An event that cannot be written is counted: it is in the log and in the metrics anyway."""
         while True:
-            pod, reason, words = await self._waiting.get()
+            about, reason, words = await self._waiting.get()
             try:
-                path = f"/api/v1/namespaces/{pod.namespace}/events"
-                await self._client.send("POST", path, event(pod, reason, words, self._node, datetime.now(UTC)))
+                path = f"/api/v1/namespaces/{about.namespace or 'default'}/events"
+                await self._client.send("POST", path, event(about, reason, words, self._node, datetime.now(UTC)))
             except KubeError as error:
                 self.lost += 1
-                log.warning("pod %s: event %s not written: %s", pod.key, reason, error)
+                log.warning("%s %s: event %s not written: %s", about.kind.lower(), about.key, reason, error)
 
 
-def event(pod: KubePod, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:
+def event(about: About, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:
     """As `kubectl describe pod` shows it (core/v1, Event)."""
     stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",
         "kind": "Event",
-        "metadata": {"name": f"{pod.name[:200]}.{time.time_ns():x}", "namespace": pod.namespace},
+        "metadata": {"name": f"{about.name[:200]}.{time.time_ns():x}", "namespace": about.namespace or "default"},
         "involvedObject": {
             "apiVersion": "v1",
-            "kind": "Pod",
-            "namespace": pod.namespace,
-            "name": pod.name,
-            "uid": pod.api_uid,
+            "kind": about.kind,
+            **({"namespace": about.namespace} if about.namespace else {}),
+            "name": about.name,
+            "uid": about.uid,
         },
         "type": "Warning",
         "reason": reason,

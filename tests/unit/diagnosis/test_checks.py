@@ -364,3 +364,16 @@ def test_checks_are_named_once_and_name_rows_of_the_list() -> None:
     for one in CHECKS:
         assert re.fullmatch(r"[a-z0-9-]+", one.id)
         assert all(re.fullmatch(r"P[0-6]\d[a-p]?", row) for row in one.problems)
+
+
+def test_remedies_are_commands_of_where_the_agent_runs() -> None:
+    """A pod of a cluster is no unit of systemd."""
+    stale = status(ready=False, problem="it waits", version="0.0.1", ztunnel_connections=0)
+    units = " ".join(one.remedy for one in examine_all(CHECKS, stale))
+    assert "systemctl restart sluice-ztunnel" in units and "kubectl" not in units
+    pods = replace(stale, settings=replace(stale.settings, own_namespace="mesh"))
+    remedies = [one.remedy for one in examine_all(CHECKS, pods)]
+    assert "systemctl" not in " ".join(remedies)
+    selected = "-l app.kubernetes.io/name=sluice,app.kubernetes.io/component=agent --field-selector spec.nodeName=n1"
+    assert f"kubectl -n mesh delete pods {selected} (rules stay while it starts)" in remedies
+    assert any("-n istio-system get pods -l app=ztunnel" in one for one in remedies)

@@ -103,3 +103,12 @@ def test_a_pod_that_kubernetes_does_not_know_has_no_events(table: PodTable) -> N
     made = Events(Api(), table, "node-1", lambda _: None)
     made.tell(Pod("other", "shop", "other"), "CaptureFailed", "no")
     assert made._waiting.empty()
+
+
+def test_an_event_on_the_node_is_where_kubectl_describe_looks_for_it(table: PodTable) -> None:
+    api = Api()
+    made = Events(api, table, "node-1", lambda _: None)
+    made.tell_node("ZtunnelMissing", "no ztunnel is connected")
+    (body,) = written(made, api, 1)
+    assert api.sent[0][1] == "/api/v1/namespaces/default/events" and body["metadata"]["namespace"] == "default"
+    assert body["involvedObject"] == {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": "node-1"}

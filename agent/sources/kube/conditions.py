@@ -1,0 +1,87 @@
+"""Says in the cluster when no ztunnel is connected here: a condition of the agent's own pod, and an Event on the node.
+
+The agent is ready then, for a ztunnel may be installed after it; but pods of enrolled namespaces do not start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from agent.core.errors import KubeError
+from agent.core.pods import KubePod, PodTable
+from agent.sources.kube.annotating import Sending
+
+log = logging.getLogger("sluice.kube")
+CONDITION = "sluice.io/ztunnel-connected"
+STRATEGIC = "application/strategic-merge-patch+json"
+_EVERY = 1.0  # seconds between two looks
+_PAUSE = 10.0  # the same, after the API server refused or did not answer
+STEADY = 10.0  # seconds without ztunnel before it is said: not at each restart of it
+_AGAIN = 600.0  # seconds after which the Event is written again: the API server keeps one for an hour
+_COMPONENT = "app.kubernetes.io/component"  # as the chart labels its pods
+
+
+class ZtunnelCondition:
+    """Level-triggered. `tell` is given the reason and the words of an Event on the node."""
+
+    def __init__(
+        self,
+        client: Sending,
+        table: PodTable,
+        namespace: str,
+        connected: Callable[[], bool],
+        tell: Callable[[str, str], None],
+    ) -> None:
+        """`namespace`: that of the agent's own pod, "" when it is none."""
+        self._client, self._table, self._namespace = client, table, namespace
+        self._connected, self._tell = connected, tell
+        self._away = 0.0
+        self._said: tuple[str, bool] | None = None  # of which pod, and what
+        self._failed = False
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            await self.look()
+            await asyncio.sleep(_PAUSE if self._failed else _EVERY)
+
+    async def look(self) -> None:
+        connected = self._connected()
+        self._away = 0.0 if connected else self._away + _EVERY
+        if not connected and self._away < STEADY:
+            return
+        words = "" if connected else "no ztunnel is connected to the agent: captured pods' connections are refused"
+        if not connected and (self._away - STEADY) % _AGAIN < _EVERY:
+            self._tell("ZtunnelMissing", f"{words}, and pods of enrolled namespaces do not start")
+        pod = self._own()
+        if pod is None or self._said == (pod.uid, connected):
+            return
+        try:
+            path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
+            await self._client.send("PATCH", path, _patch(pod, words, datetime.now(UTC)), STRATEGIC)
+            self._said, self._failed = (pod.uid, connected), False
+        except KubeError as error:
+            if not self._failed:
+                log.warning("condition %s of pod %s: %s", CONDITION, pod.key, error)
+            self._failed = True
+
+    def _own(self) -> KubePod | None:
+        found = (pod for uid in self._table.kube_uids() if (pod := self._table.kube(uid)) is not None)
+        ours = (pod for pod in found if self._namespace and pod.namespace == self._namespace and not pod.deleting)
+        return next((pod for pod in ours if pod.labels.get(_COMPONENT) == "agent" and not pod.ended), None)
+
+
+def _patch(pod: KubePod, missing: str, now: datetime) -> dict[str, Any]:
+    """core/v1, PodCondition; others' conditions stay, for they are merged by their type."""
+    condition = {
+        "type": CONDITION,
+        "status": "False" if missing else "True",
+        "reason": "ZtunnelMissing" if missing else "ZtunnelConnected",
+        "message": missing,
+        "lastTransitionTime": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    return {"metadata": {"uid": pod.api_uid}, "status": {"conditions": [condition]}}

@@ -1,0 +1,37 @@
+"""`sluice uncapture --all`, with a node that has nothing: what it leaves of an installation. Packets: tests/netns."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.backends.choose import Recorded
+from agent.cli import uncapture
+from agent.core.whose import Whose
+from agent.reconciler.removal import REMAINS, Removal
+from agent.sources import recorded
+
+RECORD = Recorded("ebpf", "asked for", "ebpf", "as the pods", "6.18", 1.0)
+
+
+class Host:
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("remains", [False, True])
+def test_the_next_installation_does_not_run_the_choice_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remains: bool
+) -> None:
+    left = [uncapture.Row("/run/netns/x", None, Removal(Whose.OURS, REMAINS, ("nftables",)))] if remains else []
+    replaced: dict[str, Any] = {"remove": lambda *_: (left, []), "left": lambda *_, **__: [], "HostNetns": Host}
+    for name, value in {**replaced, "uncapture_host": lambda *_, **__: None}.items():
+        monkeypatch.setattr(uncapture, name, value)
+    monkeypatch.setattr(uncapture.existing, "places", lambda *_: [])
+    recorded.save(str(tmp_path), RECORD)
+    given = {"netns": [], "foreign": False, "dry_run": False, "annotations": False, "config": "", "output": "text"}
+    args = argparse.Namespace(run_dir=str(tmp_path), bpf_dir=str(tmp_path / "bpf"), **given)
+    assert uncapture._all(args) == int(remains)
+    assert recorded.load(str(tmp_path)) == (RECORD if remains else None)
