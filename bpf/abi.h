@@ -130,14 +130,18 @@ struct resolver {
 	__u16 none[3];
 };
 
-/* Map flows: what passes beside ztunnel in a pod that refuses the rest, or DNS that it asks around ztunnel. */
+/* Map flows: what passes beside ztunnel in a pod that refuses the rest, or DNS that it asks around ztunnel.
+ *
+ * With `asked` a question that came to the pod from port 53; its value is the time in seconds since the boot.
+ */
 struct flow {
 	__u64 cookie;
 	struct address remote;
 	__u16 local_port;
 	__u16 remote_port;
 	__u8 protocol;
-	__u8 none[3];
+	__u8 asked;
+	__u8 none[2];
 };
 
 enum direction {

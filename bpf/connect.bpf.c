@@ -87,6 +87,8 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 		return remember(sk, MEMORY_ZTUNNEL, to, asked);
 	}
 	struct answer answer = outbound(pod, protocol, to, asked, bpf_get_current_uid_gid());
+	if (answer.verdict == TO_DNS && protocol == IPPROTO_UDP && answers_client(ctx, cookie, to))
+		answer = ANSWER(PASS, EXIT_NOT_TCP);
 	count(answer.cause);
 	if (answer.verdict == PASS) {
 		if (answer.cause == EXIT_EXCLUDED_USER)

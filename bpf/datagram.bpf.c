@@ -8,13 +8,7 @@
 
 static __always_inline int by_flow(struct bpf_sock_addr *ctx, __u64 cookie, const struct address *to)
 {
-	struct flow flow = {
-		.cookie = cookie,
-		.remote = *to,
-		.local_port = bpf_htons(ctx->sk->src_port),
-		.remote_port = ctx->user_port,
-		.protocol = IPPROTO_UDP,
-	};
+	struct flow flow = flow_to(ctx, cookie, to);
 	return bpf_map_lookup_elem(&flows, &flow) != NULL;
 }
 
@@ -45,6 +39,8 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct addre
 		return remember(sk, MEMORY_ZTUNNEL, to, asked);
 	}
 	struct answer answer = outbound(pod, IPPROTO_UDP, to, asked, bpf_get_current_uid_gid());
+	if (answer.verdict == TO_DNS && answers_client(ctx, cookie, to))
+		answer = ANSWER(PASS, EXIT_NOT_TCP);
 	if (answer.cause == EXIT_NOT_TCP && pod->flags & POD_REFUSE && !by_flow(ctx, cookie, to)) {
 		note_refused(cookie);
 		return REFUSED;

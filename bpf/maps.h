@@ -32,6 +32,21 @@ struct {
 	__type(value, __u32);
 } flows SEC(".maps");
 
+#define ASKED_SECONDS 30 /* as long as conntrack waits for an answer (nf_conntrack_udp_timeout) */
+
+static __always_inline __u32 seconds(void)
+{
+	return bpf_ktime_get_ns() / 1000000000;
+}
+
+/* Whether what is sent by this flow answers a question that came by it; sets `asked`. */
+static __always_inline int answers(struct flow *flow)
+{
+	flow->asked = 1;
+	__u32 *when = bpf_map_lookup_elem(&flows, flow);
+	return when && seconds() - *when <= ASKED_SECONDS;
+}
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -81,6 +81,25 @@ static __always_inline struct address loopback_for(const struct address *a, __u1
 	return made;
 }
 
+static __always_inline struct flow flow_to(struct bpf_sock_addr *ctx, __u64 cookie, const struct address *to)
+{
+	struct flow flow = {
+		.cookie = cookie,
+		.remote = *to,
+		.local_port = bpf_htons(ctx->sk->src_port),
+		.remote_port = ctx->user_port,
+		.protocol = IPPROTO_UDP,
+	};
+	return flow;
+}
+
+/* A client may ask a DNS server of the pod from port 53: what goes back there is no question to a resolver. */
+static __always_inline int answers_client(struct bpf_sock_addr *ctx, __u64 cookie, const struct address *to)
+{
+	struct flow flow = flow_to(ctx, cookie, to);
+	return answers(&flow);
+}
+
 static __always_inline struct address localhost(int ipv4)
 {
 	struct address made = {{0, 0, 0, bpf_htonl(1)}};

@@ -110,6 +110,9 @@ SEC("tc") int egress(struct __sk_buff *skb)
 		return TC_NEXT;
 	__u16 kind = kind_of(skb);
 	int udp = p.protocol == IPPROTO_UDP;
+	struct flow flow = flow_of(&p, OUTBOUND);
+	if (udp && pod->flags & POD_DNS && p.to_port == bpf_htons(53) && kind != MEMORY_ZTUNNEL && answers(&flow))
+		return TC_NEXT;
 	/* ztunnel's own, and what asks around it: the answers are known by the flow. */
 	if (kind == MEMORY_ZTUNNEL || (udp && pod->flags & POD_DNS && p.to_port == bpf_htons(53) && is_resolver(pod, &p.to)))
 		return pass_both_ways(&p, OUTBOUND);
@@ -124,24 +127,29 @@ SEC("tc") int egress(struct __sk_buff *skb)
 	return rest(&p, pod, OUTBOUND);
 }
 
+/* The sockets that the packet could be for; returns the size. */
+static __always_inline __u32 tuple_of(const struct packet *p, struct bpf_sock_tuple *tuple)
+{
+	if (is_ipv4(&p->to)) {
+		tuple->ipv4.saddr = p->from.word[3];
+		tuple->ipv4.daddr = p->to.word[3];
+		tuple->ipv4.sport = p->from_port;
+		tuple->ipv4.dport = p->to_port;
+		return sizeof(tuple->ipv4);
+	}
+	__builtin_memcpy(tuple->ipv6.saddr, &p->from, sizeof(p->from));
+	__builtin_memcpy(tuple->ipv6.daddr, &p->to, sizeof(p->to));
+	tuple->ipv6.sport = p->from_port;
+	tuple->ipv6.dport = p->to_port;
+	return sizeof(tuple->ipv6);
+}
+
 /* Whether a connection of this namespace claims the packet: it has been captured then, or is the pod's own. */
 static __always_inline int is_claimed(struct __sk_buff *skb, const struct packet *p)
 {
 	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *sk;
-	if (is_ipv4(&p->to)) {
-		tuple.ipv4.saddr = p->from.word[3];
-		tuple.ipv4.daddr = p->to.word[3];
-		tuple.ipv4.sport = p->from_port;
-		tuple.ipv4.dport = p->to_port;
-		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv4), BPF_F_CURRENT_NETNS, 0);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &p->from, sizeof(p->from));
-		__builtin_memcpy(tuple.ipv6.daddr, &p->to, sizeof(p->to));
-		tuple.ipv6.sport = p->from_port;
-		tuple.ipv6.dport = p->to_port;
-		sk = bpf_skc_lookup_tcp(skb, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
-	}
+	__u32 size = tuple_of(p, &tuple);
+	struct bpf_sock *sk = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
 	if (!sk)
 		return 0;
 	int listens = sk->state == LISTEN;
@@ -163,6 +171,20 @@ static __always_inline int coming_tcp(struct __sk_buff *skb, const struct pod *p
 	return TC_NEXT;
 }
 
+/* A client may ask a DNS server of the pod from port 53: what goes back there is an answer. */
+static __always_inline void note_asked(struct __sk_buff *skb, const struct packet *p)
+{
+	struct bpf_sock_tuple tuple = {};
+	__u32 size = tuple_of(p, &tuple), now = seconds();
+	struct bpf_sock *sk = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	struct flow flow = flow_of(p, INBOUND);
+	if (!sk)
+		return;
+	bpf_sk_release(sk);
+	flow.asked = 1;
+	bpf_map_update_elem(&flows, &flow, &now, BPF_ANY);
+}
+
 SEC("tc") int ingress(struct __sk_buff *skb)
 {
 	__u64 cookie = own_cookie;
@@ -180,6 +202,8 @@ SEC("tc") int ingress(struct __sk_buff *skb)
 	int udp = p.protocol == IPPROTO_UDP, flow = has_flow(&p, INBOUND);
 	if (flow && ((udp && p.from_port == bpf_htons(53)) || pod->flags & POD_REFUSE))
 		return TC_NEXT;
+	if (udp && p.from_port == bpf_htons(53) && pod->flags & POD_DNS)
+		note_asked(skb, &p);
 	if (pod->flags & POD_REFUSE) {
 		if (excluded_inbound(pod, &p.from, p.to_port, udp) ||
 		    listed_number(pod, POLICY_INTERFACE, bpf_htonl(skb->ifindex), 32) == ROLE_EXCLUDED)

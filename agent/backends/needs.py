@@ -138,7 +138,7 @@ def _nftables() -> Iterator[Need]:
         ("ct mark", Rule(*mangle, (), Verb.SET_CONNECTION_MARK), "nft_ct", "NFT_CT and CONFIG_NF_CONNTRACK_MARK"),
         (
             "ct zone",
-            Rule(*raw, (udp,), Verb.ZONE, 1),
+            Rule(*raw, (udp,), Verb.ORIGINAL_ZONE, 1),
             "nft_ct",
             "NFT_CT and CONFIG_NF_CONNTRACK_ZONES",
         ),

@@ -91,6 +91,7 @@ class Rule:
 _TCP, _UDP = Match(Field.PROTOCOL, "tcp"), Match(Field.PROTOCOL, "udp")
 _FROM_ZTUNNEL = Match(Field.MARK, names.ZTUNNEL_MARK)
 _NOT_FROM_ZTUNNEL = Match(Field.MARK, names.ZTUNNEL_MARK, negated=True)
+_OFF_LO = Match(Field.OUT_INTERFACE, "lo", negated=True)
 _NOT_OPENING = Match(Field.OPENING, "syn", negated=True)
 _LOOPBACK = {4: "127.0.0.1", 6: "::1"}
 _ICMP = {4: "icmp", 6: "ipv6-icmp"}
@@ -104,14 +105,14 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     any chain of NAT is there (see `tables`).
     """
     if redirect.draining:
-        return (*_mangle(), *(_raw(redirect) if redirect.dns else ()))
+        return (*_mangle(), *(_raw(plain=not counting) if redirect.dns else ()))
     found = [
         *_mangle(),
         *(_other_inbound(redirect) if counting else ()),
         *(_other_outbound(redirect) if counting else ()),
         *_nat_prerouting(redirect),
         *_nat_output(redirect),
-        *(_raw(redirect) if redirect.dns else ()),
+        *(_raw(plain=not counting) if redirect.dns else ()),
     ]
     if not counting or redirect.ipv4 == redirect.ipv6:
         return tuple(found)
@@ -245,9 +246,8 @@ def _nat_output(redirect: Redirect) -> Iterator[Rule]:
 
 def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
     nat, port = (Table.NAT, Hook.OUTPUT), Match(Field.DESTINATION_PORT, 53)
-    off_lo = Match(Field.OUT_INTERFACE, "lo", negated=True)
     for family, to in _resolvers(redirect):
-        udp = (*to, off_lo, _UDP, port, _NOT_FROM_ZTUNNEL)
+        udp = (*to, _OFF_LO, _UDP, port, _NOT_FROM_ZTUNNEL)
         yield Rule(*nat, udp, Verb.REDIRECT, names.DNS_PORT, family)
     for family, match in outward.items():
         for wanted, to in _resolvers(redirect):
@@ -296,12 +296,15 @@ def _ports(
             yield Rule(table, hook, (*more, Match(Field.PROTOCOL, protocol), ports), Verb.RETURN)
 
 
-def _raw(redirect: Redirect) -> Iterator[Rule]:
+def _raw(*, plain: bool) -> Iterator[Rule]:
+    """ztunnel's queries have a conntrack zone of their own: a client may ask the same resolver from the same port.
+
+    Only packets that go as the query went: answers are known by their flow, which no port tells. A DNS server's client
+    may ask from port 53, and ztunnel answers a client at port 53, by lo. `plain`: as istio-cni, by ports.
+    """
     ours = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)
-    if redirect.exclude != NOTHING or redirect.dns_to:
-        # Some queries go out around ztunnel, from zone 0: their answers must be looked for there. So ztunnel's
-        # queries alone are kept apart, and no answer by its port.
-        yield Rule(Table.RAW, Hook.OUTPUT, ours, Verb.ORIGINAL_ZONE, names.DNS_ZONE)
+    if not plain:
+        yield Rule(Table.RAW, Hook.OUTPUT, (_OFF_LO, *ours), Verb.ORIGINAL_ZONE, names.DNS_ZONE)
         return
     yield Rule(Table.RAW, Hook.OUTPUT, ours, Verb.ZONE, names.DNS_ZONE)
     answers = (_UDP, Match(Field.SOURCE_PORT, 53), _NOT_FROM_ZTUNNEL)

@@ -25,6 +25,7 @@ from agent.ztunnel.workload import Workload
 from agent.ztunnel.workloads import Workloads
 
 OVERLAP_SECONDS = 1.0
+ANSWERED_SECONDS = 2.0  # a second answer may still come
 _LOOK_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ZtunnelSettings:
-    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. Times in seconds."""
+    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. Times in seconds;
+    `dns_seconds`: as long as the pod's conntrack waits for an answer (nf_conntrack_udp_timeout)."""
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
     drain_seconds: float = 5.0
-    dns_seconds: float = 5.0
+    dns_seconds: float = 30.0
     connect_seconds: float = 10.0
     bpf_dir: str = BPF_DIR
 
@@ -73,7 +75,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ending = _Ending(loop)
     engine = Engine(
         Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
-        Records(loop, settings.records), Asked(settings.bpf_dir),
+        Deadlines(loop, ANSWERED_SECONDS), Records(loop, settings.records), Asked(settings.bpf_dir),
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(Workload, engine))
     agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())
@@ -89,7 +91,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
-    for part in (engine.connects, engine.queries, engine.records, engine.poller, engine.asked):
+    for part in (engine.connects, engine.queries, engine.answered, engine.records, engine.poller, engine.asked):
         part.close()
     return 1 if failed else 0
 

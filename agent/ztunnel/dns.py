@@ -1,26 +1,42 @@
-"""Captured DNS over UDP: each query goes to the resolver that the pod asked, each answer back, byte for byte.
+"""Captured UDP to port 53: each datagram goes to the resolver that the pod asked, all answers come back, byte for byte.
 
-The resolver is what conntrack remembers of the redirected query, or the agent's eBPF programs where they redirect.
-If neither does the query is dropped and recorded: sending it to some other resolver would answer from another view of
-the names.
+A flow is what one client's port sends to one resolver. It has one socket upstream for as long as it lives, as in a pod
+without ztunnel: so what is not DNS passes too, and second, late and unexpected answers. Queries and their answers are
+recorded one by one, the rest by flow.
+
+The resolver is what conntrack remembers of the redirected datagram, or the agent's eBPF programs where they redirect.
+If neither does the datagram is dropped and recorded: sending it to some other resolver would answer from another view
+of the names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from typing import NamedTuple
 
 from agent.core import names
 from agent.core.errors import KernelError, SluiceError
 from agent.kernel.conntrack import Conntrack
-from agent.ztunnel import poller
+from agent.ztunnel import dnsmessage, poller
 from agent.ztunnel.original import Address
 from agent.ztunnel.pod import Pod, now
 
-OUTSTANDING = 4096
-_ACCEPTED = 64  # queries taken at one wake-up, then others get their turn
+MOST = 4096  # flows of a pod, and queries without an answer; the oldest flow then makes room
+IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
+_ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
 _LARGEST = 65535
+_KNOWN = {errno.ECONNREFUSED: "refused"}
+
+
+class Waiting(NamedTuple):
+    """A query without an answer. `began` as of pod.now; `question` is the message up to the end of its question."""
+
+    began: tuple[float, float]
+    size: int
+    question: bytes
 
 
 class Resolver:
@@ -29,18 +45,36 @@ class Resolver:
     def __init__(self, pod: Pod, conntrack: Conntrack) -> None:
         """Takes over `conntrack`, made inside the pod's namespace."""
         self.pod, self._conntrack = pod, conntrack
-        self.outstanding = 0
+        self.flows: dict[tuple[Address, Address], Flow] = {}  # the one that was asked last comes last
+        self.waiting = 0
 
     def receive(self, listener: socket.socket) -> None:
         """To be called when `listener` is readable."""
-        for _ in range(_ACCEPTED):
+        for _ in range(_ROUNDS):
             try:
-                query, client = listener.recvfrom(_LARGEST)
+                datagram, client = listener.recvfrom(_LARGEST)
             except BlockingIOError:
                 return
             except OSError:
                 continue  # the error of an earlier answer (ICMP), not of this query
-            Query(self, listener, client, len(query)).ask(query)
+            try:
+                self._pass_on(listener, client, datagram)
+            except SluiceError as error:
+                self.record(now(), client, None, len(datagram), 0, "error", str(error))
+
+    def _pass_on(self, listener: socket.socket, client: Address, datagram: bytes) -> None:
+        found = self.original(listener, client)
+        if found is None:
+            words = "neither conntrack nor eBPF knows which resolver was asked; dropped"
+            self.record(now(), client, None, len(datagram), 0, "error", words)
+            return
+        # An IPv6 address takes four parts to be told apart by `text` and `take`.
+        target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
+        flow = self.flows.pop((client, target), None) or Flow(self, listener, client, target)
+        self.flows[client, target] = flow
+        flow.send(datagram)
+        while len(self.flows) > MOST or self.waiting > MOST:
+            next(iter(self.flows.values())).end("error", f"more than {MOST} newer ones")
 
     def original(self, listener: socket.socket, client: Address) -> Address | None:
         """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError."""
@@ -57,87 +91,149 @@ class Resolver:
             raise failure
         return None if found is None or found[1] == names.DNS_PORT else found
 
+    def record(
+        self,
+        began: tuple[float, float],
+        client: Address,
+        resolver: Address | None,
+        sent: int,
+        received: int,
+        close: str,
+        error: str = "",
+        kind: str = "dns",
+    ) -> None:
+        self.pod.record(kind, "outbound", began, client, resolver, sent, received, close, error)
+
     def close(self) -> None:
+        for flow in tuple(self.flows.values()):
+            flow.end("drained", "")
         self._conntrack.close()
 
 
-class Query:
-    """One query until its answer; keeps itself in the pod's `live` for so long."""
+class Flow:
+    """What one port of the pod sends to one resolver. In the pod's `live` while a query waits for its answer."""
 
     __slots__ = (
-        "_began", "_client", "_destination", "_done", "_id", "_listener", "_resolver", "_server", "_size",
+        "_began", "_client", "_last", "_listener", "_received", "_resolver", "_sent", "_server", "_target", "_waiting",
     )  # fmt: skip
 
-    def __init__(self, resolver: Resolver, listener: socket.socket, client: Address, size: int) -> None:
-        self._resolver, self._listener, self._client, self._size = resolver, listener, client, size
-        self._destination: Address | None = None
+    def __init__(self, resolver: Resolver, listener: socket.socket, client: Address, target: Address) -> None:
+        self._resolver, self._listener, self._client, self._target = resolver, listener, client, target
         self._server: socket.socket | None = None
+        self._waiting: dict[bytes, Waiting] = {}  # by id
+        self._sent = self._received = 0  # bytes of what is no query, and of what answers none
         self._began = now()
-        self._id = b""
-        self._done = False
-        resolver.outstanding += 1
-        resolver.pod.live.add(self)
+        self._last = 0.0
 
-    def ask(self, query: bytes) -> None:
-        """Sends the query on. Failure is recorded, never raised."""
-        pod = self._resolver.pod
+    def send(self, datagram: bytes) -> None:
+        """Passes on a datagram of the client. Failure is shown to the client and recorded, never raised."""
+        asked = dnsmessage.question(datagram)
+        if not asked:
+            self._sent += len(datagram)
+        elif asked[:2] not in self._waiting:  # else it is asked again
+            self._waiting[asked[:2]] = Waiting(now(), len(datagram), asked)
+            self._resolver.waiting += 1
         try:
-            if self._resolver.outstanding > OUTSTANDING:
-                raise OSError(errno.ENOBUFS, f"more than {OUTSTANDING} queries outstanding")
-            found = self._destination = self._resolver.original(self._listener, self._client)
-            if found is None:
-                raise OSError(errno.EDESTADDRREQ, "neither conntrack nor eBPF knows which resolver was asked; dropped")
-            # An IPv6 address takes four parts to be told apart by `text` and `take`.
-            target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
-            self._destination = target
-            self._id = query[:2]
-            self._server = pod.upstream.take(target, socket.SOCK_DGRAM)
-            self._server.connect(target)
-            self._server.send(query)
-            pod.engine.poller.add(self._server.fileno(), self._event)
-            pod.engine.queries.add(self)
+            with contextlib.suppress(BlockingIOError):  # a full buffer loses a datagram, as everywhere
+                self._connected().send(datagram)
         except OSError as error:
-            self._fail(error)
+            self._failed(error)
         except SluiceError as error:
-            self._end("error", str(error), 0)
+            self._answer_all("error", str(error))
+        self._await()
 
     def expire(self) -> None:
-        if not self._done:
-            self._end("timeout", "no answer from the resolver", 0)
+        idle = self._resolver.pod.engine.poller.loop.time() - self._last
+        if self._sent and idle < IDLE_SECONDS:
+            self._resolver.pod.engine.queries.add(self)
+        else:
+            self.end("timeout", "no answer from the resolver")
 
     def abort(self) -> None:
-        if not self._done:
-            self._end("drained", "", 0)
+        self.end("drained", "")
 
-    def _event(self, mask: int) -> None:
-        if not mask & poller.READ or self._server is None:
-            return
-        try:
-            while not self._done:
-                answer = self._server.recv(_LARGEST)
-                if answer[:2] != self._id:
-                    continue  # not the answer to this query: a guess from off the path
-                self._listener.sendto(answer, self._client)
-                self._end("fin", "", len(answer))
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self._fail(error)
-
-    def _fail(self, error: OSError) -> None:
-        close = "refused" if error.errno == errno.ECONNREFUSED else "error"
-        self._end(close, error.strerror or os.strerror(error.errno or 0), 0)
-
-    def _end(self, close: str, error: str, received: int) -> None:
-        self._done = True
+    def end(self, close: str, error: str) -> None:
+        """`close` and `error` are recorded of the queries that wait."""
         pod = self._resolver.pod
+        self._resolver.flows.pop((self._client, self._target), None)
+        for number in tuple(self._waiting):
+            self._settle(number, 0, close, error)
+        for deadlines in (pod.engine.queries, pod.engine.answered):
+            deadlines.settle(self)
+        pod.live.discard(self)
         if self._server is not None:
             pod.engine.poller.remove(self._server.fileno())
             self._server.close()
-        self._resolver.outstanding -= 1
-        pod.engine.queries.settle(self)
-        pod.live.discard(self)
-        pod.record(
-            "dns", "outbound", self._began, self._client, self._destination,
-            self._size, received, close, error,
-        )  # fmt: skip
+            self._server = None
+        if self._sent or self._received:
+            self._resolver.record(
+                self._began, self._client, self._target, self._sent, self._received, "fin", kind="udp"
+            )
+
+    def _connected(self) -> socket.socket:
+        """The socket towards the resolver. Raises OSError or SluiceError."""
+        if self._server is None:
+            pod = self._resolver.pod
+            server = pod.upstream.take(self._target, socket.SOCK_DGRAM)
+            try:
+                server.connect(self._target)
+                pod.engine.poller.add(server.fileno(), self._event)
+            except OSError:
+                server.close()
+                raise
+            self._server = server
+        return self._server
+
+    def _await(self) -> None:
+        """As long as something may come: shortly, once all queries are answered and nothing else was sent."""
+        pod = self._resolver.pod
+        self._last = pod.engine.poller.loop.time()
+        for deadlines in (pod.engine.queries, pod.engine.answered):
+            deadlines.settle(self)
+        (pod.engine.queries if self._waiting or self._sent else pod.engine.answered).add(self)
+        (pod.live.add if self._waiting else pod.live.discard)(self)
+
+    def _event(self, mask: int) -> None:
+        if mask & poller.READ:
+            self._receive()
+
+    def _receive(self) -> None:
+        answered = len(self._waiting)
+        for _ in range(_ROUNDS):
+            if self._server is None:
+                return
+            try:
+                self._take(self._server.recv(_LARGEST))
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self._failed(error)
+        else:
+            self._resolver.pod.engine.poller.loop.call_soon(self._receive)
+        if len(self._waiting) != answered or self._sent:
+            self._await()
+
+    def _take(self, datagram: bytes) -> None:
+        self._reply(datagram)
+        if dnsmessage.is_answer(datagram) and datagram[:2] in self._waiting:
+            self._settle(datagram[:2], len(datagram), "fin")
+        else:
+            self._received += len(datagram)
+
+    def _failed(self, error: OSError) -> None:
+        self._answer_all(_KNOWN.get(error.errno or 0, "error"), error.strerror or os.strerror(error.errno or 0))
+
+    def _answer_all(self, close: str, error: str) -> None:
+        """The error cannot be passed on as such: each query that waits gets SERVFAIL."""
+        for number, waiting in tuple(self._waiting.items()):
+            self._reply(dnsmessage.failure(waiting.question))
+            self._settle(number, 0, close, error)
+
+    def _reply(self, datagram: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full buffer, or a client that has gone
+            self._listener.sendto(datagram, self._client)
+
+    def _settle(self, number: bytes, received: int, close: str, error: str = "") -> None:
+        waiting = self._waiting.pop(number)
+        self._resolver.waiting -= 1
+        self._resolver.record(waiting.began, self._client, self._target, waiting.size, received, close, error)

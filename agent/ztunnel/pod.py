@@ -15,11 +15,13 @@ from agent.ztunnel.upstream import Upstream
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What all pods share. `connects` and `queries` bound how long an upstream may be silent."""
+    """What all pods share. `connects` and `queries` bound how long an upstream may be silent, `answered` how long a
+    flow of DNS is kept after the last answer."""
 
     poller: Poller
     connects: Deadlines
     queries: Deadlines
+    answered: Deadlines
     records: Records
     asked: Asked
 

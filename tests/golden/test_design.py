@@ -39,8 +39,8 @@ DESIGN = [
     ("nat", "ISTIO_OUTPUT", "-p tcp -m mark --mark 0x111/0xfff -j ACCEPT"),
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -o lo -j ACCEPT"),
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001"),
-    ("raw", "ISTIO_OUTPUT", "DNS -p udp -m udp --dport 53 -m mark --mark 0x539/0xfff -j CT --zone 1"),
-    ("raw", "ISTIO_PRERT", "DNS -p udp -m udp --sport 53 -m mark ! --mark 0x539/0xfff -j CT --zone 1"),
+    # The design's two rows go by ports alone and take an answer to a client's port 53 for a question.
+    ("raw", "ISTIO_OUTPUT", "DNS ! -o lo -p udp -m udp --dport 53 -m mark --mark 0x539/0xfff -j CT --zone-orig 1"),
 ]
 VALUES = {
     4: {"lo": "127.0.0.1", "probe": "169.254.7.127", "icmp": "icmp"},

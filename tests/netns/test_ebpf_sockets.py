@@ -368,6 +368,28 @@ def test_dns_over_udp_asked_before_the_answer_to_the_last_one(node: Stage) -> No
             assert app.recvfrom(100) == (b"re: " + resolver.encode(), (RESOLVERS[4][-1], DNS))
 
 
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("connected", [False, True])
+def test_an_answer_to_a_client_at_port_53_is_no_question(node: Stage, version: int, connected: bool) -> None:
+    server, client = (POD[version], DNS), (OTHER[version], DNS)
+    kind = f"IPv{version}"
+    with node.pod.make(kind, socket.SOCK_DGRAM) as serves, node.peer.make(kind, socket.SOCK_DGRAM) as asks:
+        serves.bind(server)
+        asks.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        asks.bind(client)
+        for _ in range(2):
+            asks.sendto(b"1", server)
+            data, asker = serves.recvfrom(100)
+            if connected:
+                serves.connect(asker)
+                serves.send(b"re: " + data)
+            else:
+                serves.sendto(b"re: " + data, asker)
+            data, sender = asks.recvfrom(100)
+            assert (data, sender[:2]) == (b"re: 1", server)
+    assert not waiting(node.ztunnel.dns)
+
+
 def test_dns_by_sendmmsg(node: Stage) -> None:
     """As glibc asks for A and AAAA; two resolvers in one call."""
     with node.pod.make("IPv4", socket.SOCK_DGRAM) as app:

@@ -183,7 +183,7 @@ DAMAGE = [
     # The same comments on rules that do something else: tags alone would not tell.
     "iptables-legacy-save -t nat | sed 's/15001/15002/' | iptables-legacy-restore",
     "ip6tables-legacy-save -t nat | sed '/ISTIO_OUTPUT/s/-j ACCEPT/-j RETURN/' | ip6tables-legacy-restore",
-    "iptables-legacy-save -t raw | sed 's/--zone 1/--zone 2/' | iptables-legacy-restore",
+    "iptables-legacy-save -t raw | sed 's/--zone-orig 1/--zone-orig 2/' | iptables-legacy-restore",
     # And the same comment on a jump that is taken by some packets only.
     "iptables-legacy-save -t nat | sed '/A OUTPUT.*ISTIO/s/-A OUTPUT/& -s 192.0.2.9/' | iptables-legacy-restore",
 ]

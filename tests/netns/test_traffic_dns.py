@@ -106,3 +106,18 @@ def _socket(world: World, place: str, family: int, kind: int = socket.SOCK_DGRAM
     made = opened(world.place(place), lambda: socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, kind))
     made.settimeout(WAIT)
     return made
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("mechanism", CHOICES)
+def test_an_answer_to_port_53_is_no_question(captured: World, mechanism: str, family: int) -> None:
+    """A client that asks from port 53 (query-source), of an enrolled DNS server and in an enrolled pod."""
+    settle(captured.pod.target, Redirect(), layers(mechanism))
+    server, resolver = (ADDRESSES["pod"][family], 53), (ADDRESSES["resolver"][family], 53)
+    for asker, asked, arrives in (("peer", server, "pod:53"), ("pod", resolver, f"pod:{DNS_PORT}")):
+        with _socket(captured, asker, family) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            client.bind((ADDRESSES[asker][family], 53))
+            client.sendto(b"name?", asked)
+            assert awaited(captured, family).where == arrives
+            assert client.recvfrom(100)[1][:2] == asked

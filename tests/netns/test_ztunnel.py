@@ -52,6 +52,11 @@ def block() -> bytes:
     return os.urandom(1 << 20)
 
 
+def question(number: int) -> bytes:
+    """A query for the address of a.test."""
+    return number.to_bytes(2) + b"\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"
+
+
 def wait_listening(place: Place, listening: bool, host: str = "127.0.0.1", port: int = 15001) -> None:
     """Waits until a direct connection to ztunnel's own port is taken or refused."""
     until = time.monotonic() + SECONDS
@@ -253,7 +258,7 @@ def test_pod_to_itself(served: Lab) -> None:
 @pytest.mark.parametrize(("resolver", "family"), [(RESOLVER4, socket.AF_INET), (RESOLVER6, socket.AF_INET6)])
 @pytest.mark.parametrize("connected", [True, False])
 def test_dns_over_udp_is_unchanged(served: Lab, resolver: str, family: int, connected: bool) -> None:
-    query, answer = b"\x12\x34" + os.urandom(40), b"\x12\x34" + os.urandom(1100)
+    query, answer = question(0x1234), b"\x12\x34\x84\0" + os.urandom(1100)
     with (
         served.peer.listen(resolver, 53, socket.SOCK_DGRAM) as server,
         served.pod.make(family, socket.SOCK_DGRAM) as client,
@@ -268,14 +273,46 @@ def test_dns_over_udp_is_unchanged(served: Lab, resolver: str, family: int, conn
             got, source = server.recvfrom(2000)
             assert got == query
             assert source[1] != client.getsockname()[1]  # it did go through ztunnel
-            server.sendto(b"\xff\xff a guess", source)
-            server.sendto(answer, source)
-            received, resolver_seen = client.recvfrom(2000)
-            assert received == answer
-            assert resolver_seen[:2] == (resolver, 53)
+            for one in (b"\xff\xff another's", answer, answer):  # what does not belong to it is the client's to judge
+                server.sendto(one, source)
+                received, resolver_seen = client.recvfrom(2000)
+                assert received == one
+                assert resolver_seen[:2] == (resolver, 53)
     record = served.ztunnel.wait_record(kind="dns", close="fin")
     assert (record["sent"], record["received"]) == (len(query), len(answer))
     assert record["destination"] == (f"[{resolver}]:53" if ":" in resolver else f"{resolver}:53")
+
+
+def test_what_is_not_dns_is_one_flow(served: Lab) -> None:
+    """A tunnel on port 53: the server sees one client, and may send when it likes."""
+    with (
+        served.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM) as server,
+        served.pod.make(kind=socket.SOCK_DGRAM) as client,
+    ):
+        server.settimeout(SECONDS)
+        client.connect((RESOLVER4, 53))
+        seen = set()
+        for number in range(3):
+            client.send(b"\1\0\0\0 hello" + bytes((number,)))
+            data, source = server.recvfrom(100)
+            seen.add(source)
+            for word in (b"one", b"two"):
+                server.sendto(word + data, source)
+                assert client.recv(100) == word + data
+        assert len(seen) == 1
+        assert served.agent.ask(Delete("uid-1")) == ""
+        record = served.ztunnel.wait_record(kind="udp")
+        assert (record["sent"], record["received"]) == (33, 6 * 14)
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_a_resolver_that_is_not_there_is_said_at_once(served: Lab, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with served.pod.make(family, socket.SOCK_DGRAM) as client:
+        client.connect((host, 53))
+        client.send(question(7))
+        assert client.recv(100) == b"\0\x07\x81\x82\0\1\0\0\0\0\0\0" + question(7)[12:], "SERVFAIL"
+    assert served.ztunnel.wait_record(kind="dns", close="refused")["error"] == "Connection refused"
 
 
 def test_dns_without_an_answer(lab: Lab) -> None:
@@ -283,11 +320,11 @@ def test_dns_without_an_answer(lab: Lab) -> None:
     silent = lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM)
     lab.close_later(silent)
     with lab.pod.make(kind=socket.SOCK_DGRAM) as client:
-        client.sendto(b"ab query", (RESOLVER4, 53))
+        client.sendto(question(1), (RESOLVER4, 53))
         assert lab.ztunnel.wait_record(kind="dns", close="timeout")["destination"] == f"{RESOLVER4}:53"
-        client.sendto(b"ab query", (PEER4, 53))  # nobody there
+        client.sendto(question(2), (PEER4, 53))  # nobody there
         assert lab.ztunnel.wait_record(kind="dns", close="refused")["destination"] == f"{PEER4}:53"
-        client.sendto(b"ab query", ("127.0.0.1", 15053))  # was never redirected
+        client.sendto(question(3), ("127.0.0.1", 15053))  # was never redirected
         assert "conntrack" in lab.ztunnel.wait_record(kind="dns", close="error")["error"]
 
 

@@ -15,6 +15,8 @@ from agent.kernel.exec import run
 from agent.ztunnel.asked import encode
 
 pytestmark = pytest.mark.root
+QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"
+ANSWER = QUERY[:2] + b"\x81\x80" + QUERY[4:]
 V4_MAPPED = bytes(10) + b"\xff\xff"
 
 
@@ -59,7 +61,7 @@ def ask(lab: Lab, path: Path | None, resolver: str) -> socket.socket:
     if path is not None:
         with Map.open(path) as remembers:
             remembers.update(encode(lab.pod.netns.id.cookie, asking.getsockname()[1]), value(resolver))
-    asking.sendto(b"\x12\x34query", ("::1" if six else "127.0.0.1", DNS_PORT))
+    asking.sendto(QUERY, ("::1" if six else "127.0.0.1", DNS_PORT))
     return asking
 
 
@@ -70,9 +72,9 @@ def test_the_query_goes_to_the_resolver_of_the_map_and_the_answer_back(lab: Lab,
     with lab.peer.listen(host, 53, socket.SOCK_DGRAM) as server:
         asking = ask(lab, path, host)
         query, ztunnel = server.recvfrom(100)
-        server.sendto(query[:2] + b"answer", ztunnel)
+        server.sendto(ANSWER, ztunnel)
         answer, source = asking.recvfrom(100)
-    assert (query, answer, source[1]) == (b"\x12\x34query", b"\x12\x34answer", DNS_PORT)
+    assert (query, answer, source[1]) == (QUERY, ANSWER, DNS_PORT)
     assert lab.ztunnel.wait_record(kind="dns", close="fin")["destination"] in (f"{host}:53", f"[{host}]:53")
 
 
@@ -84,7 +86,7 @@ def test_the_map_may_come_later_go_and_come_back(lab: Lab, bpf_dir: Path) -> Non
         path = pin(bpf_dir)
         with lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM) as server:
             ask(lab, path, RESOLVER4)
-            assert server.recvfrom(100)[0] == b"\x12\x34query"
+            assert server.recvfrom(100)[0] == QUERY
         path.unlink()
 
 
@@ -94,5 +96,5 @@ def test_one_pods_queries_say_nothing_of_anothers(lab: Lab, bpf_dir: Path) -> No
     with lab.pod.make(socket.AF_INET, socket.SOCK_DGRAM) as asking, Map.open(path) as remembers:
         asking.bind(("127.0.0.1", 0))
         remembers.update(encode(lab.peer.netns.id.cookie, asking.getsockname()[1]), value(PEER4))
-        asking.sendto(b"\x12\x34query", ("127.0.0.1", DNS_PORT))
+        asking.sendto(QUERY, ("127.0.0.1", DNS_PORT))
         assert "which resolver was asked" in lab.ztunnel.wait_record(kind="dns", close="error")["error"]

@@ -1,0 +1,40 @@
+"""What a relay has to know of a DNS message (RFC 1035, 4.1). Pure."""
+
+from __future__ import annotations
+
+import struct
+
+_HEADER = struct.Struct(">2sHHHHH")  # id, flags, number of questions, answers, authorities, additional records
+_ANSWER, _RECURSION_AVAILABLE, _SERVER_FAILED = 0x8000, 0x0080, 2
+_KEPT = 0x7900  # operation code and "recursion desired"
+_MOST_NAME, _MOST_LABEL, _TYPE_AND_CLASS = 255, 63, 4
+
+
+def question(message: bytes) -> bytes:
+    """The message up to the end of its one question; empty when it is no query, or no DNS at all."""
+    if len(message) < _HEADER.size:
+        return b""
+    _, flags, questions, _, _, _ = _HEADER.unpack_from(message)
+    if flags & _ANSWER or questions != 1:
+        return b""
+    at = _HEADER.size
+    while at < min(len(message), _HEADER.size + _MOST_NAME):
+        label = message[at]
+        at += 1 + label
+        if not label:
+            end = at + _TYPE_AND_CLASS
+            return message[:end] if end <= len(message) else b""
+        if label > _MOST_LABEL:
+            break
+    return b""
+
+
+def is_answer(message: bytes) -> bool:
+    return len(message) >= _HEADER.size and bool(message[2] & _ANSWER >> 8)
+
+
+def failure(asked: bytes) -> bytes:
+    """The answer SERVFAIL to what `question` returned: a resolver library then asks its next server at once."""
+    number, flags, *_ = _HEADER.unpack_from(asked)
+    flags = _ANSWER | flags & _KEPT | _RECURSION_AVAILABLE | _SERVER_FAILED
+    return _HEADER.pack(number, flags, 1, 0, 0, 0) + asked[_HEADER.size :]
