@@ -20,4 +20,4 @@ def around(
         target = namespaces.opened(uid)
         return None if target is None else listening.missing(target)
 
-    return Around(zds.acknowledged, silent, lambda: host.status, host.claimed, places)
+    return Around(zds.acknowledged, zds.sent, silent, lambda: host.status, host.claimed, places)

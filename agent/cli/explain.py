@@ -123,7 +123,10 @@ def _holds(told: Told) -> Rows:
 def _ztunnel(found: Told) -> str:
     if found["connections"] == 0:
         return "none is connected to the agent"
-    return {True: "took the pod", False: "has not taken the pod", None: "unknown"}[found["acknowledged"]]
+    state = {True: "took the pod", False: "has not taken the pod", None: "unknown"}[found["acknowledged"]]
+    if (sent := found.get("identity")) is None:
+        return state
+    return f"{state} as {sent['namespace']}/{sent['name']}, service account {sent['service_account'] or '(none)'}"
 
 
 def _listeners(found: Told) -> str:
@@ -149,6 +152,11 @@ def _connections(told: Told, now: float) -> str:
         lines = [f"{found['live']} live, and the last {found['ended']} that ended, by {found['collector']}"]
     for one in found["fates"]:
         lines.append(f"{one['connections']:>6} {one['direction']} {one['fate']}{_why(one)}")
+    if cut := found.get("cut"):
+        which = (
+            f"the last {cut['connections']} of the captured ones" if cut["connections"] > 1 else "the last captured one"
+        )
+        lines.append(f"{which}: reset by ztunnel without a byte, after {cut['seconds']:.1f} s")
     if found["wrong"]:
         rows = [_wrong(one, now) for one in found["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")

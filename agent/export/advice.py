@@ -8,6 +8,9 @@ from typing import Any
 from agent.core import names
 
 Told = Mapping[str, Any]
+_FEW = 3  # connections in a row that ztunnel reset; fewer may be a server that was away
+_PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was told
+_DENIED = "ztunnel resets its connections: the other end refuses them, or a policy does; see ztunnel's log"
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
 
@@ -54,11 +57,22 @@ def _watch(told: Told) -> str:
         return "probes of the node do not reach the application as they should: sluice doctor"
     if any(row["fate"] == "leaked" for row in told["connections"]["fates"]):
         return f"connections went around ztunnel: sluice connections {name} --fate leaked"
+    if (cut := told["connections"]["cut"]) and cut["connections"] >= _FEW:
+        return _unknown(told) if cut["seconds"] >= _PATIENCE else _DENIED
     if told["outside"]:
         return "restart the pod, if those of its connections that are older than its enrolment must be captured, too"
     if annotation and told["state"] == "enabled" and annotation["value"] != "enabled":
         return f"its annotation {annotation['key']} is not written yet: see the agent's log if that lasts"
     return ""
+
+
+def _unknown(told: Told) -> str:
+    sent = told["ztunnel"]["identity"] or {"service_account": ""}
+    names = f"{_name(told)} with service account {sent['service_account'] or '(none)'}"
+    return (
+        f"ztunnel resets its connections after waiting: it seems to know no workload {names}; give the pod "
+        "the names that ztunnel's control plane or local file has, and see ztunnel's log"
+    )
 
 
 def _kept_out(told: Told) -> str:

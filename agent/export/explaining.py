@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from agent.export.records import Records
 from agent.reconciler.host import HostStatus
 from agent.reconciler.loop import Reconciler
 from agent.sources.beside import Beside
+from agent.zds.messages import Add
 
 _COUNTED = 500  # connections that ended, of which the answer tells what became
 _SHOWN = 5  # of the leaked and failed ones
@@ -33,13 +35,14 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 class Around:
     """What surrounds a pod besides its rules; asked by UID.
 
-    `acknowledged`: the newest ztunnel took it as it is now. `silent` (blocking): ports of ztunnel on which nothing
-    listens in it, None when its namespace is not open; raises SluiceError. `host`: how the node's probes are exempt;
-    `exempt`: the pod's addresses there. `places`: where each setting that was given comes from, as in "sluice.yaml:3";
-    the others are defaults.
+    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `silent` (blocking): ports of
+    ztunnel on which nothing listens in it, None when its namespace is not open; raises SluiceError. `host`: how the
+    node's probes are exempt; `exempt`: the pod's addresses there. `places`: where each setting that was given comes
+    from, as in "sluice.yaml:3"; the others are defaults.
     """
 
     acknowledged: Callable[[str], bool]
+    sent: Callable[[str], Add | None]
     silent: Callable[[str], tuple[int, ...] | None]
     host: Callable[[], HostStatus]
     exempt: Callable[[str], tuple[str, ...]]
@@ -169,12 +172,15 @@ class Explaining:
         told = {
             "connections": self.node().get("ztunnel_connections"),
             "acknowledged": None,
+            "identity": None,
             "listening": None,
             "silent": None,
             "error": "",
         }
         if (around := self.around) is None:
             return told
+        if add := around.sent(pod.uid):
+            told["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
         try:
             silent = await asyncio.to_thread(around.silent, pod.uid)
         except (SluiceError, OSError) as error:
@@ -187,7 +193,7 @@ class Explaining:
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:
         """What became of the last ones, by direction, fate and reason, and those of them that look wrong."""
-        told = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "wrong": []}
+        told = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "cut": None, "wrong": []}
         if self.records is None:
             return told
         query = {"pod": pod.uid, "limit": str(_COUNTED)}
@@ -207,6 +213,7 @@ class Explaining:
                 {"direction": direction, "fate": fate, "reason": reason, "connections": count}
                 for (direction, fate, reason), count in counts.most_common()
             ],
+            "cut": _cut(ended),
             "wrong": wrong[-_SHOWN:],
         }
 
@@ -248,6 +255,18 @@ class Explaining:
         if labels is None:
             return f"Kubernetes has no namespace {name}" if self._kubernetes and self.table.namespaces() else ""
         return f"namespace {name} {'enrols' if enrols_namespace(labels, self.settings) else 'does not enrol'} its pods"
+
+
+def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Of the captured ones that ended last, those that ztunnel reset before the application got a byte: how many, and
+    the median of their seconds; None for none."""
+    taken = [row for row in ended if row["fate"] == "captured" and row["established"]]
+    seconds = [row["duration"] for row in itertools.takewhile(_is_cut, reversed(taken))]
+    return {"connections": len(seconds), "seconds": sorted(seconds)[len(seconds) // 2]} if seconds else None
+
+
+def _is_cut(row: Mapping[str, Any]) -> bool:
+    return row["close"] == "reset" and row["closed_by"] == "remote" and not row["received_bytes"]
 
 
 def _considered(pod: Pod, settings: Settings) -> dict[str, str]:

@@ -139,6 +139,11 @@ class ZdsServer:
         offer = self._offers.get(uid)
         return bool(offer and self._connections and self._connections[-1].acked.get(uid) == offer)
 
+    def sent(self, uid: str) -> Add | None:
+        """The pod as ztunnels are told of it: by these names they look for it among their workloads."""
+        offer = self._offers.get(uid)
+        return offer.add if offer else None
+
     async def serve(self) -> None:
         """Until cancelled."""
         await serve(self.path, socket.SOCK_SEQPACKET, self._serve_one)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import struct
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +54,7 @@ def test_a_captured_pod(here: Node) -> None:
     assert {one["layer"]: one["in_sync"] for one in told["layers"]} == {"routing": True, "iptables-legacy": True}
     assert told["ztunnel"] == {
         "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "",
+        "identity": {"namespace": "shop", "name": "right", "service_account": "default"},
     }  # fmt: skip
     assert told["exemption"]["ok"] and set(told["exemption"]["addresses"]) == {pod.ipv4, pod.ipv6}
     fates = {(one["direction"], one["fate"], one["reason"]) for one in told["connections"]["fates"]}
@@ -160,3 +166,35 @@ def test_foreign_rules_before_ours_are_told(here: Node) -> None:
     assert row["result"] == "drift", "connections to port 7000 escape"
     assert row["differences"][0].startswith("foreign: chain ip foreign out")
     here.delete(pod)
+
+
+def cut_off(listener: socket.socket) -> None:
+    """As a ztunnel that does not know the pod, only at once: it accepts, and resets."""
+    with contextlib.suppress(OSError):
+        while True:
+            taken, _ = listener.accept()
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            taken.close()
+
+
+def test_connections_that_ztunnel_cuts_off_are_told_with_the_names_that_it_was_sent() -> None:
+    with node("sludc") as one:
+        one.start()
+        ztunnel = FakeZtunnel(one.run_dir / "ztunnel.sock")
+        one.await_ztunnel()
+        pod = one.add(one.pod("stranger"))
+        until(lambda: one.state(pod) == "enabled", "it is captured")
+        (listener, _) = ztunnel.listeners[pod.uid]
+        threading.Thread(target=cut_off, args=(listener,), daemon=True).start()
+        client = f"import socket; socket.create_connection(('{one.host(pod)}', {PORT})).recv(1)"
+        for _ in range(3):  # in a process of its own: this one is ztunnel
+            assert "reset" in run([sys.executable, "-c", client], netns=pod.netns, check=False).stderr
+
+        def counted() -> bool:
+            return (one.ask("/v1/explain", pod=pod.key)["connections"]["cut"] or {}).get("connections") == 3
+
+        until(counted, "all of them are accounted for")
+        said = one.sluice("explain", pod.key)
+        assert "reset by ztunnel without a byte" in said and "Do:        ztunnel resets its connections" in said
+        assert "took the pod as shop/stranger, service account default" in said
+        ztunnel.socket.shutdown(socket.SHUT_RDWR)

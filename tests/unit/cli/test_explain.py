@@ -52,11 +52,13 @@ def captured(**changes: Any) -> dict[str, Any]:
         ],
         "layers": [{"layer": "routing", "in_sync": True, "differences": [], "script": ""},
                    {"layer": "nftables", "in_sync": True, "differences": [], "script": ""}],
-        "ztunnel": {"connections": 1, "acknowledged": True, "listening": [15001], "silent": [], "error": ""},
+        "ztunnel": {"connections": 1, "acknowledged": True, "listening": [15001], "silent": [], "error": "",
+                    "identity": {"namespace": "shop", "name": "web", "service_account": "robot"}},
         "annotation": {"key": "ambient.istio.io/redirection", "value": "enabled"},
         "exemption": {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]},
         "connections": {"collector": "ebpf", "error": "", "live": 1, "ended": 2, "fates": [
-            {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 2}], "wrong": [LEAKED, FAILED]},
+            {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 2}],
+            "cut": {"connections": 2, "seconds": 5.0}, "wrong": [LEAKED, FAILED]},
         "advice": "",
     }  # fmt: skip
     return {**told, **changes}
@@ -94,7 +96,7 @@ Holds
   In the kernel:  as wanted
     routing:      as wanted
     nftables:     as wanted
-  ztunnel:        took the pod
+  ztunnel:        took the pod as shop/web, service account robot
   Listeners:      15001
   Node's probes:  exempt by nftables for 10.0.0.2
   Probe:          probe from the node on 10.0.0.2:80: ok
@@ -103,6 +105,7 @@ Holds
 Connections
   1 live, and the last 2 that ended, by ebpf
        2 outbound leaked (raw)
+  the last 2 of the captured ones: reset by ztunnel without a byte, after 5.0 s
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s

@@ -18,6 +18,7 @@ from agent.export.explaining import Around, Explaining
 from agent.export.http import Request
 from agent.reconciler.host import HostStatus
 from agent.sources.beside import Beside
+from agent.zds.messages import Add
 
 CLUSTER = "https://10.96.0.1"
 
@@ -36,7 +37,8 @@ class Surroundings:
 
     def around(self, places: Mapping[str, str]) -> Around:
         return Around(
-            lambda uid: self.acknowledged, self.ask_silent, lambda: self.host, lambda uid: ("10.0.0.2",), places
+            lambda uid: self.acknowledged, lambda uid: Add(uid, "web", "shop", "robot"), self.ask_silent,
+            lambda: self.host, lambda uid: ("10.0.0.2",), places,
         )
 
 
@@ -53,7 +55,8 @@ class Records:
 
 
 def connection(fate: str = "captured", **facts: Any) -> dict[str, Any]:
-    return {"direction": "outbound", "fate": fate, "reason": "", "established": True, "closed": 1.0, **facts}
+    ending = {"closed": 1.0, "duration": 1.0, "close": "fin", "closed_by": "local", "received_bytes": 1}
+    return {"direction": "outbound", "fate": fate, "reason": "", "established": True, **ending, **facts}
 
 
 class Bench:
@@ -101,6 +104,7 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
         assert [(one["layer"], one["in_sync"]) for one in told["layers"]] == [("routing", True), ("rules", True)]
         assert told["ztunnel"] == {
             "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "",
+            "identity": {"namespace": "shop", "name": "web", "service_account": "robot"},
         }  # fmt: skip
         assert told["exemption"] == {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]}
         assert (told["annotation"], told["advice"], told["node"]) == (None, "", "n1")
@@ -108,6 +112,28 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
 
     places = {"exclude_namespaces": "sluice.yaml:3", "ipv6": "$SLUICE_IPV6"}
     on_bench(script, places, ztunnel_ports=("15001", "15006"))
+
+
+RESET = {"close": "reset", "closed_by": "remote", "received_bytes": 0}
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(5.01, "no workload shop/web with service account robot"),
+                                                (0.01, "a policy does; see ztunnel's log")])  # fmt: skip
+def test_connections_that_ztunnel_resets_one_after_the_other(seconds: float, words: str) -> None:
+    async def script(bench: Bench) -> None:
+        await bench.world.settle(pod())
+        cut = connection(**RESET, duration=seconds)
+        bench.records.rows = [connection(), cut, cut]
+        told = await bench()
+        assert (told["connections"]["cut"], told["advice"]) == ({"connections": 2, "seconds": seconds}, "")
+        bench.records.rows += [connection("exempt"), cut]
+        assert words in (await bench())["advice"]
+        for other in ({"received_bytes": 1}, {"closed_by": "local"}, {"close": "fin"}):
+            bench.records.rows.append(connection(**{**RESET, **other}))
+            told = await bench()
+            assert (told["connections"]["cut"], told["advice"]) == (None, "")
+
+    on_bench(script)
 
 
 def test_old_answers_are_all_there() -> None:
