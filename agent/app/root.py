@@ -283,7 +283,7 @@ class Agent:
     def _restore(self) -> None:
         for note in self.state.load():
             self.namespaces.restore(note)
-            self.table.seen(note.pod)
+            self.table.restored(note.pod)
             if note.captured:
                 self.zds.expect(note.pod.uid)
                 self.outside.restore(note.pod.uid, note.outside)
@@ -308,8 +308,7 @@ class Agent:
         return parts
 
     async def _ready(self) -> None:
-        if self.settings.static_pods:
-            await self.static.load()
+        await self.static.load()  # also none: pods that an earlier process took from one are set free
         if self.kubernetes:
             await self.kubernetes.settle()
         while not self.reconciler.synced:

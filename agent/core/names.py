@@ -49,6 +49,9 @@ SIDECAR_STATUS: Final = "sidecar.istio.io/status"
 BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
 REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
+# Of a pod on a node without Kubernetes, where no API tells its service account; without it the default of Kubernetes.
+POD_ACCOUNT: Final = "sluice.io/service-account"
+DEFAULT_ACCOUNT: Final = "default"
 
 RUN_DIR: Final = "/run/sluice"
 BPF_DIR: Final = "/sys/fs/bpf/sluice"

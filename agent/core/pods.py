@@ -14,6 +14,15 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes obje
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """What the static file adds to a pod that others bring; also the same facts of a pod without that."""
+
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    service_account: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Pod:
     """Facts about one pod. `addresses` and `resolvers` are plain IPs; `container_id` is the runtime's, for CNI DEL."""
 
@@ -35,10 +44,33 @@ class Pod:
     runtime_class: str = ""
     orphan: bool = field(default=False, compare=False)  # Kubernetes has it no more; its sandbox may still be there
     source: str = ""  # cni, static or kube: who may say that the pod is gone
+    unmarked: Mark | None = None  # of a marked pod: the same facts before
 
     @property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
+
+    def marked(self, mark: Mark) -> Pod:
+        """With what the static file says of it, which goes before what others say."""
+        return replace(
+            self,
+            annotations={**self.annotations, **mark.annotations},
+            labels={**self.labels, **mark.labels},
+            service_account=mark.service_account or self.service_account,
+            unmarked=Mark(self.annotations, self.labels, self.service_account),
+        )
+
+    def bare(self) -> Pod:
+        """Without it."""
+        if (own := self.unmarked) is None:
+            return self
+        return replace(
+            self,
+            annotations=own.annotations,
+            labels=own.labels,
+            service_account=own.service_account,
+            unmarked=None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,26 +115,42 @@ def check_uid(uid: str) -> str:
     return uid
 
 
+_NOBODY = Pod("", "", "")
+
+
 class PodTable:
     """All pods of the node by UID: as their sandboxes were announced, with what Kubernetes and the static file add.
 
     A pod is here when its sandbox is known (CNI, static file), or when Kubernetes says that it runs and nobody
-    announced it: it was there before us.
+    announced it: it was there before us. One of the static file is not, while another source has a pod of that name:
+    they are the same, and the file marks it.
     """
 
     def __init__(self) -> None:
         self._pods: dict[str, Pod] = {}  # announced
         self._kube: dict[str, KubePod] = {}
         self._namespaces: dict[str, Mapping[str, str]] = {}
-        self._marks: dict[str, Mapping[str, str]] = {}  # namespace/name -> annotations
+        self._marks: dict[str, Mark] = {}  # by namespace/name
+        self._static: dict[str, str] = {}  # namespace/name -> UID that the static file gives
         self._ended: dict[str, tuple[str, ...]] = {}  # sandboxes that ended, by what ran in them
         self._merged: dict[str, Pod] = {}
 
     def seen(self, pod: Pod) -> set[str]:
         """A source knows this pod. Returns the UIDs to look at again."""
         self._pods[pod.uid] = pod
+        if pod.source == "static":
+            self._static[pod.key] = pod.uid
         self._ended.pop(pod.uid, None)
         return self._merge([pod.uid])
+
+    def restored(self, pod: Pod) -> set[str]:
+        """A pod as an earlier process noted it. What the static file added holds until that file is read."""
+        if (own := pod.unmarked) is not None:
+            added = {key: text for key, text in pod.annotations.items() if own.annotations.get(key) != text}
+            labels = {key: text for key, text in pod.labels.items() if own.labels.get(key) != text}
+            account = pod.service_account if pod.service_account != own.service_account else ""
+            self._marks[pod.key] = Mark(added, labels, account)
+        return self.seen(pod.bare())
 
     def know(self, pod: KubePod) -> set[str]:
         """What Kubernetes says of it by now. Returns the UIDs to look at again."""
@@ -125,7 +173,7 @@ class PodTable:
         pod = self._merged.get(uid)
         self._kube.pop(uid, None)
         if pod is not None and keep:
-            self._pods[uid] = replace(pod, orphan=True)
+            self._pods[uid] = replace(pod.bare(), orphan=True)
         else:
             self._pods.pop(uid, None)
             self._ended.pop(uid, None)
@@ -148,8 +196,8 @@ class PodTable:
         self._pods.pop(uid, None)
         self._merge([uid])
 
-    def mark(self, marks: Mapping[str, Mapping[str, str]]) -> set[str]:
-        """Replaces all annotations given for pods that others bring. Returns the UIDs to look at again."""
+    def mark(self, marks: Mapping[str, Mark]) -> set[str]:
+        """Replaces all that is given for pods that others bring. Returns the UIDs to look at again."""
         changed = {k for k in {*marks, *self._marks} if marks.get(k) != self._marks.get(k)}
         self._marks = dict(marks)
         return self._merge([pod.uid for pod in self._merged.values() if pod.key in changed])
@@ -186,8 +234,8 @@ class PodTable:
 
     def _merge(self, uids: Iterable[str]) -> set[str]:
         """Returns those that are others than before."""
-        changed = set()
-        for uid in list(uids):
+        changed, due = set(), list(uids)
+        for uid in due:
             pod, before = self._of(uid), self._merged.get(uid)
             if pod is not None:
                 self._merged[uid] = pod
@@ -195,10 +243,14 @@ class PodTable:
                 self._merged.pop(uid, None)
             if pod != before:
                 changed.add(uid)
+            twin = self._static.get((pod or before or _NOBODY).key, uid)
+            due += [twin] if (pod is None) != (before is None) and twin not in due else []
         return changed
 
     def _of(self, uid: str) -> Pod | None:
         pod, kube = self._pods.get(uid), self._kube.get(uid)
+        if pod is not None and pod.source == "static" and self._is_anothers(pod.key):
+            return None
         if kube is not None and (pod is not None or self._runs(kube)):
             pod = _with(pod or Pod(uid, kube.namespace, kube.name, source="kube"), kube)
         if pod is None:
@@ -206,9 +258,14 @@ class PodTable:
         labels = self._namespaces.get(pod.namespace)
         if labels is not None:
             pod = replace(pod, namespace_labels=labels)
-        if pod.key in self._marks:
-            pod = replace(pod, annotations={**pod.annotations, **self._marks[pod.key]})
-        return pod
+        mark = self._marks.get(pod.key)
+        if mark is None or pod.source == "static":
+            return pod
+        return pod.marked(replace(mark, service_account="") if kube else mark)  # the API knows its account
+
+    def _is_anothers(self, key: str) -> bool:
+        """Whether a source other than the static file has a pod of that name."""
+        return any(other.key == key and other.source != "static" for other in self._merged.values())
 
     def _runs(self, kube: KubePod) -> bool:
         return kube.running and not kube.ended and self._ended.get(kube.uid) != kube.containers

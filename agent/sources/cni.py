@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from agent.core import names
 from agent.core.desired import decide
 from agent.core.errors import SluiceError
-from agent.core.pods import Pod, PodTable
+from agent.core.pods import LABEL, Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.status import State
 from agent.kernel.netns import Netns
@@ -85,7 +86,7 @@ class CniService:
                 netns.close()
 
     async def _add(self, request: CniRequest, netns: Netns | None) -> CniReply:
-        pod = _pod(request)
+        pod = _pod(request, kubernetes=self._admission is not None)
         if self._admission is not None:
             try:
                 async with asyncio.timeout(self._settings.add_seconds):
@@ -108,7 +109,8 @@ class CniService:
         self._namespaces.adopt(pod.uid, netns)
         first = self._table.by_container(pod.container_id)
         if first is None or first.uid != pod.uid or first.interface == pod.interface:
-            self._table.seen(pod)
+            for other in self._table.seen(pod) - {pod.uid}:
+                self._reconciler.wake(other)  # the static file's entry of the same pod, which is no more
         # Otherwise a further interface (Multus): its addresses and its end are not the pod's.
         decision = decide(self._table.get(pod.uid) or pod, self._settings)
         if not decision.enrolled:
@@ -170,8 +172,10 @@ def _close(netns: Netns | None) -> None:
         netns.close()
 
 
-def _pod(request: CniRequest) -> Pod:
+def _pod(request: CniRequest, *, kubernetes: bool) -> Pod:
     """Runtimes other than Kubernetes' give no UID or namespace: the container's id has to do."""
+    account = request.annotations.get(names.POD_ACCOUNT, "")
+    account = account if LABEL.fullmatch(account) else names.DEFAULT_ACCOUNT
     return Pod(
         uid=request.pod_uid or request.container_id[:128],
         namespace=request.pod_namespace or "default",
@@ -179,6 +183,7 @@ def _pod(request: CniRequest) -> Pod:
         netns_path=request.netns,
         addresses=request.addresses,
         resolvers=request.resolvers,
+        service_account="" if kubernetes else account,  # the API's word alone counts where there is one
         container_id=request.container_id,
         interface=request.ifname,
         annotations=request.annotations,

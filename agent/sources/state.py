@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.errors import SluiceError
-from agent.core.pods import UID, Pod
+from agent.core.pods import UID, Mark, Pod
 from agent.kernel.netns import NetnsId, unpin
 
 log = logging.getLogger("sluice.state")
-_TOLD_AGAIN = ("containers", "runtime_class", "orphan")
+_APART = ("containers", "runtime_class", "orphan", "unmarked")  # not among the facts of a note
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,9 @@ def _encode(note: Note) -> dict[str, Any]:
         "netns": asdict(note.netns) if note.netns else None,
         "outside": list(note.outside),
         "carried": list(note.carried),
+        "unmarked": asdict(note.pod.unmarked) if note.pod.unmarked else None,
         # What an older release does not know it would take for damage; Kubernetes tells it again anyway.
-        "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False) and k not in _TOLD_AGAIN},
+        "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False) and k not in _APART},
     }
 
 
@@ -121,7 +122,7 @@ def _decode(data: dict[str, Any]) -> Note:
     """Raises ValueError, KeyError or TypeError: anything that `save` would not have written."""
     if data["version"] != 1:
         raise ValueError(f"unknown version {data['version']!r}")
-    known = {field.name: str(field.type) for field in fields(Pod)}
+    known = {field.name: str(field.type) for field in fields(Pod) if field.name != "unmarked"}
     given = data["pod"]
     if not UID.fullmatch(given["uid"]):
         raise ValueError("its UID is not one")
@@ -134,7 +135,19 @@ def _decode(data: dict[str, Any]) -> Note:
         ipaddress.ip_address(address)
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     outside, carried = (_cookies(data, name) for name in ("outside", "carried"))
+    facts["unmarked"] = _mark(data.get("unmarked"))  # absent from older notes
     return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), outside, carried)
+
+
+def _mark(given: object) -> Mark | None:
+    if given is None:
+        return None
+    known = {field.name: str(field.type) for field in fields(Mark)}
+    if not isinstance(given, dict) or given.keys() != known.keys():
+        raise ValueError("unmarked is of another type")
+    if not all(_is(known[name], value) for name, value in given.items()):
+        raise ValueError("unmarked is of another type")
+    return Mark(**given)
 
 
 def _cookies(data: dict[str, Any], name: str) -> tuple[int, ...]:

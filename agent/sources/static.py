@@ -3,11 +3,12 @@
 pods:
   - namespace: team-a
     name: web-0
-    netns: /run/netns/web-0        # without it: a mark for a pod that the CNI plugin brings
+    netns: /run/netns/web-0        # without it: for a pod that the CNI plugin brings
     addresses: [10.0.0.2]          # the namespace must hold one of them; optional
     uid, serviceAccount, labels, annotations: optional
 
-Being listed means being enrolled, unless a label or annotation says istio.io/dataplane-mode: none.
+Being listed means being enrolled, unless a label or annotation says istio.io/dataplane-mode: none. What an entry says
+also holds for a pod of that name that another source brings.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 from agent.core import names
 from agent.core.errors import SettingsError
-from agent.core.pods import LABEL, Pod, check_uid, mode
+from agent.core.pods import LABEL, Mark, Pod, check_uid, mode
 from agent.core.yamlnodes import Entry, document, error
 
 _KEYS = {"namespace", "name", "netns", "addresses", "uid", "serviceAccount", "labels", "annotations"}
@@ -25,10 +26,10 @@ _KEYS = {"namespace", "name", "netns", "addresses", "uid", "serviceAccount", "la
 
 @dataclass(frozen=True, slots=True)
 class StaticPods:
-    """`pods` by UID; `marks` are annotations by namespace/name."""
+    """`pods` with a namespace, by UID; `marks` of all entries, by namespace/name."""
 
     pods: Mapping[str, Pod] = field(default_factory=dict)
-    marks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
 
 
 def parse(text: str, name: str) -> StaticPods:
@@ -37,15 +38,16 @@ def parse(text: str, name: str) -> StaticPods:
     if top is None:
         return StaticPods()
     pods: dict[str, Pod] = {}
-    marks: dict[str, Mapping[str, str]] = {}
+    marks, bare = dict[str, Mark](), set[str]()
     for entry in top.entries("pods", _KEYS):
         pod = _pod(entry)
-        if pod.uid in pods or pod.key in marks:
+        if pod.uid in pods or pod.key in bare:
             raise error(entry.node, name, pod.key, "is listed twice")
+        marks[pod.key] = Mark(pod.annotations, pod.labels, pod.service_account)
         if pod.netns_path:
-            pods[pod.uid] = pod
+            pods[pod.uid] = replace(pod, service_account=pod.service_account or names.DEFAULT_ACCOUNT)
         else:
-            marks[pod.key] = pod.annotations
+            bare.add(pod.key)
     return StaticPods(pods, marks)
 
 

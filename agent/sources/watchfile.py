@@ -38,18 +38,20 @@ class StaticFile:
     """A file that cannot be used is told of and changes nothing: what was read before goes on."""
 
     def __init__(self, path: str, table: PodTable, reconciler: Reconciling) -> None:
-        self.error = ""
+        self.error, self._path = "", path
         self._table, self._reconciler = table, reconciler
-        self._file = WatchedFile(Path(path))
+        self._file = WatchedFile(Path(path)) if path else None  # none lists no pods
         self._listed: Mapping[str, Pod] = {}
+        self._hidden: set[str] = set()  # of those the ones that the table has under another UID
 
     async def load(self) -> None:
         """Reads the file when it is another one than before; a file that is not there lists no pods."""
         try:
-            if (text := self._file.read()) is None:
+            text = self._file.read() if self._file else ""
+            if text is None:
                 self._again()
                 return
-            pods = parse(text, str(self._file.path))
+            pods = parse(text, self._path)
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
             log.error("static pods not used, the ones read before stay: %s", error)
@@ -63,22 +65,27 @@ class StaticFile:
             await self.load()
 
     def _again(self) -> None:
-        """What is listed and was forgotten, since its namespace has gone, may be back under the same path."""
+        """What is listed and was forgotten, since its namespace has gone, may be back under the same path; what another
+        source had under its name may be gone."""
         for uid, pod in self._listed.items():
-            if self._table.get(uid) is None:
-                self._table.seen(pod)
+            if uid in (self._hidden if self._table.get(uid) else self._table.seen(pod)):
                 self._reconciler.wake(uid)
+        self._hide()
+
+    def _hide(self) -> None:
+        self._hidden = {uid for uid in self._listed if self._table.get(uid) is None}
 
     async def _apply(self, new: StaticPods) -> None:
-        self._listed = new.pods
         # Also pods that a predecessor took from the file, which its notes on disk tell us of.
-        listed = {pod.uid for pod in self._table if pod.source == "static"}
+        listed = {*self._listed, *(pod.uid for pod in self._table if pod.source == "static")}
+        self._listed = new.pods
         woken = self._table.mark(new.marks)
         for uid, pod in new.pods.items():
             known = self._table.get(uid)
             if known is not None and known.netns_path != pod.netns_path:
                 await self._drop(uid)  # another namespace: nothing of the old one counts
             woken |= self._table.seen(pod)
+        self._hide()
         for uid in woken:
             self._reconciler.wake(uid)
         await asyncio.gather(*(self._drop(uid) for uid in listed - set(new.pods)))  # each may take a while
@@ -97,3 +104,4 @@ class StaticFile:
                 return  # its rules are still there: tried again by the reconciler, and known until they are gone
             self._table.gone(uid)
             await self._reconciler.forget(uid)
+        self._table.lost(uid)  # also one that another source has

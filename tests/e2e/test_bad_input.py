@@ -252,3 +252,21 @@ def nft_generation(pod: NodePod) -> int:
         return sock.generation()
     finally:
         sock.close()
+
+
+def test_a_pod_of_the_cni_plugin_that_the_static_file_lists_is_one_pod(here: Node) -> None:
+    """Listed with another UID than the CNI call's, which did not enrol it; a restart without the file sets it free."""
+    pod = here.add(here.pod("listed", enrolled=False))
+    entry = f"pods:\n  - namespace: {pod.namespace}\n    name: {pod.name}\n    netns: {pod.netns}\n"
+    (here.run_dir / "static.yaml").write_text(entry + "    serviceAccount: robot\n    labels: {app: shop}\n")
+    until(lambda: here.state(pod) == "enabled", "it is enrolled as the CNI plugin named it")
+    assert here.captured(pod)
+    told = here.ask("/v1/explain", pod=pod.key)
+    assert (told["uid"], told["ztunnel"]["identity"]["service_account"]) == (pod.uid, "robot")
+    here.restart()
+    until(lambda: here.state(pod) == "excluded", "it is set free")
+    assert "sluice:" not in pod.ruleset() and not here.refused(pod)
+    here.restart(static_pods=str(here.run_dir / "static.yaml"))
+    until(lambda: here.state(pod) == "enabled", "it is enrolled again")
+    here.delete(pod)
+    (here.run_dir / "static.yaml").unlink()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import NetnsError
-from agent.core.pods import Pod, PodTable
+from agent.core.pods import Mark, Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.sources import cni, cni_wire
@@ -143,6 +143,24 @@ def test_add_hands_over_the_pod_and_waits_for_it(one: Any) -> None:
     assert bench.namespaces["u-1"].id == os.fstat(one.fileno()).st_ino
 
 
+@pytest.mark.parametrize(("said", "account"), [({}, "default"), ({"sluice.io/service-account": "robot"}, "robot"),
+                                               ({"sluice.io/service-account": "../x"}, "default")])  # fmt: skip
+def test_without_kubernetes_an_annotation_names_the_service_account(one: Any, said: Any, account: str) -> None:
+    bench = Bench()
+    assert bench.do("ADD", netns=one, runtimeConfig={cni_wire.ANNOTATIONS: said}) == OK
+    (pod,) = bench.table
+    assert pod.service_account == account
+
+
+def test_add_of_a_pod_that_the_static_file_lists_takes_its_place(one: Any) -> None:
+    bench = Bench()
+    bench.table.mark({"shop/web": Mark({"istio.io/dataplane-mode": "ambient"})})
+    bench.table.seen(Pod("static.shop.web", "shop", "web", "/n", source="static"))
+    assert bench.do("ADD", netns=one, runtimeConfig={}) == OK
+    assert bench.reconciler.told == [("wake", "static.shop.web"), ("settled", "u-1")]
+    assert [pod.uid for pod in bench.table] == ["u-1"]
+
+
 def test_add_of_an_excluded_pod_waits_for_nothing(one: Any) -> None:
     bench = Bench()
     bench.reconciler.hold = True
@@ -152,7 +170,7 @@ def test_add_of_an_excluded_pod_waits_for_nothing(one: Any) -> None:
 
 def test_add_of_a_pod_that_a_mark_enrols_waits(one: Any) -> None:
     bench = Bench()
-    bench.table.mark({"shop/web": {"istio.io/dataplane-mode": "ambient"}})
+    bench.table.mark({"shop/web": Mark({"istio.io/dataplane-mode": "ambient"})})
     assert bench.do("ADD", netns=one, runtimeConfig={}) == OK
     assert bench.reconciler.told == [("settled", "u-1")]
 

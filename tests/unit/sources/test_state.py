@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import SluiceError
-from agent.core.pods import Pod
+from agent.core.pods import Mark, Pod
 from agent.kernel.netns import NetnsId
 from agent.sources.state import Note, State
 
@@ -34,7 +34,7 @@ FULL = Pod(
 )
 NOTES = [
     Note(FULL, True, NetnsId(4, 4026532000, 2**63 + 1), (1, 2**63), (3,)),
-    Note(Pod("u-2", "shop", "db"), False, None),
+    Note(Pod("u-2", "shop", "db").marked(Mark({"a": "b"}, {"c": "d"}, "robot")), False, None),
 ]
 
 

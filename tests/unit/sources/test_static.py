@@ -6,6 +6,7 @@ import pytest
 
 from agent.core.desired import decide
 from agent.core.errors import SettingsError
+from agent.core.pods import Mark
 from agent.core.settings import Settings
 from agent.sources.static import StaticPods, parse
 
@@ -44,8 +45,13 @@ def test_unless_it_says_none(where: str) -> None:
 
 
 def test_without_a_namespace_it_is_a_mark() -> None:
-    found = parse("pods: [{namespace: shop, name: web, annotations: {a: b}}]", "f")
-    assert found == StaticPods({}, {"shop/web": {MODE: "ambient", "a": "b"}})
+    found = parse("pods: [{namespace: shop, name: web, annotations: {a: b}, labels: {c: d}, serviceAccount: e}]", "f")
+    assert found == StaticPods({}, {"shop/web": Mark({MODE: "ambient", "a": "b"}, {"c": "d"}, "e")})
+
+
+def test_a_pod_without_a_service_account_has_that_of_kubernetes_default() -> None:
+    (pod,) = parse("pods: [{namespace: shop, name: web, netns: /n}]", "f").pods.values()
+    assert pod.service_account == "default"
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "{}", "pods:", "pods: []"])

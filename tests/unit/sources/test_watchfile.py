@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from agent.core.desired import decide
-from agent.core.pods import Pod, PodTable
+from agent.core.pods import Mark, Pod, PodTable
 from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.sources.watchfile import StaticFile
@@ -142,3 +142,36 @@ def test_marks_enrol_pods_that_the_plugin_brings(tmp_path: Path) -> None:
     bench.table.seen(Pod("u1", "shop", "web", source="cni"))
     assert bench.load("- {namespace: shop, name: web}\n") == [("wake", "u1", True)]
     assert bench.load() == [("wake", "u1", False)]
+
+
+def test_a_listed_pod_that_the_cni_plugin_brought_is_marked_and_not_there_twice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.table.seen(Pod("u-1", "shop", "web", "/run/netns/cni-1", source="cni"))
+    assert bench.load(WEB) == [("wake", "u-1", True)]
+    assert (bench.uids, bench.read()) == ({"u-1"}, [])
+    bench.table.gone("u-1")
+    assert bench.read() == [("wake", "static.shop.web", True)] and bench.read() == []
+    bench.table.seen(Pod("u-2", "shop", "web", "/run/netns/cni-2", source="cni"))
+    assert bench.load() == [("wake", "u-2", False)] and bench.uids == {"u-2"}
+    bench.table.gone("u-2")
+    assert not bench.uids and bench.read() == []
+
+
+def test_without_a_file_what_an_earlier_process_took_from_one_is_set_free(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    ambient = {"istio.io/dataplane-mode": "ambient"}
+    listed = Pod("static.shop.web", "shop", "web", "/n", annotations=ambient, source="static")
+    bench.table.restored(listed)
+    bench.table.restored(Pod("u-1", "shop", "db").marked(Mark(ambient)))
+    bench.source = StaticFile("", bench.table, bench.reconciler)
+    assert bench.read() == [("wake", "u-1", False), ("settled", listed.uid, False), ("forget", listed.uid, None)]
+    assert bench.uids == {"u-1"}
+
+
+def test_a_file_that_cannot_be_read_after_a_restart_keeps_what_was_marked(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.table.restored(Pod("u-1", "shop", "db").marked(Mark({"istio.io/dataplane-mode": "ambient"})))
+    bench.file.write_text("pods: [")
+    assert bench.read() == []
+    (pod,) = bench.table
+    assert decide(pod, Settings()).enrolled
