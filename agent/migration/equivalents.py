@@ -20,6 +20,10 @@ _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool
 _LEVELS = {"debug": "debug", "info": "info", "warn": "warning", "error": "error", "fatal": "error", "none": "error"}
 
 
+_SIDECARS = "none: repair is for sidecars"
+_NO_API = "none: the plugin asks the agent, and has no credentials of its own"
+
+
 @dataclass(frozen=True, slots=True)
 class Equivalent:
     """One setting: `env` and `helm` are istio-cni's names, `ours` the setting here; "" where there is none.
@@ -57,7 +61,8 @@ TABLE = (
     Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is found by itself"),
     Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in a list of our own around the primary one",
                plain=("true",)),
-    Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default"),
+    Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default",
+               plain=("true", "false")),
     Equivalent("ISTIO_OWNED_CNI_CONFIG_FILENAME", "istioOwnedCNIConfigFileName", words="cni_conf_name, if at all"),
     Equivalent("", "provider", words="not needed: with Multus its own configuration is wrapped", plain=("default",)),
     Equivalent("AMBIENT_RECONCILE_POD_RULES_ON_STARTUP", "ambient.reconcileIptablesOnStartup",
@@ -71,8 +76,24 @@ TABLE = (
     Equivalent("", "ambient.shareHostNetworkNamespace", words="always", plain=("true", "false")),
     Equivalent("REPAIR_ENABLED", "repair.enabled",
                words="none: repair is for sidecars; pods are captured late without it", plain=("true",)),
-    Equivalent("REPAIR_DELETE_PODS", "repair.deletePods", words="none: repair is for sidecars", plain=("false",)),
-    Equivalent("REPAIR_LABEL_PODS", "repair.labelPods", words="none: repair is for sidecars", plain=("false",)),
+    Equivalent("REPAIR_REPAIR_PODS", "repair.repairPods", words=_SIDECARS, plain=("true", "false")),
+    Equivalent("REPAIR_DELETE_PODS", "repair.deletePods", words=_SIDECARS, plain=("false",)),
+    Equivalent("REPAIR_LABEL_PODS", "repair.labelPods", words=_SIDECARS, plain=("false",)),
+    Equivalent("REPAIR_INIT_CONTAINER_NAME", "repair.initContainerName", words=_SIDECARS, plain=("istio-validation",)),
+    Equivalent("REPAIR_BROKEN_POD_LABEL_KEY", "repair.brokenPodLabelKey", words=_SIDECARS,
+               plain=("cni.istio.io/uninitialized",)),
+    Equivalent("REPAIR_BROKEN_POD_LABEL_VALUE", "repair.brokenPodLabelValue", words=_SIDECARS, plain=("true",)),
+    Equivalent("", "cniNetnsDir", words="the chart's netnsDirs, a list", plain=("/var/run/netns",)),
+    Equivalent("", "global.platform", words="the chart's platform"),
+    Equivalent("", "global.logAsJson", words="none: the log is text", plain=("false",)),
+    Equivalent("SYSTEM_NAMESPACE", "env.SYSTEM_NAMESPACE", "exempt_pods", "its ztunnel-*"),
+    Equivalent("CNI_CONF_GROUP_READ", "env.CNI_CONF_GROUP_READ",
+               words="none: our list is for root alone, and the primary's keeps its mode", plain=("false",)),
+    Equivalent("KUBECONFIG_MODE", "env.KUBECONFIG_MODE", words=_NO_API),
+    Equivalent("KUBE_CA_FILE", "env.KUBE_CA_FILE", words=_NO_API),
+    Equivalent("SKIP_TLS_VERIFY", "env.SKIP_TLS_VERIFY", words=_NO_API, plain=("false",)),
+    Equivalent("AMBIENT_USE_SCOPED_XTABLES_LOCKING", "env.AMBIENT_USE_SCOPED_XTABLES_LOCKING",
+               words="always: each pod's own lock", plain=("true",)),
 )  # fmt: skip
 
 
@@ -176,5 +197,6 @@ _CONVERT: Mapping[str, Callable[[Any], Any]] = {
     "NATIVE_NFTABLES": _backend,
     "FORCE_IPTABLES_BINARY": _forced,
     "MONITORING_PORT": lambda value: f"0.0.0.0:{value}",
+    "SYSTEM_NAMESPACE": lambda value: [f"{value}/ztunnel-*"],
     "logging.level": _level,
 }

@@ -178,9 +178,12 @@ def _settings(facts: Facts, here: Settings) -> Iterator[Finding]:
 
 
 def translated_of(facts: Facts) -> Translated:
-    """What a person gave, else what istio-cni's entries say."""
+    """What a person gave, else what istio-cni's entries say; directories that are found by themselves are left out."""
     found = dict(facts.settings)
     if not found:
         for place in istio.places(facts.view):
             found |= values.of_entry(place.entry)
-    return translate(found)
+    there = {"cni_conf_dir": facts.directory, "cni_bin_dir": facts.plugins}
+    translated = translate(found)
+    needed = {key: value for key, value in translated.settings.items() if str(value).rstrip("/") != there.get(key)}
+    return replace(translated, settings=needed)

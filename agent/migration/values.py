@@ -14,6 +14,11 @@ from agent.migration.equivalents import TABLE
 _BY_HELM = {one.helm: one.name for one in TABLE if one.helm}
 _BY_ENV = {one.env: one.name for one in TABLE if one.env}
 _SHELLS = ("_internal_defaults_do_not_set", "cni", "values")  # what charts, istioctl and IstioOperator put around
+# What its chart sets in the environment and the process does not read, or what has no say in what is captured.
+_NO_SETTINGS = frozenset({
+    "CURRENT_AGENT_VERSION", "REPAIR_RUN_AS_DAEMON", "GOMEMLIMIT", "ISTIO_OWNED_CNI_CONF_FILENAME", "NODE_NAME",
+    "POD_NAME", "POD_NAMESPACE", "REPAIR_NODE_NAME", "REPAIR_SIDECAR_ANNOTATION", "ALLOW_SWITCH_TO_HOST_NS",
+})  # fmt: skip
 # Left out of the ConfigMap these are off, while the chart's own default is on.
 _OFF_WHEN_UNSET = ("AMBIENT_DNS_CAPTURE", "AMBIENT_IPV6")
 _VOLUMES = {"cni-bin-dir": "cniBinDir", "cni-net-dir": "cniConfDir"}
@@ -55,9 +60,9 @@ def _of(document: Mapping[str, Any]) -> dict[str, Any]:
     match document.get("kind"):
         case "ConfigMap":
             data = _mapping(document.get("data"))
-            found = {name: data[key] for key, name in _BY_ENV.items() if key in data}
-            cni = "AMBIENT_ENABLED" in data or "CURRENT_AGENT_VERSION" in data
-            return {**dict.fromkeys(_OFF_WHEN_UNSET if cni else (), "false"), **found}
+            if "AMBIENT_ENABLED" not in data and "CURRENT_AGENT_VERSION" not in data:
+                return {name: data[key] for key, name in _BY_ENV.items() if key in data}
+            return {**dict.fromkeys(_OFF_WHEN_UNSET, "false"), **_of_environment(data)}
         case "DaemonSet":
             return _of_daemonset(document)
         case "IstioOperator":
@@ -75,16 +80,21 @@ def _of_daemonset(document: Mapping[str, Any]) -> dict[str, Any]:
         if path and volume.get("name") in _VOLUMES:
             found[_VOLUMES[str(volume["name"])]] = path
     for container in map(_mapping, _sequence(pod.get("containers"))):
-        for variable in map(_mapping, _sequence(container.get("env"))):
-            if variable.get("name") in _BY_ENV and "value" in variable:
-                found[_BY_ENV[str(variable["name"])]] = variable["value"]
+        given = map(_mapping, _sequence(container.get("env")))
+        found |= _of_environment({str(one["name"]): one["value"] for one in given if "name" in one and "value" in one})
     return found
+
+
+def _of_environment(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Also variables that the table lacks: what they are for, a person has to say."""
+    return {_BY_ENV.get(str(key), str(key)): value for key, value in given.items() if key not in _NO_SETTINGS}
 
 
 def _of_helm(values: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for shell in _SHELLS:
         found |= _of_helm(inner) if (inner := _mapping(values.get(shell))) else {}
+    found |= _of_environment(_mapping(values.get("env")))
     for path, name in _BY_HELM.items():
         value: Any = values
         for part in path.split("."):

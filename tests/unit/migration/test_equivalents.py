@@ -12,7 +12,10 @@ from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 from agent.core.settings import HELP, Settings, build
+from agent.install.planning import View
 from agent.migration.equivalents import TABLE, differences, translate
+from agent.migration.facts import Facts
+from agent.migration.judging import translated_of
 from agent.migration.values import of_entry, read
 
 ALL = {
@@ -57,6 +60,58 @@ def test_what_has_no_equivalent_is_told_unless_it_is_as_here() -> None:
         "REPAIR_DELETE_PODS true",
         "NEW",
     ]
+
+
+# What stands in the values of istio-cni's chart itself (design: peers 1.3), but for how its pod runs.
+CHART = """
+cniBinDir: /opt/cni/bin
+cniConfDir: /etc/cni/net.d
+cniConfFileName: ""
+cniNetnsDir: /var/run/netns
+istioOwnedCNIConfigFileName: ""
+istioOwnedCNIConfig: false
+excludeNamespaces: [kube-system]
+chained: true
+provider: default
+logging: {level: ""}
+ambient:
+  enabled: true
+  enablementSelectors:
+  - podSelector: {matchLabels: {istio.io/dataplane-mode: ambient}}
+  - podSelector: {matchExpressions: [{key: istio.io/dataplane-mode, operator: NotIn, values: [none]}]}
+    namespaceSelector: {matchLabels: {istio.io/dataplane-mode: ambient}}
+  dnsCapture: true
+  ipv6: true
+  reconcileIptablesOnStartup: true
+  shareHostNetworkNamespace: false
+  enableAmbientDetectionRetry: true
+repair:
+  {enabled: true, labelPods: false, deletePods: false, repairPods: true, initContainerName: istio-validation,
+   brokenPodLabelKey: cni.istio.io/uninitialized, brokenPodLabelValue: "true"}
+global: {logAsJson: false, nativeNftables: false, logging: {level: info}}
+env: {}
+"""
+
+
+def test_the_defaults_of_its_chart_are_ours_where_its_directories_are_the_runtimes() -> None:
+    facts = Facts("/etc/cni/net.d", "/opt/cni/bin", View(), settings=read(yaml.safe_load_all(CHART)))
+    found = translated_of(facts)
+    assert differences(found, Settings()) == found.remarks == ()
+
+
+def test_what_has_no_equivalent_here_is_mentioned() -> None:
+    text = """
+cniNetnsDir: /run/x
+global: {platform: k3s, logAsJson: true}
+repair: {repairPods: false, brokenPodLabelKey: x}
+env: {SYSTEM_NAMESPACE: mesh, CNI_CONF_GROUP_READ: "true", SOMETHING_NEW: "1", GOMEMLIMIT: 1GiB}
+"""
+    found = translate(read(yaml.safe_load_all(text)))
+    assert found.settings == {"exempt_pods": ["mesh/ztunnel-*"]}
+    assert [words.partition(": ")[0] for words in found.remarks] == [
+        "REPAIR_BROKEN_POD_LABEL_KEY x", "cniNetnsDir /run/x", "global.platform k3s", "global.logAsJson true",
+        "CNI_CONF_GROUP_READ true", "SOMETHING_NEW",
+    ]  # fmt: skip
 
 
 def test_differences_name_both_sides() -> None:

@@ -53,7 +53,8 @@ CHANGES: list[tuple[dict[str, Any], str, str, str]] = [
     ({"view": View({"10-k8s.conflist": lists({**ISTIO, "ambient_enabled": False})})}, "sidecars", OBSTACLE, "ambient"),
     ({"view": View()}, "configuration", OBSTACLE, "no CNI configuration"),
     ({"settings": {"AMBIENT_DNS_CAPTURE": "false"}}, "settings", OBSTACLE, "dns_capture: False (here: True)"),
-    ({"settings": {"ISTIO_OWNED_CNI_CONFIG": "true"}}, "settings", NOTE, "always"),
+    ({"settings": {"ENABLE_AMBIENT_DETECTION_RETRY": "false"}}, "settings", NOTE, "always"),
+    ({"settings": {"cniBinDir": "/opt/other/bin"}}, "settings", OBSTACLE, "cni_bin_dir: /opt/other/bin"),
 ]
 
 
