@@ -49,8 +49,8 @@ class Kubernetes:
         connected: Callable[[], bool],
         met: Callable[[], bool],
     ) -> None:
-        """`lacking`: why capture cannot be guaranteed here now. `connected`: whether a ztunnel is; `met`: whether one
-        has been since this agent began."""
+        """`lacking`: why a pod that starts now might run uncaptured. `connected`: whether a ztunnel is; `met`: whether
+        one has been since this agent began."""
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self._exempt = exempt
         self.admission = Admission(client, table, settings)

@@ -175,7 +175,7 @@ class Agent:
             self.namespaces.was_captured,
             self.exempt,
             self.who,
-            self._lacking,
+            lambda: self.readiness()[0],
             lambda: bool(self.zds.connections),
             lambda: self.zds.met,
         )
@@ -251,11 +251,6 @@ class Agent:
         about = {"node": self.node_name, "version": self.version, "accounting": accounting}
         ready, host = not self.readiness()[0], self.host.status
         return condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
-
-    def _lacking(self) -> str:
-        """Why a pod that starts now might not be captured; "" when it is sure to be."""
-        missing, _ = self.readiness()
-        return missing or ("" if self.zds.connections else "no ztunnel is connected")
 
     def node(self) -> Mapping[str, Any]:
         """What `sluice status` shows of the node itself."""

@@ -21,6 +21,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     "ebpf": ("routing", "ebpf-programs", "ebpf"),
 }
 
+_KEPT = "kept from the last start"
 WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4, "ebpf": 4}
 
 
@@ -107,7 +108,8 @@ def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -
         and recorded.backend in LAYERS
         and (view is None or view.release == recorded.release)
     ):
-        order[recorded.backend] = f"kept from the last start ({recorded.reason})"
+        again = recorded.reason.startswith(_KEPT)
+        order[recorded.backend] = recorded.reason if again else f"{_KEPT} ({recorded.reason})"
     order.setdefault("nftables", f"setting backend={setting}, the first that works")
     name, why = _variant(view)
     other = "iptables" if name == "iptables-legacy" else "iptables-legacy"

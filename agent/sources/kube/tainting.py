@@ -1,4 +1,8 @@
-"""The startup taint: taken from the node once pods can be captured there, and put back, if wanted, while not."""
+"""The startup taint: taken from the node once no pod can start uncaptured, and put back, if wanted, while one can.
+
+A ztunnel is no condition: without one an enrolled pod does not start. And ztunnel itself may need what waits for the
+taint: istiod, which hands out the certificates' authority that ztunnel's pod mounts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from agent.sources.kube.nodes import Taint
 log = logging.getLogger("sluice.kube")
 _EVERY = 1.0  # seconds between two looks at ourselves
 _PAUSE = 10.0  # the same, after the API server refused or did not answer
-_STEADY = 10.0  # seconds that capture is not possible for before the taint comes back: not at each ztunnel's restart
+_STEADY = 10.0  # seconds that something is lacking before the taint comes back
 
 
 class Tainted(Protocol):
@@ -25,7 +29,7 @@ class Tainted(Protocol):
 
 
 class Tainting:
-    """`lacking` tells why capture cannot be guaranteed now; "" when it can."""
+    """`lacking` tells why a pod that starts now might run uncaptured; "" when none can."""
 
     def __init__(self, node: Tainted, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
         self.error = ""
@@ -45,7 +49,7 @@ class Tainting:
         try:
             if not lacking and self._taken is not True:
                 if await self._node.remove(self._taint):
-                    log.info("taint %s taken from the node: pods can be captured", self._taint)
+                    log.info("taint %s taken from the node: no enrolled pod can start uncaptured", self._taint)
                 self._taken = True
             elif lacking and self._returns and self._taken is not False and self._lacks >= _STEADY:
                 if await self._node.add(self._taint):

@@ -99,6 +99,15 @@ def test_p30_a_restart_chooses_what_it_chose_before_and_says_why() -> None:
     assert world.probed == ["routing", "conntrack", "iptables"]
 
 
+def test_however_often_it_starts_it_says_once_that_the_choice_was_kept() -> None:
+    old, reasons = OLD, list[str]()
+    for _ in range(3):
+        choice = World().choose(old=old)
+        old = replace(old, reason=choice.reason)
+        reasons.append(choice.reason)
+    assert reasons == [f"kept from the last start ({OLD.reason})"] * 3
+
+
 @pytest.mark.parametrize(
     "old", [replace(OLD, release="5.15"), replace(OLD, backend="other"), None], ids=["kernel", "unknown", "none"]
 )
