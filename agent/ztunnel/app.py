@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ZtunnelSettings:
-    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. Times in seconds;
-    `dns_seconds`: as long as the pod's conntrack waits for an answer (nf_conntrack_udp_timeout)."""
+    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's, `share` how many
+    connections one pod may have under way. Times in seconds; `dns_seconds`: as long as the pod's conntrack waits for
+    an answer (nf_conntrack_udp_timeout)."""
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
@@ -42,6 +43,7 @@ class ZtunnelSettings:
     dns_seconds: float = 30.0
     connect_seconds: float = 10.0
     bpf_dir: str = BPF_DIR
+    share: int = 16384
 
 
 def main(settings: ZtunnelSettings) -> int:
@@ -50,6 +52,12 @@ def main(settings: ZtunnelSettings) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return asyncio.run(_serve(settings))
+
+
+def _share(most: int) -> int:
+    """No pod takes more than a quarter of the descriptors: a connection has two, and a stream four more."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return min(most, descriptors // 8)
 
 
 class _Ending:
@@ -76,6 +84,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     engine = Engine(
         Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
         Deadlines(loop, ANSWERED_SECONDS), Records(loop, settings.records), Asked(settings.bpf_dir),
+        _share(settings.share),
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(Workload, engine))
     agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())

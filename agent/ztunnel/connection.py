@@ -66,6 +66,10 @@ class Connection:
         except SluiceError as error:
             self._end("error", str(error))
 
+    def refuse(self, why: str) -> None:
+        """Instead of `open`: resets the client at once."""
+        self._end("refused", why)
+
     def expire(self) -> None:
         if self._up is None and not self._done:
             self._end("timeout", "connect timed out")

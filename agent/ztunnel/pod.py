@@ -16,7 +16,7 @@ from agent.ztunnel.upstream import Upstream
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What all pods share. `connects` and `queries` bound how long an upstream may be silent, `answered` how long a
-    flow of DNS is kept after the last answer."""
+    flow of DNS is kept after the last answer, `share` how many connections and flows of one pod may be under way."""
 
     poller: Poller
     connects: Deadlines
@@ -24,6 +24,7 @@ class Engine:
     answered: Deadlines
     records: Records
     asked: Asked
+    share: int
 
 
 class Live(Protocol):

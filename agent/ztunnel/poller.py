@@ -21,6 +21,8 @@ END = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 WRITE = select.EPOLLOUT
 ERROR = select.EPOLLERR
 
+_EVENTS = 8  # handled at one wake-up, then accepting and others' timers get their turn
+
 Handler = Callable[[int], None]
 
 
@@ -48,7 +50,7 @@ class Poller:
 
     def _run(self) -> None:
         handlers = self._handlers
-        for fd, mask in self._epoll.poll(0, 256):
+        for fd, mask in self._epoll.poll(0, _EVENTS):
             handler = handlers.get(fd)
             if handler is None:
                 continue

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import socket
 
+from agent.kernel.accepting import Seldom
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add
@@ -16,7 +17,9 @@ from agent.ztunnel.listeners import Listeners, listen
 from agent.ztunnel.pod import Engine, Pod
 from agent.ztunnel.upstream import Upstream
 
-_ACCEPTED = 64  # connections taken at one wake-up, then others get their turn
+_ACCEPTED = (
+    4  # connections taken at one wake-up, then others get their turn: few, for a flood is what the others wait for
+)
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_SECONDS = 0.1
 
@@ -32,6 +35,7 @@ class Workload:
         conntrack, self._listeners = netns.call(_open)
         self._resolver = Resolver(self.pod, conntrack)
         self._accepting: set[socket.socket] = set()
+        self._crowded = Seldom()
         self._watch(self._listeners)
 
     def _watch(self, listeners: Listeners) -> None:
@@ -73,7 +77,13 @@ class Workload:
                     return
                 continue  # that client has gone
             client.setblocking(False)
-            Connection(self.pod, Direction.INBOUND if inbound else Direction.OUTBOUND, client, peer).open()
+            taken = Connection(self.pod, Direction.INBOUND if inbound else Direction.OUTBOUND, client, peer)
+            if len(self.pod.live) < self.pod.engine.share:
+                taken.open()
+            else:
+                words = f"the pod has {self.pod.engine.share} connections under way, which is its share"
+                taken.refuse(words)
+                self._crowded.log(f"pod {self.pod.name}: a connection was refused: {words}")
 
     def _pause(self, listener: socket.socket) -> None:
         """Out of descriptors: asking again at once would only burn the processor."""

@@ -31,6 +31,25 @@ def test_a_reset_is_told_to_one_who_does_not_read() -> None:
     asyncio.run(asyncio.wait_for(scene(), 10))
 
 
+def test_many_events_of_one_pod_do_not_keep_the_loop_from_others() -> None:
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        events, seen, pairs = Poller(loop), list[int](), [socket.socketpair() for _ in range(64)]
+        for one, _ in pairs:
+            events.add(one.fileno(), seen.append)
+        counts = list[int]()
+        while len(seen) < len(pairs):
+            await asyncio.sleep(0)
+            counts.append(len(seen))
+        assert len(counts) >= len(pairs) // poller._EVENTS, "somebody else had a turn after each few"
+        for pair in pairs:
+            for end in pair:
+                end.close()
+        events.close()
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
 def test_a_failing_handler_does_not_lose_the_others() -> None:
     async def scene() -> None:
         loop = asyncio.get_running_loop()
