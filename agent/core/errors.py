@@ -27,6 +27,10 @@ class PodGoneError(NetnsError):
     """The pod's namespace is no longer that pod's and nothing refers to it any more: the pod has ended."""
 
 
+class PodEndingError(NetnsError):
+    """The pod's sandbox is being taken down: nothing runs in its namespace any more, and nothing there needs repair."""
+
+
 class KernelError(SluiceError):
     """The kernel refused an operation. `errno` is its number; the message holds its words."""
 

@@ -30,13 +30,14 @@ class _Sockets:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a namespace is like: whether it has IPv6, its addresses without loopback and link-local ones, and whether
-    lo is up and has 127.0.0.1 and ::1."""
+    """What a namespace is like: whether it has IPv6, its addresses without loopback and link-local ones, whether lo is
+    up, and whether it then has 127.0.0.1 and ::1."""
 
     ipv6: bool
     addresses: tuple[str, ...]
     loopback4: bool
     loopback6: bool
+    up: bool = True
 
 
 class PodNetns:
@@ -164,4 +165,4 @@ def _forwards() -> bool:
 def _facts(held: tuple[Address, ...], *, up: bool, ipv6: bool) -> Facts:
     lo = {str(one.address) for one in held if one.index == LOOPBACK_INDEX} if up else set()
     others = (one.address for one in held if not one.address.is_loopback and not one.address.is_link_local)
-    return Facts(ipv6, tuple(str(one) for one in others), "127.0.0.1" in lo, "::1" in lo)
+    return Facts(ipv6, tuple(str(one) for one in others), "127.0.0.1" in lo, "::1" in lo, up)

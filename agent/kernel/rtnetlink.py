@@ -90,6 +90,11 @@ class RouteSocket(NetlinkSocket):
             raise
         return any(_LINK.unpack_from(answer.body)[3] & _IFF_UP for answer in answers)
 
+    def raise_lo(self) -> None:
+        """ip link set lo up; fine when it is. Raises KernelError."""
+        body = _LINK.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, _IFF_UP, _IFF_UP)
+        self.request("ip link set lo up", NEWLINK, 0, body)
+
     def held_addresses(self) -> tuple[Address, ...]:
         """All addresses of the namespace, of either family."""
         found = []

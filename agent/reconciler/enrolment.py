@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
 from agent.core.bridged import bridged
-from agent.core.errors import SluiceError
+from agent.core.errors import PodEndingError, SluiceError
 from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
@@ -76,7 +76,7 @@ class Enrolment:
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
-        facts = target.facts()
+        facts = self._facts(pod, target)
         want, notes = _within(redirect, facts)
         if not self._choice.by_socket:
             notes += bridged(want, target.wiring())
@@ -134,7 +134,7 @@ class Enrolment:
         target = self._namespaces.resolve(pod)
         if self._accounting:
             self._accounting.release(pod.uid, target)
-        want, _ = _within(redirect, target.facts())
+        want, _ = _within(redirect, self._facts(pod, target))
         done = settle_each(target, self._switching.leaving(target, want))
         return done, self._proxied.there(target) if self._proxied else ()
 
@@ -207,6 +207,21 @@ class Enrolment:
     def lasting(self) -> tuple[Lasting, ...]:
         """Layers whose state outlives a pod, in the order of removal."""
         return lasting((*reversed(self._choice.active), *self._choice.retired))
+
+    def _facts(self, pod: Pod, target: PodNetns) -> Facts:
+        """With lo up in a sandbox that is just being made: the runtime's own plugin for that may be slower than we are.
+
+        Raises KernelError; PodEndingError where the runtime has taken lo down, as the first thing of a sandbox's end.
+        """
+        facts = target.facts()
+        if facts.up:
+            return facts
+        if self._namespaces.is_new(pod):
+            target.route.raise_lo()
+            return target.facts()
+        if not self._namespaces.occupied(target):
+            raise PodEndingError(f"pod {pod.key} is ending: lo is down, and no process is left in its namespace")
+        return facts
 
     def _forwards(self, target: PodNetns) -> bool:
         """Of no matter to rules, which see what is forwarded, too."""

@@ -17,7 +17,7 @@ from typing import TypeVar
 from agent.backends.choose import Choice
 from agent.core.canary import Finding, Verdict
 from agent.core.desired import Decision, intent
-from agent.core.errors import NoZtunnelError, PodGoneError, SettingsError, SluiceError, ZtunnelError
+from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, SettingsError, SluiceError, ZtunnelError
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
@@ -253,6 +253,11 @@ class Reconciler:
             self._journal.failed(pod, error)
             self.table.lost(pod.uid)
             await self._release(pod.uid)
+            return True
+        except PodEndingError as error:
+            if decision.redirect is None:
+                entry.told(State.EXCLUDED, decision, self.choice.name)
+            entry.status = replace(entry.status, notes=(str(error),))
             return True
         except ZtunnelError as error:
             entry.told(State.WAITING if entry.patience else State.PENDING, decision, self.choice.name, error)

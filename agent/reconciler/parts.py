@@ -21,6 +21,9 @@ class Namespaces(Protocol):
     def opened(self, uid: str) -> PodNetns | None:
         """The pod's namespace as it was resolved last, without proving it again."""
 
+    def occupied(self, target: PodNetns) -> bool:
+        """Whether a process is in the namespace; blocking. Raises KernelError."""
+
     def dead(self, cookies: Collection[int]) -> frozenset[int]:
         """Those of the namespaces' cookies that belong to no pod and to nothing that lives; blocking."""
 

@@ -69,6 +69,10 @@ class Namespaces:
         """The pod's handle, as it is; None where none was opened."""
         return self._open.get(uid)
 
+    def occupied(self, target: PodNetns) -> bool:
+        """Whether a process is in the namespace. Blocking. Raises KernelError."""
+        return searching.lives(target.netns.id, ())
+
     def dead(self, cookies: Collection[int]) -> frozenset[int]:
         """Those of the cookies that belong to no pod that is known, and to no namespace that is found on this node.
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -263,3 +266,46 @@ def test_p16_ztunnel_killed_hung_and_rolled(here: CriNode, web: str) -> None:
     for pod in pods:
         assert here.captured(pod, here.client(pod), web)
         here.remove(pod)
+
+
+# As slow as it may be on a busy node: at an ADD until somebody else has brought lo up, at a DEL for long enough that an
+# agent sees lo down before its own DEL comes.
+SLOW_LOOPBACK = """#!/bin/sh
+if [ "$CNI_COMMAND" = ADD ]; then
+    tries=0
+    until nsenter --net="$CNI_NETNS" ip link show lo | grep -q ",UP" || [ $((tries += 1)) -gt 30 ]; do sleep 0.1; done
+    exec /usr/lib/cni/loopback
+fi
+/usr/lib/cni/loopback
+code=$?
+sleep 0.5
+exit $code
+"""
+
+
+def test_lo_may_come_late_and_goes_first(here: CriNode, web: str) -> None:
+    """The runtime runs loopback beside the chain, and before it when a sandbox ends."""
+    plugin = here.path("/opt/cni/bin/loopback")
+    plugin.unlink()
+    plugin.write_text(SLOW_LOOPBACK)
+    plugin.chmod(0o755)
+    try:
+        pod = here.run(CriPod("late"))
+        client = here.client(pod)
+        assert here.captured(pod, client, web)
+        before = failures(here)
+        here.remove(pod)
+        assert failures(here) == before, "the end of a sandbox is no drift"
+    finally:
+        plugin.unlink()
+        plugin.symlink_to("/usr/lib/cni/loopback")
+
+
+def failures(here: CriNode) -> str:
+    connection = http.client.HTTPConnection("agent")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(here.path("/run/sluice/agent.sock")))
+    with contextlib.closing(connection):
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    return next(line for line in lines if line.startswith("sluice_reconcile_failures_total "))

@@ -80,13 +80,14 @@ def test_from_a_broken_pod_to_its_cause_and_back(here: Node) -> None:
     assert here.captured(web)
 
     # lo of the other one goes down: it cannot be captured, and both say so.
-    run(["ip", "link", "set", "lo", "down"], netns=db.netns)
-    until(lambda: here.state(db) == "failed", "the agent has seen it")
-    code, found = doctor(here)
-    assert code == 1 and wrong(found).keys() >= {"pods", "pod-loopback"}
-    assert wrong(found)["pod-loopback"] == "shop/db: lo is down, or has no 127.0.0.1"
-    assert "sluice explain shop/db" in found["pods"][0]["remedy"]
-    assert "lo" in sluice(here, "explain", "shop/db").stdout
+    with db.running():
+        run(["ip", "link", "set", "lo", "down"], netns=db.netns)
+        until(lambda: here.state(db) == "failed", "the agent has seen it")
+        code, found = doctor(here)
+        assert code == 1 and wrong(found).keys() >= {"pods", "pod-loopback"}
+        assert wrong(found)["pod-loopback"] == "shop/db: lo is down, or has no 127.0.0.1"
+        assert "sluice explain shop/db" in found["pods"][0]["remedy"]
+        assert "lo" in sluice(here, "explain", "shop/db").stdout
     run(["ip", "link", "set", "lo", "up"], netns=db.netns)
     until(lambda: here.state(db) == "enabled", "it is captured again")
     assert wrong(doctor(here)[1]) == {}

@@ -39,7 +39,7 @@ FACTS = [
     (f"{SYSCTL}.lo.disable_ipv6=1; {SYSCTL}.lo.disable_ipv6=0", Facts(True, ("10.9.0.2", "fd09::2"), True, True)),
     ("ip addr del ::1/128 dev lo", Facts(True, ("10.9.0.2", "fd09::2"), True, False)),
     ("ip addr del 127.0.0.1/8 dev lo; ip addr del 10.9.0.2/24 dev eth0", Facts(True, ("fd09::2",), False, True)),
-    ("ip link set lo down", Facts(True, ("10.9.0.2", "fd09::2"), False, False)),
+    ("ip link set lo down", Facts(True, ("10.9.0.2", "fd09::2"), False, False, up=False)),
     ("ip link set lo down; ip link set lo up", Facts(True, ("10.9.0.2", "fd09::2"), True, True)),
 ]
 

@@ -116,6 +116,15 @@ class NodePod:
             lines += table.stdout.splitlines()
         return "\n".join(line.rstrip() for line in lines)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """With a process: without one a pod whose lo is down is taken for one that ends."""
+        with subprocess.Popen(["ip", "netns", "exec", self.netns.name, "sleep", "600"]) as process:
+            try:
+                yield
+            finally:
+                process.kill()
+
     def ruleset(self) -> str:
         """nf_tables alone; empty in a namespace that nobody touched."""
         return run(["nft", "-s", "list", "ruleset"], netns=self.netns).stdout

@@ -35,12 +35,20 @@ class Target:
 
     def __init__(self, uid: str) -> None:
         self.uid, self.cookie, self.forwards = uid, next(_cookies), False
+        self.up, self.occupied = True, True
 
     def has_ipv6(self) -> bool:
         return True
 
     def facts(self) -> Any:
-        return Facts(ipv6=True, addresses=("10.0.0.2",), loopback4=True, loopback6=True)
+        return Facts(ipv6=True, addresses=("10.0.0.2",), loopback4=self.up, loopback6=self.up, up=self.up)
+
+    @property
+    def route(self) -> Target:
+        return self
+
+    def raise_lo(self) -> None:
+        self.up = True
 
     def wiring(self) -> Wiring:
         return Wiring(forwards=self.forwards)
@@ -138,6 +146,9 @@ class Namespaces:
 
     def is_new(self, pod: Pod) -> bool:
         return pod.source == "cni" and pod.uid not in self.noted
+
+    def occupied(self, target: Any) -> bool:
+        return bool(target.occupied)
 
     def opened(self, uid: str) -> Any:
         return self.targets.get(uid)

@@ -178,7 +178,7 @@ class Annotator:
             self._past[uid] = _Past()
         past = self._past[uid]
         at = now + past.fight.pause(now)
-        if _is(pod) != ENABLED or self._state(uid) is State.EXCLUDED:
+        if _is(pod) != ENABLED or pod.ended or self._state(uid) is State.EXCLUDED:
             past.since = None
             return at
         past.since = now if past.since is None else past.since
@@ -193,6 +193,8 @@ class Annotator:
 
     def _wanted(self, uid: str) -> str | None:
         """ "" for no annotation; None while nothing is known yet."""
+        if (pod := self._table.kube(uid)) is not None and pod.ended:
+            return ""  # its sandbox may be gone before the API server says so, or after
         match self._state(uid):
             case State.ENABLED:
                 return ENABLED

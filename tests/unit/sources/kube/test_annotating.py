@@ -274,3 +274,17 @@ def test_what_was_remembered_of_pods_that_are_gone_makes_room() -> None:
 
     during(world, play)
     assert len(world.annotator._past) == 1
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.FAILED, State.ENABLED])
+def test_a_pod_that_has_ended_keeps_no_annotation(state: State) -> None:
+    """Whether its sandbox is taken down before or after the API server says that it has ended."""
+    world = World(hold=60.0)
+    world.table.know(replace(KUBE, running=False, ended=True, annotations={names.REDIRECTION: "enabled"}))
+
+    async def play() -> None:
+        world.be(state)
+        await world.sent(1)
+
+    during(world, play)
+    assert world.api.values() == [None]
