@@ -49,6 +49,12 @@ static __always_inline int is_loopback(const struct address *a)
 	return !a->word[0] && !a->word[1] && !a->word[2] && (a->word[3] == bpf_htonl(1) || !a->word[3]);
 }
 
+/* fe80::/10 */
+static __always_inline int is_link_local(const struct address *a)
+{
+	return (a->word[0] & bpf_htonl(0xffc00000)) == bpf_htonl(0xfe800000);
+}
+
 /* The one address that is loopback to the rules on DNS over TCP. */
 static __always_inline int is_localhost(const struct address *a)
 {
@@ -148,6 +154,9 @@ static __always_inline struct answer outbound(const struct pod *pod, __u8 protoc
 		return ANSWER(PASS, EXIT_LOOPBACK);
 	if (dns && !tcp && is_resolver(pod, to))
 		return ANSWER(TO_DNS, EXIT_CAPTURED_DNS);
+	/* Only its interface makes it an address, and ztunnel is not told of that: nobody could connect there. */
+	if (tcp && is_link_local(to))
+		return ANSWER(PASS, EXIT_EXCLUDED_NETWORK);
 	return tcp ? ANSWER(TO_ZTUNNEL, EXIT_CAPTURED_OUTBOUND) : ANSWER(PASS, EXIT_NOT_TCP);
 }
 

@@ -44,8 +44,8 @@ class Field(Enum):
     PROTOCOL = "protocol"  # "tcp", "udp", "icmp" or "ipv6-icmp"
     IN_INTERFACE = "iifname"  # str
     OUT_INTERFACE = "oifname"  # str
-    SOURCE = "saddr"  # address without prefix, or networks
-    DESTINATION = "daddr"  # address without prefix, or networks
+    SOURCE = "saddr"  # address or network, or networks
+    DESTINATION = "daddr"  # address or network, or networks
     SOURCE_PORT = "sport"  # int, or ranges
     DESTINATION_PORT = "dport"  # int, or ranges
     OPENING = "opening"  # a TCP packet that opens a connection: SYN alone of FIN, SYN, RST and ACK
@@ -100,9 +100,9 @@ _ICMP = {4: "icmp", 6: "ipv6-icmp"}
 def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     """All rules of one pod, in the order in which they must stand within each table and chain.
 
-    Without `counting` those are left out that count, or refuse, what is neither TCP nor captured DNS. While draining
-    those are left that captured connections need: the kernel translates them by what conntrack knows, for as long as
-    any chain of NAT is there (see `tables`).
+    Without `counting` those are left out that istio-cni has not: what is neither TCP nor captured DNS is not counted or
+    refused, and IPv6 link-local destinations are captured. While draining those are left that captured connections
+    need: the kernel translates them by what conntrack knows, for as long as any chain of NAT is there (see `tables`).
     """
     if redirect.draining:
         return (*_mangle(), *(_raw(plain=not counting) if redirect.dns else ()))
@@ -111,7 +111,7 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
         *(_other_inbound(redirect) if counting else ()),
         *(_other_outbound(redirect) if counting else ()),
         *_nat_prerouting(redirect),
-        *_nat_output(redirect),
+        *_nat_output(redirect, link_local=counting),
         *(_raw(plain=not counting) if redirect.dns else ()),
     ]
     if not counting or redirect.ipv4 == redirect.ipv6:
@@ -227,7 +227,7 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
         yield Rule(*nat, plain, Verb.REDIRECT, names.INBOUND_PORT, family)
 
 
-def _nat_output(redirect: Redirect) -> Iterator[Rule]:
+def _nat_output(redirect: Redirect, *, link_local: bool) -> Iterator[Rule]:
     nat = (Table.NAT, Hook.OUTPUT)
     outward = {family: Match(Field.DESTINATION, _LOOPBACK[family], negated=True) for family, _ in _families(redirect)}
     if redirect.preserve:
@@ -240,6 +240,8 @@ def _nat_output(redirect: Redirect) -> Iterator[Rule]:
     yield Rule(*nat, (_TCP, Match(Field.MARK, names.CONNECTION_MARK)), Verb.ACCEPT)
     for family, match in outward.items():
         yield Rule(*nat, (match, Match(Field.OUT_INTERFACE, "lo")), Verb.ACCEPT, family=family)
+    if redirect.ipv6 and link_local:
+        yield Rule(*nat, (_TCP, Match(Field.DESTINATION, names.LINK_LOCAL)), Verb.RETURN, family=6)
     for family, match in outward.items():
         yield Rule(*nat, (match, _TCP, _NOT_FROM_ZTUNNEL), Verb.REDIRECT, names.OUTBOUND_PORT, family)
 

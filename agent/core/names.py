@@ -30,6 +30,9 @@ ROUTING_PROTOCOL: Final = 83
 PROBE_IPV4: Final = "169.254.7.127"
 PROBE_IPV6: Final = "fd16:9254:7127:1337:ffff:ffff:ffff:ffff"
 
+# Never captured on the way out: an address of the link that only its interface makes one, which ztunnel cannot name.
+LINK_LOCAL: Final = "fe80::/10"
+
 # DNS sockets of ztunnel live in a conntrack zone of their own, so that the pod and ztunnel may use the same
 # source port towards the same resolver without meeting in conntrack.
 DNS_ZONE: Final = 1

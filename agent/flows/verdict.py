@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
+from agent.core import names
 from agent.core.exclusions import Range
 from agent.core.redirect import Redirect
 from agent.core.sockets import Endpoint
@@ -16,6 +17,7 @@ from agent.core.wiring import Network, Wiring
 from agent.flows.record import Reason
 
 _LOOPBACK = ip_network("127.0.0.0/8")
+_LINK_LOCAL = ip_network(names.LINK_LOCAL)
 _ANY = ("0.0.0.0", "::")  # by which a connect means loopback
 _LOCALHOST = ("127.0.0.1", "::1")  # the one address that is loopback to the rules on DNS over TCP
 _DNS = 53
@@ -46,7 +48,9 @@ class Verdicts:
             return Reason.PROBE
         if port == _DNS and self.redirect.dns and self._resolver(address):
             return None
-        return Reason.LOOPBACK if self.own(address) else None
+        if self.own(address):
+            return Reason.LOOPBACK
+        return Reason.EXCLUDED_NETWORK if _contains(_LINK_LOCAL, ip_address(address)) else None
 
     def inbound(self, remote: Endpoint, local: Endpoint) -> Reason | None:
         """For a connection from `remote` to `local`, the pod's; None if it is to be captured, or for HBONE."""

@@ -78,7 +78,7 @@ class Enrolment:
         lenient = first and self._preserve and not fresh
         facts = self._facts(pod, target)
         want, notes = _within(redirect, facts)
-        if not self._choice.by_socket:
+        if len(facts.addresses) > 2 and not self._choice.by_socket:  # more than a family's one: there may be a bridge
             notes += bridged(want, target.wiring())
         if lenient:
             self._outside.begin(pod.uid, target)

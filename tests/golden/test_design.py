@@ -9,7 +9,7 @@ import pytest
 from agent.backends.iptables.rendering import render
 from agent.core.redirect import Redirect
 
-# (table, chain, rule), in order; {lo} and {probe} differ by family. DNS rows are marked.
+# (table, chain, rule), in order; {lo} and {probe} differ by family. DNS rows are marked; that of LINK is ours alone.
 DESIGN = [
     ("mangle", "ISTIO_PRERT", "-m mark --mark 0x539/0xfff -j CONNMARK --set-xmark 0x111/0xfff"),
     (
@@ -38,6 +38,7 @@ DESIGN = [
     ),
     ("nat", "ISTIO_OUTPUT", "-p tcp -m mark --mark 0x111/0xfff -j ACCEPT"),
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -o lo -j ACCEPT"),
+    ("nat", "ISTIO_OUTPUT", "LINK -p tcp -d fe80::/10 -j RETURN"),
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001"),
     # The design's two rows go by ports alone and take an answer to a client's port 53 for a question.
     ("raw", "ISTIO_OUTPUT", "DNS ! -o lo -p udp -m udp --dport 53 -m mark --mark 0x539/0xfff -j CT --zone-orig 1"),
@@ -67,7 +68,7 @@ COUNTING = [
 @pytest.mark.parametrize("ingress_only", [True, False])
 @pytest.mark.parametrize("virtual", [(), ("eth1",)])
 def test_rows_of_the_design(family: int, dns: bool, ingress_only: bool, virtual: tuple[str, ...]) -> None:
-    left_out = {"DNS": not dns, "INBOUND": ingress_only, "VIRTUAL": not virtual}
+    left_out = {"DNS": not dns, "INBOUND": ingress_only, "VIRTUAL": not virtual, "LINK": family == 4}
     wanted: dict[tuple[str, str], list[str]] = {}
     for table, chain, row in DESIGN + COUNTING:
         word, _, rest = row.partition(" ")

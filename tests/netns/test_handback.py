@@ -287,7 +287,7 @@ def test_under_load_no_connection_escapes_or_fails_there_and_back(choice: str) -
         nodes = kept.enter_context(pair())
         await_ipv6(nodes)
         used = layers(choice)
-        layer, want = used[1], Redirect(dns=False)
+        layer, want = used[-1], Redirect(dns=False)
         settle(nodes.target, want, used)
         traffic = Traffic(nodes, kept)
         traffic.more()
@@ -318,6 +318,6 @@ def test_p55_streams_survive_there_and_back(choice: str) -> None:
         far.settimeout(SECONDS)
         for _ in range(3):
             assert carries(*old) and carries(near, far)
-            strip(nodes.target, used[1], Redirect())
+            strip(nodes.target, used[-1], Redirect())
             assert carries(*old) and carries(near, far)
             settle(nodes.target, Redirect(), used)

@@ -187,7 +187,7 @@ def test_damage_is_named_and_repaired_and_foreign_rules_stay(pod: Pod, choice: s
 
 
 def test_a_plan_for_another_generation_is_refused_and_changes_nothing(pod: Pod) -> None:
-    backend = layers("nftables")[1]
+    backend = layers("nftables")[-1]
     plan = backend.plan(WANT, backend.read(pod.target))
     pod.sh("nft add table inet other")
     before = pod.dump()
@@ -197,7 +197,7 @@ def test_a_plan_for_another_generation_is_refused_and_changes_nothing(pod: Pod) 
 
 
 def test_owned_tables_survive_foreign_flushes_and_the_death_of_their_agent(pod: Pod) -> None:
-    backend = layers("nftables")[1]
+    backend = layers("nftables")[-1]
     assert isinstance(backend, NftablesBackend)
     if not backend.owned:
         assert "no owned tables" in backend.probe().remarks[0], "a kernel before 6.9: nothing to show"

@@ -158,12 +158,16 @@ def _address_load(field: Field, family: int) -> bytes:
 
 
 def _address(match: Match, family: int | None) -> tuple[str, bytes]:
-    address = ipaddress.ip_address(str(match.value))
-    if address.version != family:
-        raise ValueError(f"a rule of family {family} names {address}")
-    text = f"{'ip' if family == 4 else 'ip6'} {match.field.value} {'!= ' if match.negated else ''}{address}"
-    load = _address_load(match.field, address.version)
-    return text, _family(address.version) + load + _compare(address.packed, match.negated)
+    network = ipaddress.ip_network(str(match.value))
+    if network.version != family:
+        raise ValueError(f"a rule of family {family} names {network}")
+    whole = network.prefixlen == network.max_prefixlen
+    shown = network.network_address if whole else network
+    text = f"{'ip' if family == 4 else 'ip6'} {match.field.value} {'!= ' if match.negated else ''}{shown}"
+    load = _address_load(match.field, family)
+    if not whole:
+        load += _bitwise(int.from_bytes(network.netmask.packed, sys.byteorder), 0, network.max_prefixlen // 8)
+    return text, _family(family) + load + _compare(network.network_address.packed, match.negated)
 
 
 def _action(rule: Rule) -> tuple[str, bytes]:

@@ -64,6 +64,10 @@ LOCAL = ("10.0.0.2", 8080)
         ("fd00::2", 80, 0, Reason.LOOPBACK),
         ("127.0.0.1", 53, 0, Reason.LOOPBACK),
         ("127.0.0.2", 53, 0, None),  # asked by TCP, captured as the rules do
+        ("fe80::2", 80, 0, Reason.LOOPBACK),  # its own
+        ("fe80::9", 80, 0, Reason.EXCLUDED_NETWORK),
+        ("fe80::9", 53, 0, None),
+        ("fec0::9", 80, 0, None),
         ("10.0.0.2", 53, 0, None),
         ("203.0.113.1", 53, 0, None),
     ],
