@@ -21,6 +21,7 @@ enum pod_flags {
 	POD_FORWARDS = 1 << 5, /* has more interfaces than one, and forwards between them */
 	POD_LOOPBACK4 = 1 << 6, /* 127.0.0.1 is there */
 	POD_ETHERNET = 1 << 7, /* all its interfaces have Ethernet headers */
+	POD_SINGLE = 1 << 9, /* has one interface besides lo */
 	POD_CAPTURED = 1 << 8, /* to the programs that account: what should be captured is captured by now */
 };
 

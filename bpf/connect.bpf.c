@@ -8,6 +8,7 @@
 #define UDP_TRIES 8
 #define SOL_SOCKET 1
 #define SO_BINDTODEVICE 25
+#define LO 1 /* index of lo, in every namespace */
 
 struct sockaddr4 {
 	__u16 family, port;
@@ -37,16 +38,14 @@ static __always_inline int is_bound(struct bpf_sock *sk)
 	return sk->src_port || sk->src_ip4 || sk->src_ip6[0] || sk->src_ip6[2] || sk->src_ip6[3];
 }
 
-/* A socket that is bound to an interface would look for loopback behind it. Which one is used is ztunnel's to say now. */
+/* A socket that is bound to an interface would look for loopback behind it. Which one is used is ztunnel's to say now. The
+ * kernel refuses it (0) to a process without CAP_NET_RAW.
+ */
 static __always_inline int by_any_interface(struct bpf_sock_addr *ctx)
 {
 	char none[16] = {};
-	if (!ctx->sk->bound_dev_if)
-		return 1;
-	if (!bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, none, sizeof(none)))
-		return 1;
-	count(EXIT_INTERFACE_FAILED);
-	return 0;
+	__u32 interface = ctx->sk->bound_dev_if;
+	return !interface || interface == LO || !bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, none, sizeof(none));
 }
 
 /* ztunnel may ask by the port of a query which resolver it was for: so the port has to be known now. */
@@ -96,15 +95,22 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 		forget(sk);
 		return 1;
 	}
-	if (!remember(sk, MEMORY_ASKED, to, asked) || !by_any_interface(ctx))
+	if (!remember(sk, MEMORY_ASKED, to, asked))
 		return 0;
+	const struct address *own = ipv4 ? &pod->own4 : &pod->own6;
+	int bound = !by_any_interface(ctx);
+	if (bound && (answer.verdict == TO_DNS || !(pod->flags & POD_SINGLE) || !own->word[3])) {
+		count(EXIT_INTERFACE_FAILED);
+		return 0;
+	}
 	if (answer.verdict == TO_DNS) {
 		if (protocol == IPPROTO_UDP)
 			note_query(ctx, pod, cookie, to, asked, ipv4);
 		*through = localhost(ipv4);
 		*port = bpf_htons(DNS_PORT);
 	} else {
-		*through = ipv4 && !(pod->flags & POD_LOOPBACK4) ? pod->own4 : loopback_for(to, asked);
+		/* The pod's own address is behind its own interface, and still reached by lo. */
+		*through = bound || (ipv4 && !(pod->flags & POD_LOOPBACK4)) ? *own : loopback_for(to, asked);
 		*port = bpf_htons(OUTBOUND_PORT);
 	}
 	return 1;

@@ -64,6 +64,8 @@ SEC("tc") int watch(struct __sk_buff *skb)
 		return TC_NEXT;
 	if (parse(skb, &p) <= 0 || p.protocol != IPPROTO_TCP || !(p.flags & SYN))
 		return TC_NEXT;
+	if (is_loopback(&p.to)) /* a captured connection of a socket that is bound to this interface: it arrives nowhere */
+		return TC_NEXT;
 	struct bpf_sock *sk = skb->sk;
 	if (sk)
 		sk = bpf_sk_fullsock(sk);

@@ -239,6 +239,23 @@ def test_given_up_while_connecting(beyond: Served) -> None:
     only(beyond, fate(one))
 
 
+@pytest.mark.parametrize("kind", ["IPv4", "IPv6"])
+def test_what_is_captured_of_a_socket_bound_to_an_interface_does_not_leak(account: Served, kind: str) -> None:
+    """By rules its SYN goes to loopback by that interface, and arrives nowhere."""
+
+    def app() -> int:
+        with socket.socket(socket.AF_INET if kind == "IPv4" else socket.AF_INET6) as sock:
+            sock.setsockopt(*QUICK)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+            with contextlib.suppress(OSError):
+                sock.connect((PEER[family(kind)], APP))
+            return cookie(sock)
+
+    one = account.record(account.application(app).result())
+    assert one.fate is (Fate.CAPTURED if account.mode == "ebpf" else Fate.UNDECIDED)
+    only(account, fate(one))
+
+
 # --- hardly begun
 
 

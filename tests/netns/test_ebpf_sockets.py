@@ -199,6 +199,38 @@ def test_a_socket_bound_to_an_interface(node: Stage, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_socket_bound_to_the_pods_interface_without_the_right_to_leave_it(node: Stage, kind: str) -> None:
+    """It stays bound, and reaches ztunnel by the pod's own address."""
+    with node.pod.make(kind) as app:
+        app.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+        with user(65534):
+            app.connect(there(kind))
+        assert app.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16).rstrip(b"\0") == b"eth0"
+        both_ends(node, kind, app)
+
+
+def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> None:
+    """Which of them has the pod's address is not known where it connects."""
+    node.pod.sh("ip link add net1 type veth peer name net2 && ip link set net1 up")
+    node.settle(CAPTURE)
+    for interface in ("eth0", "net1"):
+        with node.pod.make("IPv4") as app, node.counts(ExitCause.INTERFACE_FAILED, 1):
+            app.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
+            with user(65534), pytest.raises(PermissionError):
+                app.connect(there("IPv4"))
+
+
+@contextlib.contextmanager
+def user(number: int) -> Iterator[None]:
+    """Without capabilities for so long."""
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_socket_bound_to_the_pods_address(node: Stage, kind: str) -> None:
     with node.pod.make(kind) as app:
         app.bind((written(kind, POD[family(kind)]), 0))

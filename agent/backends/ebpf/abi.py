@@ -37,6 +37,7 @@ class PodFlag(IntFlag):
     LOOPBACK4 = 64
     ETHERNET = 128
     CAPTURED = 256
+    SINGLE = 512
 
 
 class PolicyKind(IntEnum):

@@ -68,6 +68,7 @@ def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
         (PodFlag.FORWARDS, wiring.forwards),
         (PodFlag.LOOPBACK4, wiring.loopback4),
         (PodFlag.ETHERNET, all(link.ethernet for link in wiring.links)),
+        (PodFlag.SINGLE, len(wiring.links) == 1),
     ):
         found |= flag if on else PodFlag(0)
     return found
