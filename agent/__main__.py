@@ -11,6 +11,7 @@ from importlib import import_module
 from agent import __version__
 from agent.cli.parsing import Parser, Program
 from agent.core.errors import SluiceError
+from agent.core.text import printable
 
 _ABOUT = "Takes the traffic of pods through one layer 4 proxy per node, keeps it right, and can say why."
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except SluiceError as error:
-        print(f"sluice: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sluice: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is for nobody, also when the interpreter ends

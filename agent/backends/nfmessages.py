@@ -5,6 +5,7 @@ from __future__ import annotations
 from agent.backends import netfilter
 from agent.backends.netfilter import Hook, Table
 from agent.core.netlink import attribute, nested
+from agent.core.text import printable
 
 HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 
@@ -22,7 +23,8 @@ def comment_data(words: str) -> bytes:
 
 
 def text(payload: bytes | None) -> str:
-    return (payload or b"").rstrip(b"\0").decode(errors="replace")
+    """A name or comment, to be compared with ours and to be shown: the kernel lets a pod use any bytes in its own."""
+    return printable((payload or b"").rstrip(b"\0").decode(errors="replace"))
 
 
 def comment(userdata: bytes) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import os
-import sys
 from typing import Any
 
 from agent.cli import settings as from_user
 from agent.core.errors import SluiceError
+from agent.kernel import logs
 
 
 def register(subparsers: Any) -> None:
@@ -27,11 +26,7 @@ def run(args: argparse.Namespace) -> int:
     settings = from_user.load(args)
     if os.geteuid() != 0:
         raise SluiceError("sluice agent programs network namespaces; run it as root")
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.start(settings.log_level.upper(), "%(asctime)s %(levelname)s %(name)s: %(message)s")
     gc.disable()  # nothing of what is loaded now is ever garbage; app turns it on again
     from agent import app  # the daemon's parts are loaded for the daemon alone
 

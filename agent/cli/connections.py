@@ -12,7 +12,7 @@ from typing import Any, Final
 import yaml
 
 from agent.cli import client, output
-from agent.core.text import table
+from agent.core.text import printable, table
 
 _HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
@@ -79,7 +79,7 @@ def _print(form: str, row: Row) -> None:
 
 def _line(cells: tuple[str, ...]) -> str:
     padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
-    return "  ".join(padded).rstrip()
+    return printable("  ".join(padded).rstrip())
 
 
 def _cells(row: Row, ended: str) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from agent.core.text import printable
+
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -26,4 +28,4 @@ def emit(form: str, value: Any, table: str) -> None:
     elif form == "yaml":
         print(yaml.safe_dump(value, sort_keys=False), end="")
     else:
-        print(table)
+        print("\n".join(map(printable, table.split("\n"))))

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def printable(text: str) -> str:
+    """The text with what a terminal or a log would take for more than a character as an escape: \\x1b, \\n, \\u202e.
+
+    For names that a pod controls: of processes, interfaces, tables, chains. Surrogates (bytes that were no UTF-8) too.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in text)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Columns as wide as their widest cell, two spaces apart, as kubectl prints them."""
     cells = [
         tuple(header),
-        *(tuple("-" if cell in ("", None) else str(cell) for cell in row) for row in rows),
+        *(tuple("-" if cell in ("", None) else printable(str(cell)) for cell in row) for row in rows),
     ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
@@ -19,7 +29,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def pairs(rows: Sequence[tuple[str, object]]) -> str:
     """Lines of the form "Key: value", values aligned."""
     width = max((len(key) for key, _ in rows), default=0) + 1
-    return "\n".join(f"{key + ':':<{width}}  {value}" for key, value in rows)
+    return "\n".join(f"{key + ':':<{width}}  {printable(str(value))}" for key, value in rows)
 
 
 def shortened(text: str, most: int) -> str:

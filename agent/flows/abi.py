@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from agent.backends.ebpf.abi import parse
 from agent.core.sockets import Endpoint
+from agent.core.text import printable
 from agent.flows.record import (
     DURATION_BOUNDS,
     RTT_BOUNDS,
@@ -84,7 +85,7 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
         Closer(closer),
         -1 if user == _NOBODY else user,
         process,
-        command.partition(b"\0")[0].decode(errors="replace"),
+        printable(command.partition(b"\0")[0].decode(errors="replace")),
     )
 
 

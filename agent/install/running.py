@@ -75,7 +75,7 @@ def _processes(proc: Path, names: Sequence[str]) -> Iterator[Running]:
 
 
 def _name(directory: Path) -> str:
-    return (directory / "comm").read_text().rstrip("\n")
+    return (directory / "comm").read_text(errors="replace").rstrip("\n")
 
 
 def _pid_namespace(directory: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from agent.core import names, netlink
 from agent.core.netlink import Message
 from agent.core.nftables import NEWGEN
+from agent.core.text import printable
 from agent.kernel import exec, rtnetlink
 from agent.kernel.podnetns import PodNetns
 
@@ -114,7 +115,7 @@ def _requester(port: int, target: PodNetns) -> str:
     try:
         there = (process / "ns/net").stat()
         if (there.st_dev, there.st_ino) == (target.netns.id.device, target.netns.id.inode):
-            return f"{(process / 'comm').read_text().strip()}[{port}]"
+            return f"{printable((process / 'comm').read_text(errors='replace').strip())}[{port}]"
     except OSError:
         pass  # ended already, as ip mostly has
     return f"process {port}"

@@ -16,6 +16,7 @@ import signal
 from dataclasses import dataclass
 
 from agent.core import names
+from agent.kernel import logs
 from agent.ztunnel.asked import BPF_DIR, Asked
 from agent.ztunnel.client import Client
 from agent.ztunnel.pod import Engine
@@ -48,7 +49,7 @@ class ZtunnelSettings:
 
 def main(settings: ZtunnelSettings) -> int:
     """Runs until told to end by SIGTERM or SIGINT. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s ztunnel %(message)s")
+    logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return asyncio.run(_serve(settings))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,11 +149,15 @@ def test_noise_wakes_nobody(pod: Pod, noise: str) -> None:
     watch(pod, script)
 
 
-def test_a_program_that_still_runs_is_named(pod: Pod) -> None:
+@pytest.mark.parametrize(("name", "shown"), [(b"ip", "ip"), (b"\x1b]0;P\x07\n\xffEVIL", "\\x1b]0;P\\x07\\n\ufffdEVIL")])
+def test_a_program_that_still_runs_is_named(pod: Pod, tmp_path: Path, name: bytes, shown: str) -> None:
+    program = tmp_path / os.fsdecode(name)
+    shutil.copy(shutil.which("ip") or "ip", program)
+
     async def script(watched: Watched) -> None:
         await watched.told()
         ip = await asyncio.create_subprocess_exec(
-            "nsenter", f"--net={pod.path}", "--", "ip", "-batch", "-", stdin=subprocess.PIPE
+            "nsenter", f"--net={pod.path}", "--", program, "-batch", "-", stdin=subprocess.PIPE
         )
         assert ip.stdin is not None
         try:
@@ -158,7 +165,7 @@ def test_a_program_that_still_runs_is_named(pod: Pod) -> None:
             ip.stdin.write(b"rule add fwmark 5 lookup 200 pref 500\n")
             await ip.stdin.drain()
             await watched.reads()
-            assert watched.causes == [f"ip[{ip.pid}]"]
+            assert watched.causes == [f"{shown}[{ip.pid}]"]
         finally:
             ip.stdin.close()
             await ip.wait()

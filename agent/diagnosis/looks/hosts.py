@@ -80,5 +80,5 @@ def _inodes(process: Path) -> set[int]:
 
 def _name(pid: str) -> str:
     with contextlib.suppress(OSError):
-        return f"{Path('/proc', pid, 'comm').read_text().strip()}[{pid}]" if pid else "somebody"
+        return f"{Path('/proc', pid, 'comm').read_text(errors='replace').strip()}[{pid}]" if pid else "somebody"
     return "somebody"

@@ -13,6 +13,7 @@ from typing import Any
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KubeError, NetnsError
 from agent.core.pods import Pod, PodTable
+from agent.core.text import printable
 from agent.sources.kube.annotating import Sending
 
 log = logging.getLogger("sluice.kube")
@@ -127,7 +128,7 @@ def event(about: About, reason: str, words: str, node: str, now: datetime) -> di
         },
         "type": "Warning",
         "reason": reason,
-        "message": words,
+        "message": printable(words),  # kubectl prints it as it is
         "source": {"component": "sluice", "host": node},
         "firstTimestamp": stamp,
         "lastTimestamp": stamp,

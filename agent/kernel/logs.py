@@ -1,0 +1,22 @@
+"""How the daemons log: a record begins a line, and nothing that a pod controls can make it look like another record."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from agent.core.text import printable
+
+
+class Formatter(logging.Formatter):
+    """Further lines of a record, a script or a traceback, are indented; control characters are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
+
+
+def start(level: str | int, form: str) -> None:
+    """To standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Formatter(form))
+    logging.basicConfig(level=level, handlers=[handler])

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import logging
+import sys
+
+from agent.kernel.logs import Formatter
+
+
+def line(message: str, *args: object, failed: bool = False) -> str:
+    info = None
+    if failed:
+        try:
+            raise ValueError("\x1b[31m\nERROR forged")
+        except ValueError:
+            info = sys.exc_info()
+    record = logging.LogRecord("sluice", logging.ERROR, "", 0, message, args, info)
+    return Formatter("%(levelname)s %(message)s").format(record)
+
+
+def test_what_a_pod_is_called_neither_begins_a_record_nor_reaches_the_terminal() -> None:
+    assert line("pod %s: %s", "a", "\x1b]0;P\x07\nERROR forged") == "ERROR pod a: \\x1b]0;P\\x07\n    ERROR forged"
+
+
+def test_a_script_and_a_traceback_stay_readable() -> None:
+    assert line("refused:\n%s", "table a {\n\tchain b\n}") == "ERROR refused:\n    table a {\n    \tchain b\n    }"
+    shown = line("failed", failed=True)
+    assert "\n    Traceback" in shown and "\n    ERROR forged" in shown and "\x1b" not in shown
