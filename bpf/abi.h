@@ -70,7 +70,7 @@ struct policy_value {
 	__u32 prefix; /* of its key, to tell an exact answer */
 };
 
-/* Map ztunnels: whose mark is believed. tgid 0: any process of that cgroup. */
+/* Map ztunnels: whose mark is believed. tgid 0: any process of that cgroup; both 0, for the account: none was met yet. */
 struct ztunnel {
 	__u64 cgroup;
 	__u32 tgid;

@@ -22,6 +22,13 @@ static __always_inline int is_ztunnel(struct task_struct *task)
 	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
 }
 
+/* Its mark, as long as the agent has met no ztunnel: another agent may have it, and what it carries is no leak. */
+static __always_inline int seems_ztunnel(struct tcp_sock *tp)
+{
+	struct ztunnel unmet = {};
+	return (sock_of(tp)->sk_mark & MARK_MASK) == ZTUNNEL_MARK && bpf_map_lookup_elem(&ztunnels, &unmet);
+}
+
 static __always_inline __u8 reason_for(__u32 cause)
 {
 	switch (cause) {
@@ -83,7 +90,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 	struct account *account = opened(ctx, sk, cookie, OUTBOUND);
 	if (!account || !tp)
 		return;
-	if (is_ztunnel(task)) {
+	if (is_ztunnel(task) || seems_ztunnel(tp)) {
 		account->owner = OWNER_ZTUNNEL;
 		return;
 	}

@@ -20,6 +20,7 @@ struct sock {
 	struct sock_common __sk_common;
 	int sk_err;
 	int sk_rx_dst_ifindex;
+	__u32 sk_mark;
 	kuid_t sk_uid;
 };
 

@@ -78,6 +78,7 @@ class EbpfCollector:
             # What is there, an earlier agent has told; what of it ended since then, nobody will.
             self._qualities = dict(self._maps["qualities"].items())
             self._gone = {abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
+            self.admit()
         return wrong
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:

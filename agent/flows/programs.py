@@ -74,11 +74,12 @@ class Programs:
         """These (cgroup, process) are ztunnels, besides those that an earlier agent knew and that live. KernelError."""
         with Map.open(self.pins.maps / "ztunnels") as admitted:
             running, known = {*ztunnels}, {abi.unztunnel(key) for key, _ in admitted.items()}
-            for one in running - known:
+            there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have come back to us yet
+            wanted = there or {_UNMET}
+            for one in wanted - known:
                 admitted.update(abi.ztunnel(*one), bytes(4))
-            for one in known - running:
-                if not lives(one):  # else it has not come back to this agent yet
-                    admitted.delete(abi.ztunnel(*one))
+            for one in known - wanted:
+                admitted.delete(abi.ztunnel(*one))
 
     def _bound(self) -> bool:
         if self.shared is None:
@@ -90,6 +91,9 @@ class Programs:
                 if (fd := bpf.find(self.pins.node.program(program))) is not None and destinations.id not in _maps(fd):
                     return False
         return True
+
+
+_UNMET = (0, 0)  # instead of a ztunnel: until there is one, its mark is believed
 
 
 def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:

@@ -37,6 +37,7 @@ from support.node import until
 
 from agent.core.names import ZTUNNEL_MARK
 from agent.flows.record import Closer, Connection, Fate, How, Reason
+from agent.kernel.bpfmap import Map
 
 pytestmark = pytest.mark.root
 TCP_USER_TIMEOUT = 18  # linux/tcp.h
@@ -73,6 +74,23 @@ def test_an_application_with_ztunnels_mark(account: Served, kind: str) -> None:
     one = outward(account, to, kind, (PEER[family(kind)], APP), mark=ZTUNNEL_MARK)
     assert fate(one) == (OUT, Fate.LEAKED if by_mark else Fate.CAPTURED, Reason.NONE)
     only(account, fate(one))
+
+
+def test_what_has_ztunnels_mark_is_no_leak_until_a_ztunnel_was_met(account: Served) -> None:
+    """As in a migration, when it still serves another agent: its own connections are in the pods, and nobody's here."""
+    if account.mode == "ebpf":
+        pytest.skip("eBPF captures nothing before it knows ztunnel's process")
+    with Map.open(account.pins.maps / "ztunnels") as known:
+        for key, _ in list(known.items()):
+            known.delete(key)
+    account.collector.programs.admit(())
+    account.application(lambda: dial("IPv4", (PEER[4], APP), mark=ZTUNNEL_MARK).close()).result()
+    accepted(account.app).close()
+    until(lambda: account.sums(reason=Reason.ZTUNNEL)["opened"], "it counts as ztunnel's")
+    only(account)
+    account.collector.admit()
+    one = outward(account, account.app, "IPv4", (PEER[4], APP), mark=ZTUNNEL_MARK)
+    assert fate(one) == (OUT, Fate.LEAKED, Reason.NONE)
 
 
 def test_a_leak_that_lives_is_told_while_it_lives(account: Served) -> None:
