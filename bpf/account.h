@@ -135,12 +135,31 @@ struct quality {
 	__u64 retransmitted, segments_out, segments_in;
 };
 
+/* Map shares: how much of a map that all pods share is taken by one, and what it found no room for since. Under pod 0: how
+ * much one may take, 0 for all of it.
+ */
+enum shared {
+	SHARE_PEERS, /* of map tallies */
+	SHARE_HANDSHAKES, /* of map begun */
+	SHARES,
+};
+
+struct share_key {
+	__u64 pod;
+	__u32 of; /* enum shared */
+	__u32 none;
+};
+
+struct share {
+	__u64 taken, refused;
+};
+
 /* Map losses. */
 enum loss {
 	LOST_RECORD, /* the ring buffer was full */
 	LOST_CONNECTION, /* its socket could not be given storage: not accounted for */
-	LOST_FATE, /* map begun was full: whether ztunnel accepted it will not be known */
-	LOST_PEER, /* map tallies was full: counted without address and port */
+	LOST_FATE, /* map begun, or the pod's share of it, was full: whether ztunnel accepted it will not be known */
+	LOST_PEER, /* map tallies, or the pod's share of it, was full: counted without address and port */
 	LOSSES,
 };
 

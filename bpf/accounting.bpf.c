@@ -143,7 +143,7 @@ static __always_inline void connected(struct bpf_sock *sk, const struct pod *pod
 		return;
 	}
 	struct begun none = {};
-	if (account->fate == FATE_UNDECIDED && bpf_map_update_elem(&begun, &key, &none, BPF_ANY))
+	if (account->fate == FATE_UNDECIDED && refused(&begun, &key, &none, cookie, SHARE_HANDSHAKES))
 		lose(LOST_FATE);
 	seen(account, bpf_ktime_get_ns());
 }
@@ -163,7 +163,7 @@ static __always_inline void reached(const struct handshake *key)
 		tell_ended(r, 1, r->sent, r->received);
 	}
 	bpf_map_delete_elem(&late, key);
-	bpf_map_delete_elem(&begun, key);
+	forget(key);
 }
 
 /* Whoever speaks for a client to the application is ztunnel, or nobody has captured it. */
@@ -269,7 +269,7 @@ static __always_inline void ended(struct bpf_sock *sk, struct account *account, 
 	__u64 received = __sync_lock_test_and_set(&account->received, r.received | ENDED);
 	tell_ended(&r, first, r.sent - sent, r.received - received);
 	if (account->fate == FATE_UNDECIDED && r.established)
-		bpf_map_delete_elem(&begun, &key);
+		forget(&key);
 }
 
 static __always_inline void changed(struct bpf_sock_ops *ctx, struct bpf_sock *sk)

@@ -15,6 +15,42 @@ static __always_inline void lose(__u32 cause)
 		(*found)++;
 }
 
+static __always_inline struct share *share_of(__u64 pod, __u32 of)
+{
+	struct share_key key = {.pod = pod, .of = of};
+	struct share none = {}, *found = bpf_map_lookup_elem(&shares, &key);
+	if (found || !pod)
+		return found;
+	bpf_map_update_elem(&shares, &key, &none, BPF_NOEXIST);
+	return bpf_map_lookup_elem(&shares, &key);
+}
+
+/* A new entry of `map` on behalf of a pod, within its share. Whether there is none. */
+static __always_inline int refused(void *map, const void *key, const void *value, __u64 pod, __u32 of)
+{
+	struct share *mine = share_of(pod, of), *most = share_of(0, of);
+	int full = mine && most && most->taken && (__s64)mine->taken >= (__s64)most->taken;
+	if (!full && !bpf_map_update_elem(map, key, value, BPF_NOEXIST)) {
+		if (mine)
+			__sync_fetch_and_add(&mine->taken, 1);
+		return 0;
+	}
+	if (bpf_map_lookup_elem(map, key)) /* of somebody else at the same moment */
+		return 0;
+	if (mine)
+		__sync_fetch_and_add(&mine->refused, 1);
+	return 1;
+}
+
+static __always_inline void forget(const struct handshake *key)
+{
+	if (bpf_map_delete_elem(&begun, key))
+		return;
+	struct share *mine = share_of(key->pod, SHARE_HANDSHAKES);
+	if (mine)
+		__sync_fetch_and_sub(&mine->taken, 1);
+}
+
 static __always_inline struct sock *sock_of(struct tcp_sock *tp)
 {
 	return &tp->inet_conn.icsk_inet.sk;
@@ -114,9 +150,11 @@ static __always_inline struct tally *tally_for(const struct record *r)
 		.fate = r->fate,
 		.reason = r->reason,
 	};
-	struct tally *found = added(&tallies, &key);
+	struct tally none = {}, *found = bpf_map_lookup_elem(&tallies, &key);
 	if (found)
 		return found;
+	if (!refused(&tallies, &key, &none, key.pod, SHARE_PEERS))
+		return bpf_map_lookup_elem(&tallies, &key);
 	lose(LOST_PEER);
 	key.port = 0;
 	__builtin_memset(&key.remote, 0, sizeof(key.remote));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -28,6 +29,8 @@ RECORD: Final = struct.Struct("=16s16s16sQQQQQQIIIIII16s2s2s2sBBBBBB4x")
 TALLY_KEY: Final = struct.Struct("=Q16s2sBBB3x")
 TALLY: Final = struct.Struct("=QQQQQQ")
 QUALITY_KEY: Final = struct.Struct("=QI4x")
+SHARE_KEY: Final = struct.Struct("=QI4x")
+SHARE: Final = struct.Struct("=QQ")
 _RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
 QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
 _NOBODY = 0xFFFFFFFF
@@ -40,6 +43,24 @@ class Loss(IntEnum):
     CONNECTION = 1
     FATE = 2
     PEER = 3
+
+
+class Shared(IntEnum):
+    """enum shared."""
+
+    PEERS = 0
+    HANDSHAKES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """struct share."""
+
+    taken: int = 0
+    refused: int = 0
+
+    def encode(self) -> bytes:
+        return SHARE.pack(self.taken, self.refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +123,25 @@ def sort_key(direction: Direction, fate: Fate, reason: Reason) -> bytes:
 
 def tally(data: bytes) -> Tally:
     return Tally(*TALLY.unpack(data))
+
+
+def share_key(pod: int, of: Shared) -> bytes:
+    return SHARE_KEY.pack(pod, of)
+
+
+def shared(key: bytes) -> tuple[int, Shared]:
+    """(pod, of what) of a key of map `shares`."""
+    pod, of = SHARE_KEY.unpack(key)
+    return pod, Shared(of)
+
+
+def share(value: bytes) -> Share:
+    return Share(*SHARE.unpack(value))
+
+
+def owner(key: bytes) -> int:
+    """The pod of a key of `tallies` or `begun`, both of which begin with it."""
+    return int.from_bytes(key[:8], sys.byteorder)
 
 
 def pod_of(key: bytes) -> int:

@@ -169,6 +169,10 @@ class Accounting:
                 where = f"{one.direction.word} {one.remote or 'unknown address'} port {one.port}"
                 log.warning("pod %s: %d connections leaked (%s)", pod.key if pod else one.pod, count, where)
 
+        for cookie, words in self.collector.crowded():
+            pod = self.pod(cookie)
+            log.warning("pod %s: %s", pod.key if pod else cookie, words)
+
     async def run(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
         """Until cancelled. `dead` picks the cookies that belong to no pod and to no namespace that lives."""
         async with asyncio.TaskGroup() as tasks:

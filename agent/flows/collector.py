@@ -61,5 +61,8 @@ class Collector(Protocol):
     def losses(self) -> Mapping[str, int]:
         """What could not be told, by what it was, since the node came up or the agent started."""
 
+    def crowded(self) -> Sequence[tuple[int, str]]:
+        """(cookie of the namespace, what in words) of pods that took more than their share lately."""
+
     def close(self) -> None:
         """Lets go of handles; what is in the kernel stays."""

@@ -25,6 +25,7 @@ from agent.flows.collector import Sort
 from agent.flows.late import Late
 from agent.flows.programs import Programs
 from agent.flows.record import Connection, Delta, Quality
+from agent.flows.shares import Shares
 from agent.flows.sockdiag import DiagCollector
 from agent.flows.tallies import Tallies
 from agent.kernel import bpf, bpfiter
@@ -58,7 +59,7 @@ class EbpfCollector:
         pins: Pins = programs.pins
         self._pods, self._maps = AccountedPods(pins, watching and not by_socket, programs.sizes), Maps(pins.maps)
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
-        self._tallies = Tallies(self._maps, clock)
+        self._tallies, self._shares = Tallies(self._maps, clock), Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
         self._older = DiagCollector(ztunnels.holds)  # of what was there before the programs could see it
         self._known: set[int] = set()
@@ -72,6 +73,7 @@ class EbpfCollector:
     def start(self) -> tuple[str, ...]:
         """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
         wrong = self.programs.settle()
+        self._shares.allow()
         if self._ring is None:
             self._ring = RingBuffer.open(self.programs.pins.maps / "records")
             self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
@@ -118,6 +120,11 @@ class EbpfCollector:
     def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
         for cookie in dead(self._pods.cookies()):
             self.release(cookie)
+        self._shares.sweep(self._pods.cookies())
+
+    def crowded(self) -> Sequence[tuple[int, str]]:
+        with self._refreshing:
+            return list(self._shares.crowded())
 
     def refresh(self) -> tuple[list[Delta], list[Quality]]:
         with self._refreshing:
@@ -181,7 +188,9 @@ class EbpfCollector:
             loop.remove_reader(self._woken.fileno())
 
     def verify(self) -> Sequence[str]:
-        return self.programs.settle()
+        wrong = self.programs.settle()
+        self._shares.allow()
+        return wrong
 
     def losses(self) -> Mapping[str, int]:
         counts = self._maps["losses"]

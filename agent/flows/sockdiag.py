@@ -174,6 +174,9 @@ class DiagCollector:
     def verify(self) -> Sequence[str]:
         return ()
 
+    def crowded(self) -> Sequence[tuple[int, str]]:
+        return ()
+
     def losses(self) -> Mapping[str, int]:
         """`notifications`: how many times some were lost, the kernel does not tell how many. `endings`: connections of
         which only that is known that they ended; what began and ended in that time is not known at all."""

@@ -19,7 +19,7 @@ from agent.backends.ebpf import objects
 from agent.backends.ebpf.abi import address
 from agent.core.errors import CommandError
 from agent.flows import abi, ebpf
-from agent.flows.abi import Loss, Tally
+from agent.flows.abi import Loss, Share, Shared, Tally
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Closer, Connection, Direction, Fate, How, Quality, Reason
 from agent.kernel import bpfload
 from agent.kernel.bpfmap import Map
@@ -33,7 +33,7 @@ BIG = 0x1122334455667788
 
 def check(types: Types) -> None:
     """Raises AssertionError where C and Python differ."""
-    for part in (check_records, check_tallies, check_qualities, check_enums):
+    for part in (check_records, check_tallies, check_qualities, check_shares, check_enums):
         part(types)
 
 
@@ -89,6 +89,16 @@ def check_qualities(types: Types) -> None:
     assert types.enums["buckets"] == {"BOUNDS": len(RTT_BOUNDS), "BUCKETS": len(DURATION_BOUNDS) + 1}
 
 
+def check_shares(types: Types) -> None:
+    key = types.pack("share_key", pod=BIG, of=1)
+    assert abi.share_key(BIG, Shared.HANDSHAKES) == key and abi.shared(key) == (BIG, Shared.HANDSHAKES)
+    value = types.pack("share", taken=BIG, refused=7)
+    assert abi.share(value) == Share(BIG, 7) and Share(BIG, 7).encode() == value
+    for name in ("tally_key", "handshake"):
+        assert types.structs[name][1]["pod"] == (0, 8)
+    assert abi.owner(types.pack("handshake", pod=BIG, client=1, server=2)) == BIG
+
+
 def check_enums(types: Types) -> None:
     enums: tuple[tuple[str, str, type[IntEnum]], ...] = (
         ("fate", "FATE_", Fate),
@@ -96,11 +106,14 @@ def check_enums(types: Types) -> None:
         ("how", "HOW_", How),
         ("closer", "CLOSER_", Closer),
         ("loss", "LOST_", Loss),
+        ("shared", "SHARE_", Shared),
     )
     for name, start, found in enums:
         members = dict(types.enums[name])
         if name == "loss":
             assert members.pop("LOSSES") == len(members)
+        if name == "shared":
+            assert members.pop("SHARES") == len(members)
         assert all(word.startswith(start) for word in members), name
         assert {word.removeprefix(start): value for word, value in members.items()} == {
             one.name: one.value for one in found
@@ -120,7 +133,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Types:
 
 
 @pytest.mark.parametrize(
-    "part", [check_records, check_tallies, check_qualities, check_enums], ids=lambda part: part.__name__
+    "part", [check_records, check_tallies, check_qualities, check_shares, check_enums], ids=lambda part: part.__name__
 )
 def test_c_and_python_say_the_same(types: Types, part: Any) -> None:
     part(types)
@@ -160,6 +173,7 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
     "spoken": ("handshake", 4),
     "late": ("handshake", "record"),
     "tallies": ("tally_key", "tally"),
+    "shares": ("share_key", "share"),
     "rest": ("tally_key", "tally"),
     "exported": ("tally_key", "tally"),
     "former": ("tally_key", "tally"),

@@ -14,6 +14,7 @@ from support.node import until
 
 from agent.backends.ebpf.pins import Pins
 from agent.flows import abi
+from agent.flows.abi import Share, Shared
 from agent.flows.record import Direction, Fate, Reason
 from agent.kernel import bpffs
 from agent.kernel.exec import run
@@ -97,6 +98,42 @@ def test_whether_ztunnel_took_it_may_be_lost(mode: str) -> None:
             assert (counted["opened"], counted["closed"], counted["sent"]) == (count, count, 5 * count)
         assert account.sums(fate=Fate.LEAKED)["opened"] == 0
         assert Counter(one.fate for one in account.told) == fates
+
+
+def allowed(account: Account, of: Shared, most: int) -> None:
+    account.maps["shares"].update(abi.share_key(0, of), Share(most).encode())
+
+
+def test_a_pod_takes_no_more_than_its_share_of_the_peers_and_is_named() -> None:
+    with accounted("nftables") as account:
+        allowed(account, Shared.PEERS, 5)
+        talk(account, 30)
+        account.records(30)
+        assert account.sums(direction=OUT, fate=Fate.CAPTURED) == totals(30), "nothing is lost but addresses"
+        assert account.sums(direction=OUT, fate=Fate.CAPTURED, port=0)["closed"] == 25
+        ((pod, words),) = account.collector.crowded()
+        assert pod == account.pod.target.netns.id.cookie and "may have (5): 25 connections" in words
+        assert not account.collector.crowded(), "once a minute"
+
+
+def test_a_pod_takes_no_more_than_its_share_of_the_handshakes_and_gives_it_back() -> None:
+    with accounted("nftables") as account:
+        allowed(account, Shared.HANDSHAKES, 4)
+        child = account.application(lambda: stays(20))
+        held = [accepted(account.ztunnel.outbound) for _ in range(20)]
+        for one in held:
+            assert one.recv(5) == b"hello"
+        assert account.collector.losses()["fate"] > 0
+        for one in held:
+            one.close()
+        child.result()
+        account.records(20)
+        ((pod, words),) = account.collector.crowded()
+        assert pod == account.pod.target.netns.id.cookie and "wait for ztunnel" in words
+        key = abi.share_key(pod, Shared.HANDSHAKES)
+        assert abi.share(account.maps["shares"].lookup(key) or b"").taken == 0
+        account.collector.sweep(lambda cookies: cookies)
+        assert account.maps["shares"].lookup(key) is None, "a pod that is gone is forgotten"
 
 
 def stays(count: int) -> None:

@@ -37,8 +37,12 @@ class Surroundings:
 
     def around(self, places: Mapping[str, str]) -> Around:
         return Around(
-            lambda uid: self.acknowledged, lambda uid: Add(uid, "web", "shop", "robot"), self.ask_silent,
-            lambda: self.host, lambda uid: ("10.0.0.2",), places,
+            lambda uid: self.acknowledged,
+            lambda uid: Add(uid, "web", "shop", "robot"),
+            self.ask_silent,
+            lambda: self.host,
+            lambda uid: ("10.0.0.2",),
+            places,
         )
 
 
