@@ -76,13 +76,16 @@ def start(
     argv: Sequence[str],
     *,
     netns: str | Path | None = None,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
     stdin: int | IO[Any] = subprocess.DEVNULL,
     stdout: int | IO[Any] = subprocess.DEVNULL,
     stderr: int | IO[Any] = subprocess.DEVNULL,
     pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
-    """Starts a program that stays, in a session of its own, and returns at once; end it by its pid."""
+    """Starts a program that stays, in a session of its own, and returns at once; end it by its pid.
+
+    `env` adds to this process's variables; None takes one out.
+    """
     full = _inside(argv, netns)
     try:
         return subprocess.Popen(
@@ -103,5 +106,8 @@ def _inside(argv: Sequence[str], netns: str | Path | None) -> list[str]:
     return [*(() if netns is None else ("nsenter", f"--net={netns}", "--")), *argv]
 
 
-def _environment(extra: Mapping[str, str] | None) -> dict[str, str]:
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', '')}:{PATH}", "LC_ALL": "C", **(extra or {})}
+def _environment(extra: Mapping[str, str | None] | None) -> dict[str, str]:
+    """This process's own with `extra`, whose None takes a variable out."""
+    path = f"{os.environ.get('PATH', '')}:{PATH}"
+    made: dict[str, str | None] = {**os.environ, "PATH": path, "LC_ALL": "C", **(extra or {})}
+    return {name: value for name, value in made.items() if value is not None}

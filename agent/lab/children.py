@@ -61,8 +61,9 @@ class Children:
             raise SluiceError(f"{name} is running already, as process {before.pid}")
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with log.open("ab") as out:
-            process = start(argv, netns=netns, stdout=out, stderr=out)
+        settings = dict.fromkeys(name for name in os.environ if name.startswith("SLUICE_"))
+        with log.open("ab") as out:  # settings of whoever uses the lab are none of its processes'
+            process = start(argv, netns=netns, env=settings, stdout=out, stderr=out)
         _own[process.pid] = process
         child = Child(name, process.pid, start_time(process.pid) or 0, str(log))
         self._path(name).write_text(json.dumps(asdict(child)))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support import bpftool
 from support.bpfnode import U64, BpfNode, bpf_node, key, opened
 from support.node import until
 from support.rules import Pod, pod
@@ -89,9 +90,10 @@ def test_everything_is_pinned_and_described(node: BpfNode) -> None:
     assert {path.name for path in node.maps.iterdir()} == {"table", "counts", "sockets", "ranges"}
     assert sorted(path.name for path in node.program("x").parent.iterdir()) == [f"{name}@1" for name in PROGRAMS]
     info = program(node, "on_connect4")
-    shown = run(["bpftool", "prog", "show", "pinned", str(node.program("on_connect4"))]).stdout
-    assert f"{info.id}: cgroup_sock_addr  name {info.name}  tag {info.tag}" in shown
-    assert f"map_ids {','.join(map(str, info.maps))}" in shown
+    shown = bpftool.shown("prog", "show", "pinned", str(node.program("on_connect4")))
+    assert (shown["id"], shown["type"], shown["name"], shown["tag"], shown["map_ids"]) == (
+        info.id, "cgroup_sock_addr", info.name, info.tag, list(info.maps),
+    )  # fmt: skip
     with Map.open(node.maps / "table") as table:
         assert (table.type, table.key_size, table.value_size, table.max_entries) == (1, 4, 8, 100)
 
@@ -240,8 +242,8 @@ def test_tcx_links_are_of_an_interface_inside(node: BpfNode, inside: Pod, table:
         attach(node, "on_packet", name, lambda fd, k=kind: netns.call(lambda: bpflink.attach_tcx(fd, index, k)))
         info = link_info(node, name)
         assert (info.program_id, info.target) == (program(node, "on_packet").id, index)
-    sees = run(["bpftool", "-j", "link", "show", "pinned", str(node.link("egress"))], netns=inside.path).stdout
-    assert f'"prog_id":{program(node, "on_packet").id}' in sees
+    sees = bpftool.shown("link", "show", "pinned", str(node.link("egress")), netns=inside.path)
+    assert sees["prog_id"] == program(node, "on_packet").id
     before = node.counted(1)
     inside.sh("ip neigh add 10.9.9.9 lladdr 02:00:00:00:00:09 dev slu0; ip route add 10.9.9.0/24 dev slu0")
     inside.sh("ip addr add 10.9.9.1/24 dev slu0; bash -c 'echo x > /dev/udp/10.9.9.9/9'")

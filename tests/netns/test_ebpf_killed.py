@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import bpftool
 from support.ebpf_agents import Agent, agent, killed_before, other_build
 from support.ebpf_pod import (
     APP,
@@ -38,7 +38,6 @@ from agent.core.errors import StaleError
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 from agent.kernel.bpfmap import Map
-from agent.kernel.exec import run
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 CHANGED = Redirect(
@@ -240,7 +239,7 @@ def test_removal_of_all_programs(node: Stage) -> None:
 
 
 def loaded() -> set[int]:
-    return {one["id"] for one in json.loads(run(["bpftool", "-j", "prog", "list"]).stdout)}
+    return {one["id"] for one in bpftool.shown("prog", "list")}
 
 
 def running(now: Agent) -> set[int]:
@@ -248,8 +247,7 @@ def running(now: Agent) -> set[int]:
     found = set()
     for place in (now.pins.node.path, now.pins.pod(now.node.pod.cookie).path):
         for link in (place / "links").iterdir():
-            shown = run(["bpftool", "-j", "link", "show", "pinned", str(link)]).stdout
-            found.add(int(json.loads(shown)["prog_id"]))
+            found.add(int(bpftool.shown("link", "show", "pinned", str(link))["prog_id"]))
     return found
 
 

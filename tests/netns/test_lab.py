@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.node import until
 
 from agent.cli import lab as command
 from agent.core.errors import SluiceError
@@ -234,3 +235,14 @@ def test_command_line(lab: Lab, capfd: pytest.CaptureFixture[str]) -> None:
         call("lab", "exec", "--prefix", PREFIX, "nobody", "--", "true")
     with pytest.raises(SluiceError, match="no lab slutestb"):
         call("lab", "pods", "--prefix", OTHER)
+
+
+def test_settings_of_whoever_uses_the_lab_are_none_of_its_processes(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's tour exports SLUICE_RUN_DIR; three agents in that one directory would not start."""
+    monkeypatch.setenv("SLUICE_RUN_DIR", "/run/slulab/node1")
+    monkeypatch.setenv("OTHER", "kept")
+    log = lab.spec.run_dir / "environment.log"
+    lab.children.start("environment", ["env"], lab.spec.netns_path("node1"), log)
+    until(lambda: "OTHER=kept" in log.read_text(), "it has told its environment")
+    assert "SLUICE_" not in log.read_text()
+    lab.children.end("environment")

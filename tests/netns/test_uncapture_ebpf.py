@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import bpftool
 from support.ebpf import EbpfNode
 from support.node import until
 from support.rules import Pod, layers
@@ -22,7 +23,6 @@ from agent.core.pods import Pod as Facts
 from agent.core.redirect import Redirect
 from agent.kernel import bpf, bpfload
 from agent.kernel.bpfmap import Map
-from agent.kernel.exec import run
 from agent.kernel.netns import unpin
 from agent.reconciler.settle import settle, verify
 from agent.sources.state import Note, State
@@ -85,7 +85,7 @@ def attached(node: EbpfNode, pod: Pod) -> set[int]:
 
 def programs() -> set[int]:
     """Ids of all programs of the machine."""
-    return {one["id"] for one in json.loads(run(["bpftool", "-j", "prog", "list"]).stdout)}
+    return {one["id"] for one in bpftool.shown("prog", "list")}
 
 
 def held() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from support import bpftool
 
 from agent.kernel.exec import run
 
@@ -53,7 +54,7 @@ def types_of(header: Path, at: Path) -> Types:
 
 def types_in(built: Path) -> Types:
     """Of an object file."""
-    listed = json.loads(run(["bpftool", "-j", "btf", "dump", "file", str(built)]).stdout)["types"]
+    listed = bpftool.shown("btf", "dump", "file", str(built))["types"]
     by_id = {each["id"]: each for each in listed}
     structs = {
         each["name"]: (

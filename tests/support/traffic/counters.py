@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 
+from support import bpftool
 from support.ebpf import EbpfNode
 from support.rules import Pod
-
-from agent.kernel.exec import run
 
 CHAINS = {"nftables": ("istio-output", "istio-prerouting"), "xtables": ("ISTIO_OUTPUT", "ISTIO_PRERT")}
 
@@ -32,9 +30,8 @@ def _last(listing: str) -> int:
 
 def _of_map(node: EbpfNode, cookie: int) -> tuple[int, int]:
     """As bpftool shows it: a value for each CPU."""
-    shown = run(["bpftool", "-j", "map", "dump", "pinned", str(node.pins.maps / "beside")]).stdout
     found = [0, 0]
-    for each in json.loads(shown):
+    for each in bpftool.shown("map", "dump", "pinned", str(node.pins.maps / "beside")):
         key = each["formatted"]["key"]
         if key["cookie"] == cookie:
             found[key["direction"]] += sum(one["value"]["packets"] for one in each["formatted"]["values"])
