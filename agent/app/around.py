@@ -20,4 +20,8 @@ def around(
         target = namespaces.opened(uid)
         return None if target is None else listening.missing(target)
 
-    return Around(zds.acknowledged, zds.sent, silent, lambda: host.status, host.claimed, places)
+    def place(uid: str) -> str:
+        target = namespaces.opened(uid)
+        return "" if target is None else target.netns.origin
+
+    return Around(zds.acknowledged, zds.sent, silent, lambda: host.status, host.claimed, place, places)

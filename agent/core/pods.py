@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from agent.core import names
-from agent.core.errors import SettingsError
+from agent.core.errors import NetnsError, SettingsError
 
 UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # also names files below the run directory
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes object name
@@ -285,6 +285,11 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
         terminal=kube.ended,
         orphan=False,
     )
+
+
+def unfound(pod: Pod, error: Exception) -> bool:
+    """Kubernetes says that the pod runs, and nothing of it is here: after a reboot, until its sandbox is made anew."""
+    return pod.source == "kube" and type(error) is NetnsError
 
 
 def mode(pod: Pod) -> str:

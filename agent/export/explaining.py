@@ -37,8 +37,9 @@ class Around:
 
     `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `silent` (blocking): ports of
     ztunnel on which nothing listens in it, None when its namespace is not open; raises SluiceError. `host`: how the
-    node's probes are exempt; `exempt`: the pod's addresses there. `places`: where each setting that was given comes
-    from, as in "sluice.yaml:3"; the others are defaults.
+    node's probes are exempt; `exempt`: the pod's addresses there. `place`: where its network namespace was
+    found, "" when it is not open. `places`: where each setting that was given comes from, as in "sluice.yaml:3"; the
+    others are defaults.
     """
 
     acknowledged: Callable[[str], bool]
@@ -46,6 +47,7 @@ class Around:
     silent: Callable[[str], tuple[int, ...] | None]
     host: Callable[[], HostStatus]
     exempt: Callable[[str], tuple[str, ...]]
+    place: Callable[[str], str]
     places: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +80,7 @@ class Explaining:
             "decision": "enrolled" if decision.enrolled else "excluded",
             "considered": _considered(pod, self.settings),
             "redirect": asdict(decision.redirect) if decision.redirect else None,
-            "netns": pod.netns_path,
+            "netns": pod.netns_path or (self.around.place(pod.uid) if self.around else ""),
             "source": pod.source,
             "container_id": pod.container_id,
             "in_kernel": "unknown" if error else "drifted" if rules else "as wanted",

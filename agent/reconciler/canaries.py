@@ -18,10 +18,17 @@ class Canaries:
     def __init__(self, canary: Probing) -> None:
         self._canary = canary
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._first = set[str]()  # captured for the first time, and ztunnel has not been seen there yet
+
+    def captured(self, uid: str, *, first: bool) -> None:
+        """The pod has its rules. Its first probe waits for ztunnel, which may come much later."""
+        if first:
+            self._first.add(uid)
 
     def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
-        """After a pass that captured the pod; `told` is called once there is an answer."""
-        if found.first:
+        """ztunnel has the pod, too; `told` is called once there is an answer."""
+        if pod.uid in self._first:
+            self._first.discard(pod.uid)
             self._canary.enrolled(pod.uid)
         if self._canary.due(pod.uid) and pod.uid not in self._tasks:
             task = asyncio.create_task(self._look(pod, found, told), name=f"probe {pod.uid}")
@@ -32,6 +39,7 @@ class Canaries:
         return self._canary.due(uid)
 
     def forget(self, uid: str) -> None:
+        self._first.discard(uid)
         self._canary.forget(uid)
 
     def close(self) -> None:

@@ -288,6 +288,8 @@ class Reconciler:
             await exempt
         self._watcher.watch(pod.uid, found.target)
         self._claims.claim(pod.uid, found.addresses)
+        if self._canaries:
+            self._canaries.captured(pod.uid, first=found.first)
         entry.noted(self._journal, pod, found.want, found.done, cause, time.monotonic() - started)
         if retired:
             entry.cleaned = time.monotonic()

@@ -86,6 +86,7 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
         lambda o: mounted(o, "/host/odd/cni", "/odd/cni") and not mounted(o, "/host/etc/cni", "/etc/cni"),
     ),
     "netnsDirs": (["/odd/netns"], lambda o: mounted(o, "/odd/netns", "/odd/netns")),
+    "cgroupRoot": ("/odd/cgroup", lambda o: mounted(o, "/cgroup", "/odd/cgroup")),
     "resources": (RESOURCES, lambda o: agent(o)["resources"]["limits"] == RESOURCES["limits"]),
     "priorityClassName": ("odd", lambda o: chart.pod(o)["priorityClassName"] == "odd"),
     "nodeSelector": ({"odd": "yes"}, lambda o: chart.pod(o)["nodeSelector"]["odd"] == "yes"),

@@ -14,7 +14,7 @@ import pytest
 from support import apiserver_objects as objects
 from support.apiserver import ApiServer
 from support.apiserver_inside import served
-from support.field import Stream, enabled, metric
+from support.field import Inside, Stream, enabled, metric
 from support.node import PORT, Node, NodePod, node, until
 
 from agent.core import names
@@ -140,10 +140,19 @@ def test_annotations_change_what_is_captured_live(here: Node, api: ApiServer) ->
 
 def test_p06_a_pod_that_was_there_before_the_agent_is_captured_without_restart(here: Node, api: ApiServer) -> None:
     here.processes.end()
-    late = here.pod("before", enrolled=False)
+    late, absent = here.pod("before", enrolled=False), here.pod("absent", enrolled=False)
+    listener = Inside(late.netns).listen(late.ipv4, PORT)
     api.put(told(late))
+    here.remove(absent)
+    api.put(told(absent))  # as after a reboot: its sandbox is still to be made anew
     start(here, api)
     enabled(here, late)
+    until(lambda: here.state(absent) == "failed", "it is not found")
+    assert "absent" in here.log and not [line for line in here.log.splitlines() if "absent" in line and "ERROR" in line]
+    api.delete("Pod", absent.namespace, absent.name)
+    until(lambda: here.ask("/v1/explain", pod=late.key)["probe"].endswith(": ok"), "the canary came after ztunnel")
+    assert here.ask("/v1/explain", pod=late.key)["netns"].startswith(("/proc/", "/run/netns/"))
+    listener.close()
     assert here.captured(late) and here.captured(late, 6)
     annotated(api, late, "enabled")
     while_running = here.pod("missed", enrolled=False)  # its ADD never reached us

@@ -131,6 +131,21 @@ def test_a_pod_that_listens_later_is_probed_then() -> None:
     play(script, exempt=True)
 
 
+def test_a_pod_that_ztunnel_takes_later_is_probed_then() -> None:
+    async def script(world: World) -> None:
+        world.publisher.connected = False
+        (status,) = await world.settle(pod())
+        assert status.state is State.PENDING and world.canary.probes == 0
+        world.publisher.connected = True
+        await world.reconciler.settled("web")
+        while not world.journal.findings:
+            await world.reconciler.progressed()
+        await world.reconciler.settled("web")
+        assert world.canary.probes == 1, "once"
+
+    play(script, exempt=True)
+
+
 def test_who_keeps_undoing_repairs_is_named_and_no_longer_answered_at_once() -> None:
     async def script(world: World) -> None:
         await world.settle(pod())

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent.core.canary import Finding, Verdict
-from agent.core.errors import KubeError, NetnsError
-from agent.core.pods import Pod, PodTable
+from agent.core.errors import KubeError
+from agent.core.pods import Pod, PodTable, unfound
 from agent.core.text import printable
 from agent.sources.kube.annotating import Sending
 
@@ -58,8 +58,7 @@ class Events:
             self.tell(pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}")
 
     def failed(self, pod: Pod, error: Exception) -> None:
-        """Not that nothing of a pod was found: after a reboot the API goes on for a while about what ran before."""
-        if pod.source != "kube" or type(error) is not NetnsError:
+        if not unfound(pod, error):
             self.tell(pod, "CaptureFailed", str(error))
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:

@@ -42,6 +42,7 @@ class Surroundings:
             self.ask_silent,
             lambda: self.host,
             lambda uid: ("10.0.0.2",),
+            lambda uid: "/proc/7/ns/net",
             places,
         )
 

@@ -104,6 +104,9 @@ appArmorProfile:
 {{ include "sluice.hostPath" (dict "name" (printf "writable-%d" $number) "path" $path "at" (printf "%s%s" $host $path) "mounts" $mounts "create" true "propagation" true) }}
 {{- end }}
 {{- end }}
+{{- with .root.Values.cgroupRoot }}
+{{ include "sluice.hostPath" (dict "name" "cgroup" "path" . "at" "/cgroup" "mounts" $mounts "readOnly" true) }}
+{{- end }}
 # The lock that every program of iptables on the node takes.
 - name: xtables-lock
 {{- if $mounts }}
