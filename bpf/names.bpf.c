@@ -97,7 +97,10 @@ static __always_inline struct address own_address(struct bpf_sock *sk)
 	return (struct address){{FIELD(sk->src_ip6[0]), FIELD(sk->src_ip6[1]), FIELD(sk->src_ip6[2]), FIELD(sk->src_ip6[3])}};
 }
 
-static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port)
+/* What the kernel leaves zero says that the peer's address is one of loopback, and another is shown (`own_instead`):
+ * the first byte of sin_zero, and the bits of the flow's word that are none of the flow label.
+ */
+static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port, int substitute)
 {
 	__u8 *at = ctx->optval, *end = ctx->optval_end;
 	int size = 0;
@@ -107,14 +110,14 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 		*(__u16 *)at = AF_INET;
 		*(__u16 *)(at + 2) = port;
 		*(__u32 *)(at + 4) = a->word[3];
-		*(__u64 *)(at + 8) = 0;
+		*(__u64 *)(at + 8) = substitute ? bpf_cpu_to_be64(1ULL << 56) : 0;
 		size = SOCKADDR_IN;
 	} else if (ctx->level == SOL_IPV6 && !is_ipv4(a)) {
 		if (at + SOCKADDR_IN6 > end || ctx->optlen < SOCKADDR_IN6)
 			return;
 		*(__u16 *)at = AF_INET6;
 		*(__u16 *)(at + 2) = port;
-		*(__u32 *)(at + 4) = 0;
+		*(__u32 *)(at + 4) = substitute ? bpf_htonl(1U << 28) : 0;
 		for (int i = 0; i < 4; i++)
 			*(__u32 *)(at + 8 + 4 * i) = a->word[i];
 		*(__u32 *)(at + 24) = 0;
@@ -142,6 +145,7 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 		.source_port = sk->dst_port,
 		.destination_port = bpf_htons(sk->src_port),
 	};
+	int substitute = is_loopback(&key.source) || same(&key.source, &key.destination);
 	if (at_ztunnel(sk)) {
 		struct memory *given = bpf_map_lookup_elem(&handover, &key);
 		if (!given || given->kind != MEMORY_ORIGINAL)
@@ -152,7 +156,7 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 		return 1;
 	}
 	/* Else a connection that came in: its own address is where it was going. */
-	answer(ctx, &key.destination, key.destination_port);
+	answer(ctx, &key.destination, key.destination_port, substitute);
 	return 1;
 }
 

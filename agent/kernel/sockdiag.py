@@ -47,6 +47,7 @@ _NO_COOKIE = b"\xff" * 8
 # interface, cookie, expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
 _QUEUES = struct.Struct("=56xII")  # of the same message
+_TIMER, _KEEPALIVE = struct.Struct("=2xB49xI"), 2  # which timer runs, and for how many milliseconds more
 _INFO, _SKV6ONLY, _MARK = 2, 11, 15
 _WITH_INFO = 1 << (_INFO - 1)
 _ATTRIBUTE, _U32 = ATTRIBUTE.unpack_from, struct.Struct("=I").unpack_from
@@ -157,15 +158,27 @@ class SockDiag(NetlinkSocket):
 
         Not found when its socket is bound to an interface. Raises KernelError when it cannot be asked.
         """
+        return next((one for one, _ in self._between(local, remote)), None)
+
+    def keepalive(self, local: Endpoint, remote: Endpoint) -> float | None:
+        """In how many seconds the connection's socket probes its peer, 0 when it does not; otherwise as `find`."""
+        for _, body in self._between(local, remote):
+            timer, milliseconds = _TIMER.unpack_from(body)
+            return milliseconds / 1000 if timer == _KEEPALIVE else 0
+        return None
+
+    def _between(self, local: Endpoint, remote: Endpoint) -> Iterator[tuple[TcpSocket, bytes]]:
         try:
             answers = self.request(_WHAT, _BY_FAMILY, 0, encode(local, remote))
         except KernelError as error:
             if error.errno == errno.ENOENT:
-                return None
+                return
             raise
-        # The kernel's lookup falls back to the listener that would take the connection.
-        found = (decode(answer.body) for answer in answers)
-        return next((one for one in found if one and (one.local, one.remote) == (local, remote)), None)
+        for answer in answers:
+            one = decode(answer.body)
+            # The kernel's lookup falls back to the listener that would take the connection.
+            if one and (one.local, one.remote) == (local, remote):
+                yield one, answer.body
 
     def destroy(self, one: TcpSocket) -> None:
         """Resets a connection; one that has ended is fine. Raises KernelError."""

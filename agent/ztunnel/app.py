@@ -19,6 +19,7 @@ from agent.core import names
 from agent.kernel import logs
 from agent.ztunnel.asked import BPF_DIR, Asked
 from agent.ztunnel.client import Client
+from agent.ztunnel.keepalive import LOOK_SECONDS
 from agent.ztunnel.pod import Engine
 from agent.ztunnel.poller import Deadlines, Poller
 from agent.ztunnel.records import Records
@@ -84,8 +85,8 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ending = _Ending(loop)
     engine = Engine(
         Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
-        Deadlines(loop, ANSWERED_SECONDS), Records(loop, settings.records), Asked(settings.bpf_dir),
-        _share(settings.share),
+        Deadlines(loop, ANSWERED_SECONDS), Deadlines(loop, LOOK_SECONDS),
+        Records(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share),
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(Workload, engine))
     agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())
@@ -101,7 +102,15 @@ async def _serve(settings: ZtunnelSettings) -> int:
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
-    for part in (engine.connects, engine.queries, engine.answered, engine.records, engine.poller, engine.asked):
+    for part in (
+        engine.connects,
+        engine.queries,
+        engine.answered,
+        engine.aged,
+        engine.records,
+        engine.poller,
+        engine.asked,
+    ):
         part.close()
     return 1 if failed else 0
 

@@ -7,13 +7,15 @@ passed on as a reset to the other, so that neither takes a failure for an orderl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+import time
 from enum import Enum
 
 from agent.core.errors import SluiceError
-from agent.ztunnel import original, poller
+from agent.ztunnel import keepalive, original, poller
 from agent.ztunnel.original import Address
 from agent.ztunnel.pod import Pod, now
 from agent.ztunnel.relay import Half
@@ -28,6 +30,8 @@ _CLOSE = {
 }
 # What refuses the client's address, not the connection: the application then sees ours; the record says so.
 _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
+
+_ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
 
 class Direction(Enum):
@@ -73,21 +77,24 @@ class Connection:
     def expire(self) -> None:
         if self._up is None and not self._done:
             self._end("timeout", "connect timed out")
+        elif not self._done:
+            self._follow_keepalive()
 
     def abort(self) -> None:
         if not self._done:
             self._end("drained", "")
 
     def _connect(self) -> None:
-        destination = self._destination = original.original_destination(self._client, self._source)
+        destination, own = original.original_destination(self._client, self._source)
+        self._destination = destination
         if original.is_own(destination, self._client):
             self._end("refused", "the destination is a port of ztunnel itself")
             return
-        self._server = self._reach(destination)
+        self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
 
-    def _reach(self, destination: Address) -> socket.socket:
+    def _reach(self, destination: Address, source: Address) -> socket.socket:
         upstream = self._pod.upstream
         if self._direction is Direction.INBOUND:
             try:
@@ -96,7 +103,29 @@ class Connection:
                 if error.errno not in _NO_SOURCE:
                     raise
                 self._note = f"source address not preserved: {error.strerror}"
-        return upstream.connect(destination)
+            return upstream.connect(destination)
+        return upstream.connect(destination, source)
+
+    def _follow_keepalive(self) -> None:
+        """The far end is probed as the application probes its own, which is ztunnel."""
+        assert self._server is not None and self._destination is not None and self._via is not None
+        if self._direction is Direction.OUTBOUND:
+            here: Address = original.plain(self._client.getsockname())
+            # With eBPF the socket is connected to ztunnel itself, from loopback unless the application has bound it.
+            ours = [
+                (self._source, self._destination),
+                (self._source, here),
+                ((_LOOPBACK[len(here)], self._source[1]), here),
+            ]
+            far = self._server
+        else:
+            ours = [(self._destination, self._via), (self._destination, (_LOOPBACK[len(self._via)], self._via[1]))]
+            far = self._client
+        ends = [((local[0], local[1]), (remote[0], remote[1])) for local, remote in ours]
+        idle = keepalive.idle_seconds(self._pod.diag, ends, time.monotonic() - self._began[1])
+        if idle:
+            with contextlib.suppress(OSError):  # it has just gone
+                keepalive.probe(far, idle)
 
     def _server_event(self, mask: int) -> None:
         if self._down is not None and self._up is not None:
@@ -118,6 +147,7 @@ class Connection:
             return
         self._pod.engine.connects.settle(self)
         self._via = server.getsockname()
+        self._pod.engine.aged.add(self)
         self._up, self._down = Half(self._client, server), Half(server, self._client)
         # The request is usually here already: pass it on before the first event of the client tells of it.
         self._event(mask | poller.READ & ~poller.END, self._down, self._up)
@@ -130,6 +160,8 @@ class Connection:
         if mask & poller.READ and not reads.finished:
             if mask & poller.END:
                 reads.ended = True
+            if mask & poller.URGENT:
+                reads.urgent = True
             self._pump(reads)
         if mask & poller.WRITE and writes.buffered and not self._done:
             self._pump(writes)
@@ -167,6 +199,7 @@ class Connection:
             if half is not None:
                 half.close()
         self._pod.engine.connects.settle(self)
+        self._pod.engine.aged.settle(self)
         self._pod.live.discard(self)
         self._pod.record(
             "tcp", self._direction.value, self._began, self._source, self._destination,

@@ -23,6 +23,7 @@ from agent.kernel.conntrack import Conntrack
 from agent.ztunnel import dnsmessage, poller
 from agent.ztunnel.original import Address
 from agent.ztunnel.pod import Pod, now
+from agent.ztunnel.upstream import keep_source
 
 MOST = 4096  # flows of a pod, and queries without an answer; the oldest flow then makes room
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
@@ -63,21 +64,24 @@ class Resolver:
                 self.record(now(), client, None, len(datagram), 0, "error", str(error))
 
     def _pass_on(self, listener: socket.socket, client: Address, datagram: bytes) -> None:
-        found = self.original(listener, client)
+        found, own = self.original(listener, client)
         if found is None:
             words = "neither conntrack nor eBPF knows which resolver was asked; dropped"
             self.record(now(), client, None, len(datagram), 0, "error", words)
             return
         # An IPv6 address takes four parts to be told apart by `text` and `take`.
         target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
-        flow = self.flows.pop((client, target), None) or Flow(self, listener, client, target)
+        flow = self.flows.pop((client, target), None) or Flow(self, listener, client, target, own=own)
         self.flows[client, target] = flow
         flow.send(datagram)
         while len(self.flows) > MOST or self.waiting > MOST:
             next(iter(self.flows.values())).end("error", f"more than {MOST} newer ones")
 
-    def original(self, listener: socket.socket, client: Address) -> Address | None:
-        """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError."""
+    def original(self, listener: socket.socket, client: Address) -> tuple[Address | None, bool]:
+        """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError.
+
+        And whether its address is its own for sure: the eBPF programs give a socket without one the pod's.
+        """
         local, peer = listener.getsockname()[:2], (client[0], client[1])
         failure: KernelError | None = None
         found = None
@@ -85,11 +89,12 @@ class Resolver:
             found = self._conntrack.original_destination(socket.IPPROTO_UDP, local, peer)
         except KernelError as error:  # a kernel without conntrack has eBPF nevertheless
             failure = error
-        if found is None or found[1] == names.DNS_PORT:  # a flow that was not redirected in conntrack's eyes
+        own = found is not None and found[1] != names.DNS_PORT
+        if not own:  # a flow that was not redirected in conntrack's eyes
             found = self.pod.engine.asked.resolver(listener, peer)
         if found is None and failure is not None:
             raise failure
-        return None if found is None or found[1] == names.DNS_PORT else found
+        return None if found is None or found[1] == names.DNS_PORT else found, own
 
     def record(
         self,
@@ -114,12 +119,17 @@ class Flow:
     """What one port of the pod sends to one resolver. In the pod's `live` while a query waits for its answer."""
 
     __slots__ = (
-        "_began", "_client", "_last", "_listener", "_received", "_resolver", "_sent", "_server", "_target", "_waiting",
+        "_began", "_client", "_last", "_listener", "_own", "_received", "_resolver", "_sent", "_server", "_target",
+        "_waiting",
     )  # fmt: skip
 
-    def __init__(self, resolver: Resolver, listener: socket.socket, client: Address, target: Address) -> None:
+    def __init__(
+        self, resolver: Resolver, listener: socket.socket, client: Address, target: Address, *, own: bool
+    ) -> None:
+        """`own`: the client's address is to be kept towards the resolver."""
         self._resolver, self._listener, self._client, self._target = resolver, listener, client, target
         self._server: socket.socket | None = None
+        self._own = own
         self._waiting: dict[bytes, Waiting] = {}  # by id
         self._sent = self._received = 0  # bytes of what is no query, and of what answers none
         self._began = now()
@@ -175,6 +185,9 @@ class Flow:
         if self._server is None:
             pod = self._resolver.pod
             server = pod.upstream.take(self._target, socket.SOCK_DGRAM)
+            if self._own:
+                with contextlib.suppress(OSError):  # it may be of a machine behind the pod
+                    keep_source(server, self._client, 0)
             try:
                 server.connect(self._target)
                 pod.engine.poller.add(server.fileno(), self._event)

@@ -28,19 +28,22 @@ def text(address: Address) -> str:
     return f"{address[0]}:{address[1]}" if len(address) == 2 else f"[{address[0]}]:{address[1]}"
 
 
-def original_destination(accepted: socket.socket, peer: Address) -> Address:
+def original_destination(accepted: socket.socket, peer: Address) -> tuple[Address, bool]:
     """The destination before redirection: from conntrack, else the accepted socket's own address.
 
-    `peer` is its peer's address after `plain`. Raises OSError when the connection is gone already.
+    And whether `peer`, its peer's address after `plain`, is the one that the client's socket has: the eBPF programs
+    show the pod's own address in place of a loopback one, and say so. Raises OSError when the connection is gone.
     """
     try:
         if len(peer) == 2:
-            return parse_ipv4(accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16))
-        return parse_ipv6(accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28))
+            found = accepted.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
+            return parse_ipv4(found), not found[8]
+        found = accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
+        return parse_ipv6(found), not found[4] >> 4
     except OSError:
         # No entry (or no conntrack at all): redirected without NAT, or not redirected.
         local: Address = plain(accepted.getsockname())
-        return local
+        return local, True
 
 
 def parse_ipv4(sockaddr: bytes) -> Address:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agent.kernel.sockdiag import SockDiag
 from agent.ztunnel.asked import Asked
 from agent.ztunnel.original import Address
 from agent.ztunnel.poller import Deadlines, Poller
@@ -15,13 +16,18 @@ from agent.ztunnel.upstream import Upstream
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What all pods share. `connects` and `queries` bound how long an upstream may be silent, `answered` how long a
-    flow of DNS is kept after the last answer, `share` how many connections and flows of one pod may be under way."""
+    """What all pods share.
+
+    `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
+    the last answer; `aged` tells when a connection is LOOK_SECONDS old (see keepalive). `share`: how many connections
+    and flows of one pod may be under way.
+    """
 
     poller: Poller
     connects: Deadlines
     queries: Deadlines
     answered: Deadlines
+    aged: Deadlines
     records: Records
     asked: Asked
     share: int
@@ -36,12 +42,13 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """`name` is namespace/name; `live` is what is under way."""
+    """`name` is namespace/name; `diag` is asked of its sockets; `live` is what is under way."""
 
     uid: str
     name: str
     engine: Engine
     upstream: Upstream
+    diag: SockDiag
     live: set[Live] = field(default_factory=set)
 
     def record(

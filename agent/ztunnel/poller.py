@@ -20,6 +20,7 @@ READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 END = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 WRITE = select.EPOLLOUT
 ERROR = select.EPOLLERR
+URGENT = select.EPOLLPRI
 
 _EVENTS = 8  # handled at one wake-up, then accepting and others' timers get their turn
 
@@ -37,7 +38,9 @@ class Poller:
 
     def add(self, fd: int, handler: Handler) -> None:
         """The first call comes soon, with what holds already. Raises OSError when out of memory."""
-        self._epoll.register(fd, select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+        self._epoll.register(
+            fd, select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+        )
         self._handlers[fd] = handler
 
     def remove(self, fd: int) -> None:

@@ -3,6 +3,9 @@
 Short exchanges are copied once through a buffer. What fills the buffer is a stream, and from then on bytes
 move by splice through a pipe, without coming to user space. Reading happens only while the pipe is empty: so
 EAGAIN always means that the source has nothing, and a slow reader stops its sender (back-pressure).
+
+Urgent data goes on in its place in the stream, but as any other (SO_OOBINLINE). The kernel ends a read before it, and
+splice never gets past it: so once there was some, everything is copied, until EAGAIN.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 class Half:
     """Moves bytes from `source` to `sink`, both non-blocking. Owns its pipe, not the sockets."""
 
-    __slots__ = ("buffered", "ended", "finished", "moved", "pipe", "sink", "source")
+    __slots__ = ("buffered", "ended", "finished", "moved", "pipe", "sink", "source", "urgent")
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
         self.source, self.sink = source, sink
@@ -30,13 +33,14 @@ class Half:
         self.moved = 0  # bytes handed to the sink
         self.ended = False  # a FIN is known to be in the source's queue, or has been read
         self.finished = False  # the FIN has been passed on
+        self.urgent = False  # there was urgent data
 
     def pump(self) -> bool:
         """Moves what can be moved now; True when there may be more: call again soon. Raises OSError."""
         for _ in range(ROUNDS):
             if self.buffered and not self._drain():
                 return False
-            if not (self._fill() if self.pipe is None else self._fill_pipe()):
+            if not (self._fill() if self.pipe is None or self.urgent else self._fill_pipe()):
                 return False
         return True
 
@@ -65,7 +69,7 @@ class Half:
         if len(data) == CHUNK:
             self._open_pipe()
             return True
-        return self.ended
+        return self.ended or self.urgent
 
     def _fill_pipe(self) -> bool:
         assert self.pipe is not None
@@ -93,6 +97,8 @@ class Half:
         return False
 
     def _open_pipe(self) -> int:
+        if self.pipe is not None:
+            return self.pipe[1]
         self.pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         with contextlib.suppress(OSError):  # the limit for unprivileged pipes; a smaller one is only slower
             fcntl.fcntl(self.pipe[1], fcntl.F_SETPIPE_SZ, PIPE_SIZE)

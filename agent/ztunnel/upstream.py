@@ -10,11 +10,14 @@ kernel takes its ports from 32768 up (Linux's default; others start higher), so 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import socket
 import struct
+from collections.abc import Callable
+from functools import partial
 
 from agent.core import names
 from agent.kernel.netns import Netns
@@ -23,7 +26,10 @@ from agent.ztunnel.original import Address
 BATCH = 16
 FIRST_PORT, LAST_PORT = 1024, 32767
 TRIES = 64  # ports in use or in TIME_WAIT are passed over
+RESERVED = range(600, 1024)  # as bindresvport(3) takes them
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
+IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: the port is chosen at connect, by destination
+_TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 class Upstream:
@@ -43,30 +49,42 @@ class Upstream:
             self._netns.call(lambda: self._make(family, kind, stock))
         return stock.pop()
 
-    def connect(self, destination: Address) -> socket.socket:
-        """A socket that connects, as ztunnel. Raises OSError or NetnsError."""
-        fresh = self.take(destination, socket.SOCK_STREAM)
-        failed = fresh.connect_ex(destination)
-        if failed not in (0, errno.EINPROGRESS):
-            fresh.close()
-            raise OSError(failed, os.strerror(failed))
-        return fresh
+    def connect(self, destination: Address, source: Address | None = None) -> socket.socket:
+        """A socket that connects, as ztunnel. Raises OSError or NetnsError.
+
+        `source`: of the application. Its address is kept if it is one of this namespace: routes may depend on it. In
+        place of a reserved port the connection gets another reserved one.
+        """
+        if source is not None:
+            ports = random.sample(RESERVED, TRIES) if source[1] in range(1, RESERVED.stop) else (0,)
+            for port in ports:
+                with contextlib.suppress(OSError):
+                    return self._connect(destination, partial(keep_source, source=source, port=port))
+        return self._connect(destination)
 
     def connect_as(self, source: Address, destination: Address) -> socket.socket:
         """A socket that connects with the address, not the port, of `source`. Raises as `connect` does."""
         for _ in range(TRIES):
-            fresh = self.take(destination, socket.SOCK_STREAM)
+            port = self._next_port()
             try:
-                take_source(fresh, source, self._next_port())
-                failed = fresh.connect_ex(destination)
-                if failed in (0, errno.EINPROGRESS):
-                    return fresh
-                raise OSError(failed, os.strerror(failed))
+                return self._connect(destination, partial(take_source, source=source, port=port))
             except OSError as error:
-                fresh.close()
-                if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
+                if error.errno not in _TAKEN:
                     raise
         raise OSError(errno.EADDRNOTAVAIL, f"no port free for {source[0]} in {TRIES} tries")
+
+    def _connect(self, destination: Address, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
+        fresh = self.take(destination, socket.SOCK_STREAM)
+        try:
+            if prepare is not None:
+                prepare(fresh)
+            failed = fresh.connect_ex(destination)
+            if failed not in (0, errno.EINPROGRESS):
+                raise OSError(failed, os.strerror(failed))
+        except OSError:
+            fresh.close()
+            raise
+        return fresh
 
     def _next_port(self) -> int:
         self._port = self._port + 1 if self._port < LAST_PORT else FIRST_PORT
@@ -88,8 +106,10 @@ def marked(family: int, kind: int) -> socket.socket:
     fresh = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         fresh.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK)
-        if kind == socket.SOCK_STREAM:
+        if kind == socket.SOCK_STREAM:  # what is set of a listener, the sockets that it accepts have
             fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            fresh.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            fresh.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     except BaseException:
         fresh.close()
         raise
@@ -103,6 +123,15 @@ def take_source(fresh: socket.socket, source: Address, port: int) -> None:
     else:
         fresh.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, 1)
     fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one port towards several destinations
+    fresh.bind((source[0], port, *source[2:]))
+
+
+def keep_source(fresh: socket.socket, source: Address, port: int) -> None:
+    """Lets the socket speak with `source`, an address of this namespace; `port` 0 for any. Raises OSError."""
+    if port:
+        fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    else:
+        fresh.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     fresh.bind((source[0], port, *source[2:]))
 
 

@@ -10,6 +10,7 @@ import socket
 from agent.kernel.accepting import Seldom
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.netns import Netns
+from agent.kernel.sockdiag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel.connection import Connection, Direction
 from agent.ztunnel.dns import Resolver
@@ -31,8 +32,8 @@ class Workload:
         """Does not take over `netns` when it fails. Raises OSError or a SluiceError."""
         self.netns = netns
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
-        self.pod = Pod(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns))
-        conntrack, self._listeners = netns.call(_open)
+        conntrack, diag, self._listeners = netns.call(_open)
+        self.pod = Pod(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag)
         self._resolver = Resolver(self.pod, conntrack)
         self._accepting: set[socket.socket] = set()
         self._crowded = Seldom()
@@ -62,6 +63,7 @@ class Workload:
             listener.close()
         self._resolver.close()
         self.pod.upstream.close()
+        self.pod.diag.close()
         self.netns.close()
 
     def _accept(self, listener: socket.socket) -> None:
@@ -95,10 +97,12 @@ class Workload:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
 
-def _open() -> tuple[Conntrack, Listeners]:
+def _open() -> tuple[Conntrack, SockDiag, Listeners]:
     with contextlib.ExitStack() as opened:
         conntrack = Conntrack()
         opened.callback(conntrack.close)
+        diag = SockDiag()
+        opened.callback(diag.close)
         listeners = listen()
         opened.pop_all()
-        return conntrack, listeners
+        return conntrack, diag, listeners

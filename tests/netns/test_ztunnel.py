@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import itertools
@@ -30,6 +31,7 @@ from support.ztunnel import (
     read_all,
 )
 
+from agent.kernel.sockdiag import SockDiag
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
 pytestmark = pytest.mark.root
@@ -50,6 +52,23 @@ def served(lab: Lab) -> Lab:
 
 def block() -> bytes:
     return os.urandom(1 << 20)
+
+
+def read(end: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = end.recv(size - len(parts))
+        assert part
+        parts += part
+    return bytes(parts)
+
+
+def keepalive_of_ztunnel(diag: SockDiag, remote: tuple[str, int]) -> float:
+    """In how many seconds ztunnel's socket in the pod probes this peer; 0 without one."""
+    for one in diag.both():
+        if one.remote == remote and one.of_ztunnel:
+            return diag.keepalive(one.local, one.remote) or 0
+    return 0
 
 
 def question(number: int) -> bytes:
@@ -82,6 +101,63 @@ def test_outbound_reaches_the_original_destination(served: Lab, host: str) -> No
     record = served.ztunnel.wait_record(direction="outbound", close="fin")
     assert record["destination"] == (f"[{host}]:8080" if ":" in host else f"{host}:8080")
     assert (record["sent"], record["received"], record["pod"], record["uid"]) == (4, 5, "shop/web", "uid-1")
+
+
+@pytest.mark.parametrize(("host", "second"), [(PEER4, "10.77.0.3"), (PEER6, "fd77::3")])
+def test_outbound_keeps_an_address_that_the_application_has_bound(served: Lab, host: str, second: str) -> None:
+    six = ":" in host
+    served.pod.ip("addr", "add", f"{second}/{64 if six else 24}", "dev", "eth0", *(["nodad"] if six else []))
+    family = socket.AF_INET6 if six else socket.AF_INET
+    with served.peer.listen(host, 8080) as listener, served.pod.make(family) as client:
+        client.bind((second, 0))
+        client.connect((host, 8080))
+        server, seen = listener.accept()
+        server.close()
+        assert seen[0] == second and seen[1] != client.getsockname()[1]
+    with (
+        served.peer.listen(host, 53, socket.SOCK_DGRAM) as resolver,
+        served.pod.make(family, socket.SOCK_DGRAM) as client,
+    ):
+        client.bind((second, 0))
+        client.sendto(question(1), (host, 53))
+        assert resolver.recvfrom(100)[1][0] == second
+
+
+def test_a_reserved_source_port_becomes_another_reserved_one(served: Lab) -> None:
+    with served.peer.listen(PEER4, 8080) as listener, served.pod.make() as client:
+        client.bind(("0.0.0.0", 717))
+        client.connect((PEER4, 8080))
+        server, seen = listener.accept()
+        server.close()
+        assert seen[0] == POD4 and seen[1] < 1024
+
+
+@pytest.mark.parametrize("direction", ["outbound", "inbound"])
+def test_the_far_end_is_probed_as_the_application_probes(served: Lab, direction: str) -> None:
+    client, server = getattr(served, direction)()
+    application, far = (client, server) if direction == "outbound" else (server, client)
+    application.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 50)
+    application.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    with contextlib.closing(served.pod.call(SockDiag)) as diag:
+        until = time.monotonic() + SECONDS
+        while not 0 < (left := keepalive_of_ztunnel(diag, far.getsockname()[:2])) <= 60:
+            assert time.monotonic() < until, left
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("direction", ["outbound", "inbound"])
+@pytest.mark.parametrize("before", [3, 1 << 20], ids=["message", "stream"])
+def test_urgent_data_keeps_its_place(served: Lab, direction: str, before: int) -> None:
+    client, server = getattr(served, direction)()
+    data = os.urandom(before)
+    for _ in range(2):
+        client.sendall(data)
+        assert read(server, before) == data
+        client.send(b"!", socket.MSG_OOB)
+        client.sendall(data)
+        assert read(server, before + 1) == b"!" + data
+    client.close()
+    assert server.recv(1) == b""
 
 
 @pytest.mark.parametrize("host", [POD4, POD6])

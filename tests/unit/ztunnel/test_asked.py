@@ -147,7 +147,8 @@ def test_who_is_asked_for_the_resolver(
     remembers = Answers(ebpf)
     pod: Any = SimpleNamespace(engine=SimpleNamespace(asked=remembers))
     resolver = dns.Resolver(pod, Answers(conntrack))  # type: ignore[arg-type]
-    assert resolver.original(listener, CLIENT) == found
+    answer, own = resolver.original(listener, CLIENT)
+    assert answer == found and own == (found is not None and found == conntrack)
     assert remembers.asked == asks
 
 
