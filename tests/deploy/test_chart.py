@@ -121,8 +121,8 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
     "scc": (
         True,
         lambda o: (
-            chart.only(o, "SecurityContextConstraints")["users"]
-            == [f"system:serviceaccount:sluice-system:{chart.pod(o)['serviceAccountName']}"]
+            f"system:serviceaccount:sluice-system:{chart.pod(o)['serviceAccountName']}"
+            in chart.only(o, "SecurityContextConstraints")["users"]
         ),
     ),
     "serviceAccount.create": (False, lambda o: "ServiceAccount" not in kinds(o)),
@@ -140,6 +140,14 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
     ),
     "rbac.create": (False, lambda o: not kinds(o) & {"ClusterRole", "ClusterRoleBinding"}),
     "rbac.debug": (True, lambda o: "tokenreviews" in rules(o) and "subjectaccessreviews" in rules(o)),
+    "admissionPolicy.enabled": (True, lambda o: "ValidatingAdmissionPolicyBinding" in kinds(o)),
+    "ztunnel.serviceAccount": (
+        "odd-ztunnel",
+        lambda o: (
+            chart.pod(o, "sluice-ztunnel")["serviceAccountName"] == "odd-ztunnel"
+            and bool(chart.only(o, "ServiceAccount", "odd-ztunnel"))
+        ),
+    ),
     "networkPolicy.enabled": (
         True,
         lambda o: chart.only(o, "NetworkPolicy")["spec"]["ingress"][0]["ports"][0]["port"] == 15014,
@@ -421,3 +429,27 @@ def test_chart_and_agent_have_one_version() -> None:
 
     made = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
     assert made["appVersion"] == made["version"] == __version__
+
+
+def test_the_embedded_ztunnel_has_an_account_without_rights_and_no_pin_to_remove() -> None:
+    objects = chart.render({"ztunnel": {"embedded": True}, "scc": True})
+    pod = chart.pod(objects, "sluice-ztunnel")
+    account = pod["serviceAccountName"]
+    assert account != chart.pod(objects)["serviceAccountName"] and not pod["automountServiceAccountToken"]
+    assert account not in str([one for one in objects if "Role" in one["kind"]])
+    assert f"system:serviceaccount:sluice-system:{account}" in chart.only(objects, "SecurityContextConstraints")["users"]
+    (bpf,) = (one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "bpf")
+    assert bpf["readOnly"]
+
+
+def test_the_admission_policy_is_of_the_agents_account_alone_and_needs_tokens_that_name_the_node() -> None:
+    values = {"admissionPolicy": {"enabled": True}, "serviceAccount": {"name": "odd"}}
+    objects = chart.render(values, "--kube-version", "v1.30.0")
+    policy = chart.only(objects, "ValidatingAdmissionPolicy")
+    for one in (policy, chart.only(objects, "ValidatingAdmissionPolicyBinding")):
+        chart.validate(one, "v1.30.0")
+    (match,) = policy["spec"]["matchConditions"]
+    assert '"system:serviceaccount:sluice-system:odd"' in match["expression"]
+    assert policy["spec"]["failurePolicy"] == "Fail"
+    with pytest.raises(chart.HelmError, match="needs Kubernetes 1.30"):
+        chart.render(values, "--kube-version", "v1.29.0")
