@@ -18,6 +18,7 @@ from agent.flows.who import Service, Who, Workload, of_pod
 _WITHIN = frozenset((Reason.LOOPBACK, Reason.ZTUNNEL))
 
 _REST = labels.OVERFLOW
+_PART, _LEAST = 4, 64  # of the rows one workload may have a quarter, but so many in any case
 
 _Peers = tuple[Direction, Workload | None, Workload | None, Service | None]
 _Owner = tuple[str, str, Direction]  # namespace and workload of the pod
@@ -131,16 +132,24 @@ _Row = TypeVar("_Row", _TrafficRow, _FatedRow, _MeasuredRow)
 
 
 class _Rows(Generic[_Key, _Row]):
-    """At most `cap` rows, besides those of `rest(key)`, which take what finds no room.
+    """At most `cap` rows, besides those of `rest(key)`, which take what finds no room; `owned(key)`, where there is
+    one, takes what is beyond the share of the key's owner, which is in it.
 
     Rows are kept by their label text, for no two may have the same; `_known` only spares writing it again.
     """
 
     def __init__(
-        self, cap: int, make: Callable[[str], _Row], text: Callable[[_Key], str], rest: Callable[[_Key], _Key]
+        self,
+        cap: int,
+        make: Callable[[str], _Row],
+        text: Callable[[_Key], str],
+        rest: Callable[[_Key], _Key],
+        owned: Callable[[_Key], _Key] | None = None,
     ) -> None:
-        self._cap, self._text, self._rest = cap, text, rest
+        self._cap, self._text, self._rest, self._owned = cap, text, rest, owned
+        self._share = max(_LEAST, cap // _PART)
         self._make: Callable[[str], _Row] = make
+        self._taken: dict[_Key, set[str]] = {}  # by what takes the rest of an owner: the rows that are its own
         self._rows: dict[str, _Row] = {}
         self._known: dict[_Key, _Row] = {}
         self.overflow = 0
@@ -151,13 +160,16 @@ class _Rows(Generic[_Key, _Row]):
         return row
 
     def _find(self, key: _Key) -> _Row:
-        if len(self._rows) >= self._cap:
+        mine = None if self._owned is None else self._taken.setdefault(self._owned(key), set())
+        if full := len(self._rows) >= self._cap or (mine is not None and len(mine) >= self._share):
             self.overflow += 1
-            key = self._rest(key)
+            key = self._rest(key) if self._owned is None or len(self._rows) >= self._cap else self._owned(key)
             if found := self._known.get(key):
                 return found
         text = self._text(key)
         row = self._rows.setdefault(text, self._make(text))
+        if mine is not None and not full:
+            mine.add(text)
         if len(self._known) < 2 * self._cap:
             self._known[key] = row
         return row
@@ -167,6 +179,7 @@ class _Rows(Generic[_Key, _Row]):
         for text in gone:
             del self._rows[text]
         if gone:
+            self._taken = {owner: left for owner, held in self._taken.items() if (left := held & self._rows.keys())}
             self._known = {key: row for key, row in self._known.items() if row.seen >= before}
 
     def all(self) -> Iterable[_Row]:
@@ -182,7 +195,11 @@ class Tally:
     def __init__(self, who: Who, cap: int = 5000, ttl: float = 900.0) -> None:
         self._who, self._ttl = who, ttl
         self._traffic: _Rows[_Peers, _TrafficRow] = _Rows(
-            cap, _TrafficRow, lambda key: labels.traffic(*key, who.trust_domain), lambda key: (key[0], *labels.REST)
+            cap,
+            _TrafficRow,
+            lambda key: labels.traffic(*key, who.trust_domain),
+            lambda key: (key[0], *labels.REST),
+            lambda key: (*key[:2], *labels.REST[1:]),
         )
         self._fates: _Rows[_Fates, _FatedRow] = _Rows(
             cap, _FatedRow, lambda key: labels.fated(*key), lambda key: (_REST, _REST, *key[2:])

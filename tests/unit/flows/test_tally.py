@@ -192,6 +192,29 @@ def test_above_the_cap_new_sets_share_one_per_reporter() -> None:
     assert sum(row.rtt[0] for row in found.measured) == 8 and len(found.measured) == 3
 
 
+def test_a_workload_with_very_many_peers_leaves_room_for_the_others() -> None:
+    workloads = {f"10.1.{n // 256}.{n % 256}": Workload(f"peer-{n}", "far") for n in range(400)}
+    who = Who()
+    who.know_peers(workloads, {})
+    tally = Tally(who, 400, 10.0)
+    pods = {n: Pod(f"{n}", "shop", f"web-{n}") for n in (1, 2)}
+    many = [delta(1, opened=1, remote=address) for address in workloads]
+    tally.add([*many, delta(2, opened=7, remote="10.1.0.1")], [], pods.get, 0.0)
+    found = tally.snapshot()
+    rows = {row.labels: row.opened for row in found.traffic}
+    assert len(rows) == 102 and found.overflow["traffic"] == 300
+    (rest,) = (labels for labels, opened in rows.items() if opened == 300)
+    assert (read(rest.rstrip(","))["source_workload"], read(rest.rstrip(","))["destination_workload"]) == (
+        "web-1",
+        "overflow",
+    )
+    (other,) = (labels for labels, opened in rows.items() if opened == 7)
+    assert read(other.rstrip(","))["destination_workload"] == "peer-1"
+    tally.add([], [], pods.get, 11.0)
+    tally.add(many[:100], [], pods.get, 12.0)
+    assert tally.snapshot().overflow["traffic"] == 300, "what expires makes room"
+
+
 def test_room_that_expires_is_given_anew() -> None:
     tally = a_tally(cap=1, ttl=10.0)
     add(tally, delta(1, opened=1), delta(2, opened=1))
