@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from support import apiserver_objects as objects
@@ -16,6 +20,7 @@ from agent.core import names
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.netns import unpin
 from agent.lab.processes import Backend
+from agent.migration.theirs import RUN_DIR
 
 pytestmark = pytest.mark.root
 
@@ -33,9 +38,9 @@ def api(here: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiSer
         yield made
 
 
-def start(here: Node, api: ApiServer, backend: Backend = Backend.NFTABLES) -> None:
+def start(here: Node, api: ApiServer, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
     access = {"kube_server": api.url, "kube_token_file": api.token_file, "kube_ca_file": api.ca_file}
-    here.start(backend, **access, cni_install="off", own_namespace="sluice-system")
+    here.start(backend, **{**access, "cni_install": "off", "own_namespace": "sluice-system", **changes})
 
 
 def started(here: Node, api: ApiServer, name: str) -> NodePod:
@@ -97,3 +102,27 @@ def test_a_pod_that_stays_captured_shows_enabled_and_nothing_else(here: Node, ap
         start(here, api, backend)
         step(f"the backend is {backend} now")
     here.delete(pod)
+
+
+def test_what_istio_cnis_agent_wrote_is_left_while_it_runs_and_taken_back_after_it(here: Node, api: ApiServer) -> None:
+    """A pod that we would not capture: to take its annotation would make the other agent take its rules, too."""
+    here.processes.end()
+    with tempfile.TemporaryDirectory(prefix="slu-root-") as root, socket.socket(socket.AF_UNIX) as theirs:
+        place = Path(root + RUN_DIR)
+        place.mkdir(parents=True)
+        theirs.bind(str(place / "pluginevent.sock"))
+        theirs.listen()
+        start(here, api, host_root=root)
+        here.processes.start_ztunnel()
+        here.await_ztunnel()
+        pod = here.pod("theirs", namespace="other", enrolled=False)
+        told = objects.pod("theirs", namespace="other", uid=pod.uid, address=pod.ipv4)
+        told["metadata"]["annotations"] = {names.REDIRECTION: "enabled"}
+        api.put(told)
+        until(lambda: "istio-cni's agent runs here" in here.ask("/v1/status")["kubernetes"], "it is said")
+        assert here.state(pod) == "excluded" and shown(api, pod) == ["enabled"]
+        theirs.close()
+        until(lambda: shown(api, pod) == ["enabled", ""], "it is taken back")
+        until(lambda: here.ask("/v1/status")["kubernetes"] == "ok", "nothing is said any more")
+        here.processes.end()
+    here.remove(pod)

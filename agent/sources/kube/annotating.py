@@ -160,7 +160,8 @@ class Annotator:
         return bool(other)
 
     def _wrote(self, uid: str, pod: KubePod, want: str) -> None:
-        past = self._past[uid]
+        if (past := self._past.get(uid)) is None:  # the pod went meanwhile
+            return
         if past.written == want and past.fight.repaired(time.monotonic()):
             pause = past.fight.pause(time.monotonic())
             words = (
@@ -178,11 +179,17 @@ class Annotator:
             self._past[uid] = _Past()
         past = self._past[uid]
         at = now + past.fight.pause(now)
-        if _is(pod) != ENABLED or pod.ended or self._state(uid) is State.EXCLUDED:
+        if _is(pod) != ENABLED or pod.ended or self._freed(uid, past):
             past.since = None
             return at
         past.since = now if past.since is None else past.since
         return max(at, past.since + self._hold)
+
+    def _freed(self, uid: str, past: _Past) -> bool:
+        """Whether we took the pod's rules away. A pod that failed may have those of a predecessor, unknown to us."""
+        if self._state(uid) is State.EXCLUDED:
+            return True
+        return self._state(uid) is State.FAILED and past.written == ENABLED and not self._captured(uid)
 
     def _due_for(self, uid: str) -> tuple[KubePod, str] | None:
         """The pod and what its annotation has to become; None when it is that."""

@@ -23,10 +23,13 @@ class Api:
 
     def __init__(self, table: PodTable) -> None:
         self.table, self.failures, self.sent = table, list[KubeError](), list[tuple[str, str, Any, str]]()
-        self.changed = asyncio.Event()
+        self.changed, self.hold, self.waiting = asyncio.Event(), asyncio.Event(), 0
+        self.hold.set()
 
     async def send(self, method: str, path: str, body: Any, content_type: str = "") -> Mapping[str, Any]:
+        self.waiting += 1
         await asyncio.sleep(0)
+        await self.hold.wait()
         if self.failures:
             raise self.failures.pop(0)
         self.sent.append((method, path, body, content_type))
@@ -207,6 +210,41 @@ def test_it_is_taken_back_when_that_lasts_and_at_once_when_the_pod_is_not_captur
 
     during(world, play)
     assert world.api.values() == ["pending", None]
+
+
+def test_a_pod_that_was_enrolled_and_rolled_back_is_told_of_at_once() -> None:
+    """Its canary failed: it has no rules any more, and peers must not go on with HBONE."""
+    world = World(hold=1000.0)
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        world.be(State.ENABLED)
+        await world.sent(1)
+        world.captured = False
+        world.be(State.FAILED)
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["enabled", None]
+
+
+def test_a_pod_that_goes_while_it_is_written_and_forgotten_meanwhile_hurts_nobody() -> None:
+    world = World()
+    world.table.know(KUBE)
+    world.table.know(replace(KUBE, uid="u2", api_uid="a2"))
+
+    async def play() -> None:
+        world.api.hold.clear()
+        world.be(State.ENABLED)
+        while not world.api.waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        world.table.unknow("u1", keep=False)
+        world.annotator.look("u2")  # what is remembered of u1 makes room
+        world.api.hold.set()
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["enabled", "enabled"]
 
 
 def test_nothing_is_written_before_a_ztunnel_came_and_pods_and_namespaces_are_known() -> None:
