@@ -122,7 +122,8 @@ struct query {
 	__u64 cookie;
 	__u16 port; /* of the application's socket */
 	__u8 protocol;
-	__u8 none[5];
+	__u8 none;
+	__u32 source; /* the loopback address that it was given, where its socket asks several resolvers; else 0 */
 };
 
 struct resolver {

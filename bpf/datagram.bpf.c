@@ -1,6 +1,8 @@
 /* DNS over sockets that are not connected: each query goes to ztunnel, each answer seems to come from the resolver.
  *
- * An answer is shown as the one of the resolver that the socket asked last: ztunnel's answers all come from one address.
+ * ztunnel tells queries apart by the address and port that they come from. A socket that asks several resolvers gets a
+ * loopback address for each but its first (IPv4 alone has several). An answer that comes from that address is shown as
+ * that resolver's; one that comes from 127.0.0.1 as the one of the resolver that was asked last.
  */
 #include "socket.h"
 
@@ -26,7 +28,8 @@ static __always_inline void note_refused(__u64 cookie)
 }
 
 /* Returns 1 and leaves `through` alone, or fills it, or returns 0 for EPERM. */
-static __always_inline int sending(struct bpf_sock_addr *ctx, const struct address *to, struct address *through, struct address *source)
+static __always_inline int sending(struct bpf_sock_addr *ctx, const struct address *to, int bound, struct address *through,
+				   struct address *source)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
@@ -50,23 +53,29 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct addre
 		return remember(sk, MEMORY_USER, to, asked);
 	if (answer.verdict != TO_DNS)
 		return 1;
+	struct memory *before = remembered(sk);
+	int another = before && before->kind == MEMORY_ASKED && (before->port != asked || !same(&before->address, to));
 	if (!remember(sk, MEMORY_ASKED, to, asked))
 		return REFUSED;
 	struct query query = {.cookie = cookie, .port = bpf_htons(sk->src_port), .protocol = IPPROTO_UDP};
 	struct resolver resolver = {.address = *to, .port = asked};
+	*source = is_ipv4(to) ? pod->own4 : pod->own6;
+	if (another && is_ipv4(to) && pod->flags & POD_LOOPBACK4 && !bound) {
+		*source = loopback_for(to, asked);
+		query.source = source->word[3];
+	}
 	bpf_map_update_elem(&resolvers, &query, &resolver, BPF_ANY);
 	*through = localhost(is_ipv4(to));
-	*source = is_ipv4(to) ? pod->own4 : pod->own6;
 	return 1;
 }
 
 SEC("cgroup/sendmsg4") int sendmsg4(struct bpf_sock_addr *ctx)
 {
 	struct address to = address4(ctx->user_ip4), through = {}, source = {};
-	int result = sending(ctx, &to, &through, &source);
+	int bound = FIELD(ctx->msg_src_ip4) != 0, result = sending(ctx, &to, bound, &through, &source);
 	if (through.word[3]) {
 		write4(ctx, &through, bpf_htons(DNS_PORT));
-		if (!ctx->msg_src_ip4 && source.word[3])
+		if (!bound && source.word[3])
 			FIELD(ctx->msg_src_ip4) = source.word[3];
 	}
 	return result;
@@ -75,7 +84,7 @@ SEC("cgroup/sendmsg4") int sendmsg4(struct bpf_sock_addr *ctx)
 SEC("cgroup/sendmsg6") int sendmsg6(struct bpf_sock_addr *ctx)
 {
 	struct address to = address6(ctx), through = {}, source = {};
-	int result = sending(ctx, &to, &through, &source);
+	int result = sending(ctx, &to, 1, &through, &source);
 	if (through.word[3]) {
 		write6(ctx, &through, bpf_htons(DNS_PORT));
 		if (!(ctx->msg_src_ip6[0] | ctx->msg_src_ip6[1] | ctx->msg_src_ip6[2] | ctx->msg_src_ip6[3]) && source.word[3]) {
@@ -88,29 +97,45 @@ SEC("cgroup/sendmsg6") int sendmsg6(struct bpf_sock_addr *ctx)
 	return result;
 }
 
-static __always_inline struct memory *answered(struct bpf_sock_addr *ctx, const struct address *from)
+static __always_inline int answered(struct bpf_sock_addr *ctx, const struct address *from, struct resolver *by)
 {
-	if (ctx->user_port != bpf_htons(DNS_PORT) || !is_localhost(from) || !ctx->sk)
-		return NULL;
-	struct memory *memory = remembered(ctx->sk);
-	return memory && memory->kind == MEMORY_ASKED ? memory : NULL;
+	struct memory *memory;
+	if (ctx->user_port != bpf_htons(DNS_PORT) || !is_loopback(from) || !ctx->sk)
+		return 0;
+	memory = remembered(ctx->sk);
+	if (!memory || memory->kind != MEMORY_ASKED)
+		return 0;
+	by->address = memory->address;
+	by->port = memory->port;
+	if (is_localhost(from))
+		return 1;
+	struct query query = {
+		.cookie = bpf_get_netns_cookie(ctx),
+		.port = bpf_htons(ctx->sk->src_port),
+		.protocol = IPPROTO_UDP,
+		.source = from->word[3],
+	};
+	struct resolver *asked = bpf_map_lookup_elem(&resolvers, &query);
+	if (asked)
+		*by = *asked;
+	return 1;
 }
 
 SEC("cgroup/recvmsg4") int recvmsg4(struct bpf_sock_addr *ctx)
 {
 	struct address from = address4(ctx->user_ip4);
-	struct memory *memory = answered(ctx, &from);
-	if (memory)
-		write4(ctx, &memory->address, memory->port);
+	struct resolver by;
+	if (answered(ctx, &from, &by))
+		write4(ctx, &by.address, by.port);
 	return 1;
 }
 
 SEC("cgroup/recvmsg6") int recvmsg6(struct bpf_sock_addr *ctx)
 {
 	struct address from = address6(ctx);
-	struct memory *memory = answered(ctx, &from);
-	if (memory)
-		write6(ctx, &memory->address, memory->port);
+	struct resolver by;
+	if (answered(ctx, &from, &by))
+		write6(ctx, &by.address, by.port);
 	return 1;
 }
 

@@ -17,9 +17,9 @@ from agent.kernel.netns import SO_NETNS_COOKIE
 
 BPF_DIR: Final = "/sys/fs/bpf/sluice"
 _PIN: Final = "v1/maps/resolvers"
-# bpf/abi.h: struct query has the cookie of the namespace, then in network order the port, and the protocol;
-# struct resolver has the address, IPv4 as ::ffff:a.b.c.d, and the port
-_COOKIE, _REST = struct.Struct("=Q"), struct.Struct(">HB5x")
+# bpf/abi.h: struct query has the cookie of the namespace, then in network order the port, the protocol, and the
+# loopback address that was given to a query; struct resolver has the address, IPv4 as ::ffff:a.b.c.d, and the port
+_COOKIE, _REST = struct.Struct("=Q"), struct.Struct(">HBx4s")
 _RESOLVER = struct.Struct(">16sH6x")
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 
@@ -45,7 +45,8 @@ class Asked:
         if held is None:
             return None
         cookie: int = _COOKIE.unpack(listener.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0]
-        value = held.lookup(encode(cookie, client[1]))
+        value = held.lookup(encode(cookie, client[1], client[0])) if client[0].startswith("127.") else None
+        value = held.lookup(encode(cookie, client[1])) if value is None else value
         return None if value is None else decode(value)
 
     def close(self) -> None:
@@ -69,9 +70,9 @@ class Asked:
         return self._map
 
 
-def encode(cookie: int, port: int) -> bytes:
-    """Key of a query over UDP from the client's `port` in the namespace with this cookie."""
-    return _COOKIE.pack(cookie) + _REST.pack(port, socket.IPPROTO_UDP)
+def encode(cookie: int, port: int, given: str = "0.0.0.0") -> bytes:
+    """Key of a query over UDP from the client's `port`, with the address that it was `given`, in that namespace."""
+    return _COOKIE.pack(cookie) + _REST.pack(port, socket.IPPROTO_UDP, socket.inet_aton(given))
 
 
 def decode(value: bytes) -> Endpoint:

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import socket
+import struct
 from typing import NamedTuple
 
 from agent.core import names
@@ -29,6 +30,7 @@ MOST = 4096  # flows of a pod, and queries without an answer; the oldest flow th
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
 _ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
 _LARGEST = 65535
+IP_PKTINFO, _PKTINFO = 8, struct.Struct("=i4s4x")  # linux/in.h; interface, the address to send from
 _KNOWN = {errno.ECONNREFUSED: "refused"}
 
 
@@ -243,8 +245,11 @@ class Flow:
             self._settle(number, 0, close, error)
 
     def _reply(self, datagram: bytes) -> None:
+        # The eBPF programs give a query a loopback address where one socket asks several resolvers: see datagram.bpf.c.
+        given = not self._own and self._client[0].startswith("127.")
+        source = [(socket.SOL_IP, IP_PKTINFO, _PKTINFO.pack(0, socket.inet_aton(self._client[0])))] if given else []
         with contextlib.suppress(OSError):  # a full buffer, or a client that has gone
-            self._listener.sendto(datagram, self._client)
+            self._listener.sendmsg([datagram], source, 0, self._client)
 
     def _settle(self, number: bytes, received: int, close: str, error: str = "") -> None:
         waiting = self._waiting.pop(number)

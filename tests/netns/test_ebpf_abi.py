@@ -69,7 +69,9 @@ def check_keys(types: Types) -> None:
 
 def check_queries(types: Types) -> None:
     """As the embedded ztunnel reads them; ports are in network order."""
-    assert asked.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17)
+    assert asked.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=0)
+    given = types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=b"\x7f\1\2\3")
+    assert asked.encode(9, 0x1234, "127.1.2.3") == given
     told = types.pack("resolver", address=abi.address(FOUR), port=b"\x00\x35")
     assert asked.decode(told) == (str(FOUR), 53)
 

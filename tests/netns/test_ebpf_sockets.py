@@ -51,6 +51,7 @@ from agent.kernel.bpfmap import Map
 from agent.kernel.exec import start
 from agent.kernel.process import Process
 from agent.reconciler.settle import settle
+from agent.ztunnel import asked
 
 pytestmark = pytest.mark.root
 TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000  # linux/tcp.h, linux/socket.h
@@ -343,16 +344,17 @@ def proxy(node: Stage) -> Iterator[Callable[[], str]]:
 
 
 def answer(server: socket.socket) -> Where:
-    """Answers from where it was asked; who asked."""
+    """Answers from where it was asked, or from the loopback address that a query was given; who asked."""
     data, ancillary, _, sender = server.recvmsg(100, 100)
     [info] = [value for level, kind, value in ancillary if (level, kind) == (41, socket.IPV6_PKTINFO)]
-    server.sendmsg([b"re: " + data], [(41, socket.IPV6_PKTINFO, info[:16] + bytes(4))], 0, sender)
+    here = socket.inet_pton(socket.AF_INET6, sender[0]) if sender[0].startswith("::ffff:127.") else info[:16]
+    server.sendmsg([b"re: " + data], [(41, socket.IPV6_PKTINFO, here + bytes(4))], 0, sender)
     return plain(sender)
 
 
-def asked_for(node: Stage, port: int) -> Where:
-    """The resolver, as the embedded ztunnel looks it up by the port of the query."""
-    key = struct.pack("=Q", node.pod.cookie) + struct.pack(">HB5x", port, socket.IPPROTO_UDP)
+def asked_for(node: Stage, port: int, given: str = "0.0.0.0") -> Where:
+    """The resolver, as the embedded ztunnel looks it up by the port of the query and the address that it was given."""
+    key = asked.encode(node.pod.cookie, port, given)
     with Map.open(node.node.pins.maps / "resolvers") as resolvers:
         found = resolvers.lookup(key)
     assert found
@@ -383,20 +385,22 @@ def test_dns_over_udp_to_two_resolvers(node: Stage, kind: str, bound: bool) -> N
             app.bind((written(kind, "0.0.0.0" if version == 4 else "::"), 0))
         for resolver in (*RESOLVERS[version], RESOLVERS[version][0]):
             app.sendto(b"1", (written(kind, resolver), DNS))
-            assert answer(node.ztunnel.dns) == (POD[version], app.getsockname()[1])
-            assert asked_for(node, app.getsockname()[1]) == (resolver, DNS)
+            host, port = answer(node.ztunnel.dns)
+            assert port == app.getsockname()[1]
+            assert asked_for(node, port, host if host.startswith("127.") else "0.0.0.0") == (resolver, DNS)
             data, _, _, sender = app.recvmsg(100, 100)
             assert (data, plain(sender)) == (b"re: 1", (resolver, DNS))
     assert not waiting(node.resolver)
 
 
 def test_dns_over_udp_asked_before_the_answer_to_the_last_one(node: Stage) -> None:
-    """All answers seem to come from the resolver that was asked last: who asks two at once knows answers by id."""
+    """As musl asks all its resolvers: each query goes to its own. Answers seem to come from one that was asked."""
     with node.pod.make("IPv4", socket.SOCK_DGRAM) as app:
         for resolver in RESOLVERS[4]:
             app.sendto(resolver.encode(), (resolver, DNS))
         for resolver in RESOLVERS[4]:
-            answer(node.ztunnel.dns)
+            host, port = answer(node.ztunnel.dns)
+            assert asked_for(node, port, host if host.startswith("127.") else "0.0.0.0") == (resolver, DNS)
             assert app.recvfrom(100) == (b"re: " + resolver.encode(), (RESOLVERS[4][-1], DNS))
 
 
@@ -427,7 +431,7 @@ def test_dns_by_sendmmsg(node: Stage) -> None:
     with node.pod.make("IPv4", socket.SOCK_DGRAM) as app:
         assert sendmmsg(app, [(b"A", (RESOLVERS[4][0], DNS)), (b"AAAA", (RESOLVERS[4][1], DNS))]) == 2
         for data in (b"re: A", b"re: AAAA"):
-            assert answer(node.ztunnel.dns) == (POD[4], app.getsockname()[1])
+            assert answer(node.ztunnel.dns)[1] == app.getsockname()[1]
             assert app.recv(100) == data
     assert not waiting(node.resolver)
 

@@ -28,7 +28,7 @@ def sections(release: str, choice: str, variant: str) -> dict[str, str]:
 
 def write(pod: Pod, release: str, choice: str, variant: str = "default") -> None:
     """Into a pod without rules; the tables of nftables are as their agent leaves them when it ends."""
-    nftables = layers("nftables")[1]
+    nftables = layers("nftables")[-1]
     assert isinstance(nftables, NftablesBackend)
     parts = sections(release, choice, variant)
     pod.sh(parts["ip"])
