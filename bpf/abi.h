@@ -23,6 +23,8 @@ enum pod_flags {
 	POD_ETHERNET = 1 << 7, /* all its interfaces have Ethernet headers */
 	POD_SINGLE = 1 << 9, /* has one interface besides lo */
 	POD_CAPTURED = 1 << 8, /* to the programs that account: what should be captured is captured by now */
+	POD_NO_HBONE = 1 << 10, /* ztunnel does not listen on 15008: what comes in there is captured as all is */
+	POD_KNOWN = 1 << 11, /* to the programs that account: ztunnel's listeners in it are in map owners */
 };
 
 /* What a policy may list. Prefixes of numbers stand in the first word, in network order. */

@@ -194,12 +194,14 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 	if (!tp)
 		return;
 	struct handshake key = {.pod = cookie, .client = tp->rcv_nxt, .server = tp->snd_una};
-	if (port == OUTBOUND_PORT || port == DNS_PORT) {
+	/* The port tells only while ztunnel's listeners are not known: a process of the pod may listen there, too. */
+	int owned = bpf_sk_storage_get(&owners, sk, 0, 0) != NULL, by_port = owned || !(pod->flags & POD_KNOWN);
+	if (by_port && (port == OUTBOUND_PORT || port == DNS_PORT)) {
 		reached(&key);
 		return;
 	}
 	/* Where eBPF captures, what ztunnel accepts has the port that the client asked for. */
-	if (port == INBOUND_PORT || port == HBONE_PORT || bpf_sk_storage_get(&owners, sk, 0, 0)) {
+	if (owned || (by_port && (port == INBOUND_PORT || port == HBONE_PORT))) {
 		count_ztunnel(cookie, INBOUND);
 		return;
 	}

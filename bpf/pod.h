@@ -183,7 +183,7 @@ static __always_inline struct answer inbound(const struct pod *pod, __u32 interf
 	excluded = excluded_inbound(pod, from, port, 1);
 	if (excluded)
 		return ANSWER(PASS, excluded);
-	if (port == bpf_htons(HBONE_PORT))
+	if (port == bpf_htons(HBONE_PORT) && !(pod->flags & POD_NO_HBONE))
 		return ANSWER(PASS, EXIT_HBONE);
 	return ANSWER(TO_INBOUND, EXIT_CAPTURED_INBOUND);
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from agent.core.listeners import Heard
 from agent.export.explaining import Around
 from agent.reconciler.host import HostLoop
 from agent.sources.listening import Listening
@@ -16,12 +17,12 @@ def around(
 ) -> Around:
     """`places` as agent.cli.settings.places has it."""
 
-    def silent(uid: str) -> tuple[int, ...] | None:
+    def heard(uid: str) -> Heard | None:
         target = namespaces.opened(uid)
-        return None if target is None else listening.missing(target)
+        return None if target is None else listening.heard(target)
 
     def place(uid: str) -> str:
         target = namespaces.opened(uid)
         return "" if target is None else target.netns.origin
 
-    return Around(zds.acknowledged, zds.sent, silent, lambda: host.status, host.claimed, place, places)
+    return Around(zds.acknowledged, zds.sent, heard, lambda: host.status, host.claimed, place, places)

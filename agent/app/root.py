@@ -109,7 +109,7 @@ class Agent:
         )
         self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
         self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
-        listening = Listening(map(int, settings.ztunnel_ports))
+        listening = Listening(map(int, settings.ztunnel_ports), self.ztunnels)
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -323,9 +323,6 @@ class Agent:
 
     def _ztunnel_arrived(self, process: Process) -> None:
         """Before it opens any connection: those must not be taken for a pod's."""
-        if not self.choice.by_socket and self.accounting is None:
-            process.close()
-            return
         self.ztunnels.arrived(process)
         if self.choice.by_socket:
             try:

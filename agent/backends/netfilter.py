@@ -221,7 +221,7 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
         plain = (
             Match(Field.DESTINATION, _LOOPBACK[family], negated=True),
             _TCP,
-            Match(Field.DESTINATION_PORT, names.HBONE_PORT, negated=True),
+            *((Match(Field.DESTINATION_PORT, names.HBONE_PORT, negated=True),) if redirect.hbone else ()),
             _NOT_FROM_ZTUNNEL,
         )
         yield Rule(*nat, plain, Verb.REDIRECT, names.INBOUND_PORT, family)

@@ -133,7 +133,8 @@ def _listeners(found: Told) -> str:
     if found["error"] or found["listening"] is None:
         return found["error"] or "unknown"
     there = ", ".join(map(str, found["listening"])) or "none"
-    return there + (f"; MISSING: {', '.join(map(str, found['silent']))}" if found["silent"] else "")
+    missing = f"MISSING: {', '.join(map(str, found['silent']))}" if found["silent"] else ""
+    return "; ".join(filter(None, (there, missing, *(found["foreign"] or ()))))
 
 
 def _exemption(found: Told) -> str:

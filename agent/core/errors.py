@@ -64,6 +64,13 @@ class SilentZtunnelError(ZtunnelError):
         self.ports = ports
 
 
+class TakenPortError(SluiceError):
+    """Processes of the pod listen on ports on which only ztunnel may: what is redirected there would go to them."""
+
+    def __init__(self, foreign: tuple[str, ...]) -> None:
+        super().__init__(f"{'; '.join(foreign)}; end it, or let it use another port")
+
+
 class CommandError(SluiceError):
     """A program we started ended badly; holds its command line and the last line of its errors."""
 

@@ -1,9 +1,10 @@
-"""Where in a pod a probe may try the application. Pure."""
+"""What listens in a pod: ztunnel, others on its ports, and the application that a probe may try. Pure."""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from agent.core import names
@@ -13,6 +14,20 @@ SOCKS_PORT: Final = 15080  # ztunnel's SOCKS5 proxy, where it is switched on
 ZTUNNEL_PORTS: Final = frozenset(
     (names.OUTBOUND_PORT, names.INBOUND_PORT, names.HBONE_PORT, names.DNS_PORT, SOCKS_PORT)
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Who listens on ztunnel's ports in a pod.
+
+    `missing`: expected ports without a listener of ztunnel. `foreign`: a line for each listener of the pod's own
+    processes; `taken`: those of them that get what rules redirect. `hbone` as in Redirect.
+    """
+
+    missing: tuple[int, ...] = ()
+    foreign: tuple[str, ...] = ()
+    taken: tuple[str, ...] = ()
+    hbone: bool = True
 
 
 def probed(sockets: Iterable[TcpSocket], addresses: Sequence[str], *, ipv6: bool) -> Endpoint | None:

@@ -15,6 +15,7 @@ class Redirect:
     `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound. `dns_to` are the
     resolvers whose traffic is captured as DNS, () for all. `preserve`: connections that were there before the
     rules run on outside, see core.outside. `refuse_non_tcp`: what is neither TCP nor DNS is refused, not only counted.
+    `hbone`: ztunnel listens on 15008 in the pod, so what comes in there is left to it; else it is captured.
     `marks`: packets are told apart by marks, which a policy rule and a route serve. `draining`: nothing new is
     captured, and what is captured already goes on as it does.
     """
@@ -29,6 +30,7 @@ class Redirect:
     dns_to: tuple[str, ...] = ()
     exclude: Exclusions = NOTHING
     refuse_non_tcp: bool = False
+    hbone: bool = True
     preserve: bool = False
     marks: bool = True
     draining: bool = False

@@ -41,6 +41,8 @@ def _broken(told: Told, *, kubernetes: bool) -> str:
         return "see ztunnel's log for this pod: it is connected, but did not take it"
     if told["in_kernel"] == "drifted":
         return f"sluice verify {name} --repair; who changed it is told below, once that is done"
+    if ztunnel["foreign"]:
+        return "a process of the pod listens on a port of ztunnel: let it use another one; see docs/limits.md"
     if ztunnel["silent"]:
         return f"restart ztunnel: nothing listens in the pod on {', '.join(map(str, ztunnel['silent']))}"
     if told["foreign"]:

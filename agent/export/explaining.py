@@ -14,6 +14,7 @@ from agent.core.considered import Origin, considered
 from agent.core.desired import Decision, decide, enrols_namespace, options
 from agent.core.errors import SluiceError
 from agent.core.exclusions import PREFIXES
+from agent.core.listeners import Heard
 from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
 from agent.export.advice import advise
@@ -35,16 +36,15 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 class Around:
     """What surrounds a pod besides its rules; asked by UID.
 
-    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `silent` (blocking): ports of
-    ztunnel on which nothing listens in it, None when its namespace is not open; raises SluiceError. `host`: how the
-    node's probes are exempt; `exempt`: the pod's addresses there. `place`: where its network namespace was
-    found, "" when it is not open. `places`: where each setting that was given comes from, as in "sluice.yaml:3"; the
-    others are defaults.
+    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listens
+    in it on ztunnel's ports, None when its namespace is not open; raises SluiceError. `host`: how the node's probes are
+    exempt; `exempt`: the pod's addresses there. `place`: where its network namespace was found, "" when it is not
+    open. `places`: where each setting that was given comes from, as in "sluice.yaml:3"; the others are defaults.
     """
 
     acknowledged: Callable[[str], bool]
     sent: Callable[[str], Add | None]
-    silent: Callable[[str], tuple[int, ...] | None]
+    heard: Callable[[str], Heard | None]
     host: Callable[[], HostStatus]
     exempt: Callable[[str], tuple[str, ...]]
     place: Callable[[str], str]
@@ -177,6 +177,7 @@ class Explaining:
             "identity": None,
             "listening": None,
             "silent": None,
+            "foreign": None,
             "error": "",
         }
         if (around := self.around) is None:
@@ -184,13 +185,13 @@ class Explaining:
         if add := around.sent(pod.uid):
             told["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
         try:
-            silent = await asyncio.to_thread(around.silent, pod.uid)
+            heard = await asyncio.to_thread(around.heard, pod.uid)
         except (SluiceError, OSError) as error:
             return {**told, "acknowledged": around.acknowledged(pod.uid), "error": str(error)}
         told["acknowledged"] = around.acknowledged(pod.uid)
-        if silent is not None:
-            told["silent"] = list(silent)
-            told["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in silent]
+        if heard is not None:
+            told["silent"], told["foreign"] = list(heard.missing), list(heard.foreign)
+            told["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in heard.missing]
         return told
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:

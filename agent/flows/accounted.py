@@ -16,6 +16,7 @@ from agent.kernel import bpffs
 from agent.kernel.bpfmaps import Maps
 from agent.kernel.podnetns import PodNetns
 
+_KEPT = PodFlag.CAPTURED | PodFlag.KNOWN
 _BELIEVED = 300.0  # seconds: to look at what is attached costs more than all else of a pass over an unchanged pod
 
 
@@ -32,13 +33,17 @@ class AccountedPods:
     def __post_init__(self) -> None:
         self._maps = Maps(self.pins.maps)
 
-    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool) -> bool:
-        """Whether the pod was there before. Raises KernelError."""
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, known: bool = False) -> bool:
+        """Whether the pod was there before. `known`: all of ztunnel's listeners in it are in map owners.
+
+        Raises KernelError.
+        """
         cookie = target.netns.id.cookie
         made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
-        # A pod that is captured already stays so while its rules are replaced.
-        if captured or (old is not None and PodFlag.CAPTURED in old.flags):
-            made = replace(made, pod=replace(made.pod, flags=made.pod.flags | PodFlag.CAPTURED))
+        # A pod that is captured already stays so while its rules are replaced, and what is known stays known.
+        flags = old.flags & _KEPT if old else PodFlag(0)
+        flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
+        made = replace(made, pod=replace(made.pod, flags=made.pod.flags | flags))
         if old != made.pod:
             policies.put(self._maps, made.pod.policy, made.prefixes)
             self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
@@ -81,6 +86,12 @@ class AccountedPods:
         bpffs.remove_tree(self.pins.pod(cookie).path)
         if old is not None and old.policy:
             policies.drop(self._maps, old.policy)
+
+    def doubt(self) -> None:
+        """ztunnel's listeners are known in no pod any more: anybody may bind its ports. Raises KernelError."""
+        for key, value in self._maps["pods"].items():
+            pod = Pod.decode(value)
+            self._maps["pods"].update(key, replace(pod, flags=pod.flags & ~PodFlag.KNOWN).encode())
 
     def cookies(self) -> set[int]:
         """Of the namespaces of which something is left. Raises KernelError."""

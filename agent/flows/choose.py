@@ -38,7 +38,7 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
             why = f"eBPF cannot be used: {error}"
         else:
             return collector, ("setting accounting" if settings.accounting == "ebpf" else "it runs here") + without
-    return DiagCollector(ztunnels.holds), why
+    return DiagCollector(ztunnels.holds, ztunnels.foreign), why
 
 
 def _watching(pins: Pins) -> tuple[bool, str]:

@@ -17,7 +17,8 @@ from typing import Any
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.backend import opened
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.ztunnels import Role, Ztunnels
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.errors import KernelError, StaleError
 from agent.core.redirect import Redirect
 from agent.flows import abi
 from agent.flows.accounted import AccountedPods
@@ -59,9 +60,11 @@ class EbpfCollector:
         pins: Pins = programs.pins
         self._pods, self._maps = AccountedPods(pins, watching and not by_socket, programs.sizes), Maps(pins.maps)
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
+        self._certain = True  # the programs can tell ztunnel from other processes
         self._tallies, self._shares = Tallies(self._maps, clock), Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
-        self._older = DiagCollector(ztunnels.holds)  # of what was there before the programs could see it
+        # Of what was there before the programs could see it.
+        self._older = DiagCollector(ztunnels.holds, ztunnels.foreign)
         self._known: set[int] = set()
         self._past: set[int] = set()  # pods whose older connections were looked for
         self._gone: set[int] = set()  # pods of whose connections something may be left
@@ -86,12 +89,11 @@ class EbpfCollector:
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
         cookie = target.netns.id.cookie
         self._gone.discard(cookie)
-        known = self._pods.enrol(target, want, captured=captured)
+        known = self._pods.enrol(target, want, captured=captured, known=self._own(target) or (fresh and self._certain))
         if not known or cookie in self._known:  # what an agent before this one has counted can be looked at later
             self._follow_older(target, want, captured=captured, fresh=fresh)
         if not captured:
             return True
-        self._own(target)
         if cookie not in self._known:
             self._known.add(cookie)
             return True
@@ -214,17 +216,28 @@ class EbpfCollector:
 
     def admit(self) -> None:
         """Knows the ztunnels that there are now, before they open anything in a pod. Raises KernelError."""
-        self.programs.admit(self._ztunnels.keys())
+        try:
+            self.programs.admit(self._ztunnels.keys())
+            self._certain = True
+        except KernelError:
+            self._certain = False
+            self._pods.doubt()  # else the programs would refuse ztunnel its ports
+            raise
 
-    def _own(self, target: PodNetns) -> None:
-        """Marks what a ztunnel listened with before our programs could see it, where the port tells nothing."""
+    def _own(self, target: PodNetns) -> bool:
+        """Marks what a ztunnel listened with before our programs could see it. Whether nothing of it is missed now."""
         cookie, version = target.netns.id.cookie, self._ztunnels.version()
-        if not self._by_socket or self._owned.get(cookie) == version:
-            return
-        for one in self._ztunnels.listeners(target)[Role.INBOUND]:
-            with opened(one) as held:
-                self._maps["owners"].update(held.to_bytes(4, sys.byteorder), _ZTUNNEL)
-        self._owned[cookie] = version
+        if not self._certain or not self._ztunnels.processes():
+            return False
+        if self._owned.get(cookie) != version:
+            try:
+                for one in self._ztunnels.every(target):
+                    with opened(one) as held:
+                        self._maps["owners"].update(held.to_bytes(4, sys.byteorder), _ZTUNNEL)
+            except StaleError:  # it has just closed one
+                return False
+            self._owned[cookie] = version
+        return True
 
     def _new_qualities(self) -> Iterator[Quality]:
         for key, value in self._maps["qualities"].items():

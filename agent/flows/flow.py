@@ -17,8 +17,8 @@ _OPEN = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT)  # no FIN of ours
 class Flow:
     """`report` is the latest, `state` that of the last dump it was in (None: in none), `looks` in how many it was.
 
-    `before`: it was there before the pod's rules. `owned`: by ztunnel. `sent` and `received` are what was counted
-    already. `decided`: fate, reason and direction are final.
+    `before`: it was there before the pod's rules. `owned`: by ztunnel; `shared`: others listen on its port, too. `sent`
+    and `received` are what was counted already. `decided`: fate, reason and direction are final.
     """
 
     cookie: int
@@ -34,6 +34,7 @@ class Flow:
     looked: bool = False  # after the end
     user: int = -1
     owned: bool = False
+    shared: bool = False
     mirror: int = 0
     mirrored: bool = False  # it is the mirror of another one
     decided: bool = False
@@ -72,8 +73,8 @@ class Flow:
 
     @property
     def accepted_by_ztunnel(self) -> bool:
-        """By its port; what an application connects from such a port is not ztunnel's."""
-        return self.local[1] in CAPTURE_PORTS and self.connected is not True
+        """By its port, where nobody else listens; what an application connects from such a port is not ztunnel's."""
+        return self.local[1] in CAPTURE_PORTS and self.connected is not True and (self.owned or not self.shared)
 
     @property
     def established(self) -> bool:

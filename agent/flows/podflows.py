@@ -8,13 +8,13 @@ if that proves it; else it stays undecided.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from math import inf
 from typing import Final
 
 from agent.core.names import HBONE_PORT
-from agent.core.sockets import TcpState
+from agent.core.sockets import CAPTURE_PORTS, TcpSocket, TcpState
 from agent.core.tcpinfo import TcpReport
 from agent.flows import ending
 from agent.flows.flow import Flow
@@ -40,12 +40,22 @@ class _Stage(Enum):
 
 
 class PodFlows:
-    """Not for two threads at once. `is_ztunnel` tells of an inode whether ztunnel's process holds that socket."""
+    """Not for two threads at once. `is_ztunnel` tells of an inode whether ztunnel's process holds that socket,
+    `foreign` which listeners on ztunnel's ports are not its own, by cookie."""
 
-    def __init__(self, pod: int, verdicts: Verdicts, is_ztunnel: Callable[[int], bool], *, captured: bool) -> None:
+    def __init__(
+        self,
+        pod: int,
+        verdicts: Verdicts,
+        is_ztunnel: Callable[[int], bool],
+        foreign: Callable[[Sequence[TcpSocket]], Collection[int]] = lambda sockets: (),
+        *,
+        captured: bool,
+    ) -> None:
         self.pod, self.verdicts, self.captured = pod, verdicts, captured
         self.sums = Sums(pod)
-        self._is_ztunnel = is_ztunnel
+        self._is_ztunnel, self._foreign = is_ztunnel, foreign
+        self._shared: frozenset[int] = frozenset()  # ports of ztunnel on which others listen, too
         self._flows: dict[int, Flow] = {}  # by cookie, and for a while after the end
         self._pending: dict[int, Flow] = {}  # live ones of unknown fate, and what has ended
         self._unlooked: list[Flow] = []  # ended since the last dump
@@ -70,14 +80,18 @@ class PodFlows:
 
         `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
         """
-        ports, seen = set(), set()
+        ports, seen, capturing = set(), set(), []
         for report in reports:
             if report.socket.state is TcpState.LISTEN:
                 ports.add(report.socket.local[1])
+                if report.socket.local[1] in CAPTURE_PORTS:
+                    capturing.append(report.socket)
             elif report.used and self._is_followed(report.socket.cookie):
                 seen.add(report.socket.cookie)
                 self._see(report, now)
         self._listened, self._listening = self._listening, frozenset(ports)
+        foreign = self._foreign(capturing) if capturing else ()
+        self._shared = frozenset(one.local[1] for one in capturing if one.cookie in foreign)
         for flow in self._unlooked:
             flow.timer, flow.looked = timers.get(flow.report.ends), True
         self._unlooked.clear()
@@ -190,6 +204,7 @@ class PodFlows:
     def _add(self, report: TcpReport, now: float) -> Flow:
         one = report.socket
         flow = Flow(one.cookie, one.local, one.remote, now, self.verdicts, not self.captured, report)
+        flow.shared = one.local[1] in self._shared
         self._flows[flow.cookie] = self._pending[flow.cookie] = flow
         self._mirrors.add(flow.cookie, flow.local, flow.remote)
         if flow.local[1] in TAKES_OUTBOUND:

@@ -1,4 +1,6 @@
-"""What accounts for connections on this node: a program on the root cgroup, iterators, and their maps.
+"""What accounts for connections on this node: programs on the root cgroup, iterators, and their maps.
+
+One of them keeps ztunnel's ports for ztunnel (bpf/ports.bpf.c): it needs the same maps.
 
 They outlive the agent. In a directory of their own, beside that of backend ebpf, so that each can be there without the
 other; but the storage in which that backend keeps an application's destinations is one map for both.
@@ -22,8 +24,9 @@ from agent.kernel import bpf, bpffs
 from agent.kernel.bpfmap import Map
 
 SHARED = "memories"
-_NODE = (objects.ACCOUNT, *objects.ITERATORS)
-_LINKS = {"account": objects.ACCOUNT}
+_READERS = (objects.ACCOUNT, *objects.ITERATORS)  # of the destinations that backend ebpf remembers
+_NODE = (*_READERS, objects.PORTS4, objects.PORTS6)
+_LINKS = {"account": objects.ACCOUNT, "ports4": objects.PORTS4, "ports6": objects.PORTS6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ class Programs:
         if (held := bpf.find(self.shared)) is None:
             return False
         with Map(held, SHARED) as destinations:
-            for program in _NODE:
+            for program in _READERS:
                 if (fd := bpf.find(self.pins.node.program(program))) is not None and destinations.id not in _maps(fd):
                     return False
         return True
@@ -97,7 +100,7 @@ _UNMET = (0, 0)  # instead of a ztunnel: until there is one, its mark is believe
 
 
 def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:
-    named = {program.object for program in _NODE}
+    named = {program.object for program in _READERS}
     if not have.bound:
         for name in sorted(named):
             yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"{name}.bpf.o sees other destinations"
@@ -106,7 +109,7 @@ def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
     found = list(attachments.steps(_LINKS, have.attached))
     yield from found
-    attached = any(isinstance(step.payload, Attach) for step, _ in found)
+    attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in found)
     if not have.bound and not attached:
         step: Step[Deed] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
         yield step, ""

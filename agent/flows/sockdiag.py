@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from agent.core.redirect import Redirect
-from agent.core.sockets import CARRYING, TcpState
+from agent.core.sockets import CARRYING, TcpSocket, TcpState
 from agent.flows.podflows import PodFlows
 from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
 from agent.flows.verdict import Verdicts
+from agent.kernel.netns import NetnsId
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.sockdiag import SockDiag
 from agent.kernel.sockevents import SocketEvents
@@ -54,11 +55,15 @@ class DiagCollector:
     name = "inet_diag"
 
     def __init__(
-        self, is_ztunnel: Callable[[int], bool] = lambda inode: False, clock: Callable[[], float] = time.time
+        self,
+        is_ztunnel: Callable[[int], bool] = lambda inode: False,
+        foreign: Callable[[Sequence[TcpSocket], NetnsId], Collection[int]] = lambda sockets, netns: (),
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """`is_ztunnel`: whether ztunnel's process holds the socket with that inode. A mark alone proves nothing: with
-        the default whatever carries ztunnel's mark is taken for an application that forges it."""
-        self._is_ztunnel, self._clock = is_ztunnel, clock
+        the default whatever carries ztunnel's mark is taken for an application that forges it. `foreign`: which of
+        these listeners are of processes of the pod, by cookie."""
+        self._is_ztunnel, self._foreign, self._clock = is_ztunnel, foreign, clock
         self._lock = threading.Lock()
         self._pods: dict[int, _Pod] = {}
         self._left: list[Connection] = []  # records of pods that were released
@@ -209,7 +214,11 @@ class DiagCollector:
         except BaseException:
             events.close()
             raise
-        pod = _Pod(PodFlows(target.netns.id.cookie, verdicts, self._is_ztunnel, captured=captured), events, diag)
+        netns = target.netns.id
+        flows = PodFlows(
+            netns.cookie, verdicts, self._is_ztunnel, lambda found: self._foreign(found, netns), captured=captured
+        )
+        pod = _Pod(flows, events, diag)
         try:
             self._dump(pod)
         except BaseException:

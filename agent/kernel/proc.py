@@ -6,14 +6,17 @@ namespace the process lives in and whatever it mounts.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent.core.errors import KernelError
+from agent.kernel.netns import NetnsId
 
 NsKey = tuple[int, int]  # device and inode, which tell a namespace as long as it lives
+_DESCRIPTORS = 20_000  # looked at to name the holder of one socket: a pod may have any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,32 @@ def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
                 continue
             if (status.st_dev, status.st_ino) in hosts:
                 yield int(name), cgroup(int(name), proc)
+
+
+def holder(inode: int, netns: NetnsId, proc: str = "/proc") -> str:
+    """Which process of that network namespace holds the socket, as "nginx[4711]"; "" when none of it does."""
+    left = _DESCRIPTORS
+    for name in os.listdir(proc):  # noqa: PTH208
+        if not name.isdecimal():
+            continue
+        with contextlib.suppress(OSError):
+            place = os.stat(f"{proc}/{name}/ns/net")  # noqa: PTH116
+            if (place.st_dev, place.st_ino) != (netns.device, netns.inode):
+                continue
+            numbers = os.listdir(f"{proc}/{name}/fd")  # noqa: PTH208
+            left -= len(numbers)
+            if left < 0:
+                return "one of its many processes"
+            if any(_is(f"{proc}/{name}/fd/{number}", inode) for number in numbers):
+                command = Path(proc, name, "comm").read_text(errors="replace").rstrip("\n")
+                return "".join(one if one.isprintable() else "?" for one in command) + f"[{name}]"
+    return ""
+
+
+def _is(descriptor: str, inode: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+        return os.readlink(descriptor) == f"socket:[{inode}]"  # noqa: PTH115
+    return False
 
 
 def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> Seen | None:

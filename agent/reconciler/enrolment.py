@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
 from agent.core.bridged import bridged
-from agent.core.errors import PodEndingError, SluiceError
+from agent.core.errors import PodEndingError, SluiceError, TakenPortError
+from agent.core.listeners import Heard
 from agent.core.outside import report
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
@@ -80,6 +81,11 @@ class Enrolment:
         want, notes = _within(redirect, facts)
         if len(facts.addresses) > 2 and not self._choice.by_socket:  # more than a family's one: there may be a bridge
             notes += bridged(want, target.wiring())
+        if self._listening:
+            heard = self._listening.heard(target) if first else self._listening.last(target)
+            if first and heard.taken:  # captured, its traffic would go to them; as it is, it at least does not
+                raise TakenPortError(heard.taken)
+            want = replace(want, hbone=heard.hbone)
         if lenient:
             self._outside.begin(pod.uid, target)
         if first and self._accounting:
@@ -120,9 +126,13 @@ class Enrolment:
             self._counting.count(uid, target, want)
         return want, settle_each(target, wants)
 
-    def again(self, found: Enrolled) -> Settled:
-        """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket)."""
-        return settle(found.target, found.want, self._choice.active)
+    def again(self, pod: Pod, found: Enrolled, *, hbone: bool) -> tuple[Redirect, Settled]:
+        """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket, Redirect.hbone)."""
+        want = replace(found.want, hbone=hbone)
+        done = settle(found.target, want, self._choice.active)
+        if self._accounting:
+            self._accounting.enrol(pod, found.target, want, captured=True)
+        return want, done
 
     def leave(self, pod: Pod, redirect: Redirect) -> tuple[Settled, tuple[TcpSocket, ...]]:
         """Nothing new is captured; ztunnel carries on what it has, which is returned. `redirect`: as it was captured.
@@ -165,13 +175,15 @@ class Enrolment:
             return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
-        want = replace(_within(redirect, target.facts())[0], preserve=preserve)
+        heard = self._listening.heard(target) if self._listening else Heard()
+        want = replace(_within(redirect, target.facts())[0], preserve=preserve, hbone=heard.hbone)
         want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
         if self._counting:
             self._counting.count(pod.uid, target, want, now=True)
         found = verify_each(target, wants)
-        if self._listening and (missing := self._listening.missing(target)):
-            found["ztunnel"] = ((f"nothing listens on {', '.join(map(str, missing))}",), "")
+        silent = (f"nothing listens on {', '.join(map(str, heard.missing))}",) if heard.missing else ()
+        if silent or heard.foreign:
+            found["ztunnel"] = ((*silent, *heard.foreign), "")
         if foreign and (lines := self._foreign(target, want, wants)):
             found["foreign"] = (lines, "")
         return found

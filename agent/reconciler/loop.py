@@ -311,8 +311,9 @@ class Reconciler:
         if note := await self._proxying.serve(pod, entry, found.target):
             entry.status = replace(entry.status, notes=(*entry.status.notes, note))
             return False  # nothing tells when these listeners close
-        if (opens or found.waiting) and self.choice.by_socket:
-            await self._again(pod, entry, found)
+        hbone = self._proxying.hbone(found.target, found.want)
+        if ((opens or found.waiting) and self.choice.by_socket) or hbone != found.want.hbone:
+            await self._again(pod, entry, found, hbone)
             if found.waiting:  # now the old way can go
                 self.wake(pod.uid)
         entry.told(State.ENABLED, decision, self.choice.name)
@@ -320,10 +321,11 @@ class Reconciler:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
         return True
 
-    async def _again(self, pod: Pod, entry: Entry, found: Enrolled) -> None:
-        """ztunnel has just opened its sockets in the pod. Without them nothing is captured, so it is no repair."""
+    async def _again(self, pod: Pod, entry: Entry, found: Enrolled, hbone: bool) -> None:
+        """ztunnel has just opened its sockets in the pod, or closed them. What follows them is no repair."""
         started = time.monotonic()
-        done = await self._work(entry, lambda: self._enrolment.again(found))
+        again = self._enrolment.again
+        entry.want, done = await self._work(entry, lambda: again(pod, found, hbone=hbone))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from agent.core.canary import Finding
+from agent.core.listeners import Heard
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.sockets import TcpSocket
@@ -121,10 +122,13 @@ class Publisher(Protocol):
 
 
 class Listening(Protocol):
-    """Sees ztunnel's listeners."""
+    """Sees who listens on ztunnel's ports; blocking."""
 
-    def missing(self, target: PodNetns) -> tuple[int, ...]:
-        """The ports of ztunnel on which nothing listens in the pod; blocking. Raises KernelError."""
+    def heard(self, target: PodNetns) -> Heard:
+        """Now. Raises KernelError."""
+
+    def last(self, target: PodNetns) -> Heard:
+        """As heard last, or now. Raises KernelError."""
 
     def astray(self, target: PodNetns, want: Redirect) -> tuple[str, ...]:
         """In words, new connections of the pod that the rules of `want` do not lead to ztunnel; blocking."""

@@ -8,8 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from agent.core import names
-from agent.core.errors import SilentZtunnelError, ZtunnelError
+from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
+from agent.core.listeners import Heard
 from agent.core.pods import Pod
+from agent.core.redirect import Redirect
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.entry import Entry
 from agent.reconciler.parts import Listening, Publisher
@@ -43,7 +45,7 @@ class Proxying:
         """Returns when ztunnel listens in the pod: "", or why that is not this agent's doing. Raises ZtunnelError.
 
         That is SilentZtunnelError when listeners are missing. Of a pod that has none of them ztunnel is told anew: its
-        acknowledgement is worth nothing any more.
+        acknowledgement is worth nothing any more. Raises TakenPortError when processes of the pod listen there.
         """
         try:
             await self._publisher.publish(pod, target)
@@ -54,19 +56,27 @@ class Proxying:
         missing: tuple[int, ...] = ()
         for pause in (0.0, 0.1):  # looked at twice: to have ztunnel told anew costs the pod its connections
             await asyncio.sleep(pause)
-            if not (missing := await self._missing(entry, target)):
+            heard = await self._heard(entry, target)
+            if heard.taken:
+                raise TakenPortError(heard.taken)
+            if not (missing := heard.missing):
                 return ""
         if names.OUTBOUND_PORT in missing and names.INBOUND_PORT in missing:
             await self._publisher.withdraw(pod.uid)
         raise SilentZtunnelError(missing)
 
     async def listens(self, entry: Entry, target: PodNetns) -> bool:
-        """Whether ztunnel is seen to listen in the pod, on all of its ports."""
-        return self.looks and not await self._missing(entry, target)
+        """Whether ztunnel is seen to listen in the pod, on all of its ports, and alone."""
+        heard = await self._heard(entry, target)
+        return self.looks and not heard.missing and not heard.taken
 
-    async def _missing(self, entry: Entry, target: PodNetns) -> tuple[int, ...]:
+    def hbone(self, target: PodNetns, want: Redirect) -> bool:
+        """Whether ztunnel listens on 15008, as `serve` has just seen."""
+        return self._listening.last(target).hbone if self._listening else want.hbone
+
+    async def _heard(self, entry: Entry, target: PodNetns) -> Heard:
         listening = self._listening
         if listening is None:
-            return ()
-        found: tuple[int, ...] = await self._work(entry, lambda: listening.missing(target))
+            return Heard()
+        found: Heard = await self._work(entry, lambda: listening.heard(target))
         return found

@@ -1,32 +1,62 @@
-"""Whether ztunnel really listens in a pod and gets its connections: what it acknowledged may have been lost since
-(P03), and rules of others may be in the way."""
+"""Whether ztunnel really listens in a pod and gets its connections, and who else listens on its ports.
+
+What it acknowledged may have been lost since (P03), what listens there may be the pod's own, and rules of others may be
+in the way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 from agent.backends import opening
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.listeners import Heard
+from agent.core.names import HBONE_PORT
 from agent.core.redirect import Redirect
+from agent.core.sockets import CAPTURE_PORTS, TcpSocket, text
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.sockdiag import SockDiag
 
 
 class Listening:
-    """Asks the pod's namespace itself; blocking."""
+    """Asks the pod's namespace itself; blocking, one thread per pod."""
 
-    def __init__(self, ports: Iterable[int]) -> None:
-        self._ports = frozenset(ports)
+    def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
+        """`ports` are expected in each pod. While no process of `ztunnels` is known whoever listens is believed."""
+        self._ports, self._ztunnels = frozenset(ports), ztunnels
+        self._last: WeakKeyDictionary[PodNetns, Heard] = WeakKeyDictionary()
 
-    def missing(self, target: PodNetns) -> tuple[int, ...]:
-        """The ports of ztunnel on which nothing listens there. Raises KernelError."""
-        diag = target.netns.call(SockDiag)
-        try:
-            missing = {port for port in self._ports if not diag.listens(port)}
-            # A dump goes through the whole node's table, and is sure.
-            return tuple(sorted(missing - {one.local[1] for one in diag.listening(missing)})) if missing else ()
-        finally:
-            diag.close()
+    def heard(self, target: PodNetns) -> Heard:
+        """Now. Raises KernelError."""
+        with contextlib.closing(target.netns.call(SockDiag)) as diag:
+            sockets = diag.listening(CAPTURE_PORTS)
+        foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
+        lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
+        there = {one.local[1] for one in sockets if one not in lines}
+        taken = tuple(words for one, words in lines.items() if one.local[1] != HBONE_PORT)
+        hbone = self._hbone(target, [one for one in sockets if one.local[1] == HBONE_PORT], foreign)
+        found = Heard(tuple(sorted(self._ports - there)), tuple(lines.values()), taken, hbone)
+        self._last[target] = found
+        return found
+
+    def last(self, target: PodNetns) -> Heard:
+        """As heard last, or now. Raises KernelError."""
+        return self._last.get(target) or self.heard(target)
 
     def astray(self, target: PodNetns, want: Redirect) -> tuple[str, ...]:
         """New connections of the pod that the rules of `want` do not lead to ztunnel, in words. A packet is sent."""
         return opening.led_astray(target, want)
+
+    def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:
+        """While nobody listens on 15008 it is as it was: so a ztunnel's replacement changes no rules."""
+        if not here:
+            return target in self._last and self._last[target].hbone
+        if HBONE_PORT in self._ports:
+            return not any(one.cookie in foreign for one in here)
+        return self._ztunnels is not None and all(self._ztunnels.holds(one.inode) for one in here)
+
+
+def _words(one: TcpSocket, who: str) -> str:
+    return f"{who} listens on {text(one.local)}, where only ztunnel may"

@@ -33,6 +33,7 @@ VARIANTS = {
     "dns-to-resolvers": Redirect(dns_to=("1.1.1.1", "8.8.8.8", "2001:db8::53")),
     "dns-to-ipv4-resolvers": Redirect(dns_to=("8.8.8.8",)),
     "refuse-non-tcp": Redirect(refuse_non_tcp=True, exclude=Exclusions(outbound_ports=((443, 443),))),
+    "no-hbone": Redirect(hbone=False),
     "preserve": Redirect(preserve=True),
     "draining": Redirect(draining=True, refuse_non_tcp=True, virtual_interfaces=("eth1",)),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -17,8 +18,8 @@ from scapy.layers.inet import IP, TCP
 from scapy.layers.inet6 import IPv6
 from scapy.packet import Packet
 from support.accounting import MODES, Account, accounted
-from support.applications import RESETS, answer, cookie, dial, fails, receive, reset
-from support.ebpf_pod import APP, FREE, KINDS, PEER, POD, Where, accepted, family
+from support.applications import RESETS, Child, answer, cookie, dial, fails, receive, reset
+from support.ebpf_pod import APP, FREE, KINDS, PEER, POD, SECONDS, Where, Ztunnel, accepted, family
 from support.fates import (
     EXCLUDED,
     IN,
@@ -35,7 +36,9 @@ from support.fates import (
 )
 from support.node import until
 
-from agent.core.names import ZTUNNEL_MARK
+from agent.core.listeners import ZTUNNEL_PORTS
+from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
+from agent.core.sockets import CAPTURE_PORTS
 from agent.flows.record import Closer, Connection, Fate, How, Reason
 from agent.kernel.bpfmap import Map
 
@@ -91,6 +94,79 @@ def test_what_has_ztunnels_mark_is_no_leak_until_a_ztunnel_was_met(account: Serv
     account.collector.admit()
     one = outward(account, account.app, "IPv4", (PEER[4], APP), mark=ZTUNNEL_MARK)
     assert fate(one) == (OUT, Fate.LEAKED, Reason.NONE)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::"])
+def test_ztunnels_ports_are_for_ztunnel_alone(account: Served, host: str) -> None:
+    """In a captured pod; elsewhere, and other ports and protocols, are anybody's."""
+
+    def bind() -> list[tuple[int, int]]:
+        refused = []
+        ports = (*sorted(ZTUNNEL_PORTS), PORT + 1)
+        for kind, port in itertools.product((socket.SOCK_STREAM, socket.SOCK_DGRAM), ports):
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as made:
+                try:
+                    made.bind((host, port))
+                except PermissionError:
+                    refused.append((int(kind), port))
+                except OSError as error:
+                    assert error.errno == errno.EADDRINUSE
+        return refused
+
+    tcp = [(int(socket.SOCK_STREAM), port) for port in sorted(CAPTURE_PORTS)]
+    assert account.application(bind).result() == [*tcp, (int(socket.SOCK_DGRAM), DNS_PORT)]
+    assert account.application(bind, where=account.peer).result() == []
+    account.collector._pods.doubt()  # the programs cannot tell ztunnel from others
+    assert account.application(bind).result() == []
+
+
+@pytest.mark.parametrize("mode", ["nftables", "ebpf"])
+def test_who_held_ztunnels_ports_before_captures_nothing(mode: str) -> None:
+    """By rules it gets what they redirect, and that has leaked; by eBPF ztunnel gets it."""
+    with accounted(mode, captured=False, ztunnel=False) as account:
+
+        def steal(host: str, port: int) -> Child:
+            ready, tell = os.pipe()
+
+            def run() -> None:
+                with socket.socket() as made:
+                    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                    made.bind((host, port))
+                    made.listen()
+                    os.write(tell, b"x")
+                    with made.accept()[0] as sock:
+                        sock.sendall(b"thief")
+                        receive(sock, 1)
+
+            made = account.application(run, keep=(tell,))
+            assert os.read(ready, 1)
+            os.close(ready)
+            os.close(tell)
+            return made
+
+        def ask() -> int:
+            with socket.create_connection((PEER[4], APP), SECONDS) as sock:
+                sock.sendall(b"x")
+                assert receive(sock, 5) == 5
+                return cookie(sock)
+
+        thieves = [steal(*one) for one in (("127.0.0.1", OUTBOUND_PORT), (POD[4], INBOUND_PORT))]
+        ztunnel = Ztunnel(account.pod, reuse=True)
+        account.made.callback(ztunnel.close)
+        account.capture()
+        client = account.application(ask)
+        if mode == "ebpf":
+            with accepted(ztunnel.outbound) as sock:
+                sock.sendall(b"right")
+                assert fate(account.record(client.result())) == (OUT, Fate.CAPTURED, Reason.NONE)
+            return
+        assert fate(account.record(client.result())) == (OUT, Fate.LEAKED, Reason.NONE)
+        with from_outside(account, "IPv4") as sock:
+            sock.sendall(b"x")
+            assert receive(sock, 5) == 5
+        for one in thieves:
+            one.result()
+        until(lambda: (IN, Fate.LEAKED, Reason.NONE) in map(fate, account.read()), "the stolen connection")
 
 
 def test_a_leak_that_lives_is_told_while_it_lives(account: Served) -> None:

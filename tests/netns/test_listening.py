@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.holders import Holder
 
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.listeners import Heard
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.podnetns import PodNetns
@@ -45,28 +50,75 @@ def listener(pod: PodNetns, family: int, host: str, port: int) -> socket.socket:
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
 def test_p03_each_port_is_seen_and_missed(pods: list[PodNetns], family: int, host: str) -> None:
     listening, (pod, other) = Listening(PORTS), pods
-    assert listening.missing(pod) == PORTS
+    assert listening.heard(pod).missing == PORTS
     held = {port: listener(pod, family, host, port) for port in PORTS}
-    assert listening.missing(pod) == ()
-    assert listening.missing(other) == PORTS
+    assert listening.heard(pod).missing == ()
+    assert listening.heard(other).missing == PORTS
     held[15006].close()
-    assert listening.missing(pod) == (15006,)
+    assert listening.heard(pod).missing == (15006,)
     for one in held.values():
         one.close()
-    assert listening.missing(pod) == PORTS
+    assert listening.heard(pod).missing == PORTS
 
 
 def test_p03_a_bound_socket_and_an_ended_connection_are_no_listeners(pods: list[PodNetns]) -> None:
     listening, pod = Listening((15001,)), pods[0]
     bound = pod.netns.call(lambda: socket.socket())
     bound.bind(("0.0.0.0", 15001))
-    assert listening.missing(pod) == (15001,)
+    assert listening.heard(pod).missing == (15001,)
     bound.listen()
     client = pod.netns.call(lambda: socket.socket())
     client.connect(("127.0.0.1", 15001))
     accepted, _ = bound.accept()
     bound.close()
-    assert listening.missing(pod) == (15001,)
+    assert listening.heard(pod).missing == (15001,)
     accepted.close()
     client.close()
-    assert listening.missing(pod) == (15001,)
+    assert listening.heard(pod).missing == (15001,)
+
+
+def test_what_the_pods_own_processes_listen_on_is_not_ztunnels(pods: list[PodNetns], tmp_path: Path) -> None:
+    """They are named; one of them on 15008 ends what is exempt there, and nobody at all leaves it as it was."""
+    pod, ztunnels = pods[0], Ztunnels()
+    listening = Listening(PORTS, ztunnels)
+    with contextlib.ExitStack() as made:
+        inside = ("ip", "netns", "exec", pod.netns.origin.rpartition("/")[2])
+        ztunnel, application, older = (made.enter_context(held(tmp_path, how)) for how in ((), inside, ()))
+        for port in PORTS:
+            ztunnel.keep(listener(pod, socket.AF_INET6, "::", port))
+        application.keep(listener(pod, socket.AF_INET, "127.0.0.1", 15001))
+        assert listening.heard(pod) == Heard(), "nobody has come: nobody can tell"
+        ztunnels.arrived(ztunnel.process())
+        command = Path(f"/proc/{application.pid}/comm").read_text().strip()
+        words = f"{command}[{application.pid}] listens on 127.0.0.1:15001, where only ztunnel may"
+        assert listening.heard(pod) == Heard((), (words,), (words,))
+        older.keep(listener(pod, socket.AF_INET, "127.0.0.2", 15008))  # one that has not come to this agent yet
+        assert listening.heard(pod).hbone
+        application.keep(listener(pod, socket.AF_INET, "127.0.0.3", 15008))
+        found = listening.heard(pod)
+        assert (len(found.foreign), found.taken, found.hbone) == (2, (words,), False)
+        application.end()
+        assert listening.heard(pod) == Heard()
+        ztunnel.end()
+        older.end()
+        assert listening.heard(pod) == Heard(PORTS), "a replacement changes no rules"
+
+
+def test_where_15008_is_not_expected_only_ztunnels_process_is_believed(pods: list[PodNetns], tmp_path: Path) -> None:
+    pod, ztunnels = pods[0], Ztunnels()
+    listening = Listening((15001, 15006), ztunnels)
+    assert not listening.heard(pod).hbone
+    with held(tmp_path, ()) as ztunnel:
+        ztunnel.keep(listener(pod, socket.AF_INET6, "::", 15008))
+        assert not listening.heard(pod).hbone
+        ztunnels.arrived(ztunnel.process())
+        assert listening.heard(pod).hbone
+
+
+@contextlib.contextmanager
+def held(folder: Path, prefix: tuple[str, ...]) -> Iterator[Holder]:
+    made = Holder(folder, prefix)
+    try:
+        yield made
+    finally:
+        made.end()

@@ -9,6 +9,7 @@ import pytest
 from support.world import World, play, pod
 
 from agent.core.canary import Finding, Verdict
+from agent.core.listeners import Heard
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.status import State
@@ -282,3 +283,38 @@ def test_a_pod_that_comes_back_while_it_leaves_is_captured_as_one_that_runs() ->
         assert held(world).preserve and not held(world).draining
 
     play(script)
+
+
+def test_the_exemption_of_hbone_follows_ztunnels_listener() -> None:
+    async def script(world: World) -> None:
+        world.listening.found = Heard(hbone=False)
+        await world.settle(pod())
+        assert not held(world).hbone
+        world.listening.found = Heard()  # it has just begun to listen
+        assert (await world.reconciler.settled("web")).state is State.ENABLED
+        assert held(world).hbone and world.journal.causes[-1] == "", "that is no drift"
+        assert await world.reconciler.inspect(pod()) == {}
+        world.listening.found = Heard(foreign=("nginx[7] listens",), hbone=False)  # on 15008
+        assert "rules" in await world.reconciler.inspect(pod())
+        assert (await world.reconciler.settled("web")).state is State.ENABLED
+        assert not held(world).hbone
+        assert await world.reconciler.inspect(pod()) == {"ztunnel": (("nginx[7] listens",), "")}
+
+    play(script, listens=True)
+
+
+def test_a_pod_that_listens_on_ztunnels_ports_is_not_enrolled_and_one_that_is_fails() -> None:
+    async def script(world: World) -> None:
+        taken = world.listening.found = Heard(foreign=("nginx[7] listens",), taken=("nginx[7] listens",))
+        (status,) = await world.settle(running())
+        assert (status.state, world.held("rules", "web")) == (State.FAILED, None)
+        assert status.error == "nginx[7] listens; end it, or let it use another port"
+        world.listening.found = Heard()
+        await until(world, State.ENABLED)
+        world.listening.found = taken
+        assert (await world.reconciler.settled("web")).state is State.FAILED
+        assert held(world), "its rules stay"
+        world.listening.found = Heard()
+        await until(world, State.ENABLED)
+
+    play(script, listens=True)

@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import threading
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agent.backends.base import Support
 from agent.backends.choose import Choice
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError, PodGoneError, StaleError, ZtunnelError
+from agent.core.listeners import Heard
 from agent.core.plan import Plan, Step
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
@@ -302,14 +304,16 @@ class Publisher:
 
 
 class Listening:
-    """Where ztunnel listens, by UID; in every pod that is published, too, unless it is deaf."""
+    """Where ztunnel listens, by UID; in every pod that is published, too, unless it is deaf. `found`: who else does."""
 
     def __init__(self, publisher: Publisher) -> None:
-        self.publisher, self.pods, self.deaf = publisher, set[str](), False
+        self.publisher, self.pods, self.deaf, self.found = publisher, set[str](), False, Heard()
 
-    def missing(self, target: Any) -> tuple[int, ...]:
+    def heard(self, target: Any) -> Heard:
         there = target.uid in self.pods or target.uid in self.publisher.published
-        return () if there and not self.deaf else (15001, 15006)
+        return self.found if there and not self.deaf else replace(self.found, missing=(15001, 15006))
+
+    last = heard
 
 
 class Watcher:

@@ -38,6 +38,8 @@ class PodFlag(IntFlag):
     ETHERNET = 128
     CAPTURED = 256
     SINGLE = 512
+    NO_HBONE = 1024
+    KNOWN = 2048
 
 
 class PolicyKind(IntEnum):

@@ -65,6 +65,7 @@ def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
         (PodFlag.DNS, redirect.dns and takes),
         (PodFlag.INGRESS_ONLY, redirect.ingress_only),
         (PodFlag.REFUSE, redirect.refuse_non_tcp and takes),
+        (PodFlag.NO_HBONE, not redirect.hbone),
         (PodFlag.FORWARDS, wiring.forwards),
         (PodFlag.LOOPBACK4, wiring.loopback4),
         (PodFlag.ETHERNET, all(link.ethernet for link in wiring.links)),

@@ -50,7 +50,9 @@ LIST: Final = Program("list", "live", AttachType.TRACE_ITER)
 KNOWN: Final = Program("known", "live", AttachType.TRACE_ITER)
 ITERATORS: Final = (REFRESH, LIST, KNOWN)
 WATCH: Final = Program("watch", "watch", AttachType.TCX_EGRESS)
-ACCOUNTING: Final = (ACCOUNT, *ITERATORS, WATCH)
+PORTS4: Final = Program("ports4", "ports", AttachType.CGROUP_INET4_BIND)
+PORTS6: Final = Program("ports6", "ports", AttachType.CGROUP_INET6_BIND)
+ACCOUNTING: Final = (ACCOUNT, *ITERATORS, PORTS4, PORTS6, WATCH)
 
 
 def path(name: str) -> Path:

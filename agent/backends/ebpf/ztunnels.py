@@ -11,18 +11,21 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
 from agent.core import names
 from agent.core.errors import KernelError, StaleError
-from agent.core.sockets import TcpSocket
+from agent.core.sockets import CAPTURE_PORTS, TcpSocket
+from agent.kernel import proc
+from agent.kernel.netns import NetnsId
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.process import Process
 from agent.kernel.sockdiag import SockDiag, cookies
 
+_MOST_ELSEWHERE: Final = 4096
 SLOTS: Final = 2  # listeners of one role in one pod: an old and a new ztunnel overlap
 ROOT_CGROUP: Final = 1  # its id, in every hierarchy of version 2
 _GONE: Final = (errno.ESRCH, errno.EBADF)
@@ -112,6 +115,7 @@ class Ztunnels:
         self._holders: list[tuple[tuple[int, int], Holder]] = []  # newest first, by start and then by arrival
         self._arrivals = itertools.count()
         self._version = 0
+        self._elsewhere: set[int] = set()  # cookies of listeners that neither ztunnel nor their pod holds
         self._turn = threading.Lock()
 
     def arrived(self, process: Process) -> None:
@@ -121,7 +125,7 @@ class Ztunnels:
             if not known:
                 self._holders.append(((process.started, next(self._arrivals)), Holder(process)))
                 self._holders.sort(key=lambda pair: pair[0], reverse=True)
-                self._version += 1
+                self._changed()
         if known:
             process.close()
 
@@ -158,18 +162,37 @@ class Ztunnels:
         return found
 
     def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
-        """What ztunnel listens on in this pod, of the newest process first, at most SLOTS of each role.
+        """Those that capture, of the newest process first, at most SLOTS of each role.
 
-        Raises KernelError when it cannot be read.
+        Raises KernelError when they cannot be read.
         """
+        every = self.every(target)
+        return {role: [one for one in every if one.socket.local[1] == role.port][:SLOTS] for role in Role}
+
+    def every(self, target: PodNetns) -> list[Listener]:
+        """What ztunnel listens on in this pod, by TCP, of the newest process first. Raises KernelError."""
         with contextlib.closing(target.netns.call(SockDiag)) as diag:
-            sockets = diag.listening({role.port for role in Role})
-        held = self._held(sockets)
-        cookie = target.netns.id.cookie
-        return {
-            role: [Listener(one, cookie, holder) for one, holder in held if one.local[1] == role.port][:SLOTS]
-            for role in Role
-        }
+            sockets = diag.listening(CAPTURE_PORTS)
+        return [Listener(one, target.netns.id.cookie, holder) for one, holder in self._held(sockets)]
+
+    def foreign(self, sockets: Sequence[TcpSocket], netns: NetnsId) -> dict[int, str]:
+        """Cookie -> holder, as "nginx[4711]", of those that a process of the pod holds and no ztunnel. KernelError.
+
+        Empty while no ztunnel has come. One that has not come to this agent yet does not live in the pod.
+        """
+        if not self._alive():
+            return {}
+        found, held = {}, {one.cookie for one, _ in self._held(sockets)}
+        for one in sockets:
+            if one.cookie in held or one.cookie in self._elsewhere:
+                continue
+            if who := proc.holder(one.inode, netns):
+                found[one.cookie] = who
+            else:
+                self._elsewhere.add(one.cookie)
+        if len(self._elsewhere) > _MOST_ELSEWHERE:
+            self._elsewhere.clear()
+        return found
 
     def holds(self, inode: int) -> bool:
         """Whether one of the processes holds the socket with this inode. Raises KernelError."""
@@ -194,6 +217,10 @@ class Ztunnels:
             ended = [pair for pair in self._holders if not pair[1].process.alive()]
             for pair in ended:
                 self._holders.remove(pair)
-                self._version += 1
+                self._changed()
                 pair[1].process.close()
             return [holder for _, holder in self._holders]
+
+    def _changed(self) -> None:
+        self._version += 1
+        self._elsewhere.clear()

@@ -60,7 +60,7 @@ def _look(netns: Netns, pod: Known | None, settings: Settings, backend: str) -> 
         try:
             ours, others, foreign = _layers(target, settings, backend)
             facts = target.facts()
-            silent = Listening(map(int, settings.ztunnel_ports)).missing(target) if captured else ()
+            silent = Listening(map(int, settings.ztunnel_ports)).heard(target).missing if captured else ()
             low_high = target.netns.call(_range)
             states, ports = _sockets(target, low_high)
             return Pod(

@@ -118,6 +118,12 @@ COMMON = [
         ("HBONE", "tcp", "pod", HBONE_PORT, f"pod:{HBONE_PORT}"),
         ("a probe of the node", "tcp", "pod", APP, POD, {"source": "probe"}),
     ),
+    *rows(
+        "no HBONE", "peer",
+        ("plain", "tcp", "pod", APP, IN),
+        ("HBONE, where ztunnel does not listen for it", "tcp", "pod", HBONE_PORT, IN),
+        ("a probe of the HBONE port", "tcp", "pod", HBONE_PORT, f"pod:{HBONE_PORT}", {"source": "probe"}),
+    ),
     *rows("no inbound", "vm", ("to elsewhere", "tcp", "peer", APP, PEER)),
     *rows(
         "virtual", "vm",

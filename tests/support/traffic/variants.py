@@ -32,6 +32,7 @@ VARIANTS: dict[str, Redirect] = {
     "IPv6 alone": Redirect(ipv4=False),
     "virtual, IPv4 alone": Redirect(virtual_interfaces=("k6t0",), ingress_only=True, ipv6=False),
     "virtual, IPv6 alone": Redirect(virtual_interfaces=("k6t0",), ingress_only=True, ipv4=False),
+    "no HBONE": Redirect(hbone=False),
     "own probe": Redirect(probe_ipv4="10.88.9.7", probe_ipv6="fd88:9::7"),
     "DNS to": Redirect(dns_to=("10.88.0.53", "10.88.0.54", "fd88::53", "fd88::54")),
     "DNS to IPv4": Redirect(dns_to=("10.88.0.53",)),

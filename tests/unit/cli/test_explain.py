@@ -19,6 +19,11 @@ LEAKED = {
 }  # fmt: skip
 FAILED = {**LEAKED, "direction": "inbound", "fate": "captured", "reason": "", "established": False, "process": 0}
 
+ZTUNNEL: dict[str, Any] = {
+    "connections": 1, "acknowledged": True, "listening": [15001], "silent": [], "foreign": [], "error": "",
+    "identity": {"namespace": "shop", "name": "web", "service_account": "robot"},
+}  # fmt: skip
+
 
 def facts(pod: Pod) -> list[dict[str, Any]]:
     rows = [
@@ -52,8 +57,7 @@ def captured(**changes: Any) -> dict[str, Any]:
         ],
         "layers": [{"layer": "routing", "in_sync": True, "differences": [], "script": ""},
                    {"layer": "nftables", "in_sync": True, "differences": [], "script": ""}],
-        "ztunnel": {"connections": 1, "acknowledged": True, "listening": [15001], "silent": [], "error": "",
-                    "identity": {"namespace": "shop", "name": "web", "service_account": "robot"}},
+        "ztunnel": ZTUNNEL,
         "annotation": {"key": "ambient.istio.io/redirection", "value": "enabled"},
         "exemption": {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]},
         "connections": {"collector": "ebpf", "error": "", "live": 1, "ended": 2, "fates": [
@@ -136,7 +140,7 @@ def test_all_of_it() -> None:
         ({"inspect_error": "no memory"}, "unknown by nftables: no memory"),
         ({"in_kernel": "drifted", "layers": [{"layer": "l", "in_sync": False, "differences": ["a", "b"]}]},
          "NOT as it should be by nftables: 2 differences in the kernel; enrolled: the pod says so"),
-        ({"ztunnel": {"connections": 1, "acknowledged": True, "listening": [], "silent": [15001], "error": ""}},
+        ({"ztunnel": ZTUNNEL | {"listening": [], "silent": [15001]}},
          "NO by nftables: rules are right, but ztunnel does not listen in it"),
         ({"foreign": ["a chain"]}, "NOT all by nftables: rules are right, but not what comes before them"),
     ],
@@ -160,12 +164,14 @@ def test_what_is_in_the_way_is_a_note_once() -> None:
 
 def test_what_is_missing_is_said() -> None:
     off = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "wrong": []}
-    silent = {"connections": 0, "acknowledged": False, "listening": [15001], "silent": [15006], "error": ""}
+    silent = {"connections": 0, "acknowledged": False, "listening": [15001], "silent": [15006], "error": "",
+              "foreign": ["nginx[7] listens on 0.0.0.0:15006"]}
     host = {"mechanism": "off", "ok": False, "error": "", "addresses": []}
     text = explain.explained(captured(connections=off, ztunnel=silent, exemption=host, annotation=None), 10_000.0)
     for words in (
         "not accounted for: the setting accounting is off", "none is connected to the agent",
-        "15001; MISSING: 15006", "captured as any other connection (setting host_probes)",
+        "15001; MISSING: 15006; nginx[7] listens on 0.0.0.0:15006",
+        "captured as any other connection (setting host_probes)",
     ):  # fmt: skip
         assert words in text
     assert "Annotation" not in text

@@ -11,6 +11,7 @@ from support.world import AMBIENT, World, play, pod
 
 from agent.core.considered import considered
 from agent.core.errors import KernelError, SluiceError
+from agent.core.listeners import Heard
 from agent.core.pods import KubeNamespace, KubePod, Pod
 from agent.core.settings import Settings
 from agent.export.advice import advise
@@ -27,19 +28,19 @@ class Surroundings:
     """Everything is right until a script says otherwise."""
 
     def __init__(self) -> None:
-        self.acknowledged, self.silent, self.failure = True, tuple[int, ...](), False
+        self.acknowledged, self.heard, self.failure = True, Heard(), False
         self.host = HostStatus("nftables", ok=True, members=1)
 
-    def ask_silent(self, uid: str) -> tuple[int, ...] | None:
+    def ask_heard(self, uid: str) -> Heard | None:
         if self.failure:
             raise KernelError("sock_diag", 12, "no memory")
-        return self.silent
+        return self.heard
 
     def around(self, places: Mapping[str, str]) -> Around:
         return Around(
             lambda uid: self.acknowledged,
             lambda uid: Add(uid, "web", "shop", "robot"),
-            self.ask_silent,
+            self.ask_heard,
             lambda: self.host,
             lambda uid: ("10.0.0.2",),
             lambda uid: "/proc/7/ns/net",
@@ -108,8 +109,8 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
         assert (options["ipv6"]["key"], options["ipv6"]["place"]) == ("ipv6", "$SLUICE_IPV6")
         assert [(one["layer"], one["in_sync"]) for one in told["layers"]] == [("routing", True), ("rules", True)]
         assert told["ztunnel"] == {
-            "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "",
-            "identity": {"namespace": "shop", "name": "web", "service_account": "robot"},
+            "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "foreign": [],
+            "error": "", "identity": {"namespace": "shop", "name": "web", "service_account": "robot"},
         }  # fmt: skip
         assert told["exemption"] == {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]}
         assert (told["annotation"], told["advice"], told["node"]) == (None, "", "n1")
@@ -177,8 +178,10 @@ def test_what_is_not_right_is_advised_on_worst_first() -> None:
         assert told["connections"]["fates"][0] | {"connections": 2} == told["connections"]["fates"][0]
         bench.surroundings.host = HostStatus("nftables", error="no table")
         assert "sluice verify --all --repair" in (await bench())["advice"]
-        bench.surroundings.silent = (15006,)
+        bench.surroundings.heard = Heard(missing=(15006,))
         assert (await bench())["advice"] == "restart ztunnel: nothing listens in the pod on 15006"
+        bench.surroundings.heard = Heard(foreign=("nginx[7] listens on 0.0.0.0:15006",), missing=(15006,))
+        assert "a process of the pod listens on a port of ztunnel" in (await bench())["advice"]
         bench.world.kernel.damage("rules", bench.world.target("web"))
         told = await bench()
         assert told["advice"].startswith("sluice verify shop/web --repair")

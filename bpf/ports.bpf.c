@@ -1,0 +1,44 @@
+/* Keeps the ports of ztunnel in captured pods for ztunnel. cgroup/bind4 and bind6.
+ *
+ * ztunnel's listeners have SO_REUSEPORT: a process of the same user could join them, or bind a more specific address, and
+ * get what the rules redirect. It is refused (EPERM). Who held the port before is not seen here; the agent finds it.
+ */
+#include "pod.h"
+
+static __always_inline int is_reserved(__u32 protocol, __u16 port)
+{
+	if (port == bpf_htons(DNS_PORT))
+		return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
+	return protocol == IPPROTO_TCP &&
+	       (port == bpf_htons(OUTBOUND_PORT) || port == bpf_htons(INBOUND_PORT) || port == bpf_htons(HBONE_PORT));
+}
+
+static __always_inline int allowed(struct bpf_sock_addr *ctx)
+{
+	if (!is_reserved(ctx->protocol, ctx->user_port))
+		return 1;
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || !(pod->flags & POD_KNOWN))
+		return 1;
+	struct ztunnel unmet = {}; /* then another agent may have one, which does not wait for us */
+	if (bpf_map_lookup_elem(&ztunnels, &unmet))
+		return 1;
+	struct ztunnel who = {.cgroup = bpf_get_current_cgroup_id(), .tgid = bpf_get_current_pid_tgid() >> 32};
+	if (bpf_map_lookup_elem(&ztunnels, &who))
+		return 1;
+	who.tgid = 0;
+	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
+}
+
+SEC("cgroup/bind4") int ports4(struct bpf_sock_addr *ctx)
+{
+	return allowed(ctx);
+}
+
+SEC("cgroup/bind6") int ports6(struct bpf_sock_addr *ctx)
+{
+	return allowed(ctx);
+}
+
+char _license[] SEC("license") = "GPL";
