@@ -453,5 +453,9 @@ def test_the_admission_policy_is_of_the_agents_account_alone_and_needs_tokens_th
     (match,) = policy["spec"]["matchConditions"]
     assert '"system:serviceaccount:sluice-system:odd"' in match["expression"]
     assert policy["spec"]["failurePolicy"] == "Fail"
+    own = next(one["expression"] for one in policy["spec"]["variables"] if one["name"] == "own")
+    assert f'== "{chart.NAMESPACE}"' in own and "authentication.kubernetes.io/pod-name" in own
+    status = [one["expression"] for one in policy["spec"]["validations"] if "object.status" in one["expression"]]
+    assert len(status) == 1 and "(variables.own || object.status == oldObject.status)" in status[0]
     with pytest.raises(chart.HelmError, match="needs Kubernetes"):
         chart.render(values, "--kube-version", "v1.29.0")
