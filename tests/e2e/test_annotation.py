@@ -52,6 +52,11 @@ def started(here: Node, api: ApiServer, name: str) -> NodePod:
     return pod
 
 
+def known(here: Node, pod: NodePod) -> bool:
+    """Whether anything is noted of it."""
+    return (here.run_dir / "pods" / f"{pod.uid}.json").exists()
+
+
 def shown(api: ApiServer, pod: NodePod) -> list[str]:
     """Every value that the pod's annotation ever had, in order, as a follower of the API saw them."""
     objects = (change.object for change in list(api.store.history) if change.resource == "pods")
@@ -101,6 +106,11 @@ def test_a_pod_that_stays_captured_shows_enabled_and_nothing_else(here: Node, ap
         here.processes.end()
         start(here, api, backend)
         step(f"the backend is {backend} now")
+    here.processes.end()
+    here.sluice("handback", "--all", "--netns", str(pod.netns))
+    assert here.captured(pod) and not known(here, pod), "istio-cni's form, and nobody's note"
+    start(here, api)
+    step("it was handed back and taken over")
     here.delete(pod)
 
 
