@@ -16,6 +16,7 @@ from agent.core.settings import Settings
 
 __all__ = ["Decision", "Option", "decide", "enrols_namespace", "exempt", "intent", "options"]
 
+_TOGETHER = 4096  # rules that annotations may make by each other
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
 _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE", "false", "False"}
 
@@ -61,11 +62,24 @@ def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
     """How the pod is captured if it is."""
     found, warnings = options(pod, settings)
     redirect = Redirect(**{one.name: one.value for one in found})
-    refused = ""
-    if len(redirect.virtual_interfaces) > MOST:  # without them the traffic of a pod's guests would be taken wrongly
-        refused = f"annotation {names.REROUTE_INTERFACES} names more than {MOST} interfaces"
-        redirect = replace(redirect, virtual_interfaces=redirect.virtual_interfaces[:MOST])
+    if refused := _too_much(redirect):
+        redirect = replace(redirect, virtual_interfaces=())
     return Decision(redirect, reason, warnings, refused)
+
+
+def _too_much(redirect: Redirect) -> str:
+    """Why a pod's annotations cannot be honoured; "" if they can. Without an interface that is named, the traffic of a
+    pod's guests would be taken wrongly; and each has rules for each destination that is excluded."""
+    interfaces = len(redirect.virtual_interfaces)
+    if interfaces > MOST:
+        return f"annotation {names.REROUTE_INTERFACES} names more than {MOST} interfaces"
+    excluded = len(redirect.exclude.outbound_ports) + len(redirect.exclude.outbound_networks)
+    if interfaces * excluded > _TOGETHER:
+        return (
+            f"annotation {names.REROUTE_INTERFACES} names {interfaces} interfaces, and {excluded} destinations are"
+            f" excluded by others: that makes more than {_TOGETHER} rules"
+        )
+    return ""
 
 
 def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:

@@ -164,3 +164,16 @@ def test_what_is_wrong_in_a_list_of_interfaces_is_one_warning() -> None:
     )
     assert decision.redirect is not None and decision.redirect.virtual_interfaces == ("eth1",)
     assert len(decision.warnings) == 1 and "'a/b' and 9 more" in decision.warnings[0]
+
+
+def test_lists_that_multiply_are_refused_beyond_what_fits_into_a_transaction() -> None:
+    def decided(interfaces: int) -> Decision:
+        ports = ",".join(str(2 * n + 1) for n in range(256))
+        named = {
+            INTERFACES: ",".join(f"v{n}" for n in range(interfaces)),
+            "traffic.sluice.io/exclude-outbound-ports": ports,
+        }
+        return decide(annotated(**named), Settings())
+
+    assert not decided(16).refused
+    assert "17 interfaces, and 256 destinations" in decided(17).refused and decided(17).enrolled
