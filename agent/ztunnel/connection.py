@@ -200,6 +200,8 @@ class Connection:
                 half.close()
         self._pod.engine.connects.settle(self)
         self._pod.engine.aged.settle(self)
+        if self._server is not None and self._destination is not None:
+            self._pod.upstream.release(self._destination)
         self._pod.live.discard(self)
         self._pod.record(
             "tcp", self._direction.value, self._began, self._source, self._destination,

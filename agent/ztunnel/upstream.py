@@ -6,6 +6,9 @@ connections holds none.
 A socket that speaks with a client's address must not take a port that the client itself may use towards the
 same destination: in the pod's conntrack both would be one flow, and the later of the two hangs. A client's
 kernel takes its ports from 32768 up (Linux's default; others start higher), so ours are below.
+
+Towards a server the pod's ephemeral ports are shared with the application, which rules only redirect: its socket has
+the server's address as ours has. Where many connections go to one server, ours leave those ports to the application.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 from agent.core import names
 from agent.kernel.netns import Netns
@@ -26,6 +30,8 @@ from agent.ztunnel.original import Address
 BATCH = 16
 FIRST_PORT, LAST_PORT = 1024, 32767
 TRIES = 64  # ports in use or in TIME_WAIT are passed over
+FIRST_CROWDED = 10000  # below it are the ports on which applications listen
+CROWDED = 16  # connections to one server count as many from that part of the ephemeral ports on
 RESERVED = range(600, 1024)  # as bindresvport(3) takes them
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: the port is chosen at connect, by destination
@@ -40,6 +46,8 @@ class Upstream:
         self._stock: dict[tuple[int, int], list[socket.socket]] = {}
         # Anywhere, so that an instance that takes over does not walk through its predecessor's ports.
         self._port = random.randint(FIRST_PORT, LAST_PORT)
+        self._held: dict[Address, int] = {}  # connections by server
+        self._ephemeral = 0  # how many ports the pod has for that, as last read
 
     def take(self, destination: Address, kind: int) -> socket.socket:
         """A socket of the destination's family; the caller owns it. Raises OSError or NetnsError."""
@@ -53,14 +61,39 @@ class Upstream:
         """A socket that connects, as ztunnel. Raises OSError or NetnsError.
 
         `source`: of the application. Its address is kept if it is one of this namespace: routes may depend on it. In
-        place of a reserved port the connection gets another reserved one.
+        place of a reserved port the connection gets another reserved one. `release` it when it has ended.
         """
-        if source is not None:
-            ports = random.sample(RESERVED, TRIES) if source[1] in range(1, RESERVED.stop) else (0,)
-            for port in ports:
-                with contextlib.suppress(OSError):
-                    return self._connect(destination, partial(keep_source, source=source, port=port))
-        return self._connect(destination)
+        made = self._keeping(destination, source) if source is not None else None
+        made = self._connect(destination) if made is None else made
+        self._held[destination] = self._held.get(destination, 0) + 1
+        return made
+
+    def release(self, destination: Address) -> None:
+        left = self._held.get(destination, 0) - 1
+        if left > 0:
+            self._held[destination] = left
+        else:
+            self._held.pop(destination, None)
+
+    def _keeping(self, destination: Address, source: Address) -> socket.socket | None:
+        ports: Iterable[int] = (0,)
+        if source[1] in range(1, RESERVED.stop):
+            ports = random.sample(RESERVED, TRIES)
+        elif self._is_crowded(destination) and source[0] not in ("0.0.0.0", "::"):
+            ports = (self._next_port(FIRST_CROWDED) for _ in range(TRIES))
+        for port in ports:
+            with contextlib.suppress(OSError):
+                return self._connect(destination, partial(keep_source, source=source, port=port))
+        return None
+
+    def _is_crowded(self, destination: Address) -> bool:
+        held = self._held.get(destination, 0)
+        if held < CROWDED // 4:
+            return False
+        if held & (held - 1) == 0:  # a pod may change it; read seldom enough
+            low, high = self._netns.call(_port_range)
+            self._ephemeral = high - low + 1
+        return held * CROWDED >= self._ephemeral
 
     def connect_as(self, source: Address, destination: Address) -> socket.socket:
         """A socket that connects with the address, not the port, of `source`. Raises as `connect` does."""
@@ -86,8 +119,8 @@ class Upstream:
             raise
         return fresh
 
-    def _next_port(self) -> int:
-        self._port = self._port + 1 if self._port < LAST_PORT else FIRST_PORT
+    def _next_port(self, first: int = FIRST_PORT) -> int:
+        self._port = self._port + 1 if first <= self._port < LAST_PORT else first
         return self._port
 
     def _make(self, family: int, kind: int, stock: list[socket.socket]) -> None:
@@ -99,6 +132,11 @@ class Upstream:
             for fresh in stock:
                 fresh.close()
         self._stock.clear()
+
+
+def _port_range() -> tuple[int, int]:
+    low, high = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()  # of both families
+    return int(low), int(high)
 
 
 def marked(family: int, kind: int) -> socket.socket:

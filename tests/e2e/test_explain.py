@@ -51,7 +51,9 @@ def test_a_captured_pod(here: Node) -> None:
         str(here.run_dir / "sluice.yaml:")
     )
     assert [one["place"] for one in told["facts"] if one["key"] == "exempt_pods"] == ["default"]
-    assert {one["layer"]: one["in_sync"] for one in told["layers"]} == {"routing": True, "iptables-legacy": True}
+    assert {one["layer"]: one["in_sync"] for one in told["layers"]} == {
+        "routing": True, "conntrack": True, "iptables-legacy": True,
+    }  # fmt: skip
     assert told["ztunnel"] == {
         "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "",
         "identity": {"namespace": "shop", "name": "right", "service_account": "default"},

@@ -132,6 +132,21 @@ def test_a_reserved_source_port_becomes_another_reserved_one(served: Lab) -> Non
         assert seen[0] == POD4 and seen[1] < 1024
 
 
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_the_ephemeral_ports_are_left_to_the_application(served: Lab, host: str) -> None:
+    """80 connections to one server with 100 ports: rules let the application and ztunnel share them."""
+    served.pod.call(lambda: Path("/proc/sys/net/ipv4/ip_local_port_range").write_text("40000 40099"))
+    with served.peer.listen(host, 8080) as listener:
+        for number in range(80):
+            client = served.pod.connect(host, 8080)
+            served.close_later(client)
+            client.sendall(bytes((number,)))
+            server, _ = listener.accept()
+            served.close_later(server)
+            server.settimeout(SECONDS)
+            assert server.recv(1) == bytes((number,))
+
+
 @pytest.mark.parametrize("direction", ["outbound", "inbound"])
 def test_the_far_end_is_probed_as_the_application_probes(served: Lab, direction: str) -> None:
     client, server = getattr(served, direction)()
