@@ -157,7 +157,7 @@ def _connections(told: Told, now: float) -> str:
         which = (
             f"the last {cut['connections']} of the captured ones" if cut["connections"] > 1 else "the last captured one"
         )
-        lines.append(f"{which}: reset by ztunnel without a byte, after {cut['seconds']:.1f} s")
+        lines.append(f"{which}: ended by ztunnel without a byte, after {cut['seconds']:.1f} s")
     if found["wrong"]:
         rows = [_wrong(one, now) for one in found["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from agent.core.errors import SluiceError
@@ -25,6 +26,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--without-sluice", action="store_true", help="plain pods: neither agent nor ztunnel nor sluice-cni"
     )
+    parser.add_argument("--ztunnel", type=Path, metavar="PATH", help="Istio's ztunnel, instead of the embedded one")
     _command(commands, "down", _down, "remove the lab, also one that is half built")
     parser = _command(commands, "exec", _exec, "run a command in a pod: exec POD -- COMMAND ...")
     parser.add_argument("pod", metavar="POD", help="NAMESPACE/NAME, or NAME alone")
@@ -40,7 +42,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 
 def _up(args: argparse.Namespace) -> int:
-    lab = Lab(default_spec(args.prefix))
+    lab = Lab(default_spec(args.prefix), args.ztunnel)
     sluice = not args.without_sluice
     lab.up(agents=sluice, sluice=sluice, backend=Backend(args.backend), tell=_tell)
     _pods(args)

@@ -8,8 +8,8 @@ from typing import Any
 from agent.core import names
 
 Told = Mapping[str, Any]
-_FEW = 3  # connections in a row that ztunnel reset; fewer may be a server that was away
-_PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was told
+PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was told
+_FEW = 3  # connections in a row that ztunnel cut off; fewer may be a server that was away
 _DENIED = "ztunnel resets its connections: the other end refuses them, or a policy does; see ztunnel's log"
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
@@ -60,7 +60,7 @@ def _watch(told: Told) -> str:
     if any(row["fate"] == "leaked" for row in told["connections"]["fates"]):
         return f"connections went around ztunnel: sluice connections {name} --fate leaked"
     if (cut := told["connections"]["cut"]) and cut["connections"] >= _FEW:
-        return _unknown(told) if cut["seconds"] >= _PATIENCE else _DENIED
+        return _unknown(told) if cut["seconds"] >= PATIENCE else _DENIED
     if told["outside"]:
         return "restart the pod, if those of its connections that are older than its enrolment must be captured, too"
     if annotation and told["state"] == "enabled" and annotation["value"] != "enabled":
@@ -72,7 +72,7 @@ def _unknown(told: Told) -> str:
     sent = told["ztunnel"]["identity"] or {"service_account": ""}
     names = f"{_name(told)} with service account {sent['service_account'] or '(none)'}"
     return (
-        f"ztunnel resets its connections after waiting: it seems to know no workload {names}; give the pod "
+        f"ztunnel ends its connections after waiting: it seems to know no workload {names}; give the pod "
         "the names that ztunnel's control plane or local file has, and see ztunnel's log"
     )
 

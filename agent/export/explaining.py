@@ -17,7 +17,7 @@ from agent.core.exclusions import PREFIXES
 from agent.core.listeners import Heard
 from agent.core.pods import Pod, PodTable, mode
 from agent.core.settings import Settings
-from agent.export.advice import advise
+from agent.export.advice import PATIENCE, advise
 from agent.export.http import Request
 from agent.export.records import Records
 from agent.reconciler.host import HostStatus
@@ -261,15 +261,18 @@ class Explaining:
 
 
 def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of the captured ones that ended last, those that ztunnel reset before the application got a byte: how many, and
-    the median of their seconds; None for none."""
+    """Of the captured ones that ended last, those that ztunnel cut off: how many, and the median of their seconds; None
+    for none."""
     taken = [row for row in ended if row["fate"] == "captured" and row["established"]]
     seconds = [row["duration"] for row in itertools.takewhile(_is_cut, reversed(taken))]
     return {"connections": len(seconds), "seconds": sorted(seconds)[len(seconds) // 2]} if seconds else None
 
 
 def _is_cut(row: Mapping[str, Any]) -> bool:
-    return row["close"] == "reset" and row["closed_by"] == "remote" and not row["received_bytes"]
+    """By ztunnel, before the application got a byte: by a reset, or at the end of its wait for the pod's workload."""
+    if row["closed_by"] != "remote" or row["received_bytes"]:
+        return False
+    return bool(row["close"] == "reset" or PATIENCE <= row["duration"] < 2 * PATIENCE)
 
 
 def _considered(pod: Pod, settings: Settings) -> dict[str, str]:

@@ -13,7 +13,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,16 +54,18 @@ class Children:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def start(self, name: str, argv: Sequence[str], netns: Path, log: Path) -> Child:
+    def start(
+        self, name: str, argv: Sequence[str], netns: Path, log: Path, env: Mapping[str, str] | None = None
+    ) -> Child:
         """Starts `argv` in the namespace, output appended to `log`. Raises SluiceError if it is running."""
         before = self.get(name)
         if before is not None and before.alive:
             raise SluiceError(f"{name} is running already, as process {before.pid}")
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        settings = dict.fromkeys(name for name in os.environ if name.startswith("SLUICE_"))
+        settings = dict[str, str | None].fromkeys(name for name in os.environ if name.startswith("SLUICE_"))
         with log.open("ab") as out:  # settings of whoever uses the lab are none of its processes'
-            process = start(argv, netns=netns, env=settings, stdout=out, stderr=out)
+            process = start(argv, netns=netns, env={**settings, **(env or {})}, stdout=out, stderr=out)
         _own[process.pid] = process
         child = Child(name, process.pid, start_time(process.pid) or 0, str(log))
         self._path(name).write_text(json.dumps(asdict(child)))

@@ -16,7 +16,7 @@ from typing import Final
 
 from agent.core.errors import SluiceError
 from agent.kernel.exec import PATH, run
-from agent.lab import nodes
+from agent.lab import istio, nodes
 from agent.lab.chain import CNI_PATH
 from agent.lab.children import Children, end, start_time
 from agent.lab.pods import Pod, Pods
@@ -37,11 +37,12 @@ _NEEDED: Final = {
 class Lab:
     """One lab on this machine. Two with different prefixes do not know of each other."""
 
-    def __init__(self, spec: LabSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: LabSpec, ztunnel: Path | None = None) -> None:
+        """`ztunnel`: Istio's, instead of the embedded one."""
+        self.spec, self._ztunnel = spec, ztunnel
         self.children = Children(spec.run_dir / "processes")
         self.pods = Pods(spec, self.children)
-        self.nodes = {node: NodeProcesses(spec, node, self.children) for node in spec.nodes}
+        self.nodes = {node: NodeProcesses(spec, node, self.children, ztunnel) for node in spec.nodes}
 
     @classmethod
     def from_state(cls, prefix: str) -> Lab:
@@ -84,17 +85,34 @@ class Lab:
         self.pods.write_chains(sluice=sluice)
         if agents:
             tell(f"an agent (backend {backend}) and a ztunnel on each node")
+            self._write_workloads()
             for node in self.nodes.values():
-                node.configure(backend)
+                # Istio's asks the node's resolver, which knows no name of the lab.
+                node.configure(backend, **({"dns_capture": False} if self._ztunnel else {}))
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
                 node.confirm(backend)
         tell(f"{len(self.spec.pods)} pods, through the CNI chain ptp{' and sluice-cni' if sluice else ''}")
         created = [self.pods.create(spec) for spec in self.spec.pods]
         self.pods.write_names()
+        if agents and self._ztunnel:
+            tell("ztunnel once more: it reads its file of workloads at its start alone")
+            self._write_workloads()
+            for node in self.nodes.values():
+                node.replace_ztunnel()
         tell("the pods' programs")
         for pod in created:
             self.pods.start(pod)
+
+    def _write_workloads(self) -> None:
+        """For Istio's ztunnel: the pods with those addresses that they have by now."""
+        if self._ztunnel is None:
+            return
+        up, hbone = self.pods.up(), istio.has_certificates(os.environ)
+        there = {ref: (pod.ipv4, pod.ipv6) for ref, pod in up.items()}
+        text = istio.workloads(((spec, there.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
+        for node in self.nodes.values():
+            (node.directory / istio.LOCAL_FILE).write_text(text)
 
     def down(self) -> None:
         down(self.spec.prefix)

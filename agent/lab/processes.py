@@ -13,6 +13,7 @@ import yaml
 
 from agent.core.errors import SluiceError
 from agent.kernel.adminsocket import ask
+from agent.lab import istio
 from agent.lab.children import Child, Children, await_ready
 from agent.lab.topology import LabSpec
 
@@ -29,8 +30,9 @@ class Backend(StrEnum):
 class NodeProcesses:
     """Starts, ends and kills them. `name` tells two ztunnels of one rolling upgrade apart."""
 
-    def __init__(self, spec: LabSpec, node: str, children: Children) -> None:
-        self.node, self.directory = node, spec.node_dir(node)
+    def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
+        """`ztunnel`: Istio's, instead of the embedded one."""
+        self.node, self.directory, self._ztunnel = node, spec.node_dir(node), ztunnel
         self._spec, self._netns, self._children = spec, spec.netns_path(node), children
 
     def configure(self, backend: Backend, **changes: Any) -> Path:
@@ -53,11 +55,14 @@ class NodeProcesses:
 
     def start_ztunnel(self, name: str = "ztunnel") -> Child:
         """Returns at once: it is ready only with the agent, which may not be there yet."""
+        log = self.directory / f"{name}.log"
+        if self._ztunnel is not None:
+            env = istio.environment(self.directory, self.node)
+            return self._children.start(f"{self.node}.{name}", [str(self._ztunnel)], self._netns, log, env)
         argv = [
             sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
             "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
         ]  # fmt: skip
-        log = self.directory / f"{name}.log"
         return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
 
     def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
@@ -66,10 +71,19 @@ class NodeProcesses:
     def await_ztunnel(self, agent: Child) -> None:
         """Until a ztunnel has come to the agent, which refuses pods before that: it tries again each second."""
 
-        def joined() -> bool:
-            return bool(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
+        await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "joined by its ztunnel")
 
-        await_ready(agent, joined, READY_SECONDS, "joined by its ztunnel")
+    def replace_ztunnel(self) -> None:
+        """The old one ends first. Returns when the new one has come to the agent."""
+        agent = self._children.get(f"{self.node}.agent")
+        self.end("ztunnel")
+        if agent is not None:
+            await_ready(agent, lambda: not self._joined(), READY_SECONDS, "left by its ztunnel")
+            self.start_ztunnel()
+            self.await_ztunnel(agent)
+
+    def _joined(self) -> int:
+        return int(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
 
     def confirm(self, backend: Backend) -> None:
         """Raises SluiceError when the agent took another one instead."""

@@ -197,6 +197,6 @@ def test_connections_that_ztunnel_cuts_off_are_told_with_the_names_that_it_was_s
 
         until(counted, "all of them are accounted for")
         said = one.sluice("explain", pod.key)
-        assert "reset by ztunnel without a byte" in said and "Do:        ztunnel resets its connections" in said
+        assert "ended by ztunnel without a byte" in said and "Do:        ztunnel resets its connections" in said
         assert "took the pod as shop/stranger, service account default" in said
         ztunnel.socket.shutdown(socket.SHUT_RDWR)

@@ -109,7 +109,7 @@ Holds
 Connections
   1 live, and the last 2 that ended, by ebpf
        2 outbound leaked (raw)
-  the last 2 of the captured ones: reset by ztunnel without a byte, after 5.0 s
+  the last 2 of the captured ones: ended by ztunnel without a byte, after 5.0 s
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s

@@ -134,10 +134,12 @@ def test_connections_that_ztunnel_resets_one_after_the_other(seconds: float, wor
         assert (told["connections"]["cut"], told["advice"]) == ({"connections": 2, "seconds": seconds}, "")
         bench.records.rows += [connection("exempt"), cut]
         assert words in (await bench())["advice"]
-        for other in ({"received_bytes": 1}, {"closed_by": "local"}, {"close": "fin"}):
+        for other in ({"received_bytes": 1}, {"closed_by": "local"}, {"close": "fin", "duration": 1.0}):
             bench.records.rows.append(connection(**{**RESET, **other}))
             told = await bench()
             assert (told["connections"]["cut"], told["advice"]) == (None, "")
+        bench.records.rows.append(connection(**{**RESET, "close": "fin", "duration": 5.1}))  # as Istio's does it
+        assert (await bench())["connections"]["cut"] == {"connections": 1, "seconds": 5.1}
 
     on_bench(script)
 

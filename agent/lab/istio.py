@@ -1,0 +1,51 @@
+"""Istio's ztunnel on a lab's node in place of the embedded one: its environment, and the local file it reads. Pure.
+
+There is no istiod and, unless the environment has FAKE_CA (a build with the feature "testing") or CA_ADDRESS, no CA:
+then workloads speak plain TCP, and ztunnel needs no certificates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.core.names import DEFAULT_ACCOUNT
+from agent.lab.topology import PodSpec
+
+LOCAL_FILE = "workloads.yaml"  # in a node's directory; read once, when ztunnel starts
+
+
+def environment(directory: Path, node: str) -> dict[str, str]:
+    return {
+        "PROXY_MODE": "shared",
+        "XDS_ADDRESS": "",
+        "LOCAL_XDS_PATH": str(directory / LOCAL_FILE),
+        "INPOD_UDS": str(directory / "ztunnel.sock"),
+        "NODE_NAME": node,
+    }
+
+
+def has_certificates(given: Mapping[str, str]) -> bool:
+    """Whether a ztunnel with these variables has anybody to sign them."""
+    return given.get("FAKE_CA") == "true" or "CA_ADDRESS" in given
+
+
+def workloads(pods: Iterable[tuple[PodSpec, Sequence[str]]], *, hbone: bool) -> str:
+    """The local file: each pod with its addresses. ztunnel finds a pod by name, namespace and service account."""
+    listed: list[dict[str, Any]] = [
+        {
+            "uid": f"lab//v1/Pod/{spec.ref}",
+            "name": spec.name,
+            "namespace": spec.namespace,
+            "serviceAccount": DEFAULT_ACCOUNT,
+            "node": spec.node,
+            "workloadIps": list(addresses),
+            "protocol": "HBONE" if hbone and spec.enrolled else "TCP",
+            "services": {},
+        }
+        for spec, addresses in pods
+    ]
+    return yaml.safe_dump({"workloads": listed}, sort_keys=False)

@@ -1,0 +1,66 @@
+"""Istio's own ztunnel on a node without Kubernetes, where SLUICE_REAL_ZTUNNEL names one: docs/ztunnel.md, tried."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.node import PORT, Node, NodePod, node, until
+
+from agent.kernel.exec import run
+from agent.lab import istio
+from agent.lab.processes import Backend, NodeProcesses
+from agent.lab.topology import PodSpec
+
+REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")
+pytestmark = [
+    pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's"),
+]  # fmt: skip
+
+
+@pytest.fixture(params=[Backend.NFTABLES, Backend.IPTABLES, Backend.LEGACY, Backend.EBPF])
+def here(request: pytest.FixtureRequest) -> Iterator[tuple[Node, NodePod, NodePod]]:
+    """A pod that ztunnel's local file has, and one that it has not."""
+    with node("sluez") as made:
+        known, stranger = made.pod("known"), made.pod("stranger")
+        spec = PodSpec("node1", known.namespace, known.name, enrolled=True)
+        text = istio.workloads([(spec, (known.ipv4, known.ipv6))], hbone=False)
+        (made.run_dir / istio.LOCAL_FILE).write_text(text)
+        made.processes = NodeProcesses(made.spec, "node1", made.children, Path(REAL))
+        made.start(request.param, ztunnel_ports=["15001", "15006", "15008"])
+        made.processes.start_ztunnel()
+        made.await_ztunnel()
+        yield made, made.add(known), made.add(stranger)
+
+
+def captured(here: Node, pod: NodePod) -> int:
+    fates = here.ask("/v1/explain", pod=pod.key)["connections"]["fates"]
+    return sum(one["connections"] for one in fates if (one["direction"], one["fate"]) == ("outbound", "captured"))
+
+
+def asked(here: Node, pod: NodePod, family: int) -> str:
+    """What the node's server tells a process in the pod: whom it saw."""
+    where = f"('{here.host(pod, family)}', {PORT})"
+    code = f"import socket; s = socket.create_connection({where}); print(s.recv(99).decode())"
+    return run([sys.executable, "-c", code], netns=pod.netns, check=False).stdout.strip().removeprefix("::ffff:")
+
+
+def test_a_known_pod_is_carried_also_by_the_next_ztunnel(here: tuple[Node, NodePod, NodePod]) -> None:
+    one, known, _ = here
+    assert (asked(one, known, 4), asked(one, known, 6)) == (known.ipv4, known.ipv6)
+    one.processes.replace_ztunnel()
+    one.await_ztunnel()
+    assert (asked(one, known, 4), asked(one, known, 6)) == (known.ipv4, known.ipv6)
+    until(lambda: captured(one, known) == 4, "all of them were captured")
+    assert 'src.workload="known"' in (one.run_dir / "ztunnel.log").read_text()
+
+
+def test_a_pod_that_it_does_not_know_is_cut_off_and_explained(here: tuple[Node, NodePod, NodePod]) -> None:
+    one, _, stranger = here
+    for _ in range(3):
+        assert asked(one, stranger, 4) == ""
+    words = f"it seems to know no workload {stranger.key} with service account default"
+    until(lambda: words in one.ask("/v1/explain", pod=stranger.key)["advice"], "the cause is named")
