@@ -15,9 +15,10 @@ import time
 from enum import Enum
 
 from agent.core.errors import SluiceError
+from agent.core.sockets import is_loopback
 from agent.ztunnel import keepalive, original, poller
 from agent.ztunnel.original import Address
-from agent.ztunnel.pod import Pod, now
+from agent.ztunnel.pod import Ends, Pod, now
 from agent.ztunnel.relay import Half
 from agent.ztunnel.upstream import reset
 
@@ -31,6 +32,8 @@ _CLOSE = {
 # What refuses the client's address, not the connection: the application then sees ours; the record says so.
 _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
 
+_ITSELF = "a connection of ztunnel's own came back to it: a rule of the pod overwrites ztunnel's mark"
+
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
 
@@ -43,7 +46,7 @@ class Connection:
     """Lives from `open` until it has been recorded; keeps itself in `pod.live` for so long."""
 
     __slots__ = (
-        "_began", "_client", "_destination", "_direction", "_done", "_down", "_note", "_pod", "_server",
+        "_began", "_client", "_destination", "_direction", "_done", "_down", "_ends", "_note", "_pod", "_server",
         "_source", "_up", "_via",
     )  # fmt: skip
 
@@ -56,6 +59,7 @@ class Connection:
         self._up: Half | None = None  # client to server; None while connecting
         self._down: Half | None = None
         self._via: Address | None = None  # the address that the server sees
+        self._ends: Ends | None = None  # of the server's socket
         self._began = now()
         self._note = ""
         self._done = False
@@ -90,9 +94,23 @@ class Connection:
         if original.is_own(destination, self._client):
             self._end("refused", "the destination is a port of ztunnel itself")
             return
+        if own and self._came_back(destination):
+            self._end("refused", _ITSELF)
+            self._pod.warnings.log(f"pod {self._pod.name}: {_ITSELF}")
+            return
         self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
+        self._ends = original.plain(self._server.getsockname())[:2], destination[:2]
+        self._pod.connecting.add(self._ends)
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
+
+    def _came_back(self, destination: Address) -> bool:
+        """Whether the client is a socket of ours. Both ends tell: the kernel gives one local port to several sockets.
+
+        What rules redirect within the pod arrives at a loopback address.
+        """
+        ends = (self._source[:2], destination[:2])
+        return ends in self._pod.connecting and is_loopback(original.plain(self._client.getsockname())[0])
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
         upstream = self._pod.upstream
@@ -203,6 +221,8 @@ class Connection:
         if self._server is not None and self._destination is not None:
             self._pod.upstream.release(self._destination)
         self._pod.live.discard(self)
+        if self._ends is not None:
+            self._pod.connecting.discard(self._ends)
         self._pod.record(
             "tcp", self._direction.value, self._began, self._source, self._destination,
             self._up.moved if self._up else 0, self._down.moved if self._down else 0,

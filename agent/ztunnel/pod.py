@@ -6,12 +6,16 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agent.core.sockets import Endpoint
+from agent.kernel.accepting import Seldom
 from agent.kernel.sockdiag import SockDiag
 from agent.ztunnel.asked import Asked
 from agent.ztunnel.original import Address
 from agent.ztunnel.poller import Deadlines, Poller
 from agent.ztunnel.records import Record, Records
 from agent.ztunnel.upstream import Upstream
+
+Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,8 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """`name` is namespace/name; `diag` is asked of its sockets; `live` is what is under way."""
+    """`name` is namespace/name; `diag` is asked of its sockets; `live` is what is under way; `connecting` are the ends
+    of ztunnel's own connections, by which it knows one that comes back to it."""
 
     uid: str
     name: str
@@ -50,6 +55,8 @@ class Pod:
     upstream: Upstream
     diag: SockDiag
     live: set[Live] = field(default_factory=set)
+    connecting: set[Ends] = field(default_factory=set)
+    warnings: Seldom = field(default_factory=Seldom)
 
     def record(
         self,

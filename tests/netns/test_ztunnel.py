@@ -31,6 +31,7 @@ from support.ztunnel import (
     read_all,
 )
 
+from agent.kernel.exec import run
 from agent.kernel.sockdiag import SockDiag
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
@@ -335,6 +336,23 @@ def test_own_ports_are_refused(served: Lab, port: int) -> None:
     with pytest.raises(ConnectionResetError), served.pod.connect("127.0.0.1", 15001) as client:
         client.recv(1)
     served.ztunnel.wait_record(close="refused", direction="outbound", destination="127.0.0.1:15001")
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_a_connection_of_its_own_that_comes_back_is_reset_at_once(served: Lab, host: str) -> None:
+    """As where a rule of the pod marks all its packets (VPN, QoS): ztunnel's mark is gone."""
+    chain = "chain out {\ntype route hook output priority -160\nmeta l4proto tcp meta mark set 0x40000\n}"
+    served.pod.call(lambda: run(["nft", "-f", "-"], stdin=f"table inet own {{\n{chain}\n}}\n"))
+    with served.peer.listen(host, 8080), pytest.raises(ConnectionResetError):  # as early as in connect()
+        served.pod.connect(host, 8080).recv(1)
+    text = f"[{host}]:8080" if ":" in host else f"{host}:8080"
+    record = served.ztunnel.wait_record(close="reset")
+    assert record["destination"] == text, "the application's connection"
+    came_back, application = served.ztunnel.records()
+    assert application == record and "overwrites ztunnel's mark" in came_back["error"]
+    assert (came_back["close"], came_back["destination"]) == ("refused", text)
+    served.pod.call(lambda: run(["nft", "delete table inet own"]))
+    served.outbound(host, 8081)
 
 
 def test_pod_to_itself(served: Lab) -> None:
