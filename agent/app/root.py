@@ -227,7 +227,7 @@ class Agent:
         if self.installer and not self.installer.ready:
             return f"the CNI plugin is not installed: {self.installer.error or 'it is being put in place'}", ""
         if not self.zds.connections:
-            return "", f"no ztunnel is connected to {self.settings.zds_socket}"
+            return "", self.zds.absence
         if self.host.status.error:
             return "", f"probes from this node are captured: {self.host.status.error}"
         return "", self.static.error or (self.kubernetes.error if self.kubernetes else "")

@@ -87,18 +87,19 @@ class CniService:
 
     async def _add(self, request: CniRequest, netns: Netns | None) -> CniReply:
         pod = _pod(request, kubernetes=self._admission is not None)
+        deadline = asyncio.get_running_loop().time() + self._settings.add_seconds
         if self._admission is not None:
             try:
-                async with asyncio.timeout(self._settings.add_seconds):
+                async with asyncio.timeout_at(deadline):
                     await self._admission.admit(pod)
             except (SluiceError, TimeoutError) as error:
                 _close(netns)
                 words = str(error) or f"Kubernetes did not answer within {self._settings.add_seconds:g} s"
                 return CniReply(cni_wire.TRY_AGAIN_LATER, f"pod {pod.key}: {words}")
         async with self._locks.setdefault(pod.uid, asyncio.Lock()):
-            return await self._add_one(pod, netns)
+            return await self._add_one(pod, netns, deadline)
 
-    async def _add_one(self, pod: Pod, netns: Netns | None) -> CniReply:
+    async def _add_one(self, pod: Pod, netns: Netns | None, deadline: float) -> CniReply:
         if netns is None:
             return CniReply(cni_wire.INVALID_ENVIRONMENT, f"pod {pod.key}: no network namespace was handed over")
         known = self._namespaces.id(pod.uid)
@@ -117,8 +118,11 @@ class CniService:
             self._reconciler.wake(pod.uid)
             return CniReply()
         try:
-            async with asyncio.timeout(self._settings.add_seconds):
+            async with asyncio.timeout_at(deadline):
                 status = await self._reconciler.settled(pod.uid)
+                while status.state in (State.PENDING, State.WAITING):  # a ztunnel may be about to come back
+                    await self._reconciler.progressed()
+                    status = self._reconciler.status(pod.uid)
         except TimeoutError:
             status = self._reconciler.status(pod.uid)
             words = status.error or f"not done within {self._settings.add_seconds:g} s"

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -123,6 +124,13 @@ class ZdsServer:
         self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
         self.met = False  # a ztunnel has been connected since this agent began
+        self._alone = time.time()  # since when no ztunnel is connected, if none is
+
+    @property
+    def absence(self) -> str:
+        """That no ztunnel is connected, and since when; "" when one is."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._alone))
+        return "" if self._connections else f"no ztunnel is connected to {self.path} since {since}"
 
     @property
     def connections(self) -> int:
@@ -158,7 +166,7 @@ class ZdsServer:
             self._offers[pod.uid] = offer
             self._expected.discard(pod.uid)
         if not self._connections:
-            raise NoZtunnelError(f"no ztunnel is connected to {self.path}; is it running on this node?")
+            raise NoZtunnelError(f"{self.absence}; is it running on this node?")
         newest = self._connections[-1]
         if newest.acked.get(pod.uid) != offer:
             await self._add(newest, offer)
@@ -212,6 +220,7 @@ class ZdsServer:
             sock.close()
             if connection in self._connections:
                 self._connections.remove(connection)
+                self._alone = time.time()
                 self._changed(None)
 
     def _introduce(self, sock: socket.socket, pid: int) -> None:

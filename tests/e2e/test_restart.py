@@ -7,6 +7,7 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.node import PLUGIN, FakeZtunnel, Node, NodePod, node, until
@@ -244,5 +245,20 @@ def test_agent_that_starts_without_ztunnel_keeps_pods_closed(here: Node) -> None
     until(lambda: here.state(pod) == "pending", "the fake one is gone")
     here.processes.start_ztunnel()
     enabled(here, pod)
+    assert here.captured(pod)
+    here.delete(pod)
+
+
+def test_an_add_waits_for_a_ztunnel_that_is_about_to_come_back(here: Node) -> None:
+    here.processes.end("ztunnel")
+    until(lambda: "no ztunnel is connected" in here.ask("/v1/status")["problem"], "the agent says that it has gone")
+    assert " since 20" in here.ask("/v1/status")["problem"]
+    pod = here.pod("patient")
+    with ThreadPoolExecutor(1) as thread:
+        adding = thread.submit(here.cni, "ADD", pod)
+        until(lambda: here.known(pod) and here.state(pod) == "pending", "its rules are there")
+        assert not adding.done()
+        here.processes.start_ztunnel()
+        assert adding.result().code == 0
     assert here.captured(pod)
     here.delete(pod)

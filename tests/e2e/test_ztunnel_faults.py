@@ -12,7 +12,7 @@ from support.node import FakeZtunnel, Node, NodePod, node, until
 from agent.zds.messages import Ack, Add, Hello, Message, Request, encode
 
 pytestmark = pytest.mark.root
-ACK, ADD = 0.6, 3.0  # seconds, as set below
+ACK, ADD = 0.6, 2.0  # seconds, as set below
 BOUND = ADD + 4  # and time for a busy machine
 
 Fault = Callable[[Request], Message | bytes | None]

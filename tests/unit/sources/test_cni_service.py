@@ -177,11 +177,7 @@ def test_add_of_a_pod_that_a_mark_enrols_waits(one: Any) -> None:
 
 @pytest.mark.parametrize(
     ("status", "words"),
-    [
-        (Status(State.PENDING, error="no ztunnel is connected"), "no ztunnel is connected"),
-        (Status(State.FAILED, error="nft: no memory"), "nft: no memory"),
-        (Status(State.WAITING), "waiting"),
-    ],
+    [(Status(State.FAILED, error="nft: no memory"), "nft: no memory"), (Status(State.EXCLUDED), "excluded")],
 )
 def test_add_of_a_pod_that_is_not_captured_never_succeeds(one: Any, status: Status, words: str) -> None:
     bench = Bench()
@@ -196,8 +192,16 @@ def test_add_ends_in_time_with_the_last_error(one: Any) -> None:
     bench.reconciler.hold = True
     reply = bench.do("ADD", netns=one)
     assert (reply.code, reply.msg) == (cni_wire.TRY_AGAIN_LATER, "pod shop/web is not captured: not done within 0.02 s")
-    bench.reconciler.current = Status(State.PENDING, error="no ztunnel")
+    bench.reconciler.hold = False
+    bench.reconciler.states, bench.reconciler.current = [Status(State.PENDING)], Status(State.PENDING, error="no ztunnel")
     assert bench.do("ADD", netns=one).msg == "pod shop/web is not captured: no ztunnel"
+
+
+def test_add_waits_for_a_ztunnel(one: Any) -> None:
+    bench = Bench()
+    bench.reconciler.states = [Status(State.PENDING), Status(State.PENDING), Status(State.ENABLED)]
+    assert bench.do("ADD", netns=one) == OK
+    assert bench.reconciler.told == [("settled", "u-1"), ("progressed", ""), ("progressed", "")]
 
 
 def test_add_twice_is_one_pod_and_leaks_no_handle(one: Any) -> None:
