@@ -283,8 +283,9 @@ class Node:
         return adminsocket.ask(str(self.run_dir), path, method, **query)
 
     def state(self, pod: NodePod) -> str:
-        """Of the agent's words; "" when it does not know the pod."""
-        return next((row["state"] for row in self.ask("/v1/pods") if row["uid"] == pod.uid), "")
+        """Of the agent's words; "" when it does not know the pod, "leaving" until the last of its rules is gone."""
+        rows = (row for row in self.ask("/v1/pods") if row["uid"] == pod.uid)
+        return next(("leaving" if row.get("leaving") else row["state"] for row in rows), "")
 
     def known(self, pod: NodePod) -> bool:
         """Whether anything of it is left: in the table, as a note, as a pin."""

@@ -193,7 +193,8 @@ def test_add_ends_in_time_with_the_last_error(one: Any) -> None:
     reply = bench.do("ADD", netns=one)
     assert (reply.code, reply.msg) == (cni_wire.TRY_AGAIN_LATER, "pod shop/web is not captured: not done within 0.02 s")
     bench.reconciler.hold = False
-    bench.reconciler.states, bench.reconciler.current = [Status(State.PENDING)], Status(State.PENDING, error="no ztunnel")
+    bench.reconciler.states = [Status(State.PENDING)]
+    bench.reconciler.current = Status(State.PENDING, error="no ztunnel")
     assert bench.do("ADD", netns=one).msg == "pod shop/web is not captured: no ztunnel"
 
 
