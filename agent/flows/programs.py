@@ -24,8 +24,8 @@ from agent.kernel import bpf, bpffs
 from agent.kernel.bpfmap import Map
 
 SHARED = "memories"
-_READERS = (objects.ACCOUNT, *objects.ITERATORS)  # of the destinations that backend ebpf remembers
-_NODE = (*_READERS, objects.PORTS4, objects.PORTS6)
+_READERS = (objects.ACCOUNT, objects.REFRESH, objects.LIST)  # of the destinations that backend ebpf remembers
+_NODE = (objects.ACCOUNT, *objects.ITERATORS, objects.PORTS4, objects.PORTS6)
 _LINKS = {"account": objects.ACCOUNT, "ports4": objects.PORTS4, "ports6": objects.PORTS6}
 
 
