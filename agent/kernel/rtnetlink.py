@@ -11,8 +11,10 @@ import ipaddress
 import socket
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from agent.core import fibrules, names
 from agent.core.errors import KernelError
@@ -33,6 +35,7 @@ _IFF_UP, _SKIP_STATS = 1, 8  # RTEXT_FILTER_SKIP_STATS of IFLA_EXT_MASK (29)
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
 _GET_STRICT_CHK = 12
+MOST_ADDRESSES, MOST_ROUTES = 256, 1024  # that are looked at: what is programmed for them takes room of other pods
 MAIN_TABLE = 254  # RT_TABLE_MAIN
 _ETHERNET = 1  # ARPHRD_ETHER
 _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 254, 2, 1
@@ -70,7 +73,10 @@ class Address:
 
 
 class RouteSocket(NetlinkSocket):
-    """rtnetlink in the namespace it was opened in."""
+    """rtnetlink in the namespace it was opened in. A pod may change its routes and addresses without pause, and must be
+    looked at all the same."""
+
+    torn = True
 
     def __init__(self) -> None:
         super().__init__(socket.NETLINK_ROUTE)
@@ -96,13 +102,17 @@ class RouteSocket(NetlinkSocket):
         self.request("ip link set lo up", NEWLINK, 0, body)
 
     def held_addresses(self) -> tuple[Address, ...]:
-        """All addresses of the namespace, of either family."""
+        """Of lo and of all other interfaces the first 256 of each family: a pod may have any number."""
         found = []
+        held = Counter[tuple[bool, int]]()
         for answer in self.request("read addresses", _GETADDR, NLM_F_DUMP, bytes(8)):
             parts = dict(parse(answer.body[8:]))
             raw = parts.get(2) or parts.get(1)  # IFA_LOCAL where the link has a peer, else IFA_ADDRESS
             if raw is not None and len(raw) in (4, 16):
                 index = int.from_bytes(answer.body[4:8], sys.byteorder)  # of ifaddrmsg
+                held[index == LOOPBACK_INDEX, len(raw)] += 1
+                if held[index == LOOPBACK_INDEX, len(raw)] > MOST_ADDRESSES:
+                    continue
                 found.append(Address(ipaddress.ip_address(raw), index))
         return tuple(found)
 
@@ -120,8 +130,8 @@ class RouteSocket(NetlinkSocket):
         return tuple(found)
 
     def main_routes(self, family: int) -> Iterator[Route]:
-        """Of the main table; of several next hops the first."""
-        for header, parts in self._routes(family, MAIN_TABLE):
+        """The first 1,024 of the main table; of several next hops the first."""
+        for header, parts in islice(self._routes(family, MAIN_TABLE), MOST_ROUTES):
             # RTA_OIF, RTA_PRIORITY
             index, metric = (int.from_bytes(parts.get(kind, b""), sys.byteorder) for kind in (4, 6))
             if not index and (hops := parts.get(9)):  # RTA_MULTIPATH: struct rtnexthop, its interface behind 4 bytes

@@ -130,3 +130,12 @@ def test_ip6tables_is_not_needed_where_nobody_wants_ipv6(monkeypatch: pytest.Mon
     monkeypatch.setattr(exec, "PATH", str(tmp_path))
     assert "ip6tables-nft-restore is not installed" in IptablesBackend().probe().missing
     assert IptablesBackend(ipv6=False).probe().ok
+
+
+def test_a_pod_with_very_many_addresses_counts_with_some_of_them(pod: Pod) -> None:
+    """What is made of them on the node, such as the exemption of probes, takes room and time of all."""
+    more = "".join(f"addr add 10.{n // 250}.7.{n % 250 + 1}/32 dev eth0\\n" for n in range(300))
+    pod.sh(f"printf '{more}' | ip -batch -")
+    facts = pod.target.facts()
+    assert len(facts.addresses) == 257 and {"10.9.0.2", "fd09::2"} <= {*facts.addresses}
+    assert (facts.ipv6, facts.loopback4, facts.loopback6) == (True, True, True)

@@ -164,8 +164,14 @@ def test_what_is_in_the_way_is_a_note_once() -> None:
 
 def test_what_is_missing_is_said() -> None:
     off = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "wrong": []}
-    silent = {"connections": 0, "acknowledged": False, "listening": [15001], "silent": [15006], "error": "",
-              "foreign": ["nginx[7] listens on 0.0.0.0:15006"]}
+    silent = {
+        "connections": 0,
+        "acknowledged": False,
+        "listening": [15001],
+        "silent": [15006],
+        "error": "",
+        "foreign": ["nginx[7] listens on 0.0.0.0:15006"],
+    }
     host = {"mechanism": "off", "ok": False, "error": "", "addresses": []}
     text = explain.explained(captured(connections=off, ztunnel=silent, exemption=host, annotation=None), 10_000.0)
     for words in (

@@ -1,0 +1,38 @@
+"""Dumps that change while they are read, again and again."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from agent.core.errors import StaleError
+from agent.core.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, Message
+from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.rtnetlink import RouteSocket
+
+
+@pytest.fixture(autouse=True)
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = NetlinkSocket._answers
+
+    def answers(sock: NetlinkSocket, operation: str, sequence: int) -> Iterator[Message]:
+        found = list(answered(sock, operation, sequence)) or [Message(0, 0, sequence, 0, b"")]
+        return (replace(one, flags=one.flags | NLM_F_DUMP_INTR) for one in found)
+
+    monkeypatch.setattr(NetlinkSocket, "_answers", answers)
+
+
+def test_addresses_are_taken_as_they_were_read_last() -> None:
+    route = RouteSocket()
+    assert any(one.address.is_loopback for one in route.held_addresses())
+    route.close()
+
+
+def test_elsewhere_it_is_an_error() -> None:
+    strict = NetlinkSocket(socket.NETLINK_ROUTE)
+    with pytest.raises(StaleError, match="kept changing"):
+        strict.request("read addresses", 22, NLM_F_DUMP, bytes(8))  # RTM_GETADDR
+    strict.close()
