@@ -131,7 +131,8 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     if not ours and not captured:
         return False
     if note is None or not captured:
-        raise SluiceError("no note tells what its rules have to do; left as it is, see sluice uncapture")
+        free = f"sluice uncapture --all --netns {target.netns.origin}"
+        raise SluiceError(f"no note tells what its rules have to do; left as it is, `{free}` takes them away")
     old = recorded.load(settings.run_dir)
     row.mechanism = ours[0] if ours else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
     decision = decide(note.pod, settings)

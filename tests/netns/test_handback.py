@@ -196,12 +196,18 @@ def test_only_shown_it_changes_nothing(
     assert pod.dump() == before and (tmp_path / "netns" / "uid-1").exists()
 
 
-def test_a_pod_that_nobody_noted_is_left_as_it_is(pod: Pod, choice: str, tmp_path: Path) -> None:
+def test_a_pod_that_nobody_noted_is_left_as_it_is_and_the_command_is_named_that_frees_it(
+    pod: Pod, choice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settle(pod.target, Redirect(), layers(choice))
     pod.reopen()
     before = pod.dump()
     assert give_back(pod, tmp_path) == 1
     assert pod.dump() == before
+    command = f"sluice uncapture --all --netns {pod.path}"
+    assert f"`{command}`" in capsys.readouterr().out
+    assert main([*command.split()[1:], "--run-dir", str(tmp_path)]) == 0
+    assert give_back(pod, tmp_path) == 0
 
 
 def test_a_pod_that_the_settings_do_not_want_captured_is_left_as_it_is(

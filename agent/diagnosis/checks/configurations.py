@@ -27,8 +27,10 @@ _RENAMED = (".cilium_bak", ".cilium_backup")
 
 def _configuration(facts: Facts) -> Iterator[Said]:
     cni = facts.cni
-    first = next((one for one in cni.files if one.types), None)
     ours = [one.name for one in cni.files if one.ours]
+    # A list of istio-cni's own stays before ours (install.planning), which the verdict's remarks tell.
+    followed = [one for one in cni.files if ours and not one.ours and "istio-cni" in one.types]
+    first = next((one for one in cni.files if one.types and one not in followed), None)
     if cni.managed == "off" and not ours:
         yield ok("cni_install is off and no list has our plugin: another means announces pods")
         return

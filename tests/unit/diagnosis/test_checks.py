@@ -34,6 +34,7 @@ STATUS: dict[str, Any] = {
 }  # fmt: skip
 POD = Pod("shop/web", "/run/sluice/netns/u1", True, ("nftables",), addresses=("10.0.0.2", "fd00::2"))
 OURS = Listed("02-sluice.conflist", ("ptp", "sluice-cni"), True)
+ISTIOS = Listed("02-istio-cni.conflist", ("ptp", "istio-cni"))
 PRIMARY = Listed("10-kindnet.conflist", ("ptp", "portmap"))
 CNI = Cni(
     "own", "/etc/cni/net.d", "containerd says so", "/opt/cni/bin", "containerd says so", (OURS, PRIMARY),
@@ -142,6 +143,8 @@ CASES: list[tuple[str, str, Facts, Verdict, str]] = [
     ("cni-configuration", "refused", cni(verdict=planning.Verdict(error="10-x: not JSON")), WRONG, "not JSON"),
     ("cni-configuration", "directory hidden", cni(error="/etc/cni/net.d: Permission denied"), WRONG, "Permission"),
     ("cni-configuration", "remarks", cni(verdict=replace(CNI.verdict, remarks=("not used: 01-x",))), WARNING, "01-x"),
+    ("cni-configuration", "istio-cni's own first", cni(files=(ISTIOS, OURS, PRIMARY)), OK, "02-sluice.conflist: ptp"),
+    ("cni-configuration", "istio-cni's own alone", cni(files=(ISTIOS, PRIMARY)), WRONG, "sluice-cni is not"),
     ("cni-configuration", "by other means", cni(managed="off", files=(PRIMARY,)), OK, "cni_install is off"),
     ("cni-primary", "Cilium renamed ours", cni(view=View({"02-sluice.conflist.cilium_bak": b""})), WRONG, "cilium_bak"),
     ("cni-primary", "two primaries", cni(files=(OURS, PRIMARY, Listed("20-x.conf", ("flannel",)))), WARNING, "20-x"),
