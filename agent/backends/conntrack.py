@@ -4,8 +4,8 @@ Rules redirect a connection by its conntrack entry. When conntrack forgets the e
 packet belongs to no connection any more: an answer 61 s after the question's FIN never arrives. So the timeouts of the
 pod's namespace are raised, never lowered, to LEAST. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
 
-The raised value contains the pod's own one, as base + own. So removal can put it back without a note of it, and what
-was raised is known as ours. There are no notifications of these values; they are read each time.
+The raised value contains the pod's own one, as base + own, so removal can put it back without a note. There are no
+notifications of these values; they are read each time.
 """
 
 from __future__ import annotations
@@ -53,11 +53,6 @@ class Have:
 
     seconds: tuple[tuple[str, int], ...] = ()
     refused: str = ""
-
-    @property
-    def ours(self) -> bool:
-        """Whether anything is as we would have raised it."""
-        return any(own(name, seconds) != seconds for name, seconds in self.seconds)
 
 
 class ConntrackBackend:

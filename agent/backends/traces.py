@@ -24,8 +24,6 @@ def of_layer(name: str, have: Any) -> Whose:
             return of_tables(have.tables)
         case "iptables" | "iptables-legacy":
             return of_families(held.families)
-        case "conntrack":
-            return Whose.OURS if have.ours else Whose.NOBODYS
         case "ebpf":  # in a directory of our own, of what nobody else knows
             return Whose.OURS if state.plan(None, have) else Whose.NOBODYS
     return Whose.NOBODYS

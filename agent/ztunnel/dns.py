@@ -26,7 +26,7 @@ from agent.ztunnel.original import Address
 from agent.ztunnel.pod import Pod, now
 from agent.ztunnel.upstream import keep_source
 
-MOST = 4096  # flows of a pod, and queries without an answer; the oldest flow then makes room
+MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes room, if possible an idle one
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
 _ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
 _LARGEST = 65535
@@ -48,7 +48,9 @@ class Resolver:
     def __init__(self, pod: Pod, conntrack: Conntrack) -> None:
         """Takes over `conntrack`, made inside the pod's namespace."""
         self.pod, self._conntrack = pod, conntrack
-        self.flows: dict[tuple[Address, Address], Flow] = {}  # the one that was asked last comes last
+        # The one that was asked last comes last; `idle` are those without a query that waits.
+        self.flows: dict[tuple[Address, Address], Flow] = {}
+        self.idle: dict[Flow, None] = {}
         self.waiting = 0
 
     def receive(self, listener: socket.socket) -> None:
@@ -77,7 +79,8 @@ class Resolver:
         self.flows[client, target] = flow
         flow.send(datagram)
         while len(self.flows) > MOST or self.waiting > MOST:
-            next(iter(self.flows.values())).end("error", f"more than {MOST} newer ones")
+            spare = self.idle if self.idle and self.waiting <= MOST else self.flows.values()
+            next(iter(spare)).end("error", f"more than {MOST} newer ones")
 
     def original(self, listener: socket.socket, client: Address) -> tuple[Address | None, bool]:
         """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError.
@@ -168,6 +171,7 @@ class Flow:
         """`close` and `error` are recorded of the queries that wait."""
         pod = self._resolver.pod
         self._resolver.flows.pop((self._client, self._target), None)
+        self._resolver.idle.pop(self, None)
         for number in tuple(self._waiting):
             self._settle(number, 0, close, error)
         for deadlines in (pod.engine.queries, pod.engine.answered):
@@ -207,6 +211,9 @@ class Flow:
             deadlines.settle(self)
         (pod.engine.queries if self._waiting or self._sent else pod.engine.answered).add(self)
         (pod.live.add if self._waiting else pod.live.discard)(self)
+        self._resolver.idle.pop(self, None)
+        if not self._waiting:
+            self._resolver.idle[self] = None
 
     def _event(self, mask: int) -> None:
         if mask & poller.READ:
