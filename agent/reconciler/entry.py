@@ -78,7 +78,10 @@ class Entry:
     def noted(
         self, journal: Journal, pod: Pod, want: Redirect | None, done: Settled, cause: str, seconds: float
     ) -> None:
-        """What a pass made of `want`. It was a repair if that was the want before; `cause` made it necessary."""
+        """What a pass made of `want`. It was a repair if that was the want before; `cause` made it necessary.
+
+        A plan without differences is no repair: nobody changed anything, as when another ztunnel listens in the pod.
+        """
         drifted = self.want is not None and self.want == want
         cause = (cause or "unknown") if drifted else ""
         for plan in done.applied:
@@ -86,7 +89,7 @@ class Entry:
                 self.repairs.append(Repair(time.time(), plan.backend, plan.differences, cause, seconds))
                 if self.contention.repaired(time.monotonic()):
                     journal.contended(pod, cause, done.remarks)
-            journal.applied(pod, plan.backend, plan.differences, seconds, cause)
+            journal.applied(pod, plan.backend, plan.differences, seconds, cause if plan.differences else "")
 
     def take_cause(self) -> tuple[str, float]:
         """(who, when noticed) for the pass that begins; what is told from now on is for the next one."""

@@ -98,7 +98,7 @@ def _committer(message: Message) -> str:
     pid = int.from_bytes(parts.get(2, b""))
     if exec.is_ours(pid):
         return ""
-    name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+    name = printable(parts.get(3, b"").rstrip(b"\0").decode(errors="replace"))
     return f"{name or 'unknown'}[{pid}]"
 
 
