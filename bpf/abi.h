@@ -38,6 +38,7 @@ enum policy_kind {
 	POLICY_RESOLVER, /* where DNS is captured, when not everywhere */
 	POLICY_ROUTE, /* networks by route; the verdict says whether an excluded interface leads there */
 	POLICY_INTERFACE, /* interface index, 32 bits; the verdict is an interface_role */
+	POLICY_REACH, /* networks by route, where a family has no default route; the verdict says whether there is a way */
 	POLICY_KINDS,
 };
 

@@ -8,6 +8,7 @@
 #define UDP_TRIES 8
 #define SOL_SOCKET 1
 #define SO_BINDTODEVICE 25
+#define TCP_SYNCNT 7
 #define LO 1 /* index of lo, in every namespace */
 
 struct sockaddr4 {
@@ -68,6 +69,24 @@ static __always_inline void note_query(struct bpf_sock_addr *ctx, const struct p
 	bpf_map_update_elem(&resolvers, &query, &resolver, BPF_ANY);
 }
 
+/* Nobody seems to listen there, and the kernel sends no RST to ::1: it looks for a route by the interface of the pod's
+ * address. So ztunnel's connect ends by itself, soon (events.bpf.c); a listener behind a rule of the pod's has answered long
+ * before.
+ */
+static __always_inline void give_up_soon(struct bpf_sock_addr *ctx, struct memory *memory, const struct address *to, __u16 port)
+{
+	struct bpf_sock_tuple tuple = {.ipv6.saddr[3] = bpf_htonl(1), .ipv6.dport = port};
+	__builtin_memcpy(tuple.ipv6.daddr, to, sizeof(*to));
+	struct bpf_sock *listener = bpf_skc_lookup_tcp(ctx, &tuple, sizeof(tuple.ipv6), BPF_F_CURRENT_NETNS, 0);
+	if (listener) {
+		bpf_sk_release(listener);
+		return;
+	}
+	int once = 1;
+	if (!bpf_setsockopt(ctx, IPPROTO_TCP, TCP_SYNCNT, &once, sizeof(once)))
+		memory->port = HASTY;
+}
+
 static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct address *to, struct address *through, __u16 *port)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
@@ -81,13 +100,23 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 	if (by_ztunnel(sk)) {
 		struct memory *memory = remembered(sk);
 		count(EXIT_ZTUNNEL);
-		if (memory && memory->kind == MEMORY_SPEAKS_AS)
+		if (memory && memory->kind == MEMORY_SPEAKS_AS) {
+			if (!ipv4 && protocol == IPPROTO_TCP)
+				give_up_soon(ctx, memory, to, asked);
 			return 1;
+		}
 		return remember(sk, MEMORY_ZTUNNEL, to, asked);
 	}
 	struct answer answer = outbound(pod, protocol, to, asked, bpf_get_current_uid_gid());
 	if (answer.verdict == TO_DNS && protocol == IPPROTO_UDP && answers_client(ctx, cookie, to))
 		answer = ANSWER(PASS, EXIT_NOT_TCP);
+	/* Without a way the kernel says so itself, and the application takes the next address. Should it find one after all,
+	 * the guard at the interface drops the SYN.
+	 */
+	if (answer.verdict == TO_ZTUNNEL && !listed(pod, POLICY_REACH, to, 128, 1)) {
+		forget(sk);
+		return 1;
+	}
 	count(answer.cause);
 	if (answer.verdict == PASS) {
 		if (answer.cause == EXIT_EXCLUDED_USER)

@@ -44,6 +44,16 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 		bpf_map_delete_elem(&handover, &key);
 }
 
+/* Jiffies until the SYN is sent again: 25 to 250 ms. It is once, and then takes twice as long to fail. */
+#define SOON 25
+
+static __always_inline void first_timeout(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct memory *memory = remembered(sk);
+	if (memory && memory->kind == MEMORY_SPEAKS_AS && memory->port == HASTY)
+		ctx->reply = SOON;
+}
+
 SEC("sockops") int socket_events(struct bpf_sock_ops *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
@@ -53,6 +63,8 @@ SEC("sockops") int socket_events(struct bpf_sock_ops *ctx)
 		begun(ctx, sk);
 	else if (ctx->op == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
 		accepted(ctx, sk);
+	else if (ctx->op == BPF_SOCK_OPS_TIMEOUT_INIT)
+		first_timeout(ctx, sk);
 	return 1;
 }
 

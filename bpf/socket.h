@@ -26,6 +26,8 @@ static __always_inline void write6(struct bpf_sock_addr *ctx, const struct addre
 	FIELD(ctx->user_port) = port;
 }
 
+#define HASTY 1 /* as the port of a MEMORY_SPEAKS_AS that has none: its connect is to end soon if nobody answers */
+
 /* The mark alone proves nothing: an application with CAP_NET_ADMIN can set it, too. */
 static __always_inline int by_ztunnel(struct bpf_sock *sk)
 {

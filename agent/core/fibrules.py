@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from agent.core import names
 from agent.core.netlink import attributes
 
 HEADER = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, -, -, action, flags
@@ -47,6 +48,12 @@ class FibRule:
     def plain(self) -> bool:
         """Whether it selects by its mark alone."""
         return not (self.inverted or self.iif or self.oif or self.others)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it leads to a table that the kernel has not made, and is not selected by our mark."""
+        ours = self.plain and (self.mark, self.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
+        return self.table not in _TABLES and not ours
 
     def __str__(self) -> str:
         """As ip rule prints it, more or less."""

@@ -31,13 +31,15 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """`addresses`: all, in the kernel's order. `forwards`: between interfaces other than lo."""
+    """`addresses`: all, in the kernel's order. `forwards`: between interfaces other than lo. `elsewhere`: policy rules
+    lead to other tables than that of `routes`."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     forwards: bool = False
     loopback4: bool = True
+    elsewhere: bool = False
 
     def indexes(self, names: Iterable[str]) -> frozenset[int]:
         """Of the interfaces that are there."""
@@ -45,9 +47,10 @@ class Wiring:
         return frozenset(link.index for link in self.links if link.name in wanted)
 
     def own(self, version: int) -> Address | None:
-        """The address that the pod speaks with, of one family."""
-        usable = (a for a in self.addresses if a.version == version and not a.is_loopback and not a.is_link_local)
-        return next(usable, None)
+        """The address that the pod speaks with, of one family. IPv4 may have a link-local one alone (EKS with IPv6)."""
+        usable = [a for a in self.addresses if a.version == version and not a.is_loopback]
+        fallback = usable[0] if usable and version == 4 else None
+        return next((a for a in usable if not a.is_link_local), fallback)
 
     def link_local(self) -> Address | None:
         """The first of IPv6."""

@@ -104,7 +104,8 @@ class PodNetns:
         routes = tuple(route for family in ((4, 6) if ipv6 else (4,)) for route in self.route.main_routes(family))
         addresses = tuple(one.address for one in self.route.held_addresses())
         forwards = len(links) > 1 and self.netns.call(_forwards)
-        found = Wiring(links, addresses, routes, forwards, self.facts().loopback4)
+        elsewhere = any(rule.elsewhere for rule in self.route.rules(ipv6=ipv6))
+        found = Wiring(links, addresses, routes, forwards, self.facts().loopback4, elsewhere)
         self._wiring = (mark, found)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import select
 import socket
@@ -219,6 +220,41 @@ def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> No
             app.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
             with user(65534), pytest.raises(PermissionError):
                 app.connect(there("IPv4"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_a_pod_that_masquerades_all_it_sends(node: Stage, kind: str) -> None:
+    """By lo as well: the connection comes to ztunnel from another address than the socket has."""
+    node.pod.sh(
+        "for family in ip ip6; do nft add table $family vpn; nft add chain $family vpn p "
+        "'{ type nat hook postrouting priority 100; }'; nft add rule $family vpn p masquerade; done"
+    )
+    try:
+        with node.pod.make(kind) as app:
+            app.connect(there(kind))
+            with accepted(node.ztunnel.outbound) as inner:
+                assert original(inner, family(kind)) == (PEER[family(kind)], APP)
+                carries(app, inner)
+    finally:
+        node.pod.sh("nft delete table ip vpn; nft delete table ip6 vpn")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_way_the_kernel_says_so_at_once(node: Stage, kind: str) -> None:
+    version = family(kind)
+    far = {4: "203.0.113.1", 6: "2001:db8:77::1"}
+    node.pod.sh(f"ip -{version} route del default")
+    node.settle()
+    with node.pod.make(kind) as app, pytest.raises(OSError, match="Network is unreachable"):
+        app.connect(there(kind, far))
+    with node.pod.make(kind) as app:  # what is on the pod's own network is there all the same
+        app.connect(there(kind))
+        both_ends(node, kind, app)
+    node.pod.sh(f"ip -{version} route add default via {PEER[version]}")
+    node.settle()
+    with node.pod.make(kind) as app:
+        app.connect(there(kind, far))
+        both_ends(node, kind, app, far)
 
 
 @contextlib.contextmanager
@@ -499,6 +535,33 @@ def test_the_application_sees_the_client(node: Stage, client: str, mapped: bool)
                 assert plain(seen) == plain(app.getpeername()) == plain(ztunnel.getsockname()) == (client, used)
                 assert plain(app.getsockname()) == plain(ztunnel.getpeername()) == (POD[version], port)
                 carries(ztunnel, app)
+
+
+@pytest.mark.parametrize(("client", "error"), [(PEER[4], errno.ECONNREFUSED), (PEER[6], errno.ETIMEDOUT)])
+def test_where_nobody_listens_the_connect_ends(node: Stage, client: str, error: int) -> None:
+    """The kernel has no way for a RST to ::1. ETIMEDOUT is its own time-out, the one of the socket has no number."""
+    with pytest.raises(OSError) as failed:
+        speaking(node, client, 9)
+    assert failed.value.errno == error
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_application_behind_a_rule_of_its_pod_is_reached(node: Stage, version: int) -> None:
+    """A look for a listener on the port does not find it."""
+    with listening(node, version, False) as server:
+        port, family = server.getsockname()[1], {4: "ip", 6: "ip6"}[version]
+        place = POD[4] if version == 4 else f"[{POD[6]}]"
+        node.pod.sh(
+            f"nft add table {family} own; nft add chain {family} own o '{{ type nat hook output priority -100; }}'; "
+            f"nft add rule {family} own o tcp dport 9 dnat to {place}:{port}"
+        )
+        try:
+            with speaking(node, PEER[version], 9) as ztunnel:
+                app, _ = server.accept()
+                with app:
+                    carries(ztunnel, app)
+        finally:
+            node.pod.sh(f"nft delete table {family} own")
 
 
 def listening(node: Stage, version: int, mapped: bool) -> socket.socket:

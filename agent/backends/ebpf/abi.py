@@ -54,6 +54,7 @@ class PolicyKind(IntEnum):
     RESOLVER = 6
     ROUTE = 7
     INTERFACE = 8
+    REACH = 9
 
 
 class InterfaceRole(IntEnum):

@@ -13,9 +13,10 @@ from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import InterfaceRole, Pod, PodFlag, PolicyKind, Prefix
 from agent.core.exclusions import Range
 from agent.core.redirect import Redirect
-from agent.core.wiring import Wiring
+from agent.core.wiring import Network, Wiring
 
 _MAPPED = 96  # bits before an IPv4 address in ::ffff:a.b.c.d
+_ALL4, _ALL6 = ip_network("0.0.0.0/0"), ip_network("::/0")
 _NETWORKS = (PolicyKind.TO, PolicyKind.FROM, PolicyKind.ROUTE)
 
 
@@ -96,11 +97,25 @@ def _prefixes(redirect: Redirect, wiring: Wiring, spoken: set[Any]) -> Iterator[
     if excluded:
         for found, index in wiring.by_network().items():
             yield _network(PolicyKind.ROUTE, found, int(index in excluded))
+    for found, index in _ways(redirect, wiring).items():
+        yield _network(PolicyKind.REACH, found, int(index > 0))
     for role, indexes in (
         (InterfaceRole.VIRTUAL, wiring.indexes(redirect.virtual_interfaces) - excluded),
         (InterfaceRole.EXCLUDED, excluded),
     ):
         yield from (_number(PolicyKind.INTERFACE, index, 32, 32, role) for index in indexes)
+
+
+def _ways(redirect: Redirect, wiring: Wiring) -> dict[Network, int]:
+    """Network -> interface, 0 where there is no way; nothing where every captured family has a default route.
+
+    With policy rules of its own the pod's main table does not tell.
+    """
+    found = wiring.by_network()
+    captured = [default for default, on in ((_ALL4, redirect.ipv4), (_ALL6, redirect.ipv6)) if on]
+    if wiring.elsewhere or all(found.get(default) for default in captured):
+        return {}
+    return {_ALL4: 0, _ALL6: 0} | found
 
 
 def _apart(found: set[Prefix]) -> set[Prefix]:

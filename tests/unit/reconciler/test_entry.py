@@ -11,7 +11,8 @@ from agent.reconciler.settle import Applied, Settled
 def noted(*differences: str) -> tuple[Entry, Mock]:
     entry, journal, pod = Entry(), Mock(), Mock(spec=Pod)
     entry.want = Redirect()
-    entry.noted(journal, pod, Redirect(), Settled([Applied("ebpf", "map listeners: 1 outbound 0 = socket 5", differences)]), "", 0.01)
+    done = Settled([Applied("ebpf", "map listeners: 1 outbound 0 = socket 5", differences)])
+    entry.noted(journal, pod, Redirect(), done, "", 0.01)
     return entry, journal
 
 

@@ -226,3 +226,35 @@ def test_a_pod_that_drains_takes_nothing_new_and_still_speaks_for_clients() -> N
     found, whole = compiled(Redirect(draining=True, refuse_non_tcp=True)), compiled(Redirect(refuse_non_tcp=True))
     assert whole.pod.flags & takes == takes and not found.pod.flags & takes
     assert replace(found.pod, flags=whole.pod.flags) == whole.pod and found.links == whole.links
+
+
+# --- where there is a way
+
+
+def reach(wiring: Wiring, address: str, redirect: Redirect = Redirect()) -> int:  # noqa: B008
+    return verdict(compiled(redirect, wiring), PolicyKind.REACH, abi.address(ip_address(address)), none=1)
+
+
+def test_without_a_default_route_only_the_listed_networks_are_reached() -> None:
+    routes = (*WIRING.routes[:3], Route(ip_network("fe80::/64"), 2, 256), Route(ip_network("fd00:9::/64"), 0, 1))
+    wiring = replace(WIRING, routes=routes)
+    found = {one: reach(wiring, one) for one in ("2001:db8::1", "fe80::9", "fd00:9::1", "192.0.2.1", "10.1.0.9")}
+    assert found == {"2001:db8::1": 0, "fe80::9": 1, "fd00:9::1": 0, "192.0.2.1": 1, "10.1.0.9": 1}
+
+
+def test_two_halves_are_a_default_route() -> None:
+    wiring = replace(WIRING, routes=(Route(ip_network("::/1"), 2, 1), Route(ip_network("8000::/1"), 2, 1)))
+    assert reach(wiring, "2001:db8::1") == reach(wiring, "fd00::1") == 1 and reach(wiring, "192.0.2.1") == 0
+
+
+def test_nothing_is_said_where_the_main_table_does_not_tell() -> None:
+    kind = 1 << PolicyKind.REACH
+    assert not compiled().pod.has & kind, "both families have a default route"
+    assert not compiled(wiring=replace(WIRING, routes=(), elsewhere=True)).pod.has & kind
+    assert not compiled(Redirect(ipv6=False), replace(WIRING, routes=WIRING.routes[:1])).pod.has & kind
+
+
+def test_a_link_local_address_of_ipv4_is_the_pods_where_there_is_no_other() -> None:
+    local = IPv4Address("169.254.172.2")
+    assert compiled(wiring=Wiring(addresses=(local, LINK6, POD6))).pod.own4 == local
+    assert compiled(wiring=Wiring(addresses=(local, LINK6, POD4))).pod.own4 == POD4

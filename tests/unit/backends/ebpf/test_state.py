@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any, cast
 
 import pytest
@@ -29,11 +29,12 @@ from agent.backends.ebpf.ztunnels import Listener, Role
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 from agent.core.sockets import TcpSocket
-from agent.core.wiring import Link, Wiring
+from agent.core.wiring import Link, Route, Wiring
 from agent.kernel.bpflink import LinkInfo
 
 COOKIE = 99
-WIRING = Wiring(links=(Link(2, "eth0"),), addresses=(ip_address("10.0.0.5"),))
+ROUTES = tuple(Route(ip_network(default), 2, 0) for default in ("0.0.0.0/0", "::/0"))
+WIRING = Wiring(links=(Link(2, "eth0"),), addresses=(ip_address("10.0.0.5"),), routes=ROUTES)
 PLAIN, PORTS = Redirect(), Redirect(exclude=Exclusions(outbound_ports=((80, 82),)))
 NETWORKS = Redirect(exclude=Exclusions(outbound_networks=("10.0.0.0/8",)))
 LINKS: dict[str, Program] = {"lookup": objects.LOOKUP, "ingress-2": objects.INGRESS, "egress-2": objects.EGRESS}
@@ -173,4 +174,4 @@ def test_the_plan_is_text_for_people() -> None:
     text = str(plan(PORTS, Have(COOKIE, WIRING, offered=synced(PORTS).offered)))
     for part in ("map policies:", "bpftool prog loadall lookup.bpf.o", "map pods: 99 =", "10.0.0.5", "socket 11"):
         assert part in text
-    assert state.words(entries(PLAIN, Wiring(), COOKIE).pod).endswith("no address")
+    assert state.words(entries(PLAIN, Wiring(routes=ROUTES), COOKIE).pod).endswith("no address")
