@@ -42,6 +42,13 @@ class Transaction:
 
 
 @dataclass(frozen=True, slots=True)
+class Printed:
+    """What nft prints of a table with these flags, once its owner has ended, nft can read; or nft is not installed."""
+
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A program is installed."""
 
@@ -63,7 +70,7 @@ class Ebpf:
     name: str
 
 
-Trial = HasIpv6 | PolicyRule | Transaction | Program | Restored | Ebpf
+Trial = HasIpv6 | PolicyRule | Transaction | Printed | Program | Restored | Ebpf
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,13 @@ def _nftables() -> Iterator[Need]:
         ),
     ):
         yield Need(name, Transaction(commands), words, loss, "nf_tables, inet")
+    yield Need(
+        "owned tables in nft",
+        Printed(OWNER | PERSIST),
+        "a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
+        "while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; `nft -j` breaks off",
+        "owned tables",
+    )
 
 
 def _rule(table: Table, hook: Hook, expressions: bytes) -> Iterator[Command]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.backends.ebpf import needs as ebpf
-from agent.backends.needs import Ebpf, HasIpv6, Need, PolicyRule, Program, Restored, Transaction, needs
+from agent.backends.needs import Ebpf, HasIpv6, Need, PolicyRule, Printed, Program, Restored, Transaction, needs
+from agent.backends.nftables.rendering import table_command
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.kernel import exec, scratch, xtables
@@ -88,6 +89,8 @@ def _try(need: Need, bpf_dir: str) -> None:
         case Transaction(commands):
             with contextlib.closing(NftSocket()) as nft:
                 nft.commit(f"try {need.name}", commands, None)
+        case Printed(flags):
+            _print(flags)
         case Ebpf(name):
             ebpf.attempt(name, bpf_dir)
         case Program(name):
@@ -95,3 +98,11 @@ def _try(need: Need, bpf_dir: str) -> None:
                 raise SluiceError(f"{name} is not installed")
         case Restored(program, script):
             exec.run([program, "--noflush"], stdin=script, env=xtables.LOCK, seconds=10)
+
+
+def _print(flags: int) -> None:
+    if shutil.which("nft", path=exec.PATH) is None:
+        return
+    with contextlib.closing(NftSocket()) as nft:
+        nft.commit("make a table", (table_command("sluice-try", flags),), None)
+    exec.run(["nft", "--check", "-f", "-"], stdin=exec.run(["nft", "list", "ruleset"], seconds=10).stdout, seconds=10)

@@ -20,6 +20,7 @@ from agent.core import names, tags
 from agent.core.fibrules import TO_TABLE, FibRule
 from agent.core.netlink import attributes
 from agent.core.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
+from agent.core.plan import Foreign
 
 _WORDS = {NFPROTO_INET: "inet", NFPROTO_IPV4: "ip", NFPROTO_IPV6: "ip6"}
 _HOOKS = frozenset(HOOK_NUMBER.values())
@@ -68,7 +69,7 @@ def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[st
         return ()
     heads = {(head.family, head.name): head for head in ruleset.tables}
     return tuple(
-        one.words
+        Foreign(one.words)
         for one in suspects
         if (ipv6 or one.family != NFPROTO_IPV6)
         and _before(one, heads.get((one.family, one.table)), heads.get((family or one.family, table)))
@@ -188,4 +189,4 @@ def _bits(rule: FibRule) -> int:
 
 
 def words(rule: FibRule) -> str:
-    return f"policy rule of IPv{rule.family} with preference {rule.preference}: {rule}"
+    return Foreign(f"policy rule of IPv{rule.family} with preference {rule.preference}: {rule}")

@@ -11,6 +11,10 @@ from typing import Generic, TypeVar
 P = TypeVar("P")
 
 
+class Foreign(str):
+    """A remark on something of others that comes before ours and takes what ours is for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step(Generic[P]):
     """One atomic change: its script as a person would write it, and what the backend sends for it."""

@@ -16,7 +16,7 @@ from agent.core.redirect import Redirect
 from agent.core.sockets import TcpSocket
 from agent.kernel.podnetns import Facts, PodNetns
 from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside, Proxied
-from agent.reconciler.settle import Settled, remarks, settle, settle_each, verify, verify_each
+from agent.reconciler.settle import Settled, in_the_way, settle, settle_each, verify, verify_each
 from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching, Wants
 
 log = logging.getLogger("sluice.enrolment")
@@ -190,7 +190,7 @@ class Enrolment:
 
     def _foreign(self, target: PodNetns, want: Redirect, wants: Wants) -> tuple[str, ...]:
         """Rules before ours that take what ours are for, and whether a new connection gets to ztunnel."""
-        lines = remarks(target, wants)
+        lines = in_the_way(target, wants)
         if self._listening and not self._choice.by_socket and not want.draining:
             lines += self._listening.astray(target, want)
         return lines

@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.backends.base import Backend
 from agent.core.errors import KernelError, SluiceError, StaleError
+from agent.core.plan import Foreign
 from agent.core.redirect import Redirect
 from agent.core.text import shortened
 from agent.kernel.podnetns import PodNetns
@@ -91,10 +92,11 @@ def verify(
     return verify_each(target, [*((b, want) for b in active), *((b, None) for b in retired)])
 
 
-def remarks(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> tuple[str, ...]:
-    """What of others the layers remark on, which is no drift."""
+def in_the_way(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> tuple[str, ...]:
+    """What of others comes before the layers' rules and takes their traffic, which is no drift."""
     units = ((one, unit, want) for one, wanted in layers for unit, want in one.targets({target: wanted}).items())
-    return tuple(line for one, unit, want in units for line in one.plan(want, one.read(unit)).remarks)
+    lines = (line for one, unit, want in units for line in one.plan(want, one.read(unit)).remarks)
+    return tuple(line for line in lines if isinstance(line, Foreign))
 
 
 def verify_each(

@@ -21,14 +21,15 @@ from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
 from agent.backends.ebpf import trial
 from agent.backends.mechanisms import mechanisms
-from agent.backends.needs import Need, Program, Restored, Transaction
+from agent.backends.needs import Need, Printed, Program, Restored, Transaction
+from agent.backends.nftables.rendering import OWNER, PERSIST
 from agent.backends.preflight import attempt, examine, lacking
 from agent.backends.selftest import selftest, selftest_choice
 from agent.core.errors import SettingsError
 from agent.core.host import HostView, InKernel
 from agent.core.nftables import NEWTABLE, NFPROTO_INET, Command
 from agent.core.redirect import Redirect
-from agent.kernel import hostview
+from agent.kernel import exec, hostview
 from agent.kernel.exec import run
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.settle import settle, verify
@@ -175,6 +176,24 @@ def test_every_need_is_there_on_a_machine_that_captures(name: str) -> None:
         assert lacking(tried) == () and not node.pins.root.exists(), "and nothing is left"
     finally:
         node.close()
+
+
+@pytest.mark.parametrize(("ending", "read"), [("flags persist", True), ("flags ", False)])
+def test_an_nft_that_cannot_read_what_it_prints_is_named(
+    ending: str, read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What versions print of a table whose owner has ended: 1.1.3, and 1.0.6."""
+    program = tmp_path / "nft"
+    program.write_text(f"#!/bin/sh\n[ $1 = list ] && echo '{ending}' || grep -q persist\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(exec, "PATH", f"{tmp_path}:{exec.PATH}")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (one,) = (one for one in examine("nftables") if one.name == "owned tables in nft")
+    assert (one.present, one.lacking) == (read, False), one.words
+    assert "nft --check" in one.words + "nft --check" * read
+    program.unlink()
+    monkeypatch.setattr(exec, "PATH", str(tmp_path))
+    assert attempt(Need("x", Printed(OWNER | PERSIST), "do")) == "", "without nft nothing is printed"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from support.ztunnel import Place
 from agent.core import names
 from agent.core.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle, verify
+from agent.reconciler.settle import in_the_way, settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -98,7 +98,9 @@ def prepare(nodes: Pair, choice: str, script: str, *, before: bool) -> tuple[str
             run(["sh", "-ec", script], netns=nodes.pod.path)
     for again in (used, layers(choice)):
         assert verify(nodes.target, WANT, again) == {}, "remarks are no drift"
-    return settle(nodes.target, WANT, used).remarks
+    found = settle(nodes.target, WANT, used).remarks
+    assert in_the_way(nodes.target, [(one, WANT) for one in used]) == found
+    return found
 
 
 def arrival(ours: Place, port: int, client: Place, to: str, *others: socket.socket) -> str:

@@ -73,11 +73,12 @@ def _verified(facts: Facts) -> Iterator[Said]:
         words = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
         if row["result"] == "drift" and words:
             explain = f"sluice explain {_key(row)}; " if row["namespace"] else ""
-            yield wrong(
-                f"{_key(row)}: {words}",
-                "what is there is not what should be there, and the agent has not put it right yet",
-                f"{explain}sluice verify --all --repair",
-            )
+            cause = "what is there is not what should be there, and the agent has not put it right yet"
+            remedy = "sluice verify --all --repair"
+            if row["differences"] and all(line.startswith("foreign: ") for line in row["differences"]):
+                cause = "what somebody else has put before our rules takes new connections away from ztunnel"
+                remedy = "remove what it names from the pod"
+            yield wrong(f"{_key(row)}: {words}", cause, explain + remedy)
         elif row["result"] == "unknown":
             yield unknown(f"{_key(row)}: {row['error']}")
     yield ok(f"{len(rows)} compared with what should hold")
