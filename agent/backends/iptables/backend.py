@@ -15,7 +15,7 @@ from agent.backends import shadows
 from agent.backends.base import Support
 from agent.backends.iptables import bases, reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Payload, Restore
-from agent.backends.iptables.comparison import differences, same
+from agent.backends.iptables.comparison import differences, refuse_taken, same
 from agent.backends.iptables.reading import Have
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.netfilter import Hook, Table
@@ -82,6 +82,8 @@ class IptablesBackend:
         create: list[tuple[int, str, str]] = []
         for family, actual in have.held.families.items():
             wanted = rendering.render(want or _NOTHING, family)
+            if wanted.tables:
+                refuse_taken(actual)
             if same(wanted.tables, actual):
                 continue
             found += differences(family, wanted.tables, actual)

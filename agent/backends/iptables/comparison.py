@@ -7,8 +7,17 @@ from collections.abc import Iterator, Mapping
 from agent.backends.iptables.bases import WORD
 from agent.backends.iptables.reading import TABLES
 from agent.backends.iptables.rendering import XtTable
+from agent.core.errors import KernelError
 
 _NONE = XtTable()
+
+
+def refuse_taken(have: Mapping[str, XtTable]) -> None:
+    """Raises KernelError where our chains of one family cannot be made."""
+    for table, held in have.items():
+        if held.taken:
+            words = f"chain {held.taken[0]} of table {table} is somebody else's, as a sidecar's is: it leads to theirs"
+            raise KernelError("iptables-restore", 0, f"{words}; exclude the pod from capture, or take these rules out")
 
 
 def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from agent.backends.base import Support
 from agent.backends.iptables import legacy_reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Restore
-from agent.backends.iptables.comparison import differences, same
+from agent.backends.iptables.comparison import differences, refuse_taken, same
 from agent.backends.iptables.deeds import Deeds
 from agent.backends.iptables.legacy_reading import Found
 from agent.backends.iptables.reading import TABLES
@@ -92,6 +92,8 @@ class IptablesLegacyBackend:
         for family in FAMILIES:
             actual = have.families[family]
             wanted = rendering.render(want or _NOTHING, family)
+            if wanted.tables:
+                refuse_taken(actual)
             if not same(wanted.tables, actual):
                 found += differences(family, wanted.tables, actual)
                 script = rendering.script(family, wanted, actual)

@@ -55,11 +55,15 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     rules = tuple(entries(family, data, at))
     bases = _bases(info, rules)
     chains = {**_made(rules), **bases}
-    ours = [(chain, chains[chain]) for chain in _OURS if chain in chains]
+    named = {chain: chains[chain] for chain in _OURS if chain in chains}
+    taken = tuple(
+        chain for chain, held in named.items() if not any(map(_tag, held)) and any(rule.jump for rule in held)
+    )
+    ours = [(chain, held) for chain, held in named.items() if chain not in taken]
     tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in ours)
     deeds = tuple(tuple(rule.deed for rule in held) for _, held in ours)
     layout = without_counts(family, len(data), at)
-    table = XtTable(tagged, tuple(sorted(_jumps(chains))), tuple(sorted(bases)))
+    table = XtTable(tagged, tuple(sorted(_jumps(chains))), tuple(sorted(bases))).without(taken)
     return Found(table, deeds, info, layout, layout.unpack(data))
 
 

@@ -75,7 +75,16 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
         for rule in rules
         if (target := _jump_target(rule)) in _OURS
     ]
-    return XtTable(tuple(ours), tuple(sorted(jumps)))
+    taken = (name for name, held in ours if not any(held) and any(_leads_on(rule) for rule in chains[name]))
+    return XtTable(tuple(ours), tuple(sorted(jumps))).without(tuple(taken))
+
+
+def _leads_on(rule: dict[int, bytes]) -> bool:
+    """Whether a rule goes on in another chain."""
+    verdicts = (
+        dict(attributes(data.get(2, b""))).get(2, b"") for name, data in _expressions(rule) if name == "immediate"
+    )
+    return any(2 in dict(attributes(verdict)) for verdict in verdicts)  # NFTA_VERDICT_CHAIN
 
 
 def _expressions(rule: dict[int, bytes]) -> Iterable[tuple[str, dict[int, bytes]]]:

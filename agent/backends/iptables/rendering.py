@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -24,7 +24,9 @@ class XtTable:
 
     A chain is (name, tags), a jump (base chain, our chain, tag); a tag is "" for a rule without one.
     On what was read: `bases` are the base chains that are there, `idle` those of them that we made and that
-    hold nothing, `marked` says that we made the table, `bare` that it holds nothing but idle chains.
+    hold nothing, `marked` says that we made the table, `bare` that it holds nothing but idle chains. `taken` are chains
+    of our names that are somebody else's, and stand nowhere else here: ours and istio-cni's lead to no other chain,
+    those of a sidecar (istio-init) do.
     """
 
     chains: tuple[tuple[str, tuple[str, ...]], ...] = ()
@@ -33,6 +35,12 @@ class XtTable:
     idle: tuple[str, ...] = ()
     marked: bool = False
     bare: bool = False
+    taken: tuple[str, ...] = ()
+
+    def without(self, taken: tuple[str, ...]) -> XtTable:
+        """The same where these chains are somebody else's."""
+        chains = tuple(one for one in self.chains if one[0] not in taken)
+        return replace(self, chains=chains, jumps=tuple(one for one in self.jumps if one[1] not in taken), taken=taken)
 
 
 @dataclass(frozen=True, slots=True)
