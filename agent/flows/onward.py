@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from agent.flows import ending
 from agent.flows.flow import Flow
+from agent.flows.mirror import TAKES_OUTBOUND
 from agent.flows.record import Connection, How
 
 
@@ -16,19 +17,20 @@ class Onward:
     """Captured outbound connections that have ended and that nothing was found for yet."""
 
     def __init__(self) -> None:
-        # By the remote address alone: what has reset itself has no remote port any more.
+        # By the remote address alone: what has reset itself has no remote port any more. "" where it is hidden.
         self._ended: dict[str, dict[int, Connection]] = {}
         self._known: dict[str, dict[int, Flow]] = {}  # what ztunnel surely made, for one that is still to end
 
     def ended(self, flow: Flow, record: Connection) -> None:
         if not flow.mirror or not flow.active:
             return
-        known = self._known.get(flow.remote[0], {})
-        for cookie, one in known.items():
-            if _fits(one, record, loosely=False):
-                del known[cookie]
-                return
-        self._ended.setdefault(flow.remote[0], {})[flow.cookie] = record
+        hidden = is_hidden(flow)
+        for known in list(self._known.values()) if hidden else [self._known.get(flow.remote[0], {})]:
+            for cookie, one in known.items():
+                if _fits(one, record, loosely=False):
+                    del known[cookie]
+                    return
+        self._ended.setdefault("" if hidden else flow.remote[0], {})[flow.cookie] = record
 
     def made(self, flow: Flow) -> None:
         """One that is known to be ztunnel's has ended."""
@@ -40,25 +42,31 @@ class Onward:
 
         `loosely`: the last FIN need not have come, see ending.received. To be asked after all others had their turn.
         """
-        found = self._ended.get(flow.remote[0], {})
-        for cookie, record in found.items():
-            if _fits(flow, record, loosely=loosely):
-                del found[cookie]
-                return True
+        for found in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
+            for cookie, record in found.items():
+                if _fits(flow, record, loosely=loosely):
+                    del found[cookie]
+                    return True
         return False
 
     def forget(self, flow: Flow) -> None:
         for table in (self._ended, self._known):
-            found = table.get(flow.remote[0])
-            if found is not None:
-                found.pop(flow.cookie, None)
-                if not found:
-                    del table[flow.remote[0]]
+            for address in (flow.remote[0], ""):
+                if (found := table.get(address)) is not None:
+                    found.pop(flow.cookie, None)
+                    if not found:
+                        del table[address]
+
+
+def is_hidden(flow: Flow) -> bool:
+    """Whether its socket does not show whom the application asked for: where eBPF captures, it has ztunnel's port."""
+    return flow.remote[1] in TAKES_OUTBOUND
 
 
 def _fits(flow: Flow, record: Connection, *, loosely: bool) -> bool:
     info = flow.report.info
-    if flow.remote[1] != record.remote[1] and flow.remote[1] and record.remote[1]:
+    known = flow.remote[1] and record.remote[1] and record.remote[1] not in TAKES_OUTBOUND
+    if known and flow.remote[1] != record.remote[1]:
         return False
     if record.how is not How.FIN or not ending.finished(info, True):
         return record.how is not How.FIN  # what was cut off on one side was on the other, and need not be equal
