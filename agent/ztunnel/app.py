@@ -2,7 +2,8 @@
 
 On SIGTERM another instance is normally there already and gets all new connections (see listeners). This one
 goes on accepting for OVERLAP_SECONDS, for handshakes that were begun with it, then closes its listeners, lets
-what is under way run out, and ends. A second signal ends it at once.
+what is under way run out, and ends. While the agent is away the other one cannot have been given its pods yet: then
+this one goes on until it listens in all of them, for `drain_seconds` at most. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 from dataclasses import dataclass
 
 from agent.core import names
+from agent.core.errors import KernelError
 from agent.kernel import logs
 from agent.ztunnel.asked import BPF_DIR, Asked
 from agent.ztunnel.client import Client
@@ -89,15 +91,17 @@ async def _serve(settings: ZtunnelSettings) -> int:
         Records(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share),
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(Workload, engine))
-    agent = asyncio.create_task(Client(settings.zds_socket, workloads).run())
+    client = Client(settings.zds_socket, workloads)
+    agent = asyncio.create_task(client.run())
     asked = asyncio.create_task(ending.asked.wait())
     # A defect that ends the client must end the process: without the agent's word it would serve stale pods.
     await asyncio.wait((asked, agent), return_when=asyncio.FIRST_COMPLETED)
     log.info("ending: %d pods", len(workloads.running))
-    workloads.leaving = True
+    workloads.leaving, failed = True, agent.done()
+    if not client.connected:
+        await _succeeded(list(workloads.running.values()), settings.drain_seconds, ending)
     await ending.pause(OVERLAP_SECONDS)
     await _drain(list(workloads.running.values()), settings.drain_seconds, ending)
-    failed = agent.done()
     agent.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await agent
@@ -113,6 +117,19 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ):
         part.close()
     return 1 if failed else 0
+
+
+async def _succeeded(workloads: list[Workload], seconds: float, ending: _Ending) -> None:
+    """Returns when another instance listens in every pod, too, or when the time is over."""
+    until = asyncio.get_running_loop().time() + seconds
+    while workloads and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
+        try:
+            if workloads[-1].succeeded():
+                workloads.pop()
+                continue
+        except KernelError as error:
+            log.warning("pod %s: %s", workloads.pop().pod.name, error)
+        await ending.pause(_LOOK_SECONDS)
 
 
 async def _drain(workloads: list[Workload], seconds: float, ending: _Ending) -> None:

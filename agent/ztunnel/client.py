@@ -32,10 +32,12 @@ class Client:
     def __init__(self, path: str, workloads: Workloads[Any]) -> None:
         self._path, self._workloads = path, workloads
         self._delay = FIRST_DELAY
+        self.connected = False
 
     async def run(self) -> None:
+        """Not again once this process is leaving: the agent would give new pods to who came last."""
         silent = False
-        while True:
+        while not self._workloads.leaving:
             try:
                 await self._session()
             except (OSError, SluiceError) as error:
@@ -52,9 +54,13 @@ class Client:
             await loop.sock_connect(agent, self._path)
             agent.send(encode(Hello()))
             self._workloads.connected()
-            while True:
-                await _readable(agent)
-                self._answer(agent)
+            self.connected = True
+            try:
+                while True:
+                    await _readable(agent)
+                    self._answer(agent)
+            finally:
+                self.connected = False
 
     def _answer(self, agent: socket.socket) -> None:
         error = ""

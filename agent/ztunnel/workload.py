@@ -7,6 +7,7 @@ import contextlib
 import errno
 import socket
 
+from agent.core import names
 from agent.kernel.accepting import Seldom
 from agent.kernel.conntrack import Conntrack
 from agent.kernel.netns import Netns
@@ -45,6 +46,10 @@ class Workload:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
         for listener in listeners.dns_udp:
             self._loop.add_reader(listener.fileno(), self._resolver.receive, listener)
+
+    def succeeded(self) -> bool:
+        """Whether another ztunnel listens in the pod, too. Raises KernelError."""
+        return len(self.pod.diag.listening({names.OUTBOUND_PORT})) > 1
 
     def stop_listening(self) -> None:
         """No new connections. The UDP listeners stay: answers under way must come from them."""

@@ -6,6 +6,7 @@ import contextlib
 import select
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.node import until
@@ -143,3 +144,20 @@ def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
     assert whole.opened > 0
     assert (whole.escaped, whole.failed) == (0, 0), whole
     assert ask.agent(lab, "node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
+
+
+def test_a_ztunnel_that_is_replaced_while_the_agent_is_away_waits_for_its_successor(lab: Lab) -> None:
+    """As when a rollout of ztunnel follows that of the agent at once: the new one has no pods yet."""
+    up, node = lab.pods.up(), lab.nodes["node1"]
+    traffic = Traffic(lab, up["shop/client"], [up["shop/db"].address(Program.ECHO)], name="replaced", rate=50)
+    traffic.start()
+    node.kill()
+    node.start_ztunnel("next")
+    with ThreadPoolExecutor(1) as thread:
+        ending = thread.submit(node.end, "ztunnel")
+        time.sleep(1.5)  # longer than an instance goes on that has a successor
+        node.await_ztunnel(node.start_agent())
+        ending.result()
+    whole = settled(lab, traffic.stop())
+    assert whole.opened > 0
+    assert (whole.escaped, whole.failed) == (0, 0), whole
