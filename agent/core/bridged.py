@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agent.core import names
 from agent.core.exclusions import INTERFACE
 from agent.core.redirect import Redirect
 from agent.core.wiring import Wiring
 
 _MOST = 4  # bridges that are named
+
+
+def several(addresses: Sequence[str]) -> bool:
+    """Whether a family has more than one: without, there is no bridge with a network of its own to look for."""
+    six = sum(":" in address for address in addresses)
+    return six > 1 or len(addresses) - six > 1
 
 
 def bridged(want: Redirect, wiring: Wiring) -> tuple[str, ...]:

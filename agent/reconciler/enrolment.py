@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
-from agent.core.bridged import bridged
+from agent.core.bridged import bridged, several
 from agent.core.errors import PodEndingError, SluiceError, TakenPortError
 from agent.core.listeners import Heard
 from agent.core.outside import report
@@ -79,7 +79,7 @@ class Enrolment:
         lenient = first and self._preserve and not fresh
         facts = self._facts(pod, target)
         want, notes = _within(redirect, facts)
-        if len(facts.addresses) > 2 and not self._choice.by_socket:  # more than a family's one: there may be a bridge
+        if several(facts.addresses) and not self._choice.by_socket:
             notes += bridged(want, target.wiring())
         if self._listening:
             heard = self._listening.heard(target) if first else self._listening.last(target)

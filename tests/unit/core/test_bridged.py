@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.core.bridged import bridged
+from agent.core.bridged import bridged, several
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 from agent.core.wiring import Link, Wiring
@@ -24,6 +24,11 @@ def test_nothing_is_told_of_a_bridge_that_is_named_or_of_a_pod_that_does_not_for
         Redirect(ingress_only=True),
     ):
         assert bridged(want, Wiring(both, forwards=True)) == ()
+
+
+def test_one_address_of_each_family_is_no_reason_to_look() -> None:
+    assert not several(()) and not several(("10.0.0.2", "fd00::2"))
+    assert several(("10.0.0.2", "172.17.0.1")) and several(("fd00::2", "fd17::1", "10.0.0.2"))
 
 
 def test_a_name_that_no_annotation_can_hold_is_not_printed() -> None:
