@@ -55,7 +55,7 @@ def test_a_captured_pod(here: Node) -> None:
         "routing": True, "conntrack": True, "iptables-legacy": True,
     }  # fmt: skip
     assert told["ztunnel"] == {
-        "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "",
+        "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "error": "", "foreign": [],
         "identity": {"namespace": "shop", "name": "right", "service_account": "default"},
     }  # fmt: skip
     assert told["exemption"]["ok"] and set(told["exemption"]["addresses"]) == {pod.ipv4, pod.ipv6}
