@@ -28,7 +28,7 @@ static __always_inline void write6(struct bpf_sock_addr *ctx, const struct addre
 
 #define HASTY 1 /* as the port of a MEMORY_SPEAKS_AS that has none: its connect is to end soon if nobody answers */
 
-/* The mark alone proves nothing: an application with CAP_NET_ADMIN can set it, too. */
+/* The mark alone proves nothing: an application can set it, too, with CAP_NET_RAW since Linux 5.17. */
 static __always_inline int by_ztunnel(struct bpf_sock *sk)
 {
 	if ((sk->mark & MARK_MASK) != ZTUNNEL_MARK)

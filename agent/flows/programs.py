@@ -1,6 +1,6 @@
 """What accounts for connections on this node: programs on the root cgroup, iterators, and their maps.
 
-One of them keeps ztunnel's ports for ztunnel (bpf/ports.bpf.c): it needs the same maps.
+Some of them keep ztunnel's ports and mark for ztunnel (bpf/reserve.bpf.c): they need the same maps.
 
 They outlive the agent. In a directory of their own, beside that of backend ebpf, so that each can be there without the
 other; but the storage in which that backend keeps an application's destinations is one map for both.
@@ -25,8 +25,8 @@ from agent.kernel.bpfmap import Map
 
 SHARED = "memories"
 _READERS = (objects.ACCOUNT, objects.REFRESH, objects.LIST)  # of the destinations that backend ebpf remembers
-_NODE = (objects.ACCOUNT, *objects.ITERATORS, objects.PORTS4, objects.PORTS6)
-_LINKS = {"account": objects.ACCOUNT, "ports4": objects.PORTS4, "ports6": objects.PORTS6}
+_NODE = (objects.ACCOUNT, *objects.ITERATORS, *objects.RESERVE)
+_LINKS = {"account": objects.ACCOUNT} | {one.name: one for one in objects.RESERVE}
 
 
 @dataclass(frozen=True, slots=True)

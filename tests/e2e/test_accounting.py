@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.leaking import marking
 from support.node import PORT, REPO, SECONDS, Node, NodePod, node, until
 
 from agent.backends.ebpf.pins import Pins
 from agent.cli.uncapture import left
-from agent.core.names import ZTUNNEL_MARK
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.lab.processes import Backend
@@ -59,13 +59,13 @@ def become(made: Node, wanted: Totals) -> None:
 
 
 def with_the_mark(made: Node, pod: NodePod) -> None:
-    """An application that forges ztunnel's mark."""
+    """A pod that forges ztunnel's mark."""
     with Netns.open(pod.netns) as inside:
         forged = inside.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     with forged:
         forged.settimeout(SECONDS)
-        forged.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK)
-        forged.connect((made.host(pod), PORT))
+        with marking(pod.netns, PORT):
+            forged.connect((made.host(pod), PORT))
         while forged.recv(4096):
             pass
 

@@ -24,6 +24,7 @@ from support.apiserver import ApiServer
 from support.apiserver_inside import served
 from support.field import Inside
 from support.installing import CALICO, text
+from support.leaking import marking
 from support.node import PLUGIN, PORT, Node, NodePod, node, until
 from support.prometheus import RULES, Prometheus, discovered, hastened, prometheus, rules
 
@@ -165,10 +166,10 @@ def judged(world: World, times: int) -> None:
 
 def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: World, pods: dict[str, NodePod]) -> None:
     here, api = world.here, world.api
-    # A leak: an application bears ztunnel's mark.
+    # A leak: an application's packets bear ztunnel's mark.
     leak = Inside(pods["client"].netns).make("10.0.0.1")
-    leak.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK)
-    leak.connect((here.host(pods["client"]), PORT))
+    with marking(pods["client"].netns, PORT):
+        leak.connect((here.host(pods["client"]), PORT))
     # Somebody takes a routing rule away as often as it comes back.
     rule = ["ip", "rule", "del", "pref", "32764"]
     fight = world.again_and_again(lambda: run(rule, netns=pods["touched"].netns, check=False), 0.1)

@@ -16,10 +16,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 from support.applications import cookie
 from support.field import Inside
+from support.leaking import marking
 from support.node import until
 from support.prometheus import Prometheus, get, program, prometheus
 
-from agent.core.names import ZTUNNEL_MARK
 from agent.kernel.exec import run
 from agent.lab.lab import Lab, down
 from agent.lab.topology import PORTS, LabSpec, PodSpec, Program
@@ -114,11 +114,11 @@ def test_a_leak_fires_the_shipped_alert_and_nothing_else_does(lab: Lab, traffic:
 
 
 def leak(lab: Lab) -> socket.socket:
-    """What an application may do that has CAP_NET_ADMIN: it bears ztunnel's mark, and is let pass."""
+    """What an application may do that has CAP_NET_ADMIN: its packets bear ztunnel's mark, and are let pass."""
     batch = lab.pods.require("legacy/batch")
     made = Inside(lab.netns("shop/client")).make(batch.ipv4)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK)
-    made.connect((batch.ipv4, PORTS[Program.ECHO]))
+    with marking(lab.netns("shop/client"), PORTS[Program.ECHO]):
+        made.connect((batch.ipv4, PORTS[Program.ECHO]))
     made.sendall(b"hello")  # without an end of line, so that the server goes on waiting
     return made
 

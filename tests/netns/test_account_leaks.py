@@ -71,7 +71,11 @@ def test_without_rules_for_a_moment_everything_leaks(account: Served, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_application_with_ztunnels_mark(account: Served, kind: str) -> None:
-    """By rules it passes, by eBPF it does not."""
+    """It is refused. Where the programs cannot tell who is ztunnel, it passes by rules, and by eBPF it does not."""
+    where = PEER[family(kind)], APP
+    account.application(lambda: fails(kind, where, errno.EPERM, options=(MARKED,))).result()
+    only(account)
+    account.collector._pods.doubt()
     by_mark = account.mode != "ebpf"
     to = account.app if by_mark else account.ztunnel.outbound
     one = outward(account, to, kind, (PEER[family(kind)], APP), mark=ZTUNNEL_MARK)
@@ -92,6 +96,7 @@ def test_what_has_ztunnels_mark_is_no_leak_until_a_ztunnel_was_met(account: Serv
     until(lambda: account.sums(reason=Reason.ZTUNNEL)["opened"], "it counts as ztunnel's")
     only(account)
     account.collector.admit()
+    account.collector._pods.doubt()
     one = outward(account, account.app, "IPv4", (PEER[4], APP), mark=ZTUNNEL_MARK)
     assert fate(one) == (OUT, Fate.LEAKED, Reason.NONE)
 
@@ -260,6 +265,7 @@ def test_refused(account: Served, kind: str) -> None:
     found = [failing(account, errno.ECONNREFUSED, (PEER[family(kind)], FREE), kind)]
     assert fate(found[0]) == EXCLUDED
     if account.mode != "ebpf":
+        account.collector._pods.doubt()
         found.append(failing(account, errno.ECONNREFUSED, (PEER[family(kind)], APP), kind, MARKED))
         assert fate(found[1]) == (OUT, Fate.LEAKED, Reason.NONE)
     assert {(one.how, one.closer) for one in found} == {(How.REFUSED, Closer.REMOTE)}

@@ -50,9 +50,13 @@ LIST: Final = Program("list", "live", AttachType.TRACE_ITER)
 KNOWN: Final = Program("known", "live", AttachType.TRACE_ITER)
 ITERATORS: Final = (REFRESH, LIST, KNOWN)
 WATCH: Final = Program("watch", "watch", AttachType.TCX_EGRESS)
-PORTS4: Final = Program("ports4", "ports", AttachType.CGROUP_INET4_BIND)
-PORTS6: Final = Program("ports6", "ports", AttachType.CGROUP_INET6_BIND)
-ACCOUNTING: Final = (ACCOUNT, *ITERATORS, PORTS4, PORTS6, WATCH)
+RESERVE: Final = (
+    Program("ports4", "reserve", AttachType.CGROUP_INET4_BIND),
+    Program("ports6", "reserve", AttachType.CGROUP_INET6_BIND),
+    Program("mark4", "reserve", AttachType.CGROUP_INET4_CONNECT),
+    Program("mark6", "reserve", AttachType.CGROUP_INET6_CONNECT),
+)
+ACCOUNTING: Final = (ACCOUNT, *ITERATORS, *RESERVE, WATCH)
 
 
 def path(name: str) -> Path:

@@ -1,7 +1,8 @@
-/* Keeps the ports of ztunnel in captured pods for ztunnel. cgroup/bind4 and bind6.
+/* Keeps for ztunnel what the rules know it by, in captured pods: its ports and its mark. cgroup/bind and cgroup/connect.
  *
  * ztunnel's listeners have SO_REUSEPORT: a process of the same user could join them, or bind a more specific address, and
- * get what the rules redirect. It is refused (EPERM). Who held the port before is not seen here; the agent finds it.
+ * get what the rules redirect. And a socket with its mark passes the rules, which since Linux 5.17 takes no more than
+ * CAP_NET_RAW. Both are refused (EPERM). Who held a port before is not seen here; the agent finds it.
  */
 #include "pod.h"
 
@@ -13,10 +14,8 @@ static __always_inline int is_reserved(__u32 protocol, __u16 port)
 	       (port == bpf_htons(OUTBOUND_PORT) || port == bpf_htons(INBOUND_PORT) || port == bpf_htons(HBONE_PORT));
 }
 
-static __always_inline int allowed(struct bpf_sock_addr *ctx)
+static __always_inline int by_whom_it_is_for(struct bpf_sock_addr *ctx)
 {
-	if (!is_reserved(ctx->protocol, ctx->user_port))
-		return 1;
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod || !(pod->flags & POD_KNOWN))
@@ -31,14 +30,35 @@ static __always_inline int allowed(struct bpf_sock_addr *ctx)
 	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
 }
 
+static __always_inline int binding(struct bpf_sock_addr *ctx)
+{
+	return is_reserved(ctx->protocol, ctx->user_port) ? by_whom_it_is_for(ctx) : 1;
+}
+
+static __always_inline int connecting(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	return sk && (sk->mark & MARK_MASK) == ZTUNNEL_MARK ? by_whom_it_is_for(ctx) : 1;
+}
+
 SEC("cgroup/bind4") int ports4(struct bpf_sock_addr *ctx)
 {
-	return allowed(ctx);
+	return binding(ctx);
 }
 
 SEC("cgroup/bind6") int ports6(struct bpf_sock_addr *ctx)
 {
-	return allowed(ctx);
+	return binding(ctx);
+}
+
+SEC("cgroup/connect4") int mark4(struct bpf_sock_addr *ctx)
+{
+	return connecting(ctx);
+}
+
+SEC("cgroup/connect6") int mark6(struct bpf_sock_addr *ctx)
+{
+	return connecting(ctx);
 }
 
 char _license[] SEC("license") = "GPL";

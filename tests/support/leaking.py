@@ -1,0 +1,22 @@
+"""A leak on purpose: by rules of its own, for which it needs CAP_NET_ADMIN, a pod gives its packets ztunnel's mark."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.core.names import ZTUNNEL_MARK
+from agent.kernel.exec import run
+
+
+@contextlib.contextmanager
+def marking(netns: str | Path, port: int) -> Iterator[None]:
+    """What is sent to that TCP port meanwhile. A connection that was begun goes on by conntrack."""
+    rule = f"tcp dport {port} meta mark set {ZTUNNEL_MARK:#x}"
+    chain = f"chain out {{\ntype route hook output priority -160\n{rule}\n}}"
+    run(["nft", "-f", "-"], netns=netns, stdin=f"table inet own {{\n{chain}\n}}\n")
+    try:
+        yield
+    finally:
+        run(["nft", "delete", "table", "inet", "own"], netns=netns)
