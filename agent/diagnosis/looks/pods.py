@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agent.backends import traces
-from agent.backends.conntrack import ConntrackBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.mechanisms import mechanisms
 from agent.core.errors import KernelError, SluiceError
@@ -95,7 +94,7 @@ def _layers(
                 raise
             continue  # a mechanism that this kernel has not
         whose = traces.of_layer(name, have)
-        if whose in found and name != ConntrackBackend.name:  # timeouts serve any rules
+        if whose in found:
             found[whose].append(name)
         if whose is Whose.OURS or name == "routing":
             foreign += layer.plan(None, have).remarks
