@@ -18,10 +18,13 @@ class Claims:
         self._host = host
         self._claimed: dict[str, tuple[str, ...]] = {}
 
-    def claim(self, uid: str, addresses: tuple[str, ...]) -> None:
-        if self._host and self._claimed.get(uid) != addresses:
-            self._host.claim(uid, addresses)
-            self._claimed[uid] = addresses
+    def claim(self, pod: Pod, held: tuple[str, ...]) -> None:
+        """`held`: what the pod's namespace has. Of these only what was announced, if anything was: a pod may give
+        itself the address of somebody else, whom the node's own connections would then not reach."""
+        addresses = tuple(one for one in held if one in pod.addresses) if pod.addresses else held
+        if self._host and self._claimed.get(pod.uid) != addresses:
+            self._host.claim(pod.uid, addresses)
+            self._claimed[pod.uid] = addresses
 
     def release(self, uid: str) -> None:
         if self._host and self._claimed.pop(uid, None) is not None:
@@ -36,7 +39,7 @@ class Claims:
         """
         if self._host is None or pod.uid in self._claimed:
             return None
-        self.claim(pod.uid, await addresses())
+        self.claim(pod, await addresses())
         settled = self.settled()
         if not new:
             await settled

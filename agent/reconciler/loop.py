@@ -287,7 +287,7 @@ class Reconciler:
         if exempt is not None:
             await exempt
         self._watcher.watch(pod.uid, found.target)
-        self._claims.claim(pod.uid, found.addresses)
+        self._claims.claim(pod, found.addresses)
         if self._canaries:
             self._canaries.captured(pod.uid, first=found.first)
         entry.noted(self._journal, pod, found.want, found.done, cause, time.monotonic() - started)

@@ -6,13 +6,14 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.world import World, play, pod
+from support.world import Target, World, play, pod
 
 from agent.core.canary import Finding, Verdict
 from agent.core.listeners import Heard
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.status import State
+from agent.kernel.podnetns import Facts
 from agent.reconciler import leaving, proxying
 
 FAILED = Finding(Verdict.FAILED, ("10.0.0.2", 80), "No route to host")
@@ -83,6 +84,18 @@ def test_probes_are_exempt_before_the_rules_come_and_until_they_are_gone() -> No
         assert world.host.claims == {"web": ("10.0.0.2",)}
         await world.let_go(pod(enrolled=False))
         assert log.index("rules clear web") < log.index("unclaim web")
+
+    play(script, exempt=True)
+
+
+def test_an_address_that_a_pod_gave_itself_is_not_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the node's own connections to who really has it would get the probe address as their source."""
+    held = Facts(ipv6=True, addresses=("10.0.0.2", "192.0.2.1"), loopback4=True, loopback6=True)
+    monkeypatch.setattr(Target, "facts", lambda _: held)
+
+    async def script(world: World) -> None:
+        await world.settle(pod(addresses=("10.0.0.2",)))
+        assert world.host.claims == {"web": ("10.0.0.2",)}
 
     play(script, exempt=True)
 
