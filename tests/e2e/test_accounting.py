@@ -64,7 +64,7 @@ def with_the_mark(made: Node, pod: NodePod) -> None:
         forged = inside.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM))
     with forged:
         forged.settimeout(SECONDS)
-        with marking(pod.netns, PORT):
+        with marking(pod.netns, f"tcp dport {PORT}"):
             forged.connect((made.host(pod), PORT))
         while forged.recv(4096):
             pass

@@ -168,7 +168,7 @@ def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: Worl
     here, api = world.here, world.api
     # A leak: an application's packets bear ztunnel's mark.
     leak = Inside(pods["client"].netns).make("10.0.0.1")
-    with marking(pods["client"].netns, PORT):
+    with marking(pods["client"].netns, f"tcp dport {PORT}"):
         leak.connect((here.host(pods["client"]), PORT))
     # Somebody takes a routing rule away as often as it comes back.
     rule = ["ip", "rule", "del", "pref", "32764"]

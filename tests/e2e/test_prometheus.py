@@ -117,7 +117,8 @@ def leak(lab: Lab) -> socket.socket:
     """What an application may do that has CAP_NET_ADMIN: its packets bear ztunnel's mark, and are let pass."""
     batch = lab.pods.require("legacy/batch")
     made = Inside(lab.netns("shop/client")).make(batch.ipv4)
-    with marking(lab.netns("shop/client"), PORTS[Program.ECHO]):
+    made.bind((lab.pods.require("shop/client").ipv4, 0))
+    with marking(lab.netns("shop/client"), f"tcp sport {made.getsockname()[1]}"):
         made.connect((batch.ipv4, PORTS[Program.ECHO]))
     made.sendall(b"hello")  # without an end of line, so that the server goes on waiting
     return made
