@@ -76,7 +76,8 @@ def ztunnel(zds: ZdsServer) -> Part:
     async def rows(_: bool) -> list[Row]:
         late, error = zds.unacknowledged, ""
         if not zds.connections:
-            error = f"no ztunnel is connected to {zds.path}; start it: traffic of captured pods is refused until then"
+            refused = "new pods wait, and pods in which none listens have their connections refused"
+            error = f"no ztunnel is connected to {zds.path}; start it: {refused}"
         elif late:
             error = f"{late} pod{'s are' if late > 1 else ' is'} not acknowledged yet"
         return [row("(ztunnel)", f"{zds.connections} connected", error=error)]

@@ -29,7 +29,7 @@ def _connected(facts: Facts) -> Iterator[Said]:
     elif not count:
         yield wrong(
             f"no ztunnel is connected to {path}",
-            "captured pods have their connections refused; it does not run, or uses another socket",
+            "new pods wait, those in which none listens refuse connections; it does not run, or uses another socket",
             ztunnel(facts),
         )
     elif count > 1:

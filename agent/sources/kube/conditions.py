@@ -22,6 +22,10 @@ _EVERY = 1.0  # seconds between two looks
 _PAUSE = 10.0  # the same, after the API server refused or did not answer
 STEADY = 10.0  # seconds without ztunnel before it is said: not at each restart of it
 _AGAIN = 600.0  # seconds after which the Event is written again: the API server keeps one for an hour
+_MISSING = (
+    "no ztunnel is connected to the agent: new pods of enrolled namespaces do not start, and captured ones in which "
+    "none listens have their connections refused"
+)
 _COMPONENT = "app.kubernetes.io/component"  # as the chart labels its pods
 
 
@@ -54,9 +58,9 @@ class ZtunnelCondition:
         self._away = 0.0 if connected else self._away + _EVERY
         if not connected and self._away < STEADY:
             return
-        words = "" if connected else "no ztunnel is connected to the agent: captured pods' connections are refused"
+        words = "" if connected else _MISSING
         if not connected and (self._away - STEADY) % _AGAIN < _EVERY:
-            self._tell("ZtunnelMissing", f"{words}, and pods of enrolled namespaces do not start")
+            self._tell("ZtunnelMissing", words)
         pod = self._own()
         if pod is None or self._said == (pod.uid, connected):
             return
