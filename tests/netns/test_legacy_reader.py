@@ -21,6 +21,7 @@ NAMES = {"ipv6-icmp": "icmpv6"}
 TARGETS = {
     Verb.ACCEPT: "ACCEPT", Verb.RETURN: "RETURN", Verb.DROP: "DROP", Verb.COUNT: "", Verb.REDIRECT: "REDIRECT",
     Verb.SET_CONNECTION_MARK: "CONNMARK", Verb.RESTORE_MARK: "CONNMARK", Verb.ZONE: "CT",
+    Verb.ORIGINAL_ZONE: "CT",
 }  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def wanted(rule: Rule, family: int) -> dict[str, Any]:
                 found["protocol"] = NAMES.get(protocol, protocol)
             case Field.SOURCE | Field.DESTINATION:
                 key = "source" if match.field is Field.SOURCE else "destination"
-                found[key] = f"{sign}{match.value}/{'255.255.255.255' if family == 4 else '128'}"
+                host = f"{match.value}/{'255.255.255.255' if family == 4 else '128'}"
+                found[key] = sign + (str(match.value) if "/" in str(match.value) else host)
             case Field.IN_INTERFACE | Field.OUT_INTERFACE:
                 found["in" if match.field is Field.IN_INTERFACE else "out"] = f"{sign}{match.value}"
             case Field.SOURCE_PORT | Field.DESTINATION_PORT:

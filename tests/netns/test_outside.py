@@ -27,6 +27,10 @@ DEAF = """
 table inet deaf {
   chain input { type filter hook input priority 0; meta l4proto tcp drop; }
 }"""
+HELD = """
+table inet held {
+  chain output { type filter hook output priority 0; tcp flags & (syn|ack) == syn drop; }
+}"""
 MUTE = """
 table inet mute {
   chain output { type filter hook output priority 0; tcp flags & (syn|ack) == ack drop; }
@@ -211,6 +215,7 @@ def test_a_handshake_under_way_counts_until_it_is_captured(nodes: Pair, connecti
     with nodes.pod.make() as opening, nodes.pod.make() as ztunnel:
         opening.setblocking(False)
         opening.connect_ex((HOST4, 7000))
+        rules(nodes.pod, HELD)  # the kernel repeats it after a second, which may pass here
         connections.begin("uid", nodes.target)
         ztunnel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 0x539)
         ztunnel.bind(("0.0.0.0", 15001))
@@ -218,6 +223,7 @@ def test_a_handshake_under_way_counts_until_it_is_captured(nodes: Pair, connecti
         redirect(nodes, PRESERVE)
         (one,) = connections.applied("uid", nodes.target)
         assert one.state is TcpState.SYN_SENT
+        rules(nodes.pod, "delete table inet held")
         ztunnel.settimeout(SECONDS)
         with ztunnel.accept()[0]:
             assert connections.remaining("uid", nodes.target) == ()
