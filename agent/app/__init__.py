@@ -1,5 +1,22 @@
 """The composition root of `sluice agent`: root joins the parts, the other modules build some of them."""
 
-from agent.app.root import main
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from agent.core.settings import Settings
+from agent.sources.state import State
+
+
+def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
+    """Runs the agent; `places` says where settings come from. Returns the exit code."""
+    from agent.app.early import mend  # what is captured is put right before the rest is loaded
+
+    state = State(settings.run_dir)
+    mend(settings, state)
+    from agent.app import root
+
+    return root.main(settings, version, places, state)
+
 
 __all__ = ["main"]

@@ -72,7 +72,7 @@ log = logging.getLogger("sluice.agent")
 class Agent:
     """All parts of one agent."""
 
-    def __init__(self, settings: Settings, version: str, places: Mapping[str, str]) -> None:
+    def __init__(self, settings: Settings, version: str, places: Mapping[str, str], state: State) -> None:
         """Probes the mechanisms; `places` says where settings come from.
 
         Raises SettingsError when none of those allowed can be used.
@@ -86,7 +86,7 @@ class Agent:
         self.table = PodTable()
         self.exempt = Exempt(settings, self.table)
         self.installer = self._installer()
-        self.state = State(settings.run_dir)
+        self.state = state
         self.unannounced = Unannounced(self._waiting)
         self.namespaces = Namespaces(self.state, self.unannounced)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
@@ -357,7 +357,7 @@ def _bound(address: str) -> socket.socket:
         ) from None
 
 
-def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
+def main(settings: Settings, version: str, places: Mapping[str, str], state: State) -> int:
     """Runs the agent; `places` says where settings come from. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
@@ -369,7 +369,7 @@ def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     async def run() -> None:
-        await Agent(settings, version, places).run()
+        await Agent(settings, version, places, state).run()
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())

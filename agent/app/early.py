@@ -1,0 +1,82 @@
+"""The first thing of a start: pods that an earlier agent captured are put right, before all else is imported or asked.
+
+By the recorded choice and the notes alone, and by the same pass that the loop makes over every pod again afterwards:
+what cannot be told or done here is left to it. eBPF needs to know ztunnel's process, and waits for the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from agent.backends.choose import LAYERS, Choice, candidates
+from agent.backends.mechanisms import mechanisms
+from agent.core.desired import decide
+from agent.core.errors import SluiceError
+from agent.core.settings import Settings
+from agent.kernel.unixsocket import claim
+from agent.reconciler.enrolment import Enrolment
+from agent.reconciler.switching import Switching
+from agent.sources import recorded
+from agent.sources.namespaces import Namespaces
+from agent.sources.outside import OutsideConnections
+from agent.sources.state import State
+
+log = logging.getLogger("sluice.early")
+
+
+def mend(settings: Settings, state: State) -> None:
+    """Never raises: whatever is wrong, the agent starts, and its loop tells of it."""
+    try:
+        choice = _choice(settings)
+        if choice is not None:
+            with _claimed(settings.run_dir):
+                _mend(settings, state, choice)
+    except Exception as error:  # noqa: BLE001 - as above
+        log.info("what is noted is left to the first passes: %s", error)
+
+
+def _choice(settings: Settings) -> Choice | None:
+    """As it was recorded, where the settings and the kernel are such that it will be made again."""
+    old = recorded.load(settings.run_dir)
+    if old is None or old.release != os.uname().release or old.backend == "ebpf" or old.backend not in LAYERS:
+        return None
+    if next(iter(candidates(settings.backend, None, old))) != old.backend:
+        return None
+    backends = mechanisms(ipv6=settings.ipv6)
+    return Choice(old.backend, old.reason, tuple(backends[layer] for layer in LAYERS[old.backend]), ())
+
+
+def _mend(settings: Settings, state: State, choice: Choice) -> None:
+    outside = OutsideConnections()
+    with closing(Namespaces(state)) as namespaces, closing(outside):
+        enrolment = Enrolment(
+            choice, namespaces, outside, Switching(choice, None), None, preserve=settings.preserve_connections
+        )
+        for note in state.load():
+            redirect = decide(note.pod, settings).redirect
+            if not note.captured or note.carried or redirect is None:
+                continue
+            namespaces.restore(note)
+            outside.restore(note.pod.uid, note.outside)
+            try:
+                done = enrolment.enrol(note.pod, redirect, ()).done
+            except SluiceError as error:
+                log.info("pod %s is left to its first pass: %s", note.pod.key, error)
+                continue
+            for plan in done.applied:
+                if plan.differences:
+                    log.info("pod %s: %s applied: %s", note.pod.key, plan.backend, "; ".join(plan.differences[:3]))
+
+
+@contextmanager
+def _claimed(run_dir: str) -> Iterator[None]:
+    """Raises SluiceError while another agent runs there."""
+    lock = claim(Path(run_dir))
+    try:
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,77 @@
+"""What an earlier agent noted is put right at the first moment of a start, by notes and record alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from agent.app.early import mend
+from agent.backends.choose import Recorded
+from agent.core.pods import Pod
+from agent.core.settings import Settings
+from agent.kernel.exec import run
+from agent.kernel.netns import Netns, unpin
+from agent.sources import recorded
+from agent.sources.state import Note, State
+
+pytestmark = pytest.mark.root
+RECORD = Recorded("nftables", "it works", "off", "", os.uname().release, 0.0)
+
+
+@pytest.fixture
+def netns() -> Iterator[Path]:
+    name = f"slu-early-{os.getpid()}"
+    run(["ip", "netns", "add", name])
+    try:
+        run(["ip", "-n", name, "link", "set", "lo", "up"])
+        yield Path("/run/netns", name)
+    finally:
+        run(["ip", "netns", "del", name], check=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "backend", "captured", "mended"),
+    [
+        (RECORD, "auto", True, True),
+        (RECORD, "nftables", True, True),
+        (RECORD, "iptables", True, False),
+        (RECORD, "auto", False, False),
+        (replace(RECORD, release="another boot"), "auto", True, False),
+        (None, "nftables", True, False),
+    ],
+)
+def test_rules_are_back(
+    netns: Path, tmp_path: Path, record: Recorded | None, backend: str, captured: bool, mended: bool
+) -> None:
+    settings = Settings(run_dir=str(tmp_path), backend=backend)
+    state = State(settings.run_dir)
+    if record:
+        recorded.save(settings.run_dir, record)
+    pod = Pod("u1", "shop", "web", str(netns), annotations={"istio.io/dataplane-mode": "ambient"}, source="cni")
+    with Netns.open(netns) as inside:
+        state.save(Note(pod, captured, inside.id))
+    try:
+        mend(settings, state)
+        shown = run(["nft", "-s", "list", "ruleset"], netns=netns).stdout
+        assert ("istio-ambient-nat" in shown) is mended
+        assert bool(run(["ip", "rule", "show", "fwmark", "0x111/0xfff"], netns=netns).stdout) is mended
+        (note,) = state.load()
+        assert note.captured is captured and note.pod.uid == "u1"
+    finally:
+        unpin(state.pin("u1"))
+
+
+def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
+    settings = Settings(run_dir=str(tmp_path), backend="nftables")
+    recorded.save(settings.run_dir, RECORD)
+    state = State(settings.run_dir)
+    state.pods.mkdir()
+    (state.pods / "bad.json").write_text("{")
+    gone = Pod("u2", "shop", "gone", "/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"})
+    state.save(Note(gone, True, None))
+    mend(settings, state)
+    assert state.damaged == ["bad.json"]
