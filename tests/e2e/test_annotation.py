@@ -122,9 +122,9 @@ def test_what_istio_cnis_agent_wrote_is_left_while_it_runs_and_taken_back_after_
         place.mkdir(parents=True)
         theirs.bind(str(place / "pluginevent.sock"))
         theirs.listen()
+        if (ztunnel := here.children.get("node1.ztunnel")) is None or not ztunnel.alive:
+            here.processes.start_ztunnel()
         start(here, api, host_root=root)
-        here.processes.start_ztunnel()
-        here.await_ztunnel()
         pod = here.pod("theirs", namespace="other", enrolled=False)
         told = objects.pod("theirs", namespace="other", uid=pod.uid, address=pod.ipv4)
         told["metadata"]["annotations"] = {names.REDIRECTION: "enabled"}

