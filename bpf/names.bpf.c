@@ -148,10 +148,6 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 	int substitute = is_loopback(&key.source) || same(&key.source, &key.destination);
 	if (at_ztunnel(sk)) {
 		struct memory *given = bpf_map_lookup_elem(&handover, &key);
-		if (!given) { /* the pod masquerades what it sends, by lo as well: it was handed over under the socket's own address */
-			key.source = localhost(is_ipv4(&key.source));
-			given = bpf_map_lookup_elem(&handover, &key);
-		}
 		if (!given || given->kind != MEMORY_ORIGINAL)
 			return 1;
 		key.destination = given->address;

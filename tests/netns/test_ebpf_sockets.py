@@ -223,23 +223,6 @@ def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_in_a_pod_that_masquerades_all_it_sends(node: Stage, kind: str) -> None:
-    """By lo as well: the connection comes to ztunnel from another address than the socket has."""
-    node.pod.sh(
-        "for family in ip ip6; do nft add table $family vpn; nft add chain $family vpn p "
-        "'{ type nat hook postrouting priority 100; }'; nft add rule $family vpn p masquerade; done"
-    )
-    try:
-        with node.pod.make(kind) as app:
-            app.connect(there(kind))
-            with accepted(node.ztunnel.outbound) as inner:
-                assert original(inner, family(kind)) == (PEER[family(kind)], APP)
-                carries(app, inner)
-    finally:
-        node.pod.sh("nft delete table ip vpn; nft delete table ip6 vpn")
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_without_a_way_the_kernel_says_so_at_once(node: Stage, kind: str) -> None:
     version = family(kind)
     far = {4: "203.0.113.1", 6: "2001:db8:77::1"}
