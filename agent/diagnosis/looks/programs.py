@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from agent.backends.ebpf.objects import NODE, RESERVE
 from agent.diagnosis.facts import Attached
 from agent.kernel import bpffs, bpfquery
 from agent.kernel.bpf import AttachType
 
-# Hook as it is shown -> the kernel's; with the names of our own programs there (bpf/*.bpf.c).
+# Hook as it is shown -> the kernel's.
 _HOOKS = {
     "connect4": AttachType.CGROUP_INET4_CONNECT,
     "connect6": AttachType.CGROUP_INET6_CONNECT,
@@ -19,14 +20,15 @@ _HOOKS = {
     "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
     "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
 }
+_OURS = {(program.name, program.attach) for program in (*NODE, *RESERVE)}
 
 
 def look(cgroup: str = "") -> tuple[Attached, ...]:
-    """Of the root of the hierarchy, or of that cgroup. Ours are named as their hook. Raises KernelError."""
+    """Of the root of the hierarchy, or of that cgroup; ours are known by their names. Raises KernelError."""
     place = Path(cgroup) if cgroup else bpffs.cgroup_root()
     return tuple(
         Attached(word, one.name, one.id)
         for word, hook in _HOOKS.items()
         for one in bpfquery.attached(place, hook)
-        if one.name != word
+        if (one.name, hook) not in _OURS
     )
