@@ -102,17 +102,24 @@ def account(
 
 
 def _as_seen(relays: list[ZtunnelRecord]) -> Relays:
-    """Outbound relays by how their servers saw them: (peer, destination). An enrolled server sees its own proxy."""
-    inbound: Relays = {}
-    for record in relays:
-        if record.direction == "inbound":
-            inbound.setdefault((record.source, record.destination), []).append(record)
+    """Outbound relays by how their servers saw them: (peer, destination). An enrolled server sees its own proxy.
+
+    Where conntrack has changed the port on the way to the server's proxy, they meet by address and time.
+    """
+    outbound = [record for record in relays if record.direction == "outbound"]
+    left = [record for record in relays if record.direction == "inbound"]
     seen: Relays = {}
-    for record in relays:
-        if record.direction == "outbound":
-            arrived = _take(inbound, (record.via, record.destination), record.time, LATE_SECONDS)
-            peer = arrived.via if arrived else record.via
-            seen.setdefault((peer, record.destination), []).append(replace(record, arrived=arrived is not None))
+    for whose, within in ((str, LATE_SECONDS), (_host, NEAR_SECONDS)):
+        inbound: Relays = {}
+        for record in left:
+            inbound.setdefault((whose(record.source), record.destination), []).append(record)
+        found = [(r, _take(inbound, (whose(r.via), r.destination), r.time, within)) for r in outbound]
+        for record, arrived in found:
+            if arrived:
+                seen.setdefault((arrived.via, record.destination), []).append(replace(record, arrived=True))
+        outbound, left = [r for r, arrived in found if not arrived], [r for rest in inbound.values() for r in rest]
+    for record in outbound:
+        seen.setdefault((record.via, record.destination), []).append(record)
     return seen
 
 

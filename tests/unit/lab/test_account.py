@@ -65,6 +65,13 @@ def test_what_went_out_through_a_proxy_and_came_in_through_none_is_missed_inboun
     assert account(records, [*relays, arrived(1), arrived(2)]).missed_inbound == 0
 
 
+def test_a_port_that_conntrack_changed_on_the_way_to_the_server_is_made_up_for_by_time() -> None:
+    relays = [out(1, time=1.0), out(2, time=1.1), arrived(7, time=1.2)]  # the first or the second, but one of them
+    assert account([load(1), load(2)], relays).missed_inbound == 1
+    assert account([load(1), load(2)], [*relays, arrived(8, time=1.2)]).missed_inbound == 0
+    assert account([load(1)], [out(1, time=1.0), arrived(7, time=9.0)]).missed_inbound == 1
+
+
 def test_an_end_that_took_it_late_is_not_missed_in_the_window_before() -> None:
     relays = [out(1, time=1.9), arrived(1, time=2.6), out(2, time=2.9)]
     assert account([load(1, time=1.9), load(2, time=2.9)], relays, (1, 2)).missed_inbound == 0
