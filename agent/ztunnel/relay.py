@@ -77,7 +77,8 @@ class Half:
             self.buffered = os.splice(self.source.fileno(), self.pipe[1], PIPE_SIZE, flags=_FLAGS)
         except BlockingIOError:
             return False
-        return True if self.buffered else self._finish()
+        # Nothing is the end, or urgent data that came with it: only a read tells which.
+        return True if self.buffered else self._fill()
 
     def _drain(self) -> bool:
         """Whether the pipe is empty now. False: the sink is full and its next edge will call."""

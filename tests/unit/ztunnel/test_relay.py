@@ -71,3 +71,24 @@ def test_a_sink_that_is_gone_is_an_error(ends) -> None:  # type: ignore[no-untyp
     sender.send(b"x")
     with pytest.raises(BrokenPipeError):
         half.pump()
+
+
+def test_urgent_data_that_comes_with_the_end_is_not_lost() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as sender:
+        source, _ = server.accept()
+        sink, receiver = socket.socketpair()
+        with source, sink, receiver:
+            source.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            sender.send(b"!", socket.MSG_OOB)
+            sender.shutdown(socket.SHUT_WR)
+            assert source.recv(1, socket.MSG_PEEK) == b"!"
+            for one in (source, sink, receiver):
+                one.setblocking(False)
+            half = Half(source, sink)
+            half._open_pipe()  # a stream by now, and no event has told of the urgent data yet
+            half.ended = True
+            while half.pump():
+                pass
+            assert receiver.recv(10) == b"!"
+            assert half.finished
+            half.close()
