@@ -107,6 +107,8 @@ class Workloads(Generic[Started]):
 
     def _try_again(self) -> None:
         self._retry = None
+        if self.leaving:  # its successor has them by now
+            return
         pending, self.pending = self.pending, {}
         for add, netns in pending.values():
             self._try(add, netns)

@@ -147,3 +147,18 @@ def test_no_new_pods_at_the_end(scene: Scene) -> None:
     scene.workloads.leaving = True
     with pytest.raises(ZtunnelError, match="about to end"):
         scene.add("a")
+
+
+def test_nothing_is_tried_again_at_the_end(
+    scene: Scene, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0)
+    scene.broken = True
+    with pytest.raises(ZtunnelError):
+        scene.add("a")
+    netns = cast(Any, scene.workloads.pending["a"][1])
+    scene.broken, scene.workloads.leaving = False, True
+    loop.run_until_complete(asyncio.sleep(0.01))
+    assert not scene.started
+    scene.workloads.close()
+    assert netns.closed
