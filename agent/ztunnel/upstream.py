@@ -13,7 +13,6 @@ the server's address as ours has. Where many connections go to one server, ours 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import random
@@ -64,9 +63,7 @@ class Upstream:
         place of a reserved port the connection gets another reserved one. `release` it when it has ended.
         """
         made = self._keeping(destination, source) if source is not None else None
-        made = self._connect(destination) if made is None else made
-        self._held[destination] = self._held.get(destination, 0) + 1
-        return made
+        return self._hold(destination, self._connect(destination) if made is None else made)
 
     def release(self, destination: Address) -> None:
         left = self._held.get(destination, 0) - 1
@@ -82,8 +79,11 @@ class Upstream:
         elif self._is_crowded(destination) and source[0] not in ("0.0.0.0", "::"):
             ports = (self._next_port(FIRST_CROWDED) for _ in range(TRIES))
         for port in ports:
-            with contextlib.suppress(OSError):
+            try:
                 return self._connect(destination, partial(keep_source, source=source, port=port))
+            except OSError as error:
+                if error.errno not in _TAKEN:  # another port would not help
+                    break
         return None
 
     def _is_crowded(self, destination: Address) -> bool:
@@ -96,15 +96,21 @@ class Upstream:
         return held * CROWDED >= self._ephemeral
 
     def connect_as(self, source: Address, destination: Address) -> socket.socket:
-        """A socket that connects with the address, not the port, of `source`. Raises as `connect` does."""
+        """A socket that connects with the address, not the port, of `source`. Otherwise as `connect`."""
         for _ in range(TRIES):
             port = self._next_port()
             try:
-                return self._connect(destination, partial(take_source, source=source, port=port))
+                return self._hold(
+                    destination, self._connect(destination, partial(take_source, source=source, port=port))
+                )
             except OSError as error:
                 if error.errno not in _TAKEN:
                     raise
         raise OSError(errno.EADDRNOTAVAIL, f"no port free for {source[0]} in {TRIES} tries")
+
+    def _hold(self, destination: Address, made: socket.socket) -> socket.socket:
+        self._held[destination] = self._held.get(destination, 0) + 1
+        return made
 
     def _connect(self, destination: Address, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
         fresh = self.take(destination, socket.SOCK_STREAM)
