@@ -171,7 +171,10 @@ class Connection:
         self._event(mask | poller.READ & ~poller.END, self._down, self._up)
         self._pump(self._up)
         if not self._done:
-            self._pod.engine.poller.add(self._client.fileno(), self._client_event)
+            try:
+                self._pod.engine.poller.add(self._client.fileno(), self._client_event)
+            except OSError as error:  # out of memory: nobody would hear of the client any more
+                self._fail(error)
 
     def _event(self, mask: int, reads: Half, writes: Half) -> None:
         """`reads` takes from the socket that reported `mask`, `writes` gives to it."""

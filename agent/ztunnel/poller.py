@@ -102,4 +102,7 @@ class Deadlines:
             self._timer = self._loop.call_at(first, self._expire)
             break
         for waiting in late:
-            waiting.expire()
+            try:
+                waiting.expire()
+            except Exception as error:  # noqa: BLE001 - one's defect must not keep the others waiting for ever
+                self._loop.call_exception_handler({"message": "ztunnel: deadline", "exception": error})

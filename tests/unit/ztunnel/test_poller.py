@@ -93,3 +93,23 @@ def test_deadlines_expire_in_order_and_only_what_still_waits() -> None:
         assert log[3] is waiters[0]
 
     asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_a_failing_deadline_does_not_keep_the_others_waiting() -> None:
+    class Failing(Waiter):
+        def expire(self) -> None:
+            raise ZeroDivisionError
+
+    async def scene() -> None:
+        loop, log = asyncio.get_running_loop(), list[Waiter]()
+        complaints: list[object] = []
+        loop.set_exception_handler(lambda _, context: complaints.append(context["exception"]))
+        deadlines, other = Deadlines(loop, 0.01), Waiter(log)
+        deadlines.add(Failing(log))
+        deadlines.add(other)
+        while not log:  # noqa: ASYNC110 - the state itself is awaited
+            await asyncio.sleep(0)
+        assert log == [other]
+        assert isinstance(complaints[0], ZeroDivisionError)
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
