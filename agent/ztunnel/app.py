@@ -59,7 +59,7 @@ def main(settings: ZtunnelSettings) -> int:
 
 
 def _share(most: int) -> int:
-    """No pod takes more than a quarter of the descriptors: a connection has two, and a stream four more."""
+    """One pod takes a quarter of the descriptors, or three quarters with streams alone: these have six, others two."""
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(most, descriptors // 8)
 

@@ -78,9 +78,10 @@ class Resolver:
         flow = self.flows.pop((client, target), None) or Flow(self, listener, client, target, own=own)
         self.flows[client, target] = flow
         flow.send(datagram)
-        while len(self.flows) > MOST or self.waiting > MOST:
-            spare = self.idle if self.idle and self.waiting <= MOST else self.flows.values()
-            next(iter(spare)).end("error", f"more than {MOST} newer ones")
+        most = min(MOST, self.pod.engine.share)
+        while len(self.flows) > most or self.waiting > most:
+            spare = self.idle if self.idle and self.waiting <= most else self.flows.values()
+            next(iter(spare)).end("error", f"more than {most} newer ones")
 
     def original(self, listener: socket.socket, client: Address) -> tuple[Address | None, bool]:
         """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError.

@@ -19,9 +19,7 @@ from agent.ztunnel.listeners import Listeners, listen
 from agent.ztunnel.pod import Engine, Pod
 from agent.ztunnel.upstream import Upstream
 
-_ACCEPTED = (
-    4  # connections taken at one wake-up, then others get their turn: few, for a flood is what the others wait for
-)
+_ACCEPTED = 4  # connections taken at one wake-up: the other pods wait for as long as a flood is served
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_SECONDS = 0.1
 
