@@ -88,7 +88,8 @@ class RoutingBackend:
         changes += [Change(item, False) for item in reversed(held) if item not in wanted]
         differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in changes)
         steps = tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
-        return Plan(steps, differences, remarks=have.remarks)
+        # Nothing comes before rules that are not wanted; None asks what would come before them.
+        return Plan(steps, differences, remarks=have.remarks if want is None or want.marks else ())
 
     def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
         self._last.pop(target, None)

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
+from agent.core.plan import Foreign
+
 
 class State(StrEnum):
     WAITING = "waiting"  # known, not yet looked at; or it runs, and no rules lead to a ztunnel that is not there yet
@@ -34,6 +36,11 @@ class Status:
     leaving: bool = False  # not captured any more, but ztunnel still carries what it has
     probe: str = ""  # what the node's probe of the pod showed, "" before
     verified: float = 0.0  # Unix time of the last read-back that was right
+
+    @property
+    def foreign(self) -> tuple[str, ...]:
+        """The notes on rules of others that come before ours."""
+        return tuple(note for note in self.notes if isinstance(note, Foreign))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

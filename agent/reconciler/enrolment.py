@@ -106,9 +106,12 @@ class Enrolment:
         soon = False
         if self._accounting:
             soon = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
-        words = tuple(line for line in (*notes, report(left), self._switching.told(carried), *done.remarks) if line)
+        words = dict.fromkeys((*notes, report(left), self._switching.told(carried), *done.remarks))
+        words.pop("", None)
         changing = bool(carried)
-        return Enrolled(target, now, done, facts.addresses, len(left), words, first, changing, carried.waiting, soon)
+        return Enrolled(
+            target, now, done, facts.addresses, len(left), tuple(words), first, changing, carried.waiting, soon
+        )
 
     def _settle(
         self,

@@ -31,7 +31,7 @@ class Applied:
 class Settled:
     """What a pass over all layers did; `applied` is empty when everything was right already.
 
-    `remarks` are those of the last plans of the layers.
+    `remarks` are those of the last plans of the layers that are to hold something.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -67,8 +67,9 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
     differences: tuple[str, ...] = ()
     for _ in range(PASSES):
         plan = backend.plan(want, backend.read(unit))
+        remarks = plan.remarks if want is not None else ()
         if not plan:
-            done.remarks += plan.remarks
+            done.remarks += remarks
             return
         differences = plan.differences
         try:
@@ -80,6 +81,7 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
             raise
         done.applied.append(Applied(backend.name, str(plan), differences))
         if not differences:
+            done.remarks += remarks
             return  # nothing was wrong: only ownership was taken over, or what was empty dropped
     words = "; ".join(differences) or "somebody keeps changing it"
     raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)
@@ -93,10 +95,13 @@ def verify(
 
 
 def in_the_way(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> tuple[str, ...]:
-    """What of others comes before the layers' rules and takes their traffic, which is no drift."""
+    """What of others comes before the layers' rules and takes their traffic, which is no drift.
+
+    A layer that is to hold nothing has no rules that anything could come before.
+    """
     units = ((one, unit, want) for one, wanted in layers for unit, want in one.targets({target: wanted}).items())
-    lines = (line for one, unit, want in units for line in one.plan(want, one.read(unit)).remarks)
-    return tuple(line for line in lines if isinstance(line, Foreign))
+    plans = (one.plan(want, one.read(unit)) for one, unit, want in units if want is not None)
+    return tuple(dict.fromkeys(line for plan in plans for line in plan.remarks if isinstance(line, Foreign)))
 
 
 def verify_each(

@@ -10,6 +10,7 @@ from support.world import Target, World, play, pod
 
 from agent.core.canary import Finding, Verdict
 from agent.core.listeners import Heard
+from agent.core.plan import Foreign
 from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.core.status import State
@@ -331,3 +332,18 @@ def test_a_pod_that_listens_on_ztunnels_ports_is_not_enrolled_and_one_that_is_fa
         await until(world, State.ENABLED)
 
     play(script, listens=True)
+
+
+def test_foreign_rules_before_ours_are_said_once_while_they_are_there() -> None:
+    async def script(world: World) -> None:
+        line = Foreign("chain inet vpn out, priority -160: 1 rule with mark")
+        world.routing.remarks, world.rules.remarks = (line,), (line, "something else")
+        world.old.remarks = (Foreign("chain ip nat OUTPUT before our jump"),)  # of a layer that holds no jump
+        (status,) = await world.settle(pod())
+        assert status.foreign == (line,) and status.notes == (line, "something else")
+        assert (await world.reconciler.settled("web")).foreign == (line,)
+        assert (await world.reconciler.inspect(pod(), foreign=True)) == {"foreign": ((line,), "")}
+        world.routing.remarks = world.rules.remarks = ()
+        assert (await world.reconciler.settled("web")).foreign == ()
+
+    play(script)

@@ -78,6 +78,7 @@ class Backend:
         self.reads = 0
         self.failures: list[Exception] = []  # raised by the next applies, one each
         self.deaf = False  # takes plans and does nothing
+        self.remarks: tuple[str, ...] = ()
         self.outlives = False
         self.before_apply: Callable[[Target], None] = lambda target: None
 
@@ -93,8 +94,9 @@ class Backend:
 
     def plan(self, want: Redirect | None, have: tuple[Redirect | str | None, int]) -> Plan[Redirect | None]:
         if want == have[0]:
-            return Plan(seen=have[1])
-        return Plan((Step(f"{self.name} {'set' if want else 'clear'}", want),), (f"it holds {have[0]}",), have[1])
+            return Plan(seen=have[1], remarks=self.remarks)
+        step = Step(f"{self.name} {'set' if want else 'clear'}", want)
+        return Plan((step,), (f"it holds {have[0]}",), have[1], self.remarks)
 
     def apply(self, target: Any, plan: Plan[Redirect | None]) -> None:
         self.before_apply(target)
