@@ -34,5 +34,6 @@ def condition(
         uncaptured=uncaptured(
             ((pod, status.state) for pod, status in found), lambda pod: decide(pod, settings).enrolled
         ),
+        foreign=[(pod, len(status.foreign)) for pod, status in found if status.foreign],
         age=age((status for _, status in found), time.time()),
     )

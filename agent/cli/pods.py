@@ -11,6 +11,8 @@ from agent.cli import client, output
 from agent.cli.explain import ago
 from agent.core.text import pairs, table
 
+_NAMED = 3  # pods in one line; `sluice verify --all` has all of them
+
 
 def register(subparsers: Any) -> None:
     _add(subparsers, "status", _status, "the agent of this node")
@@ -42,6 +44,8 @@ def _status(args: argparse.Namespace) -> int:
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
     ]
+    if foreign := answer.get("foreign_rules"):  # an older agent does not tell
+        rows.append(("Foreign rules", f"before ours in {_some(foreign)}; `sluice verify POD` names them"))
     if answer.get("exits"):
         causes = sorted(answer["exits"].items(), key=lambda pair: -pair[1])
         rows.append(("Exits", ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in causes)))
@@ -49,6 +53,12 @@ def _status(args: argparse.Namespace) -> int:
         rows.append(("Damaged state", ", ".join(answer["damaged_state_files"])))
     output.emit(args.output, answer, pairs(rows))
     return 0
+
+
+def _some(pods: list[str]) -> str:
+    """Their number, and the names of the first."""
+    more = ["..."] if len(pods) > _NAMED else []
+    return f"{len(pods)} pod{'s' * (len(pods) != 1)}: {', '.join([*pods[:_NAMED], *more])}"
 
 
 def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:

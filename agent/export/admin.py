@@ -81,15 +81,18 @@ class Admin:
 
     async def _status(self, _: Request) -> dict[str, Any]:
         missing, degraded = self.readiness()
-        states: dict[str, int] = {}
+        states, foreign = dict[str, int](), list[str]()
         for pod in self.table:
-            state = self.reconciler.status(pod.uid).state.value
-            states[state] = states.get(state, 0) + 1
+            status = self.reconciler.status(pod.uid)
+            states[status.state.value] = states.get(status.state.value, 0) + 1
+            if status.foreign:
+                foreign.append(pod.key)
         return {
             **self.node(),
             "ready": not missing,
             "problem": missing or degraded,
             "pods": states,
+            "foreign_rules": sorted(foreign),
             "exits": self._exits(),
             "connections": await self.records.totals() if self.records else [],
         }

@@ -16,8 +16,9 @@ from agent.core.status import State, Status
 class Condition:
     """`about`: labels of sluice_agent_info. `exempt`: of the node's probes, None where they are not to be.
 
-    `uncaptured`: pods that are to be captured and are not. `age`: seconds since the last comparison that was right, of
-    the captured pod where that is longest ago; None where none is captured.
+    `uncaptured`: pods that are to be captured and are not. `foreign`: pods with chains and policy rules of others
+    before ours, and how many. `age`: seconds since the last comparison that was right, of the captured pod where that
+    is longest ago; None where none is captured.
     """
 
     about: Mapping[str, str] = field(default_factory=dict)
@@ -25,6 +26,7 @@ class Condition:
     exempt: bool | None = None
     period: float = 0.0
     uncaptured: Sequence[tuple[Pod, State]] = ()
+    foreign: Sequence[tuple[Pod, int]] = ()
     age: float | None = None
 
 
@@ -70,3 +72,8 @@ class ConditionCollector(Collector):
         for pod, state in found.uncaptured:
             pods.add_metric([pod.namespace, pod.name, state.value], 1)
         yield pods
+        what = "Chains and policy rules of others that come before ours in a captured pod and may take its traffic."
+        rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
+        for pod, count in found.foreign:
+            rules.add_metric([pod.namespace, pod.name], count)
+        yield rules

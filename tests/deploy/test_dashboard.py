@@ -20,6 +20,7 @@ FOLDER = RULES.parents[1] / "dashboards"
 # Metrics that are in no panel, with the reason.
 NOT_SHOWN = {
     "process_start_time_seconds": "alert SluiceAgentRestarts",
+    "sluice_pod_foreign_rules": "alert SluiceForeignRules",
     "process_virtual_memory_bytes": "tells nothing beside the resident memory",
     "python_gc_objects_collected": "of interest to who works on the agent",
     "python_gc_objects_uncollectable": "likewise",

@@ -40,6 +40,7 @@ GROUPS = {
 
 def everything() -> list[Metric]:
     """A page on which each metric has a sample."""
+    about = dict.fromkeys(dashboard.ABOUT, "x")
     metrics = Metrics(
         lambda: [State.ENABLED],
         lambda: 1,
@@ -48,7 +49,7 @@ def everything() -> list[Metric]:
         None,
         lambda: [(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))],
         lambda: Cluster({"/api/v1/pods": {"lists": 1}}, {"/api/v1/pods": True}, synced=True, installed=True),
-        lambda: Condition(dict.fromkeys(dashboard.ABOUT, "x"), True, True, 30.0, [(POD, State.FAILED)], 1.0),
+        lambda: Condition(about, True, True, 30.0, [(POD, State.FAILED)], [(POD, 1)], 1.0),
     )
     metrics.cni("ADD", 0, 0.1)
     metrics.applied(POD, "nftables", ("x",), 0.1, "nft[1]")

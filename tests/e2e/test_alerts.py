@@ -170,6 +170,14 @@ def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: Worl
     leak = Inside(pods["client"].netns).make("10.0.0.1")
     with marking(pods["client"].netns, f"tcp dport {PORT}"):
         leak.connect((here.host(pods["client"]), PORT))
+    # All TCP of a pod is marked, ztunnel's too.
+    vpn = pods["careless"]
+    with marking(vpn.netns, "meta l4proto tcp", 0x1):
+        world.fires("SluiceForeignRules", namespace="shop", pod=vpn.name)
+        (line,) = (one for one in here.sluice("status").splitlines() if one.startswith("Foreign rules:"))
+        assert f"1 pod: {vpn.key};" in line
+        (row,) = here.ask("/v1/verify", pod=vpn.key)
+        assert [one for one in row["differences"] if "mark set 0x1" in one and "inet own out" in one], row
     # Somebody takes a routing rule away as often as it comes back.
     rule = ["ip", "rule", "del", "pref", "32764"]
     fight = world.again_and_again(lambda: run(rule, netns=pods["touched"].netns, check=False), 0.1)
@@ -195,7 +203,7 @@ def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: Worl
     rewriting.set()
     world.fires("SluicePodNotCaptured", namespace="shop", pod="nowhere")
     api.delete("Pod", "shop", "nowhere")
-    world.ends("SluicePodFailed", "SluicePodNotCaptured", "SluiceAgentDescriptors")
+    world.ends("SluiceForeignRules", "SluicePodFailed", "SluicePodNotCaptured", "SluiceAgentDescriptors")
 
 
 def test_what_the_agent_depends_on_is_away(world: World, pods: dict[str, NodePod]) -> None:

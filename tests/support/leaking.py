@@ -11,9 +11,9 @@ from agent.kernel.exec import run
 
 
 @contextlib.contextmanager
-def marking(netns: str | Path, match: str) -> Iterator[None]:
+def marking(netns: str | Path, match: str, mark: int = ZTUNNEL_MARK) -> Iterator[None]:
     """What matches, such as "tcp dport 80", meanwhile. A connection that was begun goes on by conntrack."""
-    rule = f"{match} meta mark set {ZTUNNEL_MARK:#x}"
+    rule = f"{match} meta mark set {mark:#x}"
     chain = f"chain out {{\ntype route hook output priority -160\n{rule}\n}}"
     run(["nft", "-f", "-"], netns=netns, stdin=f"table inet own {{\n{chain}\n}}\n")
     try:

@@ -114,6 +114,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
         "host_probes": {"mechanism": "nftables", "ok": True, "error": "", "members": 3},
         "host_probes_reason": "as the host", "static_pods": "not set",
         "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
+        "foreign_rules": ["a/a", "b/b", "c/c", "d/d"],
         "exits": {"not_tcp": 2, "captured_outbound": 10}, "accounting": "ebpf", "accounting_reason": "it runs here",
         "connections": [
             {"direction": "outbound", "fate": "captured", "reason": "", "connections": 5},
@@ -126,6 +127,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     said = {key: value.strip() for key, value in lines.items()}
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
+    assert said["Foreign rules"] == "before ours in 4 pods: a/a, b/b, c/c, ...; `sluice verify POD` names them"
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
     assert said["Accounting"] == "ebpf (it runs here)"
     assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"

@@ -101,7 +101,7 @@ def test_status_and_pods() -> None:
         bench.ready = ("", "no ztunnel")
         assert await bench.ask("/v1/status") == {
             "node": "n1", "ready": True, "problem": "no ztunnel", "pods": {"enabled": 1, "excluded": 1},
-            "exits": {},
+            "foreign_rules": [], "exits": {},
             "connections": [],
         }  # fmt: skip
         db, web = await bench.ask("/v1/pods")  # by name
