@@ -1,4 +1,4 @@
-"""Accepting connections: what the kernel lacks for it ends nothing and is logged once a minute; strangers get few."""
+"""Accepts connections. A failed accept is retried and logged once a minute; the number of connections is limited."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 log = logging.getLogger("sluice.socket")
-RESERVE = 64  # descriptors that strangers never get: for CNI, ZDS, and what an ADD opens
+RESERVE = 64  # descriptors kept free for CNI, ZDS and what an ADD opens
 _QUIET = 60.0  # seconds between two log lines of one kind
-_NONE_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _RESET = struct.pack("ii", 1, 0)  # struct linger: closing resets, and keeps nothing
 
 
@@ -37,24 +36,24 @@ class Seldom:
 
 
 async def accept(listener: socket.socket, seldom: Seldom) -> tuple[socket.socket, Any]:
-    """The next connection and its peer's address. Having no descriptor left, or a peer that is gone, ends nothing."""
+    """The next connection and its peer's address. Errors are logged and accept is tried again."""
     while True:
         try:
             return await asyncio.get_running_loop().sock_accept(listener)
         except OSError as error:
             seldom.log(f"accept on {listener.getsockname()}: {error.strerror}; trying again")
-            if error.errno in _NONE_LEFT:
+            if error.errno != errno.ECONNABORTED:  # of one peer; all others last, such as EMFILE
                 await asyncio.sleep(0.1)
 
 
 def reset_at_close(sock: Any) -> None:
-    """Of what waits to be sent nothing stays in the kernel then."""
+    """Closing discards what is still to be sent, so the kernel keeps nothing of the connection."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
 
 class Limits:
-    """How many connections there may be in all, and of one address (of IPv6 a /64, which one host may have whole)."""
+    """The most connections in all, and from one address; an IPv6 /64 counts as one, since a host may own all of it."""
 
     def __init__(self, most: int, each: int) -> None:
         self._most, self._each = most, each
@@ -62,7 +61,7 @@ class Limits:
         self._full = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
 
     def refusal(self, sock: socket.socket, key: str) -> str:
-        """Why this connection cannot be taken; "" if it can. The node's own, as the kubelet's, can while it has few."""
+        """Why this connection is refused; "" if it is not. For the node's own, such as kubelet, only `each` applies."""
         if self._held[key] >= self._each:
             return f"{key or 'root'} has {self._each} connections, and more are not allowed"
         if key == host(sock.getsockname()):
@@ -83,7 +82,7 @@ class Limits:
 
 
 def host(address: Any) -> str:
-    """Whom a peer's address stands for; "" on a unix socket."""
+    """The key of `Limits` for a peer's address: an IPv4 address or an IPv6 /64; "" on a unix socket."""
     if not isinstance(address, tuple):
         return ""
     known = ipaddress.ip_address(address[0].partition("%")[0])
@@ -95,7 +94,7 @@ def host(address: Any) -> str:
 async def strangers(
     listener: socket.socket, limits: Limits, handle: Callable[[socket.socket], Coroutine[Any, Any, None]]
 ) -> None:
-    """Each connection in a task of its own, within the limits, reset beyond them; until cancelled. Closes both."""
+    """Serves each connection in its own task and resets those beyond the limits, until cancelled. Closes them all."""
     broken, refused = Seldom(logging.ERROR), Seldom()
 
     async def one(sock: socket.socket, key: str) -> None:

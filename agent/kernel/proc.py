@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.core.errors import KernelError
+from agent.core.text import printable
 from agent.kernel.netns import NetnsId
 
 NsKey = tuple[int, int]  # device and inode, which tell a namespace as long as it lives
-_DESCRIPTORS = 20_000  # looked at to name the holder of one socket: a pod may have any number
+_DESCRIPTORS = 20_000  # read at most to find the holder of one socket: a pod may have any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
 
 
 def holder(inode: int, netns: NetnsId, proc: str = "/proc") -> str:
-    """Which process of that network namespace holds the socket, as "nginx[4711]"; "" when none of it does."""
+    """The process in that network namespace that holds the socket, as "nginx[4711]"; "" when there is none."""
     left = _DESCRIPTORS
     for name in os.listdir(proc):  # noqa: PTH208
         if not name.isdecimal():
@@ -113,7 +114,7 @@ def holder(inode: int, netns: NetnsId, proc: str = "/proc") -> str:
                 return "one of its many processes"
             if any(_is(f"{proc}/{name}/fd/{number}", inode) for number in numbers):
                 command = Path(proc, name, "comm").read_text(errors="replace").rstrip("\n")
-                return "".join(one if one.isprintable() else "?" for one in command) + f"[{name}]"
+                return f"{printable(command)}[{name}]"
     return ""
 
 

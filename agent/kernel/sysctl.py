@@ -1,4 +1,4 @@
-"""Numbers under /proc/sys of the current network namespace. In a container /proc/sys is mounted read-only as a rule."""
+"""Reads and writes numbers in /proc/sys of the current network namespace. Containers usually mount it read-only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read(name: str) -> int | None:
-    """`name` with slashes, below /proc/sys. None where this kernel or this namespace does not have it."""
+    """`name` is a path below /proc/sys. None where this kernel or this namespace does not have it."""
     try:
         fd = os.open(f"/proc/sys/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -47,7 +47,7 @@ def write(name: str, value: int) -> None:
 
 @functools.cache
 def _own_proc() -> int:
-    """A proc file system of this process alone, attached nowhere, that nobody has mounted read-only. Raises OSError."""
+    """A detached, writable mount of proc that only this process has. Raises OSError."""
     context = _call(_FSOPEN, b"proc", _CLOEXEC)
     try:
         _call(_FSCONFIG, context, _CREATE, None, None, 0)

@@ -25,7 +25,7 @@ from agent.kernel.podnetns import PodNetns
 from agent.kernel.process import Process
 from agent.kernel.sockdiag import SockDiag, cookies
 
-_MOST_ELSEWHERE: Final = 4096
+_MOST_OTHERS: Final = 4096  # listeners of other processes that are remembered
 SLOTS: Final = 2  # listeners of one role in one pod: an old and a new ztunnel overlap
 ROOT_CGROUP: Final = 1  # its id, in every hierarchy of version 2
 _GONE: Final = (errno.ESRCH, errno.EBADF)
@@ -115,7 +115,7 @@ class Ztunnels:
         self._holders: list[tuple[tuple[int, int], Holder]] = []  # newest first, by start and then by arrival
         self._arrivals = itertools.count()
         self._version = 0
-        self._elsewhere: set[int] = set()  # cookies of listeners that neither ztunnel nor their pod holds
+        self._others: dict[int, str] = {}  # cookies of listeners that no ztunnel holds, and who in their pod does
         self._turn = threading.Lock()
 
     def arrived(self, process: Process) -> None:
@@ -162,7 +162,7 @@ class Ztunnels:
         return found
 
     def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
-        """Those that capture, of the newest process first, at most SLOTS of each role.
+        """The listeners that capture, those of the newest process first, at most SLOTS for each role.
 
         Raises KernelError when they cannot be read.
         """
@@ -170,29 +170,29 @@ class Ztunnels:
         return {role: [one for one in every if one.socket.local[1] == role.port][:SLOTS] for role in Role}
 
     def every(self, target: PodNetns) -> list[Listener]:
-        """What ztunnel listens on in this pod, by TCP, of the newest process first. Raises KernelError."""
+        """All TCP listeners of ztunnel in this pod, those of the newest process first. Raises KernelError."""
         with contextlib.closing(target.netns.call(SockDiag)) as diag:
             sockets = diag.listening(CAPTURE_PORTS)
         return [Listener(one, target.netns.id.cookie, holder) for one, holder in self._held(sockets)]
 
     def foreign(self, sockets: Sequence[TcpSocket], netns: NetnsId) -> dict[int, str]:
-        """Cookie -> holder, as "nginx[4711]", of those that a process of the pod holds and no ztunnel. KernelError.
+        """Cookie -> holder, as "nginx[4711]", of listeners that a process of the pod holds and no ztunnel does.
 
-        Empty while no ztunnel has come. One that has not come to this agent yet does not live in the pod.
+        Empty while no ztunnel is known. A listener that no process of the pod holds is taken for that of a ztunnel that
+        has not connected yet. The answer is kept until a ztunnel comes or ends: to find it, all descriptors of ztunnel
+        and of the pod's processes are read. Raises KernelError.
         """
         if not self._alive():
             return {}
-        found, held = {}, {one.cookie for one, _ in self._held(sockets)}
-        for one in sockets:
-            if one.cookie in held or one.cookie in self._elsewhere:
-                continue
-            if who := proc.holder(one.inode, netns):
-                found[one.cookie] = who
-            else:
-                self._elsewhere.add(one.cookie)
-        if len(self._elsewhere) > _MOST_ELSEWHERE:
-            self._elsewhere.clear()
-        return found
+        known = dict(self._others)
+        unknown = [one for one in sockets if one.cookie not in known]
+        held = {one.cookie for one, _ in self._held(unknown)}
+        for one in unknown:
+            if one.cookie not in held:
+                known[one.cookie] = self._others[one.cookie] = proc.holder(one.inode, netns)
+        if len(self._others) > _MOST_OTHERS:
+            self._others.clear()
+        return {one.cookie: who for one in sockets if (who := known.get(one.cookie))}
 
     def holds(self, inode: int) -> bool:
         """Whether one of the processes holds the socket with this inode. Raises KernelError."""
@@ -223,4 +223,4 @@ class Ztunnels:
 
     def _changed(self) -> None:
         self._version += 1
-        self._elsewhere.clear()
+        self._others.clear()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 from typing import Any
 
 import pytest
 
-from agent.kernel.accepting import Seldom, host
+from agent.kernel import accepting
+from agent.kernel.accepting import Seldom, accept, host
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,23 @@ def test_one_kind_of_event_is_logged_once_a_minute_with_how_many_there_were(
         "no descriptor left",
         "no descriptor left (1000 times since this was logged last)",
     ]
+
+
+def test_an_accept_that_keeps_failing_lets_others_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherTask(Exception):
+        """Another task's turn."""
+
+    class Once(Seldom):
+        def log(self, words: str) -> None:
+            assert not self._count, "tried again at once"
+            super().log(words)
+
+    async def sleep(_: float) -> None:
+        raise OtherTask
+
+    monkeypatch.setattr(accepting.asyncio, "sleep", sleep)
+    with socket.socket() as deaf, pytest.raises(OtherTask):  # it does not listen: EINVAL
+        deaf.setblocking(False)
+        once = Once()
+        monkeypatch.setattr(once, "_next", float("inf"))
+        asyncio.run(accept(deaf, once))
