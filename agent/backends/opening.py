@@ -1,8 +1,8 @@
-"""A connection's first packet, sent in a pod's namespace: whether it is led to ztunnel, whatever rules are in its way.
+"""Sends a connection's first packet in a pod's namespace and finds out whether the rules redirect it to ztunnel.
 
-A raw SYN goes through the same hooks as an application's, and conntrack then says who is to answer it. No socket of
-ours takes the answer, so the kernel resets it, and ztunnel hears of no connection. Where nothing captures it, it ends
-at the pod's first hop: it may make one. Backend ebpf captures sockets, not packets, and is not asked.
+A raw SYN passes the same hooks as an application's, and conntrack then knows who will answer it. No socket accepts the
+answer, so the kernel resets the connection and ztunnel never sees it. A SYN that is not captured has a hop limit of 1
+and ends at the pod's first hop. Not for backend ebpf, which captures sockets and not packets.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from agent.kernel.conntrack import Endpoint, NewFlows
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.rtnetlink import AF
 
-# Addresses of the documentation's networks (RFC 5737, 3849), which nobody has.
+# Reserved for documentation (RFC 5737, 3849).
 SERVICE = {4: ("192.0.2.1", 80), 6: ("2001:db8::1", 80)}
-_ROOT = 0  # whose packet it is
+_ROOT = 0  # the user who sends it
 
 
 def led_astray(target: PodNetns, want: Redirect) -> tuple[str, ...]:
-    """In words, for each family in which the rules of `want` do not take it; () also where it could not be sent."""
+    """One message for each family in which the rules of `want` do not capture it; () also if that cannot be tested."""
     if want.draining or any(first <= _ROOT <= last for first, last in want.exclude.users) or want.exclude.interfaces:
         return ()
     return tuple(words for family in (4, 6) if (words := _family(target, want, family)))
@@ -40,7 +40,7 @@ def _family(target: PodNetns, want: Redirect, family: int) -> str:
     try:
         answers = target.netns.call(lambda: _send(own, service))
     except (OSError, KernelError):
-        return ""  # no route leads there, or a rule refused it: it went nowhere
+        return ""  # there is no route, a rule refused it, or conntrack does not notify
     what = f"a connection of the pod to {text(service)}"
     if answers is None:
         return f"{what} would leave without conntrack, which translates nothing then (notrack)"
@@ -58,7 +58,7 @@ def _excluded(want: Redirect, service: Endpoint) -> bool:
 
 
 def _send(own: str, service: Endpoint) -> Endpoint | None:
-    """Who answers, None where conntrack has not seen it. Raises OSError, KernelError."""
+    """Who answers; None when conntrack has not seen the packet. Raises OSError, KernelError."""
     family = AF[6 if ":" in own else 4]
     with _port(family, own) as port, contextlib.closing(NewFlows()) as flows:
         with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as raw:
@@ -69,7 +69,7 @@ def _send(own: str, service: Endpoint) -> Endpoint | None:
 
 @contextlib.contextmanager
 def _port(family: int, own: str) -> Iterator[int]:
-    """A port that no connection of the pod uses meanwhile."""
+    """A port that is reserved for the duration, so that no connection of the pod uses it."""
     with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as holder:
         holder.bind((own, 0))
         yield holder.getsockname()[1]

@@ -1,7 +1,7 @@
-"""What one pod may take of the maps that all share, so that it takes the names and fates of its own connections alone.
+"""Limits how many entries one pod may have in the maps that all pods share, so that one pod cannot fill them.
 
-The programs count what a pod has taken. What the agent takes out they do not see, so a pod that comes near its share
-is counted anew.
+The programs count the entries that a pod adds. They do not see what the agent removes, so the entries of a pod that has
+used half of its share are counted again.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from agent.flows import abi
 from agent.flows.abi import Share, Shared
 from agent.kernel.bpfmaps import Maps
 
-_PART, _LEAST = 8, 256  # of a map's entries one pod may have an eighth, but so many in any case
-_QUIET = 60.0  # seconds between two words on one pod
+_PART, _LEAST = 8, 256  # one pod may have an eighth of a map's entries, but at least 256
+_QUIET = 60.0  # seconds between two messages about one pod
 _MAPS = {Shared.PEERS: "tallies", Shared.HANDSHAKES: "begun"}
 _WORDS = {
     Shared.PEERS: "it has more peers than one pod may have ({most}): {count} connections are counted without address",
@@ -29,7 +29,7 @@ class Shares:
 
     def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
         self._maps, self._clock = maps, clock
-        self._told: dict[tuple[int, Shared], tuple[int, float]] = {}  # refused when told last, and when that was
+        self._told: dict[tuple[int, Shared], tuple[int, float]] = {}  # refused at the last message, and when that was
 
     def allow(self) -> None:
         """Sets the shares by the sizes that the maps have."""
@@ -38,26 +38,28 @@ class Shares:
             self._maps["shares"].update(abi.share_key(0, of), Share(most).encode())
 
     def crowded(self) -> Iterator[tuple[int, str]]:
-        """(pod, in words) of each that was refused something since it was told last, at most once a minute."""
+        """(pod, message) for each pod whose entries were refused since its last message, at most once a minute."""
         held = {abi.shared(key): (key, abi.share(value)) for key, value in self._maps["shares"].items()}
+        counted: dict[Shared, Counter[int]] = {}
         for (pod, of), (key, share) in held.items():
             most = held[0, of][1].taken if (0, of) in held else 0
             if not pod or not most:
                 continue
             if share.taken > most // 2:
-                self._recount(key, pod, of, share)
+                if of not in counted:  # once for all pods: one system call per entry
+                    counted[of] = Counter(map(abi.owner, self._maps[_MAPS[of]].keys()))
+                self._correct(key, share, counted[of][pod])
             before, when = self._told.get((pod, of), (0, 0.0))
             if share.refused > before and self._clock() >= when + _QUIET:
                 self._told[pod, of] = share.refused, self._clock()
                 yield pod, _WORDS[of].format(most=most, count=share.refused - before)
 
-    def _recount(self, key: bytes, pod: int, of: Shared, share: Share) -> None:
-        taken = Counter(map(abi.owner, self._maps[_MAPS[of]].keys()))[pod]
-        if taken != share.taken:  # what is added in this moment is missed, and found the next time
+    def _correct(self, key: bytes, share: Share, taken: int) -> None:
+        if taken != share.taken:  # an entry that is added meanwhile is missed, and found the next time
             self._maps["shares"].update(key, Share(taken, share.refused).encode())
 
     def sweep(self, known: Collection[int]) -> None:
-        """Forgets pods that are none any more."""
+        """Removes the shares of pods that no longer exist."""
         for key, (pod, of) in ((key, abi.shared(key)) for key, _ in self._maps["shares"].items()):
             if pod and pod not in known:
                 self._maps["shares"].delete(key)

@@ -6,12 +6,14 @@ A flow is found by its reply direction: that is what the redirected-to socket se
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 import struct
 
 from agent.core.errors import KernelError
 from agent.core.netlink import attribute, attributes, nested
+from agent.kernel import sysctl
 from agent.kernel.netlink import NetlinkSocket
 from agent.kernel.notifications import Notifications
 
@@ -23,7 +25,10 @@ _TUPLE_IP, _TUPLE_PROTO = 1, 2
 _IP_SRC = {socket.AF_INET: 1, socket.AF_INET6: 3}  # the destination's attribute is the next one
 _PROTO_NUM, _PROTO_SRC_PORT, _PROTO_DST_PORT = 1, 2, 3
 
+_EVENTS = "net/netfilter/nf_conntrack_events"
+
 Endpoint = tuple[str, int]
+_NOWHERE: Endpoint = ("127.0.0.1", 1)
 
 
 class Conntrack:
@@ -62,15 +67,24 @@ class Conntrack:
 
 
 class NewFlows:
-    """The flows that conntrack meets from now on, of any zone and however short they live. Make it in the namespace."""
+    """The flows that conntrack creates from now on, in any zone, however short-lived. Make it inside the namespace."""
 
     def __init__(self) -> None:
+        """Raises KernelError where the kernel does not notify of flows."""
+        with contextlib.closing(Conntrack()) as lookup:
+            # Loads the module and waits for it, which joining the group does not; an error where there is none.
+            lookup.endpoint(socket.IPPROTO_TCP, _NOWHERE, _NOWHERE)
+        if sysctl.read(_EVENTS) == 0:
+            raise KernelError("conntrack notifications", errno.EOPNOTSUPP, f"{_EVENTS} is 0")
         self._events = Notifications(NETLINK_NETFILTER, [_GROUP_NEW])
 
     def answering(self, service: Endpoint) -> Endpoint | None:
-        """Who answers the flow to `service`; None when no such flow was told of."""
-        told = (message.body for message in self._events.take()[0])
-        return next((decode(body, _TUPLE_REPLY) for body in told if decode(body) == service), None)
+        """Who answers the flow to `service`; None when there is none. Raises KernelError if that is not known."""
+        taken, lost = self._events.take()
+        found = next((one.body for one in taken if decode(one.body) == service), None)
+        if found is None and lost:
+            raise KernelError("conntrack notifications", errno.ENOBUFS, "some were lost")
+        return None if found is None else decode(found, _TUPLE_REPLY)
 
     def close(self) -> None:
         self._events.close()
