@@ -20,7 +20,7 @@ from agent.backends.hostprobes.layers import layers
 from agent.backends.mechanisms import mechanisms
 from agent.cli import output
 from agent.cli import settings as from_user
-from agent.cli.uncapture import hold, left
+from agent.cli.uncapture import forget_account, hold, left
 from agent.core.desired import decide
 from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.redirect import Redirect
@@ -106,6 +106,8 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
                 there = hand_back(row, target, note, settings, dry_run=dry_run)
             except SluiceError as error:
                 there, row.remarks = True, (*row.remarks, str(error))
+            if row.result == "handed back":
+                forget_account(Pins.of(settings.bpf_dir), target, problems)
         if there:
             yield row
         if pod and row.result == "handed back":

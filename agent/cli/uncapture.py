@@ -18,9 +18,10 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.mechanisms import mechanisms
 from agent.cli import annotation, client, output
-from agent.core.errors import SluiceError
+from agent.core.errors import KernelError, SluiceError
 from agent.core.text import table
 from agent.core.whose import Whose
+from agent.flows.accounted import AccountedPods
 from agent.kernel import bpffs
 from agent.kernel.hostnetns import HostNetns
 from agent.kernel.podnetns import PodNetns
@@ -146,8 +147,18 @@ def remove(
             removal = uncapture(
                 target, layers, traces.of_layer, noted=noted, foreign=args.foreign, dry_run=args.dry_run
             )
+            if removal and removal.result == REMOVED:
+                forget_account(Pins.of(args.bpf_dir), target, problems)
         rows += [Row(netns.origin, pod, removal)] if removal else []
     return rows, seen
+
+
+def forget_account(pins: Pins, target: PodNetns, problems: list[str]) -> None:
+    """The programs of the account outlive the agent, and would go on refusing ztunnel's ports in this pod."""
+    try:
+        AccountedPods(pins.accounting, watching=False).release(target.netns.id.cookie)
+    except KernelError as error:
+        problems.append(f"{target.netns.origin}: its connections are still accounted for: {error}")
 
 
 def left(pins: Pins, *, dry_run: bool) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 
@@ -15,6 +16,7 @@ from agent.flows.ebpf import EbpfCollector
 from agent.flows.programs import SHARED, Programs
 from agent.flows.sockdiag import DiagCollector
 
+log = logging.getLogger("sluice.accounting")
 _TCX_SINCE = (6, 6)
 
 
@@ -23,11 +25,9 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
 
     Raises SettingsError when the only one that may be used cannot be.
     """
-    if settings.accounting == "off":
-        return None, "setting accounting"
     why = "setting accounting"
-    if settings.accounting != "inet_diag":
-        programs = Programs(pins.accounting, pins.maps / SHARED if by_socket else None, settings.bpf_map_sizes)
+    programs = Programs(pins.accounting, pins.maps / SHARED if by_socket else None, settings.bpf_map_sizes)
+    if settings.accounting not in ("off", "inet_diag"):
         watching, without = (False, "") if by_socket else _watching(pins)
         collector = EbpfCollector(programs, ztunnels, by_socket=by_socket, watching=watching)
         try:
@@ -38,7 +38,16 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
             why = f"eBPF cannot be used: {error}"
         else:
             return collector, ("setting accounting" if settings.accounting == "ebpf" else "it runs here") + without
-    return DiagCollector(ztunnels.holds, ztunnels.foreign), why
+    _remove(programs)
+    return None if settings.accounting == "off" else DiagCollector(ztunnels.holds, ztunnels.foreign), why
+
+
+def _remove(programs: Programs) -> None:
+    """What an earlier agent left. Nobody would tell it of new ztunnels, and it would refuse them their ports."""
+    try:
+        programs.remove()
+    except KernelError as error:
+        log.warning("programs of the account stay, and may refuse a new ztunnel its ports: %s", error)
 
 
 def _watching(pins: Pins) -> tuple[bool, str]:

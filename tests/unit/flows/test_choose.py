@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from agent.backends.ebpf import needs
 from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError
+from agent.core.settings import Settings
 from agent.flows import choose
 
 PINS = Pins.of("/sys/fs/bpf/slu-none")
@@ -40,3 +44,19 @@ def test_interfaces_are_watched_where_tcx_is(
     assert (found, len(attempts)) == (watching, tried)
     assert ("Linux 6.6" in without) == (not watching)
     assert attempts in ([], [("tcx", "/sys/fs/bpf/slu-none")])
+
+
+@pytest.mark.parametrize(("setting", "name"), [("off", ""), ("inet_diag", "inet_diag"), ("auto", "inet_diag")])
+def test_programs_that_nobody_tells_of_new_ztunnels_go(
+    setting: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: object) -> None:
+        raise KernelError("load BPF program", 1, "Operation not permitted")
+
+    monkeypatch.setattr(choose.EbpfCollector, "start", start)
+    pins = Pins.of(str(tmp_path / "sluice"))
+    links = pins.accounting.node.path / "links"
+    links.mkdir(parents=True)
+    (links / "ports4").touch()
+    found, _ = choose.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
+    assert (found.name if found else "", pins.accounting.root.exists()) == (name, False)
