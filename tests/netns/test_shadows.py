@@ -75,6 +75,10 @@ OUTBOUND = [
      "chain ip nat OUTPUT before our jump, priority -100: 1 rule with accept (l4proto tcp jump X: l4proto tcp accept)"),
     ("iptables", output(-150, f"tcp dport 80 redirect to :{THEIRS}"), False,
      "chain ip theirs out, priority -150: 1 rule with redirect (l4proto tcp dport 80 redirect)"),
+    ("iptables-legacy", output(-150, f"tcp dport 80 redirect to :{THEIRS}"), False,
+     "chain ip theirs out, priority -150: 1 rule with redirect (l4proto tcp dport 80 redirect)"),
+    ("iptables-legacy", output(-150, "meta l4proto tcp meta mark set 0x539", "filter"), True,
+     "chain ip theirs out, priority -150: 1 rule with mark (l4proto tcp mark set 0x539)"),
 ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ were before: after a removal, tables that were not there before remain, empty an
 tell anyone of changes, or refuse one that was planned for another state: drift is found by reading alone, and what
 somebody changes while iptables-legacy-restore rewrites the same table may be lost, as between any two iptables.
 Each change sets the counters of policies, not of rules, to zero, as that of any iptables-legacy program does.
+What comes before our rules is told of nf_tables, not of legacy tables.
 While a namespace has no IPv6 its IPv6 tables are neither read nor written: rules made before stay as they are.
 """
 
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
+from agent.backends import shadows
 from agent.backends.base import Support
 from agent.backends.iptables import legacy_reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Restore
@@ -23,7 +25,10 @@ from agent.backends.iptables.deeds import Deeds
 from agent.backends.iptables.legacy_reading import Found
 from agent.backends.iptables.reading import TABLES
 from agent.backends.iptables.rendering import XtTable
+from agent.backends.nfdumps import Ruleset
+from agent.backends.nfreading import Reader
 from agent.core.errors import CommandError, KernelError
+from agent.core.nftables import NFPROTO_INET
 from agent.core.plan import Plan, Step
 from agent.core.redirect import Redirect
 from agent.kernel import exec, scratch, xtables
@@ -36,9 +41,13 @@ _NOTHING = Redirect(ipv4=False, ipv6=False)
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """Per family (4, 6) those of our tables that are there; nothing for a family that the namespace lacks."""
+    """Per family (4, 6) those of our tables that are there; nothing for a family that the namespace lacks.
+
+    `remarks` are on what comes before our rules.
+    """
 
     families: dict[int, dict[str, XtTable]]
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +68,7 @@ class IptablesLegacyBackend:
     def __init__(self, *, ipv6: bool = True) -> None:
         """Without `ipv6` the node's own IPv6 is not tried; pods that have it are still looked at."""
         self._ipv6 = ipv6
-        self._deeds = Deeds()
+        self._deeds, self._before = Deeds(), Reader(_before, ())
         self._last: WeakKeyDictionary[PodNetns, _Last] = WeakKeyDictionary()
 
     def probe(self) -> Support:
@@ -84,7 +93,13 @@ class IptablesLegacyBackend:
             for (family, name), found in tables.items():
                 have.families[family][name] = self._deeds.judged(found)
             last = self._last[target] = _Last(tables, version, have)
-        return last.have
+        return replace(last.have, remarks=self._remarks(target)) if _jumps(last.have) else last.have
+
+    def _remarks(self, target: PodNetns) -> tuple[str, ...]:
+        try:
+            return self._before.read(target)
+        except KernelError:
+            return ()  # a kernel without nf_tables
 
     def plan(self, want: Redirect | None, have: Have) -> Plan[Restore]:
         steps: list[Step[Restore]] = []
@@ -98,7 +113,7 @@ class IptablesLegacyBackend:
                 found += differences(family, wanted.tables, actual)
                 script = rendering.script(family, wanted, actual)
                 steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
-        return Plan(tuple(steps), tuple(found))
+        return Plan(tuple(steps), tuple(found), remarks=have.remarks)
 
     def apply(self, target: PodNetns, plan: Plan[Restore]) -> None:
         for step in plan.steps:
@@ -107,6 +122,15 @@ class IptablesLegacyBackend:
         for (family, name), found in _tables(target, {}).items():
             if any(step.payload.family == family and f"*{name}\n" in step.payload.script for step in plan.steps):
                 self._deeds.learn(found)
+
+
+def _jumps(have: Have) -> bool:
+    return any(table.jumps for family in have.families.values() for table in family.values())
+
+
+def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...]:
+    """Of chains with the priority of legacy tables nobody tells which come first: those are left out."""
+    return shadows.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
 
 
 def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
