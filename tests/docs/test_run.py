@@ -97,7 +97,7 @@ def test_what_kubectl_is_asked_for_is_what_the_chart_makes() -> None:
     text = "\n".join(block.text for block in of("cluster"))
     named = set(re.findall(r"\b(?:daemonset|configmap)/[a-z-]+", text))
     assert named and named <= made, named - made
-    selected = set(re.findall(r"kubectl .* -l (\S+)", text))
+    selected = {label for labels in re.findall(r"kubectl .* -l ([^\s)]+)", text) for label in labels.split(",")}
     assert selected and selected <= labels, selected - labels
 
 
