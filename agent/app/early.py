@@ -1,7 +1,7 @@
-"""The first thing of a start: pods that an earlier agent captured are put right, before all else is imported or asked.
+"""The first step of a start: repairs the pods that an earlier agent captured, before the rest of the agent is loaded.
 
-By the recorded choice and the notes alone, and by the same pass that the loop makes over every pod again afterwards:
-what cannot be told or done here is left to it. eBPF needs to know ztunnel's process, and waits for the loop.
+It needs only the recorded backend and the notes. The loop makes the same pass over every pod again; what fails here is
+left to it. So are pods captured by eBPF, which needs ztunnel's process.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from agent.kernel.unixsocket import claim
 from agent.reconciler.enrolment import Enrolment
 from agent.reconciler.switching import Switching
 from agent.sources import recorded
+from agent.sources.listening import Listening
 from agent.sources.namespaces import Namespaces
 from agent.sources.outside import OutsideConnections
 from agent.sources.state import State
@@ -29,18 +30,18 @@ log = logging.getLogger("sluice.early")
 
 
 def mend(settings: Settings, state: State) -> None:
-    """Never raises: whatever is wrong, the agent starts, and its loop tells of it."""
+    """Never raises: the agent starts all the same, and its loop reports what is wrong."""
     try:
         choice = _choice(settings)
         if choice is not None:
             with _claimed(settings.run_dir):
                 _mend(settings, state, choice)
     except Exception as error:  # noqa: BLE001 - as above
-        log.info("what is noted is left to the first passes: %s", error)
+        log.info("captured pods are left to their first passes: %s", error)
 
 
 def _choice(settings: Settings) -> Choice | None:
-    """As it was recorded, where the settings and the kernel are such that it will be made again."""
+    """The recorded choice; None where the settings or the kernel may lead to another one now."""
     old = recorded.load(settings.run_dir)
     if old is None or old.release != os.uname().release or old.backend == "ebpf" or old.backend not in LAYERS:
         return None
@@ -54,7 +55,13 @@ def _mend(settings: Settings, state: State, choice: Choice) -> None:
     outside = OutsideConnections()
     with closing(Namespaces(state)) as namespaces, closing(outside):
         enrolment = Enrolment(
-            choice, namespaces, outside, Switching(choice, None), None, preserve=settings.preserve_connections
+            choice,
+            namespaces,
+            outside,
+            Switching(choice, None),
+            None,
+            listening=Listening(map(int, settings.ztunnel_ports)),  # the rules depend on it (Redirect.hbone)
+            preserve=settings.preserve_connections,
         )
         for note in state.load():
             redirect = decide(note.pod, settings).redirect
