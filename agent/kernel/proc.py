@@ -17,7 +17,7 @@ from agent.core.text import printable
 from agent.kernel.netns import NetnsId
 
 NsKey = tuple[int, int]  # device and inode, which tell a namespace as long as it lives
-_DESCRIPTORS = 20_000  # read at most to find the holder of one socket: a pod may have any number
+_DESCRIPTORS = 20_000  # read at most to find the holders of sockets: a pod may have any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,12 @@ def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
                 yield int(name), cgroup(int(name), proc)
 
 
-def holder(inode: int, netns: NetnsId, proc: str = "/proc") -> str:
-    """The process in that network namespace that holds the socket, as "nginx[4711]"; "" when there is none."""
-    left = _DESCRIPTORS
+def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[int, str]:
+    """The process in that network namespace that holds each socket, as "nginx[4711]", by inode.
+
+    Without sockets that no process there holds. One walk for all, for a pod may have any number of sockets.
+    """
+    wanted, found, left = set(inodes), dict[int, str](), _DESCRIPTORS
     for name in os.listdir(proc):  # noqa: PTH208
         if not name.isdecimal():
             continue
@@ -111,17 +114,19 @@ def holder(inode: int, netns: NetnsId, proc: str = "/proc") -> str:
             numbers = os.listdir(f"{proc}/{name}/fd")  # noqa: PTH208
             left -= len(numbers)
             if left < 0:
-                return "one of its many processes"
-            if any(_is(f"{proc}/{name}/fd/{number}", inode) for number in numbers):
+                return found | dict.fromkeys(wanted - found.keys(), "one of its many processes")
+            held = wanted.intersection(_socket(f"{proc}/{name}/fd/{number}") for number in numbers) - found.keys()
+            if held:
                 command = Path(proc, name, "comm").read_text(errors="replace").rstrip("\n")
-                return f"{printable(command)}[{name}]"
-    return ""
+                found.update(dict.fromkeys(held, f"{printable(command)}[{name}]"))
+    return found
 
 
-def _is(descriptor: str, inode: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-        return os.readlink(descriptor) == f"socket:[{inode}]"  # noqa: PTH115
-    return False
+def _socket(descriptor: str) -> int:
+    """The inode of a socket; 0 of anything else, or when it was closed meanwhile."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))  # noqa: PTH115
+    return 0
 
 
 def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> Seen | None:

@@ -1,7 +1,6 @@
-"""Whether ztunnel really listens in a pod and gets its connections, and who else listens on its ports.
+"""Whether ztunnel listens in a pod, which of the pod's processes use its ports, and whether connections reach it.
 
-What it acknowledged may have been lost since (P03), what listens there may be the pod's own, and rules of others may be
-in the way.
+ztunnel may have lost a pod that it acknowledged (P03), and others' rules may take a connection first.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from agent.core.sockets import CAPTURE_PORTS, TcpSocket, text
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.sockdiag import SockDiag
 
+_SHOWN = 4  # of the pod's own listeners
+
 
 class Listening:
     """Asks the pod's namespace itself; blocking, one thread per pod."""
 
     def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
-        """`ports` are expected in each pod. While no process of `ztunnels` is known whoever listens is believed."""
+        """`ports` are expected in each pod. Every listener counts as ztunnel's while none of `ztunnels` is known."""
         self._ports, self._ztunnels = frozenset(ports), ztunnels
         self._last: WeakKeyDictionary[PodNetns, Heard] = WeakKeyDictionary()
 
@@ -37,7 +38,7 @@ class Listening:
         there = {one.local[1] for one in sockets if one not in lines}
         taken = tuple(words for one, words in lines.items() if one.local[1] != HBONE_PORT)
         hbone = self._hbone(target, [one for one in sockets if one.local[1] == HBONE_PORT], foreign)
-        found = Heard(tuple(sorted(self._ports - there)), tuple(lines.values()), taken, hbone)
+        found = Heard(tuple(sorted(self._ports - there)), _few(tuple(lines.values())), _few(taken), hbone)
         self._last[target] = found
         return found
 
@@ -50,12 +51,17 @@ class Listening:
         return opening.led_astray(target, want)
 
     def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:
-        """While nobody listens on 15008 it is as it was: so a ztunnel's replacement changes no rules."""
+        """Unchanged while nobody listens on 15008, so that the replacement of a ztunnel changes no rules."""
         if not here:
             return target in self._last and self._last[target].hbone
         if HBONE_PORT in self._ports:
             return not any(one.cookie in foreign for one in here)
         return self._ztunnels is not None and all(self._ztunnels.holds(one.inode) for one in here)
+
+
+def _few(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """A pod may have a listener on each address of 127.0.0.0/8."""
+    return lines if len(lines) <= _SHOWN else (*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more")
 
 
 def _words(one: TcpSocket, who: str) -> str:

@@ -187,9 +187,10 @@ class Ztunnels:
         known = dict(self._others)
         unknown = [one for one in sockets if one.cookie not in known]
         held = {one.cookie for one, _ in self._held(unknown)}
-        for one in unknown:
-            if one.cookie not in held:
-                known[one.cookie] = self._others[one.cookie] = proc.holder(one.inode, netns)
+        rest = {one.cookie: one.inode for one in unknown if one.cookie not in held}
+        found = proc.holders(rest.values(), netns) if rest else {}
+        known |= {cookie: found.get(inode, "") for cookie, inode in rest.items()}
+        self._others |= {cookie: known[cookie] for cookie in rest}
         if len(self._others) > _MOST_OTHERS:
             self._others.clear()
         return {one.cookie: who for one in sockets if (who := known.get(one.cookie))}

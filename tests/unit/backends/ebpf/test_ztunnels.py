@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,20 +35,20 @@ class Ztunnel:
 def test_the_holder_of_a_foreign_listener_is_looked_up_until_another_ztunnel_comes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[int] = []
+    asked: list[list[int]] = []  # one walk through /proc each
 
-    def holder(inode: int, netns: Any) -> str:
-        asked.append(inode)
-        return "nginx[4711]" if inode == NGINX.inode else ""
+    def holders(inodes: Iterable[int], netns: Any) -> dict[int, str]:
+        asked.append(sorted(inodes))
+        return dict.fromkeys({NGINX.inode}.intersection(asked[-1]), "nginx[4711]")
 
-    monkeypatch.setattr(ztunnels.proc, "holder", holder)
+    monkeypatch.setattr(ztunnels.proc, "holders", holders)
     known, sockets, first = Ztunnels(), (OURS, NGINX, LATER), Ztunnel(1, OURS.inode)
     assert known.foreign(sockets, NETNS) == {}, "no ztunnel is known"
     known.arrived(first)  # type: ignore[arg-type]
     assert known.foreign(sockets, NETNS) == {NGINX.cookie: "nginx[4711]"}
     looks = first.looks
     assert known.foreign(sockets, NETNS) == {NGINX.cookie: "nginx[4711]"}
-    assert (first.looks, asked) == (looks, [NGINX.inode, LATER.inode])
+    assert (first.looks, asked) == (looks, [[NGINX.inode, LATER.inode]])
     known.arrived(Ztunnel(2, LATER.inode))  # type: ignore[arg-type]
     assert known.foreign(sockets, NETNS) == {NGINX.cookie: "nginx[4711]"}
-    assert asked[2:] == [NGINX.inode]
+    assert asked[1:] == [[NGINX.inode]]
