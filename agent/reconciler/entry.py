@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 from agent.core.contention import Contention
 from agent.core.desired import Decision, decide
@@ -17,7 +18,10 @@ from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.reconciler.parts import Journal
 from agent.reconciler.settle import Settled
+from agent.reconciler.workers import Workers
 
+T = TypeVar("T")
+SOON = 2.0  # seconds until a pod is looked at again in which something is about to end
 BELIEVED = 300.0  # seconds; another agent may program a retired layer, and legacy tables tell nobody
 
 
@@ -44,14 +48,13 @@ class Entry:
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     contention: Contention = field(default_factory=Contention)
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
-    patience: float = 0.0  # until when a pod that runs waits for its ztunnel without rules (monotonic)
-    leaving: float = 0.0  # until when ztunnel may carry on what it has of a pod that is not captured any more
+    patience: float = 0.0  # until when a running pod waits for ztunnel without rules (monotonic)
+    leaving: float = 0.0  # until when ztunnel may keep the connections of a pod that is no longer captured
     awaited: bool = False  # somebody waits for the pass that is under way
     refused: Redirect | None = None  # an intent that was rolled back: not tried again until it is another
     # A namespace's sockets are for one thread at a time: held around kernel work, not while ztunnel is awaited.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    decided: tuple[Pod, Decision] | None = None  # the last one, for most passes are over a pod that is as it was
+    decided: tuple[Pod, Decision] | None = None  # the last one: most passes are over an unchanged pod
 
     def decision(self, pod: Pod, settings: Settings) -> Decision:
         """What must hold for the pod; `settings` are those of the agent's life."""
@@ -91,8 +94,36 @@ class Entry:
                     journal.contended(pod, cause, done.remarks)
             journal.applied(pod, plan.backend, plan.differences, seconds, cause if plan.differences else "")
 
+    def again(self, started: float, now: float, *, probed: bool) -> float | None:
+        """When to look at the pod again, after a pass from `started` to `now`, because something in it is about to end.
+
+        All on the monotonic clock. None when nothing is. `probed`: its canary is due.
+        """
+        limits = [min(max(limit, now), now + SOON) for limit in (self.leaving, self.patience) if limit > started]
+        if self.status.outside or self.changing or self.soon or probed:
+            limits.append(now + max(SOON, self.contention.pause(now)))
+        return min(limits, default=None)
+
+    async def work(self, workers: Workers, function: Callable[[], T]) -> T:
+        """Kernel work in the pod's namespace, before all others' when somebody waits for the pass.
+
+        After slow work the pod's next changes are answered later.
+        """
+
+        def timed() -> T:
+            started = time.monotonic()
+            try:
+                return function()
+            finally:
+                self.contention.worked(now := time.monotonic(), now - started)
+
+        async with self.lock:
+            return await workers.run(timed, first=self.awaited)
+
     def take_cause(self) -> tuple[str, float]:
-        """(who, when noticed) for the pass that begins; what is told from now on is for the next one."""
+        """(who, when noticed) for the pass that begins; what is noticed from now on is for the next one."""
+        if self.cause:
+            self.contention.looked(time.monotonic())
         taken = self.cause, self.noticed
         self.cause, self.noticed = "", 0.0
         return taken

@@ -1,4 +1,4 @@
-"""A pod that runs on without capture: nothing new is captured, what ztunnel carries ends, then the rest goes."""
+"""The end of capture in a running pod: no new connections, then ztunnel's connections end, then the rules go."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from agent.core.pods import Pod
 from agent.core.redirect import Redirect
 from agent.reconciler.enrolment import Enrolment
 from agent.reconciler.entry import Entry
-from agent.reconciler.proxying import Proxying, Work
+from agent.reconciler.proxying import Proxying
 from agent.reconciler.settle import Settled
+from agent.reconciler.workers import Workers
 
-SECONDS: Final = 30.0  # that ztunnel has to carry on what it has
+SECONDS: Final = 30.0  # for which ztunnel may keep its connections
 
 
 class Leaving:
     """One step per pass, until `Entry.leaving` is 0 again."""
 
-    def __init__(self, enrolment: Enrolment, proxying: Proxying, work: Work) -> None:
-        self._enrolment, self._proxying, self._work = enrolment, proxying, work
+    def __init__(self, enrolment: Enrolment, proxying: Proxying, workers: Workers) -> None:
+        self._enrolment, self._proxying, self._workers = enrolment, proxying, workers
 
     async def step(self, pod: Pod, entry: Entry, redirect: Redirect) -> Settled:
-        """`redirect`: as the pod was captured. Raises SluiceError."""
-        done: Settled
+        """`redirect`: how the pod was captured. Raises SluiceError."""
         now = time.monotonic()
-        done, carried = await self._work(entry, lambda: self._enrolment.leave(pod, redirect))
+        done, carried = await entry.work(self._workers, lambda: self._enrolment.leave(pod, redirect))
         if not entry.leaving:
             entry.leaving = now + SECONDS
-            return done  # an answer to a query may be under way, whatever is carried
+            return done  # one pause at least: the answer to a DNS query may be under way
         if carried and now < entry.leaving:
             return done
-        await self._proxying.withdraw(pod.uid)  # it ends what it has, which both ends hear of while rules are there
-        done = await self._work(entry, lambda: self._enrolment.unenrol(pod))
+        await self._proxying.withdraw(pod.uid)  # ztunnel closes its connections; with the rules both ends notice
+        done = await entry.work(self._workers, lambda: self._enrolment.unenrol(pod))
         entry.leaving = 0.0
         return done

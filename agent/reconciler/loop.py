@@ -23,24 +23,12 @@ from agent.core.redirect import Redirect
 from agent.core.schedule import Schedule
 from agent.core.settings import Settings
 from agent.core.status import State, Status
+from agent.reconciler import parts
 from agent.reconciler.canaries import Canaries
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.entry import BELIEVED, Entry, Repair
 from agent.reconciler.leaving import Leaving
-from agent.reconciler.parts import (
-    Accounting,
-    Counting,
-    Host,
-    Journal,
-    Listening,
-    Namespaces,
-    Outside,
-    Probing,
-    Proxied,
-    Publisher,
-    Watcher,
-)
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
@@ -48,7 +36,6 @@ from agent.reconciler.watching import Watching
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
-SOON = 2.0  # seconds until a pod is looked at again in which something is about to end
 
 
 class Reconciler:
@@ -59,25 +46,24 @@ class Reconciler:
         settings: Settings,
         table: PodTable,
         choice: Choice,
-        namespaces: Namespaces,
-        publisher: Publisher,
-        watcher: Watcher,
-        journal: Journal,
+        namespaces: parts.Namespaces,
+        publisher: parts.Publisher,
+        watcher: parts.Watcher,
+        journal: parts.Journal,
         random: Callable[[], float],
         *,
-        outside: Outside,
-        carried: Outside | None = None,
-        host: Host | None = None,
-        canary: Probing | None = None,
-        counting: Counting | None = None,
-        accounting: Accounting | None = None,
-        listening: Listening | None = None,
-        proxied: Proxied | None = None,
+        outside: parts.Outside,
+        carried: parts.Outside | None = None,
+        host: parts.Host | None = None,
+        canary: parts.Probing | None = None,
+        counting: parts.Counting | None = None,
+        accounting: parts.Accounting | None = None,
+        listening: parts.Listening | None = None,
+        proxied: parts.Proxied | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
 
-        Without `listening` ztunnel is believed when it acknowledges a pod.
-
+        Without `listening` an acknowledgement of ztunnel is enough.
         `carried` knows connections from before a change between NAT and eBPF; without it such a change breaks them.
         """
         self.settings, self.table, self.choice = settings, table, choice
@@ -99,8 +85,8 @@ class Reconciler:
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
-        self._proxying = Proxying(publisher, listening, self._work)
-        self._leaving = Leaving(self._enrolment, self._proxying, self._work)
+        self._proxying = Proxying(publisher, listening, self._workers)
+        self._leaving = Leaving(self._enrolment, self._proxying, self._workers)
         self._watching = Watching(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
@@ -133,9 +119,9 @@ class Reconciler:
         return await future
 
     def acknowledged(self, uid: str) -> None:
-        """A ztunnel that has just come took the pod. Where its rules were right that was all that was missing.
+        """A ztunnel that has just connected took the pod. Its listeners are verified in a pass, if that matters.
 
-        But where those it listens on are looked for, or are what captures, that takes a pass.
+        Otherwise a pod with right rules is captured from now on.
         """
         entry = self._entries.get(uid)
         if entry is not None and (self.choice.by_socket or self._proxying.looks or entry.patience):
@@ -220,10 +206,9 @@ class Reconciler:
                 self._journal.passed(pod, time.monotonic() - started)
         finally:
             now = time.monotonic()
-            if entry.status.outside or entry.changing or entry.soon or (self._canaries and self._canaries.due(uid)):
-                self._schedule.wake(uid, now + max(SOON, entry.contention.pause(now)))
-            if (limit := entry.leaving or entry.patience) > now:
-                self._schedule.wake(uid, min(limit, now + SOON))
+            probed = self._canaries is not None and self._canaries.due(uid)
+            if not ended and (at := entry.again(started, now, probed=probed)):
+                self._schedule.wake(uid, at)
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
                 entry.status = replace(entry.status, retry=delay)
@@ -256,7 +241,8 @@ class Reconciler:
             return True
         except PodEndingError as error:
             if decision.redirect is None:
-                entry.told(State.EXCLUDED, decision, self.choice.name)
+                entry.leaving = 0.0  # begins anew, should it run after all
+                entry.told(State.EXCLUDED, decision, self.choice.name, leaving=False)
             entry.status = replace(entry.status, notes=(str(error),))
             return True
         except ZtunnelError as error:
@@ -270,19 +256,20 @@ class Reconciler:
         return False
 
     async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> bool:
-        """False when the pod has to be looked at again soon, though it is captured."""
+        """False when the pod is captured, but needs another pass soon."""
         retired = () if time.monotonic() - entry.cleaned < BELIEVED else self.choice.retired
         cause, noticed = entry.take_cause()
-        if cause:
-            entry.contention.looked(time.monotonic())
         started = noticed or time.monotonic()
         leaving = bool(entry.leaving)
         if self._enrolment.runs(pod, leaving=leaving):
-            await self._proxying.first(pod, entry, await self._work(entry, lambda: self._namespaces.resolve(pod)))
+            target = await entry.work(self._workers, lambda: self._namespaces.resolve(pod))
+            await self._proxying.first(pod, entry, target)
         exempt = await self._claims.exempt(
-            pod, lambda: self._work(entry, lambda: self._enrolment.addresses(pod)), new=self._namespaces.is_new(pod)
+            pod,
+            lambda: entry.work(self._workers, lambda: self._enrolment.addresses(pod)),
+            new=self._namespaces.is_new(pod),
         )
-        found = await self._work(entry, lambda: self._enrolment.enrol(pod, redirect, retired, leaving=leaving))
+        found = await entry.work(self._workers, lambda: self._enrolment.enrol(pod, redirect, retired, leaving=leaving))
         entry.patience, entry.leaving = 0.0, 0.0
         if exempt is not None:
             await exempt
@@ -293,7 +280,7 @@ class Reconciler:
         entry.noted(self._journal, pod, found.want, found.done, cause, time.monotonic() - started)
         if retired:
             entry.cleaned = time.monotonic()
-        if found.changing or cause:  # who changed something may have made what a retired layer is about
+        if found.changing or cause:  # the change may be rules of a retired layer
             entry.cleaned = -inf
         entry.want = found.want
         entry.changing, entry.soon = found.changing and not found.waiting, found.soon or bool(cause)
@@ -302,12 +289,12 @@ class Reconciler:
         if self._watching and not found.soon:
             self._watching.due(pod, found.target, entry.lock)
         if entry.status.state is not State.ENABLED:
-            # ztunnel goes on in a pod that it was given by another agent, or by this one before a restart.
+            # ztunnel keeps pods that another agent published, or this one before a restart.
             state = State.ENABLED if await self._proxying.listens(entry, found.target) else State.PENDING
             entry.told(state, decision, self.choice.name)
             self._unseen.discard(pod.uid)
             self._progress.set()
-        opens = entry.status.state is State.PENDING  # ztunnel opens its sockets in the pod when it is given the pod
+        opens = entry.status.state is State.PENDING  # ztunnel opens its sockets when the pod is published
         if note := await self._proxying.serve(pod, entry, found.target):
             entry.status = replace(entry.status, notes=(*entry.status.notes, note))
             return False  # nothing tells when these listeners close
@@ -322,10 +309,9 @@ class Reconciler:
         return True
 
     async def _again(self, pod: Pod, entry: Entry, found: Enrolled, hbone: bool) -> None:
-        """ztunnel has just opened its sockets in the pod, or closed them. What follows them is no repair."""
+        """ztunnel has just opened or closed its sockets in the pod. Rules that follow from that are no repair."""
         started = time.monotonic()
-        again = self._enrolment.again
-        entry.want, done = await self._work(entry, lambda: again(pod, found, hbone=hbone))
+        entry.want, done = await entry.work(self._workers, lambda: self._enrolment.again(pod, found, hbone=hbone))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 
@@ -342,6 +328,7 @@ class Reconciler:
 
     async def _exclude(self, pod: Pod, entry: Entry, decision: Decision, rolled_back: str = "") -> None:
         """Only rules that we put there are removed: another agent may rule over a pod that is not ours."""
+        entry.take_cause()  # it is about rules that will not be repaired
         if self._watching:
             self._watching.forget(pod.uid)
         if self._namespaces.was_captured(pod.uid):
@@ -351,10 +338,10 @@ class Reconciler:
             if not entry.leaving:
                 self._watcher.unwatch(pod.uid)
                 self._unclaim(pod.uid)
-        elif entry.patience:  # ztunnel was told, the rules were not there yet
+        elif entry.patience:  # published, but without rules yet
             await self._proxying.withdraw(pod.uid)
         if not entry.leaving:
-            await self._work(entry, lambda: self._enrolment.forget(pod))
+            await entry.work(self._workers, lambda: self._enrolment.forget(pod))
         entry.want, entry.cleaned, entry.changing, entry.soon, entry.patience = None, -inf, False, False, 0.0
         error = SluiceError(rolled_back) if rolled_back else None
         state, leaving = State.FAILED if error else State.EXCLUDED, bool(entry.leaving)
@@ -372,7 +359,7 @@ class Reconciler:
             self._watching.forget(uid)
         await self._proxying.withdraw(uid)
         entry = self._entries[uid]
-        await self._work(entry, lambda: self._enrolment.release(uid))
+        await entry.work(self._workers, lambda: self._enrolment.release(uid))
         if self.table.get(uid) is None:
             self._schedule.drop(uid)
             del self._entries[uid]
@@ -385,7 +372,7 @@ class Reconciler:
     async def inspect(self, pod: Pod, *, foreign: bool = False) -> dict[str, tuple[tuple[str, ...], str]]:
         """What is not as it should be in the kernel, per layer; changes nothing. Raises SluiceError.
 
-        With `foreign` also what others have put in the way of our rules.
+        With `foreign` also others' rules that take traffic before ours.
         """
         entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
         decision = entry.decision(pod, self.settings)
@@ -403,19 +390,6 @@ class Reconciler:
             entry.cleaned = -inf  # a pass does not look at them each time
             self.wake(pod.uid)
         return found
-
-    async def _work(self, entry: Entry, function: Callable[[], T]) -> T:
-        """Kernel work of a pass, before all others' when somebody waits for the pass. Slow work slows the pod down."""
-
-        def timed() -> T:
-            started = time.monotonic()
-            try:
-                return function()
-            finally:
-                entry.contention.worked(now := time.monotonic(), now - started)
-
-        async with entry.lock:
-            return await self._workers.run(timed, first=entry.awaited)
 
 
 def _tell(waiters: list[asyncio.Future[T]], result: T) -> None:

@@ -1,11 +1,10 @@
-"""ztunnel's part in a pod: it is told of the pod, and seen to listen there."""
+"""ztunnel's part in a pod: the pod is published to it, and its listeners are looked for there."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 from agent.core import names
 from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
@@ -15,23 +14,23 @@ from agent.core.redirect import Redirect
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.entry import Entry
 from agent.reconciler.parts import Listening, Publisher
+from agent.reconciler.workers import Workers
 
-Work = Callable[[Entry, Callable[[], Any]], Awaitable[Any]]  # kernel work in the pod's namespace
 PATIENCE: Final = 30.0  # seconds without a ztunnel; Istio's comes back within 15
 
 
 class Proxying:
-    """Holds no worker while ztunnel is awaited. Without `listening` ztunnel is believed when it acknowledges a pod."""
+    """Holds no worker while ztunnel is awaited. Without `listening` an acknowledgement of ztunnel is enough."""
 
-    def __init__(self, publisher: Publisher, listening: Listening | None, work: Work) -> None:
-        self._publisher, self._listening, self._work = publisher, listening, work
+    def __init__(self, publisher: Publisher, listening: Listening | None, workers: Workers) -> None:
+        self._publisher, self._listening, self._workers = publisher, listening, workers
         self.looks = listening is not None
         self.withdraw = publisher.withdraw
 
     async def first(self, pod: Pod, entry: Entry, target: PodNetns) -> None:
-        """In a pod that runs ztunnel listens before rules lead to it, so that no connection is refused.
+        """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then the rules may come.
 
-        Raises ZtunnelError until PATIENCE is over: then rules come without it, and what they capture is refused.
+        So no connection is refused while ztunnel is on its way. Raises ZtunnelError until then.
         """
         now = time.monotonic()
         entry.patience = entry.patience or now + PATIENCE
@@ -42,10 +41,10 @@ class Proxying:
                 raise
 
     async def serve(self, pod: Pod, entry: Entry, target: PodNetns) -> str:
-        """Returns when ztunnel listens in the pod: "", or why that is not this agent's doing. Raises ZtunnelError.
+        """Returns when ztunnel listens in the pod: "", or why although this agent did not publish the pod.
 
-        That is SilentZtunnelError when listeners are missing. Of a pod that has none of them ztunnel is told anew: its
-        acknowledgement is worth nothing any more. Raises TakenPortError when processes of the pod listen there.
+        Raises ZtunnelError; SilentZtunnelError when listeners are missing. When all are, the pod is published anew, for
+        ztunnel has lost it. Raises TakenPortError when processes of the pod listen there.
         """
         try:
             await self._publisher.publish(pod, target)
@@ -54,7 +53,7 @@ class Proxying:
                 raise
             return f"ztunnel listens in the pod, though it was not given by this agent: {error}"
         missing: tuple[int, ...] = ()
-        for pause in (0.0, 0.1):  # looked at twice: to have ztunnel told anew costs the pod its connections
+        for pause in (0.0, 0.1):  # two looks, for to publish the pod anew costs it its connections
             await asyncio.sleep(pause)
             heard = await self._heard(entry, target)
             if heard.taken:
@@ -66,7 +65,7 @@ class Proxying:
         raise SilentZtunnelError(missing)
 
     async def listens(self, entry: Entry, target: PodNetns) -> bool:
-        """Whether ztunnel is seen to listen in the pod, on all of its ports, and alone."""
+        """Whether ztunnel, and nobody else, is seen to listen on all of its ports in the pod."""
         heard = await self._heard(entry, target)
         return self.looks and not heard.missing and not heard.taken
 
@@ -78,5 +77,4 @@ class Proxying:
         listening = self._listening
         if listening is None:
             return Heard()
-        found: Heard = await self._work(entry, lambda: listening.heard(target))
-        return found
+        return await entry.work(self._workers, lambda: listening.heard(target))

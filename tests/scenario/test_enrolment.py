@@ -347,3 +347,18 @@ def test_foreign_rules_before_ours_are_said_once_while_they_are_there() -> None:
         assert (await world.reconciler.settled("web")).foreign == ()
 
     play(script)
+
+
+def test_a_pod_that_leaves_while_its_sandbox_ends_is_soon_done() -> None:
+    """Whoever waits for the last of its rules does not wait for a sandbox that stays so."""
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        (status,) = await world.settle(pod(enrolled=False))
+        assert status.leaving
+        target = world.target("web")
+        target.up = target.occupied = False
+        status = await world.reconciler.settled("web")
+        assert (status.state, status.leaving) == (State.EXCLUDED, False)
+
+    play(script)
