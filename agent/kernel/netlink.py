@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -43,9 +44,9 @@ _buffer = _Buffer()
 
 
 class NetlinkSocket:
-    """Asks and waits. Not for two threads at once; belongs to the namespace it was made in.
+    """Sends requests and waits for the answers. For one thread at a time, in the namespace that it was made in.
 
-    `torn`: a dump that changes each time it is read is taken as it was read last. Else that is an error.
+    `torn`: a dump that changes each time it is read is used as it was read last. Else that is an error.
     """
 
     torn = False
@@ -73,18 +74,23 @@ class NetlinkSocket:
     def next_sequence(self) -> int:
         return next(self._sequence) & 0xFFFFFFFF
 
-    def request(self, operation: str, kind: int, flags: int, body: bytes) -> list[Message]:
-        """Sends one request and returns what it answered, without the final acknowledgement.
+    def request(self, operation: str, kind: int, flags: int, body: bytes, most: int = sys.maxsize) -> list[Message]:
+        """Sends one request and returns the first `most` messages of its answer, without the final acknowledgement.
 
-        A dump that changed under the reader is asked for again. Raises KernelError in the kernel's words.
+        All of a dump is received. One that changed meanwhile is requested again. Raises KernelError in the kernel's
+        words.
         """
         answers: list[Message] = []
         for _ in range(3 if self.torn else 20):
             sequence = self.next_sequence()
             final = NLM_F_DUMP if flags & NLM_F_DUMP == NLM_F_DUMP else NLM_F_ACK
             self.socket.send(message(kind, NLM_F_REQUEST | flags | final, sequence, body))
-            answers = list(self._answers(operation, sequence))
-            if not any(answer.flags & NLM_F_DUMP_INTR for answer in answers):
+            answers, changed = [], 0
+            for answer in self._answers(operation, sequence):
+                changed |= answer.flags & NLM_F_DUMP_INTR
+                if len(answers) < most:
+                    answers.append(answer)
+            if not changed:
                 return answers
         if self.torn:
             return answers

@@ -14,7 +14,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 from agent.core import fibrules, names
 from agent.core.errors import KernelError
@@ -35,7 +34,8 @@ _IFF_UP, _SKIP_STATS = 1, 8  # RTEXT_FILTER_SKIP_STATS of IFLA_EXT_MASK (29)
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
 _RULE = struct.Struct("=BBBBBBBBI")  # fib_rule_hdr: family, dst, src, tos, table, -, -, action, flags
 _GET_STRICT_CHK = 12
-MOST_ADDRESSES, MOST_ROUTES = 256, 1024  # that are looked at: what is programmed for them takes room of other pods
+# Read of one pod, which may have any number: they take memory of the agent, and room of other pods in shared maps.
+MOST_ADDRESSES, MOST_ROUTES = 256, 1024
 MAIN_TABLE = 254  # RT_TABLE_MAIN
 _ETHERNET = 1  # ARPHRD_ETHER
 _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 254, 2, 1
@@ -45,7 +45,7 @@ _UNSPEC = {4: bytes(4), 6: bytes(16)}
 
 @dataclass(frozen=True, slots=True)
 class MarkRule:
-    """ip rule: packets whose mark is `mark` under `mask` are looked up in `table`. `protocol` 0 is nobody's."""
+    """ip rule: packets whose mark is `mark` under `mask` are looked up in `table`. `protocol` 0: none is set."""
 
     family: int
     preference: int
@@ -73,8 +73,10 @@ class Address:
 
 
 class RouteSocket(NetlinkSocket):
-    """rtnetlink in the namespace it was opened in. A pod may change its routes and addresses without pause, and must be
-    looked at all the same."""
+    """rtnetlink in the namespace it was opened in.
+
+    A pod may change its routes and addresses all the time, so a dump that changes while it is read is used as it is.
+    """
 
     torn = True
 
@@ -102,7 +104,7 @@ class RouteSocket(NetlinkSocket):
         self.request("ip link set lo up", NEWLINK, 0, body)
 
     def held_addresses(self) -> tuple[Address, ...]:
-        """Of lo and of all other interfaces the first 256 of each family: a pod may have any number."""
+        """The first 256 addresses of each family on lo, and as many on all other interfaces together."""
         found = []
         held = Counter[tuple[bool, int]]()
         for answer in self.request("read addresses", _GETADDR, NLM_F_DUMP, bytes(8)):
@@ -131,7 +133,7 @@ class RouteSocket(NetlinkSocket):
 
     def main_routes(self, family: int) -> Iterator[Route]:
         """The first 1,024 of the main table; of several next hops the first."""
-        for header, parts in islice(self._routes(family, MAIN_TABLE), MOST_ROUTES):
+        for header, parts in self._routes(family, MAIN_TABLE):
             # RTA_OIF, RTA_PRIORITY
             index, metric = (int.from_bytes(parts.get(kind, b""), sys.byteorder) for kind in (4, 6))
             if not index and (hops := parts.get(9)):  # RTA_MULTIPATH: struct rtnexthop, its interface behind 4 bytes
@@ -147,7 +149,7 @@ class RouteSocket(NetlinkSocket):
         return tuple(rule for rule in found if rule is not None and (ipv6 or rule.family == 4))
 
     def table_routes(self, family: int, table: int) -> tuple[LocalRoute | None, ...]:
-        """All routes of one table (none of 253 to 255), None for each that is no LocalRoute."""
+        """The first 1,024 routes of one table (not 253 to 255), None for each that is no LocalRoute."""
         found = list[LocalRoute | None]()
         for header, parts in self._routes(family, table):
             oif = int.from_bytes(parts.get(4, b""), sys.byteorder)
@@ -157,13 +159,13 @@ class RouteSocket(NetlinkSocket):
 
     def _routes(self, family: int, table: int) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
         body = _ROUTE.pack(AF[family], 0, 0, 0, 0, 0, 0, 0, 0) + attribute(15, struct.pack("=I", table))
-        for answer in self._dump("read routes", _GETROUTE, body):
+        for answer in self._dump("read routes", _GETROUTE, body, MOST_ROUTES):
             header, parts = _ROUTE.unpack_from(answer), dict(parse(answer[_ROUTE.size :]))
             if (int.from_bytes(parts.get(15, b""), sys.byteorder) or header[4]) == table:
                 yield header, parts
 
     def change(self, item: MarkRule | LocalRoute, *, add: bool) -> None:
-        """Adds or deletes; an item that is already so is fine. What is in the place of a new route stays there."""
+        """Adds or deletes; fine if that is done already. A route in the place of a new one is not replaced."""
         if isinstance(item, MarkRule):
             kind, body = (NEWRULE if add else DELRULE), _rule_body(item)
         else:
@@ -175,9 +177,9 @@ class RouteSocket(NetlinkSocket):
             if error.errno not in ((errno.EEXIST,) if add else (errno.ENOENT, errno.ESRCH)):
                 raise
 
-    def _dump(self, operation: str, kind: int, body: bytes) -> list[bytes]:
+    def _dump(self, operation: str, kind: int, body: bytes, most: int = sys.maxsize) -> list[bytes]:
         try:
-            return [answer.body for answer in self.request(operation, kind, NLM_F_DUMP, body)]
+            return [answer.body for answer in self.request(operation, kind, NLM_F_DUMP, body, most)]
         except KernelError as error:
             # No such table; or a kernel without this family.
             if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):

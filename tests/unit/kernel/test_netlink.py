@@ -36,3 +36,17 @@ def test_elsewhere_it_is_an_error() -> None:
     with pytest.raises(StaleError, match="kept changing"):
         strict.request("read addresses", 22, NLM_F_DUMP, bytes(8))  # RTM_GETADDR
     strict.close()
+
+
+def test_a_dump_is_received_whole_but_no_more_than_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[int] = []
+
+    def endless(sock: NetlinkSocket, operation: str, sequence: int) -> Iterator[Message]:
+        for number in range(10_000):
+            received.append(number)
+            yield Message(24, 0, sequence, 0, bytes((2, 0, 0, 0, 254, 0, 0, 0)) + bytes(4))  # RTM_NEWROUTE, main table
+
+    monkeypatch.setattr(NetlinkSocket, "_answers", endless)
+    route = RouteSocket()
+    assert len(list(route.main_routes(4))) == 1024 and len(received) == 10_000
+    route.close()
