@@ -14,7 +14,7 @@ static __always_inline int is_reserved(__u32 protocol, __u16 port)
 	       (port == bpf_htons(OUTBOUND_PORT) || port == bpf_htons(INBOUND_PORT) || port == bpf_htons(HBONE_PORT));
 }
 
-static __always_inline int by_whom_it_is_for(struct bpf_sock_addr *ctx)
+static __always_inline int is_allowed(struct bpf_sock_addr *ctx)
 {
 	__u64 cookie = bpf_get_netns_cookie(ctx);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
@@ -32,13 +32,13 @@ static __always_inline int by_whom_it_is_for(struct bpf_sock_addr *ctx)
 
 static __always_inline int binding(struct bpf_sock_addr *ctx)
 {
-	return is_reserved(ctx->protocol, ctx->user_port) ? by_whom_it_is_for(ctx) : 1;
+	return is_reserved(ctx->protocol, ctx->user_port) ? is_allowed(ctx) : 1;
 }
 
 static __always_inline int connecting(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ctx->sk;
-	return sk && (sk->mark & MARK_MASK) == ZTUNNEL_MARK ? by_whom_it_is_for(ctx) : 1;
+	return sk && (sk->mark & MARK_MASK) == ZTUNNEL_MARK ? is_allowed(ctx) : 1;
 }
 
 SEC("cgroup/bind4") int ports4(struct bpf_sock_addr *ctx)
