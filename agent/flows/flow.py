@@ -54,8 +54,15 @@ class Flow:
 
     @property
     def lost(self) -> bool:
-        """It has reset itself before any dump: of its ends only its port and its peer's address are left."""
+        """It was reset before any dump: only its port and its peer's address are left of its ends."""
         return self.report.disconnected and not self.looks
+
+    @property
+    def severed(self) -> bool:
+        """Cut off before any dump showed its owner. It may be ztunnel's onward one: those end like this, too, and their
+        byte counts can no longer be compared."""
+        cut = self.closed is not None and not ending.finished(self.report.info, self.active)
+        return cut and self.user < 0 and (self.active or self.report.disconnected)
 
     @property
     def active(self) -> bool:

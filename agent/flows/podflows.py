@@ -40,8 +40,8 @@ class _Stage(Enum):
 
 
 class PodFlows:
-    """Not for two threads at once. `is_ztunnel` tells of an inode whether ztunnel's process holds that socket,
-    `foreign` which listeners on ztunnel's ports are not its own, by cookie."""
+    """For one thread at a time. `is_ztunnel`: whether ztunnel holds the socket with an inode. `foreign`: the cookies of
+    those listeners on ztunnel's ports that are not ztunnel's."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class PodFlows:
         self._flows: dict[int, Flow] = {}  # by cookie, and for a while after the end
         self._pending: dict[int, Flow] = {}  # live ones of unknown fate, and what has ended
         self._unlooked: list[Flow] = []  # ended since the last dump
+        self._lost: list[Flow] = []  # pending ones that have reset themselves before any dump; mostly none
         self._past: deque[tuple[float, Flow]] = deque()  # ended and told, but others may ask for them
         self._mirrors = Mirrors()
         self._strays: dict[int, Flow] = {}  # what ztunnel accepted, while the application's socket is not known
@@ -95,9 +96,8 @@ class PodFlows:
         for flow in self._unlooked:
             flow.timer, flow.looked = timers.get(flow.report.ends), True
         self._unlooked.clear()
-        missed = (
-            [one for one in self._flows.values() if one.closed is None and one.cookie not in seen] if complete else []
-        )
+        known = self._flows.values() if complete else ()
+        missed = [one for one in known if one.closed is None and one.cookie not in seen]
         self._torn = now if complete else self._torn
         for flow in missed:
             flow.closed, flow.looked = now, True
@@ -129,10 +129,9 @@ class PodFlows:
         self.verdicts, self.captured = verdicts, captured
 
     def only_older(self, counted: Collection[int]) -> None:
-        """As older(), and nothing else is followed from now on. Somebody else counts `counted`, the cookies of sockets.
+        """As older(), and nothing else is followed from now on, nor `counted`: cookies of what is counted elsewhere.
 
-        To be called after two dumps, between which `counted` was asked for. A socket that is in one dump alone was made
-        or has ended meanwhile, and may be missing from `counted` for that.
+        Call it after two dumps, with `counted` read between them: what is in only one of them may be missing there.
         """
         self._alone = True
         for flow in list(self._flows.values()):
@@ -157,6 +156,7 @@ class PodFlows:
     def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
         """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
         told: list[Connection] = []
+        self._lost = [one for one in self._pending.values() if one.lost]
         for stage in _Stage:
             due = inf if all_of_it else now - HOLD * stage.value
             for flow in list(self._pending.values()):
@@ -283,12 +283,13 @@ class PodFlows:
         return None
 
     def _disconnected_mirror(self, flow: Flow) -> Flow | None:
-        """ztunnel's end towards an application, by what is left of it when ztunnel has reset it: its port and the
-        application's address. It is ztunnel's, for nobody else in the pod speaks with an address from elsewhere."""
+        """ztunnel's socket towards an application, after ztunnel has reset it: only its port and the application's
+        address are left. It is ztunnel's, since nobody else in the pod uses a source address from elsewhere."""
         if self.verdicts.own(flow.remote[0]):
             return None
-        for one in self._pending.values():
-            if one.lost and not one.mirrored and (one.remote[0], one.local[1]) == (flow.local[0], flow.remote[1]):
+        ends = flow.local[0], flow.remote[1]
+        for one in self._lost:
+            if one.cookie in self._pending and not one.mirrored and (one.remote[0], one.local[1]) == ends:
                 one.owned = True
                 return one
         return None
@@ -349,19 +350,9 @@ class PodFlows:
             return flow.closed is not None  # whose it was will not be known
         # Between nodes ztunnel keeps connections for many, and one may come and go unseen.
         flow.owned = flow.active and flow.remote[1] == HBONE_PORT
-        flow.fate = Fate.LEAKED if self._proven(flow) else Fate.UNDECIDED
+        missed = flow.opened <= self._torn  # the end of a mirror
+        flow.fate = Fate.UNDECIDED if flow.owned or missed or flow.severed else Fate.LEAKED
         return True
-
-    def _proven(self, flow: Flow) -> bool:
-        """Whether having no mirror means that nobody has captured it.
-
-        Not where the end of a mirror may not have been told; and not of a socket that was cut off and that no dump
-        showed with its owner: ztunnel's onward ones end like that, too, and carried what can no longer be compared.
-        """
-        if flow.owned or flow.opened <= self._torn:
-            return False
-        cut = flow.closed is not None and not ending.finished(flow.report.info, flow.active)
-        return not (cut and flow.user < 0 and (flow.active or flow.report.disconnected))
 
     def _complete(self, flow: Flow, patient: bool) -> bool:
         """Of what has ended, whether waiting would tell more: of the mirror's counts, and of timers."""

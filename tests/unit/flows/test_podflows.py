@@ -1,0 +1,45 @@
+"""Fates of connections of which no dump showed a socket, only the notification of its end."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+from agent.core.redirect import Redirect
+from agent.core.sockets import Endpoint, TcpSocket, TcpState
+from agent.core.tcpinfo import NOTHING, TcpReport
+from agent.core.wiring import Wiring
+from agent.flows.podflows import PodFlows
+from agent.flows.record import Direction, Fate
+from agent.flows.verdict import Verdicts
+
+OWN, CLIENT, SERVER = "10.0.0.2", ("10.9.9.9", 5555), ("10.9.9.10", 80)
+
+
+def flows() -> PodFlows:
+    wiring = Wiring(addresses=(ip_address(OWN),))
+    return PodFlows(1, Verdicts(Redirect(), wiring), lambda inode: False, captured=True)
+
+
+def end(cookie: int, local: Endpoint, remote: Endpoint, *, acked: int = 5, unacked: int = 0) -> TcpReport:
+    info = replace(NOTHING, acked=acked, sent=4, segments_out=5, segments_in=5)
+    return TcpReport(TcpSocket(4, local, remote, TcpState.CLOSE, cookie), bytes(36), 0, unacked, info)
+
+
+def test_ztunnels_end_that_reset_itself_is_known_by_what_is_left_of_it() -> None:
+    made = flows()
+    made.ended(end(1, (OWN, 80), CLIENT), 1.0)
+    made.ended(end(2, ("0.0.0.0", CLIENT[1]), (OWN, 0), unacked=9), 1.0)
+    made.dumped((), {}, 2.0)
+    records = made.settle(10.0, all_of_it=True)
+    assert [(one.direction, one.fate) for one in records] == [(Direction.INBOUND, Fate.CAPTURED)]
+
+
+def test_what_was_cut_off_unseen_may_be_ztunnels_and_what_ended_in_order_has_leaked() -> None:
+    fates = []
+    for acked in (5, 6):  # 6: the SYN, four bytes and the FIN
+        made = flows()
+        made.ended(end(3, (OWN, 40000), SERVER, acked=acked), 1.0)
+        made.dumped((), {}, 2.0)
+        fates += [one.fate for one in made.settle(10.0, all_of_it=True)]
+    assert fates == [Fate.UNDECIDED, Fate.LEAKED]
