@@ -21,8 +21,8 @@ enum pod_flags {
 	POD_FORWARDS = 1 << 5, /* has more interfaces than one, and forwards between them */
 	POD_LOOPBACK4 = 1 << 6, /* 127.0.0.1 is there */
 	POD_ETHERNET = 1 << 7, /* all its interfaces have Ethernet headers */
-	POD_SINGLE = 1 << 9, /* has one interface besides lo */
 	POD_CAPTURED = 1 << 8, /* to the programs that account: what should be captured is captured by now */
+	POD_SINGLE = 1 << 9, /* has one interface besides lo */
 	POD_NO_HBONE = 1 << 10, /* ztunnel does not listen on 15008: what comes in there is captured as all is */
 	POD_KNOWN = 1 << 11, /* to the programs that account: ztunnel's listeners in it are in map owners */
 };
@@ -73,7 +73,7 @@ struct policy_value {
 	__u32 prefix; /* of its key, to tell an exact answer */
 };
 
-/* Map ztunnels: whose mark is believed. tgid 0: any process of that cgroup; both 0, for the account: none was met yet. */
+/* Map ztunnels: whose mark is believed. tgid 0: any process of that cgroup; both 0, in the account: none has come yet. */
 struct ztunnel {
 	__u64 cgroup;
 	__u32 tgid;

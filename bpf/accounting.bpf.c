@@ -13,16 +13,12 @@
 #define ECONNREFUSED 111
 #define ETIMEDOUT 110
 
-static __always_inline int is_ztunnel(struct task_struct *task)
+static __always_inline int is_of_ztunnel(struct task_struct *task)
 {
-	struct ztunnel who = {.cgroup = task->cgroups->dfl_cgrp->kn->id, .tgid = task->tgid};
-	if (bpf_map_lookup_elem(&ztunnels, &who))
-		return 1;
-	who.tgid = 0;
-	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
+	return is_ztunnel(task->cgroups->dfl_cgrp->kn->id, task->tgid);
 }
 
-/* Its mark, as long as the agent has met no ztunnel: another agent may have it, and what it carries is no leak. */
+/* By its mark, until the agent has met a ztunnel: there may be one of another agent, and what that carries is no leak. */
 static __always_inline int seems_ztunnel(struct tcp_sock *tp)
 {
 	struct ztunnel unmet = {};
@@ -90,7 +86,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 	struct account *account = opened(ctx, sk, cookie, OUTBOUND);
 	if (!account || !tp)
 		return;
-	if (is_ztunnel(task) || seems_ztunnel(tp)) {
+	if (is_of_ztunnel(task) || seems_ztunnel(tp)) {
 		account->owner = OWNER_ZTUNNEL;
 		return;
 	}
@@ -116,7 +112,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 static __always_inline void listening(struct bpf_sock *sk)
 {
 	__u32 ztunnel = OWNER_ZTUNNEL;
-	if (is_ztunnel(bpf_get_current_task_btf()))
+	if (is_of_ztunnel(bpf_get_current_task_btf()))
 		bpf_sk_storage_get(&owners, sk, &ztunnel, BPF_SK_STORAGE_GET_F_CREATE);
 }
 

@@ -24,6 +24,21 @@ static __always_inline void count(__u32 cause)
 		(*found)++;
 }
 
+/* By map ztunnels. */
+static __always_inline int is_ztunnel(__u64 cgroup, __u32 tgid)
+{
+	struct ztunnel who = {.cgroup = cgroup, .tgid = tgid};
+	if (bpf_map_lookup_elem(&ztunnels, &who))
+		return 1;
+	who.tgid = 0;
+	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
+}
+
+static __always_inline int called_by_ztunnel(void)
+{
+	return is_ztunnel(bpf_get_current_cgroup_id(), bpf_get_current_pid_tgid() >> 32);
+}
+
 static __always_inline struct address address4(__u32 ip)
 {
 	/* Else clang makes one load of this one and its IPv6 neighbour, through a pointer that the verifier refuses. */

@@ -1,8 +1,8 @@
-/* Keeps for ztunnel what the rules know it by, in captured pods: its ports and its mark. cgroup/bind and cgroup/connect.
+/* Refuses (EPERM) ztunnel's ports and mark to all other processes of captured pods. cgroup/bind and cgroup/connect.
  *
  * ztunnel's listeners have SO_REUSEPORT: a process of the same user could join them, or bind a more specific address, and
- * get what the rules redirect. And a socket with its mark passes the rules, which since Linux 5.17 takes no more than
- * CAP_NET_RAW. Both are refused (EPERM). Who held a port before is not seen here; the agent finds it.
+ * get what the rules redirect. And the rules let a socket with ztunnel's mark pass, which takes no more than CAP_NET_RAW
+ * since Linux 5.17. A process that was bound before is not seen here; the agent finds it.
  */
 #include "pod.h"
 
@@ -20,14 +20,8 @@ static __always_inline int is_allowed(struct bpf_sock_addr *ctx)
 	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
 	if (!pod || !(pod->flags & POD_KNOWN))
 		return 1;
-	struct ztunnel unmet = {}; /* then another agent may have one, which does not wait for us */
-	if (bpf_map_lookup_elem(&ztunnels, &unmet))
-		return 1;
-	struct ztunnel who = {.cgroup = bpf_get_current_cgroup_id(), .tgid = bpf_get_current_pid_tgid() >> 32};
-	if (bpf_map_lookup_elem(&ztunnels, &who))
-		return 1;
-	who.tgid = 0;
-	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
+	struct ztunnel unmet = {}; /* the agent has met no ztunnel yet: another agent may have one */
+	return bpf_map_lookup_elem(&ztunnels, &unmet) || called_by_ztunnel();
 }
 
 static __always_inline int binding(struct bpf_sock_addr *ctx)

@@ -26,18 +26,14 @@ static __always_inline void write6(struct bpf_sock_addr *ctx, const struct addre
 	FIELD(ctx->user_port) = port;
 }
 
-#define HASTY 1 /* as the port of a MEMORY_SPEAKS_AS that has none: its connect is to end soon if nobody answers */
+#define HASTY 1 /* in the unused port of a MEMORY_SPEAKS_AS: its connect has to fail soon if nobody answers */
 
-/* The mark alone proves nothing: an application can set it, too, with CAP_NET_RAW since Linux 5.17. */
+/* The mark alone proves nothing: since Linux 5.17 an application can set it with CAP_NET_RAW. */
 static __always_inline int by_ztunnel(struct bpf_sock *sk)
 {
 	if ((sk->mark & MARK_MASK) != ZTUNNEL_MARK)
 		return 0;
-	struct ztunnel who = {.cgroup = bpf_get_current_cgroup_id(), .tgid = bpf_get_current_pid_tgid() >> 32};
-	if (bpf_map_lookup_elem(&ztunnels, &who))
-		return 1;
-	who.tgid = 0;
-	if (bpf_map_lookup_elem(&ztunnels, &who))
+	if (called_by_ztunnel())
 		return 1;
 	count(EXIT_FORGED_MARK);
 	return 0;
