@@ -1,11 +1,11 @@
-"""How long the pod's conntrack remembers a TCP connection that is silent: as long as the sockets may be.
+"""Raises the pod's conntrack timeouts, so that an entry lives as long as the TCP sockets of a silent connection.
 
-Rules redirect a connection by its conntrack entry. When conntrack forgets the entry before TCP has ended, the next
-packet belongs to no connection any more: an answer 61 s after the question's FIN never arrives. So the timeouts of the
-pod's namespace are raised, never lowered, to LEAST. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
+Rules redirect a connection by its conntrack entry. If the entry expires before TCP has ended, the next packet belongs
+to no connection: an answer that comes 61 s after the question's FIN never arrives. Timeouts below LEAST are raised, and
+none is lowered. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
 
-The raised value contains the pod's own one, as base + own, so removal can put it back without a note. There are no
-notifications of these values; they are read each time.
+A raised timeout is base + the pod's own value, so removal can restore that without a note. The kernel does not notify
+of changes, so all six are read in each pass (60 us).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from agent.kernel import sysctl
 from agent.kernel.podnetns import PodNetns
 
 _PREFIX: Final = "net/netfilter/nf_conntrack_tcp_timeout_"
-# Where both sides may be silent for as long as the sockets live: the five days of an established connection. 11.6 days
-# and more are few enough for the kernel, which takes 24 days at 1000 ticks a second.
+# Both sides may be silent as long as the sockets live: at least the five days of an established connection. Raised, it
+# is 11.6 days or more; the kernel's limit is 24 days at 1000 ticks a second.
 _SILENT: Final = (432_000, 1_000_000)
-# Where one side repeats a segment until it is acknowledged: longer than the 120 s between two repetitions
-# (TCP_RTO_MAX), and no longer than an hour, for the entry outlives the sockets if the last packet was lost.
+# One side repeats a segment until it is acknowledged: longer than the 120 s between two repetitions (TCP_RTO_MAX), and
+# no longer than an hour, since the entry outlives the sockets if the last packet was lost.
 _REPEATED: Final = (300, 3_300)
-# timeout: (least seconds, base of what is ours). time_wait and close outlast TCP's own by the kernel's defaults,
-# syn_sent and syn_recv its repetitions; a pod that shortens those four harms no connection that is established.
+# timeout: (least seconds, base of a raised one). By default time_wait and close are longer than TCP's own timeouts, and
+# syn_sent and syn_recv than its repetitions; a pod that shortens these four breaks no established connection.
 LEAST: Final[Mapping[str, tuple[int, int]]] = {
     "established": _SILENT,
     "close_wait": _SILENT,
@@ -56,7 +56,7 @@ class Have:
 
 
 class ConntrackBackend:
-    """Five verbs over the namespace's sysctls. A namespace where they cannot be set is captured all the same."""
+    """Five verbs over the namespace's sysctls. A pod whose sysctls cannot be set is captured all the same."""
 
     name = "conntrack"
     outlives = False
@@ -94,13 +94,13 @@ class ConntrackBackend:
 
 
 def raised(name: str, seconds: int) -> int:
-    """What the timeout has to be when it is `seconds` now."""
+    """The timeout to set when it is `seconds` now; the same if it is long enough."""
     least, base = LEAST[name]
     return seconds if seconds >= least else base + seconds
 
 
 def own(name: str, seconds: int) -> int:
-    """What the pod had before it was raised."""
+    """The pod's own value; `seconds` itself if it was not raised."""
     least, base = LEAST[name]
     return seconds - base if base <= seconds < base + least else seconds
 

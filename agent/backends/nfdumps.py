@@ -25,7 +25,7 @@ _COUNTS = re.compile(rb"counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00(.{8
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A chain that a backend cannot do without; `shared` with others, whose rules in it stay."""
+    """A chain that a backend needs. `shared`: it may hold rules of others, which stay."""
 
     family: int
     table: str
@@ -59,7 +59,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Ruleset:
-    """All that nf_tables holds in one namespace but sets; without `whole` only our own tables and chains."""
+    """The tables, chains and rules of one namespace; if not `whole`, only our own."""
 
     tables: tuple[Head, ...]
     content: Content

@@ -4,10 +4,10 @@ The generation belongs to the namespace and to all families: nftables of either 
 transaction makes a new one, ours too, so a change that we made is read again. What may change without one is not
 kept (nfdumps.Ruleset.lasts).
 
-A pod may have any number of rules of its own and change them without pause, and to dump n rules costs the kernel n * n
-steps (7 s for 40,000). How many there are is asked first. Where they cannot all be read, our own chains alone are, by
-name; and where even those change with every look, they are taken as they were read last: better to put our rules anew
-than not to look.
+A pod may have any number of rules and change them all the time, and dumping n rules takes the kernel n * n steps (7 s
+for 40,000). So their number is read first. If there are too many, or they change with every read, only our own chains
+are read, by name. If even those keep changing, the last read is used: writing our rules again is better than not
+looking.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WHOLE = 2048  # rules of a namespace, and half as many chains and sets
 OWN = 8192  # rules of one chain that we need
 _BYTES = 1 << 22  # of one dump
 _TRIES = 4
-_RARELY = 60.0  # seconds until all is tried again where it could not be read
+_RARELY = 60.0  # seconds until everything is read again after it could not be
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Reader(Generic[H]):
     """One backend's view of each namespace; forgets a namespace with its PodNetns."""
 
     def __init__(self, view: Callable[[Ruleset, int | None, PodNetns], H], own: Sequence[Place]) -> None:
-        """`view` makes a backend's Have of (rule set, its generation, the namespace), where generation None says that
-        it changed while it was read; `own` are the chains that it cannot do without."""
+        """`view` makes a backend's Have from (rule set, its generation, the namespace); the generation is None if it
+        changed during the read. `own`: the chains that the backend needs."""
         self._view, self._own = view, own
         self._last: WeakKeyDictionary[PodNetns, _Last[H]] = WeakKeyDictionary()
         self._large: WeakKeyDictionary[PodNetns, float] = WeakKeyDictionary()  # until when only our own are read
@@ -78,7 +78,7 @@ class Reader(Generic[H]):
 
 
 def read(nft: NftSocket, own: Sequence[Place], *, whole: bool = True) -> tuple[Ruleset, int | None]:
-    """The rule set, and the one generation that all of it is of; what is ours alone if `whole` is not possible."""
+    """The rule set and its generation, None if that changed during the read. Only our chains if not all can be read."""
     for all_of_it in (True, False) if whole else (False,):
         for _ in range(_TRIES):
             before = nft.generation()
@@ -103,8 +103,9 @@ def _whole(nft: NftSocket) -> Ruleset | None:
 
 
 def _ours(nft: NftSocket, own: Sequence[Place]) -> Ruleset:
-    """By name. A chain of ours that somebody filled is taken for empty, which is not what we put there."""
-    heads = {(one.family, one.table): nft.get(GETTABLE, one.family, attribute(1, one.table)) for one in own}
+    """Our chains, by name. One with too many rules is read as empty, which is never what we wrote."""
+    tables = dict.fromkeys((one.family, one.table) for one in own)
+    heads = {(family, name): nft.get(GETTABLE, family, attribute(1, name)) for family, name in tables}
     chains, rules = [], []
     for one in own:
         table = attribute(1, one.table)

@@ -1,11 +1,11 @@
-"""Which table and which preference a pod's policy rule takes, and which rules and routes there are ours. Pure.
+"""Chooses the table and preference of a pod's policy rule, and tells our rules and routes from others. Pure.
 
-The existing ambient agents take table 100 and preference 32764 without looking. So do we where both are free. A table
-is taken when it has a route of somebody else, or when a policy rule of theirs leads there. A preference is only good
-below that of every rule that would take our marked packets first.
+The existing ambient agents use table 100 and preference 32764 without looking. So do we where both are free. A table is
+taken if it holds somebody else's route, or if somebody else's policy rule leads to it. The preference has to be lower
+than that of every rule that would match our marked packets first.
 
-Ours is what carries our protocol number. A rule that is exactly the usual one is ours without it (the existing agents
-write none), and so is the usual route, unless somebody else's rule leads to its table.
+Rules and routes with our protocol number are ours. So is a rule that is exactly the usual one (the existing agents set
+no number), and the usual route unless somebody else's rule leads to its table.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Routes = Mapping[int, Sequence[LocalRoute | None]]  # of each of TABLES, None fo
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """In one family: `held` are our items with repeats, `wanted` what capture needs, which is () without a free table.
+    """In one family: `held` are our items, duplicates included; `wanted` what capture needs, () if no table is free.
 
-    `before`: rules of others that our rule cannot come before.
+    `before`: rules of others that come before ours all the same.
     """
 
     held: tuple[Item, ...]
@@ -37,7 +37,7 @@ class Place:
 
 
 def place(family: int, rules: Sequence[FibRule], routes: Routes) -> Place:
-    """From all policy rules, and what TABLES hold of this family."""
+    """From all policy rules and this family's routes in TABLES."""
     mine = [rule for rule in rules if rule.family == family]
     ours = [known for rule in mine if (known := _ours(rule))]
     others = [rule for rule in mine if not _ours(rule)]
@@ -54,7 +54,7 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes) -> Place:
 
 
 def usual(family: int) -> tuple[Item, ...]:
-    """What a namespace without anything of others gets. The route goes first: a rule without it leads nowhere."""
+    """For a namespace without rules of others. The route comes first: without it the rule leads nowhere."""
     return LocalRoute(family, names.ROUTE_TABLE), _rule(family, names.RULE_PREFERENCE, names.ROUTE_TABLE)
 
 
@@ -66,7 +66,7 @@ def _rule(family: int, preference: int, table: int) -> MarkRule:
 
 
 def _ours(rule: FibRule) -> MarkRule | None:
-    """A rule that selects by our mark and by nothing else, if it is ours."""
+    """The rule as a MarkRule if it is ours: it selects by our mark and nothing else."""
     if not rule.plain or rule.action != TO_TABLE or rule.table not in TABLES:
         return None
     if (rule.mark, rule.mask) != (names.CONNECTION_MARK, names.MARK_MASK):
@@ -85,7 +85,7 @@ def _our_route(route: LocalRoute | None, led: set[int]) -> bool:
 
 
 def _by_use(ours: Sequence[MarkRule]) -> Sequence[int]:
-    """The tables in the order in which they are tried: one that is in use is kept."""
+    """The tables in the order in which they are tried: those in use first."""
     return tuple(dict.fromkeys((*(rule.table for rule in ours), *TABLES)))
 
 
@@ -94,7 +94,7 @@ def _free(routes: Sequence[LocalRoute | None], is_ours: Callable[[LocalRoute | N
 
 
 def _preference(ours: Sequence[MarkRule], others: Sequence[FibRule], first: int) -> int:
-    """Below `first`: that of our rule if it has a good one, else the next that nobody uses, else the usual one."""
+    """Below `first`: our rule's own if it is low enough, else the next unused one, else the usual one."""
     for rule in ours:
         if rule.preference < first:
             return rule.preference
@@ -104,7 +104,7 @@ def _preference(ours: Sequence[MarkRule], others: Sequence[FibRule], first: int)
 
 
 def _kept(held: Sequence[Item], wanted: Item) -> Item:
-    """The same as it is held, whoever is noted as its maker."""
+    """The item that is held in the same place, whatever its protocol number, else `wanted`."""
     return next((item for item in held if _place(item) == _place(wanted)), wanted)
 
 
