@@ -34,13 +34,13 @@ class AccountedPods:
         self._maps = Maps(self.pins.maps)
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, known: bool = False) -> bool:
-        """Whether the pod was there before. `known`: all of ztunnel's listeners in it are in map owners.
+        """Returns whether the pod had an entry before. `known`: all of ztunnel's listeners in it are in map owners.
 
         Raises KernelError.
         """
         cookie = target.netns.id.cookie
         made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
-        # A pod that is captured already stays so while its rules are replaced, and what is known stays known.
+        # A pod that is captured or known stays so while its rules are replaced.
         flags = old.flags & _KEPT if old else PodFlag(0)
         flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
         made = replace(made, pod=replace(made.pod, flags=made.pod.flags | flags))
@@ -88,7 +88,7 @@ class AccountedPods:
             policies.drop(self._maps, old.policy)
 
     def doubt(self) -> None:
-        """ztunnel's listeners are known in no pod any more: anybody may bind its ports. Raises KernelError."""
+        """Clears KNOWN in all pods, so that ztunnel's ports and mark are refused to no process. Raises KernelError."""
         for key, value in self._maps["pods"].items():
             pod = Pod.decode(value)
             self._maps["pods"].update(key, replace(pod, flags=pod.flags & ~PodFlag.KNOWN).encode())

@@ -62,7 +62,7 @@ class Collector(Protocol):
         """What could not be told, by what it was, since the node came up or the agent started."""
 
     def crowded(self) -> Sequence[tuple[int, str]]:
-        """(cookie of the namespace, what in words) of pods that took more than their share lately."""
+        """(cookie of the namespace, message) of pods that lately exceeded their share of the maps."""
 
     def close(self) -> None:
         """Lets go of handles; what is in the kernel stays."""

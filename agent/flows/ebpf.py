@@ -63,7 +63,7 @@ class EbpfCollector:
         self._certain = True  # the programs can tell ztunnel from other processes
         self._tallies, self._shares = Tallies(self._maps, clock), Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
-        # Of what was there before the programs could see it.
+        # Of connections from before the programs.
         self._older = DiagCollector(ztunnels.holds, ztunnels.foreign)
         self._known: set[int] = set()
         self._past: set[int] = set()  # pods whose older connections were looked for
@@ -150,7 +150,7 @@ class EbpfCollector:
         return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
 
     def _counted(self, pod: int) -> set[int]:
-        """The cookies of the sockets that the programs have seen, and so count themselves."""
+        """The cookies of the sockets that the programs count."""
         found = set[int]()
         with self._listing:
             self._maps["chosen"].update(bytes(4), pod.to_bytes(8, sys.byteorder))
@@ -225,7 +225,7 @@ class EbpfCollector:
             raise
 
     def _own(self, target: PodNetns) -> bool:
-        """Marks what a ztunnel listened with before our programs could see it. Whether nothing of it is missed now."""
+        """Puts listeners that ztunnel had before our programs into map owners. Returns whether none is missing."""
         cookie, version = target.netns.id.cookie, self._ztunnels.version()
         if not self._certain or not self._ztunnels.processes():
             return False

@@ -74,7 +74,7 @@ class Programs:
         bpffs.remove_tree(self.pins.root)
 
     def admit(self, ztunnels: Iterable[tuple[int, int]]) -> None:
-        """These (cgroup, process) are ztunnels, besides those that an earlier agent knew and that live. KernelError."""
+        """Admits these (cgroup, process), and keeps those of an earlier agent that still run. Raises KernelError."""
         with Map.open(self.pins.maps / "ztunnels") as admitted:
             running, known = {*ztunnels}, {abi.unztunnel(key) for key, _ in admitted.items()}
             there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have come back to us yet
@@ -96,7 +96,7 @@ class Programs:
         return True
 
 
-_UNMET = (0, 0)  # instead of a ztunnel: until there is one, its mark is believed
+_UNMET = (0, 0)  # in place of a ztunnel until the first one comes: its mark is believed, and nothing is refused
 
 
 def _changes(have: Have) -> Iterator[tuple[Step[Any], str]]:

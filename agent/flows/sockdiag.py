@@ -46,10 +46,10 @@ class _Pod:
 class DiagCollector:
     """Implements agent.flows.collector.Collector. From any thread; one call at a time does work.
 
-    Never known this way: process and command of a connection, the user of one that no dump saw, how a connect failed
-    that somebody waited for, and what ss --kill ended. Undecided: what was cut off and no dump saw, where nothing shows
-    whose it was. Doubtful, and told as leaked: what ztunnel itself connected that ended in order, that no dump saw and
-    that does not relay one captured connection as it is (see agent.flows.onward).
+    Never known: process and command of a connection, the user of one that no dump saw, how a blocking connect failed,
+    and what ss --kill ended. Undecided: connections that were cut off before a dump saw them and may be ztunnel's.
+    Doubtful, and reported as leaked: ztunnel's own connections that ended in order before a dump saw them and do not
+    relay one captured connection as it is (see agent.flows.onward).
     """
 
     name = "inet_diag"
@@ -82,8 +82,8 @@ class DiagCollector:
     ) -> bool:
         """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError.
 
-        `besides`: only connections that are there already are followed, until they end, and not the sockets whose
-        cookies it returns: somebody else counts those, and all that are made from now on.
+        With `besides` only connections that exist already are followed, until they end, without the sockets whose
+        cookies it returns. Those, and all later ones, are counted elsewhere.
         """
         cookie, wiring = target.netns.id.cookie, target.wiring()
         with self._lock:
@@ -102,7 +102,7 @@ class DiagCollector:
             return False
 
     def change(self, target: PodNetns, want: Redirect, *, captured: bool) -> None:
-        """Takes over a change; a pod that is not followed, or not any more, stays so. Raises as enrol()."""
+        """Takes over a change of a pod that is followed, and starts to follow none. Raises as enrol()."""
         wiring = target.wiring()
         with self._lock:
             if pod := self._pods.get(target.netns.id.cookie):

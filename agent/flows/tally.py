@@ -18,7 +18,7 @@ from agent.flows.who import Service, Who, Workload, of_pod
 _WITHIN = frozenset((Reason.LOOPBACK, Reason.ZTUNNEL))
 
 _REST = labels.OVERFLOW
-_PART, _LEAST = 4, 64  # of the rows one workload may have a quarter, but so many in any case
+_PART, _LEAST = 4, 64  # one workload may have a quarter of the rows, but at least 64
 
 _Peers = tuple[Direction, Workload | None, Workload | None, Service | None]
 _Owner = tuple[str, str, Direction]  # namespace and workload of the pod
@@ -132,8 +132,9 @@ _Row = TypeVar("_Row", _TrafficRow, _FatedRow, _MeasuredRow)
 
 
 class _Rows(Generic[_Key, _Row]):
-    """At most `cap` rows, besides those of `rest(key)`, which take what finds no room; `owned(key)`, where there is
-    one, takes what is beyond the share of the key's owner, which is in it.
+    """At most `cap` rows. What exceeds them is added to the row of `rest(key)`, which comes on top.
+
+    With `owned`, each owner has a share of the rows, and what exceeds that is added to the row of `owned(key)`.
 
     Rows are kept by their label text, for no two may have the same; `_known` only spares writing it again.
     """
@@ -149,7 +150,7 @@ class _Rows(Generic[_Key, _Row]):
         self._cap, self._text, self._rest, self._owned = cap, text, rest, owned
         self._share = max(_LEAST, cap // _PART)
         self._make: Callable[[str], _Row] = make
-        self._taken: dict[_Key, set[str]] = {}  # by what takes the rest of an owner: the rows that are its own
+        self._taken: dict[_Key, set[str]] = {}  # owned(key) -> that owner's rows
         self._rows: dict[str, _Row] = {}
         self._known: dict[_Key, _Row] = {}
         self.overflow = 0

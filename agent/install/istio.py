@@ -22,14 +22,14 @@ def entry(conf: Conf) -> Json:
 
 
 def mentions(value: Any) -> bool:
-    """Whether an entry of istio-cni's is in it, at any depth."""
+    """Whether it contains an entry of istio-cni, at any depth."""
     if isinstance(value, dict):
         return value.get("type") == ISTIO or any(map(mentions, value.values()))
     return isinstance(value, list) and any(map(mentions, value))
 
 
 def form(conf: Conf, every: Sequence[Conf]) -> str:
-    """Of a configuration with its entry; `every` configuration of the directory but lists of ours."""
+    """CHAINED, OWNED or ALONE, for a configuration with its entry; `every`: all of the directory but our own lists."""
     rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
     if not rest:
         return ALONE

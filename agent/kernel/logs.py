@@ -1,4 +1,4 @@
-"""How the daemons log: a record begins a line, and nothing that a pod controls can make it look like another record."""
+"""Log format of the daemons: nothing that a pod controls can look like a log record of its own."""
 
 from __future__ import annotations
 

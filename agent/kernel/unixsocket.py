@@ -65,7 +65,7 @@ async def serve(path: str, kind: int, handle: Handle) -> None:
 
 
 async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
-    """Only root connects here: what is too much at once waits in the queue, and is not refused."""
+    """Only root connects here, so connections beyond the limit wait in the queue and are not refused."""
     room, broken = asyncio.Semaphore(_AT_ONCE), Seldom(logging.ERROR)
 
     async def one(sock: socket.socket) -> None:

@@ -100,8 +100,8 @@ def back(view: View, wished: str) -> Steps:
 def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
     """Our entry in the primary's list, which refuses enrolled pods until istio-cni has put its own there.
 
-    Its agent remembers the first list that it finds as the primary one for as long as it runs, and waits for that file
-    when it has gone. So none of our own may be there when it starts.
+    Its agent takes the first list that it finds for the primary one as long as it runs, and waits for that file if it
+    is removed. So no list of ours may exist when it starts.
     """
     verdict = planning.insert(view, entry, wished)
     why = "our entry refuses enrolled pods until istio-cni is there"
@@ -120,7 +120,7 @@ def _added(conf: Conf) -> Json:
 
 
 def _moved(view: View) -> list[Step]:
-    """What istio-cni's agent put into a list of ours, into the primary's: ours is about to go."""
+    """Moves an entry that istio-cni's agent put into a list of ours to the primary's list: ours is removed next."""
     confs = istio.confs(view)
     entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)

@@ -1,4 +1,4 @@
-"""Whether istio-cni's agent runs on this node. Apart from what else is looked at: our own agent asks, too."""
+"""Whether istio-cni's agent runs on this node. Apart from `looking`, which the daemon does not need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMAND = "install-cni"  # the program of its DaemonSet
 
 
 def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
-    """Its socket answers, or its program runs: either may be out of our sight."""
+    """How it shows, "" if it does not: its socket answers or its process runs. Either may be hidden from us."""
     for run_dir in run_dirs:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1)

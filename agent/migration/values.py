@@ -14,7 +14,7 @@ from agent.migration.equivalents import TABLE
 _BY_HELM = {one.helm: one.name for one in TABLE if one.helm}
 _BY_ENV = {one.env: one.name for one in TABLE if one.env}
 _SHELLS = ("_internal_defaults_do_not_set", "cni", "values")  # what charts, istioctl and IstioOperator put around
-# What its chart sets in the environment and the process does not read, or what has no say in what is captured.
+# Variables that its chart sets and its process does not read, or that do not affect capture.
 _NO_SETTINGS = frozenset({
     "CURRENT_AGENT_VERSION", "REPAIR_RUN_AS_DAEMON", "GOMEMLIMIT", "ISTIO_OWNED_CNI_CONF_FILENAME", "NODE_NAME",
     "POD_NAME", "POD_NAMESPACE", "REPAIR_NODE_NAME", "REPAIR_SIDECAR_ANNOTATION", "ALLOW_SWITCH_TO_HOST_NS",
@@ -86,7 +86,7 @@ def _of_daemonset(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_environment(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Also variables that the table lacks: what they are for, a person has to say."""
+    """Includes variables that the table lacks: a person has to say what they are for."""
     return {_BY_ENV.get(str(key), str(key)): value for key, value in given.items() if key not in _NO_SETTINGS}
 
 

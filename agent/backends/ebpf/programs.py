@@ -144,13 +144,13 @@ class ProgramsBackend:
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
     def apply(self, target: PodNetns | Node | Former, plan: Plan[NodeDeed]) -> None:
-        """Raises KernelError; StaleError when another pod's pass was at it meanwhile.
+        """Raises KernelError; StaleError if another pod's pass has changed it since it was read.
 
-        A program that is attached twice would take what it has rewritten for what the application wanted.
+        A program that is attached twice would take the address that it has rewritten for the application's own.
         """
         with self._turn:
             if isinstance(target, PodNetns) and self.plan(Redirect(), self.read(target)) != plan:
-                raise StaleError(self.name, errno.ESTALE, "it was changed meanwhile")
+                raise StaleError(self.name, errno.ESTALE, "it has changed since it was read")
             self._do(plan)
 
     def _do(self, plan: Plan[NodeDeed]) -> None:

@@ -13,7 +13,7 @@ _NONE = XtTable()
 
 
 def refuse_taken(have: Mapping[str, XtTable]) -> None:
-    """Raises KernelError where our chains of one family cannot be made."""
+    """Raises KernelError if chains of somebody else have our names, in one family."""
     for table, held in have.items():
         if held.taken:
             words = f"chain {held.taken[0]} of table {table} is somebody else's, as a sidecar's is: it leads to theirs"

@@ -38,7 +38,7 @@ class XtTable:
     taken: tuple[str, ...] = ()
 
     def without(self, taken: tuple[str, ...]) -> XtTable:
-        """The same where these chains are somebody else's."""
+        """A copy in which these chains are somebody else's."""
         chains = tuple(one for one in self.chains if one[0] not in taken)
         return replace(self, chains=chains, jumps=tuple(one for one in self.jumps if one[1] not in taken), taken=taken)
 
