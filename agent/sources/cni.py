@@ -111,7 +111,7 @@ class CniService:
         first = self._table.by_container(pod.container_id)
         if first is None or first.uid != pod.uid or first.interface == pod.interface:
             for other in self._table.seen(pod) - {pod.uid}:
-                self._reconciler.wake(other)  # the static file's entry of the same pod, which is no more
+                self._reconciler.wake(other)  # the static file's entry of this pod, which gives way
         # Otherwise a further interface (Multus): its addresses and its end are not the pod's.
         decision = decide(self._table.get(pod.uid) or pod, self._settings)
         if not decision.enrolled:
@@ -120,7 +120,8 @@ class CniService:
         try:
             async with asyncio.timeout_at(deadline):
                 status = await self._reconciler.settled(pod.uid)
-                while status.state in (State.PENDING, State.WAITING):  # a ztunnel may be about to come back
+                # A ztunnel may be about to come back.
+                while status.state in (State.PENDING, State.WAITING) and self._table.get(pod.uid):
                     await self._reconciler.progressed()
                     status = self._reconciler.status(pod.uid)
         except TimeoutError:

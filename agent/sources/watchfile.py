@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -42,7 +42,7 @@ class StaticFile:
         self._table, self._reconciler = table, reconciler
         self._file = WatchedFile(Path(path)) if path else None  # none lists no pods
         self._listed: Mapping[str, Pod] = {}
-        self._hidden: set[str] = set()  # of those the ones that the table has under another UID
+        self._hidden: set[str] = set()  # listed pods that the table has under another UID
 
     async def load(self) -> None:
         """Reads the file when it is another one than before; a file that is not there lists no pods."""
@@ -65,8 +65,10 @@ class StaticFile:
             await self.load()
 
     def _again(self) -> None:
-        """What is listed and was forgotten, since its namespace has gone, may be back under the same path; what another
-        source had under its name may be gone."""
+        """Sees a listed pod again that was forgotten, for its namespace may be back under the same path.
+
+        Also one whose name another source had until now.
+        """
         for uid, pod in self._listed.items():
             if uid in (self._hidden if self._table.get(uid) else self._table.seen(pod)):
                 self._reconciler.wake(uid)
@@ -79,16 +81,22 @@ class StaticFile:
         # Also pods that a predecessor took from the file, which its notes on disk tell us of.
         listed = {*self._listed, *(pod.uid for pod in self._table if pod.source == "static")}
         self._listed = new.pods
-        woken = self._table.mark(new.marks)
-        for uid, pod in new.pods.items():
-            known = self._table.get(uid)
-            if known is not None and known.netns_path != pod.netns_path:
-                await self._drop(uid)  # another namespace: nothing of the old one counts
+        moved = {uid: pod for uid, pod in new.pods.items() if self._moved(pod)}
+        self._see((pod for uid, pod in new.pods.items() if uid not in moved), self._table.mark(new.marks))
+        # Each may take a while. What is listed with another namespace now is a new pod: nothing of the old one counts.
+        await asyncio.gather(*(self._drop(uid) for uid in (listed - set(new.pods)) | moved.keys()))
+        self._see(moved.values(), set())
+
+    def _moved(self, pod: Pod) -> bool:
+        known = self._table.get(pod.uid)
+        return known is not None and known.netns_path != pod.netns_path
+
+    def _see(self, pods: Iterable[Pod], woken: set[str]) -> None:
+        for pod in pods:
             woken |= self._table.seen(pod)
         self._hide()
         for uid in woken:
             self._reconciler.wake(uid)
-        await asyncio.gather(*(self._drop(uid) for uid in listed - set(new.pods)))  # each may take a while
 
     async def _drop(self, uid: str) -> None:
         """Its namespace may live on, so its rules go before it is forgotten."""
@@ -97,11 +105,11 @@ class StaticFile:
             # A label, since a mark for the same name would win over an annotation.
             self._table.seen(replace(pod, labels={names.DATAPLANE_MODE: "none"}))
             status = await self._reconciler.settled(uid)
-            while status.leaving:
+            while status.leaving and status.state is not State.FAILED:
                 await self._reconciler.progressed()
                 status = self._reconciler.status(uid)
             if status.state is State.FAILED:
                 return  # its rules are still there: tried again by the reconciler, and known until they are gone
             self._table.gone(uid)
             await self._reconciler.forget(uid)
-        self._table.lost(uid)  # also one that another source has
+        self._table.lost(uid)  # also where another source has the pod

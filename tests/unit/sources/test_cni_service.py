@@ -205,6 +205,17 @@ def test_add_waits_for_a_ztunnel(one: Any) -> None:
     assert bench.reconciler.told == [("settled", "u-1"), ("progressed", ""), ("progressed", "")]
 
 
+def test_add_does_not_wait_for_a_pod_that_is_gone(one: Any) -> None:
+    bench = Bench()
+
+    async def progressed() -> None:
+        bench.table.gone("u-1")
+
+    bench.reconciler.progressed = progressed  # type: ignore[method-assign]
+    bench.reconciler.states = [Status(State.PENDING)]
+    assert bench.do("ADD", netns=one).msg == "pod shop/web is not captured: waiting"
+
+
 def test_add_twice_is_one_pod_and_leaks_no_handle(one: Any) -> None:
     bench = Bench()
     assert [bench.do("ADD", netns=one), bench.do("ADD", netns=one)] == [OK, OK]

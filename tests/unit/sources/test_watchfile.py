@@ -20,7 +20,7 @@ class Reconciling:
 
     def __init__(self, table: PodTable) -> None:
         self.table, self.told = table, list[tuple[str, str, bool | None]]()
-        self.leaving = 0  # passes until nothing is left
+        self.leaving, self.fails = 0, False  # passes until nothing is left, and whether they fail
 
     def _note(self, verb: str, uid: str) -> None:
         pod = self.table.get(uid)
@@ -34,7 +34,7 @@ class Reconciling:
         return self.status(uid)
 
     def status(self, uid: str) -> Status:
-        return Status(State.EXCLUDED, leaving=self.leaving > 0)
+        return Status(State.FAILED if self.fails else State.EXCLUDED, leaving=self.leaving > 0)
 
     async def progressed(self) -> None:
         self._note("left", "")
@@ -118,6 +118,27 @@ def test_a_pod_is_not_forgotten_before_the_last_of_its_rules_is_gone(tmp_path: P
     bench.load(WEB)
     bench.reconciler.leaving = 2
     assert [told[0] for told in bench.load()] == ["settled", "left", "left", "forget"]
+
+
+def test_a_pod_whose_rules_cannot_be_removed_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.load(WEB)
+    bench.reconciler.leaving, bench.reconciler.fails = 1, True
+    assert bench.load(DB) == [("wake", "static.shop.db", True), ("settled", "static.shop.web", False)]
+    assert bench.uids == {"static.shop.web", "static.shop.db"}
+
+
+def test_pods_that_move_to_another_namespace_do_not_hold_up_the_others(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.load(WEB)
+    told = bench.load(WEB.replace("netns/web", "netns/other"), DB)
+    assert [(verb, uid.rpartition(".")[2]) for verb, uid, _ in told] == [
+        ("wake", "db"),
+        ("settled", "web"),
+        ("forget", "web"),
+        ("wake", "web"),
+    ]
+    assert {pod.netns_path for pod in bench.table} == {"/run/netns/other", "/run/netns/db"}
 
 
 def test_a_directory_in_its_place_is_an_error_that_is_shown(tmp_path: Path) -> None:
