@@ -60,10 +60,11 @@ def _captured(told: Told) -> str:
     why, by = told["decided"], f" by {told['backend']}" if told["backend"] else ""
     if told["decision"] == "excluded":
         left = ", but rules of ours are left" if told["differences"] else ""
+        left = ", but ztunnel keeps its older connections for a while" if told["leaving"] else left
         return f"no, excluded{left}: {why}"
     match told["state"]:
         case "waiting":
-            return f"not looked at yet, to be enrolled: {why}"
+            return f"not yet: {told['error'] or 'not looked at so far'}; to be enrolled: {why}"
         case "pending":
             return f"not yet: its rules are there, but no ztunnel has it, so its traffic is refused; enrolled: {why}"
         case "failed":

@@ -89,7 +89,7 @@ def _pods(args: argparse.Namespace) -> int:
         (
             row["namespace"],
             row["name"],
-            row["state"],
+            "leaving" if row["leaving"] else row["state"],
             row["backend"],
             row["repairs"],
             ago(row["verified"], time.time()),

@@ -10,7 +10,7 @@ from agent.core.plan import Foreign
 
 
 class State(StrEnum):
-    WAITING = "waiting"  # known, not yet looked at; or it runs, and no rules lead to a ztunnel that is not there yet
+    WAITING = "waiting"  # known, not looked at yet; or a running pod without rules whose ztunnel is not there yet
     ENABLED = "enabled"  # rules verified in the kernel, and ztunnel listens in the pod
     PENDING = "pending"  # rules verified, but ztunnel does not listen there: traffic is refused, not passed
     EXCLUDED = "excluded"
@@ -33,7 +33,7 @@ class Status:
     repairs: int = 0
     outside: int = 0
     notes: tuple[str, ...] = ()
-    leaving: bool = False  # not captured any more, but ztunnel still carries what it has
+    leaving: bool = False  # excluded, but rules are there until ztunnel's connections have ended
     probe: str = ""  # what the node's probe of the pod showed, "" before
     verified: float = 0.0  # Unix time of the last read-back that was right
 

@@ -93,7 +93,9 @@ def test_diff_prints_the_script_and_ends_with_1(agent: FakeAgent, capsys: pytest
 def test_pods_as_table_json_and_yaml(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     pods = [{"namespace": "shop", "name": "web", "uid": "u", "addresses": ["10.0.0.1", "fd00::1"], "state": "failed",
              "reason": "r", "backend": "nftables", "error": "no memory", "retry": 1.0, "repairs": 0,
-             "verified": 0.0}]  # fmt: skip
+             "verified": 0.0, "leaving": False}]  # fmt: skip
+    agent.answers["/v1/pods"] = (200, [{**pods[0], "state": "excluded", "leaving": True}])
+    assert main(["pods"]) == 0 and " leaving " in capsys.readouterr().out
     agent.answers["/v1/pods"] = (200, pods)
     assert main(["pods"]) == 0
     header, line = capsys.readouterr().out.splitlines()
@@ -162,7 +164,7 @@ def test_forms(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_pods_of_one_namespace(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     facts = {"state": "enabled", "reason": "r", "backend": "b", "error": "", "repairs": 0, "verified": 0.0,
-             "addresses": []}  # fmt: skip
+             "leaving": False, "addresses": []}  # fmt: skip
     agent.answers["/v1/pods"] = (200, [{"namespace": one, "name": "web", **facts} for one in ("bank", "shop")])
     assert main(["pods", "-n", "shop", "-o", "json"]) == 0
     assert [row["namespace"] for row in json.loads(capsys.readouterr().out)] == ["shop"]

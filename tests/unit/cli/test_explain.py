@@ -39,7 +39,8 @@ def captured(**changes: Any) -> dict[str, Any]:
     told: dict[str, Any] = {
         "namespace": "shop", "name": "web", "uid": "u1", "addresses": ["10.0.0.2"], "state": "enabled",
         "reason": "the pod says so", "backend": "nftables", "error": "", "retry": None, "repairs": 1, "outside": 0,
-        "notes": ["lo lacks ::1"], "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
+        "leaving": False, "notes": ["lo lacks ::1"],
+        "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
         "decision": "enrolled", "redirect": {"dns": True}, "netns": "/run/netns/web", "source": "cni",
         "in_kernel": "as wanted", "differences": [], "inspect_error": "", "foreign": [],
         "beside": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
@@ -134,7 +135,12 @@ def test_all_of_it() -> None:
     [
         ({"decision": "excluded", "backend": ""}, "no, excluded: the pod says so"),
         ({"decision": "excluded", "differences": ["x"], "redirect": None}, "no, excluded, but rules of ours are left:"),
-        ({"state": "waiting"}, "not looked at yet, to be enrolled: the pod says so"),
+        ({"state": "waiting"}, "not yet: not looked at so far; to be enrolled: the pod says so"),
+        ({"state": "waiting", "error": "no ztunnel"}, "not yet: no ztunnel; to be enrolled: the pod says so"),
+        (
+            {"state": "excluded", "decision": "excluded", "leaving": True},
+            "no, excluded, but ztunnel keeps its older connections for a while: the pod says so",
+        ),
         ({"state": "pending"}, "not yet: its rules are there, but no ztunnel has it, so its traffic is refused"),
         ({"state": "failed", "error": "no memory"}, "NO, though it should be: no memory"),
         ({"inspect_error": "no memory"}, "unknown by nftables: no memory"),
