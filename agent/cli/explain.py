@@ -77,7 +77,7 @@ def _captured(told: Told) -> str:
     if told["ztunnel"]["silent"]:
         return f"NO{by}: rules are right, but ztunnel does not listen in it; enrolled: {why}"
     if told["foreign"]:
-        return f"NOT all{by}: rules are right, but not what comes before them; enrolled: {why}"
+        return f"NOT all{by}: our rules are right, but foreign rules come before them; enrolled: {why}"
     return f"yes{by}: {why}"
 
 

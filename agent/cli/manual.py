@@ -77,8 +77,8 @@ PAGES: Final[Mapping[str, Page]] = {
     "pods": Page(
         "The pods of this node, whether each is captured, and why or why not.\n\n"
         "States: enabled (its rules are verified, and ztunnel listens in it), pending (its rules hold, but ztunnel "
-        "does not listen in it: its traffic is refused, not passed), excluded, failed (see REASON), waiting (not "
-        "looked at yet, or it runs and waits for its ztunnel before its rules come).",
+        "does not listen in it: its connections are refused), excluded, failed (see REASON), waiting (the agent has "
+        "not examined it yet, or it runs and gets its rules once ztunnel listens in it, after 30 s at the latest).",
         {"pods": "all of this node", "pods -n shop": "of one namespace", "pods -o json": "for programs"},
         {0: "the agent answered", 2: "it cannot be asked"},
     ),
@@ -176,7 +176,7 @@ PAGES: Final[Mapping[str, Page]] = {
         {
             "uncapture --all --dry-run": "only show what would be removed; an agent may run",
             "uncapture --all": "remove it",
-            "uncapture --all --annotations --config /etc/sluice/sluice.yaml": "in a cluster: also the pods' annotation",
+            "uncapture --all --annotations --config /etc/sluice/sluice.yaml": "in a cluster: the pods' annotation, too",
             "uncapture --all --netns /run/netns/web-0": "in this namespace, and nothing else of the node",
         },
         {0: "nothing of ours is left", 1: "something is", 2: _NOT_BEGUN},

@@ -123,7 +123,7 @@ HELP: Mapping[str, str] = {
     "probe_canary": "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
     "verify_seconds": "seconds between two verifications of a pod",
     "ack_seconds": "seconds that ztunnel has to acknowledge one pod",
-    "add_seconds": "seconds that a CNI ADD may take in the agent; so long it waits for a ztunnel, too",
+    "add_seconds": "seconds that a CNI ADD may take in the agent, including its wait for a ztunnel",
     "accounting": "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
     "connection_log": "file that gets a line of JSON for each connection that ended; - is the standard output",
     "connection_log_bytes": "size at which that file is rotated",

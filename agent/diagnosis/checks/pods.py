@@ -76,8 +76,8 @@ def _verified(facts: Facts) -> Iterator[Said]:
             cause = "what is there is not what should be there, and the agent has not put it right yet"
             remedy = "sluice verify --all --repair"
             if row["differences"] and all(line.startswith("foreign: ") for line in row["differences"]):
-                cause = "what somebody else has put before our rules takes new connections away from ztunnel"
-                remedy = "remove what it names from the pod"
+                cause = "foreign rules before ours take new connections away from ztunnel"
+                remedy = "remove the named rules from the pod"
             yield wrong(f"{_key(row)}: {words}", cause, explain + remedy)
         elif row["result"] == "unknown":
             yield unknown(f"{_key(row)}: {row['error']}")

@@ -148,7 +148,7 @@ def test_all_of_it() -> None:
          "NOT as it should be by nftables: 2 differences in the kernel; enrolled: the pod says so"),
         ({"ztunnel": ZTUNNEL | {"listening": [], "silent": [15001]}},
          "NO by nftables: rules are right, but ztunnel does not listen in it"),
-        ({"foreign": ["a chain"]}, "NOT all by nftables: rules are right, but not what comes before them"),
+        ({"foreign": ["a chain"]}, "NOT all by nftables: our rules are right, but foreign rules come before them"),
     ],
 )  # fmt: skip
 def test_the_second_line_names_the_cause(changes: dict[str, Any], line: str) -> None:
