@@ -81,7 +81,7 @@ def test_what_helm_is_asked_for_can_be_rendered() -> None:
     assert len(found) >= 3
     for block, line in found:
         _, verb, release, *rest = line.split()
-        if verb == "uninstall":
+        if verb in ("uninstall", "repo") or rest[0].startswith("istio/"):  # Istio's charts are not here
             continue
         rest = [word for word in rest if word not in ("--create-namespace", "--reuse-values", "--install")]
         argv = [chart.helm(), "template", release, *rest]
