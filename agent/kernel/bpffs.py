@@ -19,7 +19,15 @@ _ROOT_INODE = 1  # of a kernfs hierarchy; a cgroup's inode is its id
 _NO_ROOT = "the root of the hierarchy is not mounted; mount the host's cgroup2 filesystem into the agent"
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
+_FILEID_KERNFS = 0xFE  # linux/exportfs.h: a handle of kernfs is the id of the node
+
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Handle(ctypes.Structure):
+    """struct file_handle, with room for an id."""
+
+    _fields_ = (("size", ctypes.c_uint), ("kind", ctypes.c_int), ("id", ctypes.c_uint64))
 
 
 def is_bpffs(path: Path) -> bool:
@@ -67,6 +75,23 @@ def remove_tree(path: Path) -> None:
 def cgroup_root() -> Path:
     """Where the whole hierarchy of cgroup v2 is mounted, beside version 1 or alone. Raises KernelError."""
     return _root()[0]
+
+
+def cgroup_exists(number: int) -> bool:
+    """Whether a cgroup of version 2 has this id; True also where the kernel cannot be asked (CAP_DAC_READ_SEARCH)."""
+    try:
+        root = os.open(cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (KernelError, OSError):
+        return True
+    try:
+        handle = _Handle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, number)
+        found = _libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
+        failed = ctypes.get_errno()
+    finally:
+        os.close(root)
+    if found >= 0:
+        os.close(found)
+    return found >= 0 or failed != errno.ESTALE
 
 
 def cgroup_id(pid: int) -> int:

@@ -184,10 +184,10 @@ class ProgramsBackend:
 
 
 def lives(ztunnel: ZtunnelKey) -> bool:
-    """Whether that process of a ztunnel is still there, in that cgroup; of a whole cgroup it is believed."""
+    """Whether this process of a ztunnel still runs, in this cgroup; without a process, whether the cgroup exists."""
     cgroup, tgid = ztunnel
     if not tgid:
-        return True
+        return bpffs.cgroup_exists(cgroup)
     try:
         return bpffs.cgroup_id(tgid) == cgroup
     except KernelError:

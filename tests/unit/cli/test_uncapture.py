@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from agent.backends.choose import Recorded
 from agent.cli import uncapture
+from agent.core.errors import KernelError
 from agent.core.whose import Whose
-from agent.reconciler.removal import REMAINS, Removal
+from agent.reconciler.removal import REMAINS, REMOVED, Removal
 from agent.sources import recorded
 
 RECORD = Recorded("ebpf", "asked for", "ebpf", "as the pods", "6.18", 1.0)
@@ -35,3 +37,32 @@ def test_the_next_installation_does_not_run_the_choice_of_this_one(
     args = argparse.Namespace(run_dir=str(tmp_path), bpf_dir=str(tmp_path / "bpf"), **given)
     assert uncapture._all(args) == int(remains)
     assert recorded.load(str(tmp_path)) == (RECORD if remains else None)
+
+
+def test_a_pod_that_is_uncaptured_alone_leaves_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[int] = []
+    netns = SimpleNamespace(origin="/run/netns/x", id=SimpleNamespace(cookie=7))
+
+    class Accounted:
+        def __init__(self, pins: Any, *, watching: bool) -> None: ...
+
+        def release(self, cookie: int) -> None:
+            released.append(cookie)
+            raise KernelError("remove from map pods", 1, "Operation not permitted")
+
+    replaced: dict[str, Any] = {
+        "AccountedPods": Accounted,
+        "PodNetns": lambda one: SimpleNamespace(netns=one, close=lambda: None),
+        "uncapture": lambda *_, **__: Removal(Whose.OURS, REMOVED, ("nftables",)),
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(uncapture, name, value)
+    monkeypatch.setattr(uncapture.existing, "namespaces", lambda *_: [netns])
+    monkeypatch.setattr(uncapture.existing, "pod", lambda *_: None)
+    args = argparse.Namespace(run_dir=str(tmp_path), bpf_dir=str(tmp_path / "bpf"), foreign=False, dry_run=False)
+    problems: list[str] = []
+    rows, _ = uncapture.remove(args, [], [], problems)
+    assert (len(rows), released) == (1, [7])
+    assert problems == [
+        "/run/netns/x: its connections are still accounted for: remove from map pods: Operation not permitted"
+    ]
