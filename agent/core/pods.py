@@ -15,7 +15,7 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes obje
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the static file adds to a pod that others bring; also the same facts of a pod without that."""
+    """What the static file adds to a pod of another source; also those facts of the pod without the file."""
 
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -44,14 +44,14 @@ class Pod:
     runtime_class: str = ""
     orphan: bool = field(default=False, compare=False)  # Kubernetes has it no more; its sandbox may still be there
     source: str = ""  # cni, static or kube: who may say that the pod is gone
-    unmarked: Mark | None = None  # of a marked pod: the same facts before
+    unmarked: Mark | None = None  # of a marked pod: its own facts, without the static file
 
     @property
     def key(self) -> str:
         return f"{self.namespace}/{self.name}"
 
     def marked(self, mark: Mark) -> Pod:
-        """With what the static file says of it, which goes before what others say."""
+        """The pod with the facts of the static file, which win over those of other sources."""
         return replace(
             self,
             annotations={**self.annotations, **mark.annotations},
@@ -61,7 +61,7 @@ class Pod:
         )
 
     def bare(self) -> Pod:
-        """Without it."""
+        """The pod without the facts of the static file."""
         if (own := self.unmarked) is None:
             return self
         return replace(
@@ -122,8 +122,8 @@ class PodTable:
     """All pods of the node by UID: as their sandboxes were announced, with what Kubernetes and the static file add.
 
     A pod is here when its sandbox is known (CNI, static file), or when Kubernetes says that it runs and nobody
-    announced it: it was there before us. One of the static file is not, while another source has a pod of that name:
-    they are the same, and the file marks it.
+    announced it: it was there before us. A pod of the static file is not here while another source has a pod of that
+    name: both are the same pod, and the file marks it.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class PodTable:
         return self._merge([pod.uid])
 
     def restored(self, pod: Pod) -> set[str]:
-        """A pod as an earlier process noted it. What the static file added holds until that file is read."""
+        """A pod as an earlier process noted it. Its mark stays until the static file is read."""
         if (own := pod.unmarked) is not None:
             added = {key: text for key, text in pod.annotations.items() if own.annotations.get(key) != text}
             labels = {key: text for key, text in pod.labels.items() if own.labels.get(key) != text}
@@ -197,7 +197,7 @@ class PodTable:
         self._merge([uid])
 
     def mark(self, marks: Mapping[str, Mark]) -> set[str]:
-        """Replaces all that is given for pods that others bring. Returns the UIDs to look at again."""
+        """Replaces the marks of all pods. Returns the UIDs to look at again."""
         changed = {k for k in {*marks, *self._marks} if marks.get(k) != self._marks.get(k)}
         self._marks = dict(marks)
         return self._merge([pod.uid for pod in self._merged.values() if pod.key in changed])
@@ -249,7 +249,7 @@ class PodTable:
 
     def _of(self, uid: str) -> Pod | None:
         pod, kube = self._pods.get(uid), self._kube.get(uid)
-        if pod is not None and pod.source == "static" and self._is_anothers(pod.key):
+        if pod is not None and pod.source == "static" and self._is_anothers(pod):
             return None
         if kube is not None and (pod is not None or self._runs(kube)):
             pod = _with(pod or Pod(uid, kube.namespace, kube.name, source="kube"), kube)
@@ -263,9 +263,10 @@ class PodTable:
             return pod
         return pod.marked(replace(mark, service_account="") if kube else mark)  # the API knows its account
 
-    def _is_anothers(self, key: str) -> bool:
+    def _is_anothers(self, pod: Pod) -> bool:
         """Whether a source other than the static file has a pod of that name."""
-        return any(other.key == key and other.source != "static" for other in self._merged.values())
+        alike = (one for one in self._merged.values() if one.name == pod.name and one.namespace == pod.namespace)
+        return any(one.source != "static" for one in alike)
 
     def _runs(self, kube: KubePod) -> bool:
         return kube.running and not kube.ended and self._ended.get(kube.uid) != kube.containers
@@ -288,7 +289,7 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
 
 
 def unfound(pod: Pod, error: Exception) -> bool:
-    """Kubernetes says that the pod runs, and nothing of it is here: after a reboot, until its sandbox is made anew."""
+    """Whether the pod runs only according to Kubernetes: after a reboot, until its sandbox is made anew."""
     return pod.source == "kube" and type(error) is NetnsError
 
 

@@ -18,15 +18,15 @@ class Canaries:
     def __init__(self, canary: Probing) -> None:
         self._canary = canary
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._first = set[str]()  # captured for the first time, and ztunnel has not been seen there yet
+        self._first = set[str]()  # just captured, and ztunnel has not been seen there yet
 
     def captured(self, uid: str, *, first: bool) -> None:
-        """The pod has its rules. Its first probe waits for ztunnel, which may come much later."""
+        """The pod has its rules. Its first probe waits for ztunnel, which may be much later."""
         if first:
             self._first.add(uid)
 
     def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
-        """ztunnel has the pod, too; `told` is called once there is an answer."""
+        """ztunnel has the pod, too; `told` is called with the probe's result."""
         if pod.uid in self._first:
             self._first.discard(pod.uid)
             self._canary.enrolled(pod.uid)

@@ -19,8 +19,10 @@ class Claims:
         self._claimed: dict[str, tuple[str, ...]] = {}
 
     def claim(self, pod: Pod, held: tuple[str, ...]) -> None:
-        """`held`: what the pod's namespace has. Of these only what was announced, if anything was: a pod may give
-        itself the address of somebody else, whom the node's own connections would then not reach."""
+        """Claims the addresses `held` by the pod's namespace; only announced ones, if any were announced.
+
+        A pod may give itself another's address, which the node's own connections would then not reach.
+        """
         addresses = tuple(one for one in held if one in pod.addresses) if pod.addresses else held
         if self._host and self._claimed.get(pod.uid) != addresses:
             self._host.claim(pod.uid, addresses)
@@ -31,11 +33,10 @@ class Claims:
             self._host.release(uid)
 
     async def exempt(self, pod: Pod, addresses: Callable[[], Awaitable[tuple[str, ...]]], *, new: bool) -> Exempting:
-        """The node's probes of a pod that has no rules yet; what is returned ends when they are exempt; None: they are.
+        """Exempts the node's probes of a pod without rules. The future is done when they are; None: they are already.
 
-        Before the rules: from their first moment on probes must not be taken for a stranger's. A pod that is just being
-        made has nothing that could be probed: there both are done at once. `addresses`: what its namespace has, once
-        that is proven to be the pod's.
+        Waits for it, since rules capture probes that are not exempt; not for a `new` pod, which nobody can probe yet.
+        `addresses`: those of the pod's proven namespace.
         """
         if self._host is None or pod.uid in self._claimed:
             return None

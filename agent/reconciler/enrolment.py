@@ -58,7 +58,10 @@ class Enrolment:
         *,
         preserve: bool,
     ) -> None:
-        """`preserve`: connections from before a pod's enrolment run on. Without `proxied` ztunnel's end with it."""
+        """`preserve`: connections from before a pod's enrolment run on.
+
+        Without `proxied` nothing is known of ztunnel's connections: they may hang when the rules go.
+        """
         self._listening, self._proxied = listening, proxied
         self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
         self._switching, self._counting, self._accounting = switching, counting, accounting
@@ -68,11 +71,14 @@ class Enrolment:
         return self._namespaces.resolve(pod).addresses()
 
     def runs(self, pod: Pod, *, leaving: bool) -> bool:
-        """Whether the pod runs and is not captured. Does not block."""
+        """Whether the pod is running and not captured, or `leaving`. Does not block."""
         return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
 
     def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool = False) -> Enrolled:
-        """Makes `redirect` true. Raises SluiceError; what was applied until then stays. `leaving`: it was not to be."""
+        """Makes `redirect` true. `leaving`: capture of the pod was about to end.
+
+        Raises SluiceError; what was applied until then stays.
+        """
         target, first = self._namespaces.resolve(pod), leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
         fresh = self._namespaces.is_new(pod)
@@ -83,7 +89,7 @@ class Enrolment:
             notes += bridged(want, target.wiring())
         if self._listening:
             heard = self._listening.heard(target) if first else self._listening.last(target)
-            if first and heard.taken:  # captured, its traffic would go to them; as it is, it at least does not
+            if first and heard.taken:  # rules would redirect the pod's traffic to them
                 raise TakenPortError(heard.taken)
             want = replace(want, hbone=heard.hbone)
         if lenient:
@@ -130,7 +136,7 @@ class Enrolment:
         return want, settle_each(target, wants)
 
     def again(self, pod: Pod, found: Enrolled, *, hbone: bool) -> tuple[Redirect, Settled]:
-        """What ztunnel has just opened in the pod is found, where that matters (Choice.by_socket, Redirect.hbone)."""
+        """Adapts the rules to the sockets that ztunnel has just opened or closed (Choice.by_socket, Redirect.hbone)."""
         want = replace(found.want, hbone=hbone)
         done = settle(found.target, want, self._choice.active)
         if self._accounting:
@@ -138,9 +144,9 @@ class Enrolment:
         return want, done
 
     def leave(self, pod: Pod, redirect: Redirect) -> tuple[Settled, tuple[TcpSocket, ...]]:
-        """Nothing new is captured; ztunnel carries on what it has, which is returned. `redirect`: as it was captured.
+        """Stops the capture of new connections, and returns those that ztunnel still carries.
 
-        Connections from before the enrolment run on. Raises SluiceError.
+        `redirect`: how the pod was captured. Connections from before the enrolment run on. Raises SluiceError.
         """
         self._outside.forget(pod.uid)
         self._switching.forget(pod.uid)
@@ -152,7 +158,7 @@ class Enrolment:
         return done, self._proxied.there(target) if self._proxied else ()
 
     def unenrol(self, pod: Pod) -> Settled:
-        """Takes all of ours away. What ztunnel still carries is reset before: without rules no end would hear of it."""
+        """Removes all rules. Connections that ztunnel still carries are reset before, or both ends would hang."""
         target = self._namespaces.resolve(pod)
         if self._proxied:
             try:
@@ -171,8 +177,10 @@ class Enrolment:
         changing: bool,
         foreign: bool = False,
     ) -> dict[str, tuple[tuple[str, ...], str]]:
-        """What is not as it should be, per layer; changes nothing. `leaving`: as it was captured. `foreign` as of
-        Reconciler.inspect."""
+        """What is not as it should be, per layer; changes nothing.
+
+        `leaving`: how a pod was captured that leaves. `foreign` as of Reconciler.inspect.
+        """
         target, retired = self._namespaces.resolve(pod), self._choice.retired
         if leaving is not None:
             return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
@@ -192,7 +200,7 @@ class Enrolment:
         return found
 
     def _foreign(self, target: PodNetns, want: Redirect, wants: Wants) -> tuple[str, ...]:
-        """Rules before ours that take what ours are for, and whether a new connection gets to ztunnel."""
+        """Others' rules that take traffic before ours, and new connections that do not reach ztunnel."""
         lines = in_the_way(target, wants)
         if self._listening and not self._choice.by_socket and not want.draining:
             lines += self._listening.astray(target, want)
@@ -224,9 +232,9 @@ class Enrolment:
         return lasting((*reversed(self._choice.active), *self._choice.retired))
 
     def _facts(self, pod: Pod, target: PodNetns) -> Facts:
-        """With lo up in a sandbox that is just being made: the runtime's own plugin for that may be slower than we are.
+        """Sets lo up in a new sandbox, for the runtime's own plugin may do so later.
 
-        Raises KernelError; PodEndingError where the runtime has taken lo down, as the first thing of a sandbox's end.
+        Raises KernelError; PodEndingError where the runtime has set lo down, with which it begins to end a sandbox.
         """
         facts = target.facts()
         if facts.up:

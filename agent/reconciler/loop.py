@@ -207,7 +207,7 @@ class Reconciler:
         finally:
             now = time.monotonic()
             probed = self._canaries is not None and self._canaries.due(uid)
-            if not ended and (at := entry.again(started, now, probed=probed)):
+            if self._entries.get(uid) is entry and (at := entry.again(started, now, probed=probed)):
                 self._schedule.wake(uid, at)
             delay = self._schedule.ended(uid, now, ok=ok)
             if not ok:
@@ -335,12 +335,11 @@ class Reconciler:
             started = time.monotonic()
             done = await self._leaving.step(pod, entry, intent(pod, self.settings).redirect or Redirect())
             entry.noted(self._journal, pod, None, done, "", time.monotonic() - started)
-            if not entry.leaving:
-                self._watcher.unwatch(pod.uid)
-                self._unclaim(pod.uid)
         elif entry.patience:  # published, but without rules yet
             await self._proxying.withdraw(pod.uid)
         if not entry.leaving:
+            self._watcher.unwatch(pod.uid)
+            self._unclaim(pod.uid)
             await entry.work(self._workers, lambda: self._enrolment.forget(pod))
         entry.want, entry.cleaned, entry.changing, entry.soon, entry.patience = None, -inf, False, False, 0.0
         error = SluiceError(rolled_back) if rolled_back else None

@@ -87,10 +87,7 @@ class Switching:
         return want, [*((one, want) for one in self._choice.active), *old]
 
     def leaving(self, target: PodNetns, want: Redirect) -> Wants:
-        """What every layer does while ztunnel carries on what it has of a pod, and takes nothing new.
-
-        Raises KernelError.
-        """
+        """For each layer what it holds while a pod leaves: nothing new is captured. Raises KernelError."""
         layers = (*reversed(self._choice.active), *self._choice.retired)
         return [(one, _drained(want) if _holds(target, one) else None) for one in layers]
 

@@ -26,11 +26,11 @@ class Workers:
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="kernel")
         self._idle = count
-        self._first: deque[Work] = deque()  # somebody waits, such as a CNI ADD
+        self._first: deque[Work] = deque()  # awaited by somebody, such as a CNI ADD
         self._waiting: deque[Work] = deque()
 
     async def run(self, function: Callable[[], T], *, first: bool = False) -> T:
-        """What `function` returns or raises, on a worker; `first`: before all that is not, in any batch."""
+        """What `function` returns or raises, on a worker. Work that is `first` precedes all other work that waits."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         (self._first if first else self._waiting).append((function, future))
         if self._idle:
@@ -45,7 +45,7 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A batch, which ends after the last one that somebody waits for."""
+        """One batch; it ends early after the last work that is `first`, whose results are awaited."""
         results: list[Result] = []
         while len(results) < BATCH and (work := self._next()):
             (function, future), urgent = work
