@@ -44,6 +44,8 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
 
 def _remove(programs: Programs) -> None:
     """What an earlier agent left. Nobody would tell it of new ztunnels, and it would refuse them their ports."""
+    if not programs.pins.root.exists():
+        return  # in a container /sys is read-only, and removing nothing fails there
     try:
         programs.remove()
     except KernelError as error:

@@ -60,3 +60,5 @@ def test_programs_that_nobody_tells_of_new_ztunnels_go(
     (links / "ports4").touch()
     found, _ = choose.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
     assert (found.name if found else "", pins.accounting.root.exists()) == (name, False)
+    monkeypatch.setattr(choose.Programs, "remove", lambda _: pytest.fail("there is nothing"))
+    choose.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
