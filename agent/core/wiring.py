@@ -31,8 +31,8 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
-    """`addresses`: all, in the kernel's order. `forwards`: between interfaces other than lo. `elsewhere`: policy rules
-    lead to other tables than that of `routes`."""
+    """`addresses`: in the kernel's order. `forwards`: between interfaces other than lo. `elsewhere`: the pod may have
+    other routes than `routes`, in tables to which policy rules lead, or since there are too many to read."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()

@@ -17,7 +17,7 @@ from agent.core.wiring import Wiring
 from agent.kernel.netns import Netns
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.notifications import Mark, Notifications
-from agent.kernel.rtnetlink import GROUPS, LOOPBACK_INDEX, Address, RouteSocket
+from agent.kernel.rtnetlink import GROUPS, LOOPBACK_INDEX, MOST_ROUTES, Address, RouteSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,12 @@ class PodNetns:
             return self._wiring[1]
         mark, ipv6 = self.route_events.mark(), self.has_ipv6()
         links = self.route.links()
-        routes = tuple(route for family in ((4, 6) if ipv6 else (4,)) for route in self.route.main_routes(family))
+        held = [tuple(self.route.main_routes(family)) for family in ((4, 6) if ipv6 else (4,))]
         addresses = tuple(one.address for one in self.route.held_addresses())
         forwards = len(links) > 1 and self.netns.call(_forwards)
-        elsewhere = any(rule.elsewhere for rule in self.route.rules(ipv6=ipv6))
-        found = Wiring(links, addresses, routes, forwards, self.facts().loopback4, elsewhere)
+        cut = any(len(routes) == MOST_ROUTES for routes in held)
+        elsewhere = cut or any(rule.elsewhere for rule in self.route.rules(ipv6=ipv6))
+        found = Wiring(links, addresses, sum(held, ()), forwards, self.facts().loopback4, elsewhere)
         self._wiring = (mark, found)
         return found
 

@@ -107,10 +107,8 @@ def _prefixes(redirect: Redirect, wiring: Wiring, spoken: set[Any]) -> Iterator[
 
 
 def _ways(redirect: Redirect, wiring: Wiring) -> dict[Network, int]:
-    """Network -> interface, 0 where there is no way; nothing where every captured family has a default route.
-
-    With policy rules of its own the pod's main table does not tell.
-    """
+    """Network -> interface, 0 for an unreachable one. {} if every captured family has a default route, or if the pod
+    may have other routes than those that were read."""
     found = wiring.by_network()
     captured = [default for default, on in ((_ALL4, redirect.ipv4), (_ALL6, redirect.ipv6)) if on]
     if wiring.elsewhere or all(found.get(default) for default in captured):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
+from ipaddress import ip_network
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from agent.core.errors import StaleError
 from agent.core.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, Message
+from agent.core.wiring import Route
 from agent.kernel.netlink import NetlinkSocket
+from agent.kernel.podnetns import PodNetns
 from agent.kernel.rtnetlink import RouteSocket
 
 
@@ -50,3 +55,18 @@ def test_a_dump_is_received_whole_but_no_more_than_asked_for_is_kept(monkeypatch
     route = RouteSocket()
     assert len(list(route.main_routes(4))) == 1024 and len(received) == 10_000
     route.close()
+
+
+@pytest.mark.parametrize(("count", "unknown"), [(3, False), (1024, True)])
+def test_a_pod_with_more_routes_than_are_read_may_have_others(count: int, unknown: bool) -> None:
+    routes = [Route(ip_network(f"10.{n >> 8}.{n & 255}.0/24"), 2, 0) for n in range(count)]
+    asked = SimpleNamespace(
+        main_routes=lambda family: iter(routes if family == 4 else ()), rules=lambda ipv6: (), links=lambda: (),
+        held_addresses=lambda: (),
+    )  # fmt: skip
+    pod: Any = SimpleNamespace(
+        _wiring=None, route=asked, has_ipv6=lambda: True, facts=lambda: SimpleNamespace(loopback4=True),
+        route_events=SimpleNamespace(mark=lambda: None),
+    )  # fmt: skip
+    found = PodNetns.wiring(pod)
+    assert (len(found.routes), found.elsewhere) == (count, unknown)
