@@ -99,8 +99,10 @@ async def strangers(
 
     async def one(sock: socket.socket, key: str) -> None:
         try:
-            with sock:
+            with sock, contextlib.suppress(OSError):
                 await handle(sock)
+        except Exception:  # a defect met by one connection must not end the agent
+            log.exception("a connection to %s failed", place)
         finally:
             limits.leave(key)
 

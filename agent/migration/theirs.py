@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.install.hostroot import HostRoot
 
 RUN_DIR = "/var/run/istio-cni"
-_COMMAND = "install-cni"  # the program of its DaemonSet
+_COMMAND = b"install-cni"  # the program of its DaemonSet
 
 
 def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
@@ -22,6 +22,6 @@ def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
             return f"{run_dir}/pluginevent.sock answers"
     for comm in sorted(proc.glob("[0-9]*/comm")):
         with contextlib.suppress(OSError):
-            if comm.read_text().strip() == _COMMAND:
-                return f"process {comm.parent.name}, {_COMMAND}"
+            if comm.read_bytes().strip() == _COMMAND:  # a process may give itself any bytes as its name
+                return f"process {comm.parent.name}, {_COMMAND.decode()}"
     return ""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent.kernel import accepting
-from agent.kernel.accepting import Seldom, accept, host
+from agent.kernel.accepting import Limits, Seldom, accept, host, strangers
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,24 @@ def test_an_accept_that_keeps_failing_lets_others_run(monkeypatch: pytest.Monkey
         once = Once()
         monkeypatch.setattr(once, "_next", float("inf"))
         asyncio.run(accept(deaf, once))
+
+
+def test_a_connection_that_meets_a_defect_ends_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    served = 0
+
+    async def handle(sock: socket.socket) -> None:
+        nonlocal served
+        served += 1
+        raise ConnectionResetError if served == 1 else ValueError("a defect")
+
+    async def script() -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(strangers(listener, Limits(9, 9), handle))
+        for _ in range(3):
+            with socket.create_connection(listener.getsockname()) as client:
+                client.setblocking(False)
+                assert await asyncio.get_running_loop().sock_recv(client, 1) == b""
+        serving.cancel()
+
+    asyncio.run(script())
+    assert served == 3 and len(caplog.records) == 2
