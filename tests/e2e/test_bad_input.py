@@ -264,7 +264,7 @@ def test_a_pod_of_the_cni_plugin_that_the_static_file_lists_is_one_pod(here: Nod
     told = here.ask("/v1/explain", pod=pod.key)
     assert (told["uid"], told["ztunnel"]["identity"]["service_account"]) == (pod.uid, "robot")
     here.restart()
-    until(lambda: here.state(pod) == "excluded", "it is set free")
+    here.left(pod, "it is set free")
     assert "sluice:" not in pod.ruleset() and not here.refused(pod)
     here.restart(static_pods=str(here.run_dir / "static.yaml"))
     until(lambda: here.state(pod) == "enabled", "it is enrolled again")

@@ -65,7 +65,7 @@ def test_the_advice_enrols_the_pod(here: Node, api: ApiServer) -> None:
     assert [one["origin"] for one in told["facts"] if one["decides"]] == ["pod label"]
     assert verdict(here, pod)[0].startswith(f"yes by nftables: the pod says {DATAPLANE_MODE}=ambient")
     put(api, pod)
-    until(lambda: here.state(pod) == "excluded", "it is no longer enrolled")
+    here.left(pod, "it is no longer enrolled")
     api.put(objects.namespace("plain", **AMBIENT))  # what the second does
     until(lambda: here.state(pod) == "enabled", "it is captured again")
     assert here.ask("/v1/explain", pod=pod.key)["decided"] == f"namespace plain says {DATAPLANE_MODE}=ambient"

@@ -117,7 +117,7 @@ def test_labels_of_namespace_and_pod_decide_live_and_the_annotation_follows(here
     assert here.captured(plain)
     annotated(api, plain, "enabled")
     api.put(told(plain, labels=NONE, annotations={names.REDIRECTION: "enabled"}))
-    until(lambda: here.state(plain) == "excluded", "the pod's own label is honoured")
+    here.left(plain, "the pod's own label is honoured")
     assert plain.ruleset() == ""
     annotated(api, plain, "")
     api.put(told(other, labels=AMBIENT))
@@ -263,7 +263,7 @@ def test_jobs_and_deleted_pods_keep_their_rules_while_a_container_runs(here: Nod
     here.ask("/v1/verify", "POST", pod=job.uid)
     assert here.state(job) == "enabled" and here.captured(job)
     api.put(told(job, phase="Succeeded"))
-    until(lambda: here.state(job) == "excluded", "it has ended")
+    here.left(job, "it has ended")
     assert job.ruleset() == ""
     ended(here, api, job)
 
@@ -299,7 +299,7 @@ def test_the_api_server_restarts_and_renews_the_token_and_nothing_is_missed(here
     api.renew_token(revoke=True)
     api.up()
     api.put(objects.namespace("shop"))
-    until(lambda: here.state(pod) == "excluded", "the watch came back")
+    here.left(pod, "the watch came back")
     api.drop()
     api.compact()
     api.put(objects.namespace("shop", **AMBIENT))

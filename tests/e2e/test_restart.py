@@ -222,7 +222,7 @@ def test_backend_switch_leaves_exactly_one_rule_set(here: Node) -> None:
 def test_exclusion_by_a_new_setting_removes_the_rules(here: Node) -> None:
     pod = here.add(here.pod("excluded", namespace="later"))
     here.restart(exclude_namespaces=["kube-system", "later"])
-    until(lambda: here.state(pod) == "excluded", "the pod is excluded")
+    here.left(pod, "the pod is excluded")
     assert "sluice:" not in pod.ruleset()
     assert not here.captured(pod)
     here.restart()

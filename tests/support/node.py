@@ -287,6 +287,10 @@ class Node:
         rows = (row for row in self.ask("/v1/pods") if row["uid"] == pod.uid)
         return next(("leaving" if row.get("leaving") else row["state"] for row in rows), "")
 
+    def left(self, pod: NodePod, why: str) -> None:
+        """Returns when the pod is excluded and its rules are gone: ztunnel's connections have 30 s to end before."""
+        until(lambda: self.state(pod) == "excluded", why, seconds=30 + SECONDS)
+
     def known(self, pod: NodePod) -> bool:
         """Whether anything of it is left: in the table, as a note, as a pin."""
         left = (self.run_dir / "pods" / f"{pod.uid}.json", self.run_dir / "netns" / pod.uid)
