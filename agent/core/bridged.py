@@ -1,4 +1,4 @@
-"""Containers or virtual machines within a pod: what rules make of their traffic, in words. Pure."""
+"""Warns of containers or virtual machines within a pod whose traffic the rules do not capture. Pure."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _MOST = 4  # bridges that are named
 
 
 def several(addresses: Sequence[str]) -> bool:
-    """Whether a family has more than one: without, there is no bridge with a network of its own to look for."""
+    """Whether a family has more than one address; otherwise the pod has no bridge with a network of its own."""
     six = sum(":" in address for address in addresses)
     return six > 1 or len(addresses) - six > 1
 
 
 def bridged(want: Redirect, wiring: Wiring) -> tuple[str, ...]:
-    """A line where the pod forwards for a bridge of its own that it does not name; to rules its TCP is inbound."""
+    """A warning where the pod forwards for a bridge that no annotation names: rules take its TCP for inbound."""
     known = (*want.virtual_interfaces, *want.exclude.interfaces)
     found = [link.name for link in wiring.links if link.bridge and link.name not in known]
     if not wiring.forwards or not found or want.ingress_only:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 FREE, WINDOW = 5, 10.0  # so many repairs in so many seconds are repaired at once
 LOOKS, LOOK_WINDOW, LOOK_PAUSE = 20, 2.0, 0.5  # so many looks in so many seconds, then one after such a pause
 FIRST, LONGEST = 1.0, 30.0  # seconds between repairs, at first and however long it goes on
-SLOW, SHARE = 0.5, 5  # kernel work that took so many seconds is followed by a pause of so many times as long
+SLOW, SHARE = 0.5, 5  # a pause follows kernel work of more than so many seconds, so many times as long
 
 
 @dataclass(slots=True)
 class Contention:
     """One pod's recent repairs, times in seconds of any clock that does not go back.
 
-    More than `free` repairs in `window` seconds are a fight: the next ones come after pauses of `first` to `longest`.
+    More than `free` repairs in `window` seconds are a fight: the next ones wait `first` to `longest` seconds.
     """
 
     free: int = FREE
@@ -30,14 +30,14 @@ class Contention:
     _times: deque[float] = field(default_factory=deque)
     _pause: float = 0.0
     _looks: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
-    _rested: float = 0.0  # when it may be looked at again after a slow look
+    _rested: float = 0.0  # no look before this time, after a slow one
 
     def looked(self, now: float) -> None:
         """Notes that the pod is looked at because of a change."""
         self._looks.append(now)
 
     def worked(self, now: float, seconds: float) -> None:
-        """Notes kernel work over the pod that took so long and has ended: others wait for the worker meanwhile."""
+        """Notes kernel work for the pod that ended now after `seconds`, in which other pods waited for the worker."""
         if seconds > SLOW:
             self._rested = now + min(LONGEST, SHARE * seconds)
 

@@ -16,7 +16,7 @@ from agent.core.settings import Settings
 
 __all__ = ["Decision", "Option", "decide", "enrols_namespace", "exempt", "intent", "options"]
 
-_TOGETHER = 4096  # rules that annotations may make by each other
+_TOGETHER = 4096  # pairs of an interface and an excluded destination
 # Go's strconv.ParseBool, which the field's annotations are read with; anything else counts as absent.
 _TRUE, _FALSE = {"1", "t", "T", "TRUE", "true", "True"}, {"0", "f", "F", "FALSE", "false", "False"}
 
@@ -59,7 +59,7 @@ def decide(pod: Pod, settings: Settings) -> Decision:
 
 
 def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
-    """How the pod is captured if it is."""
+    """How the pod is captured, whether or not it is to be."""
     found, warnings = options(pod, settings)
     redirect = Redirect(**{one.name: one.value for one in found})
     if refused := _too_much(redirect):
@@ -68,8 +68,11 @@ def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
 
 
 def _too_much(redirect: Redirect) -> str:
-    """Why a pod's annotations cannot be honoured; "" if they can. Without an interface that is named, the traffic of a
-    pod's guests would be taken wrongly; and each has rules for each destination that is excluded."""
+    """Why a pod's annotations cannot be honoured; "" if they can.
+
+    To ignore some of the interfaces would capture the traffic of the pod's guests wrongly. There are rules for each
+    pair of an interface and an excluded destination.
+    """
     interfaces = len(redirect.virtual_interfaces)
     if interfaces > MOST:
         return f"annotation {names.REROUTE_INTERFACES} names more than {MOST} interfaces"

@@ -28,7 +28,7 @@ class PodGoneError(NetnsError):
 
 
 class PodEndingError(NetnsError):
-    """The pod's sandbox is being taken down: nothing runs in its namespace any more, and nothing there needs repair."""
+    """The pod's sandbox is being removed: no process is left in its namespace, so nothing needs repair."""
 
 
 class KernelError(SluiceError):
@@ -65,7 +65,7 @@ class SilentZtunnelError(ZtunnelError):
 
 
 class TakenPortError(SluiceError):
-    """Processes of the pod listen on ports on which only ztunnel may: what is redirected there would go to them."""
+    """Processes of the pod listen on ports of ztunnel, and would get its redirected traffic."""
 
     def __init__(self, foreign: tuple[str, ...]) -> None:
         super().__init__(f"{'; '.join(foreign)}; end it, or let it use another port")

@@ -20,8 +20,8 @@ ZTUNNEL_PORTS: Final = frozenset(
 class Heard:
     """Who listens on ztunnel's ports in a pod.
 
-    `missing`: expected ports without a listener of ztunnel. `foreign`: a line for each listener of the pod's own
-    processes; `taken`: those of them that get what rules redirect. `hbone` as in Redirect.
+    `missing`: expected ports without a listener of ztunnel. `foreign`: lines about listeners of the pod's own
+    processes; `taken`: those of them to which rules redirect traffic. `hbone` as in Redirect.
     """
 
     missing: tuple[int, ...] = ()

@@ -261,15 +261,17 @@ class Explaining:
 
 
 def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Of the captured ones that ended last, those that ztunnel cut off: how many, and the median of their seconds; None
-    for none."""
+    """How many of the latest captured connections in a row ztunnel cut off, and their median duration in seconds.
+
+    None for none.
+    """
     taken = [row for row in ended if row["fate"] == "captured" and row["established"]]
     seconds = [row["duration"] for row in itertools.takewhile(_is_cut, reversed(taken))]
     return {"connections": len(seconds), "seconds": sorted(seconds)[len(seconds) // 2]} if seconds else None
 
 
 def _is_cut(row: Mapping[str, Any]) -> bool:
-    """By ztunnel, before the application got a byte: by a reset, or at the end of its wait for the pod's workload."""
+    """Whether ztunnel ended it before the application got a byte: by a reset, or after its wait for the workload."""
     if row["closed_by"] != "remote" or row["received_bytes"]:
         return False
     return bool(row["close"] == "reset" or PATIENCE <= row["duration"] < 2 * PATIENCE)

@@ -1,4 +1,4 @@
-"""The connections that ztunnel carries for a pod, as the pod's namespace has them."""
+"""The connections that ztunnel carries for a pod, as sockets of the pod's namespace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Proxied:
             return proxied(diag.both(CONNECTED))
 
     def reset(self, target: PodNetns) -> None:
-        """Both ends, so that neither waits for the other. Raises KernelError."""
+        """Resets both ends, so that neither waits for the other. Raises KernelError."""
         with contextlib.closing(target.netns.call(SockDiag)) as diag:
             for one in proxied(diag.both(CONNECTED)):
                 diag.destroy(one)

@@ -21,7 +21,7 @@ from agent.core.pods import UID, Mark, Pod
 from agent.kernel.netns import NetnsId, unpin
 
 log = logging.getLogger("sluice.state")
-_APART = ("containers", "runtime_class", "orphan", "unmarked")  # not among the facts of a note
+_APART = ("containers", "runtime_class", "orphan", "unmarked")  # of a Pod, not in the "pod" part of a note
 
 
 @dataclass(frozen=True, slots=True)

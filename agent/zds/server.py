@@ -124,11 +124,11 @@ class ZdsServer:
         self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
         self.met = False  # a ztunnel has been connected since this agent began
-        self._alone = time.time()  # since when no ztunnel is connected, if none is
+        self._alone = time.time()  # since when no ztunnel is connected, in Unix time
 
     @property
     def absence(self) -> str:
-        """That no ztunnel is connected, and since when; "" when one is."""
+        """A line saying since when no ztunnel is connected; "" while one is."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._alone))
         return "" if self._connections else f"no ztunnel is connected to {self.path} since {since}"
 
@@ -148,7 +148,7 @@ class ZdsServer:
         return bool(offer and self._connections and self._connections[-1].acked.get(uid) == offer)
 
     def sent(self, uid: str) -> Add | None:
-        """The pod as ztunnels are told of it: by these names they look for it among their workloads."""
+        """The pod as it was published; ztunnel looks for its workload by these names."""
         offer = self._offers.get(uid)
         return offer.add if offer else None
 

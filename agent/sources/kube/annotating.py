@@ -1,7 +1,7 @@
 """Keeps each pod's annotation ambient.istio.io/redirection as its state is: istiod decides by it how pods are reached.
 
-Level-triggered: what the annotation is, as last seen in the API, against what it has to be. `enabled` makes all nodes
-send HBONE to the pod, everything else plain text; so it is written at once and taken back with care.
+Level-triggered: compares the annotation, as last seen in the API, with what it has to be. With `enabled` all nodes send
+HBONE to the pod, otherwise plain text; so it is written at once and taken back late.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from agent.sources.kube import objects
 
 log = logging.getLogger("sluice.kube")
 _AT_ONCE = 4  # patches under way
-# Seconds that `enabled` stays while a pod's rules or ztunnel's listeners are missing. To send it plain text would help
-# nobody, for its rules refuse that too; and it would go on for seconds after ztunnel is back.
+# Seconds that `enabled` stays while a pod's rules or ztunnel's listeners are missing. Plain text would be refused, too,
+# and would still be sent some seconds after ztunnel is back.
 HOLD = 60.0
 ENABLED, PENDING = "enabled", "pending"
 MERGE_PATCH = "application/merge-patch+json"
@@ -37,14 +37,14 @@ class Sending(Protocol):
 
 
 class Asking(Sending, Protocol):
-    """The same, and what is read there."""
+    """The same, with reading."""
 
     async def get(self, path: str, query: Mapping[str, str] | None = ...) -> Mapping[str, Any]: ...
 
 
 @dataclass(slots=True)
 class _Past:
-    """One pod's annotation lately: since when `enabled` is no longer true, what we wrote, and who else writes."""
+    """The history of one pod's annotation: since when `enabled` is no longer true, what we wrote, who else writes."""
 
     since: float | None = None
     written: str | None = None
@@ -70,9 +70,9 @@ class Annotator:
     ) -> None:
         """`period`: seconds after which a pod is tried again that the API server did not know, or not as the same.
 
-        Nothing is written before `known`: pods and namespaces are, and a ztunnel has been connected once. `others` says
-        how another agent of the mesh is seen to run on this node, or ""; it may block. `fought` is told of a pod (UID)
-        that somebody else annotates otherwise again and again, in words.
+        Nothing is written until `known()`: pods and namespaces are known, and a ztunnel has been connected. `others`
+        says how another agent of the mesh shows on this node, or ""; it may block. `fought` is called with a pod's UID
+        and a line when somebody else keeps changing the annotation.
         """
         self._client, self._table, self._state, self._captured = client, table, state, captured
         self._known, self._others, self._fought, self._hold = known, others, fought, hold
@@ -82,7 +82,7 @@ class Annotator:
 
     @property
     def error(self) -> str:
-        """Which annotations are not as they should be, because somebody else writes them; "" when all are."""
+        """Which annotations are wrong because somebody else writes them; "" when none is."""
         now = time.monotonic()
         fought = [
             pod.key for uid, past in self._past.items() if past.fight.pause(now) and (pod := self._table.kube(uid))
@@ -151,7 +151,7 @@ class Annotator:
         return True
 
     async def _yielding(self) -> bool:
-        """Whether another agent runs, whose the annotation may be."""
+        """Whether another agent runs here that may have written the annotation."""
         other = await asyncio.to_thread(self._others)
         words = f"annotation {names.REDIRECTION}: left as it is while istio-cni's agent runs here, too ({other})"
         if other and not self._yields:
@@ -172,9 +172,9 @@ class Annotator:
         past.written = want
 
     def _when(self, uid: str, pod: KubePod, want: str) -> float:
-        """When that is to be written."""
+        """When to write `want`, on the monotonic clock."""
         now = time.monotonic()
-        if uid not in self._past:  # those of pods that are gone make room
+        if uid not in self._past:  # a good moment to drop the pods that are gone
             self._past = {one: past for one, past in self._past.items() if self._table.kube(one)}
             self._past[uid] = _Past()
         past = self._past[uid]
@@ -186,7 +186,7 @@ class Annotator:
         return max(at, past.since + self._hold)
 
     def _freed(self, uid: str, past: _Past) -> bool:
-        """Whether we took the pod's rules away. A pod that failed may have those of a predecessor, unknown to us."""
+        """Whether we removed the pod's rules. A pod that failed may still have rules of an earlier agent."""
         if self._state(uid) is State.EXCLUDED:
             return True
         return self._state(uid) is State.FAILED and past.written == ENABLED and not self._captured(uid)
@@ -215,7 +215,7 @@ class Annotator:
 
 
 async def take_back(client: Asking, node: str, keep: Collection[str]) -> list[str]:
-    """Removes the annotation from the node's pods, but for those of the UIDs `keep`. Returns the pods' names.
+    """Removes the annotation from the node's pods except those with UIDs in `keep`. Returns the pods' names.
 
     Raises KubeError; what was removed until then stays removed, so it may be called again.
     """

@@ -1,6 +1,6 @@
-"""Says in the cluster when no ztunnel is connected here: a condition of the agent's own pod, and an Event on the node.
+"""Reports in the cluster that no ztunnel is connected here: a condition of the agent's pod, and an Event on the node.
 
-The agent is ready then, for a ztunnel may be installed after it; but pods of enrolled namespaces do not start.
+The agent is ready all the same, for ztunnel may be installed after it; but pods of enrolled namespaces do not start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CONDITION = "sluice.io/ztunnel-connected"
 STRATEGIC = "application/strategic-merge-patch+json"
 _EVERY = 1.0  # seconds between two looks
 _PAUSE = 10.0  # the same, after the API server refused or did not answer
-STEADY = 10.0  # seconds without ztunnel before it is said: not at each restart of it
+STEADY = 10.0  # seconds without ztunnel until it is reported: not at each of its restarts
 _AGAIN = 600.0  # seconds after which the Event is written again: the API server keeps one for an hour
 _MISSING = (
     "no ztunnel is connected to the agent: new pods of enrolled namespaces do not start, and captured ones in which "
