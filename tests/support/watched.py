@@ -20,9 +20,13 @@ SYSCTL = "sysctl -qw net.ipv6.conf"
 
 
 def prepare(pod: Pod) -> None:
-    """Gives it an interface with addresses of both families."""
+    """Gives it an interface with addresses of both families, when the kernel has nothing more to tell of it.
+
+    That its peer is down is notified up to a second later: as a change that nobody made.
+    """
     pod.sh("ip link add eth0 type veth peer name w; ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")
     pod.sh("ip addr add fd09::2/64 dev eth0 nodad")
+    pod.sh("until ip link show eth0 | grep -q LOWERLAYERDOWN; do sleep 0.01; done")
 
 
 class Reading(DriftWatcher):
@@ -89,10 +93,10 @@ class Spy:
         self.programs: list[str] = []
         request, dumped, commit, run = NetlinkSocket.request, NftSocket.dumped, NftSocket.commit, exec.run
 
-        def spied_request(sock: Any, operation: str, kind: int, flags: int, body: bytes) -> Any:
+        def spied_request(sock: Any, operation: str, kind: int, flags: int, body: bytes, *more: int) -> Any:
             self.asked.append(operation)
             self.families.append(body[0])
-            return request(sock, operation, kind, flags, body)
+            return request(sock, operation, kind, flags, body, *more)
 
         def spied_dump(sock: Any, kind: int, *rest: Any, **most: Any) -> tuple[bytes, bool]:
             self.asked.append("dump")
