@@ -69,7 +69,7 @@ def test_from_a_broken_pod_to_its_cause_and_back(here: Node) -> None:
     assert not here.captured(web)
     code, found = doctor(here)
     assert code == 1 and found.keys() == {"foreign-rules", "leaks", "pods-verified"}
-    assert "somebody else" in found["pods-verified"][0]["cause"]
+    assert "foreign rules" in found["pods-verified"][0]["cause"]
     assert "leaked so far: 1 " in found["leaks"][0]["found"]
     (row,) = found["foreign-rules"]
     assert "shop/web: chain ip mine early, priority -150: 1 rule with dnat" in row["found"]
