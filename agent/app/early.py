@@ -64,13 +64,13 @@ def _mend(settings: Settings, state: State, choice: Choice) -> None:
             preserve=settings.preserve_connections,
         )
         for note in state.load():
-            redirect = decide(note.pod, settings).redirect
-            if not note.captured or note.carried or redirect is None:
+            decision = decide(note.pod, settings)
+            if not note.captured or note.carried or decision.refused or decision.redirect is None:
                 continue
             namespaces.restore(note)
             outside.restore(note.pod.uid, note.outside)
             try:
-                done = enrolment.enrol(note.pod, redirect, ()).done
+                done = enrolment.enrol(note.pod, decision.redirect, ()).done
             except SluiceError as error:
                 log.info("pod %s is left to its first pass: %s", note.pod.key, error)
                 continue

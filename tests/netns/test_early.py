@@ -66,6 +66,22 @@ def test_rules_are_back(
         unpin(state.pin("u1"))
 
 
+def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_path: Path) -> None:
+    """The loop applies nothing to it; a part of the annotation would be another rule set than the one it has."""
+    settings = Settings(run_dir=str(tmp_path), backend="nftables")
+    recorded.save(settings.run_dir, RECORD)
+    state = State(settings.run_dir)
+    many = ",".join(f"tap{number}" for number in range(300))
+    marks = {"istio.io/dataplane-mode": "ambient", "istio.io/reroute-virtual-interfaces": many}
+    with Netns.open(netns) as inside:
+        state.save(Note(Pod("u1", "shop", "web", str(netns), annotations=marks, source="cni"), True, inside.id))
+    try:
+        mend(settings, state)
+        assert run(["nft", "-s", "list", "ruleset"], netns=netns).stdout == ""
+    finally:
+        unpin(state.pin("u1"))
+
+
 def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
     settings = Settings(run_dir=str(tmp_path), backend="nftables")
     recorded.save(settings.run_dir, RECORD)
