@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes sluice.json, the dashboard for Grafana 9 and later, beside itself. usage: deploy/dashboards/build.py"""
+"""Writes sluice.json, the dashboard for Grafana 9 and later, into this directory. usage: deploy/dashboards/build.py"""
 
 from __future__ import annotations
 

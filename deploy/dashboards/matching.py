@@ -1,4 +1,4 @@
-"""Which series a panel is about, by the dashboard's variables; and counters as rates."""
+"""Label matchers from the dashboard's variables, and queries for the rates of counters."""
 
 from __future__ import annotations
 

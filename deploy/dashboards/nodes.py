@@ -1,4 +1,4 @@
-"""What the agents do, and what they depend on."""
+"""Panels of the agents and their dependencies."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from panels import RED_FROM_ONE, quantiles, query, series, table
 NODE = [
     table(
         "Agents",
-        "What each runs with.",
+        "Version, settings and backend of each agent.",
         f"sluice_agent_info{{{AT}}}",
         ["instance", "node", "version", "setting", "backend", "host_probes", "accounting"],
         width=24,
         height=6,
     ),
     series(
-        "A pass over one pod",
-        "Time to read, compare and apply, waiting for ztunnel included.",
+        "Duration of a pass",
+        "Time to read, compare and apply the rules of one pod, including the wait for ztunnel.",
         "s",
         quantiles("sluice_reconcile_seconds", AT),
     ),
     series(
         "Passes",
-        "Passes, those that failed, and plans that were applied by mechanism.",
+        "Passes, failed passes, and applied plans by layer.",
         "ops",
         [
             query(f"sum(rate(sluice_reconcile_seconds_count{{{AT}}}[$__rate_interval]))", "passes"),
@@ -32,17 +32,17 @@ NODE = [
     ),
     series(
         "Drift",
-        "Rules that somebody changed, and that were put back; and fights over them.",
+        "Rules that another process changed and the agent repaired, and rule conflicts.",
         "short",
         [
             query(lately("sluice_drift_total", AT, "instance, backend, kind"), "{{instance}} {{backend}} {{kind}}"),
-            query(lately("sluice_contended_total", AT, "instance"), "{{instance}} fights"),
+            query(lately("sluice_contended_total", AT, "instance"), "{{instance}} conflicts"),
         ],
         thresholds=RED_FROM_ONE,
     ),
     series(
-        "Not compared with the kernel since",
-        "Of the captured pod where that is longest ago; about one period is right.",
+        "Age of the oldest verification",
+        "Time since the rules of a captured pod were last verified; the oldest per node. About one period is normal.",
         "s",
         [
             query(f"max by (instance) (sluice_verification_age_seconds{{{AT}}})", "{{instance}}"),
@@ -51,35 +51,35 @@ NODE = [
     ),
     series(
         "CNI requests",
-        "By verb and CNI's code; 0 is success, 11 is try again later.",
+        "CNI requests by verb and error code. 0: success. 11: try again later.",
         "ops",
         [query(per_second("sluice_cni_requests_total", AT, "verb, code"), "{{verb}} {{code}}")],
     ),
     series(
-        "CNI answers",
-        "Time to answer the plugin: a pod's start waits for ADD.",
+        "CNI request duration",
+        "Time until the agent answers the plugin. A pod starts only after ADD is answered.",
         "s",
         quantiles("sluice_cni_seconds", AT, ("verb",)),
     ),
     series(
         "ztunnel",
-        "Live connections of ztunnels; 2 while one replaces another.",
+        "Connected ztunnels. 2 during a rolling upgrade.",
         "short",
         [query(f"sum by (instance) (sluice_ztunnel_connections{{{AT}}})", "{{instance}}")],
     ),
     series(
         "Installation",
-        "1: in place. Fought over: somebody keeps undoing it. Written: how often in the interval.",
+        "In place: 1 if the plugin is installed. Overwritten: 1 while another program reverts it. Written: writes.",
         "short",
         [
             query(f"min by (instance) (sluice_install_ready{{{AT}}})", "{{instance}} in place"),
-            query(f"max by (instance) (sluice_install_fought{{{AT}}})", "{{instance}} fought over"),
+            query(f"max by (instance) (sluice_install_fought{{{AT}}})", "{{instance}} overwritten"),
             query(lately("sluice_install_rewrites_total", AT, "instance"), "{{instance}} written"),
         ],
     ),
     series(
         "API server",
-        "1: followed. Synced: pods and namespaces have been known once.",
+        "1: the watch works. Synced: 1 after all pods and namespaces were listed once.",
         "short",
         [
             query(f"min by (instance, path) (sluice_kube_following{{{AT}}})", "{{instance}} {{path}}"),
@@ -87,8 +87,8 @@ NODE = [
         ],
     ),
     series(
-        "What the API server tells",
-        "Lists, watches, events, bookmarks and failures; and events of ours that were lost.",
+        "API server requests",
+        "Lists, watches, events, bookmarks and failures; and Kubernetes Events that the agent could not write.",
         "ops",
         [
             query(per_second("sluice_kube_follow_total", AT, "what"), "{{what}}"),
@@ -97,7 +97,7 @@ NODE = [
     ),
     series(
         "Probes of new pods",
-        "What the canary found: ok, failed, captured; no listener is counted never.",
+        "Results of the probe canary: ok, failed, captured. A pod without a listening port is not counted.",
         "short",
         [
             query(lately("sluice_probe_canary_total", AT, "verdict"), "{{verdict}}"),
@@ -106,13 +106,13 @@ NODE = [
     ),
     series(
         "Decisions of the eBPF programs",
-        "By cause; of nodes with backend ebpf.",
+        "Decisions by cause, on nodes with backend ebpf.",
         "ops",
         [query(per_second("sluice_ebpf_exits_total", AT, "cause"), "{{cause}}")],
     ),
     series(
-        "What the account lost",
-        "Records by cause, and label sets that found no room. 0 is what proves that nothing leaked.",
+        "Accounting losses",
+        "Lost records by cause, and label sets beyond the limit. A leak count of zero is proof only while this is 0.",
         "short",
         [
             query(lately("sluice_records_lost_total", AT, "cause"), "lost: {{cause}}"),
@@ -121,20 +121,20 @@ NODE = [
         thresholds=RED_FROM_ONE,
     ),
     series(
-        "The agent's memory",
-        "Resident.",
+        "Agent memory",
+        "Resident memory of the agent.",
         "bytes",
         [query(f"process_resident_memory_bytes{{{AT}}} {OURS}", "{{instance}}")],
     ),
     series(
-        "The agent's CPU",
-        "Cores.",
+        "Agent CPU",
+        "CPU cores used by the agent.",
         "short",
         [query(f"rate(process_cpu_seconds_total{{{AT}}}[$__rate_interval]) {OURS}", "{{instance}}")],
     ),
     series(
-        "The agent's descriptors",
-        "Of those that it may have; five for each captured pod are normal.",
+        "Agent file descriptors",
+        "Open file descriptors as a share of the limit. Five per captured pod are normal.",
         "percentunit",
         [query(f"process_open_fds{{{AT}}} / process_max_fds{{{AT}}} {OURS}", "{{instance}}")],
     ),

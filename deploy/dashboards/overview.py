@@ -1,4 +1,4 @@
-"""Whether everything is captured that should be: what one looks at first."""
+"""Panels that show whether all traffic that should be captured is captured. Look here first."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ STATES = {"enabled": "green", "excluded": "blue", "pending": "orange", "waiting"
 
 OVERVIEW = [
     stat(
-        "Captured of what should be",
-        "Connections that ztunnel had, of those that it had and those that passed it by, in the "
-        "time shown. What is exempt on purpose does not count.",
+        "Capture rate",
+        "Captured connections as a share of captured and leaked ones, in the time shown. Exempt connections "
+        "do not count.",
         "percentunit",
         [
             query(
@@ -25,43 +25,43 @@ OVERVIEW = [
     ),
     stat(
         "Leaked",
-        "Connections of enrolled pods that went around ztunnel, and nothing allows it. Anything but 0 is for "
-        "the runbook of SluiceConnectionsLeaked.",
+        "Connections of enrolled pods that bypassed ztunnel without an exclusion. If this is not 0, follow the "
+        "runbook of SluiceConnectionsLeaked.",
         "short",
         [query(f'sum(increase(sluice_connections_total{{{AT},fate="leaked"}}[$__range])) or vector(0)')],
         RED_FROM_ONE,
     ),
     stat(
         "Pods not captured",
-        "Pods that are to be captured now, and are not.",
+        "Pods that should be captured now but are not.",
         "short",
         [query(f"sum(sluice_pod_uncaptured{{{AT}}}) or vector(0)")],
         RED_FROM_ONE,
     ),
     stat(
         "Agents ready",
-        "Agents that take pods, of those that Prometheus knows.",
+        "Agents that are ready, and agents that Prometheus scrapes.",
         "short",
         [query(f"sum(sluice_ready{{{AT}}}) or vector(0)", "ready"), query(f"count({AGENTS})", "known")],
         NONE,
     ),
     stat(
         "Nodes without ztunnel",
-        "Their captured pods are refused every connection.",
+        "New connections of captured pods on these nodes are refused.",
         "short",
         [query(f"count(sluice_ztunnel_connections{{{AT}}} == 0) or vector(0)")],
         RED_FROM_ONE,
     ),
     stat(
         "Alerts",
-        "Alerts of Sluice that fire, on all nodes.",
+        "Firing alerts of Sluice on all nodes.",
         "short",
         [query('count(ALERTS{alertname=~"Sluice.*",alertstate="firing"}) or vector(0)')],
         RED_FROM_ONE,
     ),
     series(
         "Connections by fate",
-        "Captured by ztunnel; exempt on purpose; leaked; undecided: failed, or ended, before anybody answered.",
+        "exempt: excluded on purpose. leaked: bypassed ztunnel. undecided: ended before the peer answered.",
         "cps",
         [query(per_second("sluice_connections_total", AT, "fate"), "{{fate}}")],
         stacked=True,
@@ -69,7 +69,7 @@ OVERVIEW = [
     ),
     series(
         "Pods by state",
-        "enabled: captured. pending: has its rules, and waits for ztunnel. excluded: not to be captured.",
+        "enabled: captured. pending: waits for ztunnel. excluded: never captured. waiting, failed: not captured.",
         "short",
         [query(f"sum by (state) (sluice_pods{{{AT}}})", "{{state}}")],
         stacked=True,
@@ -77,14 +77,14 @@ OVERVIEW = [
     ),
     series(
         "Exempt by reason",
-        "Why connections were let pass on purpose.",
+        "Exempt connections by the reason of the exemption.",
         "cps",
         [query(per_second("sluice_connections_total", f'{AT},fate="exempt"', "reason"), "{{reason}}")],
         stacked=True,
     ),
     series(
         "Leaked by workload",
-        "Whose connections went around ztunnel.",
+        "Connections that bypassed ztunnel, by workload.",
         "short",
         [
             query(
@@ -95,14 +95,14 @@ OVERVIEW = [
         thresholds=RED_FROM_ONE,
     ),
     table(
-        "Alerts that fire",
-        "Each has its section in docs/runbooks.md.",
+        "Firing alerts",
+        "docs/runbooks.md has a section for each alert.",
         'ALERTS{alertname=~"Sluice.*",alertstate="firing"}',
         ["alertname", "severity", "instance", "namespace", "pod"],
     ),
     table(
-        "Pods that are not captured",
-        "To be explained by `sluice explain` on the node.",
+        "Uncaptured pods",
+        "Run `sluice explain NAMESPACE/POD` on the node for the reason.",
         f"sluice_pod_uncaptured{{{AT}}}",
         ["instance", "namespace", "pod", "state"],
     ),

@@ -1,4 +1,4 @@
-"""Panels, variables and rows as in Grafana's JSON model (schemaVersion 36, Grafana 9.0), a function for each."""
+"""Functions that build panels, variables and rows of Grafana's JSON model (schemaVersion 36, Grafana 9.0)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def query(expr: str, legend: str = "") -> Json:
 
 
 def quantiles(histogram: str, matching: str, by: Sequence[str] = ()) -> list[Json]:
-    """Median, 90 and 99 of a hundred."""
+    """Returns queries for the 50th, 90th and 99th percentile."""
     rates = f"sum by ({', '.join(('le', *by))}) (rate({histogram}_bucket{{{matching}}}[$__rate_interval]))"
     names = "".join(f"{{{{{name}}}}} " for name in by)
     return [query(f"histogram_quantile({q}, {rates})", f"{names}p{round(q * 100)}") for q in (0.5, 0.9, 0.99)]
@@ -26,7 +26,7 @@ def quantiles(histogram: str, matching: str, by: Sequence[str] = ()) -> list[Jso
 def stat(title: str, about: str, unit: str, targets: list[Json], thresholds: Thresholds, decimals: int = 0) -> Json:
     calculated = {"reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}}
     options = {**calculated, "colorMode": "value", "graphMode": "none", "textMode": "auto", "justifyMode": "center"}
-    # One value each, of the whole time shown.
+    # One value per query, over the whole time shown.
     once = [{**one, "instant": True, "range": False} for one in targets]
     made = _panel("stat", title, about, once, options, {"unit": unit, "decimals": decimals}, thresholds)
     return {**made, "gridPos": {"w": 4, "h": 4}}
@@ -63,7 +63,7 @@ def series(
 
 
 def table(title: str, about: str, expr: str, columns: Sequence[str], width: int = 12, height: int = 7) -> Json:
-    """A line for each series, of these labels."""
+    """Returns a table with one line per series and these labels as columns."""
     target = {**query(expr), "instant": True, "range": False, "format": "table"}
     made = _panel("table", title, about, [target], {"showHeader": True}, {"unit": "short"}, None)
     kept = {"include": {"names": list(columns)}}
@@ -112,7 +112,7 @@ def _panel(
 
 
 def variable(name: str, label: str, series: str, of: str) -> Json:
-    """A choice of any number of the values of one label of these series."""
+    """Returns a variable that selects any number of values of one label of these series."""
     asked = f"label_values({series}, {of})"
     return {
         "name": name, "label": label, "type": "query", "datasource": DATASOURCE, "definition": asked,
@@ -123,7 +123,7 @@ def variable(name: str, label: str, series: str, of: str) -> Json:
 
 
 def laid_out(title: str, uid: str, rows: Mapping[str, list[Json]], variables: list[Json]) -> Json:
-    """The dashboard: panels from left to right, 24 columns; each row of panels is as high as its highest."""
+    """Returns the dashboard: panels from left to right in 24 columns; the tallest panel sets the height of a row."""
     panels: list[Json] = []
     y = 0
     for name, inside in rows.items():
@@ -143,7 +143,7 @@ def laid_out(title: str, uid: str, rows: Mapping[str, list[Json]], variables: li
     }  # fmt: skip
     return {
         "uid": uid, "title": title, "tags": ["sluice", "service-mesh"], "schemaVersion": 36, "version": 1,
-        "description": "Whether pods' traffic goes through ztunnel, and what the agents do. Alerts: docs/runbooks.md.",
+        "description": "Capture of pod traffic by ztunnel, and the state of the agents. Alerts: docs/runbooks.md.",
         "editable": True, "graphTooltip": 1, "refresh": "30s", "time": {"from": "now-1h", "to": "now"},
         "timezone": "", "links": [], "annotations": {"list": [_ALERTS]}, "templating": {"list": [choice, *variables]},
         "panels": [{"id": at, **one} for at, one in enumerate(panels, 1)],

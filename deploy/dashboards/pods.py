@@ -1,4 +1,4 @@
-"""One workload's or pod's connections, bytes and sockets."""
+"""Panels of the connections, bytes and sockets of one workload or pod."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from panels import query, series
 PODS = [
     series(
         "Connections of the workload by fate",
-        "As the pods' own sockets saw them.",
+        "As seen by the sockets of the pods.",
         "cps",
         [query(per_second("sluice_connections_total", WORKLOAD, "direction, fate"), "{{direction}} {{fate}}")],
         stacked=True,
     ),
     series(
         "As a client: opened, closed, failed",
-        "Connections that pods of the workload open.",
+        "Connections opened by pods of the workload.",
         "cps",
         [
             query(
@@ -34,7 +34,7 @@ PODS = [
     ),
     series(
         "As a server: opened and closed",
-        "Connections that reach pods of the workload.",
+        "Connections accepted by pods of the workload.",
         "cps",
         [
             query(
@@ -49,21 +49,21 @@ PODS = [
     ),
     series(
         "Bytes as a client",
-        "Payload. Received is what requests carry, sent what answers carry, as Istio counts it.",
+        "Payload bytes. As in Istio's metrics, received bytes are requests and sent bytes are responses.",
         "Bps",
         [
             query(
                 per_second("istio_tcp_received_bytes_total", SOURCE, "destination_workload"),
-                "to {{destination_workload}}: requests",
+                "requests to {{destination_workload}}",
             ),
             query(
                 per_second("istio_tcp_sent_bytes_total", SOURCE, "destination_workload"),
-                "from {{destination_workload}}: answers",
+                "responses from {{destination_workload}}",
             ),
         ],
     ),
     series(
-        "Failed, by peer",
+        "Failed connections by peer",
         "Connections that could not be established.",
         "cps",
         [
@@ -75,21 +75,21 @@ PODS = [
     ),
     series(
         "Sockets of the pod by state",
-        "ztunnel's in the pod included. CLOSE_WAIT that grows: the application does not close.",
+        "Includes sockets of ztunnel. A growing CLOSE_WAIT means that the application does not close its sockets.",
         "short",
         [query(f"sum by (state) (sluice_sockets{{{POD}}})", "{{state}}")],
         stacked=True,
     ),
     series(
         "Client ports in use",
-        "Of the ephemeral ports, those in use towards the one peer that has most.",
+        "Share of the ephemeral ports in use for the peer that has the most.",
         "percentunit",
         [query(f"sluice_ephemeral_ports_used{{{POD}}} / sluice_ephemeral_ports{{{POD}}}", "{{namespace}}/{{pod}}")],
         thresholds=[("green", None), ("red", 0.8)],
     ),
     series(
-        "Beside ztunnel: packets",
-        "What is neither TCP nor captured DNS.",
+        "Non-TCP packets",
+        "Traffic that does not pass through ztunnel: everything but TCP and captured DNS.",
         "pps",
         [
             query(
@@ -99,8 +99,8 @@ PODS = [
         ],
     ),
     series(
-        "Beside ztunnel: bytes",
-        "What is neither TCP nor captured DNS.",
+        "Non-TCP bytes",
+        "Traffic that does not pass through ztunnel: everything but TCP and captured DNS.",
         "Bps",
         [
             query(

@@ -1,4 +1,4 @@
-"""How good connections are: round-trip times, durations, retransmissions."""
+"""Panels of connection quality: round-trip times, durations, retransmissions."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ _BY_WORKLOAD = per_second("sluice_tcp_rtt_seconds_bucket", WORKLOAD, "le, namesp
 QUALITY = [
     series(
         "Round-trip time",
-        "Smoothed, as the kernel had it when connections ended. Of captured ones: between the application and ztunnel.",
+        "Smoothed RTT at the end of the connection. For captured connections: between application and ztunnel.",
         "s",
         quantiles("sluice_tcp_rtt_seconds", WORKLOAD),
     ),
     heatmap(
         "Round-trip time",
-        "How many connections ended with which.",
+        "Number of connections by RTT at their end.",
         "s",
         f"sum by (le) (increase(sluice_tcp_rtt_seconds_bucket{{{WORKLOAD}}}[$__rate_interval]))",
     ),
     series(
-        "Duration of connections",
-        "From opening to end.",
+        "Connection duration",
+        "Time from open to close.",
         "s",
         quantiles("sluice_tcp_connection_duration_seconds", WORKLOAD),
     ),
     heatmap(
-        "Duration of connections",
-        "How many lasted how long.",
+        "Connection duration",
+        "Number of connections by duration.",
         "s",
         f"sum by (le) (increase(sluice_tcp_connection_duration_seconds_bucket{{{WORKLOAD}}}[$__rate_interval]))",
     ),
     series(
         "Retransmitted segments",
-        "Segments that were sent again, by workload.",
+        "Retransmitted segments by workload.",
         "pps",
         [
             query(
@@ -45,7 +45,7 @@ QUALITY = [
     ),
     series(
         "Round-trip time by workload",
-        "The slowest tenth of each workload.",
+        "90th percentile of each workload.",
         "s",
         [
             query(
