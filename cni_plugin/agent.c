@@ -3,7 +3,7 @@
 #include <limits.h>
 #include <stdio.h>
 
-/* Fails only when the request would be larger than the agent takes. */
+/* Returns -1 if the request is larger than the agent accepts. */
 static int write_request(struct frame *frame, const struct call *call, const struct config *config)
 {
     json_t *request = json_pack("{s:s, s:s, s:s, s:s, s:s, s:O}",
@@ -18,7 +18,7 @@ static int write_request(struct frame *frame, const struct call *call, const str
     return 0;
 }
 
-/* NULL is "not given"; a text that is something else than a string is not the protocol. */
+/* Returns true for an absent value (NULL) and for a string. */
 static int is_text(const json_t *value)
 {
     return !value || json_is_string(value);
@@ -42,7 +42,7 @@ static enum answer read_reply(const json_t *reply, struct failure *failure)
 enum answer agent_answer(const struct call *call, const struct config *config, int netns, int64_t deadline,
                          struct failure *failure, char why[MAX_WHY])
 {
-    static struct frame request; /* static: pages that are not touched cost nothing */
+    static struct frame request; /* static: untouched pages use no memory */
     static char bytes[MAX_REPLY];
     if (write_request(&request, call, config)) {
         snprintf(why, MAX_WHY, "send to %s: the request is larger than %d bytes", config->socket,
@@ -56,6 +56,6 @@ enum answer agent_answer(const struct call *call, const struct config *config, i
     enum answer answer = read_reply(reply, failure);
     json_decref(reply);
     if (answer == ANSWER_NONE)
-        snprintf(why, MAX_WHY, "receive from %s: the answer is not the protocol's", config->socket);
+        snprintf(why, MAX_WHY, "receive from %s: invalid reply from the agent", config->socket);
     return answer;
 }

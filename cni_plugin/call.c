@@ -34,11 +34,11 @@ int call_verb(struct call *call, struct failure *failure)
         }
     }
     return fail(failure, CNI_BAD_ENVIRONMENT,
-                "CNI_COMMAND: %s; wanted ADD, DEL, CHECK, STATUS, GC or VERSION",
+                "CNI_COMMAND: %s; must be ADD, DEL, CHECK, STATUS, GC or VERSION",
                 *word ? "unknown verb" : "not set");
 }
 
-/* The value of `key` in "K=V;K=V", which come in any order; of two the last counts, as in the agent. */
+/* Returns the value of `key` in "K=V;K=V" (in any order); the last one if it occurs twice, as in the agent. */
 static const char *argument(const char *args, const char *key, size_t *length)
 {
     const char *found = NULL;
@@ -54,7 +54,7 @@ static const char *argument(const char *args, const char *key, size_t *length)
     return found;
 }
 
-/* Nothing here fails: outside Kubernetes the keys are absent, and the agent judges them anyway. */
+/* Never fails: outside Kubernetes the keys are absent, and the agent validates them anyway. */
 static void name_pod(struct call *call)
 {
     size_t length = 0, name_length = 0;
@@ -75,10 +75,10 @@ static int check(const char *name, const char *value, bool good, struct failure 
 {
     if (!*value)
         return fail(failure, CNI_BAD_ENVIRONMENT, "%s: not set", name);
-    return good ? 0 : fail(failure, CNI_BAD_ENVIRONMENT, "%s: not a valid value", name);
+    return good ? 0 : fail(failure, CNI_BAD_ENVIRONMENT, "%s: invalid value", name);
 }
 
-/* The agent finds a pod to remove by its container's id; whatever else cannot be used is left out. */
+/* Clears invalid values: the agent finds the pod to remove by its container id. */
 static void drop_bad(struct call *call)
 {
     if (!is_interface_name(call->ifname))
@@ -98,7 +98,7 @@ int call_read(struct call *call, struct failure *failure)
     call->netns = variable("CNI_NETNS");
     call->args = variable("CNI_ARGS");
     if (call->verb == VERB_DEL)
-        drop_bad(call); /* the second DEL of a pod comes without namespace anyway */
+        drop_bad(call); /* the second DEL of a pod has no network namespace anyway */
     if (check("CNI_CONTAINERID", call->container_id, is_identifier(call->container_id, 256), failure))
         return -1;
     if (call->verb != VERB_DEL &&

@@ -1,25 +1,25 @@
-/* How the runtime called us: the CNI_ variables of the environment. */
+/* The call of the runtime: the CNI_ variables of the environment. */
 #pragma once
 
 #include "failure.h"
 
 enum verb { VERB_ADD, VERB_DEL, VERB_CHECK, VERB_STATUS, VERB_GC, VERB_VERSION };
 
-/* Strings are never NULL; those that the verb does not use are empty. `pod` is for messages. */
+/* Strings are never NULL; a string that the verb does not use is empty. `pod` is for messages. */
 struct call {
     enum verb verb;
     const char *container_id, *netns, *ifname, *args;
-    char namespace[64]; /* a DNS label, or empty when CNI_ARGS names none that is one */
-    char name[254];     /* the pod's name in that namespace, or empty when CNI_ARGS names none that is one */
+    char namespace[64]; /* a DNS label, or empty if CNI_ARGS has no valid one */
+    char name[254];     /* the pod's name in that namespace, or empty if CNI_ARGS has no valid one */
     char pod[400];      /* "namespace/name", or the container id outside Kubernetes */
 };
 
-/* Finds the verb. Fails with CNI_BAD_ENVIRONMENT. */
+/* Reads the verb. Fails with CNI_BAD_ENVIRONMENT. */
 int call_verb(struct call *call, struct failure *failure);
 
-/* Reads and checks what the verb needs; for DEL that is the container id, and the rest may end up empty.
- * Fails with CNI_BAD_ENVIRONMENT, naming the variable. */
+/* Reads and checks the variables that the verb needs. DEL needs only the container id; its other strings may be
+ * empty. Fails with CNI_BAD_ENVIRONMENT and names the variable. */
 int call_read(struct call *call, struct failure *failure);
 
-/* CNI's name of the verb. */
+/* Returns the CNI name of the verb. */
 const char *verb_name(enum verb verb);

@@ -19,14 +19,14 @@ static int version_index(const char *version)
     return -1;
 }
 
-/* The text of a JSON string; NULL for anything else, and for one with a NUL in it. */
+/* Returns the text of a JSON string; NULL for other values and for a string that contains NUL. */
 static const char *text(const json_t *value)
 {
     const char *word = json_string_value(value);
     return word && strlen(word) == json_string_length(value) ? word : NULL;
 }
 
-/* Returns the size of what standard input had, or -1. */
+/* Reads standard input to its end. Returns its size, or -1. */
 static ssize_t read_input(char *buffer, size_t size, int64_t deadline, struct failure *failure)
 {
     size_t have = 0;
@@ -34,7 +34,7 @@ static ssize_t read_input(char *buffer, size_t size, int64_t deadline, struct fa
         struct pollfd input = {.fd = STDIN_FILENO, .events = POLLIN};
         int ready = poll(&input, 1, left_ms(deadline));
         if (ready == 0)
-            return fail(failure, CNI_IO, "read network configuration: no end of standard input in time");
+            return fail(failure, CNI_IO, "read network configuration: timed out before the end of standard input");
         ssize_t count = ready < 0 ? -1 : read(STDIN_FILENO, buffer + have, size - have);
         if (count < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
@@ -50,13 +50,13 @@ static ssize_t read_input(char *buffer, size_t size, int64_t deadline, struct fa
 
 int config_read(struct config *config, int64_t deadline, struct failure *failure)
 {
-    static char buffer[MAX_CONFIG + 1]; /* one more than allowed tells "too large" from "just fits" */
+    static char buffer[MAX_CONFIG + 1]; /* one byte more than allowed, to detect a configuration that is too large */
     config->version = VERSIONS[VERSION_COUNT - 1];
     ssize_t size = read_input(buffer, sizeof buffer, deadline, failure);
     if (size < 0)
         return -1;
     json_error_t error;
-    /* A NUL in an annotation is the pod's own business; our keys refuse it one by one. */
+    /* An annotation may contain NUL; the keys of sluice-cni reject it one by one. */
     config->root = json_loadb(buffer, (size_t)size, JSON_ALLOW_NUL, &error);
     if (!json_is_object(config->root))
         return fail(failure, CNI_UNDECODABLE, "network configuration: %s",
@@ -99,12 +99,12 @@ static int check_namespaces(const struct config *config, struct failure *failure
     json_array_foreach(list, i, item) {
         const char *word = text(item);
         if (!word || !is_dns_label(word, strlen(word)))
-            return fail(failure, CNI_BAD_CONFIG, "excludeNamespaces[%zu]: not the name of a namespace", i);
+            return fail(failure, CNI_BAD_CONFIG, "excludeNamespaces[%zu]: not a valid namespace name", i);
     }
     return 0;
 }
 
-/* The pod's name in "namespace/name", and whether the two are names; a "*" at its end is not part of it. */
+/* Returns the pod's name in "namespace/name" without a trailing "*"; NULL if one of the two is not a name. */
 static const char *pod_name(const char *word, size_t *length, bool *open)
 {
     const char *slash = word ? strchr(word, '/') : NULL;
@@ -133,7 +133,7 @@ static int check_pods(const struct config *config, struct failure *failure)
 static int check_version(const struct config *config, struct failure *failure)
 {
     json_t *value = json_object_get(config->root, "cniVersion");
-    const char *version = value ? text(value) : "0.1.0"; /* what leaving it out means */
+    const char *version = value ? text(value) : "0.1.0"; /* the version of a configuration without this key */
     if (!version)
         return fail(failure, CNI_BAD_CONFIG, "cniVersion: not a string");
     if (version_index(version) < 0)
@@ -147,7 +147,7 @@ static int check_name(const struct config *config, struct failure *failure)
     const char *name = text(json_object_get(config->root, "name"));
     json_t *type = json_object_get(config->root, "type");
     if (!name || !is_identifier(name, 4096))
-        return fail(failure, CNI_BAD_CONFIG, "name: not the name of a network");
+        return fail(failure, CNI_BAD_CONFIG, "name: not a valid network name");
     if (type && !text(type))
         return fail(failure, CNI_BAD_CONFIG, "type: not a string");
     return 0;

@@ -1,11 +1,11 @@
-/* One moment bounds everything the plugin does: runtimes wait for us with the whole pod. */
+/* One deadline bounds the whole call: the runtime does not start the pod before the plugin returns. */
 #pragma once
 
 #include <limits.h>
 #include <stdint.h>
 #include <time.h>
 
-/* Milliseconds on a clock that nobody sets. */
+/* Returns milliseconds of the monotonic clock. */
 static inline int64_t now_ms(void)
 {
     struct timespec now;
@@ -13,7 +13,7 @@ static inline int64_t now_ms(void)
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-/* Milliseconds until `deadline`, as poll(2) takes them; 0 when it has passed, never negative. */
+/* Returns the milliseconds until `deadline` for poll(2); 0 if it has passed, never negative. */
 static inline int left_ms(int64_t deadline)
 {
     int64_t left = deadline - now_ms();

@@ -8,7 +8,7 @@ int fail(struct failure *failure, int code, const char *format, ...)
     va_start(arguments, format);
     json_decref(failure->msg);
     failure->code = code;
-    failure->msg = json_vsprintf(format, arguments); /* NULL if a word in it is not UTF-8 */
+    failure->msg = json_vsprintf(format, arguments); /* NULL if the text is not UTF-8 */
     va_end(arguments);
     return -1;
 }

@@ -1,4 +1,4 @@
-/* What went wrong, in CNI's terms. */
+/* An error in the terms of CNI. */
 #pragma once
 
 #include <jansson.h>
@@ -14,12 +14,12 @@ enum {
     CNI_UNAVAILABLE = 50,
 };
 
-/* Texts are JSON strings, as the agent's may be long; NULL stands for none. */
+/* Texts are JSON strings, because those of the agent may be long; NULL means none. */
 struct failure {
     int code;
     json_t *msg, *details;
 };
 
-/* Fills `failure` and returns -1, so that a check can end with `return fail(...)`. */
+/* Fills `failure` and returns -1; so a check can end with `return fail(...)`. */
 int fail(struct failure *failure, int code, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

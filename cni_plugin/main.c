@@ -1,7 +1,7 @@
-/* sluice-cni: carries a container runtime's CNI request to the node's agent and prints the answer.
+/* sluice-cni: forwards the CNI request of the container runtime to the agent of the node and prints the reply.
  *
- * The rule behind every branch: no pod of an enrolled namespace starts uncaptured, and nothing that goes
- * wrong here ever keeps a pod from being removed. */
+ * Two rules decide every branch: no pod of an enrolled namespace starts uncaptured, and no error in the plugin
+ * prevents the removal of a pod. */
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -14,11 +14,11 @@
 #include "deadline.h"
 #include "output.h"
 
-enum { DEL_MS = 5000 }; /* a runtime that removes a pod does not wait longer for a courtesy */
+enum { DEL_MS = 5000 }; /* the reply to DEL changes nothing, so the runtime must not wait long for it */
 
 #define ANNOTATIONS "io.kubernetes.cri.pod-annotations"
 
-/* A pod can ask for capture itself; what the agent wrote about its namespace does not hold for it then. */
+/* Returns true if the pod asks for capture by an annotation. The agent's file for its namespace then does not apply. */
 static bool enrols_itself(const struct config *config)
 {
     json_t *runtime = json_object_get(config->root, "runtimeConfig");
@@ -26,7 +26,7 @@ static bool enrols_itself(const struct config *config)
     return mode && (!json_is_string(mode) || strcmp(json_string_value(mode), "none"));
 }
 
-/* Whether the agent left word, as a file beside its socket, that nothing in this namespace is enrolled. */
+/* Returns true if the agent marked this namespace as not enrolled (file exempt/NAMESPACE next to the socket). */
 static bool is_exempt(const struct call *call, const struct config *config)
 {
     char path[sizeof config->socket + sizeof "/exempt/" + sizeof call->namespace];
@@ -40,8 +40,8 @@ static bool is_exempt(const struct call *call, const struct config *config)
 
 static int unreachable(const struct call *call, const char *why, struct failure *failure)
 {
-    failure->details = json_string("see that the Sluice agent runs on this node: its log and `sluice status` "
-                                   "tell why not; the runtime tries again by itself");
+    failure->details = json_string("is the Sluice agent running on this node? See its log and `sluice status`. "
+                                   "The runtime will retry.");
     if (call->verb == VERB_STATUS)
         return fail(failure, CNI_UNAVAILABLE, "%s", why);
     if (call->verb == VERB_GC)
@@ -57,7 +57,7 @@ static int open_netns(const char *path)
 static void forget(struct call *call, struct config *config, int64_t start, struct failure *ignored)
 {
     char why[MAX_WHY];
-    config_check(config, ignored); /* a key that is bad now was not when the pod was added */
+    config_check(config, ignored); /* ignore bad keys: they were good when the pod was added */
     if (!*config->socket || call_read(call, ignored))
         return;
     int64_t wait = config->timeout_ms < DEL_MS ? config->timeout_ms : DEL_MS;
@@ -71,7 +71,7 @@ static int capture(const struct call *call, const struct config *config, int64_t
     char why[MAX_WHY];
     if (!config->prev_result)
         return fail(failure, CNI_BAD_CONFIG, "prevResult: missing; chain sluice-cni after a primary plugin");
-    /* Also when its annotations ask for capture: the agent would not capture it either. */
+    /* This wins over the pod's annotations: the agent would not capture the pod either. */
     if (config_excludes(config, call->namespace) || config_exempts(config, call->namespace, call->name))
         return 0;
     int netns = open_netns(call->netns);
@@ -103,7 +103,7 @@ static int carry_out(struct call *call, struct config *config, int64_t start, st
     if (config_check(config, failure) || call_read(call, failure))
         return -1;
     if (!config_at_least(config, SINCE[call->verb]))
-        return fail(failure, CNI_INCOMPATIBLE, "cniVersion: %s has no %s; it came with %s", config->version,
+        return fail(failure, CNI_INCOMPATIBLE, "cniVersion: %s does not support %s; use %s or later", config->version,
                     verb_name(call->verb), SINCE[call->verb]);
     int64_t deadline = start + config->timeout_ms;
     if (call->verb == VERB_ADD || call->verb == VERB_CHECK)
@@ -116,7 +116,7 @@ static int answer(struct call *call, struct config *config, struct failure *fail
 {
     int64_t start = now_ms();
     if (call_verb(call, failure)) {
-        struct failure second = {0}; /* read all the same, to tell the first in the version asked for */
+        struct failure second = {0}; /* read the configuration anyway: it says in which version to print the error */
         config_read(config, start + DEFAULT_SECONDS * 1000, &second);
         json_decref(second.msg);
         return print_failure(config, failure);
@@ -124,7 +124,7 @@ static int answer(struct call *call, struct config *config, struct failure *fail
     int64_t wait = call->verb == VERB_DEL ? DEL_MS : DEFAULT_SECONDS * 1000;
     int unreadable = config_read(config, start + wait, failure);
     if (call->verb == VERB_VERSION)
-        return print_versions(config); /* in the newest version, if the input names none that we know */
+        return print_versions(config); /* in the newest version, if the input names no supported one */
     if (call->verb == VERB_DEL) {
         if (!unreadable)
             forget(call, config, start, failure);
@@ -140,7 +140,7 @@ int main(void)
     struct call call = {0};
     struct config config = {0};
     struct failure failure = {0};
-    signal(SIGPIPE, SIG_IGN); /* a runtime that went away shows as an error of write */
+    signal(SIGPIPE, SIG_IGN); /* write() reports a runtime that has exited */
     int code = answer(&call, &config, &failure);
     json_decref(failure.msg);
     json_decref(failure.details);

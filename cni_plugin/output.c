@@ -5,7 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Takes over `value`. */
+/* Prints `value` and releases it. */
 static int print(json_t *value)
 {
     char *text = json_dumps(value, JSON_COMPACT);
@@ -23,7 +23,7 @@ static int print(json_t *value)
 
 int print_result(const struct config *config)
 {
-    /* Already so in a correct chain; a result must be in the version that the configuration asks for. */
+    /* The result must have the version of the configuration. In a correct chain it already has. */
     json_object_set_new(config->prev_result, "cniVersion", json_string(config->version));
     return print(json_incref(config->prev_result));
 }
@@ -37,9 +37,9 @@ int print_versions(const struct config *config)
 int print_failure(const struct config *config, const struct failure *failure)
 {
     json_t *object = json_pack("{s:s, s:i}", "cniVersion", config->version, "code", failure->code);
-    json_t *msg = failure->msg ? json_incref(failure->msg) : json_string("no reason given");
+    json_t *msg = failure->msg ? json_incref(failure->msg) : json_string("unknown error");
     json_object_set_new(object, "msg", msg);
-    json_object_set(object, "details", failure->details); /* leaves the key out when there is none */
+    json_object_set(object, "details", failure->details); /* adds no key for NULL */
     print(object);
     return 1;
 }

@@ -1,9 +1,9 @@
-/* The only place that writes: one JSON object on standard output. */
+/* Writes one JSON object to standard output. Nothing else in the plugin writes. */
 #pragma once
 
 #include "config.h"
 
-/* Print and return the exit code: 0, or 1 for a failure and when standard output does not take it. */
+/* Each prints and returns the exit code: 0; 1 for a failure and if the write fails. */
 int print_result(const struct config *config);
 int print_versions(const struct config *config);
 int print_failure(const struct config *config, const struct failure *failure);

@@ -12,7 +12,7 @@
 
 #include "deadline.h"
 
-/* The other end, for messages, and until when. */
+/* A connection to the agent, with its path for error messages and its deadline. */
 struct link {
     int fd;
     const char *path;
@@ -33,20 +33,20 @@ void frame_close(struct frame *frame, size_t size)
     frame->size = sizeof header + size;
 }
 
-/* A unix connect that finds the backlog full does not become pollable: non-blocking it fails at once. So it
- * blocks, for as long as the send timeout says; everything after it is non-blocking with poll. */
+/* When the backlog is full, a non-blocking connect() of a unix socket fails at once and cannot be polled. So
+ * connect() blocks, bounded by the send timeout. Everything after it is non-blocking, with poll(). */
 static int link_open(struct link *link)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int left = left_ms(link->deadline);
     if (left == 0)
-        left = 1; /* a timeout of zero would mean none */
+        left = 1; /* zero would mean no timeout */
     struct timeval timeout = {.tv_sec = left / 1000, .tv_usec = left % 1000 * 1000};
     link->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (link->fd < 0)
         return broken(link, "socket for", strerror(errno));
     if (setsockopt(link->fd, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof timeout))
-        return broken(link, "bound waiting for", strerror(errno));
+        return broken(link, "set send timeout on", strerror(errno));
     memcpy(address.sun_path, link->path, strlen(link->path) + 1);
     while (connect(link->fd, (struct sockaddr *)&address, sizeof address)) {
         if (errno == EINTR && left_ms(link->deadline))
@@ -68,12 +68,12 @@ static int wait_for(const struct link *link, short event, const char *operation)
     return ready ? 0 : broken(link, operation, "no answer in time");
 }
 
-/* One sendmsg; a descriptor to pass, unless it is negative. */
+/* Calls sendmsg() once; passes the descriptor `passed` unless it is negative. */
 static ssize_t send_some(int fd, const void *bytes, size_t size, int passed)
 {
     struct iovec part = {.iov_base = (void *)bytes, .iov_len = size};
     union {
-        struct cmsghdr header; /* for its alignment */
+        struct cmsghdr header; /* for alignment */
         char bytes[CMSG_SPACE(sizeof(int))];
     } control = {0};
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
@@ -111,7 +111,7 @@ static int receive(const struct link *link, void *bytes, size_t size)
             return -1;
         ssize_t count = recv(link->fd, (char *)bytes + have, size - have, MSG_DONTWAIT);
         if (count == 0)
-            return broken(link, "receive from", "closed before the whole answer was there");
+            return broken(link, "receive from", "connection closed before the end of the reply");
         if (count < 0 && errno != EAGAIN && errno != EINTR)
             return broken(link, "receive from", strerror(errno));
         have += count > 0 ? (size_t)count : 0;
@@ -126,7 +126,7 @@ static ptrdiff_t exchange(const struct link *link, const struct frame *request, 
         return -1;
     size_t size = ntohl(header);
     if (size > MAX_REPLY)
-        return broken(link, "receive from", "the answer is larger than the protocol allows");
+        return broken(link, "receive from", "the reply is larger than the protocol allows");
     return receive(link, reply, size) ? -1 : (ptrdiff_t)size;
 }
 

@@ -1,4 +1,5 @@
-/* The wire to the agent: a unix stream, each way one frame of 4 bytes length (big-endian) and JSON. */
+/* The protocol with the agent: over a unix stream socket, one frame in each direction. A frame is a length of
+ * 4 bytes (big-endian) and JSON. */
 #pragma once
 
 #include <stddef.h>
@@ -13,11 +14,11 @@ struct frame {
     unsigned char bytes[4 + MAX_REQUEST];
 };
 
-/* Puts the header before a payload of `size` bytes that is already in place. */
+/* Writes the header of a frame; the payload of `size` bytes is already in place. */
 void frame_close(struct frame *frame, size_t size);
 
-/* Sends `request`, with `netns` (if not negative) riding on its first byte, and reads the answer into `reply`
- * (MAX_REPLY bytes). Returns the answer's size; or -1, and then `why` (MAX_WHY bytes) holds the operation and
- * the kernel's words. */
+/* Sends `request`, with the descriptor `netns` (if not negative) attached to the first byte, and reads the reply
+ * into `reply` (MAX_REPLY bytes). Returns the size of the reply; on failure -1, and `why` (MAX_WHY bytes) holds
+ * the operation and the kernel's error text. */
 ptrdiff_t agent_ask(const char *path, const struct frame *request, int netns, int64_t deadline, char *reply,
                     char *why);

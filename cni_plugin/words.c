@@ -4,7 +4,7 @@
 
 #include <jansson.h>
 
-/* Not <ctype.h>: its answers depend on the locale, and it must not be given negative chars. */
+/* Not <ctype.h>: it depends on the locale and is undefined for negative chars. */
 static bool is_lower_or_digit(char c)
 {
     return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9');

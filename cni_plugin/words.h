@@ -1,4 +1,4 @@
-/* The shapes that words from outside must have. Pure. */
+/* Checks for strings from outside. Pure. */
 #pragma once
 
 #include <stdbool.h>
@@ -7,15 +7,15 @@
 /* 1 to 63 of [a-z0-9-], no '-' at either end: a Kubernetes namespace. Safe as a file name. */
 bool is_dns_label(const char *word, size_t length);
 
-/* 1 to 253 of [a-z0-9.-] that begin with a letter or digit: the name of a pod, or how one begins. */
+/* 1 to 253 of [a-z0-9.-], the first a letter or digit: a pod name or the beginning of one. */
 bool is_pod_name(const char *word, size_t length);
 
-/* CNI's rule for container ids and network names: alphanumeric, then also '_', '.' and '-'; up to `most`. */
+/* CNI's rule for container ids and network names: an alphanumeric, then also '_', '.' and '-'; at most `most`. */
 bool is_identifier(const char *word, size_t most);
 
-/* CNI's rule for interface names, which is the kernel's: 1 to 15 bytes, none of '/', ':' and white space.
- * Also UTF-8, as it has to travel in JSON. */
+/* CNI's and the kernel's rule for interface names: 1 to 15 bytes without '/', ':' and white space. The name must
+ * also be UTF-8, because it is sent as JSON. */
 bool is_interface_name(const char *word);
 
-/* Whether JSON can carry it. */
+/* Returns true if JSON can carry the string. */
 bool is_utf8(const char *word);
