@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Sluice: every target says what it does, is safe to repeat, and fails with one clear line.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python

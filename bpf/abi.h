@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* What the programs and the agent both read and write: agent/backends/ebpf/abi.py, compared by BTF in the tests.
  *
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d; ports are in network order too. No structure has

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* The maps of the programs that account for connections. Sizes are settings of the agent. */
 #ifndef SLUICE_ACCOUNT_MAPS_H
 #define SLUICE_ACCOUNT_MAPS_H

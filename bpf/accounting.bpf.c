@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Accounts for every TCP connection of enrolled pods, at the application's own socket, whatever captures it.
  *
  * sockops on the root cgroup. Whether a connection was captured is proven by ztunnel's end of the same connection: both ends

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* How a connection becomes a record, and records become totals: what the programs that account share. */
 #ifndef SLUICE_ACCOUNTING_H
 #define SLUICE_ACCOUNTING_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* ztunnel binds a client's address, to speak for it: it gets one of lo, and the application is shown the client's.
  *
  * So the answers of the application find their way without marks, rules and routes. cgroup/bind4 and bind6.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* An application connects: towards ztunnel, and the socket remembers where it wanted to go.
  *
  * cgroup/connect4 and connect6 run once for each connect, TCP Fast Open and connected UDP included, before anything

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* DNS over sockets that are not connected: each query goes to ztunnel, each answer seems to come from the resolver.
  *
  * ztunnel tells queries apart by the address and port that they come from. A socket that asks several resolvers gets a

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Hands what one end of a connection remembers to its other end, in the same namespace, while it is being made. */
 #include "socket.h"
 #include "sockops.h"

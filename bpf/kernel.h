@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* What is read of the kernel's own structures; libbpf finds where their members are when it loads a program (CO-RE). */
 #ifndef SLUICE_KERNEL_H
 #define SLUICE_KERNEL_H

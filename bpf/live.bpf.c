@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Looks at every connection that lives: its bytes so far are counted, and those whose fate has shown meanwhile; or lists them,
  * or says which sockets have an account at all.
  *

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Whom a connection that comes in is for: ztunnel's own socket, taken from its process, whoever else listens.
  *
  * sk_lookup runs once for each SYN that no connection of the namespace claims. SK_DROP makes the kernel answer with a

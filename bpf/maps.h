@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* The maps of the programs that capture: one in all objects, by their pins. Sizes are settings of the agent. */
 #ifndef SLUICE_MAPS_H
 #define SLUICE_MAPS_H

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Whom a socket seems to speak with: what the application asked for, what ztunnel has to know, whom it speaks for. */
 #include "socket.h"
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* A packet on its way through an interface, read as far as the decisions need. */
 #ifndef SLUICE_PACKET_H
 #define SLUICE_PACKET_H

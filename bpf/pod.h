@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* What is to become of a connection or a query: the rules, in the order of the NAT chains of the other backends. */
 #ifndef SLUICE_POD_H
 #define SLUICE_POD_H

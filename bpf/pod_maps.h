@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* The maps that decisions are made by. The programs that capture and those that account for it have their own each. */
 #ifndef SLUICE_POD_MAPS_H
 #define SLUICE_POD_MAPS_H

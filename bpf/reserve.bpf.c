@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Refuses (EPERM) ztunnel's ports and mark to all other processes of captured pods. cgroup/bind and cgroup/connect.
  *
  * ztunnel's listeners have SO_REUSEPORT: a process of the same user could join them, or bind a more specific address, and

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* What the programs at the socket calls share: who calls, and what a socket remembers. */
 #ifndef SLUICE_SOCKET_H
 #define SLUICE_SOCKET_H

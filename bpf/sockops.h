@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Both ends of a connection, as its socket has them. */
 #ifndef SLUICE_SOCKOPS_H
 #define SLUICE_SOCKOPS_H

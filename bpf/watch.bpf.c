@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Sees what leaves the pod by its interfaces past any capture: tcx egress, on every one but lo, where rules capture.
  *
  * A SYN that should have been captured and leaves is a leak, whether it is of a socket, whose account then says so, or was

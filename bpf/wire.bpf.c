@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* What enters and leaves the pod by its interfaces, packet by packet: tcx, on every one but lo.
  *
  * Counts, or refuses, what is neither TCP nor captured DNS. Outbound it is the last guard: a SYN that should have been

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The request to the agent, and its reply. */
 #pragma once
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The call of the runtime: the CNI_ variables of the environment. */
 #pragma once
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The network configuration on standard input: the keys of CNI and of sluice-cni. */
 #pragma once
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* One deadline bounds the whole call: the runtime does not start the pod before the plugin returns. */
 #pragma once
 

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* sluice-cni: forwards the CNI request of the container runtime to the agent of the node and prints the reply.
  *
  * Two rules decide every branch: no pod of an enrolled namespace starts uncaptured, and no error in the plugin

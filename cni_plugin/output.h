@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Writes one JSON object to standard output. Nothing else in the plugin writes. */
 #pragma once
 

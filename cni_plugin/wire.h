@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* The protocol with the agent: over a unix stream socket, one frame in each direction. A frame is a length of
  * 4 bytes (big-endian) and JSON. */
 #pragma once

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: Apache-2.0 */
 /* Checks for strings from outside. Pure. */
 #pragma once
 

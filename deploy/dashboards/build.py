@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """Writes sluice.json, the dashboard for Grafana 9 and later, into this directory. usage: deploy/dashboards/build.py"""
 
 from __future__ import annotations

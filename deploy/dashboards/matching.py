@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Label matchers from the dashboard's variables, and queries for the rates of counters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panels of the agents and their dependencies."""
 
 from __future__ import annotations

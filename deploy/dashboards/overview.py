@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panels that show whether all traffic that should be captured is captured. Look here first."""
 
 from __future__ import annotations

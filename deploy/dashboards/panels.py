@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions that build panels, variables and rows of Grafana's JSON model (schemaVersion 36, Grafana 9.0)."""
 
 from __future__ import annotations

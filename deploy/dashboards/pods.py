@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panels of the connections, bytes and sockets of one workload or pod."""
 
 from __future__ import annotations

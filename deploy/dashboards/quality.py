@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Panels of connection quality: round-trip times, durations, retransmissions."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
 # The guided script: what a newcomer does with the lab, and what `make test` and `make test-vm` do with theirs. It prints
 # every command as it was typed on a node with what it said, then whether what it claims about it held; exit 1 if not.
 #   usage: guide.sh [CHAPTER...]       chapters: deploy traffic primary upgrade reboot uninstall; without: all, in order

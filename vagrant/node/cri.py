@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CRI v1 over gRPC with grpcio alone: no generated stubs, an encoder for the few messages that are used.
 
 Fields and numbers: k8s.io/cri-api, pkg/apis/runtime/v1/api.proto.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two images made of Debian's static busybox, as one archive in the layout of `docker save`: no registry, no daemon."""
 
 from __future__ import annotations

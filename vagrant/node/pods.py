@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`pod`: runs pods on a node without a kubelet, as the kubelet would have its runtime run them (CRI v1).
 
 crictl is in no Debian release; this is as much of it as a lab needs, and one command where crictl needs five. The image

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # What a primary CNI leaves on its node: the reference plugins and a list that gives pods addresses. Safe to repeat.
 #   usage: cni.sh SUBNET [RELEASE]      RELEASE 2 is an upgrade of it: its list has one plugin more (tuning)
 set -eu

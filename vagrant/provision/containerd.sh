@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # containerd's configuration as a node of Kubernetes has it: CNI in the usual directories. The image that sandboxes are made
 # of is one that `pod` writes, for a lab asks no registry. Safe to repeat: containerd is restarted only for another file.
 set -eu

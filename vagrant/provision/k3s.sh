@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Flavour k3s: k3s by its own installer at one version, then, on the server, Sluice by its chart with the embedded ztunnel.
 # Fetches from get.k3s.io, GitHub and get.helm.sh. Safe to repeat.
 #   usage: k3s.sh server|agent NODE_IP SERVER_IP TOKEN [CHART]   CHART: the directory deploy/chart/sluice, on the server

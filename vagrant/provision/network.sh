@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Forwarding, and the routes to the pods of the other nodes: now, and after every boot. Safe to repeat.
 #   usage: network.sh [SUBNET=GATEWAY]...      as in 10.244.2.0/24=192.168.61.12
 set -eu

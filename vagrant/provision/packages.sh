@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # What a node needs of Debian 12: runtime, reference CNI plugins, what Sluice runs on. Safe to repeat; asks no mirror
 # when nothing is missing. Runs as root on a node, and while the image of the virtual machines is made.
 #   usage: packages.sh [--list]

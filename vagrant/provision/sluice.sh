@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # Puts the Sluice of an archive of tools/dist on this node, beside those that are there, and makes it the current one.
 # What runs goes on running until its service is restarted. Safe to repeat.
 #   usage: sluice.sh ARCHIVE      $SLUICE_BACKEND: auto

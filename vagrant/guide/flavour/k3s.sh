@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # k3s, with Sluice by its chart (provision/k3s.sh has installed it); pods by kubectl on the server. For guide.sh.
 # It needs the cluster's images from their registries, so no test runs it.
 # shellcheck shell=bash disable=SC2034,SC2154

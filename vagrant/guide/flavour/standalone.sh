@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Nodes with Debian's packages alone: Sluice from an archive, run by systemd; pods by vagrant/node/pod. For guide.sh.
 # shellcheck shell=bash disable=SC2034,SC2154
 sluice=sluice conf=/etc/cni/net.d

@@ -1,3 +1,4 @@
+{{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
 {{/* A container of the agent's image with its mounts. */}}
 {{- define "sluice.container" -}}
 image: {{ include "sluice.image" .root | quote }}

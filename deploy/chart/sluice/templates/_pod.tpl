@@ -1,3 +1,4 @@
+{{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
 {{/* What the agent's pods, and those of the embedded ztunnel, have alike. */}}
 {{- define "sluice.podSpec" -}}
 priorityClassName: {{ .Values.priorityClassName }}
