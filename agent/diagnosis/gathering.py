@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
@@ -13,20 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from agent import __version__
-from agent.backends.hostprobes import nft_rendering, xt_rendering
+from agent.backends.hostprobes import nft_rendering, xt_rendering, xt_sets
 from agent.core.errors import SluiceError
+from agent.core.sockets import TcpSocket, TcpState
+from agent.core.sockets import text as endpoint
+from agent.core.tcpinfo import TcpReport
+from agent.core.text import table
 from agent.diagnosis.bundle import MOST, Bundle, safe
 from agent.diagnosis.facts import Facts
+from agent.install.hostroot import HostRoot
 from agent.kernel import bpffs, bpfquery, exec
 from agent.kernel.adminsocket import ask
 from agent.kernel.bpf import AttachType
+from agent.kernel.ipset import IpsetSocket
 from agent.kernel.netns import Netns
+from agent.kernel.sockdiag import SockDiag
 from agent.sources import existing
 
 _RECORDS = "500"
-_FILES = ("/etc/os-release", "/proc/version", "/proc/cmdline", "/proc/modules", "/proc/meminfo", "/proc/mounts")
-# In a pod, by the file's name. A program that is not installed is told of.
-_IN_POD: Mapping[str, Sequence[str]] = {
+_FILES = ("/proc/version", "/proc/cmdline", "/proc/modules", "/proc/meminfo", "/proc/mounts")
+# In a pod, by the file's name. deploy/image/layout puts these programs into the image.
+IN_POD: Mapping[str, Sequence[str]] = {
     "nft": ("nft", "-s", "list", "ruleset"),
     "iptables-legacy": ("iptables-legacy-save",),
     "ip6tables-legacy": ("ip6tables-legacy-save",),
@@ -35,11 +43,10 @@ _IN_POD: Mapping[str, Sequence[str]] = {
     "routes": ("ip", "route", "show", "table", "all"),
     "routes6": ("ip", "-6", "route", "show", "table", "all"),
     "addresses": ("ip", "-s", "address"),
-    "sockets": ("ss", "-tanei"),
 }
 # Of the host nothing but what is ours, by the mechanism that made it: its other tables are somebody else's, and a
 # program of the other variant would make tables.
-_EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
+EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
     "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
     "iptables": tuple(
         (f"{program}-nft", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN) for program in ("iptables", "ip6tables")
@@ -48,32 +55,37 @@ _EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
         (f"{program}-legacy", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN)
         for program in ("iptables", "ip6tables")
     ),
-    "ipset": (("ipset", "list"),),
-    "branch-eni": (("ip", "rule"),),
 }
-_ON_HOST: Mapping[str, Sequence[str]] = {
+ON_HOST: Mapping[str, Sequence[str]] = {
     "rules": ("ip", "rule"),
     "rules6": ("ip", "-6", "rule"),
     "addresses": ("ip", "-br", "address"),
     "neighbours": ("ip", "neighbour"),
 }
+_SOCKETS = (
+    *("STATE", "LOCAL", "REMOTE", "UID", "INODE", "COOKIE", "MARK"),
+    *("UNREAD", "UNACKED", "SENT", "RECEIVED", "RETRANSMITS", "RTT µs"),
+)
+JOURNAL = ("journalctl", "-u", "sluice", "-u", "sluice-ztunnel", "-n", "5000", "--no-pager", "-o", "short-iso")
 _LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables_names"}
 
 
-def gather(bundle: Bundle, facts: Facts, diagnosis: Any, table: str, pod: str = "") -> None:
+def gather(bundle: Bundle, facts: Facts, diagnosis: Any, findings: str, pod: str = "") -> None:
     """`pod`: of the pods this one alone. What cannot be had is noted in the bundle; nothing is raised."""
     bundle.value("doctor.json", diagnosis)
-    bundle.text("doctor.txt", table + "\n")
+    bundle.text("doctor.txt", findings + "\n")
     bundle.value("settings.json", _settings(facts))
     bundle.value("preflight.json", asdict(facts.preflight))
     _node(bundle, facts)
     _agent(bundle, facts, pod)
     _cni(bundle, facts)
     _programs(bundle)
-    for name, argv in _ON_HOST.items():
+    for name, argv in ON_HOST.items():
         _command(bundle, f"host/{name}.txt", argv)
-    for argv in (argv for layer in facts.host.probes for argv in _EXEMPTION.get(layer, ())):
+    for argv in (argv for layer in facts.host.probes for argv in EXEMPTION.get(layer, ())):
         _command(bundle, f"host/{argv[0]}.txt", argv)
+    if "ipset" in facts.host.probes:
+        _try(bundle, "host/ipset.json", _sets)
     _pods(bundle, facts, pod)
     _log(bundle, facts)
 
@@ -91,6 +103,9 @@ def _node(bundle: Bundle, facts: Facts) -> None:
     bundle.value("host/view.json", asdict(facts.host))
     for path in _FILES:
         _file(bundle, f"node/{safe(Path(path).name)}.txt", Path(path))
+    with contextlib.suppress(OSError):
+        # The node's, and not that of an image.
+        _file(bundle, "node/os-release.txt", HostRoot("/proc/1/root").path("/etc/os-release"))
 
 
 def _agent(bundle: Bundle, facts: Facts, pod: str) -> None:
@@ -116,8 +131,10 @@ def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _try(bundle: Bundle, name: str, asked: Callable[[], Any]) -> None:
+    """What is asked for as text, if it is one, else as JSON."""
     try:
-        bundle.value(name, asked())
+        found = asked()
+        (bundle.text if isinstance(found, str) else bundle.value)(name, found)
     except SluiceError as error:
         bundle.lacks(name, str(error))
 
@@ -161,11 +178,34 @@ def _pods(bundle: Bundle, facts: Facts, pod: str) -> None:
             bundle.lacks(f"{name}/", "; ".join(problems) or "its network namespace is not there")
             continue
         with contextlib.closing(netns):
-            for title, argv in _IN_POD.items():
+            for title, argv in IN_POD.items():
                 if title == "nft" and facts.host.view.nft is None:
                     bundle.lacks(f"{name}/{title}.txt", f"nf_tables: {facts.host.view.nf_tables.value}")
                 elif title not in _LEGACY or netns.call(lambda at=_LEGACY[title]: _any(at)):  # type: ignore[misc]
                     _command(bundle, f"{name}/{title}.txt", argv, netns)
+            _try(bundle, f"{name}/sockets.txt", lambda at=netns: _sockets(at))  # type: ignore[misc]
+
+
+def _sets() -> list[dict[str, Any]]:
+    with contextlib.closing(IpsetSocket()) as ipset:
+        return [asdict(one) for one in xt_sets.read(ipset).values()]
+
+
+def _sockets(netns: Netns) -> str:
+    """TCP sockets as the account reads them. Those in TIME_WAIT have no counts. Raises SluiceError."""
+    with contextlib.closing(netns.call(SockDiag)) as diag:
+        counted = {one.socket.cookie: one for one in diag.reports(TcpState)[0]}
+        rows = [_socket(one, counted.get(one.cookie)) for one in diag.both()]
+    return table(_SOCKETS, rows) + "\n"
+
+
+def _socket(one: TcpSocket, counted: TcpReport | None) -> tuple[object, ...]:
+    mark = f"{one.mark:#x}" if one.mark else ""
+    names = one.state.name, endpoint(one.local), endpoint(one.remote), one.uid, one.inode, one.cookie, mark
+    if counted is None:
+        return (*names, *[""] * (len(_SOCKETS) - len(names)))
+    info = counted.info
+    return (*names, counted.unread, counted.unacked, info.sent, info.received, info.retransmitted, info.rtt)
 
 
 def _any(tables: str) -> bool:
@@ -181,8 +221,12 @@ def _log(bundle: Bundle, facts: Facts) -> None:
     if facts.agent.pid and written.is_file():
         _file(bundle, "agent/log.txt", written)
         return
-    unit = ("journalctl", "-u", "sluice", "-u", "sluice-ztunnel", "-n", "5000", "--no-pager", "-o", "short-iso")
-    _command(bundle, "agent/log.txt", unit)
+    if shutil.which(JOURNAL[0], path=exec.PATH) is None:
+        bundle.lacks(
+            "agent/log.txt", f"not in a file, and no {JOURNAL[0]} here; kubectl logs of the agent's pod shows it"
+        )
+    else:
+        _command(bundle, "agent/log.txt", JOURNAL)
 
 
 def _command(bundle: Bundle, name: str, argv: Sequence[str], within: Netns | None = None) -> None:

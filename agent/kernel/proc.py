@@ -62,6 +62,14 @@ def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
     return frozenset(found)
 
 
+def in_container(proc: str = "/proc") -> bool:
+    """Whether process 1 has another root directory: then programs here are not the node's. False if that is hidden."""
+    try:
+        return not Path(proc, "1/root").samefile("/")
+    except OSError:
+        return False
+
+
 def look(pid: int, proc: str = "/proc") -> Seen | None:
     """The process as it is now, in whichever namespace; None when it has ended. Raises PermissionError."""
     return _look(proc, pid, ())

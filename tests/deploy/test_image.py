@@ -205,7 +205,7 @@ def test_the_image_has_no_shell_compiler_or_package_manager(image: tuple[Path, A
         "dpkg",
         "perl",
     }
-    assert {"sluice", "sluice-cni", "python3.11", "xtables-nft-multi", "xtables-legacy-multi"} <= names
+    assert {"sluice", "sluice-cni", "python3.11", "xtables-nft-multi", "xtables-legacy-multi", "ip", "nft"} <= names
     sites = next((rootfs / "usr/local/lib").glob("python3*/dist-packages"))
     found = {path.name.split("-")[0].lower() for path in sites.glob("*.dist-info")}
     assert found == {"h11", "prometheus_client", "pyyaml", "sluice"}
@@ -227,6 +227,20 @@ def test_captures_a_pod_with_the_charts_capabilities_and_mounts(node: Node, back
     assert (node.get("/healthz"), node.get("/readyz"), node.get("/metrics")) == (200, 200, 200)
     assert agent.stop() == 0
     assert node.ask() == "hello"  # the rules stay, and ztunnel runs on
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables-legacy"])
+def test_a_report_from_the_container_lacks_the_log_alone(node: Node, backend: str) -> None:
+    agent, _ = start(node, backend)
+    done = agent.exec(SLUICE, "report", "--file", "/run/sluice/report.tar.gz", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["missing"].pop("agent/log.txt").endswith("kubectl logs of the agent's pod shows it")
+    assert {*told["missing"]} <= {"node/modules.txt"}, "of a kernel without modules"
+    read = {f"pods/team_a/{name}.txt" for name in ("nft", "rules", "routes6", "addresses", "sockets")}
+    assert read <= {*told["taken"]}
+    tried = json.loads(agent.exec(SLUICE, "preflight", "--backend", "nftables", "-o", "json").stdout)["features"]
+    assert [one["name"] for one in tried if not one["present"]] == [], "nft of the image says nothing of the node's"
 
 
 def test_what_holds_in_the_container(node: Node) -> None:

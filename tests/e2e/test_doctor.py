@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -162,6 +163,7 @@ def test_a_report_of_a_node_that_runs(here: Node, tmp_path: Path) -> None:
     assert json.loads(texts["settings.json"])["from"].startswith("the agent's process ")
     assert json.loads(texts["settings.json"])["values"]["ztunnel_ports"] == ["15001", "15006"]
     assert "redirect to :15006" in texts["pods/shop_shown/nft.txt"]
+    assert re.search(r"LISTEN +\S+:15006", texts["pods/shop_shown/sockets.txt"])
     assert "ready" in texts["agent/log.txt"]
     ended = json.loads(texts["agent/connections.json"])["ended"]
     assert ended and all(row["pod"] == "shown" for row in ended)

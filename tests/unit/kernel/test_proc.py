@@ -27,3 +27,10 @@ def test_one_walk_names_the_holder_of_each_socket() -> None:
 def test_a_pod_with_very_many_descriptors_costs_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proc, "_DESCRIPTORS", 0)
     assert proc.holders([1, 2], HERE) == dict.fromkeys([1, 2], "one of its many processes")
+
+
+@pytest.mark.parametrize(("root", "expected"), [("/", False), ("/proc", True), ("/missing", False)])
+def test_a_container_has_another_root_than_process_1(root: str, expected: bool, tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1/root").symlink_to(root)
+    assert proc.in_container(str(tmp_path)) is expected
