@@ -2,7 +2,7 @@
 
 `python -m tests.bench.shortcut` (root) does the same to a loopback connection without and with a program that moves its
 bytes from socket to socket, and prints what differs. On a kernel where nothing differs the shortcut can be thought of
-again: docs/ebpf.md tells what it would bring.
+again: docs/design/ebpf-sockmap.md says what it would bring.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Istio's own ztunnel on a node without Kubernetes, where SLUICE_REAL_ZTUNNEL names one: docs/ztunnel.md, tried."""
+"""Istio's own ztunnel on a node without Kubernetes, where SLUICE_REAL_ZTUNNEL names one: docs/ztunnel-without-kubernetes.md, tried."""
 
 from __future__ import annotations
 

@@ -47,8 +47,8 @@ class Block:
 
 def documents() -> list[Path]:
     """All that users read, but the transcript, which is generated, and the history."""
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", *sorted(ROOT.glob("docs/*.md"))]
-    found += sorted(ROOT.glob("vagrant/*.md"))
+    names = ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "SECURITY.md")
+    found = [*(ROOT / name for name in names), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("vagrant/*.md"))]
     return [path for path in found if not path.name.startswith("transcript")]
 
 

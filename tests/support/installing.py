@@ -120,7 +120,7 @@ async def running(installer: Installer) -> AsyncIterator[asyncio.Task[None]]:
 
 
 async def until(condition: Callable[[], bool], what: str, seconds: float = 10) -> None:
-    """A bound for a test that fails, not a promise: what is promised is measured, see docs/install.md."""
+    """A bound for a test that fails, not a promise: what is promised is measured, see docs/cni-installation.md."""
     for _ in range(int(seconds * 100)):
         with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
             if condition():
