@@ -89,3 +89,10 @@ def test_each_block_of_commands_says_where_it_is_run() -> None:
 def test_the_tests_of_field_problems_are_those_that_there_are() -> None:
     done = subprocess.run([ROOT / "tools/field-problems", "--print"], capture_output=True, text=True, check=True)
     assert done.stdout == (ROOT / "docs/field-problems.md").read_text(), "run tools/field-problems"
+
+
+def test_the_files_that_the_architecture_names_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    named = re.findall(r"`((?:agent|bpf|cni_plugin|deploy|tests|tools)/[\w./-]+)`", text)
+    assert len(named) > 80
+    assert [name for name in named if not (ROOT / name).exists()] == []

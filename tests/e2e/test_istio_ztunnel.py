@@ -1,4 +1,7 @@
-"""Istio's own ztunnel on a node without Kubernetes, where SLUICE_REAL_ZTUNNEL names one: docs/ztunnel-without-kubernetes.md, tried."""
+"""Istio's own ztunnel on a node without Kubernetes (docs/ztunnel-without-kubernetes.md).
+
+Runs where SLUICE_REAL_ZTUNNEL names a binary.
+"""
 
 from __future__ import annotations
 
