@@ -1,7 +1,7 @@
 """The first step of a start: repairs the pods that an earlier agent captured, before the rest of the agent is loaded.
 
-It needs only the recorded backend and the notes. The loop makes the same pass over every pod again; what fails here is
-left to it. So are pods captured by eBPF, which needs ztunnel's process.
+It needs only the recorded backend and the notes, and imports only that backend. The loop makes the same pass over every
+pod again; what fails here is left to it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from agent.backends.base import lasting
 from agent.backends.choose import LAYERS, Choice, candidates
 from agent.backends.mechanisms import mechanisms
 from agent.core.desired import decide
@@ -43,12 +44,17 @@ def mend(settings: Settings, state: State) -> None:
 def _choice(settings: Settings) -> Choice | None:
     """The recorded choice; None where the settings or the kernel may lead to another one now."""
     old = recorded.load(settings.run_dir)
-    if old is None or old.release != os.uname().release or old.backend == "ebpf" or old.backend not in LAYERS:
+    if old is None or old.release != os.uname().release or old.backend not in LAYERS:
         return None
     if next(iter(candidates(settings.backend, None, old))) != old.backend:
         return None
-    backends = mechanisms(ipv6=settings.ipv6)
-    return Choice(old.backend, old.reason, tuple(backends[layer] for layer in LAYERS[old.backend]), ())
+    by_socket, pins = old.backend == "ebpf", None
+    if by_socket:
+        from agent.backends.ebpf.pins import Pins
+
+        pins = Pins.of(settings.bpf_dir)
+    layers = mechanisms(LAYERS[old.backend], ipv6=settings.ipv6, pins=pins, sizes=settings.bpf_map_sizes)
+    return Choice(old.backend, old.reason, tuple(layers.values()), (), by_socket=by_socket)
 
 
 def _mend(settings: Settings, state: State, choice: Choice) -> None:
@@ -70,6 +76,9 @@ def _mend(settings: Settings, state: State, choice: Choice) -> None:
             namespaces.restore(note)
             outside.restore(note.pod.uid, note.outside)
             try:
+                target = namespaces.resolve(note.pod)
+                if any(layer.waits(target) for layer in lasting(choice.active)):
+                    continue  # it may be captured by rules still, in a change to eBPF
                 done = enrolment.enrol(note.pod, decision.redirect, ()).done
             except SluiceError as error:
                 log.info("pod %s is left to its first pass: %s", note.pod.key, error)

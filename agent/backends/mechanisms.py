@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from agent.backends.base import Backend
-from agent.backends.conntrack import ConntrackBackend
-from agent.backends.ebpf.backend import EbpfBackend
-from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.programs import ProgramsBackend
-from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.backends.iptables.backend import IptablesBackend
-from agent.backends.iptables.legacy import IptablesLegacyBackend
-from agent.backends.nftables.backend import NftablesBackend
-from agent.backends.routing import RoutingBackend
 from agent.core import names
+
+if TYPE_CHECKING:
+    from agent.backends.ebpf.pins import Pins
+    from agent.backends.ebpf.ztunnels import Ztunnels
+
+LAYERS = ("routing", "conntrack", "nftables", "iptables", "iptables-legacy", "ebpf-programs", "ebpf")
 
 
 def mechanisms(
+    layers: Collection[str] = LAYERS,
     *,
     ipv6: bool = True,
     pins: Pins | None = None,
     ztunnels: Ztunnels | None = None,
     sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Backend]:
-    """Fresh ones; none is probed yet. Without `ipv6` none of them needs IPv6 of the node.
+    """Fresh ones of these `layers`; none is probed yet. Only their modules are imported: a start's first step is short.
 
-    `pins`: where eBPF's are, by default where an agent has them by default; `ztunnels`: the processes that are known;
-    `sizes`: of its maps, by name.
+    Without `ipv6` none of them needs IPv6 of the node. `pins`: where eBPF's are, by default where an agent has them by
+    default; `ztunnels`: the processes that are known; `sizes`: of its maps, by name.
     """
-    where, known = pins or Pins.of(names.BPF_DIR), ztunnels or Ztunnels()
-    netfilter = (NftablesBackend(ipv6=ipv6), IptablesBackend(ipv6=ipv6), IptablesLegacyBackend(ipv6=ipv6))
-    ebpf = (ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes))
-    made: tuple[Backend, ...] = (RoutingBackend(), ConntrackBackend(), *netfilter, *ebpf)
+    made = [_netfilter(layer, ipv6=ipv6) for layer in layers if not layer.startswith("ebpf")]
+    if "ebpf" in layers:
+        from agent.backends.ebpf.backend import EbpfBackend
+        from agent.backends.ebpf.pins import Pins
+        from agent.backends.ebpf.programs import ProgramsBackend
+        from agent.backends.ebpf.ztunnels import Ztunnels
+
+        where, known = pins or Pins.of(names.BPF_DIR), ztunnels or Ztunnels()
+        made += [ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes)]
     return {backend.name: backend for backend in made}
+
+
+def _netfilter(layer: str, *, ipv6: bool) -> Backend:
+    if layer == "nftables":
+        from agent.backends.nftables.backend import NftablesBackend
+
+        return NftablesBackend(ipv6=ipv6)
+    if layer == "iptables":
+        from agent.backends.iptables.backend import IptablesBackend
+
+        return IptablesBackend(ipv6=ipv6)
+    if layer == "iptables-legacy":
+        from agent.backends.iptables.legacy import IptablesLegacyBackend
+
+        return IptablesLegacyBackend(ipv6=ipv6)
+    if layer == "conntrack":
+        from agent.backends.conntrack import ConntrackBackend
+
+        return ConntrackBackend()
+    from agent.backends.routing import RoutingBackend
+
+    return RoutingBackend()

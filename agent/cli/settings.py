@@ -11,8 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.settings import HELP, Settings, build
@@ -113,6 +111,8 @@ def environment(variables: Mapping[str, str]) -> Layer:
 
 
 def _file(path: str) -> Layer:
+    import yaml  # takes longer than all other settings code, and a start without a file does not need it
+
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:

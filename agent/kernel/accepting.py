@@ -13,12 +13,18 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
+
+from agent.kernel.unixsocket import listen
 
 log = logging.getLogger("sluice.socket")
 RESERVE = 64  # descriptors kept free for CNI, ZDS and what an ADD opens
 _QUIET = 60.0  # seconds between two log lines of one kind
+_AT_ONCE = 512  # connections to a unix socket that are served; a node has fewer pods
+_LOOK = 1.0  # seconds between two looks whether the file is still there
 _RESET = struct.pack("ii", 1, 0)  # struct linger: closing resets, and keeps nothing
+Handle = Callable[[socket.socket], Coroutine[Any, Any, None]]
 
 
 class Seldom:
@@ -91,9 +97,7 @@ def host(address: Any) -> str:
     return str(getattr(known, "ipv4_mapped", known))
 
 
-async def strangers(
-    listener: socket.socket, limits: Limits, handle: Callable[[socket.socket], Coroutine[Any, Any, None]]
-) -> None:
+async def strangers(listener: socket.socket, limits: Limits, handle: Handle) -> None:
     """Serves each connection in its own task and resets those beyond the limits, until cancelled. Closes them all."""
     broken, refused = Seldom(logging.ERROR), Seldom()
 
@@ -121,3 +125,37 @@ async def strangers(
                     limits.enter(key)
                     tasks.create_task(one(sock, key))
                 await asyncio.sleep(0)  # accepting alone would not let anybody else run while there is a queue
+
+
+async def serve(path: str, kind: int, handle: Handle) -> None:
+    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind.
+
+    A file that somebody removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when it is
+    ours by then (net.UnixListener.Close). One that is another socket by now is left to whoever made it.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
+        while True:
+            await asyncio.sleep(_LOOK)
+            if not Path(path).is_socket():
+                log.warning("the socket %s was removed; it is made again", path)
+                accepting.cancel()
+                accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
+
+
+async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
+    """Only root connects here, so connections beyond the limit wait in the queue and are not refused."""
+    room, broken = asyncio.Semaphore(_AT_ONCE), Seldom(logging.ERROR)
+
+    async def one(sock: socket.socket) -> None:
+        try:
+            await handle(sock)
+        finally:
+            room.release()
+
+    with listener:
+        while True:
+            await room.acquire()
+            sock, _ = await accept(listener, broken)
+            tasks.create_task(one(sock))
+            await asyncio.sleep(0)

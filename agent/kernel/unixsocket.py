@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
-import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 from agent.core.errors import SluiceError
-from agent.kernel.accepting import Seldom, accept
-
-log = logging.getLogger("sluice.socket")
-_AT_ONCE = 512  # connections that are served; a node has fewer pods
-_LOOK = 1.0  # seconds between two looks whether the file is still there
 
 
 def listen(path: str, kind: int) -> socket.socket:
@@ -43,43 +34,6 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     """(pid, uid) of the process that connected."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
-
-
-Handle = Callable[[socket.socket], Coroutine[Any, Any, None]]
-
-
-async def serve(path: str, kind: int, handle: Handle) -> None:
-    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind.
-
-    A file that somebody removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when it is
-    ours by then (net.UnixListener.Close). One that is another socket by now is left to whoever made it.
-    """
-    async with asyncio.TaskGroup() as tasks:
-        accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
-        while True:
-            await asyncio.sleep(_LOOK)
-            if not Path(path).is_socket():
-                log.warning("the socket %s was removed; it is made again", path)
-                accepting.cancel()
-                accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))
-
-
-async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
-    """Only root connects here, so connections beyond the limit wait in the queue and are not refused."""
-    room, broken = asyncio.Semaphore(_AT_ONCE), Seldom(logging.ERROR)
-
-    async def one(sock: socket.socket) -> None:
-        try:
-            await handle(sock)
-        finally:
-            room.release()
-
-    with listener:
-        while True:
-            await room.acquire()
-            sock, _ = await accept(listener, broken)
-            tasks.create_task(one(sock))
-            await asyncio.sleep(0)
 
 
 def claim(directory: Path) -> int:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 from agent.core.errors import ProtocolError
-from agent.kernel.unixsocket import peer, serve
+from agent.kernel.accepting import serve
+from agent.kernel.unixsocket import peer
 from agent.sources import cni_wire
 from agent.sources.cni import CniService
 from agent.sources.cni_wire import CniReply

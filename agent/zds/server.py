@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from agent.core.errors import KernelError, NoZtunnelError, ProtocolError, ZtunnelError
 from agent.core.pods import Pod
+from agent.kernel.accepting import serve
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.process import Process
-from agent.kernel.unixsocket import peer, serve
+from agent.kernel.unixsocket import peer
 from agent.zds import messages
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 

@@ -8,10 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import bpftool
+from support.ebpf_agents import agent
+from support.ebpf_pod import APP, PEER, POD, accepted, carries, from_client, stage, waiting
 
 from agent.app.early import mend
 from agent.backends.choose import Recorded
 from agent.core.pods import Pod
+from agent.core.redirect import Redirect
 from agent.core.settings import Settings
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
@@ -64,6 +68,53 @@ def test_rules_are_back(
         assert note.captured is captured and note.pod.uid == "u1"
     finally:
         unpin(state.pin("u1"))
+
+
+def test_ebpf_programs_are_attached_again(tmp_path: Path) -> None:
+    """The listeners are in the maps, so ztunnel is not needed. Where they are not, the first passes decide."""
+    with stage(Redirect(), name="slu-early") as node, agent(node) as other:
+        settings = Settings(run_dir=str(tmp_path), backend="ebpf", bpf_dir=str(node.node.pins.root))
+        recorded.save(settings.run_dir, replace(RECORD, backend="ebpf"))
+        state = State(settings.run_dir)
+        marks = {"istio.io/dataplane-mode": "ambient"}
+        pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
+        state.save(Note(pod, True, node.pod.target.netns.id))
+        for link in (node.node.pins.node.link("connect4"), node.node.pins.pod(node.pod.cookie).link("lookup")):
+            run(["bpftool", "link", "detach", "id", str(bpftool.shown("link", "show", "pinned", str(link))["id"])])
+        try:
+            with node.pod.make() as app:
+                app.settimeout(0.2)
+                with pytest.raises(TimeoutError):
+                    app.connect((PEER[4], APP))
+            assert not waiting(node.app), "a connection of an enrolled pod has escaped"
+            mend(settings, state)
+            assert not other.wrong(Redirect(hbone=False, marks=False)), "as the loop wants a pod without 15008"
+            with node.pod.make() as app:
+                app.connect((PEER[4], APP))
+                with accepted(node.ztunnel.outbound) as inner:
+                    carries(app, inner)
+            near, inner = from_client(node, "IPv4")
+            with near, inner:
+                carries(near, inner)
+        finally:
+            unpin(state.pin("u1"))
+
+
+def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
+    """Until ztunnel's listeners are known the old rules stay in force, and the agent's loop knows about these."""
+    with stage(Redirect(), name="slu-early", ztunnel=False) as node, agent(node) as other:
+        settings = Settings(run_dir=str(tmp_path), backend="ebpf", bpf_dir=str(node.node.pins.root))
+        recorded.save(settings.run_dir, replace(RECORD, backend="ebpf"))
+        other.remove()
+        state = State(settings.run_dir)
+        marks = {"istio.io/dataplane-mode": "ambient"}
+        pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
+        state.save(Note(pod, True, node.pod.target.netns.id))
+        try:
+            mend(settings, state)
+            assert not other.wrong(None), "nothing of the pod was made"
+        finally:
+            unpin(state.pin("u1"))
 
 
 def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import SluiceError
-from agent.kernel import unixsocket
+from agent.kernel import accepting, unixsocket
 
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(unixsocket, "_LOOK", 0.02)
+    monkeypatch.setattr(accepting, "_LOOK", 0.02)
     return tmp_path / "z.sock"
 
 
@@ -39,7 +39,7 @@ async def greet(sock: socket.socket) -> None:
 
 def during(path: Path, play: object) -> None:
     async def run() -> None:
-        server = asyncio.create_task(unixsocket.serve(str(path), socket.SOCK_STREAM, greet))
+        server = asyncio.create_task(accepting.serve(str(path), socket.SOCK_STREAM, greet))
         try:
             await play()  # type: ignore[operator]
         finally:
