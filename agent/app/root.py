@@ -90,7 +90,13 @@ class Agent:
         self.unannounced = Unannounced(self._waiting)
         self.namespaces = Namespaces(self.state, self.unannounced)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
-        self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds, self._ztunnel_changed, self._ztunnel_arrived)
+        self.zds = ZdsServer(
+            settings.zds_socket,
+            settings.ack_seconds,
+            self._ztunnel_acknowledged,
+            self._ztunnel_left,
+            self._ztunnel_arrived,
+        )
         self.who = Who(settings.cluster, settings.trust_domain)
         self.kubernetes = self._kubernetes()
         by_socket = self.choice.by_socket
@@ -335,11 +341,13 @@ class Agent:
             except KernelError as error:
                 log.warning("ztunnel's own connections will be taken for the pods': %s", error)
 
-    def _ztunnel_changed(self, uid: str | None) -> None:
-        """A ztunnel acknowledged this pod, or (None) one has gone, which may concern every pod."""
-        if uid is not None:
-            self.reconciler.acknowledged(uid)
-            return
+    async def _ztunnel_acknowledged(self, uid: str) -> None:
+        if self.choice.by_socket:
+            self.ztunnels.listened()
+        await self.reconciler.acknowledged(uid)
+
+    def _ztunnel_left(self) -> None:
+        """It may concern every pod."""
         for pod in self.table:
             self.reconciler.wake(pod.uid)
 

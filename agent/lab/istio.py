@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
@@ -16,6 +16,8 @@ from agent.core.names import DEFAULT_ACCOUNT
 from agent.lab.topology import PodSpec
 
 LOCAL_FILE = "workloads.yaml"  # in a node's directory; read once, when ztunnel starts
+# The agent's. Istio's ztunnel asks the node's resolver, which knows no name of the lab.
+SETTINGS: Final[Mapping[str, Any]] = {"dns_capture": False, "ztunnel_ports": ["15001", "15006", "15008"]}
 
 
 def environment(directory: Path, node: str) -> dict[str, str]:

@@ -87,8 +87,7 @@ class Lab:
             tell(f"an agent (backend {backend}) and a ztunnel on each node")
             self._write_workloads()
             for node in self.nodes.values():
-                # Istio's asks the node's resolver, which knows no name of the lab.
-                node.configure(backend, **({"dns_capture": False} if self._ztunnel else {}))
+                node.configure(backend, **(istio.SETTINGS if self._ztunnel else {}))
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
                 node.confirm(backend)

@@ -118,13 +118,15 @@ class Reconciler:
         self.wake(uid)
         return await future
 
-    def acknowledged(self, uid: str) -> None:
+    async def acknowledged(self, uid: str) -> None:
         """A ztunnel that has just connected took the pod. Its listeners are verified in a pass, if that matters.
 
-        Otherwise a pod with right rules is captured from now on.
+        Returns when the pod's connections can reach them. Otherwise a pod with right rules is captured from now on.
         """
         entry = self._entries.get(uid)
-        if entry is not None and (self.choice.by_socket or self._proxying.looks or entry.patience):
+        if entry is not None and self.choice.by_socket:
+            await self.settled(uid)
+        elif entry is not None and (self._proxying.looks or entry.patience):
             self.wake(uid)
         elif entry is not None and entry.status.state is State.PENDING:
             entry.status = replace(entry.status, state=State.ENABLED, error="", retry=None)

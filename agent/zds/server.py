@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from agent.core.errors import KernelError, NoZtunnelError, ProtocolError, ZtunnelError
@@ -43,6 +43,7 @@ class Connection:
         self.acked: dict[str, Offer] = {}
         self.kept: set[str] = set()
         self.adding: list[str] = []  # under way or about to be: one may be there twice
+        self.settling: set[str] = set()  # acknowledged in its snapshot, and the agent has not acted on that yet
         self.closed = False
         self._turn = asyncio.Lock()
         self._answer: asyncio.Future[bytes] | None = None
@@ -115,12 +116,15 @@ class ZdsServer:
         self,
         path: str,
         seconds: float,
-        changed: Callable[[str | None], None],
+        acknowledged: Callable[[str], Awaitable[None]],
+        left: Callable[[], None],
         arrived: Callable[[Process], None] | None = None,
     ) -> None:
-        """`changed` is called with a UID that was acknowledged, and with None when a ztunnel has gone; `arrived`,
-        before it is told of pods, with the process of each ztunnel, which it takes over."""
-        self.path, self.seconds, self._changed, self._arrived = path, seconds, changed, arrived
+        """`acknowledged` is called with each UID that a new ztunnel acknowledged. Its snapshot ends when these calls
+        have returned, and waits at most `seconds` for each. `left` is called when a ztunnel has gone; `arrived`, before
+        it is given pods, with the process of each ztunnel, which it takes over."""
+        self.path, self.seconds, self._arrived = path, seconds, arrived
+        self._acknowledged, self._left = acknowledged, left
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[Connection] = []  # newest last
@@ -139,9 +143,11 @@ class ZdsServer:
 
     @property
     def unacknowledged(self) -> int:
-        """Pods that the newest connection has not taken yet."""
-        newest = self._connections[-1].acked if self._connections else {}
-        return sum(newest.get(uid) != offer for uid, offer in self._offers.items())
+        """Pods that the newest connection has not taken yet, or whose traffic may not reach it yet."""
+        if not self._connections:
+            return len(self._offers)
+        newest = self._connections[-1]
+        return sum(uid in newest.settling or newest.acked.get(uid) != offer for uid, offer in self._offers.items())
 
     def acknowledged(self, uid: str) -> bool:
         """Whether the newest connection has taken this pod as it is now."""
@@ -222,7 +228,7 @@ class ZdsServer:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._alone = time.time()
-                self._changed(None)
+                self._left()
 
     def _introduce(self, sock: socket.socket, pid: int) -> None:
         if self._arrived is None:
@@ -239,22 +245,43 @@ class ZdsServer:
             raise
 
     async def _snapshot(self, connection: Connection) -> None:
+        """Names every pod, and says that these are all when the agent has acted on each acknowledgement.
+
+        Until then Istio's ztunnel is not ready, so a rollout does not end the one before it.
+        """
         try:
             for uid in list(self._expected):
                 if uid in self._expected:
                     connection.kept.add(uid)
                     await connection.ask(Keep(uid))
-            for uid in list(self._offers):
-                offer = self._offers.get(uid)
-                if offer is None or connection.acked.get(uid) == offer:
-                    continue  # gone meanwhile, or added by a pass meanwhile
-                try:
-                    await self._add(connection, offer)
-                except ZtunnelError as error:
-                    log.warning("ztunnel did not take %s/%s: %s", offer.add.namespace, offer.add.name, error)
-                    continue
-                self._changed(uid)
+            async with asyncio.TaskGroup() as settling:
+                for uid in list(self._offers):
+                    offer = self._offers.get(uid)
+                    if offer is None:
+                        continue  # gone meanwhile
+                    try:
+                        if connection.acked.get(uid) != offer:  # else added by a pass meanwhile
+                            await self._add(connection, offer)
+                    except ZtunnelError as error:
+                        log.warning("ztunnel did not take %s/%s: %s", offer.add.namespace, offer.add.name, error)
+                        continue
+                    connection.settling.add(uid)
+                    settling.create_task(self._settle(connection, uid))
             await connection.ask(SnapshotSent())
             log.info("ztunnel has all pods: pid %d, %d pods", connection.pid, len(connection.acked))
         except ZtunnelError as error:
             log.warning("snapshot not complete: %s", error)
+
+    async def _settle(self, connection: Connection, uid: str) -> None:
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self._acknowledged(uid)
+        except TimeoutError:
+            log.warning(
+                "ztunnel (pid %d) has pod %s, whose rules were not verified within %g s",
+                connection.pid,
+                uid,
+                self.seconds,
+            )
+        finally:
+            connection.settling.discard(uid)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.node import REPO, SECONDS, Node, NodePod, node, until
+from support.node import REPO, SECONDS, FakeZtunnel, Node, NodePod, node, until
 
 from agent.backends.ebpf import abi, objects
 from agent.backends.ebpf.pins import Pins
@@ -20,12 +20,14 @@ from agent.kernel import bpffs, bpfload
 from agent.kernel.bpfmap import Map
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
+from agent.kernel.sockdiag import cookies
 from agent.lab import ask
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
 from agent.lab.processes import Backend
 from agent.lab.topology import LabSpec, PodSpec, Program
 from agent.lab.traffic import Traffic, relayed, settled
+from agent.zds.messages import Ack, Add, Message, Request, SnapshotSent
 
 pytestmark = pytest.mark.root
 PREFIX, NODE_PREFIX, RATE, CALM = "slueb", "sluef", 150.0, 0.4
@@ -248,6 +250,32 @@ def test_without_ztunnel_connections_are_refused_and_the_next_takes_them(here: N
     here.await_ztunnel()
     until(lambda: not here.refused(pod), "the new ztunnel's listeners are known")
     assert here.captured(pod) and here.captured(pod, 6)
+    here.delete(pod)
+
+
+def test_connections_can_reach_a_new_ztunnel_before_it_has_its_whole_snapshot(here: Node) -> None:
+    """With that Istio's is ready, and Kubernetes ends the one before it."""
+    pod = here.add(here.pod("kept"))
+    assert here.captured(pod)
+    reached: set[int] = set()
+
+    def answer(request: Request) -> Message:
+        if isinstance(request, Add):
+            here.ask("/v1/verify", pod=pod.key)  # so that the agent looked at the listeners just before these open
+        elif isinstance(request, SnapshotSent):
+            with Map.open(Pins.of(str(here.spec.bpf_dir("node1"))).maps / "listeners") as listeners:
+                reached.update(int.from_bytes(value, "little") for _, value in listeners.items())
+        return Ack()
+
+    newer = FakeZtunnel(here.run_dir / "ztunnel.sock", answer)
+    try:
+        assert newer.complete.wait(SECONDS)
+        opened = {cookies(one.fileno())[0] for one in newer.listeners[pod.uid]}
+        assert len(opened) == 2 and opened <= reached
+    finally:
+        newer.close()
+    until(lambda: here.ask("/v1/status")["ztunnel_connections"] == 1, "it has gone")
+    assert here.captured(pod)
     here.delete(pod)
 
 

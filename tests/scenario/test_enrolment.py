@@ -236,7 +236,7 @@ def test_a_pod_that_runs_waits_for_a_ztunnel_without_rules_but_not_for_ever(monk
         assert status.state is State.WAITING and "no ztunnel" in status.error
         assert world.kernel.log == [] and world.namespaces.captured == set()
         world.publisher.connected = True
-        world.reconciler.acknowledged("web")
+        await world.reconciler.acknowledged("web")
         await until(world, State.ENABLED)
         world.publisher.connected = False
         monkeypatch.setattr(proxying, "PATIENCE", 0.0)

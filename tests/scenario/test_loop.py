@@ -231,7 +231,7 @@ def test_a_pod_in_which_nothing_listens_yet_is_pending_until_ztunnel_has_it() ->
         world.publisher.connected = False
         assert await states(world) == {State.PENDING}
         world.publisher.connected = True
-        world.reconciler.acknowledged("web")
+        await world.reconciler.acknowledged("web")
         while world.reconciler.status("web").state is not State.ENABLED:
             await world.reconciler.progressed()
 

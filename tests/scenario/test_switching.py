@@ -216,12 +216,11 @@ def test_a_pod_is_only_enabled_once_ztunnels_sockets_were_looked_for() -> None:
     play(script, by_socket=True)
 
 
-def test_a_new_ztunnel_makes_the_pod_due() -> None:
+def test_a_new_ztunnel_has_the_pod_once_its_sockets_were_looked_for() -> None:
     async def script(world: World) -> None:
         await world.settle(WEB)
         reads = world.rules.reads
-        world.reconciler.acknowledged("web")
-        await world.reconciler.progressed()
+        await world.reconciler.acknowledged("web")
         assert world.rules.reads > reads and world.reconciler.status("web").state is State.ENABLED
 
     play(script, by_socket=True)

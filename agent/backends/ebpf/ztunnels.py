@@ -129,8 +129,13 @@ class Ztunnels:
         if known:
             process.close()
 
+    def listened(self) -> None:
+        """A ztunnel has opened its sockets in a pod: what was found of listeners before is out of date."""
+        with self._turn:
+            self._changed()
+
     def version(self) -> int:
-        """Another number whenever a process has come or ended."""
+        """Another number whenever a process has come, opened its sockets in a pod, or ended."""
         self._alive()
         return self._version
 

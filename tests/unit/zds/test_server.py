@@ -97,8 +97,14 @@ class Bench:
         self.folder = folder
         self.changed: list[str | None] = []
         self._progress = asyncio.Event()
-        self.server = ZdsServer(str(folder / "zds.sock"), seconds, self._note)
+        self.acting: asyncio.Event | None = None  # until it is set, what follows from an acknowledgement is not done
+        self.server = ZdsServer(str(folder / "zds.sock"), seconds, self._acknowledged, lambda: self._note(None))
         self.files: dict[str, Any] = {}
+
+    async def _acknowledged(self, uid: str) -> None:
+        self._note(uid)
+        if self.acting is not None:
+            await self.acting.wait()
 
     def _note(self, uid: str | None) -> None:
         self.changed.append(uid)
@@ -180,6 +186,29 @@ async def test_the_snapshot_then_additions(made: Bench) -> None:
     assert await ztunnel.take() == Add("uid-c", "c", "shop", "robot")
     await adding
     await made.publish("a")  # known: nothing is sent
+
+
+@bench()
+async def test_the_snapshot_ends_when_the_agent_has_acted_on_every_acknowledgement(made: Bench) -> None:
+    """Then a ztunnel is ready, and a rollout ends the one before it."""
+    await offered(made, "a", "b")
+    made.acting = asyncio.Event()
+    ztunnel = await made.ztunnel()
+    for name in ("a", "b"):
+        assert await ztunnel.take() == Add(f"uid-{name}", name, "shop", "")
+    await made.until(lambda: made.changed == ["uid-a", "uid-b"])
+    ending = asyncio.create_task(ztunnel.receive())
+    await asyncio.sleep(SOON)
+    assert not ending.done() and made.server.unacknowledged == 2
+    made.acting.set()
+    assert await ending == SnapshotSent() and made.server.unacknowledged == 0
+
+
+@bench(SOON)
+async def test_the_snapshot_ends_in_time_whatever_the_agent_has_to_do(made: Bench) -> None:
+    await offered(made, "a")
+    made.acting = asyncio.Event()
+    assert await (await made.ztunnel()).snapshot() == [Add("uid-a", "a", "shop", "")]
 
 
 @bench()
