@@ -42,7 +42,7 @@ def chosen(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> Chosen:
     )
     old = recorded.load(settings.run_dir)
     choice = choose(settings.backend, backends, trials, view, old)
-    host, why = choose_host(settings.host_probes, view, choice.name)
+    host, why = choose_host(settings.host_probes, view)
     if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
         new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
         recorded.save(settings.run_dir, new)

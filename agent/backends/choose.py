@@ -22,6 +22,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 }
 
 _KEPT = "kept from the last start"
+_FORMER = ("iptables", "iptables-legacy")  # mechanisms of the probe exemption of earlier versions
 WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4, "ebpf": 4}
 
 
@@ -118,37 +119,21 @@ def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -
     return order
 
 
-def choose_host(setting: str, view: HostView, chosen: str) -> tuple[str, str]:
+def choose_host(setting: str, view: HostView) -> tuple[str, str]:
     """(mechanism, reason) of the probe exemption in the host's own namespace; "off" when the setting says so.
 
-    It follows what already translates addresses there, so that a person finds it beside the other rules and no
-    second machinery is woken. All mechanisms are entries of one list behind the kernel's NAT hook, which asks them
-    for each new connection in the order of their priorities until one has answered (nf_nat_inet_fn); among equal
-    priorities the one registered last comes first, and every iptables registers with 100. On a host of both variants
-    nobody can tell from outside which one that is. A chain of nf_tables has a priority of its own choice and so comes
-    before both: there, and where nobody translates, it is nftables. What was `chosen` for pods is taken instead when
-    nf_tables is not known to be there; eBPF has no way to exempt anybody on the host, and is not.
+    The kernel's NAT hook asks its chains for each new connection in the order of their priorities until one has
+    answered (nf_nat_inet_fn). Every iptables registers with 100; a chain of nf_tables has a priority of its own choice
+    and so comes before both variants. eBPF cannot exempt anybody on the host.
     """
-    if setting != "auto":
-        return setting, f"setting host_probes={setting}"
-    modern, legacy = view.xtables_rules(Variant.NFT, "nat"), view.xtables_rules(Variant.LEGACY, "nat")
-    found = [f"{legacy} of legacy iptables"] * bool(legacy) + [f"{modern} of iptables-nft"] * bool(modern)
-    words = f"NAT rules of the host: {' and '.join(found) or 'none of iptables'}"
-    name = "iptables-legacy" if legacy else "iptables" if modern else "nftables"
-    if legacy and modern:
-        name, words = "nftables", f"{words}, whose order cannot be known; a chain of our own comes before both"
-    program = {"iptables": "iptables-nft-restore", "iptables-legacy": "iptables-legacy-restore"}.get(name, "")
-    if program and not view.has(program):
-        name, words = "nftables", f"{words}; {program} is not installed"
-    if (
-        name == "nftables"
-        and chosen not in ("nftables", "ebpf")
-        and view.nf_tables not in (InKernel.LOADED, InKernel.BUILT_IN)
-    ):
-        return chosen, f"{words}; nf_tables is {view.nf_tables.value}, and pods use {chosen}"
-    if name == "nftables" and view.nf_tables is InKernel.ABSENT and view.has("iptables-legacy-restore"):
-        return "iptables-legacy", f"{words}; nf_tables is {view.nf_tables.value}"
-    return name, words
+    if setting == "off":
+        return "off", "setting host_probes=off"
+    words = f"setting host_probes={setting}" if setting == "nftables" else "its chain comes before those of iptables"
+    if setting in _FORMER:
+        words = f"setting host_probes={setting} of earlier versions means nftables now"
+    if view.nf_tables is InKernel.ABSENT:
+        words += f"; nf_tables is {view.nf_tables.value}: load it, or set host_probes: off"
+    return "nftables", words
 
 
 def _problem(name: str, backends: Mapping[str, Backend], trials: Trials, tried: dict[str, Support]) -> str:

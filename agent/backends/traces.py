@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent.backends.ebpf import state
-from agent.backends.hostprobes.xt_rendering import Held
+from agent.backends.hostprobes.former_reading import Held
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.nftables.rendering import OWNER, PERSIST
 from agent.backends.nftables.ruleset import TableState
@@ -79,7 +79,7 @@ def of_host(parts: Mapping[str, Whose]) -> Whose:
 def of_held(families: Iterable[Held]) -> Whose:
     """The chain of the node's own nat table and the jumps to it, as `of_families`."""
     held = tuple(families)
-    tags = [tag for one in held for tag in (*(one.chain or ()), *(tag for _, tag in one.jumps))]
+    tags = [tag for one in held for tag in (*(one.chain or ()), *one.jumps)]
     if any(tags):
         return Whose.OURS
     if tags:

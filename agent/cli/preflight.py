@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
 def _value(
     view: HostView, choice: Choice | None, problem: str, tried: _Tried, features: tuple[Feature, ...]
 ) -> dict[str, Any]:
-    host = choose_host("auto", view, choice.name) if choice else ("", "")
+    host = choose_host("auto", view) if choice else ("", "")
     return {
         "backend": choice.name if choice else "",
         "reason": choice.reason if choice else problem,

@@ -119,7 +119,7 @@ HELP: Mapping[str, str] = {
     "sidecar_annotations": "honour the exclusions of traffic.sidecar.istio.io annotations too",
     "non_tcp": "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
     "preserve_connections": "let connections that are older than a pod's enrolment run on uncaptured",
-    "host_probes": "mechanism of the node's probe exemption: auto, nftables, iptables, iptables-legacy or off",
+    "host_probes": "mechanism of the node's probe exemption: auto (nftables) or off",
     "probe_canary": "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
     "verify_seconds": "seconds between two verifications of a pod",
     "ack_seconds": "seconds that ztunnel has to acknowledge one pod",

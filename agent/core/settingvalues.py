@@ -18,7 +18,7 @@ BACKENDS = ("auto", *_NETFILTER, "ebpf")
 # The values of the settings that are one word of a few.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "backend": BACKENDS,
-    "host_probes": ("auto", *_NETFILTER, "off"),
+    "host_probes": ("auto", *_NETFILTER, "off"),  # iptables: of earlier versions, nftables is used
     "probe_canary": ("report", "rollback", "off"),
     "dns_capture_to": ("any", "resolvers"),
     "non_tcp": ("count", "refuse"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent import __version__
-from agent.backends.hostprobes import nft_rendering, xt_rendering, xt_sets
+from agent.backends.hostprobes import former, former_reading, nft_rendering
 from agent.core.errors import SluiceError
 from agent.core.sockets import TcpSocket, TcpState
 from agent.core.sockets import text as endpoint
@@ -49,10 +49,11 @@ IN_POD: Mapping[str, Sequence[str]] = {
 EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
     "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
     "iptables": tuple(
-        (f"{program}-nft", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN) for program in ("iptables", "ip6tables")
+        (f"{program}-nft", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
+        for program in ("iptables", "ip6tables")
     ),
     "iptables-legacy": tuple(
-        (f"{program}-legacy", "-t", xt_rendering.TABLE, "-S", xt_rendering.CHAIN)
+        (f"{program}-legacy", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
         for program in ("iptables", "ip6tables")
     ),
 }
@@ -188,7 +189,7 @@ def _pods(bundle: Bundle, facts: Facts, pod: str) -> None:
 
 def _sets() -> list[dict[str, Any]]:
     with contextlib.closing(IpsetSocket()) as ipset:
-        return [asdict(one) for one in xt_sets.read(ipset).values()]
+        return [asdict(one) for one in former.former_sets(ipset)]
 
 
 def _sockets(netns: Netns) -> str:

@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from support.hostworld import MECHANISMS, PROBE, World, active, want, world
+from support.hostworld import PROBE, World, active, want, world
 
 from agent.backends.hostprobes.claims import Claims
 from agent.core.settings import Settings
@@ -17,11 +17,7 @@ from agent.reconciler.hostsettle import settle
 
 pytestmark = pytest.mark.root
 A = "uid-a"
-FLUSH = {
-    "nftables": "nft flush ruleset",
-    "iptables": "iptables-nft -t nat -F",  # as iptables-restore does it, and firewalld with that backend
-    "iptables-legacy": "iptables-legacy -t nat -F",
-}
+FLUSH = "nft flush ruleset"
 
 
 class Journal:
@@ -49,12 +45,12 @@ def node() -> Iterator[World]:
 
 @contextlib.asynccontextmanager
 async def running(
-    node: World, mechanism: str, *, owned: bool = False, verify_seconds: float = 3600
+    node: World, *, owned: bool = False, verify_seconds: float = 3600
 ) -> AsyncIterator[tuple[HostLoop, Journal]]:
     """A loop that looks again only when it is told to, unless `verify_seconds` says otherwise."""
     settings, journal = Settings(verify_seconds=verify_seconds), Journal()
-    layers = active(mechanism, owned=owned)
-    loop = HostLoop(settings, mechanism, layers, (), node.target, journal, random.random)
+    layers = active(owned=owned)
+    loop = HostLoop(settings, "nftables", layers, (), node.target, journal, random.random)
     task = asyncio.create_task(loop.run())
     try:
         yield loop, journal
@@ -64,40 +60,37 @@ async def running(
             await task
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_p12_firewalld_reload_does_not_lose_the_exemption(node: World, mechanism: str) -> None:
-    """Found by the kernel's own notification; of legacy tables nobody is told, there it is the timer."""
+def test_p12_firewalld_reload_does_not_lose_the_exemption(node: World) -> None:
+    """Found by the kernel's own notification."""
 
     async def main() -> None:
-        told = mechanism != "iptables-legacy"
-        async with running(node, mechanism, verify_seconds=3600 if told else 0.05) as (loop, journal):
+        async with running(node) as (loop, journal):
             loop.claim(A, node.a.both)
             status = await loop.settled()
             assert status.ok and status.members == 2 and status.repairs == 0 and not journal.errors
             for count in range(1, 4):
                 journal.repaired.clear()
-                await asyncio.to_thread(node.host.sh, FLUSH[mechanism])
+                await asyncio.to_thread(node.host.sh, FLUSH)
                 await asyncio.wait_for(journal.repaired.wait(), 20)
                 assert (await loop.settled()).repairs >= count
                 for family in (4, 6):
                     assert await asyncio.to_thread(node.host.connect, node.a.address(family)) == PROBE[family]
             assert not journal.errors
-            assert all(cause.startswith(mechanism[:3]) for cause in journal.causes) or not told
+            assert all(cause.startswith("nft") for cause in journal.causes)
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_p12_no_connection_fails_while_rules_are_flushed_and_put_back(node: World, mechanism: str) -> None:
+def test_p12_no_connection_fails_while_rules_are_flushed_and_put_back(node: World) -> None:
     """There are no guard rules that drop: at worst a probe has the node's own address for a moment."""
 
     async def main() -> None:
-        async with running(node, mechanism, verify_seconds=0.05) as (loop, journal):
+        async with running(node, verify_seconds=0.05) as (loop, journal):
             loop.claim(A, node.a.both)
             await loop.settled()
             seen = set()
             for _ in range(10):
-                flush = asyncio.create_task(asyncio.to_thread(node.host.sh, FLUSH[mechanism]))
+                flush = asyncio.create_task(asyncio.to_thread(node.host.sh, FLUSH))
                 seen.add(await asyncio.to_thread(node.host.connect, node.a.address(4)))
                 await flush
                 await asyncio.wait_for(journal.repaired.wait(), 20)
@@ -108,9 +101,8 @@ def test_p12_no_connection_fails_while_rules_are_flushed_and_put_back(node: Worl
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_our_own_changes_wake_nobody_and_others_are_named(node: World, mechanism: str) -> None:
-    layers, claims = active(mechanism), Claims()
+def test_our_own_changes_wake_nobody_and_others_are_named(node: World) -> None:
+    layers, claims = active(), Claims()
     for number in range(3):
         claims.claim(f"uid-{number}", [f"192.0.2.{number + 1}"])
         assert settle(node.target, want(claims), layers)
@@ -120,17 +112,16 @@ def test_our_own_changes_wake_nobody_and_others_are_named(node: World, mechanism
     assert node.target.changed() == ""
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_p13_a_new_agent_takes_nobodys_entry_before_all_have_claimed(node: World, mechanism: str) -> None:
+def test_p13_a_new_agent_takes_nobodys_entry_before_all_have_claimed(node: World) -> None:
     async def first() -> None:
-        async with running(node, mechanism) as (loop, _):
+        async with running(node) as (loop, _):
             loop.claim(A, node.a.both)
             loop.claim("uid-b", node.b.both)
             loop.complete()
             assert (await loop.settled()).members == 4
 
     async def second() -> None:
-        async with running(node, mechanism) as (loop, _):
+        async with running(node) as (loop, _):
             await loop.settled()
             assert len(node.members()) == 4
             loop.claim(A, node.a.both)
@@ -150,7 +141,7 @@ def test_what_ends_is_left_as_it_is_and_removed_when_asked(node: World) -> None:
     before = node.dump()
 
     async def main() -> HostLoop:
-        async with running(node, "nftables") as (loop, _):
+        async with running(node) as (loop, _):
             loop.claim(A, node.a.both)
             await loop.settled()
             assert await loop.inspect() == {}

@@ -1,6 +1,6 @@
 """The node's probes reach an enrolled pod with the probe address, and nothing that is merely forwarded does.
 
-Over all mechanisms, with real connections: a namespace plays the host, routes between pods and an outside client,
+With real connections: a namespace plays the host, routes between pods and an outside client,
 and processes inside it play the kubelet.
 """
 
@@ -10,16 +10,15 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from support.hostworld import MECHANISMS, NOBODY, PROBE, World, active, claimed, want, world
+from support.hostworld import NOBODY, PROBE, World, active, claimed, make_former, want, world
 from support.rules import layers as pod_layers
 
 from agent.backends.hostprobes.claims import Claims
 from agent.backends.hostprobes.layers import layers
 from agent.backends.hostprobes.nftables import NftHostProbes
 from agent.backends.hostprobes.want import SETS
-from agent.core.errors import CommandError, KernelError, StaleError
+from agent.core.errors import CommandError, StaleError
 from agent.core.redirect import Redirect
-from agent.kernel.ipset import IpsetSocket
 from agent.kernel.netns import Netns
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.hostsettle import settle, verify
@@ -42,20 +41,15 @@ def node() -> Iterator[World]:
         yield made
 
 
-@pytest.fixture(params=MECHANISMS)
-def mechanism(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-def wrong(node: World, mechanism: str, claims: Claims) -> list[str]:
-    return [line for lines, _ in verify(node.target, want(claims), active(mechanism)).values() for line in lines]
+def wrong(node: World, claims: Claims) -> list[str]:
+    return [line for lines, _ in verify(node.target, want(claims), active()).values() for line in lines]
 
 
 @pytest.mark.parametrize("family", [4, 6])
 def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(
-    node: World, mechanism: str, family: int
+    node: World, family: int
 ) -> None:
-    settle(node.target, want(claimed((A, node.a.both))), active(mechanism))
+    settle(node.target, want(claimed((A, node.a.both))), active())
     pod = node.a.address(family)
     assert node.host.connect(pod) == PROBE[family]
     assert node.host.connect(pod, user=NOBODY) == PROBE[family]
@@ -67,7 +61,7 @@ def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(
 
 
 def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_this_kernel(
-    node: World, mechanism: str
+    node: World
 ) -> None:
     """With bridge-nf-call-iptables a packet between them passes the host's chains still bound to its socket."""
     node.host.sh(
@@ -78,20 +72,20 @@ def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_t
         port = f"b{one.number}"
         node.host.sh(f"ip link add {port} type veth peer name eth1 netns {one.name}; ip link set {port} master br0 up")
         one.sh(f"ip link set eth1 up; ip addr add {address}/24 dev eth1")
-    settle(node.target, want(claimed((A, ["10.82.9.2"]))), active(mechanism))
+    settle(node.target, want(claimed((A, ["10.82.9.2"]))), active())
     assert node.b.connect("10.82.9.2") == "10.82.9.3"
     assert node.host.connect("10.82.9.2") == PROBE[4]
 
 
 def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_proxy(
-    node: World, mechanism: str
+    node: World
 ) -> None:
     pod = PodNetns(Netns.open(node.a.path))
     try:
         settle_pod(pod, Redirect(), pod_layers("nftables"))
         with pytest.raises(CommandError, match="refused"):
             node.host.connect(node.a.address(4))
-        settle(node.target, want(claimed((A, node.a.both))), active(mechanism))
+        settle(node.target, want(claimed((A, node.a.both))), active())
         for family in (4, 6):
             assert node.host.connect(node.a.address(family)) == PROBE[family]
             with pytest.raises(CommandError, match="refused"):
@@ -102,74 +96,52 @@ def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_pr
 
 @pytest.mark.parametrize("foreign", ["", FOREIGN], ids=["empty", "foreign"])
 def test_what_is_applied_is_read_back_applied_once_and_removed_without_a_trace(
-    node: World, mechanism: str, foreign: str
+    node: World, foreign: str
 ) -> None:
     # Legacy xtables cannot lose a table again, so there it is there before.
     node.host.sh(foreign or "iptables-legacy -t nat -L >/dev/null; ip6tables-legacy -t nat -L >/dev/null")
     before, claims = node.dump(), claimed((A, node.a.both), ("uid-b", node.b.both))
-    assert settle(node.target, want(claims), active(mechanism))
+    assert settle(node.target, want(claims), active())
     assert node.members() == {**dict.fromkeys(node.a.both, A), **dict.fromkeys(node.b.both, "uid-b")}
-    assert wrong(node, mechanism, claims) == []
+    assert wrong(node, claims) == []
     held = node.dump(), node.target.nft.generation()
-    assert settle(node.target, want(claims), active(mechanism)) == []
+    assert settle(node.target, want(claims), active()) == []
     assert (node.dump(), node.target.nft.generation()) == held
     node.reopen()
-    settle(node.target, None, active(mechanism))
+    settle(node.target, None, active())
     assert node.dump() == before
-    assert settle(node.target, None, active(mechanism)) == []
+    assert settle(node.target, None, active()) == []
 
 
-DAMAGE = {
-    "nftables": [
-        "nft flush ruleset",
-        "nft delete table inet istio-ambient-nat",
-        "nft flush chain inet istio-ambient-nat postrouting",
-        "nft insert rule inet istio-ambient-nat postrouting accept",
-        "nft flush set inet istio-ambient-nat istio-inpod-probes-v4",
-        "nft add element inet istio-ambient-nat istio-inpod-probes-v6 '{ 2001:db8::99 }'",
-        "nft add set inet istio-ambient-nat other '{ type ipv4_addr; }'",
-        "nft add chain inet istio-ambient-nat postrouting '{ policy drop; }'",
-        "nft delete table inet istio-ambient-nat; nft add table inet istio-ambient-nat;"
-        "nft add set inet istio-ambient-nat istio-inpod-probes-v4 '{ type ipv4_addr; flags interval; }'",
-    ],
-    "iptables": [
-        "nft flush ruleset",
-        "iptables-nft -t nat -F",
-        "ip6tables-nft -t nat -F; ip6tables-nft -t nat -X",
-        "iptables-nft -t nat -D POSTROUTING 1",
-        "iptables-nft -t nat -I POSTROUTING -j MASQUERADE",
-        "iptables-nft -t nat -A POSTROUTING -j ISTIO_POSTRT",
-        "iptables-nft -t nat -I ISTIO_POSTRT -j RETURN",
-        "ipset flush istio-inpod-probes-v4",
-        "ipset add istio-inpod-probes-v6 2001:db8::99",
-        "iptables-nft -t nat -F; iptables-nft -t nat -X; ipset destroy istio-inpod-probes-v4",
-    ],
-    "iptables-legacy": [
-        "iptables-legacy -t nat -F",
-        "ip6tables-legacy -t nat -F; ip6tables-legacy -t nat -X",
-        "iptables-legacy -t nat -I POSTROUTING -j MASQUERADE",
-        "iptables-legacy -t nat -A POSTROUTING -j ISTIO_POSTRT",
-        "iptables-legacy -t nat -I ISTIO_POSTRT -j RETURN",
-        "ipset flush istio-inpod-probes-v6",
-    ],
-}
+DAMAGE = [
+    "nft flush ruleset",
+    "nft delete table inet istio-ambient-nat",
+    "nft flush chain inet istio-ambient-nat postrouting",
+    "nft insert rule inet istio-ambient-nat postrouting accept",
+    "nft flush set inet istio-ambient-nat istio-inpod-probes-v4",
+    "nft add element inet istio-ambient-nat istio-inpod-probes-v6 '{ 2001:db8::99 }'",
+    "nft add set inet istio-ambient-nat other '{ type ipv4_addr; }'",
+    "nft add chain inet istio-ambient-nat postrouting '{ policy drop; }'",
+    "nft delete table inet istio-ambient-nat; nft add table inet istio-ambient-nat;"
+    "nft add set inet istio-ambient-nat istio-inpod-probes-v4 '{ type ipv4_addr; flags interval; }'",
+]
 
 
-@pytest.mark.parametrize(("mechanism", "damage"), [(name, one) for name in MECHANISMS for one in DAMAGE[name]])
-def test_damage_is_named_and_repaired(node: World, mechanism: str, damage: str) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named_and_repaired(node: World, damage: str) -> None:
     claims = claimed((A, node.a.both))
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     node.host.sh(damage)
-    assert wrong(node, mechanism, claims), damage
-    settle(node.target, want(claims), active(mechanism))
-    assert wrong(node, mechanism, claims) == []
+    assert wrong(node, claims), damage
+    settle(node.target, want(claims), active())
+    assert wrong(node, claims) == []
     assert node.members() == dict.fromkeys(node.a.both, A)
     for family in (4, 6):
         assert node.host.connect(node.a.address(family)) == PROBE[family]
 
 
 def test_who_else_translates_at_the_usual_priority_comes_after_us(node: World) -> None:
-    settle(node.target, want(claimed((A, node.a.both))), active("nftables"))
+    settle(node.target, want(claimed((A, node.a.both))), active())
     node.host.sh(
         "nft add table ip theirs; nft add chain ip theirs post '{ type nat hook postrouting priority srcnat; }';"
         "nft add rule ip theirs post masquerade; iptables-nft -t nat -I POSTROUTING -j MASQUERADE;"
@@ -178,36 +150,32 @@ def test_who_else_translates_at_the_usual_priority_comes_after_us(node: World) -
     assert node.host.connect(node.a.address(4)) == PROBE[4]
 
 
-@pytest.mark.parametrize("program", ["iptables-nft", "iptables-legacy"])
-def test_an_agent_that_puts_its_own_rule_first_for_ever_is_given_way(node: World, program: str) -> None:
-    claims = claimed((A, node.a.both))
-    used = active("iptables" if program == "iptables-nft" else program)
-    settle(node.target, want(claims), used)
-    for number in range(3):
-        node.host.sh(f"{program} -t nat -I POSTROUTING -p tcp --dport {90 + number} -j ACCEPT")
-        assert len(settle(node.target, want(claims), used)) == 1
-    node.host.sh(f"{program} -t nat -I POSTROUTING -p tcp --dport 95 -j ACCEPT")
-    assert settle(node.target, want(claims), used) == []
-    node.host.sh(f"{program} -t nat -F POSTROUTING")
-    assert len(settle(node.target, want(claims), used)) == 1
-    assert node.host.connect(node.a.address(4)) == PROBE[4]
-
-
-def test_switching_leaves_exactly_one(node: World) -> None:
+@pytest.mark.parametrize("variant", ["iptables", "iptables-legacy"])
+@pytest.mark.parametrize("choice", ["nftables", "off"])
+def test_the_form_of_earlier_versions_is_replaced_and_leaves_nothing(node: World, variant: str, choice: str) -> None:
     node.host.sh("iptables-legacy -t nat -L >/dev/null; ip6tables-legacy -t nat -L >/dev/null")
-    empty, claims, dumps = node.dump(), claimed((A, node.a.both)), dict[str, str]()
-    for name in (*MECHANISMS, *reversed(MECHANISMS)):
-        settle(node.target, want(claims), *layers(name))
-        dump = node.dump()
-        assert dumps.setdefault(name, dump) == dump
-        assert node.host.connect(node.a.address(4)) == PROBE[4]
+    node.host.sh("ipset create mine hash:ip; iptables-legacy -t nat -A POSTROUTING -p tcp --dport 97 -j ACCEPT")
+    before, claims = node.dump(), claimed((A, node.a.both))
+    make_former(node, variant)
+    active_layers, retired = layers(choice)
+    verified = verify(node.target, None, retired)
+    assert verified.keys() == {"ipset", variant}
+    settle(node.target, want(claims) if choice == "nftables" else None, active_layers, retired)
+    assert verify(node.target, None, retired) == {}
+    if choice == "nftables":
+        assert node.host.connect(node.a.address(4)) == PROBE[4] and node.members() == dict.fromkeys(node.a.both, A)
+        settle(node.target, None, *layers("off"))
+    assert node.dump() == before
+
+
+def test_a_set_of_another_type_under_our_name_stays(node: World) -> None:
+    node.host.sh(f"ipset create {SETS[4]} hash:net")
     settle(node.target, None, *layers("off"))
-    assert node.dump() == empty
-    assert len(set(dumps.values())) == 3
+    assert f"create {SETS[4]} hash:net" in node.dump()
 
 
 def test_a_plan_for_another_generation_is_refused(node: World) -> None:
-    (layer, _), claims = active("nftables"), claimed((A, node.a.both))
+    (layer, _), claims = active(), claimed((A, node.a.both))
     plan = layer.plan(want(claims), layer.read(node.target))
     node.host.sh("nft add table inet other")
     with pytest.raises(StaleError):
@@ -215,8 +183,8 @@ def test_a_plan_for_another_generation_is_refused(node: World) -> None:
     assert node.members() == {}
 
 
-def test_a_host_without_ipv6_gets_no_ipv6_rule(node: World, mechanism: str) -> None:
-    settle(node.target, want(claimed((A, node.a.both)), ipv6=False), active(mechanism))
+def test_a_host_without_ipv6_gets_no_ipv6_rule(node: World) -> None:
+    settle(node.target, want(claimed((A, node.a.both)), ipv6=False), active())
     assert node.members() == {node.a.address(4): A}
     assert "ip6" not in node.host.sh("nft list ruleset") and SETS[6] not in node.dump()
 
@@ -227,42 +195,42 @@ def test_p12_owned_tables_survive_a_flush_and_the_death_of_their_agent(node: Wor
     if not probing.owned:
         pytest.skip("a kernel before 6.9 has no owned tables")
     claims = claimed((A, node.a.both))
-    settle(node.target, want(claims), active("nftables", owned=True))
+    settle(node.target, want(claims), active(owned=True))
     before = node.dump()
     node.host.sh("nft flush ruleset")
     assert node.dump() == before
     node.reopen()
     assert node.host.connect(node.a.address(4)) == PROBE[4]
-    (taken,) = settle(node.target, want(claims), active("nftables", owned=True))
+    (taken,) = settle(node.target, want(claims), active(owned=True))
     assert taken.script.startswith("# take over the ownership") and not taken.differences
     claims.claim("uid-b", node.b.both)
-    settle(node.target, want(claims), active("nftables", owned=True))
+    settle(node.target, want(claims), active(owned=True))
     node.host.sh("nft flush ruleset")
     assert node.host.connect(node.b.address(4)) == PROBE[4]
 
 
-def test_p13_a_pod_without_status_addresses_keeps_its_entry(node: World, mechanism: str) -> None:
-    settle(node.target, want(claimed((A, node.a.both), ("uid-b", node.b.both))), active(mechanism))
+def test_p13_a_pod_without_status_addresses_keeps_its_entry(node: World) -> None:
+    settle(node.target, want(claimed((A, node.a.both), ("uid-b", node.b.both))), active())
     node.reopen()
     # A new agent that has seen nobody yet.
-    settle(node.target, want(Claims(), complete=False), active(mechanism))
+    settle(node.target, want(Claims(), complete=False), active())
     assert set(node.members()) == {*node.a.both, *node.b.both}
     # Then everybody: one pod without addresses, the other gone meanwhile.
     claims = claimed((A, ()))
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     assert node.members() == dict.fromkeys(node.a.both, A)
     assert node.host.connect(node.a.address(4)) == PROBE[4]
     # Its addresses are told, and later not told again.
     claims.claim(A, [node.a.address(4)])
     claims.claim(A, [])
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     assert node.members() == {node.a.address(4): A}
 
 
 def test_p13_entries_that_must_stay_also_stay_in_a_table_made_anew(node: World) -> None:
-    settle(node.target, want(claimed((A, node.a.both), ("uid-b", node.b.both))), active("nftables"))
+    settle(node.target, want(claimed((A, node.a.both), ("uid-b", node.b.both))), active())
     node.host.sh("nft flush chain inet istio-ambient-nat postrouting")
-    settle(node.target, want(claimed((A, ()))), active("nftables"))
+    settle(node.target, want(claimed((A, ()))), active())
     assert node.members() == dict.fromkeys(node.a.both, A)
 
 
@@ -272,9 +240,9 @@ def orders(pods: str) -> list[tuple[str, ...]]:
     return sorted(w for w in words if all(w.index(p.upper()) < w.index(p) for p in pods))
 
 
-def test_p23_address_reuse_in_every_order(node: World, mechanism: str) -> None:
+def test_p23_address_reuse_in_every_order(node: World) -> None:
     """After each step the kernel holds the newest claimant that is left, whose probe is exempt; and then nobody."""
-    used, address = active(mechanism), node.a.address(4)
+    used, address = active(), node.a.address(4)
     for order in orders("ab"):
         claims, living = Claims(), list[str]()
         for step in order:
@@ -292,47 +260,18 @@ def test_p23_address_reuse_in_every_order(node: World, mechanism: str) -> None:
     assert node.host.connect(address) == PROBE[4]
 
 
-@pytest.mark.parametrize("mechanism", ["iptables", "iptables-legacy"])
-@pytest.mark.parametrize("how", ["kernel", "set"])
-def test_p35_no_comments(node: World, mechanism: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel without comments, or a set that somebody made without: owners are known to the agent alone."""
-    if how == "kernel":
-        monkeypatch.setattr(IpsetSocket, "comments", lambda _: False)
-    else:
-        for family, name in SETS.items():
-            node.host.sh(f"ipset create {name} hash:ip family {'inet' if family == 4 else 'inet6'}")
-    claims = claimed((A, node.a.both), ("uid-b", node.a.both))
-    settle(node.target, want(claims), active(mechanism))
-    assert node.members() == dict.fromkeys(node.a.both, "")
-    claims.release(A)
-    assert settle(node.target, want(claims), active(mechanism)) == []
-    for family in (4, 6):
-        assert node.host.connect(node.a.address(family)) == PROBE[family]
-    claims.release("uid-b")
-    settle(node.target, want(claims), active(mechanism))
-    assert node.members() == {}
-    settle(node.target, None, active(mechanism))
-    assert SETS[4] not in node.dump()
-
-
-def test_p35_a_set_of_another_type_is_named(node: World) -> None:
-    node.host.sh(f"ipset create {SETS[4]} hash:net")
-    with pytest.raises(KernelError, match="hash:net"):
-        settle(node.target, want(Claims()), active("iptables"))
-
-
-def test_p37_probe_over_ipv6_only(mechanism: str) -> None:
+def test_p37_probe_over_ipv6_only() -> None:
     with world() as node:
         for one in (node.host, node.a, node.outside):
             one.sh("ip -4 addr flush scope global")
-        settle(node.target, want(claimed((A, [node.a.address(6)]))), active(mechanism))
+        settle(node.target, want(claimed((A, [node.a.address(6)]))), active())
         assert node.host.connect(node.a.address(6)) == PROBE[6]
         assert node.host.connect(node.a.address(6), user=NOBODY) == PROBE[6]
         assert node.outside.connect(node.a.address(6)) == node.outside.address(6)
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_p42_branch_eni(node: World, mechanism: str, family: int) -> None:
+def test_p42_branch_eni(node: World, family: int) -> None:
     """As the VPC CNI's strict mode leaves a node: the pod is known to table 101 alone, local comes after it."""
     pod, way = node.a.address(family), {4: "", 6: "-6"}[family]
     ip, size = f"ip {way}", {4: 32, 6: 128}[family]
@@ -347,19 +286,19 @@ def test_p42_branch_eni(node: World, mechanism: str, family: int) -> None:
     before, claims = node.host.sh(rules), claimed((A, node.a.both), ("uid-b", node.b.both))
     home = node.host.sh(f"{ip} route get {pod}; {ip} route get {node.a.host(family)} from {pod} iif p1")
     assert home.count("dev p3") == 2 and "local" not in home, "both ways lead out of the node"
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     shown = " ".join(node.host.sh(rules).split())
     assert "9: from all iif p1 lookup local" in shown and f"512: from all to {pod} lookup 101" in shown
     assert shown.count("512:") == 1 and shown.count("9: from all") == 1, "no other pod or device gets one"
     assert node.host.connect(pod) == PROBE[family]
-    assert settle(node.target, want(claims), active(mechanism)) == []
+    assert settle(node.target, want(claims), active()) == []
     # A pod whose addresses are not told keeps them; one that has gone does not.
     node.host.sh(f"{ip} rule del pref 512")
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     assert node.host.connect(pod) == PROBE[family]
     node.reopen()
-    settle(node.target, want(claimed((A, ()))), active(mechanism))
+    settle(node.target, want(claimed((A, ()))), active())
     assert " ".join(node.host.sh(rules).split()) == shown
     claims.release(A)
-    settle(node.target, want(claims), active(mechanism))
+    settle(node.target, want(claims), active())
     assert node.host.sh(rules) == before

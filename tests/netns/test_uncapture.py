@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support import istio
-from support.hostworld import MECHANISMS, World, active, claimed, world
+from support.hostworld import World, active, claimed, make_former, world
 from support.hostworld import want as host_want
 from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
@@ -352,14 +352,24 @@ def node() -> Iterator[World]:
         yield one
 
 
+HOST_DAMAGE = {
+    "nftables": ["nft flush chain inet istio-ambient-nat postrouting; nft flush set inet istio-ambient-nat"
+                 " istio-inpod-probes-v4"],
+    "iptables": ["iptables-nft -t nat -F POSTROUTING", "iptables-nft -t nat -F", "ipset flush istio-inpod-probes-v6"],
+    "iptables-legacy": ["ip6tables-legacy -t nat -F", "iptables-legacy -t nat -F POSTROUTING"],
+}  # fmt: skip
+
+
 def exempt(node: World, mechanism: str, *, owned: bool = False) -> None:
-    """What an agent that is gone left on the host."""
+    """What an agent that is gone left on the host, of this version or an earlier one."""
+    if mechanism != "nftables":
+        return make_former(node, mechanism)
     want = host_want(claimed(("uid-a", node.a.both), ("uid-b", node.b.both)))
-    hostsettle.settle(node.target, want, active(mechanism, owned=owned))
+    hostsettle.settle(node.target, want, active(owned=owned))
     node.reopen()
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("mechanism", HOST_DAMAGE)
 def test_the_hosts_exemption_goes_whatever_made_it(node: World, mechanism: str) -> None:
     node.host.sh(
         "nft add table ip mine; nft add chain ip mine out '{ type nat hook postrouting priority 100; }'"
@@ -377,15 +387,7 @@ def test_the_hosts_exemption_goes_whatever_made_it(node: World, mechanism: str) 
     assert uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer) is None
 
 
-HOST_DAMAGE = {
-    "nftables": ["nft flush chain inet istio-ambient-nat postrouting; nft flush set inet istio-ambient-nat"
-                 " istio-inpod-probes-v4"],
-    "iptables": ["iptables-nft -t nat -F POSTROUTING", "iptables-nft -t nat -F", "ipset flush istio-inpod-probes-v6"],
-    "iptables-legacy": ["ip6tables-legacy -t nat -F", "iptables-legacy -t nat -F POSTROUTING"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("mechanism", "damage"), [(name, one) for name in MECHANISMS for one in HOST_DAMAGE[name]])
+@pytest.mark.parametrize(("mechanism", "damage"), [(name, one) for name in HOST_DAMAGE for one in HOST_DAMAGE[name]])
 def test_a_half_removed_exemption_goes_all_the_same(node: World, mechanism: str, damage: str) -> None:
     node.host.sh("iptables-legacy -t nat -L >/dev/null; ip6tables-legacy -t nat -L >/dev/null")
     before = node.dump()

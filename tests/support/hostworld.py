@@ -22,15 +22,14 @@ from agent.kernel.hostnetns import HostNetns
 from agent.kernel.netns import Netns
 from agent.lab.nodes import NO_DAD
 
-MECHANISMS = ("nftables", "iptables", "iptables-legacy")
 PROBE = {4: PROBE_IPV4, 6: PROBE_IPV6}
 NOBODY = 65534
 _numbers = itertools.count()
 
 
-def active(mechanism: str, *, owned: bool = False) -> tuple[HostMechanism, ...]:
+def active(*, owned: bool = False) -> tuple[HostMechanism, ...]:
     """Fresh layers. Owned tables cannot be damaged, so they are shown by themselves."""
-    made, _ = layers(mechanism)
+    made, _ = layers("nftables")
     for layer in made:
         if isinstance(layer, NftHostProbes):
             layer.owned = owned
@@ -136,3 +135,28 @@ def claimed(*pairs: tuple[str, Sequence[str]]) -> Claims:
     for uid, addresses in pairs:
         claims.claim(uid, addresses)
     return claims
+
+
+# iptables-nft's table and base chain were ours and marked by a comment; legacy xtables has its own.
+_BASES = """
+for f in ip ip6; do nft add table $f nat '{ comment "sluice" ; }'; nft add chain $f nat POSTROUTING \\
+  '{ type nat hook postrouting priority 100; policy accept; comment "sluice" ; }'; done
+"""
+_FORMER = """
+ipset create istio-inpod-probes-v4 hash:ip family inet comment; ipset create istio-inpod-probes-v6 hash:ip family inet6
+ipset add istio-inpod-probes-v4 192.0.2.7 comment uid-old
+former() {
+  $1 -t nat -N ISTIO_POSTRT
+  $1 -t nat -A ISTIO_POSTRT $TAG -p tcp -m owner --socket-exists -m set --match-set $2 dst -j SNAT --to-source $3
+  $1 -t nat -I POSTROUTING 1 $TAG -j ISTIO_POSTRT
+}
+TAG='-m comment --comment sluice:0123456789ab'
+former iptables-KIND istio-inpod-probes-v4 169.254.7.127
+former ip6tables-KIND istio-inpod-probes-v6 fd16:9254:7127:1337:ffff:ffff:ffff:ffff
+"""
+
+
+def make_former(node: World, variant: str) -> None:
+    """The exemption in the form that earlier versions left on a node: `variant` is iptables or iptables-legacy."""
+    bases, kind = (_BASES, "nft") if variant == "iptables" else ("", "legacy")
+    node.host.sh(bases + _FORMER.replace("KIND", kind))

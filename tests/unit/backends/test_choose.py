@@ -166,34 +166,16 @@ def test_a_layer_that_is_not_built_is_passed_over() -> None:
     assert world.choose(view=LEGACY).name == "iptables"
 
 
-@pytest.mark.parametrize(
-    ("view", "chosen", "name", "word"),
-    [
-        (LEGACY, "nftables", "iptables-legacy", "3 of legacy"),
-        (MODERN, "nftables", "iptables", "4 of iptables-nft"),
-        (MIXED, "iptables", "nftables", "before both"),
-        (NEITHER, "iptables-legacy", "nftables", "none of iptables"),
-        (replace(LEGACY, programs=BOTH[:1]), "nftables", "nftables", "not installed"),
-        (replace(MODERN, programs=()), "nftables", "nftables", "not installed"),
-        (replace(NEITHER, nf_tables=InKernel.ABSENT), "iptables-legacy", "iptables-legacy", "not in this kernel"),
-        (replace(NEITHER, nf_tables=InKernel.UNKNOWN), "nftables", "nftables", "none of iptables"),
-        (NEITHER, "ebpf", "nftables", "none of iptables"),
-        (LEGACY, "ebpf", "iptables-legacy", "3 of legacy"),
-        (replace(NEITHER, nf_tables=InKernel.NOT_LOADED), "ebpf", "nftables", "none of iptables"),
-        (replace(NEITHER, nf_tables=InKernel.ABSENT), "ebpf", "iptables-legacy", "not in this kernel"),
-        (replace(NEITHER, nf_tables=InKernel.ABSENT, programs=()), "ebpf", "nftables", "none of iptables"),
-    ],
-)
-def test_p31_the_host_mechanism_follows_what_translates_there(
-    view: HostView, chosen: str, name: str, word: str
-) -> None:
-    assert choose_host("auto", view, chosen)[0] == name
-    assert word in choose_host("auto", view, chosen)[1]
-    assert choose_host("off", view, chosen) == ("off", "setting host_probes=off")
+@pytest.mark.parametrize("setting", ["auto", "nftables", "iptables", "iptables-legacy"])
+@pytest.mark.parametrize("view", [LEGACY, MODERN, MIXED, NEITHER])
+def test_the_exemption_is_nftables_whatever_translates_on_the_host(setting: str, view: HostView) -> None:
+    name, reason = choose_host(setting, view)
+    assert name == "nftables" and "load it" not in reason
+    assert setting == "auto" or f"host_probes={setting}" in reason
+    assert ("earlier versions" in reason) is setting.startswith("iptables")
 
 
-def test_rules_in_a_table_that_does_not_translate_do_not_decide_for_the_host() -> None:
-    filters = replace(NEITHER, legacy=(HostTable("ip", "filter", True, False, 9),))
-    assert choose_host("auto", filters, "nftables")[0] == "nftables"
-    native = replace(NEITHER, nft=(HostTable("ip", "nat", False, True, 9),))
-    assert choose_host("auto", native, "nftables")[0] == "nftables"
+def test_a_node_without_nf_tables_is_told_what_it_lacks() -> None:
+    name, reason = choose_host("auto", replace(NEITHER, nf_tables=InKernel.ABSENT))
+    assert name == "nftables" and "nf_tables is not in this kernel: load it, or set host_probes: off" in reason
+    assert choose_host("off", NEITHER) == ("off", "setting host_probes=off")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from agent.backends import traces
-from agent.backends.hostprobes.xt_rendering import Held
+from agent.backends.hostprobes.former_reading import Held
 from agent.backends.iptables import rendering as xtables
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.nftables import rendering as nftables
@@ -52,8 +52,8 @@ def test_what_is_left_of_a_table(table: XtTable, expected: Whose) -> None:
     [
         (Held(), Whose.NOBODYS),
         (Held(("sluice:0123456789ab",)), Whose.OURS),
-        (Held((), ((1, "sluice:0123456789ab"),)), Whose.OURS),
-        (Held(("",), ((1, ""),)), Whose.OTHERS),
+        (Held((), ("sluice:0123456789ab",)), Whose.OURS),
+        (Held(("",), ("",)), Whose.OTHERS),
         (Held(()), Whose.OURS),
         (Held(idle=True), Whose.OURS),
     ],

@@ -1,23 +1,46 @@
-"""Our part of the host's nat tables, from nf_tables messages and from entries of legacy xtables. Pure."""
+"""The former exemption in the host's nat tables, from nf_tables messages and from entries of legacy xtables. Pure."""
 
 from __future__ import annotations
 
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import takewhile
+from typing import Final
 
-from agent.backends.hostprobes.xt_rendering import BASE, CHAIN, Held
 from agent.backends.iptables.entries import Entry, entries, places
 from agent.backends.nfmessages import comment, text
 from agent.core.names import TAG_PREFIX
 from agent.core.netlink import Message, attributes
 
+CHAIN: Final = "ISTIO_POSTRT"
+BASE: Final = "POSTROUTING"
+TABLE: Final = "nat"
+WORD = {4: "ip", 6: "ip6"}
 MARK = "sluice"  # comment of the table and of the base chain, where we made them
 # What is of another form is not ours and must not get into a script.
 _TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
 _INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
 _POSTROUTING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Of one family's nat table: `chain` has the tags of our chain's rules, None without a chain.
+
+    `jumps` are the tags of the jumps to it. `idle`: we made POSTROUTING and nothing is in it. `bare`: we made the
+    table, and nothing but an idle POSTROUTING is in it.
+    """
+
+    chain: tuple[str, ...] | None = None
+    jumps: tuple[str, ...] = ()
+    idle: bool = False
+    bare: bool = False
+
+    @property
+    def ours(self) -> bool:
+        return self.chain is not None or bool(self.jumps)
 
 
 def nft_held(
@@ -34,7 +57,7 @@ def nft_held(
     alone = int.from_bytes(table.get(3, b"")) == (base is not None)
     bare = comment(table.get(6, b"")) == MARK and alone and (base is None or idle)
     tags = tuple(tag for _, tag in held[CHAIN])
-    return Held(tags if chain else None, _jumps(held[BASE]), base is not None, idle, bare)
+    return Held(tags if chain else None, _jumps(held[BASE]), idle, bare)
 
 
 def legacy_held(family: int, info: bytes, data: bytes) -> Held:
@@ -43,11 +66,11 @@ def legacy_held(family: int, info: bytes, data: bytes) -> Held:
     _, _, *offsets = _INFO.unpack(info)
     begin, end = offsets[_POSTROUTING], offsets[_POSTROUTING + 5]
     base = [(rule.jump or "", _tag(rule.comment)) for rule in rules if begin <= rule.offset < end]
-    return Held(_made(rules), _jumps(base), base=True)
+    return Held(_made(rules), _jumps(base))
 
 
-def _jumps(rules: list[tuple[str, str]]) -> tuple[tuple[int, str], ...]:
-    return tuple((number, tag) for number, (target, tag) in enumerate(rules, 1) if target == CHAIN)
+def _jumps(rules: list[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(tag for target, tag in rules if target == CHAIN)
 
 
 def _made(rules: tuple[Entry, ...]) -> tuple[str, ...] | None:

@@ -1,0 +1,200 @@
+"""Removes the probe exemption in its former forms: iptables rules of either variant, and the ipset sets they match.
+
+Earlier versions wrote these forms, and istio-cni does. Nothing here makes them; the layers go after one release.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from agent.backends.base import Support
+from agent.backends.hostprobes.former_reading import BASE, CHAIN, TABLE, WORD, Held, legacy_held, nft_held
+from agent.backends.hostprobes.want import SETS, HostProbes
+from agent.backends.nfmessages import text
+from agent.core.errors import KernelError
+from agent.core.netlink import Message, attribute, attributes
+from agent.core.nftables import (
+    DELCHAIN,
+    DELTABLE,
+    GETCHAIN,
+    GETRULE,
+    GETTABLE,
+    NFPROTO_IPV4,
+    NFPROTO_IPV6,
+    Command,
+)
+from agent.core.plan import Plan, Step
+from agent.kernel import exec, xtables
+from agent.kernel.hostnetns import HostNetns
+from agent.kernel.ipset import IpSet, IpsetSocket
+from agent.kernel.nfnetlink import NftSocket
+
+_PROTOCOL = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
+_IPSET = Path("/sys/module/ip_set")  # also of a kernel that has it built in: it has a parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Input of one iptables-restore --noflush."""
+
+    family: int
+    script: str
+
+
+Payload = Restore | tuple[Command, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Have:
+    """Per family (4, 6) our part of nat. `generation` is None for legacy tables."""
+
+    held: Mapping[int, Held]
+    generation: int | None
+
+
+class _FormerRules:
+    """The five verbs over chain ISTIO_POSTRT; a variant brings the programs and the reading of tables."""
+
+    name = ""
+    programs: ClassVar[Mapping[int, Sequence[str]]]
+
+    def probe(self) -> Support:
+        return Support(True)
+
+    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
+        return desired
+
+    def read(self, target: HostNetns) -> Have:
+        raise NotImplementedError
+
+    def plan(self, want: HostProbes | None, have: Have) -> Plan[Payload]:
+        """The removal, whatever `want` is. Tables and base chains that we made go once they are empty."""
+        ours = {family: held for family, held in have.held.items() if held.ours}
+        found = tuple(f"{WORD[family]}tables -t {TABLE}: chain {CHAIN} is not wanted" for family in ours)
+        if ours or have.generation is None:
+            return Plan(tuple(self._removal(*one) for one in ours.items()), found, have.generation)
+        return Plan(_emptied(have.held), found, have.generation)
+
+    def _removal(self, family: int, held: Held) -> Step[Payload]:
+        comments = (f'-m comment --comment "{tag}" ' if tag else "" for tag in held.jumps)
+        jumps = [f"-D {BASE} {comment}-j {CHAIN}" for comment in comments]
+        chain = [f"-F {CHAIN}", f"-X {CHAIN}"] if held.chain is not None else []
+        script = "\n".join([f"*{TABLE}", *jumps, *chain, "COMMIT", ""])
+        return Step(f"# {' '.join(self.programs[family])}\n{script}".rstrip(), Restore(family, script))
+
+    def apply(self, target: HostNetns, plan: Plan[Payload]) -> None:
+        for step in plan.steps:
+            payload = step.payload
+            if isinstance(payload, Restore):
+                exec.run(self.programs[payload.family], stdin=payload.script, within=target.door, seconds=10)
+            else:
+                target.nft.commit("nf_tables transaction on the host", payload, plan.seen)
+
+
+class FormerNftVariantRules(_FormerRules):
+    """iptables-nft: read through nfnetlink, without a process."""
+
+    name = "iptables"
+    programs: ClassVar = {4: ("iptables-nft-restore", "--noflush"), 6: ("ip6tables-nft-restore", "--noflush")}
+
+    def read(self, target: HostNetns) -> Have:
+        return Have(*_read(target.nft))
+
+
+class FormerLegacyRules(_FormerRules):
+    """iptables-legacy: read by socket options, and only tables that the kernel lists. The node's own lock is used."""
+
+    name = "iptables-legacy"
+    programs: ClassVar = {
+        4: ("iptables-legacy-restore", "--noflush", "-w", "5"),
+        6: ("ip6tables-legacy-restore", "--noflush", "-w", "5"),
+    }
+
+    def read(self, target: HostNetns) -> Have:
+        found = target.call(lambda: xtables.read((TABLE,), ()))
+        held = {family: [legacy_held(family, *raw) for raw in found[family].values()] for family in _PROTOCOL}
+        return Have({family: one[0] if one else Held() for family, one in held.items()}, None)
+
+
+class FormerSets:
+    """The five verbs over the two sets. They come before the rules: a set that a rule refers to cannot be destroyed."""
+
+    name = "ipset"
+
+    def probe(self) -> Support:
+        return Support(True)
+
+    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
+        return desired
+
+    def read(self, target: HostNetns) -> tuple[IpSet, ...]:
+        return former_sets(target.ipset)
+
+    def plan(self, want: HostProbes | None, have: Sequence[IpSet]) -> Plan[str]:
+        steps = tuple(Step(f"destroy {one.name}", one.name) for one in have)
+        return Plan(steps, tuple(f"set {one.name} is not wanted" for one in have))
+
+    def apply(self, target: HostNetns, plan: Plan[str]) -> None:
+        for step in plan.steps:
+            target.ipset.destroy(step.payload)
+
+
+def former_sets(ipset: IpsetSocket) -> tuple[IpSet, ...]:
+    """Our sets; one of another type is not ours. Without ipset in the kernel there are none."""
+    if not _IPSET.is_dir():  # the question itself would load it
+        return ()
+    found = ((family, ipset.read(name)) for family, name in SETS.items())
+    return tuple(one for family, one in found if one and (one.kind, one.family) == ("hash:ip", family))
+
+
+def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
+    """Of both families, within one generation, which is returned too. Chains of others are not asked for."""
+    for _ in range(20):
+        generation, seen, held = nft.generation(), list[Message](), dict[int, Held]()
+        for family, protocol in _PROTOCOL.items():
+            tables = [m for m in nft.dump(GETTABLE, protocol) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
+            if not tables:
+                held[family] = Held()
+                continue
+            chains = {name: _chain(nft, protocol, name) for name in (BASE, CHAIN)}
+            there = [name for name, found in chains.items() if found]
+            rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(2, name))]
+            base = [dict(attributes(message.body[4:])) for message in chains[BASE]]
+            table = dict(attributes(tables[0].body[4:]))
+            held[family] = nft_held(table, base[0] if base else None, CHAIN in there, rules)
+            seen += [*tables, *(m for found in chains.values() for m in found), *rules]
+        # Each message carries the low half of the generation that it shows.
+        if {message.body[2:4] for message in seen} <= {generation.to_bytes(4)[2:]}:
+            return held, generation
+    raise KernelError("read iptables of the host", 0, "the rules keep changing while they are read")
+
+
+def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
+    """One transaction that deletes tables and base chains of ours in which nothing is left."""
+    lines, commands = list[str](), list[Command]()
+    for family, held in have.items():
+        if held.bare:
+            lines.append(f"delete table {WORD[family]} {TABLE}")
+            commands.append(Command(DELTABLE, 0, _PROTOCOL[family], attribute(1, TABLE)))
+        elif held.idle:
+            lines.append(f"delete chain {WORD[family]} {TABLE} {BASE}")
+            commands.append(Command(DELCHAIN, 0, _PROTOCOL[family], _place(3, BASE)))
+    return (Step("\n".join(lines), tuple(commands)),) if commands else ()
+
+
+def _place(kind: int, chain: str) -> bytes:
+    return attribute(1, TABLE) + attribute(kind, chain)
+
+
+def _chain(nft: NftSocket, protocol: int, name: str) -> list[Message]:
+    """One chain's message, none when the chain does not exist."""
+    try:
+        return nft.request("read nf_tables", GETCHAIN, 0, bytes([protocol, 0, 0, 0]) + _place(3, name))
+    except KernelError as error:
+        if error.errno == errno.ENOENT:
+            return []
+        raise
