@@ -66,6 +66,14 @@ struct handshake {
 	__u32 server;
 };
 
+/* Where a connection of ztunnel's was to go. Value of map onward, key of map returned. */
+struct destination {
+	__u64 pod;
+	struct address address;
+	__u16 port;
+	__u16 none[3];
+};
+
 /* In the storage of a socket. */
 struct account {
 	struct address local, remote;

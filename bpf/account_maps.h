@@ -5,6 +5,7 @@
 
 #include "account.h"
 #include "pod_maps.h"
+#include "returned.h"
 
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
@@ -36,6 +37,14 @@ struct {
 	__type(key, struct handshake);
 	__type(value, __u32);
 } spoken SEC(".maps");
+
+/* All that ztunnel has begun of late, and where they were to go. */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct handshake);
+	__type(value, struct destination);
+} onward SEC(".maps");
 
 /* Connections of which the application's end has gone before ztunnel's end was made. */
 struct {

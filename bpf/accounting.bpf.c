@@ -132,7 +132,9 @@ static __always_inline void connected(struct bpf_sock *sk, const struct pod *pod
 	struct handshake key = {.pod = cookie, .client = tp->snd_una, .server = tp->rcv_nxt};
 	account->handshake = key;
 	if (account->owner == OWNER_ZTUNNEL) {
+		struct destination to = {.pod = cookie, .address = account->remote, .port = account->remote_port};
 		__u32 one = 1;
+		bpf_map_update_elem(&onward, &key, &to, BPF_ANY);
 		if (is_loopback(&account->remote) || is_own(pod, &account->remote))
 			bpf_map_update_elem(&spoken, &key, &one, BPF_ANY);
 		count_ztunnel(cookie, OUTBOUND);
@@ -161,6 +163,19 @@ static __always_inline void reached(const struct handshake *key)
 	}
 	bpf_map_delete_elem(&late, key);
 	forget(key);
+}
+
+/* ztunnel has accepted a connection on `port`. If it is one of its own that was to go elsewhere, it would go in circles: a pod
+ * that calls itself, however, is reached at its HBONE port by the same ztunnel.
+ */
+static __always_inline void came_back(const struct handshake *key, __u32 port)
+{
+	struct destination *own = bpf_map_lookup_elem(&onward, key);
+	if (!own || own->port == bpf_htons(port))
+		return;
+	struct destination to = *own;
+	__u64 now = bpf_ktime_get_ns();
+	bpf_map_update_elem(&returned, &to, &now, BPF_ANY);
 }
 
 /* Whoever speaks for a client to the application is ztunnel, or nobody has captured it. */
@@ -193,6 +208,8 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 	struct handshake key = {.pod = cookie, .client = tp->rcv_nxt, .server = tp->snd_una};
 	/* The port tells only while ztunnel's listeners are not known: a process of the pod may listen there, too. */
 	int owned = bpf_sk_storage_get(&owners, sk, 0, 0) != NULL, by_port = owned || !(pod->flags & POD_KNOWN);
+	if (owned)
+		came_back(&key, port);
 	if (by_port && (port == OUTBOUND_PORT || port == DNS_PORT)) {
 		reached(&key);
 		return;

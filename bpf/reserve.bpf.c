@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Refuses (EPERM) ztunnel's ports and mark to all other processes of captured pods. cgroup/bind and cgroup/connect.
+/* Refuses (EPERM) ztunnel's ports and mark to all other processes of captured pods, and to ztunnel what would come back to
+ * it. cgroup/bind and cgroup/connect.
  *
  * ztunnel's listeners have SO_REUSEPORT: a process of the same user could join them, or bind a more specific address, and
  * get what the rules redirect. And the rules let a socket with ztunnel's mark pass, which takes no more than CAP_NET_RAW
  * since Linux 5.17. A process that was bound before is not seen here; the agent finds it.
  */
 #include "pod.h"
+#include "returned.h"
 
 static __always_inline int is_reserved(__u32 protocol, __u16 port)
 {
@@ -30,10 +32,19 @@ static __always_inline int binding(struct bpf_sock_addr *ctx)
 	return is_reserved(ctx->protocol, ctx->user_port) ? is_allowed(ctx) : 1;
 }
 
-static __always_inline int connecting(struct bpf_sock_addr *ctx)
+static __always_inline int returns(struct bpf_sock_addr *ctx, const struct address *to)
+{
+	struct destination key = {.pod = bpf_get_netns_cookie(ctx), .address = *to, .port = ctx->user_port};
+	__u64 *last = bpf_map_lookup_elem(&returned, &key);
+	return last && bpf_ktime_get_ns() - *last < RETURNED_NS;
+}
+
+static __always_inline int connecting(struct bpf_sock_addr *ctx, struct address to)
 {
 	struct bpf_sock *sk = ctx->sk;
-	return sk && (sk->mark & MARK_MASK) == ZTUNNEL_MARK ? is_allowed(ctx) : 1;
+	if (!sk || (sk->mark & MARK_MASK) != ZTUNNEL_MARK)
+		return 1;
+	return is_allowed(ctx) && !(ctx->protocol == IPPROTO_TCP && returns(ctx, &to));
 }
 
 SEC("cgroup/bind4") int ports4(struct bpf_sock_addr *ctx)
@@ -48,12 +59,13 @@ SEC("cgroup/bind6") int ports6(struct bpf_sock_addr *ctx)
 
 SEC("cgroup/connect4") int mark4(struct bpf_sock_addr *ctx)
 {
-	return connecting(ctx);
+	return connecting(ctx, address4(FIELD(ctx->user_ip4)));
 }
 
 SEC("cgroup/connect6") int mark6(struct bpf_sock_addr *ctx)
 {
-	return connecting(ctx);
+	struct address to = {{FIELD(ctx->user_ip6[0]), FIELD(ctx->user_ip6[1]), FIELD(ctx->user_ip6[2]), FIELD(ctx->user_ip6[3])}};
+	return connecting(ctx, to);
 }
 
 char _license[] SEC("license") = "GPL";

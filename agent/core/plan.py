@@ -12,7 +12,7 @@ P = TypeVar("P")
 
 
 class Foreign(str):
-    """A remark on something of others that comes before ours and takes what ours is for."""
+    """A remark on something of others that comes before ours and takes what ours is for, or on what it has done."""
 
 
 @dataclass(frozen=True, slots=True)

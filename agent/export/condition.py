@@ -16,7 +16,7 @@ from agent.core.status import State, Status
 class Condition:
     """`about`: labels of sluice_agent_info. `exempt`: of the node's probes, None where they are not to be.
 
-    `uncaptured`: pods that are to be captured and are not. `foreign`: pods with chains and policy rules of others
+    `uncaptured`: pods that are to be captured and are not. `foreign`: pods with remarks on what others have put
     before ours, and how many. `age`: seconds since the last comparison that was right, of the captured pod where that
     is longest ago; None where none is captured.
     """
@@ -72,7 +72,10 @@ class ConditionCollector(Collector):
         for pod, state in found.uncaptured:
             pods.add_metric([pod.namespace, pod.name, state.value], 1)
         yield pods
-        what = "Chains and policy rules of others that come before ours in a captured pod and may take its traffic."
+        what = (
+            "Chains and policy rules of others that come before ours in a captured pod and may take its traffic; 1 more"
+            " while ztunnel's own connections come back to it."
+        )
         rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
         for pod, count in found.foreign:
             rules.add_metric([pod.namespace, pod.name], count)

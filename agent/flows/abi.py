@@ -31,6 +31,7 @@ TALLY: Final = struct.Struct("=QQQQQQ")
 QUALITY_KEY: Final = struct.Struct("=QI4x")
 SHARE_KEY: Final = struct.Struct("=QI4x")
 SHARE: Final = struct.Struct("=QQ")
+DESTINATION: Final = struct.Struct("=Q16s2s6x")
 _RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
 QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
 _NOBODY = 0xFFFFFFFF
@@ -140,7 +141,7 @@ def share(value: bytes) -> Share:
 
 
 def owner(key: bytes) -> int:
-    """The pod of a key of `tallies` or `begun`, both of which begin with it."""
+    """The pod of a key of `tallies`, `begun` or `returned`, all of which begin with it."""
     return int.from_bytes(key[:8], sys.byteorder)
 
 
@@ -148,6 +149,12 @@ def pod_of(key: bytes) -> int:
     """Of a key of map `qualities`."""
     pod: int = QUALITY_KEY.unpack(key)[0]
     return pod
+
+
+def destination(key: bytes) -> Endpoint:
+    """Of a key of map `returned`, which begins with the pod."""
+    _, remote, port = DESTINATION.unpack(key)
+    return _endpoint(remote, port)
 
 
 def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:

@@ -13,6 +13,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from agent.core.errors import KernelError
+from agent.core.plan import Foreign
 from agent.core.pods import Pod, PodTable
 from agent.core.redirect import Redirect
 from agent.flows.collector import Collector
@@ -21,7 +23,7 @@ from agent.flows.journal import Journal
 from agent.flows.named import Named, named
 from agent.flows.peersfile import PeersFile
 from agent.flows.recent import Recent
-from agent.flows.record import Connection, Delta, Fate, Quality
+from agent.flows.record import Connection, Delta, Fate, Quality, endpoint
 from agent.flows.sockets import PodSockets, SocketCounts
 from agent.flows.who import Who
 from agent.kernel.podnetns import PodNetns
@@ -31,6 +33,10 @@ OFTEN, SELDOM = 0.1, 1.0  # seconds between two looks for ended connections, wit
 REFRESH = 15.0  # seconds between two readings when nobody scrapes: leaks are told of
 SOCKETS = 55.0  # seconds between two counts of a pod's sockets: every other verification
 PEERS = 2.0  # seconds between two looks at the file of peers; one stat each
+_RETURNED = (
+    "ztunnel's own connections, lately one to {}, come back to it and are refused: something in the pod redirects them,"
+    " or overwrites ztunnel's mark"
+)
 _FORMER = 1024  # namespaces of pods that have gone, whose last connections still have a name
 
 
@@ -90,6 +96,14 @@ class Accounting:
             self._look(pod.uid, target)
         except Exception as error:  # noqa: BLE001 - as above
             log.warning("pod %s: its connections are not wholly accounted for: %s", pod.key, error)
+
+    def returned(self, target: PodNetns) -> tuple[str, ...]:
+        """See Collector.returned, in words; never fails either."""
+        try:
+            found = self.collector.returned(target.netns.id.cookie)
+        except KernelError:  # the next verification of the account says why
+            found = None
+        return (Foreign(_RETURNED.format(endpoint(found))),) if found else ()
 
     def release(self, uid: str, target: PodNetns | None = None) -> None:
         """Its name is kept for a while, for what has not been read yet; never fails. `target`: where it is known."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from agent.core.redirect import Redirect
+from agent.core.sockets import Endpoint
 from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
 from agent.kernel.podnetns import PodNetns
 
@@ -63,6 +64,12 @@ class Collector(Protocol):
 
     def crowded(self) -> Sequence[tuple[int, str]]:
         """(cookie of the namespace, message) of pods that lately exceeded their share of the maps."""
+
+    def returned(self, cookie: int) -> Endpoint | None:
+        """Where ztunnel wanted to connect to from this pod in the last minute and reached itself: one such destination.
+
+        None also where that cannot be seen.
+        """
 
     def close(self) -> None:
         """Lets go of handles; what is in the kernel stays."""

@@ -20,6 +20,7 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
 from agent.core.redirect import Redirect
+from agent.core.sockets import Endpoint
 from agent.flows import abi
 from agent.flows.accounted import AccountedPods
 from agent.flows.collector import Sort
@@ -35,6 +36,7 @@ from agent.kernel.podnetns import PodNetns
 from agent.kernel.ringbuf import RingBuffer
 
 _COOKIE = struct.Struct("=Q")
+_LATELY = 60 * 10**9  # nanoseconds
 _ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
 
 
@@ -127,6 +129,13 @@ class EbpfCollector:
     def crowded(self) -> Sequence[tuple[int, str]]:
         with self._refreshing:
             return list(self._shares.crowded())
+
+    def returned(self, cookie: int) -> Endpoint | None:
+        since = time.monotonic_ns() - _LATELY
+        for key, last in self._maps["returned"].items():
+            if abi.owner(key) == cookie and int.from_bytes(last, sys.byteorder) > since:
+                return abi.destination(key)
+        return None
 
     def refresh(self) -> tuple[list[Delta], list[Quality]]:
         with self._refreshing:

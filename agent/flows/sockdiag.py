@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from agent.core.redirect import Redirect
-from agent.core.sockets import CARRYING, TcpSocket, TcpState
+from agent.core.sockets import CARRYING, Endpoint, TcpSocket, TcpState
 from agent.flows.podflows import PodFlows
 from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
 from agent.flows.verdict import Verdicts
@@ -181,6 +181,9 @@ class DiagCollector:
 
     def crowded(self) -> Sequence[tuple[int, str]]:
         return ()
+
+    def returned(self, cookie: int) -> Endpoint | None:
+        return None
 
     def losses(self) -> Mapping[str, int]:
         """`notifications`: how many times some were lost, the kernel does not tell how many. `endings`: connections of

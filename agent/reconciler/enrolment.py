@@ -112,6 +112,7 @@ class Enrolment:
         soon = False
         if self._accounting:
             soon = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
+            notes += self._accounting.returned(target)
         words = dict.fromkeys((*notes, report(left), self._switching.told(carried), *done.remarks))
         words.pop("", None)
         changing = bool(carried)
@@ -204,7 +205,7 @@ class Enrolment:
         lines = in_the_way(target, wants)
         if self._listening and not self._choice.by_socket and not want.draining:
             lines += self._listening.astray(target, want)
-        return lines
+        return lines + self._accounting.returned(target) if self._accounting else lines
 
     def forget(self, pod: Pod) -> None:
         """The pod is not captured, and that is noted."""

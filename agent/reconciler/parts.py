@@ -83,6 +83,9 @@ class Accounting(Protocol):
     def watch(self, pod: Pod, target: PodNetns) -> None:
         """What is left to do once `enrol` has said False; takes long, so nobody should wait for it."""
 
+    def returned(self, target: PodNetns) -> tuple[str, ...]:
+        """A remark (core.plan.Foreign) where ztunnel's own connections lately came back to it."""
+
     def release(self, uid: str, target: PodNetns | None = None) -> None: ...
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.leaking import marking
 from support.node import PORT, Node, NodePod, node, until
 
 from agent.kernel.exec import run
@@ -67,3 +69,14 @@ def test_a_pod_that_it_does_not_know_is_cut_off_and_explained(here: tuple[Node, 
         assert asked(one, stranger, 4) == ""
     words = f"it seems to know no workload {stranger.key} with service account default"
     until(lambda: words in one.ask("/v1/explain", pod=stranger.key)["advice"], "the cause is named")
+
+
+def test_connections_of_its_own_that_come_back_are_few(here: tuple[Node, NodePod, NodePod]) -> None:
+    """A rule of the pod overwrites the mark by which rules know ztunnel's packets: each could make another."""
+    one, known, _ = here
+    with marking(known.netns, "meta l4proto tcp", 0x40000):
+        for _ in range(3):
+            asked(one, known, 4)
+        time.sleep(1)  # for what must not happen: thousands of sockets
+        assert len(run(["ss", "-Htan"], netns=known.netns).stdout.splitlines()) < 100
+    until(lambda: asked(one, known, 4) == known.ipv4, "without the rule it is carried")

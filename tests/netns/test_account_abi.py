@@ -33,7 +33,7 @@ BIG = 0x1122334455667788
 
 def check(types: Types) -> None:
     """Raises AssertionError where C and Python differ."""
-    for part in (check_records, check_tallies, check_qualities, check_shares, check_enums):
+    for part in (check_records, check_tallies, check_qualities, check_shares, check_destinations, check_enums):
         part(types)
 
 
@@ -99,6 +99,11 @@ def check_shares(types: Types) -> None:
     assert abi.owner(types.pack("handshake", pod=BIG, client=1, server=2)) == BIG
 
 
+def check_destinations(types: Types) -> None:
+    key = types.pack("destination", pod=BIG, address=address(ip_address(REMOTE)), port=b"\x12\x34")
+    assert (abi.owner(key), abi.destination(key)) == (BIG, (REMOTE, 0x1234))
+
+
 def check_enums(types: Types) -> None:
     enums: tuple[tuple[str, str, type[IntEnum]], ...] = (
         ("fate", "FATE_", Fate),
@@ -133,7 +138,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Types:
 
 
 @pytest.mark.parametrize(
-    "part", [check_records, check_tallies, check_qualities, check_shares, check_enums], ids=lambda part: part.__name__
+    "part",
+    [check_records, check_tallies, check_qualities, check_shares, check_destinations, check_enums],
+    ids=lambda part: part.__name__,
 )
 def test_c_and_python_say_the_same(types: Types, part: Any) -> None:
     part(types)
@@ -171,6 +178,8 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
     "chosen": (4, 8),
     "begun": ("handshake", "begun"),
     "spoken": ("handshake", 4),
+    "onward": ("handshake", "destination"),
+    "returned": ("destination", 8),
     "late": ("handshake", "record"),
     "tallies": ("tally_key", "tally"),
     "shares": ("share_key", "share"),

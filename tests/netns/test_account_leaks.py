@@ -19,7 +19,7 @@ from scapy.layers.inet6 import IPv6
 from scapy.packet import Packet
 from support.accounting import MODES, Account, accounted
 from support.applications import RESETS, Child, answer, cookie, dial, fails, receive, reset
-from support.ebpf_pod import APP, FREE, KINDS, PEER, POD, SECONDS, Where, Ztunnel, accepted, family
+from support.ebpf_pod import APP, FREE, KINDS, PEER, POD, SECONDS, Where, Ztunnel, accepted, family, written
 from support.fates import (
     EXCLUDED,
     IN,
@@ -34,10 +34,11 @@ from support.fates import (
     outward,
     served,
 )
+from support.leaking import marking
 from support.node import until
 
 from agent.core.listeners import ZTUNNEL_PORTS
-from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
+from agent.core.names import DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.core.sockets import CAPTURE_PORTS
 from agent.flows.record import Closer, Connection, Fate, How, Reason
 from agent.kernel.bpfmap import Map
@@ -81,6 +82,38 @@ def test_an_application_with_ztunnels_mark(account: Served, kind: str) -> None:
     one = outward(account, to, kind, (PEER[family(kind)], APP), mark=ZTUNNEL_MARK)
     assert fate(one) == (OUT, Fate.LEAKED if by_mark else Fate.CAPTURED, Reason.NONE)
     only(account, fate(one))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_back_to_ztunnel_is_refused_to_it(account: Served, kind: str) -> None:
+    """A rule of the pod overwrites the mark of its packets, by which rules know ztunnel. eBPF knows its process."""
+    back, where = account.mode != "ebpf", (written(kind, PEER[family(kind)]), APP)
+
+    def connect(port: int = APP) -> int:
+        with account.pod.make(kind) as made:
+            made.setsockopt(*MARKED)
+            return made.connect_ex((where[0], port))
+
+    with marking(account.pod.path, "meta l4proto tcp", 0x40000):
+        assert not connect()
+        accepted(account.ztunnel.outbound if back else account.app).close()
+        until(lambda: connect() == (errno.EPERM if back else 0), "the next one")
+        assert account.collector.returned(account.pod.cookie) == ((PEER[family(kind)], APP) if back else None)
+        assert not connect(FREE), "other destinations are not refused"
+        accepted(account.free).close()
+    until(lambda: not connect(), "the cause is gone")
+    accepted(account.app).close()
+
+
+def test_a_pod_that_calls_itself_is_reached_at_ztunnels_own_port() -> None:
+    """Twice: Istio's ztunnel goes by HBONE also where both ends are in the same pod."""
+    with served("nftables") as account, account.pod.listen(HBONE_PORT, mark=ZTUNNEL_MARK) as hbone:
+        for _ in range(2):
+            with account.pod.make() as made:
+                made.setsockopt(*MARKED)
+                made.connect((POD[4], HBONE_PORT))
+                accepted(hbone).close()
+        assert account.collector.returned(account.pod.cookie) is None
 
 
 def test_what_has_ztunnels_mark_is_no_leak_until_a_ztunnel_was_met(account: Served) -> None:

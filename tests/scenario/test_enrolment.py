@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.world import Target, World, play, pod
+from support.world import Accounting, Target, World, play, pod
 
 from agent.core.canary import Finding, Verdict
 from agent.core.listeners import Heard
@@ -347,6 +347,21 @@ def test_foreign_rules_before_ours_are_said_once_while_they_are_there() -> None:
         assert (await world.reconciler.settled("web")).foreign == ()
 
     play(script)
+
+
+def test_ztunnels_own_connections_that_come_back_count_as_foreign_rules() -> None:
+    accounting = Accounting()
+    accounting.open.set()
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        accounting.remarks = (Foreign("they come back"),)
+        assert (await world.reconciler.settled("web")).foreign == accounting.remarks
+        assert (await world.reconciler.inspect(pod(), foreign=True)) == {"foreign": (accounting.remarks, "")}
+        accounting.remarks = ()
+        assert (await world.reconciler.settled("web")).foreign == ()
+
+    play(script, accounting=accounting)
 
 
 def test_a_pod_that_leaves_while_its_sandbox_ends_is_soon_done() -> None:

@@ -238,9 +238,13 @@ class Host:
 
 
 class Accounting:
-    """Wants a second pass of each pod; what is left to do then takes until `open` is set."""
+    """Wants a second pass of each pod; what is left to do then takes until `open` is set.
+
+    `remarks`: on ztunnel's own connections.
+    """
 
     def __init__(self) -> None:
+        self.remarks: tuple[str, ...] = ()
         self.open, self.seen, self.watching, self.watched = threading.Event(), set[str](), set[str](), set[str]()
 
     def enrol(self, pod: Pod, target: Any, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
@@ -253,6 +257,9 @@ class Accounting:
         self.watching.add(pod.uid)
         if self.open.wait(20):
             self.watched.add(pod.uid)
+
+    def returned(self, target: Any) -> tuple[str, ...]:
+        return self.remarks
 
     def release(self, uid: str, target: Any = None) -> None: ...
 
