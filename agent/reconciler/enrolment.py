@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
@@ -16,7 +16,7 @@ from agent.core.redirect import Redirect
 from agent.core.sockets import TcpSocket
 from agent.kernel.podnetns import Facts, PodNetns
 from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside, Proxied
-from agent.reconciler.settle import Settled, in_the_way, settle, settle_each, verify, verify_each
+from agent.reconciler.settle import Settled, due, in_the_way, settle, settle_each, verify, verify_each
 from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching, Wants
 
 log = logging.getLogger("sluice.enrolment")
@@ -26,8 +26,8 @@ log = logging.getLogger("sluice.enrolment")
 class Enrolled:
     """What a pass over a captured pod found and did. `first`: the pod was not captured before.
 
-    `changing`: what captured it before a change between NAT and eBPF is not all gone yet; `waiting`: not gone at all.
-    `soon`: something is left that nobody should wait for.
+    `carried` is of a change between NAT and eBPF. `soon`: something is left that nobody should wait for. `old`: what
+    `retire` has to do.
     """
 
     target: PodNetns
@@ -37,9 +37,19 @@ class Enrolled:
     outside: int
     notes: tuple[str, ...]
     first: bool
-    changing: bool
-    waiting: bool
+    carried: Carried
     soon: bool
+    old: Wants = field(default_factory=list)
+
+    @property
+    def changing(self) -> bool:
+        """What captured it before is not all gone yet."""
+        return bool(self.carried)
+
+    @property
+    def waiting(self) -> bool:
+        """What captured it before is not gone at all."""
+        return self.carried.waiting
 
 
 class Enrolment:
@@ -75,9 +85,9 @@ class Enrolment:
         return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
 
     def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool = False) -> Enrolled:
-        """Makes `redirect` true. `leaving`: capture of the pod was about to end.
+        """Makes `redirect` true. What the `retired` layers hold stays until `retire`.
 
-        Raises SluiceError; what was applied until then stays.
+        `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied until then stays.
         """
         target, first = self._namespaces.resolve(pod), leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
@@ -101,12 +111,13 @@ class Enrolment:
         self._remember(pod)
         left = () if lenient else self._outside.remaining(pod.uid, target)
         lax = replace(want, preserve=lenient or bool(left))
-        now, done = self._settle(pod.uid, target, lax, retired, carried)
+        now, done, old = self._settle(pod.uid, target, lax, retired, carried)
         if lenient or carried.fresh:
-            carried = self._switching.applied(pod.uid, target, carried)
+            if not old:
+                carried = self._switching.applied(pod.uid, target, carried)
             left = self._outside.applied(pod.uid, target)
             if lenient and not left and not carried:
-                now, strict = self._settle(pod.uid, target, want)
+                now, strict, _ = self._settle(pod.uid, target, want)
                 done = Settled([*done.applied, *strict.applied], strict.remarks)
             self._remember(pod)
         soon = False
@@ -115,10 +126,21 @@ class Enrolment:
             notes += self._accounting.returned(target)
         words = dict.fromkeys((*notes, report(left), self._switching.told(carried), *done.remarks))
         words.pop("", None)
-        changing = bool(carried)
-        return Enrolled(
-            target, now, done, facts.addresses, len(left), tuple(words), first, changing, carried.waiting, soon
-        )
+        return Enrolled(target, now, done, facts.addresses, len(left), tuple(words), first, carried, soon, old)
+
+    def retire(self, pod: Pod, found: Enrolled) -> Enrolled:
+        """Clears or drains the retired layers. Before it, packets under way must have passed (kernel.grace).
+
+        Raises SluiceError. The next pass then finds what is left.
+        """
+        done, carried = settle_each(found.target, found.old), found.carried
+        if carried.fresh:
+            carried = self._switching.applied(pod.uid, found.target, carried)
+            self._remember(pod)
+        words = dict.fromkeys((*found.notes, self._switching.told(carried), *done.remarks))
+        words.pop("", None)
+        applied = Settled([*found.done.applied, *done.applied], found.done.remarks + done.remarks)
+        return replace(found, done=applied, carried=carried, notes=tuple(words), old=[])
 
     def _settle(
         self,
@@ -127,14 +149,16 @@ class Enrolment:
         want: Redirect,
         retired: tuple[Backend, ...] = (),
         carried: Carried = NOTHING_CARRIED,
-    ) -> tuple[Redirect, Settled]:
-        """Also what the active layers were to make true."""
+    ) -> tuple[Redirect, Settled, Wants]:
+        """Also what the active layers were to make true, and what is left to do in the retired ones."""
         want, wants = self._switching.wants(
             target, want, retired, carried=bool(carried), forwards=self._forwards(target), waiting=carried.waiting
         )
         if self._counting:
             self._counting.count(uid, target, want)
-        return want, settle_each(target, wants)
+        later = () if carried.waiting else retired  # while it waits these layers capture on
+        done = settle_each(target, [one for one in wants if one[0] not in later])
+        return want, done, due(target, [one for one in wants if one[0] in later])
 
     def again(self, pod: Pod, found: Enrolled, *, hbone: bool) -> tuple[Redirect, Settled]:
         """Adapts the rules to the sockets that ztunnel has just opened or closed (Choice.by_socket, Redirect.hbone)."""

@@ -25,9 +25,10 @@ from agent.core.settings import Settings
 from agent.core.status import State, Status
 from agent.reconciler import parts
 from agent.reconciler.canaries import Canaries
+from agent.reconciler.capturing import Capturing
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
-from agent.reconciler.entry import BELIEVED, Entry, Repair
+from agent.reconciler.entry import Entry, Repair
 from agent.reconciler.leaving import Leaving
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
@@ -60,6 +61,7 @@ class Reconciler:
         accounting: parts.Accounting | None = None,
         listening: parts.Listening | None = None,
         proxied: parts.Proxied | None = None,
+        await_packets: Callable[[], None] | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
 
@@ -85,6 +87,7 @@ class Reconciler:
         self._entries: dict[str, Entry] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
+        self._capturing = Capturing(self._enrolment, self._workers, choice.retired, await_packets)
         self._proxying = Proxying(publisher, listening, self._workers)
         self._leaving = Leaving(self._enrolment, self._proxying, self._workers)
         self._watching = Watching(accounting) if accounting else None
@@ -259,11 +262,9 @@ class Reconciler:
 
     async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> bool:
         """False when the pod is captured, but needs another pass soon."""
-        retired = () if time.monotonic() - entry.cleaned < BELIEVED else self.choice.retired
         cause, noticed = entry.take_cause()
         started = noticed or time.monotonic()
-        leaving = bool(entry.leaving)
-        if self._enrolment.runs(pod, leaving=leaving):
+        if self._enrolment.runs(pod, leaving=bool(entry.leaving)):
             target = await entry.work(self._workers, lambda: self._namespaces.resolve(pod))
             await self._proxying.first(pod, entry, target)
         exempt = await self._claims.exempt(
@@ -271,7 +272,7 @@ class Reconciler:
             lambda: entry.work(self._workers, lambda: self._enrolment.addresses(pod)),
             new=self._namespaces.is_new(pod),
         )
-        found = await entry.work(self._workers, lambda: self._enrolment.enrol(pod, redirect, retired, leaving=leaving))
+        found = await self._capturing.step(pod, entry, redirect)
         entry.patience, entry.leaving = 0.0, 0.0
         if exempt is not None:
             await exempt
@@ -280,8 +281,6 @@ class Reconciler:
         if self._canaries:
             self._canaries.captured(pod.uid, first=found.first)
         entry.noted(self._journal, pod, found.want, found.done, cause, time.monotonic() - started)
-        if retired:
-            entry.cleaned = time.monotonic()
         if found.changing or cause:  # the change may be rules of a retired layer
             entry.cleaned = -inf
         entry.want = found.want

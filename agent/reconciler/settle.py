@@ -11,6 +11,7 @@ from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.plan import Foreign
 from agent.core.redirect import Redirect
 from agent.core.text import shortened
+from agent.kernel.grace import await_packets
 from agent.kernel.podnetns import PodNetns
 
 # A change needs one pass, cleaning up after a removal a second one, a race with somebody else one more.
@@ -46,11 +47,16 @@ def settle(
 ) -> Settled:
     """Makes `want` true in the active layers, then removes the retired ones; `want` None removes all.
 
-    Blocking; for a worker thread. Raises KernelError or CommandError, with the script that was refused as a
-    note; what was applied until then stays.
+    Blocking; for a worker thread. Between the two it waits for packets under way (kernel.grace). Raises KernelError or
+    CommandError, with the script that was refused as a note; what was applied until then stays.
     """
-    layers = [(backend, want) for backend in (active if want else reversed(active))]
-    return settle_each(target, [*layers, *((backend, None) for backend in retired)])
+    done = settle_each(target, [(backend, want) for backend in (active if want else reversed(active))])
+    if old := due(target, [(backend, None) for backend in retired]):
+        if want:
+            await_packets()
+        removed = settle_each(target, old)
+        done = Settled([*done.applied, *removed.applied], done.remarks)
+    return done
 
 
 def settle_each(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> Settled:
@@ -60,6 +66,15 @@ def settle_each(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | Non
         for unit, wanted in backend.targets({target: want}).items():
             settle_unit(backend, unit, wanted, done)
     return done
+
+
+def due(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> list[tuple[Backend, Redirect | None]]:
+    """Those of the layers that there is something to do for."""
+    return [
+        (backend, want)
+        for backend, want in layers
+        if any(backend.plan(wanted, backend.read(unit)) for unit, wanted in backend.targets({target: want}).items())
+    ]
 
 
 def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settled) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import permutations
@@ -10,6 +11,8 @@ from itertools import permutations
 import pytest
 from support import istio, older
 from support.load import Account, Load, Place, place
+from support.node import until
+from support.pair import HOST4, pair, rules
 from support.rules import CHOICES, Pod, layers
 
 from agent.backends.mechanisms import mechanisms
@@ -17,6 +20,8 @@ from agent.cli.handback import strip
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
 from agent.kernel.exec import run
+from agent.kernel.grace import await_packets
+from agent.reconciler import settle as settling
 from agent.reconciler.settle import settle, verify
 
 pytestmark = pytest.mark.root
@@ -85,6 +90,49 @@ def test_a_switch_of_mechanism_is_hitless(here: Place, old: str, new: str) -> No
     run_through(here, steps | {"at last": partial(go, here.pod, new)})
     dump = here.pod.dump()
     assert ("istio-ambient" in dump) == (new == "nftables")
+
+
+@pytest.mark.parametrize("old", ["iptables", "iptables-legacy"])
+def test_a_packet_under_way_when_mechanisms_change_is_captured(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor may be taken from a connect() between two hooks, for longer than the change takes.
+
+    Here a chain that is asked before all others keeps its SYN there, with rules by the million.
+    """
+    with pair() as nodes, nodes.host.listen(HOST4, 7000), nodes.pod.listen("0.0.0.0", 15001) as ztunnel:
+        pod, new = Pod(nodes.pod.name), layers("nftables")
+        for size in (4000, 8000, 16000):
+            go(pod, "nftables")
+            go(pod, old)
+            rules(nodes.pod, _slow(size))
+            client = nodes.pod.make()
+            connecting = threading.Thread(target=client.connect, args=((HOST4, 7000),))
+            connecting.start()
+            until(lambda: "packets 0" not in pod.sh("nft list chain ip slow output"), "the SYN is in the first chain")
+            held_up: list[bool] = []
+
+            def wait() -> None:
+                held_up.append(connecting.is_alive())  # noqa: B023
+                await_packets()
+
+            monkeypatch.setattr(settling, "await_packets", wait)
+            settle(pod.target, WANT, new, [mechanisms()[old]])
+            monkeypatch.undo()
+            connecting.join()
+            assert ztunnel.accept()[1] == client.getsockname()
+            client.close()
+            rules(nodes.pod, "delete table ip slow")
+            if held_up == [True]:
+                break
+        assert held_up == [True], "on no try the packet was under way for long enough to show anything"
+        pod.target.close()
+
+
+def _slow(size: int) -> str:
+    """A chain of NAT that comes before all others; size * size rules for one destination port."""
+    output = ("type nat hook output priority -101", "tcp dport 7000 counter jump outer")
+    chains = {"inner": ("meta mark 0x7777 return",) * size, "outer": ("jump inner",) * size, "output": output}
+    texts = [f"chain {name} {{\n{chr(10).join(lines)}\n}}" for name, lines in chains.items()]
+    return "\n".join(("table ip slow {", *texts, "}"))
 
 
 def test_a_change_of_variant_is_hitless_and_one_change(here: Place, choice: str) -> None:

@@ -46,9 +46,7 @@ def wrong(node: World, claims: Claims) -> list[str]:
 
 
 @pytest.mark.parametrize("family", [4, 6])
-def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(
-    node: World, family: int
-) -> None:
+def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(node: World, family: int) -> None:
     settle(node.target, want(claimed((A, node.a.both))), active())
     pod = node.a.address(family)
     assert node.host.connect(pod) == PROBE[family]
@@ -60,9 +58,7 @@ def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(
     assert node.host.connect(node.b.address(family)) == node.b.host(family)
 
 
-def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_this_kernel(
-    node: World
-) -> None:
+def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_this_kernel(node: World) -> None:
     """With bridge-nf-call-iptables a packet between them passes the host's chains still bound to its socket."""
     node.host.sh(
         "ip link add br0 type bridge mcast_snooping 0; ip link set br0 up; ip addr add 10.82.9.1/24 dev br0;"
@@ -77,9 +73,7 @@ def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_t
     assert node.host.connect("10.82.9.2") == PROBE[4]
 
 
-def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_proxy(
-    node: World
-) -> None:
+def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_proxy(node: World) -> None:
     pod = PodNetns(Netns.open(node.a.path))
     try:
         settle_pod(pod, Redirect(), pod_layers("nftables"))
@@ -95,9 +89,7 @@ def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_pr
 
 
 @pytest.mark.parametrize("foreign", ["", FOREIGN], ids=["empty", "foreign"])
-def test_what_is_applied_is_read_back_applied_once_and_removed_without_a_trace(
-    node: World, foreign: str
-) -> None:
+def test_what_is_applied_is_read_back_applied_once_and_removed_without_a_trace(node: World, foreign: str) -> None:
     # Legacy xtables cannot lose a table again, so there it is there before.
     node.host.sh(foreign or "iptables-legacy -t nat -L >/dev/null; ip6tables-legacy -t nat -L >/dev/null")
     before, claims = node.dump(), claimed((A, node.a.both), ("uid-b", node.b.both))

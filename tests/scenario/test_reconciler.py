@@ -117,7 +117,7 @@ def test_a_retired_backend_is_cleared_once_after_the_new_rules_are_in() -> None:
         target = world.namespaces.resolve(pod())
         world.kernel.held["old", target] = "of the former choice"
         await world.settle(pod())
-        assert world.kernel.log == ["routing set web", "rules set web", "old clear web", "publish web"]
+        assert world.kernel.log == ["routing set web", "rules set web", "grace", "old clear web", "publish web"]
         world.kernel.held["old", target] = "somebody's"
         await world.reconciler.settled("web")
         assert world.kernel.held["old", target] == "somebody's", "only once: from then on it is not ours"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,7 @@ def restarted(world: World) -> Reconciler:
     made = Reconciler(
         old.settings, world.table, old.choice, world.namespaces, world.publisher, world.watcher, world.journal,
         lambda: 0.5, outside=world.outside, carried=world.carried,
+        await_packets=world.await_packets,
     )  # fmt: skip
     for one in world.table:
         made.wake(one.uid)
@@ -49,7 +51,7 @@ def test_rules_drain_while_connections_last_that_they_translate_and_then_go() ->
         captured(world, 7, 8)
         (status,) = await world.settle(WEB)
         assert status.state is State.ENABLED
-        assert world.kernel.log == ["routing set web", "rules set web", "old set web", "publish web"]
+        assert world.kernel.log == ["routing set web", "rules set web", "grace", "old set web", "publish web"]
         old, rules = held(world, "old"), held(world, "rules")
         assert old is not None and old.draining and old.marks
         assert rules is not None and not rules.draining and held(world, "routing") == rules and rules.marks
@@ -72,6 +74,62 @@ def test_rules_drain_while_connections_last_that_they_translate_and_then_go() ->
         assert world.kernel.held["old", world.target("web")] == "somebody's", "it is not ours any more"
 
     play(script, by_socket=True)
+
+
+@pytest.mark.parametrize("by_socket", [None, True, False])
+def test_the_old_way_goes_a_grace_period_after_the_new_one_came_and_many_pods_share_it(by_socket: bool | None) -> None:
+    """A packet may have passed the new way's hook before the rules came, and not met the old way's yet."""
+    pods = [replace(pod(f"p{number}"), source="static") for number in range(20)]
+
+    async def script(world: World) -> None:
+        for one in pods:
+            captured(world, one=one)
+            world.table.seen(one)
+        left, all_came = {one.uid for one in pods}, threading.Event()
+
+        def coming(target: Target) -> None:
+            left.discard(target.uid)
+            if not left:
+                all_came.set()
+
+        def wait() -> None:
+            assert all_came.wait(20)
+
+        world.rules.before_apply, world.during_grace = coming, wait
+        await asyncio.gather(*(world.reconciler.settled(one.uid) for one in pods))
+        log = world.kernel.log
+        for one in pods:
+            (gone,) = (at for at, line in enumerate(log) if line in (f"old clear {one.uid}", f"old set {one.uid}"))
+            assert "grace" in log[log.index(f"rules set {one.uid}") : gone], log
+        assert log.count("grace") <= 2, "all that came while the first was under way share the second"
+
+    play(script, by_socket=by_socket)
+
+
+def test_what_waits_for_a_grace_period_that_fails_is_tried_again() -> None:
+    async def script(world: World) -> None:
+        captured(world)
+
+        def fail() -> None:
+            world.during_grace = lambda: None
+            raise KernelError("wait", 1, "not now")
+
+        world.during_grace = fail
+        (status,) = await world.settle(WEB)
+        assert status.state is State.FAILED and "not now" in status.error
+        assert held(world, "rules") is not None and held(world, "old") == BEFORE, "both ways capture meanwhile"
+        while held(world, "old") is not None:
+            await world.reconciler.progressed()
+
+    play(script)
+
+
+def test_a_pod_without_an_old_way_waits_for_no_grace_period() -> None:
+    async def script(world: World) -> None:
+        await world.settle(WEB)
+        assert "grace" not in world.kernel.log
+
+    play(script)
 
 
 def test_without_connections_it_drains_for_a_moment_by_itself() -> None:
@@ -137,7 +195,7 @@ def test_rules_preserve_while_connections_last_that_they_have_not_seen() -> None
     async def script(world: World) -> None:
         captured(world, 7)
         (status,) = await world.settle(WEB)
-        assert world.kernel.log == ["routing set web", "rules set web", "old clear web", "publish web"]
+        assert world.kernel.log == ["routing set web", "rules set web", "grace", "old clear web", "publish web"]
         rules = held(world, "rules")
         assert rules is not None and rules.preserve and rules.marks and status.outside == 0
         assert "carried on as before" in status.notes[0] and held(world, "old") is None

@@ -376,6 +376,7 @@ class World:
         self.watcher, self.journal, self.outside, self.carried = Watcher(), Journal(), Outside(), Outside()
         self.listening = Listening(self.publisher)
         self.host, self.canary, self.proxied = Host(self.kernel), Canary(), Proxied(self.kernel)
+        self.during_grace: Callable[[], None] = lambda: None
         if by_socket is not None:
             kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
             self.rules, self.old = (kind(n, self.kernel) for kind, n in zip(kinds, ("rules", "old"), strict=True))
@@ -387,7 +388,13 @@ class World:
             self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
             host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
             listening=self.listening if listens else None, proxied=self.proxied,
+            await_packets=self.await_packets,
         )  # fmt: skip
+
+    def await_packets(self) -> None:
+        """In place of the kernel's grace period."""
+        self.during_grace()
+        self.kernel.log.append("grace")
 
     async def settle(self, *pods: Pod) -> list[Any]:
         for one in pods:

@@ -1,0 +1,57 @@
+"""Capture of one pod: apply the chosen layers, wait for packets under way, then clear the retired layers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from agent.backends.base import Backend
+from agent.core.pods import Pod
+from agent.core.redirect import Redirect
+from agent.kernel.grace import await_packets
+from agent.reconciler.enrolment import Enrolled, Enrolment
+from agent.reconciler.entry import BELIEVED, Entry
+from agent.reconciler.workers import Workers
+
+
+class Capturing:
+    """Belongs to the event loop's thread. One wait in the kernel serves all pods that need it, and holds no worker."""
+
+    def __init__(
+        self,
+        enrolment: Enrolment,
+        workers: Workers,
+        retired: tuple[Backend, ...],
+        wait: Callable[[], None] | None = None,
+    ) -> None:
+        """`retired` layers may hold an old way. `wait` replaces kernel.grace.await_packets."""
+        self._enrolment, self._workers, self._retired = enrolment, workers, retired
+        self._wait = wait or await_packets
+        self._running: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None  # it has not begun, so it serves every pod that comes now
+
+    async def step(self, pod: Pod, entry: Entry, redirect: Redirect) -> Enrolled:
+        """Raises SluiceError. What was applied until then stays, and the next pass finds what is left to do."""
+        retired = () if time.monotonic() - entry.cleaned < BELIEVED else self._retired
+        enrol, retire, leaving = self._enrolment.enrol, self._enrolment.retire, bool(entry.leaving)
+        found = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, leaving=leaving))
+        if found.old:
+            await self._passed()
+            new = found
+            found = await entry.work(self._workers, lambda: retire(pod, new))
+        if retired:
+            entry.cleaned = time.monotonic()
+        return found
+
+    async def _passed(self) -> None:
+        """Returns when a wait has ended that began after this call. Raises KernelError."""
+        if self._next is None:
+            self._next = asyncio.create_task(self._after(self._running), name="grace period")
+        await asyncio.shield(self._next)
+
+    async def _after(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._running, self._next = self._next, None
+        await asyncio.to_thread(self._wait)
