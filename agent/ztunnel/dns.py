@@ -31,6 +31,7 @@ IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's con
 _ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
 _LARGEST = 65535
 IP_PKTINFO, _PKTINFO = 8, struct.Struct("=i4s4x")  # linux/in.h; interface, the address to send from
+_ITSELF = "a query of ztunnel's own came back to it: a rule of the pod overwrites ztunnel's mark"
 _KNOWN = {errno.ECONNREFUSED: "refused"}
 
 
@@ -52,6 +53,7 @@ class Resolver:
         self.flows: dict[tuple[Address, Address], Flow] = {}
         self.idle: dict[Flow, None] = {}
         self.waiting = 0
+        self.ends: dict[Address, Flow] = {}  # by the local end of the socket towards the resolver
 
     def receive(self, listener: socket.socket) -> None:
         """To be called when `listener` is readable."""
@@ -68,6 +70,9 @@ class Resolver:
                 self.record(now(), client, None, len(datagram), 0, "error", str(error))
 
     def _pass_on(self, listener: socket.socket, client: Address, datagram: bytes) -> None:
+        if returned := self.ends.get(client[:2]):
+            returned.came_back()
+            return
         found, own = self.original(listener, client)
         if found is None:
             words = "neither conntrack nor eBPF knows which resolver was asked; dropped"
@@ -158,6 +163,13 @@ class Flow:
             self._answer_all("error", str(error))
         self._await()
 
+    def came_back(self) -> None:
+        """What was sent to the resolver has come to ztunnel: to pass it on would make another one, and so for ever."""
+        pod = self._resolver.pod
+        pod.warnings.log(f"pod {pod.name}: {_ITSELF}")
+        self._answer_all("refused", _ITSELF)
+        self._await()
+
     def expire(self) -> None:
         idle = self._resolver.pod.engine.poller.loop.time() - self._last
         if self._sent and idle < IDLE_SECONDS:
@@ -180,6 +192,7 @@ class Flow:
         pod.live.discard(self)
         if self._server is not None:
             pod.engine.poller.remove(self._server.fileno())
+            self._resolver.ends.pop(self._server.getsockname()[:2], None)
             self._server.close()
             self._server = None
         if self._sent or self._received:
@@ -202,6 +215,7 @@ class Flow:
                 server.close()
                 raise
             self._server = server
+            self._resolver.ends[server.getsockname()[:2]] = self
         return self._server
 
     def _await(self) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.leaking import marking
 from support.ztunnel import (
     PEER4,
     PEER6,
@@ -34,6 +35,7 @@ from support.ztunnel import (
 from agent.kernel.exec import run
 from agent.kernel.sockdiag import SockDiag
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
+from agent.ztunnel import dnsmessage
 
 pytestmark = pytest.mark.root
 STREAM = 64 << 20
@@ -353,6 +355,20 @@ def test_a_connection_of_its_own_that_comes_back_is_reset_at_once(served: Lab, h
     assert (came_back["close"], came_back["destination"]) == ("refused", text)
     served.pod.call(lambda: run(["nft", "delete table inet own"]))
     served.outbound(host, 8081)
+
+
+@pytest.mark.parametrize(("resolver", "family"), [(RESOLVER4, socket.AF_INET), (RESOLVER6, socket.AF_INET6)])
+def test_a_query_of_its_own_that_comes_back_fails_at_once(served: Lab, resolver: str, family: int) -> None:
+    """Else one query makes thousands."""
+    with (
+        served.peer.listen(resolver, 53, socket.SOCK_DGRAM),
+        served.pod.make(family, socket.SOCK_DGRAM) as client,
+        marking(served.pod.path, "meta l4proto udp", 0x40000),
+    ):
+        client.sendto(question(0x1234), (resolver, 53))
+        assert client.recv(2000) == dnsmessage.failure(question(0x1234))
+    record = served.ztunnel.wait_record(close="refused")
+    assert "overwrites ztunnel's mark" in record["error"] and served.ztunnel.records() == [record]
 
 
 def test_pod_to_itself(served: Lab) -> None:
