@@ -131,7 +131,8 @@ class Node:
             "cni_conf_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "metrics_address": "127.0.0.1:15014",
         }  # fmt: skip
         files = {"pods.yaml": json.dumps({"pods": pods})}
-        return {"ztunnel": {"embedded": True}, "files": files, "settings": fixed | settings}
+        # Without an agent a ztunnel that gets SIGTERM waits drainSeconds for its successor.
+        return {"ztunnel": {"embedded": True, "drainSeconds": 1}, "files": files, "settings": fixed | settings}
 
     def container(self, values: dict[str, Any], daemon: str = AGENT, **more: Any) -> Container:
         objects = chart.render(values)
