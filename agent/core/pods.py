@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from agent.core import names
-from agent.core.errors import NetnsError, SettingsError
+from agent.core.errors import NetnsError, PodGoneError, SettingsError
 
 UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # also names files below the run directory
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes object name
@@ -288,9 +288,10 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
     )
 
 
-def unfound(pod: Pod, error: Exception) -> bool:
-    """Whether the pod runs only according to Kubernetes: after a reboot, until its sandbox is made anew."""
-    return pod.source == "kube" and type(error) is NetnsError
+def without_sandbox(pod: Pod, error: Exception) -> bool:
+    """Whether there is nothing to capture: the pod has ended, or it runs only according to Kubernetes (after a reboot,
+    until its sandbox is made anew)."""
+    return isinstance(error, PodGoneError) or (pod.source == "kube" and type(error) is NetnsError)
 
 
 def mode(pod: Pod) -> str:

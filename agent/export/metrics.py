@@ -17,7 +17,7 @@ from agent.backends.beside import Counts
 from agent.backends.ebpf.abi import ExitCause
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError
-from agent.core.pods import Pod, unfound
+from agent.core.pods import Pod, without_sandbox
 from agent.core.sockets import TcpState
 from agent.core.status import State
 from agent.export.cluster import Cluster, ClusterCollector
@@ -172,7 +172,7 @@ class Metrics:
         log.log(level, "pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, _words(differences))
 
     def failed(self, pod: Pod, error: Exception) -> None:
-        if not unfound(pod, error):
+        if not without_sandbox(pod, error):
             self.failures.inc()
         words, before = str(error), self._said.get(pod.uid, ("", 0.0))
         if words == before[0] and time.monotonic() < before[1] + _QUIET:
@@ -181,7 +181,7 @@ class Metrics:
             self._said.clear()
         self._said[pod.uid] = words, time.monotonic()
         script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
-        level = logging.INFO if unfound(pod, error) else logging.ERROR
+        level = logging.INFO if without_sandbox(pod, error) else logging.ERROR
         log.log(level, "pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:

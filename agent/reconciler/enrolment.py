@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
 from agent.core.bridged import bridged, several
-from agent.core.errors import PodEndingError, SluiceError, TakenPortError
+from agent.core.errors import KernelError, PodEndingError, SluiceError, TakenPortError
 from agent.core.listeners import Heard
 from agent.core.outside import report
 from agent.core.pods import Pod
@@ -89,7 +91,14 @@ class Enrolment:
 
         `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied until then stays.
         """
-        target, first = self._namespaces.resolve(pod), leaving or not self._namespaces.was_captured(pod.uid)
+        target = self._namespaces.resolve(pod)
+        with self._running(pod, target):
+            return self._enrol(pod, target, redirect, retired, leaving=leaving)
+
+    def _enrol(
+        self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool
+    ) -> Enrolled:
+        first = leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
@@ -163,7 +172,8 @@ class Enrolment:
     def again(self, pod: Pod, found: Enrolled, *, hbone: bool) -> tuple[Redirect, Settled]:
         """Adapts the rules to the sockets that ztunnel has just opened or closed (Choice.by_socket, Redirect.hbone)."""
         want = replace(found.want, hbone=hbone)
-        done = settle(found.target, want, self._choice.active)
+        with self._running(pod, found.target):
+            done = settle(found.target, want, self._choice.active)
         if self._accounting:
             self._accounting.enrol(pod, found.target, want, captured=True)
         return want, done
@@ -179,7 +189,8 @@ class Enrolment:
         if self._accounting:
             self._accounting.release(pod.uid, target)
         want, _ = _within(redirect, self._facts(pod, target))
-        done = settle_each(target, self._switching.leaving(target, want))
+        with self._running(pod, target):
+            done = settle_each(target, self._switching.leaving(target, want))
         return done, self._proxied.there(target) if self._proxied else ()
 
     def unenrol(self, pod: Pod) -> Settled:
@@ -270,6 +281,15 @@ class Enrolment:
         if not self._namespaces.occupied(target):
             raise PodEndingError(f"pod {pod.key} is ending: lo is down, and no process is left in its namespace")
         return facts
+
+    @contextlib.contextmanager
+    def _running(self, pod: Pod, target: PodNetns) -> Iterator[None]:
+        """Around changes: what fails because the sandbox has begun to end meanwhile raises PodEndingError."""
+        try:
+            yield
+        except KernelError:
+            self._facts(pod, target)
+            raise
 
     def _forwards(self, target: PodNetns) -> bool:
         """Of no matter to rules, which see what is forwarded, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from support.world import Accounting, World, play, pod
@@ -281,6 +282,22 @@ def test_a_sandbox_that_ends_is_neither_repaired_nor_told_of() -> None:
         assert world.kernel.log == [] and world.journal.errors == [] and world.reconciler.repairs("web") == []
         target.up = True
         assert (await world.reconciler.settled("web")).leaving, "it runs after all"
+
+    play(script)
+
+
+def test_a_sandbox_that_ends_while_it_is_repaired_has_not_failed() -> None:
+    async def script(world: World) -> None:
+        def end(target: Any) -> None:
+            target.up = target.occupied = False
+            raise KernelError("ip -6 route add", 100, "Network is down")
+
+        await world.settle(pod())
+        world.kernel.damage("routing", world.target("web"))
+        world.routing.before_apply = end
+        status = await world.reconciler.settled("web")
+        assert status.state is State.ENABLED and "is ending" in status.notes[0]
+        assert world.journal.errors == []
 
     play(script)
 

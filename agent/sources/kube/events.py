@@ -12,7 +12,7 @@ from typing import Any
 
 from agent.core.canary import Finding, Verdict
 from agent.core.errors import KubeError
-from agent.core.pods import Pod, PodTable, unfound
+from agent.core.pods import Pod, PodTable, without_sandbox
 from agent.core.text import printable
 from agent.sources.kube.annotating import Sending
 
@@ -58,7 +58,7 @@ class Events:
             self.tell(pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}")
 
     def failed(self, pod: Pod, error: Exception) -> None:
-        if not unfound(pod, error):
+        if not without_sandbox(pod, error):
             self.tell(pod, "CaptureFailed", str(error))
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:

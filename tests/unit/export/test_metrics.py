@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from agent.core.errors import ForeignNetnsError, KernelError, NetnsError
+from agent.core.errors import ForeignNetnsError, KernelError, NetnsError, PodGoneError
 from agent.core.pods import Pod
 from agent.export.metrics import Metrics
 
@@ -27,12 +27,14 @@ def test_a_failure_that_repeats_is_logged_once_a_minute_and_counted_each_time(
     assert len(caplog.records) == 4 and metrics.failures._value.get() == 6
 
 
-def test_a_pod_that_kubernetes_only_remembers_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    """After a reboot: its sandbox is about to be made anew."""
+def test_a_pod_without_a_sandbox_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """After a reboot its sandbox is about to be made anew; and a pod may have ended before that was announced."""
     metrics = Metrics(tuple, lambda: 0)
     with caplog.at_level(logging.INFO):
         metrics.failed(Pod("a", "shop", "a", source="kube"), NetnsError("nothing of it is here"))
         metrics.failed(Pod("b", "shop", "b", source="kube"), ForeignNetnsError("it is another one's"))
         metrics.failed(Pod("c", "shop", "c", source="cni"), NetnsError("nothing of it is here"))
-    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.ERROR, logging.ERROR]
+        metrics.failed(Pod("d", "shop", "d", source="cni"), PodGoneError("its namespace is empty"))
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.INFO, logging.ERROR, logging.ERROR, logging.INFO]
     assert metrics.failures._value.get() == 2
