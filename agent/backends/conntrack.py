@@ -5,11 +5,13 @@ to no connection: an answer that comes 61 s after the question's FIN never arriv
 none is lowered. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
 
 A raised timeout is base + the pod's own value, so removal can restore that without a note. The kernel does not notify
-of changes, so all six are read in each pass (60 us).
+of changes, and reading all six costs as much as the rest of a pass over an unchanged pod. So they are read again only
+after a change of ours, or after BELIEVED seconds: a pod that shortens its own is seen late.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -22,6 +24,7 @@ from agent.core.redirect import Redirect
 from agent.kernel import sysctl
 from agent.kernel.podnetns import PodNetns
 
+BELIEVED: Final = 300.0
 _PREFIX: Final = "net/netfilter/nf_conntrack_tcp_timeout_"
 # Both sides may be silent as long as the sockets live: at least the five days of an established connection. Raised, it
 # is 11.6 days or more; the kernel's limit is 24 days at 1000 ticks a second.
@@ -63,6 +66,7 @@ class ConntrackBackend:
 
     def __init__(self) -> None:
         self._refused: WeakKeyDictionary[PodNetns, str] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[PodNetns, tuple[float, tuple[tuple[str, int], ...]]] = WeakKeyDictionary()
 
     def probe(self) -> Support:
         return Support(True)
@@ -71,7 +75,12 @@ class ConntrackBackend:
         return desired
 
     def read(self, target: PodNetns) -> Have:
-        return Have(target.netns.call(_read), self._refused.get(target, ""))
+        until, seconds = self._seen.get(target, (0.0, ()))
+        # A namespace gets its timeouts with the kernel's module, of which nobody is notified either.
+        if not seconds or time.monotonic() > until:
+            seconds = target.netns.call(_read)
+            self._seen[target] = time.monotonic() + BELIEVED, seconds
+        return Have(seconds, self._refused.get(target, ""))
 
     def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
         """`want` None puts the pod's own values back."""
@@ -87,6 +96,7 @@ class ConntrackBackend:
         return Plan(steps, tuple(f"{step.text} is due" for step in steps))
 
     def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
+        self._seen.pop(target, None)
         try:
             target.netns.call(lambda: _write([step.payload for step in plan.steps]))
         except KernelError as error:

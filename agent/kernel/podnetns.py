@@ -18,6 +18,7 @@ from agent.kernel.netns import Netns
 from agent.kernel.nfnetlink import NftSocket
 from agent.kernel.notifications import Mark, Notifications
 from agent.kernel.rtnetlink import GROUPS, LOOPBACK_INDEX, MOST_ROUTES, Address, RouteSocket
+from agent.kernel.sockdiag import SockDiag
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class PodNetns:
     def __init__(self, netns: Netns) -> None:
         self.netns = netns
         self._opened: _Sockets | None = None
+        self._diag: SockDiag | None = None
         self._facts: tuple[Mark, Facts] | None = None
         self._wiring: tuple[Mark, Wiring] | None = None
 
@@ -70,6 +72,13 @@ class PodNetns:
         learn that the namespace gets it.
         """
         return self._sockets.route_events
+
+    @property
+    def diag(self) -> SockDiag:
+        """Of its own, for most namespaces are never asked for their TCP sockets."""
+        if self._diag is None:
+            self._diag = self.netns.call(SockDiag)
+        return self._diag
 
     def addresses(self) -> tuple[str, ...]:
         """Every address in the namespace but loopback and link-local ones, without prefix lengths."""
@@ -112,6 +121,9 @@ class PodNetns:
 
     def close(self) -> None:
         opened, self._opened, self._facts, self._wiring = self._opened, None, None, None
+        if self._diag is not None:
+            self._diag.close()
+            self._diag = None
         if opened is not None:
             for one in (opened.nft, opened.route, opened.events, opened.route_events):
                 one.close()

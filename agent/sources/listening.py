@@ -5,7 +5,6 @@ ztunnel may have lost a pod that it acknowledged (P03), and others' rules may ta
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from weakref import WeakKeyDictionary
 
@@ -16,7 +15,6 @@ from agent.core.names import HBONE_PORT
 from agent.core.redirect import Redirect
 from agent.core.sockets import CAPTURE_PORTS, TcpSocket, text
 from agent.kernel.podnetns import PodNetns
-from agent.kernel.sockdiag import SockDiag
 
 _SHOWN = 4  # of the pod's own listeners
 
@@ -31,8 +29,7 @@ class Listening:
 
     def heard(self, target: PodNetns) -> Heard:
         """Now. Raises KernelError."""
-        with contextlib.closing(target.netns.call(SockDiag)) as diag:
-            sockets = diag.listening(CAPTURE_PORTS)
+        sockets = target.diag.listening(CAPTURE_PORTS)
         foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
         lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
         there = {one.local[1] for one in sockets if one not in lines}

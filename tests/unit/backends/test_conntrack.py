@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from agent.backends.conntrack import LEAST, ConntrackBackend, Have, own, raised
+from agent.backends import conntrack
+from agent.backends.conntrack import BELIEVED, LEAST, ConntrackBackend, Have, own, raised
 from agent.core.redirect import Redirect
 
 DEFAULTS = Have(
@@ -43,3 +47,25 @@ def test_a_namespace_where_they_cannot_be_set_is_captured_with_a_remark() -> Non
     assert not plan and "Permission denied" in plan.remarks[0]
     assert ConntrackBackend().plan(None, Have(DEFAULTS.seconds, "no")).remarks == ()
     assert not ConntrackBackend().plan(Redirect(), Have())  # no conntrack in this kernel
+
+
+def test_timeouts_are_read_again_after_a_change_of_ours_and_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is notified of changes, and reading them in each pass costs as much as the pass."""
+
+    class Target(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    reads, now, found = list[float](), [1000.0], [(), DEFAULTS.seconds]
+    monkeypatch.setattr(conntrack.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(conntrack, "_write", lambda changes: None)
+    monkeypatch.setattr(conntrack, "_read", lambda: (reads.append(now[0]), found.pop(0) if found else ())[1])
+    backend, target = ConntrackBackend(), Target(netns=SimpleNamespace(call=lambda function: function()))
+    any_target: Any = target
+    assert backend.read(any_target) == Have()  # conntrack comes with the first rules, without a notification
+    assert backend.read(any_target) == backend.read(any_target) == DEFAULTS
+    assert len(reads) == 2
+    found[:] = [DEFAULTS.seconds] * 2
+    backend.apply(any_target, backend.plan(Redirect(), DEFAULTS))
+    assert backend.read(any_target) == DEFAULTS and len(reads) == 3
+    now[0] += BELIEVED + 1
+    assert backend.read(any_target) == DEFAULTS and len(reads) == 4
