@@ -129,13 +129,15 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, const struct ad
 		return 0;
 	const struct address *own = ipv4 ? &pod->own4 : &pod->own6;
 	int bound = !by_any_interface(ctx);
-	if (bound && (answer.verdict == TO_DNS || !(pod->flags & POD_SINGLE) || !own->word[3])) {
+	if (bound && (!(pod->flags & POD_SINGLE) || !own->word[3])) {
 		count(EXIT_INTERFACE_FAILED);
 		return 0;
 	}
 	if (answer.verdict == TO_DNS) {
 		if (protocol == IPPROTO_UDP)
 			note_query(ctx, pod, cookie, to, asked, ipv4);
+		else if (bound && !is_bound(sk))
+			bind_to(ctx, own, 0); /* what is sent to 127.0.0.1 does not come in by its interface */
 		*through = localhost(ipv4);
 		*port = bpf_htons(DNS_PORT);
 	} else {

@@ -65,7 +65,7 @@ SEC("tc") int watch(struct __sk_buff *skb)
 		return TC_NEXT;
 	if (parse(skb, &p) <= 0 || p.protocol != IPPROTO_TCP || !(p.flags & SYN))
 		return TC_NEXT;
-	if (is_loopback(&p.to)) /* a captured connection of a socket that is bound to this interface: it arrives nowhere */
+	if (is_loopback(&p.to)) /* captured, of a socket bound to this interface while that has no local route: arrives nowhere */
 		return TC_NEXT;
 	struct bpf_sock *sk = skb->sk;
 	if (sk)

@@ -1,7 +1,7 @@
 """Captured pods in the exact form in which istio-cni would have programmed them, so that it finds nothing to do.
 
 From our rules, which are right (settle comes before), one transaction per set of tables: what a packet meets is the
-same before and after, and at no moment nothing. Policy rules and routes stay: those of the usual form do what
+same before and after, and at no moment nothing. The mark's policy rule and route stay: those of the usual form do what
 istio-cni's do, and where table 100 is the pod's own, istio-cni would overwrite it.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from agent.backends import routing
 from agent.backends.iptables import rendering as xtables
 from agent.backends.iptables.bases import FAMILIES, WORD, Restore
 from agent.backends.iptables.rendering import ORDER, XtTable
@@ -59,6 +60,8 @@ def plan(layer: str, want: Redirect, have: Any, places: Places) -> Plan[Any]:
     """What makes rules of `want`, which the layer has read as `have`, those of istio-cni; empty when they are."""
     if layer == "nftables":
         return _nftables(want, have)
+    if layer == "routing":
+        return routing.plain(have)
     held = getattr(have, "held", have)
     steps = []
     for family, actual in held.families.items():

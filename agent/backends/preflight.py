@@ -20,7 +20,7 @@ from agent.core import names
 from agent.core.errors import SluiceError
 from agent.kernel import exec, proc, scratch, xtables
 from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.rtnetlink import MarkRule, RouteSocket
+from agent.kernel.rtnetlink import LookupRule, RouteSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ def _try(need: Need, bpf_dir: str) -> None:
         case PolicyRule(family):
             with contextlib.closing(RouteSocket()) as route:
                 mark = (names.CONNECTION_MARK, names.MARK_MASK)
-                route.change(MarkRule(family, names.RULE_PREFERENCE, *mark, names.ROUTE_TABLE), add=True)
+                route.change(LookupRule(family, names.RULE_PREFERENCE, *mark, names.ROUTE_TABLE), add=True)
         case Transaction(commands):
             with contextlib.closing(NftSocket()) as nft:
                 nft.commit(f"try {need.name}", commands, None)

@@ -10,17 +10,17 @@ no number), and the usual route unless somebody else's rule leads to its table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from agent.backends import shadows
 from agent.core import names
 from agent.core.fibrules import TO_TABLE, FibRule
-from agent.kernel.rtnetlink import LocalRoute, MarkRule
+from agent.kernel.rtnetlink import LOOPBACK_INDEX, LocalRoute, LookupRule
 
 TABLES = (names.ROUTE_TABLE, *names.SPARE_TABLES)
-Item = MarkRule | LocalRoute
+Item = LookupRule | LocalRoute
 Routes = Mapping[int, Sequence[LocalRoute | None]]  # of each of TABLES, None for a route of another form
 
 
@@ -36,8 +36,11 @@ class Place:
     before: tuple[FibRule, ...] = ()
 
 
-def place(family: int, rules: Sequence[FibRule], routes: Routes) -> Place:
-    """From all policy rules and this family's routes in TABLES."""
+def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Sequence[int] = ()) -> Place:
+    """From all policy rules and this family's routes in TABLES.
+
+    `interfaces`: indices of those that sockets may be bound to (SO_BINDTODEVICE, link-local peers).
+    """
     mine = [rule for rule in rules if rule.family == family]
     ours = [known for rule in mine if (known := _ours(rule))]
     others = [rule for rule in mine if not _ours(rule)]
@@ -49,8 +52,10 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes) -> Place:
         return Place(held, ())
     suspects = shadows.rules(others)
     preference = _preference(ours, others, min((rule.preference for rule in suspects), default=1 << 32))
-    wanted = _kept(held, LocalRoute(family, table)), _kept(held, _rule(family, preference, table))
-    return Place(held, wanted, tuple(rule for rule in suspects if rule.preference <= preference))
+    items = LocalRoute(family, table), _rule(family, preference, table)
+    wanted = (*items, *_for_bound(family, preference, table, interfaces))
+    before = tuple(rule for rule in suspects if rule.preference <= preference)
+    return Place(held, tuple(_kept(held, item) for item in wanted), before)
 
 
 def usual(family: int) -> tuple[Item, ...]:
@@ -58,23 +63,39 @@ def usual(family: int) -> tuple[Item, ...]:
     return LocalRoute(family, names.ROUTE_TABLE), _rule(family, names.RULE_PREFERENCE, names.ROUTE_TABLE)
 
 
-def _rule(family: int, preference: int, table: int) -> MarkRule:
+def is_for_bound(item: Item) -> bool:
+    """Whether only sockets that are bound to an interface need it. Such items come and go with the interfaces."""
+    return bool(item.to) if isinstance(item, LookupRule) else item.interface != LOOPBACK_INDEX
+
+
+def _for_bound(family: int, preference: int, table: int, interfaces: Sequence[int]) -> Iterator[Item]:
+    """The kernel looks for routes of that interface alone, and the table `local` has loopback addresses on lo."""
+    for interface in interfaces:
+        yield LocalRoute(family, table, interface=interface)
+    if interfaces:
+        yield LookupRule(family, preference, 0, 0, table, names.ROUTING_PROTOCOL, names.LOOPBACK[family])
+
+
+def _rule(family: int, preference: int, table: int) -> LookupRule:
     # The usual one as the existing agents write it: the kernel takes one of another protocol for another rule.
     known = (preference, table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
     protocol = 0 if known else names.ROUTING_PROTOCOL
-    return MarkRule(family, preference, names.CONNECTION_MARK, names.MARK_MASK, table, protocol)
+    return LookupRule(family, preference, names.CONNECTION_MARK, names.MARK_MASK, table, protocol)
 
 
-def _ours(rule: FibRule) -> MarkRule | None:
-    """The rule as a MarkRule if it is ours: it selects by our mark and nothing else."""
-    if not rule.plain or rule.action != TO_TABLE or rule.table not in TABLES:
-        return None
-    if (rule.mark, rule.mask) != (names.CONNECTION_MARK, names.MARK_MASK):
+def _ours(rule: FibRule) -> LookupRule | None:
+    """The rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, and nothing else."""
+    if rule.action != TO_TABLE or rule.table not in TABLES:
         return None
     made = rule.protocol == names.ROUTING_PROTOCOL
     usual = (rule.preference, rule.table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
-    one = MarkRule(rule.family, rule.preference, rule.mark, rule.mask, rule.table, rule.protocol)
-    return one if made or usual else None
+    one = LookupRule(rule.family, rule.preference, rule.mark, rule.mask, rule.table, rule.protocol)
+    marked, to = (rule.mark, rule.mask) == (names.CONNECTION_MARK, names.MARK_MASK), names.LOOPBACK[rule.family]
+    if rule.plain and marked and (made or usual):
+        return one
+    if replace(rule, others=()).plain and rule.others == (f"to {to}",) and not rule.mask and made:
+        return replace(one, to=to)
+    return None
 
 
 def _our_route(route: LocalRoute | None, led: set[int]) -> bool:
@@ -84,7 +105,7 @@ def _our_route(route: LocalRoute | None, led: set[int]) -> bool:
     return route.protocol == names.ROUTING_PROTOCOL or adopted
 
 
-def _by_use(ours: Sequence[MarkRule]) -> Sequence[int]:
+def _by_use(ours: Sequence[LookupRule]) -> Sequence[int]:
     """The tables in the order in which they are tried: those in use first."""
     return tuple(dict.fromkeys((*(rule.table for rule in ours), *TABLES)))
 
@@ -93,10 +114,10 @@ def _free(routes: Sequence[LocalRoute | None], is_ours: Callable[[LocalRoute | N
     return all(is_ours(route) for route in routes)
 
 
-def _preference(ours: Sequence[MarkRule], others: Sequence[FibRule], first: int) -> int:
+def _preference(ours: Sequence[LookupRule], others: Sequence[FibRule], first: int) -> int:
     """Below `first`: our rule's own if it is low enough, else the next unused one, else the usual one."""
     for rule in ours:
-        if rule.preference < first:
+        if rule.mask and rule.preference < first:
             return rule.preference
     taken = {rule.preference for rule in others}
     free = (one for one in range(min(names.RULE_PREFERENCE, first - 1), 0, -1) if one not in taken)
@@ -109,4 +130,6 @@ def _kept(held: Sequence[Item], wanted: Item) -> Item:
 
 
 def _place(item: Item) -> tuple[int, ...]:
-    return (item.family, item.table, item.preference if isinstance(item, MarkRule) else -1)
+    if isinstance(item, LookupRule):
+        return item.family, item.table, item.preference, bool(item.to)
+    return item.family, item.table, -1, item.interface

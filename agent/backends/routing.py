@@ -1,16 +1,17 @@
-"""The policy rule and the local route that both netfilter backends rely on: replies to ztunnel's sockets
-that speak with a client's address are delivered locally.
+"""The policy rules and local routes of a pod. With packet marks (Redirect.marks), they deliver replies to those of
+ztunnel's sockets that speak with a client's address. With every mechanism they deliver what a socket that is bound to
+an interface sends to ztunnel.
 
-A layer of its own, with the same five verbs, so that switching between netfilter backends leaves it alone
-and switching to a mechanism without packet marks (Redirect.marks) removes it. `routeplaces` says where they stand and
-how ours are known.
+A layer of its own, with the same five verbs, so that a switch between mechanisms leaves it alone, or removes no more
+than what is for marks. `routeplaces` says where they stand and how ours are known.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 from agent.backends import routeplaces, shadows
@@ -23,6 +24,8 @@ from agent.kernel import rtnetlink, scratch
 from agent.kernel.notifications import Mark
 from agent.kernel.podnetns import PodNetns
 from agent.kernel.rtnetlink import RouteSocket
+
+_MOST_INTERFACES = 32  # of a pod that get a route: it may have any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +81,21 @@ class RoutingBackend:
     def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
         """Raises KernelError when every table that we may take is somebody else's."""
         wanted: list[Item] = []
-        if want is not None and want.marks:
-            for family, place in have.places.items():
-                if want.ipv4 if family == 4 else want.ipv6:
-                    wanted += place.wanted or _refuse(family)
+        for family, place in have.places.items():
+            if want is None or not (want.ipv4 if family == 4 else want.ipv6):
+                continue
+            if want.marks and not place.wanted:
+                _refuse(family)
+            wanted += [item for item in place.wanted if want.marks or routeplaces.is_for_bound(item)]
         held = [item for place in have.places.values() for item in place.held]
         # Deletions in the other order: no rule may point at a table that is empty already.
         changes = [Change(item, True) for item in wanted if item not in held]
         changes += [Change(item, False) for item in reversed(held) if item not in wanted]
-        differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in changes)
-        steps = tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
+        # Interfaces come and go, and the kernel takes their routes away: nobody has to be told of that.
+        due = [c for c in changes if want is None or not routeplaces.is_for_bound(c.item)]
+        differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
-        return Plan(steps, differences, remarks=have.remarks if want is None or want.marks else ())
+        return Plan(_steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 
     def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
         self._last.pop(target, None)
@@ -97,16 +103,28 @@ class RoutingBackend:
             target.route.change(step.payload.item, add=step.payload.add)
 
 
+def plain(have: Have) -> Plan[Change]:
+    """Removes what the existing ambient agents do not have."""
+    held = [item for place in have.places.values() for item in place.held if routeplaces.is_for_bound(item)]
+    return Plan(_steps([Change(item, False) for item in reversed(held)]))
+
+
+def _steps(changes: Sequence[Change]) -> tuple[Step[Change], ...]:
+    return tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
+
+
 def _read(route: RouteSocket, families: tuple[int, ...]) -> Have:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
     rules, places = route.rules(ipv6=6 in families), {}
+    up, held = {link.index for link in route.links() if link.up}, route.held_addresses()
     for family in families:
         routes = {table: route.table_routes(family, table) for table in TABLES}
-        places[family] = routeplaces.place(family, rules, routes)
+        interfaces = {one.index for one in held if one.address.version == family} & up
+        places[family] = routeplaces.place(family, rules, routes, sorted(interfaces)[:_MOST_INTERFACES])
     return Have(places)
 
 
-def _refuse(family: int) -> tuple[Item, ...]:
+def _refuse(family: int) -> NoReturn:
     *first, last = map(str, TABLES)
     words = f"the pod uses routing tables {', '.join(first)} and {last} of IPv{family} itself; free one of them"
     raise KernelError("ip rule add", 0, words)

@@ -146,13 +146,14 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     silent = ("of connections from before its enrolment, those that were silent since are cut",) if note.outside else ()
     entry = made["ebpf"].plan(None, made["ebpf"].read(target))
     row.remarks = (*decision.warnings, *lost, *silent, *([_BY_SOCKET] if entry else []))
-    chosen, layer = (made["routing"], made[row.mechanism]), made[row.mechanism]
+    chosen = (made["routing"], made[row.mechanism])
     if dry_run:
-        row.result, row.scripts = "would be handed back", (*_dry(target, layer, want), *([str(entry)] if entry else []))
+        scripts = [script for layer in chosen for script in _dry(target, layer, want)]
+        row.result, row.scripts = "would be handed back", (*scripts, *([str(entry)] if entry else []))
         return True
     retired = [one for one in reversed(made.values()) if one not in chosen]
     done = [one.script for one in settle(target, want, chosen, retired).applied]
-    row.scripts = (*done, *strip(target, layer, want))
+    row.scripts = (*done, *(script for layer in chosen for script in strip(target, layer, want)))
     row.result = "handed back"
     return True
 

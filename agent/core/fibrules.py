@@ -51,9 +51,9 @@ class FibRule:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it leads to a table that the kernel has not made, and is not selected by our mark."""
-        ours = self.plain and (self.mark, self.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
-        return self.table not in _TABLES and not ours
+        """Whether it leads to a table that the kernel has not made, and is not ours."""
+        usual = self.plain and (self.mark, self.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
+        return self.table not in _TABLES and not usual and self.protocol != names.ROUTING_PROTOCOL
 
     def __str__(self) -> str:
         """As ip rule prints it, more or less."""

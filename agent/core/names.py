@@ -19,11 +19,14 @@ ZTUNNEL_MARK: Final = 0x539
 CONNECTION_MARK: Final = 0x111
 MARK_MASK: Final = 0xFFF
 
-# Marked replies are delivered locally: "fwmark 0x111/0xfff lookup 100", and "local default dev lo table 100".
+# Marked replies are delivered locally: "fwmark 0x111/0xfff lookup 100" and "local default dev lo table 100". For
+# sockets that are bound to an interface: "to 127.0.0.0/8 lookup 100" and "local default dev eth0 table 100".
 ROUTE_TABLE: Final = 100
 RULE_PREFERENCE: Final = 32764
 # Where table 100 has routes of somebody else, or a policy rule of theirs that leads there: the first free one of these.
 SPARE_TABLES: Final = (13370, 13371, 13372, 13373)
+# Where rules send connections and DNS queries to ztunnel, within the pod.
+LOOPBACK: Final = {4: "127.0.0.0/8", 6: "::1"}
 # Protocol number of routes and policy rules that we made; no routing program of rt_protos has it.
 ROUTING_PROTOCOL: Final = 83
 

@@ -18,6 +18,7 @@ class Link:
     name: str
     ethernet: bool = True
     bridge: bool = False
+    up: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,18 @@ MAIN_TABLE = 254  # RT_TABLE_MAIN
 _ETHERNET = 1  # ARPHRD_ETHER
 _SCOPE_HOST, _TYPE_LOCAL, _TO_TABLE = 254, 2, 1
 LOOPBACK_INDEX = 1  # lo is always the first interface of a namespace
+_ALL = {4: "0.0.0.0/0", 6: "::/0"}
+_FIRST_METRIC = 2048
+_UNREACHED = (errno.ENETDOWN, errno.ENODEV, errno.EACCES)  # an interface that is down, gone, or without IPv6
 _UNSPEC = {4: bytes(4), 6: bytes(16)}
 
 
 @dataclass(frozen=True, slots=True)
-class MarkRule:
-    """ip rule: packets whose mark is `mark` under `mask` are looked up in `table`. `protocol` 0: none is set."""
+class LookupRule:
+    """ip rule: packets whose mark is `mark` under `mask`, or those to the network `to`, are looked up in `table`.
+
+    `protocol` 0: none is set.
+    """
 
     family: int
     preference: int
@@ -53,15 +59,25 @@ class MarkRule:
     mask: int
     table: int
     protocol: int = 0
+    to: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class LocalRoute:
-    """ip route: the whole address space is local on lo, in `table`."""
+    """ip route: the whole address space is local on an interface, in `table`.
+
+    The kernel uses the one of lo, but for a socket that is bound to an interface that interface's.
+    """
 
     family: int
     table: int
     protocol: int = names.ROUTING_PROTOCOL
+    interface: int = 1  # LOOPBACK_INDEX
+
+    @property
+    def metric(self) -> int:
+        """0: the kernel's default (IPv6: 1024). No two routes of IPv4 may have the same."""
+        return 0 if self.interface == LOOPBACK_INDEX else _FIRST_METRIC + self.interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,12 +139,12 @@ class RouteSocket(NetlinkSocket):
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + attribute(29, struct.pack("=I", _SKIP_STATS))
         found = []
         for answer in self.request("read links", _GETLINK, NLM_F_DUMP, body):
-            _, kind, index, _, _ = _LINK.unpack_from(answer.body)
+            _, kind, index, flags, _ = _LINK.unpack_from(answer.body)
             parts = dict(parse(answer.body[_LINK.size :]))
             name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
             made = dict(parse(parts.get(18, b""))).get(1, b"")  # IFLA_INFO_KIND of IFLA_LINKINFO
             if index != LOOPBACK_INDEX:
-                found.append(Link(index, name, kind == _ETHERNET, made == b"bridge\0"))
+                found.append(Link(index, name, kind == _ETHERNET, made == b"bridge\0", bool(flags & _IFF_UP)))
         return tuple(found)
 
     def main_routes(self, family: int) -> Iterator[Route]:
@@ -152,9 +168,10 @@ class RouteSocket(NetlinkSocket):
         """The first 1,024 routes of one table (not 253 to 255), None for each that is no LocalRoute."""
         found = list[LocalRoute | None]()
         for header, parts in self._routes(family, table):
-            oif = int.from_bytes(parts.get(4, b""), sys.byteorder)
-            local = header[1] == 0 and header[7] == _TYPE_LOCAL and oif == LOOPBACK_INDEX
-            found.append(LocalRoute(family, table, header[5]) if local else None)
+            interface, metric = (int.from_bytes(parts.get(kind, b""), sys.byteorder) for kind in (4, 6))
+            one = LocalRoute(family, table, header[5], interface)
+            local = header[1] == 0 and header[7] == _TYPE_LOCAL
+            found.append(one if local and (interface == LOOPBACK_INDEX or metric == one.metric) else None)
         return tuple(found)
 
     def _routes(self, family: int, table: int) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
@@ -164,17 +181,23 @@ class RouteSocket(NetlinkSocket):
             if (int.from_bytes(parts.get(15, b""), sys.byteorder) or header[4]) == table:
                 yield header, parts
 
-    def change(self, item: MarkRule | LocalRoute, *, add: bool) -> None:
-        """Adds or deletes; fine if that is done already. A route in the place of a new one is not replaced."""
-        if isinstance(item, MarkRule):
+    def change(self, item: LookupRule | LocalRoute, *, add: bool) -> None:
+        """Adds or deletes; fine if that is done already, or if a route's interface has just gone.
+
+        A route in the place of a new one is not replaced.
+        """
+        if isinstance(item, LookupRule):
             kind, body = (NEWRULE if add else DELRULE), _rule_body(item)
         else:
             kind, body = (NEWROUTE if add else DELROUTE), _route_body(item)
         flags = NLM_F_CREATE | NLM_F_EXCL if add else 0
+        fine: tuple[int, ...] = (errno.EEXIST,) if add else (errno.ENOENT, errno.ESRCH)
+        if isinstance(item, LocalRoute) and item.interface != LOOPBACK_INDEX:
+            fine += _UNREACHED
         try:
             self.request(f"ip {text(item, add=add)}", kind, flags, body)
         except KernelError as error:
-            if error.errno not in ((errno.EEXIST,) if add else (errno.ENOENT, errno.ESRCH)):
+            if error.errno not in fine:
                 raise
 
     def _dump(self, operation: str, kind: int, body: bytes, most: int = sys.maxsize) -> list[bytes]:
@@ -187,26 +210,31 @@ class RouteSocket(NetlinkSocket):
             raise
 
 
-def text(item: MarkRule | LocalRoute, *, add: bool) -> str:
+def text(item: LookupRule | LocalRoute, *, add: bool) -> str:
     """The arguments of the ip command that does the same."""
     six = "-6 " if item.family == 6 else ""
-    if isinstance(item, MarkRule):
-        what = f"fwmark {item.mark:#x}/{item.mask:#x} lookup {item.table} pref {item.preference}"
+    if isinstance(item, LookupRule):
+        selector = f"to {item.to}" if item.to else f"fwmark {item.mark:#x}/{item.mask:#x}"
+        what = f"{selector} lookup {item.table} pref {item.preference}"
         made = f" protocol {item.protocol}" if item.protocol else ""
         return f"{six}rule {'add' if add else 'del'} {what}{made}"
-    everything = "0.0.0.0/0" if item.family == 4 else "::/0"
-    what = f"local {everything} dev lo table {item.table} scope host proto {item.protocol}"
+    device = "lo" if item.interface == LOOPBACK_INDEX else f"if{item.interface}"
+    metric = f" metric {item.metric}" if item.metric else ""
+    what = f"local {_ALL[item.family]} dev {device} table {item.table} scope host proto {item.protocol}{metric}"
     return f"{six}route {'add' if add else 'del'} {what}"
 
 
-def _rule_body(rule: MarkRule) -> bytes:
-    header = _RULE.pack(AF[rule.family], 0, 0, 0, 0, 0, 0, _TO_TABLE, 0)
-    numbers = {6: rule.preference, 10: rule.mark, 16: rule.mask, 15: rule.table}
+def _rule_body(rule: LookupRule) -> bytes:
+    to = ipaddress.ip_network(rule.to or _ALL[rule.family])
+    header = _RULE.pack(AF[rule.family], to.prefixlen, 0, 0, 0, 0, 0, _TO_TABLE, 0)
+    numbers = {6: rule.preference, 15: rule.table} | ({10: rule.mark, 16: rule.mask} if rule.mask else {})
     body = header + b"".join(attribute(kind, struct.pack("=I", value)) for kind, value in numbers.items())
+    body += attribute(1, to.network_address.packed) if to.prefixlen else b""  # FRA_DST
     return body + (attribute(21, bytes([rule.protocol])) if rule.protocol else b"")  # FRA_PROTOCOL, since 4.17
 
 
 def _route_body(route: LocalRoute) -> bytes:
     header = _ROUTE.pack(AF[route.family], 0, 0, 0, 0, route.protocol, _SCOPE_HOST, _TYPE_LOCAL, 0)
-    table, oif = struct.pack("=I", route.table), struct.pack("=I", LOOPBACK_INDEX)
-    return header + attribute(1, _UNSPEC[route.family]) + attribute(15, table) + attribute(4, oif)
+    numbers = {15: route.table, 4: route.interface} | ({6: route.metric} if route.metric else {})
+    parts = (attribute(kind, struct.pack("=I", value)) for kind, value in numbers.items())
+    return header + attribute(1, _UNSPEC[route.family]) + b"".join(parts)

@@ -373,19 +373,16 @@ def test_given_up_while_connecting(beyond: Served) -> None:
 
 
 @pytest.mark.parametrize("kind", ["IPv4", "IPv6"])
-def test_what_is_captured_of_a_socket_bound_to_an_interface_does_not_leak(account: Served, kind: str) -> None:
-    """By rules its SYN goes to loopback by that interface, and arrives nowhere."""
-
+def test_a_socket_bound_to_an_interface_is_captured(account: Served, kind: str) -> None:
     def app() -> int:
         with socket.socket(socket.AF_INET if kind == "IPv4" else socket.AF_INET6) as sock:
             sock.setsockopt(*QUICK)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
-            with contextlib.suppress(OSError):
-                sock.connect((PEER[family(kind)], APP))
+            sock.connect((PEER[family(kind)], APP))
             return cookie(sock)
 
     one = account.record(account.application(app).result())
-    assert one.fate is (Fate.CAPTURED if account.mode == "ebpf" else Fate.UNDECIDED)
+    assert one.fate is Fate.CAPTURED
     only(account, fate(one))
 
 

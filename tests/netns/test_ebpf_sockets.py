@@ -211,6 +211,41 @@ def test_a_socket_bound_to_the_pods_interface_without_the_right_to_leave_it(node
         both_ends(node, kind, app)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_such_a_socket_asks_a_resolver(node: Stage, kind: str) -> None:
+    resolver = RESOLVERS[family(kind)][0]
+    to = written(kind, resolver), DNS
+    for connected in (False, True):
+        with node.pod.make(kind, socket.SOCK_DGRAM) as app:
+            app.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+            with user(65534):
+                if connected:
+                    app.connect(to)
+                app.sendmsg([b"1"], [], 0, None if connected else to)
+            answer(node.ztunnel.dns)
+            data, sender = app.recvfrom(100)
+            assert (data, plain(sender)) == (b"re: 1", (resolver, DNS))
+    with node.pod.make(kind) as app:
+        app.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+        with user(65534):
+            app.connect(to)
+        with accepted(node.ztunnel.dns_tcp) as inner:
+            carries(app, inner)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_application_that_listens_bound_to_the_interface_is_reached(node: Stage, version: int) -> None:
+    with node.pod.make(f"IPv{version}") as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
+        server.bind((POD[version], 0))
+        server.listen()
+        with speaking(node, PEER[version], server.getsockname()[1]) as ztunnel:
+            app, seen = server.accept()
+            with app:
+                assert plain(seen)[0] == PEER[version]
+                carries(ztunnel, app)
+
+
 def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> None:
     """Which of them has the pod's address is not known where it connects."""
     node.pod.sh("ip link add net1 type veth peer name net2 && ip link set net1 up")

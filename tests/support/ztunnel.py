@@ -19,6 +19,7 @@ from typing import Any
 
 from agent.kernel.exec import run, start
 from agent.kernel.netns import Netns
+from agent.lab.nodes import NO_DAD
 from agent.zds.messages import Ack, Add, Request, SnapshotSent, decode_hello, decode_response, encode
 
 POD4, PEER4, RESOLVER4 = "10.77.0.2", "10.77.0.1", "10.77.0.53"
@@ -112,6 +113,8 @@ def places() -> Iterator[tuple[Place, Place]]:
         made.callback(pod.remove)
         peer = Place(f"{number}-peer")
         made.callback(peer.remove)
+        for place in (pod, peer):  # so that link-local addresses too are usable at once
+            run(["sysctl", "-qw", *NO_DAD], netns=place.path)
         pod.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer.name)
         for place, hosts in ((pod, (POD4, POD6)), (peer, (PEER4, RESOLVER4, PEER6, RESOLVER6))):
             for host in hosts:

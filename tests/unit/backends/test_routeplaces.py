@@ -12,7 +12,7 @@ from agent.core import names
 from agent.core.errors import KernelError
 from agent.core.fibrules import TO_TABLE, FibRule
 from agent.core.redirect import Redirect
-from agent.kernel.rtnetlink import LocalRoute, MarkRule
+from agent.kernel.rtnetlink import LocalRoute, LookupRule
 
 MARKED = names.CONNECTION_MARK, names.MARK_MASK
 OURS, SPARE = names.ROUTING_PROTOCOL, names.SPARE_TABLES[0]
@@ -30,8 +30,8 @@ def routes(**held: LocalRoute | None) -> dict[int, list[LocalRoute | None]]:
     return {table: [held[f"t{table}"]] if f"t{table}" in held else [] for table in TABLES}
 
 
-def moved(preference: int, table: int) -> tuple[LocalRoute, MarkRule]:
-    return LocalRoute(4, table), MarkRule(4, preference, *MARKED, table, OURS)
+def moved(preference: int, table: int) -> tuple[LocalRoute, LookupRule]:
+    return LocalRoute(4, table), LookupRule(4, preference, *MARKED, table, OURS)
 
 
 def test_an_empty_namespace_gets_the_usual_form() -> None:
@@ -43,7 +43,7 @@ def test_an_empty_namespace_gets_the_usual_form() -> None:
 def test_the_usual_form_is_kept_whoever_made_it(protocol: int) -> None:
     route, rule = LocalRoute(4, 100, protocol), replace(USUAL, protocol=protocol)
     found = place(4, (rule, *KERNEL), routes(t100=route))
-    assert found.wanted == found.held == (route, MarkRule(4, 32764, *MARKED, 100, protocol))
+    assert found.wanted == found.held == (route, LookupRule(4, 32764, *MARKED, 100, protocol))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_who_comes_into_our_table_later_makes_us_move_without_touching_theirs() 
 )
 def test_our_rule_comes_before_all_that_would_take_its_packets(before: FibRule, preference: int) -> None:
     found = place(4, (before, *KERNEL), routes())
-    assert [item.preference for item in found.wanted if isinstance(item, MarkRule)] == [preference]
+    assert [item.preference for item in found.wanted if isinstance(item, LookupRule)] == [preference]
     assert found.before == ()
 
 
@@ -109,3 +109,31 @@ def test_without_a_free_table_the_pod_is_refused_and_what_is_ours_can_go() -> No
     with pytest.raises(KernelError, match=r"the pod uses routing tables 100, 13370, .* and 13373 of IPv4 itself"):
         RoutingBackend().plan(Redirect(), Have({4: full}))
     assert [step.payload.item for step in RoutingBackend().plan(None, Have({4: full})).steps] == [RULE]
+
+
+FOR_BOUND = tuple(LocalRoute(4, 100, interface=index) for index in (2, 5))
+TO_LOOPBACK = LookupRule(4, 32764, 0, 0, 100, OURS, "127.0.0.0/8")
+LED = FibRule(4, 32764, TO_TABLE, 100, others=("to 127.0.0.0/8",), protocol=OURS)
+
+
+def test_interfaces_that_sockets_may_be_bound_to_have_a_route_each() -> None:
+    found = place(4, KERNEL, routes(), (2, 5))
+    assert found.wanted == (ROUTE, RULE, *FOR_BOUND, TO_LOOPBACK)
+    again = place(4, (USUAL, LED, *KERNEL), {**routes(), 100: [ROUTE, *FOR_BOUND]}, (2, 5))
+    assert sorted(map(str, again.held)) == sorted(map(str, again.wanted)) == sorted(map(str, found.wanted))
+    assert RoutingBackend().plan(Redirect(ipv6=False), Have({4: again})).steps == ()
+
+
+def test_what_follows_the_interfaces_is_no_drift_and_goes_with_the_rest() -> None:
+    gone = place(4, (USUAL, LED, *KERNEL), {**routes(), 100: [ROUTE, *FOR_BOUND]}, (2,))
+    plan = RoutingBackend().plan(Redirect(ipv6=False), Have({4: gone}))
+    assert [step.payload.item for step in plan.steps] == [FOR_BOUND[1]] and plan.differences == ()
+    plan = RoutingBackend().plan(None, Have({4: gone}))
+    assert len(plan.steps) == len(plan.differences) == 5
+
+
+def test_a_rule_to_loopback_is_ours_only_by_its_number() -> None:
+    theirs_to = replace(LED, protocol=3)
+    found = place(4, (theirs_to, *KERNEL), routes(), (2,))
+    assert found.held == () and found.wanted[0] == LocalRoute(4, SPARE), "their rule leads to table 100"
+    assert not LED.elsewhere and theirs_to.elsewhere
