@@ -19,7 +19,7 @@ from agent.core.tcpinfo import TcpReport
 from agent.flows import ending
 from agent.flows.flow import Flow
 from agent.flows.mirror import TAKES_OUTBOUND, Mirrors
-from agent.flows.onward import Onward, carried_alike
+from agent.flows.onward import Onward, carried_alike, is_hidden
 from agent.flows.record import Connection, Direction, Fate, Reason
 from agent.flows.sums import Sums
 from agent.flows.verdict import Verdicts
@@ -217,14 +217,15 @@ class PodFlows:
             return True
         if flow.closed is None and not flow.established:
             return False
+        late = flow.lost or (is_hidden(flow) and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
         if stage is _Stage.MIRRORS:
-            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or (not flow.lost and self._exempt(flow))
+            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or (not late and self._exempt(flow))
         elif flow.active and flow.established and stage is _Stage.STRAYS:
             flow.decided = self._by_stray(flow, due)
         elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
             flow.decided = self._by_onward(flow, stage)
         elif stage is _Stage.REST:
-            flow.decided = (flow.lost and self._exempt(flow)) or self._rest(flow)
+            flow.decided = (late and not self._patient_for_mirror(flow) and self._exempt(flow)) or self._rest(flow)
         return flow.decided
 
     def _is_owned(self, flow: Flow) -> bool:
@@ -337,7 +338,7 @@ class PodFlows:
         return reason is not None
 
     def _patient_for_mirror(self, flow: Flow) -> bool:
-        """A capture that was under way when the pod was first looked at: the dump may have missed its other end."""
+        """A capture that was under way when the pod was looked at: the dump may have missed its other end."""
         return flow.closed is None and flow.looks < _LOOKS
 
     def _rest(self, flow: Flow) -> bool:

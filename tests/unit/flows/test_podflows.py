@@ -10,7 +10,7 @@ from agent.core.sockets import Endpoint, TcpSocket, TcpState
 from agent.core.tcpinfo import NOTHING, TcpReport
 from agent.core.wiring import Wiring
 from agent.flows.podflows import PodFlows
-from agent.flows.record import Direction, Fate
+from agent.flows.record import Direction, Fate, Reason
 from agent.flows.verdict import Verdicts
 
 OWN, CLIENT, SERVER = "10.0.0.2", ("10.9.9.9", 5555), ("10.9.9.10", 80)
@@ -43,3 +43,23 @@ def test_what_was_cut_off_unseen_may_be_ztunnels_and_what_ended_in_order_has_lea
         made.dumped((), {}, 2.0)
         fates += [one.fate for one in made.settle(10.0, all_of_it=True)]
     assert fates == [Fate.UNDECIDED, Fate.LEAKED]
+
+
+def test_what_ebpf_captured_waits_for_ztunnels_end_before_it_is_called_loopback() -> None:
+    """Else ztunnel's connection onwards would be left over, as a leak."""
+    application, ztunnel = ("127.0.0.1", 40000), ("127.0.0.1", 15001)
+    made = flows()
+    made.ended(end(1, application, ztunnel, acked=6), 1.0)
+    made.dumped((), {}, 1.0)
+    assert made.settle(1.0) == []
+    made.ended(end(2, ztunnel, application), 1.1)
+    made.ended(end(3, (OWN, 40001), SERVER, acked=6), 1.2)
+    made.dumped((), {}, 1.3)
+    assert [one.fate for one in made.settle(10.0, all_of_it=True)] == [Fate.CAPTURED]
+
+
+def test_what_really_stays_within_the_pod_is_exempt_in_the_end() -> None:
+    made = flows()
+    made.ended(end(1, ("127.0.0.1", 40000), ("127.0.0.1", 15001), acked=6), 1.0)
+    made.dumped((), {}, 1.0)
+    assert [(one.fate, one.reason) for one in made.settle(10.0)] == [(Fate.EXEMPT, Reason.LOOPBACK)]
