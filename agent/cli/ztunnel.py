@@ -25,8 +25,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--bpf-dir", default=defaults.bpf_dir, metavar="PATH",
         help="the agent's bpf_dir: which resolver a query was for, in pods redirected by eBPF (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--ready-file", default=defaults.ready_file, metavar="PATH",
+        help="file that is created when the agent has handed over all pods; empty is none",
+    )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
-    return main(ZtunnelSettings(args.zds_socket, args.records, args.drain_seconds, bpf_dir=args.bpf_dir))
+    made = ZtunnelSettings(
+        args.zds_socket, args.records, args.drain_seconds, bpf_dir=args.bpf_dir, ready_file=args.ready_file
+    )
+    return main(made)

@@ -15,6 +15,7 @@ import logging
 import resource
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from agent.core import names
 from agent.core.errors import KernelError
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 class ZtunnelSettings:
     """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's, `share` how many
     connections one pod may have under way. Times in seconds; `dns_seconds`: as long as the pod's conntrack waits for
-    an answer (nf_conntrack_udp_timeout)."""
+    an answer (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none."""
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
@@ -48,6 +49,7 @@ class ZtunnelSettings:
     connect_seconds: float = 10.0
     bpf_dir: str = BPF_DIR
     share: int = 16384
+    ready_file: str = ""
 
 
 def main(settings: ZtunnelSettings) -> int:
@@ -93,11 +95,13 @@ async def _serve(settings: ZtunnelSettings) -> int:
     workloads = Workloads(loop, functools.partial(Workload, engine))
     client = Client(settings.zds_socket, workloads)
     agent = asyncio.create_task(client.run())
+    ready = asyncio.create_task(_mark_ready(workloads.complete, settings.ready_file))
     asked = asyncio.create_task(ending.asked.wait())
     # A defect that ends the client must end the process: without the agent's word it would serve stale pods.
     await asyncio.wait((asked, agent), return_when=asyncio.FIRST_COMPLETED)
     log.info("ending: %d pods", len(workloads.running))
     workloads.leaving, failed = True, agent.done()
+    ready.cancel()
     if not client.connected:
         await _succeeded(list(workloads.running.values()), settings.drain_seconds, ending)
     await ending.pause(OVERLAP_SECONDS)
@@ -117,6 +121,18 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ):
         part.close()
     return 1 if failed else 0
+
+
+async def _mark_ready(complete: asyncio.Event, path: str) -> None:
+    """Creates the file, which says that this process may replace the one before it. An older file is removed first."""
+    if not path:
+        return
+    try:
+        Path(path).unlink(missing_ok=True)
+        await complete.wait()
+        Path(path).touch()
+    except OSError as error:
+        log.error("--ready-file: %s; a rollout waits for this file", error)
 
 
 async def _succeeded(workloads: list[Workload], seconds: float, ending: _Ending) -> None:

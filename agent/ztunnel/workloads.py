@@ -45,6 +45,7 @@ class Workloads(Generic[Started]):
         self._snapshot: set[str] | None = None
         self._retry: asyncio.TimerHandle | None = None
         self.leaving = False  # this process is about to end: no new pods
+        self.complete = asyncio.Event()  # an agent has named all of its pods; stays set when that agent goes
 
     def connected(self) -> None:
         """A new connection to the agent: it will name every pod again."""
@@ -117,6 +118,7 @@ class Workloads(Generic[Started]):
         if self._snapshot is None:
             raise ProtocolError("ZDS: a second SnapshotSent")
         named, self._snapshot = self._snapshot, None
+        self.complete.set()
         for uid in self.running.keys() - named:
             self._stop(uid)
 

@@ -385,6 +385,16 @@ def test_the_role_holds_what_the_settings_need_and_no_more() -> None:
     assert "ClusterRole" not in kinds(chart.render({"settings": {"kube_server": "none"}}))
 
 
+def test_a_rollout_waits_until_the_embedded_ztunnel_has_its_pods() -> None:
+    objects = chart.render({"ztunnel": {"embedded": True}})
+    made, spec = ztunnel(objects), chart.pod(objects, "sluice-ztunnel")
+    path = next(word for word in made["args"] if word.startswith("--ready-file=")).partition("=")[2]
+    assert path in made["startupProbe"]["exec"]["command"][-1]
+    mount = next(one for one in made["volumeMounts"] if path.startswith(one["mountPath"] + "/"))
+    volume = next(one for one in spec["volumes"] if one["name"] == mount["name"])
+    assert "emptyDir" in volume, "no other pod's"
+
+
 def test_pods_are_not_privileged_and_need_no_network_of_pods() -> None:
     agents = {"SYS_ADMIN", "NET_ADMIN", "NET_RAW", "SYS_PTRACE", "DAC_OVERRIDE"}
     for name, least in (("sluice", agents), ("sluice-ztunnel", {"SYS_ADMIN", "NET_ADMIN"})):

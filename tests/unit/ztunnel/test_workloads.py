@@ -76,6 +76,15 @@ def wait(loop: asyncio.AbstractEventLoop, until: Callable[[], bool]) -> None:
     loop.run_until_complete(asyncio.wait_for(waiting(), 10))
 
 
+def test_it_is_complete_with_the_first_snapshot_and_stays_so(loop: asyncio.AbstractEventLoop) -> None:
+    scene = Scene(loop)
+    scene.add("a")
+    assert not scene.workloads.complete.is_set()
+    scene.snapshot()
+    scene.workloads.connected()
+    assert scene.workloads.complete.is_set()
+
+
 def test_add_again_is_nothing_new(scene: Scene) -> None:
     first, second = scene.add("a"), scene.add("a")
     assert len(scene.started) == 1
