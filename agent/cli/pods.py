@@ -40,7 +40,7 @@ def _status(args: argparse.Namespace) -> int:
         ("Probes", _probes(answer)),
         ("Accounting", f"{answer['accounting']} ({answer['accounting_reason']})"),
         *((f"  {fate}", words) for fate, words in _fates(answer["connections"])),
-        ("Ztunnels", answer["ztunnel_connections"]),
+        ("Ztunnels", _ztunnels(answer)),
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
     ]
@@ -71,6 +71,11 @@ def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason)
         lines.append((fate, f"{reasons.total()} connections" + (f" ({named})" if named else "")))
     return lines if rows else []
+
+
+def _ztunnels(answer: Any) -> str:
+    count, late = answer["ztunnel_connections"], answer.get("ztunnel_unacknowledged", 0)
+    return f"{count}; the newest does not have {late} of the pods yet" if count and late else f"{count}"
 
 
 def _probes(answer: Any) -> str:

@@ -112,7 +112,8 @@ def test_pods_as_table_json_and_yaml(agent: FakeAgent, capsys: pytest.CaptureFix
 def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     agent.answers["/v1/status"] = (200, {
         "node": "n1", "version": "1", "ready": False, "problem": "starting", "backend": "nftables",
-        "backend_reason": "first that works", "backends": {"iptables": "iptables is missing"}, "ztunnel_connections": 0,
+        "backend_reason": "first that works", "backends": {"iptables": "iptables is missing"}, "ztunnel_connections": 2,
+        "ztunnel_unacknowledged": 3,
         "host_probes": {"mechanism": "nftables", "ok": True, "error": "", "members": 3},
         "host_probes_reason": "as the host", "static_pods": "not set",
         "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
@@ -135,6 +136,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"
     assert said["  exempt"] == "4 connections (3 loopback, 1 probe)"
     assert said["Exits"] == "10 captured outbound, 2 not tcp"
+    assert said["Ztunnels"] == "2; the newest does not have 3 of the pods yet"
     assert (said["  iptables"], said["Damaged state"]) == ("iptables is missing", "u.json")
 
 
