@@ -136,8 +136,14 @@ class SockDiag(NetlinkSocket):
                 offset = end
 
     def listening(self, ports: Collection[int]) -> list[TcpSocket]:
-        """The listening sockets of both families on these ports. Raises KernelError."""
-        return [one for one in self.both((TcpState.LISTEN,)) if one.local[1] in ports]
+        """The listening sockets of both families on these ports; only those are decoded. Raises KernelError."""
+        wanted = {port.to_bytes(2) for port in ports}
+        found = []
+        for step, run in self._runs(0, (TcpState.LISTEN,)):
+            for at in range(HEADER.size, len(run), step):
+                if run[at + 4 : at + 6] in wanted and (one := decode(run[at : at + step - HEADER.size])) is not None:
+                    found.append(one)
+        return found
 
     def listens(self, port: int) -> bool:
         """Whether a socket listens on this port of loopback, of either family; one lookup, as for a connection.

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from agent.core.errors import KernelError
-from agent.core.netlink import Message, attribute
+from agent.core.netlink import HEADER, Message, attribute
 from agent.core.sockets import TcpState
+from agent.kernel import sockdiag
 from agent.kernel.netns import SO_NETNS_COOKIE
 from agent.kernel.sockdiag import SockDiag, cookies, decode, encode
 
@@ -126,11 +127,16 @@ def test_a_lookup_that_finds_another_finds_nothing() -> None:
         diag.find(here, there)
 
 
-def test_only_listeners_on_the_given_ports() -> None:
-    with contextlib.closing(Asked(V4)) as diag:
+def test_only_listeners_on_the_given_ports_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pod may have any number of listeners, and each pass asks."""
+    other = V4[:4] + (81).to_bytes(2) + V4[6:]
+    dump = b"".join(bytes(HEADER.size) + body for body in (other, V4, other))
+    monkeypatch.setattr(SockDiag, "_runs", lambda self, extensions, states: [(HEADER.size + len(V4), dump)])
+    decoded = list[bytes]()
+    monkeypatch.setattr(sockdiag, "decode", lambda body: (decoded.append(body), decode(body))[1])
+    with contextlib.closing(SockDiag()) as diag:
         assert [one.local[1] for one in diag.listening({8080})] == [8080]
-        assert diag.listening({8081}) == []
-        assert {struct.unpack_from("=I", body, 52)[0] for _, body in diag.asked} == {1 << TcpState.LISTEN}
+        assert diag.listening({8081}) == [] and decoded == [V4]
 
 
 def test_cookies_of_a_descriptor() -> None:
