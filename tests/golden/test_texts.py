@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
-TEXTS = {"man": "docs/man/sluice.1", "cli": "docs/cli.md", "settings": "docs/settings.md"}
+TEXTS = {"man": "docs/man/sluice.1", "cli": "docs/cli.md", "settings": "docs/settings.md", "api": "docs/api.md"}
 
 
 def made(which: str) -> str:
@@ -26,6 +27,15 @@ def test_generated_texts_are_current(which: str) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     assert text == path.read_text(), f"{TEXTS[which]} is out of date: run tools/man, and read the difference"
+
+
+def test_the_page_of_the_api_has_every_path() -> None:
+    code = "".join((REPO / "agent/export" / name).read_text() for name in ("admin.py", "debug.py"))
+    paths = set(re.findall(r'"(/(?:v1/\w+|metrics|healthz|readyz))"', code))
+    paths |= {f"/debug/{name}" for name in ("pods", "explain", "connections")}
+    page = (REPO / TEXTS["api"]).read_text()
+    assert len(paths) >= 11
+    assert {path for path in paths if f"{path}`" not in page and f" {path}\n" not in page} == set()
 
 
 def test_they_are_the_same_whatever_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
