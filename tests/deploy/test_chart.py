@@ -450,6 +450,8 @@ def test_the_embedded_ztunnel_has_an_account_without_rights_and_no_pin_to_remove
     assert (
         f"system:serviceaccount:sluice-system:{account}" in chart.only(objects, "SecurityContextConstraints")["users"]
     )
+    kinds_of = {kind for one in pod["volumes"] for kind in one if kind != "name"}
+    assert kinds_of <= set(chart.only(objects, "SecurityContextConstraints")["volumes"])
     (bpf,) = (one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "bpf")
     assert bpf["readOnly"]
 

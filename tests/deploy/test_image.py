@@ -141,6 +141,7 @@ class Node:
             place.mkdir(exist_ok=True)
             for file, text in chart.only(objects, "ConfigMap", name)["data"].items():
                 (place / file).write_text(text)
+        (self._directory / "ready").mkdir(exist_ok=True)
         (self.root / "run/xtables.lock").parent.mkdir(exist_ok=True)
         (self.root / "run/xtables.lock").touch()
         self._number += 1
@@ -217,7 +218,9 @@ def test_the_image_has_no_shell_compiler_or_package_manager(image: tuple[Path, A
 @pytest.mark.parametrize("backend", ["nftables", "iptables", "iptables-legacy", "ebpf"])
 def test_captures_a_pod_with_the_charts_capabilities_and_mounts(node: Node, backend: str) -> None:
     node.serve()
-    agent, _ = start(node, backend)
+    agent, ztunnel = start(node, backend)
+    probe = chart.pod(chart.render(node.values()), ZTUNNEL)["containers"][0]["startupProbe"]["exec"]["command"]
+    ztunnel.wait_for(lambda: ztunnel.exec(*probe).returncode == 0)
     assert node.ask() == "hello"
     status = json.loads(agent.exec(SLUICE, "status", "-o", "json").stdout)
     assert status["backend"] == backend
