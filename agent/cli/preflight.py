@@ -19,7 +19,7 @@ from agent.backends.selftest import selftest_choice
 from agent.cli import client, output
 from agent.core.errors import SettingsError, SluiceError
 from agent.core.host import HostTable, HostView
-from agent.core.settingvalues import BACKENDS
+from agent.core.settings import BACKENDS
 from agent.core.text import pairs, table
 from agent.kernel import hostview
 from agent.sources import recorded

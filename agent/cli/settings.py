@@ -7,24 +7,17 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from agent.core import names
 from agent.core.errors import SettingsError
-from agent.core.settings import HELP, Settings, build
-from agent.core.settingvalues import CHOICES
+from agent.core.settings import DECLARED, Settings, build
 
 _ENVIRONMENT = "SLUICE_"
 _NOT_SETTINGS = {"SLUICE_CONFIG"}
 # What Kubernetes gives every pod of a namespace that has a Service named sluice or sluice-something.
 _SERVICE = re.compile(r"SLUICE_([A-Z0-9_]+_)?(SERVICE|PORT)(_|$)")
-_WORDS = {
-    "metrics_address": "ADDRESS:PORT", "probe_ipv4": "ADDRESS", "probe_ipv6": "ADDRESS", "kube_server": "URL",
-    "enablement_selectors": "JSON",
-}  # fmt: skip
-_PLACES = ("static_pods", "cni_plugin", "host_root", "connection_log")
 Layer = dict[str, tuple[Any, str]]
 
 
@@ -37,14 +30,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="settings as YAML (or $SLUICE_CONFIG)",
     )
     group = parser.add_argument_group("settings", "also keys of the file, and $SLUICE_<NAME> in the environment")
-    for field in fields(Settings):
-        shown = default(field.default)
-        words = HELP[field.name]
-        group.add_argument(
-            "--" + field.name.replace("_", "-"),
-            metavar=takes(field.name),
-            help=(words if "(default:" in words else f"{words} (default: {shown})").replace("%", "%%"),
-        )
+    for one in DECLARED.values():
+        words = one.help if "(default:" in one.help else f"{one.help} (default: {default(one.default)})"
+        group.add_argument("--" + one.name.replace("_", "-"), metavar=one.kind.takes, help=words.replace("%", "%%"))
 
 
 def default(value: object) -> str:
@@ -52,20 +40,6 @@ def default(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return (", ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
-
-
-def takes(name: str) -> str:
-    """What a setting's flag is followed by, in a word; choices with | in between."""
-    kind = next(str(field.type) for field in fields(Settings) if field.name == name)
-    if kind == "bool":
-        return "true|false"
-    if name in CHOICES:
-        return "|".join(CHOICES[name])
-    if name in _WORDS:
-        return _WORDS[name]
-    if name.endswith(("_dir", "_file", "_socket")) or name in _PLACES:
-        return "PATH"
-    return {"int": "NUMBER", "float": "SECONDS", "str": "TEXT"}.get(kind, "LIST")
 
 
 def load(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> Settings:
@@ -81,9 +55,7 @@ def places(args: argparse.Namespace) -> dict[str, str]:
 def _layers(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> list[Layer]:
     """Later ones win."""
     flags = {
-        field.name: (value, "--" + field.name.replace("_", "-"))
-        for field in fields(Settings)
-        if (value := getattr(args, field.name)) is not None
+        name: (value, "--" + name.replace("_", "-")) for name in DECLARED if (value := getattr(args, name)) is not None
     }
     file = _file(args.config) if args.config else {}
     return [cluster(variables), file, environment(variables), flags]

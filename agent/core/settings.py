@@ -1,73 +1,237 @@
-"""The agent's settings: one frozen value, from file, environment and flags, parsed once."""
+"""The agent's settings: one frozen value, from file, environment and flags, parsed once.
+
+Each setting is declared once: its type, default, topic, kind of value and help. The command line, documents and chart
+are made from that.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.selectors import DEFAULT, Selector
-from agent.core.settingvalues import convert
+from agent.core.setting_types import (
+    API_SERVER,
+    CONF_NAME,
+    FILE,
+    FLAG,
+    HOST_PORT,
+    LOG_FILE,
+    OPTIONAL_DIRECTORY,
+    PATH,
+    SECONDS,
+    TEXT,
+    Address,
+    Choice,
+    Kind,
+    List,
+    Selectors,
+    Whole,
+    address,
+    matching,
+)
+
+NODE = "The node and its parts"
+PODS = "Which pods are captured"
+CAPTURE = "How they are captured"
+PROBES = "The node's probes"
+KUBERNETES = "Kubernetes"
+CNI = "The CNI plugin"
+ACCOUNT = "Accounting and metrics"
+TOPICS = (NODE, PODS, CAPTURE, PROBES, KUBERNETES, CNI, ACCOUNT)
+BACKENDS = ("auto", "nftables", "iptables", "iptables-legacy", "ebpf")
+_POD_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z0-9][-a-z0-9.]{0,252}\*?"
+_MOST_ENTRIES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is declared of a setting. `followed`: what of it takes effect without a restart."""
+
+    name: str
+    default: Any
+    topic: str
+    kind: Kind
+    help: str
+    followed: str = ""
+
+
+def _setting(topic: str, default: Any, kind: Kind, help: str, *, followed: str = "") -> Any:
+    return field(default=default, metadata={"topic": topic, "kind": kind, "help": help, "followed": followed})
+
+
+_node, _pods, _capture, _probes, _kubernetes, _cni, _account = (partial(_setting, topic) for topic in TOPICS)
+
+
+def _map_size(word: str) -> str:
+    """MAP=ENTRIES of a map of names.BPF_MAPS. Raises ValueError."""
+    name, sign, number = word.partition("=")
+    if not sign or name not in names.BPF_MAPS or not number.isdecimal() or not 1 <= int(number) <= _MOST_ENTRIES:
+        raise ValueError(f"a list of MAP=ENTRIES (1 to {_MOST_ENTRIES}) with MAP of {', '.join(names.BPF_MAPS)}")
+    return f"{name}={int(number)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Every setting with its default. The metadata of a field is its one-line help, see HELP."""
+    """Every setting with its default."""
 
-    node_name: str = ""
-    run_dir: str = names.RUN_DIR
-    bpf_dir: str = names.BPF_DIR
-    bpf_sizes: tuple[str, ...] = ()
-    zds_socket: str = names.ZDS_SOCKET
-    ztunnel_ports: tuple[str, ...] = ("15001", "15006", "15008")
-    metrics_address: str = "0.0.0.0:15014"
-    static_pods: str = ""
-    backend: str = "auto"
-    dns_capture: bool = True
-    dns_capture_to: str = "any"
-    dns_resolvers: tuple[str, ...] = ()
-    ipv6: bool = True
-    probe_ipv4: str = names.PROBE_IPV4
-    probe_ipv6: str = names.PROBE_IPV6
-    kube_server: str = ""
-    kube_token_file: str = names.SERVICE_ACCOUNT + "/token"
-    kube_ca_file: str = names.SERVICE_ACCOUNT + "/ca.crt"
-    kube_peers: bool = False
-    own_namespace: str = ""
-    enablement_selectors: tuple[Selector, ...] = DEFAULT
-    exclude_namespaces: tuple[str, ...] = ("kube-system",)
-    exempt_pods: tuple[str, ...] = ("istio-system/ztunnel-*",)
-    unsupported_runtimes: tuple[str, ...] = ("gvisor",)
-    offline_pods: str = "by-namespace"
-    startup_taint: str = ""
-    startup_taint_returns: bool = False
-    cni_install: str = "auto"
-    cni_conf_dir: str = ""
-    cni_bin_dir: str = ""
-    cni_conf_name: str = names.CNI_CONF
-    cni_plugin: str = names.CNI_PLUGIN
-    host_root: str = "/"
-    sidecar_annotations: bool = False
-    non_tcp: str = "count"
-    preserve_connections: bool = True
-    host_probes: str = "auto"
-    probe_canary: str = "report"
-    verify_seconds: float = 30.0
-    ack_seconds: float = 5.0
-    add_seconds: float = 18.0  # Istio's ztunnel comes back within 15, the plugin gives up after 20
-    accounting: str = "auto"
-    connection_log: str = ""
-    connection_log_bytes: int = 100 << 20
-    connection_log_keep: int = 2
-    connection_log_sample: int = 1
-    peers_file: str = ""
-    trust_domain: str = "cluster.local"
-    cluster: str = "Kubernetes"
-    metrics_label_sets: int = 5000
-    metrics_expire_seconds: float = 900.0
-    log_level: str = "info"
+    node_name: str = _node("", TEXT, "name of this node in logs and metrics (default: the host's name)")
+    run_dir: str = _node(names.RUN_DIR, PATH, "directory of sockets, state and pinned namespaces")
+    bpf_dir: str = _node(
+        names.BPF_DIR,
+        PATH,
+        "directory in a bpf file system of what backend ebpf keeps; uncapture all before you change it",
+    )
+    bpf_sizes: tuple[str, ...] = _node(
+        (),
+        List(_map_size),
+        "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
+    )
+    zds_socket: str = _node(names.ZDS_SOCKET, PATH, "unix socket on which ztunnel connects")
+    ztunnel_ports: tuple[str, ...] = _node(
+        ("15001", "15006", "15008"),
+        List(lambda word: str(Whole(1, 65535).parse(word))),
+        "ports on which ztunnel has to listen in a captured pod (`sluice ztunnel`: 15001,15006)",
+    )
+    ack_seconds: float = _node(5.0, SECONDS, "seconds that ztunnel has to acknowledge one pod")
+    log_level: str = _node("info", Choice(("debug", "info", "warning", "error")), "debug, info, warning or error")
+    enablement_selectors: tuple[Selector, ...] = _pods(
+        DEFAULT, Selectors(), "which pods are enrolled: list of {podSelector, namespaceSelector} (elsewhere: JSON)"
+    )
+    exclude_namespaces: tuple[str, ...] = _pods(("kube-system",), List(), "namespaces whose pods are never captured")
+    exempt_pods: tuple[str, ...] = _pods(
+        ("istio-system/ztunnel-*",),
+        List(matching(_POD_NAME, "a list of NAMESPACE/NAME, where only NAME may end with *")),
+        "NAMESPACE/NAME of pods that never are and start without the agent; * ends a name's beginning",
+    )
+    own_namespace: str = _pods(
+        "", TEXT, "namespace of the agent's own pods, which are never captured (in a pod: its own)"
+    )
+    unsupported_runtimes: tuple[str, ...] = _pods(
+        ("gvisor",), List(), "runtime classes whose pods cannot be captured, having a network stack of their own"
+    )
+    static_pods: str = _pods(
+        "",
+        FILE,
+        "file of pods that no CNI call announces, or that it enrols (YAML)",
+        followed="the file is read again when it changes",
+    )
+    offline_pods: str = _pods(
+        "by-namespace",
+        Choice(("by-namespace", "refuse")),
+        "pods that cannot be looked up while the API server or the agent is away: by-namespace, or refuse",
+    )
+    startup_taint: str = _pods(
+        "", TEXT, "taint that the agent takes from its node once no pod can start there uncaptured; empty for none"
+    )
+    startup_taint_returns: bool = _pods(False, FLAG, "put that taint back while pods could start uncaptured")
+    backend: str = _capture(
+        "auto",
+        Choice(BACKENDS),
+        "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (else as auto)",
+    )
+    ipv6: bool = _capture(True, FLAG, "program IPv6 where a pod has it")
+    dns_capture: bool = _capture(True, FLAG, "capture DNS, unless a pod's annotation says otherwise")
+    dns_capture_to: str = _capture(
+        "any",
+        Choice(("any", "resolvers")),
+        "any, or resolvers: capture DNS only towards the resolvers that the pod is configured with",
+    )
+    dns_resolvers: tuple[str, ...] = _capture(
+        (), List(address), "resolvers of pods whose own are not known (dns_capture_to: resolvers)"
+    )
+    non_tcp: str = _capture(
+        "count",
+        Choice(("count", "refuse")),
+        "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
+    )
+    preserve_connections: bool = _capture(
+        True, FLAG, "let connections that are older than a pod's enrolment run on uncaptured"
+    )
+    sidecar_annotations: bool = _capture(
+        False, FLAG, "honour the exclusions of traffic.sidecar.istio.io annotations too"
+    )
+    verify_seconds: float = _capture(30.0, SECONDS, "seconds between two verifications of a pod")
+    add_seconds: float = _capture(
+        18.0,
+        SECONDS,  # Istio's ztunnel comes back within 15, the plugin gives up after 20
+        "seconds that a CNI ADD may take in the agent, including its wait for a ztunnel",
+    )
+    host_probes: str = _probes(
+        "auto",
+        Choice(("auto", "nftables", "off"), former=("iptables", "iptables-legacy")),
+        "mechanism of the node's probe exemption: auto (nftables) or off",
+    )
+    probe_ipv4: str = _probes(names.PROBE_IPV4, Address(4), "source address of the node's probes, IPv4")
+    probe_ipv6: str = _probes(names.PROBE_IPV6, Address(6), "source address of the node's probes, IPv6")
+    probe_canary: str = _probes(
+        "report",
+        Choice(("report", "rollback", "off")),
+        "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
+    )
+    kube_server: str = _kubernetes(
+        "", API_SERVER, "URL of the Kubernetes API server; in a pod the cluster's own; none for no Kubernetes"
+    )
+    kube_token_file: str = _kubernetes(
+        names.SERVICE_ACCOUNT + "/token",
+        PATH,
+        "file of the token for the API server; read again when it changes",
+        followed="the file is read again when it changes",
+    )
+    kube_ca_file: str = _kubernetes(
+        names.SERVICE_ACCOUNT + "/ca.crt", PATH, "certificates that the API server is checked against"
+    )
+    kube_peers: bool = _kubernetes(
+        False, FLAG, "watch all pods and services of the cluster, for the names of peers in metrics and records"
+    )
+    cni_install: str = _cni(
+        "auto",
+        Choice(("auto", "own", "insert", "off")),
+        "own (a configuration that wraps the primary one), insert (into it), off; auto: own in Kubernetes",
+    )
+    cni_conf_dir: str = _cni(
+        "", OPTIONAL_DIRECTORY, "the runtime's directory of CNI configurations (default: as the runtime says)"
+    )
+    cni_bin_dir: str = _cni(
+        "", OPTIONAL_DIRECTORY, "the runtime's directory of CNI plugins (default: as the runtime says)"
+    )
+    cni_conf_name: str = _cni(names.CNI_CONF, CONF_NAME, "file name of our own CNI configuration")
+    cni_plugin: str = _cni(names.CNI_PLUGIN, PATH, "the plugin's binary that is installed")
+    host_root: str = _cni("/", PATH, "where the host's own file system is mounted")
+    accounting: str = _account(
+        "auto",
+        Choice(("auto", "ebpf", "inet_diag", "off")),
+        "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
+    )
+    connection_log: str = _account(
+        "", LOG_FILE, "file that gets a line of JSON for each connection that ended; - is the standard output"
+    )
+    connection_log_bytes: int = _account(100 << 20, Whole(1 << 16, 1 << 40), "size at which that file is rotated")
+    connection_log_keep: int = _account(2, Whole(0, 99), "rotated files that are kept")
+    connection_log_sample: int = _account(
+        1, Whole(1, 1_000_000), "write one of so many connections there; failed and leaked ones are always written"
+    )
+    metrics_address: str = _account(
+        "0.0.0.0:15014", HOST_PORT, "address:port of /metrics, /healthz and /readyz; empty for none"
+    )
+    metrics_label_sets: int = _account(
+        5000, Whole(1, 1_000_000), "label sets of each metric of connections; what does not fit is counted as overflow"
+    )
+    metrics_expire_seconds: float = _account(
+        900.0, SECONDS, "seconds after which a label set that nothing was added to is forgotten"
+    )
+    peers_file: str = _account(
+        "",
+        FILE,
+        "file of workloads and services on other nodes, for the labels of metrics and for records (YAML)",
+        followed="the file is read again when it changes",
+    )
+    trust_domain: str = _account("cluster.local", TEXT, "trust domain in the identities that metrics show")
+    cluster: str = _account("Kubernetes", TEXT, "name of the cluster in metrics")
 
     @property
     def cni_socket(self) -> str:
@@ -82,61 +246,7 @@ class Settings:
         return f"{self.run_dir}/agent.sock"
 
 
-HELP: Mapping[str, str] = {
-    "node_name": "name of this node in logs and metrics (default: the host's name)",
-    "run_dir": "directory of sockets, state and pinned namespaces",
-    "bpf_dir": "directory in a bpf file system of what backend ebpf keeps; uncapture all before you change it",
-    "bpf_sizes": "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
-    "zds_socket": "unix socket on which ztunnel connects",
-    "ztunnel_ports": "ports on which ztunnel has to listen in a captured pod (`sluice ztunnel`: 15001,15006)",
-    "metrics_address": "address:port of /metrics, /healthz and /readyz; empty for none",
-    "static_pods": "file of pods that no CNI call announces, or that it enrols (YAML)",
-    "backend": "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (else as auto)",
-    "dns_capture": "capture DNS, unless a pod's annotation says otherwise",
-    "dns_capture_to": "any, or resolvers: capture DNS only towards the resolvers that the pod is configured with",
-    "dns_resolvers": "resolvers of pods whose own are not known (dns_capture_to: resolvers)",
-    "ipv6": "program IPv6 where a pod has it",
-    "probe_ipv4": "source address of the node's probes, IPv4",
-    "probe_ipv6": "source address of the node's probes, IPv6",
-    "kube_server": "URL of the Kubernetes API server; in a pod the cluster's own; none for no Kubernetes",
-    "kube_token_file": "file of the token for the API server; read again when it changes",
-    "kube_ca_file": "certificates that the API server is checked against",
-    "kube_peers": "watch all pods and services of the cluster, for the names of peers in metrics and records",
-    "own_namespace": "namespace of the agent's own pods, which are never captured (in a pod: its own)",
-    "enablement_selectors": "which pods are enrolled: list of {podSelector, namespaceSelector} (elsewhere: JSON)",
-    "exclude_namespaces": "namespaces whose pods are never captured",
-    "exempt_pods": "NAMESPACE/NAME of pods that never are and start without the agent; * ends a name's beginning",
-    "unsupported_runtimes": "runtime classes whose pods cannot be captured, having a network stack of their own",
-    "offline_pods": "pods that cannot be looked up while the API server or the agent is away: by-namespace, or refuse",
-    "startup_taint": "taint that the agent takes from its node once no pod can start there uncaptured; empty for none",
-    "startup_taint_returns": "put that taint back while pods could start uncaptured",
-    "cni_install": "own (a configuration that wraps the primary one), insert (into it), off; auto: own in Kubernetes",
-    "cni_conf_dir": "the runtime's directory of CNI configurations (default: as the runtime says)",
-    "cni_bin_dir": "the runtime's directory of CNI plugins (default: as the runtime says)",
-    "cni_conf_name": "file name of our own CNI configuration",
-    "cni_plugin": "the plugin's binary that is installed",
-    "host_root": "where the host's own file system is mounted",
-    "sidecar_annotations": "honour the exclusions of traffic.sidecar.istio.io annotations too",
-    "non_tcp": "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
-    "preserve_connections": "let connections that are older than a pod's enrolment run on uncaptured",
-    "host_probes": "mechanism of the node's probe exemption: auto (nftables) or off",
-    "probe_canary": "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
-    "verify_seconds": "seconds between two verifications of a pod",
-    "ack_seconds": "seconds that ztunnel has to acknowledge one pod",
-    "add_seconds": "seconds that a CNI ADD may take in the agent, including its wait for a ztunnel",
-    "accounting": "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
-    "connection_log": "file that gets a line of JSON for each connection that ended; - is the standard output",
-    "connection_log_bytes": "size at which that file is rotated",
-    "connection_log_keep": "rotated files that are kept",
-    "connection_log_sample": "write one of so many connections there; failed and leaked ones are always written",
-    "peers_file": "file of workloads and services on other nodes, for the labels of metrics and for records (YAML)",
-    "trust_domain": "trust domain in the identities that metrics show",
-    "cluster": "name of the cluster in metrics",
-    "metrics_label_sets": "label sets of each metric of connections; what does not fit is counted as overflow",
-    "metrics_expire_seconds": "seconds after which a label set that nothing was added to is forgotten",
-    "log_level": "debug, info, warning or error",
-}
-_KINDS = {f.name: str(f.type) for f in fields(Settings)}
+DECLARED: Mapping[str, Setting] = {one.name: Setting(one.name, one.default, **one.metadata) for one in fields(Settings)}
 
 
 def build(*layers: Mapping[str, tuple[Any, str]]) -> Settings:
@@ -147,9 +257,12 @@ def build(*layers: Mapping[str, tuple[Any, str]]) -> Settings:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, (value, place) in layer.items():
-            if key not in _KINDS:
-                raise SettingsError(f"{place}: unknown setting {key!r}; known: {', '.join(_KINDS)}")
-            merged[key] = convert(key, _KINDS[key], value, place)
+            if key not in DECLARED:
+                raise SettingsError(f"{place}: unknown setting {key!r}; known: {', '.join(DECLARED)}")
+            try:
+                merged[key] = DECLARED[key].kind.parse(value)
+            except ValueError as wrong:
+                raise SettingsError(f"{place}: {key}: {value!r} is not {wrong}") from None
     made = Settings(**merged)
     if made.kube_peers and made.peers_file:
         raise SettingsError("kube_peers and peers_file: names of peers come from one of them; unset the other")

@@ -13,8 +13,8 @@ import pytest
 import yaml
 from support import chart
 
-from agent.core.settings import Settings
-from agent.core.settingvalues import CHOICES
+from agent.core.setting_types import Choice
+from agent.core.settings import DECLARED, Settings
 
 Objects = list[dict[str, Any]]
 SCHEMA = chart.CHART / "values.schema.json"
@@ -310,8 +310,10 @@ def test_uninstalling_looks_where_the_agent_was() -> None:
 
 
 def test_every_choice_of_a_setting_is_accepted(tmp_path: Path) -> None:
-    for number in range(max(map(len, CHOICES.values()))):
-        given = {key: words[min(number, len(words) - 1)] for key, words in CHOICES.items()}
+    kinds = {key: one.kind for key, one in DECLARED.items()}
+    choices = {key: (*kind.words, *kind.former) for key, kind in kinds.items() if isinstance(kind, Choice)}
+    for number in range(max(map(len, choices.values()))):
+        given = {key: words[min(number, len(words) - 1)] for key, words in choices.items()}
         got = chart.settings(chart.render({"settings": given}), tmp_path)
         assert {key: getattr(got, key) for key in given} == given
 

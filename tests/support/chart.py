@@ -22,8 +22,8 @@ import yaml
 
 from agent.cli import settings as from_user
 from agent.core import names
-from agent.core.settings import HELP, Settings, build
-from agent.core.settingvalues import CHOICES, RANGES
+from agent.core.setting_types import Choice, Whole
+from agent.core.settings import DECLARED, Settings, build
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART, MANIFESTS, KUBE = ROOT / "deploy/chart/sluice", ROOT / "deploy/manifests", ROOT / "build/kube"
@@ -115,11 +115,12 @@ def settings_schema() -> dict[str, Any]:
             continue
         kind = str(field.type)
         listed = {"type": ["array", "null"], "items": {"type": "object" if "Selector" in kind else "string"}}
-        part = dict(kinds.get(kind, listed)) | {"description": HELP[field.name]}
-        if field.name in CHOICES:
-            part["enum"] = [*CHOICES[field.name], None]
-        if field.name in RANGES:
-            part["minimum"], part["maximum"] = RANGES[field.name]
+        part = dict(kinds.get(kind, listed)) | {"description": DECLARED[field.name].help}
+        match DECLARED[field.name].kind:
+            case Choice(words, former):
+                part["enum"] = [*words, *former, None]
+            case Whole(least, most):
+                part["minimum"], part["maximum"] = least, most
         found[field.name] = part
     return {"type": "object", "additionalProperties": False, "properties": found}
 
@@ -145,8 +146,8 @@ def unusual() -> dict[str, Any]:
             continue
         if name in special:
             found[name] = special[name]
-        elif name in CHOICES:
-            found[name] = next(one for one in reversed(CHOICES[name]) if one != default)
+        elif isinstance(choice := DECLARED[name].kind, Choice):
+            found[name] = next(one for one in reversed(choice.words) if one != default)
         elif isinstance(default, bool):
             found[name] = not default
         elif isinstance(default, float):

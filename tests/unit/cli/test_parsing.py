@@ -16,7 +16,7 @@ from agent import __version__
 from agent.__main__ import _GROUPS, _SECTIONS, main, parser
 from agent.cli import manual, tree
 from agent.cli.tree import Command
-from agent.core.settings import HELP
+from agent.core.settings import DECLARED
 
 REPO = Path(__file__).resolve().parents[3]
 PROGRAM = tree.of(parser())
@@ -147,7 +147,7 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_setting_is_an_option_of_the_agent_with_its_choices() -> None:
     options = {option.flags[0]: option for option in COMMANDS_BY_NAME["agent"].options if option.setting}
-    assert set(options) == {"--" + key.replace("_", "-") for key in HELP}
+    assert set(options) == {"--" + key.replace("_", "-") for key in DECLARED}
     assert options["--backend"].choices == ("auto", "nftables", "iptables", "iptables-legacy", "ebpf")
     assert options["--ipv6"].choices == ("true", "false") and options["--run-dir"].value == "PATH"
 

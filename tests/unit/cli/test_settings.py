@@ -9,7 +9,7 @@ import pytest
 
 from agent.cli import settings as from_user
 from agent.core.errors import SettingsError
-from agent.core.settings import Settings
+from agent.core.settings import DECLARED, Settings
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,9 @@ def test_where_settings_come_from_and_what_their_flags_take(tmp_path: Path, monk
     from_user.add_options(parser)
     args = parser.parse_args(["--config", str(file), "--backend", "ebpf"])
     assert from_user.places(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
-    takes = {key: from_user.takes(key) for key in ("ipv6", "offline_pods", "run_dir", "exempt_pods", "verify_seconds")}
+    takes = {
+        key: DECLARED[key].kind.takes for key in ("ipv6", "offline_pods", "run_dir", "exempt_pods", "verify_seconds")
+    }
     assert takes == {
         "ipv6": "true|false", "offline_pods": "by-namespace|refuse", "run_dir": "PATH", "exempt_pods": "LIST",
         "verify_seconds": "SECONDS",

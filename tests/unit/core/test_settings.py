@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import SettingsError
-from agent.core.settings import HELP, Settings, build
+from agent.core.settings import DECLARED, Settings, build
 
 
 def one(key: str, value: Any) -> Any:
@@ -21,7 +21,7 @@ def test_without_any_layer_the_defaults_hold() -> None:
 
 
 def test_every_setting_has_its_help_and_takes_its_own_default() -> None:
-    assert set(HELP) == {field.name for field in fields(Settings)}
+    assert set(DECLARED) == {field.name for field in fields(Settings)}
     for field in fields(Settings):
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         assert field.name == "enablement_selectors" or one(field.name, value) == field.default

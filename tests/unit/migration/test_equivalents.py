@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
-from agent.core.settings import HELP, Settings, build
+from agent.core.settings import DECLARED, Settings, build
 from agent.install.planning import View
 from agent.migration.equivalents import TABLE, differences, translate
 from agent.migration.facts import Facts
@@ -38,7 +38,7 @@ def test_every_setting_has_its_equivalent_and_builds() -> None:
     found = translate(ALL)
     assert found.settings == OURS and not found.remarks
     build({key: (value, key) for key, value in found.settings.items()})
-    assert {one.ours for one in TABLE if one.ours} <= set(HELP)
+    assert {one.ours for one in TABLE if one.ours} <= set(DECLARED)
 
 
 @pytest.mark.parametrize(
