@@ -351,7 +351,7 @@ def test_settings_move_the_mounts_along() -> None:
     assert agent(objects)["ports"][0]["containerPort"] == 1234
     assert "--zds-socket=/run/z/s.sock" in ztunnel(objects)["args"]
     assert "--bpf-dir=/sys/fs/bpf2/x" in ztunnel(objects)["args"]
-    assert {one["mountPath"] for one in ztunnel(objects)["volumeMounts"]} == {"/run/z", "/sys/fs/bpf2"}
+    assert {one["mountPath"] for one in ztunnel(objects)["volumeMounts"]} == {"/run/z", "/sys/fs/bpf2", "/run/ready"}
 
 
 def test_probes_ask_where_the_agent_listens() -> None:
