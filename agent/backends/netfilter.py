@@ -6,7 +6,7 @@ Order and effect are the table of the design's rules ("In the pod").
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -106,12 +106,13 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     """
     if redirect.draining:
         return (*_mangle(), *(_raw(plain=not counting) if redirect.dns else ()))
+    capturing = (*_nat_prerouting(redirect), *_nat_output(redirect, link_local=counting))
     found = [
         *_mangle(),
+        *(_dropped(capturing) if redirect.blocked else ()),
         *(_other_inbound(redirect) if counting else ()),
         *(_other_outbound(redirect) if counting else ()),
-        *_nat_prerouting(redirect),
-        *_nat_output(redirect, link_local=counting),
+        *(capturing if not redirect.blocked else ()),
         *(_raw(plain=not counting) if redirect.dns else ()),
     ]
     if not counting or redirect.ipv4 == redirect.ipv6:
@@ -127,7 +128,7 @@ def tables(redirect: Redirect) -> frozenset[Table]:
 
 def _of_family(rule: Rule, family: int) -> Rule:
     """In a table of both families a redirection that names none would take the family that is left out, too."""
-    if rule.family is not None or rule.verb is not Verb.REDIRECT:
+    if rule.family is not None or rule.verb not in (Verb.REDIRECT, Verb.DROP):
         return rule
     return replace(rule, family=family, matches=(Match(Field.FAMILY, family), *rule.matches))
 
@@ -151,6 +152,19 @@ def _mangle() -> Iterator[Rule]:
     yield Rule(Table.MANGLE, Hook.PREROUTING, (_FROM_ZTUNNEL,), Verb.SET_CONNECTION_MARK)
     touched = Match(Field.CONNECTION_MARK, names.CONNECTION_MARK)
     yield Rule(Table.MANGLE, Hook.OUTPUT, (touched,), Verb.RESTORE_MARK)
+
+
+def _dropped(capturing: Iterable[Rule]) -> Iterator[Rule]:
+    """What these rules of NAT would redirect is dropped, in mangle, since iptables refuses to drop in NAT.
+
+    NAT is asked for the first packet of a connection alone, and on the way in for none that comes by lo.
+    """
+    yield Rule(Table.MANGLE, Hook.PREROUTING, (Match(Field.IN_INTERFACE, "lo"),), Verb.RETURN)
+    for hook in Hook:
+        yield Rule(Table.MANGLE, hook, (_TCP, _NOT_OPENING), Verb.RETURN)
+    for rule in capturing:
+        verb = Verb.DROP if rule.verb is Verb.REDIRECT else Verb.RETURN
+        yield replace(rule, table=Table.MANGLE, verb=verb, value=0)
 
 
 def _other_inbound(redirect: Redirect) -> Iterator[Rule]:

@@ -65,10 +65,10 @@ class SilentZtunnelError(ZtunnelError):
 
 
 class TakenPortError(SluiceError):
-    """Processes of the pod listen on ports of ztunnel, and would get its redirected traffic."""
+    """Processes of the pod listen on ports of ztunnel. What would be redirected to them is dropped."""
 
     def __init__(self, foreign: tuple[str, ...]) -> None:
-        super().__init__(f"{'; '.join(foreign)}; end it, or let it use another port")
+        super().__init__(f"{'; '.join(foreign)}; new connections are refused until it ends or uses another port")
 
 
 class CommandError(SluiceError):

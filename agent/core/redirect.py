@@ -16,6 +16,7 @@ class Redirect:
     resolvers whose traffic is captured as DNS, () for all. `preserve`: connections that were there before the
     rules run on outside, see core.outside. `refuse_non_tcp`: what is neither TCP nor DNS is refused, not only counted.
     `hbone`: ztunnel listens on 15008 in the pod, so what comes in there is left to it; else it is captured.
+    `blocked`: a process of the pod has a port of ztunnel's, so what rules would redirect there is dropped.
     `marks`: packets are told apart by marks, which a policy rule and a route serve. `draining`: nothing new is
     captured, and what is captured already goes on as it does.
     """
@@ -31,6 +32,7 @@ class Redirect:
     exclude: Exclusions = NOTHING
     refuse_non_tcp: bool = False
     hbone: bool = True
+    blocked: bool = False
     preserve: bool = False
     marks: bool = True
     draining: bool = False

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
 from agent.core.bridged import bridged, several
-from agent.core.errors import KernelError, PodEndingError, SluiceError, TakenPortError
+from agent.core.errors import KernelError, PodEndingError, SluiceError
 from agent.core.listeners import Heard
 from agent.core.outside import report
 from agent.core.pods import Pod
@@ -107,10 +107,7 @@ class Enrolment:
         if several(facts.addresses) and not self._choice.by_socket:
             notes += bridged(want, target.wiring())
         if self._listening:
-            heard = self._listening.heard(target) if first else self._listening.last(target)
-            if first and heard.taken:  # rules would redirect the pod's traffic to them
-                raise TakenPortError(heard.taken)
-            want = replace(want, hbone=heard.hbone)
+            want = self._adapted(want, self._listening.heard(target) if first else self._listening.last(target))
         if lenient:
             self._outside.begin(pod.uid, target)
         if first and self._accounting:
@@ -169,9 +166,16 @@ class Enrolment:
         done = settle_each(target, [one for one in wants if one[0] not in later])
         return want, done, due(target, [one for one in wants if one[0] in later])
 
-    def again(self, pod: Pod, found: Enrolled, *, hbone: bool) -> tuple[Redirect, Settled]:
-        """Adapts the rules to the sockets that ztunnel has just opened or closed (Choice.by_socket, Redirect.hbone)."""
-        want = replace(found.want, hbone=hbone)
+    def adapted(self, found: Enrolled) -> Redirect:
+        """The intent with what was heard last of the listeners in the pod. Raises KernelError."""
+        return self._adapted(found.want, self._listening.last(found.target)) if self._listening else found.want
+
+    def _adapted(self, want: Redirect, heard: Heard) -> Redirect:
+        """Only rules redirect to a port; programs know ztunnel's sockets (Choice.by_socket)."""
+        return replace(want, hbone=heard.hbone, blocked=bool(heard.taken) and not self._choice.by_socket)
+
+    def again(self, pod: Pod, found: Enrolled, want: Redirect) -> tuple[Redirect, Settled]:
+        """Adapts the rules to sockets that were opened or closed in the pod (Choice.by_socket, `adapted`)."""
         with self._running(pod, found.target):
             done = settle(found.target, want, self._choice.active)
         if self._accounting:
@@ -223,7 +227,7 @@ class Enrolment:
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
         heard = self._listening.heard(target) if self._listening else Heard()
-        want = replace(_within(redirect, target.facts())[0], preserve=preserve, hbone=heard.hbone)
+        want = self._adapted(replace(_within(redirect, target.facts())[0], preserve=preserve), heard)
         want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
         if self._counting:
             self._counting.count(pod.uid, target, want, now=True)

@@ -57,9 +57,16 @@ class Entry:
     decided: tuple[Pod, Decision] | None = None  # the last one: most passes are over an unchanged pod
 
     def decision(self, pod: Pod, settings: Settings) -> Decision:
-        """What must hold for the pod; `settings` are those of the agent's life."""
+        """What must hold for the pod; `settings` are those of the agent's life.
+
+        A pod that was decided on before keeps that where it asks for too much now: it stays captured and repaired.
+        """
         if self.decided is None or self.decided[0] != pod:
-            self.decided = pod, decide(pod, settings)
+            before, found = self.decided and self.decided[1], decide(pod, settings)
+            if found.refused and before and before.enrolled and not before.refused:
+                words = f"{found.refused}; the pod stays captured as it was before"
+                found = replace(found, redirect=before.redirect, warnings=(*found.warnings, words), refused="")
+            self.decided = pod, found
         return self.decided[1]
 
     def told(

@@ -299,9 +299,9 @@ class Reconciler:
         if note := await self._proxying.serve(pod, entry, found.target):
             entry.status = replace(entry.status, notes=(*entry.status.notes, note))
             return False  # nothing tells when these listeners close
-        hbone = self._proxying.hbone(found.target, found.want)
-        if ((opens or found.waiting) and self.choice.by_socket) or hbone != found.want.hbone:
-            await self._again(pod, entry, found, hbone)
+        want = self._enrolment.adapted(found)
+        if ((opens or found.waiting) and self.choice.by_socket) or want != found.want:
+            await self._again(pod, entry, found, want)
             if found.waiting:  # now the old way can go
                 self.wake(pod.uid)
         entry.told(State.ENABLED, decision, self.choice.name)
@@ -309,10 +309,10 @@ class Reconciler:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
         return True
 
-    async def _again(self, pod: Pod, entry: Entry, found: Enrolled, hbone: bool) -> None:
+    async def _again(self, pod: Pod, entry: Entry, found: Enrolled, want: Redirect) -> None:
         """ztunnel has just opened or closed its sockets in the pod. Rules that follow from that are no repair."""
         started = time.monotonic()
-        entry.want, done = await entry.work(self._workers, lambda: self._enrolment.again(pod, found, hbone=hbone))
+        entry.want, done = await entry.work(self._workers, lambda: self._enrolment.again(pod, found, want))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 

@@ -10,7 +10,6 @@ from agent.core import names
 from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
 from agent.core.listeners import Heard
 from agent.core.pods import Pod
-from agent.core.redirect import Redirect
 from agent.kernel.podnetns import PodNetns
 from agent.reconciler.entry import Entry
 from agent.reconciler.parts import Listening, Publisher
@@ -30,12 +29,15 @@ class Proxying:
     async def first(self, pod: Pod, entry: Entry, target: PodNetns) -> None:
         """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then the rules may come.
 
-        So no connection is refused while ztunnel is on its way. Raises ZtunnelError until then.
+        So no connection is refused while ztunnel is on its way. Raises ZtunnelError until then. The rules come at once
+        where the pod has a port of ztunnel's (Redirect.blocked), or it would decide whether it is captured.
         """
         now = time.monotonic()
         entry.patience = entry.patience or now + PATIENCE
         try:
             await self.serve(pod, entry, target)
+        except TakenPortError:
+            return
         except ZtunnelError:
             if now < entry.patience:
                 raise
@@ -49,7 +51,10 @@ class Proxying:
         try:
             await self._publisher.publish(pod, target)
         except ZtunnelError as error:
-            if not await self.listens(entry, target):
+            heard = await self._heard(entry, target)
+            if heard.taken:  # so it cannot listen there
+                raise TakenPortError(heard.taken) from error
+            if not self.looks or heard.missing:
                 raise
             return f"ztunnel listens in the pod, though it was not given by this agent: {error}"
         missing: tuple[int, ...] = ()
@@ -68,10 +73,6 @@ class Proxying:
         """Whether ztunnel, and nobody else, is seen to listen on all of its ports in the pod."""
         heard = await self._heard(entry, target)
         return self.looks and not heard.missing and not heard.taken
-
-    def hbone(self, target: PodNetns, want: Redirect) -> bool:
-        """Whether ztunnel listens on 15008, as `serve` has just seen."""
-        return self._listening.last(target).hbone if self._listening else want.hbone
 
     async def _heard(self, entry: Entry, target: PodNetns) -> Heard:
         listening = self._listening

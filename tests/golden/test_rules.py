@@ -34,6 +34,7 @@ VARIANTS = {
     "dns-to-ipv4-resolvers": Redirect(dns_to=("8.8.8.8",)),
     "refuse-non-tcp": Redirect(refuse_non_tcp=True, exclude=Exclusions(outbound_ports=((443, 443),))),
     "no-hbone": Redirect(hbone=False),
+    "blocked": Redirect(blocked=True, exclude=Exclusions(outbound_ports=((443, 443),))),
     "preserve": Redirect(preserve=True),
     "draining": Redirect(draining=True, refuse_non_tcp=True, virtual_interfaces=("eth1",)),
 }

@@ -317,19 +317,22 @@ def test_the_exemption_of_hbone_follows_ztunnels_listener() -> None:
     play(script, listens=True)
 
 
-def test_a_pod_that_listens_on_ztunnels_ports_is_not_enrolled_and_one_that_is_fails() -> None:
+def test_a_pod_that_listens_on_ztunnels_ports_fails_and_its_connections_are_dropped() -> None:
     async def script(world: World) -> None:
         taken = world.listening.found = Heard(foreign=("nginx[7] listens",), taken=("nginx[7] listens",))
+        world.publisher.connected = False  # as good as refusing the pod, where it cannot listen
         (status,) = await world.settle(running())
-        assert (status.state, world.held("rules", "web")) == (State.FAILED, None)
-        assert status.error == "nginx[7] listens; end it, or let it use another port"
-        world.listening.found = Heard()
+        assert (status.state, held(world).blocked) == (State.FAILED, True)
+        assert status.error == "nginx[7] listens; new connections are refused until it ends or uses another port"
+        world.listening.found, world.publisher.connected = Heard(), True
         await until(world, State.ENABLED)
+        assert not held(world).blocked
         world.listening.found = taken
         assert (await world.reconciler.settled("web")).state is State.FAILED
-        assert held(world), "its rules stay"
+        assert (await world.reconciler.settled("web")).state is State.FAILED and held(world).blocked
         world.listening.found = Heard()
         await until(world, State.ENABLED)
+        assert not held(world).blocked
 
     play(script, listens=True)
 

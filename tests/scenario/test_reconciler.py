@@ -99,15 +99,19 @@ def test_an_excluded_pod_that_was_never_ours_is_not_touched() -> None:
     play(script)
 
 
-def test_a_pod_that_asks_for_too_much_is_refused_and_keeps_the_rules_that_it_has() -> None:
+def test_a_pod_that_asks_for_too_much_is_refused_and_stays_captured_as_it_was() -> None:
     async def script(world: World) -> None:
         await world.settle(pod("old"))
         many = {**pod().annotations, "istio.io/reroute-virtual-interfaces": ",".join(f"v{n}" for n in range(300))}
         world.kernel.log.clear()
         old, new = await world.settle(replace(pod("old"), annotations=many), replace(pod("new"), annotations=many))
-        for status in (old, new):
-            assert status.state is State.FAILED and "more than 256 interfaces" in status.error
-        assert world.kernel.log == [] and world.held("rules", "old") is not None
+        assert new.state is State.FAILED and "more than 256 interfaces" in new.error
+        assert old.state is State.ENABLED and "more than 256 interfaces" in old.notes[0]
+        asked = world.held("rules", "old")
+        world.kernel.held["rules", world.namespaces.resolve(pod("old"))] = "drift"
+        await world.reconciler.settled("old")
+        assert world.held("rules", "old") == asked, "drift is repaired all the same"
+        assert await world.reconciler.inspect(replace(pod("old"), annotations=many)) == {}
 
     play(script)
 
