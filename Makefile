@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sluice: every target says what it does, is safe to repeat, and fails with one clear line.
+# Sluice: every target prints what it does, is safe to repeat, and fails with one clear line.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 BACKEND ?= nftables
@@ -20,7 +20,7 @@ plugin:  ## build the CNI plugin alone
 objects:  ## build the eBPF objects alone (clang)
 	@$(MAKE) -s -C bpf
 
-demo: setup  ## the main job with real traffic, proven; leaves nothing behind; or with BACKEND=ebpf (root)
+demo: setup  ## show and check capture with real traffic, then clean up; BACKEND=ebpf for eBPF (root)
 	$(ROOT)
 	@$(PYTHON) -m agent lab demo --backend $(BACKEND)
 
@@ -41,7 +41,7 @@ check: lint  ## lint, types, import contracts, unit, golden, contract and scenar
 fuzz: setup  ## Hypothesis on every parser of foreign input
 	@$(PYTEST) -q tests/fuzz
 
-kube: setup  ## the Kubernetes source against an API server that goes wrong; CNI installation; the chart
+kube: setup  ## the Kubernetes source with a failing API server; CNI installation; the chart
 	@$(PYTEST) -q tests/kube tests/install tests/deploy
 
 netns: setup  ## real packets in network namespaces (root)
@@ -56,7 +56,7 @@ rehearsal: setup  ## upgrades rehearsed over three containerd nodes: the guided 
 	$(ROOT)
 	@$(PYTEST) -q tests/rehearsal
 
-docs: setup  ## the commands of the documents, run as they are written (root)
+docs: setup  ## run the commands of the documents as they are written (root)
 	$(ROOT)
 	@$(PYTEST) -q tests/docs
 
@@ -79,7 +79,7 @@ image: setup  ## the container image, from Debian's packages and no registry; th
 	@deploy/image/build
 	@SLUICE_IMAGE=required $(PYTEST) -q tests/deploy/test_image.py
 
-bench: setup  ## medians of what the design promises (root)
+bench: setup  ## measure the aims of docs/performance.md: medians (root)
 	$(ROOT)
 	@$(PYTHON) -m tests.bench
 
@@ -91,7 +91,7 @@ compat: setup  ## nft of four Debian releases reads and deletes our tables; down
 	$(ROOT)
 	@SLUICE_COMPAT=1 $(PYTEST) -q tests/compat
 
-lock:  ## write requirements.lock anew (needs uv)
+lock:  ## write requirements.lock (needs uv)
 	@tools/lock
 
 clean:  ## remove what the other targets made in this directory

@@ -1,1 +1,1 @@
-"""What the design promises, measured: `python -m tests.bench`. Nothing here is a test; nothing here asserts."""
+"""Measures the aims of docs/performance.md: `python -m tests.bench`. Nothing here is a test or asserts."""

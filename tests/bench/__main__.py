@@ -1,4 +1,4 @@
-"""`make bench`: medians of what the design promises, in three tables, with the aims that were met or missed."""
+"""`make bench`: prints medians in three tables, with the aims that were met or missed."""
 
 from __future__ import annotations
 

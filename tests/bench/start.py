@@ -22,7 +22,7 @@ from agent.lab.processes import ready
 from agent.reconciler.settle import settle
 from tests.bench.measure import Row, memory, spawn
 
-PODS = 250  # for which the design names its aims
+PODS = 250  # the aims are for this number of pods
 
 
 class Acknowledger(threading.Thread):

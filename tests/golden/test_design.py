@@ -1,4 +1,4 @@
-"""The table of the design's rules, written out independently of the renderer, against what is rendered."""
+"""Compares the table of docs/design/rules.md, written independently of the renderer, with the rendered rules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DESIGN = [
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -o lo -j ACCEPT"),
     ("nat", "ISTIO_OUTPUT", "LINK -p tcp -d fe80::/10 -j RETURN"),
     ("nat", "ISTIO_OUTPUT", "! -d {lo} -p tcp -m mark ! --mark 0x539/0xfff -j REDIRECT --to-ports 15001"),
-    # The design's two rows go by ports alone and take an answer to a client's port 53 for a question.
+    # istio-cni has two rows, by ports only: they mistake the answer to a client's port 53 for a query.
     ("raw", "ISTIO_OUTPUT", "DNS ! -o lo -p udp -m udp --dport 53 -m mark --mark 0x539/0xfff -j CT --zone-orig 1"),
 ]
 VALUES = {

@@ -1,7 +1,7 @@
 """Connections from before a pod's enrolment: found, survive the rules, and are gone from the list when they end.
 
-The rules here are those of the design in short: redirection, and in front of it "what does not begin with a SYN is
-left alone" (preserve).
+The rules here are a short form of docs/design/rules.md: redirection, and before it the rule that lets packets pass
+which do not open a connection (preserve).
 """
 
 from __future__ import annotations

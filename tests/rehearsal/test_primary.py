@@ -1,4 +1,4 @@
-"""The primary CNI's configuration rewritten in each way known from the field, by names of design: field-problems.
+"""The primary CNI's configuration is rewritten in each way known from docs/field-problems.md.
 
 First the agent can only look: `sluice verify --all` must say what is wrong. Then it may repair, and all must be right.
 """

@@ -1,7 +1,7 @@
 """How istio-cni's agent installs its entry into a directory of CNI configurations, as a model over files by name.
 
-From what checkValidCNIConfig, createCNIConfigFile and Cleanup do (design: peers 1.10): the first list that it meets is
-the primary one for as long as the process lives, and when that file has gone it waits for it.
+Modelled on checkValidCNIConfig, createCNIConfigFile and Cleanup (docs/design/istio-cni.md, 1.10): the first list that
+it finds is the primary one as long as the process lives; if that file disappears, the process waits for it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ POD6, PEER6, RESOLVER6 = "fd77::2", "fd77::1", "fd77::53"
 SECONDS = 20.0
 _numbers = itertools.count()
 
-# design: peers 2.6, with DNS and IPv6
+# docs/design/istio-cni.md, 2.6, with DNS and IPv6
 NFT = """
 table inet istio-ambient-nat {
   chain istio-prerouting {

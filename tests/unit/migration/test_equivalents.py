@@ -62,7 +62,7 @@ def test_what_has_no_equivalent_is_told_unless_it_is_as_here() -> None:
     ]
 
 
-# What stands in the values of istio-cni's chart itself (design: peers 1.3), but for how its pod runs.
+# The values of istio-cni's chart (docs/design/istio-cni.md, 1.3), without those of its pod.
 CHART = """
 cniBinDir: /opt/cni/bin
 cniConfDir: /etc/cni/net.d
