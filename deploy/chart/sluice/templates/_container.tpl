@@ -1,5 +1,5 @@
 {{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
-{{/* A container of the agent's image with its mounts. */}}
+{{/* A container with the agent's image and its mounts. */}}
 {{- define "sluice.container" -}}
 image: {{ include "sluice.image" .root | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}

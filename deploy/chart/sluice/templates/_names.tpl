@@ -20,7 +20,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- toYaml (index (.Files.Get "files/platforms.yaml" | fromYaml) .Values.platform) -}}
 {{- end -}}
 
-{{/* {"value": V}: the user's value, or, where that is null, the platform's. */}}
+{{/* {"value": V}: the user's value; the platform's if that is null. */}}
 {{- define "sluice.seLinux" -}}
 {{- $platform := include "sluice.platform" . | fromYaml -}}
 {{- $own := .Values.seLinuxOptions -}}
@@ -42,7 +42,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if kindIs "invalid" $own }}{{ (include "sluice.platform" . | fromYaml).netnsDirs | default (list "/var/run/netns") | toJson }}{{ else }}{{ toJson $own }}{{ end -}}
 {{- end -}}
 
-{{/* Directories that the installer may write below: the platform's or the user's, and the parents of those in settings. */}}
+{{/* Writable host directories for the installer: the platform's or the user's, and the parents of those in settings. */}}
 {{- define "sluice.writable" -}}
 {{- $own := .Values.writable -}}
 {{- if kindIs "invalid" $own }}{{ $own = (include "sluice.platform" . | fromYaml).writable | default (list "/etc/cni" "/opt/cni") }}{{ end -}}
@@ -58,7 +58,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- uniq $own | toJson -}}
 {{- end -}}
 
-{{/* The agent's settings file. A whole number is written as one: Helm reads it as a float, and prints 1e+06. */}}
+{{/* The agent's settings file. Whole numbers are converted: Helm reads them as floats and prints 1e+06. */}}
 {{- define "sluice.settings" -}}
 {{- $all := dict "host_root" "/host" "own_namespace" .Release.Namespace -}}
 {{- if .Values.ztunnel.embedded }}{{ $_ := set $all "ztunnel_ports" (list "15001" "15006") }}{{ end -}}
@@ -71,7 +71,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- toYaml $all -}}
 {{- end -}}
 
-{{/* Address and port of metrics; empty when they are off. */}}
+{{/* Address and port of metrics; empty if metrics are off. */}}
 {{- define "sluice.metrics" -}}
 {{- $settings := include "sluice.settings" . | fromYaml -}}
 {{- if hasKey $settings "metrics_address" }}{{ $settings.metrics_address }}{{ else }}0.0.0.0:15014{{ end -}}

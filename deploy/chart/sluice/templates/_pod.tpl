@@ -1,5 +1,5 @@
 {{- /* SPDX-License-Identifier: Apache-2.0 */ -}}
-{{/* What the agent's pods, and those of the embedded ztunnel, have alike. */}}
+{{/* The common part of the agent's pods and those of the embedded ztunnel. */}}
 {{- define "sluice.podSpec" -}}
 priorityClassName: {{ .Values.priorityClassName }}
 hostNetwork: true
@@ -46,7 +46,7 @@ container.apparmor.security.beta.kubernetes.io/{{ . }}: unconfined
 {{- end -}}
 {{- end -}}
 
-{{/* Root with the named capabilities alone. */}}
+{{/* Root with only the named capabilities. */}}
 {{- define "sluice.securityContext" -}}
 privileged: false
 readOnlyRootFilesystem: true
@@ -69,7 +69,7 @@ appArmorProfile:
 {{- end }}
 {{- end -}}
 
-{{/* Volumes of the agent; .mounts true: where they are mounted instead. */}}
+{{/* Volumes of the agent; with .mounts true their mounts. */}}
 {{- define "sluice.volumes" -}}
 {{- $settings := include "sluice.settings" .root | fromYaml -}}
 {{- $mounts := .mounts -}}
