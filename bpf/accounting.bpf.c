@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Accounts for every TCP connection of enrolled pods, at the application's own socket, whatever captures it.
+/* Accounting of every TCP connection of enrolled pods, at the application's own socket, for every backend.
  *
- * sockops on the root cgroup. Whether a connection was captured is proven by ztunnel's end of the same connection: both ends
- * are in the pod's namespace, and share their first sequence numbers, which no NAT changes. Our own process at the other end
- * is known by its cgroup and number, never by a mark, which an application might set as well.
+ * sockops on the root cgroup. ztunnel's end of the same connection proves that it was captured: both ends are in the pod's
+ * namespace and share their first sequence numbers, which NAT does not change. ztunnel's process is known by its cgroup and
+ * process id, never by a mark, which an application could set too.
  */
 #include "accounting.h"
 #include "sockops.h"

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* ztunnel binds a client's address, to speak for it: it gets one of lo, and the application is shown the client's.
+/* When ztunnel binds a client's address, its socket gets an address of lo, and the application sees the client's.
  *
- * So the answers of the application find their way without marks, rules and routes. cgroup/bind4 and bind6.
+ * So the replies of the application need no mark, rule or route. cgroup/bind4 and bind6.
  */
 #include "socket.h"
 

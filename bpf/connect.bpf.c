@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* An application connects: towards ztunnel, and the socket remembers where it wanted to go.
+/* Redirects the connect of an application to ztunnel, and stores the destination in the socket.
  *
  * cgroup/connect4 and connect6 run once for each connect, TCP Fast Open and connected UDP included, before anything
- * is sent. What they return 0 for fails with EPERM.
+ * is sent. A connect for which they return 0 fails with EPERM.
  */
 #include "socket.h"
 

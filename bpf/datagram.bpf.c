@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* DNS over sockets that are not connected: each query goes to ztunnel, each answer seems to come from the resolver.
+/* DNS over unconnected sockets: each query goes to ztunnel, and each answer appears to come from the resolver.
  *
- * ztunnel tells queries apart by the address and port that they come from. A socket that asks several resolvers gets a
- * loopback address for each but its first (IPv4 alone has several). An answer that comes from that address is shown as
- * that resolver's; one that comes from 127.0.0.1 as the one of the resolver that was asked last.
+ * ztunnel distinguishes queries by their source address and port. A socket that asks several resolvers gets a loopback address
+ * for each resolver after the first (IPv4 only: IPv6 has one). An answer from that address is shown as that resolver's; an
+ * answer from 127.0.0.1 as that of the resolver that was asked last.
  */
 #include "socket.h"
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Hands what one end of a connection remembers to its other end, in the same namespace, while it is being made. */
+/* Passes the stored destination of one end of a connection to its other end, in the same namespace, during the handshake. */
 #include "socket.h"
 #include "sockops.h"
 

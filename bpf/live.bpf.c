@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Looks at every connection that lives: its bytes so far are counted, and those whose fate has shown meanwhile; or lists them,
- * or says which sockets have an account at all.
+/* Iterators over the storage of sockets: count the bytes of live connections and those with a decided fate, list live
+ * connections, or list the sockets with an account.
  *
- * Iterators over the storage of sockets. They run on a read of theirs, beside the programs that see connections end:
- * whoever changes a count first has told it.
+ * An iterator runs when the agent reads it, at the same time as the programs that see connections end. The program that changes
+ * a count first reports it.
  */
 #include "accounting.h"
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Whom a connection that comes in is for: ztunnel's own socket, taken from its process, whoever else listens.
+/* Gives an inbound connection to ztunnel's own listener, which the agent took from ztunnel's process; other listeners do not count.
  *
- * sk_lookup runs once for each SYN that no connection of the namespace claims. SK_DROP makes the kernel answer with a
- * RST, so without a ztunnel connections are refused, never passed in plaintext. Loaded once for each pod, with its cookie:
- * this kind of program is told nothing of the namespace that it runs in.
+ * sk_lookup runs once for each SYN that belongs to no connection of the namespace. SK_DROP makes the kernel answer with a RST,
+ * so without a ztunnel connections are refused, never passed in plain text. Loaded once for each pod, with its cookie: this
+ * kind of program cannot ask for the namespace that it runs in.
  */
 #include "maps.h"
 #include "pod.h"

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Whom a socket seems to speak with: what the application asked for, what ztunnel has to know, whom it speaks for. */
+/* The names of sockets: the application sees the destination that it asked for, ztunnel the original destination and client. */
 #include "socket.h"
 
 #define SOL_IP 0

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* Sees what leaves the pod by its interfaces past any capture: tcx egress, on every one but lo, where rules capture.
+/* Detects uncaptured connections that leave the pod, if rules capture: tcx egress on every interface but lo.
  *
- * A SYN that should have been captured and leaves is a leak, whether it is of a socket, whose account then says so, or was
- * made by hand (packet sockets pass all rules), which nobody else would see. Nothing is dropped. Loaded once for each pod.
+ * A SYN that should have been captured and leaves is a leak: of a socket (its account then says so), or made by hand (packet
+ * sockets bypass all rules), which no other program would see. Nothing is dropped. Loaded once for each pod.
  */
 #include "packet.h"
 

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* What enters and leaves the pod by its interfaces, packet by packet: tcx, on every one but lo.
+/* The guard at the pod's interfaces, per packet: tcx on every interface but lo.
  *
- * Counts, or refuses, what is neither TCP nor captured DNS. Outbound it is the last guard: a SYN that should have been
- * captured and was not (MPTCP, raw sockets) is dropped. Inbound it marks TCP that the pod would only forward (a virtual
- * machine's) and that has to be captured: the mark's policy rule delivers it here. Loaded once for each pod.
+ * Counts, or refuses, what is neither TCP nor captured DNS. Outbound it is the last guard: it drops a SYN that should have been
+ * captured and was not (MPTCP, raw sockets). Inbound it marks TCP that the pod would only forward (to a virtual machine) and
+ * that should be captured: the policy rule of the mark delivers it to the pod. Loaded once for each pod.
  */
 #include "maps.h"
 #include "packet.h"
