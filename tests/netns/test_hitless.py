@@ -96,14 +96,14 @@ def test_a_switch_of_mechanism_is_hitless(here: Place, old: str, new: str) -> No
 def test_a_packet_under_way_when_mechanisms_change_is_captured(old: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor may be taken from a connect() between two hooks, for longer than the change takes.
 
-    Here a chain that is asked before all others keeps its SYN there, with rules by the million.
+    Here a chain that is asked before all others keeps its SYN there, for seconds, until the old rules are about to go.
     """
     with pair() as nodes, nodes.host.listen(HOST4, 7000), nodes.pod.listen("0.0.0.0", 15001) as ztunnel:
         pod, new = Pod(nodes.pod.name), layers("nftables")
-        for size in (4000, 8000, 16000):
+        for _ in range(3):
             go(pod, "nftables")
             go(pod, old)
-            rules(nodes.pod, _slow(size))
+            rules(nodes.pod, _slow(20000))
             client = nodes.pod.make()
             connecting = threading.Thread(target=client.connect, args=((HOST4, 7000),))
             connecting.start()
@@ -112,6 +112,9 @@ def test_a_packet_under_way_when_mechanisms_change_is_captured(old: str, monkeyp
 
             def wait() -> None:
                 held_up.append(connecting.is_alive())  # noqa: B023
+                # A packet goes on with the rules of its generation until the second change after it.
+                rules(nodes.pod, "flush chain ip slow inner")
+                rules(nodes.pod, "add chain ip slow another")
                 await_packets()
 
             monkeypatch.setattr(settling, "await_packets", wait)
