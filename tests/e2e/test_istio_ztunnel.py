@@ -5,7 +5,6 @@ Runs where SLUICE_REAL_ZTUNNEL names a binary.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import pytest
 from support.leaking import marking
-from support.node import PORT, Node, NodePod, node, until
+from support.node import PORT, REAL, Node, NodePod, node, until
 
 from agent.kernel.exec import run
 from agent.lab import istio
 from agent.lab.processes import Backend, NodeProcesses
 from agent.lab.topology import PodSpec
 
-REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")
 pytestmark = [
     pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's"),
 ]  # fmt: skip

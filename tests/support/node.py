@@ -28,17 +28,18 @@ from agent.core.names import DATAPLANE_MODE
 from agent.kernel import adminsocket
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab import nodes
+from agent.lab import istio, nodes
 from agent.lab.children import Children
 from agent.lab.lab import down
 from agent.lab.processes import Backend, NodeProcesses, settings
-from agent.lab.topology import LabSpec
+from agent.lab.topology import LabSpec, PodSpec
 from agent.zds.messages import Ack, Add, Delete, Hello, Message, Request, SnapshotSent, decode_request, encode
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGIN = REPO / "cni_plugin" / "sluice-cni"
 SECONDS = 20.0  # bound of every wait; nothing here is a measurement
 PORT = 7000
+REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")  # a binary of Istio's, for the tests that can run with it
 ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
 
 
@@ -208,6 +209,20 @@ class Node:
         with Netns.open(self.netns) as inside:
             self.server = Server(inside)
 
+    def prefer_istio(self, pods: Sequence[str]) -> None:
+        """Starts Istio's ztunnel instead of the embedded one, where SLUICE_REAL_ZTUNNEL names a binary.
+
+        `pods`: namespace/name of each. Istio's ztunnel reads this list once, at its start, and cuts off any other pod.
+        It finds a pod by its name, so the addresses that the list needs are not those of the pods.
+        """
+        if REAL:
+            listed = [
+                (PodSpec("node1", *key.split("/"), enrolled=True), (f"192.0.2.{number}",))
+                for number, key in enumerate(pods, 1)
+            ]
+            (self.run_dir / istio.LOCAL_FILE).write_text(istio.workloads(listed, hbone=False))
+            self.processes = NodeProcesses(self.spec, "node1", self.children, Path(REAL))
+
     def configure(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
         wanted = {**settings(self.spec, "node1", backend), **changes}
         (self.run_dir / "sluice.yaml").write_text(yaml.safe_dump(wanted))
@@ -225,7 +240,8 @@ class Node:
             status = self.ask("/v1/status")
             return status["ztunnel_connections"] == connections and not status["ztunnel_unacknowledged"]
 
-        until(there, f"{connections} ztunnels have every pod")
+        # After an absence of the agent Istio's waits for up to 15 s before it tries again.
+        until(there, f"{connections} ztunnels have every pod", seconds=60 if REAL else SECONDS)
 
     def restart(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
         self.processes.end()
@@ -314,11 +330,19 @@ class Node:
         deadline = time.monotonic() + 3  # a record is written when the relay has ended
         while time.monotonic() < deadline:
             with contextlib.suppress(FileNotFoundError, ValueError):  # not begun yet, or a line cut in two
-                lines = (self.run_dir / "ztunnel.jsonl").read_text().splitlines()
-                if any(r["source"] == own and r["direction"] == "outbound" for r in map(json.loads, lines)):
+                if own in self._relayed():
                     return True
             time.sleep(0.02)
         return False
+
+    def _relayed(self) -> set[str]:
+        """The pods' ends (address:port) of the outbound connections that the real ztunnel has recorded."""
+        records = self.run_dir / "ztunnel.jsonl"
+        if REAL and not records.exists():
+            log = (self.run_dir / "ztunnel.log").read_text()
+            return set(re.findall(r'src\.addr=(\S+) .*direction="outbound"', log))
+        lines = map(json.loads, records.read_text().splitlines())
+        return {line["source"] for line in lines if line["direction"] == "outbound"}
 
     def refused(self, pod: NodePod) -> bool:
         """Whether a connection from the pod is refused: captured, with no ztunnel to take it."""
