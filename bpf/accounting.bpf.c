@@ -134,7 +134,9 @@ static __always_inline void connected(struct bpf_sock *sk, const struct pod *pod
 	if (account->owner == OWNER_ZTUNNEL) {
 		struct destination to = {.pod = cookie, .address = account->remote, .port = account->remote_port};
 		__u32 one = 1;
-		bpf_map_update_elem(&onward, &key, &to, BPF_ANY);
+		/* Rules are to let pass what has its mark: the process alone might also be an application. */
+		if ((sock_of(tp)->sk_mark & MARK_MASK) == ZTUNNEL_MARK)
+			bpf_map_update_elem(&onward, &key, &to, BPF_ANY);
 		if (is_loopback(&account->remote) || is_own(pod, &account->remote))
 			bpf_map_update_elem(&spoken, &key, &one, BPF_ANY);
 		count_ztunnel(cookie, OUTBOUND);
