@@ -40,7 +40,8 @@ class Onward:
     def claims(self, flow: Flow, *, loosely: bool) -> bool:
         """Whether `flow`, which has ended and may be ztunnel's, was made for one of them; each serves for one only.
 
-        `loosely`: the last FIN need not have come, see ending.received. To be asked after all others had their turn.
+        `loosely`: the last FIN need not have come, see ending.received, and the application may have closed before the
+        rest of the answer came. To be asked after all others had their turn.
         """
         for found in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
             for cookie, record in found.items():
@@ -71,7 +72,7 @@ def _fits(flow: Flow, record: Connection, *, loosely: bool) -> bool:
     if record.how is not How.FIN or not ending.finished(info, True):
         return record.how is not How.FIN  # what was cut off on one side was on the other, and need not be equal
     sent, received = flow.payload()
-    return sent == record.sent and record.received == (info.received if loosely else received)
+    return sent == record.sent and (record.received <= info.received if loosely else record.received == received)
 
 
 def carried_alike(flow: Flow, accepted: Flow) -> bool:

@@ -63,3 +63,15 @@ def test_what_really_stays_within_the_pod_is_exempt_in_the_end() -> None:
     made.ended(end(1, ("127.0.0.1", 40000), ("127.0.0.1", 15001), acked=6), 1.0)
     made.dumped((), {}, 1.0)
     assert [(one.fate, one.reason) for one in made.settle(10.0)] == [(Fate.EXEMPT, Reason.LOOPBACK)]
+
+
+def test_an_application_that_closes_before_the_answer_leaves_no_leak() -> None:
+    """ztunnel's connection onwards then received more than the application did."""
+    application, answered = (OWN, 40000), {"received": 10, "data_in": 1}
+    made = flows()
+    made.ended(end(1, application, SERVER, acked=6), 1.0)
+    made.ended(end(2, ("127.0.0.1", 15001), application), 1.1)
+    onward = end(3, (OWN, 40001), SERVER, acked=6)
+    made.ended(replace(onward, info=replace(onward.info, **answered)), 1.2)
+    made.dumped((), {}, 1.3)
+    assert [one.fate for one in made.settle(10.0, all_of_it=True)] == [Fate.CAPTURED]
