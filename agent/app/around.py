@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from agent.core.listeners import Heard
 from agent.export.explaining import Around
 from agent.reconciler.host import HostLoop
+from agent.sources import pathprograms
 from agent.sources.listening import Listening
 from agent.sources.namespaces import Namespaces
 from agent.zds.server import ZdsServer
@@ -25,4 +26,8 @@ def around(
         target = namespaces.opened(uid)
         return "" if target is None else target.netns.origin
 
-    return Around(zds.acknowledged, zds.sent, heard, lambda: host.status, host.claimed, place, places)
+    def programs(uid: str) -> tuple[str, ...]:
+        target = namespaces.opened(uid)
+        return () if target is None else pathprograms.others(target)
+
+    return Around(zds.acknowledged, zds.sent, heard, lambda: host.status, host.claimed, place, programs, places)

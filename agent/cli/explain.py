@@ -112,6 +112,7 @@ def _holds(told: Told) -> Rows:
         rows += [("    difference", line) for line in layer["differences"]]
     if told["redirect"] is None:
         return rows
+    rows += [("In its path", line) for line in told.get("programs", ())]
     rows += [("ztunnel", _ztunnel(told["ztunnel"])), ("Listeners", _listeners(told["ztunnel"]))]
     if told["exemption"] is not None:
         rows.append(("Node's probes", _exemption(told["exemption"])))

@@ -12,13 +12,14 @@ Network = IPv4Network | IPv6Network
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """An interface other than lo."""
+    """An interface other than lo. `xdp`: the number of its XDP program, 0 for none."""
 
     index: int
     name: str
     ethernet: bool = True
     bridge: bool = False
     up: bool = True
+    xdp: int = 0
 
 
 @dataclass(frozen=True, slots=True)

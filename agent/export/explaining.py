@@ -38,7 +38,8 @@ class Around:
 
     `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listens
     in it on ztunnel's ports, None when its namespace is not open; raises SluiceError. `host`: how the node's probes are
-    exempt; `exempt`: the pod's addresses there. `place`: where its network namespace was found, "" when it is not
+    exempt; `exempt`: the pod's addresses there. `programs` (blocking): what others attached to its
+    packet path; raises SluiceError, OSError. `place`: where its network namespace was found, "" when it is not
     open. `places`: where each setting that was given comes from, as in "sluice.yaml:3"; the others are defaults.
     """
 
@@ -48,6 +49,7 @@ class Around:
     host: Callable[[], HostStatus]
     exempt: Callable[[str], tuple[str, ...]]
     place: Callable[[str], str]
+    programs: Callable[[str], tuple[str, ...]]
     places: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,8 +68,8 @@ class Explaining:
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Raises SluiceError for a name that is no pod's here, or that of several."""
         pod = self.one(request.query.get("pod", ""))
-        (found, error), ztunnel, connections = await asyncio.gather(
-            self.inspect(pod), self._ztunnel(pod), self._connections(pod)
+        (found, error), ztunnel, connections, programs = await asyncio.gather(
+            self.inspect(pod), self._ztunnel(pod), self._connections(pod), self._programs(pod)
         )
         rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
         decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
@@ -95,6 +97,7 @@ class Explaining:
             "options": self._options(pod, decision),
             "layers": self._layers(decision, rules, error),
             "ztunnel": ztunnel,
+            "programs": programs,
             "annotation": self._annotation(pod),
             "exemption": self._exemption(pod, decision),
             "connections": connections,
@@ -193,6 +196,15 @@ class Explaining:
             told["silent"], told["foreign"] = list(heard.missing), list(heard.foreign)
             told["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in heard.missing]
         return told
+
+    async def _programs(self, pod: Pod) -> list[str]:
+        """What others attached to its packet path, one line each."""
+        if self.around is None:
+            return []
+        try:
+            return list(await asyncio.to_thread(self.around.programs, pod.uid))
+        except (SluiceError, OSError) as error:
+            return [str(error)]
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:
         """What became of the last ones, by direction, fate and reason, and those of them that look wrong."""

@@ -20,18 +20,26 @@ def attached(cgroup: Path, hook: AttachType) -> tuple[ProgramInfo, ...]:
 
     Raises KernelError.
     """
-    ids, count = (ctypes.c_uint32 * _MOST)(), ctypes.c_uint32(_MOST)
     try:
         fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise KernelError(f"open {cgroup}", error.errno or 0, error.strerror or "") from error
     try:
-        result = libbpf.ask("bpf_prog_query", fd, hook, 0, None, ids, ctypes.byref(count))
+        return at(fd, hook, str(cgroup))
     finally:
         os.close(fd)
-    if result == -errno.EINVAL:
+
+
+def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
+    """`target`: a descriptor of a cgroup or a network namespace, or the index of an interface in the calling thread's.
+
+    `words` name it in an error. Raises KernelError.
+    """
+    ids, count = (ctypes.c_uint32 * _MOST)(), ctypes.c_uint32(_MOST)
+    result = libbpf.ask("bpf_prog_query", target, hook, 0, None, ids, ctypes.byref(count))
+    if result in (-errno.EINVAL, -errno.ENOENT):
         return ()
-    libbpf.check(f"ask for BPF programs on {cgroup} ({hook.name.lower()})", result)
+    libbpf.check(f"ask for BPF programs on {words} ({hook.name.lower()})", result)
     return tuple(found for number in ids[: count.value] if (found := program(number)) is not None)
 
 

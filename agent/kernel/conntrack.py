@@ -66,6 +66,11 @@ class Conntrack:
         self._netlink.close()
 
 
+def is_loaded() -> bool:
+    """Whether the kernel has conntrack by now; asking loads nothing."""
+    return sysctl.read(_EVENTS) is not None
+
+
 class NewFlows:
     """The flows that conntrack creates from now on, in any zone, however short-lived. Make it inside the namespace."""
 
@@ -78,13 +83,16 @@ class NewFlows:
             raise KernelError("conntrack notifications", errno.EOPNOTSUPP, f"{_EVENTS} is 0")
         self._events = Notifications(NETLINK_NETFILTER, [_GROUP_NEW])
 
-    def answering(self, service: Endpoint) -> Endpoint | None:
-        """Who answers the flow to `service`; None when there is none. Raises KernelError if that is not known."""
+    def answering(self, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
+        """Who answers the flow to `service`, and whom; None when there is none. Raises KernelError if unknown."""
         taken, lost = self._events.take()
         found = next((one.body for one in taken if decode(one.body) == service), None)
         if found is None and lost:
             raise KernelError("conntrack notifications", errno.ENOBUFS, "some were lost")
-        return None if found is None else decode(found, _TUPLE_REPLY)
+        if found is None:
+            return None
+        answers, asker = decode(found, _TUPLE_REPLY), decode(found, _TUPLE_REPLY, destination=True)
+        return (answers, asker) if answers and asker else None
 
     def close(self) -> None:
         self._events.close()
@@ -107,10 +115,10 @@ def encode(protocol: int, source: Endpoint, destination: Endpoint, way: int = _T
     return struct.pack(">BBH", family, 0, 0) + nested(way, addresses, ports)
 
 
-def decode(body: bytes, way: int = _TUPLE_ORIG) -> Endpoint | None:
-    """The original destination of the flow in a GET's answer, or the source of its replies; None without one."""
+def decode(body: bytes, way: int = _TUPLE_ORIG, *, destination: bool = False) -> Endpoint | None:
+    """The original destination of the flow in a GET's answer, or the source or destination of its replies, if any."""
     found = dict(attributes(dict(attributes(body[4:])).get(way, b"")))
-    addresses, step = dict(attributes(found.get(_TUPLE_IP, b""))), int(way == _TUPLE_ORIG)
+    addresses, step = dict(attributes(found.get(_TUPLE_IP, b""))), int(destination or way == _TUPLE_ORIG)
     port = dict(attributes(found.get(_TUPLE_PROTO, b""))).get(_PROTO_SRC_PORT + step, b"")
     for family, kind in _IP_SRC.items():
         address = addresses.get(kind + step, b"")

@@ -29,6 +29,7 @@ NEWLINK, DELLINK, _GETLINK = 16, 17, 18
 NEWADDR, DELADDR, _GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, _GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, _GETRULE = 32, 33, 34
+_GETQDISC = 38
 _LINK = struct.Struct("=BxHiII")  # ifinfomsg: family, type, index, flags, change
 _IFF_UP, _SKIP_STATS = 1, 8  # RTEXT_FILTER_SKIP_STATS of IFLA_EXT_MASK (29)
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
@@ -143,9 +144,18 @@ class RouteSocket(NetlinkSocket):
             parts = dict(parse(answer.body[_LINK.size :]))
             name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
             made = dict(parse(parts.get(18, b""))).get(1, b"")  # IFLA_INFO_KIND of IFLA_LINKINFO
+            xdp = int.from_bytes(
+                dict(parse(parts.get(43, b""))).get(4, b""), sys.byteorder
+            )  # IFLA_XDP_PROG_ID of IFLA_XDP
             if index != LOOPBACK_INDEX:
-                found.append(Link(index, name, kind == _ETHERNET, made == b"bridge\0", bool(flags & _IFF_UP)))
+                found.append(Link(index, name, kind == _ETHERNET, made == b"bridge\0", bool(flags & _IFF_UP), xdp))
         return tuple(found)
+
+    def classified(self) -> frozenset[int]:
+        """Indices of the interfaces that may have tc filters for what comes in or goes out (clsact, ingress)."""
+        answers = self.request("read qdiscs", _GETQDISC, NLM_F_DUMP, bytes(20))  # tcmsg
+        kinds = [(dict(parse(one.body[20:])).get(1, b""), one.body[4:8]) for one in answers]  # TCA_KIND
+        return frozenset(int.from_bytes(at, sys.byteorder) for kind, at in kinds if kind in (b"clsact\0", b"ingress\0"))
 
     def main_routes(self, family: int) -> Iterator[Route]:
         """The first 1,024 of the main table; of several next hops the first."""

@@ -242,8 +242,8 @@ class Enrolment:
     def _foreign(self, target: PodNetns, want: Redirect, wants: Wants) -> tuple[str, ...]:
         """Others' rules that take traffic before ours, and new connections that do not reach ztunnel."""
         lines = in_the_way(target, wants)
-        if self._listening and not self._choice.by_socket and not want.draining:
-            lines += self._listening.astray(target, want)
+        if self._listening and not want.draining:
+            lines += self._listening.astray(target, want, by_socket=self._choice.by_socket)
         return lines + self._accounting.returned(target) if self._accounting else lines
 
     def forget(self, pod: Pod) -> None:

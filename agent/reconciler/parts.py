@@ -133,8 +133,11 @@ class Listening(Protocol):
     def last(self, target: PodNetns) -> Heard:
         """As heard last, or now. Raises KernelError."""
 
-    def astray(self, target: PodNetns, want: Redirect) -> tuple[str, ...]:
-        """In words, new connections of the pod that the rules of `want` do not lead to ztunnel; blocking."""
+    def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
+        """In words, new connections of the pod that do not reach ztunnel though `want` is applied; blocking.
+
+        `by_socket`: backend ebpf captures.
+        """
 
 
 class Proxied(Protocol):

@@ -43,9 +43,9 @@ class Listening:
         """As heard last, or now. Raises KernelError."""
         return self._last.get(target) or self.heard(target)
 
-    def astray(self, target: PodNetns, want: Redirect) -> tuple[str, ...]:
-        """New connections of the pod that the rules of `want` do not lead to ztunnel, in words. A packet is sent."""
-        return opening.led_astray(target, want)
+    def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
+        """New connections of the pod that do not reach ztunnel, in words. `by_socket`: backend ebpf captures."""
+        return opening.led_astray(target, want, by_socket=by_socket)
 
     def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:
         """Unchanged while nobody listens on 15008, so that the replacement of a ztunnel changes no rules."""

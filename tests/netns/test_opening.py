@@ -1,18 +1,22 @@
-"""A first packet from within the pod is said to go astray exactly when rules of others lead it away from ztunnel."""
+"""A new connection of the pod is said to go astray exactly when something of others leads it away from ztunnel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
-from support.pair import Pair
+from support.ebpf import EbpfNode
+from support.pair import POD4, Pair
 from support.pair import pair as made
 from support.rules import CHOICES, layers
 
 from agent.backends.opening import led_astray
 from agent.core.exclusions import Exclusions
 from agent.core.redirect import Redirect
+from agent.kernel import bpffs
 from agent.kernel.exec import run
+from agent.kernel.sockdiag import SockDiag
 from agent.reconciler.settle import settle, verify
 
 pytestmark = pytest.mark.root
@@ -79,3 +83,35 @@ def test_without_rules_it_leaves_and_what_is_excluded_may(nodes: Pair) -> None:
     settle(nodes.target, None, layers("nftables"))
     families = [line.split(" to ")[1].split(" ")[0] for line in led_astray(nodes.target, WANT)]
     assert families == ["192.0.2.1:80", "[2001:db8::1]:80"]
+
+
+def test_with_ebpf_a_socket_tells_and_nothing_is_sent(nodes: Pair) -> None:
+    node = EbpfNode()
+    try:
+        want = Redirect(marks=False)
+        settle(nodes.target, want, node.layers)
+        assert led_astray(nodes.target, want, by_socket=True) == ()
+        with closing(nodes.pod.call(SockDiag)) as diag:
+            assert [one for one in diag.both() if one.remote[1] in (80, 15001)] == [], "nothing is left"
+        for rules, said in (
+            (
+                theirs("nat", "output", -150, "tcp dport 15001 redirect to :7777"),
+                "go to 127.0.0.1:7777 instead of ztunnel",
+            ),
+            (
+                theirs("nat", "postrouting", 100, "masquerade"),
+                f"be reset: a rule changes its source from 127.0.0.1 to {POD4}",
+            ),
+        ):
+            run(["sh", "-ec", rules], netns=nodes.pod.path)
+            (line,) = led_astray(nodes.target, want, by_socket=True)
+            run(["nft", "delete table ip theirs"], netns=nodes.pod.path)
+            assert line.startswith(WHAT + said)
+        bpffs.remove_tree(node.pins.node.link("connect4"))
+        assert led_astray(nodes.target, want, by_socket=True) == (WHAT + "leave the pod uncaptured",)
+        run(["sysctl", "-qw", "net.ipv4.tcp_fastopen=0"], netns=nodes.pod.path)
+        assert led_astray(nodes.target, want, by_socket=True) == (), "it cannot be tested"
+        run(["sysctl", "-qw", "net.ipv4.tcp_fastopen=1"], netns=nodes.pod.path)
+        settle(nodes.target, None, node.layers[::2])
+    finally:
+        node.close()

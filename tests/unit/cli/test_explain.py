@@ -59,6 +59,7 @@ def captured(**changes: Any) -> dict[str, Any]:
         "layers": [{"layer": "routing", "in_sync": True, "differences": [], "script": ""},
                    {"layer": "nftables", "in_sync": True, "differences": [], "script": ""}],
         "ztunnel": ZTUNNEL,
+        "programs": ["BPF program pass (number 7) is attached to eth0 (XDP)"],
         "annotation": {"key": "ambient.istio.io/redirection", "value": "enabled"},
         "exemption": {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]},
         "connections": {"collector": "ebpf", "error": "", "live": 1, "ended": 2, "fates": [
@@ -101,6 +102,7 @@ Holds
   In the kernel:  as wanted
     routing:      as wanted
     nftables:     as wanted
+  In its path:    BPF program pass (number 7) is attached to eth0 (XDP)
   ztunnel:        took the pod as shop/web, service account robot
   Listeners:      15001
   Node's probes:  exempt by nftables for 10.0.0.2

@@ -44,6 +44,7 @@ class Surroundings:
             lambda: self.host,
             lambda uid: ("10.0.0.2",),
             lambda uid: "/proc/7/ns/net",
+            lambda uid: ("BPF program pass (number 7) is attached to eth0 (XDP)",),
             places,
         )
 
@@ -112,6 +113,7 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
             "connections": 1, "acknowledged": True, "listening": [15001, 15006], "silent": [], "foreign": [],
             "error": "", "identity": {"namespace": "shop", "name": "web", "service_account": "robot"},
         }  # fmt: skip
+        assert told["programs"] == ["BPF program pass (number 7) is attached to eth0 (XDP)"]
         assert told["exemption"] == {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]}
         assert (told["annotation"], told["advice"], told["node"]) == (None, "", "n1")
         assert bench.records.asked == [{"pod": "web", "limit": "500"}]

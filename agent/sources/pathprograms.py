@@ -1,0 +1,74 @@
+"""Names BPF programs and tc filters of others in a pod's packet path: any of them may lead its traffic past ztunnel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.backends.ebpf import objects
+from agent.core.text import printable
+from agent.kernel import bpffs, bpfquery, proc
+from agent.kernel.bpf import AttachType, ProgramInfo
+from agent.kernel.podnetns import PodNetns
+from agent.kernel.rtnetlink import RouteSocket
+
+_SOCKETS = (
+    AttachType.CGROUP_INET4_CONNECT,
+    AttachType.CGROUP_INET6_CONNECT,
+    AttachType.CGROUP_UDP4_SENDMSG,
+    AttachType.CGROUP_UDP6_SENDMSG,
+)
+_PACKETS = (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS)
+_MOST = 16  # that are named, of each kind
+_OURS = {one.name[:15] for one in (*objects.NODE, *objects.POD, *objects.ACCOUNTING)}
+
+
+def others(target: PodNetns) -> tuple[str, ...]:
+    """One line each, without programs on the root cgroup (`sluice doctor` names those). Raises KernelError, OSError.
+
+    For any thread: it uses no socket of `target`.
+    """
+    return (*target.netns.call(lambda: tuple(_namespace(target))), *_cgroups(target))
+
+
+def _namespace(target: PodNetns) -> Iterator[str]:
+    """Call it inside."""
+    for one in _foreign(bpfquery.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
+        yield f"{_words(one)} selects the sockets of incoming connections (sk_lookup)"
+    with contextlib.closing(RouteSocket()) as route:
+        links, filtered = route.links()[:_MOST], route.classified()
+    for link in links:
+        name = printable(link.name)
+        for hook in _PACKETS:
+            for one in _foreign(bpfquery.at(link.index, hook, name)):
+                yield f"{_words(one)} is attached to {name} ({hook.name.lower()})"
+        if link.xdp and (found := bpfquery.program(link.xdp)):
+            yield f"{_words(found)} is attached to {name} (XDP)"
+        if link.index in filtered:
+            yield f"tc filters may be attached to {name} (see `tc filter show dev {name} ingress` and `egress`)"
+
+
+def _cgroups(target: PodNetns) -> Iterator[str]:
+    """Of the cgroups that the pod's processes are in, up to the root without it."""
+    here, root = (target.netns.id.device, target.netns.id.inode), bpffs.cgroup_root()
+    paths = {
+        line.partition("::")[2] for one in proc.processes()[0] if one.netns == here for line in _unified(one.cgroup)
+    }
+    places = {place for path in sorted(paths)[:_MOST] for place in (Path(path), *Path(path).parents)} - {Path("/")}
+    for place in sorted(places):
+        for hook in _SOCKETS:
+            for one in _foreign(bpfquery.attached(root / place.relative_to("/"), hook)):
+                yield f"{_words(one)} is attached to the cgroup {printable(str(place))} ({hook.name.lower()})"
+
+
+def _unified(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("0::/")]
+
+
+def _foreign(found: tuple[ProgramInfo, ...]) -> list[ProgramInfo]:
+    return [one for one in found if one.name not in _OURS][:_MOST]
+
+
+def _words(one: ProgramInfo) -> str:
+    return f"BPF program {printable(one.name) or 'without a name'} (number {one.id})"
