@@ -53,8 +53,8 @@ class NodeProcesses:
         log = self.directory / "agent.log"
         return self._children.start(f"{self.node}.agent", argv, self._netns, log)
 
-    def start_ztunnel(self, name: str = "ztunnel") -> Child:
-        """Returns at once: it is ready only with the agent, which may not be there yet."""
+    def start_ztunnel(self, name: str = "ztunnel", *options: str) -> Child:
+        """Returns at once; it is ready once the agent is there. `options` are those of `sluice ztunnel`."""
         log = self.directory / f"{name}.log"
         if self._ztunnel is not None:
             env = istio.environment(self.directory, self.node)
@@ -62,6 +62,7 @@ class NodeProcesses:
         argv = [
             sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
             "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
+            *options,
         ]  # fmt: skip
         return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
 
@@ -73,13 +74,13 @@ class NodeProcesses:
 
         await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "joined by its ztunnel")
 
-    def replace_ztunnel(self) -> None:
-        """The old one ends first. Returns when the new one has come to the agent."""
+    def replace_ztunnel(self, *options: str) -> None:
+        """The old one ends first. Returns when the new one, with those options, has come to the agent."""
         agent = self._children.get(f"{self.node}.agent")
         self.end("ztunnel")
         if agent is not None:
             await_ready(agent, lambda: not self._joined(), READY_SECONDS, "left by its ztunnel")
-            self.start_ztunnel()
+            self.start_ztunnel("ztunnel", *options)
             self.await_ztunnel(agent)
 
     def _joined(self) -> int:

@@ -149,12 +149,13 @@ def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
 def test_a_ztunnel_that_is_replaced_while_the_agent_is_away_waits_for_its_successor(lab: Lab) -> None:
     """As when a rollout of ztunnel follows that of the agent at once: the new one has no pods yet."""
     up, node = lab.pods.up(), lab.nodes["node1"]
+    node.replace_ztunnel("--drain-seconds", "60")  # longer than the agent takes to start on a busy machine
     traffic = Traffic(lab, up["shop/client"], [up["shop/db"].address(Program.ECHO)], name="replaced", rate=50)
     traffic.start()
     node.kill()
     node.start_ztunnel("next")
     with ThreadPoolExecutor(1) as thread:
-        ending = thread.submit(node.end, "ztunnel")
+        ending = thread.submit(lab.children.end, "node1.ztunnel", 90)
         time.sleep(1.5)  # longer than an instance goes on that has a successor
         node.await_ztunnel(node.start_agent())
         ending.result()
