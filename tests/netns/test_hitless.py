@@ -109,24 +109,36 @@ def test_a_packet_under_way_when_mechanisms_change_is_captured(old: str, monkeyp
             connecting.start()
             until(lambda: "packets 0" not in pod.sh("nft list chain ip slow output"), "the SYN is in the first chain")
             held_up: list[bool] = []
+            released = threading.Event()
+
+            def release() -> None:
+                rules(nodes.pod, "add chain ip slow another")  # takes longer than a wait that does not wait
+                released.set()  # noqa: B023
+                # The packet goes on with the rules of its generation until the second change from then.
+                rules(nodes.pod, "flush chain ip slow inner")
+                rules(nodes.pod, "delete chain ip slow another")
 
             def wait() -> None:
                 held_up.append(connecting.is_alive())  # noqa: B023
-                # A packet goes on with the rules of its generation until the second change after it.
-                rules(nodes.pod, "flush chain ip slow inner")
-                rules(nodes.pod, "add chain ip slow another")
+                releasing.start()  # noqa: B023
                 await_packets()
+                held_up.append(released.is_set())  # noqa: B023
+
+            releasing = threading.Thread(target=release)
 
             monkeypatch.setattr(settling, "await_packets", wait)
             settle(pod.target, WANT, new, [mechanisms()[old]])
             monkeypatch.undo()
             connecting.join()
+            if held_up:
+                releasing.join()
             assert ztunnel.accept()[1] == client.getsockname()
             client.close()
             rules(nodes.pod, "delete table ip slow")
-            if held_up == [True]:
+            if held_up[:1] == [True]:
                 break
-        assert held_up == [True], "on no try the packet was under way for long enough to show anything"
+        assert held_up[:1] == [True], "on no try the packet was under way for long enough to show anything"
+        assert held_up == [True, True], "the wait ended while the packet was still under way"
         pod.target.close()
 
 
