@@ -39,7 +39,7 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
         else:
             return collector, ("setting accounting" if settings.accounting == "ebpf" else "it runs here") + without
     _remove(programs)
-    return None if settings.accounting == "off" else DiagCollector(ztunnels.holds, ztunnels.foreign), why
+    return None if settings.accounting == "off" else DiagCollector(ztunnels.held, ztunnels.foreign), why
 
 
 def _remove(programs: Programs) -> None:

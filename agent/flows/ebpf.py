@@ -66,7 +66,7 @@ class EbpfCollector:
         self._tallies, self._shares = Tallies(self._maps, clock), Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
         # Of connections from before the programs.
-        self._older = DiagCollector(ztunnels.holds, ztunnels.foreign)
+        self._older = DiagCollector(ztunnels.held, ztunnels.foreign)
         self._known: set[int] = set()
         self._past: set[int] = set()  # pods whose older connections were looked for
         self._gone: set[int] = set()  # pods of whose connections something may be left

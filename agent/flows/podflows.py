@@ -40,21 +40,22 @@ class _Stage(Enum):
 
 
 class PodFlows:
-    """For one thread at a time. `is_ztunnel`: whether ztunnel holds the socket with an inode. `foreign`: the cookies of
+    """For one thread at a time. `held`: which of the sockets with these inodes ztunnel holds. `foreign`: the cookies of
     those listeners on ztunnel's ports that are not ztunnel's."""
 
     def __init__(
         self,
         pod: int,
         verdicts: Verdicts,
-        is_ztunnel: Callable[[int], bool],
+        held: Callable[[Collection[int]], Collection[int]],
         foreign: Callable[[Sequence[TcpSocket]], Collection[int]] = lambda sockets: (),
         *,
         captured: bool,
     ) -> None:
         self.pod, self.verdicts, self.captured = pod, verdicts, captured
         self.sums = Sums(pod)
-        self._is_ztunnel, self._foreign = is_ztunnel, foreign
+        self._held, self._foreign = held, foreign
+        self._owned: Collection[int] = ()  # inodes of the last dump's sockets that ztunnel holds
         self._shared: frozenset[int] = frozenset()  # ports of ztunnel on which others listen, too
         self._flows: dict[int, Flow] = {}  # by cookie, and for a while after the end
         self._pending: dict[int, Flow] = {}  # live ones of unknown fate, and what has ended
@@ -82,6 +83,8 @@ class PodFlows:
         `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
         """
         ports, seen, capturing = set(), set(), []
+        reports = tuple(reports)
+        self._owned = self._held(marked) if (marked := {*self._marked(reports)}) else ()
         for report in reports:
             if report.socket.state is TcpState.LISTEN:
                 ports.add(report.socket.local[1])
@@ -198,8 +201,14 @@ class PodFlows:
             self._mirrors.add(flow.cookie, flow.local, flow.remote)
         if one.inode:
             flow.user = one.uid
-            if one.of_ztunnel and not flow.owned and not flow.decided:
-                flow.owned = self._is_ztunnel(one.inode)
+            flow.owned = flow.owned or one.inode in self._owned
+
+    def _marked(self, reports: Iterable[TcpReport]) -> Iterator[int]:
+        """Inodes of sockets with ztunnel's mark, as far as it is open whether they are ztunnel's."""
+        for one in (report.socket for report in reports):
+            flow = self._flows.get(one.cookie)
+            if one.inode and one.of_ztunnel and not (flow and (flow.owned or flow.decided)):
+                yield one.inode
 
     def _add(self, report: TcpReport, now: float) -> Flow:
         one = report.socket

@@ -56,14 +56,14 @@ class DiagCollector:
 
     def __init__(
         self,
-        is_ztunnel: Callable[[int], bool] = lambda inode: False,
+        held: Callable[[Collection[int]], Collection[int]] = lambda inodes: (),
         foreign: Callable[[Sequence[TcpSocket], NetnsId], Collection[int]] = lambda sockets, netns: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`is_ztunnel`: whether ztunnel's process holds the socket with that inode. A mark alone proves nothing: with
+        """`held`: which of the sockets with these inodes ztunnel's process holds. A mark alone proves nothing: with
         the default whatever carries ztunnel's mark is taken for an application that forges it. `foreign`: which of
         these listeners are of processes of the pod, by cookie."""
-        self._is_ztunnel, self._foreign, self._clock = is_ztunnel, foreign, clock
+        self._held, self._foreign, self._clock = held, foreign, clock
         self._lock = threading.Lock()
         self._pods: dict[int, _Pod] = {}
         self._left: list[Connection] = []  # records of pods that were released
@@ -126,7 +126,7 @@ class DiagCollector:
                 pod.close()
 
     def admit(self) -> None:
-        """Nothing is kept of a ztunnel: `is_ztunnel` is asked of each socket."""
+        """Nothing is kept of a ztunnel: `held` is asked for the sockets of each dump."""
 
     def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
         """Nothing outlives the process; those go that it holds itself."""
@@ -219,7 +219,7 @@ class DiagCollector:
             raise
         netns = target.netns.id
         flows = PodFlows(
-            netns.cookie, verdicts, self._is_ztunnel, lambda found: self._foreign(found, netns), captured=captured
+            netns.cookie, verdicts, self._held, lambda found: self._foreign(found, netns), captured=captured
         )
         pod = _Pod(flows, events, diag)
         try:

@@ -53,7 +53,8 @@ class Listening:
             return target in self._last and self._last[target].hbone
         if HBONE_PORT in self._ports:
             return not any(one.cookie in foreign for one in here)
-        return self._ztunnels is not None and all(self._ztunnels.holds(one.inode) for one in here)
+        inodes = {one.inode for one in here}
+        return self._ztunnels is not None and self._ztunnels.held(inodes) == inodes
 
 
 def _few(lines: tuple[str, ...]) -> tuple[str, ...]:

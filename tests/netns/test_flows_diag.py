@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,15 +88,15 @@ class Watched:
         return sum(getattr(one, what) for one in fitting)
 
 
-def held_by(process: Callable[[], int]) -> Callable[[int], bool]:
-    def holds(inode: int) -> bool:
+def held_by(process: Callable[[], int]) -> Callable[[Collection[int]], Collection[int]]:
+    def held(inodes: Collection[int]) -> Collection[int]:
         found = set()
         for one in Path(f"/proc/{process()}/fd").iterdir():
             with suppress(FileNotFoundError):
                 found.add(str(one.readlink()))
-        return f"socket:[{inode}]" in found
+        return [inode for inode in inodes if f"socket:[{inode}]" in found]
 
-    return holds
+    return held
 
 
 @pytest.fixture

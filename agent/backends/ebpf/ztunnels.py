@@ -11,7 +11,7 @@ import errno
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -200,23 +200,23 @@ class Ztunnels:
             self._others.clear()
         return {one.cookie: who for one in sockets if (who := known.get(one.cookie))}
 
-    def holds(self, inode: int) -> bool:
-        """Whether one of the processes holds the socket with this inode. Raises KernelError."""
+    def held(self, inodes: Collection[int]) -> set[int]:
+        """Those of the sockets with these inodes that one of the processes holds. Raises KernelError.
+
+        Ask for all at once: for one that none of them holds any more all of their descriptors are read.
+        """
         holders = self._alive()
         for holder in holders:
-            if not holder.holds(inode):
-                holder.look({inode})
-        return any(holder.holds(inode) for holder in holders)
+            missing = {inode for inode in inodes if not any(one.holds(inode) for one in holders)}
+            if missing:
+                holder.look(missing)
+        return {inode for inode in inodes if any(one.holds(inode) for one in holders)}
 
     def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:
         """The sockets that a process of ours holds, in the order of the processes."""
         sockets = sorted(sockets, key=lambda one: one.cookie)
-        holders = self._alive()
-        for holder in holders:
-            missing = {one.inode for one in sockets if not any(other.holds(one.inode) for other in holders)}
-            if missing:
-                holder.look(missing)
-        return [(socket, holder) for holder in holders for socket in sockets if holder.holds(socket.inode)]
+        self.held({one.inode for one in sockets})
+        return [(socket, holder) for holder in self._alive() for socket in sockets if holder.holds(socket.inode)]
 
     def _alive(self) -> list[Holder]:
         with self._turn:

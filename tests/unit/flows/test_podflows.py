@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from ipaddress import ip_address
 
+from agent.core.names import ZTUNNEL_MARK
 from agent.core.redirect import Redirect
 from agent.core.sockets import Endpoint, TcpSocket, TcpState
 from agent.core.tcpinfo import NOTHING, TcpReport
@@ -18,7 +19,7 @@ OWN, CLIENT, SERVER = "10.0.0.2", ("10.9.9.9", 5555), ("10.9.9.10", 80)
 
 def flows() -> PodFlows:
     wiring = Wiring(addresses=(ip_address(OWN),))
-    return PodFlows(1, Verdicts(Redirect(), wiring), lambda inode: False, captured=True)
+    return PodFlows(1, Verdicts(Redirect(), wiring), lambda inodes: (), captured=True)
 
 
 def end(cookie: int, local: Endpoint, remote: Endpoint, *, acked: int = 5, unacked: int = 0) -> TcpReport:
@@ -75,3 +76,22 @@ def test_an_application_that_closes_before_the_answer_leaves_no_leak() -> None:
     made.ended(replace(onward, info=replace(onward.info, **answered)), 1.2)
     made.dumped((), {}, 1.3)
     assert [one.fate for one in made.settle(10.0, all_of_it=True)] == [Fate.CAPTURED]
+
+
+def test_ztunnel_is_asked_once_for_all_sockets_of_a_dump() -> None:
+    """For a socket that it has closed meanwhile, all of its descriptors are read."""
+    asked = list[set[int]]()
+    made = PodFlows(
+        1, Verdicts(Redirect(), Wiring()), lambda inodes: (asked.append({*inodes}), {7})[1], captured=True
+    )
+    ours = [
+        TcpReport(
+            TcpSocket(4, (OWN, 40000 + inode), SERVER, TcpState.ESTABLISHED, inode, inode=inode, mark=ZTUNNEL_MARK),
+            bytes(36), 0, 0, NOTHING,
+        )
+        for inode in (7, 8, 9)
+    ]  # fmt: skip
+    for now in (1.0, 2.0):
+        made.dumped(iter(ours), {}, now)
+    assert asked == [{7, 8, 9}, {8, 9}], "what is known to be ztunnel's is not asked for again"
+    assert len([*made.live()]) == 2
