@@ -20,7 +20,7 @@ def around(
 
     def heard(uid: str) -> Heard | None:
         target = namespaces.opened(uid)
-        return None if target is None else listening.heard(target)
+        return None if target is None else listening.last(target)
 
     def place(uid: str) -> str:
         target = namespaces.opened(uid)

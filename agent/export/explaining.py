@@ -36,11 +36,11 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 class Around:
     """What surrounds a pod besides its rules; asked by UID.
 
-    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listens
-    in it on ztunnel's ports, None when its namespace is not open; raises SluiceError. `host`: how the node's probes are
-    exempt; `exempt`: the pod's addresses there. `programs` (blocking): what others attached to its
-    packet path; raises SluiceError, OSError. `place`: where its network namespace was found, "" when it is not
-    open. `places`: where each setting that was given comes from, as in "sluice.yaml:3"; the others are defaults.
+    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listened
+    in it last on ztunnel's ports, None when its namespace is not open; raises SluiceError. `host`: how the node's
+    probes are exempt; `exempt`: the pod's addresses there. `programs` (blocking): what others attached to its packet
+    path; raises SluiceError, OSError. `place`: where its network namespace was found, "" when it is not open. `places`:
+    where each setting that was given comes from, as in "sluice.yaml:3"; the others are defaults.
     """
 
     acknowledged: Callable[[str], bool]
@@ -68,8 +68,9 @@ class Explaining:
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Raises SluiceError for a name that is no pod's here, or that of several."""
         pod = self.one(request.query.get("pod", ""))
-        (found, error), ztunnel, connections, programs = await asyncio.gather(
-            self.inspect(pod), self._ztunnel(pod), self._connections(pod), self._programs(pod)
+        found, error = await self.inspect(pod)  # alone: it uses the pod's sockets, and hears who listens
+        ztunnel, connections, programs = await asyncio.gather(
+            self._ztunnel(pod), self._connections(pod), self._programs(pod)
         )
         rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
         decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
