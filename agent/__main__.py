@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from agent import __version__
-from agent.cli.parsing import Parser, Program
+from agent.cli.parsing import Parser, ProgramParser
 from agent.core.errors import SluiceError
 from agent.core.text import printable
 
@@ -57,7 +57,7 @@ _SECTIONS = (
 
 def parser(command: str = "") -> argparse.ArgumentParser:
     """With the group of one command, or with all of them."""
-    top = Program(_SECTIONS, _ABOUT, prog="sluice")
+    top = ProgramParser(_SECTIONS, _ABOUT, prog="sluice")
     top.add_argument("--version", action="version", version=f"sluice {__version__}")
     top.set_defaults(version_text=__version__, whole=parser)
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)

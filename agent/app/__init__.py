@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.core.settings import Settings
-from agent.sources.state import State
+from agent.sources.state.notes import Notes
 
 
 def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
     """Runs the agent; `places` says where settings come from. Returns the exit code."""
     from agent.app.early import mend  # what is captured is put right before the rest is loaded
 
-    state = State(settings.run_dir)
+    state = Notes(settings.run_dir)
     mend(settings, state)
     from agent.app import root
 

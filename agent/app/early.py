@@ -14,23 +14,23 @@ from pathlib import Path
 
 from agent.backends.base import lasting
 from agent.backends.choose import LAYERS, Choice, candidates
-from agent.backends.mechanisms import mechanisms
-from agent.core.desired import decide
+from agent.backends.registry import mechanisms
 from agent.core.errors import SluiceError
+from agent.core.policy.decide import decide
 from agent.core.settings import Settings
-from agent.kernel.unixsocket import claim
+from agent.kernel.unix_socket import claim
 from agent.reconciler.enrolment import Enrolment
 from agent.reconciler.switching import Switching
-from agent.sources import recorded
-from agent.sources.listening import Listening
-from agent.sources.namespaces import Namespaces
-from agent.sources.outside import OutsideConnections
-from agent.sources.state import State
+from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.preexisting import PreexistingConnections
+from agent.sources.state import backend_record
+from agent.sources.state.notes import Notes
+from agent.sources.ztunnel_ports import ZtunnelPorts
 
 log = logging.getLogger("sluice.early")
 
 
-def mend(settings: Settings, state: State) -> None:
+def mend(settings: Settings, state: Notes) -> None:
     """Never raises: the agent starts all the same, and its loop reports what is wrong."""
     try:
         choice = _choice(settings)
@@ -43,7 +43,7 @@ def mend(settings: Settings, state: State) -> None:
 
 def _choice(settings: Settings) -> Choice | None:
     """The recorded choice; None where the settings or the kernel may lead to another one now."""
-    old = recorded.load(settings.run_dir)
+    old = backend_record.load(settings.run_dir)
     if old is None or old.release != os.uname().release or old.backend not in LAYERS:
         return None
     if next(iter(candidates(settings.backend, None, old))) != old.backend:
@@ -57,16 +57,16 @@ def _choice(settings: Settings) -> Choice | None:
     return Choice(old.backend, old.reason, tuple(layers.values()), (), by_socket=by_socket)
 
 
-def _mend(settings: Settings, state: State, choice: Choice) -> None:
-    outside = OutsideConnections()
-    with closing(Namespaces(state)) as namespaces, closing(outside):
+def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
+    outside = PreexistingConnections()
+    with closing(NamespaceRegistry(state)) as namespaces, closing(outside):
         enrolment = Enrolment(
             choice,
             namespaces,
             outside,
             Switching(choice, None),
             None,
-            listening=Listening(map(int, settings.ztunnel_ports)),  # the rules depend on it (Redirect.hbone)
+            listening=ZtunnelPorts(map(int, settings.ztunnel_ports)),  # the rules depend on it (Redirect.hbone)
             preserve=settings.preserve_connections,
         )
         for note in state.load():

@@ -10,11 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from agent.core.pods import Pod, PodTable
+from agent.core.model.pods import Pod, PodTable
+from agent.core.model.status import State
 from agent.core.settings import Settings
-from agent.core.status import State
-from agent.flows.who import Service, Who, Workload, of_pod
-from agent.sources.exempt import Exempt
+from agent.flows.identity import Service, Who, Workload, pod_workload
 from agent.sources.kube import objects, source
 from agent.sources.kube.access import Access
 from agent.sources.kube.admission import Admission
@@ -23,10 +22,11 @@ from agent.sources.kube.client import Client
 from agent.sources.kube.conditions import ZtunnelCondition
 from agent.sources.kube.events import Events
 from agent.sources.kube.follower import Follower
-from agent.sources.kube.nodes import Node, Taint
-from agent.sources.kube.peers import Peers
+from agent.sources.kube.nodes import KubeNode, Taint
 from agent.sources.kube.review import Review
 from agent.sources.kube.tainting import Tainting
+from agent.sources.kube.workloads import ClusterWorkloads
+from agent.sources.state.offline_allowlist import OfflineAllowlist
 
 _DOMAIN = "cluster.local"
 _PATIENCE = 5.0  # seconds that a start waits for an API server that does not answer
@@ -43,7 +43,7 @@ class Kubernetes:
         state: Callable[[str], State],
         wake: Callable[[str], None],
         captured: Callable[[str], bool],
-        exempt: Exempt,
+        exempt: OfflineAllowlist,
         who: Who,
         lacking: Callable[[], str],
         connected: Callable[[], bool],
@@ -66,14 +66,14 @@ class Kubernetes:
             fought=lambda uid, words: self.events.fought(uid, words),
         )
         self.events = Events(client, table, node, self.annotator.look)
-        self.source = pods = source.Pods(table, wake, captured, self._looked)
-        namespaces = source.Namespaces(table, wake, exempt.told)
+        self.source = pods = source.PodSink(table, wake, captured, self._looked)
+        namespaces = source.NamespaceSink(table, wake, exempt.told)
         self.review = Review(client)
         self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.tell_node)
         self.tainting = None
         if settings.startup_taint:
             taint, returns = Taint.parse(settings.startup_taint), settings.startup_taint_returns
-            self.tainting = Tainting(Node(client, node), taint, lacking, returns=returns)
+            self.tainting = Tainting(KubeNode(client, node), taint, lacking, returns=returns)
         self.peers = _peers(client, who) if settings.kube_peers else None
         here = {"fieldSelector": f"spec.nodeName={node}"}
         self.pods = Follower(client, "/api/v1/pods", here, objects.pod, pods, random.random)
@@ -126,17 +126,17 @@ class Kubernetes:
 
 def _others(host_root: str) -> str:
     """How istio-cni's agent is seen to run on this node; "" when it does not."""
-    from agent.install.hostroot import HostRoot  # both are needed rarely
-    from agent.migration.theirs import RUN_DIR, theirs_runs
+    from agent.install.host_root import HostRoot  # both are needed rarely
+    from agent.migration.istio_agent import RUN_DIR, theirs_runs
 
     return theirs_runs(HostRoot(host_root), [RUN_DIR], Path("/proc"))
 
 
-def _peers(client: Client, who: Who) -> Peers[Workload, Service]:
+def _peers(client: Client, who: Who) -> ClusterWorkloads[Workload, Service]:
     def workload(namespace: str, name: str, labels: Mapping[str, str]) -> Workload:
-        return of_pod(Pod("", namespace, name, labels=labels), who.cluster)
+        return pod_workload(Pod("", namespace, name, labels=labels), who.cluster)
 
     def service(namespace: str, name: str) -> Service:
         return Service(f"{name}.{namespace}.svc.{_DOMAIN}", name, namespace)
 
-    return Peers(client, who.know_peers, workload, service, random.random)
+    return ClusterWorkloads(client, who.know_peers, workload, service, random.random)

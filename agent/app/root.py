@@ -19,47 +19,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.app.accounting import account
-from agent.app.around import around
-from agent.app.choosing import chosen
-from agent.app.condition import condition
-from agent.app.journals import Journals
-from agent.app.verified import parts
+from agent.app.wiring import (
+    Journals,
+    agent_condition,
+    build_accounting,
+    choose_mechanisms,
+    explain_context,
+    verification_parts,
+)
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
-from agent.core.desired import decide
 from agent.core.errors import KernelError, SettingsError
-from agent.core.pods import Pod, PodTable
+from agent.core.model.pods import Pod, PodTable
+from agent.core.policy.decide import decide
+from agent.core.policy.switching import carried
 from agent.core.settings import Settings
-from agent.core.switching import carried
 from agent.export.admin import Admin
-from agent.export.cluster import Cluster
-from agent.export.condition import Condition
+from agent.export.collectors import Cluster, Condition
+from agent.export.connections_api import ConnectionsApi
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
-from agent.export.records import Records
-from agent.flows.who import Who
-from agent.kernel.hostnetns import HostNetns
+from agent.flows.identity import Who
+from agent.kernel.host_netns import HostNetns
 from agent.kernel.process import Process
-from agent.kernel.unixsocket import claim, listen
+from agent.kernel.unix_socket import claim, listen
 from agent.reconciler.host import HostLoop
 from agent.reconciler.loop import Reconciler
-from agent.sources.beside import Beside
-from agent.sources.canary import Canary
-from agent.sources.cni import CniService
-from agent.sources.cni_socket import CniSocket
+from agent.sources.canary import ProbeCanary
+from agent.sources.cni.service import CniService
+from agent.sources.cni.socket import CniSocket
 from agent.sources.drift import DriftWatcher
-from agent.sources.exempt import Exempt
-from agent.sources.listening import Listening
-from agent.sources.namespaces import Namespaces
-from agent.sources.outside import OutsideConnections
-from agent.sources.proxied import Proxied
-from agent.sources.state import State
-from agent.sources.unannounced import Unannounced
-from agent.sources.watchfile import StaticFile
+from agent.sources.netns.batcher import SearchBatcher
+from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.non_tcp import NonTcpCounter
+from agent.sources.preexisting import PreexistingConnections
+from agent.sources.state.notes import Notes
+from agent.sources.state.offline_allowlist import OfflineAllowlist
+from agent.sources.static_file import StaticFile
+from agent.sources.ztunnel_connections import ZtunnelConnections
+from agent.sources.ztunnel_ports import ZtunnelPorts
 from agent.zds.server import ZdsServer
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ log = logging.getLogger("sluice.agent")
 class Agent:
     """All parts of one agent."""
 
-    def __init__(self, settings: Settings, version: str, places: Mapping[str, str], state: State) -> None:
+    def __init__(self, settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> None:
         """Probes the mechanisms; `places` says where settings come from.
 
         Raises SettingsError when none of those allowed can be used.
@@ -80,15 +81,15 @@ class Agent:
         self.settings, self.version = settings, version
         self.pins, self.ztunnels = Pins.of(settings.bpf_dir), Ztunnels()
         self.programs = ProgramsBackend(self.pins, self.ztunnels)
-        found = chosen(settings, self.pins, self.ztunnels)
+        found = choose_mechanisms(settings, self.pins, self.ztunnels)
         self.choice, self.host_choice, self.support = found.choice, found.host, found.support
         self.node_name = settings.node_name or socket.gethostname()
         self.table = PodTable()
-        self.exempt = Exempt(settings, self.table)
+        self.exempt = OfflineAllowlist(settings, self.table)
         self.installer = self._installer()
         self.state = state
-        self.unannounced = Unannounced(self._waiting)
-        self.namespaces = Namespaces(self.state, self.unannounced)
+        self.unannounced = SearchBatcher(self._waiting)
+        self.namespaces = NamespaceRegistry(self.state, self.unannounced)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(
             settings.zds_socket,
@@ -100,7 +101,7 @@ class Agent:
         self.who = Who(settings.cluster, settings.trust_domain)
         self.kubernetes = self._kubernetes()
         by_socket = self.choice.by_socket
-        made = account(settings, self.table, self.who, self.pins, self.ztunnels, by_socket=by_socket)
+        made = build_accounting(settings, self.table, self.who, self.pins, self.ztunnels, by_socket=by_socket)
         self.accounting = made[0] if made else None
         self.connections = made[1] if made else None
         self.metrics = Metrics(
@@ -113,9 +114,12 @@ class Agent:
             self._cluster,
             self._condition,
         )
-        self.outside, self.carried = OutsideConnections(), OutsideConnections(carried(by_socket=self.choice.by_socket))
-        self.host, self.beside = self._host(), Beside(self.choice.name, pins=self.pins)
-        listening = Listening(map(int, settings.ztunnel_ports), self.ztunnels)
+        self.outside, self.carried = (
+            PreexistingConnections(),
+            PreexistingConnections(carried(by_socket=self.choice.by_socket)),
+        )
+        self.host, self.beside = self._host(), NonTcpCounter(self.choice.name, pins=self.pins)
+        listening = ZtunnelPorts(map(int, settings.ztunnel_ports), self.ztunnels)
         self.reconciler = Reconciler(
             settings,
             self.table,
@@ -132,12 +136,12 @@ class Agent:
             counting=self.beside,
             accounting=self.accounting,
             listening=listening,
-            proxied=Proxied(),
+            proxied=ZtunnelConnections(),
         )
         admission = self.kubernetes.admission if self.kubernetes else None
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
-        self.records = Records(self.accounting, self.table)
+        self.records = ConnectionsApi(self.accounting, self.table)
         self.admin = Admin(
             settings,
             self.table,
@@ -148,8 +152,8 @@ class Agent:
             self.beside,
             self.records,
             self.kubernetes.review if self.kubernetes else None,
-            parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
-            around(self.zds, self.namespaces, listening, self.host, places),
+            verification_parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
+            explain_context(self.zds, self.namespaces, listening, self.host, places),
         )
         self._listener: socket.socket | None = None
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
@@ -192,9 +196,9 @@ class Agent:
         self.support |= {f"host {layer.name}": layer.probe() for layer in active}
         return HostLoop(self.settings, name, active, retired, HostNetns(), self.metrics, random.random)
 
-    def _canary(self) -> Canary | None:
+    def _canary(self) -> ProbeCanary | None:
         off = "off" in (self.settings.probe_canary, self.host_choice[0])
-        return None if off else Canary(self.settings.probe_ipv4, self.settings.probe_ipv6)
+        return None if off else ProbeCanary(self.settings.probe_ipv4, self.settings.probe_ipv6)
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""
@@ -256,7 +260,7 @@ class Agent:
         accounting = self.accounting.name if self.accounting else "off"
         about = {"node": self.node_name, "version": self.version, "accounting": accounting}
         ready, host = not self.readiness()[0], self.host.status
-        return condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
+        return agent_condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
 
     def node(self) -> Mapping[str, Any]:
         """What `sluice status` shows of the node itself."""
@@ -295,18 +299,25 @@ class Agent:
 
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
-        parts = [self.reconciler.run(), self.host.run(), self._zds(), cni.serve(), self._admin(), self._ready()]
+        verification_parts = [
+            self.reconciler.run(),
+            self.host.run(),
+            self._zds(),
+            cni.serve(),
+            self._admin(),
+            self._ready(),
+        ]
         if self._listener:
-            parts.append(HttpServer(self.admin.public).serve(self._listener))
+            verification_parts.append(HttpServer(self.admin.public).serve(self._listener))
         if self.settings.static_pods:
-            parts.append(self.static.run())
+            verification_parts.append(self.static.run())
         if self.accounting:
-            parts.append(self.accounting.run(self.namespaces.dead))
+            verification_parts.append(self.accounting.run(self.namespaces.dead))
         if self.installer:
-            parts.append(self.installer.run())
+            verification_parts.append(self.installer.run())
         if self.kubernetes:
-            parts += [*self.kubernetes.parts(), self.exempt.run()]
-        return parts
+            verification_parts += [*self.kubernetes.parts(), self.exempt.run()]
+        return verification_parts
 
     async def _ready(self) -> None:
         await self.static.load()  # also none: pods that an earlier process took from one are set free
@@ -365,7 +376,7 @@ def _bound(address: str) -> socket.socket:
         ) from None
 
 
-def main(settings: Settings, version: str, places: Mapping[str, str], state: State) -> int:
+def main(settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> int:
     """Runs the agent; `places` says where settings come from. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()

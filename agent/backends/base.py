@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from agent.core.plan import Plan
-from agent.core.redirect import Redirect
-from agent.kernel.podnetns import PodNetns
+from agent.core.model.plan import Plan
+from agent.core.model.redirect import Redirect
+from agent.kernel.pod_netns import PodNetns
 
 
 @dataclass(frozen=True, slots=True)

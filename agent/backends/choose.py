@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from agent.backends.base import Backend, Support
 from agent.core.errors import SettingsError
-from agent.core.host import HostView, InKernel, Variant
+from agent.core.model.host import HostView, InKernel, Variant
 
 # What each choice consists of, in the order of application; removal goes backwards.
 LAYERS: Mapping[str, tuple[str, ...]] = {

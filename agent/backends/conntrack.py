@@ -19,10 +19,10 @@ from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
 from agent.core.errors import KernelError
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
 from agent.kernel import sysctl
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 
 BELIEVED: Final = 300.0
 _PREFIX: Final = "net/netfilter/nf_conntrack_tcp_timeout_"
@@ -45,13 +45,13 @@ LEAST: Final[Mapping[str, tuple[int, int]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class TimeoutChange:
     name: str
     seconds: int
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class ConntrackState:
     """Seconds by timeout, () where the namespace has no conntrack or hides it. `refused`: why none can be set."""
 
     seconds: tuple[tuple[str, int], ...] = ()
@@ -74,18 +74,18 @@ class ConntrackBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Have:
+    def read(self, target: PodNetns) -> ConntrackState:
         until, seconds = self._seen.get(target, (0.0, ()))
         # A namespace gets its timeouts with the kernel's module, of which nobody is notified either.
         if not seconds or time.monotonic() > until:
             seconds = target.netns.call(_read)
             self._seen[target] = time.monotonic() + BELIEVED, seconds
-        return Have(seconds, self._refused.get(target, ""))
+        return ConntrackState(seconds, self._refused.get(target, ""))
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
+    def plan(self, want: Redirect | None, have: ConntrackState) -> Plan[TimeoutChange]:
         """`want` None puts the pod's own values back."""
         changes = tuple(
-            Change(name, due)
+            TimeoutChange(name, due)
             for name, seconds in have.seconds
             if (due := raised(name, seconds) if want else own(name, seconds)) != seconds
         )
@@ -95,7 +95,7 @@ class ConntrackBackend:
         steps = tuple(Step(f"sysctl -w {_PREFIX}{one.name}={one.seconds}", one) for one in changes)
         return Plan(steps, tuple(f"{step.text} is due" for step in steps))
 
-    def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
+    def apply(self, target: PodNetns, plan: Plan[TimeoutChange]) -> None:
         self._seen.pop(target, None)
         try:
             target.netns.call(lambda: _write([step.payload for step in plan.steps]))
@@ -120,6 +120,6 @@ def _read() -> tuple[tuple[str, int], ...]:
     return tuple((name, seconds) for name, seconds in found if seconds is not None)
 
 
-def _write(changes: Sequence[Change]) -> None:
+def _write(changes: Sequence[TimeoutChange]) -> None:
     for change in changes:
         sysctl.write(_PREFIX + change.name, change.seconds)

@@ -13,14 +13,24 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.backends.ebpf import needs as ebpf
-from agent.backends.needs import Ebpf, HasIpv6, Need, PolicyRule, Printed, Program, Restored, Transaction, needs
+from agent.backends.ebpf import requirements as ebpf
 from agent.backends.nftables.rendering import table_command
+from agent.backends.requirements import (
+    Ebpf,
+    HasIpv6,
+    Need,
+    PolicyRuleRequirement,
+    Printed,
+    ProgramRequirement,
+    Restored,
+    Transaction,
+    needs,
+)
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.kernel import exec, proc, scratch, xtables
-from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.rtnetlink import LookupRule, RouteSocket
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.routes import LookupRule, RouteSocket
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +92,7 @@ def _try(need: Need, bpf_dir: str) -> None:
         case HasIpv6():
             if not Path("/proc/thread-self/net/if_inet6").exists():
                 raise SluiceError("the kernel has no IPv6, or it is switched off")
-        case PolicyRule(family):
+        case PolicyRuleRequirement(family):
             with contextlib.closing(RouteSocket()) as route:
                 mark = (names.CONNECTION_MARK, names.MARK_MASK)
                 route.change(LookupRule(family, names.RULE_PREFERENCE, *mark, names.ROUTE_TABLE), add=True)
@@ -93,7 +103,7 @@ def _try(need: Need, bpf_dir: str) -> None:
             _print(flags)
         case Ebpf(name):
             ebpf.attempt(name, bpf_dir)
-        case Program(name):
+        case ProgramRequirement(name):
             if shutil.which(name, path=exec.PATH) is None:
                 raise SluiceError(f"{name} is not installed")
         case Restored(program, script):

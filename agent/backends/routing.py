@@ -14,39 +14,41 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 from weakref import WeakKeyDictionary
 
-from agent.backends import routeplaces, shadows
+from agent.backends import route_places
 from agent.backends.base import Support
-from agent.backends.routeplaces import TABLES, Item, Place
+from agent.backends.netfilter import foreign_rules
+from agent.backends.route_places import TABLES, Item, RoutePlace
 from agent.core.errors import KernelError
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
-from agent.kernel import rtnetlink, scratch
-from agent.kernel.notifications import Mark
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.rtnetlink import RouteSocket
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.kernel import scratch
+from agent.kernel.netlink import routes as rtnetlink
+from agent.kernel.netlink.notifications import NotificationMark
+from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.pod_netns import PodNetns
 
 _MOST_INTERFACES = 32  # of a pod that get a route: it may have any number
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RouteChange:
     item: Item
     add: bool
 
 
-def _empty() -> Mapping[int, Place]:
-    return {family: Place((), routeplaces.usual(family)) for family in (4, 6)}
+def _empty() -> Mapping[int, RoutePlace]:
+    return {family: RoutePlace((), route_places.usual(family)) for family in (4, 6)}
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class RoutingState:
     """By family what is ours and what it should be, for the families that the namespace has."""
 
-    places: Mapping[int, Place] = field(default_factory=_empty)
+    places: Mapping[int, RoutePlace] = field(default_factory=_empty)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        return tuple(shadows.words(rule) for place in self.places.values() for rule in place.before)
+        return tuple(foreign_rules.describe(rule) for place in self.places.values() for rule in place.before)
 
 
 class RoutingBackend:
@@ -56,7 +58,7 @@ class RoutingBackend:
     outlives = False
 
     def __init__(self) -> None:
-        self._last: WeakKeyDictionary[PodNetns, tuple[Mark, bool, Have]] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[PodNetns, tuple[NotificationMark, bool, RoutingState]] = WeakKeyDictionary()
 
     def probe(self) -> Support:
         try:
@@ -68,7 +70,7 @@ class RoutingBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Have:
+    def read(self, target: PodNetns) -> RoutingState:
         """As last read, while no notification says otherwise."""
         last, ipv6 = self._last.get(target), target.has_ipv6()
         if last is not None and last[1] == ipv6 and target.route_events.unchanged_since(last[0]):
@@ -78,7 +80,7 @@ class RoutingBackend:
         self._last[target] = (mark, ipv6, have)
         return have
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[Change]:
+    def plan(self, want: Redirect | None, have: RoutingState) -> Plan[RouteChange]:
         """Raises KernelError when every table that we may take is somebody else's."""
         wanted: list[Item] = []
         for family, place in have.places.items():
@@ -86,42 +88,42 @@ class RoutingBackend:
                 continue
             if want.marks and not place.wanted:
                 _refuse(family)
-            wanted += [item for item in place.wanted if want.marks or routeplaces.is_for_bound(item)]
+            wanted += [item for item in place.wanted if want.marks or route_places.is_for_bound(item)]
         held = [item for place in have.places.values() for item in place.held]
         # Deletions in the other order: no rule may point at a table that is empty already.
-        changes = [Change(item, True) for item in wanted if item not in held]
-        changes += [Change(item, False) for item in reversed(held) if item not in wanted]
+        changes = [RouteChange(item, True) for item in wanted if item not in held]
+        changes += [RouteChange(item, False) for item in reversed(held) if item not in wanted]
         # Interfaces come and go, and the kernel takes their routes away: nobody has to be told of that.
-        due = [c for c in changes if want is None or not routeplaces.is_for_bound(c.item)]
+        due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
         differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
         return Plan(_steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 
-    def apply(self, target: PodNetns, plan: Plan[Change]) -> None:
+    def apply(self, target: PodNetns, plan: Plan[RouteChange]) -> None:
         self._last.pop(target, None)
         for step in plan.steps:
             target.route.change(step.payload.item, add=step.payload.add)
 
 
-def plain(have: Have) -> Plan[Change]:
+def plain(have: RoutingState) -> Plan[RouteChange]:
     """Removes what the existing ambient agents do not have."""
-    held = [item for place in have.places.values() for item in place.held if routeplaces.is_for_bound(item)]
-    return Plan(_steps([Change(item, False) for item in reversed(held)]))
+    held = [item for place in have.places.values() for item in place.held if route_places.is_for_bound(item)]
+    return Plan(_steps([RouteChange(item, False) for item in reversed(held)]))
 
 
-def _steps(changes: Sequence[Change]) -> tuple[Step[Change], ...]:
+def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
     return tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
 
 
-def _read(route: RouteSocket, families: tuple[int, ...]) -> Have:
+def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
     rules, places = route.rules(ipv6=6 in families), {}
     up, held = {link.index for link in route.links() if link.up}, route.held_addresses()
     for family in families:
         routes = {table: route.table_routes(family, table) for table in TABLES}
         interfaces = {one.index for one in held if one.address.version == family} & up
-        places[family] = routeplaces.place(family, rules, routes, sorted(interfaces)[:_MOST_INTERFACES])
-    return Have(places)
+        places[family] = route_places.place(family, rules, routes, sorted(interfaces)[:_MOST_INTERFACES])
+    return RoutingState(places)
 
 
 def _refuse(family: int) -> NoReturn:
@@ -132,4 +134,4 @@ def _refuse(family: int) -> NoReturn:
 
 def _try() -> None:
     with contextlib.closing(RouteSocket()) as route:
-        route.change(routeplaces.usual(4)[1], add=True)
+        route.change(route_places.usual(4)[1], add=True)

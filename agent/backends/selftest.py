@@ -21,15 +21,16 @@ from time import monotonic
 from agent.backends.base import Backend, lasting
 from agent.backends.ebpf import trial
 from agent.backends.ebpf.pins import Pins
-from agent.core import names, packet
+from agent.core import names
 from agent.core.errors import SluiceError, StaleError
-from agent.core.packet import ACK, RST, SYN, TCP, UDP, Packet
-from agent.core.redirect import Redirect
-from agent.kernel import scratch, scratchlink
+from agent.core.model.redirect import Redirect
+from agent.core.wire import packet
+from agent.core.wire.packet import ACK, RST, SYN, TCP, UDP, Packet
+from agent.kernel import scratch, scratch_link
+from agent.kernel.netlink.routes import AF
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.rtnetlink import AF
-from agent.kernel.scratchlink import LOCAL, REMOTE, Wire
+from agent.kernel.pod_netns import PodNetns
+from agent.kernel.scratch_link import LOCAL, REMOTE, Wire
 
 _PASSES = 5  # as in a pod
 _SECONDS = 2.0  # that a packet may take; it needs some microseconds
@@ -39,7 +40,7 @@ _ports = itertools.count(40000)  # of peers, each new
 _LEVEL = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
 
 
-class Fate(Enum):
+class PacketFate(Enum):
     """What became of a packet."""
 
     CAPTURED = "captured"
@@ -86,7 +87,7 @@ def selftest_choice(layers: Sequence[Backend], pins: Pins, *, ipv6: bool = True)
 
 def _run(active: Sequence[Backend], target: PodNetns, want: Redirect) -> Iterator[str]:
     families = (4, 6) if want.ipv6 else (4,)
-    target.netns.call(lambda: scratchlink.make(families))
+    target.netns.call(lambda: scratch_link.make(families))
     with contextlib.closing(target.netns.call(Wire)) as wire:
         wanted: list[Redirect | None] = [want]
         places = [_Place(target.netns, wire, family, lambda: _settle(active, target, wanted[0])) for family in families]
@@ -112,13 +113,13 @@ def _settle(active: Sequence[Backend], target: PodNetns, want: Redirect | None) 
 
 def _observe(place: _Place, *, captured: bool) -> Iterator[str]:
     """Each kind of traffic of one family once; sockets are made anew, so no connection is an old one."""
-    usual = Fate.CAPTURED if captured else Fate.PASSED
+    usual = PacketFate.CAPTURED if captured else PacketFate.PASSED
     when = "with" if captured else "after the removal of"
-    kinds: tuple[tuple[str, Callable[[_Place], Fate], Fate], ...] = (
+    kinds: tuple[tuple[str, Callable[[_Place], PacketFate], PacketFate], ...] = (
         ("an outbound connection", _outbound, usual),
         ("an inbound connection", _inbound, usual),
         ("a DNS query", _query, usual),
-        ("a connection of ztunnel itself", _own, Fate.PASSED),
+        ("a connection of ztunnel itself", _own, PacketFate.PASSED),
     )
     for what, attempt, expected in kinds:
         fate = attempt(place)
@@ -126,49 +127,55 @@ def _observe(place: _Place, *, captured: bool) -> Iterator[str]:
             yield f"IPv{place.family}: {what} was {fate.value} {when} the rules"
 
 
-def _outbound(place: _Place, mark: int = 0) -> Fate:
+def _outbound(place: _Place, mark: int = 0) -> PacketFate:
     there = (REMOTE[place.family], 80)
     with _listener(place, names.OUTBOUND_PORT) as listener, _client(place, socket.SOCK_STREAM, mark) as client:
         client.connect_ex(there)
         fate = _wait(listener, place, _leaving(client, TCP, there))
-        if fate is Fate.CAPTURED:
+        if fate is PacketFate.CAPTURED:
             taken, _ = listener.accept()
             with taken:
-                return fate if _original(taken, place.family) == there else Fate.DISTORTED
+                return fate if _original(taken, place.family) == there else PacketFate.DISTORTED
         return fate
 
 
-def _own(place: _Place) -> Fate:
+def _own(place: _Place) -> PacketFate:
     return _outbound(place, names.ZTUNNEL_MARK)
 
 
-def _query(place: _Place) -> Fate:
+def _query(place: _Place) -> PacketFate:
     there = (REMOTE[place.family], 53)
     with _bound(place, socket.SOCK_DGRAM, names.DNS_PORT) as listener, _client(place, socket.SOCK_DGRAM) as client:
         client.sendto(b"sluice", there)
         return _wait(listener, place, _leaving(client, UDP, there))
 
 
-def _inbound(place: _Place) -> Fate:
+def _inbound(place: _Place) -> PacketFate:
     """Nobody listens on port 80: if it answers, the connection came to the port of ztunnel."""
     here, there, port = LOCAL[place.family], REMOTE[place.family], next(_ports)
 
-    def answer(seen: Packet) -> Fate | None:
+    def answer(seen: Packet) -> PacketFate | None:
         if seen.source != here or (seen.source_port, seen.destination_port) != (80, port):
             return None
-        return Fate.CAPTURED if seen.flags & (SYN | ACK) == SYN | ACK else Fate.PASSED if seen.flags & RST else None
+        return (
+            PacketFate.CAPTURED
+            if seen.flags & (SYN | ACK) == SYN | ACK
+            else PacketFate.PASSED
+            if seen.flags & RST
+            else None
+        )
 
     first = packet.syn(there, port, here, 80)
     with _listener(place, names.INBOUND_PORT):
         return _wait(None, place, answer, lambda: place.wire.send(place.family, first))
 
 
-def _leaving(client: socket.socket, protocol: int, there: tuple[str, int]) -> Callable[[Packet], Fate | None]:
+def _leaving(client: socket.socket, protocol: int, there: tuple[str, int]) -> Callable[[Packet], PacketFate | None]:
     port = client.getsockname()[1]  # so that no late packet of an earlier attempt counts
 
-    def judge(seen: Packet) -> Fate | None:
+    def judge(seen: Packet) -> PacketFate | None:
         found = (seen.protocol, seen.source_port, seen.destination, seen.destination_port)
-        return Fate.PASSED if found == (protocol, port, *there) else None
+        return PacketFate.PASSED if found == (protocol, port, *there) else None
 
     return judge
 
@@ -176,9 +183,9 @@ def _leaving(client: socket.socket, protocol: int, there: tuple[str, int]) -> Ca
 def _wait(
     listener: socket.socket | None,
     place: _Place,
-    judge: Callable[[Packet], Fate | None],
+    judge: Callable[[Packet], PacketFate | None],
     send: Callable[[], None] = lambda: None,
-) -> Fate:
+) -> PacketFate:
     """The first that happens: somebody reaches the listener, or a packet on the wire tells.
 
     `send` is called now and then, as TCP does: an end of the link drops what it is given until the kernel's link
@@ -192,12 +199,12 @@ def _wait(
         send()
         ready = {fd for fd, _ in poll.poll(_AGAIN * 1000)}
         if listener is not None and listener.fileno() in ready:
-            return Fate.CAPTURED
+            return PacketFate.CAPTURED
         for data in place.wire.packets():
             seen = packet.parse(data)
             if seen and (fate := judge(seen)):
                 return fate
-    return Fate.LOST
+    return PacketFate.LOST
 
 
 def _original(taken: socket.socket, family: int) -> tuple[str, int]:

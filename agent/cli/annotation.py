@@ -13,8 +13,8 @@ from agent.cli import settings as from_user
 from agent.core import names
 from agent.core.errors import KubeError, SettingsError
 from agent.core.settings import Settings
-from agent.install.hostroot import HostRoot
-from agent.migration.theirs import RUN_DIR, theirs_runs
+from agent.install.host_root import HostRoot
+from agent.migration.istio_agent import RUN_DIR, theirs_runs
 
 _REFUSED = (401, 403)  # the role is gone, and will not come back by waiting
 _BY_HAND = f"do it by hand: kubectl annotate pods --all -A {names.REDIRECTION}-"

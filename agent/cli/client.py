@@ -7,7 +7,7 @@ import os
 
 from agent.core import names
 from agent.core.errors import SluiceError
-from agent.kernel.adminsocket import ask
+from agent.kernel.admin_socket import ask
 
 __all__ = ["add_bpf_dir", "add_option", "add_pod", "ask", "pod"]
 

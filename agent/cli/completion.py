@@ -35,9 +35,9 @@ def _completion(args: argparse.Namespace) -> int:
     if args.shell == "pods":
         print("".join(f"{name}\n" for name in _pods(args.run_dir)), end="")
         return 0
-    from agent.cli import shells, tree
+    from agent.cli import command_tree, shells
 
-    print(shells.script(args.shell, tree.of(args.whole())), end="")
+    print(shells.script(args.shell, command_tree.command_tree(args.whole())), end="")
     return 0
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from agent import __version__
 from agent.cli import client, output
-from agent.cli.inforce import in_force
+from agent.cli.effective_settings import in_force
 from agent.core.errors import SluiceError
 from agent.core.text import table
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Finding, Verdict, examine_all, exit_code
-from agent.diagnosis.looking import look
+from agent.diagnosis.collect import collect
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckResult, CheckVerdict, examine_all, exit_code
 from agent.diagnosis.registry import CHECKS, chosen
 
 _MOST = 5  # rows of one cause that are shown
@@ -48,16 +48,18 @@ def _run(args: argparse.Namespace) -> int:
     return exit_code(findings)
 
 
-def diagnose(run_dir: str, config: str = "", checks: Sequence[Check] = CHECKS) -> tuple[Facts, tuple[Finding, ...]]:
+def diagnose(
+    run_dir: str, config: str = "", checks: Sequence[Check] = CHECKS
+) -> tuple[NodeFacts, tuple[CheckResult, ...]]:
     """Raises SettingsError for settings that cannot be used, SluiceError for whoever may not look."""
     if os.geteuid() != 0:
         raise SluiceError("this looks into processes and network namespaces of the node; run it as root")
     settings, source = in_force(run_dir, config)
-    facts = look(settings, source, {name for one in checks for name in one.needs})
+    facts = collect(settings, source, {name for one in checks for name in one.needs})
     return facts, examine_all(checks, facts)
 
 
-def value(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
+def value(facts: NodeFacts, findings: Sequence[CheckResult]) -> dict[str, Any]:
     """As JSON has it."""
     counts = Counter(one.verdict.value for one in findings)
     return {
@@ -65,7 +67,7 @@ def value(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
         "node": facts.agent.status.get("node", ""),
         "agent": facts.left.why or "answers",
         "settings": facts.source,
-        "summary": {verdict.value: counts[verdict.value] for verdict in Verdict},
+        "summary": {verdict.value: counts[verdict.value] for verdict in CheckVerdict},
         "checks": [
             {**asdict(one), "problems": list(one.problems), "verdict": one.verdict.value, "section": one.section}
             for one in findings
@@ -73,9 +75,9 @@ def value(facts: Facts, findings: Sequence[Finding]) -> dict[str, Any]:
     }
 
 
-def text(findings: Sequence[Finding]) -> str:
+def text(findings: Sequence[CheckResult]) -> str:
     """A row for each thing found; below those of one cause why and what to do. What could not be seen comes last."""
-    seen = [one for one in findings if one.verdict is not Verdict.UNKNOWN]
+    seen = [one for one in findings if one.verdict is not CheckVerdict.UNKNOWN]
     rows = table(("CHECK", "VERDICT", "FOUND"), [(one.check, one.verdict.value, one.found) for one in seen])
     head, *lines = rows.splitlines()
     shown = [head] if seen else []
@@ -85,16 +87,16 @@ def text(findings: Sequence[Finding]) -> str:
         if len(several) > _MOST:
             shown.append(f"    and {len(several) - _MOST} more: -o json has them all")
         first = several[0][0]
-        if first.verdict is not Verdict.OK:
+        if first.verdict is not CheckVerdict.OK:
             shown += [f"    why:  {first.cause}", f"    do:   {first.remedy}", f"    read: {first.section}"]
     return "\n".join([*shown, *_unseen(findings), "", _summary(findings)]).lstrip("\n")
 
 
-def _unseen(findings: Sequence[Finding]) -> list[str]:
+def _unseen(findings: Sequence[CheckResult]) -> list[str]:
     """Checks that could not tell, by the reason."""
-    reasons: dict[str, list[Finding]] = {}
+    reasons: dict[str, list[CheckResult]] = {}
     for one in findings:
-        if one.verdict is Verdict.UNKNOWN:
+        if one.verdict is CheckVerdict.UNKNOWN:
             reasons.setdefault(one.found, []).append(one)
     lines = [""] if reasons else []
     for words, these in reasons.items():
@@ -103,11 +105,11 @@ def _unseen(findings: Sequence[Finding]) -> list[str]:
     return lines
 
 
-def _summary(findings: Sequence[Finding]) -> str:
+def _summary(findings: Sequence[CheckResult]) -> str:
     """The checks of each verdict, the worst first; of those that are right only how many."""
     words = []
-    for verdict in (Verdict.WRONG, Verdict.WARNING):
+    for verdict in (CheckVerdict.WRONG, CheckVerdict.WARNING):
         checks = dict.fromkeys(one.check for one in findings if one.verdict is verdict)
         words += [f"{verdict.value}: {', '.join(checks)}"] if checks else []
-    right = sum(one.verdict is Verdict.OK for one in findings)
+    right = sum(one.verdict is CheckVerdict.OK for one in findings)
     return "; ".join([*words, f"{right} ok"])

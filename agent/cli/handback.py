@@ -13,26 +13,27 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent.backends import handback, traces
+from agent.backends import istio_handback, ownership
 from agent.backends.base import Backend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers
-from agent.backends.mechanisms import mechanisms
+from agent.backends.registry import mechanisms
 from agent.cli import output
 from agent.cli import settings as from_user
-from agent.cli.uncapture import forget_account, hold, left
-from agent.core.desired import decide
+from agent.cli.uncapture import forget_account, hold, leftovers
 from agent.core.errors import KernelError, SluiceError, StaleError
-from agent.core.redirect import Redirect
+from agent.core.model.ownership import Owner
+from agent.core.model.redirect import Redirect
+from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.core.text import table
-from agent.core.whose import Whose
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import PASSES, settle
 from agent.reconciler.removal import LEFT, REMAINS, uncapture_host
-from agent.reconciler.settle import PASSES, settle
-from agent.sources import existing, recorded
-from agent.sources.state import Note, State
+from agent.sources.netns import existing
+from agent.sources.state import backend_record
+from agent.sources.state.notes import Note, Notes
 
 _NETFILTER = ("nftables", "iptables", "iptables-legacy")
 _BY_SOCKET = (
@@ -76,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = list(_pods(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run))
         if not args.netns:
             if not args.dry_run and not problems and all(row.result == "handed back" for row in rows):
-                left(Pins.of(settings.bpf_dir), dry_run=False)
+                leftovers(Pins.of(settings.bpf_dir), dry_run=False)
             rows += _host(dry_run=args.dry_run)
     value = {"pods": [{**asdict(row), **_lists(row)} for row in rows], "problems": problems}
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
@@ -96,7 +97,7 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
     known = existing.known(run_dir)  # before State.load, which drops pins that no note belongs to
     places = only or existing.places(run_dir, known)
     found = list(existing.namespaces(places, problems))
-    notes = {note.pod.uid: note for note in State(run_dir).load()} if Path(run_dir).is_dir() else {}
+    notes = {note.pod.uid: note for note in Notes(run_dir).load()} if Path(run_dir).is_dir() else {}
     for netns in found:
         pod = existing.pod(netns, run_dir, known)
         note = notes.get(pod.uid) if pod else None
@@ -117,7 +118,7 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
 def _host(*, dry_run: bool) -> Iterator[Row]:
     """The exemption of the node's probes goes: istio-cni makes its own, and would be refused over a chain of ours."""
     with contextlib.closing(HostNetns()) as host:
-        found = uncapture_host(host, layers("off")[1], traces.of_host_layer, dry_run=dry_run)
+        found = uncapture_host(host, layers("off")[1], ownership.host_layer_owner, dry_run=dry_run)
     if found is None or found.result == LEFT:
         return
     result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
@@ -128,20 +129,20 @@ def _host(*, dry_run: bool) -> Iterator[Row]:
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
     """Whether anything of ours was there; fills in the row. Raises SluiceError; what was right until then stays."""
     made = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
-    ours = [n for n in _NETFILTER if traces.of_layer(n, made[n].read(target)) is Whose.OURS]
+    ours = [n for n in _NETFILTER if ownership.layer_owner(n, made[n].read(target)) is Owner.SLUICE]
     captured = note is not None and note.captured
     if not ours and not captured:
         return False
     if note is None or not captured:
         free = f"sluice uncapture --all --netns {target.netns.origin}"
         raise SluiceError(f"no note tells what its rules have to do; left as it is, `{free}` takes them away")
-    old = recorded.load(settings.run_dir)
+    old = backend_record.load(settings.run_dir)
     row.mechanism = ours[0] if ours else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
     decision = decide(note.pod, settings)
     if decision.redirect is None:
         raise SluiceError(f"{decision.reason}: the settings do not want it captured; left as it is")
     facts = target.facts()
-    want, lost = handback.known_to_peers(decision.redirect.within(ipv6=facts.ipv6))
+    want, lost = istio_handback.known_to_peers(decision.redirect.within(ipv6=facts.ipv6))
     want = replace(want, dns=want.dns and facts.loopback4 and (facts.loopback6 or not facts.ipv6))
     silent = ("of connections from before its enrolment, those that were silent since are cut",) if note.outside else ()
     entry = made["ebpf"].plan(None, made["ebpf"].read(target))
@@ -162,7 +163,7 @@ def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
     """Turns right rules of ours into istio-cni's, and looks again. Raises SluiceError. Returns what was done."""
     done: list[str] = []
     for _ in range(PASSES):
-        plan = handback.plan(layer.name, want, layer.read(target), handback.places(target, layer.name))
+        plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
         if not plan:
             return tuple(done)
         with contextlib.suppress(StaleError):  # somebody changed something in between: look again
@@ -173,5 +174,5 @@ def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
 
 def _dry(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
     repair = str(layer.plan(want, layer.read(target)))
-    plan = handback.plan(layer.name, want, layer.read(target), handback.places(target, layer.name))
+    plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
     return tuple(words for words in (repair, str(plan)) if words)

@@ -10,7 +10,7 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import start
 from agent.lab.demo import demo
 from agent.lab.lab import Lab, check_machine, down
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 from agent.lab.topology import DEFAULT_PREFIX, DOMAIN, default_spec
 
 
@@ -19,10 +19,10 @@ def register(subparsers: Any) -> None:
     group = subparsers.add_parser("lab", help="nodes and pods in network namespaces of this machine")
     commands = group.add_subparsers(dest="lab_command", metavar="COMMAND", required=True)
     parser = _command(commands, "demo", _demo, "the main job, shown and proven; leaves nothing behind")
-    demos = [str(b) for b in (Backend.NFTABLES, Backend.EBPF)]
+    demos = [str(b) for b in (LabBackend.NFTABLES, LabBackend.EBPF)]
     parser.add_argument("--backend", choices=demos, default=demos[0], help="where it begins (default: %(default)s)")
     parser = _command(commands, "up", _up, "build the lab and leave it running")
-    parser.add_argument("--backend", choices=[str(b) for b in Backend], default=str(Backend.NFTABLES))
+    parser.add_argument("--backend", choices=[str(b) for b in LabBackend], default=str(LabBackend.NFTABLES))
     parser.add_argument(
         "--without-sluice", action="store_true", help="plain pods: neither agent nor ztunnel nor sluice-cni"
     )
@@ -44,7 +44,7 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _up(args: argparse.Namespace) -> int:
     lab = Lab(default_spec(args.prefix), args.ztunnel)
     sluice = not args.without_sluice
-    lab.up(agents=sluice, sluice=sluice, backend=Backend(args.backend), tell=_tell)
+    lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), tell=_tell)
     _pods(args)
     _tell(f"up; names in {DOMAIN} by the resolver {lab.resolver}")
     _tell("try: sluice lab exec shop/client -- CMD...; remove it by: sluice lab down")
@@ -56,7 +56,7 @@ def _tell(step: str) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    return demo(args.prefix, Backend(args.backend))
+    return demo(args.prefix, LabBackend(args.backend))
 
 
 def _down(args: argparse.Namespace) -> int:

@@ -25,16 +25,16 @@ from agent.core.settings import Settings
 from agent.core.text import table
 from agent.install.binary import Binary
 from agent.install.conflists import Json
-from agent.install.entry import entry
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.installer import mode
 from agent.install.netdir import NetDir
 from agent.install.planning import View
-from agent.migration import judging, steps, values
-from agent.migration.facts import Facts
-from agent.migration.judging import FINE, LEFT, NOTE, OBSTACLE, Finding
-from agent.migration.looking import look
-from agent.migration.steps import Step, Steps
+from agent.install.plugin_entry import plugin_entry
+from agent.migration import assessment, steps, values
+from agent.migration.assessment import FINE, LEFT, NOTE, OBSTACLE, MigrationFinding
+from agent.migration.collect import collect
+from agent.migration.facts import MigrationFacts
+from agent.migration.steps import MigrationStep, Steps
 
 _MOST = 64  # steps; a whole change takes about ten
 
@@ -69,19 +69,19 @@ class _Node:
     entry: Json
     mode: str
 
-    def look(self) -> Facts:
-        found = look(self.settings, [Path(path) for path in self.args.netns])
+    def look(self) -> MigrationFacts:
+        found = collect(self.settings, [Path(path) for path in self.args.netns])
         return replace(found, settings=_values(self.args.values))
 
-    def directory(self, facts: Facts) -> NetDir:
+    def directory(self, facts: MigrationFacts) -> NetDir:
         return NetDir(HostRoot(self.settings.host_root), facts.directory)
 
-    def judge(self, facts: Facts) -> tuple[Finding, ...]:
+    def judge(self, facts: MigrationFacts) -> tuple[MigrationFinding, ...]:
         if self.args.back:
-            found = judging.back_findings(facts, self.settings.cni_conf_name)
+            found = assessment.back_findings(facts, self.settings.cni_conf_name)
         else:
-            found = judging.take_over_findings(facts, self.entry, self.settings, self.mode)
-        return judging.accepted(found, self.args.accept)
+            found = assessment.take_over_findings(facts, self.entry, self.settings, self.mode)
+        return assessment.accepted(found, self.args.accept)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise SluiceError("sluice migrate enters network namespaces; run it as root")
     how = "insert" if mode(settings) == "insert" else "own"
-    node = _Node(args, settings, entry(settings), how)
+    node = _Node(args, settings, plugin_entry(settings), how)
     return _check(node) if args.check else _take_over(node) if args.take_over else _back(node)
 
 
@@ -111,12 +111,12 @@ def _take_over(node: _Node) -> int:
         binary.install()
     done = _carry_out(node.directory(facts), plan)
     facts = node.look()
-    findings = (*node.judge(facts), *judging.left(facts))
+    findings = (*node.judge(facts), *assessment.leftovers(facts))
     _tell(node, facts, findings, (), done)
     return 1 if any(one.level == OBSTACLE or one.subject == LEFT for one in findings) else 0
 
 
-def _take_over_steps(node: _Node, facts: Facts) -> Callable[[View], Steps]:
+def _take_over_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
     """While istio-cni's agent runs, ours comes beside it, and nothing of its own is touched: it would put it back."""
     wished, aside = node.settings.cni_conf_name, not facts.agent
     return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
@@ -130,24 +130,24 @@ def _back(node: _Node) -> int:
         _tell(node, facts, findings, plan(facts.view).steps)
         return 1 if _hindered(findings) else 0
     handed = _hand_back(node.args)
-    done: tuple[Step, ...] = ()
+    done: tuple[MigrationStep, ...] = ()
     with hold(node.settings.run_dir, "migrate"):
         if not _hindered(handed):
             done = _carry_out(node.directory(facts), plan)
     before, facts = facts, node.look()
-    findings = (*handed, *node.judge(facts), *judging.left_of_back(before, facts))
+    findings = (*handed, *node.judge(facts), *assessment.leftovers_of_back(before, facts))
     _tell(node, facts, findings, (), done)
     return 1 if any(one.level in (NOTE, OBSTACLE) for one in findings) else 0
 
 
-def _back_steps(node: _Node, facts: Facts) -> Callable[[View], Steps]:
+def _back_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
     wished = node.settings.cni_conf_name
     if facts.binary and not steps.back(facts.view, wished).error:
         return lambda view: steps.back(view, wished)
     return lambda view: steps.until_istio_cni(view, node.entry, wished)
 
 
-def _hand_back(args: argparse.Namespace) -> tuple[Finding, ...]:
+def _hand_back(args: argparse.Namespace) -> tuple[MigrationFinding, ...]:
     """As `sluice handback --all`: what became of each pod."""
     commands = argparse.ArgumentParser().add_subparsers()
     handback.register(commands)
@@ -155,20 +155,20 @@ def _hand_back(args: argparse.Namespace) -> tuple[Finding, ...]:
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         commands.choices["handback"].get_default("run")(said)
     answer = json.loads(printed.getvalue())
-    problems = [Finding("pods", OBSTACLE, words, "see sluice handback --all") for words in answer["problems"]]
+    problems = [MigrationFinding("pods", OBSTACLE, words, "see sluice handback --all") for words in answer["problems"]]
     return (*problems, *(_handed(row) for row in answer["pods"]))
 
 
-def _handed(row: dict[str, Any]) -> Finding:
+def _handed(row: dict[str, Any]) -> MigrationFinding:
     words = "; ".join([f"{row['pod'] or row['netns']}: {row['result']}", *row["remarks"]])
     if row["result"] == "handed back":
-        return Finding("pods", FINE, words)
-    return Finding("pods", OBSTACLE, words, "put right what it says, then run this again")
+        return MigrationFinding("pods", FINE, words)
+    return MigrationFinding("pods", OBSTACLE, words, "put right what it says, then run this again")
 
 
-def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[Step, ...]:
+def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[MigrationStep, ...]:
     """One step at a time, each planned from what is there then. Raises SluiceError; what was done stays."""
-    done: list[Step] = []
+    done: list[MigrationStep] = []
     while True:
         found = plan(directory.view())
         if found.error:
@@ -183,7 +183,7 @@ def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[Step, 
         done.append(found.steps[0])
 
 
-def _hindered(findings: Sequence[Finding]) -> bool:
+def _hindered(findings: Sequence[MigrationFinding]) -> bool:
     return any(one.level == OBSTACLE for one in findings)
 
 
@@ -200,9 +200,13 @@ def _values(files: Sequence[str]) -> dict[str, Any]:
 
 
 def _tell(
-    node: _Node, facts: Facts, findings: Sequence[Finding], todo: Sequence[Step], done: Sequence[Step] = ()
+    node: _Node,
+    facts: MigrationFacts,
+    findings: Sequence[MigrationFinding],
+    todo: Sequence[MigrationStep],
+    done: Sequence[MigrationStep] = (),
 ) -> None:
-    made = {} if node.args.back else dict(judging.translated_of(facts).settings)
+    made = {} if node.args.back else dict(assessment.translated_of(facts).settings)
     value = {
         "findings": [asdict(one) for one in findings],
         "settings": made,

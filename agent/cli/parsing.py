@@ -71,7 +71,7 @@ def _meant(word: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]}? " if near else ""
 
 
-class Program(Parser):
+class ProgramParser(Parser):
     """The program itself: its help has the commands in sections, one line each."""
 
     def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **words: Any) -> None:

@@ -13,16 +13,16 @@ from agent.backends import preflight
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Trials, choose, choose_host
 from agent.backends.ebpf.pins import Pins
-from agent.backends.mechanisms import mechanisms
 from agent.backends.preflight import Feature
+from agent.backends.registry import mechanisms
 from agent.backends.selftest import selftest_choice
 from agent.cli import client, output
 from agent.core.errors import SettingsError, SluiceError
-from agent.core.host import HostTable, HostView
+from agent.core.model.host import HostTable, HostView
 from agent.core.settings import BACKENDS
 from agent.core.text import pairs, table
-from agent.kernel import hostview
-from agent.sources import recorded
+from agent.kernel import host_view
+from agent.sources.state import backend_record
 
 
 def register(subparsers: Any) -> None:
@@ -66,11 +66,11 @@ class _Tried:
 def _run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise SluiceError("sluice preflight makes network namespaces to try things in; run it as root")
-    view, tried = hostview.look(), _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
+    view, tried = host_view.read_host_view(), _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
     choice, problem = None, ""
     try:
         trials = Trials(tried.probe, tried.test)
-        choice = choose(args.backend, tried.backends, trials, view, recorded.load(args.run_dir))
+        choice = choose(args.backend, tried.backends, trials, view, backend_record.load(args.run_dir))
     except SettingsError as error:
         problem = str(error)
     features = tried.features()

@@ -12,7 +12,7 @@ from typing import Any
 from agent.cli import client, doctor, output
 from agent.core.text import table
 from agent.diagnosis.bundle import Bundle, safe
-from agent.diagnosis.gathering import gather
+from agent.diagnosis.bundle_contents import gather
 
 
 def register(subparsers: Any) -> None:

@@ -10,11 +10,11 @@ from agent.backends.choose import LAYERS
 from agent.backends.ebpf import state
 from agent.backends.iptables import rendering as xtables
 from agent.backends.nftables import rendering as nftables
-from agent.backends.routing import Have, RoutingBackend
+from agent.backends.routing import RoutingBackend, RoutingState
 from agent.cli import output
 from agent.core.errors import SettingsError
-from agent.core.exclusions import exclusions
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import exclusions
+from agent.core.model.redirect import Redirect
 
 
 def register(subparsers: Any) -> None:
@@ -74,8 +74,8 @@ def render(backend: str, redirect: Redirect) -> dict[str, str]:
     """Program that reads it -> script."""
     if backend == "ebpf":
         # Of a pod without interfaces and addresses: those are the namespace's to tell.
-        return {"bpftool": str(state.plan(redirect, state.Have(cookie=0)))}
-    scripts = {"ip": str(RoutingBackend().plan(redirect, Have()))}
+        return {"bpftool": str(state.plan(redirect, state.PodEntries(cookie=0)))}
+    scripts = {"ip": str(RoutingBackend().plan(redirect, RoutingState()))}
     if backend == "nftables":
         return {**scripts, "nft -f": nftables.render(redirect, owned=False).text}
     variant = "legacy" if backend == "iptables-legacy" else "nft"

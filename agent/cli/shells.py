@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from agent.cli.tree import Command, Option
+from agent.cli.command_tree import Command, Option
 
 _FILES = ("FILE", "PATH", "DIRECTORY", "BUNDLE")
 _POD = "POD"

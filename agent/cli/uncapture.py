@@ -13,22 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent.backends import traces
+from agent.backends import ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
-from agent.backends.mechanisms import mechanisms
+from agent.backends.registry import mechanisms
 from agent.cli import annotation, client, output
 from agent.core.errors import KernelError, SluiceError
+from agent.core.model.ownership import Owner
 from agent.core.text import table
-from agent.core.whose import Whose
-from agent.flows.accounted import AccountedPods
-from agent.kernel import bpffs
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.unixsocket import claim
+from agent.flows.ebpf.pods import AccountedPods
+from agent.kernel.bpf import bpffs
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.pod_netns import PodNetns
+from agent.kernel.unix_socket import claim
 from agent.reconciler.removal import LEFT, REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
-from agent.sources import existing, recorded
-from agent.sources.existing import Known
+from agent.sources.netns import existing
+from agent.sources.netns.existing import ExistingNetns
+from agent.sources.state import backend_record
 
 _HOST, _NODE = "host", "node"  # rows that are no pod's
 
@@ -65,7 +66,7 @@ class Row:
     """One namespace, or the host, and what became of it."""
 
     netns: str
-    pod: Known | None
+    pod: ExistingNetns | None
     removal: Removal
 
     @property
@@ -99,15 +100,15 @@ def _all(args: argparse.Namespace) -> int:
     places = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
     rows, seen = remove(args, known, places, problems)
     if not args.netns:
-        rows += left(Pins.of(args.bpf_dir), dry_run=args.dry_run)
+        rows += leftovers(Pins.of(args.bpf_dir), dry_run=args.dry_run)
         with contextlib.closing(HostNetns()) as host:
-            found = uncapture_host(host, host_layers("off")[1], traces.of_host_layer, dry_run=args.dry_run)
+            found = uncapture_host(host, host_layers("off")[1], ownership.host_layer_owner, dry_run=args.dry_run)
         rows += [Row(_HOST, None, found)] if found else []
     if not args.dry_run:
         stay = {row.pod.uid for row in rows if row.pod and not row.right}
         existing.forget(args.run_dir, {one.uid for one in (seen if args.netns else known)} - stay)
         if not args.netns and all(row.right for row in rows):
-            recorded.forget(args.run_dir)  # what is installed after this is another installation
+            backend_record.forget(args.run_dir)  # what is installed after this is another installation
     remarks = list[str]()
     if args.annotations and not args.dry_run:
         captured = [row for row in rows if row.removal.result in (LEFT, REMAINS) and row.netns not in (_HOST, _NODE)]
@@ -135,17 +136,17 @@ def hold(run_dir: str, command: str) -> Iterator[None]:
 
 
 def remove(
-    args: argparse.Namespace, known: Sequence[Known], places: Sequence[Path], problems: list[str]
-) -> tuple[list[Row], list[Known]]:
+    args: argparse.Namespace, known: Sequence[ExistingNetns], places: Sequence[Path], problems: list[str]
+) -> tuple[list[Row], list[ExistingNetns]]:
     """From every namespace that `places` lead to; also which of the `known` pods they were."""
-    layers, rows, seen = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values()), list[Row](), list[Known]()
+    layers, rows, seen = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values()), list[Row](), list[ExistingNetns]()
     for netns in existing.namespaces(places, problems):
         pod = existing.pod(netns, args.run_dir, known)
         seen += [pod] if pod else []
         with contextlib.closing(PodNetns(netns)) as target:
             noted = bool(pod and pod.captured)
             removal = uncapture(
-                target, layers, traces.of_layer, noted=noted, foreign=args.foreign, dry_run=args.dry_run
+                target, layers, ownership.layer_owner, noted=noted, foreign=args.foreign, dry_run=args.dry_run
             )
             if removal and removal.result == REMOVED:
                 forget_account(Pins.of(args.bpf_dir), target, problems)
@@ -161,7 +162,7 @@ def forget_account(pins: Pins, target: PodNetns, problems: list[str]) -> None:
         problems.append(f"{target.netns.origin}: its connections are still accounted for: {error}")
 
 
-def left(pins: Pins, *, dry_run: bool) -> list[Row]:
+def leftovers(pins: Pins, *, dry_run: bool) -> list[Row]:
     """What backend ebpf keeps for pods that have ended, and for all of them.
 
     The whole directory goes in the end, with what another version made: that takes no more than removing files.
@@ -172,13 +173,13 @@ def left(pins: Pins, *, dry_run: bool) -> list[Row]:
         rows = [Row(_NODE, None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
     if pins.accounting.root.exists():
         root = pins.accounting.root
-        would = Removal(Whose.OURS, WOULD, ("accounting",), (f"rm -r {root}",))
+        would = Removal(Owner.SLUICE, WOULD, ("accounting",), (f"rm -r {root}",))
         rows.append(Row(_NODE, None, would if dry_run else _directory(root, "accounting")))
     return rows
 
 
 def _directory(root: Path, layer: str, errors: tuple[str, ...] = ()) -> Removal:
-    done = Removal(Whose.OURS, REMOVED, (layer,), (f"rm -r {root}",))
+    done = Removal(Owner.SLUICE, REMOVED, (layer,), (f"rm -r {root}",))
     try:
         bpffs.remove_tree(root)
     except SluiceError as error:

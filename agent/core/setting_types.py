@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from agent.core import selectors
 from agent.core.errors import SettingsError
-from agent.core.selectors import Selector
+from agent.core.policy import selectors
+from agent.core.policy.selectors import Selector
 
 
 class Kind(Protocol):

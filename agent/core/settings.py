@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.core import names
 from agent.core.errors import SettingsError
-from agent.core.selectors import DEFAULT, Selector
+from agent.core.policy.selectors import DEFAULT, Selector
 from agent.core.setting_types import (
     API_SERVER,
     CONF_NAME,

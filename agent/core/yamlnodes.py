@@ -15,7 +15,7 @@ from agent.core.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class YamlMapping:
     """A mapping of a file: its values by key, read by what they must be. `place` is the file's name."""
 
     place: str
@@ -61,11 +61,11 @@ class Entry:
             raise self.error(key, "is not a mapping of text to text")
         return {scalar(k, self.place, key): scalar(v, self.place, f"{key}.{k.value}") for k, v in node.value}
 
-    def entries(self, key: str, known: Collection[str]) -> list[Entry]:
-        return [entry(item, self.place, known) for item in self.items(key)]
+    def entries(self, key: str, known: Collection[str]) -> list[YamlMapping]:
+        return [mapping(item, self.place, known) for item in self.items(key)]
 
 
-def document(text: str, place: str, known: Collection[str]) -> Entry | None:
+def document(text: str, place: str, known: Collection[str]) -> YamlMapping | None:
     """The file's mapping, None when it holds nothing."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -74,10 +74,10 @@ def document(text: str, place: str, known: Collection[str]) -> Entry | None:
         raise SettingsError(f"{place}:{line}: not YAML: {refused.problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as refused:  # PyYAML raises all of them
         raise SettingsError(f"{place}: not YAML: {refused}") from None
-    return None if root is None else entry(root, place, known)
+    return None if root is None else mapping(root, place, known)
 
 
-def entry(node: yaml.Node, place: str, known: Collection[str]) -> Entry:
+def mapping(node: yaml.Node, place: str, known: Collection[str]) -> YamlMapping:
     if not isinstance(node, yaml.MappingNode):
         raise error(node, place, "entry", "is not a mapping of keys to values")
     found: dict[str, yaml.Node] = {}
@@ -87,7 +87,7 @@ def entry(node: yaml.Node, place: str, known: Collection[str]) -> Entry:
         if key.value in found:
             raise error(key, place, key.value, "is given twice")
         found[key.value] = value
-    return Entry(place, node, found)
+    return YamlMapping(place, node, found)
 
 
 def scalar(node: yaml.Node, place: str, key: str) -> str:

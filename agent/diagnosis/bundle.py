@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.errors import SluiceError
-from agent.diagnosis import redacting
+from agent.diagnosis import redaction
 
 MOST = 1 << 20  # bytes of one file; of a longer one the end is kept
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]")
@@ -34,21 +34,21 @@ class Bundle:
 
     def text(self, name: str, words: str) -> None:
         """Read for secrets first, then cut: what is cut off may be what says that the rest is one."""
-        clean = redacting.text(_end(words, 4 * MOST))
+        clean = redaction.text(_end(words, 4 * MOST))
         if len(clean) > MOST:
             self.cut[name], clean = len(words), _end(clean, MOST)
         self._add(name, clean)
 
     def value(self, name: str, given: Any) -> None:
         """As JSON. One that is too long is a text like any other."""
-        words = json.dumps(redacting.value(given), indent=2, default=str) + "\n"
+        words = json.dumps(redaction.value(given), indent=2, default=str) + "\n"
         if len(words) > MOST:
             self.text(name, words)
         else:
             self._add(name, words)
 
     def lacks(self, name: str, why: str) -> None:
-        self.missing[name] = " ".join(redacting.text(why).split())
+        self.missing[name] = " ".join(redaction.text(why).split())
 
     def write(self, path: Path) -> int:
         """For root's eyes alone; bytes written. A file that is there is not written over. Raises SluiceError."""
@@ -85,7 +85,7 @@ class Bundle:
         self.files[name] = self._hidden(words).encode(errors="replace")
 
     def _hidden(self, words: str) -> str:
-        return redacting.without_addresses(words, self.salt) if self.salt else words
+        return redaction.without_addresses(words, self.salt) if self.salt else words
 
 
 def safe(name: str) -> str:

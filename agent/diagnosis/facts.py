@@ -1,4 +1,4 @@
-"""What one node shows of itself, as values: read by agent.diagnosis.looks, judged by agent.diagnosis.checks. Pure."""
+"""What one node shows of itself, as values: read by agent.diagnosis.probes, judged by agent.diagnosis.checks. Pure."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.backends.preflight import Feature
-from agent.core.host import HostView, InKernel
+from agent.core.model.host import HostView, InKernel
 from agent.core.settings import Settings
-from agent.install.planning import Verdict, View
+from agent.install.planning import InstallPlan, View
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Agent:
+class AgentFacts:
     """The agent as it answers: `status`, `pods` and `verify` are those of its API, `losses` of its account.
 
     `pid` is 0 where its process cannot be seen; then the figures are of nobody.
@@ -69,7 +69,7 @@ class Cni:
     plugins_reason: str
     files: tuple[Listed, ...] = ()
     view: View = field(default_factory=View)
-    verdict: Verdict = field(default_factory=Verdict)
+    verdict: InstallPlan = field(default_factory=InstallPlan)
     error: str = ""
     plugin: str = ""
     runs: str = ""
@@ -79,7 +79,7 @@ class Cni:
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
+class PodFacts:
     """One pod's network namespace. `layers` hold rules in it: those of ours, then those of other mesh agents.
 
     `ports` of listeners lie in `range`, from which the kernel takes ports of outgoing connections.
@@ -104,16 +104,16 @@ class Pod:
 
 
 @dataclass(frozen=True, slots=True)
-class Pods:
+class PodsFacts:
     """Those that are noted; and on a whole node (not in a lab's) others whose namespaces hold rules."""
 
-    noted: tuple[Pod, ...] = ()
-    others: tuple[Pod, ...] = ()
+    noted: tuple[PodFacts, ...] = ()
+    others: tuple[PodFacts, ...] = ()
     problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Host:
+class NetworkFacts:
     """The node's own namespace. `probes`: by whom its probe exemption is made, "" for nobody's; `pod_rules`: chains
     there that belong into pods. `port`: who listens on the metrics port, "" for nobody, and whether it is the agent."""
 
@@ -135,7 +135,7 @@ class Preflight:
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
+class AttachedProgram:
     """A program of somebody else's on the root cgroup."""
 
     hook: str
@@ -144,7 +144,7 @@ class Attached:
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class HostFacts:
     """`programs`: name -> pid of programs that matter to us; `firewalls` are switched on in files.
 
     `sysctls` by name with dots; what the kernel does not have is left out. `cilium` are keys of its configuration.
@@ -174,18 +174,18 @@ class Security:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class NodeFacts:
     """Groups by their names; of one that could not be read `unseen` has the reason, and its value says nothing."""
 
     settings: Settings = field(default_factory=Settings)
     source: str = ""  # where the settings are from
-    agent: Agent = field(default_factory=lambda: Agent({}))
+    agent: AgentFacts = field(default_factory=lambda: AgentFacts({}))
     left: Left = field(default_factory=Left)
     cni: Cni = field(default_factory=lambda: Cni("off", "", "", "", ""))
-    pods: Pods = field(default_factory=Pods)
-    host: Host = field(default_factory=lambda: Host(HostView("", True, InKernel.UNKNOWN, (), ())))
+    pods: PodsFacts = field(default_factory=PodsFacts)
+    host: NetworkFacts = field(default_factory=lambda: NetworkFacts(HostView("", True, InKernel.UNKNOWN, (), ())))
     preflight: Preflight = field(default_factory=lambda: Preflight("", ""))
-    sockets: tuple[Attached, ...] = ()
-    node: Node = field(default_factory=Node)
+    sockets: tuple[AttachedProgram, ...] = ()
+    node: HostFacts = field(default_factory=HostFacts)
     security: Security = field(default_factory=Security)
     unseen: Mapping[str, str] = field(default_factory=dict)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from agent.diagnosis.facts import Facts
+from agent.diagnosis.facts import NodeFacts
 
 DOCS = "docs/troubleshooting.md"
 
 
-class Verdict(StrEnum):
+class CheckVerdict(StrEnum):
     """In the order of how much each matters."""
 
     OK = "ok"
@@ -21,10 +21,10 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class CheckLine:
     """One thing that a check saw. `remedy` is a command or a setting; both it and `cause` are "" when all is well."""
 
-    verdict: Verdict
+    verdict: CheckVerdict
     found: str
     cause: str = ""
     remedy: str = ""
@@ -42,16 +42,16 @@ class Check:
     problems: tuple[str, ...]
     needs: tuple[str, ...]
     fine: str
-    judge: Callable[[Facts], Iterator[Said]]
+    judge: Callable[[NodeFacts], Iterator[CheckLine]]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class CheckResult:
     """What is shown of one check, once for each thing that it saw."""
 
     check: str
     problems: tuple[str, ...]
-    verdict: Verdict
+    verdict: CheckVerdict
     found: str
     cause: str
     remedy: str
@@ -61,40 +61,41 @@ class Finding:
         return f"{DOCS}#{self.check}"
 
 
-def ok(found: str) -> Said:
-    return Said(Verdict.OK, found)
+def ok(found: str) -> CheckLine:
+    return CheckLine(CheckVerdict.OK, found)
 
 
-def unknown(found: str, remedy: str = "") -> Said:
-    return Said(Verdict.UNKNOWN, found, "", remedy)
+def unknown(found: str, remedy: str = "") -> CheckLine:
+    return CheckLine(CheckVerdict.UNKNOWN, found, "", remedy)
 
 
-def warning(found: str, cause: str, remedy: str) -> Said:
-    return Said(Verdict.WARNING, found, cause, remedy)
+def warning(found: str, cause: str, remedy: str) -> CheckLine:
+    return CheckLine(CheckVerdict.WARNING, found, cause, remedy)
 
 
-def wrong(found: str, cause: str, remedy: str) -> Said:
-    return Said(Verdict.WRONG, found, cause, remedy)
+def wrong(found: str, cause: str, remedy: str) -> CheckLine:
+    return CheckLine(CheckVerdict.WRONG, found, cause, remedy)
 
 
-def examine(check: Check, facts: Facts) -> tuple[Finding, ...]:
+def examine(check: Check, facts: NodeFacts) -> tuple[CheckResult, ...]:
     """At least one finding. A group of facts that is missing makes it unknown, with the reason; beside what is not
     right nothing is said of what is."""
     missing = [facts.unseen[name] for name in check.needs if name in facts.unseen]
     said = [unknown("; ".join(missing))] if missing else list(check.judge(facts)) or [ok(check.fine)]
-    said = [one for one in said if one.verdict is not Verdict.OK] or said
+    said = [one for one in said if one.verdict is not CheckVerdict.OK] or said
     return tuple(
-        Finding(check.id, check.problems, one.verdict, _line(one.found), _line(one.cause), one.remedy) for one in said
+        CheckResult(check.id, check.problems, one.verdict, _line(one.found), _line(one.cause), one.remedy)
+        for one in said
     )
 
 
-def examine_all(checks: Iterable[Check], facts: Facts) -> tuple[Finding, ...]:
+def examine_all(checks: Iterable[Check], facts: NodeFacts) -> tuple[CheckResult, ...]:
     return tuple(finding for check in checks for finding in examine(check, facts))
 
 
-def exit_code(findings: Iterable[Finding]) -> int:
+def exit_code(findings: Iterable[CheckResult]) -> int:
     """1 when anything is wrong; what is unknown or only a warning is no failure."""
-    return int(any(one.verdict is Verdict.WRONG for one in findings))
+    return int(any(one.verdict is CheckVerdict.WRONG for one in findings))
 
 
 def _line(words: str) -> str:

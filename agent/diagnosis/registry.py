@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agent.core.errors import SettingsError
-from agent.diagnosis.checks import agents, backends, configurations, hosts, limits, others, pods, proxies
+from agent.diagnosis.checks import agents, backends, cluster_addons, configurations, hosts, limits, pods, proxies
 from agent.diagnosis.finding import Check
 
 CHECKS: tuple[Check, ...] = (
@@ -13,7 +13,7 @@ CHECKS: tuple[Check, ...] = (
     *hosts.CHECKS,
     *proxies.CHECKS,
     *pods.CHECKS,
-    *others.CHECKS,
+    *cluster_addons.CHECKS,
     *limits.CHECKS,
 )
 

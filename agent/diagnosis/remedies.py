@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from agent.diagnosis.facts import Facts
+from agent.diagnosis.facts import NodeFacts
 
 _AGENTS = "-l app.kubernetes.io/name=sluice,app.kubernetes.io/component=agent"
 
 
-def _kubectl(facts: Facts) -> tuple[str, str]:
+def _kubectl(facts: NodeFacts) -> tuple[str, str]:
     """kubectl in the namespace of the agent's pods, and the selector of this node's; ("", "") where it is no pod."""
     settings = facts.settings
     if not settings.own_namespace:
@@ -16,22 +16,22 @@ def _kubectl(facts: Facts) -> tuple[str, str]:
     return f"kubectl -n {settings.own_namespace}", f"{_AGENTS} --field-selector spec.nodeName={node}"
 
 
-def start(facts: Facts) -> str:
+def start(facts: NodeFacts) -> str:
     kubectl, pods = _kubectl(facts)
     return f"{kubectl} describe pods {pods}" if kubectl else "systemctl start sluice"
 
 
-def restart(facts: Facts) -> str:
+def restart(facts: NodeFacts) -> str:
     kubectl, pods = _kubectl(facts)
     return f"{kubectl} delete pods {pods}" if kubectl else "systemctl restart sluice"
 
 
-def log(facts: Facts) -> str:
+def log(facts: NodeFacts) -> str:
     kubectl, pods = _kubectl(facts)
     return f"{kubectl} logs $({kubectl} get pods {pods} -o name) --tail=50" if kubectl else "journalctl -u sluice -n 50"
 
 
-def ztunnel(facts: Facts) -> str:
+def ztunnel(facts: NodeFacts) -> str:
     kubectl, _ = _kubectl(facts)
     if not kubectl:
         return "systemctl restart sluice-ztunnel"

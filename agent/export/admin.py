@@ -10,16 +10,16 @@ from typing import Any
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
 from agent.core.errors import SluiceError
-from agent.core.pods import Pod, PodTable
+from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
+from agent.export.connections_api import ConnectionsApi
 from agent.export.debug import Answering, Debug, Reviewing
-from agent.export.explaining import Around, Explaining
+from agent.export.explaining import ExplainContext, Explaining
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
-from agent.export.records import Records
 from agent.export.verifying import Part, Row, row
 from agent.reconciler.loop import Reconciler
-from agent.sources.beside import Beside
+from agent.sources.non_tcp import NonTcpCounter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +32,11 @@ class Admin:
     metrics: Metrics
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
-    beside: Beside
-    records: Records | None = None
+    beside: NonTcpCounter
+    records: ConnectionsApi | None = None
     review: Reviewing | None = None
     parts: Sequence[Part] = ()
-    around: Around | None = None
+    around: ExplainContext | None = None
 
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz, safe to show to anyone on the network; and /debug/ for who is authorised."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from agent.core.errors import SluiceError
-from agent.core.pods import Pod, PodTable
+from agent.core.model.pods import Pod, PodTable
 from agent.export.http import Request, Response
 
 Answering = Callable[[Request], Awaitable[Any]]

@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from agent.core import names
-from agent.core.considered import Origin, considered
-from agent.core.desired import Decision, decide, enrols_namespace, options
 from agent.core.errors import SluiceError
-from agent.core.exclusions import PREFIXES
-from agent.core.listeners import Heard
-from agent.core.pods import Pod, PodTable, mode
+from agent.core.model.exclusions import PREFIXES
+from agent.core.model.listeners import PortListeners
+from agent.core.model.pods import Pod, PodTable, mode
+from agent.core.policy.decide import Decision, decide, enrols_namespace, options
+from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import PATIENCE, advise
+from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request
-from agent.export.records import Records
 from agent.reconciler.host import HostStatus
 from agent.reconciler.loop import Reconciler
-from agent.sources.beside import Beside
+from agent.sources.non_tcp import NonTcpCounter
 from agent.zds.messages import Add
 
 _COUNTED = 500  # connections that ended, of which the answer tells what became
@@ -33,7 +33,7 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class ExplainContext:
     """What surrounds a pod besides its rules; asked by UID.
 
     `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listened
@@ -45,7 +45,7 @@ class Around:
 
     acknowledged: Callable[[str], bool]
     sent: Callable[[str], Add | None]
-    heard: Callable[[str], Heard | None]
+    heard: Callable[[str], PortListeners | None]
     host: Callable[[], HostStatus]
     exempt: Callable[[str], tuple[str, ...]]
     place: Callable[[str], str]
@@ -60,10 +60,10 @@ class Explaining:
     settings: Settings
     table: PodTable
     reconciler: Reconciler
-    beside: Beside
+    beside: NonTcpCounter
     node: Callable[[], Mapping[str, Any]]
-    records: Records | None = None
-    around: Around | None = None
+    records: ConnectionsApi | None = None
+    around: ExplainContext | None = None
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Raises SluiceError for a name that is no pod's here, or that of several."""

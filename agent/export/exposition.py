@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 
 from agent.export.http import choices
+from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import FAILED, OPENED, pairs
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS
-from agent.flows.tally import Fated, Measured, Snapshot, Traffic
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -84,7 +84,7 @@ def _counters(
     yield _simple("sluice_metrics_overflow", help, "kind", found.overflow.items())
 
 
-_TRAFFIC: tuple[tuple[str, str, Callable[[Traffic], int]], ...] = (
+_TRAFFIC: tuple[tuple[str, str, Callable[[TrafficTotals], int]], ...] = (
     ("istio_tcp_connections_opened", "Connections that were established.", lambda row: row.opened),
     ("istio_tcp_connections_closed", "Connections that ended after they had been established.", lambda row: row.closed),
     ("istio_tcp_sent_bytes", "Bytes of payload in the direction of responses.", lambda row: row.sent),
@@ -92,7 +92,7 @@ _TRAFFIC: tuple[tuple[str, str, Callable[[Traffic], int]], ...] = (
 )
 
 
-def _was_open(row: Traffic) -> bool:
+def _was_open(row: TrafficTotals) -> bool:
     """All four or none of the series: those of what only ever failed would stay at zero."""
     return bool(row.opened or row.closed or row.sent or row.received)
 

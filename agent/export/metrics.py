@@ -13,17 +13,16 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from agent.backends.beside import Counts
 from agent.backends.ebpf.abi import ExitCause
-from agent.core.canary import Finding, Verdict
+from agent.backends.non_tcp import Counts
 from agent.core.errors import KernelError
-from agent.core.pods import Pod, without_sandbox
-from agent.core.sockets import TcpState
-from agent.core.status import State
-from agent.export.cluster import Cluster, ClusterCollector
-from agent.export.condition import Condition, ConditionCollector
-from agent.export.connections import Connections, Page
-from agent.flows.sockets import PodSockets
+from agent.core.model.pods import Pod, without_sandbox
+from agent.core.model.sockets import TcpState
+from agent.core.model.status import State
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.export.collectors import Cluster, ClusterCollector, Condition, ConditionCollector
+from agent.export.metrics_page import ConnectionMetrics, Page
+from agent.flows.inet_diag.sockets import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
 
@@ -120,7 +119,7 @@ class Metrics:
         ztunnels: Callable[[], int],
         beside: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
         exits: Callable[[], Mapping[ExitCause, int]] = dict,
-        connections: Connections | None = None,
+        connections: ConnectionMetrics | None = None,
         sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
         cluster: Callable[[], Cluster] = Cluster,
         condition: Callable[[], Condition | None] = lambda: None,
@@ -189,9 +188,9 @@ class Metrics:
         theirs = f"; foreign rules there: {'; '.join(remarks)}" if remarks else ""
         log.warning("pod %s: %s keeps undoing our repairs, which are slowed down from now on%s", pod.key, cause, theirs)
 
-    def probed(self, pod: Pod, finding: Finding) -> None:
+    def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.probes.labels(finding.verdict.value).inc()
-        log.log(logging.INFO if finding.verdict is Verdict.OK else logging.WARNING, "pod %s: %s", pod.key, finding)
+        log.log(logging.INFO if finding.verdict is ProbeVerdict.OK else logging.WARNING, "pod %s: %s", pod.key, finding)
 
     def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         self.applied_total.labels(f"host-{layer}").inc()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.core.errors import SluiceError
 from agent.reconciler.host import HostLoop
-from agent.sources.bypassing import Remembered
+from agent.sources.cni.cache import CachedSandbox
 from agent.zds.server import ZdsServer
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def sources(missing: Callable[[], str], failing: Callable[[], str]) -> Part:
     return rows
 
 
-def bypassing(find: Callable[[], Iterable[Remembered]]) -> Part:
+def bypassing(find: Callable[[], Iterable[CachedSandbox]]) -> Part:
     """Pods that run, should be captured and are not known here. `find` blocks."""
 
     async def rows(_: bool) -> list[Row]:

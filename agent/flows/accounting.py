@@ -14,19 +14,19 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from agent.core.errors import KernelError
-from agent.core.plan import Foreign
-from agent.core.pods import Pod, PodTable
-from agent.core.redirect import Redirect
+from agent.core.model.plan import Foreign
+from agent.core.model.pods import Pod, PodTable
+from agent.core.model.redirect import Redirect
 from agent.flows.collector import Collector
-from agent.flows.endpoints import Endpoints
-from agent.flows.journal import Journal
-from agent.flows.named import Named, named
-from agent.flows.peersfile import PeersFile
+from agent.flows.identity import Who
+from agent.flows.inet_diag.sockets import PodSockets, SocketCounts
+from agent.flows.journal import ConnectionJournal
+from agent.flows.peers_file import PeersFile
 from agent.flows.recent import Recent
 from agent.flows.record import Connection, Delta, Fate, Quality, endpoint
-from agent.flows.sockets import PodSockets, SocketCounts
-from agent.flows.who import Who
-from agent.kernel.podnetns import PodNetns
+from agent.flows.resolved_record import ResolvedRecord, named
+from agent.flows.service_backends import Endpoints
+from agent.kernel.pod_netns import PodNetns
 
 log = logging.getLogger("sluice.accounting")
 OFTEN, SELDOM = 0.1, 1.0  # seconds between two looks for ended connections, with and without somebody who follows
@@ -54,12 +54,12 @@ class Accounting:
         node: str,
         add: Add,
         reason: str = "",
-        journal: Journal | None = None,
+        journal: ConnectionJournal | None = None,
         verify_seconds: float = 30.0,
         peers: PeersFile | None = None,
     ) -> None:
         """`add` takes what refresh() finds, as Tally.add; `reason` tells why it is this collector."""
-        self.collector, self.reason, self.recent = collector, reason, Recent[Any, Named](self._named)
+        self.collector, self.reason, self.recent = collector, reason, Recent[Any, ResolvedRecord](self._named)
         self._table, self._who, self._node, self._add, self._journal = table, who, node, add, journal
         self._verify_seconds, self._peers, self._endpoints = verify_seconds, peers, Endpoints()
         self._cookies: dict[str, int] = {}  # by UID
@@ -232,10 +232,10 @@ class Accounting:
             except Exception as error:  # noqa: BLE001 - as above
                 log.warning("accounting: %s", error)
 
-    def _named(self, raw: Any) -> Named:
+    def _named(self, raw: Any) -> ResolvedRecord:
         return self._name(self.collector.connection(raw))
 
-    def _name(self, connection: Connection) -> Named:
+    def _name(self, connection: Connection) -> ResolvedRecord:
         if self._who.service(*connection.remote):
             connection = self._endpoints.resolved(connection)
         return named(connection, self.pod(connection.pod), self._who, self._node)

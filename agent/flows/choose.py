@@ -6,15 +6,15 @@ import logging
 import os
 import re
 
-from agent.backends.ebpf import needs
+from agent.backends.ebpf import requirements
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, SettingsError, SluiceError
 from agent.core.settings import Settings
 from agent.flows.collector import Collector
-from agent.flows.ebpf import EbpfCollector
-from agent.flows.programs import SHARED, Programs
-from agent.flows.sockdiag import DiagCollector
+from agent.flows.ebpf.collector import EbpfCollector
+from agent.flows.ebpf.programs import SHARED, Programs
+from agent.flows.inet_diag.collector import DiagCollector
 
 log = logging.getLogger("sluice.accounting")
 _TCX_SINCE = (6, 6)
@@ -61,7 +61,7 @@ def _watching(pins: Pins) -> tuple[bool, str]:
     if version >= _TCX_SINCE:
         return True, ""
     try:
-        needs.attempt("tcx", str(pins.root))
+        requirements.attempt("tcx", str(pins.root))
     except SluiceError:
         return False, "; but for packets made by hand and SYNs that nobody answers, which take tcx, of Linux 6.6"
     return True, ""

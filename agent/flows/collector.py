@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
-from agent.core.redirect import Redirect
-from agent.core.sockets import Endpoint
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import Endpoint
 from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 
 Sort = tuple[Direction, Fate, Reason]
 

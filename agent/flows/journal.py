@@ -12,7 +12,7 @@ from threading import Condition, Thread
 from typing import Final
 
 from agent.flows.logfile import LogFile
-from agent.flows.named import Named
+from agent.flows.resolved_record import ResolvedRecord
 from agent.flows.sampling import sampled
 
 log = logging.getLogger("sluice.journal")
@@ -22,20 +22,20 @@ _QUIET: Final = 60.0  # seconds between two complaints: a disk that is almost fu
 _SECONDS: Final = 5.0  # for what waits at the end
 
 
-class Journal:
+class ConnectionJournal:
     """Its methods never wait for the disk or a reader. What could not be written is counted, and told of once."""
 
     def __init__(self, file: LogFile, one_in: int = 1) -> None:
         """Of captured and exempt connections `one_in` is written, of leaked and failed ones each."""
         self._file, self._one_in = file, one_in
-        self._waiting: deque[Named] = deque()
+        self._waiting: deque[ResolvedRecord] = deque()
         self._changed, self._ending = Condition(), False
         self._broken, self._quiet = 0, 0.0  # lost since it last could write; when it may complain again
         self.written, self._slow, self._failed = 0, 0, 0
         self._thread = Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
-    def write(self, records: Iterable[Named]) -> None:
+    def write(self, records: Iterable[ResolvedRecord]) -> None:
         kept = [record for record in records if sampled(record.connection, self._one_in)]
         if not kept:
             return
@@ -68,7 +68,7 @@ class Journal:
                 self._took(len(batch))
         self._file.close()
 
-    def _next(self) -> list[Named]:
+    def _next(self) -> list[ResolvedRecord]:
         """Waits for some; none at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._ending)
@@ -92,6 +92,6 @@ class Journal:
             self._broken = 0
 
 
-def _line(record: Named) -> bytes:
+def _line(record: ResolvedRecord) -> bytes:
     """In ASCII: a program's name is any bytes, and json escapes what UTF-8 cannot carry."""
     return json.dumps(record.as_dict(), separators=(",", ":")).encode() + b"\n"

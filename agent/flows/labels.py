@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from agent.flows.identity import Service, Workload
 from agent.flows.record import Direction, Fate, Reason
-from agent.flows.who import Service, Workload
 
 UNKNOWN = "unknown"
 OVERFLOW = "overflow"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from agent.core.sockets import Endpoint
+from agent.core.model.sockets import Endpoint
 
 
 class _Word(IntEnum):

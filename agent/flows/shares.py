@@ -10,9 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
-from agent.flows import abi
-from agent.flows.abi import Share, Shared
-from agent.kernel.bpfmaps import Maps
+from agent.flows.ebpf import abi
+from agent.flows.ebpf.abi import Share, Shared
+from agent.kernel.bpf.map_reuse import Maps
 
 _PART, _LEAST = 8, 256  # one pod may have an eighth of a map's entries, but at least 256
 _QUIET = 60.0  # seconds between two messages about one pod

@@ -12,7 +12,7 @@ from pathlib import Path
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install.conflists import MOST
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.netdir import failed, read
 
 _TEMPORARY = f".{CNI_TYPE}-"

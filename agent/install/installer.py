@@ -12,17 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.core.contention import Contention
 from agent.core.errors import SettingsError
+from agent.core.policy.contention import Contention
 from agent.core.settings import Settings
 from agent.install import planning, runtime
 from agent.install.binary import Binary
-from agent.install.entry import entry
-from agent.install.hostroot import HostRoot
+from agent.install.directory_watch import DirectoryWatch
+from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
-from agent.install.planning import Action, Verdict, View
-from agent.install.runtime import Place, Places
-from agent.install.watching import Watching
+from agent.install.planning import Action, InstallPlan, View
+from agent.install.plugin_entry import plugin_entry
+from agent.install.runtime import DirectoryChoice, Places
 
 log = logging.getLogger("sluice.install")
 PERIOD = 1.0  # seconds between comparisons; a handful of small files is read
@@ -43,7 +43,7 @@ class Look:
     """What one look found to do: `binary` to be installed, and the verdict on the configurations."""
 
     binary: bool = False
-    verdict: Verdict = field(default_factory=Verdict)
+    verdict: InstallPlan = field(default_factory=InstallPlan)
     error: str = ""
 
     @property
@@ -62,25 +62,25 @@ class Installer:
         self.error = ""
         self.rewrites = 0
         self.fighting = False
-        self.verdict = Verdict()
+        self.verdict = InstallPlan()
         self.places: Places | None = None
         self._settings, self._proc, self._clock = settings, proc, clock
         self._host = HostRoot(settings.host_root)
-        self._entry = entry(settings)
+        self._entry = plugin_entry(settings)
         self._contention, self._looks = Contention(), Contention()
         self._kept: Binary | None = None
         self._seen: NetDir | None = None
-        self._judged: tuple[View, Verdict] | None = None
+        self._judged: tuple[View, InstallPlan] | None = None
         self._written: dict[str, bytes] = {}
         self._told: tuple[str, ...] = ()
         self._found = self._undone_at = -PEACE
 
     @property
-    def conf_dir(self) -> Place:
+    def conf_dir(self) -> DirectoryChoice:
         return self._where().conf
 
     @property
-    def bin_dir(self) -> Place:
+    def bin_dir(self) -> DirectoryChoice:
         return self._where().bin
 
     @property
@@ -92,7 +92,7 @@ class Installer:
         """Returns at once when installing is off. Removes nothing when it is cancelled."""
         if self.mode == "off":
             return
-        watching = Watching()
+        watching = DirectoryWatch()
         try:
             while True:
                 watching.follow(self._directories())
@@ -125,12 +125,14 @@ class Installer:
             self._judged = (view, self._judge(view, places))
         return Look(missing, self._judged[1])
 
-    def _judge(self, view: View, places: Places) -> Verdict:
+    def _judge(self, view: View, places: Places) -> InstallPlan:
         if places.several and self.mode == "own":
             if self._settings.cni_install == "auto":
                 self.mode = "insert"
             else:
-                return Verdict(error="the runtime takes several lists (max_conf_num is not 1); set cni_install: insert")
+                return InstallPlan(
+                    error="the runtime takes several lists (max_conf_num is not 1); set cni_install: insert"
+                )
         return _MODES[self.mode](view, self._entry, self._settings.cni_conf_name)
 
     def _repair(self, look: Look) -> Look:

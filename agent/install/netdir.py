@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agent.core.errors import SettingsError
 from agent.install.conflists import EXTENSIONS, MOST
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.planning import Action, Remove, Rename, View, Write
 
 _TEMPORARY = ".sluice-new"  # no extension, so no runtime reads it

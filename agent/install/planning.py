@@ -69,7 +69,7 @@ def after(view: View, actions: Iterable[Action]) -> View:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class InstallPlan:
     """`file` has our entry, made from `primary`, once `actions` are done; both empty while there is no primary one.
 
     `error` says why that is not so, or not up to date; `remarks` what a person should know.
@@ -140,7 +140,7 @@ def _group(conf: Conf, wished: str) -> str:
     return "copies" if conf.entry else "others"
 
 
-def own(view: View, entry: Json, wished: str) -> Verdict:
+def own(view: View, entry: Json, wished: str) -> InstallPlan:
     """A list of ours around the primary one: the first that a runtime would take if ours were not there."""
     found = sort(view, wished)
     candidates = [conf for conf in found.later if conf not in found.copies] or list(found.copies)
@@ -150,10 +150,10 @@ def own(view: View, entry: Json, wished: str) -> Verdict:
         gone = "" if why else f"{current.wraps} is not there; {current.name} stays as it was made from it"
         return _refreshed(current, entry, why, gone)
     if not candidates:
-        return Verdict(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
     primary = candidates[0]
     if why := conflists.chainable(primary):
-        return Verdict(error=why, primary=primary.name, file=current.name if current else "")
+        return InstallPlan(error=why, primary=primary.name, file=current.name if current else "")
     first = found.later[0].name
     behind = max((conf.name for conf in found.theirs if conf.name < first), default="")
     file = conflists.own_name(wished, first, behind)
@@ -161,28 +161,28 @@ def own(view: View, entry: Json, wished: str) -> Verdict:
     actions += [Remove(conf.name) for conf in found.own if conf.name != file]
     for conf in found.inserted:
         actions += _restored(view, conf)
-    return Verdict(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, wished))
+    return InstallPlan(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, wished))
 
 
-def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> Verdict:
+def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> InstallPlan:
     """Ours stays as it is but for the entry, which may be from an older agent."""
     data = conflists.rewrap(current, entry)
     actions = () if data == current.data else (Write(current.name, data),)
-    return Verdict(actions, current.name, current.wraps, error, (remark,) if remark else ())
+    return InstallPlan(actions, current.name, current.wraps, error, (remark,) if remark else ())
 
 
-def insert(view: View, entry: Json, wished: str) -> Verdict:
+def insert(view: View, entry: Json, wished: str) -> InstallPlan:
     """Our entry in the primary's own file; its bytes from before are kept beside, under a name no runtime reads."""
     found = sort(view, wished)
     if not found.foreign:
-        return Verdict(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
     primary = found.later[0]
     file = primary.stem + ".conflist"
     if why := conflists.chainable(primary):
-        return Verdict(error=why, primary=primary.name)
+        return InstallPlan(error=why, primary=primary.name)
     if file != primary.name and any(conf.name == file for conf in (*found.others, *found.copies)):
         why = f"{primary.name} becomes {file}, which is there already"
-        return Verdict(error=f"{why}; remove one of them, or use cni_install: own")
+        return InstallPlan(error=f"{why}; remove one of them, or use cni_install: own")
     actions: list[Action] = []
     data, kept = conflists.insert(primary, entry, file), kept_name(primary.name)
     if file != primary.name:
@@ -193,10 +193,10 @@ def insert(view: View, entry: Json, wished: str) -> Verdict:
     actions += [Remove(conf.name) for conf in found.own]
     for conf in found.inserted:
         actions += () if conf.name == file else _restored(view, conf)
-    return Verdict(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, file))
+    return InstallPlan(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, file))
 
 
-def removal(view: View, wished: str) -> Verdict:
+def removal(view: View, wished: str) -> InstallPlan:
     """Our entry out of the whole directory, original bytes where they still hold; only `actions` and `remarks` count.
 
     Where ours is all there is, its list stays without our entry under the primary's name: pods must still start.
@@ -222,7 +222,7 @@ def removal(view: View, wished: str) -> Verdict:
         actions.append(Remove(wished))  # damaged
     gone = {one.name for one in actions if isinstance(one, Remove | Rename)}
     actions += [Remove(name) for name in sorted(view.files) if _left(name, wished) and name not in gone]
-    return Verdict(tuple(actions), remarks=remarks)
+    return InstallPlan(tuple(actions), remarks=remarks)
 
 
 def _freed(wraps: str, wished: str) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from agent.core.settings import Settings
 from agent.install import running, tomlconf
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.running import Running
-from agent.install.tomlconf import BIN_DIR, CONF_DIR, Said
+from agent.install.tomlconf import BIN_DIR, CONF_DIR, RuntimeDirectories
 
 _CONTAINERD, _CRIO = "/etc/containerd/config.toml", "/etc/crio/crio.conf"
 # Where distributions put the configuration of a runtime that they bring along, the more particular ones first.
@@ -29,7 +29,7 @@ _SNAP = {"SNAP_DATA": "/var/snap/microk8s/current", "SNAP": "/snap/microk8s/curr
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DirectoryChoice:
     """A directory as the host names it."""
 
     path: str
@@ -40,8 +40,8 @@ class Place:
 class Places:
     """`several`: the runtime attaches a pod to more lists than the first; one around another would attach it twice."""
 
-    conf: Place
-    bin: Place
+    conf: DirectoryChoice
+    bin: DirectoryChoice
     runtime: Running | None = None
     several: bool = False
 
@@ -50,30 +50,30 @@ class Places:
 class _Source:
     """What one configuration says, and what that is called in reasons."""
 
-    said: Said
+    said: RuntimeDirectories
     name: str
 
 
 def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: Running | None = None) -> Places:
     """`known` is the runtime found before: if it runs still, only its files are read. A user's value always wins."""
-    given = Said(settings.cni_conf_dir, (settings.cni_bin_dir,) if settings.cni_bin_dir else ())
+    given = RuntimeDirectories(settings.cni_conf_dir, (settings.cni_bin_dir,) if settings.cni_bin_dir else ())
     runtime = known if known and running.still(proc, known) else running.find(proc)
     try:
         source = _of_running(runtime, host) if runtime else _of_files(host)
     except OSError as error:  # links that lead in a circle
-        source = _Source(Said(), f"a configuration that cannot be read ({error})")
+        source = _Source(RuntimeDirectories(), f"a configuration that cannot be read ({error})")
     conf = _place(given.conf_dir, "cni_conf_dir", source, source.said.conf_dir, CONF_DIR)
     bins = tuple(map(str, source.said.bin_dirs))
     bin_dir = _place(next(iter(given.bin_dirs), ""), "cni_bin_dir", source, _usable(bins, host), BIN_DIR)
     return Places(conf, bin_dir, runtime, source.said.several)
 
 
-def _place(given: str, setting: str, source: _Source, said: str, default: str) -> Place:
+def _place(given: str, setting: str, source: _Source, said: str, default: str) -> DirectoryChoice:
     if given:
-        return Place(given, f"setting {setting}")
+        return DirectoryChoice(given, f"setting {setting}")
     if said:
-        return Place(said, f"{source.name} says so")
-    return Place(default, f"the usual one, as {source.name} says nothing else" if source.name else _NONE)
+        return DirectoryChoice(said, f"{source.name} says so")
+    return DirectoryChoice(default, f"the usual one, as {source.name} says nothing else" if source.name else _NONE)
 
 
 def _usable(directories: tuple[str, ...], host: HostRoot) -> str:
@@ -88,14 +88,16 @@ def _usable(directories: tuple[str, ...], host: HostRoot) -> str:
 def _of_running(runtime: Running, host: HostRoot) -> _Source:
     if runtime.name == "cri-dockerd":
         many = runtime.option("--cni-bin-dir")
-        return _Source(Said(runtime.option("--cni-conf-dir"), tuple(many.split(",") if many else ())), "cri-dockerd")
+        return _Source(
+            RuntimeDirectories(runtime.option("--cni-conf-dir"), tuple(many.split(",") if many else ())), "cri-dockerd"
+        )
     path = runtime.option("-c", "--config") or (_CRIO if runtime.name == "crio" else _CONTAINERD)
     if runtime.name == "containerd":
         name = next((name for name, usual in _USUAL if usual == path), "containerd")
         return _containerd(host, path, f"{name}'s" if name == "containerd" else f"the containerd of {name}:")
     source = _crio(host, path, runtime.option("-d", "--config-dir") or path + ".d")
     conf, one = runtime.option("--cni-config-dir"), runtime.option("--cni-plugin-dir")
-    said = Said(conf or source.said.conf_dir, (one,) if one else source.said.bin_dirs)
+    said = RuntimeDirectories(conf or source.said.conf_dir, (one,) if one else source.said.bin_dirs)
     return _Source(said, "CRI-O's command line" if conf or one else source.name)
 
 
@@ -105,7 +107,7 @@ def _of_files(host: HostRoot) -> _Source:
             return _crio(host, path, path + ".d")
         if name != "CRI-O" and host.path(path).is_file():
             return _containerd(host, path, f"{name}'s")
-    return _Source(Said(), "")
+    return _Source(RuntimeDirectories(), "")
 
 
 def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
@@ -116,9 +118,9 @@ def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
         variables = _SNAP if "/snap/" in path or "SNAP" in path else {}
         return _Source(tomlconf.containerd(texts, variables), name)
     except FileNotFoundError:
-        return _Source(Said(), f"containerd, which has no {path},")
+        return _Source(RuntimeDirectories(), f"containerd, which has no {path},")
     except (OSError, ValueError) as error:
-        return _Source(Said(), f"{name} cannot be read ({error}), and")
+        return _Source(RuntimeDirectories(), f"{name} cannot be read ({error}), and")
 
 
 def _collect(host: HostRoot, path: str, texts: list[str], seen: set[Path]) -> None:
@@ -149,7 +151,7 @@ def _crio(host: HostRoot, path: str, drop_ins: str) -> _Source:
     try:
         return _Source(tomlconf.crio(texts), f"CRI-O's {path} with {drop_ins}")
     except ValueError as error:
-        return _Source(Said(), f"CRI-O's {path} cannot be read ({error}), and")
+        return _Source(RuntimeDirectories(), f"CRI-O's {path} cannot be read ({error}), and")
 
 
 def _drop_ins(host: HostRoot, directory: str) -> list[str]:

@@ -17,7 +17,7 @@ _CRI: Final = ("cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class RuntimeDirectories:
     """Directories of the host, in the order in which the runtime searches; empty where nothing is said.
 
     `several`: the runtime attaches a pod to more lists than the first.
@@ -34,7 +34,7 @@ def imports(text: str) -> list[str]:
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
-def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> Said:
+def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> RuntimeDirectories:
     """The main file's text, then those of its imports, which win; `variables` as in "${SNAP_DATA}".
 
     Raises ValueError.
@@ -42,25 +42,25 @@ def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> Said:
     merged: dict[str, Any] = {}
     for text in texts:
         merged = _merge(merged, tomllib.loads(text))
-    said = Said()
+    said = RuntimeDirectories()
     for section in _CRI:
         cni = _table(_table(_table(merged, "plugins"), section), "cni")
         many = _texts(cni.get("bin_dirs")) or _texts(cni.get("bin_dir"))
         conf = _texts(cni.get("conf_dir"))
         several = cni.get("max_conf_num", 1) != 1 or said.several  # 0 is all of them
-        said = Said(conf[0] if conf else said.conf_dir, many or said.bin_dirs, several)
+        said = RuntimeDirectories(conf[0] if conf else said.conf_dir, many or said.bin_dirs, several)
     bins = tuple(_expand(one, variables) for one in said.bin_dirs)
-    return Said(_expand(said.conf_dir, variables), bins, said.several)
+    return RuntimeDirectories(_expand(said.conf_dir, variables), bins, said.several)
 
 
-def crio(texts: Iterable[str]) -> Said:
+def crio(texts: Iterable[str]) -> RuntimeDirectories:
     """crio.conf, then its drop-ins in the order of their names; each key of a later one wins. Raises ValueError."""
-    said = Said()
+    said = RuntimeDirectories()
     for text in texts:
         network = _table(_table(tomllib.loads(text), "crio"), "network")
         conf = _texts(network.get("network_dir"))
         many = _texts(network.get("plugin_dirs")) or _texts(network.get("plugin_dir"))
-        said = Said(conf[0] if conf else said.conf_dir, many or said.bin_dirs)
+        said = RuntimeDirectories(conf[0] if conf else said.conf_dir, many or said.bin_dirs)
     return said
 
 

@@ -15,13 +15,13 @@ from agent.core.names import CNI_TYPE
 from agent.core.settings import Settings
 from agent.install import planning, runtime
 from agent.install.binary import Binary
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.runtime import Places
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class UninstallStep:
     """One atomic change; `do` raises SettingsError."""
 
     words: str
@@ -37,11 +37,11 @@ class Uninstall:
         self._host = HostRoot(settings.host_root)
         self.places: Places = runtime.find(settings, self._host, proc)
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[UninstallStep]:
         """In order. Raises SettingsError when the directory cannot be read."""
         directory = NetDir(self._host, self.places.conf.path)
         for action in planning.removal(directory.view(), self._settings.cni_conf_name).actions:
-            yield Step(f"{self.places.conf.path}: {action}", partial(directory.apply, action))
+            yield UninstallStep(f"{self.places.conf.path}: {action}", partial(directory.apply, action))
         yield from self._last()
 
     def remarks(self) -> tuple[str, ...]:
@@ -57,11 +57,11 @@ class Uninstall:
             return ""
         return "as asked for" if self._wish == "keep" else self._binary().needed()
 
-    def _last(self) -> Iterator[Step]:
+    def _last(self) -> Iterator[UninstallStep]:
         NetDir(self._host, self.places.conf.path).sweep()
         binary = self._binary()
         if binary.path.exists() and not self.kept():
-            yield Step(f"remove {self.places.bin.path}/{CNI_TYPE}", binary.remove)
+            yield UninstallStep(f"remove {self.places.bin.path}/{CNI_TYPE}", binary.remove)
 
     def _binary(self) -> Binary:
         return Binary(self._host, self._settings.cni_plugin, self.places.bin.path)

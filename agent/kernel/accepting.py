@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from agent.kernel.unixsocket import listen
+from agent.kernel.unix_socket import listen
 
 log = logging.getLogger("sluice.socket")
 RESERVE = 64  # descriptors kept free for CNI, ZDS and what an ADD opens

@@ -21,7 +21,7 @@ _DESCRIPTORS = 20_000  # read at most to find the holders of sockets: a pod may 
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ProcessSeen:
     """One process: its network namespace, and the text of its cgroup file."""
 
     pid: int
@@ -29,12 +29,12 @@ class Seen:
     cgroup: str
 
 
-def processes(proc: str = "/proc") -> tuple[tuple[Seen, ...], tuple[tuple[int, str], ...]]:
+def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple[int, str], ...]]:
     """All processes outside the host's network namespace; what ends meanwhile is left out.
 
     Beside them number and cgroup of those whose namespace is hidden from us. Raises KernelError when our own is.
     """
-    hosts, found, hidden = hosts_netns(proc), list[Seen](), list[tuple[int, str]]()
+    hosts, found, hidden = hosts_netns(proc), list[ProcessSeen](), list[tuple[int, str]]()
     for name in os.listdir(proc):  # noqa: PTH208 - a thousand names, no paths
         if not name.isdecimal():
             continue
@@ -70,7 +70,7 @@ def in_container(proc: str = "/proc") -> bool:
         return False
 
 
-def look(pid: int, proc: str = "/proc") -> Seen | None:
+def read_process(pid: int, proc: str = "/proc") -> ProcessSeen | None:
     """The process as it is now, in whichever namespace; None when it has ended. Raises PermissionError."""
     return _look(proc, pid, ())
 
@@ -137,7 +137,7 @@ def _socket(descriptor: str) -> int:
     return 0
 
 
-def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> Seen | None:
+def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> ProcessSeen | None:
     # While this descriptor is open its files are this process's and no later one's: they fail once it has ended.
     try:
         directory = os.open(f"{proc}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -148,7 +148,7 @@ def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> Seen | None:
         key = (status.st_dev, status.st_ino)
         if key in leave_out:
             return None
-        return Seen(pid, key, _text(os.open("cgroup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)))
+        return ProcessSeen(pid, key, _text(os.open("cgroup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)))
     except PermissionError:
         raise
     except OSError:

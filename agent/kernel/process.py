@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from agent.core.errors import KernelError
-from agent.kernel.bpffs import cgroup_id
-from agent.kernel.unixsocket import peer
+from agent.kernel.bpf.bpffs import cgroup_id
+from agent.kernel.unix_socket import peer
 
 T = TypeVar("T")
 

@@ -31,7 +31,7 @@ class ChainError(SluiceError):
         self.plugin, self.verb, self.code, self.msg, self.details = plugin, verb, code, msg, details
 
 
-class Chain:
+class CniChain:
     """One node's chain: reads the configuration list at `config` anew for every operation."""
 
     def __init__(

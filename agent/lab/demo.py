@@ -14,10 +14,12 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import ask, closing, faults, nodes
+from agent.lab import api, nodes
+from agent.lab import report as closing
+from agent.lab.faults import scenarios
 from agent.lab.lab import Lab, down, interruptible
-from agent.lab.processes import Backend
-from agent.lab.topology import Program, default_spec
+from agent.lab.node_services import LabBackend
+from agent.lab.topology import PodProgram, default_spec
 from agent.lab.traffic import still
 
 
@@ -33,7 +35,7 @@ class Checks:
             self.failed.append(claim)
 
 
-def demo(prefix: str, backend: Backend = Backend.NFTABLES) -> int:
+def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
     """Runs it all on a lab of its own and removes the lab. Returns the exit code: 0 when every claim held."""
     check, started = Checks(), time.monotonic()
     lab = Lab(default_spec(prefix))
@@ -43,7 +45,7 @@ def demo(prefix: str, backend: Backend = Backend.NFTABLES) -> int:
             lab.up(backend=backend, tell=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
-            closing.report(lab, check, faults.run_all(lab, check, backend))
+            closing.report(lab, check, scenarios.run_all(lab, check, backend))
     finally:
         down(prefix)
     _title("Afterwards")
@@ -63,7 +65,7 @@ def _title(text: str) -> None:
 
 def _pods(lab: Lab, check: Checks) -> None:
     _title("The pods and their state (sluice pods)")
-    rows = [{"node": node, **row} for node in lab.spec.nodes for row in ask.agent(lab, node, "/v1/pods")]
+    rows = [{"node": node, **row} for node in lab.spec.nodes for row in api.agent(lab, node, "/v1/pods")]
     print(
         table(
             ("NODE", "POD", "STATE", "BACKEND", "ADDRESSES", "REASON"),
@@ -129,7 +131,7 @@ def _connections(lab: Lab, check: Checks) -> None:
 
 
 def _http(lab: Lab, source: str, target: str, family: int) -> _Call:
-    address = lab.pods.require(target).address(Program.WEB, family)
+    address = lab.pods.require(target).address(PodProgram.WEB, family)
     argv = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", _CURL, f"http://{address}/"]
     sent, head, body, seconds = lab.exec(source, argv).stdout.split()
     return _Call(source, target, address, int(sent), int(head) + int(body), float(seconds))
@@ -139,7 +141,7 @@ def _iperf(lab: Lab) -> _Call:
     pod = lab.pods.require("shop/db")
     report = json.loads(lab.exec("shop/client", ["iperf3", "-c", pod.ipv4, "-t", "1", "-J"]).stdout)
     total = report["end"]["sum_received"]
-    address = pod.address(Program.IPERF)
+    address = pod.address(PodProgram.IPERF)
     return _Call("shop/client", "shop/db", address, total["bytes"], 0, total["seconds"])
 
 
@@ -212,16 +214,16 @@ def _records(lab: Lab) -> list[dict[str, Any]]:
 
 def _probe(lab: Lab, check: Checks) -> None:
     _title("A probe from the node itself, as the kubelet makes them: to the application, around the proxy")
-    address = lab.pods.require("shop/web").address(Program.WEB, 4)
+    address = lab.pods.require("shop/web").address(PodProgram.WEB, 4)
     before = len(_arrived(lab, address))
     run(["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"], netns=lab.spec.netns_path("node1"))
     lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
     _await_records(lab, lambda found: len(_arrived(lab, address, found)) > before)
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
-    status = ask.agent(lab, "node1", "/v1/status")["host_probes"]
+    status = api.agent(lab, "node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")
     # It is tried beside the enrolment, in a task of its own.
-    told = still(lambda: str(ask.agent(lab, "node1", "/v1/explain", pod="shop/web")["probe"]), bool)
+    told = still(lambda: str(api.agent(lab, "node1", "/v1/explain", pod="shop/web")["probe"]), bool)
     check("the agent's own probe of the new pod came through", told.endswith(": ok"), told)
 
 
@@ -233,7 +235,7 @@ def _arrived(lab: Lab, address: str, records: list[dict[str, Any]] | None = None
 
 def _explain(lab: Lab, check: Checks) -> None:
     _title("Why is legacy/batch not captured? (sluice explain legacy/batch)")
-    answer = ask.agent(lab, "node2", "/v1/explain", pod="legacy/batch")
+    answer = api.agent(lab, "node2", "/v1/explain", pod="legacy/batch")
     rows = [("Pod", "legacy/batch"), ("Decision", f"{answer['decision']}: {answer['reason']}")]
     rows += [(f"  {key}", value) for key, value in answer["considered"].items()]
     print(pairs(rows))

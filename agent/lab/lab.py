@@ -18,10 +18,10 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import PATH, run
 from agent.lab import istio, nodes
 from agent.lab.chain import CNI_PATH
-from agent.lab.children import Children, end, start_time
-from agent.lab.pods import Pod, Pods
-from agent.lab.processes import Backend, NodeProcesses
-from agent.lab.topology import LabSpec, PodSpec, Program
+from agent.lab.node_services import LabBackend, NodeProcesses
+from agent.lab.pods import LabPod, LabPods
+from agent.lab.processes import Children, end, start_time
+from agent.lab.topology import LabSpec, PodProgram, PodSpec
 
 _NEEDED: Final = {
     "ip": "iproute2",
@@ -41,7 +41,7 @@ class Lab:
         """`ztunnel`: Istio's, instead of the embedded one."""
         self.spec, self._ztunnel = spec, ztunnel
         self.children = Children(spec.run_dir / "processes")
-        self.pods = Pods(spec, self.children)
+        self.pods = LabPods(spec, self.children)
         self.nodes = {node: NodeProcesses(spec, node, self.children, ztunnel) for node in spec.nodes}
 
     @classmethod
@@ -60,7 +60,7 @@ class Lab:
         *,
         agents: bool = True,
         sluice: bool = True,
-        backend: Backend = Backend.NFTABLES,
+        backend: LabBackend = LabBackend.NFTABLES,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Builds it all, and removes it again when that fails or is interrupted. `tell` hears each step.
@@ -78,7 +78,7 @@ class Lab:
             down(self.spec.prefix)
             raise
 
-    def _build(self, agents: bool, sluice: bool, backend: Backend, tell: Callable[[str], None]) -> None:
+    def _build(self, agents: bool, sluice: bool, backend: LabBackend, tell: Callable[[str], None]) -> None:
         tell(f"{len(self.spec.nodes)} nodes: network namespaces on one segment")
         nodes.up(self.spec)
         (self.spec.run_dir / "state.json").write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
@@ -116,7 +116,7 @@ class Lab:
     def down(self) -> None:
         down(self.spec.prefix)
 
-    def add_pod(self, spec: PodSpec) -> Pod:
+    def add_pod(self, spec: PodSpec) -> LabPod:
         """Creates again a pod that was removed; it gets new ids and perhaps new addresses."""
         pod = self.pods.create(spec)
         self._tell_dns()
@@ -132,7 +132,7 @@ class Lab:
     def resolver(self) -> str:
         """The IPv4 address of the lab's DNS server."""
         for pod in self.pods.up().values():
-            if Program.DNS in pod.spec.programs:
+            if PodProgram.DNS in pod.spec.programs:
                 return pod.ipv4
         raise SluiceError("this lab has no DNS pod that is up")
 
@@ -147,7 +147,7 @@ class Lab:
     def _tell_dns(self) -> None:
         self.pods.write_names()
         for pod in self.pods.up().values():
-            child = self.children.get(f"{pod.spec.key}.{Program.DNS}")
+            child = self.children.get(f"{pod.spec.key}.{PodProgram.DNS}")
             if child is not None and child.alive:
                 os.kill(child.pid, signal.SIGHUP)  # makes it read its hosts file again
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from agent.core.errors import CommandError, SluiceError
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 from agent.kernel.netns import unpin
 from agent.lab.topology import BPFFS, LabSpec

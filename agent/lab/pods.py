@@ -16,16 +16,16 @@ from typing import Final
 
 from agent.core.errors import SluiceError
 from agent.lab import nodes
-from agent.lab.chain import Chain, ChainError
-from agent.lab.children import Child, Children, await_ready, listening
+from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment, Json, conflist
-from agent.lab.topology import DOMAIN, PORTS, LabSpec, PodSpec, Program
+from agent.lab.processes import Child, Children, await_ready, listening
+from agent.lab.topology import DOMAIN, PORTS, LabSpec, PodProgram, PodSpec
 
 START_SECONDS: Final = 20.0  # for a program to listen; generous, since the machine may be busy
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
+class LabPod:
     """A pod that is up: what it was to be, what the runtime chose, and what the chain gave it."""
 
     spec: PodSpec
@@ -33,12 +33,12 @@ class Pod:
     ipv4: str
     ipv6: str
 
-    def address(self, program: Program, family: int = 4) -> str:
+    def address(self, program: PodProgram, family: int = 4) -> str:
         """Where others reach a program of it: `ip:port`, or `[ip]:port` for family 6."""
         return f"{self.ipv4}:{PORTS[program]}" if family == 4 else f"[{self.ipv6}]:{PORTS[program]}"
 
 
-class Pods:
+class LabPods:
     """All pods of one lab, kept as files in /run/<prefix>/pods, so that a later process knows them too."""
 
     def __init__(self, spec: LabSpec, children: Children) -> None:
@@ -52,10 +52,10 @@ class Pods:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             path.write_text(json.dumps(conflist(self.spec, node, sluice=sluice), indent=2) + "\n")
 
-    def chain(self, node: str) -> Chain:
-        return Chain(self._conflist(node), self._conflist(node).parent / "cache", self.spec.netns_path(node))
+    def chain(self, node: str) -> CniChain:
+        return CniChain(self._conflist(node), self._conflist(node).parent / "cache", self.spec.netns_path(node))
 
-    def create(self, spec: PodSpec) -> Pod:
+    def create(self, spec: PodSpec) -> LabPod:
         """Namespace and network; programs are started apart. Raises ChainError, and then nothing is left."""
         name, path = self.spec.netns_name(spec.key), self.spec.netns_path(spec.key)
         attachment = Attachment(
@@ -64,7 +64,7 @@ class Pods:
         try:
             nodes.add_namespace(name, nodes.NO_DAD)
             result = self.chain(spec.node).add(attachment)
-            pod = Pod(spec, attachment, *_addresses(result))
+            pod = LabPod(spec, attachment, *_addresses(result))
             self._directory.mkdir(exist_ok=True, mode=0o700)
             self._file(spec).write_text(json.dumps({"attachment": asdict(attachment), "result": result}))
         except BaseException:
@@ -72,14 +72,14 @@ class Pods:
             raise
         return pod
 
-    def start(self, pod: Pod) -> None:
+    def start(self, pod: LabPod) -> None:
         """Starts the pod's programs and returns when all of them listen."""
         started = [(program, self._start(pod, program)) for program in pod.spec.programs]
         for program, child in started:
             port = PORTS[program]
             await_ready(child, partial(listening, child.pid, port), START_SECONDS, f"listening on {port}")
 
-    def run(self, pod: Pod, name: str, argv: Sequence[str]) -> Child:
+    def run(self, pod: LabPod, name: str, argv: Sequence[str]) -> Child:
         """Starts one more process in the pod; it ends with the pod, or by `Children.end(child.name)`."""
         # A dot, which no name holds: shop-web's processes are not those of a pod shop-web-2.
         full = f"{pod.spec.key}.{name}"
@@ -107,19 +107,19 @@ class Pods:
         if failure is not None:
             raise failure
 
-    def get(self, spec: PodSpec) -> Pod | None:
+    def get(self, spec: PodSpec) -> LabPod | None:
         """None when it is not up."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             kept = json.loads(self._file(spec).read_text())
-            return Pod(spec, Attachment(**kept["attachment"]), *_addresses(kept["result"]))
+            return LabPod(spec, Attachment(**kept["attachment"]), *_addresses(kept["result"]))
         return None
 
-    def up(self) -> dict[str, Pod]:
+    def up(self) -> dict[str, LabPod]:
         """Those that are up, by NAMESPACE/NAME."""
         found = {spec.ref: self.get(spec) for spec in self.spec.pods}
         return {ref: pod for ref, pod in found.items() if pod is not None}
 
-    def require(self, ref: str) -> Pod:
+    def require(self, ref: str) -> LabPod:
         """By NAMESPACE/NAME or NAME. Raises SluiceError when it is unknown or not up."""
         spec = self.spec.pod(ref)
         pod = self.get(spec)
@@ -140,7 +140,7 @@ class Pods:
         passing.write_text(json.dumps({"workloads": peers}, indent=1) + "\n")  # JSON is YAML, too
         passing.replace(self.spec.peers_file)
 
-    def _start(self, pod: Pod, program: Program) -> Child:
+    def _start(self, pod: LabPod, program: PodProgram) -> Child:
         return self.run(pod, program, command(program, pod, self.spec))
 
     def _conflist(self, node: str) -> Path:
@@ -150,18 +150,18 @@ class Pods:
         return self._directory / f"{spec.key}.json"
 
 
-def command(program: Program, pod: Pod, spec: LabSpec) -> list[str]:
+def command(program: PodProgram, pod: LabPod, spec: LabSpec) -> list[str]:
     """The command line of a pod's program. Pure."""
     port = str(PORTS[program])
     match program:
-        case Program.WEB:
+        case PodProgram.WEB:
             return [sys.executable, "-m", "agent.lab.programs.web", "--port", port, "--pod", pod.spec.ref]
-        case Program.ECHO:
+        case PodProgram.ECHO:
             log = spec.node_dir(pod.spec.node) / f"{pod.spec.key}.peers"
             return [sys.executable, "-m", "agent.lab.programs.echo", "--port", port, "--log", str(log)]
-        case Program.IPERF:
+        case PodProgram.IPERF:
             return ["iperf3", "--server", "--port", port]
-        case Program.DNS:
+        case PodProgram.DNS:
             return [
                 # Nothing from the host: neither its configuration, its hosts file nor its resolvers.
                 "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts", "--no-resolv",

@@ -1,135 +1,155 @@
-"""A node's own processes: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
+"""The lab's long-lived processes: a file per process, so that another process can end them later.
+
+A pid alone may be reused by a stranger; together with its start time it may not. Every wait for an end is on
+a pidfd, never a poll.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import socket
-import sys
-from enum import StrEnum
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import yaml
 
 from agent.core.errors import SluiceError
-from agent.kernel.adminsocket import ask
-from agent.lab import istio
-from agent.lab.children import Child, Children, await_ready
-from agent.lab.topology import LabSpec
+from agent.kernel.exec import start
 
-READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and nothing here is a measurement
+# Handles of what this process itself started: somebody has to reap them.
+_own: dict[int, subprocess.Popen[bytes]] = {}
 
 
-class Backend(StrEnum):
-    NFTABLES = "nftables"
-    IPTABLES = "iptables"
-    LEGACY = "iptables-legacy"
-    EBPF = "ebpf"
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A process; `started` is in clock ticks since boot (field 22 of /proc/PID/stat)."""
+
+    name: str
+    pid: int
+    started: int
+    log: str
+
+    @property
+    def alive(self) -> bool:
+        if self.pid in _own:
+            _own[self.pid].poll()
+        return start_time(self.pid) == self.started
+
+    def tail(self, lines: int = 5) -> str:
+        """The end of its log, for an error message."""
+        with contextlib.suppress(OSError):
+            said = Path(self.log).read_text(errors="replace").strip().splitlines()
+            if said:
+                return " | ".join(said[-lines:])
+        return "its log is empty"
 
 
-class NodeProcesses:
-    """Starts, ends and kills them. `name` tells two ztunnels of one rolling upgrade apart."""
+class Children:
+    """The processes recorded in one directory."""
 
-    def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
-        """`ztunnel`: Istio's, instead of the embedded one."""
-        self.node, self.directory, self._ztunnel = node, spec.node_dir(node), ztunnel
-        self._spec, self._netns, self._children = spec, spec.netns_path(node), children
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
-    def configure(self, backend: Backend, **changes: Any) -> Path:
-        """Writes the agent's settings, the lab's but for `changes`; it reads them when it starts."""
-        path = self.directory / "sluice.yaml"
-        path.write_text(yaml.safe_dump({**settings(self._spec, self.node, backend), **changes}, sort_keys=False))
-        return path
-
-    def start_agent(self) -> Child:
-        """Returns once it says that it is ready. Raises SluiceError with the tail of its log."""
-        child = self.begin_agent()
-        self.await_agent(child)
+    def start(
+        self, name: str, argv: Sequence[str], netns: Path, log: Path, env: Mapping[str, str] | None = None
+    ) -> Child:
+        """Starts `argv` in the namespace, output appended to `log`. Raises SluiceError if it is running."""
+        before = self.get(name)
+        if before is not None and before.alive:
+            raise SluiceError(f"{name} is running already, as process {before.pid}")
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        settings = dict[str, str | None].fromkeys(name for name in os.environ if name.startswith("SLUICE_"))
+        with log.open("ab") as out:  # settings of whoever uses the lab are none of its processes'
+            process = start(argv, netns=netns, env={**settings, **(env or {})}, stdout=out, stderr=out)
+        _own[process.pid] = process
+        child = Child(name, process.pid, start_time(process.pid) or 0, str(log))
+        self._path(name).write_text(json.dumps(asdict(child)))
         return child
 
-    def begin_agent(self) -> Child:
-        """Starts it and returns at once."""
-        argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
-        log = self.directory / "agent.log"
-        return self._children.start(f"{self.node}.agent", argv, self._netns, log)
+    def get(self, name: str) -> Child | None:
+        try:
+            return Child(**json.loads(self._path(name).read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # an interrupted `start` leaves half a file: `down` then finds it by its namespace
 
-    def start_ztunnel(self, name: str = "ztunnel", *options: str) -> Child:
-        """Returns at once; it is ready once the agent is there. `options` are those of `sluice ztunnel`."""
-        log = self.directory / f"{name}.log"
-        if self._ztunnel is not None:
-            env = istio.environment(self.directory, self.node)
-            return self._children.start(f"{self.node}.{name}", [str(self._ztunnel)], self._netns, log, env)
-        argv = [
-            sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
-            "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
-            *options,
-        ]  # fmt: skip
-        return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
+    def all(self) -> list[Child]:
+        found = (self.get(path.stem) for path in sorted(self.directory.glob("*.json")))
+        return [child for child in found if child is not None]
 
-    def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
-        await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
+    def end(self, name: str, seconds: float = 5) -> None:
+        """SIGTERM, and SIGKILL after `seconds`; not running or not known is fine."""
+        child = self.get(name)
+        if child is not None:
+            end(child.pid, child.started, seconds)
+        self._path(name).unlink(missing_ok=True)
 
-    def await_ztunnel(self, agent: Child) -> None:
-        """Until a ztunnel has come to the agent, which refuses pods before that: it tries again each second."""
+    def kill(self, name: str) -> None:
+        """SIGKILL at once, as a crash would."""
+        self.end(name, seconds=0)
 
-        await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "joined by its ztunnel")
-
-    def replace_ztunnel(self, *options: str) -> None:
-        """The old one ends first. Returns when the new one, with those options, has come to the agent."""
-        agent = self._children.get(f"{self.node}.agent")
-        self.end("ztunnel")
-        if agent is not None:
-            await_ready(agent, lambda: not self._joined(), READY_SECONDS, "left by its ztunnel")
-            self.start_ztunnel("ztunnel", *options)
-            self.await_ztunnel(agent)
-
-    def _joined(self) -> int:
-        return int(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
-
-    def confirm(self, backend: Backend) -> None:
-        """Raises SluiceError when the agent took another one instead."""
-        status = ask(str(self.directory), "/v1/status")
-        if status["backend"] != str(backend):
-            words = f"backend {status['backend']} instead of {backend} ({status['backend_reason']})"
-            raise SluiceError(f"{self.node}: {words}")
-
-    def end(self, name: str = "agent") -> None:
-        """SIGTERM and, should that not help within 10 s, SIGKILL."""
-        self._children.end(f"{self.node}.{name}", seconds=10)
-
-    def kill(self, name: str = "agent") -> None:
-        """SIGKILL, as a crash or the kernel's OOM killer would."""
-        self._children.kill(f"{self.node}.{name}")
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.json"
 
 
-def settings(spec: LabSpec, node: str, backend: Backend) -> dict[str, Any]:
-    """The agent's settings on a lab node. Pure."""
-    directory = spec.node_dir(node)
-    return {
-        "node_name": node,
-        "run_dir": str(directory),
-        "bpf_dir": str(spec.bpf_dir(node)),
-        "zds_socket": str(directory / "ztunnel.sock"),
-        "ztunnel_ports": ["15001", "15006"],
-        "metrics_address": "127.0.0.1:15014",
-        "peers_file": str(spec.peers_file),
-        "backend": str(backend),
-        "exclude_namespaces": ["kube-system"],
-    }
+def end(pid: int, started: int | None, seconds: float) -> None:
+    """Ends one process if it is still the one that began at `started`; with 0 seconds by SIGKILL alone."""
+    own = _own.pop(pid, None)
+    if own is not None and own.poll() is not None:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if start_time(pid) != started:
+            return
+        steps = ((signal.SIGTERM, seconds),) if seconds else ()
+        for number, patience in (*steps, (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, number)
+            if select.select([handle], [], [], patience)[0]:
+                break
+        else:
+            raise SluiceError(f"process {pid} does not end, even by SIGKILL")
+    finally:
+        os.close(handle)
+    if own is not None:
+        own.wait()
 
 
-def ready(path: Path) -> bool:
-    """Whether the agent's admin socket answers GET /readyz with 200."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:
-        admin.settimeout(2)
-        admin.connect(str(path))
-        admin.sendall(b"GET /readyz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
-        answer = b""
-        while b"\r\n" not in answer:
-            data = admin.recv(4096)
-            if not data:
-                return False
-            answer += data
-        words = answer.split(maxsplit=2)
-        return len(words) > 1 and words[1] == b"200"
+def start_time(pid: int) -> int | None:
+    """None when there is no such process, or only its remains that nobody reaped yet."""
+    try:
+        # The name, in parentheses, may hold spaces: count from behind it.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def listening(pid: int, port: int) -> bool:
+    """Whether some process in that one's network namespace listens on the TCP port; sends no packet."""
+    ends_with = f":{port:04X}"
+    for family in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                if state == "0A" and local.endswith(ends_with):
+                    return True
     return False
+
+
+def await_ready(child: Child, ready: Callable[[], bool], seconds: float, what: str) -> None:
+    """Asks `ready` until it holds. Raises SluiceError, with the log's tail, when child or time end before."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if not child.alive:
+            raise SluiceError(f"{child.name} ended before it was {what}: {child.tail()}")
+        if time.monotonic() > deadline:
+            raise SluiceError(f"{child.name} is not {what} after {seconds:g} s: {child.tail()}")
+        time.sleep(0.01)  # a foreign process announces this in no way that could be awaited

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from agent.lab import ask
+from agent.lab import api
 from agent.lab.lab import Lab
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 
 def restart(lab: Lab) -> None:
@@ -21,7 +21,7 @@ def kill(lab: Lab) -> None:
         node.start_agent()
 
 
-def switch(lab: Lab, backend: Backend) -> None:
+def switch(lab: Lab, backend: LabBackend) -> None:
     """Raises SluiceError when an agent takes another one instead."""
     for node in lab.nodes.values():
         node.configure(backend)
@@ -41,7 +41,7 @@ def replace_ztunnels(lab: Lab) -> None:
 def _await_pods(lab: Lab, node: str, connections: int) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        status = ask.agent(lab, node, "/v1/status")
+        status = api.agent(lab, node, "/v1/status")
         if status["ztunnel_connections"] >= connections and not status["ztunnel_unacknowledged"]:
             return
         time.sleep(0.05)

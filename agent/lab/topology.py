@@ -22,7 +22,7 @@ _PREFIX = re.compile(r"slu[a-z0-9]{1,9}")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,28}[a-z0-9])?")
 
 
-class Program(StrEnum):
+class PodProgram(StrEnum):
     """What runs inside a pod; `PORTS` says where it listens."""
 
     WEB = "web"
@@ -31,7 +31,7 @@ class Program(StrEnum):
     DNS = "dns"
 
 
-PORTS: Final = {Program.WEB: 80, Program.ECHO: 7000, Program.IPERF: 5201, Program.DNS: 53}
+PORTS: Final = {PodProgram.WEB: 80, PodProgram.ECHO: 7000, PodProgram.IPERF: 5201, PodProgram.DNS: 53}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class PodSpec:
     namespace: str
     name: str
     enrolled: bool = False
-    programs: tuple[Program, ...] = ()
+    programs: tuple[PodProgram, ...] = ()
 
     @property
     def ref(self) -> str:
@@ -141,7 +141,7 @@ class LabSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LabSpec:
         pods = tuple(
-            PodSpec(p["node"], p["namespace"], p["name"], p["enrolled"], tuple(map(Program, p["programs"])))
+            PodSpec(p["node"], p["namespace"], p["name"], p["enrolled"], tuple(map(PodProgram, p["programs"])))
             for p in data["pods"]
         )
         return cls(data["prefix"], tuple(data["nodes"]), pods)
@@ -149,14 +149,14 @@ class LabSpec:
 
 def default_spec(prefix: str = DEFAULT_PREFIX) -> LabSpec:
     """The lab of the demo: three pods enrolled, one excluded, and a DNS server that is no one's business."""
-    serving = (Program.WEB, Program.ECHO)
+    serving = (PodProgram.WEB, PodProgram.ECHO)
     return LabSpec(
         prefix=prefix,
         pods=(
-            PodSpec("node2", "kube-system", "dns", programs=(Program.DNS,)),
+            PodSpec("node2", "kube-system", "dns", programs=(PodProgram.DNS,)),
             PodSpec("node1", "shop", "web", enrolled=True, programs=serving),
             PodSpec("node1", "shop", "client", enrolled=True),
-            PodSpec("node2", "shop", "db", enrolled=True, programs=(*serving, Program.IPERF)),
+            PodSpec("node2", "shop", "db", enrolled=True, programs=(*serving, PodProgram.IPERF)),
             PodSpec("node2", "legacy", "batch", programs=serving),
         ),
     )

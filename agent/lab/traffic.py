@@ -10,9 +10,9 @@ from typing import Final, TypeVar
 
 from agent.core.errors import SluiceError
 from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account, read_load, read_ztunnel
-from agent.lab.children import await_ready
 from agent.lab.lab import Lab
-from agent.lab.pods import Pod
+from agent.lab.pods import LabPod
+from agent.lab.processes import await_ready
 
 RATE: Final = 250.0  # new connections per second
 SETTLE_SECONDS: Final = 3.0  # in which nothing comes any more, once traffic has ended
@@ -21,10 +21,12 @@ LONGEST_SECONDS: Final = 60.0  # for what never stands still
 T = TypeVar("T")
 
 
-class Traffic:
+class LabTraffic:
     """One run of load.py in a pod. `targets` are `ip:port` or `[ip]:port`."""
 
-    def __init__(self, lab: Lab, pod: Pod, targets: Sequence[str], *, name: str = "load", rate: float = RATE) -> None:
+    def __init__(
+        self, lab: Lab, pod: LabPod, targets: Sequence[str], *, name: str = "load", rate: float = RATE
+    ) -> None:
         self._lab, self._pod, self._targets, self._rate = lab, pod, targets, rate
         self._name = name
         self.records = lab.spec.run_dir / f"{pod.spec.key}.{name}.jsonl"

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from agent.core import selectors
 from agent.core.errors import SettingsError
+from agent.core.policy import selectors
 from agent.core.settings import Settings, build
 
 _TRUE = ("1", "t", "T", "TRUE", "true", "True")  # Go's strconv.ParseBool

@@ -23,7 +23,7 @@ class Programmed:
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class MigrationFacts:
     """`directory` and `plugins` are the runtime's, as the host names them.
 
     `agent`: where istio-cni's was met, "" when it does not run. `ours`: why our agent does not answer, "" when it does;

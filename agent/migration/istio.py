@@ -20,7 +20,7 @@ KEPT: Final = ".kept"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class IstioConf:
     """A configuration with an entry of istio-cni's in it; `entry` is {} where it is deep inside (Multus' delegates)."""
 
     conf: Conf
@@ -44,10 +44,10 @@ def picked(view: View) -> Conf | None:
     return next(iter(confs(view)), None)
 
 
-def places(view: View) -> list[Place]:
+def places(view: View) -> list[IstioConf]:
     """In the order of file names. Ours around one of them is none."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
-    return [Place(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
+    return [IstioConf(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
 
 
 def without(value: Any) -> Any:
@@ -66,7 +66,7 @@ def added(network: Json, entry: Json) -> Json:
     return {**network, "plugins": [*plugins[:at], entry, *plugins[at:]]}
 
 
-def kept(view: View) -> Iterator[tuple[str, str, str]]:
+def other_entries(view: View) -> Iterator[tuple[str, str, str]]:
     """Of each file that take-over keeps: its name, FILE or ENTRY, and the name it had."""
     for name in sorted(view.files):
         for kind in (FILE, ENTRY):

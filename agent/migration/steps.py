@@ -17,11 +17,11 @@ from agent.install.istio import CHAINED, mentions
 from agent.install.istio import entry as entry_of
 from agent.install.planning import Action, Remove, Rename, View, Write
 from agent.migration import istio
-from agent.migration.istio import ENTRY, FILE, KEPT, Place
+from agent.migration.istio import ENTRY, FILE, KEPT, IstioConf
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class MigrationStep:
     action: Action
     why: str
 
@@ -33,7 +33,7 @@ class Step:
 class Steps:
     """In order; none when all is done. `error`: why they do not lead to the end, and what to do about it."""
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[MigrationStep, ...] = ()
     error: str = ""
     remarks: tuple[str, ...] = ()
 
@@ -50,13 +50,13 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     if verdict.error:
         return Steps(error=verdict.error, remarks=verdict.remarks)
     why = "our entry first, beside that of istio-cni" if places else "our entry"
-    steps = [Step(action, why) for action in verdict.actions]
+    steps = [MigrationStep(action, why) for action in verdict.actions]
     if not places or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
     for place in istio.places(after(view, steps)):
         steps += _aside(after(view, steps), place)
     verdict = last(after(view, steps), entry, wished)
-    steps += [Step(action, "our entry without that of istio-cni") for action in verdict.actions]
+    steps += [MigrationStep(action, "our entry without that of istio-cni") for action in verdict.actions]
     if verdict.error:
         return Steps(tuple(steps), verdict.error, verdict.remarks)
     return Steps(tuple(steps), _unfinished(after(view, steps)), verdict.remarks)
@@ -70,25 +70,27 @@ def _unfinished(view: View) -> str:
     return ""
 
 
-def _aside(view: View, place: Place) -> list[Step]:
+def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
     name = place.conf.name
     if place.form != CHAINED:
-        return [Step(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
+        return [MigrationStep(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
     kept, data = ENTRY + name + KEPT, place.conf.data
     network = istio.without(place.conf.network)
     clean = conflists.encode(network["plugins"][0] if place.conf.single else network)
-    keep = () if view.files.get(kept) == data else (Step(Write(kept, data, like=name), f"{name} as it is now"),)
-    return [*keep, Step(Write(name, clean), "istio-cni's entry out of the primary's list")]
+    keep = (
+        () if view.files.get(kept) == data else (MigrationStep(Write(kept, data, like=name), f"{name} as it is now"),)
+    )
+    return [*keep, MigrationStep(Write(name, clean), "istio-cni's entry out of the primary's list")]
 
 
 def back(view: View, wished: str) -> Steps:
     """istio-cni's files as they were or as they would be today; then ours go."""
-    steps: list[Step] = []
-    for kept, kind, name in istio.kept(view):
+    steps: list[MigrationStep] = []
+    for kept, kind, name in istio.other_entries(view):
         steps += _restored(after(view, steps), kept, kind, name)
     steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
-    steps += [Step(action, "our entry goes") for action in verdict.actions]
+    steps += [MigrationStep(action, "our entry goes") for action in verdict.actions]
     found = istio.picked(after(view, steps))
     if found is None or not mentions(found.network):
         name = found.name if found else "no configuration"
@@ -105,7 +107,7 @@ def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
     """
     verdict = planning.insert(view, entry, wished)
     why = "our entry refuses enrolled pods until istio-cni is there"
-    return Steps(tuple(Step(action, why) for action in verdict.actions), remarks=verdict.remarks)
+    return Steps(tuple(MigrationStep(action, why) for action in verdict.actions), remarks=verdict.remarks)
 
 
 def taken(view: View) -> str:
@@ -119,7 +121,7 @@ def _added(conf: Conf) -> Json:
     return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == conflists.ISTIO else {}
 
 
-def _moved(view: View) -> list[Step]:
+def _moved(view: View) -> list[MigrationStep]:
     """Moves an entry that istio-cni's agent put into a list of ours to the primary's list: ours is removed next."""
     confs = istio.confs(view)
     entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
@@ -127,12 +129,18 @@ def _moved(view: View) -> list[Step]:
     if not entry or primary is None or mentions(primary.network):
         return []
     data, name = conflists.encode(istio.added(primary.network, entry)), f"{primary.stem}.conflist"
-    steps = [Step(Write(name, data, like=primary.name), "istio-cni's entry out of our list into the primary's")]
-    return steps if name == primary.name else [*steps, Step(Remove(primary.name), "a list now, as istio-cni makes it")]
+    steps = [
+        MigrationStep(Write(name, data, like=primary.name), "istio-cni's entry out of our list into the primary's")
+    ]
+    return (
+        steps
+        if name == primary.name
+        else [*steps, MigrationStep(Remove(primary.name), "a list now, as istio-cni makes it")]
+    )
 
 
-def _restored(view: View, kept: str, kind: str, name: str) -> list[Step]:
-    done = Step(Remove(kept), "no longer needed")
+def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep]:
+    done = MigrationStep(Remove(kept), "no longer needed")
     there = {conf.name: conf for conf in istio.confs(view) if not conflists.is_own(conf)}
     try:
         old = conflists.parse(name, view.files[kept])
@@ -142,13 +150,13 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[Step]:
         return [done]  # its agent has put it back
     primary, rest = there.get(name) or next(iter(there.values()), None), istio.without(old.network)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
-        return [Step(Rename(kept, name), "istio-cni's entry as it was")]
+        return [MigrationStep(Rename(kept, name), "istio-cni's entry as it was")]
     entry = entry_of(old)
     if not entry or primary.single or mentions(primary.network):
         return [done]
     target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)
     data = conflists.encode(istio.added(network, entry))
-    return [Step(Write(target, data, like=primary.name), "istio-cni's entry after today's plugins"), done]
+    return [MigrationStep(Write(target, data, like=primary.name), "istio-cni's entry after today's plugins"), done]
 
 
 def _stem(name: str, conf: Conf) -> bool:
@@ -161,6 +169,6 @@ def _says(primary: Conf, rest: Json) -> bool:
     return bool(conflists.stripped(primary.network)["plugins"] == conflists.stripped(rest)["plugins"])
 
 
-def after(view: View, steps: Iterable[Step]) -> View:
+def after(view: View, steps: Iterable[MigrationStep]) -> View:
     """The directory once the steps are done."""
     return planning.after(view, (step.action for step in steps))

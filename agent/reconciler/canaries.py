@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from agent.core.canary import Finding, Verdict
 from agent.core.errors import SluiceError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.reconciler.enrolment import Enrolled
-from agent.reconciler.parts import Probing
+from agent.reconciler.interfaces import ProbeCanary
 
 
 class Canaries:
     """One task per pod that is due."""
 
-    def __init__(self, canary: Probing) -> None:
+    def __init__(self, canary: ProbeCanary) -> None:
         self._canary = canary
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._first = set[str]()  # just captured, and ztunnel has not been seen there yet
@@ -25,7 +25,7 @@ class Canaries:
         if first:
             self._first.add(uid)
 
-    def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
+    def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[ProbeResult], None]) -> None:
         """ztunnel has the pod, too; `told` is called with the probe's result."""
         if pod.uid in self._first:
             self._first.discard(pod.uid)
@@ -46,12 +46,12 @@ class Canaries:
         for task in list(self._tasks.values()):
             task.cancel()
 
-    async def _look(self, pod: Pod, found: Enrolled, told: Callable[[Finding], None]) -> None:
+    async def _look(self, pod: Pod, found: Enrolled, told: Callable[[ProbeResult], None]) -> None:
         addresses = pod.addresses or found.addresses
         try:
             finding = await self._canary.probe(addresses, found.target, ipv6=found.want.ipv6)
         except SluiceError:
             return  # the pod has gone, or its next pass will tell
         self._canary.done(pod.uid, finding)
-        if finding.verdict is not Verdict.NO_LISTENER:
+        if finding.verdict is not ProbeVerdict.NO_LISTENER:
             told(finding)

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 
 from agent.backends.base import Backend
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
+from agent.core.model.pods import Pod
+from agent.core.model.redirect import Redirect
 from agent.kernel.grace import await_packets
 from agent.reconciler.enrolment import Enrolled, Enrolment
-from agent.reconciler.entry import BELIEVED, Entry
+from agent.reconciler.pod_state import BELIEVED, PodState
 from agent.reconciler.workers import Workers
 
 
@@ -31,7 +31,7 @@ class Capturing:
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None  # it has not begun, so it serves every pod that comes now
 
-    async def step(self, pod: Pod, entry: Entry, redirect: Redirect) -> Enrolled:
+    async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Enrolled:
         """Raises SluiceError. What was applied until then stays, and the next pass finds what is left to do."""
         retired = () if time.monotonic() - entry.cleaned < BELIEVED else self._retired
         enrol, retire, leaving = self._enrolment.enrol, self._enrolment.retire, bool(entry.leaving)

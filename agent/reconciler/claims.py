@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from agent.core.pods import Pod
-from agent.reconciler.parts import Host
+from agent.core.model.pods import Pod
+from agent.reconciler.interfaces import HostLoop
 
 Exempting = asyncio.Future[object] | None
 
@@ -14,7 +14,7 @@ Exempting = asyncio.Future[object] | None
 class Claims:
     """Told to the host side when they change. Without a host side nothing is exempt."""
 
-    def __init__(self, host: Host | None) -> None:
+    def __init__(self, host: HostLoop | None) -> None:
         self._host = host
         self._claimed: dict[str, tuple[str, ...]] = {}
 

@@ -9,17 +9,24 @@ from dataclasses import dataclass, field, replace
 
 from agent.backends.base import Backend, Lasting, lasting
 from agent.backends.choose import Choice
-from agent.core.bridged import bridged, several
 from agent.core.errors import KernelError, PodEndingError, SluiceError
-from agent.core.listeners import Heard
-from agent.core.outside import report
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpSocket
-from agent.kernel.podnetns import Facts, PodNetns
-from agent.reconciler.parts import Accounting, Counting, Listening, Namespaces, Outside, Proxied
-from agent.reconciler.settle import Settled, due, in_the_way, settle, settle_each, verify, verify_each
-from agent.reconciler.switching import NOTHING_CARRIED, Carried, Switching, Wants
+from agent.core.model.listeners import PortListeners
+from agent.core.model.pods import Pod
+from agent.core.model.preexisting import report
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket
+from agent.core.policy.bridges import bridged, several
+from agent.kernel.pod_netns import NetnsFacts, PodNetns
+from agent.reconciler.converge import Settled, due, in_the_way, settle, settle_each, verify, verify_each
+from agent.reconciler.interfaces import (
+    Accounting,
+    NamespaceRegistry,
+    NonTcpCounter,
+    PreexistingConnections,
+    ZtunnelConnections,
+    ZtunnelPorts,
+)
+from agent.reconciler.switching import NOTHING_CARRIED, Switching, SwitchState, Wants
 
 log = logging.getLogger("sluice.enrolment")
 
@@ -39,7 +46,7 @@ class Enrolled:
     outside: int
     notes: tuple[str, ...]
     first: bool
-    carried: Carried
+    carried: SwitchState
     soon: bool
     old: Wants = field(default_factory=list)
 
@@ -60,13 +67,13 @@ class Enrolment:
     def __init__(
         self,
         choice: Choice,
-        namespaces: Namespaces,
-        outside: Outside,
+        namespaces: NamespaceRegistry,
+        outside: PreexistingConnections,
         switching: Switching,
-        counting: Counting | None,
+        counting: NonTcpCounter | None,
         accounting: Accounting | None = None,
-        listening: Listening | None = None,
-        proxied: Proxied | None = None,
+        listening: ZtunnelPorts | None = None,
+        proxied: ZtunnelConnections | None = None,
         *,
         preserve: bool,
     ) -> None:
@@ -154,7 +161,7 @@ class Enrolment:
         target: PodNetns,
         want: Redirect,
         retired: tuple[Backend, ...] = (),
-        carried: Carried = NOTHING_CARRIED,
+        carried: SwitchState = NOTHING_CARRIED,
     ) -> tuple[Redirect, Settled, Wants]:
         """Also what the active layers were to make true, and what is left to do in the retired ones."""
         want, wants = self._switching.wants(
@@ -170,7 +177,7 @@ class Enrolment:
         """The intent with what was heard last of the listeners in the pod. Raises KernelError."""
         return self._adapted(found.want, self._listening.last(found.target)) if self._listening else found.want
 
-    def _adapted(self, want: Redirect, heard: Heard) -> Redirect:
+    def _adapted(self, want: Redirect, heard: PortListeners) -> Redirect:
         """Only rules redirect to a port; programs know ztunnel's sockets (Choice.by_socket)."""
         return replace(want, hbone=heard.hbone, blocked=bool(heard.taken) and not self._choice.by_socket)
 
@@ -226,7 +233,7 @@ class Enrolment:
             return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
-        heard = self._listening.heard(target) if self._listening else Heard()
+        heard = self._listening.heard(target) if self._listening else PortListeners()
         want = self._adapted(replace(_within(redirect, target.facts())[0], preserve=preserve), heard)
         want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
         if self._counting:
@@ -271,7 +278,7 @@ class Enrolment:
         """Layers whose state outlives a pod, in the order of removal."""
         return lasting((*reversed(self._choice.active), *self._choice.retired))
 
-    def _facts(self, pod: Pod, target: PodNetns) -> Facts:
+    def _facts(self, pod: Pod, target: PodNetns) -> NetnsFacts:
         """Sets lo up in a new sandbox, for the runtime's own plugin may do so later.
 
         Raises KernelError; PodEndingError where the runtime has set lo down, with which it begins to end a sandbox.
@@ -304,7 +311,7 @@ class Enrolment:
         self._namespaces.remember(pod, captured=True, outside=outside, carried=carried)
 
 
-def _within(redirect: Redirect, facts: Facts) -> tuple[Redirect, tuple[str, ...]]:
+def _within(redirect: Redirect, facts: NetnsFacts) -> tuple[Redirect, tuple[str, ...]]:
     """What of the intent can be true in a namespace like this, and what people should know of it."""
     want = redirect.within(ipv6=facts.ipv6)
     if not want.dns or (facts.loopback4 and (facts.loopback6 or not facts.ipv6)):

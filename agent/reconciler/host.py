@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 from agent.backends.hostprobes.claims import Claims
 from agent.backends.hostprobes.mechanism import HostMechanism
 from agent.backends.hostprobes.want import HostProbes
-from agent.core.schedule import Schedule
+from agent.core.policy.schedule import Schedule
 from agent.core.settings import Settings
-from agent.kernel.hostnetns import HostNetns
-from agent.reconciler.hostsettle import Applied, settle, verify
+from agent.kernel.host_netns import HostNetns
+from agent.reconciler.host_converge import HostApplied, settle, verify
 
 T = TypeVar("T")
 SPACING = 0.1  # seconds between two passes that notifications cause: kube-proxy changes rules all the time
@@ -136,7 +136,7 @@ class HostLoop:
             for waiter in self._news.waiters:
                 waiter.cancel()
 
-    def remove(self) -> list[Applied]:
+    def remove(self) -> list[HostApplied]:
         """Takes all of ours away, for an uninstallation. Blocking, while `run` does not run. Raises SluiceError."""
         return settle(self._target, None, self._active, self._retired)
 
@@ -191,7 +191,7 @@ class HostLoop:
             if not waiter.done():
                 waiter.set_result(self.status)
 
-    async def _work(self, want: HostProbes) -> list[Applied]:
+    async def _work(self, want: HostProbes) -> list[HostApplied]:
         done = await self._run(lambda: settle(self._target, self._here(want), self._active, self._retired))
         self._retired = ()
         return done
@@ -202,7 +202,7 @@ class HostLoop:
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    def _note(self, want: HostProbes, cause: str, done: list[Applied], seconds: float) -> None:
+    def _note(self, want: HostProbes, cause: str, done: list[HostApplied], seconds: float) -> None:
         drifted = self._last == want
         self._last = want
         for applied in done:

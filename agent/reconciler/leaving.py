@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
+from agent.core.model.pods import Pod
+from agent.core.model.redirect import Redirect
+from agent.reconciler.converge import Settled
 from agent.reconciler.enrolment import Enrolment
-from agent.reconciler.entry import Entry
+from agent.reconciler.pod_state import PodState
 from agent.reconciler.proxying import Proxying
-from agent.reconciler.settle import Settled
 from agent.reconciler.workers import Workers
 
 SECONDS: Final = 30.0  # for which ztunnel may keep its connections
@@ -22,7 +22,7 @@ class Leaving:
     def __init__(self, enrolment: Enrolment, proxying: Proxying, workers: Workers) -> None:
         self._enrolment, self._proxying, self._workers = enrolment, proxying, workers
 
-    async def step(self, pod: Pod, entry: Entry, redirect: Redirect) -> Settled:
+    async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Settled:
         """`redirect`: how the pod was captured. Raises SluiceError."""
         now = time.monotonic()
         done, carried = await entry.work(self._workers, lambda: self._enrolment.leave(pod, redirect))

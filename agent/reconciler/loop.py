@@ -15,25 +15,25 @@ from math import inf
 from typing import TypeVar
 
 from agent.backends.choose import Choice
-from agent.core.canary import Finding, Verdict
-from agent.core.desired import Decision, intent
 from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, SettingsError, SluiceError, ZtunnelError
-from agent.core.pods import Pod, PodTable
-from agent.core.redirect import Redirect
-from agent.core.schedule import Schedule
+from agent.core.model.pods import Pod, PodTable
+from agent.core.model.redirect import Redirect
+from agent.core.model.status import State, Status
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.core.policy.decide import Decision, intent
+from agent.core.policy.schedule import Schedule
 from agent.core.settings import Settings
-from agent.core.status import State, Status
-from agent.reconciler import parts
+from agent.reconciler import interfaces
+from agent.reconciler.accounting_queue import AccountingQueue
 from agent.reconciler.canaries import Canaries
 from agent.reconciler.capturing import Capturing
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
-from agent.reconciler.entry import Entry, Repair
 from agent.reconciler.leaving import Leaving
+from agent.reconciler.pod_state import PodState, Repair
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
-from agent.reconciler.watching import Watching
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
@@ -47,20 +47,20 @@ class Reconciler:
         settings: Settings,
         table: PodTable,
         choice: Choice,
-        namespaces: parts.Namespaces,
-        publisher: parts.Publisher,
-        watcher: parts.Watcher,
-        journal: parts.Journal,
+        namespaces: interfaces.NamespaceRegistry,
+        publisher: interfaces.ZtunnelPublisher,
+        watcher: interfaces.DriftWatcher,
+        journal: interfaces.Journal,
         random: Callable[[], float],
         *,
-        outside: parts.Outside,
-        carried: parts.Outside | None = None,
-        host: parts.Host | None = None,
-        canary: parts.Probing | None = None,
-        counting: parts.Counting | None = None,
-        accounting: parts.Accounting | None = None,
-        listening: parts.Listening | None = None,
-        proxied: parts.Proxied | None = None,
+        outside: interfaces.PreexistingConnections,
+        carried: interfaces.PreexistingConnections | None = None,
+        host: interfaces.HostLoop | None = None,
+        canary: interfaces.ProbeCanary | None = None,
+        counting: interfaces.NonTcpCounter | None = None,
+        accounting: interfaces.Accounting | None = None,
+        listening: interfaces.ZtunnelPorts | None = None,
+        proxied: interfaces.ZtunnelConnections | None = None,
         await_packets: Callable[[], None] | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt, without `canary` nobody tries whether they get through.
@@ -84,13 +84,13 @@ class Reconciler:
             preserve=settings.preserve_connections,
         )
         self._schedule = Schedule(settings.verify_seconds, random)
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, PodState] = {}
         self._wakeup = asyncio.Event()
         self._workers = Workers(choice.workers)
         self._capturing = Capturing(self._enrolment, self._workers, choice.retired, await_packets)
         self._proxying = Proxying(publisher, listening, self._workers)
         self._leaving = Leaving(self._enrolment, self._proxying, self._workers)
-        self._watching = Watching(accounting) if accounting else None
+        self._watching = AccountingQueue(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
         self._gone: dict[str, list[asyncio.Future[None]]] = {}  # to be forgotten, and who waits for that
         self._progress = asyncio.Event()
@@ -108,10 +108,10 @@ class Reconciler:
         self._schedule.wake(uid, now)
         self._wakeup.set()
 
-    def _entry(self, uid: str) -> Entry:
+    def _entry(self, uid: str) -> PodState:
         if uid not in self._entries:
             self._unseen.add(uid)
-            self._entries[uid] = Entry()
+            self._entries[uid] = PodState()
         return self._entries[uid]
 
     async def settled(self, uid: str) -> Status:
@@ -224,7 +224,7 @@ class Reconciler:
             self._progress.set()
             self._wakeup.set()
 
-    async def _try(self, pod: Pod, entry: Entry) -> bool:
+    async def _try(self, pod: Pod, entry: PodState) -> bool:
         decision = entry.decision(pod, self.settings)
         try:
             if decision.refused:
@@ -260,7 +260,7 @@ class Reconciler:
             self._journal.failed(pod, error)
         return False
 
-    async def _enrol(self, pod: Pod, entry: Entry, decision: Decision, redirect: Redirect) -> bool:
+    async def _enrol(self, pod: Pod, entry: PodState, decision: Decision, redirect: Redirect) -> bool:
         """False when the pod is captured, but needs another pass soon."""
         cause, noticed = entry.take_cause()
         started = noticed or time.monotonic()
@@ -309,25 +309,25 @@ class Reconciler:
             self._canaries.enrolled(pod, found, lambda finding: self._probed(pod, entry, finding))
         return True
 
-    async def _again(self, pod: Pod, entry: Entry, found: Enrolled, want: Redirect) -> None:
+    async def _again(self, pod: Pod, entry: PodState, found: Enrolled, want: Redirect) -> None:
         """ztunnel has just opened or closed its sockets in the pod. Rules that follow from that are no repair."""
         started = time.monotonic()
         entry.want, done = await entry.work(self._workers, lambda: self._enrolment.again(pod, found, want))
         for plan in done.applied:
             self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
 
-    def _probed(self, pod: Pod, entry: Entry, finding: Finding) -> None:
+    def _probed(self, pod: Pod, entry: PodState, finding: ProbeResult) -> None:
         """The canary came back with an answer."""
         if self._entries.get(pod.uid) is not entry:
             return
         entry.status = replace(entry.status, probe=str(finding))
         self._journal.probed(pod, finding)
         self._progress.set()
-        if finding.verdict is not Verdict.OK and self.settings.probe_canary == "rollback":
+        if finding.verdict is not ProbeVerdict.OK and self.settings.probe_canary == "rollback":
             entry.refused = entry.decision(pod, self.settings).redirect
             self.wake(pod.uid)
 
-    async def _exclude(self, pod: Pod, entry: Entry, decision: Decision, rolled_back: str = "") -> None:
+    async def _exclude(self, pod: Pod, entry: PodState, decision: Decision, rolled_back: str = "") -> None:
         """Only rules that we put there are removed: another agent may rule over a pod that is not ours."""
         entry.take_cause()  # it is about rules that will not be repaired
         if self._watching:
@@ -365,7 +365,7 @@ class Reconciler:
             del self._entries[uid]
             _tell(entry.waiters, Status(State.FAILED, error="the pod is gone"))
         else:  # the same pod is back in another namespace: nothing of the old one counts
-            self._entries[uid] = Entry(waiters=entry.waiters)
+            self._entries[uid] = PodState(waiters=entry.waiters)
             self.wake(uid)
         _tell(self._gone.pop(uid, []), None)
 
@@ -374,7 +374,7 @@ class Reconciler:
 
         With `foreign` also others' rules that take traffic before ours.
         """
-        entry = self._entries.get(pod.uid, Entry())  # it may have been forgotten meanwhile
+        entry = self._entries.get(pod.uid, PodState())  # it may have been forgotten meanwhile
         decision = entry.decision(pod, self.settings)
         if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
             return {}

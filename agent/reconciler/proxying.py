@@ -8,11 +8,11 @@ from typing import Final
 
 from agent.core import names
 from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
-from agent.core.listeners import Heard
-from agent.core.pods import Pod
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.entry import Entry
-from agent.reconciler.parts import Listening, Publisher
+from agent.core.model.listeners import PortListeners
+from agent.core.model.pods import Pod
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.interfaces import ZtunnelPorts, ZtunnelPublisher
+from agent.reconciler.pod_state import PodState
 from agent.reconciler.workers import Workers
 
 PATIENCE: Final = 30.0  # seconds without a ztunnel; Istio's comes back within 15
@@ -21,12 +21,12 @@ PATIENCE: Final = 30.0  # seconds without a ztunnel; Istio's comes back within 1
 class Proxying:
     """Holds no worker while ztunnel is awaited. Without `listening` an acknowledgement of ztunnel is enough."""
 
-    def __init__(self, publisher: Publisher, listening: Listening | None, workers: Workers) -> None:
+    def __init__(self, publisher: ZtunnelPublisher, listening: ZtunnelPorts | None, workers: Workers) -> None:
         self._publisher, self._listening, self._workers = publisher, listening, workers
         self.looks = listening is not None
         self.withdraw = publisher.withdraw
 
-    async def first(self, pod: Pod, entry: Entry, target: PodNetns) -> None:
+    async def first(self, pod: Pod, entry: PodState, target: PodNetns) -> None:
         """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then the rules may come.
 
         So no connection is refused while ztunnel is on its way. Raises ZtunnelError until then. The rules come at once
@@ -42,7 +42,7 @@ class Proxying:
             if now < entry.patience:
                 raise
 
-    async def serve(self, pod: Pod, entry: Entry, target: PodNetns) -> str:
+    async def serve(self, pod: Pod, entry: PodState, target: PodNetns) -> str:
         """Returns when ztunnel listens in the pod: "", or why although this agent did not publish the pod.
 
         Raises ZtunnelError; SilentZtunnelError when listeners are missing. When all are, the pod is published anew, for
@@ -69,13 +69,13 @@ class Proxying:
             await self._publisher.withdraw(pod.uid)
         raise SilentZtunnelError(missing)
 
-    async def listens(self, entry: Entry, target: PodNetns) -> bool:
+    async def listens(self, entry: PodState, target: PodNetns) -> bool:
         """Whether ztunnel, and nobody else, is seen to listen on all of its ports in the pod."""
         heard = await self._heard(entry, target)
         return self.looks and not heard.missing and not heard.taken
 
-    async def _heard(self, entry: Entry, target: PodNetns) -> Heard:
+    async def _heard(self, entry: PodState, target: PodNetns) -> PortListeners:
         listening = self._listening
         if listening is None:
-            return Heard()
+            return PortListeners()
         return await entry.work(self._workers, lambda: listening.heard(target))

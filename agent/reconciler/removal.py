@@ -12,13 +12,13 @@ from typing import Any
 from agent.backends.base import Backend, lasting
 from agent.backends.hostprobes.mechanism import HostMechanism
 from agent.core.errors import SluiceError
-from agent.core.whose import Whose, whose
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler import hostsettle
-from agent.reconciler.settle import Settled, settle, settle_unit
+from agent.core.model.ownership import Owner, owner_of
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler import host_converge
+from agent.reconciler.converge import Settled, settle, settle_unit
 
-Tell = Callable[[str, Any], Whose]  # from a layer's name and what it has read (backends.traces)
+Tell = Callable[[str, Any], Owner]  # from a layer's name and what it has read (backends.traces)
 REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
 
 
@@ -27,7 +27,7 @@ class Removal:
     """What became of one namespace: `found` whose it was, `layers` those that had something, `scripts` what was done
     or would be, `errors` what could not be."""
 
-    found: Whose
+    found: Owner
     result: str
     layers: tuple[str, ...]
     scripts: tuple[str, ...] = ()
@@ -50,11 +50,11 @@ def uncapture(
     errors: list[str] = []
     have = _read(target, layers, errors)
     due = [layer for layer in reversed(layers) if layer.name in have and layer.plan(None, have[layer.name])]
-    found = Whose.OURS if noted and due else whose(tell(name, one) for name, one in have.items())
+    found = Owner.SLUICE if noted and due else owner_of(tell(name, one) for name, one in have.items())
     names = tuple(layer.name for layer in due)
-    if found is Whose.NOBODYS:
+    if found is Owner.NONE:
         return Removal(found, REMAINS, names, errors=tuple(errors)) if errors else None
-    if found is Whose.OTHERS and not foreign:
+    if found is Owner.FOREIGN and not foreign:
         return Removal(found, LEFT, names, errors=tuple(errors))
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
@@ -77,23 +77,25 @@ def uncapture_host(
     errors: list[str] = []
     have = _read(target, layers, errors)
     found = {name: tell(name, one) for name, one in have.items()}
-    others = Whose.OTHERS in found.values()
-    due = [layer for layer in layers if found.get(layer.name) is Whose.OURS and not (others and layer.name == "ipset")]
+    others = Owner.FOREIGN in found.values()
+    due = [
+        layer for layer in layers if found.get(layer.name) is Owner.SLUICE and not (others and layer.name == "ipset")
+    ]
     if not due:
         result = LEFT if others else REMAINS
-        return Removal(whose(found.values()), result, (), errors=tuple(errors)) if others or errors else None
+        return Removal(owner_of(found.values()), result, (), errors=tuple(errors)) if others or errors else None
     names = tuple(layer.name for layer in due)
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
-        return Removal(Whose.OURS, WOULD, names, scripts, tuple(errors))
+        return Removal(Owner.SLUICE, WOULD, names, scripts, tuple(errors))
     done: list[str] = []
     for layer in due:
         try:
-            done += [one.script for one in hostsettle.settle(target, None, (layer,))]
+            done += [one.script for one in host_converge.settle(target, None, (layer,))]
         except SluiceError as error:
             errors.append(str(error))
     left = _left(target, due)
-    return Removal(Whose.OURS, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+    return Removal(Owner.SLUICE, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
 
 
 def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Removal | None:
@@ -118,7 +120,7 @@ def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Remov
     if not (due or errors):
         return None
     result = REMAINS if left or errors else WOULD if dry_run else REMOVED
-    return Removal(Whose.OURS, result, tuple(due), tuple(done), (*errors, *left))
+    return Removal(Owner.SLUICE, result, tuple(due), tuple(done), (*errors, *left))
 
 
 def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:

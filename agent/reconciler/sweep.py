@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from agent.backends.base import Lasting
-from agent.reconciler.settle import Settled, settle_unit
+from agent.reconciler.converge import Settled, settle_unit
 
 log = logging.getLogger("sluice.sweep")
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 
 from agent.backends.base import Backend, lasting
 from agent.backends.choose import Choice
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpSocket
-from agent.core.switching import told
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.parts import Outside
-from agent.reconciler.settle import verify_each
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket
+from agent.core.policy.switching import summary
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import verify_each
+from agent.reconciler.interfaces import PreexistingConnections
 
 Wants = list[tuple[Backend, Redirect | None]]  # of layers, in the order of application
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class SwitchState:
     """Connections of a pod that are carried on as before. `fresh`: the change is being made in this pass.
 
     It goes on until the next pass whatever is listed: an answer to a query may be under way. `waiting`: it cannot be
@@ -38,26 +38,26 @@ class Carried:
         return self.fresh or bool(self.left)
 
 
-NOTHING_CARRIED = Carried()
+NOTHING_CARRIED = SwitchState()
 
 
 class Switching:
     """Blocking; one pod at a time per thread. Without `connections` changes are made at once."""
 
-    def __init__(self, choice: Choice, connections: Outside | None) -> None:
+    def __init__(self, choice: Choice, connections: PreexistingConnections | None) -> None:
         self._choice, self._connections = choice, connections
 
-    def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[Backend]) -> Carried:
+    def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[Backend]) -> SwitchState:
         """Before anything is changed. Raises KernelError."""
         if self._connections is None:
-            return Carried()
+            return SwitchState()
         if any(self._captures(target, layer, want) for layer in retired if layer.outlives != self._choice.by_socket):
             self._connections.begin(uid, target)
             waiting = any(layer.waits(target) for layer in lasting(self._choice.active))
-            return Carried(fresh=True, waiting=waiting)
-        return Carried(left=self._connections.remaining(uid, target))
+            return SwitchState(fresh=True, waiting=waiting)
+        return SwitchState(left=self._connections.remaining(uid, target))
 
-    def applied(self, uid: str, target: PodNetns, carried: Carried) -> Carried:
+    def applied(self, uid: str, target: PodNetns, carried: SwitchState) -> SwitchState:
         """After everything was changed. Raises KernelError."""
         if self._connections is None or not carried.fresh:
             return carried
@@ -91,9 +91,9 @@ class Switching:
         layers = (*reversed(self._choice.active), *self._choice.retired)
         return [(one, _drained(want) if _holds(target, one) else None) for one in layers]
 
-    def told(self, carried: Carried) -> str:
+    def told(self, carried: SwitchState) -> str:
         """One line for people; "" when there is nothing to tell."""
-        return told(carried.left, self._choice.name)
+        return summary(carried.left, self._choice.name)
 
     def as_note(self, uid: str) -> tuple[int, ...]:
         return tuple(self._connections.as_note(uid)) if self._connections else ()

@@ -14,11 +14,11 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from agent.core.canary import Finding, Verdict, judge
-from agent.core.listeners import probed
-from agent.core.sockets import Endpoint, TcpSocket, TcpState
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.sockdiag import SockDiag
+from agent.core.model.listeners import probed
+from agent.core.model.sockets import Endpoint, TcpSocket, TcpState
+from agent.core.policy.canary import ProbeResult, ProbeVerdict, judge
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.pod_netns import PodNetns
 
 TRIES, TIMEOUT, PAUSE = 3, 1.0, 0.2  # seconds
 WINDOW = 60.0  # seconds after its enrolment in which a pod's first listener is waited for
@@ -45,7 +45,7 @@ class _View:
             self._diag.close()
 
 
-class Canary:
+class ProbeCanary:
     """Methods belong to the event loop's thread."""
 
     def __init__(
@@ -73,15 +73,15 @@ class Canary:
             del self._until[uid]
         return uid in self._until
 
-    def done(self, uid: str, finding: Finding) -> None:
+    def done(self, uid: str, finding: ProbeResult) -> None:
         """After a probe: only a pod without listener stays due."""
-        if finding.verdict is not Verdict.NO_LISTENER:
+        if finding.verdict is not ProbeVerdict.NO_LISTENER:
             self.forget(uid)
 
     def forget(self, uid: str) -> None:
         self._until.pop(uid, None)
 
-    async def probe(self, addresses: Sequence[str], target: PodNetns, *, ipv6: bool) -> Finding:
+    async def probe(self, addresses: Sequence[str], target: PodNetns, *, ipv6: bool) -> ProbeResult:
         """Takes up to TRIES * (timeout + PAUSE). Raises KernelError or NetnsError when the pod cannot be looked into.
 
         `target` may be closed once this has begun to wait. That the application is too busy to take a connection
@@ -90,7 +90,7 @@ class Canary:
         with contextlib.closing(_View(target)) as view:
             tried = probed(await self._run(lambda: view.read(TcpState.LISTEN)), addresses, ipv6=ipv6)
             if tried is None:
-                return Finding(Verdict.NO_LISTENER)
+                return ProbeResult(ProbeVerdict.NO_LISTENER)
             for attempt in range(TRIES):
                 if attempt:
                     await asyncio.sleep(PAUSE)
@@ -99,7 +99,7 @@ class Canary:
                     break
             return finding
 
-    async def _try(self, view: _View, tried: Endpoint) -> tuple[Finding, bool]:
+    async def _try(self, view: _View, tried: Endpoint) -> tuple[ProbeResult, bool]:
         """What one connection showed, and whether another one could not show more."""
         family = socket.AF_INET6 if ":" in tried[0] else socket.AF_INET
         try:
@@ -112,14 +112,14 @@ class Canary:
                 finding = judge(await self._run(view.read), tried, own, probe)
                 return finding or _unseen(connection, tried), finding is not None
         except TimeoutError:
-            return Finding(Verdict.FAILED, tried, f"no answer in {self._timeout:g} s"), False
+            return ProbeResult(ProbeVerdict.FAILED, tried, f"no answer in {self._timeout:g} s"), False
         except OSError as error:
-            return Finding(Verdict.FAILED, tried, os.strerror(error.errno or 0)), False
+            return ProbeResult(ProbeVerdict.FAILED, tried, os.strerror(error.errno or 0)), False
 
 
-def _unseen(connection: socket.socket, tried: Endpoint) -> Finding:
+def _unseen(connection: socket.socket, tried: Endpoint) -> ProbeResult:
     """A connection whose other end the pod does not hold (any more)."""
     failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if failed:  # an application that resets at once leaves no trace, and neither does a ztunnel that does
-        return Finding(Verdict.FAILED, tried, f"connected, then: {os.strerror(failed)}")
-    return Finding(Verdict.CAPTURED, tried, "connected, but not with the pod's listener")
+        return ProbeResult(ProbeVerdict.FAILED, tried, f"connected, then: {os.strerror(failed)}")
+    return ProbeResult(ProbeVerdict.CAPTURED, tried, "connected, but not with the pod's listener")

@@ -12,18 +12,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.core import names, netlink
-from agent.core.netlink import Message
-from agent.core.nftables import NEWGEN
+from agent.core import names
 from agent.core.text import printable
-from agent.kernel import exec, rtnetlink
-from agent.kernel.podnetns import PodNetns
+from agent.core.wire import netlink
+from agent.core.wire.netlink import Message
+from agent.core.wire.nftables import NEWGEN
+from agent.kernel import exec
+from agent.kernel.netlink import routes
+from agent.kernel.pod_netns import PodNetns
 
 _MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port beyond all process ids
-_RULE = (rtnetlink.NEWRULE, rtnetlink.DELRULE)
-_ADDRESS = (rtnetlink.NEWADDR, rtnetlink.DELADDR)
-_ROUTE = (rtnetlink.NEWROUTE, rtnetlink.DELROUTE)
-_LINK = (rtnetlink.NEWLINK, rtnetlink.DELLINK)
+_RULE = (routes.NEWRULE, routes.DELRULE)
+_ADDRESS = (routes.NEWADDR, routes.DELADDR)
+_ROUTE = (routes.NEWROUTE, routes.DELROUTE)
+_LINK = (routes.NEWLINK, routes.DELLINK)
 
 
 class DriftWatcher:
@@ -84,11 +86,11 @@ def concerns(message: Message, wiring: bool = False) -> bool:
     if message.kind in _RULE or message.kind in _ADDRESS:
         return True
     if message.kind in _LINK:
-        return wiring or int.from_bytes(message.body[4:8], sys.byteorder) == rtnetlink.LOOPBACK_INDEX  # of ifinfomsg
+        return wiring or int.from_bytes(message.body[4:8], sys.byteorder) == routes.LOOPBACK_INDEX  # of ifinfomsg
     if message.kind in _ROUTE:
         table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
         number = int.from_bytes(table, sys.byteorder) if table else message.body[4]
-        return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == rtnetlink.MAIN_TABLE)
+        return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == routes.MAIN_TABLE)
     return False
 
 

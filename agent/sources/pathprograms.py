@@ -8,10 +8,11 @@ from pathlib import Path
 
 from agent.backends.ebpf import objects
 from agent.core.text import printable
-from agent.kernel import bpffs, bpfquery, proc
-from agent.kernel.bpf import AttachType, ProgramInfo
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.rtnetlink import RouteSocket
+from agent.kernel import proc
+from agent.kernel.bpf import bpffs, query
+from agent.kernel.bpf.syscall import AttachType, ProgramInfo
+from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.pod_netns import PodNetns
 
 _SOCKETS = (
     AttachType.CGROUP_INET4_CONNECT,
@@ -34,16 +35,16 @@ def others(target: PodNetns) -> tuple[str, ...]:
 
 def _namespace(target: PodNetns) -> Iterator[str]:
     """Call it inside."""
-    for one in _foreign(bpfquery.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
+    for one in _foreign(query.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
         yield f"{_words(one)} selects the sockets of incoming connections (sk_lookup)"
     with contextlib.closing(RouteSocket()) as route:
         links, filtered = route.links()[:_MOST], route.classified()
     for link in links:
         name = printable(link.name)
         for hook in _PACKETS:
-            for one in _foreign(bpfquery.at(link.index, hook, name)):
+            for one in _foreign(query.at(link.index, hook, name)):
                 yield f"{_words(one)} is attached to {name} ({hook.name.lower()})"
-        if link.xdp and (found := bpfquery.program(link.xdp)):
+        if link.xdp and (found := query.program(link.xdp)):
             yield f"{_words(found)} is attached to {name} (XDP)"
         if link.index in filtered:
             yield f"tc filters may be attached to {name} (see `tc filter show dev {name} ingress` and `egress`)"
@@ -58,7 +59,7 @@ def _cgroups(target: PodNetns) -> Iterator[str]:
     places = {place for path in sorted(paths)[:_MOST] for place in (Path(path), *Path(path).parents)} - {Path("/")}
     for place in sorted(places):
         for hook in _SOCKETS:
-            for one in _foreign(bpfquery.attached(root / place.relative_to("/"), hook)):
+            for one in _foreign(query.attached(root / place.relative_to("/"), hook)):
                 yield f"{_words(one)} is attached to the cgroup {printable(str(place))} ({hook.name.lower()})"
 
 

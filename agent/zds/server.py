@@ -16,11 +16,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from agent.core.errors import KernelError, NoZtunnelError, ProtocolError, ZtunnelError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.kernel.accepting import serve
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
-from agent.kernel.unixsocket import peer
+from agent.kernel.unix_socket import peer
 from agent.zds import messages
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 
@@ -35,7 +35,7 @@ class Offer:
     target: PodNetns
 
 
-class Connection:
+class ZdsConnection:
     """One ztunnel. `acked` holds what it acknowledged, by UID; `kept` the UIDs it was told to keep as they are."""
 
     def __init__(self, sock: socket.socket, seconds: float, pid: int) -> None:
@@ -127,7 +127,7 @@ class ZdsServer:
         self._acknowledged, self._left = acknowledged, left
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
-        self._connections: list[Connection] = []  # newest last
+        self._connections: list[ZdsConnection] = []  # newest last
         self.met = False  # a ztunnel has been connected since this agent began
         self._alone = time.time()  # since when no ztunnel is connected, in Unix time
 
@@ -191,7 +191,7 @@ class ZdsServer:
                 except ZtunnelError as error:
                     log.warning("ztunnel did not take the removal of %s: %s", uid, error)
 
-    async def _add(self, connection: Connection, offer: Offer) -> None:
+    async def _add(self, connection: ZdsConnection, offer: Offer) -> None:
         uid = offer.add.uid
         connection.adding.append(uid)
         try:
@@ -203,7 +203,7 @@ class ZdsServer:
 
     async def _serve_one(self, sock: socket.socket) -> None:
         pid, uid = peer(sock)
-        connection = Connection(sock, self.seconds, pid)
+        connection = ZdsConnection(sock, self.seconds, pid)
         reader: asyncio.Task[None] | None = None
         try:
             if uid not in (0, os.geteuid()):
@@ -244,7 +244,7 @@ class ZdsServer:
             process.close()
             raise
 
-    async def _snapshot(self, connection: Connection) -> None:
+    async def _snapshot(self, connection: ZdsConnection) -> None:
         """Names every pod, and says that these are all when the agent has acted on each acknowledgement.
 
         Until then Istio's ztunnel is not ready, so a rollout does not end the one before it.
@@ -272,7 +272,7 @@ class ZdsServer:
         except ZtunnelError as error:
             log.warning("snapshot not complete: %s", error)
 
-    async def _settle(self, connection: Connection, uid: str) -> None:
+    async def _settle(self, connection: ZdsConnection, uid: str) -> None:
         try:
             async with asyncio.timeout(self.seconds):
                 await self._acknowledged(uid)

@@ -20,13 +20,13 @@ from pathlib import Path
 from agent.core import names
 from agent.core.errors import KernelError
 from agent.kernel import logs
-from agent.ztunnel.asked import BPF_DIR, Asked
-from agent.ztunnel.client import Client
+from agent.ztunnel.client import ZdsClient
+from agent.ztunnel.dns_origin import BPF_DIR, Asked
 from agent.ztunnel.keepalive import LOOK_SECONDS
 from agent.ztunnel.pod import Engine
 from agent.ztunnel.poller import Deadlines, Poller
-from agent.ztunnel.records import Records
-from agent.ztunnel.workload import Workload
+from agent.ztunnel.records import RecordWriter
+from agent.ztunnel.workload import PodListener
 from agent.ztunnel.workloads import Workloads
 
 OVERLAP_SECONDS = 1.0
@@ -90,10 +90,10 @@ async def _serve(settings: ZtunnelSettings) -> int:
     engine = Engine(
         Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
         Deadlines(loop, ANSWERED_SECONDS), Deadlines(loop, LOOK_SECONDS),
-        Records(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share),
+        RecordWriter(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share),
     )  # fmt: skip
-    workloads = Workloads(loop, functools.partial(Workload, engine))
-    client = Client(settings.zds_socket, workloads)
+    workloads = Workloads(loop, functools.partial(PodListener, engine))
+    client = ZdsClient(settings.zds_socket, workloads)
     agent = asyncio.create_task(client.run())
     ready = asyncio.create_task(_mark_ready(workloads.complete, settings.ready_file))
     asked = asyncio.create_task(ending.asked.wait())
@@ -135,7 +135,7 @@ async def _mark_ready(complete: asyncio.Event, path: str) -> None:
         log.error("--ready-file: %s; a rollout waits for this file", error)
 
 
-async def _succeeded(workloads: list[Workload], seconds: float, ending: _Ending) -> None:
+async def _succeeded(workloads: list[PodListener], seconds: float, ending: _Ending) -> None:
     """Returns when another instance listens in every pod, too, or when the time is over."""
     until = asyncio.get_running_loop().time() + seconds
     while workloads and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
@@ -148,7 +148,7 @@ async def _succeeded(workloads: list[Workload], seconds: float, ending: _Ending)
         await ending.pause(_LOOK_SECONDS)
 
 
-async def _drain(workloads: list[Workload], seconds: float, ending: _Ending) -> None:
+async def _drain(workloads: list[PodListener], seconds: float, ending: _Ending) -> None:
     for workload in workloads:
         workload.stop_listening()
     loop = asyncio.get_running_loop()

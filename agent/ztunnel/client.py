@@ -26,7 +26,7 @@ _MOST_FDS = 8
 log = logging.getLogger(__name__)
 
 
-class Client:
+class ZdsClient:
     """Runs until cancelled."""
 
     def __init__(self, path: str, workloads: Workloads[Any]) -> None:

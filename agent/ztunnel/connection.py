@@ -15,10 +15,10 @@ import time
 from enum import Enum
 
 from agent.core.errors import SluiceError
-from agent.core.sockets import is_loopback
-from agent.ztunnel import keepalive, original, poller
-from agent.ztunnel.original import Address
-from agent.ztunnel.pod import Ends, Pod, now
+from agent.core.model.sockets import is_loopback
+from agent.ztunnel import keepalive, original_dst, poller
+from agent.ztunnel.original_dst import Address
+from agent.ztunnel.pod import Ends, PodContext, now
 from agent.ztunnel.relay import Half
 from agent.ztunnel.upstream import reset
 
@@ -37,12 +37,12 @@ _ITSELF = "a connection of ztunnel's own came back to it: a rule of the pod over
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
 
-class Direction(Enum):
+class RelayDirection(Enum):
     OUTBOUND = "outbound"
     INBOUND = "inbound"
 
 
-class Connection:
+class ProxiedConnection:
     """Lives from `open` until it has been recorded; keeps itself in `pod.live` for so long."""
 
     __slots__ = (
@@ -50,10 +50,10 @@ class Connection:
         "_source", "_up", "_via",
     )  # fmt: skip
 
-    def __init__(self, pod: Pod, direction: Direction, client: socket.socket, peer: Address) -> None:
+    def __init__(self, pod: PodContext, direction: RelayDirection, client: socket.socket, peer: Address) -> None:
         """Takes over `client`, which must be non-blocking; `peer` is its peer as accept said."""
         self._pod, self._direction, self._client = pod, direction, client
-        self._source = original.plain(peer)
+        self._source = original_dst.plain(peer)
         self._destination: Address | None = None
         self._server: socket.socket | None = None
         self._up: Half | None = None  # client to server; None while connecting
@@ -89,9 +89,9 @@ class Connection:
             self._end("drained", "")
 
     def _connect(self) -> None:
-        destination, own = original.original_destination(self._client, self._source)
+        destination, own = original_dst.original_destination(self._client, self._source)
         self._destination = destination
-        if original.is_own(destination, self._client):
+        if original_dst.is_own(destination, self._client):
             self._end("refused", "the destination is a port of ztunnel itself")
             return
         if own and self._came_back(destination):
@@ -99,7 +99,7 @@ class Connection:
             self._pod.warnings.log(f"pod {self._pod.name}: {_ITSELF}")
             return
         self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
-        self._ends = original.plain(self._server.getsockname())[:2], destination[:2]
+        self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
         self._pod.connecting.add(self._ends)
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
@@ -110,11 +110,11 @@ class Connection:
         What rules redirect within the pod arrives at a loopback address.
         """
         ends = (self._source[:2], destination[:2])
-        return ends in self._pod.connecting and is_loopback(original.plain(self._client.getsockname())[0])
+        return ends in self._pod.connecting and is_loopback(original_dst.plain(self._client.getsockname())[0])
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
         upstream = self._pod.upstream
-        if self._direction is Direction.INBOUND:
+        if self._direction is RelayDirection.INBOUND:
             try:
                 return upstream.connect_as(self._source, destination)
             except OSError as error:
@@ -127,8 +127,8 @@ class Connection:
     def _follow_keepalive(self) -> None:
         """The far end is probed as the application probes its own, which is ztunnel."""
         assert self._server is not None and self._destination is not None and self._via is not None
-        if self._direction is Direction.OUTBOUND:
-            here: Address = original.plain(self._client.getsockname())
+        if self._direction is RelayDirection.OUTBOUND:
+            here: Address = original_dst.plain(self._client.getsockname())
             # With eBPF the socket is connected to ztunnel itself, from loopback unless the application has bound it.
             ours = [
                 (self._source, self._destination),

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 from agent.core import names
 from agent.core.errors import KernelError, SluiceError
-from agent.kernel.conntrack import Conntrack
+from agent.kernel.netlink.conntrack import Conntrack
 from agent.ztunnel import dnsmessage, poller
-from agent.ztunnel.original import Address
-from agent.ztunnel.pod import Pod, now
+from agent.ztunnel.original_dst import Address
+from agent.ztunnel.pod import PodContext, now
 from agent.ztunnel.upstream import keep_source
 
 MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes room, if possible an idle one
@@ -46,14 +46,14 @@ class Waiting(NamedTuple):
 class Resolver:
     """The DNS side of one pod: receives on its listeners, asks upstream, answers from the same listener."""
 
-    def __init__(self, pod: Pod, conntrack: Conntrack) -> None:
+    def __init__(self, pod: PodContext, conntrack: Conntrack) -> None:
         """Takes over `conntrack`, made inside the pod's namespace."""
         self.pod, self._conntrack = pod, conntrack
         # The one that was asked last comes last; `idle` are those without a query that waits.
-        self.flows: dict[tuple[Address, Address], Flow] = {}
-        self.idle: dict[Flow, None] = {}
+        self.flows: dict[tuple[Address, Address], DnsFlow] = {}
+        self.idle: dict[DnsFlow, None] = {}
         self.waiting = 0
-        self.ends: dict[Address, Flow] = {}  # by the local end of the socket towards the resolver
+        self.ends: dict[Address, DnsFlow] = {}  # by the local end of the socket towards the resolver
 
     def receive(self, listener: socket.socket) -> None:
         """To be called when `listener` is readable."""
@@ -80,7 +80,7 @@ class Resolver:
             return
         # An IPv6 address takes four parts to be told apart by `text` and `take`.
         target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
-        flow = self.flows.pop((client, target), None) or Flow(self, listener, client, target, own=own)
+        flow = self.flows.pop((client, target), None) or DnsFlow(self, listener, client, target, own=own)
         self.flows[client, target] = flow
         flow.send(datagram)
         most = min(MOST, self.pod.engine.share)
@@ -126,7 +126,7 @@ class Resolver:
         self._conntrack.close()
 
 
-class Flow:
+class DnsFlow:
     """What one port of the pod sends to one resolver. In the pod's `live` while a query waits for its answer."""
 
     __slots__ = (

@@ -13,8 +13,8 @@ import socket
 from collections.abc import Iterable
 
 from agent.core.errors import KernelError
-from agent.core.sockets import Endpoint
-from agent.kernel.sockdiag import SockDiag
+from agent.core.model.sockets import Endpoint
+from agent.kernel.netlink.sock_diag import SockDiag
 
 LOOK_SECONDS = 2.0  # after connecting: many set the option only then, and most connections have ended
 COUNT = 6

@@ -6,13 +6,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from agent.core.sockets import Endpoint
+from agent.core.model.sockets import Endpoint
 from agent.kernel.accepting import Seldom
-from agent.kernel.sockdiag import SockDiag
-from agent.ztunnel.asked import Asked
-from agent.ztunnel.original import Address
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.ztunnel.dns_origin import Asked
+from agent.ztunnel.original_dst import Address
 from agent.ztunnel.poller import Deadlines, Poller
-from agent.ztunnel.records import Record, Records
+from agent.ztunnel.records import Record, RecordWriter
 from agent.ztunnel.upstream import Upstream
 
 Ends = tuple[Endpoint, Endpoint]  # local, and the destination
@@ -32,7 +32,7 @@ class Engine:
     queries: Deadlines
     answered: Deadlines
     aged: Deadlines
-    records: Records
+    records: RecordWriter
     asked: Asked
     share: int
 
@@ -45,7 +45,7 @@ class Live(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
+class PodContext:
     """`name` is namespace/name; `diag` is asked of its sockets; `live` is what is under way; `connecting` are the ends
     of ztunnel's own connections, by which it knows one that comes back to it."""
 

@@ -15,7 +15,7 @@ import stat
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from agent.ztunnel.original import Address, text
+from agent.ztunnel.original_dst import Address, text
 
 FLUSH_SECONDS = 0.1
 HELD_BYTES = 16 << 20
@@ -56,7 +56,7 @@ class Record(NamedTuple):
         return json.dumps({"time": time, **value}, separators=(",", ":")).encode() + b"\n"
 
 
-class Records:
+class RecordWriter:
     """Writes to `path`; "-" is standard output, "" nowhere. Never raises because of what it writes to."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:

@@ -9,14 +9,14 @@ import socket
 
 from agent.core import names
 from agent.kernel.accepting import Seldom
-from agent.kernel.conntrack import Conntrack
+from agent.kernel.netlink.conntrack import Conntrack
+from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
-from agent.kernel.sockdiag import SockDiag
 from agent.zds.messages import Add
-from agent.ztunnel.connection import Connection, Direction
+from agent.ztunnel.connection import ProxiedConnection, RelayDirection
 from agent.ztunnel.dns import Resolver
 from agent.ztunnel.listeners import Listeners, listen
-from agent.ztunnel.pod import Engine, Pod
+from agent.ztunnel.pod import Engine, PodContext
 from agent.ztunnel.upstream import Upstream
 
 _ACCEPTED = 4  # connections taken at one wake-up: the other pods wait for as long as a flood is served
@@ -24,7 +24,7 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_SECONDS = 0.1
 
 
-class Workload:
+class PodListener:
     """Listens from the moment it is made. `stop_listening`, then `close`."""
 
     def __init__(self, engine: Engine, add: Add, netns: Netns) -> None:
@@ -32,7 +32,7 @@ class Workload:
         self.netns = netns
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
         conntrack, diag, self._listeners = netns.call(_open)
-        self.pod = Pod(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag)
+        self.pod = PodContext(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag)
         self._resolver = Resolver(self.pod, conntrack)
         self._accepting: set[socket.socket] = set()
         self._crowded = Seldom()
@@ -82,7 +82,9 @@ class Workload:
                     return
                 continue  # that client has gone
             client.setblocking(False)
-            taken = Connection(self.pod, Direction.INBOUND if inbound else Direction.OUTBOUND, client, peer)
+            taken = ProxiedConnection(
+                self.pod, RelayDirection.INBOUND if inbound else RelayDirection.OUTBOUND, client, peer
+            )
             if len(self.pod.live) < self.pod.engine.share:
                 taken.open()
             else:

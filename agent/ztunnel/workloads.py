@@ -20,7 +20,7 @@ RETRY_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
-class Running(Protocol):
+class PodListeners(Protocol):
     """A started pod."""
 
     @property
@@ -31,7 +31,7 @@ class Running(Protocol):
         """Ends it at once."""
 
 
-Started = TypeVar("Started", bound=Running)
+Started = TypeVar("Started", bound=PodListeners)
 
 
 class Workloads(Generic[Started]):

@@ -27,14 +27,14 @@ from support.node import FakeZtunnel, node
 
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import SluiceError
+from agent.core.model.redirect import Redirect
 from agent.core.names import OUTBOUND_PORT, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
 from agent.core.text import table
-from agent.flows.ebpf import EbpfCollector
-from agent.flows.programs import Programs
+from agent.flows.ebpf.collector import EbpfCollector
+from agent.flows.ebpf.programs import Programs
 from agent.kernel.exec import run, start
 from agent.lab.lab import check_machine, interruptible
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 from tests.bench.datapath import CAPTURED, QUANTITIES, RUNS, SOURCE, Counts, Place
 
 # Of the rates with accounting to those without, at least; by the kind of a run.

@@ -31,13 +31,13 @@ from support.ebpf import EbpfNode
 from support.rules import Pod
 
 from agent.core.errors import SluiceError
+from agent.core.model.redirect import Redirect
 from agent.core.names import INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
 from agent.core.text import table
 from agent.kernel.exec import run, start
 from agent.kernel.process import Process
 from agent.lab.lab import check_machine, interruptible
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 SOURCE = Path(__file__).with_suffix("") / "traffic.c"
 DIRECT, BESIDE = "direct", "beside ebpf"

@@ -22,14 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, as pytest has it
 
 import agent.app  # noqa: F401 (what the agent has in memory anyway)
-from agent.core.pods import KubePod, Pod
+from agent.core.model.pods import KubePod, Pod
 from agent.core.text import table
-from agent.flows.who import Service, Who, of_pod
+from agent.flows.identity import Service, Who, pod_workload
 from agent.sources.kube import objects
 from agent.sources.kube.access import Access
 from agent.sources.kube.client import Client
 from agent.sources.kube.follower import Follower
-from agent.sources.kube.peers import Peers
+from agent.sources.kube.workloads import ClusterWorkloads
 from tests.bench.measure import memory
 
 PODS, ON_NODE, SERVICES = 20_000, 250, 2_000
@@ -68,7 +68,7 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
     found: dict[str, Any] = {"own pods known, s": time.monotonic() - started, "own pods": len(known.pods)}
     if peers:
         started, spent = time.monotonic(), time.process_time()
-        names = Peers(client, who.know_peers, _workload, _service, random.random)
+        names = ClusterWorkloads(client, who.know_peers, _workload, _service, random.random)
         running.append(asyncio.create_task(names.run()))
         longest = 0.0
         while not names.synced:
@@ -91,7 +91,7 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
 
 
 def _workload(namespace: str, name: str, labels: Mapping[str, str]) -> Any:
-    return of_pod(Pod(uid="", namespace=namespace, name=name, labels=labels), "Kubernetes")
+    return pod_workload(Pod(uid="", namespace=namespace, name=name, labels=labels), "Kubernetes")
 
 
 def _service(namespace: str, name: str) -> Service:

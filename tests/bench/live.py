@@ -20,12 +20,12 @@ from support.ebpf_pod import PEER, Namespace, pair
 from support.rules import layers
 
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.flows.ebpf import EbpfCollector
-from agent.flows.programs import Programs
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.flows.ebpf.collector import EbpfCollector
+from agent.flows.ebpf.programs import Programs
 from agent.lab.lab import interruptible
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 PER, FIRST, READINGS = 14000, 9000, 11
 WANT = Redirect(exclude=Exclusions(outbound_ports=((FIRST, FIRST + 99),)))  # so they need no ztunnel

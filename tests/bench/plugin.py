@@ -12,9 +12,9 @@ from pathlib import Path
 
 from support.node import PLUGIN, FakeZtunnel, Node, node, until
 
-from agent.kernel.unixsocket import peer
-from agent.lab.processes import Backend
-from agent.sources.cni_wire import HEADER, CniReply
+from agent.kernel.unix_socket import peer
+from agent.lab.node_services import LabBackend
+from agent.sources.cni.wire import HEADER, CniReply
 from tests.bench.measure import Row, memory, spawn
 
 
@@ -72,14 +72,14 @@ def alone(prefix: str, runs: int) -> Iterator[Row]:
 
 
 def whole_add(prefix: str, runs: int) -> Iterator[Row]:
-    for backend in Backend:
+    for backend in LabBackend:
         with node(prefix) as here:
             here.processes.start_ztunnel()
             here.start(backend)
             adds, dels = _add_all(here, runs)
-        aim = 15.0 if backend is Backend.NFTABLES else None
+        aim = 15.0 if backend is LabBackend.NFTABLES else None
         yield Row(f"CNI ADD with agent and ztunnel, {backend}", "ms", adds, aim)
-        if backend is Backend.NFTABLES:
+        if backend is LabBackend.NFTABLES:
             yield Row("CNI DEL with agent and ztunnel", "ms", dels)
             with node(prefix) as here:
                 here.start(backend)

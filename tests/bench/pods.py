@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from agent.kernel import scratch
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 
 
 @contextlib.contextmanager

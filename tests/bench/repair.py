@@ -15,12 +15,12 @@ from support.field import metric
 from support.node import PLUGIN, Node, NodePod, node, until
 
 from agent.backends.base import Backend as Layer
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import start
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.lab.processes import Backend
-from agent.reconciler.settle import verify
+from agent.kernel.pod_netns import PodNetns
+from agent.lab.node_services import LabBackend
+from agent.reconciler.converge import verify
 from tests.bench.measure import Row, spawn
 from tests.bench.rules import layers
 from tests.bench.start import PODS, Acknowledger, _pods
@@ -30,8 +30,8 @@ _TICK = 1000 / os.sysconf("SC_CLK_TCK")  # ms
 SWEEP = 1.0  # seconds between two sweeps while they are measured
 # What somebody else does to a pod. Owned tables cannot be flushed, so with nftables it is the policy rule.
 CHANGES = {
-    Backend.NFTABLES: ("ip rule del", ["ip", "rule", "del", "pref", "32764"]),
-    Backend.IPTABLES: ("nft flush ruleset", ["nft", "flush", "ruleset"]),
+    LabBackend.NFTABLES: ("ip rule del", ["ip", "rule", "del", "pref", "32764"]),
+    LabBackend.IPTABLES: ("nft flush ruleset", ["nft", "flush", "ruleset"]),
 }
 
 
@@ -41,11 +41,11 @@ def agents(prefix: str, runs: int, count: int, seconds: float) -> Iterator[Row]:
         pods = _pods(here, count)
         ztunnel = None
         try:
-            for backend in Backend:
+            for backend in LabBackend:
                 here.start(backend, verify_seconds=3600.0)
                 ztunnel = ztunnel or Acknowledger(here.run_dir / "ztunnel.sock")
                 until(lambda: here.ask("/v1/status")["ztunnel_connections"], "the acknowledger")
-                if backend is Backend.NFTABLES:
+                if backend is LabBackend.NFTABLES:
                     yield from _storm(here, pods)
                 until(lambda: here.ask("/v1/status")["pods"] == {"enabled": count}, "every pod is captured", 120)
                 if backend in CHANGES:
@@ -73,7 +73,7 @@ def _storm(here: Node, pods: Sequence[NodePod]) -> Iterator[Row]:
     yield Row(f"{len(at_once)} CNI ADDs at once, p99", "ms", samples[int(len(samples) * 0.99) - 1 :][:1], 1000.0)
 
 
-def _repairs(backend: Backend, pods: Sequence[NodePod], count: int) -> Iterator[Row]:
+def _repairs(backend: LabBackend, pods: Sequence[NodePod], count: int) -> Iterator[Row]:
     what, argv = CHANGES[backend]
     used = layers(str(backend))
     samples = [_repair(pod.netns, argv, used) for pod in pods]
@@ -98,7 +98,7 @@ def _repair(netns: Path, argv: list[str], used: Sequence[Layer]) -> float:
     raise RuntimeError(f"{' '.join(argv)} in {netns} is not repaired")
 
 
-def _sweeps(here: Node, backend: Backend, pods: int, seconds: float) -> Iterator[Row]:
+def _sweeps(here: Node, backend: LabBackend, pods: int, seconds: float) -> Iterator[Row]:
     """CPU of the whole agent for a pass over each pod, less what it takes when none is due."""
     spent = []
     for period in (3600.0, SWEEP):
@@ -111,7 +111,7 @@ def _sweeps(here: Node, backend: Backend, pods: int, seconds: float) -> Iterator
         spent.append((_ticks(here) - before, metric(here, "sluice_reconcile_seconds_count") - passes))
     (idle, none), (busy, passes) = spent
     sweep = (busy - idle) * _TICK / (passes - none) * pods
-    aim = {"aim": 0.2} if pods == PODS and backend is Backend.NFTABLES else {}
+    aim = {"aim": 0.2} if pods == PODS and backend is LabBackend.NFTABLES else {}
     yield Row(f"sweep of {pods} unchanged pods in the agent, {backend}", "CPU ms", [sweep])
     yield Row(f"the same every 30 s, {backend}", "% of a core", [sweep / 30e3 * 100], **aim)
     yield Row(f"agent with {pods} pods and nothing to do, {backend}", "% of a core", [idle * _TICK / seconds / 10])

@@ -12,16 +12,16 @@ from typing import Any
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS
 from agent.backends.iptables.bases import FAMILIES
-from agent.backends.mechanisms import mechanisms
-from agent.core.netlink import attribute
-from agent.core.nftables import NFPROTO_INET, Command
-from agent.core.plan import Plan
-from agent.core.redirect import Redirect
+from agent.backends.registry import mechanisms
+from agent.core.model.plan import Plan
+from agent.core.model.redirect import Redirect
 from agent.core.text import table
+from agent.core.wire.netlink import attribute
+from agent.core.wire.nftables import NFPROTO_INET, Command
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.settle import settle, verify
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import settle, verify
 from tests.bench.measure import Row
 from tests.bench.pods import held, namespaces
 

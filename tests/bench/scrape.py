@@ -21,14 +21,14 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.core.text import table
 from agent.export import exposition
-from agent.export.connections import Connections, Page
 from agent.export.http import HttpServer, Request, Response
+from agent.export.metrics_page import ConnectionMetrics, Page
+from agent.flows.identity import Service, Who, Workload
+from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
-from agent.flows.tally import Snapshot, Tally
-from agent.flows.who import Service, Who, Workload
 from tests.bench.measure import Row, memory, show
 
 PODS, SETS = 250, 5000
@@ -71,8 +71,8 @@ def _deltas(count: int, peers: int, dice: random.Random) -> Iterator[Delta]:
         )  # fmt: skip
 
 
-def full() -> Tally:
-    tally = Tally(a_who(SETS // PODS), SETS)
+def full() -> LabelTotals:
+    tally = LabelTotals(a_who(SETS // PODS), SETS)
     every = [
         Delta(pod, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, _address(peer), 8443, opened=1000 + pod, closed=900,
               failed=0, sent=123456789 * pod, received=987654321 * peer, socket=pod + 1)
@@ -95,7 +95,7 @@ def _timed(runs: int, work: Callable[[], object]) -> list[float]:
     return found
 
 
-def parts(tally: Tally, runs: int) -> Iterator[Row]:
+def parts(tally: LabelTotals, runs: int) -> Iterator[Row]:
     found = tally.snapshot()
     series = f"{len(found.traffic)} label sets"
     yield Row(f"copy of the numbers, {series} (the lock is held)", "ms", _timed(runs, tally.snapshot))
@@ -112,7 +112,7 @@ def _page(found: Snapshot, openmetrics: bool) -> bytes:
     return exposition.joined(b"", exposition.connections(found, [], openmetrics=openmetrics), openmetrics=openmetrics)
 
 
-def scrapes(tally: Tally, runs: int) -> Iterator[Row]:
+def scrapes(tally: LabelTotals, runs: int) -> Iterator[Row]:
     _, latest = asyncio.run(_scrapes(tally, runs, "identity", "/nothing"))
     yield Row("latest tick of the loop while a client starts and asks for nothing", "ms", latest)
     for coding in ("identity", "gzip"):
@@ -121,10 +121,12 @@ def scrapes(tally: Tally, runs: int) -> Iterator[Row]:
         yield Row(f"latest tick of the loop meanwhile, {coding}", "ms", latest)
 
 
-async def _scrapes(tally: Tally, runs: int, coding: str, path: str = "/metrics") -> tuple[list[float], list[float]]:
+async def _scrapes(
+    tally: LabelTotals, runs: int, coding: str, path: str = "/metrics"
+) -> tuple[list[float], list[float]]:
     ask = f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept-Encoding: {coding}\r\n\r\n".encode()
     times, latest = [], []
-    page = Page(CollectorRegistry(), Connections(tally))
+    page = Page(CollectorRegistry(), ConnectionMetrics(tally))
 
     async def answer(request: Request) -> Response:
         return await page(request) if request.path == "/metrics" else Response.text("nothing")
@@ -171,7 +173,7 @@ async def _ticks(ending: asyncio.Event) -> float:
 def growth(connections: int) -> tuple[Row, str]:
     """A million connections to peers out of ten thousand, four times as many pairs as there is room and more."""
     peers = 10_000
-    tally, dice = Tally(a_who(peers), SETS), random.Random(1)
+    tally, dice = LabelTotals(a_who(peers), SETS), random.Random(1)
     rows, costs = [], []
     points = 5
     for point in range(points + 1):
@@ -197,7 +199,7 @@ def main() -> int:
     tally = full()
     known = list(_deltas(BATCH, SETS // PODS, random.Random(2)))
     found = [*parts(tally, args.runs), *scrapes(tally, args.runs), cost]
-    roomy = Tally(a_who(SETS // PODS), 4 * SETS)
+    roomy = LabelTotals(a_who(SETS // PODS), 4 * SETS)
     warm = _timed(args.runs, lambda: roomy.add(known, [], _PODS.get, time.time()))
     found.append(Row("adding one delta, label set known", "us", [value * 1e3 / BATCH for value in warm]))
     print(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, a
 from support import rules
 
 from agent.core.text import table
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 
 SOURCE = Path(__file__).with_suffix("") / "shortcut.bpf.c"

@@ -17,10 +17,10 @@ from support.node import PLUGIN, NodePod, node, until
 from agent.core.errors import SluiceError
 from agent.core.text import table
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.lab.lab import check_machine, interruptible
-from agent.lab.processes import Backend
-from agent.reconciler.settle import settle
+from agent.lab.node_services import LabBackend
+from agent.reconciler.converge import settle
 from tests.bench.measure import memory, spawn
 from tests.bench.pods import namespaces
 from tests.bench.rules import WANT, layers
@@ -48,7 +48,7 @@ def in_process(choice: str, cycles: int) -> list[Row]:
         return _watched(f"in-process, {choice}", os.getpid(), cycle, cycles)
 
 
-def agent(prefix: str, backend: Backend, cycles: int) -> list[Row]:
+def agent(prefix: str, backend: LabBackend, cycles: int) -> list[Row]:
     """Pods that come and go by the CNI plugin, a sandbox of their own each time, in an agent and its ztunnel's eyes."""
     with node(prefix) as here:
         pods = itertools.cycle(_pods(here, PODS))
@@ -99,7 +99,7 @@ def main() -> int:
             rows += in_process("nftables", args.cycles)
             rows += in_process("iptables", args.cycles // 10)
             rows += in_process("iptables-legacy", args.cycles // 10)
-            rows += agent("slubench", Backend.NFTABLES, args.cycles)
+            rows += agent("slubench", LabBackend.NFTABLES, args.cycles)
     except KeyboardInterrupt:
         print("soak: interrupted; what it made is removed", file=sys.stderr)
         return 130

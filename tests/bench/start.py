@@ -17,9 +17,9 @@ from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.lab.processes import ready
-from agent.reconciler.settle import settle
+from agent.kernel.pod_netns import PodNetns
+from agent.lab.node_services import ready
+from agent.reconciler.converge import settle
 from tests.bench.measure import Row, memory, spawn
 
 PODS = 250  # the aims are for this number of pods

@@ -12,10 +12,10 @@ from support.rules import pod as made
 
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.nftables.rendering import TABLES
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(900)]
 VARIANTS = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from agent.sources.cni_wire import HEADER, CniReply, CniRequest, parse_request
+from agent.sources.cni.wire import HEADER, CniReply, CniRequest, parse_request
 
 REPO = Path(__file__).resolve().parents[2]
 PREV_RESULT = {

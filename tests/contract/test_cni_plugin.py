@@ -14,9 +14,9 @@ import pytest
 
 from agent.core.settings import Settings
 from agent.install.conflists import VERSIONS
-from agent.install.entry import entry
-from agent.sources import cni_wire
-from agent.sources.cni_wire import MAX_REPLY, CniReply, Verb, frame
+from agent.install.plugin_entry import plugin_entry
+from agent.sources.cni import wire
+from agent.sources.cni.wire import MAX_REPLY, CniReply, CniVerb, frame
 
 VERBS = ("ADD", "CHECK", "STATUS", "GC")
 POD_ANNOTATIONS = "io.kubernetes.cri.pod-annotations"
@@ -30,7 +30,7 @@ def test_add_passes_everything_on_and_prints_prev_result(plugin, agent):
     done = plugin("ADD", config)
     assert (done.code, done.json) == (0, config["prevResult"])
     (request,) = agent.requests
-    assert (request.verb, request.container_id, request.ifname) == (Verb.ADD, "c0ffee", "eth0")
+    assert (request.verb, request.container_id, request.ifname) == (CniVerb.ADD, "c0ffee", "eth0")
     assert (request.pod_namespace, request.pod_name, request.pod_uid) == ("shop", "web-0", "6f1c-ab")
     assert request.addresses == ("10.9.0.7", "fd00:9::7")
     assert request.annotations == {"a/b": "ü"}
@@ -128,7 +128,7 @@ def test_a_fifo_for_a_namespace_does_not_hang(plugin, agent, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("code", [3, 7, 11, 50, 51, cni_wire.DRIFT])
+@pytest.mark.parametrize("code", [3, 7, 11, 50, 51, wire.DRIFT])
 def test_the_agents_refusal_is_passed_on(plugin, agent, verb, code):
     agent.answer = CniReply(code, "ünfit\nwords", "de\ttails")
     error = plugin.ask(verb).failed(code)
@@ -316,7 +316,7 @@ def test_no_other_pod_is_exempt(plugin, args):
 def test_what_the_installer_writes_is_what_the_plugin_takes(plugin, agent):
     exempt = ("istio-system/ztunnel-*", "shop/api.*")
     settings = Settings(own_namespace="sluice", exclude_namespaces=("shop", "a.b", "X"), exempt_pods=exempt)
-    config = plugin.config(**{**entry(settings), "socket": str(plugin.socket)})
+    config = plugin.config(**{**plugin_entry(settings), "socket": str(plugin.socket)})
     assert plugin("ADD", config, CNI_ARGS="K8S_POD_NAMESPACE=bank;K8S_POD_NAME=x").code == 0
     assert len(agent.requests) == 1
     for args in ("K8S_POD_NAMESPACE=shop", "K8S_POD_NAMESPACE=sluice", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=api.1"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.sources.cni_wire import CniReply
+from agent.sources.cni.wire import CniReply
 
 VERBS = ("ADD", "CHECK", "STATUS", "GC")
 

@@ -9,21 +9,20 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 from support import dashboard
 
-from agent.backends.beside import Counts
 from agent.backends.ebpf.abi import ExitCause
-from agent.core.canary import Finding, Verdict
-from agent.core.pods import Pod
-from agent.core.sockets import TcpState
-from agent.core.status import State
+from agent.backends.non_tcp import Counts
+from agent.core.model.pods import Pod
+from agent.core.model.sockets import TcpState
+from agent.core.model.status import State
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.export import exposition
-from agent.export.cluster import Cluster
-from agent.export.condition import Condition
+from agent.export.collectors import Cluster, Condition
 from agent.export.metrics import Metrics
+from agent.flows.identity import Workload
+from agent.flows.inet_diag.sockets import Ephemeral, PodSockets
+from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason
-from agent.flows.sockets import Ephemeral, PodSockets
-from agent.flows.tally import Fated, Measured, Snapshot, Traffic
-from agent.flows.who import Workload
 
 POD, WEB, OUT = Pod("u", "shop", "web"), Workload("web", "shop", "robot"), Direction.OUTBOUND
 # Heading -> what the names of its metrics begin with; the first that fits has it.
@@ -53,10 +52,10 @@ def everything() -> list[Metric]:
     )
     metrics.cni("ADD", 0, 0.1)
     metrics.applied(POD, "nftables", ("x",), 0.1, "nft[1]")
-    metrics.probed(POD, Finding(Verdict.OK))
+    metrics.probed(POD, ProbeResult(ProbeVerdict.OK))
     labels = owner("shop", "web", OUT)
     found = Snapshot(
-        [Traffic(traffic(OUT, WEB, WEB, None, "td"), 1, 1, 1, 1, 1)],
+        [TrafficTotals(traffic(OUT, WEB, WEB, None, "td"), 1, 1, 1, 1, 1)],
         [Fated(fated("shop", "web", OUT, Fate.CAPTURED, Reason.NONE), 1, 0, 0.0)],
         [Measured(labels, (1,) * (len(RTT_BOUNDS) + 1), 1.0, (1,) * (len(DURATION_BOUNDS) + 1), 1.0, 1)],
         {"traffic": 1},

@@ -17,24 +17,24 @@ from support.leaking import marking
 from support.node import PORT, REPO, SECONDS, Node, NodePod, node, until
 
 from agent.backends.ebpf.pins import Pins
-from agent.cli.uncapture import left
+from agent.cli.uncapture import leftovers
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
 PREFIX = "sluac"
-BACKENDS = (Backend.NFTABLES, Backend.IPTABLES, Backend.EBPF)
+BACKENDS = (LabBackend.NFTABLES, LabBackend.IPTABLES, LabBackend.EBPF)
 Totals = Counter[tuple[str, str, str]]
 
 
 @pytest.fixture(params=BACKENDS)
-def alone(request: pytest.FixtureRequest) -> Iterator[tuple[Node, Backend]]:
+def alone(request: pytest.FixtureRequest) -> Iterator[tuple[Node, LabBackend]]:
     with node(PREFIX) as made:
         yield made, request.param
 
 
-def up(made: Node, backend: Backend, **changes: Any) -> NodePod:
+def up(made: Node, backend: LabBackend, **changes: Any) -> NodePod:
     """An agent, a ztunnel, and one pod that is accounted for in full."""
     made.start(backend, **changes)
     made.processes.start_ztunnel()
@@ -89,10 +89,10 @@ def samples(made: Node, name: str) -> dict[tuple[str, ...], float]:
 CAPTURED, LEAKED = ("outbound", "captured", ""), ("outbound", "leaked", "")
 
 
-def test_status_connections_and_metrics_say_the_same_over_restarts(alone: tuple[Node, Backend]) -> None:
+def test_status_connections_and_metrics_say_the_same_over_restarts(alone: tuple[Node, LabBackend]) -> None:
     made, backend = alone
     pod = up(made, backend)
-    forged = backend is not Backend.EBPF  # where the mark alone convinces nobody
+    forged = backend is not LabBackend.EBPF  # where the mark alone convinces nobody
     wanted = Totals({CAPTURED: 3})
     for _ in range(3):
         pod.connect(made.host(pod))
@@ -125,7 +125,7 @@ def ztunnels(made: Node) -> dict[tuple[str, ...], float]:
     return {key: value for key, value in found.items() if key[1] == "ztunnel"}
 
 
-def test_the_log_the_list_and_a_follower_have_each_connection(alone: tuple[Node, Backend], tmp_path: Path) -> None:
+def test_the_log_the_list_and_a_follower_have_each_connection(alone: tuple[Node, LabBackend], tmp_path: Path) -> None:
     made, backend = alone
     log = tmp_path / "connections.jsonl"
     pod = up(made, backend, connection_log=str(log))
@@ -150,7 +150,7 @@ def test_the_log_the_list_and_a_follower_have_each_connection(alone: tuple[Node,
         follower.communicate(timeout=SECONDS)
 
 
-def test_a_connection_that_lives_is_listed_with_its_bytes(alone: tuple[Node, Backend]) -> None:
+def test_a_connection_that_lives_is_listed_with_its_bytes(alone: tuple[Node, LabBackend]) -> None:
     made, backend = alone
     pod = up(made, backend)
     with Netns.open(made.netns) as inside:
@@ -173,7 +173,7 @@ def test_a_connection_that_lives_is_listed_with_its_bytes(alone: tuple[Node, Bac
             until(listed, "it is listed")
 
 
-def test_off_and_what_cannot_be_had(alone: tuple[Node, Backend]) -> None:
+def test_off_and_what_cannot_be_had(alone: tuple[Node, LabBackend]) -> None:
     made, backend = alone
     pod = up(made, backend, accounting="off")
     pod.connect(made.host(pod))
@@ -188,21 +188,21 @@ def test_off_and_what_cannot_be_had(alone: tuple[Node, Backend]) -> None:
     assert made.ask("/v1/status")["accounting"] == "inet_diag"
 
 
-def test_uncapture_takes_the_programs_away(alone: tuple[Node, Backend]) -> None:
+def test_uncapture_takes_the_programs_away(alone: tuple[Node, LabBackend]) -> None:
     """Its part that is the node's: the whole command looks into every namespace of the machine."""
     made, backend = alone
     up(made, backend)
     pins = Pins.of(str(made.spec.bpf_dir("node1")))
     made.processes.end()
-    would = [row for row in left(pins, dry_run=True) if row.removal and row.removal.layers == ("accounting",)]
+    would = [row for row in leftovers(pins, dry_run=True) if row.removal and row.removal.layers == ("accounting",)]
     assert [row.removal.result for row in would if row.removal] == ["would be removed"]
     assert pins.accounting.root.exists()
-    done = [row for row in left(pins, dry_run=False) if row.removal and row.removal.layers == ("accounting",)]
+    done = [row for row in leftovers(pins, dry_run=False) if row.removal and row.removal.layers == ("accounting",)]
     assert [row.removal.result for row in done if row.removal] == ["removed"]
-    assert not pins.accounting.root.exists() and left(pins, dry_run=True) == []
+    assert not pins.accounting.root.exists() and leftovers(pins, dry_run=True) == []
 
 
-def test_connections_from_before_the_enrolment_are_followed_to_their_end(alone: tuple[Node, Backend]) -> None:
+def test_connections_from_before_the_enrolment_are_followed_to_their_end(alone: tuple[Node, LabBackend]) -> None:
     made, backend = alone
     up(made, backend)
     pod = made.pod("older")
@@ -234,7 +234,7 @@ def enrol(made: Node, pod: NodePod) -> None:
     """Without an ADD, which would take it for new: named in the static file."""
     text = f"pods:\n- {{namespace: {pod.namespace}, name: {pod.name}, netns: {pod.netns}, addresses: [{pod.ipv4}]}}\n"
     (made.run_dir / "static.yaml").write_text(text)
-    made.restart(Backend(made.ask("/v1/status")["backend"]), static_pods=str(made.run_dir / "static.yaml"))
+    made.restart(LabBackend(made.ask("/v1/status")["backend"]), static_pods=str(made.run_dir / "static.yaml"))
 
 
 def states(made: Node) -> set[tuple[str, str]]:

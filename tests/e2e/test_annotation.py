@@ -19,8 +19,8 @@ from support.node import Node, NodePod, node, until
 from agent.core import names
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.netns import unpin
-from agent.lab.processes import Backend
-from agent.migration.theirs import RUN_DIR
+from agent.lab.node_services import LabBackend
+from agent.migration.istio_agent import RUN_DIR
 
 pytestmark = pytest.mark.root
 
@@ -38,7 +38,7 @@ def api(here: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApiSer
         yield made
 
 
-def start(here: Node, api: ApiServer, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
+def start(here: Node, api: ApiServer, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:
     access = {"kube_server": api.url, "kube_token_file": api.token_file, "kube_ca_file": api.ca_file}
     here.start(backend, **{**access, "cni_install": "off", "own_namespace": "sluice-system", **changes})
 
@@ -102,7 +102,7 @@ def test_a_pod_that_stays_captured_shows_enabled_and_nothing_else(here: Node, ap
     here.processes.start_ztunnel()
     here.await_ztunnel()
     step("ztunnel was killed")
-    for backend in (Backend.EBPF, Backend.NFTABLES):
+    for backend in (LabBackend.EBPF, LabBackend.NFTABLES):
         here.processes.end()
         start(here, api, backend)
         step(f"the backend is {backend} now")

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support.node import Node, NodePod, node, until
 
+from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netns import Netns
-from agent.kernel.nfnetlink import NftSocket
 
 pytestmark = pytest.mark.root
 

@@ -15,7 +15,7 @@ import pytest
 from support.node import PORT, REPO, Node, NodePod, node, until
 
 from agent.kernel.exec import run
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
 FINE = {"cni-runtime", "probe-canary", "conntrack"}  # what this node need not show: no runtime runs here
@@ -30,7 +30,7 @@ def made() -> Iterator[Node]:
 
 @pytest.fixture
 def here(made: Node) -> Iterator[Node]:
-    made.restart(Backend.NFTABLES)
+    made.restart(LabBackend.NFTABLES)
     yield made
 
 
@@ -138,7 +138,7 @@ def test_without_an_agent_it_says_what_could_not_be_seen(here: Node) -> None:
     assert "not seen: agent-version, agent-resources" in shown
     pod.flush()
     assert wrong(doctor(here, *config)[1])["pod-rules"].startswith("shop/left: no rules in ")
-    here.start(Backend.NFTABLES)
+    here.start(LabBackend.NFTABLES)
     until(lambda: here.ask("/v1/verify", all="true")[0]["result"] == "ok", "the agent has put them back")
     right(here)
     here.delete(pod)
@@ -173,7 +173,7 @@ def test_a_report_of_a_node_that_runs(here: Node, tmp_path: Path) -> None:
 
 def test_the_agents_own_settings_are_used(here: Node) -> None:
     """Those of its process, not those that this command would start one with."""
-    here.restart(Backend.NFTABLES, metrics_address="127.0.0.1:15999")
+    here.restart(LabBackend.NFTABLES, metrics_address="127.0.0.1:15999")
     code, found = doctor(here, "metrics-port")
     assert (code, found) == (0, {})
     done = sluice(here, "doctor", "metrics-port")

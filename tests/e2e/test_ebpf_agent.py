@@ -16,17 +16,18 @@ from support.node import REPO, SECONDS, FakeZtunnel, Node, NodePod, node, until
 from agent.backends.ebpf import abi, objects
 from agent.backends.ebpf.pins import Pins
 from agent.core.errors import SluiceError
-from agent.kernel import bpffs, bpfload
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf import load as bpfload
+from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
+from agent.kernel.netlink.sock_diag import cookies
 from agent.kernel.netns import Netns
-from agent.kernel.sockdiag import cookies
-from agent.lab import ask
+from agent.lab import api
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
-from agent.lab.processes import Backend
-from agent.lab.topology import LabSpec, PodSpec, Program
-from agent.lab.traffic import Traffic, relayed, settled
+from agent.lab.node_services import LabBackend
+from agent.lab.topology import LabSpec, PodProgram, PodSpec
+from agent.lab.traffic import LabTraffic, relayed, settled
 from agent.zds.messages import Ack, Add, Message, Request, SnapshotSent
 
 pytestmark = pytest.mark.root
@@ -36,13 +37,13 @@ VERIFY = 0.5
 WAYS = [
     (*pair, family) for pair in (("legacy/batch", "shop/web"), ("shop/client", "legacy/batch")) for family in (4, 6)
 ]
-ORDER = (Backend.EBPF, Backend.NFTABLES, Backend.EBPF, Backend.IPTABLES, Backend.EBPF)
+ORDER = (LabBackend.EBPF, LabBackend.NFTABLES, LabBackend.EBPF, LabBackend.IPTABLES, LabBackend.EBPF)
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     down(PREFIX)
-    echo = (Program.ECHO,)
+    echo = (PodProgram.ECHO,)
     pods = (
         PodSpec("node1", "shop", "web", enrolled=True, programs=echo),
         PodSpec("node1", "shop", "client", enrolled=True),
@@ -50,7 +51,7 @@ def lab() -> Iterator[Lab]:
         PodSpec("node2", "legacy", "batch", programs=echo),
     )
     lab = Lab(LabSpec(PREFIX, ("node1", "node2"), pods))
-    lab.up(backend=Backend.EBPF)
+    lab.up(backend=LabBackend.EBPF)
     try:
         yield lab
     finally:
@@ -59,7 +60,7 @@ def lab() -> Iterator[Lab]:
 
 def transfer(lab: Lab, source: str, target: str, family: int) -> socket.socket:
     """A connection on which the server sends without end."""
-    host, _, port = lab.pods.require(target).address(Program.ECHO, family).rpartition(":")
+    host, _, port = lab.pods.require(target).address(PodProgram.ECHO, family).rpartition(":")
     with Netns.open(lab.netns(source)) as inside:
         kind = socket.AF_INET6 if family == 6 else socket.AF_INET
         made = inside.call(lambda: socket.socket(kind, socket.SOCK_STREAM))
@@ -80,9 +81,9 @@ def carries_on(made: socket.socket) -> bool:
 def test_switches_both_ways_and_deaths_break_nothing(lab: Lab) -> None:
     up = lab.pods.up()
     servers = ("shop/web", "shop/db", "legacy/batch")
-    targets = [up[ref].address(Program.ECHO, family) for ref in servers for family in (4, 6)]
+    targets = [up[ref].address(PodProgram.ECHO, family) for ref in servers for family in (4, 6)]
     pairs = [("shop/client", ref) for ref in servers] + [("legacy/batch", "shop/web")]
-    traffic = Traffic(lab, up["shop/client"], targets, rate=RATE)
+    traffic = LabTraffic(lab, up["shop/client"], targets, rate=RATE)
     traffic.start()
     windows: dict[str, tuple[float, float]] = {}
     with contextlib.ExitStack() as stack:
@@ -93,7 +94,7 @@ def test_switches_both_ways_and_deaths_break_nothing(lab: Lab) -> None:
                 each.configure(backend, verify_seconds=VERIFY)
                 (each.end if number % 2 else each.kill)()
                 each.start_agent()
-                status = ask.agent(lab, name, "/v1/status")
+                status = api.agent(lab, name, "/v1/status")
                 assert status["backend"] == str(backend), status
             until(lambda b=backend: by(lab) == {str(b)}, f"every pod is captured by {backend}")  # type: ignore[misc]
             windows[f"{number} {backend}"] = first, time.time()
@@ -135,12 +136,12 @@ def attempted(lab: Lab, source: str, target: str, family: int) -> socket.socket 
 
 
 def by(lab: Lab) -> set[str]:
-    rows = [row for name in lab.spec.nodes for row in ask.agent(lab, name, "/v1/pods")]
+    rows = [row for name in lab.spec.nodes for row in api.agent(lab, name, "/v1/pods")]
     return {row["backend"] if row["state"] == "enabled" else row["state"] for row in rows if row["namespace"] == "shop"}
 
 
 def results(lab: Lab, name: str) -> set[str]:
-    return {row["result"] for row in ask.agent(lab, name, "/v1/verify", all="true")}
+    return {row["result"] for row in api.agent(lab, name, "/v1/verify", all="true")}
 
 
 def test_a_lab_is_removed_with_its_pins_also_when_its_records_are_missing() -> None:
@@ -162,7 +163,7 @@ def test_a_lab_is_removed_with_its_pins_also_when_its_records_are_missing() -> N
 def made() -> Iterator[Node]:
     with node(NODE_PREFIX) as made:
         made.processes.start_ztunnel()
-        made.start(Backend.EBPF, verify_seconds=VERIFY)
+        made.start(LabBackend.EBPF, verify_seconds=VERIFY)
         made.await_ztunnel()
         yield made
 
@@ -217,7 +218,7 @@ def test_a_pod_that_dies_while_the_agent_is_away_is_swept(here: Node) -> None:
     here.processes.kill()
     here.remove(gone)
     assert number in held(here)["pods"]
-    here.start(Backend.EBPF, verify_seconds=VERIFY)
+    here.start(LabBackend.EBPF, verify_seconds=VERIFY)
     until(lambda: not any(number in found for found in held(here).values()), "what the dead pod had is swept")
     assert here.captured(stays)
     here.delete(gone)
@@ -229,7 +230,7 @@ def test_capture_goes_on_without_the_agent(here: Node) -> None:
     for stop in (here.processes.end, here.processes.kill):
         stop()
         assert here.captured(pod) and here.captured(pod, 6)
-        here.start(Backend.EBPF, verify_seconds=VERIFY)
+        here.start(LabBackend.EBPF, verify_seconds=VERIFY)
         assert here.captured(pod)
         until(lambda: here.state(pod) == "enabled", "it is enabled")
         assert {row["repairs"] for row in here.ask("/v1/pods")} == {0}
@@ -246,7 +247,7 @@ def test_without_ztunnel_connections_are_refused_and_the_next_takes_them(here: N
     assert here.refused(pod)
     here.processes.start_ztunnel()
     if not agent:
-        here.start(Backend.EBPF, verify_seconds=VERIFY)
+        here.start(LabBackend.EBPF, verify_seconds=VERIFY)
     here.await_ztunnel()
     until(lambda: not here.refused(pod), "the new ztunnel's listeners are known")
     assert here.captured(pod) and here.captured(pod, 6)
@@ -292,13 +293,13 @@ def test_status_tells_every_way_out(here: Node) -> None:
 
 
 def test_where_pins_cannot_be_nftables_is_taken_and_status_says_why(here: Node) -> None:
-    here.restart(Backend.EBPF, bpf_dir="/proc/sluice/bpf")
+    here.restart(LabBackend.EBPF, bpf_dir="/proc/sluice/bpf")
     said = words(here)
     assert "Backend: nftables" in said and "ebpf cannot be used" in said and "/proc/sluice" in said, said
     pod = here.add(here.pod("other"))
     assert here.captured(pod) and "istio-ambient" in pod.ruleset()
     here.delete(pod)
-    here.restart(Backend.EBPF, verify_seconds=VERIFY)
+    here.restart(LabBackend.EBPF, verify_seconds=VERIFY)
 
 
 def test_an_installation_without_objects_takes_nftables_and_says_why(here: Node, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_an_installation_without_objects_takes_nftables_and_says_why(here: Node,
     shutil.copytree(REPO / "agent", copy, ignore=shutil.ignore_patterns("*.bpf.o", "__pycache__"))
     before = here.add(here.pod("before"))
     here.processes.end()
-    here.configure(Backend.EBPF, verify_seconds=VERIFY)
+    here.configure(LabBackend.EBPF, verify_seconds=VERIFY)
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from agent.__main__ import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "agent", "--config", str(here.run_dir / "sluice.yaml")]
     child = here.children.start("node1.agent", argv, here.netns, here.run_dir / "agent.log")
@@ -322,4 +323,4 @@ def test_an_installation_without_objects_takes_nftables_and_says_why(here: Node,
     until(lambda: not any(held(here).values()), "what the other installation had in the kernel is gone")
     for pod in (before, after):
         here.delete(pod)
-    here.restart(Backend.EBPF, verify_seconds=VERIFY)
+    here.restart(LabBackend.EBPF, verify_seconds=VERIFY)

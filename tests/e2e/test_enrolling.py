@@ -10,20 +10,20 @@ import pytest
 import yaml
 from support.node import until
 
-from agent.lab import ask
+from agent.lab import api
 from agent.lab.account import LoadRecord
 from agent.lab.lab import Lab, down
-from agent.lab.processes import Backend
-from agent.lab.topology import LabSpec, PodSpec, Program
-from agent.lab.traffic import Traffic
+from agent.lab.node_services import LabBackend
+from agent.lab.topology import LabSpec, PodProgram, PodSpec
+from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root
 PREFIX, RATE, TURNS = "sluenr", 200.0, 2
-PODS = tuple(PodSpec("node1", "shop", f"web{number}", programs=(Program.ECHO,)) for number in range(3))
+PODS = tuple(PodSpec("node1", "shop", f"web{number}", programs=(PodProgram.ECHO,)) for number in range(3))
 OTHER = replace(PODS[0], node="node2", name="other")
 
 
-@pytest.fixture(scope="module", params=[Backend.NFTABLES, Backend.EBPF])
+@pytest.fixture(scope="module", params=[LabBackend.NFTABLES, LabBackend.EBPF])
 def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
     down(PREFIX)
     lab = Lab(LabSpec(PREFIX, ("node1", "node2"), (*PODS, OTHER)))
@@ -48,7 +48,7 @@ def mark(lab: Lab, mode: str, state: str) -> None:
     path.with_suffix(".new").replace(path)
 
     def settled() -> bool:
-        rows = ask.agent(lab, "node1", "/v1/pods")
+        rows = api.agent(lab, "node1", "/v1/pods")
         return all((row["state"], row["leaving"]) == (state, False) for row in rows)
 
     until(settled, f"all pods are {state}")
@@ -58,10 +58,10 @@ def test_running_pods_are_enrolled_and_set_free_without_a_failure(lab: Lab) -> N
     up = lab.pods.up()
     ways = {"out": (PODS[0], OTHER), "in": (OTHER, PODS[1])}
     loads = [
-        Traffic(
+        LabTraffic(
             lab,
             up[client.ref],
-            [up[server.ref].address(Program.ECHO, family) for family in (4, 6)],
+            [up[server.ref].address(PodProgram.ECHO, family) for family in (4, 6)],
             name=name,
             rate=RATE,
         )

@@ -15,7 +15,7 @@ from support.node import PORT, SECONDS, FakeZtunnel, Node, NodePod, node, until
 from agent.core.names import DATAPLANE_MODE, DNS_CAPTURE
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 def here() -> Iterator[Node]:
     with node("slude") as made:
         # Legacy tables tell nobody of a change, and verification is too rare to see it: drift stays.
-        made.start(Backend.LEGACY, verify_seconds=3000.0, exclude_namespaces=["kube-system", "quiet"])
+        made.start(LabBackend.LEGACY, verify_seconds=3000.0, exclude_namespaces=["kube-system", "quiet"])
         made.processes.start_ztunnel()
         made.await_ztunnel()
         yield made
@@ -157,7 +157,7 @@ FOREIGN = """table ip foreign {
 
 
 def test_foreign_rules_before_ours_are_told(here: Node) -> None:
-    here.restart(Backend.NFTABLES)
+    here.restart(LabBackend.NFTABLES)
     pod = here.add(here.pod("shadowed"))
     until(lambda: here.state(pod) == "enabled", "it is captured")
     run(["nft", "-f", "-"], netns=pod.netns, stdin=FOREIGN)

@@ -17,11 +17,11 @@ from support.node import Node, NodePod, ip, node, until
 
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.exec import run
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
-LEGACY: Backend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
-BACKENDS = (Backend.NFTABLES, Backend.IPTABLES, LEGACY)
+LEGACY: LabBackend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
+BACKENDS = (LabBackend.NFTABLES, LabBackend.IPTABLES, LEGACY)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def here(made: Node) -> Iterator[Node]:
     until(lambda: made.ask("/v1/pods") == [], "no pod is left")
 
 
-def begin(here: Node, backend: Backend = Backend.NFTABLES, **changes: object) -> None:
+def begin(here: Node, backend: LabBackend = LabBackend.NFTABLES, **changes: object) -> None:
     """A new agent, unless one like that runs."""
     changes = {"verify_seconds": 1.0, "static_pods": str(here.run_dir / "static.yaml"), **changes}
     before = here.run_dir / "sluice.yaml"
@@ -97,7 +97,14 @@ def test_p32_long_flows_survive_the_live_switch_there_and_back(here: Node, peer:
     with contextlib.ExitStack() as kept:
         streams = [kept.enter_context(stream) for stream in both_ways(pod, peer)]
         assert all(stream.alive() for stream in streams)
-        for backend in (Backend.IPTABLES, LEGACY, Backend.NFTABLES, LEGACY, Backend.IPTABLES, Backend.NFTABLES):
+        for backend in (
+            LabBackend.IPTABLES,
+            LEGACY,
+            LabBackend.NFTABLES,
+            LEGACY,
+            LabBackend.IPTABLES,
+            LabBackend.NFTABLES,
+        ):
             begin(here, backend)
             enabled(here, pod)
             assert [stream.alive() for stream in streams] == [True, True], backend
@@ -107,7 +114,7 @@ def test_p32_long_flows_survive_the_live_switch_there_and_back(here: Node, peer:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_p55_older_connections_survive_enrolment_and_its_end(here: Node, peer: NodePod, backend: Backend) -> None:
+def test_p55_older_connections_survive_enrolment_and_its_end(here: Node, peer: NodePod, backend: LabBackend) -> None:
     begin(here, backend)
     pod = here.pod("older")
     older = both_ways(pod, peer)
@@ -212,8 +219,8 @@ def test_p56_whatever_the_order_the_end_is_as_desired(here: Node) -> None:
     here.delete(neighbour)
 
 
-@pytest.mark.parametrize("backend", [Backend.IPTABLES, LEGACY])
-def test_p56_removal_goes_on_where_something_is_gone_already(here: Node, backend: Backend) -> None:
+@pytest.mark.parametrize("backend", [LabBackend.IPTABLES, LEGACY])
+def test_p56_removal_goes_on_where_something_is_gone_already(here: Node, backend: LabBackend) -> None:
     """Half of the rules were removed by somebody else, on a mechanism whose rules nobody owns."""
     begin(here, backend, verify_seconds=3000.0)
     pod = here.pod("halved")
@@ -230,8 +237,8 @@ def test_p56_removal_goes_on_where_something_is_gone_already(here: Node, backend
     assert not re.search("ISTIO|sluice|32764|table 100", left), left
 
 
-@pytest.mark.parametrize("backend", [Backend.NFTABLES, Backend.IPTABLES])
-def test_p57_a_new_agent_changes_nothing_for_a_late_interface(here: Node, peer: NodePod, backend: Backend) -> None:
+@pytest.mark.parametrize("backend", [LabBackend.NFTABLES, LabBackend.IPTABLES])
+def test_p57_a_new_agent_changes_nothing_for_a_late_interface(here: Node, peer: NodePod, backend: LabBackend) -> None:
     """tailscale0 is one: the pod makes it itself, long after its start, and is reached by its address."""
     begin(here, backend)
     pod = here.add(here.pod("late"))
@@ -253,7 +260,7 @@ def test_p57_a_new_agent_changes_nothing_for_a_late_interface(here: Node, peer: 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_p58_end_and_start_of_the_agent_change_no_byte(here: Node, backend: Backend) -> None:
+def test_p58_end_and_start_of_the_agent_change_no_byte(here: Node, backend: LabBackend) -> None:
     begin(here, backend)
     pod = here.add(here.pod("kept"))
     rules, before = snapshot(pod), generation(pod)
@@ -264,7 +271,7 @@ def test_p58_end_and_start_of_the_agent_change_no_byte(here: Node, backend: Back
     enabled(here, pod)
     assert snapshot(pod) == rules
     # Tables whose owner has died are taken over: one transaction that changes nothing else, or they could be flushed.
-    assert generation(pod) - before == (1 if backend is Backend.NFTABLES else 0)
+    assert generation(pod) - before == (1 if backend is LabBackend.NFTABLES else 0)
     assert here.ask("/v1/explain", pod=pod.uid)["recent_repairs"] == []
     here.delete(pod)
 
@@ -297,7 +304,7 @@ PASSES = "sluice_reconcile_seconds_count"
 
 def test_a_fight_is_named_and_not_joined(here: Node) -> None:
     """Somebody undoes the rules in a loop: an event with his name, and repairs that become rare. See P56 and P60p."""
-    begin(here, Backend.IPTABLES, verify_seconds=3000.0)
+    begin(here, LabBackend.IPTABLES, verify_seconds=3000.0)
     pod, other = here.add(here.pod("fought")), here.add(here.pod("bystander"))
     script = "while :; do nft add table inet foe; nft flush ruleset; done"
     foe = subprocess.Popen(["nsenter", f"--net={pod.netns}", "sh", "-c", script], start_new_session=True)

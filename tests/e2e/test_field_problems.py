@@ -18,12 +18,12 @@ from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
 from agent.lab import nodes
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 from agent.zds.messages import Ack, Add, Message, Request
 
 pytestmark = pytest.mark.root
 VERIFY = 1.0  # seconds between two verifications: legacy xtables tell nobody of a change
-LEGACY: Backend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
+LEGACY: LabBackend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
 NOBODY = 65534
 
 
@@ -48,7 +48,7 @@ def here(made: Node) -> Iterator[Node]:
     until(lambda: made.ask("/v1/pods") == [], "no pod is left")
 
 
-def refresh(here: Node, backend: Backend = Backend.NFTABLES) -> None:
+def refresh(here: Node, backend: LabBackend = LabBackend.NFTABLES) -> None:
     """Starts what does not run, and the agent anew when it runs on another backend."""
     agent, ztunnel = (here.children.get(f"node1.{name}") for name in ("agent", "ztunnel"))
     if ztunnel is None or not ztunnel.alive:
@@ -58,7 +58,7 @@ def refresh(here: Node, backend: Backend = Backend.NFTABLES) -> None:
     here.await_ztunnel()
 
 
-def start(here: Node, backend: Backend = Backend.NFTABLES, **changes: object) -> None:
+def start(here: Node, backend: LabBackend = LabBackend.NFTABLES, **changes: object) -> None:
     changes = {"verify_seconds": VERIFY, "static_pods": str(here.run_dir / "static.yaml"), **changes}
     here.restart(backend, **changes)
 
@@ -66,14 +66,14 @@ def start(here: Node, backend: Backend = Backend.NFTABLES, **changes: object) ->
 # Everything that a backend's rules consist of, removed behind the agent's back. Tables that the agent owns cannot
 # be flushed by others, where the kernel knows ownership; the policy rule always can.
 FLUSH = {
-    Backend.NFTABLES: "nft flush ruleset; ip rule del pref 32764; ip -6 route flush table 100",
-    Backend.IPTABLES: "nft flush ruleset; ip rule del pref 32764; ip -6 route flush table 100",
+    LabBackend.NFTABLES: "nft flush ruleset; ip rule del pref 32764; ip -6 route flush table 100",
+    LabBackend.IPTABLES: "nft flush ruleset; ip rule del pref 32764; ip -6 route flush table 100",
     LEGACY: "for v in ip ip6; do for t in nat mangle raw; do ${v}tables-legacy -t $t -F; done; done",
 }
 
 
 @pytest.mark.parametrize("backend", FLUSH)
-def test_p02_rules_that_vanish_are_back_within_a_period_and_the_repair_is_told(here: Node, backend: Backend) -> None:
+def test_p02_rules_that_vanish_are_back_within_a_period_and_the_repair_is_told(here: Node, backend: LabBackend) -> None:
     start(here, backend)
     pod = here.add(here.pod("flushed"))
     before = metric(here, "sluice_drift_total")

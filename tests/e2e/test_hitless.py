@@ -13,13 +13,13 @@ from support.node import until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.lab import ask
+from agent.kernel.pod_netns import PodNetns
+from agent.lab import api
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
-from agent.lab.processes import READY_SECONDS, Backend, NodeProcesses
-from agent.lab.topology import LabSpec, PodSpec, Program
-from agent.lab.traffic import Traffic, relayed, settled
+from agent.lab.node_services import READY_SECONDS, LabBackend, NodeProcesses
+from agent.lab.topology import LabSpec, PodProgram, PodSpec
+from agent.lab.traffic import LabTraffic, relayed, settled
 
 pytestmark = pytest.mark.root
 PREFIX, RATE, CALM = "sluee", 150.0, 0.4
@@ -28,7 +28,7 @@ PREFIX, RATE, CALM = "sluee", 150.0, 0.4
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     down(PREFIX)
-    echo = (Program.ECHO,)
+    echo = (PodProgram.ECHO,)
     pods = (
         PodSpec("node1", "shop", "web", enrolled=True, programs=echo),
         PodSpec("node1", "shop", "client", enrolled=True),
@@ -53,7 +53,7 @@ def kill(node: NodeProcesses) -> None:
     node.start_agent()
 
 
-def switch(backend: Backend) -> Callable[[NodeProcesses], None]:
+def switch(backend: LabBackend) -> Callable[[NodeProcesses], None]:
     def to(node: NodeProcesses) -> None:
         node.configure(backend)
         restart(node)
@@ -61,7 +61,7 @@ def switch(backend: Backend) -> Callable[[NodeProcesses], None]:
     return to
 
 
-def cut(lab: Lab, backend: Backend) -> Callable[[NodeProcesses], None]:
+def cut(lab: Lab, backend: LabBackend) -> Callable[[NodeProcesses], None]:
     """A switch whose agent is killed as soon as it has changed something in a pod; the next one begins there."""
 
     def short(node: NodeProcesses) -> None:
@@ -81,20 +81,20 @@ def cut(lab: Lab, backend: Backend) -> Callable[[NodeProcesses], None]:
 def test_no_connection_escapes_or_fails(lab: Lab) -> None:
     up = lab.pods.up()
     servers = ("shop/web", "shop/db", "legacy/batch")
-    targets = [up[ref].address(Program.ECHO, family) for ref in servers for family in (4, 6)]
+    targets = [up[ref].address(PodProgram.ECHO, family) for ref in servers for family in (4, 6)]
     steps = {
         "restarted": restart,
         "killed": kill,
-        "to iptables": switch(Backend.IPTABLES),
+        "to iptables": switch(LabBackend.IPTABLES),
         "killed on iptables": kill,
-        "to legacy": switch(Backend.LEGACY),
+        "to legacy": switch(LabBackend.LEGACY),
         "killed on legacy": kill,
-        "to nftables": switch(Backend.NFTABLES),
-        "killed on the way to iptables": cut(lab, Backend.IPTABLES),
-        "killed on the way to legacy": cut(lab, Backend.LEGACY),
-        "killed on the way to nftables": cut(lab, Backend.NFTABLES),
+        "to nftables": switch(LabBackend.NFTABLES),
+        "killed on the way to iptables": cut(lab, LabBackend.IPTABLES),
+        "killed on the way to legacy": cut(lab, LabBackend.LEGACY),
+        "killed on the way to nftables": cut(lab, LabBackend.NFTABLES),
     }
-    traffic = Traffic(lab, up["shop/client"], targets, rate=RATE)
+    traffic = LabTraffic(lab, up["shop/client"], targets, rate=RATE)
     traffic.start()
     windows = {}
     for name, step in steps.items():
@@ -117,13 +117,13 @@ def test_no_connection_escapes_or_fails(lab: Lab) -> None:
 
 
 def results(lab: Lab, node: str) -> set[str]:
-    return {row["result"] for row in ask.agent(lab, node, "/v1/verify", all="true")}
+    return {row["result"] for row in api.agent(lab, node, "/v1/verify", all="true")}
 
 
 def test_the_account_would_see_an_escape(lab: Lab) -> None:
     """The same measure over a pod that is not enrolled: every connection counts as escaped."""
     up = lab.pods.up()
-    traffic = Traffic(lab, up["legacy/batch"], [up["shop/web"].address(Program.ECHO)], name="plain", rate=50)
+    traffic = LabTraffic(lab, up["legacy/batch"], [up["shop/web"].address(PodProgram.ECHO)], name="plain", rate=50)
     traffic.start()
     time.sleep(0.3)
     whole = settled(lab, traffic.stop())
@@ -132,10 +132,10 @@ def test_the_account_would_see_an_escape(lab: Lab) -> None:
 
 
 def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
-    if not any("tables are owned" in words for words in ask.agent(lab, "node1", "/v1/status")["backends"].values()):
+    if not any("tables are owned" in words for words in api.agent(lab, "node1", "/v1/status")["backends"].values()):
         pytest.skip("this kernel has no owned tables (needs 6.9)")
     up = lab.pods.up()
-    traffic = Traffic(lab, up["shop/client"], [up["shop/db"].address(Program.ECHO)], name="flush", rate=RATE)
+    traffic = LabTraffic(lab, up["shop/client"], [up["shop/db"].address(PodProgram.ECHO)], name="flush", rate=RATE)
     traffic.start()
     for _ in range(5):
         run(["nft", "flush", "ruleset"], netns=lab.netns("shop/client"))
@@ -143,14 +143,14 @@ def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
     whole = settled(lab, traffic.stop())
     assert whole.opened > 0
     assert (whole.escaped, whole.failed) == (0, 0), whole
-    assert ask.agent(lab, "node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
+    assert api.agent(lab, "node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
 
 
 def test_a_ztunnel_that_is_replaced_while_the_agent_is_away_waits_for_its_successor(lab: Lab) -> None:
     """As when a rollout of ztunnel follows that of the agent at once: the new one has no pods yet."""
     up, node = lab.pods.up(), lab.nodes["node1"]
     node.replace_ztunnel("--drain-seconds", "60")  # longer than the agent takes to start on a busy machine
-    traffic = Traffic(lab, up["shop/client"], [up["shop/db"].address(Program.ECHO)], name="replaced", rate=50)
+    traffic = LabTraffic(lab, up["shop/client"], [up["shop/db"].address(PodProgram.ECHO)], name="replaced", rate=50)
     traffic.start()
     node.kill()
     node.start_ztunnel("next")

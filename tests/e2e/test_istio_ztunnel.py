@@ -16,7 +16,7 @@ from support.node import PORT, REAL, Node, NodePod, node, until
 
 from agent.kernel.exec import run
 from agent.lab import istio
-from agent.lab.processes import Backend, NodeProcesses
+from agent.lab.node_services import LabBackend, NodeProcesses
 from agent.lab.topology import PodSpec
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[Backend.NFTABLES, Backend.IPTABLES, Backend.LEGACY, Backend.EBPF])
+@pytest.fixture(params=[LabBackend.NFTABLES, LabBackend.IPTABLES, LabBackend.LEGACY, LabBackend.EBPF])
 def here(request: pytest.FixtureRequest) -> Iterator[tuple[Node, NodePod, NodePod]]:
     """A pod that ztunnel's local file has, and one that it has not."""
     with node("sluez") as made:

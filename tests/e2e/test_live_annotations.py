@@ -9,7 +9,7 @@ from support.field import Stream, enabled, generation, listed, relayed, static_f
 from support.node import Node, NodePod, node, until
 
 from agent.kernel.exec import run
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
 OURS, THEIRS = "traffic.sluice.io/exclude-outbound-ports", "traffic.sidecar.istio.io/excludeOutboundPorts"
@@ -21,7 +21,7 @@ def here(request: pytest.FixtureRequest) -> Iterator[Node]:
         run(["sysctl", "-qw", "net.ipv4.ip_forward=1"], netns=made.netns)
         made.processes.start_ztunnel()
         made.configure(
-            Backend(request.param), static_pods=static_file(made), sidecar_annotations=True, verify_seconds=30.0
+            LabBackend(request.param), static_pods=static_file(made), sidecar_annotations=True, verify_seconds=30.0
         )
         made.processes.start_agent()
         yield made

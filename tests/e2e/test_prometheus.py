@@ -22,8 +22,8 @@ from support.prometheus import Prometheus, get, program, prometheus
 
 from agent.kernel.exec import run
 from agent.lab.lab import Lab, down
-from agent.lab.topology import PORTS, LabSpec, PodSpec, Program
-from agent.lab.traffic import Traffic
+from agent.lab.topology import PORTS, LabSpec, PodProgram, PodSpec
+from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root
 PREFIX, PORT, RATE = "sluep", 15014, 50.0
@@ -35,7 +35,7 @@ OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     down(PREFIX)
-    echo = (Program.ECHO,)
+    echo = (PodProgram.ECHO,)
     pods = (
         PodSpec("node1", "shop", "web", enrolled=True, programs=echo),
         PodSpec("node1", "shop", "client", enrolled=True),
@@ -50,11 +50,11 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def traffic(lab: Lab) -> Iterator[Traffic]:
+def traffic(lab: Lab) -> Iterator[LabTraffic]:
     """Captured at both ends or at one, for IPv4 and IPv6, and towards nobody; seen at both ends when this returns."""
     up = lab.pods.up()
-    targets = [up[ref].address(Program.ECHO, family) for ref in ("shop/web", "legacy/batch") for family in (4, 6)]
-    made = Traffic(lab, up["shop/client"], [*targets, f"{up['legacy/batch'].ipv4}:9"], rate=RATE)
+    targets = [up[ref].address(PodProgram.ECHO, family) for ref in ("shop/web", "legacy/batch") for family in (4, 6)]
+    made = LabTraffic(lab, up["shop/client"], [*targets, f"{up['legacy/batch'].ipv4}:9"], rate=RATE)
     made.start()
     server = 'workload="web",direction="inbound",fate="captured"'
     until(lambda: server in page(lab)[0], "it is counted at the server")
@@ -67,7 +67,7 @@ def page(lab: Lab, **headers: str) -> tuple[str, dict[str, str]]:
     return body.decode(), found
 
 
-def test_the_page_is_right_in_both_formats_and_compressed(lab: Lab, traffic: Traffic) -> None:
+def test_the_page_is_right_in_both_formats_and_compressed(lab: Lab, traffic: LabTraffic) -> None:
     plain, headers = page(lab)
     assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert "content-encoding" not in headers
@@ -90,7 +90,7 @@ def connections(lab: Lab, *words: str) -> dict[str, list[dict[str, Any]]]:
     return dict(json.loads(run([*argv, "--run-dir", str(lab.spec.node_dir("node1"))]).stdout))
 
 
-def test_a_leak_fires_the_shipped_alert_and_nothing_else_does(lab: Lab, traffic: Traffic) -> None:
+def test_a_leak_fires_the_shipped_alert_and_nothing_else_does(lab: Lab, traffic: LabTraffic) -> None:
     node = lab.spec.netns_path("node1")
     with prometheus(lab.children, node, lab.spec.run_dir / "prometheus", f"127.0.0.1:{PORT}") as server:
         until(lambda: server.value(OUTBOUND) > 0 and server.value(f"count_over_time({OUTBOUND}[1m])") > 2, "scrapes")
@@ -119,7 +119,7 @@ def leak(lab: Lab) -> socket.socket:
     made = Inside(lab.netns("shop/client")).make(batch.ipv4)
     made.bind((lab.pods.require("shop/client").ipv4, 0))
     with marking(lab.netns("shop/client"), f"tcp sport {made.getsockname()[1]}"):
-        made.connect((batch.ipv4, PORTS[Program.ECHO]))
+        made.connect((batch.ipv4, PORTS[PodProgram.ECHO]))
     made.sendall(b"hello")  # without an end of line, so that the server goes on waiting
     return made
 

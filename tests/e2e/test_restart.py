@@ -14,7 +14,7 @@ from support.node import PLUGIN, REAL, FakeZtunnel, Node, NodePod, node, until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
 ROUNDS = 4 if REAL else 15  # Istio's ztunnel comes back to each new agent only after some seconds
@@ -209,14 +209,14 @@ def test_backend_switch_leaves_exactly_one_rule_set(here: Node) -> None:
     pod = here.add(here.pod("switched"))
     nftables = pod.rules()
     assert "table inet istio-ambient-nat" in nftables
-    here.restart(Backend.IPTABLES)
+    here.restart(LabBackend.IPTABLES)
     enabled(here, pod)
     assert here.captured(pod)
     assert "istio-ambient" not in pod.rules()
     assert "ISTIO_OUTPUT" in pod.rules()
     assert here.captured(pod, 6)
     here.sluice("verify", "--all")
-    here.restart(Backend.NFTABLES)
+    here.restart(LabBackend.NFTABLES)
     enabled(here, pod)
     assert pod.rules() == nftables
     assert here.captured(pod)

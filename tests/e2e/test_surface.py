@@ -18,7 +18,7 @@ from support.node import FakeZtunnel, Node, node, until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab.processes import Backend
+from agent.lab.node_services import LabBackend
 from agent.zds.messages import Hello, encode
 
 pytestmark = pytest.mark.root
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.root
 def here() -> Iterator[Node]:
     with node("slued") as made:
         # iptables: its tables cannot be owned, so that drift can be made; verification is too rare to see it.
-        made.start(Backend.IPTABLES, verify_seconds=3000.0, exclude_namespaces=["kube-system", "quiet"])
+        made.start(LabBackend.IPTABLES, verify_seconds=3000.0, exclude_namespaces=["kube-system", "quiet"])
         fake = FakeZtunnel(made.run_dir / "ztunnel.sock")
         yield made
         fake.close()
@@ -144,12 +144,12 @@ def test_verify_by_exit_code_and_repair(here: Node) -> None:
     right, wrong, lost = (here.add(here.pod(name)) for name in ("right", "wrong", "lost"))
     assert "ok" in here.sluice("verify", "--all")
     # Of legacy tables nobody is told: their drift stays to be seen until the next comparison.
-    here.restart(Backend.LEGACY)
+    here.restart(LabBackend.LEGACY)
     until(lambda: here.state(wrong) == "pending", "it has its rules")
     before = wrong.rules()
     here.processes.end()
     run(["iptables-legacy", "-t", "nat", "-F", "ISTIO_OUTPUT"], netns=wrong.netns)
-    here.start(Backend.LEGACY)
+    here.start(LabBackend.LEGACY)
     fake = FakeZtunnel(here.run_dir / "ztunnel.sock")
     until(lambda: {here.state(pod) for pod in (right, wrong, lost)} == {"enabled"}, "all are enabled again")
     assert wrong.rules() == before  # its start has repaired it
@@ -175,7 +175,7 @@ def test_verify_by_exit_code_and_repair(here: Node) -> None:
 
 def test_verify_covers_the_nodes_own_rules(here: Node) -> None:
     """The value is of earlier versions. Drift cannot be made here: where this test runs the table is owned."""
-    here.restart(Backend.IPTABLES, host_probes="iptables-legacy", verify_seconds=300.0)
+    here.restart(LabBackend.IPTABLES, host_probes="iptables-legacy", verify_seconds=300.0)
     until(lambda: here.ask("/v1/status")["host_probes"]["ok"], "the exemption is in place")
     status = here.ask("/v1/status")
     assert status["host_probes"]["mechanism"] == "nftables" and "earlier versions" in status["host_probes_reason"]
@@ -184,11 +184,11 @@ def test_verify_covers_the_nodes_own_rules(here: Node) -> None:
     shown = json.loads(here.sluice("verify", "--all", "-o", "json"))
     assert [row["result"] for row in shown if row["name"] == "(probes of the node)"] == ["ok"]
     fake.close()
-    here.restart(Backend.IPTABLES)
+    here.restart(LabBackend.IPTABLES)
 
 
 def test_check_tells_the_difference(here: Node) -> None:
-    here.restart(Backend.LEGACY)  # whose drift nobody is told of
+    here.restart(LabBackend.LEGACY)  # whose drift nobody is told of
     fake = FakeZtunnel(here.run_dir / "ztunnel.sock")
     assert fake.complete.wait(20)
     pod = here.add(here.pod("checked"))
@@ -201,11 +201,11 @@ def test_check_tells_the_difference(here: Node) -> None:
     here.delete(pod)
     assert here.cni("CHECK", here.pod("unknown")).error == 3
     fake.close()
-    here.restart(Backend.IPTABLES)
+    here.restart(LabBackend.IPTABLES)
 
 
 def test_plugin_while_the_agent_is_away(here: Node) -> None:
-    here.restart(Backend.IPTABLES, exclude_namespaces=["kube-system", "quiet"])
+    here.restart(LabBackend.IPTABLES, exclude_namespaces=["kube-system", "quiet"])
     here.processes.end()
     excluded = [here.pod("quiet", namespace="quiet", enrolled=False), here.pod("dns", namespace="kube-system")]
     assert [here.cni("ADD", excluded[0]).error] == [0]
@@ -220,7 +220,7 @@ def test_plugin_while_the_agent_is_away(here: Node) -> None:
     assert here.cni("STATUS", excluded[0]).error == 50
     assert here.cni("VERSION", excluded[0]).answer["supportedVersions"][-1] == "1.1.0"
     assert "cannot ask the agent" in here.sluice("status", code=2)
-    here.start(Backend.IPTABLES)
+    here.start(LabBackend.IPTABLES)
 
 
 def test_agent_that_is_there_but_does_not_answer(here: Node) -> None:
@@ -234,4 +234,4 @@ def test_agent_that_is_there_but_does_not_answer(here: Node) -> None:
         outcome: Any = here.cni("ADD", here.pod("waits"), timeoutSeconds=1)
     assert outcome.error == 11
     assert 1 <= outcome.seconds < 5
-    here.start(Backend.IPTABLES)
+    here.start(LabBackend.IPTABLES)

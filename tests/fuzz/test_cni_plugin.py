@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from agent.sources.cni_wire import CniReply, frame
+from agent.sources.cni.wire import CniReply, frame
 
 REPO = Path(__file__).resolve().parents[2]
 

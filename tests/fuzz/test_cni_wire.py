@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.errors import ProtocolError
-from agent.sources.cni_wire import MAX_REPLY, CniReply, Verb, frame, parse_request
+from agent.sources.cni.wire import MAX_REPLY, CniReply, CniVerb, frame, parse_request
 
 ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=12),
@@ -39,7 +39,7 @@ PAIR = st.tuples(
 ).map("".join)
 REQUEST = st.fixed_dictionaries(
     {
-        "verb": st.sampled_from([*Verb]).map(str) | ANY,
+        "verb": st.sampled_from([*CniVerb]).map(str) | ANY,
         "container_id": st.from_regex(r"[a-z0-9._-]{0,4}", fullmatch=True) | ANY,
         "ifname": st.from_regex(r"[a-z0-9.:/ -]{0,16}", fullmatch=True) | ANY,
         "netns": st.sampled_from(["", "/run/netns/x", "x"]) | ANY,
@@ -62,7 +62,7 @@ def _check(payload: bytes) -> None:
     for container_id, _ in request.valid_attachments:
         assert NAME.fullmatch(container_id)
     assert "/" not in request.ifname
-    assert bool(request.container_id) or request.verb in (Verb.STATUS, Verb.GC)
+    assert bool(request.container_id) or request.verb in (CniVerb.STATUS, CniVerb.GC)
     json.dumps([request.annotations, request.addresses], ensure_ascii=False).encode()
     request.netns.encode()
 

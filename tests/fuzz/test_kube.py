@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.errors import KubeError, ProtocolError
-from agent.core.pods import UID, KubePod
-from agent.sources.kube import nodes, objects, peers, protocol
+from agent.core.model.pods import UID, KubePod
+from agent.sources.kube import nodes, objects, protocol, workloads
 from agent.sources.kube.protocol import Lines, Listing, Rows
 
 KEYS = [
@@ -74,8 +74,8 @@ def test_any_row_and_node(value: Any) -> None:
     if not isinstance(value, dict):
         return
     for row in [value, *Rows().unfold(value), *Rows().unfold({**value, "kind": "Table", "rows": [value]})]:
-        peers.pod(row, lambda *words: words)
-        peers.service(row, lambda *words: words)
+        workloads.pod(row, lambda *words: words)
+        workloads.service(row, lambda *words: words)
     nodes.removal(value, nodes.Taint("a"))
     assert isinstance(protocol.version(value), str)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.backends.iptables.deeds import Deeds
 from agent.backends.iptables.legacy_reading import found
 from agent.backends.iptables.rendering import render, script
+from agent.backends.iptables.rule_digests import Deeds
 from agent.core.errors import KernelError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 
 REAL = json.loads((Path(__file__).parents[1] / "unit/backends/data/legacy_tables.json").read_text())["tables"]
 TABLES = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from agent.core.errors import SettingsError
 from agent.flows.labels import traffic
-from agent.flows.peers import parse
 from agent.flows.record import Direction
+from agent.flows.remote_workloads import parse
 
 WORKLOAD = ["addresses", "namespace", "name", "workload", "service_account", "app", "version", "cluster", "labels"]
 KEYS = ["workloads", "services", *WORKLOAD, "host", "ports", "<<", "x"]

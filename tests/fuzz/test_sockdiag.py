@@ -9,9 +9,9 @@ import struct
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.core.netlink import attribute
-from agent.core.sockets import TcpState
-from agent.kernel.sockdiag import decode, encode
+from agent.core.model.sockets import TcpState
+from agent.core.wire.netlink import attribute
+from agent.kernel.netlink.sock_diag import decode, encode
 
 ports = st.integers(0, 65535)
 others = st.lists(st.tuples(st.sampled_from([8, 11, 16, 21, 22]), st.binary(max_size=12)), max_size=4)

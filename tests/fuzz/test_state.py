@@ -10,9 +10,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.kernel.netns import NetnsId
-from agent.sources.state import Note, State
+from agent.sources.state.notes import Note, Notes
 
 GOOD = Note(Pod("good", "shop", "good"), True, NetnsId(1, 2, 3))
 json_values = st.recursive(
@@ -30,7 +30,7 @@ notes = st.fixed_dictionaries({}, optional={"version": st.just(1), "captured": j
 
 def others_are_read(content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        state = State(folder)
+        state = Notes(folder)
         state.save(GOOD)
         (state.pods / "bad.json").write_bytes(content)
         found = {note.pod.uid: note for note in state.load()}
@@ -55,7 +55,7 @@ def test_any_json(value: Any) -> None:
 def test_a_note_with_flipped_bytes(data: st.DataObject) -> None:
     """The other notes are read when a true note rots."""
     with tempfile.TemporaryDirectory() as folder:
-        state = State(folder)
+        state = Notes(folder)
         state.save(Note(Pod("bad", "shop", "web", addresses=("10.0.0.1",), labels={"a": "b"}), True, NetnsId(1, 2, 3)))
         content = bytearray((state.pods / "bad.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):

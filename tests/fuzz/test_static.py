@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.errors import SettingsError
-from agent.sources.static import parse
+from agent.sources.static_pods import parse
 
 KEYS = ["pods", "namespace", "name", "netns", "addresses", "uid", "serviceAccount", "labels", "annotations", "<<", "x"]
 scalars = st.one_of(

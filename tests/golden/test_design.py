@@ -7,7 +7,7 @@ import re
 import pytest
 
 from agent.backends.iptables.rendering import render
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 
 # (table, chain, rule), in order; {lo} and {probe} differ by family. DNS rows are marked; that of LINK is ours alone.
 DESIGN = [

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent.cli.rules import render
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 
 DATA = Path(__file__).parent / "data"
 VARIANTS = {

@@ -172,7 +172,7 @@ def test_p25_a_reader_never_sees_half_a_file() -> None:
         node.write(NAME, text(CALICO))
         made = node.installer()
         made.step()
-        from agent.install.hostroot import HostRoot
+        from agent.install.host_root import HostRoot
         from agent.install.netdir import NetDir
         from agent.install.planning import Write
 

@@ -11,7 +11,7 @@ from support.installing import CALICO, Node, text, types
 
 from agent.cli import install, uninstall
 from agent.core.errors import SluiceError
-from agent.kernel.unixsocket import claim
+from agent.kernel.unix_socket import claim
 
 
 def run(node: Node, *words: str) -> int:

@@ -10,7 +10,7 @@ from support.installing import CALICO, NOBODY, Node, runtime_loads, text, types
 
 from agent.core.settings import Settings
 from agent.install import runtime
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.installer import Installer
 
 HOSTS = Path(__file__).parent / "hosts"

@@ -13,7 +13,7 @@ import pytest
 from support.installing import CALICO, Node, recreate, running, text, types, until
 
 from agent.core.errors import KernelError
-from agent.install import installer, watching
+from agent.install import directory_watch, installer
 
 NEW = text(CALICO, "bandwidth")
 NAME = "10-calico.conflist"
@@ -115,7 +115,7 @@ def test_p07_every_way_of_rewriting(node: Node, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setattr(installer, "PERIOD", 3600.0)
     else:
         monkeypatch.setattr(installer, "PERIOD", 0.1)
-        monkeypatch.setattr(watching, "Inotify", _used_up)
+        monkeypatch.setattr(directory_watch, "Inotify", _used_up)
 
     async def scene() -> None:
         made = node.installer()
@@ -222,7 +222,7 @@ def test_a_directory_that_comes_late_with_all_above_it(node: Node) -> None:
 def test_inotifys_limit_is_told_once_and_stops_nothing(
     node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(watching, "Inotify", _used_up)
+    monkeypatch.setattr(directory_watch, "Inotify", _used_up)
     monkeypatch.setattr(installer, "PERIOD", 0.01)
     node.write(NAME, text(CALICO))
 

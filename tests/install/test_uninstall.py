@@ -19,7 +19,7 @@ from support.installing import NOBODY, Node, runtime_loads, types
 from agent.core.errors import SettingsError
 from agent.install.uninstall import Uninstall
 from agent.kernel.exec import run
-from agent.lab.chain import Chain, ChainError
+from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment
 
 REPO = Path(__file__).resolve().parents[2]
@@ -34,11 +34,11 @@ class Runtime:
     node: Node
     prefix: str
 
-    def chain(self, network: dict[str, Any] | None = None) -> Chain:
+    def chain(self, network: dict[str, Any] | None = None) -> CniChain:
         loaded = self.node.root / "loaded"
         loaded.write_text(json.dumps(network or self.network()))
         path = (self.node.bin, PLUGINS)
-        return Chain(loaded, self.node.root / "cache", Path("/run/netns") / f"{self.prefix}-node", path)
+        return CniChain(loaded, self.node.root / "cache", Path("/run/netns") / f"{self.prefix}-node", path)
 
     def network(self) -> dict[str, Any]:
         return runtime_loads(self.node.conf)[0]

@@ -12,7 +12,7 @@ from support.apiserver_objects import Json, node
 from agent.core.errors import KubeError
 from agent.sources.kube.access import Access
 from agent.sources.kube.client import Client
-from agent.sources.kube.nodes import Node, Taint
+from agent.sources.kube.nodes import KubeNode, Taint
 
 OURS = Taint("sluice.io/agent-not-ready")
 OTHERS: list[Json] = [
@@ -23,12 +23,12 @@ OTHERS: list[Json] = [
 MINE: Json = {"key": "sluice.io/agent-not-ready", "value": "x", "effect": "NoSchedule"}
 
 
-def on_node(server: ApiServer, act: Callable[[Node], Awaitable[object]]) -> list[Json] | None:
+def on_node(server: ApiServer, act: Callable[[KubeNode], Awaitable[object]]) -> list[Json] | None:
     """The taints afterwards."""
 
     async def run() -> None:
         client = Client(Access(server.url, server.token_file, server.ca_file))
-        await act(Node(client, "node1"))
+        await act(KubeNode(client, "node1"))
         await client.close()
 
     asyncio.run(run())
@@ -40,7 +40,7 @@ def on_node(server: ApiServer, act: Callable[[Node], Awaitable[object]]) -> list
 def test_p05_only_ours_is_removed(server: ApiServer, at: int) -> None:
     """Wherever it stands; a second time there is nothing to do."""
 
-    async def act(node: Node) -> None:
+    async def act(node: KubeNode) -> None:
         assert await node.has(OURS)
         assert await node.remove(OURS)
         assert not await node.has(OURS)
@@ -55,7 +55,7 @@ def test_p05_only_ours_is_removed(server: ApiServer, at: int) -> None:
 def test_p05_it_is_put_back(server: ApiServer, before: list[Json] | None) -> None:
     """Also on a node that has no taints."""
 
-    async def act(node: Node) -> None:
+    async def act(node: KubeNode) -> None:
         assert await node.add(OURS)
         assert not await node.add(OURS)
 
@@ -69,7 +69,7 @@ def test_p05_others_that_are_quicker_are_not_overwritten(server: ApiServer, deed
     late = {"key": "late", "effect": "NoExecute"}
     first = [MINE] if deed == "remove" else []
 
-    async def act(node: Node) -> None:
+    async def act(node: KubeNode) -> None:
         real = node._client.send
         turns = iter([True])
 
@@ -89,7 +89,7 @@ def test_p05_others_that_are_quicker_are_not_overwritten(server: ApiServer, deed
 def test_p05_somebody_who_never_lets_us_is_told_of(server: ApiServer) -> None:
     """Bounded tries, then an error that says so; other refusals come through at once."""
 
-    async def act(node: Node) -> None:
+    async def act(node: KubeNode) -> None:
         with pytest.raises(KubeError, match=r"others keep changing the node: .*409"):
             await node.remove(OURS)
         with pytest.raises(KubeError, match="403 Forbidden"):

@@ -10,15 +10,15 @@ from support.apiserver import ApiServer
 from support.apiserver_following import QUICK
 from support.apiserver_objects import pod, service
 
-from agent.core.pods import Pod
-from agent.flows.who import Service, Who, Workload, of_pod
+from agent.core.model.pods import Pod
+from agent.flows.identity import Service, Who, Workload, pod_workload
 from agent.sources.kube.access import Access
 from agent.sources.kube.client import Client
-from agent.sources.kube.peers import Peers
+from agent.sources.kube.workloads import ClusterWorkloads
 
 
 def workload(namespace: str, name: str, labels: Mapping[str, str]) -> Workload:
-    return of_pod(Pod(uid="", namespace=namespace, name=name, labels=labels), "Kubernetes")
+    return pod_workload(Pod(uid="", namespace=namespace, name=name, labels=labels), "Kubernetes")
 
 
 def named(namespace: str, name: str) -> Service:
@@ -44,7 +44,7 @@ def knowing(server: ApiServer, act: Callable[[Who, Callable[..., Awaitable[None]
                     news.clear()
 
         client = Client(Access(server.url, server.token_file, server.ca_file))
-        peers = Peers(client, know, workload, named, random.random, QUICK, every=0.1)
+        peers = ClusterWorkloads(client, know, workload, named, random.random, QUICK, every=0.1)
         running = asyncio.create_task(peers.run())
         await act(who, until)
         for follower in peers.followers:

@@ -18,11 +18,11 @@ from support.bpfnode import bpf_node
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.abi import address
 from agent.core.errors import CommandError
-from agent.flows import abi, ebpf
-from agent.flows.abi import Loss, Share, Shared, Tally
+from agent.flows.ebpf import abi, collector
+from agent.flows.ebpf.abi import CounterValue, Loss, Share, Shared
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Closer, Connection, Direction, Fate, How, Quality, Reason
-from agent.kernel import bpfload
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import load
+from agent.kernel.bpf.map import Map
 
 pytestmark = pytest.mark.root
 HEADER = BPF / "account.h"
@@ -67,9 +67,9 @@ def check_tallies(types: Types) -> None:
     sort = types.pack("tally_key", pod=0, remote=bytes(16), port=b"\0\0", direction=1, fate=2, reason=5)
     assert abi.sort_key(*wanted[1:4]) == sort
     counts = {name: BIG + n for n, name in enumerate(("opened", "closed", "failed", "sent", "received", "socket"))}
-    assert abi.tally(types.pack("tally", **counts)) == Tally(**counts)
+    assert abi.tally(types.pack("tally", **counts)) == CounterValue(**counts)
     assert abi.TALLY.pack(*counts.values()) == types.pack("tally", **counts)
-    assert [one.name for one in fields(Tally)] == [*types.structs["tally"][1]]
+    assert [one.name for one in fields(CounterValue)] == [*types.structs["tally"][1]]
 
 
 def check_qualities(types: Types) -> None:
@@ -123,7 +123,7 @@ def check_enums(types: Types) -> None:
         assert {word.removeprefix(start): value for word, value in members.items()} == {
             one.name: one.value for one in found
         }, name
-    assert types.enums["owner"]["OWNER_ZTUNNEL"] == int.from_bytes(ebpf._ZTUNNEL, sys.byteorder)
+    assert types.enums["owner"]["OWNER_ZTUNNEL"] == int.from_bytes(collector._ZTUNNEL, sys.byteorder)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_every_object_passes_the_verifier_and_its_maps_have_those_sizes(
         for name in OBJECTS:
             wanted = tuple(one.name for one in objects.ACCOUNTING if one.object == name)
             constants = struct.pack("=Q", 7) if name == objects.WATCH.object else b""
-            loaded = bpfload.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
+            loaded = load.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
             assert sorted(loaded) == sorted(wanted)
         assert {path.name for path in node.maps.iterdir()} == {*MAPS}
         for name, pair in MAPS.items():

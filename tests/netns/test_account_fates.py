@@ -26,8 +26,8 @@ from support.fates import (
     told,
 )
 
+from agent.core.model.redirect import Redirect
 from agent.core.names import HBONE_PORT, PROBE_IPV4, PROBE_IPV6, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
 from agent.flows.record import Fate, Reason
 
 pytestmark = pytest.mark.root

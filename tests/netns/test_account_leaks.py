@@ -37,11 +37,11 @@ from support.fates import (
 from support.leaking import marking
 from support.node import until
 
-from agent.core.listeners import ZTUNNEL_PORTS
+from agent.core.model.listeners import ZTUNNEL_PORTS
+from agent.core.model.sockets import CAPTURE_PORTS
 from agent.core.names import DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
-from agent.core.sockets import CAPTURE_PORTS
 from agent.flows.record import Closer, Connection, Fate, How, Reason
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf.map import Map
 
 pytestmark = pytest.mark.root
 TCP_USER_TIMEOUT = 18  # linux/tcp.h

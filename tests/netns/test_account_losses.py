@@ -13,10 +13,10 @@ from support.ebpf_pod import APP, CAPTURE, FREE, PEER, accepted, waiting
 from support.node import until
 
 from agent.backends.ebpf.pins import Pins
-from agent.flows import abi
-from agent.flows.abi import Share, Shared
+from agent.flows.ebpf import abi
+from agent.flows.ebpf.abi import Share, Shared
 from agent.flows.record import Direction, Fate, Reason
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 
 pytestmark = pytest.mark.root

@@ -8,12 +8,12 @@ import pytest
 from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
-from agent.backends import beside
-from agent.backends.beside import INBOUND, OUTBOUND, Counts
-from agent.core.redirect import Redirect
+from agent.backends import non_tcp
+from agent.backends.non_tcp import INBOUND, OUTBOUND, Counts
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
-from agent.sources.beside import Beside
+from agent.reconciler.converge import settle
+from agent.sources.non_tcp import NonTcpCounter
 
 pytestmark = pytest.mark.root
 SEND = """
@@ -49,20 +49,20 @@ def send(pod: Pod, address: str, port: int, count: int) -> None:
 def test_datagrams_are_counted_and_captured_dns_and_tcp_are_not(pod: Pod, choice: str) -> None:
     settle(pod.target, Redirect(), layers(choice))
     nothing = {INBOUND: Counts(), OUTBOUND: Counts()}
-    assert beside.read(choice, pod.target, Redirect()) == nothing
+    assert non_tcp.read(choice, pod.target, Redirect()) == nothing
     send(pod, "192.0.2.9", 53, 2)
     send(pod, "127.0.0.1", 99, 2)
     tcp = "import socket; s = socket.socket(); s.setblocking(False); s.connect_ex(('192.0.2.9', 80))"
     run(["python3", "-c", tcp], netns=pod.path)
-    assert beside.read(choice, pod.target, Redirect()) == nothing
+    assert non_tcp.read(choice, pod.target, Redirect()) == nothing
     send(pod, "192.0.2.9", 99, 3)
     send(pod, "2001:db8::9", 99, 2)
-    found = beside.read(choice, pod.target, Redirect())
+    found = non_tcp.read(choice, pod.target, Redirect())
     assert found == {INBOUND: Counts(), OUTBOUND: Counts(5, 3 * 100 + 2 * 120)}
 
 
 def test_totals_outlive_a_change_and_a_repair(pod: Pod, choice: str) -> None:
-    used, totals = layers(choice), Beside(choice)
+    used, totals = layers(choice), NonTcpCounter(choice)
 
     def make(want: Redirect) -> None:
         totals.count("web", pod.target, want)

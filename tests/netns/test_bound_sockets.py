@@ -13,11 +13,11 @@ from support.rules import pod as made
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, Place, labs
 
 from agent.backends.routing import RoutingBackend
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.settle import settle, verify
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 QUESTION = b"\0\7\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"

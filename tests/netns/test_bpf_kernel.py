@@ -16,9 +16,10 @@ from support.node import until
 from support.rules import Pod, pod
 
 from agent.core.errors import KernelError
-from agent.kernel import bpf, bpffs, bpflink, bpfload
-from agent.kernel.bpf import AttachType
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import bpffs, load, syscall
+from agent.kernel.bpf import link as bpflink
+from agent.kernel.bpf.map import Map
+from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.exec import run
 
 pytestmark = pytest.mark.root
@@ -41,9 +42,9 @@ def link_info(node: BpfNode, name: str) -> bpflink.LinkInfo:
         return bpflink.info(fd)
 
 
-def program(node: BpfNode, name: str, port: int = 1) -> bpf.ProgramInfo:
+def program(node: BpfNode, name: str, port: int = 1) -> syscall.ProgramInfo:
     with opened(node.program(name, port)) as fd:
-        return bpf.program_info(fd)
+        return syscall.program_info(fd)
 
 
 @pytest.fixture
@@ -127,12 +128,12 @@ def test_the_verifiers_refusal_is_one_line_and_nothing_is_printed(
     node: BpfNode, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(KernelError) as caught:
-        bpfload.load(node.compile("refused"), node.maps, {"refused": node.program("refused")})
+        load.load(node.compile("refused"), node.maps, {"refused": node.program("refused")})
     text = str(caught.value)
     assert caught.value.errno == errno.EACCES
     assert "\n" not in text and len(text) < 600
     assert "R0 invalid mem access 'map_value_or_null'" in text and "refused.o" not in capfd.readouterr().err
-    assert bpf.find(node.program("refused")) is None
+    assert syscall.find(node.program("refused")) is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -140,7 +141,7 @@ def test_what_is_no_object_file_is_said(node: BpfNode) -> None:
     (node.objects / "text.o").write_text("no object")
     for name, number in (("missing.o", errno.ENOENT), ("text.o", None)):
         with pytest.raises(KernelError, match=name) as caught:
-            bpfload.load(node.objects / name, node.maps, {})
+            load.load(node.objects / name, node.maps, {})
         assert number in (None, caught.value.errno)
 
 
@@ -257,6 +258,6 @@ def test_attaching_says_what_is_wrong(node: BpfNode, inside: Pod, table: Map) ->
         inside.target.netns.call(lambda: bpflink.attach_tcx(fd, 4711, AttachType.TCX_INGRESS))
     assert caught.value.errno == errno.ENODEV
     with pytest.raises(KernelError, match="No such file") as caught:
-        bpf.get(node.link("nothing"))
+        syscall.get(node.link("nothing"))
     assert caught.value.errno == errno.ENOENT
-    assert bpf.find(node.link("nothing")) is None
+    assert syscall.find(node.link("nothing")) is None

@@ -13,8 +13,8 @@ import pytest
 from support.bpfnode import U64, BpfNode, bpf_node, key
 
 from agent.core.errors import KernelError
-from agent.kernel import bpffs, libbpf
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import bpffs, libbpf
+from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
 
 pytestmark = pytest.mark.root
@@ -57,7 +57,7 @@ def test_batches_smaller_than_the_map_and_than_a_bucket(table: Map, monkeypatch:
     want = {key(n): U64.pack(n) for n in range(2000)}
     for each, value in want.items():
         table.update(each, value)
-    monkeypatch.setattr("agent.kernel.bpfmap._MOST", 1)  # 4096 buckets: some hold several of 2000 entries
+    monkeypatch.setattr("agent.kernel.bpf.map._MOST", 1)  # 4096 buckets: some hold several of 2000 entries
     assert dict(table.items()) == want
 
 
@@ -102,7 +102,7 @@ def test_a_map_that_others_change_is_read_to_its_end(table: Map, monkeypatch: py
             table.delete(read)
         return result
 
-    monkeypatch.setattr("agent.kernel.libbpf.ask", ask)
+    monkeypatch.setattr("agent.kernel.bpf.libbpf.ask", ask)
     assert key(7) in table.keys()  # noqa: SIM118
     assert table.keys() == [key(7)]
 
@@ -136,7 +136,7 @@ def test_a_tree_of_pins_is_removed(node: BpfNode) -> None:
 def test_a_processs_cgroup(cgroup: Path) -> None:
     assert bpffs.cgroup_id(os.getpid()) == bpffs.cgroup_root().stat().st_ino == 1
     script = f"echo $$ > {cgroup}/cgroup.procs && exec {sys.executable} -c"
-    code = "'import os; from agent.kernel.bpffs import cgroup_id as c; print(c(os.getpid()), c(os.getppid()))'"
+    code = "'import os; from agent.kernel.bpf.bpffs import cgroup_id as c; print(c(os.getpid()), c(os.getppid()))'"
     assert run(["bash", "-c", f"{script} {code}"]).stdout.split() == [str(cgroup.stat().st_ino), "1"]
     # In a container the agent has a cgroup namespace, from which paths in /proc mean something else.
     away = run(["bash", "-c", f"echo $$ > {cgroup}/cgroup.procs && unshare -C {sys.executable} -c {code}"])

@@ -13,8 +13,9 @@ import pytest
 from support.bpfnode import U64, BpfNode, bpf_node, key, opened
 
 from agent.core.errors import KernelError
-from agent.kernel import bpfiter, bpflink, bpfload
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import iterator, load
+from agent.kernel.bpf import link as bpflink
+from agent.kernel.bpf.map import Map
 
 pytestmark = pytest.mark.root
 PAIR = struct.Struct("=QQ")
@@ -23,14 +24,14 @@ PAIR = struct.Struct("=QQ")
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[BpfNode]:
     with bpf_node(tmp_path) as made:
-        bpfload.load(made.compile("walk"), made.maps, made.program)
+        load.load(made.compile("walk"), made.maps, made.program)
         yield made
 
 
 def attach(node: BpfNode, program: str, table: Map) -> Path:
     """The pin of a link, of which no descriptor stays open."""
     with opened(node.program(program)) as fd:
-        link = bpfiter.attach(fd, table.fd)
+        link = iterator.attach(fd, table.fd)
     try:
         bpflink.pin(link, node.link(program))
     finally:
@@ -40,7 +41,7 @@ def attach(node: BpfNode, program: str, table: Map) -> Path:
 
 def walk(link: Path) -> bytes:
     with opened(link) as fd:
-        return bpfiter.read(fd)
+        return iterator.read(fd)
 
 
 def test_all_elements_each_time_also_in_many_pieces(node: BpfNode) -> None:
@@ -78,7 +79,7 @@ def test_what_is_stored_with_sockets(node: BpfNode) -> None:
 def test_attaching_and_reading_say_what_is_wrong(node: BpfNode) -> None:
     with Map.open(node.maps / "table") as table, opened(node.program("walk_stored")) as fd:
         with pytest.raises(KernelError, match="attach BPF iterator to a map: Invalid argument") as caught:
-            bpfiter.attach(fd, table.fd)
+            iterator.attach(fd, table.fd)
         assert caught.value.errno == errno.EINVAL
         with pytest.raises(KernelError, match="read a BPF iterator"):
-            bpfiter.read(table.fd)
+            iterator.read(table.fd)

@@ -15,10 +15,10 @@ from support.pair import HOST4, POD4, POD6, Pair, await_ipv6, pair, rules
 from support.ztunnel import SECONDS
 
 from agent.core import names
-from agent.core.canary import Finding, Verdict
 from agent.core.errors import NetnsError
-from agent.core.sockets import TcpSocket
-from agent.sources.canary import TRIES, Canary
+from agent.core.model.sockets import TcpSocket
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.sources.canary import TRIES, ProbeCanary
 
 pytestmark = pytest.mark.root
 SNAT = f"""
@@ -49,8 +49,8 @@ def nodes() -> Iterator[Pair]:
         yield made
 
 
-def probe(nodes: Pair, *addresses: str, ipv6: bool = True, **changes: Any) -> Finding:
-    canary = Canary(names.PROBE_IPV4, names.PROBE_IPV6, make=nodes.host.make, **changes)
+def probe(nodes: Pair, *addresses: str, ipv6: bool = True, **changes: Any) -> ProbeResult:
+    canary = ProbeCanary(names.PROBE_IPV4, names.PROBE_IPV6, make=nodes.host.make, **changes)
     return asyncio.run(canary.probe(addresses or (POD4, POD6), nodes.target, ipv6=ipv6))
 
 
@@ -64,7 +64,7 @@ def test_through_snat_the_application_is_reached(nodes: Pair, address: str, boun
     host = {"address": address, "any": "::" if ":" in address else "0.0.0.0", "both families": "::"}[bound]
     with nodes.pod.listen(host, 8080) as listener, nodes.pod.listen("0.0.0.0", 15006):
         finding = probe(nodes, address)
-        assert finding == Finding(Verdict.OK, (address, 8080))
+        assert finding == ProbeResult(ProbeVerdict.OK, (address, 8080))
         _, (source, *_) = listener.accept()
         assert source.removeprefix("::ffff:") in (names.PROBE_IPV4, names.PROBE_IPV6)
 
@@ -73,24 +73,26 @@ def test_a_source_port_that_was_changed_on_the_way_is_known_by_the_probe_address
     rules(nodes.host, SNAT.replace("MORE", ":61000-61999"))
     rules(nodes.pod, INBOUND)
     with nodes.pod.listen("0.0.0.0", 8080) as listener, nodes.pod.listen("0.0.0.0", 15006):
-        assert probe(nodes).verdict is Verdict.OK
+        assert probe(nodes).verdict is ProbeVerdict.OK
         _, (source, port) = listener.accept()
         assert source == names.PROBE_IPV4 and 61000 <= port <= 61999
 
 
 def test_an_application_that_is_not_captured_needs_no_snat(nodes: Pair) -> None:
     with nodes.pod.listen("0.0.0.0", 8080):
-        assert probe(nodes).verdict is Verdict.OK
+        assert probe(nodes).verdict is ProbeVerdict.OK
 
 
 def test_p45_without_snat_it_is_ztunnel_that_is_reached(nodes: Pair) -> None:
     rules(nodes.pod, INBOUND)
     with nodes.pod.listen("0.0.0.0", 8080), nodes.pod.listen("0.0.0.0", 15006) as ztunnel:
         finding = probe(nodes)
-        assert finding == Finding(Verdict.CAPTURED, (POD4, 8080), f"redirected to port 15006, as coming from {HOST4}")
+        assert finding == ProbeResult(
+            ProbeVerdict.CAPTURED, (POD4, 8080), f"redirected to port 15006, as coming from {HOST4}"
+        )
         ztunnel.accept()
         rules(nodes.host, SNAT.replace("MORE", ""))
-        assert probe(nodes).verdict is Verdict.OK
+        assert probe(nodes).verdict is ProbeVerdict.OK
 
 
 def test_captured_although_snat_worked(nodes: Pair) -> None:
@@ -108,7 +110,7 @@ def test_somebody_else_answers(nodes: Pair) -> None:
     rules(nodes.host, f"table ip elsewhere {{ chain output {{ {chain}; }}\n}}")
     with nodes.pod.listen("0.0.0.0", 8080), nodes.host.listen("10.78.9.9", 8080):
         finding = probe(nodes)
-        assert (finding.verdict, finding.why) == (Verdict.CAPTURED, "connected, but not with the pod's listener")
+        assert (finding.verdict, finding.why) == (ProbeVerdict.CAPTURED, "connected, but not with the pod's listener")
 
 
 def test_an_application_that_resets_at_once_is_not_called_captured(nodes: Pair) -> None:
@@ -127,7 +129,7 @@ def test_an_application_that_resets_at_once_is_not_called_captured(nodes: Pair) 
 
     with listener:
         finding = probe(nodes, run=run)
-    assert (finding.verdict, finding.why) == (Verdict.FAILED, "connected, then: Connection reset by peer")
+    assert (finding.verdict, finding.why) == (ProbeVerdict.FAILED, "connected, then: Connection reset by peer")
     assert resets == TRIES
 
 
@@ -144,11 +146,11 @@ def test_a_node_that_cannot_reach_the_pod_fails_in_the_kernels_words(nodes: Pair
     rules(nodes.host, f"table inet wall {{ chain output {{ {chain}; }}\n}}")
     tries = threading.Semaphore(0)
     with nodes.pod.listen("0.0.0.0", 8080):
-        canary = Canary(
+        canary = ProbeCanary(
             names.PROBE_IPV4, names.PROBE_IPV6, timeout=0.05, make=lambda f: (tries.release(), nodes.host.make(f))[1]
         )
         finding = asyncio.run(canary.probe((POD4,), nodes.target, ipv6=False))
-    assert finding.verdict is Verdict.FAILED and finding.tried == (POD4, 8080)
+    assert finding.verdict is ProbeVerdict.FAILED and finding.tried == (POD4, 8080)
     assert why in finding.why
     assert sum(tries.acquire(blocking=False) for _ in range(TRIES + 1)) == TRIES
 
@@ -166,17 +168,17 @@ def test_a_way_that_opens_while_it_tries_is_ok(nodes: Pair) -> None:
         made.append(family)
         return nodes.host.make(family)
 
-    canary = Canary(names.PROBE_IPV4, names.PROBE_IPV6, make=make)
+    canary = ProbeCanary(names.PROBE_IPV4, names.PROBE_IPV6, make=make)
     with nodes.pod.listen("0.0.0.0", 8080):
-        assert asyncio.run(canary.probe((POD4,), nodes.target, ipv6=False)).verdict is Verdict.OK
+        assert asyncio.run(canary.probe((POD4,), nodes.target, ipv6=False)).verdict is ProbeVerdict.OK
     assert len(made) == 2
 
 
 def test_a_pod_with_nothing_to_probe(nodes: Pair) -> None:
     with nodes.pod.listen("127.0.0.1", 8080), nodes.pod.listen("0.0.0.0", 15006), nodes.pod.listen("::", 15008):
-        assert probe(nodes) == Finding(Verdict.NO_LISTENER)
+        assert probe(nodes) == ProbeResult(ProbeVerdict.NO_LISTENER)
         with nodes.pod.listen(POD6, 80):
-            assert probe(nodes, ipv6=False) == Finding(Verdict.NO_LISTENER)
+            assert probe(nodes, ipv6=False) == ProbeResult(ProbeVerdict.NO_LISTENER)
             assert probe(nodes).tried == (POD6, 80)
 
 
@@ -194,7 +196,7 @@ def test_the_loop_goes_on_and_nothing_is_left_open_when_it_is_cancelled(nodes: P
         return opened[-1]
 
     async def cancelled() -> None:
-        canary = Canary(names.PROBE_IPV4, names.PROBE_IPV6, make=make, timeout=SECONDS)
+        canary = ProbeCanary(names.PROBE_IPV4, names.PROBE_IPV6, make=make, timeout=SECONDS)
         task = asyncio.create_task(canary.probe((POD4,), nodes.target, ipv6=False))
         await reached.wait()
         task.cancel()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from agent.backends.ebpf.programs import lives
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 
 pytestmark = pytest.mark.root
 

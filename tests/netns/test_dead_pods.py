@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 from support.rules import pod as made
 
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.kernel.netns import NetnsId, unpin
-from agent.sources.namespaces import Namespaces
-from agent.sources.state import Note, State
+from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
 NOBODYS = 2**63
 
 
 def test_only_what_is_known_by_nobody_and_does_not_live_is_dead(tmp_path: Path) -> None:
-    held = Namespaces(State(str(tmp_path)))
+    held = NamespaceRegistry(Notes(str(tmp_path)))
     held.restore(Note(Pod("u-1", "shop", "web"), True, NetnsId(1, 2, NOBODYS + 1)))
     with made("slu-tt-dead") as one, made("slu-tt-gone") as other:
         cookie, gone = one.target.netns.id.cookie, other.target.netns.id.cookie
@@ -35,7 +35,7 @@ def test_only_what_is_known_by_nobody_and_does_not_live_is_dead(tmp_path: Path) 
 
 
 def test_an_open_namespace_is_a_pods(tmp_path: Path) -> None:
-    held = Namespaces(State(str(tmp_path)))
+    held = NamespaceRegistry(Notes(str(tmp_path)))
     with made("slu-tt-open") as one:
         known = held.resolve(Pod("u-1", "shop", "web", str(one.path)))
         cookie = known.netns.id.cookie

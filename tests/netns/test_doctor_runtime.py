@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.crinode import CriNode, crinode, until
 
-from agent.diagnosis.looks.cni import _watched
+from agent.diagnosis.probes.cni import _watched
 from agent.install.running import Running
 
 pytestmark = pytest.mark.root

@@ -14,10 +14,10 @@ from support.pair import HOST4, HOST6, POD4, POD6, Pair, await_ipv6, carries, pa
 from support.rules import CHOICES, layers
 from support.ztunnel import SECONDS, Place
 
-from agent.core.redirect import Redirect
-from agent.core.switching import told, translated, unknown
-from agent.reconciler.settle import settle, verify
-from agent.sources.outside import OutsideConnections
+from agent.core.model.redirect import Redirect
+from agent.core.policy.switching import summary, translated, unknown
+from agent.reconciler.converge import settle, verify
+from agent.sources.preexisting import PreexistingConnections
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -159,7 +159,7 @@ def cookies(*ends: socket.socket) -> set[int]:
 def test_the_list_names_what_was_captured_and_ends_with_it(nodes: Pair, choice: str, family: int) -> None:
     """In the pod there are also connections that no rule touches, and that go on for long."""
     here, there = (POD4, HOST4) if family == 4 else (POD6, HOST6)
-    used, listed = layers(choice), OutsideConnections(translated)
+    used, listed = layers(choice), PreexistingConnections(translated)
     with contextlib.ExitStack() as kept:
         kept.callback(listed.close)
         for end in stream(nodes.pod, nodes.host, there, 7000):  # older than the rules
@@ -182,7 +182,7 @@ def test_the_list_names_what_was_captured_and_ends_with_it(nodes: Pair, choice: 
             left = listed.applied("uid", nodes.target)
             ends = (*found.outbound, found.inbound[1], *found.onward)
             assert {one.cookie for one in left} == cookies(*ends) == set(listed.as_note("uid"))
-            line = told(left, "ebpf")
+            line = summary(left, "ebpf")
             assert line.startswith("2 connections from before the change to ebpf are carried on as before: "), line
         until(lambda: not listed.remaining("uid", nodes.target), "all have ended")
 
@@ -194,7 +194,7 @@ def test_what_conntrack_has_not_seen_runs_on_only_while_rules_preserve(
 ) -> None:
     """As ztunnel has it where sockets were captured: no rule and no conntrack was there. Its peer speaks first."""
     here, there = (POD4, HOST4) if family == 4 else (POD6, HOST6)
-    used, listed = layers(choice), OutsideConnections(unknown)
+    used, listed = layers(choice), PreexistingConnections(unknown)
     with contextlib.closing(listed), ztunnel(nodes.pod, family) as mine:
         if by == "ztunnel":
             with nodes.host.listen(there, 7000) as listener:

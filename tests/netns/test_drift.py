@@ -20,12 +20,12 @@ from support.watched import Spy, Watched, prepare, watch
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.nftables.rendering import OWNER, TABLES, table_command
 from agent.core import names
-from agent.core.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
-from agent.core.redirect import Redirect
-from agent.kernel import notifications
-from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.notifications import Notifications
-from agent.reconciler.settle import settle, verify
+from agent.core.model.redirect import Redirect
+from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.kernel.netlink import notifications
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.notifications import Notifications
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()

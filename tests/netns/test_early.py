@@ -14,13 +14,13 @@ from support.ebpf_pod import APP, PEER, POD, accepted, carries, from_client, sta
 
 from agent.app.early import mend
 from agent.backends.choose import Recorded
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
+from agent.core.model.pods import Pod
+from agent.core.model.redirect import Redirect
 from agent.core.settings import Settings
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
-from agent.sources import recorded
-from agent.sources.state import Note, State
+from agent.sources.state import backend_record
+from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
 RECORD = Recorded("nftables", "it works", "off", "", os.uname().release, 0.0)
@@ -52,9 +52,9 @@ def test_rules_are_back(
     netns: Path, tmp_path: Path, record: Recorded | None, backend: str, captured: bool, mended: bool
 ) -> None:
     settings = Settings(run_dir=str(tmp_path), backend=backend)
-    state = State(settings.run_dir)
+    state = Notes(settings.run_dir)
     if record:
-        recorded.save(settings.run_dir, record)
+        backend_record.save(settings.run_dir, record)
     pod = Pod("u1", "shop", "web", str(netns), annotations={"istio.io/dataplane-mode": "ambient"}, source="cni")
     with Netns.open(netns) as inside:
         state.save(Note(pod, captured, inside.id))
@@ -74,8 +74,8 @@ def test_ebpf_programs_are_attached_again(tmp_path: Path) -> None:
     """The listeners are in the maps, so ztunnel is not needed. Where they are not, the first passes decide."""
     with stage(Redirect(), name="slu-early") as node, agent(node) as other:
         settings = Settings(run_dir=str(tmp_path), backend="ebpf", bpf_dir=str(node.node.pins.root))
-        recorded.save(settings.run_dir, replace(RECORD, backend="ebpf"))
-        state = State(settings.run_dir)
+        backend_record.save(settings.run_dir, replace(RECORD, backend="ebpf"))
+        state = Notes(settings.run_dir)
         marks = {"istio.io/dataplane-mode": "ambient"}
         pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
         state.save(Note(pod, True, node.pod.target.netns.id))
@@ -104,9 +104,9 @@ def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
     """Until ztunnel's listeners are known the old rules stay in force, and the agent's loop knows about these."""
     with stage(Redirect(), name="slu-early", ztunnel=False) as node, agent(node) as other:
         settings = Settings(run_dir=str(tmp_path), backend="ebpf", bpf_dir=str(node.node.pins.root))
-        recorded.save(settings.run_dir, replace(RECORD, backend="ebpf"))
+        backend_record.save(settings.run_dir, replace(RECORD, backend="ebpf"))
         other.remove()
-        state = State(settings.run_dir)
+        state = Notes(settings.run_dir)
         marks = {"istio.io/dataplane-mode": "ambient"}
         pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
         state.save(Note(pod, True, node.pod.target.netns.id))
@@ -120,8 +120,8 @@ def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
 def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_path: Path) -> None:
     """The loop applies nothing to it; a part of the annotation would be another rule set than the one it has."""
     settings = Settings(run_dir=str(tmp_path), backend="nftables")
-    recorded.save(settings.run_dir, RECORD)
-    state = State(settings.run_dir)
+    backend_record.save(settings.run_dir, RECORD)
+    state = Notes(settings.run_dir)
     many = ",".join(f"tap{number}" for number in range(300))
     marks = {"istio.io/dataplane-mode": "ambient", "istio.io/reroute-virtual-interfaces": many}
     with Netns.open(netns) as inside:
@@ -135,8 +135,8 @@ def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_pa
 
 def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
     settings = Settings(run_dir=str(tmp_path), backend="nftables")
-    recorded.save(settings.run_dir, RECORD)
-    state = State(settings.run_dir)
+    backend_record.save(settings.run_dir, RECORD)
+    state = Notes(settings.run_dir)
     state.pods.mkdir()
     (state.pods / "bad.json").write_text("{")
     gone = Pod("u2", "shop", "gone", "/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"})

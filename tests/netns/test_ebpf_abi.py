@@ -13,13 +13,13 @@ from support.abi import BPF, Types, mutations, types_in, types_of
 from support.bpfnode import bpf_node
 
 from agent.backends.ebpf import abi, objects, ztunnels
-from agent.backends.ebpf.abi import ExitCause, InterfaceRole, Pod, PodFlag, PolicyKind, Prefix
+from agent.backends.ebpf.abi import ExitCause, InterfaceRole, PodFlag, PodValue, PolicyKind, Prefix
 from agent.backends.ebpf.ztunnels import Role
 from agent.core import names
 from agent.core.errors import CommandError
-from agent.kernel import bpfload
-from agent.kernel.bpfmap import Map
-from agent.ztunnel import asked
+from agent.kernel.bpf import load
+from agent.kernel.bpf.map import Map
+from agent.ztunnel import dns_origin
 
 pytestmark = pytest.mark.root
 HEADER = BPF / "abi.h"
@@ -39,11 +39,11 @@ def check(types: Types) -> None:
 def check_pods(types: Types) -> None:
     addresses = {name: ip_address(f"fd00::{n}") for n, name in enumerate(("own6", "link6", "probe6"), 1)}
     addresses |= {name: ip_address(f"10.0.0.{n}") for n, name in enumerate(("own4", "probe4"), 1)}
-    pod = Pod(PodFlag.IPV6 | PodFlag.LOOPBACK4, 0x123, 0x1122334455667788, **addresses)
+    pod = PodValue(PodFlag.IPV6 | PodFlag.LOOPBACK4, 0x123, 0x1122334455667788, **addresses)
     packed = {name: abi.address(value) for name, value in addresses.items()}
     made = types.pack("pod", flags=int(pod.flags), has=0x123, policy=pod.policy, **packed)
-    assert (pod.encode(), Pod.decode(made)) == (made, pod)
-    assert [one.name for one in fields(Pod)] == [*types.structs["pod"][1]]
+    assert (pod.encode(), PodValue.decode(made)) == (made, pod)
+    assert [one.name for one in fields(PodValue)] == [*types.structs["pod"][1]]
     assert types.structs["address"] == (abi.ADDRESS, {"word": (0, abi.ADDRESS)})
     assert abi.address(FOUR) == bytes(10) + b"\xff\xff\x0a\x01\x02\x03" and abi.address(SIX) == SIX.packed
 
@@ -69,11 +69,11 @@ def check_keys(types: Types) -> None:
 
 def check_queries(types: Types) -> None:
     """As the embedded ztunnel reads them; ports are in network order."""
-    assert asked.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=0)
+    assert dns_origin.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=0)
     given = types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=b"\x7f\1\2\3")
-    assert asked.encode(9, 0x1234, "127.1.2.3") == given
+    assert dns_origin.encode(9, 0x1234, "127.1.2.3") == given
     told = types.pack("resolver", address=abi.address(FOUR), port=b"\x00\x35")
-    assert asked.decode(told) == (str(FOUR), 53)
+    assert dns_origin.decode(told) == (str(FOUR), 53)
 
 
 def check_enums(types: Types) -> None:
@@ -154,7 +154,7 @@ def test_every_object_passes_the_verifier_and_its_maps_have_those_sizes(tmp_path
         for name in sorted(everything):
             wanted = tuple(one.name for one in (*objects.NODE, *objects.POD) if one.object == name)
             constants = struct.pack("=Q", 7) if name in {one.object for one in objects.POD} else b""
-            loaded = bpfload.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
+            loaded = load.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
             assert sorted(loaded) == sorted(wanted)
         assert {path.name for path in node.maps.iterdir()} == {*MAPS}
         for name, pair in MAPS.items():

@@ -43,13 +43,13 @@ from support.ebpf_pod import (
 from support.traffic.sending import on_one_cpu
 
 from agent.backends.ebpf.abi import ExitCause
-from agent.core.exclusions import Exclusions
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 from agent.core.names import HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, PROBE_IPV4, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import start
 from agent.kernel.process import Process
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 BY_HAND, LAST = 31000, b"the last one"  # source port; what comes behind it

@@ -33,11 +33,11 @@ from support.node import until
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.pins import pin
-from agent.backends.ebpf.programs import Node
+from agent.backends.ebpf.programs import NodeTarget
 from agent.core.errors import StaleError
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.kernel.bpfmap import Map
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf.map import Map
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
 CHANGED = Redirect(
@@ -370,7 +370,7 @@ def test_two_pods_at_once_do_not_attach_the_nodes_programs_twice() -> None:
     """A second program would take what the first has rewritten for what the application wanted."""
     with stage() as node:
         programs, target = node.node.programs, node.pod.target
-        programs.apply(Node(), programs.plan(None, programs.read(Node())))
+        programs.apply(NodeTarget(), programs.plan(None, programs.read(NodeTarget())))
         first, second = (programs.plan(node.want, programs.read(target)) for _ in range(2))
         programs.apply(target, first)
         with pytest.raises(StaleError):

@@ -48,11 +48,11 @@ from support.ebpf_pod import (
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import ExitCause
 from agent.core.names import OUTBOUND_PORT, ZTUNNEL_MARK
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf.map import Map
 from agent.kernel.exec import start
 from agent.kernel.process import Process
-from agent.reconciler.settle import settle
-from agent.ztunnel import asked
+from agent.reconciler.converge import settle
+from agent.ztunnel import dns_origin
 
 pytestmark = pytest.mark.root
 TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000  # linux/tcp.h, linux/socket.h
@@ -408,7 +408,7 @@ def answer(server: socket.socket) -> Where:
 
 def asked_for(node: Stage, port: int, given: str = "0.0.0.0") -> Where:
     """The resolver, as the embedded ztunnel looks it up by the port of the query and the address that it was given."""
-    key = asked.encode(node.pod.cookie, port, given)
+    key = dns_origin.encode(node.pod.cookie, port, given)
     with Map.open(node.node.pins.maps / "resolvers") as resolvers:
         found = resolvers.lookup(key)
     assert found

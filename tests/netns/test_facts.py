@@ -16,10 +16,10 @@ from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
 from agent.core import names
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel import exec
-from agent.kernel.podnetns import Facts
-from agent.reconciler.settle import settle, verify
+from agent.kernel.pod_netns import NetnsFacts
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -33,19 +33,19 @@ def pod() -> Iterator[Pod]:
 
 
 FACTS = [
-    ("", Facts(True, ("10.9.0.2", "fd09::2"), True, True)),
-    (f"{SYSCTL}.lo.disable_ipv6=1", Facts(False, ("10.9.0.2", "fd09::2"), True, False)),
-    (f"{SYSCTL}.all.disable_ipv6=1", Facts(False, ("10.9.0.2",), True, False)),
-    (f"{SYSCTL}.lo.disable_ipv6=1; {SYSCTL}.lo.disable_ipv6=0", Facts(True, ("10.9.0.2", "fd09::2"), True, True)),
-    ("ip addr del ::1/128 dev lo", Facts(True, ("10.9.0.2", "fd09::2"), True, False)),
-    ("ip addr del 127.0.0.1/8 dev lo; ip addr del 10.9.0.2/24 dev eth0", Facts(True, ("fd09::2",), False, True)),
-    ("ip link set lo down", Facts(True, ("10.9.0.2", "fd09::2"), False, False, up=False)),
-    ("ip link set lo down; ip link set lo up", Facts(True, ("10.9.0.2", "fd09::2"), True, True)),
+    ("", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
+    (f"{SYSCTL}.lo.disable_ipv6=1", NetnsFacts(False, ("10.9.0.2", "fd09::2"), True, False)),
+    (f"{SYSCTL}.all.disable_ipv6=1", NetnsFacts(False, ("10.9.0.2",), True, False)),
+    (f"{SYSCTL}.lo.disable_ipv6=1; {SYSCTL}.lo.disable_ipv6=0", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
+    ("ip addr del ::1/128 dev lo", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, False)),
+    ("ip addr del 127.0.0.1/8 dev lo; ip addr del 10.9.0.2/24 dev eth0", NetnsFacts(True, ("fd09::2",), False, True)),
+    ("ip link set lo down", NetnsFacts(True, ("10.9.0.2", "fd09::2"), False, False, up=False)),
+    ("ip link set lo down; ip link set lo up", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
 ]
 
 
 @pytest.mark.parametrize(("change", "facts"), FACTS)
-def test_p38_facts_follow_every_change(pod: Pod, change: str, facts: Facts) -> None:
+def test_p38_facts_follow_every_change(pod: Pod, change: str, facts: NetnsFacts) -> None:
     async def script(watched: Watched) -> None:
         await watched.told()
         assert pod.target.facts() == FACTS[0][1]

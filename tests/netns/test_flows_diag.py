@@ -18,16 +18,16 @@ import pytest
 from support.node import until
 from support.ztunnel import NFT, PEER4, PEER6, POD4, POD6, SECONDS, Lab, Place, abort, labs, read_all
 
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpState
-from agent.flows import sockdiag
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpState
+from agent.flows.inet_diag import collector as sockdiag
+from agent.flows.inet_diag.collector import DiagCollector
 from agent.flows.record import Closer, Connection, Delta, Direction, Fate, How, Reason
-from agent.flows.sockdiag import DiagCollector
 from agent.kernel.exec import run
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.sockdiag import SockDiag
-from agent.kernel.sockevents import SocketEvents
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netlink.sock_events import SocketEvents
+from agent.kernel.pod_netns import PodNetns
 
 pytestmark = pytest.mark.root
 OUT, IN = Direction.OUTBOUND, Direction.INBOUND
@@ -252,7 +252,9 @@ def test_exempt_connections_are_counted_to_the_byte_at_both_ends(watched: Watche
     assert {name: told[name] for name in told.keys() - talks[1].doubtful} == {
         name: count for name, count in talks[1].servers.items() if name not in talks[1].doubtful
     }
-    for name in talks[1].doubtful:  # the client's FIN may have come after the end: see agent.flows.ending.received
+    for name in talks[
+        1
+    ].doubtful:  # the client's FIN may have come after the end: see agent.flows.inet_diag.ending.received
         assert told[name].sent == talks[1].servers[name].sent
         assert talks[1].servers[name].received - told[name].received in (0, 1)
     assert talks[1].doubtful

@@ -9,10 +9,10 @@ import pytest
 from support.rules import CHOICES, layers
 from support.rules import pod as made
 
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel import sysctl
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 LAST_ACK = "net/netfilter/nf_conntrack_tcp_timeout_last_ack"

@@ -22,14 +22,14 @@ from support.ztunnel import SECONDS, Place
 
 from agent.__main__ import main
 from agent.cli.handback import strip
-from agent.core.exclusions import Exclusions
-from agent.core.pods import Pod as Facts
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.pods import Pod as Facts
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.netns import unpin
-from agent.kernel.unixsocket import claim
-from agent.reconciler.settle import settle, verify
-from agent.sources.state import Note, State
+from agent.kernel.unix_socket import claim
+from agent.reconciler.converge import settle, verify
+from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
 VARIANTS = {
@@ -93,7 +93,7 @@ def capture(pod: Pod, choice: str, want: Redirect, run_dir: Path, **annotations:
     settle(pod.target, want, layers(choice))
     said = {"istio.io/dataplane-mode": "ambient", **annotations}
     facts = Facts("uid-1", "shop", "web", str(pod.path), annotations=said)
-    state = State(str(run_dir))
+    state = Notes(str(run_dir))
     state.save(Note(facts, True, pod.target.netns.id))
     pod.target.netns.pin(state.pin("uid-1"))
     pod.reopen()

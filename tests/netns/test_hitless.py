@@ -15,14 +15,14 @@ from support.node import until
 from support.pair import HOST4, pair, rules
 from support.rules import CHOICES, Pod, layers
 
-from agent.backends.mechanisms import mechanisms
+from agent.backends.registry import mechanisms
 from agent.cli.handback import strip
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.grace import await_packets
-from agent.reconciler import settle as settling
-from agent.reconciler.settle import settle, verify
+from agent.reconciler import converge as settling
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT, NO_DNS = Redirect(), Redirect(dns=False)

@@ -13,7 +13,7 @@ from support.hostworld import PROBE, World, active, want, world
 from agent.backends.hostprobes.claims import Claims
 from agent.core.settings import Settings
 from agent.reconciler.host import HostLoop
-from agent.reconciler.hostsettle import settle
+from agent.reconciler.host_converge import settle
 
 pytestmark = pytest.mark.root
 A = "uid-a"

@@ -18,11 +18,11 @@ from agent.backends.hostprobes.layers import layers
 from agent.backends.hostprobes.nftables import NftHostProbes
 from agent.backends.hostprobes.want import SETS
 from agent.core.errors import CommandError, StaleError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.hostsettle import settle, verify
-from agent.reconciler.settle import settle as settle_pod
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import settle as settle_pod
+from agent.reconciler.host_converge import settle, verify
 
 pytestmark = pytest.mark.root
 FOREIGN = """

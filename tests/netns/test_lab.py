@@ -18,11 +18,11 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
 from agent.lab.account import account
-from agent.lab.children import await_ready
 from agent.lab.conflist import address_dir
 from agent.lab.lab import Lab, down
-from agent.lab.topology import LabSpec, PodSpec, Program, default_spec
-from agent.lab.traffic import Traffic
+from agent.lab.processes import await_ready
+from agent.lab.topology import LabSpec, PodProgram, PodSpec, default_spec
+from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root
 PREFIX, OTHER = "slutest", "slutestb"
@@ -41,7 +41,7 @@ def lab() -> Iterator[Lab]:
 
 def targets(lab: Lab, *refs: str) -> list[str]:
     pods = lab.pods.up()
-    return [pods[ref].address(Program.ECHO, family) for ref in refs for family in (4, 6)]
+    return [pods[ref].address(PodProgram.ECHO, family) for ref in refs for family in (4, 6)]
 
 
 def left(prefix: str) -> list[str]:
@@ -70,7 +70,7 @@ def test_pods_reach_each_other_and_see_the_right_peer(lab: Lab, server: str) -> 
 
 def test_web_answers_with_the_pods_name(lab: Lab) -> None:
     for family in (4, 6):
-        url = f"http://{lab.pods.require('db').address(Program.WEB, family)}/"
+        url = f"http://{lab.pods.require('db').address(PodProgram.WEB, family)}/"
         fetch = f"import urllib.request as u; print(u.urlopen({url!r}, timeout=10).read().decode())"
         assert "pod=shop/db peer=" in lab.exec("shop/client", [sys.executable, "-c", fetch]).stdout
 
@@ -107,7 +107,7 @@ def test_load_of_250_connections_a_second_has_no_failures(lab: Lab) -> None:
 
 
 def test_traffic_that_is_stopped_loses_no_record_and_without_ztunnels_all_of_it_escapes(lab: Lab) -> None:
-    traffic = Traffic(lab, lab.pods.require("client"), targets(lab, "shop/web", "shop/db"))
+    traffic = LabTraffic(lab, lab.pods.require("client"), targets(lab, "shop/web", "shop/db"))
     traffic.start()
     records = traffic.stop()
     log = lab.spec.node_dir("node1") / "shop-client.load.log"
@@ -161,7 +161,7 @@ def test_another_process_finds_it_and_a_second_up_is_refused_without_harm(lab: L
 
 
 def test_two_labs_side_by_side_and_down_leaves_nothing_of_one(lab: Lab) -> None:
-    small = LabSpec(OTHER, ("node1",), (PodSpec("node1", "shop", "web", programs=(Program.ECHO,)),))
+    small = LabSpec(OTHER, ("node1",), (PodSpec("node1", "shop", "web", programs=(PodProgram.ECHO,)),))
     other = Lab(small)
     other.up(agents=False, sluice=False)
     try:

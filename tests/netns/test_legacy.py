@@ -21,9 +21,9 @@ from agent.backends.iptables import rendering
 from agent.backends.iptables.legacy import IptablesLegacyBackend
 from agent.backends.iptables.reading import TABLES
 from agent.core.errors import CommandError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel import exec, xtables
-from agent.reconciler.settle import settle, verify
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()

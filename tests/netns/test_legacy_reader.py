@@ -8,20 +8,20 @@ import pytest
 from support import legacyreader
 from support.rules import pod
 
-from agent.backends import netfilter
 from agent.backends.iptables.legacy import IptablesLegacyBackend
 from agent.backends.iptables.rendering import CHAINS
-from agent.backends.netfilter import Field, Rule, Table, Verb
-from agent.core.redirect import Redirect
-from agent.reconciler.settle import settle
+from agent.backends.netfilter import rules as netfilter
+from agent.backends.netfilter.rules import Field, Rule, RuleAction, Table
+from agent.core.model.redirect import Redirect
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 ANY = {4: "0.0.0.0/0.0.0.0", 6: "::/0"}
 NAMES = {"ipv6-icmp": "icmpv6"}
 TARGETS = {
-    Verb.ACCEPT: "ACCEPT", Verb.RETURN: "RETURN", Verb.DROP: "DROP", Verb.COUNT: "", Verb.REDIRECT: "REDIRECT",
-    Verb.SET_CONNECTION_MARK: "CONNMARK", Verb.RESTORE_MARK: "CONNMARK", Verb.ZONE: "CT",
-    Verb.ORIGINAL_ZONE: "CT",
+    RuleAction.ACCEPT: "ACCEPT", RuleAction.RETURN: "RETURN", RuleAction.DROP: "DROP", RuleAction.COUNT: "", RuleAction.REDIRECT: "REDIRECT",
+    RuleAction.SET_CONNECTION_MARK: "CONNMARK", RuleAction.RESTORE_MARK: "CONNMARK", RuleAction.ZONE: "CT",
+    RuleAction.ORIGINAL_ZONE: "CT",
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_an_independent_reader_finds_the_wanted_rules(want: Redirect, family: in
             shown = [{k: v for k, v in rule.items() if k not in ("comment", "parameters")} for rule in held]
             assert shown == [wanted(rule, family) for rule in rules], (table, chain)
             to = [rule["parameters"].get("to-ports", []) for rule in held if rule["target"] == "REDIRECT"]
-            assert to == [[str(rule.value)] for rule in rules if rule.verb is Verb.REDIRECT]
+            assert to == [[str(rule.value)] for rule in rules if rule.verb is RuleAction.REDIRECT]
             tags = dict(ours[table.value].chains)[chain] if table.value in ours else ()
             assert tuple(rule["comment"] for rule in held) == tags
             if rules:

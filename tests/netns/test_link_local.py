@@ -12,9 +12,9 @@ from support.pair import pair
 from support.rules import CHOICES, layers
 
 from agent.backends.base import Backend
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 

@@ -12,11 +12,11 @@ import pytest
 from support.holders import Holder
 
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.listeners import Heard
+from agent.core.model.listeners import PortListeners
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.sources.listening import Listening
+from agent.kernel.pod_netns import PodNetns
+from agent.sources.ztunnel_ports import ZtunnelPorts
 
 pytestmark = pytest.mark.root
 PORTS = (15001, 15006, 15008)
@@ -49,7 +49,7 @@ def listener(pod: PodNetns, family: int, host: str, port: int) -> socket.socket:
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")])
 def test_p03_each_port_is_seen_and_missed(pods: list[PodNetns], family: int, host: str) -> None:
-    listening, (pod, other) = Listening(PORTS), pods
+    listening, (pod, other) = ZtunnelPorts(PORTS), pods
     assert listening.heard(pod).missing == PORTS
     held = {port: listener(pod, family, host, port) for port in PORTS}
     assert listening.heard(pod).missing == ()
@@ -62,7 +62,7 @@ def test_p03_each_port_is_seen_and_missed(pods: list[PodNetns], family: int, hos
 
 
 def test_p03_a_bound_socket_and_an_ended_connection_are_no_listeners(pods: list[PodNetns]) -> None:
-    listening, pod = Listening((15001,)), pods[0]
+    listening, pod = ZtunnelPorts((15001,)), pods[0]
     bound = pod.netns.call(lambda: socket.socket())
     bound.bind(("0.0.0.0", 15001))
     assert listening.heard(pod).missing == (15001,)
@@ -80,33 +80,33 @@ def test_p03_a_bound_socket_and_an_ended_connection_are_no_listeners(pods: list[
 def test_what_the_pods_own_processes_listen_on_is_not_ztunnels(pods: list[PodNetns], tmp_path: Path) -> None:
     """They are named; one of them on 15008 ends what is exempt there, and nobody at all leaves it as it was."""
     pod, ztunnels = pods[0], Ztunnels()
-    listening = Listening(PORTS, ztunnels)
+    listening = ZtunnelPorts(PORTS, ztunnels)
     with contextlib.ExitStack() as made:
         inside = ("ip", "netns", "exec", pod.netns.origin.rpartition("/")[2])
         ztunnel, application, older = (made.enter_context(held(tmp_path, how)) for how in ((), inside, ()))
         for port in PORTS:
             ztunnel.keep(listener(pod, socket.AF_INET6, "::", port))
         application.keep(listener(pod, socket.AF_INET, "127.0.0.1", 15001))
-        assert listening.heard(pod) == Heard(), "nobody has come: nobody can tell"
+        assert listening.heard(pod) == PortListeners(), "nobody has come: nobody can tell"
         ztunnels.arrived(ztunnel.process())
         command = Path(f"/proc/{application.pid}/comm").read_text().strip()
         words = f"{command}[{application.pid}] listens on 127.0.0.1:15001, where only ztunnel may"
-        assert listening.heard(pod) == Heard((), (words,), (words,))
+        assert listening.heard(pod) == PortListeners((), (words,), (words,))
         older.keep(listener(pod, socket.AF_INET, "127.0.0.2", 15008))  # one that has not come to this agent yet
         assert listening.heard(pod).hbone
         application.keep(listener(pod, socket.AF_INET, "127.0.0.3", 15008))
         found = listening.heard(pod)
         assert (len(found.foreign), found.taken, found.hbone) == (2, (words,), False)
         application.end()
-        assert listening.heard(pod) == Heard()
+        assert listening.heard(pod) == PortListeners()
         ztunnel.end()
         older.end()
-        assert listening.heard(pod) == Heard(PORTS), "a replacement changes no rules"
+        assert listening.heard(pod) == PortListeners(PORTS), "a replacement changes no rules"
 
 
 def test_where_15008_is_not_expected_only_ztunnels_process_is_believed(pods: list[PodNetns], tmp_path: Path) -> None:
     pod, ztunnels = pods[0], Ztunnels()
-    listening = Listening((15001, 15006), ztunnels)
+    listening = ZtunnelPorts((15001, 15006), ztunnels)
     assert not listening.heard(pod).hbone
     with held(tmp_path, ()) as ztunnel:
         ztunnel.keep(listener(pod, socket.AF_INET6, "::", 15008))

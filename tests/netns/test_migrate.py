@@ -19,9 +19,9 @@ from support.node import PLUGIN, Node, NodePod, node, until
 from support.rules import pod as made
 
 from agent.cli import migrate
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.install.conflists import Conf
-from agent.install.hostroot import HostRoot
+from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import Action
 from agent.kernel.exec import run

@@ -11,13 +11,13 @@ from support.pair import POD4, Pair
 from support.pair import pair as made
 from support.rules import CHOICES, layers
 
-from agent.backends.opening import led_astray
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.kernel import bpffs
+from agent.backends.syn_probe import led_astray
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag
-from agent.reconciler.settle import settle, verify
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()

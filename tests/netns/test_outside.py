@@ -15,9 +15,9 @@ from support.node import until
 from support.pair import HOST4, HOST6, POD4, POD6, Pair, carries, pair, rules, stream
 from support.ztunnel import SECONDS
 
-from agent.core.outside import report
-from agent.core.sockets import OPENING, TcpSocket, TcpState
-from agent.sources.outside import OutsideConnections
+from agent.core.model.preexisting import report
+from agent.core.model.sockets import OPENING, TcpSocket, TcpState
+from agent.sources.preexisting import PreexistingConnections
 
 pytestmark = pytest.mark.root
 PRESERVE = "tcp flags & (fin|syn|rst|ack) != syn accept"
@@ -52,8 +52,8 @@ def nodes() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def connections() -> Iterator[OutsideConnections]:
-    made = OutsideConnections()
+def connections() -> Iterator[PreexistingConnections]:
+    made = PreexistingConnections()
     yield made
     made.close()
 
@@ -124,7 +124,7 @@ table inet mangle {
 
 @pytest.mark.parametrize(("pod", "host"), [(POD4, HOST4), (POD6, HOST6)], ids=["ipv4", "ipv6"])
 def test_p55_a_stream_survives_enrolment_both_ways_and_the_list_knows_it(
-    nodes: Pair, connections: OutsideConnections, pod: str, host: str
+    nodes: Pair, connections: PreexistingConnections, pod: str, host: str
 ) -> None:
     out = stream(nodes.pod, nodes.host, host, 7000)
     back = stream(nodes.host, nodes.pod, pod, 7001)
@@ -183,7 +183,7 @@ def test_strict_rules_leave_alone_what_was_seen_while_they_were_lenient(nodes: P
         assert carries(near, far)
 
 
-def test_captured_connections_are_not_outside(nodes: Pair, connections: OutsideConnections) -> None:
+def test_captured_connections_are_not_outside(nodes: Pair, connections: PreexistingConnections) -> None:
     """Those that ztunnel holds already when the list is taken, and its own."""
     for command in ROUTING:
         nodes.pod.ip(*command.split())
@@ -194,13 +194,13 @@ def test_captured_connections_are_not_outside(nodes: Pair, connections: OutsideC
         redirect(nodes, PRESERVE)
         with captured(nodes):
             assert names(connections.applied("uid", nodes.target)) == {ends(old[0])}
-            again = OutsideConnections()  # enrolled anew, with everything under way
+            again = PreexistingConnections()  # enrolled anew, with everything under way
             again.begin("uid", nodes.target)
             assert names(again.applied("uid", nodes.target)) == {ends(old[0])}
             again.close()
 
 
-def test_what_slips_in_before_the_rules_counts(nodes: Pair, connections: OutsideConnections) -> None:
+def test_what_slips_in_before_the_rules_counts(nodes: Pair, connections: PreexistingConnections) -> None:
     connections.begin("uid", nodes.target)
     near, far = stream(nodes.pod, nodes.host, HOST4, 7000)
     with near, far:
@@ -209,7 +209,7 @@ def test_what_slips_in_before_the_rules_counts(nodes: Pair, connections: Outside
         assert carries(near, far)
 
 
-def test_a_handshake_under_way_counts_until_it_is_captured(nodes: Pair, connections: OutsideConnections) -> None:
+def test_a_handshake_under_way_counts_until_it_is_captured(nodes: Pair, connections: PreexistingConnections) -> None:
     """Its SYN went out before the rules; when it is repeated, they catch it."""
     rules(nodes.host, DEAF)
     with nodes.pod.make() as opening, nodes.pod.make() as ztunnel:
@@ -229,7 +229,7 @@ def test_a_handshake_under_way_counts_until_it_is_captured(nodes: Pair, connecti
             assert connections.remaining("uid", nodes.target) == ()
 
 
-def test_a_handshake_that_ends_after_the_rules_survives(nodes: Pair, connections: OutsideConnections) -> None:
+def test_a_handshake_that_ends_after_the_rules_survives(nodes: Pair, connections: PreexistingConnections) -> None:
     """The SYN went before them, all else comes after: nothing of it is redirected."""
     with nodes.host.listen(HOST4, 7000) as listener, nodes.pod.make() as near:
         rules(nodes.pod, LATE)
@@ -248,7 +248,7 @@ def test_a_handshake_that_ends_after_the_rules_survives(nodes: Pair, connections
 
 
 def test_a_handshake_of_a_client_that_ends_after_the_rules_survives(
-    nodes: Pair, connections: OutsideConnections
+    nodes: Pair, connections: PreexistingConnections
 ) -> None:
     """The pod has answered its SYN, and waits."""
     rules(nodes.host, MUTE)
@@ -265,7 +265,7 @@ def test_a_handshake_of_a_client_that_ends_after_the_rules_survives(
             assert names(connections.remaining("uid", nodes.target)) == {ends(far)}
 
 
-def test_state_survives_a_restart_of_the_agent(nodes: Pair, connections: OutsideConnections) -> None:
+def test_state_survives_a_restart_of_the_agent(nodes: Pair, connections: PreexistingConnections) -> None:
     near, far = stream(nodes.pod, nodes.host, HOST4, 7000)
     with near, far:
         connections.begin("uid", nodes.target)
@@ -275,7 +275,7 @@ def test_state_survives_a_restart_of_the_agent(nodes: Pair, connections: Outside
         connections.applied("uid", nodes.target)
         assert connections.as_note("uid") == note
         connections.close()
-        new = OutsideConnections()
+        new = PreexistingConnections()
         new.restore("uid", [*note, 1 << 60])
         with stream(nodes.host, nodes.host, HOST4, 7001)[0]:  # not the pod's
             assert names(new.remaining("uid", nodes.target)) == {ends(near)}

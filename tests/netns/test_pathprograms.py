@@ -12,11 +12,11 @@ from support.bpfnode import bpf_node, opened
 from support.ebpf import EbpfNode
 from support.pair import pair
 
-from agent.core.redirect import Redirect
-from agent.kernel import bpffs, bpflink
-from agent.kernel.bpf import AttachType
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import bpffs, link
+from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.exec import run, start
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 from agent.sources.pathprograms import others
 
 pytestmark = pytest.mark.root
@@ -45,9 +45,9 @@ def test_each_is_named_by_its_place(tmp_path: Path) -> None:
         index = nodes.target.wiring().links[0].index
         held = os.open(cgroup, os.O_RDONLY)
         made.callback(os.close, held)
-        attach("on_packet", lambda one: bpflink.attach_tcx(one, index, AttachType.TCX_INGRESS))
-        attach("on_lookup", lambda one: bpflink.attach_netns(one, nodes.target.netns.fd, AttachType.SK_LOOKUP))
-        attach("on_connect4", lambda one: bpflink.attach_cgroup(one, held, AttachType.CGROUP_INET4_CONNECT))
+        attach("on_packet", lambda one: link.attach_tcx(one, index, AttachType.TCX_INGRESS))
+        attach("on_lookup", lambda one: link.attach_netns(one, nodes.target.netns.fd, AttachType.SK_LOOKUP))
+        attach("on_connect4", lambda one: link.attach_cgroup(one, held, AttachType.CGROUP_INET4_CONNECT))
         run(["tc", "qdisc", "add", "dev", "eth0", "clsact"], netns=nodes.pod.path)
         lookup, packet, filters, connect = others(nodes.target)
         assert lookup.startswith("BPF program on_lookup (number ") and lookup.endswith("(sk_lookup)")

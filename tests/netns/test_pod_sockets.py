@@ -11,10 +11,10 @@ import pytest
 from support.node import until
 from support.pair import HOST4, HOST6, POD4, Pair, pair, stream
 
-from agent.core.sockets import TcpState
-from agent.flows.sockets import PodSockets, SocketCounts
+from agent.core.model.sockets import TcpState
+from agent.flows.inet_diag.sockets import PodSockets, SocketCounts
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag
+from agent.kernel.netlink.sock_diag import SockDiag
 
 pytestmark = pytest.mark.root
 

@@ -20,20 +20,20 @@ from agent.backends import preflight
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
 from agent.backends.ebpf import trial
-from agent.backends.mechanisms import mechanisms
-from agent.backends.needs import Need, Printed, Program, Restored, Transaction
 from agent.backends.nftables.rendering import OWNER, PERSIST
 from agent.backends.preflight import attempt, examine, lacking
+from agent.backends.registry import mechanisms
+from agent.backends.requirements import Need, Printed, ProgramRequirement, Restored, Transaction
 from agent.backends.selftest import selftest, selftest_choice
 from agent.core.errors import SettingsError
-from agent.core.host import HostView, InKernel
-from agent.core.nftables import NEWTABLE, NFPROTO_INET, Command
-from agent.core.redirect import Redirect
-from agent.kernel import exec, hostview
+from agent.core.model.host import HostView, InKernel
+from agent.core.model.redirect import Redirect
+from agent.core.wire.nftables import NEWTABLE, NFPROTO_INET, Command
+from agent.kernel import exec, host_view
 from agent.kernel.exec import run
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.settle import settle, verify
-from agent.sources import recorded
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import settle, verify
+from agent.sources.state import backend_record
 
 pytestmark = pytest.mark.root
 LEGACY = "iptables-legacy -t nat -A POSTROUTING -p tcp -j ACCEPT; ip6tables-legacy -t filter -A INPUT -j ACCEPT"
@@ -55,7 +55,7 @@ def layers(name: str) -> list[Backend]:
 
 
 def look(host: Pod) -> HostView:
-    return host.target.netns.call(hostview.look)
+    return host.target.netns.call(host_view.read_host_view)
 
 
 def traces(host: Pod) -> str:
@@ -67,12 +67,12 @@ def traces(host: Pod) -> str:
 def start(host: Pod, setting: str = "auto", run_dir: str = "") -> Choice:
     """As the agent starts: looks, tries, chooses, records."""
     view, backends = look(host), mechanisms()
-    old = recorded.load(run_dir) if run_dir else None
+    old = backend_record.load(run_dir) if run_dir else None
     trials = Trials(lambda layer: backends[layer].probe(), selftest)
     choice = choose(setting, backends, trials, view, old)
     if run_dir:
         by_host = choose_host("auto", view)
-        recorded.save(run_dir, Recorded(choice.name, choice.reason, *by_host, view.release, 1.0))
+        backend_record.save(run_dir, Recorded(choice.name, choice.reason, *by_host, view.release, 1.0))
     return choice
 
 
@@ -192,7 +192,7 @@ def test_an_nft_that_cannot_read_what_it_prints_is_named(
 @pytest.mark.parametrize(
     "trial",
     [
-        Program("iptables-that-nobody-has"),
+        ProgramRequirement("iptables-that-nobody-has"),
         Restored("iptables-nft-restore", "*nat\n-A OUTPUT -j NOSUCH\nCOMMIT\n"),
         Restored("ip6tables-legacy-restore", "*nat\n-A OUTPUT -m nosuch -j ACCEPT\nCOMMIT\n"),
         Transaction((Command(NEWTABLE, 0, NFPROTO_INET, b""),)),

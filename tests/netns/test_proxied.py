@@ -11,8 +11,8 @@ import pytest
 from agent.core import names
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.sources.proxied import Proxied
+from agent.kernel.pod_netns import PodNetns
+from agent.sources.ztunnel_connections import ZtunnelConnections
 
 pytestmark = pytest.mark.root
 
@@ -43,7 +43,7 @@ def connected(pod: PodNetns, family: int, host: str, port: int) -> tuple[socket.
 
 @pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
 def test_both_ends_hear_of_the_end_and_nobody_else_does(pod: PodNetns, family: int, host: str) -> None:
-    proxied, found = connected(pod, family, host, names.OUTBOUND_PORT), Proxied()
+    proxied, found = connected(pod, family, host, names.OUTBOUND_PORT), ZtunnelConnections()
     others = connected(pod, family, host, 8080)
     assert {one.local for one in found.there(pod)} == {end.getsockname()[:2] for end in proxied}
     found.reset(pod)

@@ -16,9 +16,9 @@ from support.bpfrun import run_program
 from support.node import until
 
 from agent.core.errors import KernelError
-from agent.kernel import bpfload
-from agent.kernel.bpfmap import Map
-from agent.kernel.ringbuf import RingBuffer
+from agent.kernel.bpf import load
+from agent.kernel.bpf.map import Map
+from agent.kernel.bpf.ring_buffer import RingBuffer
 
 pytestmark = pytest.mark.root
 ORDER, RECORD = struct.Struct("=QII"), struct.Struct("=QI")
@@ -46,7 +46,7 @@ class Ring:
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[BpfNode]:
     with bpf_node(tmp_path) as made:
-        bpfload.load(made.compile("ring"), made.maps, made.program)
+        load.load(made.compile("ring"), made.maps, made.program)
         yield made
 
 
@@ -82,7 +82,7 @@ def test_a_full_ring_loses_the_newest_and_has_room_again_after_reading(ring: Rin
 
 
 def test_room_is_given_back_while_it_reads(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.kernel.ringbuf._AT_ONCE", 7)
+    monkeypatch.setattr("agent.kernel.bpf.ring_buffer._AT_ONCE", 7)
     for first in (0, 1000):
         assert ring.write(first, 1000) == MOST
         assert ring.take() == list(range(first, first + MOST))

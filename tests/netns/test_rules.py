@@ -10,15 +10,15 @@ import pytest
 from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
-from agent.backends import nfreading
+from agent.backends.netfilter import reading
 from agent.backends.nftables.backend import NftablesBackend
 from agent.core.errors import HostNetnsError, NetnsError, StaleError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
+from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netns import Netns, unpin
-from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.podnetns import PodNetns
-from agent.reconciler.settle import settle, verify
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -111,7 +111,7 @@ def test_a_pod_whose_own_rules_cannot_be_read_is_captured_and_repaired_all_the_s
         numbers = count()
         monkeypatch.setattr(NftSocket, "generation", lambda _: next(numbers))
     else:
-        monkeypatch.setattr(nfreading, "WHOLE", 8)
+        monkeypatch.setattr(reading, "WHOLE", 8)
     done = settle(pod.target, WANT, used)
     assert any("is not known" in remark for remark in done.remarks)
     assert not verify(pod.target, WANT, used)

@@ -13,11 +13,11 @@ import pytest
 
 from agent.core.errors import ForeignNetnsError, HostNetnsError, NetnsError
 from agent.kernel import exec
-from agent.kernel.bpffs import cgroup_root
+from agent.kernel.bpf.bpffs import cgroup_root
 from agent.kernel.netns import Netns, unpin
 from agent.kernel.proc import started
-from agent.sources import searching
-from agent.sources.searching import Found, Wanted, find, search
+from agent.sources.netns import search as searching
+from agent.sources.netns.search import Found, Wanted, find, search
 
 pytestmark = pytest.mark.root
 ADDRESS, OTHER = "198.18.200.7", "198.18.200.8"

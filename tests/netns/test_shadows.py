@@ -13,9 +13,9 @@ from support.rules import layers
 from support.ztunnel import Place
 
 from agent.core import names
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import in_the_way, settle, verify
+from agent.reconciler.converge import in_the_way, settle, verify
 
 pytestmark = pytest.mark.root
 WANT = Redirect()

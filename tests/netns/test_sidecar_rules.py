@@ -10,9 +10,9 @@ from support.rules import Pod, layers
 from support.rules import pod as made
 
 from agent.core.errors import KernelError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 # As istio-init writes them, in short.

@@ -11,9 +11,9 @@ import pytest
 from support.node import until
 from support.pair import HOST4, HOST6, POD4, POD6, Pair, pair, stream
 
-from agent.core.sockets import TcpSocket, TcpState
+from agent.core.model.sockets import TcpSocket, TcpState
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag
+from agent.kernel.netlink.sock_diag import SockDiag
 
 pytestmark = pytest.mark.root
 SS = {

@@ -11,11 +11,11 @@ from support.node import until
 from support.pair import HOST4, HOST6, POD4, POD6, Pair, pair, stream
 from support.ztunnel import abort, read_all
 
-from agent.core.sockets import TcpState
-from agent.core.tcpinfo import TcpReport
+from agent.core.model.sockets import TcpState
+from agent.core.wire.tcp_info import TcpReport
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag
-from agent.kernel.sockevents import SocketEvents
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netlink.sock_events import SocketEvents
 
 pytestmark = pytest.mark.root
 

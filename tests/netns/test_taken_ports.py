@@ -12,10 +12,10 @@ from support.ebpf_pod import PEER, POD, Namespace, accepted, carries, pair, wait
 
 from agent.backends.base import Backend
 from agent.backends.choose import LAYERS
-from agent.backends.mechanisms import mechanisms
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.reconciler.settle import settle
+from agent.backends.registry import mechanisms
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 APP, FREE = 8080, 6379

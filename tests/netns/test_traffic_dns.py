@@ -11,9 +11,9 @@ from support.traffic.arrival import awaited
 from support.traffic.queries import APPLICATION, ZTUNNEL, Queries, tracked
 from support.traffic.world import ADDRESSES, WAIT, World, opened, world
 
+from agent.core.model.redirect import Redirect
 from agent.core.names import DNS_PORT, DNS_ZONE, OUTBOUND_PORT
-from agent.core.redirect import Redirect
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
 PORTS = range(20000, 23250)

@@ -14,9 +14,9 @@ from support.traffic.row import DNS, IN, OUT, PEER, ZT
 from support.traffic.sending import TRANSPARENT
 from support.traffic.world import ADDRESSES, APP, WAIT, World, opened
 
+from agent.core.model.redirect import Redirect
 from agent.core.names import HBONE_PORT
-from agent.core.redirect import Redirect
-from agent.reconciler.settle import settle, verify
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 VM = f"vm:{APP}"

@@ -23,18 +23,18 @@ from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
 from agent.__main__ import main
-from agent.backends import traces
+from agent.backends import ownership
 from agent.backends.hostprobes.layers import layers as host_layers
-from agent.core.pods import Pod as Facts
-from agent.core.redirect import Redirect
+from agent.core.model.pods import Pod as Facts
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import start
 from agent.kernel.netns import unpin
-from agent.kernel.unixsocket import claim
-from agent.reconciler import hostsettle
+from agent.kernel.unix_socket import claim
+from agent.reconciler import host_converge
+from agent.reconciler.converge import settle, verify
 from agent.reconciler.removal import LEFT, REMOVED, uncapture_host
-from agent.reconciler.settle import settle, verify
-from agent.sources import existing
-from agent.sources.state import Note, State
+from agent.sources.netns import existing
+from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -82,7 +82,7 @@ def capture(pod: Pod, choice: str, run_dir: Path | None = None, want: Redirect =
     """As an agent did it that is gone, with its note and its pin if there is a run directory."""
     settle(pod.target, want, layers(choice))
     if run_dir is not None:
-        state = State(str(run_dir))
+        state = Notes(str(run_dir))
         state.save(Note(Facts("uid-1", "shop", "web", str(pod.path)), True, pod.target.netns.id))
         pod.target.netns.pin(state.pin("uid-1"))
     pod.reopen()
@@ -257,7 +257,7 @@ def test_while_an_agent_runs_it_is_refused_and_said_what_to_do(
     """The lock of another process, which gives it back when it is killed."""
     capture(pod, choice, tmp_path)
     before = pod.dump()
-    uses = "import sys; from pathlib import Path; from agent.kernel.unixsocket import claim"
+    uses = "import sys; from pathlib import Path; from agent.kernel.unix_socket import claim"
     code = f"claim(Path({str(tmp_path)!r})); print(1, flush=True); sys.stdin.read()"
     agent = start(
         [sys.executable, "-c", f"{uses}; {code}"],
@@ -365,7 +365,7 @@ def exempt(node: World, mechanism: str, *, owned: bool = False) -> None:
     if mechanism != "nftables":
         return make_former(node, mechanism)
     want = host_want(claimed(("uid-a", node.a.both), ("uid-b", node.b.both)))
-    hostsettle.settle(node.target, want, active(owned=owned))
+    host_converge.settle(node.target, want, active(owned=owned))
     node.reopen()
 
 
@@ -379,12 +379,12 @@ def test_the_hosts_exemption_goes_whatever_made_it(node: World, mechanism: str) 
     exempt(node, mechanism, owned=mechanism == "nftables")
     exempted = node.dump()
     assert exempted != before
-    removal = uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer, dry_run=True)
+    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner, dry_run=True)
     assert removal is not None and removal.scripts and node.dump() == exempted
-    removal = uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer)
+    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
     assert removal is not None and removal.result == REMOVED
     assert node.dump() == before
-    assert uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer) is None
+    assert uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner) is None
 
 
 @pytest.mark.parametrize(("mechanism", "damage"), [(name, one) for name in HOST_DAMAGE for one in HOST_DAMAGE[name]])
@@ -393,7 +393,7 @@ def test_a_half_removed_exemption_goes_all_the_same(node: World, mechanism: str,
     before = node.dump()
     exempt(node, mechanism)
     node.host.sh(damage)
-    removal = uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer)
+    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
     if mechanism == "nftables":  # nothing of ours is left to be told by
         assert removal is not None and removal.result == LEFT
         return
@@ -410,6 +410,6 @@ def test_the_exemption_of_istio_cni_is_left_alone(node: World) -> None:
         " --match-set istio-inpod-probes-v4 dst -j SNAT --to-source 169.254.7.127"
     )
     before = node.dump()
-    removal = uncapture_host(node.target, host_layers("off")[1], traces.of_host_layer)
+    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
     assert removal is not None and removal.result == LEFT
     assert node.dump() == before

@@ -18,14 +18,14 @@ from support.rules import pod as made
 
 from agent.__main__ import main
 from agent.backends.ebpf import objects
-from agent.cli.uncapture import left
-from agent.core.pods import Pod as Facts
-from agent.core.redirect import Redirect
-from agent.kernel import bpf, bpfload
-from agent.kernel.bpfmap import Map
+from agent.cli.uncapture import leftovers
+from agent.core.model.pods import Pod as Facts
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import load, syscall
+from agent.kernel.bpf.map import Map
 from agent.kernel.netns import unpin
-from agent.reconciler.settle import settle, verify
-from agent.sources.state import Note, State
+from agent.reconciler.converge import settle, verify
+from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
 WANT = Redirect()
@@ -58,7 +58,7 @@ def capture(node: EbpfNode, pod: Pod, run_dir: Path | None = None, uid: str = "u
     """As an agent did it that is gone, with its note and its pin if there is a run directory."""
     settle(pod.target, WANT, node.layers)
     if run_dir is not None:
-        state, said = State(str(run_dir)), {"istio.io/dataplane-mode": "ambient"}
+        state, said = Notes(str(run_dir)), {"istio.io/dataplane-mode": "ambient"}
         state.save(Note(Facts(uid, "shop", "web", str(pod.path), annotations=said), True, pod.target.netns.id))
         pod.target.netns.pin(state.pin(uid))
     pod.reopen()
@@ -77,8 +77,8 @@ def attached(node: EbpfNode, pod: Pod) -> set[int]:
     places = (node.pins.node.path, node.pins.pod(pod.target.netns.id.cookie).path)
     found = set()
     for pin in (pin for place in places for pin in (place / "programs").iterdir()):
-        fd = bpf.get(pin)
-        found.add(bpf.program_info(fd).id)
+        fd = syscall.get(pin)
+        found.add(syscall.program_info(fd).id)
         os.close(fd)
     return found
 
@@ -138,15 +138,15 @@ def test_at_last_nothing_of_the_node_is_left_whatever_made_it(node: EbpfNode, po
     for name in ("v0", "try-4711"):
         (node.pins.root / name).mkdir()
         named = {"lookup": node.pins.root / name / "lookup"}
-        bpfload.load(objects.path("lookup"), node.pins.root / name / "maps", named, {}, bytes(8))
-    (row,) = left(node.pins, dry_run=True)
+        load.load(objects.path("lookup"), node.pins.root / name / "maps", named, {}, bytes(8))
+    (row,) = leftovers(node.pins, dry_run=True)
     assert row.removal.result == "would be removed" and node.pins.root.exists()
     assert ids <= programs()
-    (row,) = left(node.pins, dry_run=False)
+    (row,) = leftovers(node.pins, dry_run=False)
     assert (row.netns, row.removal.result, row.right) == ("node", "removed", True)
     assert not node.pins.root.exists()
     until(lambda: not ids & programs(), "the kernel let go of every program")
-    assert left(node.pins, dry_run=False) == []
+    assert leftovers(node.pins, dry_run=False) == []
 
 
 def rules(pod: Pod) -> str:
@@ -168,7 +168,7 @@ def test_a_pod_is_handed_back_as_one_of_nftables_would_be(
     with made("slu-ue-nft") as other:
         settle(other.target, WANT, layers("nftables"))
         said = {"istio.io/dataplane-mode": "ambient"}
-        State(str(tmp_path)).save(Note(Facts("uid-2", "shop", "db", annotations=said), True, other.target.netns.id))
+        Notes(str(tmp_path)).save(Note(Facts("uid-2", "shop", "db", annotations=said), True, other.target.netns.id))
         other.reopen()
         assert main(["handback", "--all", *where, "--netns", str(other.path)]) == 0
         assert rules(pod) == rules(other)

@@ -33,7 +33,7 @@ from support.ztunnel import (
 )
 
 from agent.kernel.exec import run
-from agent.kernel.sockdiag import SockDiag
+from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
 from agent.ztunnel import dnsmessage
 

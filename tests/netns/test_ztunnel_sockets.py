@@ -19,12 +19,12 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
 from agent.core.errors import KernelError, StaleError
+from agent.core.model.redirect import Redirect
 from agent.core.names import ZTUNNEL_MARK
-from agent.core.redirect import Redirect
 from agent.kernel import process
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
 
 pytestmark = pytest.mark.root

@@ -9,7 +9,7 @@ import pytest
 from support import istio
 from support.rehearsal import SERVER, Node, node
 
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(180)]
 CLIENT = "shop/client"

@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 from support.world import Accounting, Target, World, play, pod
 
-from agent.core.canary import Finding, Verdict
-from agent.core.listeners import Heard
-from agent.core.plan import Foreign
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
-from agent.core.status import State
-from agent.kernel.podnetns import Facts
+from agent.core.model.listeners import PortListeners
+from agent.core.model.plan import Foreign
+from agent.core.model.pods import Pod
+from agent.core.model.redirect import Redirect
+from agent.core.model.status import State
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.kernel.pod_netns import NetnsFacts
 from agent.reconciler import leaving, proxying
 
-FAILED = Finding(Verdict.FAILED, ("10.0.0.2", 80), "No route to host")
+FAILED = ProbeResult(ProbeVerdict.FAILED, ("10.0.0.2", 80), "No route to host")
 
 
 def running(name: str = "web") -> Pod:
@@ -91,7 +91,7 @@ def test_probes_are_exempt_before_the_rules_come_and_until_they_are_gone() -> No
 
 def test_an_address_that_a_pod_gave_itself_is_not_exempt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the node's own connections to who really has it would get the probe address as their source."""
-    held = Facts(ipv6=True, addresses=("10.0.0.2", "192.0.2.1"), loopback4=True, loopback6=True)
+    held = NetnsFacts(ipv6=True, addresses=("10.0.0.2", "192.0.2.1"), loopback4=True, loopback6=True)
     monkeypatch.setattr(Target, "facts", lambda _: held)
 
     async def script(world: World) -> None:
@@ -126,7 +126,7 @@ def test_p45_a_probe_that_fails_rolls_the_enrolment_back_when_the_setting_says_s
         assert world.held("rules", "web") is None and "web" not in world.publisher.published
         assert await world.reconciler.inspect(pod()) == {}
         assert (await world.reconciler.settled("web")).state is State.FAILED, "and stays so"
-        world.canary.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        world.canary.answer = ProbeResult(ProbeVerdict.OK, ("10.0.0.2", 80))
         changed = {**pod().annotations, "ambient.istio.io/dns-capture": "false"}
         (status,) = await world.settle(replace(pod(), annotations=changed))
         assert status.state is State.ENABLED, "another intent is another try"
@@ -136,9 +136,9 @@ def test_p45_a_probe_that_fails_rolls_the_enrolment_back_when_the_setting_says_s
 
 def test_a_pod_that_listens_later_is_probed_then() -> None:
     async def script(world: World) -> None:
-        world.canary.answer = Finding(Verdict.NO_LISTENER)
+        world.canary.answer = ProbeResult(ProbeVerdict.NO_LISTENER)
         await world.settle(pod())
-        world.canary.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        world.canary.answer = ProbeResult(ProbeVerdict.OK, ("10.0.0.2", 80))
         while not world.journal.findings:
             await world.reconciler.progressed()  # by itself
         assert world.reconciler.status("web").probe.endswith(": ok")
@@ -301,14 +301,14 @@ def test_a_pod_that_comes_back_while_it_leaves_is_captured_as_one_that_runs() ->
 
 def test_the_exemption_of_hbone_follows_ztunnels_listener() -> None:
     async def script(world: World) -> None:
-        world.listening.found = Heard(hbone=False)
+        world.listening.found = PortListeners(hbone=False)
         await world.settle(pod())
         assert not held(world).hbone
-        world.listening.found = Heard()  # it has just begun to listen
+        world.listening.found = PortListeners()  # it has just begun to listen
         assert (await world.reconciler.settled("web")).state is State.ENABLED
         assert held(world).hbone and world.journal.causes[-1] == "", "that is no drift"
         assert await world.reconciler.inspect(pod()) == {}
-        world.listening.found = Heard(foreign=("nginx[7] listens",), hbone=False)  # on 15008
+        world.listening.found = PortListeners(foreign=("nginx[7] listens",), hbone=False)  # on 15008
         assert "rules" in await world.reconciler.inspect(pod())
         assert (await world.reconciler.settled("web")).state is State.ENABLED
         assert not held(world).hbone
@@ -319,18 +319,18 @@ def test_the_exemption_of_hbone_follows_ztunnels_listener() -> None:
 
 def test_a_pod_that_listens_on_ztunnels_ports_fails_and_its_connections_are_dropped() -> None:
     async def script(world: World) -> None:
-        taken = world.listening.found = Heard(foreign=("nginx[7] listens",), taken=("nginx[7] listens",))
+        taken = world.listening.found = PortListeners(foreign=("nginx[7] listens",), taken=("nginx[7] listens",))
         world.publisher.connected = False  # as good as refusing the pod, where it cannot listen
         (status,) = await world.settle(running())
         assert (status.state, held(world).blocked) == (State.FAILED, True)
         assert status.error == "nginx[7] listens; new connections are refused until it ends or uses another port"
-        world.listening.found, world.publisher.connected = Heard(), True
+        world.listening.found, world.publisher.connected = PortListeners(), True
         await until(world, State.ENABLED)
         assert not held(world).blocked
         world.listening.found = taken
         assert (await world.reconciler.settled("web")).state is State.FAILED
         assert (await world.reconciler.settled("web")).state is State.FAILED and held(world).blocked
-        world.listening.found = Heard()
+        world.listening.found = PortListeners()
         await until(world, State.ENABLED)
         assert not held(world).blocked
 

@@ -15,10 +15,10 @@ import pytest
 from agent.backends.base import Support
 from agent.backends.hostprobes.want import HostProbes
 from agent.core.errors import KernelError, StaleError
-from agent.core.plan import Plan, Step
+from agent.core.model.plan import Plan, Step
 from agent.core.settings import Settings
 from agent.reconciler.host import HostLoop
-from agent.reconciler.hostsettle import PASSES, settle
+from agent.reconciler.host_converge import PASSES, settle
 
 
 class Host:

@@ -9,8 +9,8 @@ import pytest
 from support.world import Accounting, World, play, pod
 
 from agent.core.errors import KernelError
-from agent.core.redirect import Redirect
-from agent.core.status import State
+from agent.core.model.redirect import Redirect
+from agent.core.model.status import State
 
 
 async def forgotten_soon(world: World) -> asyncio.Task[None]:

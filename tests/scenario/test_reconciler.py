@@ -8,7 +8,7 @@ from dataclasses import replace
 from support.world import World, play, pod
 
 from agent.core.errors import ForeignNetnsError, KernelError
-from agent.core.status import State
+from agent.core.model.status import State
 
 
 def test_a_new_pod_is_captured_in_order_and_then_left_alone() -> None:

@@ -10,9 +10,9 @@ import pytest
 from support.world import Target, World, play, pod
 
 from agent.core.errors import KernelError
-from agent.core.pods import Pod
-from agent.core.redirect import Redirect
-from agent.core.status import State
+from agent.core.model.pods import Pod
+from agent.core.model.redirect import Redirect
+from agent.core.model.status import State
 from agent.reconciler.loop import Reconciler
 
 WEB = replace(pod(), source="static")

@@ -33,14 +33,14 @@ from support.node import until
 from support.rules import layers
 
 from agent.backends.ebpf.pins import Pins
+from agent.core.model.redirect import Redirect
 from agent.core.names import ZTUNNEL_MARK
-from agent.core.redirect import Redirect
-from agent.flows.ebpf import EbpfCollector
-from agent.flows.programs import Programs
+from agent.flows.ebpf.collector import EbpfCollector
+from agent.flows.ebpf.programs import Programs
 from agent.flows.record import Connection, Delta, Quality
-from agent.kernel import bpffs
-from agent.kernel.bpfmaps import Maps
-from agent.reconciler.settle import settle
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf.map_reuse import Maps
+from agent.reconciler.converge import settle
 
 MODES = ("nftables", "iptables", "ebpf")
 

@@ -11,7 +11,7 @@ from typing import Any
 from support.apiserver import ApiServer
 from support.apiserver_store import matches
 
-from agent.core.pods import KubePod
+from agent.core.model.pods import KubePod
 from agent.sources.kube import objects
 from agent.sources.kube.access import Access
 from agent.sources.kube.client import Client

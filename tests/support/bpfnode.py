@@ -9,8 +9,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.kernel import bpf, bpffs, bpfload
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf import bpffs, syscall
+from agent.kernel.bpf import load as bpfload
+from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
 
 SOURCES = Path(__file__).parent / "bpf"
@@ -51,7 +52,7 @@ class BpfNode:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[int]:
-    fd = bpf.get(path)
+    fd = syscall.get(path)
     try:
         yield fd
     finally:

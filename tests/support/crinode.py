@@ -20,13 +20,13 @@ from support.crileft import NETWORK
 from support.cripods import CriPod, Sandbox
 from support.node import ANNOTATIONS, PLUGIN, SECONDS, FakeZtunnel, until
 
-from agent.kernel import adminsocket
+from agent.kernel import admin_socket
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.lab import nodes
-from agent.lab.children import Child, Children, await_ready, start_time
 from agent.lab.lab import down
-from agent.lab.processes import Backend, ready
+from agent.lab.node_services import LabBackend, ready
+from agent.lab.processes import Child, Children, await_ready, start_time
 from agent.lab.topology import LabSpec
 
 SUBNET = "10.98.0.0/16"
@@ -106,7 +106,7 @@ class CriNode:
     def start_containerd(self) -> None:
         self.host.start_containerd()
 
-    def configure(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
+    def configure(self, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:
         wanted = {
             "node_name": "node1", "metrics_address": "127.0.0.1:15014", "backend": str(backend), "kube_server": "none",
             "own_namespace": OWN, "ztunnel_ports": ["15001", "15006"], "cni_install": "off", "cni_plugin": str(PLUGIN),
@@ -184,7 +184,7 @@ class CriNode:
         self.children.end(f"node1.{name}", seconds=10)
 
     def ask(self, path: str, method: str = "GET", **query: str) -> Any:
-        return adminsocket.ask(str(self.path("/run/sluice")), path, method, **query)
+        return admin_socket.ask(str(self.path("/run/sluice")), path, method, **query)
 
     def state(self, pod: CriPod) -> str:
         """Of the agent's words; "" when it does not know the pod."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from agent.backends.base import Backend
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.programs import Node, ProgramsBackend
+from agent.backends.ebpf.programs import NodeTarget, ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.routing import RoutingBackend
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 from agent.kernel.process import Process
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 
 class EbpfNode:
@@ -35,6 +35,6 @@ class EbpfNode:
 
     def close(self) -> None:
         with contextlib.suppress(FileNotFoundError):
-            settle(Node(), None, [self.programs])
+            settle(NodeTarget(), None, [self.programs])
         run(["umount", str(self.directory)])
         self.directory.rmdir()

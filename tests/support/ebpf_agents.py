@@ -17,15 +17,15 @@ from support.ebpf_pod import Stage
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.programs import Node, ProgramsBackend
+from agent.backends.ebpf.programs import NodeTarget, ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.routing import RoutingBackend
-from agent.core.redirect import Redirect
-from agent.kernel import libbpf
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import libbpf
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
-from agent.reconciler.settle import Settled, settle, settle_each, settle_unit, verify_each
+from agent.reconciler.converge import Settled, settle, settle_each, settle_unit, verify_each
 
 # What changes anything in the kernel: calls of libbpf, and of a Path on bpffs.
 CALLS = ("bpf_object__load", "bpf_obj_pin", "bpf_link_create", "bpf_link_update", "bpf_map_update_elem",
@@ -59,7 +59,7 @@ class Agent:
             settle_unit(self.pods, orphan, None, done)
 
     def remove_programs(self) -> None:
-        settle_each(Node(), [(self.programs, None)])  # type: ignore[arg-type]
+        settle_each(NodeTarget(), [(self.programs, None)])  # type: ignore[arg-type]
 
     def wrong(self, want: Redirect | None) -> dict[str, Any]:
         return verify_each(self.target, [(layer, want) for layer in (self.layers if want else (self.pods,))])

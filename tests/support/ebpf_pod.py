@@ -17,12 +17,12 @@ from support.rules import Pod
 from support.rules import pod as namespace
 
 from agent.backends.ebpf.abi import ExitCause
-from agent.core.exclusions import Exclusions
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 POD = {4: "10.77.0.2", 6: "fd77::2"}
 PEER = {4: "10.77.0.1", 6: "fd77::1"}

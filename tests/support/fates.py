@@ -13,7 +13,7 @@ from support.accounting import Account
 from support.applications import answer, answers, asks, receive
 from support.ebpf_pod import APP, CAPTURE, DNS, FREE, POD, SECONDS, Where, accepted, family
 
-from agent.core.exclusions import Exclusions
+from agent.core.model.exclusions import Exclusions
 from agent.flows.record import Connection, Direction, Fate, Reason
 
 OUT, IN = Direction.OUTBOUND, Direction.INBOUND

@@ -18,8 +18,8 @@ from support.pair import carries
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
-from agent.sources.cni_wire import frame
+from agent.kernel.pod_netns import PodNetns
+from agent.sources.cni.wire import frame
 
 
 class Inside:

@@ -18,7 +18,7 @@ from agent.backends.hostprobes.nftables import NftHostProbes
 from agent.backends.hostprobes.want import HostProbes
 from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run
-from agent.kernel.hostnetns import HostNetns
+from agent.kernel.host_netns import HostNetns
 from agent.kernel.netns import Netns
 from agent.lab.nodes import NO_DAD
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from support.rules import Pod
 
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 
 ISTIO = ("istio-iptables", "istio-nftables")

@@ -25,13 +25,13 @@ from typing import Any
 import yaml
 
 from agent.core.names import DATAPLANE_MODE
-from agent.kernel import adminsocket
+from agent.kernel import admin_socket
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.lab import istio, nodes
-from agent.lab.children import Children
 from agent.lab.lab import down
-from agent.lab.processes import Backend, NodeProcesses, settings
+from agent.lab.node_services import LabBackend, NodeProcesses, settings
+from agent.lab.processes import Children
 from agent.lab.topology import LabSpec, PodSpec
 from agent.zds.messages import Ack, Add, Delete, Hello, Message, Request, SnapshotSent, decode_request, encode
 
@@ -223,11 +223,11 @@ class Node:
             (self.run_dir / istio.LOCAL_FILE).write_text(istio.workloads(listed, hbone=False))
             self.processes = NodeProcesses(self.spec, "node1", self.children, Path(REAL))
 
-    def configure(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
+    def configure(self, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:
         wanted = {**settings(self.spec, "node1", backend), **changes}
         (self.run_dir / "sluice.yaml").write_text(yaml.safe_dump(wanted))
 
-    def start(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
+    def start(self, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:
         """A new agent, awaited until it is ready and a real ztunnel that runs has come back to it."""
         self.configure(backend, **changes)
         self.processes.start_agent()
@@ -243,7 +243,7 @@ class Node:
         # After an absence of the agent Istio's waits for up to 15 s before it tries again.
         until(there, f"{connections} ztunnels have every pod", seconds=60 if REAL else SECONDS)
 
-    def restart(self, backend: Backend = Backend.NFTABLES, **changes: Any) -> None:
+    def restart(self, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:
         self.processes.end()
         self.start(backend, **changes)
 
@@ -296,7 +296,7 @@ class Node:
         assert self.cni("DEL", pod, netns="", prevResult=None).code == 0
 
     def ask(self, path: str, method: str = "GET", **query: str) -> Any:
-        return adminsocket.ask(str(self.run_dir), path, method, **query)
+        return admin_socket.ask(str(self.run_dir), path, method, **query)
 
     def state(self, pod: NodePod) -> str:
         """Of the agent's words; "" when it does not know the pod, "leaving" until the last of its rules is gone."""

@@ -13,7 +13,7 @@ from support.rules import Pod, layers
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.nftables.rendering import OWNER, PERSIST, table_command
 from agent.kernel.exec import run
-from agent.kernel.nfnetlink import NftSocket
+from agent.kernel.netlink.nf_tables import NftSocket
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "older"
 RELEASES = tuple(sorted(path.name for path in DATA.iterdir()))

@@ -13,7 +13,7 @@ from support.ztunnel import SECONDS, Place
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.lab.nodes import NO_DAD
 
 POD4, HOST4 = "10.78.0.2", "10.78.0.1"

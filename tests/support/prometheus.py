@@ -18,7 +18,7 @@ from support.field import Inside
 from support.node import REPO
 
 from agent.kernel.exec import PATH
-from agent.lab.children import Children, await_ready
+from agent.lab.processes import Children, await_ready
 
 RULES = REPO / "deploy" / "alerts" / "sluice.rules.yaml"
 _PORT = 9090

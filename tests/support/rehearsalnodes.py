@@ -26,8 +26,8 @@ from support.node import until
 from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
-from agent.lab.children import Children, await_ready
 from agent.lab.lab import down
+from agent.lab.processes import Children, await_ready
 from agent.lab.topology import LabSpec
 
 NAMES = ("server", "worker1", "worker2")

@@ -16,7 +16,7 @@ from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 
 CHOICES = ("nftables", "iptables", "iptables-legacy")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
-from agent.lab.children import Child, Children
+from agent.lab.processes import Child, Children
 
 REPO = Path(__file__).resolve().parents[2]
 IMAGE = REPO / "build" / "vm"

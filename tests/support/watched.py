@@ -10,9 +10,9 @@ import pytest
 from support.rules import Pod
 
 from agent.kernel import exec
-from agent.kernel.netlink import NetlinkSocket
-from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.pod_netns import PodNetns
 from agent.sources.drift import DriftWatcher
 
 SECONDS = 20

@@ -11,16 +11,16 @@ from typing import Any
 
 from agent.backends.base import Support
 from agent.backends.choose import Choice
-from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError, PodGoneError, StaleError, ZtunnelError
-from agent.core.listeners import Heard
-from agent.core.plan import Plan, Step
-from agent.core.pods import Pod, PodTable
-from agent.core.redirect import Redirect
+from agent.core.model.listeners import PortListeners
+from agent.core.model.plan import Plan, Step
+from agent.core.model.pods import Pod, PodTable
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.model.topology import PodTopology
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.settings import Settings
-from agent.core.sockets import TcpSocket, TcpState
-from agent.core.wiring import Wiring
-from agent.kernel.podnetns import Facts
+from agent.kernel.pod_netns import NetnsFacts
 from agent.reconciler.loop import Reconciler
 
 _cookies = itertools.count(1)
@@ -43,7 +43,7 @@ class Target:
         return True
 
     def facts(self) -> Any:
-        return Facts(ipv6=True, addresses=("10.0.0.2",), loopback4=self.up, loopback6=self.up, up=self.up)
+        return NetnsFacts(ipv6=True, addresses=("10.0.0.2",), loopback4=self.up, loopback6=self.up, up=self.up)
 
     @property
     def route(self) -> Target:
@@ -52,8 +52,8 @@ class Target:
     def raise_lo(self) -> None:
         self.up = True
 
-    def wiring(self) -> Wiring:
-        return Wiring(forwards=self.forwards)
+    def wiring(self) -> PodTopology:
+        return PodTopology(forwards=self.forwards)
 
     def addresses(self) -> tuple[str, ...]:
         return self.facts().addresses
@@ -268,7 +268,7 @@ class Canary:
     """Answers with what the script put in; a pod is due until then."""
 
     def __init__(self) -> None:
-        self.answer = Finding(Verdict.OK, ("10.0.0.2", 80))
+        self.answer = ProbeResult(ProbeVerdict.OK, ("10.0.0.2", 80))
         self.due_pods: set[str] = set()
         self.probes = 0
 
@@ -278,14 +278,14 @@ class Canary:
     def due(self, uid: str) -> bool:
         return uid in self.due_pods
 
-    def done(self, uid: str, finding: Finding) -> None:
-        if finding.verdict is not Verdict.NO_LISTENER:
+    def done(self, uid: str, finding: ProbeResult) -> None:
+        if finding.verdict is not ProbeVerdict.NO_LISTENER:
             self.due_pods.discard(uid)
 
     def forget(self, uid: str) -> None:
         self.due_pods.discard(uid)
 
-    async def probe(self, addresses: Sequence[str], target: Any, *, ipv6: bool) -> Finding:
+    async def probe(self, addresses: Sequence[str], target: Any, *, ipv6: bool) -> ProbeResult:
         self.probes += 1
         return self.answer
 
@@ -316,9 +316,9 @@ class Listening:
     """Where ztunnel listens, by UID; in every pod that is published, too, unless it is deaf. `found`: who else does."""
 
     def __init__(self, publisher: Publisher) -> None:
-        self.publisher, self.pods, self.deaf, self.found = publisher, set[str](), False, Heard()
+        self.publisher, self.pods, self.deaf, self.found = publisher, set[str](), False, PortListeners()
 
-    def heard(self, target: Any) -> Heard:
+    def heard(self, target: Any) -> PortListeners:
         there = target.uid in self.pods or target.uid in self.publisher.published
         return self.found if there and not self.deaf else replace(self.found, missing=(15001, 15006))
 
@@ -341,7 +341,7 @@ class Journal:
         self.causes: list[str] = []
         self.errors: list[str] = []
         self.fights: list[str] = []
-        self.findings: list[Finding] = []
+        self.findings: list[ProbeResult] = []
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         self.causes.append(cause)
@@ -352,7 +352,7 @@ class Journal:
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
         self.fights.append(cause)
 
-    def probed(self, pod: Pod, finding: Finding) -> None:
+    def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.findings.append(finding)
 
     def passed(self, pod: Pod, seconds: float) -> None:

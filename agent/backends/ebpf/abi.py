@@ -99,7 +99,7 @@ _WIDTHS = {PolicyKind.PORT_OUT: 16, PolicyKind.PORT_IN: 16, PolicyKind.USER: 32}
 
 
 @dataclass(frozen=True, slots=True)
-class Pod:
+class PodValue:
     """struct pod. `policy` is the id of the prefixes that count for it, `has` their kinds; 0 for none."""
 
     flags: PodFlag
@@ -116,7 +116,7 @@ class Pod:
         return _POD.pack(self.flags, self.has, self.policy, *parts)
 
     @classmethod
-    def decode(cls, data: bytes) -> Pod:
+    def decode(cls, data: bytes) -> PodValue:
         """Raises ValueError for a value of another version."""
         if len(data) != _POD.size:
             raise ValueError(f"{len(data)} bytes are no pod")

@@ -13,12 +13,13 @@ from types import MappingProxyType
 from typing import Final, TypeVar
 
 from agent.backends.ebpf import objects
-from agent.backends.ebpf.objects import Program
-from agent.backends.ebpf.pins import Pins, Place, pin
+from agent.backends.ebpf.objects import BpfProgram
+from agent.backends.ebpf.pins import PinDirectory, Pins, pin
 from agent.core.errors import KernelError
-from agent.core.plan import Step
-from agent.kernel import bpf, bpffs, bpflink, bpfload
-from agent.kernel.bpflink import LinkInfo
+from agent.core.model.plan import Step
+from agent.kernel.bpf import bpffs, load, syscall
+from agent.kernel.bpf import link as bpflink
+from agent.kernel.bpf.link import LinkInfo
 from agent.kernel.netns import Netns
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ class Attach:
     """Makes a link; `swap`: puts the program into the one that is there, with no moment between."""
 
     link: str
-    program: Program
+    program: BpfProgram
     swap: bool = False
 
 
@@ -70,7 +71,7 @@ class Unpin:
 Deed = Load | Attach | Detach | Unpin
 
 
-def read(place: Place, programs: tuple[Program, ...]) -> Attached:
+def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
     """Raises KernelError."""
     pinned = place.programs()
     mine = {program.name: pin(program) for program in programs}
@@ -79,7 +80,7 @@ def read(place: Place, programs: tuple[Program, ...]) -> Attached:
     }
     links = {}
     for name in place.links():
-        if (fd := bpf.find(f"{place.path}/links/{name}")) is not None:
+        if (fd := syscall.find(f"{place.path}/links/{name}")) is not None:
             links[name] = _closed(fd, bpflink.info)
     old = tuple(name for name in pinned if name not in mine.values())
     return Attached({name: number for name, number in found.items() if number}, links, old)
@@ -88,11 +89,11 @@ def read(place: Place, programs: tuple[Program, ...]) -> Attached:
 @lru_cache(4096)
 def _number(path: str, inode: int) -> int:
     """The kernel's number of a pinned program; 0 when its pin has just gone."""
-    fd = bpf.find(path)
-    return 0 if fd is None else _closed(fd, bpf.program_info).id
+    fd = syscall.find(path)
+    return 0 if fd is None else _closed(fd, syscall.program_info).id
 
 
-def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[Deed], str]]:
+def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step[Deed], str]]:
     """What makes `want` (link -> program) true, and what was wrong, "" for mere tidying up. Pure."""
     lacking = {program.object for program in want.values() if program.name not in have.ids}
     for name in sorted(lacking):
@@ -115,8 +116,8 @@ def steps(want: Mapping[str, Program], have: Attached) -> Iterator[tuple[Step[De
 def do(
     deed: Deed,
     pins: Pins,
-    place: Place,
-    attach: Callable[[Program, str, int], int],
+    place: PinDirectory,
+    attach: Callable[[BpfProgram, str, int], int],
     sizes: Mapping[str, int],
     constants: bytes = b"",
     elsewhere: Mapping[str, Path] = _NOWHERE,
@@ -130,24 +131,24 @@ def do(
     if isinstance(deed, Load):
         every = (*objects.NODE, *objects.POD, *objects.ACCOUNTING)
         named = {one.name: place.program(one) for one in every if one.object == deed.object}
-        bpfload.load(objects.path(deed.object), pins.maps, named, sizes, constants, elsewhere)
+        load.load(objects.path(deed.object), pins.maps, named, sizes, constants, elsewhere)
     elif isinstance(deed, Attach):
-        _closed(bpf.get(place.program(deed.program)), lambda fd: _attach(deed, fd, place, attach))
+        _closed(syscall.get(place.program(deed.program)), lambda fd: _attach(deed, fd, place, attach))
     elif isinstance(deed, Detach):
         bpffs.remove_tree(place.link(deed.link))
     else:
         bpffs.remove_tree(place.path / "programs" / deed.program)
 
 
-def _attach(deed: Attach, program: int, place: Place, attach: Callable[[Program, str, int], int]) -> None:
+def _attach(deed: Attach, program: int, place: PinDirectory, attach: Callable[[BpfProgram, str, int], int]) -> None:
     if deed.swap:
-        _closed(bpf.get(place.link(deed.link)), lambda link: bpflink.update(link, program))
+        _closed(syscall.get(place.link(deed.link)), lambda link: bpflink.update(link, program))
     else:
         made = attach(deed.program, deed.link, program)
         _closed(made, lambda link: bpflink.pin(link, place.link(deed.link)))
 
 
-def attach_tcx(netns: Netns, program: Program, link: str, descriptor: int) -> int:
+def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:
     """To the interface that ends the link's name, in that namespace. Raises KernelError."""
     index = int(link.rpartition("-")[2])
     for _ in range(_TRIES):
@@ -160,7 +161,7 @@ def attach_tcx(netns: Netns, program: Program, link: str, descriptor: int) -> in
     return netns.call(lambda: bpflink.attach_tcx(descriptor, index, program.attach))
 
 
-def attach_cgroup(program: Program, _: str, descriptor: int) -> int:
+def attach_cgroup(program: BpfProgram, _: str, descriptor: int) -> int:
     """To the root of all cgroups. Raises KernelError."""
     cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

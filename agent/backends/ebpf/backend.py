@@ -12,21 +12,22 @@ from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments, policies, state
-from agent.backends.ebpf.abi import Pod, Prefix
-from agent.backends.ebpf.needs import support
-from agent.backends.ebpf.objects import LOOKUP, POD, Program
+from agent.backends.ebpf.abi import PodValue, Prefix
+from agent.backends.ebpf.objects import LOOKUP, POD, BpfProgram
 from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.state import Have, PodDeed
+from agent.backends.ebpf.requirements import support
+from agent.backends.ebpf.state import PodDeed, PodEntries
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
-from agent.core.plan import Plan
-from agent.core.redirect import Redirect
-from agent.core.sockets import CONNECTED, TcpState
-from agent.core.wiring import Wiring
-from agent.kernel import bpffs, bpflink
-from agent.kernel.bpfmaps import Maps
-from agent.kernel.podnetns import PodNetns
-from agent.kernel.sockdiag import SockDiag
+from agent.core.model.plan import Plan
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import CONNECTED, TcpState
+from agent.core.model.topology import PodTopology
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf import link as bpflink
+from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.pod_netns import PodNetns
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class EbpfBackend:
             stray = {abi.prefix(key, value)[0] for key, value in self._maps["policies"].items()}
             for key, value in self._maps["pods"].items():
                 found.add(abi.uncookie(key))
-                stray.discard(Pod.decode(value).policy)
+                stray.discard(PodValue.decode(value).policy)
         return [*(Gone(cookie) for cookie in sorted(found - mine)), *(Stray(policy) for policy in sorted(stray))]
 
     def waits(self, target: PodNetns) -> bool:
@@ -85,21 +86,21 @@ class EbpfBackend:
             return False
         return not any(self._offers(target, {}).values())
 
-    def read(self, target: Target) -> Have:
+    def read(self, target: Target) -> PodEntries:
         if isinstance(target, Stray):
             listed = self._maps["policies"].items() if self._maps.exist() else []
             there = any(abi.prefix(key, value)[0] == target.policy for key, value in listed)
-            return Have(0, stray=target.policy if there else 0)
+            return PodEntries(0, stray=target.policy if there else 0)
         cookie = _cookie(target)
         attached = attachments.read(self.pins.pod(cookie), POD)
         left = self.pins.pod(cookie).path.exists()
         if not self._maps.exist():  # where another backend is used, this is asked of each pod once
-            return Have(cookie, attached=attached, left=left)
+            return PodEntries(cookie, attached=attached, left=left)
         listening, (pod, prefixes) = self._listening(cookie), self._entry(cookie)
         if not isinstance(target, PodNetns):
-            return Have(cookie, Wiring(), pod, prefixes, attached, listening, left=left)
+            return PodEntries(cookie, PodTopology(), pod, prefixes, attached, listening, left=left)
         offered = self._offers(target, listening)
-        return Have(cookie, target.wiring(), pod, prefixes, attached, listening, offered, left=left)
+        return PodEntries(cookie, target.wiring(), pod, prefixes, attached, listening, offered, left=left)
 
     def _offers(self, target: PodNetns, listening: Mapping[tuple[Role, int], int]) -> Offered:
         """As last looked for, while the same processes run and what they offered is still there."""
@@ -113,7 +114,7 @@ class EbpfBackend:
         self._offered[target] = version, offered
         return offered
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[PodDeed]:
+    def plan(self, want: Redirect | None, have: PodEntries) -> Plan[PodDeed]:
         return state.plan(want, have)
 
     def apply(self, target: Target, plan: Plan[PodDeed]) -> None:
@@ -149,7 +150,7 @@ class EbpfBackend:
                 attachments.do(deed, self.pins, self.pins.pod(cookie), self._attacher(target), self.sizes, constants)
 
     def _attacher(self, target: Target) -> Any:
-        def attach(program: Program, link: str, descriptor: int) -> int:
+        def attach(program: BpfProgram, link: str, descriptor: int) -> int:
             assert isinstance(target, PodNetns)
             if program == LOOKUP:
                 return bpflink.attach_netns(descriptor, target.netns.fd, program.attach)
@@ -157,11 +158,11 @@ class EbpfBackend:
 
         return attach
 
-    def _entry(self, cookie: int) -> tuple[Pod | None, frozenset[Prefix]]:
+    def _entry(self, cookie: int) -> tuple[PodValue | None, frozenset[Prefix]]:
         data = self._maps["pods"].lookup(abi.cookie(cookie))
         if data is None:
             return None, frozenset()
-        pod = Pod.decode(data)
+        pod = PodValue.decode(data)
         if not pod.policy:
             return pod, frozenset()
         listed = (abi.prefix(key, value) for key, value in self._maps["policies"].items())
@@ -191,7 +192,7 @@ def opened(listener: Listener) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _end_older(target: Target, redirect: Redirect, wiring: Wiring) -> None:
+def _end_older(target: Target, redirect: Redirect, wiring: PodTopology) -> None:
     assert isinstance(target, PodNetns)
     with contextlib.closing(target.netns.call(SockDiag)) as diag:
         listening = {one.local[1] for one in diag.both((TcpState.LISTEN,))}

@@ -10,10 +10,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 from agent.backends.ebpf import abi
-from agent.backends.ebpf.abi import InterfaceRole, Pod, PodFlag, PolicyKind, Prefix
-from agent.core.exclusions import Range
-from agent.core.redirect import Redirect
-from agent.core.wiring import Network, Wiring
+from agent.backends.ebpf.abi import InterfaceRole, PodFlag, PodValue, PolicyKind, Prefix
+from agent.core.model.exclusions import Range
+from agent.core.model.redirect import Redirect
+from agent.core.model.topology import Network, PodTopology
 
 _MAPPED = 96  # bits before an IPv4 address in ::ffff:a.b.c.d
 _ALL4, _ALL6 = ip_network("0.0.0.0/0"), ip_network("::/0")
@@ -24,20 +24,20 @@ _NETWORKS = (PolicyKind.TO, PolicyKind.FROM, PolicyKind.ROUTE)
 class Entries:
     """What the maps hold for one pod, and the interfaces that its packets are watched on."""
 
-    pod: Pod
+    pod: PodValue
     prefixes: tuple[Prefix, ...]
     links: tuple[int, ...]
 
 
 @lru_cache(1024)  # most passes are over a pod that is as it was, and both backend and account ask
-def entries(redirect: Redirect, wiring: Wiring, cookie: int) -> Entries:
+def entries(redirect: Redirect, wiring: PodTopology, cookie: int) -> Entries:
     """`cookie` is the namespace's; two pods never share prefixes, so that each can be changed alone."""
     own4, own6, link6 = wiring.own(4), wiring.own(6), wiring.link_local()
     prefixes = tuple(sorted(_apart({*_prefixes(redirect, wiring, {own4, own6, link6})})))
     has = 0
     for one in prefixes:
         has |= 1 << one.kind
-    pod = Pod(
+    pod = PodValue(
         _flags(redirect, wiring),
         has,
         policy(cookie, prefixes),
@@ -58,7 +58,7 @@ def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
     return int.from_bytes(found, "little") or 1
 
 
-def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
+def _flags(redirect: Redirect, wiring: PodTopology) -> PodFlag:
     found, takes = PodFlag(0), not redirect.draining
     for flag, on in (
         (PodFlag.IPV4, redirect.ipv4 and takes),
@@ -76,7 +76,7 @@ def _flags(redirect: Redirect, wiring: Wiring) -> PodFlag:
     return found
 
 
-def _prefixes(redirect: Redirect, wiring: Wiring, spoken: set[Any]) -> Iterator[Prefix]:
+def _prefixes(redirect: Redirect, wiring: PodTopology, spoken: set[Any]) -> Iterator[Prefix]:
     exclude = redirect.exclude
     for address in wiring.addresses:
         if address not in spoken and not address.is_loopback:
@@ -106,7 +106,7 @@ def _prefixes(redirect: Redirect, wiring: Wiring, spoken: set[Any]) -> Iterator[
         yield from (_number(PolicyKind.INTERFACE, index, 32, 32, role) for index in indexes)
 
 
-def _ways(redirect: Redirect, wiring: Wiring) -> dict[Network, int]:
+def _ways(redirect: Redirect, wiring: PodTopology) -> dict[Network, int]:
     """Network -> interface, 0 for an unreachable one. {} if every captured family has a default route, or if the pod
     may have other routes than those that were read."""
     found = wiring.by_network()

@@ -7,7 +7,7 @@ import struct
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import ExitCause
 from agent.backends.ebpf.pins import Pins
-from agent.kernel.bpfmap import Map
+from agent.kernel.bpf.map import Map
 
 _INDEX, _COUNT = struct.Struct("=I"), struct.Struct("=Q")
 

@@ -6,21 +6,21 @@ from collections.abc import Collection, Iterable, Sequence
 from ipaddress import ip_address, ip_network
 
 from agent.core import names
-from agent.core.exclusions import Range
-from agent.core.outside import candidates
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpSocket
-from agent.core.wiring import Address, Wiring
+from agent.core.model.exclusions import Range
+from agent.core.model.preexisting import candidates
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket
+from agent.core.model.topology import Address, PodTopology
 
 
 def older(
-    redirect: Redirect, wiring: Wiring, sockets: Sequence[TcpSocket], listening: Collection[int]
+    redirect: Redirect, wiring: PodTopology, sockets: Sequence[TcpSocket], listening: Collection[int]
 ) -> tuple[TcpSocket, ...]:
     """Of all connections of the pod. One that came in is known by its port, on which somebody listens."""
     return tuple(one for one in candidates(sockets) if _meant(redirect, wiring, one, one.local[1] in listening))
 
 
-def _meant(redirect: Redirect, wiring: Wiring, one: TcpSocket, inbound: bool) -> bool:
+def _meant(redirect: Redirect, wiring: PodTopology, one: TcpSocket, inbound: bool) -> bool:
     peer, exclude = ip_address(one.remote[0]), redirect.exclude
     if not (redirect.ipv4 if peer.version == 4 else redirect.ipv6):
         return False
@@ -45,7 +45,7 @@ def _within(address: Address, networks: Iterable[str]) -> bool:
     return any(address in ip_network(network) for network in networks)
 
 
-def _behind(wiring: Wiring, peer: Address, interfaces: Iterable[str]) -> bool:
+def _behind(wiring: PodTopology, peer: Address, interfaces: Iterable[str]) -> bool:
     """Whether the way there, or from there, is an excluded interface."""
     excluded = wiring.indexes(interfaces)
     if not excluded:

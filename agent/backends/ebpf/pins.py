@@ -17,18 +17,18 @@ from pathlib import Path
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.abi import VERSION
-from agent.backends.ebpf.objects import Program
+from agent.backends.ebpf.objects import BpfProgram
 
 _VERSION = f"v{VERSION}"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PinDirectory:
     """A directory with programs and links: the node's, or one pod's."""
 
     path: Path
 
-    def program(self, program: Program) -> Path:
+    def program(self, program: BpfProgram) -> Path:
         return self.path / "programs" / pin(program)
 
     def link(self, name: str) -> Path:
@@ -63,15 +63,15 @@ class Pins:
         return Pins(self.root.with_name(f"{self.root.name}-accounting"), self.mount)
 
     @property
-    def node(self) -> Place:
-        return Place(self.root / _VERSION)
+    def node(self) -> PinDirectory:
+        return PinDirectory(self.root / _VERSION)
 
     @property
     def maps(self) -> Path:
         return self.node.path / "maps"
 
-    def pod(self, cookie: int) -> Place:
-        return Place(self.node.path / "pods" / str(cookie))
+    def pod(self, cookie: int) -> PinDirectory:
+        return PinDirectory(self.node.path / "pods" / str(cookie))
 
     def pods(self) -> tuple[int, ...]:
         """The cookies of the namespaces for which something is pinned."""
@@ -82,7 +82,7 @@ class Pins:
         return [self.root / name for name in _inodes(str(self.root)) if name != _VERSION]
 
 
-def pin(program: Program) -> str:
+def pin(program: BpfProgram) -> str:
     """The name of a program's pin."""
     return f"{program.name}@{objects.digest(program.object)}"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import Prefix
-from agent.kernel.bpfmaps import Maps
+from agent.kernel.bpf.map_reuse import Maps
 
 
 def put(maps: Maps, policy: int, prefixes: Iterable[Prefix]) -> None:

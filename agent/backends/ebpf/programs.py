@@ -16,22 +16,22 @@ from typing import Any
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments
 from agent.backends.ebpf.attachments import Attached, Deed
-from agent.backends.ebpf.needs import support
 from agent.backends.ebpf.objects import NODE
 from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.requirements import support
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
-from agent.kernel import bpffs
-from agent.kernel.bpfmap import Map
-from agent.kernel.podnetns import PodNetns
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf.map import Map
+from agent.kernel.pod_netns import PodNetns
 
 ZtunnelKey = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Node:
+class NodeTarget:
     """The target for all of it."""
 
 
@@ -43,7 +43,7 @@ class Former:
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class NodeState:
     """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
 
     `unknown`: why BPF could not tell a ztunnel from other processes. `left`: the directory to remove, when the target
@@ -95,7 +95,7 @@ class ProgramsBackend:
     def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
         return desired
 
-    def orphans(self, known: Iterable[PodNetns]) -> list[Node | Former]:
+    def orphans(self, known: Iterable[PodNetns]) -> list[NodeTarget | Former]:
         """The node itself, when nothing of any pod is left, and no ztunnel waits for pods. Raises KernelError."""
         former = [Former(path) for path in self.pins.others()]
         if not self.pins.node.path.exists() or self.pins.pods() or self.ztunnels.processes():
@@ -104,30 +104,30 @@ class ProgramsBackend:
             with Map.open(self.pins.maps / "pods") as pods:
                 if pods.items():
                     return [*former]
-        return [*former, Node()]
+        return [*former, NodeTarget()]
 
     def waits(self, target: PodNetns) -> bool:
         return False
 
-    def read(self, target: PodNetns | Node | Former) -> Have:
-        if isinstance(target, Node | Former):
-            path = self.pins.root if isinstance(target, Node) else target.path
-            return Have(Attached(), left=path if path.exists() else None)
+    def read(self, target: PodNetns | NodeTarget | Former) -> NodeState:
+        if isinstance(target, NodeTarget | Former):
+            path = self.pins.root if isinstance(target, NodeTarget) else target.path
+            return NodeState(Attached(), left=path if path.exists() else None)
         if not self.pins.root.exists() and not self.ztunnels.processes():
-            return Have(Attached())  # as where another backend is used
+            return NodeState(Attached())  # as where another backend is used
         attached = attachments.read(self.pins.node, NODE)
         try:
             running = self._running()
         except KernelError as error:  # of no matter where another backend captures
-            return Have(attached, unknown=error)
+            return NodeState(attached, unknown=error)
         if not (self.pins.maps / "ztunnels").exists():
-            return Have(attached, running=running)
+            return NodeState(attached, running=running)
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
             admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
         ended = frozenset(one for one in admitted - running if not lives(one))
-        return Have(attached, admitted, running, ended)
+        return NodeState(attached, admitted, running, ended)
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[NodeDeed]:
+    def plan(self, want: Redirect | None, have: NodeState) -> Plan[NodeDeed]:
         if want is None:
             if have.left is None:
                 return Plan()
@@ -143,7 +143,7 @@ class ProgramsBackend:
             changes.append((Step(f"map ztunnels: drop cgroup {one[0]} process {one[1]}", Dismiss(one)), ""))
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
-    def apply(self, target: PodNetns | Node | Former, plan: Plan[NodeDeed]) -> None:
+    def apply(self, target: PodNetns | NodeTarget | Former, plan: Plan[NodeDeed]) -> None:
         """Raises KernelError; StaleError if another pod's pass has changed it since it was read.
 
         A program that is attached twice would take the address that it has rewritten for the application's own.

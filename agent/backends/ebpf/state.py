@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.backends.ebpf import objects
-from agent.backends.ebpf.abi import LISTENER_SLOTS, Pod, PodFlag, Prefix
+from agent.backends.ebpf.abi import LISTENER_SLOTS, PodFlag, PodValue, Prefix
 from agent.backends.ebpf.attachments import Attached, Deed, Detach, Unpin, steps
 from agent.backends.ebpf.compiling import entries, policy
-from agent.backends.ebpf.objects import Program
+from agent.backends.ebpf.objects import BpfProgram
 from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.ztunnels import Listener, Role
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
-from agent.core.wiring import Wiring
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.core.model.topology import PodTopology
 
 Change = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class PodEntries:
     """`prefixes` are of the policy that `pod` names. `listening`: (role, slot) -> cookie of ztunnel's socket.
 
     `offered` are ztunnel's listeners now, the newest first. `stray`: prefixes of no pod at all. `left`: the directory
@@ -29,8 +29,8 @@ class Have:
     """
 
     cookie: int
-    wiring: Wiring = field(default_factory=Wiring)
-    pod: Pod | None = None
+    wiring: PodTopology = field(default_factory=PodTopology)
+    pod: PodValue | None = None
     prefixes: frozenset[Prefix] = frozenset()
     attached: Attached = field(default_factory=Attached)
     listening: Mapping[tuple[Role, int], int] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class DropPolicy:
 class PutPod:
     """The one step that counts: before it nothing of the new, after it nothing of the old is in force."""
 
-    pod: Pod
+    pod: PodValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,18 +90,18 @@ class EndOlder:
     """Connections that should be captured, but are older than the entry, and must not run on."""
 
     redirect: Redirect
-    wiring: Wiring
+    wiring: PodTopology
 
 
 PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | DropPins | EndOlder
 
 
-def plan(want: Redirect | None, have: Have) -> Plan[PodDeed]:
+def plan(want: Redirect | None, have: PodEntries) -> Plan[PodDeed]:
     changes = list(_removal(have) if want is None else _changes(want, have))
     return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
 
-def _changes(redirect: Redirect, have: Have) -> Iterator[Change]:
+def _changes(redirect: Redirect, have: PodEntries) -> Iterator[Change]:
     want = entries(redirect, have.wiring, have.cookie)
     if frozenset(want.prefixes) != have.prefixes and want.prefixes:
         lines = "".join(f"\n  {prefix}" for prefix in want.prefixes)
@@ -111,14 +111,14 @@ def _changes(redirect: Redirect, have: Have) -> Iterator[Change]:
     yield from _listeners(have)
     if want.pod != have.pod:
         wrong = "its map entry is missing" if have.pod is None else "its map entry differs"
-        yield Step(f"map pods: {have.cookie} = {words(want.pod)}", PutPod(want.pod)), wrong
+        yield Step(f"map pods: {have.cookie} = {describe(want.pod)}", PutPod(want.pod)), wrong
     if have.pod is None and not redirect.preserve:
         yield Step("ss --kill: connections that are not captured", EndOlder(redirect, have.wiring)), ""
     if have.pod is not None and have.pod.policy not in (0, want.pod.policy):
         yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
 
 
-def _listeners(have: Have) -> Iterator[Change]:
+def _listeners(have: PodEntries) -> Iterator[Change]:
     """Only ever put in: a socket that closes leaves by itself, and one that we cannot see now may still serve."""
     for role, offered in have.offered.items():
         for slot, listener in enumerate(offered[:LISTENER_SLOTS]):
@@ -127,7 +127,7 @@ def _listeners(have: Have) -> Iterator[Change]:
                 yield Step(text, Listen(role, slot, listener)), ""
 
 
-def _removal(have: Have) -> Iterator[Change]:
+def _removal(have: PodEntries) -> Iterator[Change]:
     """New connections are let alone first; what serves them goes after."""
     if have.stray:
         yield Step(f"map policies: drop {have.stray:016x}", DropPolicy(have.stray)), "prefixes that no pod has"
@@ -150,20 +150,20 @@ def _removal(have: Have) -> Iterator[Change]:
         yield Step(f"rm -r pods/{have.cookie}", DropPins()), ""
 
 
-def _links(indexes: tuple[int, ...]) -> dict[str, Program]:
+def _links(indexes: tuple[int, ...]) -> dict[str, BpfProgram]:
     found = {"lookup": objects.LOOKUP}
     for index in indexes:
         found |= {f"ingress-{index}": objects.INGRESS, f"egress-{index}": objects.EGRESS}
     return found
 
 
-def words(pod: Pod) -> str:
+def describe(pod: PodValue) -> str:
     """A map entry for people."""
     flags = " ".join(flag.name.lower().replace("_", "-") for flag in PodFlag if flag in pod.flags and flag.name)
     own = ", ".join(str(address) for address in (pod.own4, pod.own6) if address) or "no address"
     return f"{flags or 'nothing'}; {own}" + (f"; policy {pod.policy:016x}" if pod.policy else "")
 
 
-def is_whole(pod: Pod, prefixes: frozenset[Prefix], cookie: int) -> bool:
+def is_whole(pod: PodValue, prefixes: frozenset[Prefix], cookie: int) -> bool:
     """Whether the prefixes are those that the entry was made for."""
     return policy(cookie, sorted(prefixes)) == pod.policy

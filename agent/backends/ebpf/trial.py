@@ -11,7 +11,7 @@ from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.kernel import bpffs
+from agent.kernel.bpf import bpffs
 from agent.kernel.process import Process
 
 

@@ -18,12 +18,12 @@ from typing import Final
 
 from agent.core import names
 from agent.core.errors import KernelError, StaleError
-from agent.core.sockets import CAPTURE_PORTS, TcpSocket
+from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket
 from agent.kernel import proc
+from agent.kernel.netlink.sock_diag import SockDiag, cookies
 from agent.kernel.netns import NetnsId
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
-from agent.kernel.sockdiag import SockDiag, cookies
 
 _MOST_OTHERS: Final = 4096  # listeners of other processes that are remembered
 SLOTS: Final = 2  # listeners of one role in one pod: an old and a new ztunnel overlap

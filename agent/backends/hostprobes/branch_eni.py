@@ -15,10 +15,10 @@ from typing import Final
 
 from agent.backends.base import Support
 from agent.backends.hostprobes.want import HostProbes
-from agent.core.plan import Plan, Step
-from agent.kernel import policyrules
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.policyrules import HeldRule, PolicyRule
+from agent.core.model.plan import Plan, Step
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.netlink import policy_rules
+from agent.kernel.netlink.policy_rules import HeldRule, PolicyRule
 
 TO_POD_PRIORITY: Final = 512
 LOCAL: Final = 255
@@ -27,7 +27,7 @@ _FAMILIES = (4, 6)
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class BranchState:
     """`rules` of both families; `routes`: (family, table) -> address -> device, host routes of tables named by them."""
 
     rules: tuple[HeldRule, ...]
@@ -35,7 +35,7 @@ class Have:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class RuleChange:
     rule: PolicyRule
     add: bool
 
@@ -43,7 +43,7 @@ class Change:
         return f"ip {'-6 ' if self.rule.family == 6 else ''}rule {'add' if self.add else 'del'} {self.rule}"
 
 
-def wanted(want: HostProbes, have: Have) -> tuple[PolicyRule, ...]:
+def wanted(want: HostProbes, have: BranchState) -> tuple[PolicyRule, ...]:
     """The rules that the pods need, those of one device once. The way back comes first."""
     found = dict[PolicyRule, None]()
     for held in have.rules:
@@ -70,30 +70,30 @@ class BranchEni:
     def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
         return desired
 
-    def read(self, target: HostNetns) -> Have:
-        rules = tuple(rule for family in _FAMILIES for rule in policyrules.rules(target.route, family))
+    def read(self, target: HostNetns) -> BranchState:
+        rules = tuple(rule for family in _FAMILIES for rule in policy_rules.rules(target.route, family))
         tables = {(held.rule.family, held.rule.table): held.rule.iif for held in rules if _of_pod(held)}
         devices = {held.rule.iif for held in rules if _of_pod(held)}
-        numbers = target.call(lambda: {policyrules.index(name): name for name in devices})
-        return Have(rules, {place: dict(_routes(target, *place, numbers)) for place in tables})
+        numbers = target.call(lambda: {policy_rules.index(name): name for name in devices})
+        return BranchState(rules, {place: dict(_routes(target, *place, numbers)) for place in tables})
 
-    def plan(self, want: HostProbes | None, have: Have) -> Plan[Change]:
+    def plan(self, want: HostProbes | None, have: BranchState) -> Plan[RuleChange]:
         due = wanted(want, have) if want else ()
         there = {held.rule for held in have.rules}
-        changes = [Change(rule, True) for rule in due if rule not in there]
+        changes = [RuleChange(rule, True) for rule in due if rule not in there]
         ours = [held.rule for held in have.rules if held.ours]
         if want is None or want.complete:
             # The way to the pod goes before the way back; a pod whose addresses are not known keeps both.
             gone = [rule for rule in ours if rule not in due and not (want and want.unknown)]
-            changes += [Change(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
+            changes += [RuleChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
         return Plan(tuple(Step(str(one), one) for one in changes), tuple(f"{one} is due" for one in changes))
 
-    def apply(self, target: HostNetns, plan: Plan[Change]) -> None:
+    def apply(self, target: HostNetns, plan: Plan[RuleChange]) -> None:
         for step in plan.steps:
-            policyrules.change(target.route, step.payload.rule, add=step.payload.add)
+            policy_rules.change(target.route, step.payload.rule, add=step.payload.add)
 
 
 def _routes(target: HostNetns, family: int, table: int, devices: Mapping[int, str]) -> Iterator[tuple[str, str]]:
-    for address, number in policyrules.host_routes(target.route, family, table):
+    for address, number in policy_rules.host_routes(target.route, family, table):
         if number in devices:
             yield address, devices[number]

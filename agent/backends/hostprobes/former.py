@@ -14,10 +14,11 @@ from typing import ClassVar
 from agent.backends.base import Support
 from agent.backends.hostprobes.former_reading import BASE, CHAIN, TABLE, WORD, Held, legacy_held, nft_held
 from agent.backends.hostprobes.want import SETS, HostProbes
-from agent.backends.nfmessages import text
+from agent.backends.netfilter.messages import text
 from agent.core.errors import KernelError
-from agent.core.netlink import Message, attribute, attributes
-from agent.core.nftables import (
+from agent.core.model.plan import Plan, Step
+from agent.core.wire.netlink import Message, attribute, attributes
+from agent.core.wire.nftables import (
     DELCHAIN,
     DELTABLE,
     GETCHAIN,
@@ -27,11 +28,10 @@ from agent.core.nftables import (
     NFPROTO_IPV6,
     Command,
 )
-from agent.core.plan import Plan, Step
 from agent.kernel import exec, xtables
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.ipset import IpSet, IpsetSocket
-from agent.kernel.nfnetlink import NftSocket
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.netlink.ipset import IpSet, IpsetSocket
+from agent.kernel.netlink.nf_tables import NftSocket
 
 _PROTOCOL = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
 _IPSET = Path("/sys/module/ip_set")  # also of a kernel that has it built in: it has a parameter
@@ -49,7 +49,7 @@ Payload = Restore | tuple[Command, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class FormerState:
     """Per family (4, 6) our part of nat. `generation` is None for legacy tables."""
 
     held: Mapping[int, Held]
@@ -68,10 +68,10 @@ class _FormerRules:
     def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
         return desired
 
-    def read(self, target: HostNetns) -> Have:
+    def read(self, target: HostNetns) -> FormerState:
         raise NotImplementedError
 
-    def plan(self, want: HostProbes | None, have: Have) -> Plan[Payload]:
+    def plan(self, want: HostProbes | None, have: FormerState) -> Plan[Payload]:
         """The removal, whatever `want` is. Tables and base chains that we made go once they are empty."""
         ours = {family: held for family, held in have.held.items() if held.ours}
         found = tuple(f"{WORD[family]}tables -t {TABLE}: chain {CHAIN} is not wanted" for family in ours)
@@ -101,8 +101,8 @@ class FormerNftVariantRules(_FormerRules):
     name = "iptables"
     programs: ClassVar = {4: ("iptables-nft-restore", "--noflush"), 6: ("ip6tables-nft-restore", "--noflush")}
 
-    def read(self, target: HostNetns) -> Have:
-        return Have(*_read(target.nft))
+    def read(self, target: HostNetns) -> FormerState:
+        return FormerState(*_read(target.nft))
 
 
 class FormerLegacyRules(_FormerRules):
@@ -114,10 +114,10 @@ class FormerLegacyRules(_FormerRules):
         6: ("ip6tables-legacy-restore", "--noflush", "-w", "5"),
     }
 
-    def read(self, target: HostNetns) -> Have:
+    def read(self, target: HostNetns) -> FormerState:
         found = target.call(lambda: xtables.read((TABLE,), ()))
         held = {family: [legacy_held(family, *raw) for raw in found[family].values()] for family in _PROTOCOL}
-        return Have({family: one[0] if one else Held() for family, one in held.items()}, None)
+        return FormerState({family: one[0] if one else Held() for family, one in held.items()}, None)
 
 
 class FormerSets:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
-from agent.backends.iptables.entries import Entry, entries, places
-from agent.backends.nfmessages import comment, text
+from agent.backends.iptables.entries import XtEntry, entries, places
+from agent.backends.netfilter.messages import comment, text
 from agent.core.names import TAG_PREFIX
-from agent.core.netlink import Message, attributes
+from agent.core.wire.netlink import Message, attributes
 
 CHAIN: Final = "ISTIO_POSTRT"
 BASE: Final = "POSTROUTING"
@@ -73,7 +73,7 @@ def _jumps(rules: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(tag for target, tag in rules if target == CHAIN)
 
 
-def _made(rules: tuple[Entry, ...]) -> tuple[str, ...] | None:
+def _made(rules: tuple[XtEntry, ...]) -> tuple[str, ...] | None:
     """Tags of our chain: what lies between its head and the next one, but for the RETURN at its end."""
     heads = [number for number, rule in enumerate(rules) if rule.head == CHAIN]
     if not heads:

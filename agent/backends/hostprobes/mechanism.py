@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from agent.backends.base import Support
 from agent.backends.hostprobes.want import HostProbes
-from agent.core.plan import Plan
-from agent.kernel.hostnetns import HostNetns
+from agent.core.model.plan import Plan
+from agent.kernel.host_netns import HostNetns
 
 
 class HostMechanism(Protocol):

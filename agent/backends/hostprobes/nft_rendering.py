@@ -13,11 +13,12 @@ from typing import Final
 
 from agent.backends.hostprobes import nft_sets
 from agent.backends.hostprobes.want import SETS, HostProbes
-from agent.backends.nfmessages import comment_data
+from agent.backends.netfilter.messages import comment_data
 from agent.backends.nftables.ruleset import Chain, TableState, digest
-from agent.core import names, tags
-from agent.core.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.core.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+from agent.core import names
+from agent.core.model import tags
+from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
+from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
 
 TABLE: Final = names.NFT_TABLE_PREFIX + "nat"
 CHAIN: Final = "postrouting"

@@ -13,9 +13,9 @@ from functools import lru_cache
 from itertools import islice
 
 from agent.backends.hostprobes.want import SETS
-from agent.backends.nfmessages import comment, comment_data, text
-from agent.core.netlink import NLM_F_CREATE, Message, attribute, attributes, nested
-from agent.core.nftables import NFPROTO_INET, Command
+from agent.backends.netfilter.messages import comment, comment_data, text
+from agent.core.wire.netlink import NLM_F_CREATE, Message, attribute, attributes, nested
+from agent.core.wire.nftables import NFPROTO_INET, Command
 
 _SUBSYSTEM = 10 << 8
 NEWSET, GETSET, NEWSETELEM, GETSETELEM, DELSETELEM = (_SUBSYSTEM | number for number in (9, 10, 12, 13, 14))

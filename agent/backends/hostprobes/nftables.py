@@ -11,24 +11,24 @@ from agent.backends.hostprobes import nft_rendering, nft_sets
 from agent.backends.hostprobes.nft_rendering import OWNER, PERSIST, TABLE
 from agent.backends.hostprobes.nft_sets import SetState
 from agent.backends.hostprobes.want import SETS, HostProbes, change, settled
-from agent.backends.nfmessages import text
+from agent.backends.netfilter.messages import text
 from agent.backends.nftables import reading
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core import names
 from agent.core.errors import KernelError
-from agent.core.netlink import Message, attribute, attributes
-from agent.core.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
-from agent.core.plan import Plan, Step
+from agent.core.model.plan import Plan, Step
+from agent.core.wire.netlink import Message, attribute, attributes
+from agent.core.wire.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
 from agent.kernel import scratch
-from agent.kernel.hostnetns import HostNetns
-from agent.kernel.nfnetlink import NftSocket
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.netlink.nf_tables import NftSocket
 
 NftPlan = Plan[tuple[Command, ...]]
 _NO_MEMBERS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class HostNftState:
     """Our table on the host, None when it is not there, and its sets; all of one generation."""
 
     table: TableState | None
@@ -60,10 +60,10 @@ class NftHostProbes:
     def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
         return desired
 
-    def read(self, target: HostNetns) -> Have:
+    def read(self, target: HostNetns) -> HostNftState:
         return read(target.nft)
 
-    def plan(self, want: HostProbes | None, have: Have) -> NftPlan:
+    def plan(self, want: HostProbes | None, have: HostNftState) -> NftPlan:
         if want is None:
             return self._removal(have)
         found = (*self._wrong(want, have), *_wrong_sets(want, have))
@@ -89,7 +89,7 @@ class NftHostProbes:
     def _flags(self) -> int:
         return OWNER | PERSIST if self.owned else 0
 
-    def _removal(self, have: Have) -> NftPlan:
+    def _removal(self, have: HostNftState) -> NftPlan:
         if have.table is None:
             return Plan(seen=have.generation)
         commands: tuple[Command, ...] = (nft_rendering.delete_command(),)
@@ -97,13 +97,13 @@ class NftHostProbes:
             (Step(f"delete table inet {TABLE}", commands),), (f"table inet {TABLE} is not wanted",), have.generation
         )
 
-    def _wrong(self, want: HostProbes, have: Have) -> Iterator[str]:
+    def _wrong(self, want: HostProbes, have: HostNftState) -> Iterator[str]:
         yield from differences((nft_rendering.state(want),), (have.table,) if have.table else ())
         # PERSIST cannot be given to an existing table: one replacement gives it both flags.
         if have.table and self.owned and not have.table.flags & (OWNER | PERSIST):
             yield f"table inet {TABLE} is not protected by an owner"
 
-    def _anew(self, want: HostProbes, have: Have, found: tuple[str, ...]) -> NftPlan:
+    def _anew(self, want: HostProbes, have: HostNftState, found: tuple[str, ...]) -> NftPlan:
         """The table with all that its sets have to hold, in the transaction that takes the old one away."""
         members = {family: settled(want, family, have.members(family)) for family in want.families}
         before = self._removal(have).steps
@@ -117,7 +117,7 @@ class NftHostProbes:
             target.nft.commit("nf_tables transaction on the host", step.payload, plan.seen)
 
 
-def _wrong_sets(want: HostProbes, have: Have) -> Iterator[str]:
+def _wrong_sets(want: HostProbes, have: HostNftState) -> Iterator[str]:
     if have.table is None:
         return
     wanted = {SETS[family]: nft_sets.wanted(family) for family in want.families}
@@ -128,7 +128,7 @@ def _wrong_sets(want: HostProbes, have: Have) -> Iterator[str]:
             yield f"set {TABLE} {name} is {what}"
 
 
-def read(nft: NftSocket) -> Have:
+def read(nft: NftSocket) -> HostNftState:
     """Only our table is asked for: a node may have thousands of rules besides."""
     of_table = attribute(1, TABLE)
     for _ in range(20):
@@ -144,7 +144,7 @@ def read(nft: NftSocket) -> Have:
             rest = [chains, nft.dump(GETRULE, NFPROTO_INET, of_table), sets, elements]
         if _of_one_generation(generation, (tables, *rest)):
             found = reading.tables(tables, rest[0], rest[1])
-            return Have(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
+            return HostNftState(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
     raise KernelError("read nf_tables of the host", 0, "somebody keeps changing the rules while they are read")
 
 

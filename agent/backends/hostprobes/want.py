@@ -45,7 +45,7 @@ class HostProbes:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class SetChange:
     """What makes one set right. `added` and `renamed`: address -> UID; `renamed` ones are there under another."""
 
     added: Mapping[str, str]
@@ -61,10 +61,10 @@ class Change:
         return f"set {name}: " + ", ".join(f"{len(part)} addresses {word}" for part, word in counts if part)
 
 
-def change(want: HostProbes, family: int, have: Mapping[str, str], *, owners: bool = True) -> Change:
+def change(want: HostProbes, family: int, have: Mapping[str, str], *, owners: bool = True) -> SetChange:
     """`have`: address -> UID or ""; `owners` is False for a set that cannot say whose its entries are."""
     wanted = want.of(family)
-    return Change(
+    return SetChange(
         {address: uid for address, uid in wanted.items() if address not in have},
         {address: uid for address, uid in wanted.items() if owners and have.get(address, uid) != uid},
         tuple(address for address, owner in sorted(have.items()) if address not in wanted and not want.keeps(owner)),

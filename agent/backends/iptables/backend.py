@@ -11,38 +11,38 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
-from agent.backends import shadows
 from agent.backends.base import Support
 from agent.backends.iptables import bases, reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Payload, Restore
 from agent.backends.iptables.comparison import differences, refuse_taken, same
-from agent.backends.iptables.reading import Have
+from agent.backends.iptables.reading import XtState
 from agent.backends.iptables.rendering import XtTable
-from agent.backends.netfilter import Hook, Table
-from agent.backends.nfdumps import Content, Place, Ruleset
-from agent.backends.nfmessages import comment_data
-from agent.backends.nfreading import Reader
+from agent.backends.netfilter import foreign_rules
+from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
+from agent.backends.netfilter.messages import comment_data
+from agent.backends.netfilter.reading import Reader
+from agent.backends.netfilter.rules import Hook, Table
 from agent.core.errors import CommandError, KernelError
-from agent.core.netlink import Message, attribute
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.core.wire.netlink import Message, attribute
 from agent.kernel import exec, scratch
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 
 _PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
 _NOTHING = Redirect(ipv4=False, ipv6=False)
 _PLACES = tuple(
-    Place(family, table, chain, shared)
+    ChainRef(family, table, chain, shared)
     for family, table, hook in product(FAMILIES.values(), reading.TABLES, Hook)
     for chain, shared in ((rendering.CHAINS[hook], False), (hook.name, True))
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class XtSeen:
     """What of ours is there, in the families that the namespace has; and remarks on what comes before it."""
 
-    held: Have
+    held: XtState
     remarks: tuple[str, ...] = ()
 
 
@@ -73,10 +73,10 @@ class IptablesBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Seen:
+    def read(self, target: PodNetns) -> XtSeen:
         return self._reader.read(target)
 
-    def plan(self, want: Redirect | None, have: Seen) -> Plan[Payload]:
+    def plan(self, want: Redirect | None, have: XtSeen) -> Plan[Payload]:
         steps: list[Step[Payload]] = []
         found: list[str] = []
         create: list[tuple[int, str, str]] = []
@@ -110,10 +110,10 @@ class IptablesBackend:
                 target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _seen(ruleset: Ruleset, generation: int | None, target: PodNetns) -> Seen:
+def _seen(ruleset: Ruleset, generation: int | None, target: PodNetns) -> XtSeen:
     families = {family: _tables(ruleset, family) for family in (FAMILIES if target.has_ipv6() else (4,))}
-    remarks = shadows.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
-    return Seen(Have(families, generation, ruleset.whole), remarks)
+    remarks = foreign_rules.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
+    return XtSeen(XtState(families, generation, ruleset.whole), remarks)
 
 
 def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.backends import netfilter
 from agent.backends.iptables import rendering
-from agent.backends.iptables.reading import MARK, Have
-from agent.backends.netfilter import Hook, Table
-from agent.backends.nfmessages import base_chain, comment_data
-from agent.core.netlink import NLM_F_CREATE, attribute
-from agent.core.nftables import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
-from agent.core.plan import Step
-from agent.core.redirect import Redirect
+from agent.backends.iptables.reading import MARK, XtState
+from agent.backends.netfilter import rules
+from agent.backends.netfilter.messages import base_chain, comment_data
+from agent.backends.netfilter.rules import Hook, Table
+from agent.core.model.plan import Step
+from agent.core.model.redirect import Redirect
+from agent.core.wire.netlink import NLM_F_CREATE, attribute
+from agent.core.wire.nftables import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
 
 FAMILIES = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
 WORD = {4: "ip", 6: "ip6"}
@@ -34,7 +34,7 @@ class Restore:
 Payload = tuple[Command, ...] | Restore
 
 
-def create(bases: list[tuple[int, str, str]], have: Have) -> Step[Payload]:
+def create(bases: list[tuple[int, str, str]], have: XtState) -> Step[Payload]:
     """Makes missing tables and base chains, with a comment that tells any later process who made them."""
     lines: list[str] = []
     commands: list[Command] = []
@@ -45,7 +45,7 @@ def create(bases: list[tuple[int, str, str]], have: Have) -> Step[Payload]:
         commands.append(Command(NEWTABLE, NLM_F_CREATE, FAMILIES[family], body))
     for family, table, base in bases:
         place = (Table(table), Hook[base])
-        kind, priority = netfilter.BASE[place]
+        kind, priority = rules.BASE[place]
         head = f"type {kind} hook {base.lower()} priority {priority}; policy accept"
         lines.append(f'add chain {WORD[family]} {table} {base} {{ {head}; comment "{MARK}" ; }}')
         body = attribute(1, table) + attribute(3, base) + base_chain(*place) + attribute(12, comment_data(MARK))
@@ -53,7 +53,7 @@ def create(bases: list[tuple[int, str, str]], have: Have) -> Step[Payload]:
     return Step("\n".join(lines), tuple(commands))
 
 
-def drop(want: Redirect | None, have: Have) -> Iterator[Step[Payload]]:
+def drop(want: Redirect | None, have: XtState) -> Iterator[Step[Payload]]:
     """Tables and base chains that we made, that are no longer wanted and in which nothing is left."""
     lines: list[str] = []
     commands: list[Command] = []

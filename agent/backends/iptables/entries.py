@@ -35,7 +35,7 @@ _FORMS = {4: _Form(82, 2, 84, 88, 96, 112), 6: _Form(131, 4, 136, 140, 152, 168)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class XtEntry:
     """`head` names the chain that begins after this entry, `jump` the chain that it jumps to.
 
     `plain` says that it takes every packet. `deed` is a digest of all bytes but counters and places.
@@ -98,7 +98,7 @@ def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
     return struct.Struct("=" + f"{len(_NO_COUNT)}x".join(parts))
 
 
-def entries(family: int, data: bytes, at: Sequence[int]) -> Iterator[Entry]:
+def entries(family: int, data: bytes, at: Sequence[int]) -> Iterator[XtEntry]:
     """The entries `at` these places, which are all of the table's. Raises KernelError."""
     form = _FORMS[family]
     spans = list(zip(at, (*at[1:], len(data)), strict=True))
@@ -113,7 +113,9 @@ def entries(family: int, data: bytes, at: Sequence[int]) -> Iterator[Entry]:
         yield _entry(form, begin, data[begin:end], target, heads, heads.get(end) if target.name == "ERROR" else None)
 
 
-def _entry(form: _Form, begin: int, data: bytes, target: _Target, heads: Mapping[int, str], head: str | None) -> Entry:
+def _entry(
+    form: _Form, begin: int, data: bytes, target: _Target, heads: Mapping[int, str], head: str | None
+) -> XtEntry:
     (parts_end,) = struct.unpack_from("=H", data, form.sizes)
     matches = list(_parts(data[form.parts : parts_end]))
     comment = next((_text(body) for name, body in matches if name == "comment"), None)
@@ -123,7 +125,7 @@ def _entry(form: _Form, begin: int, data: bytes, target: _Target, heads: Mapping
     deed += f"jump {jump}".encode() if leads else data[parts_end:]
     plain = not any(data[: form.addresses]) and all(name == "comment" for name, _ in matches)
     returns = target.verdict == _RETURN
-    return Entry(begin, head, jump, plain, returns, comment, blake2b(deed, digest_size=16).digest())
+    return XtEntry(begin, head, jump, plain, returns, comment, blake2b(deed, digest_size=16).digest())
 
 
 def _target(form: _Form, data: bytes) -> _Target:

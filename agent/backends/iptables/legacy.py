@@ -16,23 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-from agent.backends import shadows
 from agent.backends.base import Support
 from agent.backends.iptables import legacy_reading, rendering
 from agent.backends.iptables.bases import FAMILIES, Restore
 from agent.backends.iptables.comparison import differences, refuse_taken, same
-from agent.backends.iptables.deeds import Deeds
 from agent.backends.iptables.legacy_reading import Found
 from agent.backends.iptables.reading import TABLES
 from agent.backends.iptables.rendering import XtTable
-from agent.backends.nfdumps import Ruleset
-from agent.backends.nfreading import Reader
+from agent.backends.iptables.rule_digests import Deeds
+from agent.backends.netfilter import foreign_rules
+from agent.backends.netfilter.dumps import Ruleset
+from agent.backends.netfilter.reading import Reader
 from agent.core.errors import CommandError, KernelError
-from agent.core.nftables import NFPROTO_INET
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.core.wire.nftables import NFPROTO_INET
 from agent.kernel import exec, scratch, xtables
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.pod_netns import PodNetns
 from agent.kernel.xtables import Key
 
 _PROGRAM = {4: "iptables-legacy-restore", 6: "ip6tables-legacy-restore"}
@@ -40,7 +40,7 @@ _NOTHING = Redirect(ipv4=False, ipv6=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class LegacyState:
     """Per family (4, 6) those of our tables that are there; nothing for a family that the namespace lacks.
 
     `remarks` are on what comes before our rules.
@@ -56,7 +56,7 @@ class _Last:
 
     tables: dict[Key, Found]
     version: int
-    have: Have
+    have: LegacyState
 
 
 class IptablesLegacyBackend:
@@ -85,11 +85,11 @@ class IptablesLegacyBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Have:
+    def read(self, target: PodNetns) -> LegacyState:
         last = self._last.get(target)
         tables, version = _tables(target, last.tables if last else {}), self._deeds.version
         if last is None or last.tables is not tables or last.version != version:
-            have = Have({4: {}, 6: {}})
+            have = LegacyState({4: {}, 6: {}})
             for (family, name), found in tables.items():
                 have.families[family][name] = self._deeds.judged(found)
             last = self._last[target] = _Last(tables, version, have)
@@ -101,7 +101,7 @@ class IptablesLegacyBackend:
         except KernelError:
             return ()  # a kernel without nf_tables
 
-    def plan(self, want: Redirect | None, have: Have) -> Plan[Restore]:
+    def plan(self, want: Redirect | None, have: LegacyState) -> Plan[Restore]:
         steps: list[Step[Restore]] = []
         found: list[str] = []
         for family in FAMILIES:
@@ -124,13 +124,13 @@ class IptablesLegacyBackend:
                 self._deeds.learn(found)
 
 
-def _jumps(have: Have) -> bool:
+def _jumps(have: LegacyState) -> bool:
     return any(table.jumps for family in have.families.values() for table in family.values())
 
 
 def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...]:
     """Of chains with the priority of legacy tables nobody tells which come first: those are left out."""
-    return shadows.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
+    return foreign_rules.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
 
 
 def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from agent.backends.iptables.entries import Entry, blanked, broken, entries, places, without_counts
+from agent.backends.iptables.entries import XtEntry, blanked, broken, entries, places, without_counts
 from agent.backends.iptables.rendering import CHAINS, XtTable
-from agent.core.tags import TAG
+from agent.core.model.tags import TAG
 
 _HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # as linux/netfilter.h numbers them
 _OURS = tuple(sorted(CHAINS.values()))
@@ -67,7 +67,7 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     return Found(table, deeds, info, layout, layout.unpack(data))
 
 
-def _jumps(chains: Mapping[str, list[Entry]]) -> Iterator[tuple[str, str, str]]:
+def _jumps(chains: Mapping[str, list[XtEntry]]) -> Iterator[tuple[str, str, str]]:
     for chain, held in chains.items():
         if chain in _OURS or not _NAME.fullmatch(chain):
             continue
@@ -77,7 +77,7 @@ def _jumps(chains: Mapping[str, list[Entry]]) -> Iterator[tuple[str, str, str]]:
                 yield chain, rule.jump, _tag(rule)
 
 
-def _bases(info: bytes, rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
+def _bases(info: bytes, rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry]]:
     _, valid, *offsets = _INFO.unpack(info)
     return {
         hook: [rule for rule in rules if offsets[number] <= rule.offset < offsets[number + 5]]
@@ -86,9 +86,9 @@ def _bases(info: bytes, rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
     }
 
 
-def _made(rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
-    chains: dict[str, list[Entry]] = {}
-    held: list[Entry] = []
+def _made(rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry]]:
+    chains: dict[str, list[XtEntry]] = {}
+    held: list[XtEntry] = []
     for rule in rules:
         if rule.head is None:
             held.append(rule)
@@ -97,12 +97,12 @@ def _made(rules: tuple[Entry, ...]) -> Mapping[str, list[Entry]]:
     return {chain: list(_without_foot(held)) for chain, held in chains.items()}
 
 
-def _without_foot(rules: list[Entry]) -> Iterator[Entry]:
+def _without_foot(rules: list[XtEntry]) -> Iterator[XtEntry]:
     """The RETURN at a chain's end, which iptables does not show. Anything else there is a rule."""
     for number, rule in enumerate(rules, 1):
         if number < len(rules) or not (rule.returns and rule.plain and rule.comment is None):
             yield rule
 
 
-def _tag(rule: Entry) -> str:
+def _tag(rule: XtEntry) -> str:
     return rule.comment if rule.comment and TAG.fullmatch(rule.comment) else ""

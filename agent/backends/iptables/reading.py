@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
-from agent.backends.nfmessages import comment, text
-from agent.core import tags
-from agent.core.netlink import Message, attributes
+from agent.backends.netfilter.messages import comment, text
+from agent.core.model import tags
+from agent.core.wire.netlink import Message, attributes
 
 TABLES = tuple(table.value for table in ORDER)
 MARK = "sluice"  # comment of tables and base chains that we made; those go again once they are empty
@@ -19,7 +19,7 @@ _JUMP = (-3 & 0xFFFFFFFF).to_bytes(4)  # NFT_JUMP
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class XtState:
     """Per family (4, 6) the tables that are there, and the generation they were read in (None: it changed meanwhile).
 
     Without `whole` there may be chains in them that were not read.

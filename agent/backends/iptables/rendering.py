@@ -8,10 +8,12 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from agent.backends import netfilter, peers
-from agent.backends.netfilter import Field, Hook, Match, Rule, Table, Verb
-from agent.core import names, tags
-from agent.core.redirect import Redirect
+from agent.backends import istio_form
+from agent.backends.netfilter import rules as netfilter
+from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
+from agent.core import names
+from agent.core.model import tags
+from agent.core.model.redirect import Redirect
 
 CHAINS = {Hook.PREROUTING: names.XT_PREROUTING, Hook.OUTPUT: names.XT_OUTPUT}
 # iptables commits table by table: what the redirections in nat rely on goes first.
@@ -61,7 +63,7 @@ def render(redirect: Redirect, family: int, plain: bool = False) -> Rendering:
     lines: dict[tuple[str, str], tuple[str, ...]] = {}
     wanted = redirect.ipv4 if family == 4 else redirect.ipv6
     known = netfilter.rules(redirect, counting=not plain) if wanted else ()
-    rules = [peers.iptables(rule) if plain else rule for rule in known if rule.family in (None, family)]
+    rules = [istio_form.iptables(rule) if plain else rule for rule in known if rule.family in (None, family)]
     for table in ORDER:
         mine = [rule for rule in rules if rule.table is table]
         if not wanted or table not in netfilter.tables(redirect):
@@ -158,23 +160,23 @@ def _match(match: Match, protocol: str) -> str:
 
 def _target(rule: Rule) -> str:
     match rule.verb:
-        case Verb.ACCEPT:
+        case RuleAction.ACCEPT:
             return "-j ACCEPT"
-        case Verb.RETURN:
+        case RuleAction.RETURN:
             return "-j RETURN"
-        case Verb.REDIRECT:
+        case RuleAction.REDIRECT:
             return f"-j REDIRECT --to-ports {rule.value}"
-        case Verb.SET_CONNECTION_MARK:
+        case RuleAction.SET_CONNECTION_MARK:
             return f"-j CONNMARK --set-xmark {names.CONNECTION_MARK:#x}/{names.MARK_MASK:#x}"
-        case Verb.RESTORE_MARK:
+        case RuleAction.RESTORE_MARK:
             return "-j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff"
-        case Verb.ZONE:
+        case RuleAction.ZONE:
             return f"-j CT --zone {rule.value}"
-        case Verb.ORIGINAL_ZONE:
+        case RuleAction.ORIGINAL_ZONE:
             return f"-j CT --zone-orig {rule.value}"
-        case Verb.COUNT:
+        case RuleAction.COUNT:
             return ""
-        case Verb.DROP:
+        case RuleAction.DROP:
             return "-j DROP"
 
 

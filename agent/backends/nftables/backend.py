@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from agent.backends import shadows
 from agent.backends.base import Support
-from agent.backends.netfilter import Table
-from agent.backends.nfdumps import Ruleset
-from agent.backends.nfreading import Reader
+from agent.backends.netfilter import foreign_rules
+from agent.backends.netfilter.dumps import Ruleset
+from agent.backends.netfilter.reading import Reader
+from agent.backends.netfilter.rules import Table
 from agent.backends.nftables import reading
-from agent.backends.nftables.reading import Have
+from agent.backends.nftables.reading import NftState
 from agent.backends.nftables.rendering import (
     OWNER,
     PERSIST,
@@ -23,12 +23,12 @@ from agent.backends.nftables.rendering import (
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core import names
 from agent.core.errors import KernelError
-from agent.core.nftables import NFPROTO_INET, Command
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.core.wire.nftables import NFPROTO_INET, Command
 from agent.kernel import scratch
-from agent.kernel.nfnetlink import NftSocket
-from agent.kernel.podnetns import PodNetns
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.pod_netns import PodNetns
 
 _NAT = names.NFT_TABLE_PREFIX + Table.NAT.value
 NftPlan = Plan[tuple[Command, ...]]
@@ -59,10 +59,10 @@ class NftablesBackend:
     def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
         return desired
 
-    def read(self, target: PodNetns) -> Have:
+    def read(self, target: PodNetns) -> NftState:
         return self._reader.read(target)
 
-    def plan(self, want: Redirect | None, have: Have) -> NftPlan:
+    def plan(self, want: Redirect | None, have: NftState) -> NftPlan:
         present = tuple(table.name for table in have.tables)
         if want is None:
             commands = tuple(delete_commands(present))
@@ -83,7 +83,7 @@ class NftablesBackend:
         # PERSIST cannot be given to an existing table; one replacement gives it both flags.
         return self.owned and not table.flags & (OWNER | PERSIST)
 
-    def _adopt(self, have: Have) -> NftPlan:
+    def _adopt(self, have: NftState) -> NftPlan:
         """Rules are right: at most the ownership that our predecessor left behind is taken over."""
         orphans = [t.name for t in have.tables if self.owned and t.flags & (OWNER | PERSIST) == PERSIST]
         if not orphans:
@@ -97,9 +97,9 @@ class NftablesBackend:
             target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> Have:
-    remarks = shadows.chains(ruleset, NFPROTO_INET, _NAT, ipv6=target.has_ipv6())
-    return Have(reading.of(ruleset), generation, target.nft.port, remarks)
+def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> NftState:
+    remarks = foreign_rules.chains(ruleset, NFPROTO_INET, _NAT, ipv6=target.has_ipv6())
+    return NftState(reading.table_states(ruleset), generation, target.nft.port, remarks)
 
 
 def _try_owned() -> bool:

@@ -10,10 +10,10 @@ import ipaddress
 import struct
 import sys
 
-from agent.backends.netfilter import Field, Match, Rule, Verb
+from agent.backends.netfilter.rules import Field, Match, Rule, RuleAction
 from agent.backends.nftables.sets import AnonymousSet, anonymous
 from agent.core import names
-from agent.core.netlink import attribute, nested
+from agent.core.wire.netlink import attribute, nested
 
 _EQUAL, _NOT_EQUAL = 0, 1
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
@@ -174,29 +174,29 @@ def _action(rule: Rule) -> tuple[str, bytes]:
     mask, mark = 0xFFFFFFFF ^ names.MARK_MASK, names.CONNECTION_MARK
     load_mark = expression("ct", attribute(2, _CT_MARK), attribute(1, 1))
     match rule.verb:
-        case Verb.ACCEPT:
+        case RuleAction.ACCEPT:
             return "accept", verdict(ACCEPT)
-        case Verb.RETURN:
+        case RuleAction.RETURN:
             return "return", verdict(RETURN)
-        case Verb.REDIRECT:
+        case RuleAction.REDIRECT:
             # Flag 2 (NF_NAT_RANGE_PROTO_SPECIFIED) is what the kernel makes of given ports and dumps again.
             redirect = expression("redir", attribute(1, 1), attribute(2, 1), attribute(3, 2))
             return f"redirect to :{rule.value}", _immediate(struct.pack(">H", rule.value)) + redirect
-        case Verb.SET_CONNECTION_MARK:
+        case RuleAction.SET_CONNECTION_MARK:
             store = expression("ct", attribute(2, _CT_MARK), attribute(4, 1))
             return (
                 f"ct mark set ct mark & 0x{mask | mark:08x} | 0x{mark:08x}",
                 load_mark + _bitwise(mask, mark) + store,
             )
-        case Verb.RESTORE_MARK:
+        case RuleAction.RESTORE_MARK:
             return "meta mark set ct mark", load_mark + expression("meta", attribute(2, 3), attribute(3, 1))
-        case Verb.ZONE:
+        case RuleAction.ZONE:
             store = expression("ct", attribute(2, _CT_ZONE), attribute(4, 1))
             return f"ct zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
-        case Verb.ORIGINAL_ZONE:  # NFTA_CT_DIRECTION 3: IP_CT_DIR_ORIGINAL
+        case RuleAction.ORIGINAL_ZONE:  # NFTA_CT_DIRECTION 3: IP_CT_DIR_ORIGINAL
             store = expression("ct", attribute(2, _CT_ZONE), attribute(3, b"\0"), attribute(4, 1))
             return f"ct original zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
-        case Verb.COUNT:
+        case RuleAction.COUNT:
             return "", b""
-        case Verb.DROP:
+        case RuleAction.DROP:
             return "drop", verdict(DROP)

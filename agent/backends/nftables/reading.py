@@ -6,22 +6,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from agent.backends.netfilter import Hook
-from agent.backends.nfdumps import Content, Place, Ruleset
-from agent.backends.nfmessages import comment, text
+from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
+from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.rules import Hook
 from agent.backends.nftables.rendering import CHAINS, TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest, without_counts
 from agent.core.names import TAG_PREFIX
-from agent.core.netlink import Message, attributes
-from agent.core.nftables import NFPROTO_INET
+from agent.core.wire.netlink import Message, attributes
+from agent.core.wire.nftables import NFPROTO_INET
 
 PLACES = tuple(
-    Place(NFPROTO_INET, table, chain) for table in TABLES for hook in Hook for chain in (CHAINS[hook], hook.value)
+    ChainRef(NFPROTO_INET, table, chain) for table in TABLES for hook in Hook for chain in (CHAINS[hook], hook.value)
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Have:
+class NftState:
     """What of ours is in one namespace. `port` is our socket's, to know tables that we own.
 
     `generation` None: it changed while it was read. `remarks` are on what of others comes before it.
@@ -33,7 +33,7 @@ class Have:
     remarks: tuple[str, ...] = ()
 
 
-def of(ruleset: Ruleset) -> tuple[TableState, ...]:
+def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
     """Our tables in a pod with their chains and rules, by name."""
     chains = _ours(ruleset.content)
     found = (

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
-from agent.backends import netfilter, peers
-from agent.backends.netfilter import Hook, Table
-from agent.backends.nfmessages import HOOK_NUMBER, base_chain, comment_data
+from agent.backends import istio_form
+from agent.backends.netfilter import rules as netfilter
+from agent.backends.netfilter.messages import HOOK_NUMBER, base_chain, comment_data
+from agent.backends.netfilter.rules import Hook, Table
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.backends.nftables.sets import AnonymousSet
-from agent.core import names, tags
-from agent.core.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.core.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
-from agent.core.redirect import Redirect
+from agent.core import names
+from agent.core.model import tags
+from agent.core.model.redirect import Redirect
+from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
+from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
 
 OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*: skipped by a foreign flush; stays when the owner's socket closes
 
@@ -59,7 +61,7 @@ def render(redirect: Redirect, owned: bool, plain: bool = False) -> Rendering:
     states: list[TableState] = []
     rules = netfilter.rules(redirect, counting=not plain)
     for table in Table:
-        mine = [peers.nftables(rule) if plain else rule for rule in rules if rule.table is table]
+        mine = [istio_form.nftables(rule) if plain else rule for rule in rules if rule.table is table]
         if table in netfilter.tables(redirect):
             text, added, state = _table(table, mine, owned, plain)
             texts.append(text)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from agent.core.netlink import attributes
+from agent.core.wire.netlink import attributes
 
 # Of each expression only the attributes that we set are compared: a newer kernel may dump more of them,
 # and counters run. Values of the inner ones are flattened, since the kernel and we may differ in flag bits.

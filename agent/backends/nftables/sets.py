@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from agent.backends.netfilter import Field
-from agent.core.netlink import NLM_F_CREATE, attribute, nested
-from agent.core.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command
+from agent.backends.netfilter.rules import Field
+from agent.core.wire.netlink import NLM_F_CREATE, attribute, nested
+from agent.core.wire.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command
 
 _ANONYMOUS, _CONSTANT, _INTERVAL = 1, 2, 4  # NFT_SET_*
 _INTERVAL_END = 1  # NFT_SET_ELEM_INTERVAL_END

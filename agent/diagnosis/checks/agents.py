@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent import __version__
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import log, restart, start
 
 _MEMORY = 150 << 20  # bytes; what an agent of 250 pods may take (P60h)
@@ -14,7 +14,7 @@ _PER_POD = 6  # descriptors (agent.app.root.main)
 _LEAST = 128  # descriptors of an agent without pods
 
 
-def _agent(facts: Facts) -> Iterator[Said]:
+def _agent(facts: NodeFacts) -> Iterator[CheckLine]:
     left = facts.left
     if not left.why:
         status = facts.agent.status
@@ -35,7 +35,7 @@ def _agent(facts: Facts) -> Iterator[Said]:
     yield wrong(left.why, f"no agent runs: {', '.join(what)}", f"{start(facts)}; {log(facts)}")
 
 
-def _version(facts: Facts) -> Iterator[Said]:
+def _version(facts: NodeFacts) -> Iterator[CheckLine]:
     running = facts.agent.status["version"]
     if running == __version__:
         yield ok(f"agent and command are {running}")
@@ -47,7 +47,7 @@ def _version(facts: Facts) -> Iterator[Said]:
     )
 
 
-def _state(facts: Facts) -> Iterator[Said]:
+def _state(facts: NodeFacts) -> Iterator[CheckLine]:
     damaged = dict.fromkeys((*facts.left.damaged, *facts.agent.status.get("damaged_state_files", ())))
     if damaged:
         yield wrong(
@@ -57,7 +57,7 @@ def _state(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _kubernetes(facts: Facts) -> Iterator[Said]:
+def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
     said = facts.agent.status.get("kubernetes", "not set")
     if said in ("ok", "not set"):
         yield ok("no API server is set" if said == "not set" else "the API server answers, and all pods are known")
@@ -69,7 +69,7 @@ def _kubernetes(facts: Facts) -> Iterator[Said]:
     )
 
 
-def _static(facts: Facts) -> Iterator[Said]:
+def _static(facts: NodeFacts) -> Iterator[CheckLine]:
     said = facts.agent.status.get("static_pods", "not set")
     if said in ("ok", "not set"):
         yield ok("no file is set" if said == "not set" else f"{facts.settings.static_pods} is read")
@@ -77,7 +77,7 @@ def _static(facts: Facts) -> Iterator[Said]:
     yield wrong(said, "the file of static pods cannot be used; what was read before holds on", "repair the file")
 
 
-def _resources(facts: Facts) -> Iterator[Said]:
+def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
     agent = facts.agent
     if not agent.pid:
         yield unknown("the agent's process cannot be seen from here", "run it in the node's PID namespace, as root")
@@ -106,7 +106,7 @@ def _resources(facts: Facts) -> Iterator[Said]:
         yield ok(f"process {agent.pid}: {agent.resident >> 20} MiB, {agent.descriptors} of {room} descriptors")
 
 
-def _records(facts: Facts) -> Iterator[Said]:
+def _records(facts: NodeFacts) -> Iterator[CheckLine]:
     lost = {name: count for name, count in facts.agent.losses.items() if count}
     if lost:
         yield warning(
@@ -116,7 +116,7 @@ def _records(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _fates(facts: Facts) -> Iterator[Said]:
+def _fates(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.status.get("connections", [])
     leaked = [row for row in rows if row["fate"] == "leaked" and row["connections"]]
     if leaked:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.core.host import Variant
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.core.model.host import Variant
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import restart
 
 
-def _backend(facts: Facts) -> Iterator[Said]:
+def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
     status, left = facts.agent.status, facts.left
     name, reason = status.get("backend", left.backend), status.get("backend_reason", "as recorded")
     if not name:
@@ -35,7 +35,7 @@ def _backend(facts: Facts) -> Iterator[Said]:
         yield ok(f"{name}: {reason}")
 
 
-def _preflight(facts: Facts) -> Iterator[Said]:
+def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
     found = facts.preflight
     if not found.choice:
         yield wrong(found.reason, "no backend works on this kernel: no pod can be captured", "sluice preflight")
@@ -55,7 +55,7 @@ def _preflight(facts: Facts) -> Iterator[Said]:
         yield ok(f"{found.choice}: {len(found.features)} features, and packets are captured in a self-test")
 
 
-def _host_tables(facts: Facts) -> Iterator[Said]:
+def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
     view = facts.host.view
     modern, legacy = view.xtables_rules(Variant.NFT), view.xtables_rules(Variant.LEGACY)
     if view.nft is None or view.legacy is None:
@@ -80,7 +80,7 @@ def _host_tables(facts: Facts) -> Iterator[Said]:
     yield ok(f"iptables: {used.value}; {modern} rules of iptables-nft, {legacy} legacy ones")
 
 
-def _rule_sets(facts: Facts) -> Iterator[Said]:
+def _rule_sets(facts: NodeFacts) -> Iterator[CheckLine]:
     count = 0
     for pod in (*facts.pods.noted, *facts.pods.others):
         count += bool(pod.ours)

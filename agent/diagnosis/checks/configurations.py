@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.diagnosis.facts import Facts, Listed
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import Listed, NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 
 _USUAL = "the usual one, as no"  # so begins the reason of a directory that nobody told (install.runtime)
 # Type of a primary plugin -> whose it is, and what is known of it beside others.
@@ -25,7 +25,7 @@ _PRIMARY = {
 _RENAMED = (".cilium_bak", ".cilium_backup")
 
 
-def _configuration(facts: Facts) -> Iterator[Said]:
+def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     ours = [one.name for one in cni.files if one.ours]
     # A list of istio-cni's own stays before ours (install.planning), which the verdict's remarks tell.
@@ -68,7 +68,7 @@ def _writer(listed: Listed) -> str:
     return next((_PRIMARY[one][0] for one in listed.types if one in _PRIMARY), "another program")
 
 
-def _primaries(facts: Facts) -> Iterator[Said]:
+def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     for name in cni.view.files:
         if name.endswith(_RENAMED):
@@ -98,7 +98,7 @@ def _primaries(facts: Facts) -> Iterator[Said]:
         yield ok(f"one primary list; {rewrites[0]}; the agent puts ours back")
 
 
-def _directories(facts: Facts) -> Iterator[Said]:
+def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     words = (
         f"configurations in {cni.directory} ({cni.directory_reason}), plugins in {cni.plugins} ({cni.plugins_reason})"
@@ -113,7 +113,7 @@ def _directories(facts: Facts) -> Iterator[Said]:
         yield ok(words)
 
 
-def _plugin(facts: Facts) -> Iterator[Said]:
+def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if cni.managed == "off" and not any(one.ours for one in cni.files):
         yield ok("no list names it")
@@ -134,7 +134,7 @@ def _plugin(facts: Facts) -> Iterator[Said]:
         yield ok(f"{cni.plugins}/sluice-cni is there, is ours and runs")
 
 
-def _runtime(facts: Facts) -> Iterator[Said]:
+def _runtime(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if not cni.runtime:
         yield unknown(
@@ -152,7 +152,7 @@ def _runtime(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _istio(facts: Facts) -> Iterator[Said]:
+def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     chained = [one.name for one in cni.files if "istio-cni" in one.types]
     if not cni.istio and not chained:

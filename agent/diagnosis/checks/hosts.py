@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import start
 
 _FLUSHES = {
@@ -16,7 +16,7 @@ _FLUSHES = {
 }
 
 
-def _pod_rules(facts: Facts) -> Iterator[Said]:
+def _pod_rules(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.host.pod_rules:
         yield wrong(
             f"in the node's own namespace: {', '.join(facts.host.pod_rules)}",
@@ -25,7 +25,7 @@ def _pod_rules(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _exemption(facts: Facts) -> Iterator[Said]:
+def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
     said: Mapping[str, object] = facts.agent.status.get("host_probes", {})
     reason = facts.agent.status.get("host_probes_reason", "")
     if said.get("mechanism") == "off":
@@ -54,7 +54,7 @@ def _exemption(facts: Facts) -> Iterator[Said]:
         yield unknown("no agent and no captured pod: nothing to be exempt")
 
 
-def _firewall(facts: Facts) -> Iterator[Said]:
+def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
     mechanism = facts.agent.status.get("host_probes", {}).get("mechanism", "")
     for name in facts.node.firewalls:
         yield warning(
@@ -64,7 +64,7 @@ def _firewall(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _ipv6(facts: Facts) -> Iterator[Said]:
+def _ipv6(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.node.ipv6_off or not facts.host.view.ipv6:
         how = "ipv6.disable=1 on the kernel's command line" if facts.node.ipv6_off else "the kernel has no IPv6"
         if facts.settings.ipv6:
@@ -80,7 +80,7 @@ def _ipv6(facts: Facts) -> Iterator[Said]:
             )
 
 
-def _paths(facts: Facts) -> Iterator[Said]:
+def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
     """What turns the node's probes aside, told beside the canary, and alone only where it always does."""
     values = facts.node.cilium
     if values.get("enable-bpf-masquerade") == "true":
@@ -97,7 +97,7 @@ def _paths(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _filters(facts: Facts) -> Iterator[Said]:
+def _filters(facts: NodeFacts) -> Iterator[CheckLine]:
     values = facts.node.sysctls
     strict = [name for name in ("all", "default") if values.get(f"net.ipv4.conf.{name}.rp_filter") == "1"]
     if strict and any("branch-eni" in name for name in facts.host.probes):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 
 _INSTANCES, _WATCHES = "fs.inotify.max_user_instances", "fs.inotify.max_user_watches"
 _COUNT, _MOST = "net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"
 _FULL = 0.8
 
 
-def _inotify(facts: Facts) -> Iterator[Said]:
+def _inotify(facts: NodeFacts) -> Iterator[CheckLine]:
     node, raise_it = facts.node, f"sysctl -w {_INSTANCES}=8192 {_WATCHES}=524288, and in /etc/sysctl.d"
     most = _number(node.sysctls, _INSTANCES)
     if node.inotify:
@@ -29,7 +29,7 @@ def _inotify(facts: Facts) -> Iterator[Said]:
         yield ok(f"{node.inotify_used} of {most} queues of file events are in use")
 
 
-def _conntrack(facts: Facts) -> Iterator[Said]:
+def _conntrack(facts: NodeFacts) -> Iterator[CheckLine]:
     count, most = (_number(facts.node.sysctls, name) for name in (_COUNT, _MOST))
     if not most:
         yield unknown("the kernel tracks no connections (nf_conntrack is not loaded)")
@@ -43,7 +43,7 @@ def _conntrack(facts: Facts) -> Iterator[Said]:
         yield ok(f"{count} of {most} entries in use")
 
 
-def _port(facts: Facts) -> Iterator[Said]:
+def _port(facts: NodeFacts) -> Iterator[CheckLine]:
     address, host = facts.settings.metrics_address, facts.host
     if not address:
         yield ok("metrics_address is empty")

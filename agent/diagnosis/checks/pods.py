@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.diagnosis.facts import Facts, Pod, Row
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import NodeFacts, PodFacts, Row
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
@@ -20,7 +20,7 @@ def _key(row: Row) -> str:
     return f"{row['namespace']}/{row['name']}" if row["namespace"] else str(row["name"])
 
 
-def _states(facts: Facts) -> Iterator[Said]:
+def _states(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.pods
     for row in rows:
         words = row["error"] or row["reason"] or "not looked at yet"
@@ -41,7 +41,7 @@ def _states(facts: Facts) -> Iterator[Said]:
         yield ok(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no pods here")
 
 
-def _bare(facts: Facts) -> Iterator[Said]:
+def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
     """What the namespaces show, with or without an agent."""
     noted = facts.pods.noted
     for pod in noted:
@@ -67,7 +67,7 @@ def _bare(facts: Facts) -> Iterator[Said]:
         yield ok(f"{len(right)} captured pods, with rules in each")
 
 
-def _verified(facts: Facts) -> Iterator[Said]:
+def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = [row for row in facts.agent.verify if row["name"] not in _SEEN_BY_OTHERS]
     for row in rows:
         words = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
@@ -84,7 +84,7 @@ def _verified(facts: Facts) -> Iterator[Said]:
     yield ok(f"{len(rows)} compared with what should hold")
 
 
-def _foreign(facts: Facts) -> Iterator[Said]:
+def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in (*facts.pods.noted, *facts.pods.others):
         if not pod.ours:
             continue
@@ -96,7 +96,7 @@ def _foreign(facts: Facts) -> Iterator[Said]:
             )
 
 
-def _canary(facts: Facts) -> Iterator[Said]:
+def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
     seen = 0
     for row in facts.agent.pods:
         said = str(row.get("probe", ""))
@@ -115,7 +115,7 @@ def _canary(facts: Facts) -> Iterator[Said]:
         yield unknown("no pod was enrolled since the agent's start that listens on a port")
 
 
-def _runtimes(facts: Facts) -> Iterator[Said]:
+def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
     shims = facts.node.shims
     excluded = [one for one in facts.agent.pods if "runtime" in one["reason"] and one["state"] == "excluded"]
     for name in facts.settings.unsupported_runtimes:
@@ -133,7 +133,7 @@ def _runtimes(facts: Facts) -> Iterator[Said]:
         )
 
 
-def _listens(facts: Facts) -> Iterator[Said]:
+def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         if pod.ports and pod.captured:
             low, high = pod.range
@@ -145,7 +145,7 @@ def _listens(facts: Facts) -> Iterator[Said]:
             )
 
 
-def _sockets(facts: Facts) -> Iterator[Said]:
+def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         waiting = pod.states.get("CLOSE_WAIT", 0)
         used, room = _outgoing(pod), pod.range[1] - pod.range[0] + 1
@@ -163,7 +163,7 @@ def _sockets(facts: Facts) -> Iterator[Said]:
             )
 
 
-def _outgoing(pod: Pod) -> int:
+def _outgoing(pod: PodFacts) -> int:
     return sum(count for state, count in pod.states.items() if state != "LISTEN")
 
 

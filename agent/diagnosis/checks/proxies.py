@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.core.names import DNS_PORT
-from agent.diagnosis.facts import Facts
-from agent.diagnosis.finding import Check, Said, ok, unknown, warning, wrong
+from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import restart, ztunnel
 
 
-def _connected(facts: Facts) -> Iterator[Said]:
+def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
     path, left = facts.settings.zds_socket, facts.left
     if left.zds and left.zds != "socket":
         yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; {restart(facts)}")
@@ -44,7 +44,7 @@ def _connected(facts: Facts) -> Iterator[Said]:
         yield ok(f"one is connected to {path}, and has every pod")
 
 
-def _listening(facts: Facts) -> Iterator[Said]:
+def _listening(facts: NodeFacts) -> Iterator[CheckLine]:
     captured = [pod for pod in facts.pods.noted if pod.captured and not pod.error]
     for pod in captured:
         if pod.silent:
@@ -59,7 +59,7 @@ def _listening(facts: Facts) -> Iterator[Said]:
         yield ok(f"{len(captured)} captured pods, in each one ztunnel listens on {ports}")
 
 
-def _loopback(facts: Facts) -> Iterator[Said]:
+def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         if pod.error or not pod.captured:
             continue

@@ -30,7 +30,7 @@ def shown(address: tuple[str, int]) -> str:
 
 
 @dataclass(slots=True)
-class Connection:
+class EchoConnection:
     """`left` is how many bytes of a bulk answer remain; below zero the line is not complete yet."""
 
     sock: socket.socket
@@ -48,7 +48,7 @@ class Echo:
         self._server.setblocking(False)
         self._epoll = select.epoll()
         self._epoll.register(self._server, select.EPOLLIN)
-        self._connections: dict[int, Connection] = {}
+        self._connections: dict[int, EchoConnection] = {}
 
     def run(self) -> None:
         listening = self._server.fileno()
@@ -75,13 +75,13 @@ class Echo:
             except ConnectionAbortedError:
                 continue
             sock.setblocking(False)
-            connection = Connection(sock, shown(address))
+            connection = EchoConnection(sock, shown(address))
             self._connections[sock.fileno()] = connection
             self._epoll.register(sock, select.EPOLLIN)
             if self._log is not None:
                 self._log.write(connection.peer + "\n")
 
-    def _progress(self, connection: Connection) -> None:
+    def _progress(self, connection: EchoConnection) -> None:
         if connection.left < 0:
             data = connection.sock.recv(LINE_LIMIT)
             connection.received += data
@@ -100,7 +100,7 @@ class Echo:
             connection.left -= connection.sock.send(_BLOCK[: connection.left])
         self._close(connection)
 
-    def _close(self, connection: Connection) -> None:
+    def _close(self, connection: EchoConnection) -> None:
         del self._connections[connection.sock.fileno()]
         connection.sock.close()  # leaves epoll by itself
 

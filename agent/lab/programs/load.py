@@ -37,7 +37,7 @@ def parse_target(text: str) -> Target:
 
 
 @dataclass(slots=True)
-class Connection:
+class LoadConnection:
     """`time` is Unix, `began` monotonic, both in seconds. `fd` is -1 once it is done."""
 
     sock: socket.socket
@@ -50,14 +50,14 @@ class Connection:
     answer: bytes = b""
 
 
-class Load:
+class LoadGenerator:
     """One run: an epoll loop with a schedule. Plain, since it runs beside what is measured on few cores."""
 
     def __init__(self, out: TextIO, targets: list[Target], timeout: float, limit: int) -> None:
         self._out, self._targets, self._timeout, self._limit = out, cycle(targets), timeout, limit
         self._epoll = select.epoll()
-        self._flying: dict[int, Connection] = {}
-        self._oldest: deque[Connection] = deque()  # in order of opening, hence of their time limits
+        self._flying: dict[int, LoadConnection] = {}
+        self._oldest: deque[LoadConnection] = deque()  # in order of opening, hence of their time limits
         self.opened = self.ok = self.skipped = 0
         self.errors: Counter[str] = Counter()
         self.stopped = False
@@ -89,7 +89,7 @@ class Load:
             return
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        connection = Connection(sock, sock.fileno(), shown(target), time.time(), time.monotonic())
+        connection = LoadConnection(sock, sock.fileno(), shown(target), time.time(), time.monotonic())
         self.opened += 1
         self._flying[connection.fd] = connection
         self._oldest.append(connection)
@@ -101,7 +101,7 @@ class Load:
         else:
             self._finish(connection, os.strerror(number))
 
-    def _progress(self, connection: Connection) -> None:
+    def _progress(self, connection: LoadConnection) -> None:
         sock = connection.sock
         try:
             if not connection.sent:
@@ -130,7 +130,7 @@ class Load:
             if connection.fd >= 0:
                 self._finish(connection, "answer timed out" if connection.sent else "connect timed out")
 
-    def _finish(self, connection: Connection, error: str) -> None:
+    def _finish(self, connection: LoadConnection, error: str) -> None:
         del self._flying[connection.fd]
         connection.sock.close()
         connection.fd = -1
@@ -158,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(open(args.out, "a")) if args.out else sys.stdout  # noqa: PTH123
-        load = Load(out, args.target, args.timeout, args.in_flight)
+        load = LoadGenerator(out, args.target, args.timeout, args.in_flight)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: setattr(load, "stopped", True))
         load.run(args.rate, args.seconds)

@@ -7,9 +7,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from agent.core.desired import enrols_namespace, exempt
 from agent.core.errors import KubeError
-from agent.core.pods import KubePod, Pod, PodTable
+from agent.core.model.pods import KubePod, Pod, PodTable
+from agent.core.policy.decide import enrols_namespace, exempt
 from agent.core.settings import Settings
 from agent.sources.kube import objects
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from agent.core import names
-from agent.core.contention import Contention
 from agent.core.errors import KubeError
-from agent.core.pods import KubePod, PodTable
-from agent.core.schedule import Schedule
-from agent.core.status import State
+from agent.core.model.pods import KubePod, PodTable
+from agent.core.model.status import State
+from agent.core.policy.contention import Contention
+from agent.core.policy.schedule import Schedule
 from agent.sources.kube import objects
 
 log = logging.getLogger("sluice.kube")

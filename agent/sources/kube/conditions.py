@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent.core.errors import KubeError
-from agent.core.pods import KubePod, PodTable
+from agent.core.model.pods import KubePod, PodTable
 from agent.sources.kube.annotating import Sending
 
 log = logging.getLogger("sluice.kube")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from agent.core.canary import Finding, Verdict
 from agent.core.errors import KubeError
-from agent.core.pods import Pod, PodTable, without_sandbox
+from agent.core.model.pods import Pod, PodTable, without_sandbox
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.text import printable
 from agent.sources.kube.annotating import Sending
 
@@ -69,8 +69,8 @@ class Events:
         if (pod := self._table.get(uid)) is not None:
             self.tell(pod, "AnnotationContended", words)
 
-    def probed(self, pod: Pod, finding: Finding) -> None:
-        if finding.verdict is not Verdict.OK:
+    def probed(self, pod: Pod, finding: ProbeResult) -> None:
+        if finding.verdict is not ProbeVerdict.OK:
             self.tell(pod, "CaptureProbeFailed", str(finding))
 
     def passed(self, pod: Pod, seconds: float) -> None:

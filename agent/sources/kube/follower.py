@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from agent.core.errors import KubeError, ProtocolError
 from agent.sources.kube import protocol
 from agent.sources.kube.client import JSON, Client
-from agent.sources.kube.protocol import Course, Json, Lines, Listing, Pace, Rows, Verb
+from agent.sources.kube.protocol import Course, Json, Lines, Listing, Pace, Rows, WatchVerb
 
 log = logging.getLogger("sluice.kube")
 T = TypeVar("T")
@@ -116,11 +116,11 @@ class Follower(Generic[T]):
 
     def _take(self, line: bytes, rows: Rows) -> None:
         verb, body = protocol.event(line)
-        if verb is Verb.BOOKMARK:
+        if verb is WatchVerb.BOOKMARK:
             self.since.bookmarks += 1
         else:
             self.since.events += 1
             for one in rows.unfold(body):
                 if (value := self._decode(one)) is not None:
-                    (self._sink.removed if verb is Verb.DELETED else self._sink.changed)(value)
-        self._course.told(protocol.version(body), verb is Verb.BOOKMARK)
+                    (self._sink.removed if verb is WatchVerb.DELETED else self._sink.changed)(value)
+        self._course.told(protocol.version(body), verb is WatchVerb.BOOKMARK)

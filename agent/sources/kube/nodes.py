@@ -39,7 +39,7 @@ class Taint:
         return {"key": self.key, "effect": self.effect} | ({"value": self.value} if self.value else {})
 
 
-class Node:
+class KubeNode:
     """The node that we are on."""
 
     def __init__(self, client: Client, name: str) -> None:

@@ -9,8 +9,8 @@ import ipaddress
 from collections.abc import Mapping
 from typing import Any
 
-from agent.core.exclusions import PREFIXES
-from agent.core.pods import LABEL, UID, KubeNamespace, KubePod
+from agent.core.model.exclusions import PREFIXES
+from agent.core.model.pods import LABEL, UID, KubeNamespace, KubePod
 
 MIRROR = "kubernetes.io/config.mirror"  # on the API's copy of a static pod: the UID that the kubelet gave it
 _OWNERS = ("istio.io", "k8s.v1.cni.cncf.io", "kubernetes.io/config.")

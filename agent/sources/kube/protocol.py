@@ -47,7 +47,7 @@ def refusal(what: str, status: int, body: bytes, head: Mapping[str, str]) -> Kub
     return KubeError(" ".join(words.split()), status, reason)
 
 
-class Verb(StrEnum):
+class WatchVerb(StrEnum):
     ADDED = "ADDED"
     MODIFIED = "MODIFIED"
     DELETED = "DELETED"
@@ -190,7 +190,7 @@ class Lines:
             raise ProtocolError(f"a line of a watch is longer than {_LONGEST >> 20} MB")
 
 
-def event(line: bytes) -> tuple[Verb, Json]:
+def event(line: bytes) -> tuple[WatchVerb, Json]:
     """Raises KubeError for an ERROR event (it holds a Status), ProtocolError for what is no event."""
     try:
         value = json.loads(line)
@@ -198,7 +198,7 @@ def event(line: bytes) -> tuple[Verb, Json]:
         if kind == "ERROR" and isinstance(body, dict):
             code = body.get("code")
             raise refusal("watch", code if isinstance(code, int) else 500, json.dumps(body).encode(), {})
-        verb = Verb(kind)
+        verb = WatchVerb(kind)
     except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise ProtocolError(f"a line of a watch is no event: {error!r:.200}") from None
     if not isinstance(body, dict):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from agent.core.pods import KubeNamespace, KubePod, PodTable
+from agent.core.model.pods import KubeNamespace, KubePod, PodTable
 
 
-class Pods:
+class PodSink:
     """The pods of this node. A lost or doubled event costs a comparison; a list puts everything right."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Pods:
             self._wake(uid)
 
 
-class Namespaces:
+class NamespaceSink:
     """The labels of all namespaces. `told` is called after each change."""
 
     def __init__(self, table: PodTable, wake: Callable[[str], None], told: Callable[[], None]) -> None:

@@ -17,14 +17,14 @@ from support.installing import apply
 from agent.core.settings import Settings
 from agent.install import planning
 from agent.install.conflists import EXTENSIONS, parse, readable
-from agent.install.entry import entry
-from agent.install.planning import Action, Verdict, View, Write
+from agent.install.planning import Action, InstallPlan, View, Write
+from agent.install.plugin_entry import plugin_entry
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent.name for path in HERE.glob("*/net.d"))
 WISHED = "02-sluice.conflist"
-ENTRY = entry(Settings(own_namespace="sluice-system"))
-MODES: dict[str, Callable[..., Verdict]] = {"own": planning.own, "insert": planning.insert}
+ENTRY = plugin_entry(Settings(own_namespace="sluice-system"))
+MODES: dict[str, Callable[..., InstallPlan]] = {"own": planning.own, "insert": planning.insert}
 
 
 def originals(case: str) -> dict[str, bytes]:
@@ -42,7 +42,7 @@ def runtime_reads(files: dict[str, bytes]) -> list[str]:
     return readable(files)
 
 
-def install(mode: str, files: dict[str, bytes]) -> Verdict:
+def install(mode: str, files: dict[str, bytes]) -> InstallPlan:
     verdict = MODES[mode](View(files), ENTRY, WISHED)
     carry_out(files, verdict.actions)
     return verdict

@@ -14,9 +14,9 @@ from support.traffic.arrival import awaited
 from support.traffic.variants import FRESH, VARIANTS
 from support.traffic.world import ADDRESSES, APP, LOCAL_SERVICE, WAIT, World, opened, world
 
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
-from agent.reconciler.settle import settle
+from agent.reconciler.converge import settle
 
 Old = tuple[socket.socket, socket.socket]  # the client's end, the server's end
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from support.traffic.world import FIRST, LAST, OTHER
 
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
 
 VARIANTS: dict[str, Redirect] = {
     "default": Redirect(),

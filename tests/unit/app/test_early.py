@@ -23,7 +23,7 @@ def test_it_loads_only_the_recorded_backend(backend: str) -> None:
     script = (
         "import sys, agent.cli.agent, agent.app.early\n"
         "from agent.backends.choose import LAYERS\n"
-        "from agent.backends.mechanisms import mechanisms\n"
+        "from agent.backends.registry import mechanisms\n"
         f"assert tuple(mechanisms(LAYERS[{backend!r}])) == LAYERS[{backend!r}]\n"
         "print(*sys.modules)"
     )

@@ -11,7 +11,7 @@ import pytest
 from agent.backends.base import Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
 from agent.core.errors import SettingsError
-from agent.core.host import HostTable, HostView, InKernel, Variant
+from agent.core.model.host import HostTable, HostView, InKernel, Variant
 
 BOTH = (("iptables-nft-restore", "/x"), ("iptables-legacy-restore", "/x"))
 NEITHER = HostView("6.1", True, InKernel.LOADED, (), (), BOTH, Variant.NFT)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from agent.backends import conntrack
-from agent.backends.conntrack import BELIEVED, LEAST, ConntrackBackend, Have, own, raised
-from agent.core.redirect import Redirect
+from agent.backends.conntrack import BELIEVED, LEAST, ConntrackBackend, ConntrackState, own, raised
+from agent.core.model.redirect import Redirect
 
-DEFAULTS = Have(
+DEFAULTS = ConntrackState(
     (
         ("established", 432_000), ("close_wait", 60), ("fin_wait", 120), ("last_ack", 30), ("max_retrans", 300),
         ("unacknowledged", 300),
@@ -19,9 +19,9 @@ DEFAULTS = Have(
 )  # fmt: skip
 
 
-def after(want: Redirect | None, have: Have) -> Have:
+def after(want: Redirect | None, have: ConntrackState) -> ConntrackState:
     changes = {step.payload.name: step.payload.seconds for step in ConntrackBackend().plan(want, have).steps}
-    return Have(tuple((name, changes.get(name, seconds)) for name, seconds in have.seconds))
+    return ConntrackState(tuple((name, changes.get(name, seconds)) for name, seconds in have.seconds))
 
 
 def test_only_what_is_shorter_than_the_connection_may_be_silent_is_raised_and_comes_back() -> None:
@@ -43,10 +43,12 @@ def test_every_value_of_a_pod_comes_back(name: str) -> None:
 
 
 def test_a_namespace_where_they_cannot_be_set_is_captured_with_a_remark() -> None:
-    plan = ConntrackBackend().plan(Redirect(), Have(DEFAULTS.seconds, "write 1000060 to ...: Permission denied"))
+    plan = ConntrackBackend().plan(
+        Redirect(), ConntrackState(DEFAULTS.seconds, "write 1000060 to ...: Permission denied")
+    )
     assert not plan and "Permission denied" in plan.remarks[0]
-    assert ConntrackBackend().plan(None, Have(DEFAULTS.seconds, "no")).remarks == ()
-    assert not ConntrackBackend().plan(Redirect(), Have())  # no conntrack in this kernel
+    assert ConntrackBackend().plan(None, ConntrackState(DEFAULTS.seconds, "no")).remarks == ()
+    assert not ConntrackBackend().plan(Redirect(), ConntrackState())  # no conntrack in this kernel
 
 
 def test_timeouts_are_read_again_after_a_change_of_ours_and_when_they_are_old(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +63,7 @@ def test_timeouts_are_read_again_after_a_change_of_ours_and_when_they_are_old(mo
     monkeypatch.setattr(conntrack, "_read", lambda: (reads.append(now[0]), found.pop(0) if found else ())[1])
     backend, target = ConntrackBackend(), Target(netns=SimpleNamespace(call=lambda function: function()))
     any_target: Any = target
-    assert backend.read(any_target) == Have()  # conntrack comes with the first rules, without a notification
+    assert backend.read(any_target) == ConntrackState()  # conntrack comes with the first rules, without a notification
     assert backend.read(any_target) == backend.read(any_target) == DEFAULTS
     assert len(reads) == 2
     found[:] = [DEFAULTS.seconds] * 2

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends.iptables.deeds import Deeds
 from agent.backends.iptables.entries import blanked, places
 from agent.backends.iptables.legacy_reading import Found, found
+from agent.backends.iptables.rule_digests import Deeds
 from agent.core.errors import KernelError
 
 CAPTURED = json.loads((Path(__file__).parent / "data" / "legacy_tables.json").read_text())

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from agent.backends.choose import LAYERS
-from agent.backends.needs import Need, PolicyRule, Program, Restored, needs
 from agent.backends.preflight import Feature, examine, lacking, merge
+from agent.backends.requirements import Need, PolicyRuleRequirement, ProgramRequirement, Restored, needs
 
 
 def masked(*missing: str) -> Callable[[Need], str]:
@@ -61,7 +61,7 @@ def test_what_rests_on_something_missing_is_not_tried() -> None:
 
     def attempt(need: Need) -> str:
         tried.append(need.name)
-        return "no" if isinstance(need.trial, Program) else ""
+        return "no" if isinstance(need.trial, ProgramRequirement) else ""
 
     examine("iptables-legacy", attempt=attempt)
     assert not [name for name in tried if "table" in name and "program" not in name]
@@ -71,9 +71,9 @@ def test_what_rests_on_something_missing_is_not_tried() -> None:
 def test_p36_without_ipv6_nothing_of_it_is_tried_or_missed(choice: str) -> None:
     def is_six(need: Need) -> bool:
         match need.trial:
-            case PolicyRule(family):
+            case PolicyRuleRequirement(family):
                 return family == 6
-            case Program(name):
+            case ProgramRequirement(name):
                 return name.startswith("ip6")
             case Restored(program, _):
                 return program.startswith("ip6")

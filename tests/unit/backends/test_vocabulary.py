@@ -7,17 +7,17 @@ import ipaddress
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.backends import netfilter
 from agent.backends.iptables.rendering import XtTable, render, script
-from agent.backends.netfilter import Field, Table, Verb
+from agent.backends.netfilter import rules as netfilter
+from agent.backends.netfilter.rules import Field, RuleAction, Table
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, differences, digest
-from agent.backends.routeplaces import Place, usual
-from agent.backends.routing import Have, RoutingBackend
-from agent.core import tags
-from agent.core.exclusions import Exclusions
-from agent.core.netlink import attribute, nested
-from agent.core.redirect import Redirect
+from agent.backends.route_places import RoutePlace, usual
+from agent.backends.routing import RoutingBackend, RoutingState
+from agent.core.model import tags
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.core.wire.netlink import attribute, nested
 
 _ranges = st.sampled_from([(), ((80, 80),), ((53, 53), (8000, 9000))])
 _networks = st.sampled_from([(), ("10.0.0.0/8",), ("fd00::/8",), ("10.0.0.0/8", "192.0.2.1/32", "fd00::/8")])
@@ -49,11 +49,11 @@ def test_p52_no_rule_lacks_its_qualifier_and_addresses_are_of_the_rules_family(r
     for rule in netfilter.rules(redirect):
         fields = {match.field for match in rule.matches}
         assert rule.matches, "a rule without a match would take everything"
-        if rule.verb in (Verb.REDIRECT, Verb.ZONE):
+        if rule.verb in (RuleAction.REDIRECT, RuleAction.ZONE):
             assert Field.PROTOCOL in fields
         if {Field.SOURCE_PORT, Field.DESTINATION_PORT} & fields:
             assert Field.PROTOCOL in fields
-        if rule.verb is Verb.REDIRECT and Field.IN_INTERFACE not in fields:
+        if rule.verb is RuleAction.REDIRECT and Field.IN_INTERFACE not in fields:
             assert Field.MARK in fields, "ztunnel's own traffic would come back to it"
         for match in rule.matches:
             assert match.value not in ("", ())
@@ -125,8 +125,8 @@ def test_an_iptables_script_touches_what_differs_and_nothing_else() -> None:
 def test_routing_adds_the_route_first_and_removes_it_last() -> None:
     backend = RoutingBackend()
     want, (route, rule) = Redirect(ipv6=False), usual(4)
-    assert [step.payload.item for step in backend.plan(want, Have()).steps] == [route, rule]
-    held = {size: Have({4: Place((route, *[rule] * size), (route, rule))}) for size in (1, 2)}
+    assert [step.payload.item for step in backend.plan(want, RoutingState()).steps] == [route, rule]
+    held = {size: RoutingState({4: RoutePlace((route, *[rule] * size), (route, rule))}) for size in (1, 2)}
     assert [step.payload.item for step in backend.plan(None, held[1]).steps] == [rule, route]
     assert not backend.plan(want, held[1])
     assert len(backend.plan(want, held[2]).steps) == 0, "a second one adds nothing"

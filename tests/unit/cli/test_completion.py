@@ -13,7 +13,7 @@ import pytest
 from support.fakeagent import FakeAgent
 
 from agent.__main__ import main, parser
-from agent.cli import shells, tree
+from agent.cli import command_tree, shells
 
 REPO = Path(__file__).resolve().parents[3]
 EVIL = "x/$(touch EVIL)", "x/`touch EVIL`", "x/a;touch EVIL", "x/a b"
@@ -43,7 +43,7 @@ class Shell:
 
     def __init__(self, name: str, program: Path) -> None:
         self.name, self.program, self.folder = name, program, program.parent.parent
-        (self.folder / name).write_text(shells.script(name, tree.of(parser())))
+        (self.folder / name).write_text(shells.script(name, command_tree.command_tree(parser())))
 
     def __call__(self, line: str) -> list[str]:
         text = (self.folder / self.name).as_posix()
@@ -142,4 +142,4 @@ def test_a_slow_agent_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
 def test_scripts_are_printed(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", name]) == 0
-    assert capsys.readouterr().out == shells.script(name, tree.of(parser()))
+    assert capsys.readouterr().out == shells.script(name, command_tree.command_tree(parser()))

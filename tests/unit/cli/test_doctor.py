@@ -12,27 +12,27 @@ import pytest
 import yaml
 
 from agent.__main__ import main
-from agent.cli import doctor, inforce
+from agent.cli import doctor, effective_settings
 from agent.core.errors import SettingsError
-from agent.diagnosis.facts import Facts, Left
-from agent.diagnosis.finding import Finding, Verdict
+from agent.diagnosis.facts import Left, NodeFacts
+from agent.diagnosis.finding import CheckResult, CheckVerdict
 from agent.diagnosis.registry import CHECKS
 
 
-def finding(check: str, verdict: Verdict, found: str, cause: str = "", remedy: str = "") -> Finding:
-    return Finding(check, ("P01",), verdict, found, cause, remedy)
+def finding(check: str, verdict: CheckVerdict, found: str, cause: str = "", remedy: str = "") -> CheckResult:
+    return CheckResult(check, ("P01",), verdict, found, cause, remedy)
 
 
 FOUND = (
-    finding("agent", Verdict.OK, "it runs"),
+    finding("agent", CheckVerdict.OK, "it runs"),
     *(
-        finding("pods", Verdict.WRONG, f"shop/p{number}: gone", "its rules", f"explain p{number}")
+        finding("pods", CheckVerdict.WRONG, f"shop/p{number}: gone", "its rules", f"explain p{number}")
         for number in range(8)
     ),
-    finding("records", Verdict.WARNING, "4 lost", "too many", "set bpf_sizes"),
-    finding("kubernetes", Verdict.UNKNOWN, "no agent"),
-    finding("leaks", Verdict.UNKNOWN, "no agent"),
-    finding("cni-runtime", Verdict.UNKNOWN, "no runtime", "", "as root"),
+    finding("records", CheckVerdict.WARNING, "4 lost", "too many", "set bpf_sizes"),
+    finding("kubernetes", CheckVerdict.UNKNOWN, "no agent"),
+    finding("leaks", CheckVerdict.UNKNOWN, "no agent"),
+    finding("cni-runtime", CheckVerdict.UNKNOWN, "no runtime", "", "as root"),
 )
 
 
@@ -53,7 +53,7 @@ def test_what_could_not_be_seen_comes_last_by_its_reason_and_then_the_sum() -> N
 
 
 def test_json_has_all_of_it() -> None:
-    value = doctor.value(Facts(left=Left("away"), source="defaults"), FOUND)
+    value = doctor.value(NodeFacts(left=Left("away"), source="defaults"), FOUND)
     assert json.loads(json.dumps(value)) == value
     assert value["summary"] == {"ok": 1, "unknown": 3, "warning": 1, "wrong": 8}
     assert (value["agent"], value["settings"]) == ("away", "defaults")
@@ -110,8 +110,8 @@ class Process:
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("SLUICE_", "KUBERNETES_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(inforce, "USUAL", Path("/nonexistent"))
-    monkeypatch.setattr(inforce, "process", lambda run_dir: (7, ""))
+    monkeypatch.setattr(effective_settings, "USUAL", Path("/nonexistent"))
+    monkeypatch.setattr(effective_settings, "process", lambda run_dir: (7, ""))
 
 
 def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatc
     )  # fmt: skip
     made.write("container/etc/s.yaml", "backend: nftables\nverify_seconds: 7\n")
     monkeypatch.setenv("SLUICE_NON_TCP", "refuse")  # ours, not the agent's
-    settings, source = inforce.in_force("/run/x", proc=tmp_path)
+    settings, source = effective_settings.in_force("/run/x", proc=tmp_path)
     assert source == "the agent's process 7"
     assert (settings.backend, settings.verify_seconds, settings.ztunnel_ports) == ("iptables", 7.0, ("15001", "15006"))
     assert (settings.kube_server, settings.run_dir, settings.non_tcp) == ("https://10.0.0.1:443", "/run/x", "count")
@@ -131,19 +131,19 @@ def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatc
 def test_a_relative_file_is_the_agents_too(tmp_path: Path) -> None:
     made = Process(tmp_path, "sluice agent", SLUICE_CONFIG="s.yaml")
     made.write("home/s.yaml", "verify_seconds: 8\n")
-    assert inforce.in_force("/run/x", proc=tmp_path)[0].verify_seconds == 8.0
+    assert effective_settings.in_force("/run/x", proc=tmp_path)[0].verify_seconds == 8.0
 
 
 def test_without_a_process_its_usual_file_or_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert inforce.in_force("/run/x", proc=tmp_path)[1] == "defaults"  # process 7 cannot be seen
+    assert effective_settings.in_force("/run/x", proc=tmp_path)[1] == "defaults"  # process 7 cannot be seen
     usual = tmp_path / "sluice.yaml"
     usual.write_text("backend: ebpf\n")
-    monkeypatch.setattr(inforce, "USUAL", usual)
-    settings, source = inforce.in_force("/run/x", proc=tmp_path)
+    monkeypatch.setattr(effective_settings, "USUAL", usual)
+    settings, source = effective_settings.in_force("/run/x", proc=tmp_path)
     assert (settings.backend, source) == ("ebpf", str(usual))
     other = tmp_path / "other.yaml"
     other.write_text("backend: iptables\n")
-    assert inforce.in_force("/run/x", str(other), tmp_path)[0].backend == "iptables"
+    assert effective_settings.in_force("/run/x", str(other), tmp_path)[0].backend == "iptables"
     other.write_text("backend: spoons\n")
     with pytest.raises(SettingsError, match=r"other.yaml:1: backend"):
-        inforce.in_force("/run/x", str(other), tmp_path)
+        effective_settings.in_force("/run/x", str(other), tmp_path)

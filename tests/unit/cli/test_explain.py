@@ -8,8 +8,8 @@ import pytest
 
 from agent.__main__ import main
 from agent.cli import explain
-from agent.core.considered import considered
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
+from agent.core.policy.facts import considered
 from agent.core.settings import Settings
 
 AMBIENT = {"istio.io/dataplane-mode": "ambient"}

@@ -14,12 +14,12 @@ import pytest
 import agent.cli.rules
 from agent import __version__
 from agent.__main__ import _GROUPS, _SECTIONS, main, parser
-from agent.cli import manual, tree
-from agent.cli.tree import Command
+from agent.cli import command_tree, manual
+from agent.cli.command_tree import Command
 from agent.core.settings import DECLARED
 
 REPO = Path(__file__).resolve().parents[3]
-PROGRAM = tree.of(parser())
+PROGRAM = command_tree.command_tree(parser())
 COMMANDS = [command for command in PROGRAM.walk() if command.words]
 ASKING = [c for c in COMMANDS if c.words[0] in ("status", "pods", "explain", "connections", "verify", "diff")]
 

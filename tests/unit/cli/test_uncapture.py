@@ -12,9 +12,9 @@ import pytest
 from agent.backends.choose import Recorded
 from agent.cli import uncapture
 from agent.core.errors import KernelError
-from agent.core.whose import Whose
+from agent.core.model.ownership import Owner
 from agent.reconciler.removal import REMAINS, REMOVED, Removal
-from agent.sources import recorded
+from agent.sources.state import backend_record
 
 RECORD = Recorded("ebpf", "asked for", "ebpf", "as the pods", "6.18", 1.0)
 
@@ -27,16 +27,16 @@ class Host:
 def test_the_next_installation_does_not_run_the_choice_of_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remains: bool
 ) -> None:
-    left = [uncapture.Row("/run/netns/x", None, Removal(Whose.OURS, REMAINS, ("nftables",)))] if remains else []
-    replaced: dict[str, Any] = {"remove": lambda *_: (left, []), "left": lambda *_, **__: [], "HostNetns": Host}
+    left = [uncapture.Row("/run/netns/x", None, Removal(Owner.SLUICE, REMAINS, ("nftables",)))] if remains else []
+    replaced: dict[str, Any] = {"remove": lambda *_: (left, []), "leftovers": lambda *_, **__: [], "HostNetns": Host}
     for name, value in {**replaced, "uncapture_host": lambda *_, **__: None}.items():
         monkeypatch.setattr(uncapture, name, value)
     monkeypatch.setattr(uncapture.existing, "places", lambda *_: [])
-    recorded.save(str(tmp_path), RECORD)
+    backend_record.save(str(tmp_path), RECORD)
     given = {"netns": [], "foreign": False, "dry_run": False, "annotations": False, "config": "", "output": "text"}
     args = argparse.Namespace(run_dir=str(tmp_path), bpf_dir=str(tmp_path / "bpf"), **given)
     assert uncapture._all(args) == int(remains)
-    assert recorded.load(str(tmp_path)) == (RECORD if remains else None)
+    assert backend_record.load(str(tmp_path)) == (RECORD if remains else None)
 
 
 def test_a_pod_that_is_uncaptured_alone_leaves_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_a_pod_that_is_uncaptured_alone_leaves_the_account(tmp_path: Path, monke
     replaced: dict[str, Any] = {
         "AccountedPods": Accounted,
         "PodNetns": lambda one: SimpleNamespace(netns=one, close=lambda: None),
-        "uncapture": lambda *_, **__: Removal(Whose.OURS, REMOVED, ("nftables",)),
+        "uncapture": lambda *_, **__: Removal(Owner.SLUICE, REMOVED, ("nftables",)),
     }
     for name, value in replaced.items():
         monkeypatch.setattr(uncapture, name, value)

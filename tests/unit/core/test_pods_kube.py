@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core import names
-from agent.core.pods import KubeNamespace, KubePod, Pod, PodTable
+from agent.core.model.pods import KubeNamespace, KubePod, Pod, PodTable
 
 WEB = Pod("u1", "shop", "web", addresses=("10.0.0.1",), container_id="c1", annotations={"cni": "1"}, source="cni")
 KUBE = KubePod(

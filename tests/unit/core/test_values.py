@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.core.plan import Plan, Step
-from agent.core.redirect import Redirect
-from agent.core.status import State, Status
-from agent.core.tags import chain
+from agent.core.model.plan import Plan, Step
+from agent.core.model.redirect import Redirect
+from agent.core.model.status import State, Status
+from agent.core.model.tags import chain
 from agent.core.text import pairs, table
 
 texts = st.lists(st.text(max_size=10), min_size=1, max_size=5)

@@ -11,10 +11,23 @@ import pytest
 from agent import __version__
 from agent.__main__ import _GROUPS as COMMANDS
 from agent.backends.preflight import Feature
-from agent.core.host import HostTable, HostView, InKernel, Variant
+from agent.core.model.host import HostTable, HostView, InKernel, Variant
 from agent.core.settings import Settings
-from agent.diagnosis.facts import Agent, Attached, Cni, Facts, Host, Left, Listed, Node, Pod, Pods, Preflight, Security
-from agent.diagnosis.finding import Finding, Verdict, examine, examine_all, exit_code
+from agent.diagnosis.facts import (
+    AgentFacts,
+    AttachedProgram,
+    Cni,
+    HostFacts,
+    Left,
+    Listed,
+    NetworkFacts,
+    NodeFacts,
+    PodFacts,
+    PodsFacts,
+    Preflight,
+    Security,
+)
+from agent.diagnosis.finding import CheckResult, CheckVerdict, examine, examine_all, exit_code
 from agent.diagnosis.registry import CHECKS
 from agent.install import planning
 from agent.install.planning import View, Write
@@ -32,88 +45,88 @@ STATUS: dict[str, Any] = {
     "connections": [{"direction": "outbound", "fate": "captured", "reason": "", "connections": 9}],
     "damaged_state_files": [],
 }  # fmt: skip
-POD = Pod("shop/web", "/run/sluice/netns/u1", True, ("nftables",), addresses=("10.0.0.2", "fd00::2"))
+POD = PodFacts("shop/web", "/run/sluice/netns/u1", True, ("nftables",), addresses=("10.0.0.2", "fd00::2"))
 OURS = Listed("02-sluice.conflist", ("ptp", "sluice-cni"), True)
 ISTIOS = Listed("02-istio-cni.conflist", ("ptp", "istio-cni"))
 PRIMARY = Listed("10-kindnet.conflist", ("ptp", "portmap"))
 CNI = Cni(
     "own", "/etc/cni/net.d", "containerd says so", "/opt/cni/bin", "containerd says so", (OURS, PRIMARY),
-    verdict=planning.Verdict(file=OURS.name, primary=PRIMARY.name), runtime="containerd (process 7)", watched=True,
+    verdict=planning.InstallPlan(file=OURS.name, primary=PRIMARY.name), runtime="containerd (process 7)", watched=True,
 )  # fmt: skip
 SYSCTLS = {
     "fs.inotify.max_user_instances": "128", "fs.inotify.max_user_watches": "9",
     "net.netfilter.nf_conntrack_count": "5", "net.netfilter.nf_conntrack_max": "1000",
 }  # fmt: skip
-GOOD = Facts(
+GOOD = NodeFacts(
     Settings(),
     "defaults",
-    Agent(STATUS, (ROW,), (RIGHT,), {"records": 0}, 7, 50 << 20, 44, 20000),
+    AgentFacts(STATUS, (ROW,), (RIGHT,), {"records": 0}, 7, 50 << 20, 44, 20000),
     Left("", "nftables", "6.18", (), 1, "socket"),
     CNI,
-    Pods((POD,)),
-    Host(VIEW, ("nftables",), (), "the agent on 0.0.0.0:15014", True),
+    PodsFacts((POD,)),
+    NetworkFacts(VIEW, ("nftables",), (), "the agent on 0.0.0.0:15014", True),
     Preflight("nftables", "in use", (Feature("nf_tables", ("nftables",), True),)),
     (),
-    Node(sysctls=SYSCTLS),
+    HostFacts(sysctls=SYSCTLS),
     Security(),
 )
 AWAY = replace(
     GOOD,
-    agent=Agent({}),
+    agent=AgentFacts({}),
     left=replace(GOOD.left, why="cannot ask the agent at /run/sluice/agent.sock: Connection refused"),
     unseen={"agent": "cannot ask the agent"},
 )
 
 
-def status(**changes: Any) -> Facts:
+def status(**changes: Any) -> NodeFacts:
     return replace(GOOD, agent=replace(GOOD.agent, status={**STATUS, **changes}))
 
 
-def agent(**changes: Any) -> Facts:
+def agent(**changes: Any) -> NodeFacts:
     return replace(GOOD, agent=replace(GOOD.agent, **changes))
 
 
-def cni(**changes: Any) -> Facts:
+def cni(**changes: Any) -> NodeFacts:
     return replace(GOOD, cni=replace(CNI, **changes))
 
 
-def pod(**changes: Any) -> Facts:
-    return replace(GOOD, pods=Pods((replace(POD, **changes),)))
+def pod(**changes: Any) -> NodeFacts:
+    return replace(GOOD, pods=PodsFacts((replace(POD, **changes),)))
 
 
-def view(**changes: Any) -> Facts:
+def view(**changes: Any) -> NodeFacts:
     return replace(GOOD, host=replace(GOOD.host, view=replace(VIEW, **changes)))
 
 
-def node(**changes: Any) -> Facts:
+def node(**changes: Any) -> NodeFacts:
     return replace(GOOD, node=replace(GOOD.node, **changes))
 
 
-def rows(**changes: Any) -> Facts:
+def rows(**changes: Any) -> NodeFacts:
     return agent(pods=({**ROW, **changes},))
 
 
-def sysctl(name: str, value: str) -> Facts:
+def sysctl(name: str, value: str) -> NodeFacts:
     return node(sysctls={**SYSCTLS, name: value})
 
 
-def settings(**changes: Any) -> Facts:
+def settings(**changes: Any) -> NodeFacts:
     return replace(GOOD, settings=replace(GOOD.settings, **changes))
 
 
-def sockets(*found: Attached) -> Facts:
+def sockets(*found: AttachedProgram) -> NodeFacts:
     return replace(GOOD, sockets=found)
 
 
-def feature(**changes: Any) -> Facts:
+def feature(**changes: Any) -> NodeFacts:
     made = replace(Feature("meta mark", ("nftables",), False, "Operation not supported", "modprobe x"), **changes)
     return replace(GOOD, preflight=replace(GOOD.preflight, features=(made,)))
 
 
-WRONG, WARNING, UNKNOWN, OK = Verdict.WRONG, Verdict.WARNING, Verdict.UNKNOWN, Verdict.OK
-INSERTED = planning.Verdict(actions=(Write("02-sluice.conflist", b"x"),), file="02-sluice.conflist")
+WRONG, WARNING, UNKNOWN, OK = CheckVerdict.WRONG, CheckVerdict.WARNING, CheckVerdict.UNKNOWN, CheckVerdict.OK
+INSERTED = planning.InstallPlan(actions=(Write("02-sluice.conflist", b"x"),), file="02-sluice.conflist")
 AVC = 'audit: avc: denied { connectto } for pid=9 comm="sluice-cni" permissive=0'
-CASES: list[tuple[str, str, Facts, Verdict, str]] = [
+CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("agent", "not ready", status(ready=False, problem="the CNI plugin is not installed"), WRONG, "not installed"),
     ("agent", "degraded", status(problem="no ztunnel is connected"), WARNING, "no ztunnel"),
     ("agent", "away, pods wait", AWAY, WRONG, "Connection refused"),
@@ -140,7 +153,7 @@ CASES: list[tuple[str, str, Facts, Verdict, str]] = [
     ("cni-configuration", "ours was dropped", cni(files=(PRIMARY,)), WRONG, "sluice-cni is not"),
     ("cni-configuration", "out of date", cni(verdict=INSERTED), WRONG, "write 02-sluice.conflist"),
     ("cni-configuration", "nothing there", cni(files=()), WRONG, "no CNI conf"),
-    ("cni-configuration", "refused", cni(verdict=planning.Verdict(error="10-x: not JSON")), WRONG, "not JSON"),
+    ("cni-configuration", "refused", cni(verdict=planning.InstallPlan(error="10-x: not JSON")), WRONG, "not JSON"),
     ("cni-configuration", "directory hidden", cni(error="/etc/cni/net.d: Permission denied"), WRONG, "Permission"),
     ("cni-configuration", "remarks", cni(verdict=replace(CNI.verdict, remarks=("not used: 01-x",))), WARNING, "01-x"),
     ("cni-configuration", "istio-cni's own first", cni(files=(ISTIOS, OURS, PRIMARY)), OK, "02-sluice.conflist: ptp"),
@@ -214,12 +227,12 @@ CASES: list[tuple[str, str, Facts, Verdict, str]] = [
     ("pods", "failed", rows(state="failed", error="nft: Operation not supported"), WRONG, "Operation not supported"),
     ("pods", "pending", rows(state="pending", error="no ztunnel"), WRONG, "no ztunnel"),
     ("pods", "waiting", rows(state="waiting", error="not found"), WARNING, "not found"),
-    ("pod-rules", "flushed", replace(AWAY, pods=Pods((replace(POD, ours=()),))), WRONG, "no rules in"),
+    ("pod-rules", "flushed", replace(AWAY, pods=PodsFacts((replace(POD, ours=()),))), WRONG, "no rules in"),
     ("pod-rules", "gone", pod(error="its network namespace is not there any more"), WARNING, "not there"),
     (
         "pod-rules",
         "nobody's",
-        replace(GOOD, pods=Pods((POD,), (replace(POD, place="/proc/9/ns/net"),))),
+        replace(GOOD, pods=PodsFacts((POD,), (replace(POD, place="/proc/9/ns/net"),))),
         WARNING,
         "/proc/9",
     ),
@@ -254,14 +267,21 @@ CASES: list[tuple[str, str, Facts, Verdict, str]] = [
     ("pod-ports", "in the range", pod(ports=(40000,)), WARNING, "40000"),
     ("pod-sockets", "left over", pod(states={"CLOSE_WAIT": 19059}), WARNING, "19059"),
     ("pod-sockets", "ports used up", pod(states={"ESTABLISHED": 28000}), WARNING, "28000"),
-    ("socket-balancer", "Cilium", sockets(Attached("connect4", "cil_sock4_connect", 9)), WARNING, "cil_sock4_connect"),
-    ("socket-balancer", "Calico", sockets(Attached("connect4", "calico_connect", 9)), WARNING, "calico_connect"),
-    ("socket-balancer", "somebody", sockets(Attached("sendmsg4", "mine", 9)), WARNING, "mine (sendmsg4)"),
+    (
+        "socket-balancer",
+        "Cilium",
+        sockets(AttachedProgram("connect4", "cil_sock4_connect", 9)),
+        WARNING,
+        "cil_sock4_connect",
+    ),
+    ("socket-balancer", "Calico", sockets(AttachedProgram("connect4", "calico_connect", 9)), WARNING, "calico_connect"),
+    ("socket-balancer", "somebody", sockets(AttachedProgram("sendmsg4", "mine", 9)), WARNING, "mine (sendmsg4)"),
     (
         "socket-balancer",
         "pods left alone",
         replace(
-            sockets(Attached("connect4", "cil_sock4_connec", 9)), node=Node(cilium={"bpf-lb-sock-hostns-only": "true"})
+            sockets(AttachedProgram("connect4", "cil_sock4_connec", 9)),
+            node=HostFacts(cilium={"bpf-lb-sock-hostns-only": "true"}),
         ),
         OK,
         "alone",
@@ -298,7 +318,7 @@ CASES: list[tuple[str, str, Facts, Verdict, str]] = [
 ]
 
 
-def of(name: str, facts: Facts) -> tuple[Finding, ...]:
+def of(name: str, facts: NodeFacts) -> tuple[CheckResult, ...]:
     return examine(next(one for one in CHECKS if one.id == name), facts)
 
 
@@ -313,7 +333,7 @@ def test_where_all_is_right_every_check_is_ok() -> None:
 @pytest.mark.parametrize(
     ("name", "what", "facts", "verdict", "words"), CASES, ids=lambda one: one if isinstance(one, str) else ""
 )
-def test_check(name: str, what: str, facts: Facts, verdict: Verdict, words: str) -> None:
+def test_check(name: str, what: str, facts: NodeFacts, verdict: CheckVerdict, words: str) -> None:
     found = of(name, facts)
     worst = [one for one in found if one.verdict is verdict]
     assert worst, found

@@ -12,9 +12,9 @@ from support.installing import CALICO, NOBODY, text
 
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
-from agent.diagnosis.facts import Cni, Facts
-from agent.diagnosis.finding import Finding, Verdict, examine
-from agent.diagnosis.looks import cni as looks
+from agent.diagnosis.facts import Cni, NodeFacts
+from agent.diagnosis.finding import CheckResult, CheckVerdict, examine
+from agent.diagnosis.probes import cni as looks
 from agent.diagnosis.registry import CHECKS
 from agent.install.installer import Installer
 from agent.install.running import Running
@@ -43,13 +43,13 @@ class Place:
         Installer(self.settings, NOBODY).step()
 
     def look(self) -> Cni:
-        return looks.look(self.settings, NOBODY)
+        return looks.probe(self.settings, NOBODY)
 
-    def check(self, name: str) -> tuple[Finding, ...]:
-        return examine(next(one for one in CHECKS if one.id == name), Facts(self.settings, cni=self.look()))
+    def check(self, name: str) -> tuple[CheckResult, ...]:
+        return examine(next(one for one in CHECKS if one.id == name), NodeFacts(self.settings, cni=self.look()))
 
-    def verdict(self, name: str) -> tuple[Verdict, str]:
-        worst = max(self.check(name), key=lambda one: list(Verdict).index(one.verdict))
+    def verdict(self, name: str) -> tuple[CheckVerdict, str]:
+        worst = max(self.check(name), key=lambda one: list(CheckVerdict).index(one.verdict))
         return worst.verdict, worst.found
 
 
@@ -62,7 +62,7 @@ def place(tmp_path: Path) -> Place:
 
 def test_as_installed_all_is_right(place: Place) -> None:
     for name in ("cni-configuration", "cni-primary", "cni-directories", "cni-plugin", "istio-cni"):
-        assert place.verdict(name)[0] is Verdict.OK, place.check(name)
+        assert place.verdict(name)[0] is CheckVerdict.OK, place.check(name)
     assert "calico > portmap > sluice-cni" in place.verdict("cni-configuration")[1]
 
 
@@ -71,13 +71,13 @@ def test_p01_p08_a_list_that_comes_before_ours_is_told_with_whose_it_is(place: P
         json.dumps({"name": "k", "cniVersion": "1.0.0", "plugins": [{"type": "ptp"}]})
     )
     verdict, found = place.verdict("cni-configuration")
-    assert verdict is Verdict.WRONG and "00-kindnet.conflist (ptp)" in found
+    assert verdict is CheckVerdict.WRONG and "00-kindnet.conflist (ptp)" in found
     assert place.verdict("cni-primary") == (
-        Verdict.WARNING,
+        CheckVerdict.WARNING,
         f"{place.conf}: 00-kindnet.conflist (ptp), 10-calico.conflist (calico)",
     )
     (place.conf / "00-kindnet.conflist").unlink()
-    assert place.verdict("cni-configuration")[0] is Verdict.OK
+    assert place.verdict("cni-configuration")[0] is CheckVerdict.OK
 
 
 def test_p07_our_list_removed_or_out_of_date(place: Place) -> None:
@@ -85,18 +85,18 @@ def test_p07_our_list_removed_or_out_of_date(place: Place) -> None:
     kept = ours.read_bytes()
     ours.unlink()
     verdict, found = place.verdict("cni-configuration")
-    assert verdict is Verdict.WRONG and "10-calico.conflist (calico > portmap)" in found
+    assert verdict is CheckVerdict.WRONG and "10-calico.conflist (calico > portmap)" in found
     ours.write_bytes(kept)
     (place.conf / "10-calico.conflist").write_bytes(text(CALICO, "bandwidth"))
     verdict, found = place.verdict("cni-configuration")
-    assert verdict is Verdict.WRONG and "write 02-sluice.conflist" in found
+    assert verdict is CheckVerdict.WRONG and "write 02-sluice.conflist" in found
     place.install()
-    assert place.verdict("cni-configuration")[0] is Verdict.OK
+    assert place.verdict("cni-configuration")[0] is CheckVerdict.OK
 
 
 def test_p07_cilium_renames_it(place: Place) -> None:
     (place.conf / "02-sluice.conflist").rename(place.conf / "02-sluice.conflist.cilium_bak")
-    assert place.verdict("cni-primary") == (Verdict.WRONG, f"{place.conf}/02-sluice.conflist.cilium_bak")
+    assert place.verdict("cni-primary") == (CheckVerdict.WRONG, f"{place.conf}/02-sluice.conflist.cilium_bak")
 
 
 def test_p25_a_damaged_list_is_named(place: Place) -> None:
@@ -114,9 +114,9 @@ def test_p19_p21_the_binary(place: Place) -> None:
     assert any("Permission denied" in one.found for one in place.check("cni-plugin"))
     binary.write_text("#!/bin/sh\necho not JSON\n")
     binary.chmod(0o755)
-    assert any("sluice-cni: " in one.found and one.verdict is Verdict.WRONG for one in place.check("cni-plugin"))
+    assert any("sluice-cni: " in one.found and one.verdict is CheckVerdict.WRONG for one in place.check("cni-plugin"))
     binary.unlink()
-    assert place.verdict("cni-plugin") == (Verdict.WRONG, f"{binary} is not there")
+    assert place.verdict("cni-plugin") == (CheckVerdict.WRONG, f"{binary} is not there")
 
 
 def test_without_an_installation_of_ours_nothing_is_asked_for(tmp_path: Path) -> None:
@@ -125,18 +125,18 @@ def test_without_an_installation_of_ours_nothing_is_asked_for(tmp_path: Path) ->
         cni_conf_dir=str(bare.conf), cni_bin_dir=str(bare.bin), cni_plugin=bare.settings.cni_plugin
     )
     assert bare.look().managed == "off"
-    assert [bare.verdict(name)[0] for name in ("cni-configuration", "cni-plugin")] == [Verdict.OK] * 2
+    assert [bare.verdict(name)[0] for name in ("cni-configuration", "cni-plugin")] == [CheckVerdict.OK] * 2
 
 
 def test_istio_cni_beside_us_is_told(place: Place) -> None:
     (place.conf / "10-calico.conflist").write_bytes(text(CALICO, "istio-cni"))
-    assert place.verdict("istio-cni")[0] is Verdict.WARNING
+    assert place.verdict("istio-cni")[0] is CheckVerdict.WARNING
 
 
 def test_what_cannot_be_read_is_raised(place: Place) -> None:
     shutil.rmtree(place.conf)
     place.conf.write_text("a file")
-    assert place.verdict("cni-configuration")[0] is Verdict.WRONG
+    assert place.verdict("cni-configuration")[0] is CheckVerdict.WRONG
     place.conf.unlink()
     place.conf.symlink_to(place.conf.name)
     with pytest.raises((SettingsError, OSError)):

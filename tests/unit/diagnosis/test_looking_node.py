@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from agent.core.settings import Settings
-from agent.diagnosis.looks import node
-from agent.diagnosis.looks.security import is_denial
+from agent.diagnosis.probes import node
+from agent.diagnosis.probes.security import is_denial
 
 
 class Host:
@@ -26,8 +26,8 @@ class Host:
         self.write(f"proc/{pid}/cmdline", (command or comm) + "\0--flag\0")
         (self.proc / str(pid) / "fd").mkdir()
 
-    def look(self) -> node.Node:
-        return node.look(Settings(host_root=str(self.root)), self.proc)
+    def look(self) -> node.HostFacts:
+        return node.probe(Settings(host_root=str(self.root)), self.proc)
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families as parsed
 from support.world import World, play, pod
 
 from agent.core.errors import KernelError
-from agent.core.pods import Pod
-from agent.core.status import State
+from agent.core.model.pods import Pod
+from agent.core.model.status import State
 from agent.export.admin import Admin
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
-from agent.sources.beside import Beside
+from agent.sources.non_tcp import NonTcpCounter
 
 Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 
@@ -27,7 +27,7 @@ class Bench:
         self.metrics = Metrics(lambda: [State.ENABLED, State.ENABLED, State.FAILED], lambda: 2)
         self.admin = Admin(
             world.reconciler.settings, world.table, world.reconciler, self.metrics, lambda: self.ready,
-            lambda: {"node": "n1"}, Beside("nftables"),
+            lambda: {"node": "n1"}, NonTcpCounter("nftables"),
         )  # fmt: skip
 
     async def ask(self, path: str, method: str = "GET", **query: str) -> Any:

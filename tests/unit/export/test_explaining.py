@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 from support.world import AMBIENT, World, play, pod
 
-from agent.core.considered import considered
 from agent.core.errors import KernelError, SluiceError
-from agent.core.listeners import Heard
-from agent.core.pods import KubeNamespace, KubePod, Pod
+from agent.core.model.listeners import PortListeners
+from agent.core.model.pods import KubeNamespace, KubePod, Pod
+from agent.core.policy.facts import considered
 from agent.core.settings import Settings
 from agent.export.advice import advise
-from agent.export.explaining import Around, Explaining
+from agent.export.explaining import ExplainContext, Explaining
 from agent.export.http import Request
 from agent.reconciler.host import HostStatus
-from agent.sources.beside import Beside
+from agent.sources.non_tcp import NonTcpCounter
 from agent.zds.messages import Add
 
 CLUSTER = "https://10.96.0.1"
@@ -28,16 +28,16 @@ class Surroundings:
     """Everything is right until a script says otherwise."""
 
     def __init__(self) -> None:
-        self.acknowledged, self.heard, self.failure = True, Heard(), False
+        self.acknowledged, self.heard, self.failure = True, PortListeners(), False
         self.host = HostStatus("nftables", ok=True, members=1)
 
-    def ask_heard(self, uid: str) -> Heard | None:
+    def ask_heard(self, uid: str) -> PortListeners | None:
         if self.failure:
             raise KernelError("sock_diag", 12, "no memory")
         return self.heard
 
-    def around(self, places: Mapping[str, str]) -> Around:
-        return Around(
+    def around(self, places: Mapping[str, str]) -> ExplainContext:
+        return ExplainContext(
             lambda uid: self.acknowledged,
             lambda uid: Add(uid, "web", "shop", "robot"),
             self.ask_heard,
@@ -71,7 +71,7 @@ class Bench:
         self.world, self.surroundings, self.records = world, Surroundings(), Records(connection())
         self.node: dict[str, Any] = {"node": "n1", "ztunnel_connections": 1}
         self.explaining = Explaining(
-            settings, world.table, world.reconciler, Beside("nftables"), lambda: self.node,
+            settings, world.table, world.reconciler, NonTcpCounter("nftables"), lambda: self.node,
             self.records, self.surroundings.around(places),  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -182,9 +182,9 @@ def test_what_is_not_right_is_advised_on_worst_first() -> None:
         assert told["connections"]["fates"][0] | {"connections": 2} == told["connections"]["fates"][0]
         bench.surroundings.host = HostStatus("nftables", error="no table")
         assert "sluice verify --all --repair" in (await bench())["advice"]
-        bench.surroundings.heard = Heard(missing=(15006,))
+        bench.surroundings.heard = PortListeners(missing=(15006,))
         assert (await bench())["advice"] == "restart ztunnel: nothing listens in the pod on 15006"
-        bench.surroundings.heard = Heard(foreign=("nginx[7] listens on 0.0.0.0:15006",), missing=(15006,))
+        bench.surroundings.heard = PortListeners(foreign=("nginx[7] listens on 0.0.0.0:15006",), missing=(15006,))
         assert "a process of the pod listens on a port of ztunnel" in (await bench())["advice"]
         bench.world.kernel.damage("rules", bench.world.target("web"))
         told = await bench()
@@ -292,7 +292,7 @@ def test_without_surroundings_it_says_what_it_can() -> None:
     async def inside(world: World) -> None:
         await world.settle(pod())
         settings = replace(world.reconciler.settings, ipv6=False)
-        made = Explaining(settings, world.table, world.reconciler, Beside("nftables"), lambda: {})
+        made = Explaining(settings, world.table, world.reconciler, NonTcpCounter("nftables"), lambda: {})
         told = await made(Request("GET", "/v1/explain", {"pod": "web"}))
         assert (told["ztunnel"]["acknowledged"], told["exemption"], told["connections"]["collector"]) == (
             None,

@@ -10,10 +10,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
 from agent.export import exposition
+from agent.flows.identity import Service, Workload
+from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason
-from agent.flows.tally import Fated, Measured, Snapshot, Traffic
-from agent.flows.who import Service, Workload
 
 OUT = Direction.OUTBOUND
 WEB = Workload("web", "shop", "robot")
@@ -25,7 +25,7 @@ def snapshot(name: str = "db") -> Snapshot:
     opened = traffic(OUT, WEB, Workload(name, name), Service(name, name, name), "td")
     failed = traffic(OUT, WEB, None, None, "td")
     return Snapshot(
-        [Traffic(opened, 3, 2, 0, 2**53 + 1, 7), Traffic(failed, 0, 0, 4, 0, 0)],
+        [TrafficTotals(opened, 3, 2, 0, 2**53 + 1, 7), TrafficTotals(failed, 0, 0, 4, 0, 0)],
         [Fated(fated("shop", name, OUT, Fate.LEAKED, Reason.RAW), 5, 77, 1700000000.1239),
          Fated(fated("shop", name, OUT, Fate.CAPTURED, Reason.NONE), 6, 0, 0.0)],
         [Measured(owner("shop", name, OUT), RTT, 1.25, DURATION, 99.5, 8)],

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from agent.core.errors import ForeignNetnsError, KernelError, NetnsError, PodGoneError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.export.metrics import Metrics
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.core.errors import KernelError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.export import verifying
 from agent.export.verifying import Part, Row
 from agent.install.installer import Look
-from agent.install.planning import Remove, Verdict
-from agent.sources.bypassing import Remembered
+from agent.install.planning import InstallPlan, Remove
+from agent.sources.cni.cache import CachedSandbox
 
 
 def rows(part: Part, *, repair: bool = False) -> list[Row]:
@@ -41,7 +41,7 @@ class FakeInstaller:
 
     def step(self) -> None:
         self.steps += 1
-        self.found = Look(verdict=Verdict(file="02-sluice.conflist"))
+        self.found = Look(verdict=InstallPlan(file="02-sluice.conflist"))
 
 
 def installation(installer: FakeInstaller) -> Part:
@@ -49,13 +49,13 @@ def installation(installer: FakeInstaller) -> Part:
 
 
 def test_installation() -> None:
-    right = Verdict(file="02-sluice.conflist", primary="10-lab.conflist", remarks=("good to know",))
+    right = InstallPlan(file="02-sluice.conflist", primary="10-lab.conflist", remarks=("good to know",))
     assert said(installation(FakeInstaller(Look(verdict=right)))) == ("own", "ok", "")
-    lacking = FakeInstaller(Look(binary=True, verdict=Verdict((Remove("x"),), "02-sluice.conflist")))
+    lacking = FakeInstaller(Look(binary=True, verdict=InstallPlan((Remove("x"),), "02-sluice.conflist")))
     assert said(installation(lacking)) == ("own", "drift", "cni: install the plugin; cni: remove x")
     assert lacking.steps == 0
     assert said(installation(lacking), repair=True) == ("own", "ok", "")
-    nothing = FakeInstaller(Look(verdict=Verdict(error="no CNI configuration is there yet")))
+    nothing = FakeInstaller(Look(verdict=InstallPlan(error="no CNI configuration is there yet")))
     assert said(installation(nothing)) == ("own", "drift", "no CNI configuration is there yet")
     assert said(installation(FakeInstaller(Look()))) == ("own", "drift", "there is no configuration of ours")
     assert said(installation(FakeInstaller(Look(error="refused")))) == ("own", "unknown", "refused")
@@ -88,8 +88,8 @@ def test_sources() -> None:
 
 
 def test_bypassing() -> None:
-    def one(name: str, *, chained: bool) -> Remembered:
-        return Remembered("id", Pod("u", "shop", name), chained)
+    def one(name: str, *, chained: bool) -> CachedSandbox:
+        return CachedSandbox("id", Pod("u", "shop", name), chained)
 
     found = rows(verifying.bypassing(lambda: [one("b", chained=True), one("a", chained=False)]))
     assert [(row["namespace"], row["name"], row["state"], row["result"]) for row in found] == [

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from agent.core.pods import Pod, PodTable
-from agent.core.redirect import Redirect
+from agent.core.model.pods import Pod, PodTable
+from agent.core.model.redirect import Redirect
 from agent.flows.accounting import _FORMER, Accounting
-from agent.flows.who import Who
+from agent.flows.identity import Who
 
 
 class Collector:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.backends.ebpf import needs
+from agent.backends.ebpf import requirements
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError
@@ -39,7 +39,7 @@ def test_interfaces_are_watched_where_tcx_is(
             raise KernelError("attach BPF program to interface 1 (tcx_ingress)", 22, "Invalid argument")
 
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    monkeypatch.setattr(needs, "attempt", attempt)
+    monkeypatch.setattr(requirements, "attempt", attempt)
     found, without = choose._watching(PINS)
     assert (found, len(attempts)) == (watching, tried)
     assert ("Linux 6.6" in without) == (not watching)

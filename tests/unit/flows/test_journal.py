@@ -16,13 +16,13 @@ import pytest
 
 from agent.flows import journal as module
 from agent.flows import logfile
-from agent.flows.journal import Journal
+from agent.flows.journal import ConnectionJournal
 from agent.flows.logfile import LogFile
-from agent.flows.named import Named
 from agent.flows.record import Connection, Direction, Fate, Reason
+from agent.flows.resolved_record import ResolvedRecord
 from agent.flows.sampling import sampled
 
-NAMED = Named(
+NAMED = ResolvedRecord(
     Connection(
         1, 0, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 40000), ("10.0.0.2", 80),
         opened=1.0, closed=2.0,
@@ -31,7 +31,7 @@ NAMED = Named(
 )  # fmt: skip
 
 
-def records(first: int, count: int, **facts: Any) -> list[Named]:
+def records(first: int, count: int, **facts: Any) -> list[ResolvedRecord]:
     return [replace(NAMED, connection=replace(NAMED.connection, socket=first + n, **facts)) for n in range(count)]
 
 
@@ -39,9 +39,11 @@ def sockets(path: Path) -> list[int]:
     return [json.loads(line)["socket"] for line in path.read_text().splitlines()]
 
 
-def written(path: Path, *batches: list[Named], limit: int = 1 << 30, keep: int = 2, one_in: int = 1) -> Journal:
+def written(
+    path: Path, *batches: list[ResolvedRecord], limit: int = 1 << 30, keep: int = 2, one_in: int = 1
+) -> ConnectionJournal:
     """The journal after its end."""
-    made = Journal(LogFile(str(path), limit, keep), one_in)
+    made = ConnectionJournal(LogFile(str(path), limit, keep), one_in)
     for batch in batches:
         made.write(batch)
     made.close()
@@ -82,7 +84,7 @@ def test_what_is_there_stays_and_a_torn_line_is_ended(tmp_path: Path) -> None:
 
 
 def test_the_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
-    made = Journal(LogFile("-", 1 << 16, 1))
+    made = ConnectionJournal(LogFile("-", 1 << 16, 1))
     made.write(records(5, 3))
     made.close()
     assert [json.loads(line)["socket"] for line in capfd.readouterr().out.splitlines()] == [5, 6, 7]
@@ -186,7 +188,7 @@ def test_a_full_disk_is_counted_and_told_of_once_and_leaves_no_half_line(
 ) -> None:
     caplog.set_level(logging.INFO)
     path = tmp_path / "c.json"
-    made = Journal(LogFile(str(path), 1 << 20, 1))
+    made = ConnectionJournal(LogFile(str(path), 1 << 20, 1))
     made.write(records(0, 3))
     wait(lambda: made.written == 3)
     for first in (10, 20, 30):
@@ -210,7 +212,7 @@ def test_a_full_disk_is_counted_and_told_of_once_and_leaves_no_half_line(
 
 def test_a_place_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "none" / "c.json"
-    made = Journal(LogFile(str(path), 1 << 20, 1))
+    made = ConnectionJournal(LogFile(str(path), 1 << 20, 1))
     made.write(records(0, 2))
     wait(lambda: made.losses()["log_failed"] == 2)
     path.parent.mkdir()
@@ -243,7 +245,7 @@ def test_a_reader_that_stalls_costs_records_and_nothing_else(monkeypatch: pytest
             self.got += lines
 
     file = Stalled("pipe", 1, 1)
-    made = Journal(file)
+    made = ConnectionJournal(file)
     made.write(records(0, 1))
     assert reached.wait(10)
     made.write(records(1, 200))

@@ -12,10 +12,10 @@ from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.install import conflists
 from agent.install.conflists import Conf, chainable, kept_name, own_name, parse, readable, strip, wrap
-from agent.install.entry import entry
+from agent.install.plugin_entry import plugin_entry
 
 GOOD = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}
-ENTRY = entry(Settings())
+ENTRY = plugin_entry(Settings())
 
 
 def conf(name: str = "10-net.conflist", **changes: object) -> Conf:

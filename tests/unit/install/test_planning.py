@@ -8,11 +8,11 @@ import pytest
 
 from agent.core.settings import Settings
 from agent.install import planning
-from agent.install.entry import entry
-from agent.install.planning import Remove, Rename, Verdict, View, Write
+from agent.install.planning import InstallPlan, Remove, Rename, View, Write
+from agent.install.plugin_entry import plugin_entry
 
 WISHED = "02-sluice.conflist"
-ENTRY = entry(Settings())
+ENTRY = plugin_entry(Settings())
 PLUGIN = {"type": "bridge"}
 
 
@@ -21,7 +21,7 @@ def network(name: str = "net", *kinds: str, **more: object) -> bytes:
     return json.dumps({"cniVersion": "1.0.0", "name": name, "plugins": plugins, **more}).encode()
 
 
-def own(files: dict[str, bytes], **unread: str) -> Verdict:
+def own(files: dict[str, bytes], **unread: str) -> InstallPlan:
     return planning.own(View(files, {key.replace("_", "."): why for key, why in unread.items()}), ENTRY, WISHED)
 
 

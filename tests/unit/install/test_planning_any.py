@@ -14,12 +14,12 @@ from support.installing import apply
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.install import conflists, planning
-from agent.install.entry import entry
-from agent.install.planning import Verdict, View
+from agent.install.planning import InstallPlan, View
+from agent.install.plugin_entry import plugin_entry
 
 WISHED = "02-sluice.conflist"
-ENTRY = entry(Settings())
-MODES: dict[str, Callable[..., Verdict]] = {"own": planning.own, "insert": planning.insert}
+ENTRY = plugin_entry(Settings())
+MODES: dict[str, Callable[..., InstallPlan]] = {"own": planning.own, "insert": planning.insert}
 NAMES = [
     "00-multus.conf", "02-istio-cni.conflist", "10-a.conf", "10-a.conflist", "10-a.json", "20-b.conflist", WISHED,
     "00-multus-sluice.conflist", "02-sluice.conflist.cilium_bak",
@@ -53,7 +53,7 @@ def valid(files: dict[str, bytes]) -> list[conflists.Conf]:
     return found
 
 
-def carry_out(files: dict[str, bytes], verdict: Verdict) -> None:
+def carry_out(files: dict[str, bytes], verdict: InstallPlan) -> None:
     could = bool(valid(files))
     for action in verdict.actions:
         apply(files, action)

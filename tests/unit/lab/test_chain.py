@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.lab.chain import Chain, ChainError
+from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment
 
 POD = Attachment("c1", "/run/netns/slux-shop-web", "shop", "web", "uid-1", {})
@@ -24,7 +24,7 @@ class Bench:
         self.version("1.0.0")
         for name in ("first", "second"):
             self.plugin(name, f"echo '{json.dumps(RESULT)}'")
-        self.chain = Chain(directory / "conflist", directory / "cache", None, [directory])
+        self.chain = CniChain(directory / "conflist", directory / "cache", None, [directory])
 
     def version(self, version: str) -> None:
         plugins = [{"type": "first"}, {"type": "second"}]

@@ -1,56 +1,52 @@
 from __future__ import annotations
 
-import socket
-import threading
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from agent.core import settings as core
-from agent.lab.processes import Backend, ready, settings
-from agent.lab.topology import LabSpec
+from agent.core.errors import SluiceError
+from agent.kernel.exec import start
+from agent.lab.processes import Child, await_ready, end, start_time
 
 
-@pytest.mark.parametrize("backend", Backend)
-def test_the_agent_accepts_the_settings_that_the_lab_writes(backend: Backend) -> None:
-    written = settings(LabSpec("slux", ("node1",)), "node1", backend)
-    built = core.build({key: (value, "sluice.yaml") for key, value in written.items()})
-    assert (built.node_name, built.run_dir, built.backend) == ("node1", "/run/slux/node1", str(backend))
-    assert built.admin_socket == "/run/slux/node1/agent.sock"
-    assert built.cni_socket == "/run/slux/node1/cni.sock"
-    assert built.bpf_dir == "/sys/fs/bpf/slux-node1"
+def test_a_process_that_only_has_the_same_pid_is_left_alone() -> None:
+    process = start(["sleep", "1000"])
+    try:
+        begun = start_time(process.pid)
+        assert begun is not None
+        end(process.pid, begun - 1, seconds=1)
+        assert process.poll() is None
+        end(process.pid, begun, seconds=30)
+        assert process.wait() == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
 
 
-@pytest.mark.parametrize(
-    ("answer", "is_ready"),
-    [
-        (b"HTTP/1.1 200 OK\r\n\r\nok", True),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno ztunnel", False),
-        (b"HTTP/1.1 2", False),
-        (b"\r\n", False),
-        (b"", False),
-    ],
-)
-def test_ready_means_200_on_the_admin_socket(tmp_path: Path, answer: bytes, is_ready: bool) -> None:
-    path = tmp_path / "agent.sock"
-
-    def serve() -> None:
-        peer, _ = server.accept()
-        with peer:
-            assert peer.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
-            peer.sendall(answer)
-
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(path))
-        server.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
-        assert ready(path) is is_ready
-        thread.join()
+def test_one_that_ignores_sigterm_is_killed() -> None:
+    reading, writing = os.pipe()
+    ignore = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(1000)"
+    process = start([sys.executable, "-c", ignore], stdout=writing)
+    os.close(writing)
+    assert os.read(reading, 1) == b"\n"  # from here on it ignores
+    os.close(reading)
+    end(process.pid, start_time(process.pid), seconds=0.05)
+    assert process.wait() == -signal.SIGKILL
 
 
-def test_no_agent_yet_or_no_longer_is_not_ready(tmp_path: Path) -> None:
-    assert not ready(tmp_path / "agent.sock")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "agent.sock"))
-    assert not ready(tmp_path / "agent.sock"), "a killed agent leaves its socket's file"
+def test_one_that_has_ended_is_fine_and_has_no_start_time() -> None:
+    process = start(["true"])
+    process.wait()
+    assert start_time(process.pid) is None
+    end(process.pid, 1, seconds=1)
+
+
+def test_waiting_tells_the_end_of_the_log_when_the_process_ends_first(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\nbind: Address already in use\n")
+    child = Child("node1.agent", 2**22 + 1, 1, str(log))  # above the kernel's highest pid
+    with pytest.raises(SluiceError, match=r"node1\.agent ended before it was ready: one \| bind: Address"):
+        await_ready(child, lambda: False, 30, "ready")

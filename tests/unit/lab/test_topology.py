@@ -7,7 +7,7 @@ import pytest
 
 from agent.core.errors import SettingsError
 from agent.core.names import DATAPLANE_MODE
-from agent.lab.topology import LabSpec, PodSpec, Program, default_spec
+from agent.lab.topology import LabSpec, PodProgram, PodSpec, default_spec
 
 
 def test_default_lab_has_three_pods_enrolled_and_one_excluded_on_two_nodes() -> None:
@@ -55,7 +55,7 @@ def test_refuses_pods_that_cannot_be_built_or_told_apart(pods: tuple[PodSpec, ..
 
 
 def test_a_pod_is_found_by_a_unique_name_only() -> None:
-    spec = LabSpec(pods=(PodSpec("node1", "a", "web", programs=(Program.WEB,)), PodSpec("node1", "b", "web")))
+    spec = LabSpec(pods=(PodSpec("node1", "a", "web", programs=(PodProgram.WEB,)), PodSpec("node1", "b", "web")))
     assert spec.pod("b/web").namespace == "b"
     with pytest.raises(SettingsError, match="ambiguous"):
         spec.pod("web")

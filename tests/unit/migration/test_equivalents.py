@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from agent.core.settings import DECLARED, Settings, build
 from agent.install.planning import View
+from agent.migration.assessment import translated_of
 from agent.migration.equivalents import TABLE, differences, translate
-from agent.migration.facts import Facts
-from agent.migration.judging import translated_of
+from agent.migration.facts import MigrationFacts
 from agent.migration.values import of_entry, read
 
 ALL = {
@@ -94,7 +94,7 @@ env: {}
 
 
 def test_the_defaults_of_its_chart_are_ours_where_its_directories_are_the_runtimes() -> None:
-    facts = Facts("/etc/cni/net.d", "/opt/cni/bin", View(), settings=read(yaml.safe_load_all(CHART)))
+    facts = MigrationFacts("/etc/cni/net.d", "/opt/cni/bin", View(), settings=read(yaml.safe_load_all(CHART)))
     found = translated_of(facts)
     assert differences(found, Settings()) == found.remarks == ()
 

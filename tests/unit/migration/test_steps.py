@@ -11,13 +11,13 @@ from support.istioinstaller import IstioInstaller, Waits, picked
 
 from agent.core.settings import Settings
 from agent.install import conflists, planning
-from agent.install.entry import entry
 from agent.install.istio import mentions
-from agent.install.planning import Verdict, View
+from agent.install.planning import InstallPlan, View
+from agent.install.plugin_entry import plugin_entry
 from agent.migration import istio
 from agent.migration.steps import Steps, after, back, take_over, taken, until_istio_cni
 
-ENTRY = entry(Settings())
+ENTRY = plugin_entry(Settings())
 WISHED = "02-sluice.conflist"
 OURS = {"type": "istio-cni", "name": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}
 
@@ -231,7 +231,7 @@ LISTS = {
 }
 
 
-def apply(files: dict[str, bytes], steps: Steps | Verdict) -> int:
+def apply(files: dict[str, bytes], steps: Steps | InstallPlan) -> int:
     """Carries it out; a pod that starts is captured or refused after each step. How many there were."""
     actions = [step.action for step in steps.steps] if isinstance(steps, Steps) else list(steps.actions)
     for count in range(len(actions)):

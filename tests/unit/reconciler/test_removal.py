@@ -8,7 +8,7 @@ from support.world import Backend as Fake
 from support.world import Kernel, Lasting, Target
 
 from agent.core.errors import KernelError
-from agent.core.redirect import Redirect
+from agent.core.model.redirect import Redirect
 from agent.reconciler.removal import REMAINS, REMOVED, WOULD, uncapture_left
 
 

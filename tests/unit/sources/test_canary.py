@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agent.core.canary import Finding, Verdict
-from agent.sources.canary import WINDOW, Canary
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.sources.canary import WINDOW, ProbeCanary
 
 
 class Clock:
@@ -21,21 +21,21 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def canary(clock: Clock) -> Canary:
-    made = Canary("169.254.7.127", "fd16::1", clock=clock)
+def canary(clock: Clock) -> ProbeCanary:
+    made = ProbeCanary("169.254.7.127", "fd16::1", clock=clock)
     made.enrolled("u")
     return made
 
 
-@pytest.mark.parametrize("verdict", [Verdict.OK, Verdict.FAILED, Verdict.CAPTURED])
-def test_a_pod_is_due_until_it_was_probed(canary: Canary, verdict: Verdict) -> None:
+@pytest.mark.parametrize("verdict", [ProbeVerdict.OK, ProbeVerdict.FAILED, ProbeVerdict.CAPTURED])
+def test_a_pod_is_due_until_it_was_probed(canary: ProbeCanary, verdict: ProbeVerdict) -> None:
     assert canary.due("u") and canary.due("u") and not canary.due("other")
-    canary.done("u", Finding(verdict))
+    canary.done("u", ProbeResult(verdict))
     assert not canary.due("u")
 
 
-def test_a_pod_without_listener_stays_due_for_a_while(canary: Canary, clock: Clock) -> None:
-    canary.done("u", Finding(Verdict.NO_LISTENER))
+def test_a_pod_without_listener_stays_due_for_a_while(canary: ProbeCanary, clock: Clock) -> None:
+    canary.done("u", ProbeResult(ProbeVerdict.NO_LISTENER))
     clock.now += WINDOW
     assert canary.due("u")
     clock.now += 0.1
@@ -44,7 +44,7 @@ def test_a_pod_without_listener_stays_due_for_a_while(canary: Canary, clock: Clo
     assert canary.due("u")
 
 
-def test_a_pod_that_is_gone_is_not_due(canary: Canary) -> None:
+def test_a_pod_that_is_gone_is_not_due(canary: ProbeCanary) -> None:
     canary.forget("u")
     canary.forget("u")
     assert not canary.due("u")

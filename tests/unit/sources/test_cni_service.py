@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from agent.core.errors import NetnsError
-from agent.core.pods import Mark, Pod, PodTable
+from agent.core.model.pods import Pod, PodMark, PodTable
+from agent.core.model.status import State, Status
 from agent.core.settings import Settings
-from agent.core.status import State, Status
-from agent.sources import cni, cni_wire
-from agent.sources.cni import CniService
-from agent.sources.cni_wire import CniReply, parse_request
+from agent.sources.cni import service, wire
+from agent.sources.cni.service import CniService
+from agent.sources.cni.wire import CniReply, parse_request
 
-ANNOTATIONS = {"runtimeConfig": {cni_wire.ANNOTATIONS: {"istio.io/dataplane-mode": "ambient"}}}
+ANNOTATIONS = {"runtimeConfig": {wire.ANNOTATIONS: {"istio.io/dataplane-mode": "ambient"}}}
 OK = CniReply()
 
 
@@ -116,7 +116,7 @@ class Bench:
 
 @pytest.fixture(autouse=True)
 def fake_netns(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(cni, "Netns", FakeNetns)
+    monkeypatch.setattr(service, "Netns", FakeNetns)
     monkeypatch.setattr(FakeNetns, "open", 0)
     monkeypatch.setattr(FakeNetns, "bad", False)
 
@@ -147,14 +147,14 @@ def test_add_hands_over_the_pod_and_waits_for_it(one: Any) -> None:
                                                ({"sluice.io/service-account": "../x"}, "default")])  # fmt: skip
 def test_without_kubernetes_an_annotation_names_the_service_account(one: Any, said: Any, account: str) -> None:
     bench = Bench()
-    assert bench.do("ADD", netns=one, runtimeConfig={cni_wire.ANNOTATIONS: said}) == OK
+    assert bench.do("ADD", netns=one, runtimeConfig={wire.ANNOTATIONS: said}) == OK
     (pod,) = bench.table
     assert pod.service_account == account
 
 
 def test_add_of_a_pod_that_the_static_file_lists_takes_its_place(one: Any) -> None:
     bench = Bench()
-    bench.table.mark({"shop/web": Mark({"istio.io/dataplane-mode": "ambient"})})
+    bench.table.mark({"shop/web": PodMark({"istio.io/dataplane-mode": "ambient"})})
     bench.table.seen(Pod("static.shop.web", "shop", "web", "/n", source="static"))
     assert bench.do("ADD", netns=one, runtimeConfig={}) == OK
     assert bench.reconciler.told == [("wake", "static.shop.web"), ("settled", "u-1")]
@@ -170,7 +170,7 @@ def test_add_of_an_excluded_pod_waits_for_nothing(one: Any) -> None:
 
 def test_add_of_a_pod_that_a_mark_enrols_waits(one: Any) -> None:
     bench = Bench()
-    bench.table.mark({"shop/web": Mark({"istio.io/dataplane-mode": "ambient"})})
+    bench.table.mark({"shop/web": PodMark({"istio.io/dataplane-mode": "ambient"})})
     assert bench.do("ADD", netns=one, runtimeConfig={}) == OK
     assert bench.reconciler.told == [("settled", "u-1")]
 
@@ -183,7 +183,7 @@ def test_add_of_a_pod_that_is_not_captured_never_succeeds(one: Any, status: Stat
     bench = Bench()
     bench.reconciler.states = [status]
     reply = bench.do("ADD", netns=one)
-    assert (reply.code, reply.msg) == (cni_wire.TRY_AGAIN_LATER, f"pod shop/web is not captured: {words}")
+    assert (reply.code, reply.msg) == (wire.TRY_AGAIN_LATER, f"pod shop/web is not captured: {words}")
     assert "sluice explain shop/web" in reply.details
 
 
@@ -191,7 +191,7 @@ def test_add_ends_in_time_with_the_last_error(one: Any) -> None:
     bench = Bench(add_seconds=0.02)
     bench.reconciler.hold = True
     reply = bench.do("ADD", netns=one)
-    assert (reply.code, reply.msg) == (cni_wire.TRY_AGAIN_LATER, "pod shop/web is not captured: not done within 0.02 s")
+    assert (reply.code, reply.msg) == (wire.TRY_AGAIN_LATER, "pod shop/web is not captured: not done within 0.02 s")
     bench.reconciler.hold = False
     bench.reconciler.states = [Status(State.PENDING)]
     bench.reconciler.current = Status(State.PENDING, error="no ztunnel")
@@ -235,16 +235,16 @@ def test_add_with_another_namespace_forgets_the_old_one_first(one: Any, other: A
 
 def test_add_without_or_with_a_wrong_namespace_is_refused(one: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
-    assert bench.do("ADD").code == cni_wire.INVALID_ENVIRONMENT
+    assert bench.do("ADD").code == wire.INVALID_ENVIRONMENT
     monkeypatch.setattr(FakeNetns, "bad", True)
     reply = bench.do("ADD", netns=one)
-    assert (reply.code, reply.details) == (cni_wire.INVALID_ENVIRONMENT, "CNI_NETNS=/run/netns/pod")
+    assert (reply.code, reply.details) == (wire.INVALID_ENVIRONMENT, "CNI_NETNS=/run/netns/pod")
     assert len(bench.table) == 0 and bench.reconciler.told == []
 
 
 def test_without_kubernetes_the_container_is_the_pod(one: Any) -> None:
     bench = Bench()
-    request = cni_wire.CniRequest(cni_wire.Verb.ADD, "c" * 200, "eth0", "/n", {}, {})
+    request = wire.CniRequest(wire.CniVerb.ADD, "c" * 200, "eth0", "/n", {}, {})
     assert asyncio.run(bench.service.handle(request, os.dup(one.fileno()))) == OK
     (pod,) = bench.table
     assert (pod.uid, pod.namespace, pod.name) == ("c" * 128, "default", "c" * 200)
@@ -298,12 +298,12 @@ def test_an_add_waits_for_the_del_of_the_same_pod(one: Any) -> None:
 
 def test_check_tells_the_drift_and_has_it_repaired(one: Any) -> None:
     bench = Bench()
-    assert bench.do("CHECK").code == cni_wire.UNKNOWN_CONTAINER
+    assert bench.do("CHECK").code == wire.UNKNOWN_CONTAINER
     bench.do("ADD", netns=one)
     assert bench.do("CHECK", netns=one) == OK
     bench.reconciler.found = {"routing": (("no rule",), "x"), "nftables": (("chain a: missing", "chain b: other"), "y")}
     reply = bench.do("CHECK", netns=one)
-    assert reply.code == cni_wire.DRIFT
+    assert reply.code == wire.DRIFT
     assert reply.details == "routing: no rule\nnftables: chain a: missing\nnftables: chain b: other"
     assert bench.reconciler.told[-1] == ("wake", "u-1")
     assert FakeNetns.open == 1
@@ -313,10 +313,10 @@ def test_status() -> None:
     bench = Bench()
     assert bench.do("STATUS") == OK
     bench.ready = ("still starting", "and degraded")
-    assert bench.do("STATUS").code == cni_wire.NOT_AVAILABLE == 50
+    assert bench.do("STATUS").code == wire.NOT_AVAILABLE == 50
     bench.ready = ("", "no ztunnel")
     reply = bench.do("STATUS")
-    assert reply.code == cni_wire.LIMITED == 51 and "no ztunnel" in reply.msg
+    assert reply.code == wire.LIMITED == 51 and "no ztunnel" in reply.msg
 
 
 def test_gc_forgets_what_is_not_attached_and_only_the_plugins_pods() -> None:
@@ -324,6 +324,6 @@ def test_gc_forgets_what_is_not_attached_and_only_the_plugins_pods() -> None:
     for uid, container, source in (("u-1", "c1", "cni"), ("u-2", "c2", "cni"), ("u-3", "", "static")):
         bench.table.seen(Pod(uid, "shop", uid, container_id=container, source=source))
     valid = [{"containerID": "c2", "ifname": "eth0"}]
-    assert bench.do("GC", **{cni_wire.ATTACHMENTS: valid}) == OK
+    assert bench.do("GC", **{wire.ATTACHMENTS: valid}) == OK
     assert {pod.uid for pod in bench.table} == {"u-2", "u-3"}
     assert bench.reconciler.told == [("forget", "u-1"), ("forgot", "u-1")]

@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from agent.core.netlink import Message, attribute
-from agent.kernel.rtnetlink import DELADDR, DELROUTE, DELRULE, NEWADDR, NEWLINK, NEWROUTE, NEWRULE
+from agent.core.wire.netlink import Message, attribute
+from agent.kernel.netlink.routes import DELADDR, DELROUTE, DELRULE, NEWADDR, NEWLINK, NEWROUTE, NEWRULE
 from agent.sources.drift import concerns
 
 

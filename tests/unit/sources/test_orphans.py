@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from agent.core.errors import NetnsError, PodGoneError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.kernel.netns import Netns
-from agent.sources.namespaces import Namespaces
-from agent.sources.state import State
-from agent.sources.unannounced import Unannounced
+from agent.sources.netns.batcher import SearchBatcher
+from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.state.notes import Notes
 
 POD = Pod("u1", "shop", "web", source="kube")
 
 
-class Nothing(Unannounced):
+class Nothing(SearchBatcher):
     def __init__(self) -> None:
         super().__init__(tuple)
 
@@ -26,7 +26,7 @@ class Nothing(Unannounced):
 
 
 def test_a_pod_that_is_not_found(tmp_path: Path) -> None:
-    namespaces = Namespaces(State(str(tmp_path)), Nothing())
+    namespaces = NamespaceRegistry(Notes(str(tmp_path)), Nothing())
     with pytest.raises(NetnsError, match="nothing of it is here") as found:
         namespaces.resolve(POD)
     assert type(found.value) is NetnsError

@@ -8,8 +8,8 @@ import socket
 import time
 from pathlib import Path
 
-from agent.core.pods import Pod
-from agent.sources.state import Note, State
+from agent.core.model.pods import Pod
+from agent.sources.state.notes import Note, Notes
 
 REWRITES = 10_000
 
@@ -33,7 +33,7 @@ def read_on(path: Path, end: socket.socket) -> None:
 
 
 def test_p25_a_reader_never_sees_a_torn_note(tmp_path: Path) -> None:
-    state = State(str(tmp_path))
+    state = Notes(str(tmp_path))
     short, long = (Note(Pod("u-1", "shop", "web", annotations={"a": "x" * size}), True, None) for size in (1, 9000))
     state.save(short)
     ours, theirs = socket.socketpair()

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import KernelError, ZtunnelError
-from agent.core.pods import Pod
+from agent.core.model.pods import Pod
 from agent.kernel.process import Process
 from agent.zds import messages, server
 from agent.zds.messages import Ack, Add, Delete, Hello, Keep, SnapshotSent, encode

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from agent.ztunnel import records as module
-from agent.ztunnel.records import Record, Records
+from agent.ztunnel.records import Record, RecordWriter
 
 ONE = Record(
     0.25,
@@ -46,7 +46,7 @@ def test_a_line() -> None:
 
 
 def test_close_writes_all(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
-    records = Records(loop, str(tmp_path / "r"))
+    records = RecordWriter(loop, str(tmp_path / "r"))
     for _ in range(1000):
         records.add(ONE)
     records.close()
@@ -55,7 +55,7 @@ def test_close_writes_all(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> No
 
 def test_a_missing_folder_that_appears(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
     path = tmp_path / "later" / "r"
-    records = Records(loop, str(path))
+    records = RecordWriter(loop, str(path))
     records.add(ONE)
     records.flush()
     path.parent.mkdir()
@@ -68,7 +68,7 @@ def test_a_pipe_nobody_reads(loop: asyncio.AbstractEventLoop, tmp_path: Path, mo
     path = tmp_path / "fifo"
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    records = Records(loop, str(path))
+    records = RecordWriter(loop, str(path))
     for _ in range(5000):
         records.add(ONE)
     records.flush()  # returns although the pipe is full

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from agent.backends.ebpf import abi
-from agent.backends.ebpf.abi import ExitCause, Pod, PodFlag, PolicyKind, Prefix
+from agent.backends.ebpf.abi import ExitCause, PodFlag, PodValue, PolicyKind, Prefix
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 _addresses = st.one_of(st.ip_addresses(v=4), st.ip_addresses(v=6).filter(lambda one: not one.ipv4_mapped))  # type: ignore[union-attr]
@@ -19,16 +19,16 @@ _flags = st.sets(st.sampled_from(PodFlag)).map(lambda found: PodFlag(sum(found))
 _bytes = st.binary(min_size=16, max_size=16)
 
 
-@given(st.builds(Pod, _flags, U32, U64, _maybe, _maybe, _maybe, _maybe, _maybe))
-def test_pods(pod: Pod) -> None:
-    assert Pod.decode(pod.encode()) == pod
+@given(st.builds(PodValue, _flags, U32, U64, _maybe, _maybe, _maybe, _maybe, _maybe))
+def test_pods(pod: PodValue) -> None:
+    assert PodValue.decode(pod.encode()) == pod
     assert len(pod.encode()) == 96
 
 
 @given(st.binary().filter(lambda data: len(data) != 96))
 def test_a_pod_of_another_version_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="bytes are no pod"):
-        Pod.decode(data)
+        PodValue.decode(data)
 
 
 @given(st.builds(Prefix, st.sampled_from(PolicyKind), _bytes, st.integers(0, 128), U32), U64)

@@ -10,23 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.backends.ebpf.attachments import Attach, Attached, Detach, Load, Unpin, steps
-from agent.backends.ebpf.objects import EGRESS, INGRESS, LOOKUP, NODE, POD, Program
-from agent.kernel.bpflink import LinkInfo
+from agent.backends.ebpf.objects import EGRESS, INGRESS, LOOKUP, NODE, POD, BpfProgram
+from agent.kernel.bpf.link import LinkInfo
 
-WANT: Mapping[str, Program] = {"lookup": LOOKUP, "ingress-2": INGRESS, "egress-2": EGRESS}
+WANT: Mapping[str, BpfProgram] = {"lookup": LOOKUP, "ingress-2": INGRESS, "egress-2": EGRESS}
 IDS = {program.name: 100 + n for n, program in enumerate(POD)}
 
 
-def good(want: Mapping[str, Program] = WANT, **changes: Any) -> Attached:
+def good(want: Mapping[str, BpfProgram] = WANT, **changes: Any) -> Attached:
     links = {name: LinkInfo(n, IDS[program.name], 7) for n, (name, program) in enumerate(want.items(), 1)}
     return Attached(**{"ids": IDS, "links": links, **changes})
 
 
-def deeds(want: Mapping[str, Program], have: Attached) -> list[Any]:
+def deeds(want: Mapping[str, BpfProgram], have: Attached) -> list[Any]:
     return [step.payload for step, _ in steps(want, have)]
 
 
-def wrongs(want: Mapping[str, Program], have: Attached) -> list[str]:
+def wrongs(want: Mapping[str, BpfProgram], have: Attached) -> list[str]:
     return [wrong for _, wrong in steps(want, have) if wrong]
 
 

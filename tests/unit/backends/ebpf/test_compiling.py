@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import InterfaceRole, PodFlag, PolicyKind, Prefix
 from agent.backends.ebpf.compiling import Entries, entries, policy, split
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.core.wiring import Link, Route, Wiring
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.core.model.topology import Link, PodTopology, Route
 
 COOKIE = 4711
 POD4, POD6, LINK6 = IPv4Address("10.0.0.5"), IPv6Address("fd00::5"), IPv6Address("fe80::5")
-WIRING = Wiring(
+WIRING = PodTopology(
     links=(Link(2, "eth0"), Link(3, "eth1"), Link(4, "k6t0")),
     addresses=(IPv4Address("127.0.0.1"), IPv6Address("::1"), POD4, LINK6, POD6, IPv4Address("10.1.0.5")),
     routes=(
@@ -30,7 +30,7 @@ WIRING = Wiring(
 )
 
 
-def compiled(redirect: Redirect = Redirect(), wiring: Wiring = WIRING, cookie: int = COOKIE) -> Entries:  # noqa: B008
+def compiled(redirect: Redirect = Redirect(), wiring: PodTopology = WIRING, cookie: int = COOKIE) -> Entries:  # noqa: B008
     return entries(redirect, wiring, cookie)
 
 
@@ -165,7 +165,7 @@ def test_addresses() -> None:
 
 
 def test_a_pod_without_addresses_has_none() -> None:
-    found = compiled(wiring=Wiring()).pod
+    found = compiled(wiring=PodTopology()).pod
     assert (found.own4, found.own6, found.link6) == (None, None, None)
 
 
@@ -231,7 +231,7 @@ def test_a_pod_that_drains_takes_nothing_new_and_still_speaks_for_clients() -> N
 # --- where there is a way
 
 
-def reach(wiring: Wiring, address: str, redirect: Redirect = Redirect()) -> int:  # noqa: B008
+def reach(wiring: PodTopology, address: str, redirect: Redirect = Redirect()) -> int:  # noqa: B008
     return verdict(compiled(redirect, wiring), PolicyKind.REACH, abi.address(ip_address(address)), none=1)
 
 
@@ -256,5 +256,5 @@ def test_nothing_is_said_where_the_main_table_does_not_tell() -> None:
 
 def test_a_link_local_address_of_ipv4_is_the_pods_where_there_is_no_other() -> None:
     local = IPv4Address("169.254.172.2")
-    assert compiled(wiring=Wiring(addresses=(local, LINK6, POD6))).pod.own4 == local
-    assert compiled(wiring=Wiring(addresses=(local, LINK6, POD4))).pod.own4 == POD4
+    assert compiled(wiring=PodTopology(addresses=(local, LINK6, POD6))).pod.own4 == local
+    assert compiled(wiring=PodTopology(addresses=(local, LINK6, POD4))).pod.own4 == POD4

@@ -8,21 +8,21 @@ from ipaddress import ip_network
 import pytest
 
 from agent.backends.ebpf.older import older
-from agent.core.exclusions import Exclusions
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.model.topology import Link, PodTopology, Route
 from agent.core.names import HBONE_PORT, PROBE_IPV4, ZTUNNEL_MARK
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpSocket, TcpState
-from agent.core.wiring import Link, Route, Wiring
 
 OUT = TcpSocket(4, ("10.0.0.2", 40000), ("10.9.0.1", 5432), TcpState.ESTABLISHED, 1, uid=1000)
 IN = TcpSocket(6, ("fd00::2", 8080), ("fd09::1", 40000), TcpState.ESTABLISHED, 2)
-WIRING = Wiring(
+WIRING = PodTopology(
     links=(Link(2, "eth0"), Link(3, "net1")),
     routes=(Route(ip_network("0.0.0.0/0"), 2, 0), Route(ip_network("10.9.0.0/16"), 3, 0)),
 )
 
 
-def ended(redirect: Redirect, one: TcpSocket, *, wiring: Wiring = WIRING) -> bool:
+def ended(redirect: Redirect, one: TcpSocket, *, wiring: PodTopology = WIRING) -> bool:
     return bool(older(redirect, wiring, [one], {8080, HBONE_PORT}))
 
 

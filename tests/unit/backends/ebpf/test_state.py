@@ -11,33 +11,33 @@ import pytest
 from agent.backends.ebpf import objects, state
 from agent.backends.ebpf.attachments import Attach, Attached, Detach, Load, Unpin
 from agent.backends.ebpf.compiling import entries
-from agent.backends.ebpf.objects import POD, Program
+from agent.backends.ebpf.objects import POD, BpfProgram
 from agent.backends.ebpf.state import (
     DropCounters,
     DropPins,
     DropPod,
     DropPolicy,
     EndOlder,
-    Have,
     Listen,
+    PodEntries,
     PutPod,
     PutPolicy,
     Unlisten,
     plan,
 )
 from agent.backends.ebpf.ztunnels import Listener, Role
-from agent.core.exclusions import Exclusions
-from agent.core.redirect import Redirect
-from agent.core.sockets import TcpSocket
-from agent.core.wiring import Link, Route, Wiring
-from agent.kernel.bpflink import LinkInfo
+from agent.core.model.exclusions import Exclusions
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import TcpSocket
+from agent.core.model.topology import Link, PodTopology, Route
+from agent.kernel.bpf.link import LinkInfo
 
 COOKIE = 99
 ROUTES = tuple(Route(ip_network(default), 2, 0) for default in ("0.0.0.0/0", "::/0"))
-WIRING = Wiring(links=(Link(2, "eth0"),), addresses=(ip_address("10.0.0.5"),), routes=ROUTES)
+WIRING = PodTopology(links=(Link(2, "eth0"),), addresses=(ip_address("10.0.0.5"),), routes=ROUTES)
 PLAIN, PORTS = Redirect(), Redirect(exclude=Exclusions(outbound_ports=((80, 82),)))
 NETWORKS = Redirect(exclude=Exclusions(outbound_networks=("10.0.0.0/8",)))
-LINKS: dict[str, Program] = {"lookup": objects.LOOKUP, "ingress-2": objects.INGRESS, "egress-2": objects.EGRESS}
+LINKS: dict[str, BpfProgram] = {"lookup": objects.LOOKUP, "ingress-2": objects.INGRESS, "egress-2": objects.EGRESS}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ class _Socket:
         self.cookie = cookie
 
 
-def synced(redirect: Redirect, **changes: Any) -> Have:
+def synced(redirect: Redirect, **changes: Any) -> PodEntries:
     """What a pod is like that was brought to that."""
     want = entries(redirect, WIRING, COOKIE)
     ids = {program.name: n for n, program in enumerate(POD, 1)}
@@ -63,35 +63,35 @@ def synced(redirect: Redirect, **changes: Any) -> Have:
     offered = {Role.OUTBOUND: (listener(11),), Role.INBOUND: (listener(12),)}
     listening = {(Role.OUTBOUND, 0): 11, (Role.INBOUND, 0): 12}
     attached = Attached(ids, links)
-    have = Have(COOKIE, WIRING, want.pod, frozenset(want.prefixes), attached, listening, offered, left=True)
+    have = PodEntries(COOKIE, WIRING, want.pod, frozenset(want.prefixes), attached, listening, offered, left=True)
     return replace(have, **changes)
 
 
-def deeds(want: Redirect | None, have: Have) -> list[Any]:
+def deeds(want: Redirect | None, have: PodEntries) -> list[Any]:
     return [step.payload for step in plan(want, have).steps]
 
 
-def kinds(want: Redirect | None, have: Have) -> list[type]:
+def kinds(want: Redirect | None, have: PodEntries) -> list[type]:
     return [type(deed) for deed in deeds(want, have)]
 
 
 @pytest.mark.parametrize("want", [PLAIN, PORTS, NETWORKS])
 def test_nothing_is_done_when_all_is_right(want: Redirect) -> None:
     assert not plan(want, synced(want)) and plan(want, synced(want)).differences == ()
-    assert not plan(None, Have(COOKIE)), "nor where nothing is and nothing is wanted"
+    assert not plan(None, PodEntries(COOKIE)), "nor where nothing is and nothing is wanted"
 
 
 def test_enrolment_ends_with_the_entry_and_with_what_is_older() -> None:
     """Everything that serves a captured connection is there before the first one is captured."""
-    have = Have(COOKIE, WIRING, offered=synced(PORTS).offered)
+    have = PodEntries(COOKIE, WIRING, offered=synced(PORTS).offered)
     order = kinds(PORTS, have)
     assert order == [PutPolicy, Load, Load, Attach, Attach, Attach, Listen, Listen, PutPod, EndOlder]
     assert "its map entry is missing" in plan(PORTS, have).differences
 
 
 def test_older_connections_run_on_where_they_are_to() -> None:
-    assert EndOlder in kinds(PLAIN, Have(COOKIE, WIRING))
-    assert EndOlder not in kinds(replace(PLAIN, preserve=True), Have(COOKIE, WIRING))
+    assert EndOlder in kinds(PLAIN, PodEntries(COOKIE, WIRING))
+    assert EndOlder not in kinds(replace(PLAIN, preserve=True), PodEntries(COOKIE, WIRING))
     assert EndOlder not in kinds(PORTS, synced(PLAIN)), "a change captures nothing anew"
 
 
@@ -154,14 +154,14 @@ def test_removal_begins_with_the_entry_and_leaves_nothing() -> None:
 
 def test_prefixes_of_no_pod_are_dropped() -> None:
     """What an agent was killed over."""
-    assert deeds(None, Have(0, stray=7)) == [DropPolicy(7)]
+    assert deeds(None, PodEntries(0, stray=7)) == [DropPolicy(7)]
 
 
 def test_removal_goes_on_where_an_earlier_one_ended() -> None:
     have = replace(synced(PORTS), pod=None, prefixes=frozenset())
     assert DropPod not in kinds(None, have)
     assert [one.link for one in deeds(None, have) if isinstance(one, Detach)] == [*LINKS]
-    assert deeds(None, Have(COOKIE, left=True)) == [DropPins()]
+    assert deeds(None, PodEntries(COOKIE, left=True)) == [DropPins()]
 
 
 def test_counters_go_when_nobody_counts_any_more_and_before_the_last_that_tells_of_the_pod() -> None:
@@ -171,7 +171,7 @@ def test_counters_go_when_nobody_counts_any_more_and_before_the_last_that_tells_
 
 
 def test_the_plan_is_text_for_people() -> None:
-    text = str(plan(PORTS, Have(COOKIE, WIRING, offered=synced(PORTS).offered)))
+    text = str(plan(PORTS, PodEntries(COOKIE, WIRING, offered=synced(PORTS).offered)))
     for part in ("map policies:", "bpftool prog loadall lookup.bpf.o", "map pods: 99 =", "10.0.0.5", "socket 11"):
         assert part in text
-    assert state.words(entries(PLAIN, Wiring(routes=ROUTES), COOKIE).pod).endswith("no address")
+    assert state.describe(entries(PLAIN, PodTopology(routes=ROUTES), COOKIE).pod).endswith("no address")

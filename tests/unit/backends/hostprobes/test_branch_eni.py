@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from agent.backends.hostprobes.branch_eni import BranchEni, Have, wanted
+from agent.backends.hostprobes.branch_eni import BranchEni, BranchState, wanted
 from agent.backends.hostprobes.claims import Claims
 from agent.backends.hostprobes.want import HostProbes
-from agent.kernel.policyrules import HeldRule, PolicyRule
+from agent.kernel.netlink.policy_rules import HeldRule, PolicyRule
 
 IP, IP6 = "10.0.0.1", "fd00::1"
 FOUND = HeldRule(PolicyRule(4, 10, 101, iif="vlan1"), False)
@@ -18,8 +18,8 @@ def want(*addresses: str, complete: bool = True) -> HostProbes:
     return claims.want("192.0.2.1", "2001:db8::1", ipv6=True, complete=complete)
 
 
-def have(*rules: HeldRule, routes: dict[tuple[int, int], dict[str, str]] | None = None) -> Have:
-    return Have(rules, {(4, 101): {IP: "vlan1"}} if routes is None else routes)
+def have(*rules: HeldRule, routes: dict[tuple[int, int], dict[str, str]] | None = None) -> BranchState:
+    return BranchState(rules, {(4, 101): {IP: "vlan1"}} if routes is None else routes)
 
 
 def test_a_rule_by_device_whose_table_knows_the_pod_on_that_device() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.core.desired import decide
 from agent.core.errors import KubeError
-from agent.core.pods import KubeNamespace, Pod, PodTable
+from agent.core.model.pods import KubeNamespace, Pod, PodTable
+from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.sources.kube import admission
 from agent.sources.kube.admission import Admission

@@ -11,8 +11,8 @@ import pytest
 
 from agent.core import names
 from agent.core.errors import KubeError
-from agent.core.pods import KubePod, PodTable
-from agent.core.status import State
+from agent.core.model.pods import KubePod, PodTable
+from agent.core.model.status import State
 from agent.sources.kube.annotating import Annotator
 
 KUBE = KubePod("u1", "shop", "web", api_uid="a1", annotations={"own": "1"}, running=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from agent.core.errors import KubeError
-from agent.core.pods import KubePod, PodTable
+from agent.core.model.pods import KubePod, PodTable
 from agent.sources.kube import conditions
 from agent.sources.kube.conditions import CONDITION, ZtunnelCondition
 

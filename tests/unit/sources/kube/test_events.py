@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from agent.core.canary import Finding, Verdict
 from agent.core.errors import KernelError, KubeError, NetnsError
-from agent.core.pods import KubePod, Pod, PodTable
+from agent.core.model.pods import KubePod, Pod, PodTable
+from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.sources.kube import events
 from agent.sources.kube.events import Events
 
@@ -58,7 +58,7 @@ def test_what_owners_of_pods_have_to_know_is_an_event_on_the_pod(table: PodTable
     made.failed(POD, KernelError("setns", 1, "not permitted"))
     made.failed(replace(POD, source="kube"), NetnsError("nothing of it is here"))
     made.contended(POD, "iptables[3]", ("foreign",))
-    made.probed(POD, Finding(Verdict.OK))
+    made.probed(POD, ProbeResult(ProbeVerdict.OK))
     made.passed(POD, 0.1)
     bodies = written(made, api, 3)
     assert [body["reason"] for body in bodies] == ["CaptureRepaired", "CaptureFailed", "CaptureContended"]

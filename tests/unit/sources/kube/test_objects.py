@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from support.apiserver_objects import namespace, pod
 
-from agent.core.pods import KubeNamespace, KubePod
+from agent.core.model.pods import KubeNamespace, KubePod
 from agent.sources.kube import objects
 
 

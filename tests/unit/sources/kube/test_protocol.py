@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from agent.core.errors import KubeError, ProtocolError
-from agent.sources.kube.protocol import BusyError, Course, Lines, Listing, Pace, Rows, Verb, event, refusal, version
+from agent.sources.kube.protocol import (
+    BusyError,
+    Course,
+    Lines,
+    Listing,
+    Pace,
+    Rows,
+    WatchVerb,
+    event,
+    refusal,
+    version,
+)
 
 PACE = Pace(first=1, last=8, longest=60, watch=100, slack=10, silence=40, page=5)
 GONE = KubeError("too old", 410, "Expired")
@@ -226,7 +237,7 @@ def test_lines() -> None:
 
 def test_events() -> None:
     """ERROR holds a Status; everything else that is none of the four is refused."""
-    assert event(b'{"type":"ADDED","object":{"a":1}}') == (Verb.ADDED, {"a": 1})
+    assert event(b'{"type":"ADDED","object":{"a":1}}') == (WatchVerb.ADDED, {"a": 1})
     with pytest.raises(KubeError, match="410 Expired: too old") as error:
         event(b'{"type":"ERROR","object":{"code":410,"reason":"Expired","message":"too old"}}')
     assert (error.value.status, error.value.reason) == (410, "Expired")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agent.core.pods import KubeNamespace, KubePod, Pod, PodTable
-from agent.sources.kube.source import Namespaces, Pods
+from agent.core.model.pods import KubeNamespace, KubePod, Pod, PodTable
+from agent.sources.kube.source import NamespaceSink, PodSink
 
 KUBE = KubePod("u1", "shop", "web", api_uid="u1", containers=("k1",), running=True)
 OTHER = replace(KUBE, uid="u2", api_uid="u2", name="db")
@@ -17,7 +17,7 @@ class World:
         for pod in restored:
             self.table.seen(pod)
         self.captured = set(captured)
-        self.pods = Pods(self.table, self.woken.append, self.captured.__contains__, self.looked.append)
+        self.pods = PodSink(self.table, self.woken.append, self.captured.__contains__, self.looked.append)
         self.pods.restored(pod.uid for pod in restored if pod.source != "static")
 
     def taken(self) -> list[str]:
@@ -65,7 +65,7 @@ def test_removed() -> None:
 
 def test_labels_of_namespaces_wake_their_pods_and_stay_for_pods_of_a_namespace_that_is_gone() -> None:
     world, told = World(Pod("u1", "shop", "web", source="cni")), list[int]()
-    namespaces = Namespaces(world.table, world.woken.append, lambda: told.append(1))
+    namespaces = NamespaceSink(world.table, world.woken.append, lambda: told.append(1))
     namespaces.listed([KubeNamespace("shop", {"a": "1"}), KubeNamespace("other", {})])
     assert (world.taken(), len(told)) == (["u1"], 1)
     namespaces.changed(KubeNamespace("shop", {"a": "2"}))

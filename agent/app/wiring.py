@@ -1,0 +1,198 @@
+"""Builds the agent's parts from the settings and connects them with one another."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from agent.backends.base import Support
+from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.backends.preflight import examine, lacking
+from agent.backends.registry import mechanisms
+from agent.backends.selftest import selftest_choice
+from agent.core.model.listeners import PortListeners
+from agent.core.model.pods import Pod, PodTable
+from agent.core.policy.canary import ProbeResult
+from agent.core.policy.decide import decide
+from agent.core.settings import Settings
+from agent.export import verifying
+from agent.export.collectors import Condition, age, uncaptured
+from agent.export.explaining import ExplainContext
+from agent.export.metrics_page import ConnectionMetrics
+from agent.flows import choose as collectors
+from agent.flows.accounting import Accounting
+from agent.flows.identity import Who
+from agent.flows.journal import ConnectionJournal
+from agent.flows.label_totals import LabelTotals
+from agent.flows.logfile import LogFile
+from agent.flows.peers_file import PeersFile
+from agent.install.host_root import HostRoot
+from agent.kernel import host_view
+from agent.reconciler.host import HostLoop, HostStatus
+from agent.reconciler.interfaces import Journal
+from agent.reconciler.loop import Reconciler
+from agent.sources import pathprograms
+from agent.sources.cni import cache
+from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.state import backend_record
+from agent.sources.static_file import StaticFile
+from agent.sources.ztunnel_ports import ZtunnelPorts
+from agent.zds.server import ZdsServer
+
+if TYPE_CHECKING:
+    from agent.app.kubernetes import Kubernetes
+    from agent.install.installer import Installer
+
+
+def explain_context(
+    zds: ZdsServer, namespaces: NamespaceRegistry, listening: ZtunnelPorts, host: HostLoop, places: Mapping[str, str]
+) -> ExplainContext:
+    """`places` as agent.cli.settings.places has it."""
+
+    def heard(uid: str) -> PortListeners | None:
+        target = namespaces.opened(uid)
+        return None if target is None else listening.last(target)
+
+    def place(uid: str) -> str:
+        target = namespaces.opened(uid)
+        return "" if target is None else target.netns.origin
+
+    def programs(uid: str) -> tuple[str, ...]:
+        target = namespaces.opened(uid)
+        return () if target is None else pathprograms.others(target)
+
+    return ExplainContext(zds.acknowledged, zds.sent, heard, lambda: host.status, host.claimed, place, programs, places)
+
+
+def verification_parts(
+    settings: Settings,
+    table: PodTable,
+    kubernetes: Kubernetes | None,
+    static: StaticFile,
+    installer: Installer | None,
+    zds: ZdsServer,
+    host: HostLoop,
+) -> list[verifying.Part]:
+    def unknown(pod: Pod) -> bool:
+        return table.get(pod.uid) is None and decide(pod, settings).enrolled
+
+    notes = HostRoot(settings.host_root)
+    return [
+        verifying.bypassing(lambda: cache.find(notes.path(cache.RESULTS), unknown)),
+        verifying.sources(
+            lambda: kubernetes.missing if kubernetes else "",
+            lambda: static.error or (kubernetes.error if kubernetes else ""),
+        ),
+        *([verifying.installation(installer)] if installer else []),
+        verifying.ztunnel(zds),
+        verifying.probes(host),
+    ]
+
+
+def agent_condition(
+    settings: Settings,
+    table: PodTable,
+    reconciler: Reconciler,
+    choice: Choice,
+    host: HostStatus,
+    about: dict[str, str],
+    *,
+    ready: bool,
+) -> Condition:
+    """As it is now. `about` are labels besides those of the choice of mechanisms."""
+    found = [(pod, reconciler.status(pod.uid)) for pod in table]
+    choose_mechanisms = {"setting": settings.backend, "backend": choice.name, "host_probes": host.mechanism}
+    return Condition(
+        about={**about, **choose_mechanisms},
+        ready=ready,
+        exempt=None if host.mechanism == "off" else host.ok and not host.error,
+        period=settings.verify_seconds,
+        uncaptured=uncaptured(
+            ((pod, status.state) for pod, status in found), lambda pod: decide(pod, settings).enrolled
+        ),
+        foreign=[(pod, len(status.foreign)) for pod, status in found if status.foreign],
+        age=age((status for _, status in found), time.time()),
+    )
+
+
+class Journals:
+    """Itself one."""
+
+    def __init__(self, *journals: Journal) -> None:
+        self._journals = journals
+
+    def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        for one in self._journals:
+            one.applied(pod, layer, differences, seconds, cause)
+
+    def failed(self, pod: Pod, error: Exception) -> None:
+        for one in self._journals:
+            one.failed(pod, error)
+
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        for one in self._journals:
+            one.contended(pod, cause, remarks)
+
+    def probed(self, pod: Pod, finding: ProbeResult) -> None:
+        for one in self._journals:
+            one.probed(pod, finding)
+
+    def passed(self, pod: Pod, seconds: float) -> None:
+        for one in self._journals:
+            one.passed(pod, seconds)
+
+
+def build_accounting(
+    settings: Settings, table: PodTable, who: Who, pins: Pins, ztunnels: Ztunnels, *, by_socket: bool
+) -> tuple[Accounting, ConnectionMetrics] | None:
+    """The account and its metrics; None where the settings say so. Raises SettingsError when it has not what is set."""
+    collector, reason = collectors.choose(settings, pins, ztunnels, by_socket=by_socket)
+    if collector is None:
+        return None
+    journal = None
+    if settings.connection_log:
+        file = LogFile(settings.connection_log, settings.connection_log_bytes, settings.connection_log_keep)
+        journal = ConnectionJournal(file, settings.connection_log_sample)
+    tally = LabelTotals(who, settings.metrics_label_sets, settings.metrics_expire_seconds)
+    node = settings.node_name or socket.gethostname()
+    shown = ConnectionMetrics(tally, lambda: made.losses(), lambda: made.refresh())
+    peers = PeersFile(settings.peers_file, who) if settings.peers_file else None
+    made = Accounting(collector, table, who, node, shown.add, reason, journal, settings.verify_seconds, peers)
+    return made, shown
+
+
+@dataclass(slots=True)
+class ChosenMechanisms:
+    """`host` is the mechanism of the probe exemption and why; `support` what each layer said when it was tried."""
+
+    choice: Choice
+    host: tuple[str, str]
+    support: dict[str, Support] = field(default_factory=dict)
+
+
+def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> ChosenMechanisms:
+    """A restart takes the same. Raises SettingsError when nothing that is allowed can be used."""
+    view, support = host_view.read_host_view(), dict[str, Support]()
+    backends = mechanisms(ipv6=settings.ipv6, pins=pins, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)
+
+    def probe(layer: str) -> Support:
+        support[layer] = backends[layer].probe()
+        return support[layer]
+
+    trials = Trials(
+        probe,
+        lambda layers: selftest_choice(layers, pins, ipv6=settings.ipv6),
+        lambda name: lacking(examine(name, ipv6=settings.ipv6)),
+    )
+    old = backend_record.load(settings.run_dir)
+    choice = choose(settings.backend, backends, trials, view, old)
+    host, why = choose_host(settings.host_probes, view)
+    if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
+        new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
+        backend_record.save(settings.run_dir, new)
+    return ChosenMechanisms(choice, (host, why), support)

@@ -1,0 +1,148 @@
+"""Dumps of all that nf_tables holds in a namespace, taken apart once for all namespaces that hold the same. Pure.
+
+The pods of a node have the same few sets of rules, and each is read again and again. Dumps of equal rules differ in
+places that follow from their sizes: sequence, port and generation of each message, and the values of counters. With
+those left out, a dump is known or unknown by one comparison of bytes.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.backends.netfilter.messages import comment, text
+from agent.core.wire.netlink import HEADER, Message, attributes, messages
+from agent.core.wire.nftables import NEWCHAIN, NEWTABLE
+
+_KEPT, _LARGEST = 64, 1 << 16  # sizes of dumps, and bytes of one; larger ones are taken apart each time
+_DORMANT = 1  # NFT_TABLE_F_DORMANT: its chains are not called
+# A counter as the kernel dumps it: its name, then two attributes of eight bytes.
+_COUNTS = re.compile(rb"counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00(.{8})\x0c\x00\x02\x00(.{8})", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ChainRef:
+    """A chain that a backend needs. `shared`: it may hold rules of others, which stay."""
+
+    family: int
+    table: str
+    chain: str
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One table. `handle` grows with each table made in the namespace; `owner` is a netlink port, 0 for none."""
+
+    family: int
+    name: str
+    flags: int
+    handle: int
+    owner: int
+    comment: str
+
+    @property
+    def dormant(self) -> bool:
+        return bool(self.flags & _DORMANT)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Content:
+    """Chains and rules of all tables, counters at zero. Equal ones are mostly the same object, and hash as such."""
+
+    chains: tuple[Message, ...]
+    rules: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """The tables, chains and rules of one namespace; if not `whole`, only our own."""
+
+    tables: tuple[Head, ...]
+    content: Content
+    whole: bool = True
+
+    def lasts(self, port: int) -> bool:
+        """Whether nothing of it can change without a new generation.
+
+        When an owner's socket closes, its tables go or lose their owner, and the generation stays (nft_rcv_nl_event).
+        Ours close after everything that is known through them is forgotten; of others nobody tells us.
+        """
+        return self.whole and all(head.owner in (0, port) for head in self.tables)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    layout: struct.Struct
+    parts: tuple[bytes, ...]
+    content: Content
+
+
+_known: OrderedDict[tuple[int, int], tuple[_Known, ...]] = OrderedDict()
+
+
+def ruleset(tables: bytes, chains: bytes, rules: bytes, *, whole: bool = True) -> Ruleset:
+    """From the dumps of GETTABLE, GETCHAIN and GETRULE, over all families."""
+    return Ruleset(tuple(_head(message.body) for message in _messages(tables)), _content(chains, rules), whole)
+
+
+def uses(dump: bytes) -> int:
+    """How many chains and sets a dump's tables hold, or how many rules its chains: an upper bound."""
+    kind = {NEWTABLE: 3, NEWCHAIN: 6}  # NFTA_TABLE_USE, NFTA_CHAIN_USE
+    held = ((dict(attributes(one.body[4:])), kind.get(one.kind, 0)) for one in _messages(dump))
+    return sum(int.from_bytes(parts.get(number, b"")) for parts, number in held)
+
+
+def _content(chains: bytes, rules: bytes) -> Content:
+    sizes, data = (len(chains), len(rules)), chains + rules
+    held = _known.get(sizes, ())
+    for known in held:
+        if known.layout.unpack(data) == known.parts:
+            if known is not held[0]:  # what is met often comes first, and stays
+                _known[sizes] = (known, *(one for one in held if one is not known))
+            return known.content
+    spans = [*_spans(data)]
+    blank = bytearray(data)
+    for begin, end in spans:
+        blank[begin:end] = bytes(end - begin)
+    content = Content(*(_messages(bytes(part)) for part in (blank[: sizes[0]], blank[sizes[0] :])))
+    if len(data) <= _LARGEST:
+        layout = _layout(len(data), spans)
+        _known[sizes] = (_Known(layout, layout.unpack(data), content), *_known.pop(sizes, ())[:3])
+        if len(_known) > _KEPT:
+            _known.popitem(last=False)
+    return content
+
+
+def _messages(dump: bytes) -> tuple[Message, ...]:
+    return tuple(message for message in messages(dump) if len(message.body) >= 4)  # nfgenmsg
+
+
+def _spans(data: bytes) -> Iterator[tuple[int, int]]:
+    """What differs between dumps of the same, in order and apart."""
+    at = 0
+    while at + HEADER.size + 4 <= len(data):
+        yield at + 8, at + 16  # sequence and port
+        yield at + 18, at + 20  # of nfgenmsg: the low half of the generation
+        end = min(len(data), at + max(HEADER.size + 4, HEADER.unpack_from(data, at)[0]))
+        for found in _COUNTS.finditer(data, at + HEADER.size + 4, end):
+            yield found.span(1)
+            yield found.span(2)
+        at = (end + 3) & ~3
+
+
+def _layout(size: int, spans: list[tuple[int, int]]) -> struct.Struct:
+    form, at = ["="], 0
+    for begin, end in spans:
+        form.append(f"{begin - at}s{end - begin}x")
+        at = end
+    return struct.Struct("".join((*form, f"{size - at}s")))
+
+
+def _head(body: bytes) -> Head:
+    parts = dict(attributes(body[4:]))
+    flags, handle, owner = (int.from_bytes(parts.get(kind, b"")) for kind in (2, 4, 7))
+    return Head(body[0], text(parts.get(1)), flags, handle, owner, comment(parts.get(6, b"")))

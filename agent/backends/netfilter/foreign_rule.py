@@ -1,0 +1,213 @@
+"""A rule of somebody else as far as it matters to ours: what it does, what it selects, and in words. Pure.
+
+No full printer: an expression that it does not know is shown by its name. Numbers are of linux/netfilter/nf_tables.h.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from agent.backends.netfilter.messages import text
+from agent.core import names
+from agent.core.wire.netlink import attributes
+
+_JUMPS = {-3 & 0xFFFFFFFF: "jump", -4 & 0xFFFFFFFF: "goto"}
+_VERDICTS = {0: "drop", 1: "accept", -5 & 0xFFFFFFFF: "return"}
+_META = {3: "mark", 6: "iifname", 7: "oifname", 10: "skuid", 15: "nfproto", 16: "l4proto"}
+_CT_MARK = 3
+_PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
+# (base, offset) of the network (1) and the transport (2) header.
+_FIELDS = {
+    (1, 9): "l4proto", (1, 12): "saddr", (1, 16): "daddr", (1, 6): "l4proto", (1, 8): "saddr", (1, 24): "daddr",
+    (2, 0): "sport", (2, 2): "dport",
+}  # fmt: skip
+_ADDRESSES = {(1, 12): 4, (1, 16): 4, (1, 8): 16, (1, 24): 16}  # place -> size
+_TARGETS = {"DNAT": "dnat", "NETMAP": "dnat", "REDIRECT": "redirect", "TPROXY": "tproxy", "REJECT": "drop"}
+_SAID = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "queue"}
+_SILENT = frozenset({"counter", "log"})
+
+
+@dataclass(slots=True)
+class Deed:
+    """What one rule does: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
+    goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
+    `comment` is that of iptables."""
+
+    verbs: set[str] = field(default_factory=set)
+    chain: str = ""
+    comment: str = ""
+    words: list[str] = field(default_factory=list)
+    selects: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is only for traffic that capture leaves alone: on loopback, or neither TCP nor DNS."""
+        protocol = self.selects.get("l4proto", "tcp")
+        if protocol == "udp" and self.selects.get("dport", "53") != "53":
+            return True
+        to = self.selects.get("daddr", "")
+        inside = "lo" in (self.selects.get("iifname"), self.selects.get("oifname"))
+        return inside or protocol not in ("tcp", "udp") or to == "::1" or to.startswith("127.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    """What a register holds: a field of the packet by name, of which `mask` is kept and `xor` then turned; or bytes.
+
+    `size`: bytes of the whole field where it is an address, of which a prefix may be all that was loaded.
+    """
+
+    name: str = ""
+    data: bytes = b""
+    size: int = 0
+    mask: int = 0xFFFFFFFF
+    xor: int = 0
+
+    @property
+    def keeps_our_bits(self) -> bool:
+        return self.name == "mark" and not (~self.mask | self.xor) & names.MARK_MASK
+
+
+def deed(expressions: bytes) -> Deed:
+    """From NFTA_RULE_EXPRESSIONS."""
+    found, registers = Deed(), dict[int, _Value]()
+    for _, element in attributes(expressions):
+        parts = dict(attributes(element))
+        name, data = text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+        known = _EXPRESSIONS.get(name)
+        if known is not None:
+            known(found, registers, data)
+        elif name in _SAID:
+            found.verbs.add(_SAID[name])
+            found.words.append(_SAID[name])
+        elif name not in _SILENT:
+            found.words.append(name)
+    return found
+
+
+def _load(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    key = _number(data.get(2))
+    if 3 not in data:
+        registers[_number(data.get(1))] = _Value(_META.get(key, f"meta {key}"))
+    elif key == 3:
+        _set_mark(found, registers.get(_number(data[3]), _Value()), "mark")
+
+
+def _track(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    key = _number(data.get(2))
+    if 4 not in data:
+        registers[_number(data.get(1))] = _Value("ct mark" if key == _CT_MARK else f"ct {key}")
+    elif key == _CT_MARK:
+        _set_mark(found, registers.get(_number(data[4]), _Value()), "ct mark")
+
+
+def _set_mark(found: Deed, value: _Value, what: str) -> None:
+    shown = f"{int.from_bytes(value.data, sys.byteorder):#x}" if value.data else value.name or "?"
+    found.words.append(f"{what} set {shown}")
+    if not (value.keeps_our_bits and what == "mark"):
+        found.verbs.add("mark")
+
+
+def _payload(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    if 1 in data:
+        place = _number(data.get(2)), _number(data.get(3))
+        name = _FIELDS.get(place, f"payload {place[0]} {place[1]}")
+        registers[_number(data[1])] = _Value(name, size=_ADDRESSES.get(place, 0))
+    else:
+        found.words.append("payload set")
+
+
+def _bitwise(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    mask, xor = (dict(attributes(data.get(kind, b""))).get(1, b"") for kind in (4, 5))
+    source = registers.get(_number(data.get(1)), _Value("?"))
+    numbers = (int.from_bytes(one, sys.byteorder) for one in (mask, xor))
+    registers[_number(data.get(2))] = _Value(source.name, b"", source.size, *numbers)
+
+
+def _compare(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    held = registers.get(_number(data.get(1)), _Value("?"))
+    value = dict(attributes(data.get(3, b""))).get(1, b"")
+    shown, operator = _shown(held, value), _number(data.get(2))
+    if operator == 0:
+        found.selects[held.name] = shown
+    if held.name != "nfproto":
+        found.words.append(f"{held.name} {shown}" if operator == 0 else f"{held.name} != {shown}")
+
+
+def _shown(held: _Value, value: bytes) -> str:
+    if held.name in ("iifname", "oifname"):
+        return text(value.split(b"\0")[0]) or "?"
+    if held.size:
+        address = ipaddress.ip_address(value[: held.size].ljust(held.size, b"\0"))
+        return f"{address}/{8 * len(value)}" if len(value) < held.size else str(address)
+    if held.name in ("sport", "dport"):
+        return str(int.from_bytes(value[:2]))  # iptables compares both ports in one
+    if held.name == "l4proto":
+        return _PROTOCOLS.get(value[0], str(value[0])) if value else "?"
+    return f"{int.from_bytes(value, sys.byteorder):#x}"
+
+
+def _immediate(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    held = dict(attributes(data.get(2, b"")))
+    if 2 not in held:
+        registers[_number(data.get(1))] = _Value(data=held.get(1, b""))
+        return
+    verdict = dict(attributes(held[2]))
+    code = _number(verdict.get(1))
+    if code in _JUMPS:
+        found.chain = text(verdict.get(2))
+        found.words.append(f"{_JUMPS[code]} {found.chain}")
+    else:
+        word = _VERDICTS.get(code, f"verdict {code}")
+        found.verbs.add(word)
+        found.words.append(word)
+
+
+def _nat(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    address = registers.get(_number(data.get(3)), _Value()).data
+    to = f" to {ipaddress.ip_address(address)}" if len(address) in (4, 16) else ""
+    verb = "dnat" if _number(data.get(1)) == 1 else "snat"
+    found.verbs.add(verb)
+    found.words.append(f"{verb}{to}")
+
+
+def _xt_match(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    if text(data.get(1)) == "comment":
+        found.comment = text(data.get(3, b"").split(b"\0")[0])
+    else:
+        found.words.append(f"match {text(data.get(1))}")
+
+
+def _xt_target(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+    name, info = text(data.get(1)), data.get(3, b"")
+    found.words.append(name)
+    if name in _TARGETS:
+        found.verbs.add(_TARGETS[name])
+    # xt_mark_tginfo2 and xt_connmark_tginfo1: mark, mask; what is outside of both stays as it was.
+    elif name in ("MARK", "CONNMARK") and any(
+        int.from_bytes(info[at : at + 4], sys.byteorder) & names.MARK_MASK for at in (0, 4)
+    ):
+        found.verbs.add("mark")
+
+
+_EXPRESSIONS: Mapping[str, Callable[[Deed, dict[int, _Value], Mapping[int, bytes]], None]] = {
+    "meta": _load,
+    "ct": _track,
+    "payload": _payload,
+    "bitwise": _bitwise,
+    "cmp": _compare,
+    "immediate": _immediate,
+    "nat": _nat,
+    "match": _xt_match,
+    "target": _xt_target,
+}
+
+
+def _number(payload: bytes | None) -> int:
+    return int.from_bytes(payload or b"")

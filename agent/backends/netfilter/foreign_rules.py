@@ -1,0 +1,193 @@
+"""What of others comes before our rules and may take their traffic, in words. Pure. It is told and never touched.
+
+Netfilter calls base chains by priority, and of equal ones that registered last comes first (nf_hook_entries_grow; NAT
+keeps a list of its own in the same order). An accept in one NAT chain binds no other; the first translation does
+(nf_nat_inet_fn). When a chain was registered is not told: of two with one priority, that in the table made later is
+taken for the later one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from agent.backends.netfilter.dumps import Content, Head, Ruleset
+from agent.backends.netfilter.foreign_rule import Deed, deed
+from agent.backends.netfilter.messages import HOOK_NUMBER, comment, text
+from agent.backends.netfilter.rules import BASE, Hook, Table
+from agent.core import names
+from agent.core.model import tags
+from agent.core.model.plan import Foreign
+from agent.core.wire.netlink import attributes
+from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
+from agent.core.wire.policy_rules import TO_TABLE, FibRule
+
+_WORDS = {NFPROTO_INET: "inet", NFPROTO_IPV4: "ip", NFPROTO_IPV6: "ip6"}
+_HOOKS = frozenset(HOOK_NUMBER.values())
+_NAT_PRIORITY = BASE[Table.NAT, Hook.OUTPUT][1]
+_OURS = frozenset(names.NFT_TABLE_PREFIX + table.value for table in Table)
+_XT_CHAINS = frozenset((names.XT_PREROUTING, names.XT_OUTPUT))
+_XT_BASES = frozenset((table.value, hook.name) for table in Table for hook in Hook)
+_TAKES = {"nat": frozenset({"dnat", "redirect", "drop", "queue"})}
+_TAKES_OTHER = frozenset({"mark", "drop", "tproxy", "queue"})
+_ENDS = frozenset({"dnat", "redirect", "tproxy", "drop", "accept", "return", "queue"})
+_LEADS_AWAY = frozenset({TO_TABLE, 2, 6, 7, 8})  # FR_ACT_GOTO, _BLACKHOLE, _UNREACHABLE, _PROHIBIT
+_LOCAL = 255
+_NOT_READ = "the pod has more rules than can be read, or changes them all the time: what comes before ours is not known"
+
+
+@dataclass(frozen=True, slots=True)
+class _Suspect:
+    """A base chain with rules that may take our traffic; `here` if they come before our jump in the same chain."""
+
+    family: int
+    table: str
+    nat: bool
+    priority: int
+    here: bool
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    family: int
+    table: str
+    name: str
+    kind: str = ""
+    hook: int = -1
+    priority: int = 0
+    drops: bool = False
+
+
+def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[str, ...]:
+    """Of chains before ours, a line each. `table` holds our NAT chains: in `family`, or (0) in ip and in ip6, where
+    our chains are called from the base chains of iptables."""
+    if not ruleset.whole:
+        return (_NOT_READ,)
+    suspects = _suspects(ruleset.content, within=not family)
+    if not suspects:
+        return ()
+    heads = {(head.family, head.name): head for head in ruleset.tables}
+    return tuple(
+        Foreign(one.words)
+        for one in suspects
+        if (ipv6 or one.family != NFPROTO_IPV6)
+        and _before(one, heads.get((one.family, one.table)), heads.get((family or one.family, table)))
+    )
+
+
+def _before(one: _Suspect, head: Head | None, ours: Head | None) -> bool:
+    if head is None or head.dormant:
+        return False
+    if one.here or one.priority < _NAT_PRIORITY:
+        return True
+    # Without a table of ours yet, it will be the latest.
+    return one.nat and one.priority == _NAT_PRIORITY and ours is not None and head.handle > ours.handle
+
+
+@lru_cache(maxsize=64)
+def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
+    """`within`: our jumps are in base chains of iptables, and rules before them count whatever they end with."""
+    bases = [one for one in map(_chain, (message.body for message in content.chains)) if one.hook in _HOOKS]
+    bases = [one for one in bases if one.family in _WORDS and one.priority <= _NAT_PRIORITY]
+    bases = [one for one in bases if not (one.family == NFPROTO_INET and one.table in _OURS)]
+    if not bases:
+        return ()
+    rules = _rules(content)
+    return tuple(found for base in bases if (found := _suspect(base, rules, within)))
+
+
+Place = tuple[int, str, str]  # family, table, chain
+
+
+def _rules(content: Content) -> dict[Place, list[tuple[str, Deed]]]:
+    """(our tag or "", what it does) of each rule."""
+    found: dict[Place, list[tuple[str, Deed]]] = {}
+    for message in content.rules:
+        parts = dict(attributes(message.body[4:]))
+        expressions = parts.get(4, b"")
+        what = deed(expressions)
+        said = comment(parts.get(7, b"")) or what.comment
+        tag = said if tags.TAG.fullmatch(said) else ""
+        found.setdefault((message.body[0], text(parts.get(1)), text(parts.get(2))), []).append((tag, what))
+    return found
+
+
+def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, Deed]]], within: bool) -> _Suspect | None:
+    place = base.family, base.table, base.name
+    held = rules.get(place, [])
+    here = within and base.family != NFPROTO_INET and (base.table, base.name) in _XT_BASES
+    takes = _TAKES.get(base.kind, _TAKES_OTHER)
+    if here:
+        takes, held = takes | _ENDS, held[: _jump(held)]
+    taking = list(_taking(base, held, rules, takes, frozenset({base.name})))
+    if base.drops and not here:
+        taking.append((frozenset({"drop"}), "policy drop"))
+    if not taking:
+        return None
+    verbs = ", ".join(sorted(frozenset().union(*(verbs for verbs, _ in taking))))
+    where = f"chain {_WORDS[base.family]} {base.table} {base.name}" + (" before our jump" if here else "")
+    count = f"{len(taking)} rule{'s' * (len(taking) != 1)}"
+    describe = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
+    return _Suspect(base.family, base.table, base.kind == "nat", base.priority, here, describe)
+
+
+def _jump(held: list[tuple[str, Deed]]) -> int:
+    return next((number for number, (_, what) in enumerate(held) if what.chain in _XT_CHAINS), len(held))
+
+
+def _taking(
+    base: _Chain,
+    held: list[tuple[str, Deed]],
+    rules: dict[Place, list[tuple[str, Deed]]],
+    takes: frozenset[str],
+    seen: frozenset[str],
+) -> Iterator[tuple[frozenset[str], str]]:
+    """(verbs, words) of each rule that takes something away, also in chains that are jumped to."""
+    for tag, what in held:
+        if tag or what.elsewhere:
+            continue
+        verbs = frozenset(what.verbs & takes)
+        if verbs:
+            yield verbs, str(what)
+        elif what.chain and what.chain not in seen:
+            there = rules.get((base.family, base.table, what.chain), [])
+            # To return from there only leads back.
+            for found, describe in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
+                yield found, f"{what}: {describe}"
+
+
+def _chain(body: bytes) -> _Chain:
+    parts = dict(attributes(body[4:]))
+    family, table, name = body[0], text(parts.get(1)), text(parts.get(3))
+    if 4 not in parts:
+        return _Chain(family, table, name)
+    hook = dict(attributes(parts[4]))
+    number, priority = int.from_bytes(hook.get(1, b"")), int.from_bytes(hook.get(2, b""), signed=True)
+    drops = int.from_bytes(parts.get(5, b"\0\0\0\1")) == 0
+    return _Chain(family, table, name, text(parts.get(7)), number, priority, drops)
+
+
+def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:
+    """Policy rules that a reply of the pod to ztunnel, marked as such, may match if they come before ours.
+
+    It is sent from within, so its incoming interface is lo; what is looked up for an outgoing interface is not routed
+    by marks. A table that is empty today may be filled tomorrow.
+    """
+    return tuple(
+        rule
+        for rule in held
+        if rule.action in _LEADS_AWAY
+        and rule.table != _LOCAL
+        and not rule.oif
+        and (rule.inverted or (rule.iif in ("", "lo") and not (rule.mark ^ names.CONNECTION_MARK) & _bits(rule)))
+    )
+
+
+def _bits(rule: FibRule) -> int:
+    return rule.mask & names.MARK_MASK
+
+
+def describe(rule: FibRule) -> str:
+    return Foreign(f"policy rule of IPv{rule.family} with preference {rule.preference}: {rule}")

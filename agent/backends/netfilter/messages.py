@@ -1,0 +1,38 @@
+"""Parts of nf_tables messages that both netfilter backends use: iptables-nft writes nf_tables too. Pure."""
+
+from __future__ import annotations
+
+from agent.backends.netfilter import rules
+from agent.backends.netfilter.rules import Hook, Table
+from agent.core.text import printable
+from agent.core.wire.netlink import attribute, nested
+
+HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
+
+
+def base_chain(table: Table, hook: Hook) -> bytes:
+    """The attributes that make a chain a base chain with policy accept."""
+    kind, priority = rules.BASE[table, hook]
+    place = nested(4, attribute(1, HOOK_NUMBER[hook]), attribute(2, priority & 0xFFFFFFFF))
+    return place + attribute(7, kind) + attribute(5, 1)
+
+
+def comment_data(words: str) -> bytes:
+    """User data that holds a comment; the kernel only keeps it: type 0, length, text with its zero byte."""
+    return bytes([0, len(words) + 1]) + words.encode() + b"\0"
+
+
+def text(payload: bytes | None) -> str:
+    """A name or comment, to be compared with ours and to be shown: the kernel lets a pod use any bytes in its own."""
+    return printable((payload or b"").rstrip(b"\0").decode(errors="replace"))
+
+
+def comment(userdata: bytes) -> str:
+    """The comment in a rule's or table's user data, "" without one; types and lengths are single bytes."""
+    offset = 0
+    while offset + 2 <= len(userdata):
+        kind, length = userdata[offset], userdata[offset + 1]
+        if kind == 0:
+            return text(userdata[offset + 2 : offset + 2 + length])
+        offset += 2 + length
+    return ""

@@ -1,0 +1,102 @@
+"""What a captured pod sends and receives beside ztunnel: neither TCP nor captured DNS, counted by the last rules
+of our mangle chains. Reading the counters changes nothing, and is no part of comparing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from agent.backends.ebpf import counting as ebpf
+from agent.backends.ebpf.pins import Pins
+from agent.backends.iptables import entries
+from agent.backends.iptables import rendering as xtables
+from agent.backends.iptables.bases import FAMILIES
+from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.rules import Hook, Table
+from agent.backends.nftables import rendering as nftables
+from agent.core import names
+from agent.core.model.redirect import Redirect
+from agent.core.wire.netlink import attribute, attributes
+from agent.core.wire.nftables import GETRULE, NFPROTO_INET
+from agent.kernel import xtables as sockopts
+from agent.kernel.pod_netns import PodNetns
+
+INBOUND, OUTBOUND = "inbound", "outbound"
+_DIRECTION = {Hook.PREROUTING: INBOUND, Hook.OUTPUT: OUTBOUND}
+_MANGLE = Table.MANGLE.value
+_Rule = tuple[str, int, int]  # tag, packets, bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Since the rules were applied. Refused ones too, where they are refused."""
+
+    packets: int = 0
+    bytes: int = 0
+
+    def plus(self, packets: int, size: int) -> Counts:
+        return Counts(self.packets + packets, self.bytes + size)
+
+
+def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = None) -> dict[str, Counts]:
+    """By direction, from the rules of `backend` that make `want` true, or from eBPF's map. Raises KernelError."""
+    if backend == "ebpf":
+        counted = ebpf.beside(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
+        return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
+    wanted = _tags(backend, want)
+    found = {INBOUND: Counts(), OUTBOUND: Counts()}
+    for tag, packets, size in _rules(backend, target, wanted):
+        if tag in wanted:
+            found[wanted[tag]] = found[wanted[tag]].plus(packets, size)
+    return found
+
+
+def _tags(backend: str, want: Redirect) -> dict[str, str]:
+    """Tag of each counting rule -> direction: the last of its chain, one for each family."""
+    families = [family for family, on in ((4, want.ipv4), (6, want.ipv6)) if on]
+    found: dict[str, str] = {}
+    for hook, direction in _DIRECTION.items():
+        if backend == "nftables":
+            (table,) = (t for t in nftables.render(want, False).tables if t.name == names.NFT_TABLE_PREFIX + _MANGLE)
+            (chain,) = (c for c in table.chains if c.name == f"istio-{hook.value}")
+            found |= {tag: direction for tag, _ in chain.rules[-len(families) :]}
+        else:
+            for family in families:
+                chains = dict(xtables.render(want, family).tables[_MANGLE].chains)
+                found[chains[xtables.CHAINS[hook]][-1]] = direction
+    return found
+
+
+def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_Rule]:
+    """At least those with a wanted tag."""
+    if backend == "nftables":
+        table = names.NFT_TABLE_PREFIX + _MANGLE
+        yield from _nft_rules(target, NFPROTO_INET, table, (names.NFT_PREROUTING, names.NFT_OUTPUT), wanted)
+    elif backend == "iptables":
+        for protocol in FAMILIES.values():
+            yield from _nft_rules(target, protocol, _MANGLE, tuple(xtables.CHAINS.values()), wanted)
+    else:
+        for (family, _), (_, data) in target.netns.call(lambda: sockopts.again((_MANGLE,), {})).items():
+            for entry in entries.entries(family, data, tuple(entries.places(family, data))):
+                yield entry.comment or "", *entries.counts(family, data, entry.offset)
+
+
+def _nft_rules(
+    target: PodNetns, protocol: int, table: str, chains: tuple[str, ...], wanted: Container[str]
+) -> Iterator[_Rule]:
+    for chain in chains:
+        for message in target.nft.dump(GETRULE, protocol, attribute(1, table) + attribute(2, chain)):
+            parts = dict(attributes(message.body[4:]))
+            tag, packets, size = comment(parts.get(7, b"")), 0, 0
+            if tag and tag not in wanted:
+                continue
+            for _, element in attributes(parts.get(4, b"")):
+                expression = dict(attributes(element))
+                data = dict(attributes(expression.get(2, b"")))
+                match text(expression.get(1)):
+                    case "counter":  # NFTA_COUNTER_BYTES 1, _PACKETS 2
+                        size, packets = int.from_bytes(data.get(1, b"")), int.from_bytes(data.get(2, b""))
+                    case "match" if text(data.get(1)) == "comment":
+                        tag = text(data.get(3, b"").split(b"\0")[0])
+            yield tag, packets, size

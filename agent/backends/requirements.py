@@ -1,0 +1,268 @@
+"""Each kernel feature that a choice of backend needs, on its own: how it is tried, and what to do without it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from agent.backends.netfilter.messages import base_chain
+from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
+from agent.backends.nftables import expressions
+from agent.backends.nftables.expressions import expression
+from agent.backends.nftables.rendering import OWNER, PERSIST
+from agent.core import names
+from agent.core.wire.netlink import NLM_F_CREATE, attribute
+from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+
+_NEWSET = 10 << 8 | 9
+_TABLE = "sluice-try"
+RESTORE = {
+    "iptables": {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"},
+    "iptables-legacy": {4: "iptables-legacy-restore", 6: "ip6tables-legacy-restore"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HasIpv6:
+    """The namespace has IPv6 at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRuleRequirement:
+    """A policy rule by packet mark can be made."""
+
+    family: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """nf_tables takes these messages."""
+
+    commands: tuple[Command, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Printed:
+    """What nft prints of a table with these flags, once its owner has ended, nft can read; or nft is not installed."""
+
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramRequirement:
+    """A program is installed."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """An iptables-restore program takes this script."""
+
+    program: str
+    script: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ebpf:
+    """A feature of eBPF, by its name there."""
+
+    name: str
+
+
+Trial = HasIpv6 | PolicyRuleRequirement | Transaction | Printed | ProgramRequirement | Restored | Ebpf
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """One feature. `without` is what is lost where it is optional, "" where nothing works without it.
+
+    `behind` names the need without which this one cannot be there either and is not tried.
+    """
+
+    name: str
+    trial: Trial
+    remedy: str
+    without: str = ""
+    behind: str = ""
+
+
+def needs(choice: str, *, ipv6: bool = True) -> tuple[Need, ...]:
+    """In the order in which they are tried. With `ipv6` False none touches IPv6."""
+    if choice == "ebpf":
+        return (*_common(ipv6), *_ebpf())
+    found = [*_common(ipv6), *(_nftables() if choice == "nftables" else _iptables(choice, ipv6))]
+    return tuple(found)
+
+
+def _ebpf() -> Iterator[Need]:
+    """Each with the first kernel that has it."""
+    kernel = "Linux {} with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF; or set backend: nftables"
+    for name, remedy in (
+        ("eBPF objects", "make objects, before the package is built"),
+        ("libbpf", "apt-get install libbpf1"),
+        ("cgroup v2 hierarchy", "mount the node's cgroup2 filesystem into the agent"),
+        ("bpffs", kernel.format("4.4")),
+        ("cgroup/connect", kernel.format("5.8")),
+        ("cgroup/sendmsg, recvmsg", kernel.format("5.8")),
+        ("cgroup/bind", kernel.format("5.8")),
+        ("cgroup/getpeername, getsockopt", kernel.format("5.15")),
+        ("sockops", kernel.format("5.15")),
+        ("sk_lookup", kernel.format("5.9")),
+        ("tcx", kernel.format("6.6")),
+    ):
+        yield Need(name, Ebpf(name), remedy)
+
+
+def modules(module: str, symbol: str) -> str:
+    """What to do where a module is missing; `{release}` is left to whoever knows the kernel."""
+    return (
+        f"modprobe {module}, and write {module} to /etc/modules-load.d/sluice.conf (in the package "
+        "linux-modules-extra-{release} on Ubuntu, kernel-modules-extra on Fedora and RHEL); "
+        f"a kernel of one's own needs CONFIG_{symbol}"
+    )
+
+
+def _common(ipv6: bool) -> Iterator[Need]:
+    rules = "a kernel with CONFIG_{}, which every distribution's has"
+    yield Need("policy routing", PolicyRuleRequirement(4), rules.format("IP_MULTIPLE_TABLES"))
+    if ipv6:
+        yield Need("IPv6", HasIpv6(), "boot without ipv6.disable=1", "pods are captured for IPv4 alone")
+        remedy = rules.format("IPV6_MULTIPLE_TABLES") + "; or set ipv6: false"
+        yield Need("IPv6 policy routing", PolicyRuleRequirement(6), remedy, behind="IPv6")
+
+
+def _nftables() -> Iterator[Need]:
+    table = Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, _TABLE) + attribute(2, 0))
+    owned = Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, _TABLE) + attribute(2, OWNER | PERSIST))
+    remedy = modules("nf_tables", "NF_TABLES and CONFIG_NF_TABLES_INET")
+    yield Need("nf_tables, inet", Transaction((table,)), remedy)
+    tcp, udp = Match(Field.PROTOCOL, "tcp"), Match(Field.PROTOCOL, "udp")
+    nat, mangle, raw = (Table.NAT, Hook.OUTPUT), (Table.MANGLE, Hook.PREROUTING), (Table.RAW, Hook.OUTPUT)
+    for name, rule, module, symbol in (
+        (
+            "inet nat, redirect",
+            Rule(*nat, (tcp,), RuleAction.REDIRECT, 15001),
+            "nft_redir",
+            "NFT_NAT and CONFIG_NFT_REDIR",
+        ),
+        (
+            "meta mark",
+            Rule(*mangle, (Match(Field.MARK, names.ZTUNNEL_MARK),), RuleAction.ACCEPT),
+            "nf_tables",
+            "NF_TABLES",
+        ),
+        ("ct mark", Rule(*mangle, (), RuleAction.SET_CONNECTION_MARK), "nft_ct", "NFT_CT and CONFIG_NF_CONNTRACK_MARK"),
+        (
+            "ct zone",
+            Rule(*raw, (udp,), RuleAction.ORIGINAL_ZONE, 1),
+            "nft_ct",
+            "NFT_CT and CONFIG_NF_CONNTRACK_ZONES",
+        ),
+    ):
+        commands = (table, *_rule(rule.table, rule.hook, expressions.rule(rule)[1]))
+        yield Need(name, Transaction(commands), modules(module, symbol), behind="nf_tables, inet")
+    meta_uid = expression("meta", attribute(2, 10), attribute(1, 1))  # NFT_META_SKUID
+    flags = expression("payload", attribute(1, 1), attribute(2, 2), attribute(3, 13), attribute(4, 1))
+    refuse = expression("reject", attribute(1, 2), attribute(2, b"\x03"))  # NFT_REJECT_ICMPX_UNREACH, prohibited
+    ranges = attribute(1, _TABLE) + attribute(2, "s") + attribute(3, 4) + attribute(5, 4) + attribute(10, 1)
+    for name, commands, words, loss in (
+        (
+            "owned tables",
+            (owned,),
+            "Linux 6.9",
+            "somebody's `nft flush ruleset` takes our tables until they are repaired",
+        ),
+        (
+            "sets of intervals",
+            (table, Command(_NEWSET, NLM_F_CREATE, NFPROTO_INET, ranges)),
+            modules("nf_tables", "NF_TABLES"),
+            "ranges cannot be excluded from capture",
+        ),
+        (
+            "meta skuid",
+            (table, *_rule(Table.NAT, Hook.OUTPUT, meta_uid + _equal(bytes(4)))),
+            modules("nf_tables", "NF_TABLES"),
+            "users cannot be excluded from capture",
+        ),
+        (
+            "tcp flags",
+            (table, *_rule(Table.MANGLE, Hook.OUTPUT, flags + _equal(b"\x02"))),
+            modules("nf_tables", "NF_TABLES"),
+            "connections from before the enrolment are not told apart",
+        ),
+        (
+            "reject",
+            (table, *_rule(Table.RAW, Hook.OUTPUT, refuse)),
+            modules("nft_reject_inet", "NFT_REJECT_INET"),
+            "non_tcp: refuse cannot be used",
+        ),
+    ):
+        yield Need(name, Transaction(commands), words, loss, "nf_tables, inet")
+    yield Need(
+        "owned tables in nft",
+        Printed(OWNER | PERSIST),
+        "a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
+        "while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; `nft -j` breaks off",
+        "owned tables",
+    )
+
+
+def _rule(table: Table, hook: Hook, expressions: bytes) -> Iterator[Command]:
+    chain = attribute(1, _TABLE) + attribute(3, "c") + base_chain(table, hook)
+    yield Command(NEWCHAIN, NLM_F_CREATE, NFPROTO_INET, chain)
+    body = attribute(1, _TABLE) + attribute(2, "c") + attribute(4 | 0x8000, expressions)
+    yield Command(NEWRULE, NLM_F_CREATE, NFPROTO_INET, body)
+
+
+def _equal(value: bytes) -> bytes:
+    return expression("cmp", attribute(1, 1), attribute(2, 0), attribute(3 | 0x8000, attribute(1, value)))
+
+
+# Name, table and rule, module and symbol of the kernel, what is lost without it.
+_EXTENSIONS = (
+    ("match comment", "mangle", "OUTPUT -m comment --comment x -j ACCEPT", "xt_comment", "MATCH_COMMENT", ""),
+    ("match tcp", "mangle", "OUTPUT -p tcp -m tcp --dport 53 -j ACCEPT", "xt_tcpudp", "XTABLES", ""),
+    ("match udp", "mangle", "OUTPUT -p udp -m udp --dport 53 -j ACCEPT", "xt_tcpudp", "XTABLES", ""),
+    ("match mark", "mangle", "OUTPUT -m mark --mark 0x1/0xfff -j ACCEPT", "xt_mark", "MARK", ""),
+    ("match connmark", "mangle", "OUTPUT -m connmark --mark 0x1/0xfff -j ACCEPT", "xt_connmark", "CONNMARK", ""),
+    ("target CONNMARK", "mangle", "OUTPUT -j CONNMARK --set-xmark 0x1/0xfff", "xt_connmark", "CONNMARK", ""),
+    ("target CT", "raw", "OUTPUT -p udp -j CT --zone 1", "xt_CT", "TARGET_CT", ""),
+    ("target REDIRECT", "nat", "OUTPUT -p tcp -j REDIRECT --to-ports 15001", "xt_REDIRECT", "TARGET_REDIRECT", ""),
+    (
+        "match multiport",
+        "mangle",
+        "OUTPUT -p tcp -m multiport --dports 1,2:3 -j ACCEPT",
+        "xt_multiport",
+        "MATCH_MULTIPORT",
+        "lists of ports cannot be excluded from capture",
+    ),
+    (
+        "match owner",
+        "mangle",
+        "OUTPUT -m owner --uid-owner 0-1 -j ACCEPT",
+        "xt_owner",
+        "MATCH_OWNER",
+        "users cannot be excluded from capture",
+    ),
+)
+
+
+def _iptables(choice: str, ipv6: bool) -> Iterator[Need]:
+    for family in (4, 6) if ipv6 else (4,):
+        program, word = RESTORE[choice][family], f"IPv{family}"
+        package = "install the package iptables, 1.8 or newer (Alpine splits off iptables-legacy)"
+        behind = "IPv6" if family == 6 else ""
+        yield Need(f"program {program}", ProgramRequirement(program), package, behind=behind)
+        for table in ("nat", "mangle", "raw"):
+            if choice == "iptables":
+                remedy = modules("nft_compat", "NF_TABLES and CONFIG_NFT_COMPAT")
+            else:
+                six = "6" if family == 6 else ""
+                remedy = modules(f"ip{six}table_{table}", f"IP{six}_NF_{table.upper()} and its _LEGACY")
+            script = f"*{table}\n-A OUTPUT -j ACCEPT\nCOMMIT\n"
+            yield Need(f"{word} table {table}", Restored(program, script), remedy, behind=f"program {program}")
+        for name, table, rule, module, symbol, without in _EXTENSIONS:
+            remedy = modules(module, f"NETFILTER_{symbol}" if symbol == "XTABLES" else f"NETFILTER_XT_{symbol}")
+            script = f"*{table}\n-A {rule}\nCOMMIT\n"
+            yield Need(f"{word} {name}", Restored(program, script), remedy, without, f"{word} table {table}")

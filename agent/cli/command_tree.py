@@ -1,0 +1,87 @@
+"""The commands and their options as values, from the parser: for completion, the manual page and docs/cli.md."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`flags` as typed; `value` names what follows, "" for nothing; `choices` are the values there are, if few.
+
+    `setting`: one of those that the agent's settings make.
+    """
+
+    flags: tuple[str, ...]
+    value: str = ""
+    choices: tuple[str, ...] = ()
+    help: str = ""
+    required: bool = False
+    setting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Positional:
+    name: str
+    choices: tuple[str, ...] = ()
+    help: str = ""
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """`words` as in ("lab", "up"), () for the program; `about` is its line in lists."""
+
+    words: tuple[str, ...]
+    about: str
+    options: tuple[Option, ...]
+    positionals: tuple[Positional, ...]
+    commands: tuple[Command, ...]
+
+    def walk(self) -> Iterator[Command]:
+        """This one and all below."""
+        yield self
+        for one in self.commands:
+            yield from one.walk()
+
+
+def command_tree(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), about: str = "") -> Command:
+    """The parser's own tree."""
+    options, positionals, commands = list[Option](), list[Positional](), list[Command]()
+    settings = {id(one) for group in parser._action_groups if group.title == "settings" for one in group._group_actions}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            lines = {one.dest: str(one.help or "") for one in action._choices_actions}
+            commands += (
+                command_tree(below, (*words, name), lines.get(name, "")) for name, below in action.choices.items()
+            )
+        elif action.option_strings:
+            options.append(_option(action, setting=id(action) in settings))
+        else:
+            name, optional = str(action.metavar or action.dest), action.nargs in ("?", "*", argparse.REMAINDER)
+            positionals.append(Positional(name, _choices(action), _help(action), optional))
+    return Command(words, about, tuple(options), tuple(positionals), tuple(commands))
+
+
+def _option(action: argparse.Action, *, setting: bool) -> Option:
+    choices, value = _choices(action), ""
+    if action.nargs != 0:
+        value = str(action.metavar or ("|".join(choices) if choices else action.dest.upper()))
+    flags = tuple(action.option_strings)
+    return Option(flags, value, choices, _help(action), action.required, setting)
+
+
+def _choices(action: argparse.Action) -> tuple[str, ...]:
+    """Those of argparse; or of a setting, whose metavar lists them."""
+    if action.choices is not None:
+        return tuple(map(str, action.choices))
+    words = str(action.metavar or "")
+    return tuple(words.split("|")) if "|" in words else ()
+
+
+def _help(action: argparse.Action) -> str:
+    """With what argparse fills in."""
+    text = str(action.help or "")
+    return text % {"default": action.default, "prog": "sluice"} if "%" in text else text

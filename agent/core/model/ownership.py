@@ -1,0 +1,18 @@
+"""Whose something is that was found under the names which all mesh agents share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+
+
+class Owner(Enum):
+    NONE = "nobody's"
+    SLUICE = "ours"
+    FOREIGN = "another agent's"
+
+
+def owner_of(parts: Iterable[Owner]) -> Owner:
+    """Of the whole: ours as soon as any part is."""
+    found = set(parts)
+    return next((one for one in (Owner.SLUICE, Owner.FOREIGN) if one in found), Owner.NONE)

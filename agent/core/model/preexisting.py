@@ -1,0 +1,68 @@
+"""Connections from before a pod's enrolment, which run on outside of ztunnel. Pure.
+
+conntrack takes the first packet that it sees of a flow for the flow's beginning, also in mid-stream
+(nf_conntrack_tcp_loose), and the rules would redirect it: the connection would be reset. So for as long as such
+connections live, the rules leave alone what does not begin with a SYN (Redirect.preserve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, is_loopback, taken
+
+NAMED = 5  # connections that a line of text names
+Select = Callable[[Sequence[TcpSocket]], tuple[TcpSocket, ...]]  # of all connections of a pod, see CONNECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Preexisting:
+    """Connections by their sockets' cookies. Handshakes under way are counted in until they are seen captured."""
+
+    cookies: frozenset[int] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.cookies)
+
+    def remaining(self, now: Sequence[TcpSocket], select: Select | None = None) -> tuple[TcpSocket, ...]:
+        """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED.
+
+        `select` tells which of them may be meant, `candidates` by default.
+        """
+        return tuple(one for one in (select or candidates)(now) if one.cookie in self.cookies)
+
+
+def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Select | None = None) -> Preexisting:
+    """What the rules did not catch, from the pod's connections just before and just after they were applied.
+
+    One that is in `after` alone either slipped in before the rules, or ztunnel has its other end.
+    """
+    return Preexisting(frozenset(one.cookie for now in (before, after) for one in (select or candidates)(now)))
+
+
+def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """Connections of the pod with somebody else that are not captured, each once, in an order that is stable."""
+    captured = taken(sockets)
+    found = {one.cookie: one for one in sockets if one.cookie not in captured and _with_others(one)}
+    return tuple(sorted(found.values(), key=lambda one: (one.local, one.remote, one.cookie)))
+
+
+def _with_others(one: TcpSocket) -> bool:
+    if one.state not in CONNECTED or one.of_ztunnel or one.local[1] in CAPTURE_PORTS:
+        return False
+    return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
+
+
+def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: str = "still outside") -> str:
+    """One line for people; "" for none. The pod's end of each connection comes first."""
+    if not connections:
+        return ""
+    count = len(connections)
+    what = f"1 connection from before {since} is" if count == 1 else f"{count} connections from before {since} are"
+    return f"{what} {how}: {_named(connections)}"
+
+
+def _named(connections: Iterable[TcpSocket]) -> str:
+    words = [str(one) for one in connections]
+    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")

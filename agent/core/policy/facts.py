@@ -1,0 +1,151 @@
+"""What may decide whether a pod is captured, fact by fact, in the order in which it is asked. Pure.
+
+`desired.decide` takes the first fact that says something, and `sluice explain` shows them all: they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agent.core import names
+from agent.core.model.pods import Pod, mode
+from agent.core.policy.selectors import DEFAULT, Requirement, Selector
+from agent.core.settings import Settings
+
+_UNSET = "neither the pod nor its namespace says"
+
+
+class Origin(StrEnum):
+    """Where a fact, or the value of an option, comes from."""
+
+    POD = "pod"  # what it is, as its runtime or Kubernetes tells
+    LABEL = "pod label"
+    ANNOTATION = "pod annotation"
+    NAMESPACE = "namespace label"
+    SETTING = "setting"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """`value` as it was found, "" for what is not set. `enrols` is None for a fact that leaves the question open.
+
+    `reason` is for people, of a fact that decides; `effect` says in a word or two what any fact does.
+    """
+
+    origin: Origin
+    key: str
+    value: str = ""
+    enrols: bool | None = None
+    reason: str = ""
+    note: str = ""
+
+    @property
+    def effect(self) -> str:
+        return self.note or {True: "enrols", False: "excludes", None: ""}[self.enrols]
+
+
+def considered(pod: Pod, settings: Settings) -> Iterator[Fact]:
+    """In their order; the first that enrols or excludes counts, and at least one does."""
+    yield from _never(pod, settings)
+    if settings.enablement_selectors != DEFAULT:
+        yield from _selectors(pod, settings)
+    else:
+        yield from _said(pod)
+
+
+def exempt(namespace: str, name: str, settings: Settings) -> bool:
+    """Named by the settings as one that is never captured; all that has to be known is in a CNI call."""
+    if namespace in settings.exclude_namespaces or namespace == settings.own_namespace:
+        return True
+    return bool(_exempting(f"{namespace}/{name}", settings))
+
+
+def labels_of(pod: Pod) -> Mapping[str, str]:
+    """What only an annotation says counts as a label: that is what there is on nodes without Kubernetes."""
+    said = mode(pod)
+    return {**pod.labels, names.DATAPLANE_MODE: said} if said else pod.labels
+
+
+def _exempting(key: str, settings: Settings) -> str:
+    """The word of the setting exempt_pods that names the pod."""
+    return next((w for w in settings.exempt_pods if (key.startswith(w[:-1]) if w.endswith("*") else key == w)), "")
+
+
+def _never(pod: Pod, settings: Settings) -> Iterator[Fact]:
+    """Whatever its labels say."""
+
+    def fact(origin: Origin, key: str, value: str, excludes: bool, reason: str) -> Fact:
+        return Fact(origin, key, value, False if excludes else None, reason if excludes else "")
+
+    yield fact(Origin.POD, "host network", _word(pod.host_network), pod.host_network, "it shares the host's network")
+    sidecar = names.SIDECAR_STATUS in pod.annotations
+    why = f"it has a sidecar (annotation {names.SIDECAR_STATUS})"
+    yield fact(Origin.ANNOTATION, names.SIDECAR_STATUS, "set" if sidecar else "", sidecar, why)
+    app = pod.labels.get("app", "")
+    yield fact(Origin.LABEL, "app", app, app == "ztunnel", "it is ztunnel itself")
+    where, excluded = f"namespace {pod.namespace}", settings.exclude_namespaces
+    why = f"{where} is excluded by the setting exclude_namespaces"
+    yield fact(Origin.SETTING, "exclude_namespaces", ", ".join(excluded), pod.namespace in excluded, why)
+    own = settings.own_namespace
+    yield fact(Origin.SETTING, "own_namespace", own, pod.namespace == own, f"{where} is the agent's own")
+    named = bool(_exempting(pod.key, settings))
+    why = "it is named by the setting exempt_pods"
+    yield fact(Origin.SETTING, "exempt_pods", ", ".join(settings.exempt_pods), named, why)
+    yield Fact(Origin.POD, "runtime class", pod.runtime_class)
+    stacks, why = settings.unsupported_runtimes, f"its runtime class {pod.runtime_class} has a network stack of its own"
+    yield fact(Origin.SETTING, "unsupported_runtimes", ", ".join(stacks), pod.runtime_class in stacks, why)
+    yield fact(Origin.POD, "ended", _word(pod.terminal), pod.terminal, "it has ended")
+
+
+def _word(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def _said(pod: Pod) -> Iterator[Fact]:
+    """As the default selectors have it, which pick the one of three words that counts."""
+    key, said, labels = names.DATAPLANE_MODE, mode(pod), labels_of(pod)
+    chosen = any(one.matches(labels, pod.namespace_labels) for one in DEFAULT)
+    own, reason = {"ambient": (True, f"the pod says {key}=ambient"), "none": (False, f"the pod says {key}=none")}.get(
+        said, (None, "")
+    )
+    for origin, found in ((Origin.LABEL, pod.labels.get(key, "")), (Origin.ANNOTATION, pod.annotations.get(key, ""))):
+        if not found:
+            yield Fact(origin, key)
+        elif origin is Origin.ANNOTATION and pod.labels.get(key):
+            yield Fact(origin, key, found, note="not asked, for the label is set")
+        else:
+            yield Fact(origin, key, found, own, reason, "" if reason else "not a word that counts")
+    value = pod.namespace_labels.get(key, "")
+    reason = f"namespace {pod.namespace} says {key}=ambient" if value == "ambient" else f"{_UNSET} {key}=ambient"
+    if own is None:
+        yield Fact(Origin.NAMESPACE, key, value, chosen, reason, "" if chosen else "nothing enrols it")
+    else:
+        yield Fact(Origin.NAMESPACE, key, value, value == "ambient" or None, reason if value == "ambient" else "")
+
+
+def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
+    """Each selector after the labels that it looks at; the last one decides when none fits."""
+    key, labels, selectors = "enablement_selectors", labels_of(pod), settings.enablement_selectors
+    for number, one in enumerate(selectors):
+        for origin, requirements, found in (
+            (Origin.LABEL, one.pod, labels), (Origin.NAMESPACE, one.namespace, pod.namespace_labels),
+        ):  # fmt: skip
+            yield from (_required(origin, requirement, found, number) for requirement in requirements)
+        fits = one.matches(labels, pod.namespace_labels)
+        reason = f"the setting {key} has: {one}" if fits else ""
+        yield Fact(Origin.SETTING, f"{key}[{number}]", str(one), fits or None, reason, "" if fits else "does not fit")
+    if not any(_fits(one, pod) for one in selectors):
+        shown = f"{len(selectors)} selectors"
+        yield Fact(Origin.SETTING, key, shown, False, f"nothing in the setting {key} fits")
+
+
+def _fits(selector: Selector, pod: Pod) -> bool:
+    return selector.matches(labels_of(pod), pod.namespace_labels)
+
+
+def _required(origin: Origin, one: Requirement, labels: Mapping[str, str], number: int) -> Fact:
+    fits = "fits" if one.matches(labels) else "does not fit"
+    return Fact(origin, one.key, labels.get(one.key, ""), note=f"{fits} {one} of selector {number}")

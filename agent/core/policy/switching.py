@@ -1,0 +1,71 @@
+"""A change between capture by translation (NAT) and by socket (eBPF) in a pod whose connections are to run on. Pure.
+
+What was translated is lost once nobody translates any more: conntrack knows where its packets go, but does it only
+while some chain of NAT is there (Redirect.draining). What was captured by its sockets needs nothing; but conntrack has
+not seen it, takes it for new in mid-stream, and the rules would redirect it (Redirect.preserve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from agent.core import names
+from agent.core.model.preexisting import Select, report
+from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, OPENING, TcpSocket, is_loopback, taken
+
+_REDIRECTED: Final = CAPTURE_PORTS - {names.HBONE_PORT}
+
+
+def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """Both ends of what was redirected to ztunnel, and of what it says to the application in a client's name.
+
+    By rules and by sockets alike. Not ztunnel's own connections with others: it keeps those for long.
+    """
+    ends = [one for one in sockets if one.state in CONNECTED]
+    served = {one.remote for one in ends if one.local[1] in _REDIRECTED}
+    spoken = {pair for one in ends if one.of_ztunnel for pair in ((one.local, one.remote), (one.remote, one.local))}
+    pairs = {(one.remote, one.local) for one in ends}
+    return _sorted(
+        one
+        for one in ends
+        if one.local[1] in _REDIRECTED
+        or one.local in served
+        or ((one.local, one.remote) in spoken and (one.local, one.remote) in pairs)
+    )
+
+
+def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """What is proxied by rules, and handshakes that may be: the first packet may have met the rules."""
+    opening = (one for one in sockets if one.state in OPENING and not one.of_ztunnel and _with_others(one))
+    return _sorted({one.cookie: one for one in (*proxied(sockets), *opening)}.values())
+
+
+def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """What conntrack may see in mid-stream: all connections with others, whoever made them; not the pod's with itself,
+    nor those of other ztunnels with ours, which no rule touches."""
+    here = taken(sockets)
+    return _sorted(
+        one
+        for one in sockets
+        if one.state in CONNECTED and one.cookie not in here and _with_others(one) and one.local[1] != names.HBONE_PORT
+    )
+
+
+def carried(*, by_socket: bool) -> Select:
+    """Those that a change to capture by socket (or else by translation) has to think of."""
+    return translated if by_socket else unknown
+
+
+def summary(connections: Sequence[TcpSocket], backend: str) -> str:
+    """One line for people, "" for none, after a change to `backend`."""
+    of_pod = [one for one in connections if not one.of_ztunnel and one.local[1] not in CAPTURE_PORTS]
+    return report(of_pod or connections, f"the change to {backend}", "carried on as before")
+
+
+def _with_others(one: TcpSocket) -> bool:
+    return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
+
+
+def _sorted(found: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
+    return tuple(sorted(found, key=lambda one: (one.local, one.remote, one.cookie)))

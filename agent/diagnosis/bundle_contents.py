@@ -1,0 +1,264 @@
+"""What a support bundle holds: what the agent answers, what the kernel holds, what stands in files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from agent import __version__
+from agent.backends.hostprobes import former, former_reading, nft_rendering
+from agent.core.errors import SluiceError
+from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.model.sockets import text as endpoint
+from agent.core.text import table
+from agent.core.wire.tcp_info import TcpReport
+from agent.diagnosis.bundle import MOST, Bundle, safe
+from agent.diagnosis.facts import NodeFacts
+from agent.install.host_root import HostRoot
+from agent.kernel import exec
+from agent.kernel.admin_socket import ask
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf import query as bpfquery
+from agent.kernel.bpf.syscall import AttachType
+from agent.kernel.netlink.ipset import IpsetSocket
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netns import Netns
+from agent.sources.netns import existing
+
+_RECORDS = "500"
+_FILES = ("/proc/version", "/proc/cmdline", "/proc/modules", "/proc/meminfo", "/proc/mounts")
+# In a pod, by the file's name. deploy/image/layout puts these programs into the image.
+IN_POD: Mapping[str, Sequence[str]] = {
+    "nft": ("nft", "-s", "list", "ruleset"),
+    "iptables-legacy": ("iptables-legacy-save",),
+    "ip6tables-legacy": ("ip6tables-legacy-save",),
+    "rules": ("ip", "rule"),
+    "rules6": ("ip", "-6", "rule"),
+    "routes": ("ip", "route", "show", "table", "all"),
+    "routes6": ("ip", "-6", "route", "show", "table", "all"),
+    "addresses": ("ip", "-s", "address"),
+}
+# Of the host nothing but what is ours, by the mechanism that made it: its other tables are somebody else's, and a
+# program of the other variant would make tables.
+EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
+    "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
+    "iptables": tuple(
+        (f"{program}-nft", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
+        for program in ("iptables", "ip6tables")
+    ),
+    "iptables-legacy": tuple(
+        (f"{program}-legacy", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
+        for program in ("iptables", "ip6tables")
+    ),
+}
+ON_HOST: Mapping[str, Sequence[str]] = {
+    "rules": ("ip", "rule"),
+    "rules6": ("ip", "-6", "rule"),
+    "addresses": ("ip", "-br", "address"),
+    "neighbours": ("ip", "neighbour"),
+}
+_SOCKETS = (
+    *("STATE", "LOCAL", "REMOTE", "UID", "INODE", "COOKIE", "MARK"),
+    *("UNREAD", "UNACKED", "SENT", "RECEIVED", "RETRANSMITS", "RTT µs"),
+)
+JOURNAL = ("journalctl", "-u", "sluice", "-u", "sluice-ztunnel", "-n", "5000", "--no-pager", "-o", "short-iso")
+_LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables_names"}
+
+
+def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod: str = "") -> None:
+    """`pod`: of the pods this one alone. What cannot be had is noted in the bundle; nothing is raised."""
+    bundle.value("doctor.json", diagnosis)
+    bundle.text("doctor.txt", findings + "\n")
+    bundle.value("settings.json", _settings(facts))
+    bundle.value("preflight.json", asdict(facts.preflight))
+    _node(bundle, facts)
+    _agent(bundle, facts, pod)
+    _cni(bundle, facts)
+    _programs(bundle)
+    for name, argv in ON_HOST.items():
+        _command(bundle, f"host/{name}.txt", argv)
+    for argv in (argv for layer in facts.host.probes for argv in EXEMPTION.get(layer, ())):
+        _command(bundle, f"host/{argv[0]}.txt", argv)
+    if "ipset" in facts.host.probes:
+        _try(bundle, "host/ipset.json", _sets)
+    _pods(bundle, facts, pod)
+    _log(bundle, facts)
+
+
+def _settings(facts: NodeFacts) -> dict[str, Any]:
+    values = {field.name: getattr(facts.settings, field.name) for field in fields(facts.settings)}
+    return {"from": facts.source, "values": values}
+
+
+def _node(bundle: Bundle, facts: NodeFacts) -> None:
+    system = os.uname()
+    versions = {"sluice": __version__, "python": sys.version, "kernel": f"{system.release} {system.version}"}
+    bundle.value("versions.json", {**versions, "machine": system.machine, "platform": platform.platform()})
+    bundle.value("node.json", asdict(facts.node))
+    bundle.value("host/view.json", asdict(facts.host))
+    for path in _FILES:
+        _file(bundle, f"node/{safe(Path(path).name)}.txt", Path(path))
+    with contextlib.suppress(OSError):
+        # The node's, and not that of an image.
+        _file(bundle, "node/os-release.txt", HostRoot("/proc/1/root").path("/etc/os-release"))
+
+
+def _agent(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
+    if facts.left.why:
+        bundle.lacks("agent/", facts.left.why)
+        return
+    run_dir = facts.settings.run_dir
+    bundle.value("agent/status.json", facts.agent.status)
+    chosen = [row for row in facts.agent.pods if not pod or pod in _titles(row)]
+    if pod and not chosen:
+        bundle.lacks(f"pods/{safe(pod)}", f"no pod {pod!r} on this node")
+    bundle.value("agent/pods.json", chosen if pod else list(facts.agent.pods))
+    bundle.value("agent/verify.json", list(facts.agent.verify))
+    query = {"limit": _RECORDS, **({"pod": pod} if pod else {})}
+    _try(bundle, "agent/connections.json", lambda: ask(run_dir, "/v1/connections", **query))
+    for row in chosen:
+        name = f"pods/{safe(row['namespace'])}_{safe(row['name'])}"
+        _try(bundle, f"{name}/explain.json", lambda uid=row["uid"]: ask(run_dir, "/v1/explain", pod=uid))  # type: ignore[misc]
+
+
+def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return f"{row['namespace']}/{row['name']}", row["name"], row["uid"]
+
+
+def _try(bundle: Bundle, name: str, asked: Callable[[], Any]) -> None:
+    """What is asked for as text, if it is one, else as JSON."""
+    try:
+        found = asked()
+        (bundle.text if isinstance(found, str) else bundle.value)(name, found)
+    except SluiceError as error:
+        bundle.lacks(name, str(error))
+
+
+def _cni(bundle: Bundle, facts: NodeFacts) -> None:
+    for name, data in facts.cni.view.files.items():
+        try:
+            bundle.value(f"cni/{safe(name)}", json.loads(data))
+        except (ValueError, RecursionError):
+            bundle.text(f"cni/{safe(name)}", data.decode(errors="replace"))
+    for name, why in facts.cni.view.unread.items():
+        bundle.lacks(f"cni/{safe(name)}", why)
+    if "cni" in facts.unseen:
+        bundle.lacks("cni/", facts.unseen["cni"])
+
+
+def _programs(bundle: Bundle) -> None:
+    """On the root cgroup by hook, and all that are loaded."""
+    try:
+        root = bpffs.cgroup_root()
+        hooks = [hook for hook in AttachType if hook.name.startswith("CGROUP")]
+        on_root = {hook.name.lower(): [asdict(one) for one in bpfquery.attached(root, hook)] for hook in hooks}
+        bundle.value("bpf.json", {"root_cgroup": on_root, "programs": [asdict(one) for one in bpfquery.programs()]})
+    except SluiceError as error:
+        bundle.lacks("bpf.json", str(error))
+
+
+def _pods(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
+    """Namespaces of captured pods, from the notes on disk: also with no agent."""
+    run_dir = facts.settings.run_dir
+    known = existing.known(run_dir)
+    for one in known:
+        if not one.captured or (pod and pod not in (one.name, one.uid, one.name.partition("/")[2])):
+            continue
+        name = f"pods/{safe(one.name.partition('/')[0])}_{safe(one.name.partition('/')[2] or one.uid)}"
+        _file(bundle, f"{name}/note.json", Path(run_dir, "pods", f"{one.uid}.json"), structured=True)
+        places = [Path(run_dir, "netns", one.uid), *([Path(one.path)] if one.path else [])]
+        problems = list[str]()
+        netns = next(iter(existing.namespaces(places, problems)), None)
+        if netns is None:
+            bundle.lacks(f"{name}/", "; ".join(problems) or "its network namespace is not there")
+            continue
+        with contextlib.closing(netns):
+            for title, argv in IN_POD.items():
+                if title == "nft" and facts.host.view.nft is None:
+                    bundle.lacks(f"{name}/{title}.txt", f"nf_tables: {facts.host.view.nf_tables.value}")
+                elif title not in _LEGACY or netns.call(lambda at=_LEGACY[title]: _any(at)):  # type: ignore[misc]
+                    _command(bundle, f"{name}/{title}.txt", argv, netns)
+            _try(bundle, f"{name}/sockets.txt", lambda at=netns: _sockets(at))  # type: ignore[misc]
+
+
+def _sets() -> list[dict[str, Any]]:
+    with contextlib.closing(IpsetSocket()) as ipset:
+        return [asdict(one) for one in former.former_sets(ipset)]
+
+
+def _sockets(netns: Netns) -> str:
+    """TCP sockets as the account reads them. Those in TIME_WAIT have no counts. Raises SluiceError."""
+    with contextlib.closing(netns.call(SockDiag)) as diag:
+        counted = {one.socket.cookie: one for one in diag.reports(TcpState)[0]}
+        rows = [_socket(one, counted.get(one.cookie)) for one in diag.both()]
+    return table(_SOCKETS, rows) + "\n"
+
+
+def _socket(one: TcpSocket, counted: TcpReport | None) -> tuple[object, ...]:
+    mark = f"{one.mark:#x}" if one.mark else ""
+    names = one.state.name, endpoint(one.local), endpoint(one.remote), one.uid, one.inode, one.cookie, mark
+    if counted is None:
+        return (*names, *[""] * (len(_SOCKETS) - len(names)))
+    info = counted.info
+    return (*names, counted.unread, counted.unacked, info.sent, info.received, info.retransmitted, info.rtt)
+
+
+def _any(tables: str) -> bool:
+    """Whether there are legacy tables: the program that shows them would make them."""
+    with contextlib.suppress(OSError):
+        return bool(Path("/proc/thread-self/net", tables).read_text().strip())
+    return False
+
+
+def _log(bundle: Bundle, facts: NodeFacts) -> None:
+    """The agent's output where it is a file, else the journal's."""
+    written = Path("/proc", str(facts.agent.pid), "fd/2")
+    if facts.agent.pid and written.is_file():
+        _file(bundle, "agent/log.txt", written)
+        return
+    if shutil.which(JOURNAL[0], path=exec.PATH) is None:
+        bundle.lacks(
+            "agent/log.txt", f"not in a file, and no {JOURNAL[0]} here; kubectl logs of the agent's pod shows it"
+        )
+    else:
+        _command(bundle, "agent/log.txt", JOURNAL)
+
+
+def _command(bundle: Bundle, name: str, argv: Sequence[str], within: Netns | None = None) -> None:
+    try:
+        done = exec.run(argv, within=within, check=False, seconds=20)
+    except SluiceError as error:
+        bundle.lacks(name, str(error))
+        return
+    if done.returncode and not done.stdout:
+        bundle.lacks(name, f"{' '.join(argv)}: {_first(done.stderr.splitlines()) or f'exit {done.returncode}'}")
+    else:
+        bundle.text(name, f"# {' '.join(argv)}\n{done.stdout}")
+
+
+def _first(lines: Iterable[str]) -> str:
+    return next((line for line in lines if line.strip()), "")
+
+
+def _file(bundle: Bundle, name: str, path: Path, *, structured: bool = False) -> None:
+    """The end of it, if it is long."""
+    try:
+        with path.open("rb") as file:
+            with contextlib.suppress(OSError):  # files of /proc have no end to go to
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * MOST))
+            words = file.read(4 * MOST).decode(errors="replace")
+        if structured:
+            with contextlib.suppress(ValueError):
+                bundle.value(name, json.loads(words))
+                return
+        bundle.text(name, words)
+    except OSError as error:
+        bundle.lacks(name, f"{path}: {error.strerror}")

@@ -1,0 +1,92 @@
+"""Checks of what others put in the way: socket load balancers, SELinux and AppArmor. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from agent.diagnosis.facts import AttachedProgram, NodeFacts
+from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+
+_CILIUM = ("cil_sock", "sock4_", "sock6_")
+_CALICO = ("calico_", "cali_")
+
+
+def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
+    taking = [one for one in facts.sockets if one.hook.startswith(("connect", "sendmsg"))]
+    values = facts.node.cilium
+    host_only = values.get("bpf-lb-sock-hostns-only") == "true"
+    if taking:
+        listed = ", ".join(f"{one.name or one.id} ({one.hook})" for one in taking)
+        who = _whose(taking)
+        words = f"on the root cgroup: {listed}" + ("; bpf-lb-sock-hostns-only is true" if host_only else "")
+        if host_only:
+            yield ok(f"{words}: pods' connections are left alone")
+            return
+        yield warning(
+            words,
+            f"{who} replaces a service's address when the socket connects, before rules and ztunnel see it: "
+            "policies by service do not apply",
+            "Cilium: helm upgrade cilium --set socketLB.hostNamespaceOnly=true; Calico: bpfConnectTimeLoadBalancing: "
+            "Disabled"
+            if who != "a program"
+            else f"bpftool prog show id {taking[0].id}",
+        )
+    elif values.get("kube-proxy-replacement") in ("true", "strict") and not host_only:
+        yield warning(
+            "Cilium: kube-proxy-replacement is true, bpf-lb-sock-hostns-only is not",
+            "its socket load balancer replaces services' addresses before ztunnel sees them",
+            "helm upgrade cilium --set socketLB.hostNamespaceOnly=true",
+        )
+
+
+def _whose(programs: list[AttachedProgram]) -> str:
+    if any(one.name.startswith(_CILIUM) for one in programs):
+        return "Cilium's socket load balancer"
+    return (
+        "Calico's connect-time load balancer" if any(one.name.startswith(_CALICO) for one in programs) else "a program"
+    )
+
+
+def _security(facts: NodeFacts) -> Iterator[CheckLine]:
+    found = facts.security
+    for line in found.denials:
+        if "apparmor" in line:
+            remedy = "run the agent unconfined (appArmorProfile: Unconfined, which the chart sets)"
+            yield wrong(line, "AppArmor refused something to Sluice", remedy)
+        else:
+            yield wrong(
+                line,
+                "SELinux refused something to Sluice: the agent needs the type spc_t, its files on the node bin_t",
+                "seLinuxOptions: {type: spc_t} (the chart sets it); restorecon -v /opt/cni/bin/sluice-cni",
+            )
+    if (
+        found.selinux == "enforcing"
+        and found.context
+        and "spc_t" not in found.context
+        and "unconfined" not in found.context
+    ):
+        yield warning(
+            f"SELinux is enforcing, and the agent runs as {found.context}",
+            "a confined type may not enter other namespaces",
+            "seLinuxOptions: {type: spc_t} (the chart sets it)",
+        )
+    if found.denials:
+        return
+    if found.unread:
+        yield unknown(f"denials cannot be read: {found.unread}", "ausearch -m avc -ts recent; dmesg | grep DENIED")
+        return
+    state = found.selinux or "off"
+    yield ok(f"SELinux {state}, AppArmor {'on' if found.apparmor else 'off'}, no denial of ours in the kernel's log")
+
+
+CHECKS = (
+    Check(
+        "socket-balancer",
+        "no other CNI replaces addresses when sockets connect",
+        ("P43", "P60n"),
+        ("sockets", "node"),
+        "no foreign program on the root cgroup takes connections",
+        _balancer,
+    ),
+    Check("security", "SELinux and AppArmor let Sluice work", ("P60j",), ("security",), "", _security),
+)

@@ -1,0 +1,88 @@
+"""The agent: what it answers, what its process takes, what stands in its directories."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+from agent.core.errors import SluiceError
+from agent.core.settings import Settings
+from agent.diagnosis.facts import AgentFacts, Left
+from agent.kernel.admin_socket import ask
+from agent.kernel.unix_socket import peer
+from agent.sources.netns import existing
+
+_KIB = 1024
+
+
+def process(run_dir: str) -> tuple[int, str]:
+    """Its pid, 0 where our PID namespace does not show it; and why it does not answer, "" when it does."""
+    place, pid = f"{run_dir}/agent.sock", 0
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(5)
+        sock.connect(place)
+        pid, _ = peer(sock)
+    try:
+        ask(run_dir, "/v1/status")
+    except SluiceError as error:
+        return pid, str(error)
+    return pid, ""
+
+
+def probe(settings: Settings, pid: int, why: str, proc: Path) -> AgentFacts:
+    """Raises SluiceError when it does not answer."""
+    if why:
+        raise SluiceError(why.partition(";")[0])
+    status: dict[str, Any] = ask(settings.run_dir, "/v1/status")
+    losses: dict[str, int] = {}
+    with contextlib.suppress(SluiceError):  # the account is off
+        losses = ask(settings.run_dir, "/v1/connections", limit="0", live="false")["losses"]
+    resident, descriptors, most = _figures(proc / str(pid)) if pid else (0, 0, 0)
+    return AgentFacts(
+        status,
+        tuple(ask(settings.run_dir, "/v1/pods")),
+        tuple(ask(settings.run_dir, "/v1/verify", all="true")),
+        losses,
+        pid if descriptors else 0,
+        resident,
+        descriptors,
+        most,
+    )
+
+
+def leftovers(settings: Settings) -> Left:
+    """Without asking anybody. `why` is for the caller to fill."""
+    backend = release = ""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(Path(settings.run_dir, "backend.json").read_bytes())
+        backend, release = str(kept["backend"]), str(kept["release"])
+    folder = Path(settings.run_dir, "pods")
+    damaged = [path.name for path in sorted(folder.glob("*.damaged"))]
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())["pod"]
+        except (OSError, ValueError, TypeError, KeyError):
+            damaged.append(path.name)
+    noted = sum(one.captured for one in existing.known(settings.run_dir))
+    return Left("", backend, release, tuple(damaged), noted, _kind(Path(settings.zds_socket)))
+
+
+def _kind(path: Path) -> str:
+    if path.is_socket():
+        return "socket"
+    return "a directory" if path.is_dir() else "a file" if path.exists() else ""
+
+
+def _figures(process: Path) -> tuple[int, int, int]:
+    """Resident bytes, open descriptors and how many there may be (proc_pid_status(5), proc_pid_limits(5))."""
+    try:
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line)
+        limits = (process / "limits").read_text().splitlines()
+        most = next((line.split()[3] for line in limits if line.startswith("Max open files")), "0")
+        held = sum(1 for _ in (process / "fd").iterdir())
+        return int(status["VmRSS"].split()[0]) * _KIB, held, int(most) if most.isdecimal() else 0
+    except (OSError, KeyError, ValueError, IndexError):
+        return 0, 0, 0

@@ -1,0 +1,106 @@
+"""The runtime's directories, read as the installer reads them; and whether the plugin in them can be run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from agent.core.errors import CommandError, SettingsError
+from agent.core.names import CNI_TYPE
+from agent.core.settings import Settings
+from agent.diagnosis.facts import Cni, Listed
+from agent.install import conflists
+from agent.install.host_root import HostRoot
+from agent.install.installer import Installer, mode
+from agent.install.netdir import NetDir
+from agent.install.planning import View
+from agent.install.running import Running
+from agent.kernel import exec
+from agent.migration.istio_agent import RUN_DIR, theirs_runs
+
+
+def probe(settings: Settings, proc: Path) -> Cni:
+    """Raises SettingsError when the directory cannot be read."""
+    managed = mode(settings)
+    made = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
+    seen, host = made.look(), HostRoot(settings.host_root)
+    places = made.places
+    assert places is not None  # look() has found them
+    view = NetDir(host, places.conf.path).view()
+    files = tuple(_listed(name, view.files[name]) for name in conflists.readable(view.files))
+    binary = host.path(f"{places.bin.path}/{CNI_TYPE}")
+    wanted = managed != "off" or any(one.ours for one in files)
+    return Cni(
+        managed,
+        *(places.conf.path, places.conf.reason, places.bin.path, places.bin.reason),
+        files,
+        view,
+        seen.verdict,
+        seen.error,
+        _plugin(binary, settings, differs=seen.binary) if wanted else "",
+        _runs(binary, settings) if wanted else "",
+        f"{places.runtime.name} (process {places.runtime.pid})" if places.runtime else "",
+        _watched(places.runtime, host.path(places.conf.path), proc) if places.runtime else None,
+        theirs_runs(host, _run_dirs(view), proc),
+    )
+
+
+def _listed(name: str, data: bytes) -> Listed:
+    try:
+        conf = conflists.parse(name, data)
+    except SettingsError:
+        return Listed(name, ())
+    return Listed(name, tuple(str(one["type"]) for one in conf.plugins), conf.entry is not None)
+
+
+def _plugin(binary: Path, settings: Settings, *, differs: bool) -> str:
+    if not binary.is_file():
+        return f"{binary} is not there"
+    return f"{binary} differs from {settings.cni_plugin}" if differs else ""
+
+
+def _runs(binary: Path, settings: Settings) -> str:
+    """Why it does not: asked for its version, as a runtime does. Below another root it cannot be tried."""
+    if settings.host_root != "/" or not binary.is_file():
+        return ""
+    try:
+        said = exec.run([str(binary)], stdin='{"cniVersion": "1.0.0"}', env={"CNI_COMMAND": "VERSION"}, seconds=5)
+        return "" if json.loads(said.stdout).get("supportedVersions") else f"it answers {said.stdout[:80]!r}"
+    except (CommandError, ValueError) as error:
+        return str(error).removeprefix(f"{binary}: ")
+
+
+def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
+    """Whether one of its inotify queues holds that very directory (proc_pid_fdinfo(5): inode in hexadecimal).
+
+    An inode of another file system may have the same number: then this says that it is watched.
+    """
+    held, queues, process = set[int](), 0, proc / str(runtime.pid)
+    try:
+        inode = directory.stat().st_ino
+        for path in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(path.readlink()) == "anon_inode:inotify":
+                    queues += 1
+                    held |= _inodes((process / "fdinfo" / path.name).read_text())
+    except (OSError, ValueError, KeyError):
+        return None
+    return inode in held if queues else None
+
+
+def _inodes(fdinfo: str) -> set[int]:
+    """Of what a queue watches: nothing any more where all of it was removed."""
+    lines = [line.split() for line in fdinfo.splitlines() if line.startswith("inotify ")]
+    return {int(word.removeprefix("ino:"), 16) for words in lines for word in words if word.startswith("ino:")}
+
+
+def _run_dirs(view: View) -> tuple[str, ...]:
+    """Directories of istio-cni's agent, as its entries tell them."""
+    found = [RUN_DIR]
+    for name in conflists.readable(view.files):
+        with contextlib.suppress(SettingsError):
+            plugins = conflists.parse(name, view.files[name]).plugins
+            found += [str(one["cni_agent_run_dir"]) for one in plugins if one.get("cni_agent_run_dir")]
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,84 @@
+"""The node's own network namespace: its tables, our exemption of probes, rules that belong into pods, our port."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.backends import ownership
+from agent.backends.hostprobes.layers import layers
+from agent.backends.hostprobes.nft_rendering import TABLE
+from agent.core import names
+from agent.core.errors import KernelError
+from agent.core.model.host import HostView
+from agent.core.model.ownership import Owner
+from agent.core.model.sockets import text
+from agent.core.settings import Settings
+from agent.core.wire.netlink import attributes
+from agent.core.wire.nftables import GETCHAIN
+from agent.diagnosis.facts import NetworkFacts
+from agent.kernel import exec, host_view
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.sock_diag import SockDiag
+
+_POD_TABLES = frozenset(f"{names.NFT_TABLE_PREFIX}{word}" for word in ("nat", "mangle", "raw")) - {TABLE}
+_POD_CHAINS = frozenset((names.XT_PREROUTING, names.XT_OUTPUT, names.NFT_PREROUTING, names.NFT_OUTPUT))
+
+
+def probe(settings: Settings, agent: int) -> NetworkFacts:
+    """Of the calling thread's namespace. Raises KernelError or OSError."""
+    view = host_view.read_host_view()
+    with contextlib.closing(HostNetns()) as target:
+        made = []
+        for layer in layers("off")[1]:
+            with contextlib.suppress(KernelError):  # a mechanism that this kernel has not
+                if ownership.host_layer_owner(layer.name, layer.read(target)) is not Owner.NONE:
+                    made.append(layer.name)
+    port, ours = _port(settings.metrics_address, agent)
+    return NetworkFacts(view, tuple(made), tuple(_pod_rules(view)), port, ours)
+
+
+def _pod_rules(view: HostView) -> Iterator[str]:
+    if view.nft:
+        with contextlib.closing(NftSocket()) as nft:
+            for message in nft.dump(GETCHAIN, 0):
+                parts = dict(attributes(message.body[4:]))
+                table, chain = (parts.get(kind, b"").rstrip(b"\0").decode(errors="replace") for kind in (1, 3))
+                if table in _POD_TABLES or chain in _POD_CHAINS:
+                    yield f"chain {chain} of table {table}"
+    if view.legacy and any(one.name == "nat" for one in view.legacy) and view.has("iptables-legacy-restore"):
+        saved = exec.run(["iptables-legacy-save", "-t", "nat"], check=False).stdout
+        yield from (f"chain {name} of legacy nat" for name in sorted(_POD_CHAINS) if f":{name} " in saved)
+
+
+def _port(address: str, agent: int) -> tuple[str, bool]:
+    """Who listens on the port of the setting, and whether it is the agent; "" for nobody."""
+    port = address.rpartition(":")[2]
+    if not port.isdecimal():
+        return "", False
+    with contextlib.closing(SockDiag()) as diag:
+        for one in diag.listening([int(port)]):
+            if agent and one.inode in _inodes(Path("/proc", str(agent))):
+                return f"the agent on {text(one.local)}", True
+            pid = next((path.name for path in Path("/proc").glob("[0-9]*") if one.inode in _inodes(path)), "")
+            return f"{_name(pid)} on {text(one.local)}", False
+    return "", False
+
+
+def _inodes(process: Path) -> set[int]:
+    found = set()
+    with contextlib.suppress(OSError):
+        for path in (process / "fd").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                target = str(path.readlink())
+                if target.startswith("socket:["):
+                    found.add(int(target[8:-1]))
+    return found
+
+
+def _name(pid: str) -> str:
+    with contextlib.suppress(OSError):
+        return f"{Path('/proc', pid, 'comm').read_text(errors='replace').strip()}[{pid}]" if pid else "somebody"
+    return "somebody"

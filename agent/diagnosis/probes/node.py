@@ -1,0 +1,116 @@
+"""What else runs on the node and how its kernel is set."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from agent.core.errors import KernelError
+from agent.core.settings import Settings
+from agent.diagnosis.facts import HostFacts
+from agent.install.host_root import HostRoot
+from agent.kernel.inotify import Inotify
+
+_PROGRAMS = frozenset(
+    ("firewalld", "kube-router", "cilium-agent", "calico-node", "kindnetd", "aws-k8s-agent", "flanneld", "install-cni")
+)
+_SHIMS = ("containerd-shim-runsc", "containerd-shim-kata", "runsc-sandbox", "runsc")
+_SYSCTLS = (
+    "fs.inotify.max_user_instances",
+    "fs.inotify.max_user_watches",
+    "net.ipv4.conf.all.rp_filter",
+    "net.ipv4.conf.default.rp_filter",
+    "net.ipv4.ip_forward",
+    "net.ipv6.conf.all.disable_ipv6",
+    "net.bridge.bridge-nf-call-iptables",
+    "net.netfilter.nf_conntrack_count",
+    "net.netfilter.nf_conntrack_max",
+)
+_CILIUM = "root/tmp/cilium/config-map"  # where its agent mounts its ConfigMap, a file per key
+_KEYS = ("kube-proxy-replacement", "bpf-lb-sock", "bpf-lb-sock-hostns-only", "enable-bpf-masquerade", "cni-exclusive")
+
+
+def whole(proc: Path = Path("/proc")) -> bool:
+    """Whether we are in process 1's network namespace: a lab's node is not, and shares the machine with others."""
+    try:
+        return (proc / "1/ns/net").stat().st_ino == (proc / "self/ns/net").stat().st_ino
+    except OSError:
+        return False
+
+
+def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
+    """Raises OSError when /proc is not there."""
+    programs, shims = _running(proc)
+    cilium, calico = programs.get("cilium-agent"), programs.get("calico-node")
+    words = _inotify()
+    return HostFacts(
+        whole(proc),
+        "ipv6.disable=1" in (proc / "cmdline").read_text().split(),
+        programs,
+        tuple(_firewalls(programs, HostRoot(settings.host_root))),
+        {name: value for name in _SYSCTLS if (value := _read(proc / "sys" / name.replace(".", "/")))},
+        _keys(proc / str(cilium) / _CILIUM) if cilium else {},
+        bool(calico) and b"FELIX_BPFENABLED=true" in _environment(proc / str(calico)),
+        words,
+        _queues(proc),
+        shims,
+    )
+
+
+def _running(proc: Path) -> tuple[Mapping[str, int], tuple[str, ...]]:
+    programs, shims = dict[str, int](), dict[str, None]()
+    for path in proc.glob("[0-9]*"):
+        word = _read(path / "comm")
+        if word in _PROGRAMS:
+            programs.setdefault(word, int(path.name))
+        elif word.startswith(("containerd-shim", "runsc")):  # cut to 15 characters
+            command = _read(path / "cmdline").split("\0")[0].rpartition("/")[2]
+            shims |= dict.fromkeys([command] if command.startswith(_SHIMS) else [])
+    return programs, tuple(sorted(shims))
+
+
+def _firewalls(programs: Iterable[str], host: HostRoot) -> Iterable[str]:
+    yield from (name for name in ("firewalld", "kube-router") if name in programs)
+    if "enabled=yes" in _read(host.path("/etc/ufw/ufw.conf")).lower().split():
+        yield "ufw"
+    with contextlib.suppress(OSError):
+        if (host.path("/etc/systemd/system/sysinit.target.wants") / "nftables.service").is_symlink():
+            yield "nftables"
+
+
+def _keys(folder: Path) -> Mapping[str, str]:
+    return {key: value for key in _KEYS if (value := _read(folder / key))}
+
+
+def _environment(process: Path) -> bytes:
+    with contextlib.suppress(OSError):
+        return (process / "environ").read_bytes()
+    return b""
+
+
+def _inotify() -> str:
+    try:
+        Inotify().close()
+    except KernelError as error:
+        return str(error)
+    return ""
+
+
+def _queues(proc: Path) -> int:
+    """Of root's processes: the limit is a user's."""
+    count = 0
+    for path in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_uid == 0:
+                for one in (path / "fd").iterdir():
+                    with contextlib.suppress(OSError):
+                        count += str(one.readlink()) == "anon_inode:inotify"
+    return count
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""

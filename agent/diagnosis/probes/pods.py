@@ -1,0 +1,130 @@
+"""Pods' network namespaces, looked into without an agent: whose rules, what listens, what lo is like."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.backends import ownership
+from agent.backends.ebpf.pins import Pins
+from agent.backends.registry import mechanisms
+from agent.core.errors import KernelError, SluiceError
+from agent.core.model.ownership import Owner
+from agent.core.model.sockets import TcpState
+from agent.core.settings import Settings
+from agent.diagnosis.facts import PodFacts, PodsFacts
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netns import Netns
+from agent.kernel.pod_netns import PodNetns
+from agent.migration.collect import has_sidecar
+from agent.sources.netns import existing
+from agent.sources.netns.existing import ExistingNetns
+from agent.sources.ztunnel_ports import ZtunnelPorts
+
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
+
+
+def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
+    """`whole`: this is a node of its own, so that other namespaces with rules in them are of this node too."""
+    known, problems, noted, others = existing.known(settings.run_dir), list[str](), list[PodFacts](), list[PodFacts]()
+    places = existing.places(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
+    met = set[str]()
+    for netns in existing.namespaces(places, problems):
+        pod = existing.pod(netns, settings.run_dir, known)
+        found = _look(netns, pod, settings, backend)
+        if pod:
+            met.add(pod.uid)
+            noted.append(found)
+        elif found.ours or found.others:
+            others.append(found)
+    for one in known:
+        if one.captured and one.uid not in met:
+            words = "its network namespace is not there any more"
+            noted.append(PodFacts(one.name or one.uid, one.path, True, error=words))
+    return PodsFacts(tuple(sorted(noted, key=lambda one: one.name)), tuple(others), tuple(problems))
+
+
+def _noted(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
+    pins = [Path(run_dir, "netns", one.uid) for one in known]
+    return (*pins, *(Path(one.path) for one in known if one.path))
+
+
+def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: str) -> PodFacts:
+    """Closes `netns`."""
+    name = (pod.name or pod.uid) if pod else netns.origin
+    place, captured = netns.origin, bool(pod and pod.captured)
+    with contextlib.closing(PodNetns(netns)) as target:
+        try:
+            ours, others, foreign = _layers(target, settings, backend)
+            facts = target.facts()
+            silent = ZtunnelPorts(map(int, settings.ztunnel_ports)).heard(target).missing if captured else ()
+            low_high = target.netns.call(_range)
+            states, ports = _sockets(target, low_high)
+            return PodFacts(
+                *(name, place, captured, ours, others),
+                has_sidecar(target),
+                foreign,
+                silent,
+                facts.ipv6,
+                facts.loopback4,
+                facts.loopback6,
+                facts.addresses,
+                low_high,
+                ports,
+                states,
+            )
+        except (SluiceError, OSError) as error:
+            return PodFacts(name, place, captured, error=str(error))
+
+
+def _layers(
+    target: PodNetns, settings: Settings, backend: str
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Layers with rules of ours, with another agent's; and foreign rules before ours, as the layer in use tells."""
+    found: dict[Owner, list[str]] = {Owner.SLUICE: [], Owner.FOREIGN: []}
+    foreign: list[str] = []
+    for name, layer in mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir)).items():
+        try:
+            have = layer.read(target)
+        except KernelError:
+            if name == backend:
+                raise
+            continue  # a mechanism that this kernel has not
+        whose = ownership.layer_owner(name, have)
+        if whose in found:
+            found[whose].append(name)
+        if whose is Owner.SLUICE or name == "routing":
+            foreign += layer.plan(None, have).remarks
+    return tuple(found[Owner.SLUICE]), tuple(found[Owner.FOREIGN]), tuple(dict.fromkeys(foreign))
+
+
+def _sockets(target: PodNetns, low_high: tuple[int, int]) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Counts by state, and ports in that range, not kept from outgoing connections, on which the pod listens."""
+    with contextlib.closing(target.netns.call(SockDiag)) as diag:
+        rows = diag.both()
+    states = Counter(one.state.name for one in rows)
+    low, high = low_high
+    ports = {one.local[1] for one in rows if one.state is TcpState.LISTEN and low <= one.local[1] <= high}
+    kept = target.netns.call(_reserved) if ports else frozenset()
+    return dict(states), tuple(sorted(ports - kept))
+
+
+def _reserved() -> frozenset[int]:
+    """Ports and ranges as in "8080,9000-9009" (Documentation/networking/ip-sysctl.rst)."""
+    try:
+        ends = [word.partition("-")[::2] for word in _RESERVED.read_text().strip().split(",") if word]
+        return frozenset(port for low, high in ends for port in range(int(low), int(high or low) + 1))
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _range() -> tuple[int, int]:
+    # /proc/sys/net shows the namespace of the thread that opens the file.
+    try:
+        low, high = _RANGE.read_text().split()
+        return int(low), int(high)
+    except (OSError, ValueError):
+        return 32768, 60999

@@ -1,0 +1,34 @@
+"""BPF programs of others that are asked when any process of the node connects or sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.backends.ebpf.objects import NODE, RESERVE
+from agent.diagnosis.facts import AttachedProgram
+from agent.kernel.bpf import bpffs, query
+from agent.kernel.bpf.syscall import AttachType
+
+# Hook as it is shown -> the kernel's.
+_HOOKS = {
+    "connect4": AttachType.CGROUP_INET4_CONNECT,
+    "connect6": AttachType.CGROUP_INET6_CONNECT,
+    "sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
+    "recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
+    "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+}
+_OURS = {(program.name, program.attach) for program in (*NODE, *RESERVE)}
+
+
+def probe(cgroup: str = "") -> tuple[AttachedProgram, ...]:
+    """Of the root of the hierarchy, or of that cgroup; ours are known by their names. Raises KernelError."""
+    place = Path(cgroup) if cgroup else bpffs.cgroup_root()
+    return tuple(
+        AttachedProgram(word, one.name, one.id)
+        for word, hook in _HOOKS.items()
+        for one in query.attached(place, hook)
+        if (one.name, hook) not in _OURS
+    )

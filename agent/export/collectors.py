@@ -1,0 +1,131 @@
+"""Metrics of the agent's condition, and of what connects it to its node and cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from agent.core.model.pods import Pod
+from agent.core.model.status import State, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`about`: labels of sluice_agent_info. `exempt`: of the node's probes, None where they are not to be.
+
+    `uncaptured`: pods that are to be captured and are not. `foreign`: pods with remarks on what others have put
+    before ours, and how many. `age`: seconds since the last comparison that was right, of the captured pod where that
+    is longest ago; None where none is captured.
+    """
+
+    about: Mapping[str, str] = field(default_factory=dict)
+    ready: bool = False
+    exempt: bool | None = None
+    period: float = 0.0
+    uncaptured: Sequence[tuple[Pod, State]] = ()
+    foreign: Sequence[tuple[Pod, int]] = ()
+    age: float | None = None
+
+
+def uncaptured(pods: Iterable[tuple[Pod, State]], wanted: Callable[[Pod], bool]) -> list[tuple[Pod, State]]:
+    """Those that fail or wait. `wanted` is asked only of pods that nobody has looked at yet."""
+    failing = (State.FAILED, State.PENDING)
+    return [(pod, state) for pod, state in pods if state in failing or (state is State.WAITING and wanted(pod))]
+
+
+def age(statuses: Iterable[Status], now: float) -> float | None:
+    """`now` in Unix time. A pod that fails is told of otherwise, and does not count."""
+    times = [one.verified for one in statuses if one.state in (State.ENABLED, State.PENDING) and one.verified]
+    return max(0.0, now - min(times)) if times else None
+
+
+class ConditionCollector(Collector):
+    """Read when it is asked for; None is for what has no agent."""
+
+    def __init__(self, condition: Callable[[], Condition | None]) -> None:
+        self._condition = condition
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: without it the registry would collect when this is registered, before the agent is whole."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        if (found := self._condition()) is None:
+            return
+        info = GaugeMetricFamily("sluice_agent_info", "What the agent runs with; always 1.", labels=list(found.about))
+        info.add_metric(list(found.about.values()), 1)
+        yield info
+        yield GaugeMetricFamily("sluice_ready", "Whether the agent takes pods, as /readyz says.", value=found.ready)
+        if found.exempt is not None:
+            what = "Whether the node's own probes of captured pods are exempt."
+            yield GaugeMetricFamily("sluice_probes_exempt", what, value=found.exempt)
+        what = "The setting verify_seconds: each captured pod is compared with the kernel that often."
+        yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=found.period)
+        if found.age is not None:
+            what = "Since the last comparison that was right, of the captured pod where that is longest ago."
+            yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=found.age)
+        what = "Pods that are to be captured and are not; 1 for each."
+        pods = GaugeMetricFamily("sluice_pod_uncaptured", what, labels=["namespace", "pod", "state"])
+        for pod, state in found.uncaptured:
+            pods.add_metric([pod.namespace, pod.name, state.value], 1)
+        yield pods
+        what = (
+            "Chains and policy rules of others that come before ours in a captured pod and may take its traffic; 1 more"
+            " while ztunnel's own connections come back to it."
+        )
+        rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
+        for pod, count in found.foreign:
+            rules.add_metric([pod.namespace, pod.name], count)
+        yield rules
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """`follows`: by path of a followed collection, what happened how often. None is for what this node does not do.
+
+    `following`: by the same paths, whether the last try went well. `fought`: somebody keeps undoing the installation.
+    """
+
+    follows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    following: Mapping[str, bool] = field(default_factory=dict)
+    synced: bool | None = None
+    events_lost: int = 0
+    installed: bool | None = None
+    rewrites: int = 0
+    fought: bool = False
+
+
+class ClusterCollector(Collector):
+    """Read when it is asked for."""
+
+    def __init__(self, cluster: Callable[[], Cluster]) -> None:
+        self._cluster = cluster
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._cluster()
+        if found.synced is not None:
+            what = "What became of following the collections of the API server."
+            family = CounterMetricFamily("sluice_kube_follow", what, labels=["path", "what"])
+            for path, counts in sorted(found.follows.items()):
+                for word, count in counts.items():
+                    family.add_metric([path, word], count)
+            yield family
+            what = "Whether a collection of the API server is followed: 0 since a try failed, until one goes well."
+            gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
+            for path, well in sorted(found.following.items()):
+                gauge.add_metric([path], well)
+            yield gauge
+            what = "Whether this node's pods and all namespaces are known from the API server."
+            yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
+            what = "Events on pods that could not be written."
+            yield CounterMetricFamily("sluice_kube_events_lost", what, value=found.events_lost)
+        if found.installed is not None:
+            what = "Whether the CNI plugin and its configuration are in place."
+            yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
+            what = "CNI configurations written; it grows when somebody else writes them, too."
+            yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
+            what = "Whether somebody keeps undoing the CNI installation, until a minute after the last time."
+            yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)

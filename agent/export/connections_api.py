@@ -1,0 +1,140 @@
+"""Connections over the admin API: the live ones, the last that ended, and those to come by long polling."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from agent.core.errors import SluiceError
+from agent.core.model.pods import Pod, PodTable
+from agent.export.http import Request
+from agent.flows.recent import Recent
+from agent.flows.record import Fate
+from agent.flows.resolved_record import ResolvedRecord
+
+_MOST = 500  # records in one answer to a follower: it asks again for the next
+_LONGEST = 30  # seconds that it may be kept waiting
+_FATES = tuple(fate.word for fate in Fate)
+Keep = Callable[[ResolvedRecord], bool]
+
+
+class Accounting(Protocol):
+    """What keeps account of connections. `recent` is added to on the event loop's thread."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def recent(self) -> Recent[Any, ResolvedRecord]: ...
+
+    async def look(self) -> None:
+        """Adds to `recent` what has ended until now. Raises KernelError."""
+
+    def live(self, pod: Pod | None) -> list[dict[str, Any]]:
+        """Connections of that pod, or of all, as Named.as_dict() tells them. Blocking; called on a worker thread."""
+
+    def losses(self) -> Mapping[str, int]:
+        """Blocking too."""
+
+    def totals(self) -> list[dict[str, Any]]:
+        """Blocking too."""
+
+
+class ConnectionsApi:
+    """Answers for GET /v1/connections. `accounting` is None where the setting is off."""
+
+    def __init__(self, accounting: Accounting | None, table: PodTable) -> None:
+        self._accounting, self._table = accounting, table
+        self._waiting, self._closed = set[asyncio.Event](), False
+
+    async def connections(self, request: Request) -> dict[str, Any]:
+        """With `after` (a number) the next that ended since, waited for up to `wait` seconds; else what there is.
+
+        `pod` and `fate` choose; of those that ended the newest `limit` come, and with live=false nothing else.
+        Raises SluiceError.
+        """
+        if self._accounting is None:
+            raise SluiceError("connections are not accounted for: the setting accounting is off")
+        query = request.query
+        fate = query.get("fate", "")
+        if fate and fate not in _FATES:
+            raise SluiceError(f"no fate {fate!r}; there are {', '.join(_FATES)}")
+        if "after" in query:
+            keep = _chosen(self._one(query.get("pod", "")), query.get("pod", ""), fate)
+            after, wait = _number(query, "after", 0), _number(query, "wait", 0)
+            return await self._follow(self._accounting.recent, after, wait, keep)
+        return await self._list(self._accounting, query, fate)
+
+    async def totals(self) -> list[dict[str, Any]]:
+        """Connections by direction, fate and reason; none where nobody counts. Raises SluiceError."""
+        return [] if self._accounting is None else await asyncio.to_thread(self._accounting.totals)
+
+    def close(self) -> None:
+        """Whoever waits is answered now: the agent ends."""
+        self._closed = True
+        for arrived in self._waiting:
+            arrived.set()
+
+    async def _list(self, accounting: Accounting, query: Mapping[str, str], fate: str) -> dict[str, Any]:
+        name, limit = query.get("pod", ""), _number(query, "limit", _MOST)
+        pod = self._one(name)
+        await accounting.look()
+        ended = accounting.recent.last(limit, _chosen(pod, name, fate))
+        number = accounting.recent.number
+        if name and pod is None and not accounting.recent.last(1, _chosen(None, name, "")):
+            raise SluiceError(f"no pod {name!r} on this node, nor a connection of one; `sluice pods` lists them")
+        live = list[dict[str, Any]]()
+        if query.get("live") != "false" and not (name and pod is None):
+            live = await asyncio.to_thread(accounting.live, pod)
+        return {
+            "collector": accounting.name,
+            "live": [row for row in live if fate in ("", row["fate"])],
+            "ended": [record.as_dict() for record in ended],
+            "losses": dict(await asyncio.to_thread(accounting.losses)),
+            "next": number,
+        }
+
+    async def _follow(self, recent: Recent[Any, ResolvedRecord], at: int, wait: int, keep: Keep) -> dict[str, Any]:
+        """Lost are those that came and went between two questions, of whatever pod they were."""
+        found, lost, arrived = list[ResolvedRecord](), 0, asyncio.Event()
+        self._waiting.add(arrived)
+        try:
+            with recent.listening(arrived.set), contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(wait, _LONGEST)):
+                    while True:
+                        arrived.clear()
+                        found, missed, at = recent.since(at, keep, _MOST)
+                        lost += missed
+                        if found or lost or self._closed:
+                            break
+                        await arrived.wait()
+        finally:
+            self._waiting.discard(arrived)
+        return {"ended": [record.as_dict() for record in found], "lost": lost, "next": at}
+
+    def _one(self, name: str) -> Pod | None:
+        """The pod of that name on this node; None for none, since connections may outlive their pod here."""
+        found = self._table.find(name) if name else []
+        if len(found) > 1:
+            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
+        return found[0] if found else None
+
+
+def _chosen(pod: Pod | None, name: str, fate: str) -> Keep:
+    wanted = pod.key if pod else name
+
+    def keep(record: ResolvedRecord) -> bool:
+        if fate and record.connection.fate.word != fate:
+            return False
+        return not name or f"{record.namespace}/{record.pod}" == wanted or (pod is None and record.pod == name)
+
+    return keep
+
+
+def _number(query: Mapping[str, str], key: str, default: int) -> int:
+    text = query.get(key, "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise SluiceError(f"{key}: {text!r} is not a number")
+    return int(text or default)

@@ -1,0 +1,107 @@
+"""The page of /metrics: the agent's own registry, and the tally of connections, which may be megabytes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
+from agent.core.errors import SluiceError
+from agent.core.model.pods import Pod
+from agent.export import exposition
+from agent.export.http import Request, Response
+from agent.flows.label_totals import LabelTotals
+from agent.flows.record import Delta, Quality
+
+log = logging.getLogger("sluice.metrics")
+_PAUSE, _LONGEST = 4, 3.0  # a page that took so long is followed by a pause of so many times as long, up to 3 s
+
+
+class ConnectionMetrics:
+    """The tally between the threads that add to it and those that show it.
+
+    `losses` is cumulative, by cause; `refresh` adds what there is now, and is asked before anything is shown. Both may
+    raise SluiceError.
+    """
+
+    def __init__(
+        self,
+        tally: LabelTotals,
+        losses: Callable[[], Mapping[str, int]] = dict,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._tally, self._losses, self._refresh = tally, losses, refresh
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        deltas: Iterable[Delta],
+        qualities: Iterable[Quality],
+        identify: Callable[[int], Pod | None],
+        now: float,
+    ) -> None:
+        """As Tally.add; from any thread. Waits for no more than a copy of the numbers."""
+        with self._lock:
+            self._tally.add(deltas, qualities, identify, now)
+
+    def render(self, openmetrics: bool) -> Iterator[bytes]:
+        """The families one by one, without "# EOF"; from any thread."""
+        losses: Mapping[str, int] = {}
+        try:
+            self._refresh()
+            losses = self._losses()
+        except SluiceError as error:  # what was known before is still true
+            log.warning("connections cannot be read: %s", error)
+        with self._lock:
+            found = self._tally.snapshot()
+        yield from exposition.connections(found, losses.items(), openmetrics=openmetrics)
+
+
+class Page:
+    """Answers GET /metrics in the format that is asked for.
+
+    The registry is read on the loop, whose values its collectors look at; connections on a worker thread. Whoever asks
+    while a page is being written gets that one, so many scrapers cost no more than one. The next one is begun after a
+    pause: writing pages takes a fifth of a core at most.
+    """
+
+    def __init__(self, registry: CollectorRegistry, connections: ConnectionMetrics | None = None) -> None:
+        self._registry, self._connections = registry, connections
+        self._underway: dict[bool, asyncio.Task[bytes]] = {}
+        self._next = 0.0  # when the next page may be begun
+
+    async def __call__(self, request: Request) -> Response:
+        openmetrics = exposition.wants_openmetrics(request.headers.get("accept", ""))
+        writing = self._underway.get(openmetrics)
+        if writing is None:
+            writing = self._underway[openmetrics] = asyncio.create_task(self._write(openmetrics))
+        body = await asyncio.shield(writing)  # a client that goes away takes nobody else's page with it
+        return Response(200, body, exposition.OPENMETRICS if openmetrics else exposition.PLAIN)
+
+    async def _write(self, openmetrics: bool) -> bytes:
+        loop, started = asyncio.get_running_loop(), 0.0
+        try:
+            await asyncio.sleep(max(0.0, self._next - loop.time()))
+            started = loop.time()
+            own = self.own(openmetrics)
+            return own if self._connections is None else await asyncio.to_thread(self._joined, own, openmetrics)
+        finally:
+            del self._underway[openmetrics]
+            if started:
+                took = loop.time() - started
+                self._next = loop.time() + min(_LONGEST, _PAUSE * took)
+
+    def own(self, openmetrics: bool) -> bytes:
+        """What the registry holds, a page by itself."""
+        if not openmetrics:
+            return generate_latest(self._registry)
+        return bytes(generate_openmetrics(self._registry))  # type: ignore[no-untyped-call]
+
+    def _joined(self, own: bytes, openmetrics: bool) -> bytes:
+        assert self._connections is not None
+        return exposition.joined(own, self._connections.render(openmetrics), openmetrics=openmetrics)

@@ -1,0 +1,187 @@
+"""What bpf/account.h says, in Python. Pure; a test compares both by BTF."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any, Final
+
+from agent.backends.ebpf.abi import parse
+from agent.core.model.sockets import Endpoint
+from agent.core.text import printable
+from agent.flows.record import (
+    DURATION_BOUNDS,
+    RTT_BOUNDS,
+    Closer,
+    Connection,
+    Direction,
+    Fate,
+    How,
+    Quality,
+    Reason,
+)
+
+RECORD: Final = struct.Struct("=16s16s16sQQQQQQIIIIII16s2s2s2sBBBBBB4x")
+TALLY_KEY: Final = struct.Struct("=Q16s2sBBB3x")
+TALLY: Final = struct.Struct("=QQQQQQ")
+QUALITY_KEY: Final = struct.Struct("=QI4x")
+SHARE_KEY: Final = struct.Struct("=QI4x")
+SHARE: Final = struct.Struct("=QQ")
+DESTINATION: Final = struct.Struct("=Q16s2s6x")
+_RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
+QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
+_NOBODY = 0xFFFFFFFF
+
+
+class Loss(IntEnum):
+    """enum loss."""
+
+    RECORD = 0
+    CONNECTION = 1
+    FATE = 2
+    PEER = 3
+
+
+class Shared(IntEnum):
+    """enum shared."""
+
+    PEERS = 0
+    HANDSHAKES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """struct share."""
+
+    taken: int = 0
+    refused: int = 0
+
+    def encode(self) -> bytes:
+        return SHARE.pack(self.taken, self.refused)
+
+
+@dataclass(frozen=True, slots=True)
+class CounterValue:
+    """struct tally, since the map was made."""
+
+    opened: int = 0
+    closed: int = 0
+    failed: int = 0
+    sent: int = 0
+    received: int = 0
+    socket: int = 0
+
+
+def connections(data: bytes, epoch: int) -> Iterator[Connection]:
+    """Of records one after the other. `epoch`: nanoseconds from the epoch to the zero of the kernel's clock."""
+    for fields in RECORD.iter_unpack(data):
+        yield _connection(fields, epoch)
+
+
+def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
+    (local, remote, peer, pod, socket, opened, closed, sent, received, out, into, again, rtt, user, process, command,
+     local_port, remote_port, peer_port, direction, fate, reason, how, closer, established) = fields  # fmt: skip
+    return Connection(
+        pod,
+        socket,
+        Direction(direction),
+        Fate(fate),
+        Reason(reason),
+        _endpoint(local, local_port),
+        _endpoint(remote, remote_port),
+        _seconds(opened, epoch),
+        _seconds(closed, epoch) if closed else None,
+        _endpoint(peer, peer_port) if any(peer_port) else None,
+        bool(established),
+        sent,
+        received,
+        out,
+        into,
+        again,
+        rtt / 1e6 if rtt else None,
+        How(how),
+        Closer(closer),
+        -1 if user == _NOBODY else user,
+        process,
+        printable(command.partition(b"\0")[0].decode(errors="replace")),
+    )
+
+
+def tally_key(data: bytes) -> tuple[int, Direction, Fate, Reason, str, int]:
+    """(pod, direction, fate, reason, remote address, port of the service)."""
+    pod, remote, port, direction, fate, reason = TALLY_KEY.unpack(data)
+    return pod, Direction(direction), Fate(fate), Reason(reason), address(remote), _port(port)
+
+
+def sort_key(direction: Direction, fate: Fate, reason: Reason) -> bytes:
+    """Of no pod and no peer."""
+    return TALLY_KEY.pack(0, bytes(16), bytes(2), direction, fate, reason)
+
+
+def tally(data: bytes) -> CounterValue:
+    return CounterValue(*TALLY.unpack(data))
+
+
+def share_key(pod: int, of: Shared) -> bytes:
+    return SHARE_KEY.pack(pod, of)
+
+
+def shared(key: bytes) -> tuple[int, Shared]:
+    """(pod, of what) of a key of map `shares`."""
+    pod, of = SHARE_KEY.unpack(key)
+    return pod, Shared(of)
+
+
+def share(value: bytes) -> Share:
+    return Share(*SHARE.unpack(value))
+
+
+def owner(key: bytes) -> int:
+    """The pod of a key of `tallies`, `begun` or `returned`, all of which begin with it."""
+    return int.from_bytes(key[:8], sys.byteorder)
+
+
+def pod_of(key: bytes) -> int:
+    """Of a key of map `qualities`."""
+    pod: int = QUALITY_KEY.unpack(key)[0]
+    return pod
+
+
+def destination(key: bytes) -> Endpoint:
+    """Of a key of map `returned`, which begins with the pod."""
+    _, remote, port = DESTINATION.unpack(key)
+    return _endpoint(remote, port)
+
+
+def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
+    """What was added from `old` to `new`."""
+    pod, direction = QUALITY_KEY.unpack(key)
+    values = QUALITY.unpack(new)
+    if old is not None:
+        values = tuple(now - before for now, before in zip(values, QUALITY.unpack(old), strict=True))
+    rtt, rest = values[:_RTT], values[_RTT:]
+    duration, more = rest[1 : 1 + _DURATION], rest[1 + _DURATION :]
+    return Quality(pod, Direction(direction), rtt, rest[0] / 1e6, duration, more[0] / 1e6, *more[1:])
+
+
+@lru_cache(16384)
+def address(data: bytes) -> str:
+    """Of 16 bytes; "" for none."""
+    found = parse(data)
+    return "" if found is None else str(found)
+
+
+def _endpoint(data: bytes, port: bytes) -> Endpoint:
+    return address(data), _port(port)
+
+
+def _port(data: bytes) -> int:
+    return int.from_bytes(data, "big")
+
+
+def _seconds(nanoseconds: int, epoch: int) -> float:
+    return (nanoseconds + epoch) / 1e9

@@ -1,0 +1,278 @@
+"""The collector with eBPF: totals are made in the kernel, and read; ended connections come by a ring buffer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import struct
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from agent.backends.ebpf import objects
+from agent.backends.ebpf.backend import opened
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.errors import KernelError, StaleError
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import Endpoint
+from agent.flows.collector import Sort
+from agent.flows.ebpf import abi
+from agent.flows.ebpf.kernel_totals import KernelTotals
+from agent.flows.ebpf.late_accepts import Late
+from agent.flows.ebpf.pods import AccountedPods
+from agent.flows.ebpf.programs import Programs
+from agent.flows.inet_diag.collector import DiagCollector
+from agent.flows.record import Connection, Delta, Quality
+from agent.flows.shares import Shares
+from agent.kernel.bpf import iterator, syscall
+from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.ring_buffer import RingBuffer
+from agent.kernel.pod_netns import PodNetns
+
+_COOKIE = struct.Struct("=Q")
+_LATELY = 60 * 10**9  # nanoseconds
+_ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
+
+
+class EbpfCollector:
+    """The programs are made by `start`, which raises KernelError where they cannot run."""
+
+    name = "ebpf"
+
+    def __init__(
+        self,
+        programs: Programs,
+        ztunnels: Ztunnels,
+        *,
+        by_socket: bool,
+        watching: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`by_socket`: backend ebpf captures, whose own guard drops what would pass by.
+
+        `watching`: elsewhere what leaves past all rules is looked for at the pods' interfaces, which takes tcx.
+        """
+        self.programs, self._ztunnels, self._by_socket, self._clock = programs, ztunnels, by_socket, clock
+        pins: Pins = programs.pins
+        self._pods, self._maps = AccountedPods(pins, watching and not by_socket, programs.sizes), Maps(pins.maps)
+        self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
+        self._certain = True  # the programs can tell ztunnel from other processes
+        self._tallies, self._shares = KernelTotals(self._maps, clock), Shares(self._maps, clock)
+        self._qualities: dict[bytes, bytes] = {}
+        # Of connections from before the programs.
+        self._older = DiagCollector(ztunnels.held, ztunnels.foreign)
+        self._known: set[int] = set()
+        self._past: set[int] = set()  # pods whose older connections were looked for
+        self._gone: set[int] = set()  # pods of whose connections something may be left
+        self._late = Late(self._maps, self._tallies, _epoch)
+        self._ring: RingBuffer | None = None
+        self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
+        self._refreshing, self._taking, self._listing = threading.Lock(), threading.Lock(), threading.Lock()
+
+    def start(self) -> tuple[str, ...]:
+        """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
+        wrong = self.programs.settle()
+        self._shares.allow()
+        if self._ring is None:
+            self._ring = RingBuffer.open(self.programs.pins.maps / "records")
+            self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
+            # What is there, an earlier agent has told; what of it ended since then, nobody will.
+            self._qualities = dict(self._maps["qualities"].items())
+            self._gone = {abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
+            self.admit()
+        return wrong
+
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
+        cookie = target.netns.id.cookie
+        self._gone.discard(cookie)
+        known = self._pods.enrol(target, want, captured=captured, known=self._own(target) or (fresh and self._certain))
+        if not known or cookie in self._known:  # what an agent before this one has counted can be looked at later
+            self._follow_older(target, want, captured=captured, fresh=fresh)
+        if not captured:
+            return True
+        if cookie not in self._known:
+            self._known.add(cookie)
+            return True
+        return False
+
+    def watch(self, target: PodNetns) -> None:
+        self._pods.watch(target)
+
+    def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
+        cookie = target.netns.id.cookie
+        if cookie in self._past:
+            self._older.change(target, want, captured=captured)
+        else:
+            self._past.add(cookie)
+            if not fresh:
+                self._older.enrol(target, want, captured=captured, besides=lambda: self._counted(cookie))
+
+    def release(self, cookie: int) -> None:
+        self._known.discard(cookie)
+        self._past.discard(cookie)
+        self._older.release(cookie)
+        self._owned.pop(cookie, None)
+        self._gone.add(cookie)
+        self._pods.release(cookie)
+
+    def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        for cookie in dead(self._pods.cookies()):
+            self.release(cookie)
+        self._shares.sweep(self._pods.cookies())
+
+    def crowded(self) -> Sequence[tuple[int, str]]:
+        with self._refreshing:
+            return list(self._shares.crowded())
+
+    def returned(self, cookie: int) -> Endpoint | None:
+        since = time.monotonic_ns() - _LATELY
+        for key, last in self._maps["returned"].items():
+            if abi.owner(key) == cookie and int.from_bytes(last, sys.byteorder) > since:
+                return abi.destination(key)
+        return None
+
+    def refresh(self) -> tuple[list[Delta], list[Quality]]:
+        with self._refreshing:
+            with self._iterator(objects.REFRESH) as link:
+                iterator.read(link)
+            deltas, qualities = self._older.refresh()
+            return [*deltas, *self._late.deltas(), *self._tallies.added()], [*qualities, *self._new_qualities()]
+
+    def totals(self) -> Mapping[Sort, int]:
+        with self._refreshing:
+            return Counter(self._tallies.totals()) + Counter(self._older.totals())
+
+    def live(self, pod: int | None = None) -> list[Connection]:
+        return [*self._older.live(pod), *self._listed(pod)]
+
+    def _listed(self, pod: int | None) -> list[Connection]:
+        with self._listing, self._iterator(objects.LIST) as link:
+            self._maps["chosen"].update(bytes(4), (pod or 0).to_bytes(8, sys.byteorder))
+            data = iterator.read(link)
+        # Between two buffers the kernel may go over a socket again (bpfiter.read).
+        return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
+
+    def _counted(self, pod: int) -> set[int]:
+        """The cookies of the sockets that the programs count."""
+        found = set[int]()
+        with self._listing:
+            self._maps["chosen"].update(bytes(4), pod.to_bytes(8, sys.byteorder))
+            for name in ("accounts", "owners"):
+                with self._iterator(objects.KNOWN, name) as link:
+                    found.update(one for (one,) in _COOKIE.iter_unpack(iterator.read(link)))
+        return found
+
+    def records(self) -> Sequence[Any]:
+        size = abi.RECORD.size
+        with self._taking:
+            data = b"" if self._ring is None else self._ring.take(size)
+        return [
+            *self._older.records(),
+            *self._late.records(),
+            *(data[at : at + size] for at in range(0, len(data), size)),
+        ]
+
+    def connection(self, record: Any) -> Connection:
+        return record if isinstance(record, Connection) else next(abi.connections(record, _epoch()))
+
+    async def arrived(self, seconds: float) -> None:
+        """The programs wake whoever waits when a quarter of the ring buffer is full."""
+        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            self._woken.poll(0)
+            woken.set()
+
+        loop.add_reader(self._woken.fileno(), wake)
+        try:
+            async with asyncio.timeout(seconds):
+                await woken.wait()
+        except TimeoutError:
+            pass
+        finally:
+            loop.remove_reader(self._woken.fileno())
+
+    def verify(self) -> Sequence[str]:
+        wrong = self.programs.settle()
+        self._shares.allow()
+        return wrong
+
+    def losses(self) -> Mapping[str, int]:
+        counts = self._maps["losses"]
+        found = {
+            loss.name.lower(): sum(
+                int.from_bytes(value, "little") for value in counts.lookup_percpu(loss.to_bytes(4, "little"))
+            )
+            for loss in abi.Loss
+        }
+        found |= self._older.losses()
+        found["record"] += self._ring.skipped if self._ring else 0
+        return found
+
+    def close(self) -> None:
+        self._older.close()
+        with self._taking:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+                self._woken.close()
+
+    def admit(self) -> None:
+        """Knows the ztunnels that there are now, before they open anything in a pod. Raises KernelError."""
+        try:
+            self.programs.admit(self._ztunnels.keys())
+            self._certain = True
+        except KernelError:
+            self._certain = False
+            self._pods.doubt()  # else the programs would refuse ztunnel its ports
+            raise
+
+    def _own(self, target: PodNetns) -> bool:
+        """Puts listeners that ztunnel had before our programs into map owners. Returns whether none is missing."""
+        cookie, version = target.netns.id.cookie, self._ztunnels.version()
+        if not self._certain or not self._ztunnels.processes():
+            return False
+        if self._owned.get(cookie) != version:
+            try:
+                for one in self._ztunnels.every(target):
+                    with opened(one) as held:
+                        self._maps["owners"].update(held.to_bytes(4, sys.byteorder), _ZTUNNEL)
+            except StaleError:  # it has just closed one
+                return False
+            self._owned[cookie] = version
+        return True
+
+    def _new_qualities(self) -> Iterator[Quality]:
+        for key, value in self._maps["qualities"].items():
+            old = self._qualities.get(key)
+            if old != value:
+                self._qualities[key] = value
+                yield abi.quality(key, value, old)
+            elif abi.pod_of(key) in self._gone:  # nothing has ended there since the last reading
+                self._maps["qualities"].delete(key)
+                del self._qualities[key]
+        self._gone &= {abi.pod_of(key) for key in self._qualities}
+
+    @contextmanager
+    def _iterator(self, program: objects.BpfProgram, over: str = "accounts") -> Iterator[int]:
+        """A link of this process's own: nothing is attached by it unless it is read."""
+        loaded = syscall.get(self.programs.pins.node.program(program))
+        try:
+            link = iterator.attach(loaded, self._maps[over].fd)
+        finally:
+            os.close(loaded)
+        try:
+            yield link
+        finally:
+            os.close(link)
+
+
+def _epoch() -> int:
+    """Nanoseconds from the epoch to the zero of CLOCK_MONOTONIC."""
+    return time.time_ns() - time.monotonic_ns()

@@ -1,0 +1,107 @@
+"""The totals that the programs keep, read as what was added. Kept by the kernel over the agent's end.
+
+What was exported is noted beside them: a new agent's counters begin at zero, as a process's do, with what its
+predecessor had not exported. A total that has not changed for long is taken out, since peers come and go, and adds to
+one of its sort.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+
+from agent.core.errors import KernelError
+from agent.flows.collector import Sort
+from agent.flows.ebpf import abi
+from agent.flows.ebpf.abi import CounterValue
+from agent.flows.record import Delta
+from agent.kernel.bpf.map_reuse import Maps
+
+IDLE = 600.0  # seconds
+_NOTHING = CounterValue()
+
+
+@dataclass(slots=True)
+class _Seen:
+    tally: bytes
+    changed: float
+
+
+class KernelTotals:
+    """One thread at a time. Methods raise KernelError."""
+
+    def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
+        self._maps, self._clock = maps, clock
+        self._seen: dict[bytes, _Seen] | None = None
+
+    def added(self) -> Iterator[Delta]:
+        """Since the last call, of this agent or the one before."""
+        now = self._clock()
+        if self._seen is None:
+            self._seen = {key: _Seen(value, now) for key, value in self._maps["exported"].items()}
+        idle = list[tuple[str, bytes]]()
+        for name in ("tallies", "rest"):
+            for key, value in self._maps[name].items():
+                seen = self._seen.get(key)
+                if seen is None or seen.tally != value:
+                    yield self._export(key, value, seen, now)
+                elif now - seen.changed > IDLE:
+                    idle.append((name, key))
+        for name, key in idle:
+            if (last := self._maps[name].take(key)) is not None:
+                seen = self._seen[key]
+                if last != seen.tally:
+                    yield _delta(key, abi.tally(last), abi.tally(seen.tally))
+                self._retire(key, abi.tally(last))
+
+    def totals(self) -> Mapping[Sort, int]:
+        """Connections that were opened, or failed."""
+        found = Counter[Sort]()
+        for name in ("tallies", "rest", "former"):
+            for key, value in self._maps[name].items():
+                _, direction, fate, reason, _, _ = abi.tally_key(key)
+                tally = abi.tally(value)
+                found[direction, fate, reason] += tally.opened + tally.failed
+        return found
+
+    def _export(self, key: bytes, value: bytes, seen: _Seen | None, now: float) -> Delta:
+        assert self._seen is not None
+        before = abi.tally(seen.tally) if seen else _NOTHING
+        self._seen[key] = _Seen(value, now)
+        with suppress(KernelError):  # it is full: a next agent would export this once more
+            self._maps["exported"].update(key, value)
+        return _delta(key, abi.tally(value), before)
+
+    def add(self, delta: Delta) -> None:
+        """What no program has counted."""
+        tally = CounterValue(delta.opened, delta.closed, delta.failed, delta.sent, delta.received, delta.socket)
+        self._keep(abi.sort_key(delta.direction, delta.fate, delta.reason), tally)
+
+    def _retire(self, key: bytes, last: CounterValue) -> None:
+        assert self._seen is not None
+        _, direction, fate, reason, _, _ = abi.tally_key(key)
+        self._keep(abi.sort_key(direction, fate, reason), last)
+        self._maps["exported"].delete(key)
+        del self._seen[key]
+
+    def _keep(self, key: bytes, more: CounterValue) -> None:
+        before = self._maps["former"].lookup(key)
+        sums = zip(astuple(more), astuple(abi.tally(before) if before else _NOTHING), strict=True)
+        self._maps["former"].update(key, abi.TALLY.pack(*((a + b) % (1 << 64) for a, b in sums)))
+
+
+def _delta(key: bytes, now: CounterValue, before: CounterValue) -> Delta:
+    pod, direction, fate, reason, remote, port = abi.tally_key(key)
+    return Delta(
+        pod, direction, fate, reason, remote, port,
+        now.opened - before.opened, now.closed - before.closed, now.failed - before.failed,
+        _signed(now.sent - before.sent), _signed(now.received - before.received), now.socket,
+    )  # fmt: skip
+
+
+def _signed(number: int) -> int:
+    """A byte that was counted too early (a FIN) is taken back by adding 2^64 - 1 in the kernel."""
+    return number if -(1 << 63) <= number < 1 << 63 else number - (1 << 64) * (1 if number > 0 else -1)

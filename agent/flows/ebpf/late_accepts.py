@@ -1,0 +1,56 @@
+"""Connections whose application's end had gone before ztunnel's end was made, which then never was.
+
+They stay undecided: nobody has answered them, else they would be leaked. A reset can overtake what makes ztunnel's end.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from agent.flows.ebpf import abi
+from agent.flows.ebpf.kernel_totals import KernelTotals
+from agent.flows.record import Connection, Delta
+from agent.kernel.bpf.map_reuse import Maps
+
+WAIT = 1.0  # seconds; ztunnel's end is made within a moment, or never
+
+
+class Late:
+    """From any thread. What is found is told twice: as a record, and as a change of the totals. Raises KernelError."""
+
+    def __init__(self, maps: Maps, tallies: KernelTotals, epoch: Callable[[], int]) -> None:
+        self._maps, self._tallies, self._epoch = maps, tallies, epoch
+        self._records: list[Connection] = []
+        self._deltas: list[Delta] = []
+        self._turn = threading.Lock()
+
+    def records(self) -> list[Connection]:
+        with self._turn:
+            self._look()
+            taken, self._records = self._records, []
+        return taken
+
+    def deltas(self) -> list[Delta]:
+        with self._turn:
+            self._look()
+            taken, self._deltas = self._deltas, []
+        return taken
+
+    def _look(self) -> None:
+        if self._maps["late"].is_empty():
+            return
+        for key, value in self._maps["late"].items():
+            found = next(abi.connections(value, self._epoch()))
+            if time.time() - (found.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:
+                continue
+            self._maps["begun"].delete(key)
+            address, port = found.remote
+            delta = Delta(
+                found.pod, found.direction, found.fate, found.reason, address, port,
+                opened=1, closed=1, sent=found.sent, received=found.received, socket=found.socket,
+            )  # fmt: skip
+            self._tallies.add(delta)
+            self._records.append(found)
+            self._deltas.append(delta)

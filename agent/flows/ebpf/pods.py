@@ -1,0 +1,104 @@
+"""Which pods are accounted for, and by what rules: their entries in the maps, and what watches their interfaces."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from agent.backends.ebpf import abi, attachments, objects, policies
+from agent.backends.ebpf.abi import PodFlag, PodValue
+from agent.backends.ebpf.compiling import entries
+from agent.backends.ebpf.pins import Pins
+from agent.core.model.redirect import Redirect
+from agent.kernel.bpf import bpffs
+from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.pod_netns import PodNetns
+
+_KEPT = PodFlag.CAPTURED | PodFlag.KNOWN
+_BELIEVED = 300.0  # seconds: to look at what is attached costs more than all else of a pass over an unchanged pod
+
+
+@dataclass(slots=True)
+class AccountedPods:
+    """One pod at a time per thread. `watching`: packets that leave past all rules are looked for, too."""
+
+    pins: Pins
+    watching: bool
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    _maps: Maps = field(init=False)
+    _watched: dict[int, tuple[tuple[int, ...], float]] = field(default_factory=dict)  # interfaces, and when seen
+
+    def __post_init__(self) -> None:
+        self._maps = Maps(self.pins.maps)
+
+    def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, known: bool = False) -> bool:
+        """Returns whether the pod had an entry before. `known`: all of ztunnel's listeners in it are in map owners.
+
+        Raises KernelError.
+        """
+        cookie = target.netns.id.cookie
+        made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
+        # A pod that is captured or known stays so while its rules are replaced.
+        flags = old.flags & _KEPT if old else PodFlag(0)
+        flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
+        made = replace(made, pod=replace(made.pod, flags=made.pod.flags | flags))
+        if old != made.pod:
+            policies.put(self._maps, made.pod.policy, made.prefixes)
+            self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
+            if old is not None and old.policy not in (0, made.pod.policy):
+                policies.drop(self._maps, old.policy)
+        return old is not None
+
+    def watch(self, target: PodNetns) -> None:
+        """Makes sure of it on every interface but lo: tcx waits for all CPUs, so not while anybody waits for the pod.
+
+        Raises KernelError.
+        """
+        if not self.watching:
+            return
+        cookie = target.netns.id.cookie
+        indices, now = tuple(link.index for link in target.wiring().links), time.monotonic()
+        seen, when = self._watched.get(cookie, ((), -_BELIEVED))
+        if seen == indices and now - when < _BELIEVED:
+            return
+        place = self.pins.pod(cookie)
+        links = {f"watch-{index}": objects.WATCH for index in indices}
+        for step, _ in list(attachments.steps(links, attachments.read(place, (objects.WATCH,)))):
+            attachments.do(
+                step.payload,
+                self.pins,
+                place,
+                lambda program, link, descriptor: attachments.attach_tcx(target.netns, program, link, descriptor),
+                self.sizes,
+                struct.pack("=Q", cookie),
+            )
+        self._watched[cookie] = (indices, now)
+
+    def release(self, cookie: int) -> None:
+        """Raises KernelError."""
+        self._watched.pop(cookie, None)
+        if not self._maps.exist():
+            return
+        old = self._entry(cookie)
+        self._maps["pods"].delete(abi.cookie(cookie))
+        bpffs.remove_tree(self.pins.pod(cookie).path)
+        if old is not None and old.policy:
+            policies.drop(self._maps, old.policy)
+
+    def doubt(self) -> None:
+        """Clears KNOWN in all pods, so that ztunnel's ports and mark are refused to no process. Raises KernelError."""
+        for key, value in self._maps["pods"].items():
+            pod = PodValue.decode(value)
+            self._maps["pods"].update(key, replace(pod, flags=pod.flags & ~PodFlag.KNOWN).encode())
+
+    def cookies(self) -> set[int]:
+        """Of the namespaces of which something is left. Raises KernelError."""
+        if not self._maps.exist():
+            return set()
+        return {*(abi.uncookie(key) for key, _ in self._maps["pods"].items()), *self.pins.pods()}
+
+    def _entry(self, cookie: int) -> PodValue | None:
+        data = self._maps["pods"].lookup(abi.cookie(cookie))
+        return None if data is None else PodValue.decode(data)

@@ -1,0 +1,124 @@
+"""What accounts for connections on this node: programs on the root cgroup, iterators, and their maps.
+
+Some of them keep ztunnel's ports and mark for ztunnel (bpf/reserve.bpf.c): they need the same maps.
+
+They outlive the agent. In a directory of their own, beside that of backend ebpf, so that each can be there without the
+other; but the storage in which that backend keeps an application's destinations is one map for both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf.attachments import Attach, Deed, Load
+from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import lives
+from agent.core.errors import KernelError
+from agent.core.model.plan import Plan, Step
+from agent.kernel.bpf import bpffs, syscall
+from agent.kernel.bpf.map import Map
+
+SHARED = "memories"
+_READERS = (objects.ACCOUNT, objects.REFRESH, objects.LIST)  # of the destinations that backend ebpf remembers
+_NODE = (objects.ACCOUNT, *objects.ITERATORS, *objects.RESERVE)
+_LINKS = {"account": objects.ACCOUNT} | {one.name: one for one in objects.RESERVE}
+
+
+@dataclass(frozen=True, slots=True)
+class AccountState:
+    """`bound`: the programs that are loaded see the destinations that backend ebpf remembers."""
+
+    attached: attachments.Attached
+    bound: bool = True
+
+
+@dataclass(slots=True)
+class Programs:
+    """`shared`: where backend ebpf has its map of destinations, when it captures."""
+
+    pins: Pins
+    shared: Path | None = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def settle(self) -> tuple[str, ...]:
+        """Makes it so; what was wrong. Raises KernelError."""
+        if lacking := objects.missing(objects.ACCOUNTING):
+            raise KernelError("account by eBPF", 2, f"this installation has no {', '.join(lacking)}.bpf.o")
+        bpffs.mount(self.pins.mount)
+        done = self.plan(self.read())
+        for step in done.steps:
+            attachments.do(
+                step.payload, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes, elsewhere=self.elsewhere
+            )
+        return done.differences
+
+    @property
+    def elsewhere(self) -> dict[str, Path]:
+        return {} if self.shared is None else {SHARED: self.shared}
+
+    def read(self) -> AccountState:
+        """Raises KernelError."""
+        return AccountState(attachments.read(self.pins.node, _NODE), self._bound())
+
+    def plan(self, have: AccountState) -> Plan[Deed]:
+        changes = list(_changes(have))
+        return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
+
+    def remove(self) -> None:
+        """All of it, pods' entries included. Raises KernelError."""
+        bpffs.remove_tree(self.pins.root)
+
+    def admit(self, ztunnels: Iterable[tuple[int, int]]) -> None:
+        """Admits these (cgroup, process), and keeps those of an earlier agent that still run. Raises KernelError."""
+        with Map.open(self.pins.maps / "ztunnels") as admitted:
+            running, known = {*ztunnels}, {abi.unztunnel(key) for key, _ in admitted.items()}
+            there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have come back to us yet
+            wanted = there or {_UNMET}
+            for one in wanted - known:
+                admitted.update(abi.ztunnel(*one), bytes(4))
+            for one in known - wanted:
+                admitted.delete(abi.ztunnel(*one))
+
+    def _bound(self) -> bool:
+        if self.shared is None:
+            return True
+        if (held := syscall.find(self.shared)) is None:
+            return False
+        with Map(held, SHARED) as destinations:
+            for program in _READERS:
+                if (fd := syscall.find(self.pins.node.program(program))) is not None and destinations.id not in _maps(
+                    fd
+                ):
+                    return False
+        return True
+
+
+_UNMET = (0, 0)  # in place of a ztunnel until the first one comes: its mark is believed, and nothing is refused
+
+
+def _changes(have: AccountState) -> Iterator[tuple[Step[Any], str]]:
+    named = {program.object for program in _READERS}
+    if not have.bound:
+        for name in sorted(named):
+            yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"{name}.bpf.o sees other destinations"
+    elif any(program.name not in have.attached.ids for program in objects.ITERATORS):
+        name = objects.REFRESH.object
+        yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
+    found = list(attachments.steps(_LINKS, have.attached))
+    yield from found
+    attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in found)
+    if not have.bound and not attached:
+        step: Step[Deed] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
+        yield step, ""
+
+
+def _maps(program: int) -> tuple[int, ...]:
+    try:
+        return syscall.program_info(program).maps
+    finally:
+        os.close(program)

@@ -1,0 +1,260 @@
+"""Accounting for connections without eBPF: by what sock_diag tells of each enrolled pod.
+
+Every end of a socket is told by the kernel, with its last counts; dumps show what lives, whose it is, and what the ends
+leave open. Two descriptors per pod.
+
+Times are those of asking: a connection begins when a dump first saw it, else when its last packets say that it was
+there, else when it ended; and it ends when that is read. So `records` should be called often, `refresh` at leisure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import CARRYING, Endpoint, TcpSocket, TcpState
+from agent.flows.inet_diag.pod_flows import PodFlows
+from agent.flows.inet_diag.verdict import Verdicts
+from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netlink.sock_events import SocketEvents
+from agent.kernel.netns import NetnsId
+from agent.kernel.pod_netns import PodNetns
+
+# Requests of listeners (SYN_RECV) are no connections yet, and nobody is told of their end.
+_STATES: Final = (*CARRYING, TcpState.SYN_SENT, TcpState.LISTEN)
+
+
+@dataclass(slots=True)
+class _Pod:
+    flows: PodFlows
+    events: SocketEvents
+    diag: SockDiag
+    records: list[Connection] = field(default_factory=list)
+
+    def close(self) -> None:
+        self.events.close()
+        self.diag.close()
+
+
+class DiagCollector:
+    """Implements agent.flows.collector.Collector. From any thread; one call at a time does work.
+
+    Never known: process and command of a connection, the user of one that no dump saw, how a blocking connect failed,
+    and what ss --kill ended. Undecided: connections that were cut off before a dump saw them and may be ztunnel's.
+    Doubtful, and reported as leaked: ztunnel's own connections that ended in order before a dump saw them and do not
+    relay one captured connection as it is (see agent.flows.inet_diag.ztunnel_upstreams).
+    """
+
+    name = "inet_diag"
+
+    def __init__(
+        self,
+        held: Callable[[Collection[int]], Collection[int]] = lambda inodes: (),
+        foreign: Callable[[Sequence[TcpSocket], NetnsId], Collection[int]] = lambda sockets, netns: (),
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`held`: which of the sockets with these inodes ztunnel's process holds. A mark alone proves nothing: with
+        the default whatever carries ztunnel's mark is taken for an application that forges it. `foreign`: which of
+        these listeners are of processes of the pod, by cookie."""
+        self._held, self._foreign, self._clock = held, foreign, clock
+        self._lock = threading.Lock()
+        self._pods: dict[int, _Pod] = {}
+        self._left: list[Connection] = []  # records of pods that were released
+        self._sums: tuple[list[Delta], list[Quality]] = ([], [])
+        self._totals: Counter[tuple[Direction, Fate, Reason]] = Counter()
+        self._losses = {"notifications": 0, "endings": 0}
+
+    def enrol(
+        self,
+        target: PodNetns,
+        want: Redirect,
+        *,
+        captured: bool,
+        fresh: bool = False,
+        besides: Callable[[], Collection[int]] | None = None,
+    ) -> bool:
+        """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError.
+
+        With `besides` only connections that exist already are followed, until they end, without the sockets whose
+        cookies it returns. Those, and all later ones, are counted elsewhere.
+        """
+        cookie, wiring = target.netns.id.cookie, target.wiring()
+        with self._lock:
+            pod = self._pods.get(cookie)
+            if pod is None:
+                self._pods[cookie] = pod = self._begin(target, Verdicts(want, wiring), captured=captured)
+                if besides is not None:
+                    counted = besides()
+                    self._dump(pod)  # what lives in both dumps lived when `besides` looked
+                    pod.flows.only_older(counted)
+                elif not fresh:
+                    pod.flows.older()
+                self._end(cookie, pod)
+            else:
+                self._change(pod, Verdicts(want, wiring), captured=captured)
+            return False
+
+    def change(self, target: PodNetns, want: Redirect, *, captured: bool) -> None:
+        """Takes over a change of a pod that is followed, and starts to follow none. Raises as enrol()."""
+        wiring = target.wiring()
+        with self._lock:
+            if pod := self._pods.get(target.netns.id.cookie):
+                self._change(pod, Verdicts(want, wiring), captured=captured)
+
+    def watch(self, target: PodNetns) -> None:
+        """Nothing is left to do."""
+
+    def release(self, cookie: int) -> None:
+        """What has ended is told; what lives is not."""
+        with self._lock:
+            pod = self._pods.pop(cookie, None)
+            if pod is None:
+                return
+            try:
+                self._look(pod)
+                pod.records += pod.flows.settle(self._clock(), all_of_it=True)
+                self._gather(pod)
+                self._left += pod.records
+            finally:
+                pod.close()
+
+    def admit(self) -> None:
+        """Nothing is kept of a ztunnel: `held` is asked for the sockets of each dump."""
+
+    def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
+        """Nothing outlives the process; those go that it holds itself."""
+        with self._lock:
+            held = tuple(self._pods)
+        for cookie in dead(held):
+            self.release(cookie)
+
+    def refresh(self) -> tuple[list[Delta], list[Quality]]:
+        """Reads all sockets of all pods. Raises KernelError."""
+        with self._lock:
+            for cookie, pod in list(self._pods.items()):
+                self._look(pod)
+                self._gather(pod)
+                self._end(cookie, pod)
+            sums, self._sums = self._sums, ([], [])
+            return sums
+
+    def totals(self) -> Mapping[tuple[Direction, Fate, Reason], int]:
+        """Since this process began: nothing outlives it."""
+        with self._lock:
+            return dict(self._totals)
+
+    def live(self, pod: int | None = None) -> list[Connection]:
+        with self._lock:
+            wanted = [one for cookie, one in self._pods.items() if pod in (None, cookie)]
+            for found in wanted:
+                self._look(found)
+            return [one for found in wanted for one in found.flows.live()]
+
+    def records(self) -> list[Connection]:
+        """Raises KernelError. Some come later: what is not yet clear is held back for up to two and a half seconds."""
+        with self._lock:
+            told, self._left = self._left, []
+            for pod in self._pods.values():
+                self._drain(pod)
+                if pod.flows.unsettled:
+                    self._dump(pod)
+                told += pod.records + pod.flows.settle(self._clock())
+                pod.records = []
+            return told
+
+    def connection(self, record: Connection) -> Connection:
+        return record
+
+    async def arrived(self, seconds: float) -> None:
+        """After so long: the kernel keeps some fifty thousand ends for each pod."""
+        await asyncio.sleep(seconds)
+
+    def verify(self) -> Sequence[str]:
+        return ()
+
+    def crowded(self) -> Sequence[tuple[int, str]]:
+        return ()
+
+    def returned(self, cookie: int) -> Endpoint | None:
+        return None
+
+    def losses(self) -> Mapping[str, int]:
+        """`notifications`: how many times some were lost, the kernel does not tell how many. `endings`: connections of
+        which only that is known that they ended; what began and ended in that time is not known at all."""
+        with self._lock:
+            return dict(self._losses)
+
+    def close(self) -> None:
+        with self._lock:
+            for pod in self._pods.values():
+                pod.close()
+            self._pods.clear()
+
+    def _end(self, cookie: int, pod: _Pod) -> None:
+        if pod.flows.over:
+            self._left += pod.records
+            del self._pods[cookie]
+            pod.close()
+
+    def _change(self, pod: _Pod, verdicts: Verdicts, *, captured: bool) -> None:
+        flows = pod.flows
+        old = flows.verdicts.redirect, flows.verdicts.wiring, flows.captured
+        if old != (verdicts.redirect, verdicts.wiring, captured):
+            self._look(pod)
+            flows.change(verdicts, captured=captured)
+
+    def _begin(self, target: PodNetns, verdicts: Verdicts, *, captured: bool) -> _Pod:
+        events = target.netns.call(SocketEvents)
+        try:
+            diag = target.netns.call(SockDiag)
+        except BaseException:
+            events.close()
+            raise
+        netns = target.netns.id
+        flows = PodFlows(
+            netns.cookie, verdicts, self._held, lambda found: self._foreign(found, netns), captured=captured
+        )
+        pod = _Pod(flows, events, diag)
+        try:
+            self._dump(pod)
+        except BaseException:
+            pod.close()
+            raise
+        return pod
+
+    def _look(self, pod: _Pod) -> None:
+        # In this order: of what ends in between, the dump still tells whose it was.
+        self._dump(pod)
+        self._drain(pod)
+        if pod.flows.unsettled:
+            self._dump(pod)
+        pod.records += pod.flows.settle(self._clock())
+
+    def _drain(self, pod: _Pod) -> None:
+        reports, lost = pod.events.take()
+        now = self._clock()
+        for report in reports:
+            pod.flows.ended(report, now)
+        if lost:
+            self._losses["notifications"] += 1
+            self._dump(pod, complete=True)
+
+    def _dump(self, pod: _Pod, *, complete: bool = False) -> None:
+        states = (*_STATES, TcpState.TIME_WAIT) if pod.flows.unsettled else _STATES
+        reports, timers = pod.diag.reports(states)
+        self._losses["endings"] += pod.flows.dumped(reports, timers, self._clock(), complete=complete)
+
+    def _gather(self, pod: _Pod) -> None:
+        pod.flows.count()
+        deltas, qualities = pod.flows.sums.take()
+        for one in deltas:
+            self._totals[one.direction, one.fate, one.reason] += one.opened + one.failed
+        self._sums[0].extend(deltas)
+        self._sums[1].extend(qualities)

@@ -1,0 +1,64 @@
+"""Which sockets of one namespace are the two ends of one connection. Pure.
+
+REDIRECT changes where packets go and keeps where they come from. So the application's socket shows the peer that it
+asked for, and ztunnel's accepted one the application's endpoint. Inbound, ztunnel speaks to the application with the
+client's address: there both sockets show the same two endpoints.
+
+Only where two connections of the application share a local port, towards different peers, the kernel must translate the
+port of one of them (nf_nat_used_tuple), and ztunnel's socket shows another one: a stray, known by what it carried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from agent.core import names
+from agent.core.model.sockets import Endpoint, TcpSocket
+
+TAKES_OUTBOUND: Final = frozenset((names.OUTBOUND_PORT, names.DNS_PORT))
+
+
+class Mirrors:
+    """Sockets by their ends, each with the cookie that names it; live ones, and those that have ended of late."""
+
+    def __init__(self, sockets: Iterable[TcpSocket] = ()) -> None:
+        self._served: dict[Endpoint, tuple[int, ...]] = {}  # whom ztunnel accepted
+        self._pairs: dict[tuple[Endpoint, Endpoint], int] = {}
+        self._sharing: dict[Endpoint, int] = {}  # how many sockets have that local end
+        for one in sockets:
+            self.add(one.cookie, one.local, one.remote)
+
+    def add(self, cookie: int, local: Endpoint, remote: Endpoint) -> None:
+        self._pairs[local, remote] = cookie
+        if local[1] in TAKES_OUTBOUND:
+            self._served[remote] = (*self._served.get(remote, ()), cookie)
+        else:
+            self._sharing[local] = self._sharing.get(local, 0) + 1
+
+    def drop(self, cookie: int, local: Endpoint, remote: Endpoint) -> None:
+        """What was added; another socket that has the same ends by now stays."""
+        if self._pairs.get((local, remote)) == cookie:
+            del self._pairs[local, remote]
+        if local[1] in TAKES_OUTBOUND:
+            left = tuple(one for one in self._served.get(remote, ()) if one != cookie)
+            if left:
+                self._served[remote] = left
+            else:
+                self._served.pop(remote, None)
+        elif self._sharing.get(local, 0) > 1:
+            self._sharing[local] -= 1
+        else:
+            self._sharing.pop(local, None)
+
+    def served(self, local: Endpoint) -> tuple[int, ...]:
+        """ztunnel's sockets that accepted what comes from `local`, the oldest first."""
+        return self._served.get(local, ())
+
+    def sharing(self, local: Endpoint) -> int:
+        """How many sockets other than ztunnel's have that local end."""
+        return self._sharing.get(local, 0)
+
+    def pair(self, local: Endpoint, remote: Endpoint) -> int:
+        """The socket at the other end, in the same namespace and without translation; 0 for none."""
+        return self._pairs.get((remote, local), 0)

@@ -1,0 +1,409 @@
+"""The connections of one pod, from dumps of its sockets and reports of their ends. Pure: the clock is an argument.
+
+Fate is known from ztunnel's end, which is in the same namespace. The two ends go in either order, so what has ended is
+held back for HOLD seconds until the other end is seen. What then has no mirror, and no reason to be exempt, has leaked,
+if that proves it; else it stays undecided.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from math import inf
+from typing import Final
+
+from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, TcpState
+from agent.core.names import HBONE_PORT
+from agent.core.wire.tcp_info import TcpReport
+from agent.flows.inet_diag import ending
+from agent.flows.inet_diag.flow import TrackedFlow
+from agent.flows.inet_diag.pairing import TAKES_OUTBOUND, Mirrors
+from agent.flows.inet_diag.totals import Sums
+from agent.flows.inet_diag.verdict import Verdicts
+from agent.flows.inet_diag.ztunnel_upstreams import Onward, carried_alike, is_hidden
+from agent.flows.record import Connection, Direction, Fate, Reason
+
+HOLD: Final = 2.0  # seconds
+_LOOKS: Final = 2  # dumps without a mirror after which a live connection has leaked: one dump may miss it
+
+
+class _Stage(Enum):
+    """Of a pass over all that is undecided: each takes what the one before left over, so that nothing is mistaken whose
+    other end is still to be told of. The value: how long after its end a connection gets there, in parts of HOLD."""
+
+    MIRRORS = 0.0
+    STRAYS = 0.5
+    ONWARD = 0.75  # what ztunnel connected onwards is known by what it accepted
+    LATE = 1.1  # the same, less exactly, when all that was captured has been told
+    REST = 1.25
+
+
+class PodFlows:
+    """For one thread at a time. `held`: which of the sockets with these inodes ztunnel holds. `foreign`: the cookies of
+    those listeners on ztunnel's ports that are not ztunnel's."""
+
+    def __init__(
+        self,
+        pod: int,
+        verdicts: Verdicts,
+        held: Callable[[Collection[int]], Collection[int]],
+        foreign: Callable[[Sequence[TcpSocket]], Collection[int]] = lambda sockets: (),
+        *,
+        captured: bool,
+    ) -> None:
+        self.pod, self.verdicts, self.captured = pod, verdicts, captured
+        self.sums = Sums(pod)
+        self._held, self._foreign = held, foreign
+        self._owned: Collection[int] = ()  # inodes of the last dump's sockets that ztunnel holds
+        self._shared: frozenset[int] = frozenset()  # ports of ztunnel on which others listen, too
+        self._flows: dict[int, TrackedFlow] = {}  # by cookie, and for a while after the end
+        self._pending: dict[int, TrackedFlow] = {}  # live ones of unknown fate, and what has ended
+        self._unlooked: list[TrackedFlow] = []  # ended since the last dump
+        self._lost: list[TrackedFlow] = []  # pending ones that have reset themselves before any dump; mostly none
+        self._past: deque[tuple[float, TrackedFlow]] = deque()  # ended and told, but others may ask for them
+        self._mirrors = Mirrors()
+        self._strays: dict[int, TrackedFlow] = {}  # what ztunnel accepted, while the application's socket is not known
+        self._onward = Onward()
+        self._torn = 0.0  # until when notifications may be missing
+        self._alone = False  # only what was there at the beginning
+        self._listening: frozenset[int] = frozenset()
+        self._listened: frozenset[int] = frozenset()  # before the last dump
+
+    @property
+    def unsettled(self) -> bool:
+        """Something has ended of which a dump may tell more."""
+        return bool(self._unlooked)
+
+    def dumped(
+        self, reports: Iterable[TcpReport], timers: Mapping[bytes, TcpState], now: float, *, complete: bool = False
+    ) -> int:
+        """All sockets of the pod at this time, and the timers of those in TIME_WAIT.
+
+        `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
+        """
+        ports, seen, capturing = set(), set(), []
+        reports = tuple(reports)
+        self._owned = self._held(marked) if (marked := {*self._marked(reports)}) else ()
+        for report in reports:
+            if report.socket.state is TcpState.LISTEN:
+                ports.add(report.socket.local[1])
+                if report.socket.local[1] in CAPTURE_PORTS:
+                    capturing.append(report.socket)
+            elif report.used and self._is_followed(report.socket.cookie):
+                seen.add(report.socket.cookie)
+                self._see(report, now)
+        self._listened, self._listening = self._listening, frozenset(ports)
+        foreign = self._foreign(capturing) if capturing else ()
+        self._shared = frozenset(one.local[1] for one in capturing if one.cookie in foreign)
+        for flow in self._unlooked:
+            flow.timer, flow.looked = timers.get(flow.report.ends), True
+        self._unlooked.clear()
+        known = self._flows.values() if complete else ()
+        missed = [one for one in known if one.closed is None and one.cookie not in seen]
+        self._torn = now if complete else self._torn
+        for flow in missed:
+            flow.closed, flow.looked = now, True
+            self._pending[flow.cookie] = flow
+        return len(missed)
+
+    def ended(self, report: TcpReport, now: float) -> None:
+        """A socket was destroyed."""
+        one = report.socket
+        flow = self._flows.get(one.cookie)
+        if flow is None:
+            if self._alone:
+                return
+            flow = self._add(report, now)
+            flow.opened = min(now, ending.begun(report, now))
+        if flow.closed is not None:
+            return  # it was taken for ended when notifications were lost
+        if report.disconnected and flow.looks:
+            flow.last = flow.report.info
+        flow.report, flow.closed = report, now
+        self._unlooked.append(flow)
+        self._pending[flow.cookie] = flow
+
+    def change(self, verdicts: Verdicts, *, captured: bool) -> None:
+        """From now on. To be called after what was dumped and ended until now."""
+        if captured and not self.captured:
+            for flow in self._flows.values():
+                flow.before = flow.before or not flow.decided
+        self.verdicts, self.captured = verdicts, captured
+
+    def only_older(self, counted: Collection[int]) -> None:
+        """As older(), and nothing else is followed from now on, nor `counted`: cookies of what is counted elsewhere.
+
+        Call it after two dumps, with `counted` read between them: what is in only one of them may be missing there.
+        """
+        self._alone = True
+        for flow in list(self._flows.values()):
+            if flow.looks < 2 or flow.cookie in counted:
+                self._pending.pop(flow.cookie, None)
+                self._forget(flow)
+        self.older()
+
+    def older(self) -> None:
+        """All that was dumped until now was there before anybody looked: its bytes up to now are not added."""
+        for flow in self._flows.values():
+            flow.before = True
+            flow.direction = self._direction(flow)
+            flow.sent, flow.received = flow.payload()
+
+    @property
+    def over(self) -> bool:
+        """What was there before is no longer, and nothing else is followed."""
+        waiting = any(flow.closed is not None for flow in self._pending.values())
+        return self._alone and not waiting and all(one.closed or one.owned for one in self._flows.values())
+
+    def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
+        """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
+        told: list[Connection] = []
+        self._lost = [one for one in self._pending.values() if one.lost]
+        for stage in _Stage:
+            due = inf if all_of_it else now - HOLD * stage.value
+            for flow in list(self._pending.values()):
+                if flow.closed is not None and flow.closed > due:
+                    continue
+                patient = flow.closed is not None and not all_of_it and now - flow.closed < HOLD
+                if self._decide(flow, stage, due) and self._complete(flow, patient):
+                    del self._pending[flow.cookie]
+                    if flow.closed is not None:
+                        told += self._end(flow, now)
+        while self._past and self._past[0][0] < now - 2 * HOLD:
+            self._forget(self._past.popleft()[1])
+        return told
+
+    def count(self) -> None:
+        """Adds to the sums what live connections have carried since."""
+        for flow in self._flows.values():
+            if flow.closed is None and flow.decided:
+                self._count(flow)
+
+    def live(self) -> Iterator[Connection]:
+        for flow in self._flows.values():
+            if flow.closed is None and not flow.owned:
+                yield flow.connection(self.pod, self._flows.get(flow.mirror))
+
+    def _is_followed(self, cookie: int) -> bool:
+        """Not what is known to have ended."""
+        flow = self._flows.get(cookie)
+        return not self._alone if flow is None else flow.closed is None
+
+    def _see(self, report: TcpReport, now: float) -> None:
+        one = report.socket
+        flow = self._flows.get(one.cookie) or self._add(report, now)
+        flow.report, flow.state = report, one.state
+        flow.looks += 1
+        if (flow.local, flow.remote) != (one.local, one.remote):  # a socket in SYN_SENT may not have an address yet
+            self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+            flow.local, flow.remote = one.local, one.remote
+            self._mirrors.add(flow.cookie, flow.local, flow.remote)
+        if one.inode:
+            flow.user = one.uid
+            flow.owned = flow.owned or one.inode in self._owned
+
+    def _marked(self, reports: Iterable[TcpReport]) -> Iterator[int]:
+        """Inodes of sockets with ztunnel's mark, as far as it is open whether they are ztunnel's."""
+        for one in (report.socket for report in reports):
+            flow = self._flows.get(one.cookie)
+            if one.inode and one.of_ztunnel and not (flow and (flow.owned or flow.decided)):
+                yield one.inode
+
+    def _add(self, report: TcpReport, now: float) -> TrackedFlow:
+        one = report.socket
+        flow = TrackedFlow(one.cookie, one.local, one.remote, now, self.verdicts, not self.captured, report)
+        flow.shared = one.local[1] in self._shared
+        self._flows[flow.cookie] = self._pending[flow.cookie] = flow
+        self._mirrors.add(flow.cookie, flow.local, flow.remote)
+        if flow.local[1] in TAKES_OUTBOUND:
+            self._strays[flow.cookie] = flow
+        return flow
+
+    def _decide(self, flow: TrackedFlow, stage: _Stage, due: float) -> bool:
+        """Whether fate, reason and direction are final now."""
+        if flow.decided:
+            return True
+        if flow.closed is None and not flow.established:
+            return False
+        late = flow.lost or (is_hidden(flow) and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
+        if stage is _Stage.MIRRORS:
+            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or (not late and self._exempt(flow))
+        elif flow.active and flow.established and stage is _Stage.STRAYS:
+            flow.decided = self._by_stray(flow, due)
+        elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
+            flow.decided = self._by_onward(flow, stage)
+        elif stage is _Stage.REST:
+            flow.decided = (late and not self._patient_for_mirror(flow) and self._exempt(flow)) or self._rest(flow)
+        return flow.decided
+
+    def _is_owned(self, flow: TrackedFlow) -> bool:
+        own = self.verdicts.own
+        # ztunnel speaks to the application with the client's address, which nobody in the pod has.
+        flow.owned = (
+            flow.owned
+            or flow.accepted_by_ztunnel
+            or (not own(flow.local[0]) and own(flow.remote[0]) and not flow.report.disconnected)
+        )
+        if flow.owned:
+            accepted = flow.accepted_by_ztunnel
+            flow.direction = Direction.INBOUND if accepted else Direction.OUTBOUND
+        return flow.owned
+
+    def _by_mirror(self, flow: TrackedFlow) -> bool:
+        found = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
+        if found is None and flow.report.disconnected:
+            found = self._mirror_of_disconnected(flow)
+        if found is None:
+            found = self._disconnected_mirror(flow)
+        if found is None:
+            return False
+        if self._is_owned(found):
+            self._captured(flow, found)
+            return True
+        if not self.verdicts.own(flow.remote[0]):
+            return False
+        flow.direction = self._direction(flow)
+        flow.fate, flow.reason, flow.mirror = Fate.EXEMPT, Reason.LOOPBACK, found.cookie
+        return True
+
+    def _captured(self, flow: TrackedFlow, mirror: TrackedFlow) -> None:
+        flow.direction = Direction.OUTBOUND if mirror.accepted_by_ztunnel else Direction.INBOUND
+        flow.fate, flow.reason, flow.mirror, mirror.mirrored = Fate.CAPTURED, Reason.NONE, mirror.cookie, True
+        self._strays.pop(mirror.cookie, None)
+
+    def _served(self, flow: TrackedFlow) -> TrackedFlow | None:
+        """ztunnel's socket that accepted it: of several with the same local end the one that carried the same."""
+        found = [self._flows[one] for one in self._mirrors.served(flow.local)]
+        free = next((one for one in found if not one.mirrored and one.accepted_by_ztunnel), None)
+        if free is not None and self._mirrors.sharing(flow.local) > 1:
+            other = not flow.report.disconnected and not carried_alike(flow, free)
+            return None if other or flow.verdicts.outbound(flow.remote, flow.user) else free
+        return free
+
+    def _mirror_of_disconnected(self, flow: TrackedFlow) -> TrackedFlow | None:
+        """By what is left of its ends: outbound its port, inbound its port and the client's address."""
+        (address, port), bare = flow.local, flow.local[0] in ("0.0.0.0", "::")
+        for one in self._strays.values():
+            if one.remote[1] == port and (bare or one.remote[0] == address):
+                return one
+        for one in self._flows.values():
+            if one.remote[1] == port and one.local[0] == flow.remote[0] and not one.mirrored and self._is_owned(one):
+                return one
+        return None
+
+    def _disconnected_mirror(self, flow: TrackedFlow) -> TrackedFlow | None:
+        """ztunnel's socket towards an application, after ztunnel has reset it: only its port and the application's
+        address are left. It is ztunnel's, since nobody else in the pod uses a source address from elsewhere."""
+        if self.verdicts.own(flow.remote[0]):
+            return None
+        ends = flow.local[0], flow.remote[1]
+        for one in self._lost:
+            if one.cookie in self._pending and not one.mirrored and (one.remote[0], one.local[1]) == ends:
+                one.owned = True
+                return one
+        return None
+
+    def _by_stray(self, flow: TrackedFlow, due: float) -> bool:
+        """ztunnel accepted it with another port, and that carried the same. What ended after `due` is no stray yet: the
+        application's end may be told of next."""
+        for one in self._strays.values():
+            known = one.looks >= _LOOKS if one.closed is None else one.looked and one.closed <= due
+            if known and not self._mirrors.sharing(one.remote) and carried_alike(flow, one):
+                self._captured(flow, one)
+                return True
+        return False
+
+    def _by_onward(self, flow: TrackedFlow, stage: _Stage) -> bool:
+        """ztunnel made it, for one that it accepted."""
+        if flow.looked:
+            found = self._onward.claims(flow, loosely=False)
+            flow.owned = found or (stage is _Stage.LATE and self._onward.claims(flow, loosely=True))
+            flow.mirrored = flow.owned
+        return flow.owned
+
+    def _direction(self, flow: TrackedFlow) -> Direction:
+        connected = flow.connected
+        if connected is None:
+            port = flow.local[1]
+            accepted = port in self._listening or port in self._listened
+            # Whose listener has gone in the meantime: a client's port is the higher one, as a rule.
+            connected = not accepted and (port > flow.remote[1] or flow.report.disconnected)
+        return Direction.OUTBOUND if connected else Direction.INBOUND
+
+    def _exempt(self, flow: TrackedFlow) -> bool:
+        flow.direction = self._direction(flow)
+        if flow.lost:
+            reason = Reason.LOOPBACK if self.verdicts.own(flow.remote[0]) else None
+        elif flow.active:
+            reason = flow.verdicts.outbound(flow.remote, flow.user)
+        else:
+            reason = flow.verdicts.inbound(flow.remote, flow.local)
+        if reason is None and flow.before:
+            reason = Reason.BEFORE if flow.established else None
+            if self._patient_for_mirror(flow):
+                return False
+        flow.reason, flow.fate = reason or Reason.NONE, Fate.EXEMPT if reason else Fate.UNDECIDED
+        return reason is not None
+
+    def _patient_for_mirror(self, flow: TrackedFlow) -> bool:
+        """A capture that was under way when the pod was looked at: the dump may have missed its other end."""
+        return flow.closed is None and flow.looks < _LOOKS
+
+    def _rest(self, flow: TrackedFlow) -> bool:
+        """It has neither mirror nor reason."""
+        if flow.closed is None and (flow.looks < _LOOKS or (flow.active and self._strays)):
+            return False
+        if not flow.established:
+            return True
+        if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
+            return flow.closed is not None  # whose it was will not be known
+        # Between nodes ztunnel keeps connections for many, and one may come and go unseen.
+        flow.owned = flow.active and flow.remote[1] == HBONE_PORT
+        missed = flow.opened <= self._torn  # the end of a mirror
+        flow.fate = Fate.UNDECIDED if flow.owned or missed or flow.severed else Fate.LEAKED
+        return True
+
+    def _complete(self, flow: TrackedFlow, patient: bool) -> bool:
+        """Of what has ended, whether waiting would tell more: of the mirror's counts, and of timers."""
+        if flow.closed is None or not patient or flow.owned:
+            return True
+        mirror = self._flows.get(flow.mirror)
+        return flow.looked and (mirror is None or mirror.looked)
+
+    def _end(self, flow: TrackedFlow, now: float) -> list[Connection]:
+        self._past.append((now, flow))
+        self._count(flow)
+        if flow.owned:
+            if not flow.mirrored and not flow.accepted_by_ztunnel:
+                self._onward.made(flow)
+            return []
+        record = flow.connection(self.pod, self._flows.get(flow.mirror))
+        self._onward.ended(flow, record)
+        self.sums.ended(record)
+        return [record]
+
+    def _count(self, flow: TrackedFlow) -> None:
+        """What was added by one connection since it was last counted."""
+        if self._alone and flow.owned:
+            return  # whoever counts the rest knows ztunnel's own
+        if not flow.established:
+            self.sums.add(flow.key, failed=1, socket=flow.cookie)
+            return
+        mirror = self._flows.get(flow.mirror)
+        sent, received = flow.payload(mirror.info if mirror else None)
+        grown = max(0, sent - flow.sent), max(0, received - flow.received)
+        flow.sent, flow.received = flow.sent + grown[0], flow.received + grown[1]
+        opened, closed = int(not flow.told), int(flow.closed is not None)
+        flow.told = True
+        if opened or closed or any(grown):
+            self.sums.add(
+                flow.key, opened=opened, closed=closed, sent=0 if flow.owned else grown[0],
+                received=0 if flow.owned else grown[1], socket=flow.cookie,
+            )  # fmt: skip
+
+    def _forget(self, flow: TrackedFlow) -> None:
+        self._onward.forget(flow)
+        self._strays.pop(flow.cookie, None)
+        self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+        self._flows.pop(flow.cookie, None)

@@ -1,0 +1,113 @@
+"""A pod's sockets by state, and how many of its ephemeral ports are taken. From one dump, unpacked in bulk.
+
+A dump of a pod with many connections is mostly TIME_WAIT, tens of thousands of messages of one length.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from socket import AF_INET6, ntohs
+from typing import Final
+
+from agent.core.model.sockets import Endpoint, TcpState
+from agent.kernel.netlink.sock_diag import Row, SockDiag, address
+from agent.kernel.pod_netns import PodNetns
+
+_RANGE: Final = "/proc/sys/net/ipv4/ip_local_port_range"  # of both families
+
+
+@dataclass(frozen=True, slots=True)
+class Ephemeral:
+    """Local ports from `first` to `last`, both included. `used` are distinct ones in use at all, `towards` those
+    towards the one remote endpoint that takes most of them, `remote`: a connect there fails when they reach `size`."""
+
+    first: int
+    last: int
+    used: int = 0
+    towards: int = 0
+    remote: Endpoint | None = None
+
+    @property
+    def size(self) -> int:
+        return max(0, self.last - self.first + 1)
+
+    @property
+    def share(self) -> float:
+        """Of the ports towards that remote endpoint, 0 to 1."""
+        return self.towards / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PodSockets:
+    """`states`: how many sockets, ztunnel's in the pod included; states without any are left out."""
+
+    states: Mapping[TcpState, int]
+    ephemeral: Ephemeral
+
+    @property
+    def total(self) -> int:
+        return sum(self.states.values())
+
+    @property
+    def close_wait(self) -> int:
+        """The peer has closed, the application has not: many of them, for long, are a leak in the application."""
+        return self.states.get(TcpState.CLOSE_WAIT, 0)
+
+    @property
+    def time_wait(self) -> int:
+        return self.states.get(TcpState.TIME_WAIT, 0)
+
+
+class SocketCounts:
+    """Reads pods; one descriptor for each until `release`. One thread."""
+
+    def __init__(self) -> None:
+        self._diags: dict[int, SockDiag] = {}
+
+    def read(self, target: PodNetns) -> PodSockets:
+        """Raises KernelError or NetnsError."""
+        cookie = target.netns.id.cookie
+        diag = self._diags.get(cookie)
+        if diag is None:
+            diag = self._diags[cookie] = target.netns.call(SockDiag)
+        first, last = target.netns.call(_port_range)
+        return counted(diag.rows(), first, last)
+
+    def release(self, cookie: int) -> None:
+        diag = self._diags.pop(cookie, None)
+        if diag is not None:
+            diag.close()
+
+    def close(self) -> None:
+        for cookie in list(self._diags):
+            self.release(cookie)
+
+
+def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
+    """Pure. Of a server with such a port, and of all that it accepted, the port counts once."""
+    states: Counter[int] = Counter()
+    ports: defaultdict[tuple[bytes, int, int], set[int]] = defaultdict(set)
+    for family, state, local, remote, to in found:
+        states[state] += 1
+        if remote and first <= ntohs(local) <= last:
+            ports[to, remote, family].add(local)
+    known = {state: states[state] for state in TcpState if states[state]}
+    if not ports:
+        return PodSockets(known, Ephemeral(first, last))
+    most = max(ports, key=lambda key: len(ports[key]))
+    to, remote, family = most
+    towards = (address(6 if family == AF_INET6 else 4, to), ntohs(remote))
+    return PodSockets(known, Ephemeral(first, last, len(set().union(*ports.values())), len(ports[most]), towards))
+
+
+def _port_range() -> tuple[int, int]:
+    """Of the namespace of the thread that opens the file."""
+    fd = os.open(_RANGE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        first, last = os.read(fd, 64).split()
+    finally:
+        os.close(fd)
+    return int(first), int(last)

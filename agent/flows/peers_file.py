@@ -1,0 +1,34 @@
+"""The file of peers, read again whenever it changes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from agent.core.errors import SettingsError
+from agent.flows import remote_workloads
+from agent.flows.identity import Who
+from agent.kernel.file_watch import WatchedFile
+
+log = logging.getLogger("sluice.peers")
+
+
+class PeersFile:
+    """A file that cannot be used is told of and changes nothing: what was read before goes on."""
+
+    def __init__(self, path: str, who: Who) -> None:
+        self.error = ""
+        self._who, self._file = who, WatchedFile(Path(path))
+
+    def load(self) -> None:
+        """Blocking; a file that is not there names nobody."""
+        try:
+            if (text := self._file.read()) is None:
+                return
+            found = remote_workloads.parse(text, str(self._file.path), self._who.cluster)
+        except (SettingsError, OSError, UnicodeDecodeError) as error:
+            self.error = str(error)
+            log.error("peers not used, the ones read before stay: %s", error)
+            return
+        self.error = ""
+        self._who.know_peers(found.workloads, found.services)

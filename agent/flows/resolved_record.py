@@ -1,0 +1,59 @@
+"""A connection with the names of both its ends: one record, as it is logged, listed and followed. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from agent.core.model.pods import Pod
+from agent.flows.identity import Who, pod_workload
+from agent.flows.record import Connection, Direction, Fate
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedRecord:
+    """`pod`, `namespace` and `workload` are of the end that it was seen at; "" is not known."""
+
+    connection: Connection
+    node: str = ""
+    pod: str = ""
+    namespace: str = ""
+    workload: str = ""
+    remote_workload: str = ""
+    remote_namespace: str = ""
+    remote_service: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """`time` is when it ended, or when it began while it has not: ISO 8601 in UTC with milliseconds."""
+        moment = self.connection.opened if self.connection.closed is None else self.connection.closed
+        return {
+            "time": datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "node": self.node,
+            "pod": self.pod,
+            "namespace": self.namespace,
+            "workload": self.workload,
+            "remote_workload": self.remote_workload,
+            "remote_namespace": self.remote_namespace,
+            "remote_service": self.remote_service,
+            **self.connection.as_dict(),
+        }
+
+
+def named(connection: Connection, pod: Pod | None, who: Who, node: str) -> ResolvedRecord:
+    """`pod` is the one whose socket it was; None when it has been forgotten."""
+    remote, peer = connection.remote, connection.peer
+    service = who.service(*remote) if connection.direction is Direction.OUTBOUND else None
+    workload = who.workload(remote[0])
+    if workload is None and peer and connection.fate is not Fate.CAPTURED:  # of a captured one that is ztunnel
+        workload = who.workload(peer[0])
+    return ResolvedRecord(
+        connection,
+        node,
+        pod.name if pod else "",
+        pod.namespace if pod else "",
+        pod_workload(pod, who.cluster).name if pod else "",
+        workload.name if workload else "",
+        workload.namespace if workload else service.namespace if service else "",
+        service.name if service else "",
+    )

@@ -1,0 +1,184 @@
+"""BPF maps by their pins. Keys and values are bytes of exactly the map's sizes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import sys
+from ctypes import byref, c_uint32, create_string_buffer
+from functools import cache
+from pathlib import Path
+
+from agent.core.errors import KernelError
+from agent.kernel.bpf import libbpf, syscall
+
+_INFO = struct.Struct("=IIIII")  # struct bpf_map_info: type, id, key_size, value_size, max_entries
+# enum bpf_map_type: PERCPU_HASH, PERCPU_ARRAY, LRU_PERCPU_HASH, PERCPU_CGROUP_STORAGE
+_PER_CPU = frozenset({5, 6, 10, 21})
+_NO_BATCH = frozenset({524, errno.EINVAL, errno.EINTR})  # ENOTSUPP; EINTR: an LPM trie that changed too often
+_MOST = 4096  # entries in one batch
+_ANY = 0  # BPF_ANY: add or replace
+
+
+class Map:
+    """An open map; one thread. Its methods raise KernelError."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        """Takes over `fd`, and closes it when this fails. Raises KernelError."""
+        self.fd, self.name = fd, name
+        try:
+            self.type, self.id, self.key_size, self.value_size, self.max_entries = _read(fd, name)
+            # What the kernel writes for one value, whatever the caller wants of it.
+            self._room = _padded(self.value_size) * _cpus() if self.type in _PER_CPU else self.value_size
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(cls, path: Path) -> Map:
+        """Raises KernelError, ENOENT without a pin there."""
+        return cls(syscall.get(path), path.name)
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value; of a map of sockets the socket's cookie; of one per CPU all CPUs' values, each 8-aligned."""
+        value = create_string_buffer(self._room)
+        result = libbpf.ask("bpf_map_lookup_elem", self.fd, self._key(key), value)
+        if result == -errno.ENOENT:
+            return None
+        self._check("look up", result)
+        return value.raw
+
+    def lookup_percpu(self, key: bytes) -> list[bytes]:
+        """The value of each possible CPU; none when the key is not there."""
+        step = _padded(self.value_size)
+        whole = self.lookup(key) or b""
+        return [whole[at : at + self.value_size] for at in range(0, len(whole), step)]
+
+    def update(self, key: bytes, value: bytes) -> None:
+        """Adds or replaces. A value per CPU is given for all CPUs, as `lookup` answers it. E2BIG when full."""
+        if len(value) != self._room:
+            raise KernelError(f"map {self.name}", errno.EINVAL, f"value of {len(value)} bytes instead of {self._room}")
+        self._check("update", libbpf.ask("bpf_map_update_elem", self.fd, self._key(key), value, _ANY))
+
+    def update_fd(self, key: bytes, fd: int) -> None:
+        """Puts a socket into a sockhash or sockmap, which keeps it until it is closed or, listening, shut down."""
+        self.update(key, fd.to_bytes(self.value_size, sys.byteorder))
+
+    def delete(self, key: bytes) -> bool:
+        """False when it was not there."""
+        result = libbpf.ask("bpf_map_delete_elem", self.fd, self._key(key))
+        if result == -errno.ENOENT:
+            return False
+        self._check("delete", result)
+        return True
+
+    def take(self, key: bytes) -> bytes | None:
+        """The value, which is there no more: the last one that any program has written; None without it."""
+        value = create_string_buffer(self._room)
+        result = libbpf.ask("bpf_map_lookup_and_delete_elem", self.fd, self._key(key), value)
+        if result == -errno.ENOENT:
+            return None
+        self._check("take", result)
+        return value.raw
+
+    def is_empty(self) -> bool:
+        """One question, where `items` would make room for many."""
+        result = libbpf.ask("bpf_map_get_next_key", self.fd, None, create_string_buffer(self.key_size))
+        if result != -errno.ENOENT:
+            self._check("read the keys", result)
+        return result == -errno.ENOENT
+
+    def keys(self) -> list[bytes]:
+        """All keys that stayed there all the time, each once; of others some.
+
+        When the key that it stands on goes, the kernel starts again from the first (htab_map_get_next_key).
+        """
+        found: dict[bytes, None] = {}
+        key, following = None, create_string_buffer(self.key_size)
+        for _ in range(4 * self.max_entries + 16):
+            result = libbpf.ask("bpf_map_get_next_key", self.fd, key, following)
+            if result == -errno.ENOENT:
+                return list(found)
+            self._check("read the keys", result)
+            key = following.raw
+            found[key] = None
+        raise KernelError(f"map {self.name}: read the keys", errno.EAGAIN, "it changes faster than it can be read")
+
+    def items(self) -> list[tuple[bytes, bytes]]:
+        """All entries, values as of `lookup`; keys as of `keys`. In batches where the map can."""
+        found = self._batches()
+        if found is None:
+            values = ((key, self.lookup(key)) for key in self.keys())
+            return [(key, value) for key, value in values if value is not None]
+        return list(found.items())
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __enter__(self) -> Map:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _batches(self) -> dict[bytes, bytes] | None:
+        """By BPF_MAP_LOOKUP_BATCH; None where the map has no such thing."""
+        found: dict[bytes, bytes] = {}
+        size, room, most = self.key_size, self._room, min(self.max_entries, _MOST)
+        at, upto = None, create_string_buffer(max(size, 4))  # a bucket's number, or a key
+        while True:
+            keys, values, count = create_string_buffer(size * most), create_string_buffer(room * most), c_uint32(most)
+            into = (at, upto, keys, values, byref(count), None)
+            result = libbpf.ask("bpf_map_lookup_batch", self.fd, *into)
+            if -result in _NO_BATCH:
+                return None
+            if result == -errno.ENOSPC and most < self.max_entries:  # one bucket holds more than that
+                most *= 2
+                continue
+            all_keys, all_values = keys.raw, values.raw
+            if result >= 0 or result == -errno.ENOENT:
+                for n in range(count.value):
+                    found[all_keys[n * size : n * size + size]] = all_values[n * room : n * room + room]
+            if result == -errno.ENOENT:
+                return found
+            self._check("read", result)
+            at = create_string_buffer(upto.raw, len(upto))
+
+    def _key(self, key: bytes) -> bytes:
+        """The kernel reads as many bytes as the map's keys have, whatever it is given."""
+        if len(key) != self.key_size:
+            raise KernelError(f"map {self.name}", errno.EINVAL, f"key of {len(key)} bytes instead of {self.key_size}")
+        return key
+
+    def _check(self, operation: str, result: int) -> None:
+        libbpf.check(f"map {self.name}: {operation}", result)
+
+
+def map_id(fd: int) -> int:
+    """Raises KernelError."""
+    return _read(fd, "?")[1]
+
+
+def _read(fd: int, name: str) -> tuple[int, int, int, int, int]:
+    kind, number, key, value, most = _INFO.unpack(
+        syscall.info(f"map {name}: read its description", fd, b"", size=_INFO.size)
+    )
+    return kind, number, key, value, most
+
+
+def _padded(size: int) -> int:
+    return (size + 7) // 8 * 8
+
+
+@cache
+def _cpus() -> int:
+    """Possible CPUs, of which offline ones have a value too."""
+    ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
+    ends = [(int(first), int(last or first)) for first, _, last in (each.partition("-") for each in ranges)]
+    return sum(last - first + 1 for first, last in ends)

@@ -1,0 +1,120 @@
+"""The node's own network namespace as host mechanisms use it, and the sockets that stay open in it.
+
+It is the namespace that the agent itself runs in, and a type of its own: what programs a pod takes a PodNetns,
+which refuses the node's namespace, and cannot be handed this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from agent.core.wire.netlink import attributes, messages
+from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.kernel import exec
+from agent.kernel.netlink.ipset import IpsetSocket
+from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.socket import NetlinkSocket
+
+T = TypeVar("T")
+
+
+class Door(Protocol):
+    """Something one thread can be inside of for a moment; tests bring a kernel.netns.Netns that plays the host."""
+
+    def call(self, function: Callable[[], Any]) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Sockets:
+    nft: NftSocket
+    route: RouteSocket
+    ipset: IpsetSocket
+    events: NetlinkSocket
+
+
+class HostNetns:
+    """Sockets of the node's namespace. Not for two threads at once, but for `events` and `changed`."""
+
+    def __init__(self, door: Door | None = None) -> None:
+        """Without a `door` the calling thread's own namespace. Raises OSError when sockets are refused."""
+        self.door = door
+        self._sockets: _Sockets = self.call(_open)
+
+    @property
+    def nft(self) -> NftSocket:
+        return self._sockets.nft
+
+    @property
+    def route(self) -> RouteSocket:
+        return self._sockets.route
+
+    @property
+    def ipset(self) -> IpsetSocket:
+        return self._sockets.ipset
+
+    @property
+    def events(self) -> NetlinkSocket:
+        """Notifications of nf_tables changes; not blocking."""
+        return self._sockets.events
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Runs `function` in the node's namespace, on this thread."""
+        if self.door is None:
+            return function()
+        result: T = self.door.call(function)
+        return result
+
+    def has_ipv6(self) -> bool:
+        return self.call(_has_ipv6)
+
+    def changed(self) -> str:
+        """Reads all waiting notifications: who changed nf_tables last, as "nft[4711]"; "" when it was only us."""
+        cause = ""
+        try:
+            while True:
+                for message in messages(self.events.socket.recv(1 << 16)):
+                    if message.kind == NEWGEN and message.port != self.nft.port:
+                        cause = _culprit(message.body) or cause
+        except BlockingIOError:
+            return cause
+        except OSError:
+            return "unknown"  # ENOBUFS: notifications were lost
+
+    def close(self) -> None:
+        for one in (self.nft, self.route, self.ipset, self.events):
+            one.close()
+
+
+def _open() -> _Sockets:
+    with contextlib.ExitStack() as undo:
+        nft = NftSocket()
+        undo.callback(nft.close)
+        route = RouteSocket()
+        undo.callback(route.close)
+        ipset = IpsetSocket()
+        undo.callback(ipset.close)
+        events = NetlinkSocket(NETLINK_NETFILTER, groups=[GROUP_NFTABLES])
+        events.socket.setblocking(False)
+        undo.pop_all()
+    return _Sockets(nft, route, ipset, events)
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").open("rb", 0) as file:
+        return file.read(1) == b"0"
+    return False
+
+
+def _culprit(body: bytes) -> str:
+    """From NFTA_GEN_PROC_PID (2) and NFTA_GEN_PROC_NAME (3); "" when it was a program that we started."""
+    parts = dict(attributes(body[4:]))
+    pid = int.from_bytes(parts.get(2, b""))
+    if exec.is_ours(pid):
+        return ""
+    name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+    return f"{name or 'unknown'}[{pid}]"

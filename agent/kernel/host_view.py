@@ -1,0 +1,169 @@
+"""What the host's own namespace uses, read passively: no table is made, no module loaded, no process started.
+
+Detection that made the table which it then detected chose differently after every start (istio 61020). So nf_tables
+is asked only where it is known to be in the kernel, and a legacy table only where /proc lists it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from agent.core.errors import KernelError
+from agent.core.model.host import HostTable, HostView, InKernel, Variant, variant
+from agent.core.wire.netlink import Message, attributes
+from agent.core.wire.nftables import GETCHAIN, GETTABLE
+from agent.kernel import xtables
+from agent.kernel.exec import PATH
+from agent.kernel.netlink.nf_tables import NftSocket
+
+PROGRAMS = (
+    "nft",
+    "iptables",
+    "ip6tables",
+    "iptables-nft-restore",
+    "ip6tables-nft-restore",
+    "iptables-legacy-restore",
+    "ip6tables-legacy-restore",
+)
+# Rules of an untouched table are its policies, one per hook, and the entry that ends it (iptable_nat.c and others).
+_LEGACY = {"filter": 4, "nat": 5, "mangle": 6, "raw": 3, "security": 4}
+_NAMES = {"ip": "ip_tables_names", "ip6": "ip6_tables_names"}
+_FAMILY = {1: "inet", 2: "ip", 3: "arp", 5: "netdev", 7: "bridge", 10: "ip6"}
+_BASE_CHAINS = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
+
+Nft = Callable[[], tuple[HostTable, ...]]
+Legacy = Callable[[Mapping[str, list[str]]], tuple[HostTable, ...]]
+
+
+def nft_tables() -> tuple[HostTable, ...]:
+    """All nf_tables tables of this thread's namespace; two dumps, of chains their counts and not their rules."""
+    with contextlib.closing(NftSocket()) as nft:
+        return _summary(nft.dump(GETTABLE, 0), nft.dump(GETCHAIN, 0))
+
+
+def legacy_tables(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
+    """Of this thread's namespace those that are listed per family, with their number of rules."""
+    found = xtables.read(sorted({name for names in listed.values() for name in names}), set())
+    return tuple(
+        # num_entries stands at byte 76 of struct ipt_getinfo.
+        HostTable(word, name, True, name == "nat", struct.unpack_from("=I", raw[0], 76)[0] - _LEGACY.get(name, 1))
+        for word, family in (("ip", 4), ("ip6", 6))
+        for name, raw in sorted(found[family].items())
+        if name in listed.get(word, ())
+    )
+
+
+def read_host_view(
+    root: Path = Path("/"),
+    release: str = "",
+    path: str = PATH,
+    nft: Nft = nft_tables,
+    legacy: Legacy = legacy_tables,
+) -> HostView:
+    """The view of this thread's namespace. `root` is where /proc, /sys, /lib, /boot and programs are looked for.
+
+    Nothing is raised: what cannot be read is told in the remarks.
+    """
+    release, remarks = release or os.uname().release, list[str]()
+    state = _nf_tables(root, release)
+    tables: tuple[HostTable, ...] | None = None if state is InKernel.UNKNOWN else ()
+    if state in (InKernel.LOADED, InKernel.BUILT_IN):
+        try:
+            tables = nft()
+        except (KernelError, OSError) as error:
+            tables = None
+            remarks.append(f"nf_tables of the host could not be read: {error}")
+    old: tuple[HostTable, ...] | None = None
+    try:
+        listed = {family: _lines(root / "proc/thread-self/net" / name) for family, name in _NAMES.items()}
+        old = legacy(listed) if any(listed.values()) else ()
+    except (KernelError, OSError) as error:
+        remarks.append(f"legacy tables of the host could not be read: {error}")
+    programs = {name: found for name in PROGRAMS if (found := _program(root, name, path))}
+    used = variant(programs.get("iptables", ""))
+    if used is Variant.UNKNOWN:
+        remarks.append(f"iptables is {programs['iptables']}, which may be of either variant")
+    return HostView(
+        release,
+        (root / "proc/thread-self/net/if_inet6").exists(),  # missing without IPv6 and with ipv6.disable=1
+        state,
+        tables,
+        old,
+        tuple(programs.items()),
+        used,
+        tuple(remarks),
+    )
+
+
+def _nf_tables(root: Path, release: str) -> InKernel:
+    if (root / "sys/module/nf_tables").is_dir():
+        return InKernel.LOADED
+    modules = (root / "lib/modules" / release, root / "usr/lib/modules" / release)
+    for place in (root / "proc/config.gz", root / f"boot/config-{release}", *(one / "config" for one in modules)):
+        with contextlib.suppress(OSError, EOFError, zlib.error):
+            text = place.read_bytes()
+            lines = (gzip.decompress(text) if place.suffix == ".gz" else text).splitlines()
+            if b"CONFIG_NF_TABLES=y" in lines:
+                return InKernel.BUILT_IN
+            return InKernel.NOT_LOADED if b"CONFIG_NF_TABLES=m" in lines else InKernel.ABSENT
+    for place in modules:
+        for name, state in (("modules.builtin", InKernel.BUILT_IN), ("modules.dep", InKernel.NOT_LOADED)):
+            with contextlib.suppress(OSError):
+                if "/nf_tables.ko" in (place / name).read_text():
+                    return state
+    return InKernel.UNKNOWN
+
+
+def _lines(place: Path) -> list[str]:
+    try:
+        return place.read_text().split()
+    except FileNotFoundError:
+        return []  # no module, no tables
+
+
+def _program(root: Path, name: str, path: str) -> str:
+    """Its file behind all links, "" when it is not installed. Absolute links mean below `root`."""
+    for directory in path.split(":"):
+        place = root / directory.lstrip("/") / name
+        for _ in range(20):
+            try:
+                target = place.readlink()
+            except OSError:
+                break
+            place = root / str(target).lstrip("/") if target.is_absolute() else place.parent / target
+        if place.is_file() and os.access(place, os.X_OK):
+            return "/" + os.path.relpath(place, root)
+    return ""
+
+
+def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[HostTable, ...]:
+    """iptables-nft makes tables of ip and ip6 whose base chains have the upper-case names of iptables."""
+    by_table: dict[tuple[int, bytes], list[dict[int, bytes]]] = {}
+    for message in chains:
+        parts = dict(attributes(message.body[4:]))
+        by_table.setdefault((message.body[0], parts.get(1, b"")), []).append(parts)
+    found = []
+    for message in tables:
+        family, raw = message.body[0], dict(attributes(message.body[4:])).get(1, b"")
+        base = [chain for chain in by_table.get((family, raw), []) if 4 in chain]  # NFTA_CHAIN_HOOK
+        name, words = _text(raw), {_text(chain.get(3)) for chain in base}
+        found.append(
+            HostTable(
+                _FAMILY.get(family, str(family)),
+                name,
+                family in (2, 10) and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
+                any(_text(chain.get(7)) == "nat" for chain in base),  # NFTA_CHAIN_TYPE
+                sum(int.from_bytes(chain.get(6, b"")) for chain in base),  # NFTA_CHAIN_USE: its rules
+            )
+        )
+    return tuple(found)
+
+
+def _text(raw: bytes | None) -> str:
+    return (raw or b"").rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,152 @@
+"""nf_tables over nfnetlink: dumps, the generation, and batches that commit in one transaction.
+
+A batch carries the generation it was made
+from, so that it is a compare-and-swap: the kernel answers ERESTART to a stale one.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+
+from agent.core.errors import KernelError
+from agent.core.wire.netlink import (
+    HEADER,
+    NLM_F_ACK,
+    NLM_F_DUMP,
+    NLM_F_REQUEST,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    Message,
+    attribute,
+    attributes,
+    message,
+    messages,
+)
+from agent.core.wire.nftables import GETGEN, NETLINK_NETFILTER, Command
+from agent.kernel.netlink.socket import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
+
+_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
+_LENGTH = struct.Struct("=I")  # the first field of nlmsghdr
+_GENERIC = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
+
+
+class NftSocket(NetlinkSocket):
+    """Speaks nf_tables in the namespace it was opened in. Owned tables belong to its port."""
+
+    def __init__(self) -> None:
+        super().__init__(NETLINK_NETFILTER)
+        # A whole rule set is one datagram of some 6 kB; large ones of others must fit when we read them.
+        for option in (SO_RCVBUFFORCE, SO_SNDBUFFORCE):
+            self.socket.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
+
+    def generation(self) -> int:
+        """Grows by one with each transaction of anybody in the namespace, whatever the family."""
+        operation, sequence = "read nf_tables generation", self.next_sequence()
+        self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, _GENERIC.pack(0, 0, 0)))
+        while True:  # without an acknowledgement behind it: this is asked more often than anything else
+            for answer in messages(self.receive(operation)):
+                if answer.sequence != sequence:
+                    continue
+                if answer.kind == NLMSG_ERROR:
+                    raise_for(operation, answer)
+                for kind, payload in attributes(answer.body[4:]):
+                    if kind == 1:
+                        return int.from_bytes(payload)
+                return 0
+
+    def dumped(self, kind: int, family: int = 0, body: bytes = b"", most: int = 1 << 30) -> tuple[bytes, bool]:
+        """Tables, chains or rules, of all families by default: the messages as they come, one behind the other.
+
+        Also whether that is all: what is beyond `most` bytes is received, but not kept.
+        Not for a namespace that somebody may change meanwhile, unless the generation is compared afterwards.
+        """
+        operation, sequence = "read nf_tables", self.next_sequence()
+        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(family, 0, 0) + body))
+        parts: list[bytes] = []
+        size, kept = 0, 0
+        while True:
+            data = self.receive(operation)
+            _, kind, _, answered, _ = HEADER.unpack_from(data)
+            if answered != sequence:
+                continue  # a late answer to a request that was given up
+            if kind == NLMSG_ERROR:
+                raise_for(operation, next(messages(data)))
+            offset, kind = _last(data)
+            size += len(data)
+            if size <= most:
+                kept += len(data)
+                parts.append(data if kind != NLMSG_DONE else data[:offset])
+            if kind == NLMSG_DONE:
+                return b"".join(parts), kept == size
+
+    def get(self, kind: int, family: int, body: bytes) -> bytes:
+        """One table or chain, as in a dump; empty when it does not exist."""
+        try:
+            found = self.request("read nf_tables", kind, 0, _GENERIC.pack(family, 0, 0) + body)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return b""
+            raise
+        return b"".join(message(one.kind, 0, one.sequence, one.body) for one in found)
+
+    def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
+        """Tables, chains or rules of a family; a table that does not exist dumps as nothing."""
+        try:
+            return self.request("read nf_tables", kind, NLM_F_DUMP, _GENERIC.pack(family, 0, 0) + body)
+        except KernelError as error:
+            if error.errno == errno.ENOENT:
+                return []
+            raise
+
+    def commit(self, operation: str, commands: Sequence[Command], generation: int | None) -> None:
+        """Sends all commands as one transaction.
+
+        Raises StaleError when the rule set is no longer of `generation`, KernelError when refused; then
+        nothing was changed.
+        """
+        first = self.next_sequence()
+        begin = _GENERIC.pack(0, 0, 10)
+        if generation is not None:
+            begin += attribute(1, generation)
+        parts = [message(_BATCH_BEGIN, NLM_F_REQUEST, first, begin)]
+        sequence = first
+        for index, command in enumerate(commands):
+            sequence = self.next_sequence()
+            flags = NLM_F_REQUEST | command.flags | (NLM_F_ACK if index == len(commands) - 1 else 0)
+            body = _GENERIC.pack(command.family, 0, 0) + command.body
+            parts.append(message(command.kind, flags, sequence, body))
+        end = _GENERIC.pack(0, 0, 10)
+        parts.append(message(_BATCH_END, NLM_F_REQUEST, self.next_sequence(), end))
+        try:
+            self.socket.send(b"".join(parts))
+        except OSError as error:
+            raise KernelError(operation, error.errno or 0, error.strerror or "") from error
+        self._settle(operation, first, sequence)
+
+    def _settle(self, operation: str, first: int, last: int) -> None:
+        failed: KernelError | None = None
+        while True:
+            for answer in messages(self.receive(operation)):
+                if answer.kind != NLMSG_ERROR or not first <= answer.sequence <= last:
+                    continue
+                try:
+                    raise_for(operation, answer)
+                except KernelError as error:
+                    failed = failed or error
+                if answer.sequence in (first, last):  # a refused batch ends at its begin message
+                    if failed is not None:
+                        raise failed
+                    return
+
+
+def _last(datagram: bytes) -> tuple[int, int]:
+    """Offset and type of the last message: the end of a dump, which some kernels put behind the data."""
+    end, at, offset = len(datagram) - HEADER.size, 0, 0
+    length_at = _LENGTH.unpack_from
+    while at <= end:
+        offset = at
+        at += max(HEADER.size, (length_at(datagram, at)[0] + 3) & ~3)
+    return offset, HEADER.unpack_from(datagram, offset)[1]

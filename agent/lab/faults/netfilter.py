@@ -1,0 +1,67 @@
+"""Somebody flushes all rules of a pod, under each of the netfilter backends."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from agent.kernel import exec
+from agent.lab import api
+from agent.lab.lab import Lab
+from agent.lab.node_services import LabBackend
+from agent.lab.restarts import switch
+
+if TYPE_CHECKING:
+    from agent.lab.demo import Checks
+    from agent.lab.faults.scenarios import Accounts, During
+
+CALM = 1.0
+POD = "shop/client"
+
+
+class Flushing:
+    """`act` under traffic, then `report`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab, self._found = lab, list[dict[str, Any]]()
+        self._owned = api.agent(lab, "node1", "/v1/status")["backends"]["nftables"] == "tables are owned"
+
+    def act(self, during: During) -> None:
+        owned = "owned" if self._owned else "not owned: kernel before 6.9"
+        flushed = f"nft flush ruleset in {POD}, tables {owned}"
+        during(flushed, partial(self._flush, repaired=not self._owned), hitless=self._owned)
+        during("backend nftables to iptables", lambda: switch(self._lab, LabBackend.IPTABLES))
+        flushed = f"nft flush ruleset in {POD}, rules by iptables"
+        during(flushed, partial(self._flush, repaired=True), hitless=False)
+        during("backend iptables to nftables", lambda: switch(self._lab, LabBackend.NFTABLES))
+
+    def report(self, check: Checks, accounts: Accounts) -> None:
+        """`accounts` are those of the windows in which connections may pass by."""
+        nftables, plain = self._found
+        if self._owned:
+            untouched = not nftables["repairs"] and nftables["in_kernel"] == "as wanted"
+            check("the flush did not touch our nftables tables (flags OWNER and PERSIST)", untouched)
+        else:
+            check("with nftables the flush was noticed and repaired", nftables["in_kernel"] == "as wanted")
+        done = bool(plain["repairs"]) and plain["in_kernel"] == "as wanted"
+        check("with iptables the flush was noticed and repaired", done)
+        passed = sum(one.escaped for one in accounts.values())
+        for repair in plain["repairs"]:
+            gone = f"{repair['seconds'] * 1e3:.1f} ms"
+            print(f"       {repair['cause']} did it; rules gone for {gone}; {passed} connections passed by the proxy")
+            check("the culprit is named", repair["cause"].startswith("nft["), repair["cause"])
+
+    def _flush(self, *, repaired: bool) -> None:
+        """`repaired`: whether a repair is to be awaited. Keeps what the kernel holds afterwards and what was noted."""
+        lab = self._lab
+        noted = len(api.agent(lab, "node1", "/v1/explain", pod=POD)["recent_repairs"])
+        exec.run(["nft", "flush", "ruleset"], netns=lab.netns(POD))
+        deadline = time.monotonic() + (5 if repaired else CALM)
+        while True:
+            answer = api.agent(lab, "node1", "/v1/explain", pod=POD)
+            repairs = answer["recent_repairs"][noted:]
+            if (repairs and answer["in_kernel"] == "as wanted") or time.monotonic() > deadline:
+                self._found.append({"in_kernel": answer["in_kernel"], "repairs": repairs})
+                return
+            time.sleep(0.02)

@@ -1,0 +1,135 @@
+"""A node's own processes: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from agent.core.errors import SluiceError
+from agent.kernel.admin_socket import ask
+from agent.lab import istio
+from agent.lab.processes import Child, Children, await_ready
+from agent.lab.topology import LabSpec
+
+READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and nothing here is a measurement
+
+
+class LabBackend(StrEnum):
+    NFTABLES = "nftables"
+    IPTABLES = "iptables"
+    LEGACY = "iptables-legacy"
+    EBPF = "ebpf"
+
+
+class NodeProcesses:
+    """Starts, ends and kills them. `name` tells two ztunnels of one rolling upgrade apart."""
+
+    def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
+        """`ztunnel`: Istio's, instead of the embedded one."""
+        self.node, self.directory, self._ztunnel = node, spec.node_dir(node), ztunnel
+        self._spec, self._netns, self._children = spec, spec.netns_path(node), children
+
+    def configure(self, backend: LabBackend, **changes: Any) -> Path:
+        """Writes the agent's settings, the lab's but for `changes`; it reads them when it starts."""
+        path = self.directory / "sluice.yaml"
+        path.write_text(yaml.safe_dump({**settings(self._spec, self.node, backend), **changes}, sort_keys=False))
+        return path
+
+    def start_agent(self) -> Child:
+        """Returns once it says that it is ready. Raises SluiceError with the tail of its log."""
+        child = self.begin_agent()
+        self.await_agent(child)
+        return child
+
+    def begin_agent(self) -> Child:
+        """Starts it and returns at once."""
+        argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
+        log = self.directory / "agent.log"
+        return self._children.start(f"{self.node}.agent", argv, self._netns, log)
+
+    def start_ztunnel(self, name: str = "ztunnel", *options: str) -> Child:
+        """Returns at once; it is ready once the agent is there. `options` are those of `sluice ztunnel`."""
+        log = self.directory / f"{name}.log"
+        if self._ztunnel is not None:
+            env = istio.environment(self.directory, self.node)
+            return self._children.start(f"{self.node}.{name}", [str(self._ztunnel)], self._netns, log, env)
+        argv = [
+            sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
+            "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
+            *options,
+        ]  # fmt: skip
+        return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
+
+    def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
+        await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
+
+    def await_ztunnel(self, agent: Child) -> None:
+        """Until a ztunnel has come to the agent, which refuses pods before that: it tries again each second."""
+
+        await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "joined by its ztunnel")
+
+    def replace_ztunnel(self, *options: str) -> None:
+        """The old one ends first. Returns when the new one, with those options, has come to the agent."""
+        agent = self._children.get(f"{self.node}.agent")
+        self.end("ztunnel")
+        if agent is not None:
+            await_ready(agent, lambda: not self._joined(), READY_SECONDS, "left by its ztunnel")
+            self.start_ztunnel("ztunnel", *options)
+            self.await_ztunnel(agent)
+
+    def _joined(self) -> int:
+        return int(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
+
+    def confirm(self, backend: LabBackend) -> None:
+        """Raises SluiceError when the agent took another one instead."""
+        status = ask(str(self.directory), "/v1/status")
+        if status["backend"] != str(backend):
+            words = f"backend {status['backend']} instead of {backend} ({status['backend_reason']})"
+            raise SluiceError(f"{self.node}: {words}")
+
+    def end(self, name: str = "agent") -> None:
+        """SIGTERM and, should that not help within 10 s, SIGKILL."""
+        self._children.end(f"{self.node}.{name}", seconds=10)
+
+    def kill(self, name: str = "agent") -> None:
+        """SIGKILL, as a crash or the kernel's OOM killer would."""
+        self._children.kill(f"{self.node}.{name}")
+
+
+def settings(spec: LabSpec, node: str, backend: LabBackend) -> dict[str, Any]:
+    """The agent's settings on a lab node. Pure."""
+    directory = spec.node_dir(node)
+    return {
+        "node_name": node,
+        "run_dir": str(directory),
+        "bpf_dir": str(spec.bpf_dir(node)),
+        "zds_socket": str(directory / "ztunnel.sock"),
+        "ztunnel_ports": ["15001", "15006"],
+        "metrics_address": "127.0.0.1:15014",
+        "peers_file": str(spec.peers_file),
+        "backend": str(backend),
+        "exclude_namespaces": ["kube-system"],
+    }
+
+
+def ready(path: Path) -> bool:
+    """Whether the agent's admin socket answers GET /readyz with 200."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:
+        admin.settimeout(2)
+        admin.connect(str(path))
+        admin.sendall(b"GET /readyz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
+        answer = b""
+        while b"\r\n" not in answer:
+            data = admin.recv(4096)
+            if not data:
+                return False
+            answer += data
+        words = answer.split(maxsplit=2)
+        return len(words) > 1 and words[1] == b"200"
+    return False

@@ -1,0 +1,80 @@
+"""The end of the demo: the account that the agents keep themselves, held against what the lab saw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.core.text import table
+from agent.lab import api
+from agent.lab.lab import Lab
+from agent.lab.traffic import relayed, still
+
+if TYPE_CHECKING:
+    from agent.lab.demo import Checks
+    from agent.lab.faults.scenarios import Accounts
+
+Found = Counter[tuple[str, str, str]]  # direction, fate, reason -> connections
+_ORDER = ("captured", "exempt", "leaked", "undecided")
+
+
+@dataclass(frozen=True, slots=True)
+class DemoTotals:
+    """`totals` of both agents and by which means, and how many connections the ztunnels `relayed` outbound."""
+
+    totals: Found
+    collectors: frozenset[str]
+    relayed: int
+
+    def count(self, direction: str, fate: str) -> int:
+        return sum(count for (way, what, _), count in self.totals.items() if (way, what) == (direction, fate))
+
+
+def report(lab: Lab, check: Checks, passed: Accounts) -> None:
+    """Prints and checks. `passed`: what the lab counted in the windows in which connections could pass by."""
+    print("\n== The account: every connection of the captured pods, as the agents counted it (sluice status)")
+    seen = still(lambda: _seen(lab), lambda one: all(held for _, held, _ in _claims(one, passed)))
+    rows = sorted(seen.totals.items(), key=lambda pair: (_ORDER.index(pair[0][1]), -pair[1]))
+    lines: list[tuple[object, ...]] = [(fate, reason, direction, count) for (direction, fate, reason), count in rows]
+    print(table(("FATE", "REASON", "DIRECTION", "CONNECTIONS"), lines))
+    check("they are counted", bool(seen.totals), f"by {', '.join(sorted(seen.collectors))}")
+    if seen.collectors != {"ebpf"}:
+        print("       since the agents' last start alone: nothing of this account outlives them")
+        return
+    for claim, held, words in _claims(seen, passed):
+        check(claim, held, f"{words}, {_sum(passed, 'failed')} failed")
+
+
+def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str]]:
+    """Each claim, whether it holds, and the figures.
+
+    Of those that failed the lab cannot tell where they went: each may be in one of the two accounts alone.
+    """
+    captured, leaked, failed = (
+        seen.count("outbound", "captured"),
+        seen.count("outbound", "leaked"),
+        _sum(passed, "failed"),
+    )
+    words = f"{captured} counted here, {seen.relayed} by the proxies"
+    yield "as many are captured as the proxies took", abs(captured - seen.relayed) <= failed, words
+    escaped, inbound, missed = _sum(passed, "escaped"), seen.count("inbound", "leaked"), _sum(passed, "missed_inbound")
+    words = f"{leaked} counted here, {escaped} missed by the proxies"
+    yield "leaked are those that passed by while it was provoked", escaped <= leaked <= escaped + failed, words
+    words = f"{inbound} counted here, {missed} missed by the proxies"
+    yield "and so at the servers", missed <= inbound <= missed + failed, words
+
+
+def _sum(passed: Accounts, what: str) -> int:
+    return sum(getattr(one, what) for one in passed.values())
+
+
+def _seen(lab: Lab) -> DemoTotals:
+    found, collectors = Found(), set[str]()
+    for node in lab.spec.nodes:
+        answer = api.agent(lab, node, "/v1/status")
+        collectors.add(answer["accounting"])
+        for row in answer["connections"]:
+            found[row["direction"], row["fate"], row["reason"]] += row["connections"]
+    return DemoTotals(found, frozenset(collectors), sum(record.direction == "outbound" for record in relayed(lab)))

@@ -1,0 +1,129 @@
+"""Looks at one node: reads, and changes nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from agent.backends import ownership
+from agent.backends.ebpf.pins import Pins
+from agent.backends.hostprobes.layers import layers as host_layers
+from agent.backends.registry import mechanisms
+from agent.core.errors import SluiceError
+from agent.core.model.ownership import Owner, owner_of
+from agent.core.settings import Settings
+from agent.core.wire.netlink import attributes
+from agent.core.wire.nftables import GETCHAIN
+from agent.install import runtime
+from agent.install.conflists import ISTIO
+from agent.install.host_root import HostRoot
+from agent.install.istio import mentions
+from agent.install.netdir import NetDir
+from agent.kernel import exec
+from agent.kernel.admin_socket import ask
+from agent.kernel.host_netns import HostNetns
+from agent.kernel.pod_netns import PodNetns
+from agent.migration import istio
+from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
+from agent.migration.istio_agent import RUN_DIR, theirs_runs
+from agent.sources.netns import existing
+
+_CACHE = "/var/lib/cni/results"  # libcni.CacheDir; of the runtimes CRI-O alone deletes by the lists in it
+_CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # a sidecar's alone; ISTIO_OUTPUT is in both rule sets
+_TABLE = "istio-proxy-nat"
+_BY = {Owner.SLUICE: SLUICE, Owner.FOREIGN: ISTIO_CNI}
+
+
+def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc")) -> MigrationFacts:
+    """`only`: these network namespaces, and not the host's. Raises SluiceError when the directory cannot be read."""
+    host, problems = HostRoot(settings.host_root), list[str]()
+    where = runtime.find(settings, host, proc)
+    view = NetDir(host, where.conf.path).view()
+    places, entries = list(only), [place.entry for place in istio.places(view)]
+    run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or RUN_DIR) for one in entries), RUN_DIR])
+    why, ztunnels = _ours(settings.run_dir)
+    crio = where.runtime is not None and where.runtime.name == "crio"
+    return MigrationFacts(
+        where.conf.path,
+        where.bin.path,
+        view,
+        binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
+        agent=theirs_runs(host, run_dirs, proc),
+        ours=why,
+        ztunnels=ztunnels,
+        socket=Path(settings.zds_socket).exists(),
+        cached=_cached(host.path(_CACHE)) if crio else None,
+        programmed=tuple(_programmed(settings, places, problems)),
+        host="" if places else _host(problems),
+        problems=tuple(problems),
+    )
+
+
+def _ours(run_dir: str) -> tuple[str, int | None]:
+    """Why our agent does not answer, or how many ztunnels it has."""
+    try:
+        return "", int(ask(run_dir, "/v1/status")["ztunnel_connections"])
+    except SluiceError as error:
+        return str(error), None
+
+
+def _cached(folder: Path) -> int:
+    """Kept lists that name istio-cni; libcni.cachedInfo, where `config` is the list in base64."""
+    found = 0
+    with contextlib.suppress(OSError):
+        for place in sorted(folder.iterdir()):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, binascii.Error):
+                kept = json.loads(place.read_bytes())
+                found += mentions(json.loads(base64.b64decode(kept["config"])))
+    return found
+
+
+def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> Iterable[Programmed]:
+    known = existing.known(settings.run_dir)
+    layers = mechanisms(pins=Pins.of(settings.bpf_dir))
+    for netns in existing.namespaces(only or existing.places(settings.run_dir, known), problems):
+        pod = existing.pod(netns, settings.run_dir, known)
+        with contextlib.closing(PodNetns(netns)) as target:
+            try:
+                found = owner_of(ownership.layer_owner(name, layer.read(target)) for name, layer in layers.items())
+                by = SIDECAR if has_sidecar(target) else _BY.get(found, "")
+            except SluiceError as error:
+                problems.append(f"{netns.origin}: {error}")
+                continue
+        if by:
+            yield Programmed(netns.origin, by, (pod.name or pod.uid) if pod else "")
+
+
+def has_sidecar(target: PodNetns) -> bool:
+    """nf_tables, where iptables-nft keeps its chains too, and the tables of old iptables if there are any."""
+    for message in target.nft.dump(GETCHAIN, 0):
+        parts: Mapping[int, bytes] = dict(attributes(message.body[4:]))
+        table, chain = (parts.get(kind, b"").rstrip(b"\0").decode(errors="replace") for kind in (1, 3))
+        if table == _TABLE or chain in _CHAINS:
+            return True
+    if "nat" not in target.netns.call(_legacy_tables):  # to ask for it would make it
+        return False
+    saved = exec.run(["iptables-legacy-save", "-t", "nat"], within=target.netns, check=False).stdout
+    return any(f":{chain} " in saved for chain in _CHAINS)
+
+
+def _legacy_tables() -> list[str]:
+    try:
+        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
+    except OSError:
+        return []
+
+
+def _host(problems: list[str]) -> str:
+    try:
+        with contextlib.closing(HostNetns()) as target:
+            _, layers = host_layers("off")
+            found = {one.name: ownership.host_layer_owner(one.name, one.read(target)) for one in layers}
+            return _BY.get(ownership.host_owner(found), "")
+    except (SluiceError, OSError) as error:
+        problems.append(f"the host's rules: {error}")
+        return ""

@@ -1,0 +1,37 @@
+"""Whether istio-cni's agent runs on this node. Apart from `looking`, which the daemon does not need."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+from agent.install.host_root import HostRoot
+
+RUN_DIR = "/var/run/istio-cni"
+_COMMAND = b"install-cni"  # the program of its DaemonSet
+_SYS_ADMIN = 1 << 21  # linux/capability.h; its DaemonSet adds it, to enter the pods' namespaces
+
+
+def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
+    """How it shows, "" if it does not: its socket answers or its process runs. Either may be hidden from us."""
+    for run_dir in run_dirs:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1)
+            probe.connect(str(host.path(f"{run_dir}/pluginevent.sock")))
+            return f"{run_dir}/pluginevent.sock answers"
+    for comm in sorted(proc.glob("[0-9]*/comm")):
+        with contextlib.suppress(OSError):
+            # A process may give itself any bytes as its name, so what a pod runs is recognised by its rights.
+            if comm.read_bytes().strip() == _COMMAND and _administers(comm.parent, proc):
+                return f"process {comm.parent.name}, {_COMMAND.decode()}"
+    return ""
+
+
+def _administers(process: Path, proc: Path) -> bool:
+    """Whether it has CAP_SYS_ADMIN in our user namespace; a pod with it controls the node anyway. Raises OSError."""
+    found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", (process / "status").read_bytes(), re.MULTILINE)
+    ours = (process / "uid_map").read_bytes() == (proc / "self/uid_map").read_bytes()
+    return ours and found is not None and bool(int(found[1], 16) & _SYS_ADMIN)

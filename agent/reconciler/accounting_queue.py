@@ -1,0 +1,47 @@
+"""What is left to do for pods' accounts, on a thread of its own: no pod's capture or repair waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from agent.core.model.pods import Pod
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.interfaces import Accounting
+from agent.reconciler.workers import Workers
+
+
+class AccountingQueue:
+    """One pod at a time, in the order of their passes; each takes as long as the kernel waits for all CPUs."""
+
+    def __init__(self, accounting: Accounting) -> None:
+        self._accounting, self._worker = accounting, Workers(1)
+        self._due: dict[str, tuple[Pod, PodNetns, asyncio.Lock]] = {}
+        self._wakeup = asyncio.Event()
+
+    def due(self, pod: Pod, target: PodNetns, lock: asyncio.Lock) -> None:
+        """After a pass over the pod, which may be looked at again before its turn. `lock` is its namespace's."""
+        self._due[pod.uid] = (pod, target, lock)
+        self._wakeup.set()
+
+    def forget(self, uid: str) -> None:
+        """To be called before the lock is taken to let the namespace go."""
+        self._due.pop(uid, None)
+
+    async def run(self) -> None:
+        """Until cancelled; what is under way is finished by `close`."""
+        while True:
+            await self._wakeup.wait()
+            self._wakeup.clear()
+            while self._due:
+                uid, (_, _, lock) = next(iter(self._due.items()))
+                async with lock:
+                    due = self._due.get(uid)
+                    if due is not None and due[2] is lock:  # neither forgotten nor in another namespace meanwhile
+                        del self._due[uid]
+                        await self._watch(due[0], due[1])
+
+    async def _watch(self, pod: Pod, target: PodNetns) -> None:
+        await self._worker.run(lambda: self._accounting.watch(pod, target))
+
+    def close(self) -> None:
+        self._worker.close()

@@ -1,0 +1,51 @@
+"""Namespaces of pods that no CNI call announced, searched for together: one look at /proc serves all that wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+from agent.core.errors import NetnsError, SluiceError
+from agent.core.model.pods import Pod
+from agent.kernel.netns import Netns
+from agent.sources.netns.search import Found, Wanted, search
+
+
+class SearchBatcher:
+    """Blocking; for worker threads. `waiting` tells the pods that are to be searched for with the next one."""
+
+    def __init__(self, waiting: Callable[[], Iterable[Pod]]) -> None:
+        self._waiting = waiting
+        self._found: dict[str, Found] = {}
+        self._lock = threading.Lock()
+
+    def find(self, pod: Pod) -> Netns:
+        """The caller's to close. Raises SluiceError."""
+        with self._lock:
+            if (found := self._found.pop(pod.uid, None)) is not None:
+                return found.netns
+            answers = self._search({pod.uid: pod, **{one.uid: one for one in self._waiting()}})
+        answer = answers.get(pod.uid)
+        if isinstance(answer, Found):
+            return answer.netns
+        raise answer or NetnsError(f"pod {pod.key}: its network namespace was not searched for")
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _search(self, pods: Mapping[str, Pod]) -> Mapping[str, Found | SluiceError]:
+        """What was found for others is kept for their turn, until the next search."""
+        self._drop()
+        answers = dict(search(_wanted(pod) for pod in pods.values()))
+        asked = next(iter(pods))
+        self._found = {uid: one for uid, one in answers.items() if isinstance(one, Found) and uid != asked}
+        return answers
+
+    def _drop(self) -> None:
+        while self._found:
+            self._found.popitem()[1].netns.close()
+
+
+def _wanted(pod: Pod) -> Wanted:
+    return Wanted(pod.uid, pod.containers, pod.addresses)

@@ -1,0 +1,78 @@
+"""Whose a process is by its cgroup: the pod's UID, or the container's id where no pod is named. Pure.
+
+Paths as the kubelet's two drivers and the runtimes make them, in version 1, version 2 and both:
+    /kubepods/besteffort/podUID/ID
+    /kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podUID.slice/cri-containerd-ID.scope
+    /system.slice/containerd.service/kubepods-besteffort-podUID.slice:cri-containerd:ID
+    /kubepods.slice/kubepods-podUID.slice/crio-ID.scope/container
+    /../crio-ID.scope, /docker/ID, /system.slice/docker-ID.scope
+In slices a UID has "_" for "-".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+# A UUID, or the hash that the kubelet gives a static pod.
+_UID = r"[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32}"
+_POD = re.compile(rf"(?:[a-z0-9_-]+-)?pod({_UID})(?:\.slice)?(?::[^:]*:([0-9a-f]{{64}}))?")
+_CONTAINER = re.compile(r"(?:[a-z-]+-)?([0-9a-f]{64})(?:\.scope)?")
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessOwner:
+    """Either may be "": `uid` with "-", as the API writes it; `container` without the runtime's scheme."""
+
+    uid: str = ""
+    container: str = ""
+
+
+NOBODY = ProcessOwner()
+
+
+def owner(text: str, outside: Collection[str] = ()) -> ProcessOwner:
+    """Whose a process is, by the text of its /proc/PID/cgroup.
+
+    What stands first in a path is outermost, and what the node made; a pod may name cgroups of its own below that as it
+    likes. `outside` are UIDs and ids that the node itself stands in (see `enclosing`), and pass. Hierarchies that
+    disagree name nobody.
+    """
+    found = {_of_path(path, outside) for path in _paths(text)} - {NOBODY}
+    uids = {one.uid for one in found if one.uid}
+    ids = {one.container for one in found if one.container and (one.uid or not uids)}
+    if len(uids) > 1 or (not uids and len(ids) > 1):
+        return NOBODY
+    return ProcessOwner(uids.pop() if uids else "", ids.pop() if len(ids) == 1 else "")
+
+
+def enclosing(text: str) -> frozenset[str]:
+    """The UIDs and ids in the path of process 1: a node that is itself a container, or a container of a pod."""
+    return frozenset(name for path in _paths(text) for name in _names(path))
+
+
+def _paths(text: str) -> list[list[str]]:
+    lines = (line.split(":", 2) for line in text.splitlines())
+    return [parts[2].removesuffix(" (deleted)").split("/") for parts in lines if len(parts) == 3]
+
+
+def _of_path(path: list[str], outside: Collection[str]) -> ProcessOwner:
+    uid = ""
+    for part in path:
+        if (pod := _POD.fullmatch(part)) and _written(pod[1]) not in outside:
+            if uid or pod[2]:  # a pod below a pod is that one's own doing
+                return ProcessOwner(uid) if uid else ProcessOwner(_written(pod[1]), pod[2])
+            uid = _written(pod[1])
+        elif (found := _CONTAINER.fullmatch(part)) and found[1] not in outside:
+            return ProcessOwner(uid, found[1])
+    return ProcessOwner(uid)
+
+
+def _names(path: list[str]) -> list[str]:
+    pods = [_written(pod[1]) for part in path if (pod := _POD.fullmatch(part))]
+    return [*pods, *(found[1] for part in path if (found := _CONTAINER.fullmatch(part)))]
+
+
+def _written(uid: str) -> str:
+    return uid.replace("_", "-")

@@ -1,0 +1,106 @@
+"""Network namespaces of this node as they are found without an agent: pinned, named, or some process's.
+
+What the run directory says of them is believed as far as it can be read; nothing of it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from agent.core.errors import NetnsError, SluiceError
+from agent.core.model.pods import UID
+from agent.kernel.netns import Netns, NetnsId
+from agent.sources.state.notes import Notes
+
+_NAMED = ("/run/netns", "/var/run/netns")
+_PROC = "/proc/[0-9]*/ns/net"
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingNetns:
+    """What a note or a pin says. `netns` is None where neither tells; `path` is "" or where a source saw it."""
+
+    uid: str
+    name: str
+    captured: bool
+    netns: NetnsId | None
+    path: str
+
+
+def known(run_dir: str) -> tuple[ExistingNetns, ...]:
+    """All notes, and pins that no readable note belongs to. Changes nothing; what cannot be read is left out."""
+    notes = {note.uid: note for note in map(_note, sorted(Path(run_dir, "pods").glob("*.json"))) if note}
+    bare = [pin.name for pin in _pins(run_dir) if pin.name not in notes]
+    return (*notes.values(), *(ExistingNetns(uid, "", True, None, "") for uid in bare))
+
+
+def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
+    """Where namespaces of this node may be found; many lead to the same one."""
+    named = [path for folder in _NAMED for path in sorted(Path(folder).glob("*"))]
+    noted = [Path(one.path) for one in known if one.path]
+    return (*_pins(run_dir), *noted, *named, *sorted(Path("/").glob(_PROC.lstrip("/"))))
+
+
+def namespaces(places: Iterable[Path], problems: list[str]) -> Iterator[Netns]:
+    """Each namespace once, to be closed by the caller. The host's, what is gone and what is none are left out.
+
+    What cannot be entered is added to `problems`.
+    """
+    seen: set[tuple[int, int]] = set()
+    for path in places:
+        try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            found = Netns.open(path)
+        except (OSError, NetnsError):
+            continue
+        except SluiceError as error:
+            problems.append(str(error))
+            continue
+        yield found
+
+
+def pod(netns: Netns, run_dir: str, known: Iterable[ExistingNetns]) -> ExistingNetns | None:
+    """Which pod's the namespace is: by its pin, or by its note. A captured one comes first."""
+    found = [one for one in known if _is(netns, run_dir, one)]
+    return max(found, key=lambda one: one.captured, default=None)
+
+
+def forget(run_dir: str, uids: Iterable[str]) -> None:
+    """Removes their notes and pins, also what is left of half-written or damaged notes."""
+    for uid in uids:
+        Notes(run_dir).remove(uid)
+        for end in (".new", ".damaged"):
+            Path(run_dir, "pods", uid + end).unlink(missing_ok=True)
+
+
+def _is(netns: Netns, run_dir: str, one: ExistingNetns) -> bool:
+    if one.netns is not None:
+        mine, noted = netns.id, one.netns
+        return mine.cookie == noted.cookie if mine.cookie and noted.cookie else mine == noted
+    with contextlib.suppress(OSError):
+        status = Path(run_dir, "netns", one.uid).stat()
+        return (status.st_dev, status.st_ino) == (netns.id.device, netns.id.inode)
+    return False
+
+
+def _pins(run_dir: str) -> tuple[Path, ...]:
+    return tuple(sorted(path for path in Path(run_dir, "netns").glob("*") if UID.fullmatch(path.name)))
+
+
+def _note(path: Path) -> ExistingNetns | None:
+    try:
+        data = json.loads(path.read_bytes())
+        pod: dict[str, Any] = data["pod"]
+        numbers = data["netns"] and [int(data["netns"][field.name]) for field in fields(NetnsId)]
+        netns, words = NetnsId(*numbers) if numbers else None, f"{pod['namespace']}/{pod['name']}"
+        return ExistingNetns(path.stem, words, bool(data["captured"]), netns, str(pod.get("netns_path", "")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None

@@ -1,0 +1,215 @@
+"""Each pod's namespace: found, proven to be that pod's, kept open and pinned.
+
+Found by the descriptor that the CNI plugin handed over, by our own pin, or by the path that a source gave.
+Proven by not being the host's (guard in kernel.netns), by the cookie noted earlier, and by holding one of
+the pod's addresses.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+from agent.core.errors import ForeignNetnsError, NetnsError, PodGoneError
+from agent.core.model.pods import Pod
+from agent.kernel.netns import Netns, NetnsId, unpin
+from agent.kernel.pod_netns import PodNetns
+from agent.sources.netns import existing, search
+from agent.sources.netns.batcher import SearchBatcher
+from agent.sources.state.notes import Note, Notes
+
+
+class NamespaceRegistry:
+    """Open namespaces by UID. Called from worker threads, one pod at a time each."""
+
+    def __init__(self, state: Notes, unannounced: SearchBatcher | None = None) -> None:
+        """Without `unannounced` a pod that nobody told the namespace of is not found."""
+        self._state, self._unannounced = state, unannounced
+        self._open: dict[str, PodNetns] = {}
+        self._notes: dict[str, Note] = {}
+        self._pinned: set[str] = set()
+        self._paths: dict[str, Path] = {}  # where pods that nobody announced were found last
+        self._lock = threading.Lock()
+
+    def restore(self, note: Note) -> None:
+        """A note of our predecessor's."""
+        self._notes[note.pod.uid] = note
+
+    def adopt(self, uid: str, netns: Netns) -> None:
+        """Takes over a handle that a source vouches for; an equal one that is open already stays."""
+        with self._lock:
+            known = self._open.get(uid)
+            if known is not None and known.netns.id == netns.id:
+                netns.close()
+                return
+            self._refuse_foreign(uid, netns)
+            self._open[uid] = PodNetns(netns)
+        if known is not None:
+            known.close()
+
+    def _refuse_foreign(self, uid: str, netns: Netns) -> None:
+        """Closes it and raises ForeignNetnsError when another pod has it, also one that only a note tells of yet."""
+        opened = ((pod, target.netns.id) for pod, target in list(self._open.items()))
+        noted = ((pod, note.netns) for pod, note in list(self._notes.items()) if note.captured and note.netns)
+        for pod, held in (*opened, *noted):
+            if pod != uid and _same(held, netns.id):
+                netns.close()
+                raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {pod}; not touching it")
+
+    def id(self, uid: str) -> NetnsId | None:
+        """The namespace that the pod was last known in."""
+        known = self._open.get(uid)
+        if known is not None:
+            return known.netns.id
+        note = self._notes.get(uid)
+        return note.netns if note else None
+
+    def opened(self, uid: str) -> PodNetns | None:
+        """The pod's handle, as it is; None where none was opened."""
+        return self._open.get(uid)
+
+    def occupied(self, target: PodNetns) -> bool:
+        """Whether a process is in the namespace. Blocking. Raises KernelError."""
+        return search.lives(target.netns.id, ())
+
+    def dead(self, cookies: Collection[int]) -> frozenset[int]:
+        """Those of the cookies that belong to no pod that is known, and to no namespace that is found on this node.
+
+        The latter may be of a pod whose note was damaged. Empty when not all namespaces could be looked at. Blocking.
+        """
+        strange = frozenset(cookies) - self._cookies()
+        if not strange:
+            return strange
+        problems: list[str] = []
+        for netns in existing.namespaces(existing.places(str(self._state.pods.parent), ()), problems):
+            strange -= {netns.id.cookie}
+            netns.close()
+        return frozenset() if problems else strange - self._cookies()
+
+    def _cookies(self) -> frozenset[int]:
+        opened = {target.netns.id.cookie for target in list(self._open.values())}
+        return frozenset(opened | {note.netns.cookie for note in list(self._notes.values()) if note.netns})
+
+    def resolve(self, pod: Pod) -> PodNetns:
+        target = self._open.get(pod.uid)
+        if target is None:
+            netns = self._find(pod)
+            with self._lock:
+                self._refuse_foreign(pod.uid, netns)
+                target = self._open[pod.uid] = PodNetns(netns)
+        if self._left(pod, target):
+            where = pod.netns_path or "any place on this node"
+            raise PodGoneError(f"pod {pod.key}: its namespace is empty and no longer at {where}")
+        if not _holds(target, pod):
+            raise ForeignNetnsError(
+                f"pod {pod.key}: {target.netns.origin} holds none of its addresses "
+                f"({', '.join(pod.addresses)}); not touching it"
+            )
+        return target
+
+    def is_new(self, pod: Pod) -> bool:
+        return pod.source == "cni" and pod.uid not in self._notes
+
+    def remember(
+        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+    ) -> None:
+        target = self._open.get(pod.uid)
+        note = Note(pod, captured, target.netns.id if target else None, outside, carried)
+        if captured and target is not None and pod.uid not in self._pinned:
+            target.netns.pin(self._state.pin(pod.uid))
+            self._pinned.add(pod.uid)
+        if self._notes.get(pod.uid) != note:
+            self._state.save(note)
+            self._notes[pod.uid] = note
+        if not captured and pod.netns_path:
+            self._let_go(pod.uid)
+        elif not captured:  # the handle stays: to search for it again takes long
+            self._unpin(pod.uid)
+
+    def was_captured(self, uid: str) -> bool:
+        note = self._notes.get(uid)
+        return note is not None and note.captured
+
+    def release(self, uid: str) -> None:
+        self._let_go(uid)
+        self._paths.pop(uid, None)
+        self._notes.pop(uid, None)
+        self._state.remove(uid)
+
+    def close(self) -> None:
+        """At the end of the process: handles are closed, pins and notes stay for the next one."""
+        for target in self._open.values():
+            target.close()
+        self._open.clear()
+
+    def _let_go(self, uid: str) -> None:
+        with self._lock:
+            target = self._open.pop(uid, None)
+        if target is not None:
+            target.close()
+        self._unpin(uid)
+
+    def _unpin(self, uid: str) -> None:
+        self._pinned.discard(uid)
+        unpin(self._state.pin(uid))
+
+    def _find(self, pod: Pod) -> Netns:
+        note, pin = self._notes.get(pod.uid), self._state.pin(pod.uid)
+        wanted = note.netns if note else None
+        problems = []
+        told = Path(pod.netns_path) if pod.netns_path else self._paths.get(pod.uid)
+        for path in (pin, told):
+            if path is None or (path == pin and not pin.exists()):
+                continue
+            try:
+                netns = Netns.open(path)
+            except NetnsError as error:
+                if path != pin:
+                    problems.append(error)
+                continue
+            if wanted is None or _same(netns.id, wanted):
+                if path == pin:
+                    self._pinned.add(pod.uid)
+                return netns
+            netns.close()
+            problems.append(NetnsError(f"{path}: is another network namespace by now"))
+        if not pod.netns_path and self._unannounced is not None:
+            try:
+                netns = self._unannounced.find(pod)
+            except NetnsError as error:
+                if type(error) is not NetnsError:  # something is there, and is not proven to be the pod's
+                    raise
+                problems.append(error)
+            else:
+                if wanted is None or _same(netns.id, wanted):
+                    self._paths[pod.uid] = Path(netns.origin)
+                    return netns
+                netns.close()
+                problems.append(NetnsError(f"{netns.origin}: is another network namespace by now"))
+        if pod.orphan or (note is not None and note.netns is not None):
+            raise PodGoneError(f"pod {pod.key}: its namespace is gone ({problems[0] if problems else 'no pin'})")
+        if problems:
+            raise type(problems[-1])(f"pod {pod.key}: {problems[-1]}")
+        raise NetnsError(f"pod {pod.key}: no path of its network namespace is known")
+
+    def _left(self, pod: Pod, target: PodNetns) -> bool:
+        """Nothing but our own handles leads to this namespace any more."""
+        if target.addresses():
+            return False
+        if not pod.netns_path:
+            return not search.lives(target.netns.id)
+        try:
+            with Netns.open(pod.netns_path) as there:
+                return not _same(there.id, target.netns.id)
+        except NetnsError:
+            return True
+
+
+def _same(left: NetnsId, right: NetnsId) -> bool:
+    return left.cookie == right.cookie if left.cookie and right.cookie else left == right
+
+
+def _holds(target: PodNetns, pod: Pod) -> bool:
+    """A pod whose addresses nobody named is taken at its source's word. Both are written as ipaddress does."""
+    return not pod.addresses or not set(pod.addresses).isdisjoint(target.addresses())

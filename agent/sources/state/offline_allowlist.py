@@ -1,0 +1,59 @@
+"""Small files beside the socket that let the plugin pass pods that are not captured while we are away."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from agent.core.model.pods import LABEL, PodTable, mode
+from agent.core.policy.decide import enrols_namespace
+from agent.core.settings import Settings
+
+_SOON = 0.5  # seconds in which changes are gathered
+_MOST = 10_000  # files: a cluster that has more namespaces fails closed for the rest
+
+
+class OfflineAllowlist:
+    """<run_dir>/exempt/<namespace> for each namespace whose pods may start without us, and for no other.
+
+    Those are the excluded ones and, as the setting offline_pods says, those that Kubernetes knows not to be enrolled
+    and in which no pod of this node enrols itself.
+    """
+
+    def __init__(self, settings: Settings, table: PodTable) -> None:
+        self._settings, self._table = settings, table
+        self._directory = Path(settings.run_dir) / "exempt"
+        self._changed = asyncio.Event()
+        self._written: set[str] | None = None  # None: what a predecessor wrote has not been looked at
+
+    def told(self) -> None:
+        """Namespaces, or pods of this node, may have changed."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled. What a predecessor knew stays until it is known better."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_SOON)
+            self._changed.clear()
+            self.write()
+
+    def write(self) -> None:
+        wanted, there = self._wanted(), self._written
+        if there is None:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            there = {path.name for path in self._directory.iterdir()}
+        for name in there - wanted:
+            (self._directory / name).unlink(missing_ok=True)
+        for name in wanted - there:
+            (self._directory / name).touch(mode=0o600)
+        self._written = wanted
+
+    def _wanted(self) -> set[str]:
+        settings, known = self._settings, self._table.namespaces()
+        wanted = {name for name in (*settings.exclude_namespaces, settings.own_namespace) if LABEL.fullmatch(name)}
+        if settings.offline_pods == "by-namespace":
+            own = {pod.namespace for pod in self._table if mode(pod) not in ("", "none")}
+            found = (name for name, labels in known.items() if not enrols_namespace(labels, settings))
+            wanted |= set(sorted(name for name in found if name not in own and LABEL.fullmatch(name))[:_MOST])
+        return wanted

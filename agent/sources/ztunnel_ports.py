@@ -1,0 +1,66 @@
+"""Whether ztunnel listens in a pod, which of the pod's processes use its ports, and whether connections reach it.
+
+ztunnel may have lost a pod that it acknowledged (P03), and others' rules may take a connection first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+from agent.backends import syn_probe
+from agent.backends.ebpf.ztunnels import Ztunnels
+from agent.core.model.listeners import PortListeners
+from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, text
+from agent.core.names import HBONE_PORT
+from agent.kernel.pod_netns import PodNetns
+
+_SHOWN = 4  # of the pod's own listeners
+
+
+class ZtunnelPorts:
+    """Asks the pod's namespace itself; blocking, one thread per pod."""
+
+    def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
+        """`ports` are expected in each pod. Every listener counts as ztunnel's while none of `ztunnels` is known."""
+        self._ports, self._ztunnels = frozenset(ports), ztunnels
+        self._last: WeakKeyDictionary[PodNetns, PortListeners] = WeakKeyDictionary()
+
+    def heard(self, target: PodNetns) -> PortListeners:
+        """Now. Raises KernelError."""
+        sockets = target.diag.listening(CAPTURE_PORTS)
+        foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
+        lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
+        there = {one.local[1] for one in sockets if one not in lines}
+        taken = tuple(words for one, words in lines.items() if one.local[1] != HBONE_PORT)
+        hbone = self._hbone(target, [one for one in sockets if one.local[1] == HBONE_PORT], foreign)
+        found = PortListeners(tuple(sorted(self._ports - there)), _few(tuple(lines.values())), _few(taken), hbone)
+        self._last[target] = found
+        return found
+
+    def last(self, target: PodNetns) -> PortListeners:
+        """As heard last, or now. Raises KernelError."""
+        return self._last.get(target) or self.heard(target)
+
+    def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
+        """New connections of the pod that do not reach ztunnel, in words. `by_socket`: backend ebpf captures."""
+        return syn_probe.led_astray(target, want, by_socket=by_socket)
+
+    def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:
+        """Unchanged while nobody listens on 15008, so that the replacement of a ztunnel changes no rules."""
+        if not here:
+            return target in self._last and self._last[target].hbone
+        if HBONE_PORT in self._ports:
+            return not any(one.cookie in foreign for one in here)
+        inodes = {one.inode for one in here}
+        return self._ztunnels is not None and self._ztunnels.held(inodes) == inodes
+
+
+def _few(lines: tuple[str, ...]) -> tuple[str, ...]:
+    """A pod may have a listener on each address of 127.0.0.0/8."""
+    return lines if len(lines) <= _SHOWN else (*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more")
+
+
+def _words(one: TcpSocket, who: str) -> str:
+    return f"{who} listens on {text(one.local)}, where only ztunnel may"

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from agent.core import settings as core
+from agent.lab.node_services import LabBackend, ready, settings
+from agent.lab.topology import LabSpec
+
+
+@pytest.mark.parametrize("backend", LabBackend)
+def test_the_agent_accepts_the_settings_that_the_lab_writes(backend: LabBackend) -> None:
+    written = settings(LabSpec("slux", ("node1",)), "node1", backend)
+    built = core.build({key: (value, "sluice.yaml") for key, value in written.items()})
+    assert (built.node_name, built.run_dir, built.backend) == ("node1", "/run/slux/node1", str(backend))
+    assert built.admin_socket == "/run/slux/node1/agent.sock"
+    assert built.cni_socket == "/run/slux/node1/cni.sock"
+    assert built.bpf_dir == "/sys/fs/bpf/slux-node1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_ready"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\nok", True),
+        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno ztunnel", False),
+        (b"HTTP/1.1 2", False),
+        (b"\r\n", False),
+        (b"", False),
+    ],
+)
+def test_ready_means_200_on_the_admin_socket(tmp_path: Path, answer: bytes, is_ready: bool) -> None:
+    path = tmp_path / "agent.sock"
+
+    def serve() -> None:
+        peer, _ = server.accept()
+        with peer:
+            assert peer.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
+            peer.sendall(answer)
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert ready(path) is is_ready
+        thread.join()
+
+
+def test_no_agent_yet_or_no_longer_is_not_ready(tmp_path: Path) -> None:
+    assert not ready(tmp_path / "agent.sock")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "agent.sock"))
+    assert not ready(tmp_path / "agent.sock"), "a killed agent leaves its socket's file"
