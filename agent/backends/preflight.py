@@ -28,9 +28,10 @@ from agent.backends.requirements import (
 )
 from agent.core import names
 from agent.core.errors import SluiceError
+from agent.core.wire.rtnetlink import LookupRule
 from agent.kernel import exec, proc, scratch, xtables
 from agent.kernel.netlink.nf_tables import NftSocket
-from agent.kernel.netlink.routes import LookupRule, RouteSocket
+from agent.kernel.netlink.routes import RouteSocket
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,10 @@ from functools import partial
 
 from agent.backends.netfilter import foreign_rules
 from agent.core import names
-from agent.core.wire.policy_rules import TO_TABLE, FibRule
-from agent.kernel.netlink.routes import LOOPBACK_INDEX, LocalRoute, LookupRule
+from agent.core.wire.policy_rules import FibRule
+from agent.core.wire.rtnetlink import LOOPBACK_INDEX, Action, Item, LocalRoute, LookupRule
 
 TABLES = (names.ROUTE_TABLE, *names.SPARE_TABLES)
-Item = LookupRule | LocalRoute
 Routes = Mapping[int, Sequence[LocalRoute | None]]  # of each of TABLES, None for a route of another form
 
 
@@ -44,7 +43,7 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Seq
     mine = [rule for rule in rules if rule.family == family]
     ours = [known for rule in mine if (known := _ours(rule))]
     others = [rule for rule in mine if not _ours(rule)]
-    led = {rule.table for rule in others if rule.action == TO_TABLE}
+    led = {rule.table for rule in others if rule.action == Action.TO_TBL}
     is_ours = partial(_our_route, led=led)
     held: tuple[Item, ...] = (*(route for t in TABLES for route in routes[t] if route and is_ours(route)), *ours)
     table = next((t for t in _by_use(ours) if _free(routes[t], is_ours) and t not in led), None)
@@ -85,7 +84,7 @@ def _rule(family: int, preference: int, table: int) -> LookupRule:
 
 def _ours(rule: FibRule) -> LookupRule | None:
     """The rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, and nothing else."""
-    if rule.action != TO_TABLE or rule.table not in TABLES:
+    if rule.action != Action.TO_TBL or rule.table not in TABLES:
         return None
     made = rule.protocol == names.ROUTING_PROTOCOL
     usual = (rule.preference, rule.table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)

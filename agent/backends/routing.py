@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 from agent.backends import route_places
 from agent.backends.base import Support
 from agent.backends.netfilter import foreign_rules
-from agent.backends.route_places import TABLES, Item, RoutePlace
+from agent.backends.route_places import TABLES, RoutePlace
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
+from agent.core.wire.rtnetlink import Item, command
 from agent.kernel import scratch
-from agent.kernel.netlink import routes as rtnetlink
 from agent.kernel.netlink.notifications import NotificationMark
 from agent.kernel.netlink.routes import RouteSocket
 from agent.kernel.pod_netns import PodNetns
@@ -95,7 +95,7 @@ class RoutingBackend:
         changes += [RouteChange(item, False) for item in reversed(held) if item not in wanted]
         # Interfaces come and go, and the kernel takes their routes away: nobody has to be told of that.
         due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
-        differences = tuple(f"ip {rtnetlink.text(c.item, add=c.add)} is due" for c in due)
+        differences = tuple(f"ip {command(c.item, add=c.add)} is due" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
         return Plan(_steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 
@@ -112,7 +112,7 @@ def plain(have: RoutingState) -> Plan[RouteChange]:
 
 
 def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
-    return tuple(Step(f"ip {rtnetlink.text(c.item, add=c.add)}", c) for c in changes)
+    return tuple(Step(f"ip {command(c.item, add=c.add)}", c) for c in changes)
 
 
 def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:

@@ -26,8 +26,8 @@ from agent.core.errors import SluiceError, StaleError
 from agent.core.model.redirect import Redirect
 from agent.core.wire import packet
 from agent.core.wire.packet import ACK, RST, SYN, TCP, UDP, Packet
+from agent.core.wire.rtnetlink import AF
 from agent.kernel import scratch, scratch_link
-from agent.kernel.netlink.routes import AF
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.kernel.scratch_link import LOCAL, REMOTE, Wire

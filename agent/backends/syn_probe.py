@@ -22,9 +22,9 @@ from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpState, text
 from agent.core.wire import packet
+from agent.core.wire.rtnetlink import AF
 from agent.kernel.netlink import conntrack
 from agent.kernel.netlink.conntrack import Endpoint, NewFlows
-from agent.kernel.netlink.routes import AF
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 

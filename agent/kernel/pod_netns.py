@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from agent.core.model.topology import PodTopology
 from agent.core.wire import socket_filter
 from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.notifications import NotificationMark, Notifications
-from agent.kernel.netlink.routes import GROUPS, LOOPBACK_INDEX, MOST_ROUTES, Address, RouteSocket
+from agent.kernel.netlink.routes import GROUPS, MOST_ROUTES, Address, RouteSocket
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 

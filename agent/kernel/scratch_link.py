@@ -1,7 +1,7 @@
 """A link in a scratch namespace, so that packets can leave and come: one end is the pod's, the other is read raw.
 
 A veth pair with both ends inside and without neighbour discovery: what goes out at one end is there at the other
-at once. Constants are of linux/if_link.h, if_addr.h, rtnetlink.h and veth.h.
+at once. VETH_INFO_PEER is of linux/veth.h.
 """
 
 from __future__ import annotations
@@ -9,11 +9,24 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import struct
 from collections.abc import Iterator
 
-from agent.core.wire.netlink import NLM_F_CREATE, NLM_F_EXCL, attribute, nested
-from agent.kernel.netlink.routes import AF, RouteSocket
+from agent.core.wire.netlink import NLM_F_CREATE, NLM_F_EXCL, attribute, nested, pack_u32
+from agent.core.wire.rtnetlink import (
+    AF,
+    IFADDRMSG,
+    IFINFOMSG,
+    RTMSG,
+    Ifa,
+    Ifla,
+    LinkInfo,
+    RouteType,
+    Rta,
+    Rtm,
+    Scope,
+    Table,
+)
+from agent.kernel.netlink.routes import RouteSocket
 
 # A pod of the documentation's networks (RFC 5737, 3849), and what it talks to.
 LOCAL = {4: "198.51.100.2", 6: "2001:db8:1::2"}
@@ -23,38 +36,41 @@ _EVERYTHING = 3  # ETH_P_ALL
 _POD, _WIRE = "pod0", "wire0"
 _MAC = bytes([2, 0, 0, 0, 0, 1])
 
-_NEWLINK, _NEWADDR, _NEWROUTE = 16, 20, 24
-_LINK, _ADDRESS, _ROUTE = struct.Struct("=BBHiII"), struct.Struct("=BBBBI"), struct.Struct("=BBBBBBBBI")
-_UP, _NOARP, _NODAD = 0x1, 0x80, 0x2
-_MAIN, _LOCAL, _BOOT, _UNICAST, _TYPE_LOCAL = 254, 255, 3, 1, 2
+_UP, _NOARP, _NODAD = 0x1, 0x80, 0x2  # IFF_*, IFA_F_NODAD
+_BOOT = 3  # RTPROT_BOOT
+_VETH_PEER = 1  # VETH_INFO_PEER
 _PREFIX, _WHOLE = {4: 24, 6: 64}, {4: 32, 6: 128}
 
 
 def make(families: tuple[int, ...]) -> None:
     """lo and the pair up, an address and a default route of each family. In a namespace that has only lo."""
     with contextlib.closing(RouteSocket()) as route:
-        peer = _LINK.pack(0, 0, 0, 0, 0, 0) + attribute(3, _WIRE)
-        info = nested(18, attribute(1, "veth"), nested(2, attribute(1, peer)))
-        body = _LINK.pack(0, 0, 0, 0, 0, 0) + attribute(3, _POD) + attribute(1, _MAC) + info
-        route.request("make a veth pair", _NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
+        peer = IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(Ifla.IFNAME, _WIRE)
+        data = nested(LinkInfo.DATA, attribute(_VETH_PEER, peer))
+        info = nested(Ifla.LINKINFO, attribute(LinkInfo.KIND, "veth"), data)
+        body = IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(Ifla.IFNAME, _POD) + attribute(Ifla.ADDRESS, _MAC) + info
+        route.request("make a veth pair", Rtm.NEWLINK, NLM_F_CREATE | NLM_F_EXCL, body)
         for name in ("lo", _WIRE, _POD):
             flags = _UP if name == "lo" else _UP | _NOARP
-            body = _LINK.pack(0, 0, 0, 0, flags, flags) + attribute(3, name)
-            route.request(f"set {name} up", _NEWLINK, 0, body)
+            body = IFINFOMSG.pack(0, 0, 0, flags, flags) + attribute(Ifla.IFNAME, name)
+            route.request(f"set {name} up", Rtm.NEWLINK, 0, body)
         index = socket.if_nametoindex(_POD)
         for family in families:
             _reach(route, family, index)
 
 
 def _reach(route: RouteSocket, family: int, index: int) -> None:
-    raw, out = ipaddress.ip_address(LOCAL[family]).packed, struct.pack("=I", index)
-    body = _ADDRESS.pack(AF[family], _PREFIX[family], _NODAD, 0, index) + attribute(2, raw) + attribute(1, raw)
-    route.request("give an address", _NEWADDR, NLM_F_CREATE, body)
+    raw, out = ipaddress.ip_address(LOCAL[family]).packed, pack_u32(index)
+    body = IFADDRMSG.pack(AF[family], _PREFIX[family], _NODAD, 0, index)
+    body += attribute(Ifa.LOCAL, raw) + attribute(Ifa.ADDRESS, raw)
+    route.request("give an address", Rtm.NEWADDR, NLM_F_CREATE, body)
     # The kernel makes this route too, but for IPv6 only some time later.
-    body = _ROUTE.pack(AF[family], _WHOLE[family], 0, 0, _LOCAL, _BOOT, 254, _TYPE_LOCAL, 0)
-    route.request("make a local route", _NEWROUTE, NLM_F_CREATE, body + attribute(1, raw) + attribute(4, out))
-    body = _ROUTE.pack(AF[family], 0, 0, 0, _MAIN, _BOOT, 253 if family == 4 else 0, _UNICAST, 0)
-    route.request("make a default route", _NEWROUTE, NLM_F_CREATE, body + attribute(4, out))
+    body = RTMSG.pack(AF[family], _WHOLE[family], 0, 0, Table.LOCAL, _BOOT, Scope.HOST, RouteType.LOCAL, 0)
+    body += attribute(Rta.DST, raw) + attribute(Rta.OIF, out)
+    route.request("make a local route", Rtm.NEWROUTE, NLM_F_CREATE, body)
+    scope = Scope.LINK if family == 4 else Scope.UNIVERSE
+    body = RTMSG.pack(AF[family], 0, 0, 0, Table.MAIN, _BOOT, scope, RouteType.UNICAST, 0)
+    route.request("make a default route", Rtm.NEWROUTE, NLM_F_CREATE, body + attribute(Rta.OIF, out))
 
 
 class Wire:

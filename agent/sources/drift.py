@@ -8,24 +8,23 @@ there, and what is missed here, is found by the periodic verification.
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from agent.core import names
 from agent.core.text import printable
 from agent.core.wire import netlink
-from agent.core.wire.netlink import Message
+from agent.core.wire.netlink import Message, unpack_int
 from agent.core.wire.nftables import NEWGEN
+from agent.core.wire.rtnetlink import IFINFOMSG, LOOPBACK_INDEX, RTMSG, Rta, Rtm, Table
 from agent.kernel import exec
-from agent.kernel.netlink import routes
 from agent.kernel.pod_netns import PodNetns
 
 _MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port beyond all process ids
-_RULE = (routes.NEWRULE, routes.DELRULE)
-_ADDRESS = (routes.NEWADDR, routes.DELADDR)
-_ROUTE = (routes.NEWROUTE, routes.DELROUTE)
-_LINK = (routes.NEWLINK, routes.DELLINK)
+_RULE = (Rtm.NEWRULE, Rtm.DELRULE)
+_ADDRESS = (Rtm.NEWADDR, Rtm.DELADDR)
+_ROUTE = (Rtm.NEWROUTE, Rtm.DELROUTE)
+_LINK = (Rtm.NEWLINK, Rtm.DELLINK)
 
 
 class DriftWatcher:
@@ -86,11 +85,11 @@ def concerns(message: Message, wiring: bool = False) -> bool:
     if message.kind in _RULE or message.kind in _ADDRESS:
         return True
     if message.kind in _LINK:
-        return wiring or int.from_bytes(message.body[4:8], sys.byteorder) == routes.LOOPBACK_INDEX  # of ifinfomsg
+        return wiring or IFINFOMSG.unpack_from(message.body)[2] == LOOPBACK_INDEX
     if message.kind in _ROUTE:
-        table = dict(netlink.attributes(message.body[12:])).get(15)  # RTA_TABLE behind rtmsg
-        number = int.from_bytes(table, sys.byteorder) if table else message.body[4]
-        return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == routes.MAIN_TABLE)
+        parts = dict(netlink.attributes(message.body[RTMSG.size :]))
+        number = unpack_int(parts.get(Rta.TABLE)) or RTMSG.unpack_from(message.body)[4]
+        return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == Table.MAIN)
     return False
 
 

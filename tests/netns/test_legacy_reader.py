@@ -19,10 +19,16 @@ pytestmark = pytest.mark.root
 ANY = {4: "0.0.0.0/0.0.0.0", 6: "::/0"}
 NAMES = {"ipv6-icmp": "icmpv6"}
 TARGETS = {
-    RuleAction.ACCEPT: "ACCEPT", RuleAction.RETURN: "RETURN", RuleAction.DROP: "DROP", RuleAction.COUNT: "", RuleAction.REDIRECT: "REDIRECT",
-    RuleAction.SET_CONNECTION_MARK: "CONNMARK", RuleAction.RESTORE_MARK: "CONNMARK", RuleAction.ZONE: "CT",
+    RuleAction.ACCEPT: "ACCEPT",
+    RuleAction.RETURN: "RETURN",
+    RuleAction.DROP: "DROP",
+    RuleAction.COUNT: "",
+    RuleAction.REDIRECT: "REDIRECT",
+    RuleAction.SET_CONNECTION_MARK: "CONNMARK",
+    RuleAction.RESTORE_MARK: "CONNMARK",
+    RuleAction.ZONE: "CT",
     RuleAction.ORIGINAL_ZONE: "CT",
-}  # fmt: skip
+}
 
 
 def wanted(rule: Rule, family: int) -> dict[str, Any]:

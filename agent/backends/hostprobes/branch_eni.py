@@ -9,54 +9,57 @@ to do, so the mechanism is always on.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from agent.backends.base import Support
 from agent.backends.hostprobes.want import HostProbes
+from agent.core import names
 from agent.core.model.plan import Plan, Step
+from agent.core.wire.policy_rules import by_interface_or_destination
+from agent.core.wire.rtnetlink import LookupRule, Table, command
 from agent.kernel.host_netns import HostNetns
-from agent.kernel.netlink import policy_rules
-from agent.kernel.netlink.policy_rules import HeldRule, PolicyRule
 
 TO_POD_PRIORITY: Final = 512
-LOCAL: Final = 255
-_EVERYBODYS = frozenset({0, 254, LOCAL})  # unspecified, main, local: no pod's own table
-_FAMILIES = (4, 6)
+_SHARED = frozenset({Table.UNSPEC, Table.MAIN, Table.LOCAL})  # no pod's own table
 
 
 @dataclass(frozen=True, slots=True)
 class BranchState:
     """`rules` of both families; `routes`: (family, table) -> address -> device, host routes of tables named by them."""
 
-    rules: tuple[HeldRule, ...]
+    rules: tuple[LookupRule, ...]
     routes: Mapping[tuple[int, int], Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class RuleChange:
-    rule: PolicyRule
+    rule: LookupRule
     add: bool
 
     def __str__(self) -> str:
-        return f"ip {'-6 ' if self.rule.family == 6 else ''}rule {'add' if self.add else 'del'} {self.rule}"
+        return f"ip {command(self.rule, add=self.add)}"
 
 
-def wanted(want: HostProbes, have: BranchState) -> tuple[PolicyRule, ...]:
+def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
     """The rules that the pods need, those of one device once. The way back comes first."""
-    found = dict[PolicyRule, None]()
-    for held in have.rules:
-        rule = held.rule
+    found = dict[LookupRule, None]()
+    for rule in have.rules:
         for address, device in have.routes.get((rule.family, rule.table), {}).items():
-            if _of_pod(held) and device == rule.iif and address in want.of(rule.family):
-                found[PolicyRule(rule.family, rule.priority - 1, LOCAL, iif=rule.iif)] = None
-                found[PolicyRule(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
+            if _of_pod(rule) and device == rule.iif and address in want.of(rule.family):
+                found[_ours(rule.family, rule.preference - 1, Table.LOCAL, iif=rule.iif)] = None
+                found[_ours(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
     return tuple(found)
 
 
-def _of_pod(held: HeldRule) -> bool:
-    return bool(held.rule.iif) and held.rule.table not in _EVERYBODYS and held.rule.priority > 0 and not held.ours
+def _ours(family: int, preference: int, table: int, *, iif: str = "", to: str = "") -> LookupRule:
+    return LookupRule(family, preference, 0, 0, table, names.ROUTING_PROTOCOL, to, iif)
+
+
+def _of_pod(rule: LookupRule) -> bool:
+    return bool(rule.iif) and rule.table not in _SHARED and rule.preference > 0 and not rule.ours
 
 
 class BranchEni:
@@ -71,29 +74,38 @@ class BranchEni:
         return desired
 
     def read(self, target: HostNetns) -> BranchState:
-        rules = tuple(rule for family in _FAMILIES for rule in policy_rules.rules(target.route, family))
-        tables = {(held.rule.family, held.rule.table): held.rule.iif for held in rules if _of_pod(held)}
-        devices = {held.rule.iif for held in rules if _of_pod(held)}
-        numbers = target.call(lambda: {policy_rules.index(name): name for name in devices})
+        found = map(by_interface_or_destination, target.route.rules(ipv6=True))
+        rules = tuple(rule for rule in found if rule is not None)
+        tables = {(rule.family, rule.table): rule.iif for rule in rules if _of_pod(rule)}
+        devices = {rule.iif for rule in rules if _of_pod(rule)}
+        numbers = target.call(lambda: {_index(name): name for name in devices})
         return BranchState(rules, {place: dict(_routes(target, *place, numbers)) for place in tables})
 
     def plan(self, want: HostProbes | None, have: BranchState) -> Plan[RuleChange]:
         due = wanted(want, have) if want else ()
-        there = {held.rule for held in have.rules}
+        there = {replace(rule, protocol=names.ROUTING_PROTOCOL) for rule in have.rules}
         changes = [RuleChange(rule, True) for rule in due if rule not in there]
-        ours = [held.rule for held in have.rules if held.ours]
+        mine = [rule for rule in have.rules if rule.ours]
         if want is None or want.complete:
             # The way to the pod goes before the way back; a pod whose addresses are not known keeps both.
-            gone = [rule for rule in ours if rule not in due and not (want and want.unknown)]
+            gone = [rule for rule in mine if rule not in due and not (want and want.unknown)]
             changes += [RuleChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
         return Plan(tuple(Step(str(one), one) for one in changes), tuple(f"{one} is due" for one in changes))
 
     def apply(self, target: HostNetns, plan: Plan[RuleChange]) -> None:
         for step in plan.steps:
-            policy_rules.change(target.route, step.payload.rule, add=step.payload.add)
+            target.route.change(step.payload.rule, add=step.payload.add)
 
 
 def _routes(target: HostNetns, family: int, table: int, devices: Mapping[int, str]) -> Iterator[tuple[str, str]]:
-    for address, number in policy_rules.host_routes(target.route, family, table):
+    for address, number in target.route.host_routes(family, table):
         if number in devices:
             yield address, devices[number]
+
+
+def _index(name: str) -> int:
+    """Of an interface of the calling thread's namespace, 0 when there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0

@@ -21,7 +21,8 @@ from agent.core.model import tags
 from agent.core.model.plan import Foreign
 from agent.core.wire.netlink import attributes
 from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
-from agent.core.wire.policy_rules import TO_TABLE, FibRule
+from agent.core.wire.policy_rules import FibRule
+from agent.core.wire.rtnetlink import Action
 
 _WORDS = {NFPROTO_INET: "inet", NFPROTO_IPV4: "ip", NFPROTO_IPV6: "ip6"}
 _HOOKS = frozenset(HOOK_NUMBER.values())
@@ -32,7 +33,7 @@ _XT_BASES = frozenset((table.value, hook.name) for table in Table for hook in Ho
 _TAKES = {"nat": frozenset({"dnat", "redirect", "drop", "queue"})}
 _TAKES_OTHER = frozenset({"mark", "drop", "tproxy", "queue"})
 _ENDS = frozenset({"dnat", "redirect", "tproxy", "drop", "accept", "return", "queue"})
-_LEADS_AWAY = frozenset({TO_TABLE, 2, 6, 7, 8})  # FR_ACT_GOTO, _BLACKHOLE, _UNREACHABLE, _PROHIBIT
+_LEADS_AWAY = frozenset(set(Action) - {Action.NOP})
 _LOCAL = 255
 _NOT_READ = "the pod has more rules than can be read, or changes them all the time: what comes before ours is not known"
 

@@ -7,6 +7,7 @@ type u16, payload, padded to four bytes (linux/netlink.h).
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,6 +55,21 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
             return
         yield kind & _TYPE_MASK, data[offset + 4 : offset + length]
         offset += (length + 3) & ~3
+
+
+def pack_u32(value: int) -> bytes:
+    """A u32 in host order, as rtnetlink and sock_diag have it."""
+    return struct.pack("=I", value)
+
+
+def unpack_int(payload: bytes | None) -> int:
+    """An unsigned integer of any size in host order; 0 where the attribute is missing."""
+    return int.from_bytes(payload or b"", sys.byteorder)
+
+
+def unpack_text(payload: bytes | None) -> str:
+    """A zero-terminated string; "" where the attribute is missing."""
+    return (payload or b"").rstrip(b"\0").decode(errors="replace")
 
 
 def message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:

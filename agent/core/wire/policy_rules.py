@@ -1,27 +1,27 @@
 """Policy rules (ip rule) as the kernel dumps them, whatever they select. Pure.
 
-Numbers are of linux/fib_rules.h: fib_rule_hdr, FRA_* and FR_ACT_*.
+Names and numbers are of linux/fib_rules.h.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import struct
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 from agent.core import names
-from agent.core.wire.netlink import attributes
+from agent.core.wire.netlink import attributes, unpack_int, unpack_text
+from agent.core.wire.rtnetlink import FIB_RULE_HDR, Action, Fra, LookupRule, Table
 
-HEADER = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, -, -, action, flags
-TO_TABLE = 1
 _FAMILIES = {2: 4, 10: 6}  # AF_INET, AF_INET6; multicast routing has rules of its own in the same dump
 _INVERT = 2  # FIB_RULE_INVERT
-_ACTIONS = {2: "goto", 3: "nop", 6: "blackhole", 7: "unreachable", 8: "prohibit"}
-_TABLES = {0: "unspec", 253: "default", 254: "main", 255: "local"}
-_EVERYTHING = b"\xff\xff\xff\xff"  # FRA_SUPPRESS_PREFIXLEN that suppresses nothing
+_TABLES = {table.value: table.name.lower() for table in Table}
+_ACTIONS = {action.value: action.name.lower() for action in Action}
+_EVERYTHING = b"\xff\xff\xff\xff"  # of the suppressors: nothing is suppressed
+_FLAGS = ((Fra.L3MDEV, "l3mdev"), (Fra.TUN_ID, "tun_id"), (Fra.DSCP, "dscp"), (Fra.FLOWLABEL, "flowlabel"))
+_RANGES = ((Fra.UID_RANGE, "uidrange", "=II"), (Fra.SPORT_RANGE, "sport", "=HH"), (Fra.DPORT_RANGE, "dport", "=HH"))
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
 
 
@@ -43,6 +43,7 @@ class FibRule:
     oif: str = ""
     others: tuple[str, ...] = ()
     protocol: int = 0
+    goto: int = 0  # the preference that it jumps to
 
     @property
     def plain(self) -> bool:
@@ -61,8 +62,10 @@ class FibRule:
         if self.mask:
             words.append(f"fwmark {self.mark:#x}/{self.mask:#x}")
         words += [f"iif {self.iif}"] * bool(self.iif) + [f"oif {self.oif}"] * bool(self.oif)
-        if self.action == TO_TABLE:
+        if self.action == Action.TO_TBL:
             words.append(f"lookup {_TABLES.get(self.table, self.table)}")
+        elif self.action == Action.GOTO:
+            words.append(f"goto {self.goto}")
         else:
             words.append(_ACTIONS.get(self.action, f"action {self.action}"))
         return " ".join(words)
@@ -71,46 +74,57 @@ class FibRule:
 @lru_cache(maxsize=256)  # a node's pods have the same few
 def parse(body: bytes) -> FibRule | None:
     """One message of RTM_GETRULE; None for a rule that is not of IPv4 or IPv6."""
-    if len(body) < HEADER.size:
+    if len(body) < FIB_RULE_HDR.size:
         return None
-    header, parts = HEADER.unpack_from(body), dict(attributes(body[HEADER.size :]))
+    header, parts = FIB_RULE_HDR.unpack_from(body), dict(attributes(body[FIB_RULE_HDR.size :]))
     family = _FAMILIES.get(header[0])
     if family is None:
         return None
     return FibRule(
-        family,
-        _number(parts.get(6)),
-        header[7],
-        _number(parts.get(15)) or header[4],
-        _number(parts.get(10)),
-        _number(parts.get(16)),
-        bool(header[8] & _INVERT),
-        _text(parts.get(3)),
-        _text(parts.get(17)),
-        tuple(_others(header, parts)),
-        _number(parts.get(21)),
+        family=family,
+        preference=unpack_int(parts.get(Fra.PRIORITY)),
+        action=header[7],
+        table=unpack_int(parts.get(Fra.TABLE)) or header[4],
+        mark=unpack_int(parts.get(Fra.FWMARK)),
+        mask=unpack_int(parts.get(Fra.FWMASK)),
+        inverted=bool(header[8] & _INVERT),
+        iif=unpack_text(parts.get(Fra.IIFNAME)),
+        oif=unpack_text(parts.get(Fra.OIFNAME)),
+        others=tuple(_others(header, parts)),
+        protocol=unpack_int(parts.get(Fra.PROTOCOL)),
+        goto=unpack_int(parts.get(Fra.GOTO)),
     )
 
 
+def by_interface_or_destination(rule: FibRule) -> LookupRule | None:
+    """The rule if it selects by its incoming interface alone, or by one destination address alone."""
+    if rule.action != Action.TO_TBL or rule.inverted or rule.mark or rule.mask or rule.oif:
+        return None
+    to = rule.others[0].removeprefix("to ") if len(rule.others) == 1 and rule.others[0].startswith("to ") else ""
+    if bool(rule.iif) == bool(to) or "/" in to or len(rule.others) > bool(to):
+        return None
+    return LookupRule(rule.family, rule.preference, 0, 0, rule.table, rule.protocol, to, rule.iif)
+
+
 def _others(header: tuple[int, ...], parts: Mapping[int, bytes]) -> Iterator[str]:
-    for word, kind, length in (("from", 2, header[2]), ("to", 1, header[1])):
+    for word, kind, length in (("from", Fra.SRC, header[2]), ("to", Fra.DST, header[1])):
         if length:
             yield f"{word} {_network(parts.get(kind, b''), length)}"
     if header[3]:
         yield f"tos {header[3]:#x}"
-    for kind, word in ((19, "l3mdev"), (12, "tun_id"), (25, "dscp"), (26, "flowlabel")):
+    for kind, word in _FLAGS:
         if any(parts.get(kind, b"")):
             yield word
-    for kind, word, form in ((20, "uidrange", "=II"), (23, "sport", "=HH"), (24, "dport", "=HH")):
+    for kind, word, form in _RANGES:
         if len(parts.get(kind, b"")) == struct.calcsize(form):
             first, last = struct.unpack(form, parts[kind])
             yield f"{word} {first}" if first == last else f"{word} {first}-{last}"
-    if any(parts.get(22, b"")):
-        yield f"ipproto {_PROTOCOLS.get(parts[22][0], parts[22][0])}"
-    if parts.get(14, _EVERYTHING) != _EVERYTHING:
-        yield f"suppress_prefixlength {_number(parts[14])}"
-    if parts.get(13, _EVERYTHING) != _EVERYTHING:
-        yield f"suppress_ifgroup {_number(parts[13])}"
+    if any(parts.get(Fra.IP_PROTO, b"")):
+        yield f"ipproto {_PROTOCOLS.get(parts[Fra.IP_PROTO][0], parts[Fra.IP_PROTO][0])}"
+    if parts.get(Fra.SUPPRESS_PREFIXLEN, _EVERYTHING) != _EVERYTHING:
+        yield f"suppress_prefixlength {unpack_int(parts[Fra.SUPPRESS_PREFIXLEN])}"
+    if parts.get(Fra.SUPPRESS_IFGROUP, _EVERYTHING) != _EVERYTHING:
+        yield f"suppress_ifgroup {unpack_int(parts[Fra.SUPPRESS_IFGROUP])}"
 
 
 def _network(packed: bytes, length: int) -> str:
@@ -118,11 +132,3 @@ def _network(packed: bytes, length: int) -> str:
         return "?"
     address = ipaddress.ip_address(packed)
     return str(address) if length == address.max_prefixlen else f"{address}/{length}"
-
-
-def _number(payload: bytes | None) -> int:
-    return int.from_bytes(payload or b"", sys.byteorder)
-
-
-def _text(payload: bytes | None) -> str:
-    return (payload or b"").rstrip(b"\0").decode(errors="replace")

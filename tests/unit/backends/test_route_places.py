@@ -11,18 +11,22 @@ from agent.backends.routing import RoutingBackend, RoutingState
 from agent.core import names
 from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
-from agent.core.wire.policy_rules import TO_TABLE, FibRule
-from agent.kernel.netlink.routes import LocalRoute, LookupRule
+from agent.core.wire.policy_rules import FibRule
+from agent.core.wire.rtnetlink import Action, LocalRoute, LookupRule
 
 MARKED = names.CONNECTION_MARK, names.MARK_MASK
 OURS, SPARE = names.ROUTING_PROTOCOL, names.SPARE_TABLES[0]
-KERNEL = (FibRule(4, 0, TO_TABLE, 255), FibRule(4, 32766, TO_TABLE, 254), FibRule(4, 32767, TO_TABLE, 253))
+KERNEL = (
+    FibRule(4, 0, Action.TO_TBL, 255),
+    FibRule(4, 32766, Action.TO_TBL, 254),
+    FibRule(4, 32767, Action.TO_TBL, 253),
+)
 ROUTE, RULE = usual(4)
-USUAL = FibRule(4, 32764, TO_TABLE, 100, *MARKED)
+USUAL = FibRule(4, 32764, Action.TO_TBL, 100, *MARKED)
 
 
 def theirs(preference: int, table: int, **more: object) -> FibRule:
-    return replace(FibRule(4, preference, TO_TABLE, table), **more)  # type: ignore[arg-type]
+    return replace(FibRule(4, preference, Action.TO_TBL, table), **more)  # type: ignore[arg-type]
 
 
 def routes(**held: LocalRoute | None) -> dict[int, list[LocalRoute | None]]:
@@ -61,7 +65,7 @@ def test_a_table_of_somebody_else_is_neither_taken_nor_emptied(
     found = place(4, (*rules, *KERNEL), routes(**held))
     below = 29999 if rules and not rules[0].mask else 32764
     assert found.held == () and found.wanted == moved(below, SPARE)
-    made = (*rules, FibRule(4, below, TO_TABLE, SPARE, *MARKED, protocol=OURS), *KERNEL)
+    made = (*rules, FibRule(4, below, Action.TO_TBL, SPARE, *MARKED, protocol=OURS), *KERNEL)
     again = place(4, made, routes(**held, **{f"t{SPARE}": LocalRoute(4, SPARE)}))
     assert again.held == again.wanted == found.wanted, "a fresh process finds it again"
     gone = place(4, made, routes(**{f"t{SPARE}": LocalRoute(4, SPARE)}))
@@ -113,7 +117,7 @@ def test_without_a_free_table_the_pod_is_refused_and_what_is_ours_can_go() -> No
 
 FOR_BOUND = tuple(LocalRoute(4, 100, interface=index) for index in (2, 5))
 TO_LOOPBACK = LookupRule(4, 32764, 0, 0, 100, OURS, "127.0.0.0/8")
-LED = FibRule(4, 32764, TO_TABLE, 100, others=("to 127.0.0.0/8",), protocol=OURS)
+LED = FibRule(4, 32764, Action.TO_TBL, 100, others=("to 127.0.0.0/8",), protocol=OURS)
 
 
 def test_interfaces_that_sockets_may_be_bound_to_have_a_route_each() -> None:

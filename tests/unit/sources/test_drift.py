@@ -7,7 +7,7 @@ import struct
 import pytest
 
 from agent.core.wire.netlink import Message, attribute
-from agent.kernel.netlink.routes import DELADDR, DELROUTE, DELRULE, NEWADDR, NEWLINK, NEWROUTE, NEWRULE
+from agent.core.wire.rtnetlink import Rtm
 from agent.sources.drift import concerns
 
 
@@ -19,17 +19,17 @@ def route(table: int, *, wide: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "body", "expected"),
     [
-        (NEWRULE, bytes(12), True),
-        (DELRULE, bytes(12), True),
-        (NEWADDR, bytes(8), True),
-        (DELADDR, bytes(8), True),
-        (NEWROUTE, route(100), True),
-        (DELROUTE, route(252, wide=100), True),
-        (DELROUTE, route(254), False),
-        (DELROUTE, route(253), False),
-        (NEWROUTE, route(100, wide=1124), False),
-        (NEWLINK, struct.pack("=BxHiII", 0, 0, 1, 0, 0), True),
-        (NEWLINK, struct.pack("=BxHiII", 0, 0, 2, 0, 0), False),
+        (Rtm.NEWRULE, bytes(12), True),
+        (Rtm.DELRULE, bytes(12), True),
+        (Rtm.NEWADDR, bytes(8), True),
+        (Rtm.DELADDR, bytes(8), True),
+        (Rtm.NEWROUTE, route(100), True),
+        (Rtm.DELROUTE, route(252, wide=100), True),
+        (Rtm.DELROUTE, route(254), False),
+        (Rtm.DELROUTE, route(253), False),
+        (Rtm.NEWROUTE, route(100, wide=1124), False),
+        (Rtm.NEWLINK, struct.pack("=BxHiII", 0, 0, 1, 0, 0), True),
+        (Rtm.NEWLINK, struct.pack("=BxHiII", 0, 0, 2, 0, 0), False),
         (28, bytes(12), False),
     ],
 )
@@ -40,9 +40,9 @@ def test_concerns(kind: int, body: bytes, expected: bool) -> None:
 @pytest.mark.parametrize(
     ("kind", "body", "expected"),
     [
-        (DELROUTE, route(254), True),
-        (NEWROUTE, route(253), False),
-        (NEWLINK, struct.pack("=BxHiII", 0, 0, 2, 0, 0), True),
+        (Rtm.DELROUTE, route(254), True),
+        (Rtm.NEWROUTE, route(253), False),
+        (Rtm.NEWLINK, struct.pack("=BxHiII", 0, 0, 2, 0, 0), True),
     ],
 )
 def test_concerns_where_interfaces_and_routes_are_followed(kind: int, body: bytes, expected: bool) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.core.wire.netlink import attribute
-from agent.core.wire.policy_rules import HEADER, FibRule, parse
+from agent.core.wire.policy_rules import FibRule, by_interface_or_destination, parse
+from agent.core.wire.rtnetlink import FIB_RULE_HDR, Action, LookupRule
 
 MARKED = {6: 32764, 10: 0x111, 16: 0xFFF, 15: 100}
 
@@ -25,7 +26,7 @@ def body(
     action: int = 1,
 ) -> bytes:
     packed = (attribute(k, struct.pack("=I", v) if isinstance(v, int) else v) for k, v in parts.items())
-    return HEADER.pack(family, dst, src, 0, 0, 0, 0, action, flags) + b"".join(packed)
+    return FIB_RULE_HDR.pack(family, dst, src, 0, 0, 0, 0, action, flags) + b"".join(packed)
 
 
 def test_ours_selects_by_its_mark_alone() -> None:
@@ -64,3 +65,27 @@ def test_rules_of_multicast_routing_are_none() -> None:
 def test_any_bytes(family: int, rest: bytes) -> None:
     rule = parse(bytes([family]) + rest)
     assert rule is None or str(rule)
+
+
+def test_a_jump_is_printed_with_its_target() -> None:
+    assert str(FibRule(4, 700, Action.GOTO, 0, goto=32764)) == "goto 32764"
+
+
+@pytest.mark.parametrize(
+    ("rule", "found"),
+    [
+        (FibRule(4, 10, 1, 101, iif="vlan1"), LookupRule(4, 10, 0, 0, 101, iif="vlan1")),
+        (FibRule(6, 9, 1, 101, others=("to fd00::1",)), LookupRule(6, 9, 0, 0, 101, to="fd00::1")),
+        (FibRule(4, 9, 1, 101, others=("to 10.0.0.0/8",)), None),
+        (FibRule(4, 9, 1, 101, others=("from 10.0.0.1",)), None),
+        (FibRule(4, 9, 1, 101, iif="vlan1", others=("to 10.0.0.1",)), None),
+        (FibRule(4, 9, 1, 101, iif="vlan1", others=("ipproto tcp",)), None),
+        (FibRule(4, 9, 1, 101, iif="vlan1", mark=1, mask=1), None),
+        (FibRule(4, 9, 1, 101, iif="vlan1", oif="eth0"), None),
+        (FibRule(4, 9, 1, 101, iif="vlan1", inverted=True), None),
+        (FibRule(4, 9, 6, 0, iif="vlan1"), None),
+        (FibRule(4, 9, 1, 101), None),
+    ],
+)
+def test_rules_by_interface_or_destination_alone(rule: FibRule, found: LookupRule | None) -> None:
+    assert by_interface_or_destination(rule) == found
