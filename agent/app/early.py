@@ -48,7 +48,8 @@ def _choice(settings: Settings) -> Choice | None:
         return None
     if next(iter(candidates(settings.backend, None, old))) != old.backend:
         return None
-    by_socket, pins = old.backend == "ebpf", None
+    by_socket = old.backend == "ebpf"
+    pins = None
     if by_socket:
         from agent.backends.ebpf.pins import Pins
 

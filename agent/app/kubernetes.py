@@ -72,7 +72,8 @@ class Kubernetes:
         self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.tell_node)
         self.tainting = None
         if settings.startup_taint:
-            taint, returns = Taint.parse(settings.startup_taint), settings.startup_taint_returns
+            taint = Taint.parse(settings.startup_taint)
+            returns = settings.startup_taint_returns
             self.tainting = Tainting(KubeNode(client, node), taint, lacking, returns=returns)
         self.peers = _peers(client, who) if settings.kube_peers else None
         here = {"fieldSelector": f"spec.nodeName={node}"}

@@ -78,11 +78,15 @@ class Agent:
 
         Raises SettingsError when none of those allowed can be used.
         """
-        self.settings, self.version = settings, version
-        self.pins, self.ztunnels = Pins.of(settings.bpf_dir), Ztunnels()
+        self.settings = settings
+        self.version = version
+        self.pins = Pins.of(settings.bpf_dir)
+        self.ztunnels = Ztunnels()
         self.programs = ProgramsBackend(self.pins, self.ztunnels)
         found = choose_mechanisms(settings, self.pins, self.ztunnels)
-        self.choice, self.host_choice, self.support = found.choice, found.host, found.support
+        self.choice = found.choice
+        self.host_choice = found.host
+        self.support = found.support
         self.node_name = settings.node_name or socket.gethostname()
         self.table = PodTable()
         self.exempt = OfflineAllowlist(settings, self.table)
@@ -114,11 +118,10 @@ class Agent:
             self._cluster,
             self._condition,
         )
-        self.outside, self.carried = (
-            PreexistingConnections(),
-            PreexistingConnections(carried(by_socket=self.choice.by_socket)),
-        )
-        self.host, self.beside = self._host(), NonTcpCounter(self.choice.name, pins=self.pins)
+        self.outside = PreexistingConnections()
+        self.carried = PreexistingConnections(carried(by_socket=self.choice.by_socket))
+        self.host = self._host()
+        self.beside = NonTcpCounter(self.choice.name, pins=self.pins)
         listening = ZtunnelPorts(map(int, settings.ztunnel_ports), self.ztunnels)
         self.reconciler = Reconciler(
             settings,
@@ -259,7 +262,8 @@ class Agent:
         """For metrics, too."""
         accounting = self.accounting.name if self.accounting else "off"
         about = {"node": self.node_name, "version": self.version, "accounting": accounting}
-        ready, host = not self.readiness()[0], self.host.status
+        ready = not self.readiness()[0]
+        host = self.host.status
         return agent_condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
 
     def node(self) -> Mapping[str, Any]:

@@ -177,7 +177,8 @@ class ChosenMechanisms:
 
 def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> ChosenMechanisms:
     """A restart takes the same. Raises SettingsError when nothing that is allowed can be used."""
-    view, support = host_view.read_host_view(), dict[str, Support]()
+    view = host_view.read_host_view()
+    support = dict[str, Support]()
     backends = mechanisms(ipv6=settings.ipv6, pins=pins, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)
 
     def probe(layer: str) -> Support:

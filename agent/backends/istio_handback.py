@@ -44,10 +44,12 @@ def places(target: PodNetns, layer: str) -> Places:
         return {}
     found: dict[tuple[int, str, str], int] = {}
     for family in FAMILIES if target.has_ipv6() else (4,):
-        table, counts = "", dict[str, int]()
+        table = ""
+        counts = dict[str, int]()
         for line in exec.run([WORD[family] + _SAVE[layer]], within=target.netns).stdout.splitlines():
             if line.startswith("*"):
-                table, counts = line[1:], {}
+                table = line[1:]
+                counts = {}
             elif line.startswith("-A "):
                 chain = line.split()[1]
                 counts[chain] = counts.get(chain, 0) + 1
@@ -83,9 +85,11 @@ def _nftables(want: Redirect, have: Any) -> Plan[Any]:
 
 def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], places: Places) -> str:
     """Input of iptables-restore --noflush; each table is one transaction."""
-    plain, lines = xtables.render(want, family, plain=True), list[str]()
+    plain = xtables.render(want, family, plain=True)
+    lines = list[str]()
     for table in (table.value for table in ORDER if table.value in plain.tables):
-        wanted, held = plain.tables[table], actual.get(table, XtTable())
+        wanted = plain.tables[table]
+        held = actual.get(table, XtTable())
         if (wanted.chains, wanted.jumps) == (held.chains, held.jumps):
             continue
         lines += [f"*{table}", *(f":{chain} - [0:0]" for chain, _ in wanted.chains)]

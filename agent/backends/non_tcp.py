@@ -88,7 +88,9 @@ def _nft_rules(
     for chain in chains:
         for message in target.nft.dump(GETRULE, protocol, attribute(1, table) + attribute(2, chain)):
             parts = dict(attributes(message.body[4:]))
-            tag, packets, size = comment(parts.get(7, b"")), 0, 0
+            tag = comment(parts.get(7, b""))
+            packets = 0
+            size = 0
             if tag and tag not in wanted:
                 continue
             for _, element in attributes(parts.get(4, b"")):

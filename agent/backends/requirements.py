@@ -250,7 +250,8 @@ _EXTENSIONS = (
 
 def _iptables(choice: str, ipv6: bool) -> Iterator[Need]:
     for family in (4, 6) if ipv6 else (4,):
-        program, word = RESTORE[choice][family], f"IPv{family}"
+        program = RESTORE[choice][family]
+        word = f"IPv{family}"
         package = "install the package iptables, 1.8 or newer (Alpine splits off iptables-legacy)"
         behind = "IPv6" if family == 6 else ""
         yield Need(f"program {program}", ProgramRequirement(program), package, behind=behind)

@@ -89,7 +89,8 @@ def _ours(rule: FibRule) -> LookupRule | None:
     made = rule.protocol == names.ROUTING_PROTOCOL
     usual = (rule.preference, rule.table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
     one = LookupRule(rule.family, rule.preference, rule.mark, rule.mask, rule.table, rule.protocol)
-    marked, to = (rule.mark, rule.mask) == (names.CONNECTION_MARK, names.MARK_MASK), names.LOOPBACK[rule.family]
+    marked = (rule.mark, rule.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
+    to = names.LOOPBACK[rule.family]
     if rule.plain and marked and (made or usual):
         return one
     if replace(rule, others=()).plain and rule.others == (f"to {to}",) and not rule.mask and made:

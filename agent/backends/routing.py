@@ -72,7 +72,8 @@ class RoutingBackend:
 
     def read(self, target: PodNetns) -> RoutingState:
         """As last read, while no notification says otherwise."""
-        last, ipv6 = self._last.get(target), target.has_ipv6()
+        last = self._last.get(target)
+        ipv6 = target.has_ipv6()
         if last is not None and last[1] == ipv6 and target.route_events.unchanged_since(last[0]):
             return last[2]
         mark = target.route_events.mark()
@@ -117,8 +118,10 @@ def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
 
 def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
-    rules, places = route.rules(ipv6=6 in families), {}
-    up, held = {link.index for link in route.links() if link.up}, route.held_addresses()
+    rules = route.rules(ipv6=6 in families)
+    places = {}
+    up = {link.index for link in route.links() if link.up}
+    held = route.held_addresses()
     for family in families:
         routes = {table: route.table_routes(family, table) for table in TABLES}
         interfaces = {one.index for one in held if one.address.version == family} & up

@@ -152,7 +152,9 @@ def _query(place: _Place) -> PacketFate:
 
 def _inbound(place: _Place) -> PacketFate:
     """Nobody listens on port 80: if it answers, the connection came to the port of ztunnel."""
-    here, there, port = LOCAL[place.family], REMOTE[place.family], next(_ports)
+    here = LOCAL[place.family]
+    there = REMOTE[place.family]
+    port = next(_ports)
 
     def answer(seen: Packet) -> PacketFate | None:
         if seen.source != here or (seen.source_port, seen.destination_port) != (80, port):
@@ -191,7 +193,8 @@ def _wait(
     `send` is called now and then, as TCP does: an end of the link drops what it is given until the kernel's link
     watcher, which runs by itself, has seen that it has a carrier (noop_qdisc).
     """
-    poll, end = select.poll(), monotonic() + _SECONDS
+    poll = select.poll()
+    end = monotonic() + _SECONDS
     poll.register(place.wire.socket, select.POLLIN)
     if listener is not None:
         poll.register(listener, select.POLLIN)

@@ -74,7 +74,8 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
 
 
 def _excluded(want: Redirect, service: Endpoint) -> bool:
-    exclude, address = want.exclude, ipaddress.ip_address(service[0])
+    exclude = want.exclude
+    address = ipaddress.ip_address(service[0])
     return any(first <= service[1] <= last for first, last in exclude.outbound_ports) or any(
         address in ipaddress.ip_network(one) for one in exclude.outbound_networks
     )

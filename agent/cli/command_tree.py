@@ -49,7 +49,9 @@ class Command:
 
 def command_tree(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), about: str = "") -> Command:
     """The parser's own tree."""
-    options, positionals, commands = list[Option](), list[Positional](), list[Command]()
+    options = list[Option]()
+    positionals = list[Positional]()
+    commands = list[Command]()
     settings = {id(one) for group in parser._action_groups if group.title == "settings" for one in group._group_actions}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -60,13 +62,15 @@ def command_tree(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), a
         elif action.option_strings:
             options.append(_option(action, setting=id(action) in settings))
         else:
-            name, optional = str(action.metavar or action.dest), action.nargs in ("?", "*", argparse.REMAINDER)
+            name = str(action.metavar or action.dest)
+            optional = action.nargs in ("?", "*", argparse.REMAINDER)
             positionals.append(Positional(name, _choices(action), _help(action), optional))
     return Command(words, about, tuple(options), tuple(positionals), tuple(commands))
 
 
 def _option(action: argparse.Action, *, setting: bool) -> Option:
-    choices, value = _choices(action), ""
+    choices = _choices(action)
+    value = ""
     if action.nargs != 0:
         value = str(action.metavar or ("|".join(choices) if choices else action.dest.upper()))
     flags = tuple(action.option_strings)

@@ -107,7 +107,8 @@ def _name(row: Row) -> str:
 
 def size(count: int) -> str:
     """Bytes in two or three figures: 999B, 1.5KiB, 20MiB."""
-    amount, power = float(count), 0
+    amount = float(count)
+    power = 0
     while amount >= 1000 and power < 4:
         amount, power = amount / 1024, power + 1
     digits = 1 if power and amount < 9.95 else 0

@@ -24,7 +24,8 @@ def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tupl
         source = f"the agent's process {pid}"
     else:
         usual = str(USUAL) if USUAL.is_file() else ""
-        args, variables = argparse.Namespace(**{field.name: None for field in fields(Settings)}), dict(os.environ)
+        args = argparse.Namespace(**{field.name: None for field in fields(Settings)})
+        variables = dict(os.environ)
         args.config = config or os.environ.get("SLUICE_CONFIG", "") or usual
         source = args.config or "defaults"
     args.run_dir = run_dir

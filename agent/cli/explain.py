@@ -57,7 +57,8 @@ def _verdict(told: Told) -> Rows:
 
 def _captured(told: Told) -> str:
     """In one line: whether, by what, why or why not."""
-    why, by = told["decided"], f" by {told['backend']}" if told["backend"] else ""
+    why = told["decided"]
+    by = f" by {told['backend']}" if told["backend"] else ""
     if told["decision"] == "excluded":
         left = ", but rules of ours are left" if told["differences"] else ""
         left = ", but ztunnel keeps its older connections for a while" if told["leaving"] else left

@@ -106,7 +106,8 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
             try:
                 there = hand_back(row, target, note, settings, dry_run=dry_run)
             except SluiceError as error:
-                there, row.remarks = True, (*row.remarks, str(error))
+                there = True
+                row.remarks = (*row.remarks, str(error))
             if row.result == "handed back":
                 forget_account(Pins.of(settings.bpf_dir), target, problems)
         if there:
@@ -150,7 +151,8 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     chosen = (made["routing"], made[row.mechanism])
     if dry_run:
         scripts = [script for layer in chosen for script in _dry(target, layer, want)]
-        row.result, row.scripts = "would be handed back", (*scripts, *([str(entry)] if entry else []))
+        row.result = "would be handed back"
+        row.scripts = (*scripts, *([str(entry)] if entry else []))
         return True
     retired = [one for one in reversed(made.values()) if one not in chosen]
     done = [one.script for one in settle(target, want, chosen, retired).applied]

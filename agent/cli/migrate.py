@@ -102,7 +102,8 @@ def _check(node: _Node) -> int:
 
 def _take_over(node: _Node) -> int:
     facts = node.look()
-    findings, plan = node.judge(facts), _take_over_steps(node, facts)
+    findings = node.judge(facts)
+    plan = _take_over_steps(node, facts)
     if _hindered(findings) or node.args.dry_run:
         _tell(node, facts, findings, plan(facts.view).steps)
         return 1 if _hindered(findings) else 0
@@ -118,14 +119,16 @@ def _take_over(node: _Node) -> int:
 
 def _take_over_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
     """While istio-cni's agent runs, ours comes beside it, and nothing of its own is touched: it would put it back."""
-    wished, aside = node.settings.cni_conf_name, not facts.agent
+    wished = node.settings.cni_conf_name
+    aside = not facts.agent
     return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
 
 
 def _back(node: _Node) -> int:
     """Pods first, while neither agent runs: istio-cni's then finds its own rules and changes nothing."""
     facts = node.look()
-    findings, plan = node.judge(facts), _back_steps(node, facts)
+    findings = node.judge(facts)
+    plan = _back_steps(node, facts)
     if _hindered(findings) or node.args.dry_run:
         _tell(node, facts, findings, plan(facts.view).steps)
         return 1 if _hindered(findings) else 0
@@ -134,7 +137,8 @@ def _back(node: _Node) -> int:
     with hold(node.settings.run_dir, "migrate"):
         if not _hindered(handed):
             done = _carry_out(node.directory(facts), plan)
-    before, facts = facts, node.look()
+    before = facts
+    facts = node.look()
     findings = (*handed, *node.judge(facts), *assessment.leftovers_of_back(before, facts))
     _tell(node, facts, findings, (), done)
     return 1 if any(one.level in (NOTE, OBSTACLE) for one in findings) else 0

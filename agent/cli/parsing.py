@@ -43,7 +43,8 @@ class Parser(argparse.ArgumentParser):
             takes = (one.metavar for one in self._actions if not one.option_strings)
             self.usage = " ".join((self.prog, "[OPTION]...", *(str(word) for word in takes if word)))
         if (page := manual.PAGES.get(self.command)) is not None:
-            self.description, self.epilog = page.description, page.epilog
+            self.description = page.description
+            self.epilog = page.epilog
         return super().format_help()
 
     def _plain(self, message: str) -> str:
@@ -57,7 +58,9 @@ class Parser(argparse.ArgumentParser):
             options = (option for action in self._actions for option in action.option_strings)
             return f"unknown option {word}; {_meant(word.partition('=')[0], options)}{see}"
         if (found := _CHOICE.fullmatch(message)) is not None:
-            place, word, choices = found[1], found[2], [one.strip(" '") for one in found[3].split(",")]
+            place = found[1]
+            word = found[2]
+            choices = [one.strip(" '") for one in found[3].split(",")]
             if place == "COMMAND":
                 return f"unknown command {word!r}; {_meant(word, choices)}{see}"
             return f"{place}: {word!r} is none of {', '.join(choices)}"
@@ -76,7 +79,8 @@ class ProgramParser(Parser):
 
     def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **words: Any) -> None:
         super().__init__(**words)
-        self._sections, self._about = sections, about
+        self._sections = sections
+        self._about = about
 
     def format_help(self) -> str:
         from agent.cli import manual

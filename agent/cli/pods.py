@@ -74,7 +74,8 @@ def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _ztunnels(answer: Any) -> str:
-    count, late = answer["ztunnel_connections"], answer.get("ztunnel_unacknowledged", 0)
+    count = answer["ztunnel_connections"]
+    late = answer.get("ztunnel_unacknowledged", 0)
     return f"{count}; the newest does not have {late} of the pods yet" if count and late else f"{count}"
 
 

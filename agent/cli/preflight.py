@@ -42,7 +42,8 @@ class _Tried:
     """Remembers what choosing tried. Besides that only eBPF is shown: the rest might load modules."""
 
     def __init__(self, ipv6: bool, pins: Pins) -> None:
-        self.ipv6, self.pins = ipv6, pins
+        self.ipv6 = ipv6
+        self.pins = pins
         self.backends = mechanisms(ipv6=ipv6, pins=pins)
         self.support: dict[str, Support] = {}
         self.findings: dict[str, tuple[str, ...]] = {}
@@ -66,8 +67,10 @@ class _Tried:
 def _run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
         raise SluiceError("sluice preflight makes network namespaces to try things in; run it as root")
-    view, tried = host_view.read_host_view(), _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
-    choice, problem = None, ""
+    view = host_view.read_host_view()
+    tried = _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
+    choice = None
+    problem = ""
     try:
         trials = Trials(tried.probe, tried.test)
         choice = choose(args.backend, tried.backends, trials, view, backend_record.load(args.run_dir))

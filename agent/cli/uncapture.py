@@ -96,7 +96,8 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _all(args: argparse.Namespace) -> int:
-    known, problems = existing.known(args.run_dir), list[str]()
+    known = existing.known(args.run_dir)
+    problems = list[str]()
     places = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
     rows, seen = remove(args, known, places, problems)
     if not args.netns:
@@ -139,7 +140,9 @@ def remove(
     args: argparse.Namespace, known: Sequence[ExistingNetns], places: Sequence[Path], problems: list[str]
 ) -> tuple[list[Row], list[ExistingNetns]]:
     """From every namespace that `places` lead to; also which of the `known` pods they were."""
-    layers, rows, seen = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values()), list[Row](), list[ExistingNetns]()
+    layers = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values())
+    rows = list[Row]()
+    seen = list[ExistingNetns]()
     for netns in existing.namespaces(places, problems):
         pod = existing.pod(netns, args.run_dir, known)
         seen += [pod] if pod else []

@@ -80,4 +80,5 @@ class KubeError(SluiceError):
 
     def __init__(self, message: str, status: int = 0, reason: str = "") -> None:
         super().__init__(message)
-        self.status, self.reason = status, reason
+        self.status = status
+        self.reason = reason

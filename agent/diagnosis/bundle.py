@@ -36,7 +36,8 @@ class Bundle:
         """Read for secrets first, then cut: what is cut off may be what says that the rest is one."""
         clean = redaction.text(_end(words, 4 * MOST))
         if len(clean) > MOST:
-            self.cut[name], clean = len(words), _end(clean, MOST)
+            self.cut[name] = len(words)
+            clean = _end(clean, MOST)
         self._add(name, clean)
 
     def value(self, name: str, given: Any) -> None:
@@ -77,7 +78,8 @@ class Bundle:
         with gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as outer, tarfile.open(fileobj=outer, mode="w") as tar:
             for name, data in sorted({**self.files, "MANIFEST": self.manifest().encode()}.items()):
                 info = tarfile.TarInfo(f"{self.root}/{name}")
-                info.size, info.mode = len(data), 0o600
+                info.size = len(data)
+                info.mode = 0o600
                 tar.addfile(info, io.BytesIO(data))
         return packed.getvalue()
 

@@ -81,7 +81,8 @@ class Admin:
 
     async def _status(self, _: Request) -> dict[str, Any]:
         missing, degraded = self.readiness()
-        states, foreign = dict[str, int](), list[str]()
+        states = dict[str, int]()
+        foreign = list[str]()
         for pod in self.table:
             status = self.reconciler.status(pod.uid)
             states[status.state.value] = states.get(status.state.value, 0) + 1

@@ -27,7 +27,8 @@ def _name(told: Told) -> str:
 
 def _broken(told: Told, *, kubernetes: bool) -> str:
     """Its traffic is not where it should be."""
-    name, ztunnel = _name(told), told["ztunnel"]
+    name = _name(told)
+    ztunnel = told["ztunnel"]
     if told["state"] == "waiting":
         return "the agent has not looked at it yet: ask again in a moment"
     if told["state"] == "failed" and told["probe"] and told["error"].startswith("rolled back"):
@@ -52,7 +53,9 @@ def _broken(told: Told, *, kubernetes: bool) -> str:
 
 def _watch(told: Told) -> str:
     """It is captured; what else is not as it should be."""
-    name, exemption, annotation = _name(told), told["exemption"], told["annotation"]
+    name = _name(told)
+    exemption = told["exemption"]
+    annotation = told["annotation"]
     if exemption and exemption["error"]:
         return "the node's probes are taken for strangers': sluice verify --all --repair, then sluice status"
     if told["probe"] and not told["probe"].endswith(": ok"):
@@ -80,7 +83,8 @@ def _unknown(told: Told) -> str:
 def _kept_out(told: Told) -> str:
     """What would have to change about a pod that its labels alone cannot enrol."""
     fact = next(fact for fact in told["facts"] if fact["decides"])
-    key, place = fact["key"], f" ({fact['place']})" if fact["place"] else ""
+    key = fact["key"]
+    place = f" ({fact['place']})" if fact["place"] else ""
     namespace = told["namespace"]
     return {
         "host network": "to capture it, give it a network of its own (hostNetwork: false)",

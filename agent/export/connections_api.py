@@ -46,8 +46,10 @@ class ConnectionsApi:
     """Answers for GET /v1/connections. `accounting` is None where the setting is off."""
 
     def __init__(self, accounting: Accounting | None, table: PodTable) -> None:
-        self._accounting, self._table = accounting, table
-        self._waiting, self._closed = set[asyncio.Event](), False
+        self._accounting = accounting
+        self._table = table
+        self._waiting = set[asyncio.Event]()
+        self._closed = False
 
     async def connections(self, request: Request) -> dict[str, Any]:
         """With `after` (a number) the next that ended since, waited for up to `wait` seconds; else what there is.
@@ -78,7 +80,8 @@ class ConnectionsApi:
             arrived.set()
 
     async def _list(self, accounting: Accounting, query: Mapping[str, str], fate: str) -> dict[str, Any]:
-        name, limit = query.get("pod", ""), _number(query, "limit", _MOST)
+        name = query.get("pod", "")
+        limit = _number(query, "limit", _MOST)
         pod = self._one(name)
         await accounting.look()
         ended = accounting.recent.last(limit, _chosen(pod, name, fate))
@@ -98,7 +101,9 @@ class ConnectionsApi:
 
     async def _follow(self, recent: Recent[Any, ResolvedRecord], at: int, wait: int, keep: Keep) -> dict[str, Any]:
         """Lost are those that came and went between two questions, of whatever pod they were."""
-        found, lost, arrived = list[ResolvedRecord](), 0, asyncio.Event()
+        found = list[ResolvedRecord]()
+        lost = 0
+        arrived = asyncio.Event()
         self._waiting.add(arrived)
         try:
             with recent.listening(arrived.set), contextlib.suppress(TimeoutError):

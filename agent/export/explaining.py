@@ -73,7 +73,8 @@ class Explaining:
             self._ztunnel(pod), self._connections(pod), self._programs(pod)
         )
         rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
-        decision, status = decide(pod, self.settings), self.reconciler.status(pod.uid)
+        decision = decide(pod, self.settings)
+        status = self.reconciler.status(pod.uid)
         told = {
             "namespace": pod.namespace,
             "name": pod.name,
@@ -117,7 +118,8 @@ class Explaining:
 
     def _facts(self, pod: Pod) -> list[dict[str, Any]]:
         """In the order in which they are asked; the first that says something decides."""
-        rows, decided = list[dict[str, Any]](), False
+        rows = list[dict[str, Any]]()
+        decided = False
         for fact in considered(pod, self.settings):
             says = fact.enrols is not None
             place = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
@@ -171,7 +173,8 @@ class Explaining:
     def _exemption(self, pod: Pod, decision: Decision) -> dict[str, Any] | None:
         if self.around is None or not decision.enrolled:
             return None
-        status, exempt = self.around.host(), list(self.around.exempt(pod.uid))
+        status = self.around.host()
+        exempt = list(self.around.exempt(pod.uid))
         return {"mechanism": status.mechanism, "ok": status.ok, "error": status.error, "addresses": exempt}
 
     async def _ztunnel(self, pod: Pod) -> dict[str, Any]:

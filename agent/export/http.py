@@ -117,7 +117,8 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
 def _headers(event: h11.Request) -> dict[str, str]:
     found: dict[str, str] = {}
     for raw, value in event.headers:
-        name, text = raw.decode("latin-1"), value.decode("latin-1")
+        name = raw.decode("latin-1")
+        text = value.decode("latin-1")
         found[name] = f"{found[name]}, {text}" if name in found else text
     return found
 

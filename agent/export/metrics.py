@@ -173,7 +173,8 @@ class Metrics:
     def failed(self, pod: Pod, error: Exception) -> None:
         if not without_sandbox(pod, error):
             self.failures.inc()
-        words, before = str(error), self._said.get(pod.uid, ("", 0.0))
+        words = str(error)
+        before = self._said.get(pod.uid, ("", 0.0))
         if words == before[0] and time.monotonic() < before[1] + _QUIET:
             return
         if len(self._said) >= _FAILING:

@@ -19,7 +19,8 @@ from agent.flows.label_totals import LabelTotals
 from agent.flows.record import Delta, Quality
 
 log = logging.getLogger("sluice.metrics")
-_PAUSE, _LONGEST = 4, 3.0  # a page that took so long is followed by a pause of so many times as long, up to 3 s
+_PAUSE = 4  # a page that took so long is followed by a pause of so many times as long, up to 3 s
+_LONGEST = 3.0
 
 
 class ConnectionMetrics:
@@ -35,7 +36,9 @@ class ConnectionMetrics:
         losses: Callable[[], Mapping[str, int]] = dict,
         refresh: Callable[[], None] = lambda: None,
     ) -> None:
-        self._tally, self._losses, self._refresh = tally, losses, refresh
+        self._tally = tally
+        self._losses = losses
+        self._refresh = refresh
         self._lock = threading.Lock()
 
     def add(
@@ -71,7 +74,8 @@ class Page:
     """
 
     def __init__(self, registry: CollectorRegistry, connections: ConnectionMetrics | None = None) -> None:
-        self._registry, self._connections = registry, connections
+        self._registry = registry
+        self._connections = connections
         self._underway: dict[bool, asyncio.Task[bytes]] = {}
         self._next = 0.0  # when the next page may be begun
 
@@ -84,7 +88,8 @@ class Page:
         return Response(200, body, exposition.OPENMETRICS if openmetrics else exposition.PLAIN)
 
     async def _write(self, openmetrics: bool) -> bytes:
-        loop, started = asyncio.get_running_loop(), 0.0
+        loop = asyncio.get_running_loop()
+        started = 0.0
         try:
             await asyncio.sleep(max(0.0, self._next - loop.time()))
             started = loop.time()

@@ -74,7 +74,8 @@ def ztunnel(zds: ZdsServer) -> Part:
     """The proxy's connection. Whether it listens is told of each pod."""
 
     async def rows(_: bool) -> list[Row]:
-        late, error = zds.unacknowledged, ""
+        late = zds.unacknowledged
+        error = ""
         if not zds.connections:
             refused = "new pods wait, and pods in which none listens have their connections refused"
             error = f"no ztunnel is connected to {zds.path}; start it: {refused}"

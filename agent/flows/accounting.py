@@ -59,13 +59,22 @@ class Accounting:
         peers: PeersFile | None = None,
     ) -> None:
         """`add` takes what refresh() finds, as Tally.add; `reason` tells why it is this collector."""
-        self.collector, self.reason, self.recent = collector, reason, Recent[Any, ResolvedRecord](self._named)
-        self._table, self._who, self._node, self._add, self._journal = table, who, node, add, journal
-        self._verify_seconds, self._peers, self._endpoints = verify_seconds, peers, Endpoints()
+        self.collector = collector
+        self.reason = reason
+        self.recent = Recent[Any, ResolvedRecord](self._named)
+        self._table = table
+        self._who = who
+        self._node = node
+        self._add = add
+        self._journal = journal
+        self._verify_seconds = verify_seconds
+        self._peers = peers
+        self._endpoints = Endpoints()
         self._cookies: dict[str, int] = {}  # by UID
         self._pods: OrderedDict[int, str] = OrderedDict()  # cookie -> UID, of those that have gone too
         self._names: dict[str, Pod] = {}
-        self._counts, self._turn = SocketCounts(), threading.Lock()
+        self._counts = SocketCounts()
+        self._turn = threading.Lock()
         self._sockets: dict[str, PodSockets] = {}  # by UID
         self._looked: dict[str, float] = {}
 
@@ -78,7 +87,8 @@ class Accounting:
         cookie = target.netns.id.cookie
         with self._turn:
             old = self._cookies.get(pod.uid)
-            self._cookies[pod.uid], self._names[pod.uid] = cookie, pod
+            self._cookies[pod.uid] = cookie
+            self._names[pod.uid] = pod
             self._pods[cookie] = pod.uid
             self._pods.move_to_end(cookie)
         try:
@@ -136,7 +146,8 @@ class Accounting:
         """At its sockets, now and then. A dump takes half a millisecond."""
         now = time.monotonic()
         if now - self._looked.get(uid, -SOCKETS) >= SOCKETS:
-            self._looked[uid], self._sockets[uid] = now, self._counts.read(target)
+            self._looked[uid] = now
+            self._sockets[uid] = self._counts.read(target)
 
     def sockets(self) -> list[tuple[Pod, PodSockets]]:
         """Of each pod as last counted."""

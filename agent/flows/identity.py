@@ -54,7 +54,8 @@ class Who:
     """
 
     def __init__(self, cluster: str = "Kubernetes", trust_domain: str = "cluster.local") -> None:
-        self.cluster, self.trust_domain = cluster, trust_domain
+        self.cluster = cluster
+        self.trust_domain = trust_domain
         self._local: Mapping[str, Workload] = {}
         self._peers: Mapping[str, Workload] = {}
         self._services: Mapping[tuple[str, int], Service] = {}
@@ -69,7 +70,8 @@ class Who:
         self._local = found
 
     def know_peers(self, workloads: Mapping[str, Workload], services: Mapping[tuple[str, int], Service]) -> None:
-        self._peers, self._services = dict(workloads), dict(services)
+        self._peers = dict(workloads)
+        self._services = dict(services)
 
     def workload(self, address: str) -> Workload | None:
         return self._local.get(address) or self._peers.get(address)

@@ -27,11 +27,16 @@ class ConnectionJournal:
 
     def __init__(self, file: LogFile, one_in: int = 1) -> None:
         """Of captured and exempt connections `one_in` is written, of leaked and failed ones each."""
-        self._file, self._one_in = file, one_in
+        self._file = file
+        self._one_in = one_in
         self._waiting: deque[ResolvedRecord] = deque()
-        self._changed, self._ending = Condition(), False
-        self._broken, self._quiet = 0, 0.0  # lost since it last could write; when it may complain again
-        self.written, self._slow, self._failed = 0, 0, 0
+        self._changed = Condition()
+        self._ending = False
+        self._broken = 0  # lost since it last could write; when it may complain again
+        self._quiet = 0.0
+        self.written = 0
+        self._slow = 0
+        self._failed = 0
         self._thread = Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 

@@ -147,7 +147,10 @@ class _Rows(Generic[_Key, _Row]):
         rest: Callable[[_Key], _Key],
         owned: Callable[[_Key], _Key] | None = None,
     ) -> None:
-        self._cap, self._text, self._rest, self._owned = cap, text, rest, owned
+        self._cap = cap
+        self._text = text
+        self._rest = rest
+        self._owned = owned
         self._share = max(_LEAST, cap // _PART)
         self._make: Callable[[str], _Row] = make
         self._taken: dict[_Key, set[str]] = {}  # owned(key) -> that owner's rows
@@ -194,7 +197,8 @@ class LabelTotals:
     """
 
     def __init__(self, who: Who, cap: int = 5000, ttl: float = 900.0) -> None:
-        self._who, self._ttl = who, ttl
+        self._who = who
+        self._ttl = ttl
         self._traffic: _Rows[_Peers, _TrafficRow] = _Rows(
             cap,
             _TrafficRow,
@@ -242,7 +246,8 @@ class LabelTotals:
         row = self._fates.of((*_names(workload), delta.direction, delta.fate, delta.reason), now)
         row.count += count
         if delta.socket:
-            row.socket, row.at = delta.socket, now
+            row.socket = delta.socket
+            row.at = now
 
     def _peers(self, delta: Delta, workload: Workload | None, addresses: tuple[str, ...]) -> _Peers:
         where = (delta.remote,) if delta.direction is Direction.OUTBOUND else addresses

@@ -15,8 +15,12 @@ class LogFile:
 
     def __init__(self, name: str, limit: int, keep: int) -> None:
         """`limit` in bytes; `keep` old files besides. Neither is for what is no regular file."""
-        self.name, self._limit, self._keep = name, limit, keep
-        self._fd, self._size, self._rotates = -1, 0, False
+        self.name = name
+        self._limit = limit
+        self._keep = keep
+        self._fd = -1
+        self._size = 0
+        self._rotates = False
 
     def write(self, lines: bytes) -> None:
         """All of them, or (in a regular file) none."""
@@ -51,13 +55,15 @@ class LogFile:
         # Read too, to see how it ends.
         self._fd = os.open(self.name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         found = os.fstat(self._fd)
-        self._rotates, self._size = stat.S_ISREG(found.st_mode), found.st_size
+        self._rotates = stat.S_ISREG(found.st_mode)
+        self._size = found.st_size
         if self._rotates and self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
             self._size += os.write(self._fd, b"\n")  # the last line is an earlier agent's that was killed
 
     def _same(self) -> bool:
         try:
-            found, ours = Path(self.name).stat(), os.fstat(self._fd)
+            found = Path(self.name).stat()
+            ours = os.fstat(self._fd)
         except FileNotFoundError:
             return False
         self._size = ours.st_size  # others may have truncated it

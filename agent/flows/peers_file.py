@@ -18,7 +18,8 @@ class PeersFile:
 
     def __init__(self, path: str, who: Who) -> None:
         self.error = ""
-        self._who, self._file = who, WatchedFile(Path(path))
+        self._who = who
+        self._file = WatchedFile(Path(path))
 
     def load(self) -> None:
         """Blocking; a file that is not there names nobody."""

@@ -19,7 +19,8 @@ class Recent(Generic[R, V]):
     """
 
     def __init__(self, read: Callable[[R], V], limit: int = 4096) -> None:
-        self._read, self._kept = read, deque[R](maxlen=limit)
+        self._read = read
+        self._kept = deque[R](maxlen=limit)
         self._listeners: list[Callable[[], None]] = []
         self.number = 0  # of the newest
 
@@ -49,7 +50,8 @@ class Recent(Generic[R, V]):
         if number > self.number:
             number = self.number - len(self._kept)
         lost = max(0, self.number - len(self._kept) - number)
-        found, at = list[V](), number + lost
+        found = list[V]()
+        at = number + lost
         for raw in list(islice(reversed(self._kept), self.number - at))[::-1]:
             if len(found) == most:
                 break

@@ -51,7 +51,8 @@ def parse(text: str, place: str, cluster: str = "") -> RemoteWorkloads:
             workloads[address] = workload
     services: dict[tuple[str, int], Service] = {}
     for one in top.entries("services", _SERVICE):
-        service, ports = _service(one), _ports(one)
+        service = _service(one)
+        ports = _ports(one)
         for where in ((address, port) for address in _addresses(one) for port in ports):
             if where in services:
                 raise one.error("addresses", f"{where[0]} port {where[1] or 'any'} is another service's too")

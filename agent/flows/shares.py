@@ -28,7 +28,8 @@ class Shares:
     """One thread at a time. Methods raise KernelError."""
 
     def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
-        self._maps, self._clock = maps, clock
+        self._maps = maps
+        self._clock = clock
         self._told: dict[tuple[int, Shared], tuple[int, float]] = {}  # refused at the last message, and when that was
 
     def allow(self) -> None:

@@ -24,7 +24,9 @@ class Binary:
     """`source` is ours to read, `directory` the host's."""
 
     def __init__(self, host: HostRoot, source: str, directory: str) -> None:
-        self.host, self.source, self.directory = host, Path(source), directory
+        self.host = host
+        self.source = Path(source)
+        self.directory = directory
         self._known: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property

@@ -22,7 +22,8 @@ class HostRoot:
         """
         todo = [part for part in reversed(host.split("/")) if part not in ("", ".")]
         done: list[str] = []
-        root, links = str(self.root), 0
+        root = str(self.root)
+        links = 0
         while todo:
             part = todo.pop()
             if part == "..":

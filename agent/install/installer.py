@@ -64,10 +64,13 @@ class Installer:
         self.fighting = False
         self.verdict = InstallPlan()
         self.places: Places | None = None
-        self._settings, self._proc, self._clock = settings, proc, clock
+        self._settings = settings
+        self._proc = proc
+        self._clock = clock
         self._host = HostRoot(settings.host_root)
         self._entry = plugin_entry(settings)
-        self._contention, self._looks = Contention(), Contention()
+        self._contention = Contention()
+        self._looks = Contention()
         self._kept: Binary | None = None
         self._seen: NetDir | None = None
         self._judged: tuple[View, InstallPlan] | None = None

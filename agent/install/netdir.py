@@ -25,7 +25,8 @@ class NetDir:
 
     def __init__(self, host: HostRoot, directory: str) -> None:
         """`directory` as the host names it."""
-        self.host, self.directory = host, directory
+        self.host = host
+        self.directory = directory
         self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
 
     @property
@@ -34,7 +35,8 @@ class NetDir:
 
     def view(self) -> View:
         """Raises SettingsError when the directory is there and cannot be read; one that is not there has no files."""
-        files, unread = dict[str, bytes](), dict[str, str]()
+        files = dict[str, bytes]()
+        unread = dict[str, str]()
         try:
             base = self.path
             found = [entry for entry in os.scandir(base) if not entry.is_dir(follow_symlinks=False)]

@@ -184,7 +184,8 @@ def insert(view: View, entry: Json, wished: str) -> InstallPlan:
         why = f"{primary.name} becomes {file}, which is there already"
         return InstallPlan(error=f"{why}; remove one of them, or use cni_install: own")
     actions: list[Action] = []
-    data, kept = conflists.insert(primary, entry, file), kept_name(primary.name)
+    data = conflists.insert(primary, entry, file)
+    kept = kept_name(primary.name)
     if file != primary.name:
         actions = [*_write(view, file, data, like=primary.name), Rename(primary.name, kept)]
     elif data != primary.data:

@@ -113,7 +113,8 @@ def _of_files(host: HostRoot) -> _Source:
 def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
     name = f"{whose} {path}"
     try:
-        texts, seen = list[str](), set[Path]()
+        texts = list[str]()
+        seen = set[Path]()
         _collect(host, path, texts, seen)
         variables = _SNAP if "/snap/" in path or "SNAP" in path else {}
         return _Source(tomlconf.containerd(texts, variables), name)

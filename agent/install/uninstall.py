@@ -33,7 +33,8 @@ class Uninstall:
 
     def __init__(self, settings: Settings, binary: str = "auto", proc: Path = Path("/proc")) -> None:
         """`binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
-        self._settings, self._wish = settings, binary
+        self._settings = settings
+        self._wish = binary
         self._host = HostRoot(settings.host_root)
         self.places: Places = runtime.find(settings, self._host, proc)
 

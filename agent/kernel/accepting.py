@@ -31,14 +31,17 @@ class Seldom:
     """Logs one kind of event at most once a minute, with how many there were."""
 
     def __init__(self, level: int = logging.WARNING) -> None:
-        self._level, self._count, self._next = level, 0, 0.0
+        self._level = level
+        self._count = 0
+        self._next = 0.0
 
     def log(self, words: str) -> None:
         self._count += 1
         if time.monotonic() >= self._next:
             more = f" ({self._count} times since this was logged last)" if self._count > 1 else ""
             log.log(self._level, "%s%s", words, more)
-            self._count, self._next = 0, time.monotonic() + _QUIET
+            self._count = 0
+            self._next = time.monotonic() + _QUIET
 
 
 async def accept(listener: socket.socket, seldom: Seldom) -> tuple[socket.socket, Any]:
@@ -62,7 +65,8 @@ class Limits:
     """The most connections in all, and from one address; an IPv6 /64 counts as one, since a host may own all of it."""
 
     def __init__(self, most: int, each: int) -> None:
-        self._most, self._each = most, each
+        self._most = most
+        self._each = each
         self._held: Counter[str] = Counter()
         self._full = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
 
@@ -145,7 +149,8 @@ async def serve(path: str, kind: int, handle: Handle) -> None:
 
 async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
     """Only root connects here, so connections beyond the limit wait in the queue and are not refused."""
-    room, broken = asyncio.Semaphore(_AT_ONCE), Seldom(logging.ERROR)
+    room = asyncio.Semaphore(_AT_ONCE)
+    broken = Seldom(logging.ERROR)
 
     async def one(sock: socket.socket) -> None:
         try:

@@ -27,5 +27,6 @@ class WatchedFile:
             self._seen = version
             return self.path.read_text()
         except FileNotFoundError:
-            known, self._seen = self._seen == _NONE, _NONE
+            known = self._seen == _NONE
+            self._seen = _NONE
             return None if known else ""

@@ -70,7 +70,8 @@ def read_host_view(
 
     Nothing is raised: what cannot be read is told in the remarks.
     """
-    release, remarks = release or os.uname().release, list[str]()
+    release = release or os.uname().release
+    remarks = list[str]()
     state = _nf_tables(root, release)
     tables: tuple[HostTable, ...] | None = None if state is InKernel.UNKNOWN else ()
     if state in (InKernel.LOADED, InKernel.BUILT_IN):
@@ -150,9 +151,11 @@ def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[Host
         by_table.setdefault((message.body[0], parts.get(1, b"")), []).append(parts)
     found = []
     for message in tables:
-        family, raw = message.body[0], dict(attributes(message.body[4:])).get(1, b"")
+        family = message.body[0]
+        raw = dict(attributes(message.body[4:])).get(1, b"")
         base = [chain for chain in by_table.get((family, raw), []) if 4 in chain]  # NFTA_CHAIN_HOOK
-        name, words = _text(raw), {_text(chain.get(3)) for chain in base}
+        name = _text(raw)
+        words = {_text(chain.get(3)) for chain in base}
         found.append(
             HostTable(
                 _FAMILY.get(family, str(family)),

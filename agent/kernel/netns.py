@@ -68,7 +68,8 @@ class Netns:
 
     def __init__(self, fd: int, origin: str) -> None:
         """Takes over `fd`. Raises NetnsError or HostNetnsError, and then has closed it."""
-        self.fd, self.origin = fd, origin
+        self.fd = fd
+        self.origin = origin
         try:
             _check_type(fd, origin)
             status = os.fstat(fd)

@@ -109,7 +109,8 @@ class PodNetns:
         """
         if self._wiring is not None and self.route_events.unchanged_since(self._wiring[0]):
             return self._wiring[1]
-        mark, ipv6 = self.route_events.mark(), self.has_ipv6()
+        mark = self.route_events.mark()
+        ipv6 = self.has_ipv6()
         links = self.route.links()
         held = [tuple(self.route.main_routes(family)) for family in ((4, 6) if ipv6 else (4,))]
         addresses = tuple(one.address for one in self.route.held_addresses())
@@ -121,7 +122,10 @@ class PodNetns:
         return found
 
     def close(self) -> None:
-        opened, self._opened, self._facts, self._wiring = self._opened, None, None, None
+        opened = self._opened
+        self._opened = None
+        self._facts = None
+        self._wiring = None
         if self._diag is not None:
             self._diag.close()
             self._diag = None

@@ -34,7 +34,9 @@ def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple
 
     Beside them number and cgroup of those whose namespace is hidden from us. Raises KernelError when our own is.
     """
-    hosts, found, hidden = hosts_netns(proc), list[ProcessSeen](), list[tuple[int, str]]()
+    hosts = hosts_netns(proc)
+    found = list[ProcessSeen]()
+    hidden = list[tuple[int, str]]()
     for name in os.listdir(proc):  # noqa: PTH208 - a thousand names, no paths
         if not name.isdecimal():
             continue
@@ -111,7 +113,9 @@ def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[
 
     Without sockets that no process there holds. One walk for all, for a pod may have any number of sockets.
     """
-    wanted, found, left = set(inodes), dict[int, str](), _DESCRIPTORS
+    wanted = set(inodes)
+    found = dict[int, str]()
+    left = _DESCRIPTORS
     for name in os.listdir(proc):  # noqa: PTH208
         if not name.isdecimal():
             continue

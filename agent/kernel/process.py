@@ -124,7 +124,8 @@ class Process:
 
     def close(self) -> None:
         with self._turn:
-            pidfd, self._pidfd = self._pidfd, -1
+            pidfd = self._pidfd
+            self._pidfd = -1
         if pidfd >= 0:
             os.close(pidfd)
 

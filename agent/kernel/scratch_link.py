@@ -60,7 +60,8 @@ def make(families: tuple[int, ...]) -> None:
 
 
 def _reach(route: RouteSocket, family: int, index: int) -> None:
-    raw, out = ipaddress.ip_address(LOCAL[family]).packed, pack_u32(index)
+    raw = ipaddress.ip_address(LOCAL[family]).packed
+    out = pack_u32(index)
     body = IFADDRMSG.pack(AF[family], _PREFIX[family], _NODAD, 0, index)
     body += attribute(Ifa.LOCAL, raw) + attribute(Ifa.ADDRESS, raw)
     route.request("give an address", Rtm.NEWADDR, NLM_F_CREATE, body)

@@ -145,7 +145,8 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
             spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
         found = [(r, _take(spare, (whose(r.source), r.target), r.time, NEAR_SECONDS)) for r in unmatched]
         fates += [(record, relay) for record, relay in found if relay]
-        seen, unmatched = spare, [record for record, relay in found if not relay]
+        seen = spare
+        unmatched = [record for record, relay in found if not relay]
     return fates + [(record, None) for record in unmatched]
 
 

@@ -28,7 +28,11 @@ class ChainError(SluiceError):
 
     def __init__(self, plugin: str, verb: str, code: int, msg: str, details: str) -> None:
         super().__init__(f"{plugin} {verb}: {msg} (CNI error {code}){': ' + details if details else ''}")
-        self.plugin, self.verb, self.code, self.msg, self.details = plugin, verb, code, msg, details
+        self.plugin = plugin
+        self.verb = verb
+        self.code = code
+        self.msg = msg
+        self.details = details
 
 
 class CniChain:
@@ -42,12 +46,16 @@ class CniChain:
         path: Sequence[Path] = CNI_PATH,
         seed: int | None = None,
     ) -> None:
-        self.config, self.cache, self.netns, self.path = config, cache, netns, path
+        self.config = config
+        self.cache = cache
+        self.netns = netns
+        self.path = path
         self._random = random.Random(seed)
 
     def add(self, attachment: Attachment) -> Json:
         """Returns the last plugin's result. Raises ChainError after having called DEL."""
-        network, result = self._network(), None
+        network = self._network()
+        result = None
         try:
             for plugin in network["plugins"]:
                 stdin = plugin_input(network, plugin, attachment, result)
@@ -65,7 +73,9 @@ class CniChain:
 
     def delete(self, attachment: Attachment) -> None:
         """Calls every plugin and only then raises the first ChainError: one must not stop the others."""
-        network, result, first = self._network(), self.result(attachment), None
+        network = self._network()
+        result = self.result(attachment)
+        first = None
         for plugin in reversed(network["plugins"]):
             try:
                 self._call("DEL", plugin, plugin_input(network, plugin, attachment, result), attachment)
@@ -77,7 +87,8 @@ class CniChain:
 
     def check(self, attachment: Attachment) -> None:
         """Raises ChainError when a plugin finds its work undone."""
-        network, result = self._network(), self.result(attachment)
+        network = self._network()
+        result = self.result(attachment)
         if not at_least(network["cniVersion"], "0.4.0"):
             return
         for plugin in network["plugins"]:

@@ -37,7 +37,8 @@ class Checks:
 
 def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
     """Runs it all on a lab of its own and removes the lab. Returns the exit code: 0 when every claim held."""
-    check, started = Checks(), time.monotonic()
+    check = Checks()
+    started = time.monotonic()
     lab = Lab(default_spec(prefix))
     try:
         with interruptible():

@@ -39,7 +39,8 @@ class Lab:
 
     def __init__(self, spec: LabSpec, ztunnel: Path | None = None) -> None:
         """`ztunnel`: Istio's, instead of the embedded one."""
-        self.spec, self._ztunnel = spec, ztunnel
+        self.spec = spec
+        self._ztunnel = ztunnel
         self.children = Children(spec.run_dir / "processes")
         self.pods = LabPods(spec, self.children)
         self.nodes = {node: NodeProcesses(spec, node, self.children, ztunnel) for node in spec.nodes}
@@ -107,7 +108,8 @@ class Lab:
         """For Istio's ztunnel: the pods with those addresses that they have by now."""
         if self._ztunnel is None:
             return
-        up, hbone = self.pods.up(), istio.has_certificates(os.environ)
+        up = self.pods.up()
+        hbone = istio.has_certificates(os.environ)
         there = {ref: (pod.ipv4, pod.ipv6) for ref, pod in up.items()}
         text = istio.workloads(((spec, there.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
         for node in self.nodes.values():

@@ -32,8 +32,12 @@ class NodeProcesses:
 
     def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
         """`ztunnel`: Istio's, instead of the embedded one."""
-        self.node, self.directory, self._ztunnel = node, spec.node_dir(node), ztunnel
-        self._spec, self._netns, self._children = spec, spec.netns_path(node), children
+        self.node = node
+        self.directory = spec.node_dir(node)
+        self._ztunnel = ztunnel
+        self._spec = spec
+        self._netns = spec.netns_path(node)
+        self._children = children
 
     def configure(self, backend: LabBackend, **changes: Any) -> Path:
         """Writes the agent's settings, the lab's but for `changes`; it reads them when it starts."""

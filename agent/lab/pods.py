@@ -42,7 +42,8 @@ class LabPods:
     """All pods of one lab, kept as files in /run/<prefix>/pods, so that a later process knows them too."""
 
     def __init__(self, spec: LabSpec, children: Children) -> None:
-        self.spec, self._children = spec, children
+        self.spec = spec
+        self._children = children
         self._directory = spec.run_dir / "pods"
 
     def write_chains(self, *, sluice: bool) -> None:
@@ -57,7 +58,8 @@ class LabPods:
 
     def create(self, spec: PodSpec) -> LabPod:
         """Namespace and network; programs are started apart. Raises ChainError, and then nothing is left."""
-        name, path = self.spec.netns_name(spec.key), self.spec.netns_path(spec.key)
+        name = self.spec.netns_name(spec.key)
+        path = self.spec.netns_path(spec.key)
         attachment = Attachment(
             secrets.token_hex(32), str(path), spec.namespace, spec.name, str(uuid.uuid4()), spec.annotations
         )
@@ -94,7 +96,8 @@ class LabPods:
         for child in self._children.all():
             if child.name.startswith(f"{spec.key}."):
                 self._children.end(child.name)
-        pod, failure = self.get(spec), None
+        pod = self.get(spec)
+        failure = None
         steps = [pod.attachment, replace(pod.attachment, netns="")] if pod else []
         for attachment in steps:
             try:
@@ -129,7 +132,8 @@ class LabPods:
 
     def write_names(self) -> None:
         """The hosts file of the lab's DNS server, NAME.NAMESPACE.lab.test, and the agents' file of peers."""
-        lines, peers = list[str](), list[Json]()
+        lines = list[str]()
+        peers = list[Json]()
         for pod in self.up().values():
             name = f"{pod.spec.name}.{pod.spec.namespace}.{DOMAIN}"
             lines += [f"{pod.ipv4} {name}", f"{pod.ipv6} {name}"]

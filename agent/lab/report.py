@@ -52,14 +52,14 @@ def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str
 
     Of those that failed the lab cannot tell where they went: each may be in one of the two accounts alone.
     """
-    captured, leaked, failed = (
-        seen.count("outbound", "captured"),
-        seen.count("outbound", "leaked"),
-        _sum(passed, "failed"),
-    )
+    captured = seen.count("outbound", "captured")
+    leaked = seen.count("outbound", "leaked")
+    failed = _sum(passed, "failed")
     words = f"{captured} counted here, {seen.relayed} by the proxies"
     yield "as many are captured as the proxies took", abs(captured - seen.relayed) <= failed, words
-    escaped, inbound, missed = _sum(passed, "escaped"), seen.count("inbound", "leaked"), _sum(passed, "missed_inbound")
+    escaped = _sum(passed, "escaped")
+    inbound = seen.count("inbound", "leaked")
+    missed = _sum(passed, "missed_inbound")
     words = f"{leaked} counted here, {escaped} missed by the proxies"
     yield "leaked are those that passed by while it was provoked", escaped <= leaked <= escaped + failed, words
     words = f"{inbound} counted here, {missed} missed by the proxies"
@@ -71,7 +71,8 @@ def _sum(passed: Accounts, what: str) -> int:
 
 
 def _seen(lab: Lab) -> DemoTotals:
-    found, collectors = Found(), set[str]()
+    found = Found()
+    collectors = set[str]()
     for node in lab.spec.nodes:
         answer = api.agent(lab, node, "/v1/status")
         collectors.add(answer["accounting"])

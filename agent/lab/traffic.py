@@ -27,7 +27,10 @@ class LabTraffic:
     def __init__(
         self, lab: Lab, pod: LabPod, targets: Sequence[str], *, name: str = "load", rate: float = RATE
     ) -> None:
-        self._lab, self._pod, self._targets, self._rate = lab, pod, targets, rate
+        self._lab = lab
+        self._pod = pod
+        self._targets = targets
+        self._rate = rate
         self._name = name
         self.records = lab.spec.run_dir / f"{pod.spec.key}.{name}.jsonl"
 
@@ -65,11 +68,13 @@ def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:
 
     For figures that are written some time after the traffic that they tell of, on a machine that may be busy.
     """
-    value, changed = read(), time.monotonic()
+    value = read()
+    changed = time.monotonic()
     until = changed + LONGEST_SECONDS
     while not right(value) and time.monotonic() < min(changed + SETTLE_SECONDS, until):
         time.sleep(0.1)
-        last, value = value, read()
+        last = value
+        value = read()
         if value != last:
             changed = time.monotonic()
     return value

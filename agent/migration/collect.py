@@ -40,10 +40,12 @@ _BY = {Owner.SLUICE: SLUICE, Owner.FOREIGN: ISTIO_CNI}
 
 def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc")) -> MigrationFacts:
     """`only`: these network namespaces, and not the host's. Raises SluiceError when the directory cannot be read."""
-    host, problems = HostRoot(settings.host_root), list[str]()
+    host = HostRoot(settings.host_root)
+    problems = list[str]()
     where = runtime.find(settings, host, proc)
     view = NetDir(host, where.conf.path).view()
-    places, entries = list(only), [place.entry for place in istio.places(view)]
+    places = list(only)
+    entries = [place.entry for place in istio.places(view)]
     run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or RUN_DIR) for one in entries), RUN_DIR])
     why, ztunnels = _ours(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"

@@ -107,7 +107,8 @@ class Translated:
 
 def translate(found: Mapping[str, Any]) -> Translated:
     """`found`: istio-cni's settings by their names in TABLE. Never raises: what cannot be used is told."""
-    settings, remarks = dict[str, Any](), list[str]()
+    settings = dict[str, Any]()
+    remarks = list[str]()
     for one in TABLE:
         if one.name not in found:
             continue

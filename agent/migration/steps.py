@@ -74,7 +74,8 @@ def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
     name = place.conf.name
     if place.form != CHAINED:
         return [MigrationStep(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
-    kept, data = ENTRY + name + KEPT, place.conf.data
+    kept = ENTRY + name + KEPT
+    data = place.conf.data
     network = istio.without(place.conf.network)
     clean = conflists.encode(network["plugins"][0] if place.conf.single else network)
     keep = (
@@ -128,7 +129,8 @@ def _moved(view: View) -> list[MigrationStep]:
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
     if not entry or primary is None or mentions(primary.network):
         return []
-    data, name = conflists.encode(istio.added(primary.network, entry)), f"{primary.stem}.conflist"
+    data = conflists.encode(istio.added(primary.network, entry))
+    name = f"{primary.stem}.conflist"
     steps = [
         MigrationStep(Write(name, data, like=primary.name), "istio-cni's entry out of our list into the primary's")
     ]
@@ -148,7 +150,8 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
         return [done]
     if name in there and mentions(there[name].network):
         return [done]  # its agent has put it back
-    primary, rest = there.get(name) or next(iter(there.values()), None), istio.without(old.network)
+    primary = there.get(name) or next(iter(there.values()), None)
+    rest = istio.without(old.network)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
         return [MigrationStep(Rename(kept, name), "istio-cni's entry as it was")]
     entry = entry_of(old)

@@ -14,7 +14,8 @@ class AccountingQueue:
     """One pod at a time, in the order of their passes; each takes as long as the kernel waits for all CPUs."""
 
     def __init__(self, accounting: Accounting) -> None:
-        self._accounting, self._worker = accounting, Workers(1)
+        self._accounting = accounting
+        self._worker = Workers(1)
         self._due: dict[str, tuple[Pod, PodNetns, asyncio.Lock]] = {}
         self._wakeup = asyncio.Event()
 

@@ -26,7 +26,9 @@ class Capturing:
         wait: Callable[[], None] | None = None,
     ) -> None:
         """`retired` layers may hold an old way. `wait` replaces kernel.grace.await_packets."""
-        self._enrolment, self._workers, self._retired = enrolment, workers, retired
+        self._enrolment = enrolment
+        self._workers = workers
+        self._retired = retired
         self._wait = wait or await_packets
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None  # it has not begun, so it serves every pod that comes now
@@ -34,7 +36,9 @@ class Capturing:
     async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Enrolled:
         """Raises SluiceError. What was applied until then stays, and the next pass finds what is left to do."""
         retired = () if time.monotonic() - entry.cleaned < BELIEVED else self._retired
-        enrol, retire, leaving = self._enrolment.enrol, self._enrolment.retire, bool(entry.leaving)
+        enrol = self._enrolment.enrol
+        retire = self._enrolment.retire
+        leaving = bool(entry.leaving)
         found = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, leaving=leaving))
         if found.old:
             await self._passed()
@@ -53,5 +57,6 @@ class Capturing:
     async def _after(self, before: asyncio.Task[None] | None) -> None:
         if before is not None:
             await asyncio.wait([before])
-        self._running, self._next = self._next, None
+        self._running = self._next
+        self._next = None
         await asyncio.to_thread(self._wait)

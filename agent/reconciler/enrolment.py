@@ -81,9 +81,15 @@ class Enrolment:
 
         Without `proxied` nothing is known of ztunnel's connections: they may hang when the rules go.
         """
-        self._listening, self._proxied = listening, proxied
-        self._choice, self._namespaces, self._outside, self._preserve = choice, namespaces, outside, preserve
-        self._switching, self._counting, self._accounting = switching, counting, accounting
+        self._listening = listening
+        self._proxied = proxied
+        self._choice = choice
+        self._namespaces = namespaces
+        self._outside = outside
+        self._preserve = preserve
+        self._switching = switching
+        self._counting = counting
+        self._accounting = accounting
 
     def addresses(self, pod: Pod) -> tuple[str, ...]:
         """The pod's addresses as its namespace has them."""
@@ -146,7 +152,8 @@ class Enrolment:
 
         Raises SluiceError. The next pass then finds what is left.
         """
-        done, carried = settle_each(found.target, found.old), found.carried
+        done = settle_each(found.target, found.old)
+        carried = found.carried
         if carried.fresh:
             carried = self._switching.applied(pod.uid, found.target, carried)
             self._remember(pod)
@@ -228,7 +235,8 @@ class Enrolment:
 
         `leaving`: how a pod was captured that leaves. `foreign` as of Reconciler.inspect.
         """
-        target, retired = self._namespaces.resolve(pod), self._choice.retired
+        target = self._namespaces.resolve(pod)
+        retired = self._choice.retired
         if leaving is not None:
             return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
@@ -307,7 +315,8 @@ class Enrolment:
         return self._choice.by_socket and target.wiring().forwards
 
     def _remember(self, pod: Pod) -> None:
-        outside, carried = tuple(self._outside.as_note(pod.uid)), self._switching.as_note(pod.uid)
+        outside = tuple(self._outside.as_note(pod.uid))
+        carried = self._switching.as_note(pod.uid)
         self._namespaces.remember(pod, captured=True, outside=outside, carried=carried)
 
 

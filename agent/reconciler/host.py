@@ -80,13 +80,20 @@ class HostLoop:
         random: Callable[[], float],
     ) -> None:
         """`active` layers in order of application, removed backwards; `retired` ones are removed once, in order."""
-        self.settings, self.status = settings, HostStatus(mechanism)
-        self._active, self._retired, self._target, self._journal = tuple(active), tuple(retired), target, journal
-        self._claims, self._complete = Claims(), False
+        self.settings = settings
+        self.status = HostStatus(mechanism)
+        self._active = tuple(active)
+        self._retired = tuple(retired)
+        self._target = target
+        self._journal = journal
+        self._claims = Claims()
+        self._complete = False
         self._last: HostProbes | None = None  # the want of the last pass that was right
         self._schedule = Schedule(settings.verify_seconds, random)
         self._schedule.wake(_KEY, time.monotonic())
-        self._wakeup, self._news, self._looked = asyncio.Event(), _News(), 0.0
+        self._wakeup = asyncio.Event()
+        self._news = _News()
+        self._looked = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="host")
 
     def claim(self, uid: str, addresses: Iterable[str]) -> None:
@@ -158,14 +165,17 @@ class HostLoop:
         cause = self._target.changed()
         if not cause:
             return
-        first, self._news.cause = not self._news.cause, self._news.cause or cause
+        first = not self._news.cause
+        self._news.cause = self._news.cause or cause
         if first:
             wait = self._looked + SPACING - time.monotonic()
             asyncio.get_running_loop().call_later(max(0.0, wait), self._wake)
 
     async def _pass(self) -> None:
-        news, self._news = self._news, _News()
-        want, started = self._want(), time.monotonic()
+        news = self._news
+        self._news = _News()
+        want = self._want()
+        started = time.monotonic()
         error: Exception | None = None
         try:
             done = await self._work(want)

@@ -20,7 +20,9 @@ class Leaving:
     """One step per pass, until `Entry.leaving` is 0 again."""
 
     def __init__(self, enrolment: Enrolment, proxying: Proxying, workers: Workers) -> None:
-        self._enrolment, self._proxying, self._workers = enrolment, proxying, workers
+        self._enrolment = enrolment
+        self._proxying = proxying
+        self._workers = workers
 
     async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Settled:
         """`redirect`: how the pod was captured. Raises SluiceError."""

@@ -68,9 +68,13 @@ class Reconciler:
         Without `listening` an acknowledgement of ztunnel is enough.
         `carried` knows connections from before a change between NAT and eBPF; without it such a change breaks them.
         """
-        self.settings, self.table, self.choice = settings, table, choice
-        self._namespaces, self._watcher = namespaces, watcher
-        self._journal, self._claims = journal, Claims(host)
+        self.settings = settings
+        self.table = table
+        self.choice = choice
+        self._namespaces = namespaces
+        self._watcher = watcher
+        self._journal = journal
+        self._claims = Claims(host)
         self._canaries = Canaries(canary) if canary else None
         self._enrolment = Enrolment(
             choice,
@@ -100,10 +104,12 @@ class Reconciler:
 
         After a change the pod is due at once, unless somebody keeps undoing our repairs.
         """
-        entry, now = self._entry(uid), time.monotonic()
+        entry = self._entry(uid)
+        now = time.monotonic()
         if cause:
             # The first one: what follows may be others reacting to it.
-            entry.cause, entry.noticed = entry.cause or cause, entry.noticed or now
+            entry.cause = entry.cause or cause
+            entry.noticed = entry.noticed or now
             now += entry.contention.pause(now)
         self._schedule.wake(uid, now)
         self._wakeup.set()
@@ -198,7 +204,8 @@ class Reconciler:
         entry = self._entry(uid)
         started = time.monotonic()
         pod = self.table.get(uid)
-        ended, ok = pod is None or uid in self._gone, False
+        ended = pod is None or uid in self._gone
+        ok = False
         # Who waits for a pod that is back already waits for the pass after this one.
         waiters, entry.waiters = ([], entry.waiters) if ended else (entry.waiters, [])
         entry.awaited = bool(waiters or self._gone.get(uid))
@@ -273,7 +280,8 @@ class Reconciler:
             new=self._namespaces.is_new(pod),
         )
         found = await self._capturing.step(pod, entry, redirect)
-        entry.patience, entry.leaving = 0.0, 0.0
+        entry.patience = 0.0
+        entry.leaving = 0.0
         if exempt is not None:
             await exempt
         self._watcher.watch(pod.uid, found.target)
@@ -284,7 +292,8 @@ class Reconciler:
         if found.changing or cause:  # the change may be rules of a retired layer
             entry.cleaned = -inf
         entry.want = found.want
-        entry.changing, entry.soon = found.changing and not found.waiting, found.soon or bool(cause)
+        entry.changing = found.changing and not found.waiting
+        entry.soon = found.soon or bool(cause)
         notes = (*decision.warnings, *found.notes)
         entry.status = replace(entry.status, outside=found.outside, leaving=False, notes=notes)
         if self._watching and not found.soon:
@@ -342,9 +351,14 @@ class Reconciler:
             self._watcher.unwatch(pod.uid)
             self._unclaim(pod.uid)
             await entry.work(self._workers, lambda: self._enrolment.forget(pod))
-        entry.want, entry.cleaned, entry.changing, entry.soon, entry.patience = None, -inf, False, False, 0.0
+        entry.want = None
+        entry.cleaned = -inf
+        entry.changing = False
+        entry.soon = False
+        entry.patience = 0.0
         error = SluiceError(rolled_back) if rolled_back else None
-        state, leaving = State.FAILED if error else State.EXCLUDED, bool(entry.leaving)
+        state = State.FAILED if error else State.EXCLUDED
+        leaving = bool(entry.leaving)
         entry.told(state, decision, self.choice.name, error, outside=0, leaving=leaving, notes=decision.warnings)
 
     def _unclaim(self, uid: str) -> None:
@@ -382,7 +396,8 @@ class Reconciler:
         preserve = entry.want is not None and entry.want.preserve
         leaving = intent(pod, self.settings).redirect if entry.leaving else None
         async with entry.lock:
-            compare, changing = self._enrolment.compare, entry.changing
+            compare = self._enrolment.compare
+            changing = entry.changing
             found = await self._workers.run(
                 lambda: compare(pod, redirect, leaving=leaving, preserve=preserve, changing=changing, foreign=foreign)
             )

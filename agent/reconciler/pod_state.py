@@ -62,7 +62,8 @@ class PodState:
         A pod that was decided on before keeps that where it asks for too much now: it stays captured and repaired.
         """
         if self.decided is None or self.decided[0] != pod:
-            before, found = self.decided and self.decided[1], decide(pod, settings)
+            before = self.decided and self.decided[1]
+            found = decide(pod, settings)
             if found.refused and before and before.enrolled and not before.refused:
                 words = f"{found.refused}; the pod stays captured as it was before"
                 found = replace(found, redirect=before.redirect, warnings=(*found.warnings, words), refused="")
@@ -132,5 +133,6 @@ class PodState:
         if self.cause:
             self.contention.looked(time.monotonic())
         taken = self.cause, self.noticed
-        self.cause, self.noticed = "", 0.0
+        self.cause = ""
+        self.noticed = 0.0
         return taken

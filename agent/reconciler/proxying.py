@@ -22,7 +22,9 @@ class Proxying:
     """Holds no worker while ztunnel is awaited. Without `listening` an acknowledgement of ztunnel is enough."""
 
     def __init__(self, publisher: ZtunnelPublisher, listening: ZtunnelPorts | None, workers: Workers) -> None:
-        self._publisher, self._listening, self._workers = publisher, listening, workers
+        self._publisher = publisher
+        self._listening = listening
+        self._workers = workers
         self.looks = listening is not None
         self.withdraw = publisher.withdraw
 

@@ -107,7 +107,8 @@ def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Remov
     for layer in reversed(lasting(layers)):
         try:
             for unit in layer.orphans(()):
-                plan, settled = layer.plan(None, layer.read(unit)), Settled()
+                plan = layer.plan(None, layer.read(unit))
+                settled = Settled()
                 due += [layer.name] if plan and layer.name not in due else []
                 if dry_run:
                     done.append(str(plan))

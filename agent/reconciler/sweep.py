@@ -18,7 +18,8 @@ class Sweep:
 
     def __init__(self, layers: Iterable[Lasting], dead: Callable[[Collection[int]], Collection[int]]) -> None:
         """`dead` picks the cookies that belong to no pod and to no namespace that lives."""
-        self._layers, self._dead = tuple(layers), dead
+        self._layers = tuple(layers)
+        self._dead = dead
         self._last: dict[str, list[Any]] = {}
 
     def __call__(self) -> Settled:
@@ -32,7 +33,8 @@ class Sweep:
             found = layer.orphans(())
             dead = self._dead({unit.cookie for unit in found if hasattr(unit, "cookie")})
             nobodys = [unit for unit in found if not hasattr(unit, "cookie") or unit.cookie in dead]
-            last, self._last[layer.name] = self._last.get(layer.name, []), nobodys
+            last = self._last.get(layer.name, [])
+            self._last[layer.name] = nobodys
             for unit in nobodys:
                 if unit in last:
                     settle_unit(layer, unit, None, done)

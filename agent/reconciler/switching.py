@@ -45,7 +45,8 @@ class Switching:
     """Blocking; one pod at a time per thread. Without `connections` changes are made at once."""
 
     def __init__(self, choice: Choice, connections: PreexistingConnections | None) -> None:
-        self._choice, self._connections = choice, connections
+        self._choice = choice
+        self._connections = connections
 
     def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[Backend]) -> SwitchState:
         """Before anything is changed. Raises KernelError."""
@@ -77,7 +78,8 @@ class Switching:
 
         Raises KernelError.
         """
-        by_socket, strict = self._choice.by_socket, want
+        by_socket = self._choice.by_socket
+        strict = want
         want = replace(want, marks=not by_socket or carried or forwards, preserve=want.preserve or carried)
         if waiting:
             ready: Wants = [(one, want) for one in self._choice.active if not one.outlives]

@@ -20,7 +20,9 @@ from agent.core.policy.canary import ProbeResult, ProbeVerdict, judge
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 
-TRIES, TIMEOUT, PAUSE = 3, 1.0, 0.2  # seconds
+TRIES = 3  # seconds
+TIMEOUT = 1.0
+PAUSE = 0.2
 WINDOW = 60.0  # seconds after its enrolment in which a pod's first listener is waited for
 
 
@@ -34,7 +36,8 @@ class _View:
     """The pod's sockets; needs the pod's handle only to be made. Closing waits for a thread that is reading."""
 
     def __init__(self, target: PodNetns) -> None:
-        self._diag, self._lock = target.netns.call(SockDiag), threading.Lock()
+        self._diag = target.netns.call(SockDiag)
+        self._lock = threading.Lock()
 
     def read(self, *states: TcpState) -> list[TcpSocket]:
         with self._lock:
@@ -60,7 +63,10 @@ class ProbeCanary:
     ) -> None:
         """`make` opens the socket that connects, in the namespace that counts as the node's."""
         self._probe = {4: probe_ipv4, 6: probe_ipv6}
-        self._run, self._make, self._timeout, self._clock = run, make, timeout, clock
+        self._run = run
+        self._make = make
+        self._timeout = timeout
+        self._clock = clock
         self._until: dict[str, float] = {}
 
     def enrolled(self, uid: str) -> None:

@@ -35,7 +35,8 @@ class DriftWatcher:
 
         `wiring`: what is programmed follows the interfaces and the routes of the main table, as eBPF's does.
         """
-        self._wake, self._wiring = wake, wiring
+        self._wake = wake
+        self._wiring = wiring
         self._watched: dict[str, PodNetns] = {}
 
     def watch(self, uid: str, target: PodNetns) -> None:

@@ -33,7 +33,9 @@ class NonTcpCounter:
 
     def __init__(self, backend: str, clock: Callable[[], float] = time.monotonic, pins: Pins | None = None) -> None:
         """`pins`: where backend ebpf has its maps."""
-        self._backend, self._clock, self._pins = backend, clock, pins
+        self._backend = backend
+        self._clock = clock
+        self._pins = pins
         self._pods: dict[str, _Pod] = {}
         self._lock = threading.Lock()
 
@@ -46,7 +48,8 @@ class NonTcpCounter:
         if pod.want is not None and (now or pod.want != want or self._clock() - pod.time >= PERIOD):
             self._read(pod, target, pod.want)
         if pod.want != want:
-            pod.want, pod.last = want, {}
+            pod.want = want
+            pod.last = {}
 
     def totals(self, uid: str) -> dict[str, Counts]:
         """By direction, as last read."""

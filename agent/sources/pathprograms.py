@@ -38,7 +38,8 @@ def _namespace(target: PodNetns) -> Iterator[str]:
     for one in _foreign(query.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
         yield f"{_words(one)} selects the sockets of incoming connections (sk_lookup)"
     with contextlib.closing(RouteSocket()) as route:
-        links, filtered = route.links()[:_MOST], route.classified()
+        links = route.links()[:_MOST]
+        filtered = route.classified()
     for link in links:
         name = printable(link.name)
         for hook in _PACKETS:
@@ -52,7 +53,8 @@ def _namespace(target: PodNetns) -> Iterator[str]:
 
 def _cgroups(target: PodNetns) -> Iterator[str]:
     """Of the cgroups that the pod's processes are in, up to the root without it."""
-    here, root = (target.netns.id.device, target.netns.id.inode), bpffs.cgroup_root()
+    here = (target.netns.id.device, target.netns.id.inode)
+    root = bpffs.cgroup_root()
     paths = {
         line.partition("::")[2] for one in proc.processes()[0] if one.netns == here for line in _unified(one.cgroup)
     }

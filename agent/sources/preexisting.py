@@ -32,7 +32,8 @@ class _Pod:
         self.known = Preexisting(self.known.cookies | outside(before, tuple(after), self.select).cookies)
 
     def close(self) -> None:
-        diag, self.diag = self.diag, None
+        diag = self.diag
+        self.diag = None
         if diag is not None:
             diag.close()
 

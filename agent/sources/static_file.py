@@ -38,8 +38,10 @@ class StaticFile:
     """A file that cannot be used is told of and changes nothing: what was read before goes on."""
 
     def __init__(self, path: str, table: PodTable, reconciler: Reconciling) -> None:
-        self.error, self._path = "", path
-        self._table, self._reconciler = table, reconciler
+        self.error = ""
+        self._path = path
+        self._table = table
+        self._reconciler = reconciler
         self._file = WatchedFile(Path(path)) if path else None  # none lists no pods
         self._listed: Mapping[str, Pod] = {}
         self._hidden: set[str] = set()  # listed pods that the table has under another UID

@@ -38,7 +38,8 @@ def parse(text: str, name: str) -> StaticPods:
     if top is None:
         return StaticPods()
     pods: dict[str, Pod] = {}
-    marks, bare = dict[str, PodMark](), set[str]()
+    marks = dict[str, PodMark]()
+    bare = set[str]()
     for entry in top.entries("pods", _KEYS):
         pod = _pod(entry)
         if pod.uid in pods or pod.key in bare:

@@ -24,7 +24,8 @@ class ZtunnelPorts:
 
     def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
         """`ports` are expected in each pod. Every listener counts as ztunnel's while none of `ztunnels` is known."""
-        self._ports, self._ztunnels = frozenset(ports), ztunnels
+        self._ports = frozenset(ports)
+        self._ztunnels = ztunnels
         self._last: WeakKeyDictionary[PodNetns, PortListeners] = WeakKeyDictionary()
 
     def heard(self, target: PodNetns) -> PortListeners:

@@ -123,11 +123,13 @@ def decode_response(data: bytes) -> Ack:
 
 def _oneof(data: bytes, members: tuple[int, ...], name: str) -> tuple[int, bytes]:
     """(field number, joined bodies) of the member that was set last."""
-    chosen, body = 0, b""
+    chosen = 0
+    body = b""
     for number, value in _fields(data):
         if number in members:
             part = _bytes(value, f"{name} field {number}")
-            chosen, body = number, body + part if number == chosen else part
+            body = body + part if number == chosen else part
+            chosen = number
     if not chosen:
         raise ProtocolError(f"ZDS: {name} without a payload that is known here")
     return chosen, body

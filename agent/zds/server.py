@@ -39,7 +39,9 @@ class ZdsConnection:
     """One ztunnel. `acked` holds what it acknowledged, by UID; `kept` the UIDs it was told to keep as they are."""
 
     def __init__(self, sock: socket.socket, seconds: float, pid: int) -> None:
-        self.socket, self.seconds, self.pid = sock, seconds, pid
+        self.socket = sock
+        self.seconds = seconds
+        self.pid = pid
         self.acked: dict[str, Offer] = {}
         self.kept: set[str] = set()
         self.adding: list[str] = []  # under way or about to be: one may be there twice
@@ -123,8 +125,11 @@ class ZdsServer:
         """`acknowledged` is called with each UID that a new ztunnel acknowledged. Its snapshot ends when these calls
         have returned, and waits at most `seconds` for each. `left` is called when a ztunnel has gone; `arrived`, before
         it is given pods, with the process of each ztunnel, which it takes over."""
-        self.path, self.seconds, self._arrived = path, seconds, arrived
-        self._acknowledged, self._left = acknowledged, left
+        self.path = path
+        self.seconds = seconds
+        self._arrived = arrived
+        self._acknowledged = acknowledged
+        self._left = left
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[ZdsConnection] = []  # newest last

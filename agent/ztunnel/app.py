@@ -70,7 +70,8 @@ class _Ending:
     """Counts the signals that ask to end."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.asked, self.urgent = asyncio.Event(), asyncio.Event()
+        self.asked = asyncio.Event()
+        self.urgent = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signal)
 
@@ -100,7 +101,8 @@ async def _serve(settings: ZtunnelSettings) -> int:
     # A defect that ends the client must end the process: without the agent's word it would serve stale pods.
     await asyncio.wait((asked, agent), return_when=asyncio.FIRST_COMPLETED)
     log.info("ending: %d pods", len(workloads.running))
-    workloads.leaving, failed = True, agent.done()
+    workloads.leaving = True
+    failed = agent.done()
     ready.cancel()
     if not client.connected:
         await _succeeded(list(workloads.running.values()), settings.drain_seconds, ending)

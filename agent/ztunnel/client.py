@@ -30,7 +30,8 @@ class ZdsClient:
     """Runs until cancelled."""
 
     def __init__(self, path: str, workloads: Workloads[Any]) -> None:
-        self._path, self._workloads = path, workloads
+        self._path = path
+        self._workloads = workloads
         self._delay = FIRST_DELAY
         self.connected = False
 

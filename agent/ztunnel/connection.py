@@ -52,7 +52,9 @@ class ProxiedConnection:
 
     def __init__(self, pod: PodContext, direction: RelayDirection, client: socket.socket, peer: Address) -> None:
         """Takes over `client`, which must be non-blocking; `peer` is its peer as accept said."""
-        self._pod, self._direction, self._client = pod, direction, client
+        self._pod = pod
+        self._direction = direction
+        self._client = client
         self._source = original_dst.plain(peer)
         self._destination: Address | None = None
         self._server: socket.socket | None = None
@@ -166,7 +168,8 @@ class ProxiedConnection:
         self._pod.engine.connects.settle(self)
         self._via = server.getsockname()
         self._pod.engine.aged.add(self)
-        self._up, self._down = Half(self._client, server), Half(server, self._client)
+        self._up = Half(self._client, server)
+        self._down = Half(server, self._client)
         # The request is usually here already: pass it on before the first event of the client tells of it.
         self._event(mask | poller.READ & ~poller.END, self._down, self._up)
         self._pump(self._up)

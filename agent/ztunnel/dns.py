@@ -30,7 +30,8 @@ MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
 _ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
 _LARGEST = 65535
-IP_PKTINFO, _PKTINFO = 8, struct.Struct("=i4s4x")  # linux/in.h; interface, the address to send from
+IP_PKTINFO = 8  # linux/in.h; interface, the address to send from
+_PKTINFO = struct.Struct("=i4s4x")
 _ITSELF = "a query of ztunnel's own came back to it: a rule of the pod overwrites ztunnel's mark"
 _KNOWN = {errno.ECONNREFUSED: "refused"}
 
@@ -48,7 +49,8 @@ class Resolver:
 
     def __init__(self, pod: PodContext, conntrack: Conntrack) -> None:
         """Takes over `conntrack`, made inside the pod's namespace."""
-        self.pod, self._conntrack = pod, conntrack
+        self.pod = pod
+        self._conntrack = conntrack
         # The one that was asked last comes last; `idle` are those without a query that waits.
         self.flows: dict[tuple[Address, Address], DnsFlow] = {}
         self.idle: dict[DnsFlow, None] = {}
@@ -93,7 +95,8 @@ class Resolver:
 
         And whether its address is its own for sure: the eBPF programs give a socket without one the pod's.
         """
-        local, peer = listener.getsockname()[:2], (client[0], client[1])
+        local = listener.getsockname()[:2]
+        peer = (client[0], client[1])
         failure: KernelError | None = None
         found = None
         try:
@@ -138,7 +141,10 @@ class DnsFlow:
         self, resolver: Resolver, listener: socket.socket, client: Address, target: Address, *, own: bool
     ) -> None:
         """`own`: the client's address is to be kept towards the resolver."""
-        self._resolver, self._listener, self._client, self._target = resolver, listener, client, target
+        self._resolver = resolver
+        self._listener = listener
+        self._client = client
+        self._target = target
         self._server: socket.socket | None = None
         self._own = own
         self._waiting: dict[bytes, Waiting] = {}  # by id

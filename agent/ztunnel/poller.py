@@ -74,7 +74,8 @@ class Deadlines:
     """One timer for all that wait equally long: what came first expires first."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
-        self._loop, self._seconds = loop, seconds
+        self._loop = loop
+        self._seconds = seconds
         self._queue: dict[Waiting, float] = {}  # in the order of their deadlines
         self._timer: asyncio.TimerHandle | None = None
 
@@ -94,7 +95,8 @@ class Deadlines:
             self._timer.cancel()
 
     def _expire(self) -> None:
-        now, self._timer = self._loop.time(), None
+        now = self._loop.time()
+        self._timer = None
         late = list(itertools.takewhile(lambda waiting: self._queue[waiting] <= now, self._queue))
         for waiting in late:
             del self._queue[waiting]

@@ -60,8 +60,10 @@ class RecordWriter:
     """Writes to `path`; "-" is standard output, "" nowhere. Never raises because of what it writes to."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
-        self._loop, self._path = loop, path
-        self._fd, self._pipe = -1, False
+        self._loop = loop
+        self._path = path
+        self._fd = -1
+        self._pipe = False
         self._waiting: list[Record] = []
         self._held = bytearray()
         self._lost = 0
@@ -77,7 +79,8 @@ class RecordWriter:
 
     def flush(self) -> None:
         self._timer = None
-        waiting, self._waiting = self._waiting, []
+        waiting = self._waiting
+        self._waiting = []
         for record in waiting:
             if len(self._held) < HELD_BYTES:
                 self._held += record.line()

@@ -27,7 +27,8 @@ class Half:
     __slots__ = ("buffered", "ended", "finished", "moved", "pipe", "sink", "source", "urgent")
 
     def __init__(self, source: socket.socket, sink: socket.socket) -> None:
-        self.source, self.sink = source, sink
+        self.source = source
+        self.sink = sink
         self.pipe: tuple[int, int] | None = None
         self.buffered = 0  # bytes in the pipe
         self.moved = 0  # bytes handed to the sink

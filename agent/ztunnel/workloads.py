@@ -39,7 +39,8 @@ class Workloads(Generic[Started]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[Add, Netns], Started]) -> None:
         """`start` raises OSError or SluiceError when the pod cannot be started."""
-        self._loop, self._start = loop, start
+        self._loop = loop
+        self._start = start
         self.running: dict[str, Started] = {}
         self.pending: dict[str, tuple[Add, Netns]] = {}
         self._snapshot: set[str] | None = None
@@ -110,14 +111,16 @@ class Workloads(Generic[Started]):
         self._retry = None
         if self.leaving:  # its successor has them by now
             return
-        pending, self.pending = self.pending, {}
+        pending = self.pending
+        self.pending = {}
         for add, netns in pending.values():
             self._try(add, netns)
 
     def _complete(self) -> None:
         if self._snapshot is None:
             raise ProtocolError("ZDS: a second SnapshotSent")
-        named, self._snapshot = self._snapshot, None
+        named = self._snapshot
+        self._snapshot = None
         self.complete.set()
         for uid in self.running.keys() - named:
             self._stop(uid)

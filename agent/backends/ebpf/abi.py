@@ -134,7 +134,8 @@ class Prefix:
     verdict: int = 1
 
     def __str__(self) -> str:
-        name, number = self.kind.name.lower().replace("_", "-"), int.from_bytes(self.value[:4])
+        name = self.kind.name.lower().replace("_", "-")
+        number = int.from_bytes(self.value[:4])
         if self.kind is PolicyKind.INTERFACE:
             return f"{name} {number} {InterfaceRole(self.verdict).name.lower()}"
         if self.kind in _WIDTHS:

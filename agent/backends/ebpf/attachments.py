@@ -25,7 +25,8 @@ from agent.kernel.netns import Netns
 T = TypeVar("T")
 _NOWHERE: Final = MappingProxyType[str, Path]({})
 # tcx takes a program once only, and the kernel frees the link that a killed agent had not pinned yet a moment later.
-_TRIES, _AGAIN = 50, 0.02
+_TRIES = 50
+_AGAIN = 0.02
 
 
 @dataclass(frozen=True, slots=True)

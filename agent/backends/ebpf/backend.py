@@ -72,7 +72,8 @@ class EbpfBackend:
     def orphans(self, known: Iterable[PodNetns]) -> list[Gone | Stray]:
         """Pods of which we have something, but that are not among `known`. Raises KernelError."""
         mine = {target.netns.id.cookie for target in known}
-        found, stray = set(self.pins.pods()), set[int]()
+        found = set(self.pins.pods())
+        stray = set[int]()
         if self._maps.exist():
             stray = {abi.prefix(key, value)[0] for key, value in self._maps["policies"].items()}
             for key, value in self._maps["pods"].items():
@@ -96,7 +97,8 @@ class EbpfBackend:
         left = self.pins.pod(cookie).path.exists()
         if not self._maps.exist():  # where another backend is used, this is asked of each pod once
             return PodEntries(cookie, attached=attached, left=left)
-        listening, (pod, prefixes) = self._listening(cookie), self._entry(cookie)
+        listening = self._listening(cookie)
+        (pod, prefixes) = self._entry(cookie)
         if not isinstance(target, PodNetns):
             return PodEntries(cookie, PodTopology(), pod, prefixes, attached, listening, left=left)
         offered = self._offers(target, listening)

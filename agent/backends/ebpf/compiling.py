@@ -32,7 +32,9 @@ class Entries:
 @lru_cache(1024)  # most passes are over a pod that is as it was, and both backend and account ask
 def entries(redirect: Redirect, wiring: PodTopology, cookie: int) -> Entries:
     """`cookie` is the namespace's; two pods never share prefixes, so that each can be changed alone."""
-    own4, own6, link6 = wiring.own(4), wiring.own(6), wiring.link_local()
+    own4 = wiring.own(4)
+    own6 = wiring.own(6)
+    link6 = wiring.link_local()
     prefixes = tuple(sorted(_apart({*_prefixes(redirect, wiring, {own4, own6, link6})})))
     has = 0
     for one in prefixes:
@@ -59,7 +61,8 @@ def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
 
 
 def _flags(redirect: Redirect, wiring: PodTopology) -> PodFlag:
-    found, takes = PodFlag(0), not redirect.draining
+    found = PodFlag(0)
+    takes = not redirect.draining
     for flag, on in (
         (PodFlag.IPV4, redirect.ipv4 and takes),
         (PodFlag.IPV6, redirect.ipv6 and takes),

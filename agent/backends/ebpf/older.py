@@ -21,7 +21,8 @@ def older(
 
 
 def _meant(redirect: Redirect, wiring: PodTopology, one: TcpSocket, inbound: bool) -> bool:
-    peer, exclude = ip_address(one.remote[0]), redirect.exclude
+    peer = ip_address(one.remote[0])
+    exclude = redirect.exclude
     if not (redirect.ipv4 if peer.version == 4 else redirect.ipv6):
         return False
     if str(peer) in (redirect.probe_ipv4, redirect.probe_ipv6) or _behind(wiring, peer, exclude.interfaces):

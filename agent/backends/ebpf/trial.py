@@ -21,7 +21,8 @@ def layers(pins: Pins) -> Iterator[tuple[Backend, ...]]:
 
     Raises KernelError.
     """
-    ztunnels, place = Ztunnels(), pins.within(f"test-{os.getpid()}")
+    ztunnels = Ztunnels()
+    place = pins.within(f"test-{os.getpid()}")
     ztunnels.arrived(Process(os.getpid(), os.pidfd_open(os.getpid())))
     bpffs.mount(pins.mount)
     try:

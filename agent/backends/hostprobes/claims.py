@@ -26,7 +26,8 @@ class Claims:
         Without any that can be used, nothing is known of them now, and the pod keeps what it had (istio 60471). To
         say the same again makes a claim no newer. Text that is no address is left out.
         """
-        wanted, had = usable(addresses), self._of.get(uid)
+        wanted = usable(addresses)
+        had = self._of.get(uid)
         if had is not None and (not wanted or wanted == had):
             return False
         for address in set(had or ()) - set(wanted):

@@ -154,7 +154,9 @@ def former_sets(ipset: IpsetSocket) -> tuple[IpSet, ...]:
 def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
     """Of both families, within one generation, which is returned too. Chains of others are not asked for."""
     for _ in range(20):
-        generation, seen, held = nft.generation(), list[Message](), dict[int, Held]()
+        generation = nft.generation()
+        seen = list[Message]()
+        held = dict[int, Held]()
         for family, protocol in _PROTOCOL.items():
             tables = [m for m in nft.dump(GETTABLE, protocol) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
             if not tables:
@@ -175,7 +177,8 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
 
 def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
     """One transaction that deletes tables and base chains of ours in which nothing is left."""
-    lines, commands = list[str](), list[Command]()
+    lines = list[str]()
+    commands = list[Command]()
     for family, held in have.items():
         if held.bare:
             lines.append(f"delete table {WORD[family]} {TABLE}")

@@ -80,7 +80,8 @@ def _tags(want: HostProbes) -> tuple[str, ...]:
 
 
 def _rule(family: int, probe: str) -> tuple[str, bytes]:
-    word, (offset, length) = {4: "ip", 6: "ip6"}[family], _OFFSET[family]
+    word = {4: "ip", 6: "ip6"}[family]
+    (offset, length) = _OFFSET[family]
     words = f"meta l4proto tcp meta skuid != {_NO_USER} {word} daddr @{SETS[family]} counter snat {word} to {probe}"
     return words, b"".join(
         [

@@ -74,7 +74,8 @@ def _key(address: str) -> bytes:
 
 
 def _commands(kind: int, flags: int, table: str, name: str, elements: Iterable[bytes]) -> Iterator[Command]:
-    head, rest = attribute(1, table) + attribute(2, name), iter(elements)
+    head = attribute(1, table) + attribute(2, name)
+    rest = iter(elements)
     while some := tuple(islice(rest, _PER_MESSAGE)):
         yield Command(kind, flags, NFPROTO_INET, head + nested(3, *some))
 
@@ -89,7 +90,8 @@ def states(set_dump: Iterable[Message], element_dumps: Iterable[Message]) -> tup
     found = []
     for message in set_dump:
         parts = dict(attributes(message.body[4:]))
-        name, key = text(parts.get(2)), (int.from_bytes(parts.get(4, b"")), int.from_bytes(parts.get(5, b"")))
+        name = text(parts.get(2))
+        key = (int.from_bytes(parts.get(4, b"")), int.from_bytes(parts.get(5, b"")))
         held = {address: uid for address, uid in members.get(name, {}).items() if address}
         found.append(SetState(name, key, int.from_bytes(parts.get(3, b"")), held))
     return tuple(sorted(found, key=lambda state: state.name))

@@ -70,7 +70,9 @@ class NftHostProbes:
         if found:
             return self._anew(want, have, found)
         changes = [(SETS[family], change(want, family, have.members(family))) for family in want.families]
-        lines, commands, words = list[str](), list[Command](), list[str]()
+        lines = list[str]()
+        commands = list[Command]()
+        words = list[str]()
         for name, one in changes:
             gone = (*one.removed, *one.renamed)
             come = {**one.added, **one.renamed}

@@ -32,7 +32,8 @@ def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:
 def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> Iterator[str]:
     """One line per chain or set of jumps of one family (4, 6) that differs; both mappings by table name."""
     for table in TABLES:
-        wanted, actual = want.get(table, _NONE), have.get(table, _NONE)
+        wanted = want.get(table, _NONE)
+        actual = have.get(table, _NONE)
         place = f"{WORD[family]}tables -t {table}"
         left, right = dict(wanted.chains), dict(actual.chains)
         if left and not right and not actual.jumps:

@@ -63,7 +63,8 @@ def broken(what: str) -> KernelError:
 
 def places(family: int, data: bytes) -> Iterator[int]:
     """Where each entry begins. Raises KernelError."""
-    form, place = _FORMS[family], 0
+    form = _FORMS[family]
+    place = 0
     if not data:
         raise broken("lengths")
     while place < len(data):
@@ -78,7 +79,8 @@ def places(family: int, data: bytes) -> Iterator[int]:
 
 def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
     """The same with zeros for the counters of the entries `at` these places."""
-    counters, blank = _FORMS[family].counters, bytearray(data)
+    counters = _FORMS[family].counters
+    blank = bytearray(data)
     for place in at:
         blank[place + counters : place + counters + 16] = _NO_COUNT
     return bytes(blank)

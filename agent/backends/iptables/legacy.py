@@ -68,7 +68,8 @@ class IptablesLegacyBackend:
     def __init__(self, *, ipv6: bool = True) -> None:
         """Without `ipv6` the node's own IPv6 is not tried; pods that have it are still looked at."""
         self._ipv6 = ipv6
-        self._deeds, self._before = Deeds(), Reader(_before, ())
+        self._deeds = Deeds()
+        self._before = Reader(_before, ())
         self._last: WeakKeyDictionary[PodNetns, _Last] = WeakKeyDictionary()
 
     def probe(self) -> Support:
@@ -87,7 +88,8 @@ class IptablesLegacyBackend:
 
     def read(self, target: PodNetns) -> LegacyState:
         last = self._last.get(target)
-        tables, version = _tables(target, last.tables if last else {}), self._deeds.version
+        tables = _tables(target, last.tables if last else {})
+        version = self._deeds.version
         if last is None or last.tables is not tables or last.version != version:
             have = LegacyState({4: {}, 6: {}})
             for (family, name), found in tables.items():
@@ -146,7 +148,8 @@ def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:
     """--wait without a number sleeps until the lock is free; only another agent in the same pod can hold it."""
-    within, command = target.netns if target else None, [_PROGRAM[step.family], "--noflush", "--wait"]
+    within = target.netns if target else None
+    command = [_PROGRAM[step.family], "--noflush", "--wait"]
     exec.run(command, stdin=step.script, within=within, env=xtables.LOCK, seconds=10)
 
 

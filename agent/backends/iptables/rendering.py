@@ -116,7 +116,8 @@ def _multiports(ranges: tuple[Any, ...]) -> Iterator[list[str]]:
         size = 1 if one[0] == one[1] else 2
         if size > room:
             yield few
-            few, room = [], 15
+            few = []
+            room = 15
         few.append(_range(one, ":"))
         room -= size
     if few:
@@ -128,7 +129,8 @@ def _range(one: Any, sign: str) -> str:
 
 
 def _match(match: Match, protocol: str) -> str:
-    sign, value = "! " if match.negated else "", match.value
+    sign = "! " if match.negated else ""
+    value = match.value
     mask = names.MARK_MASK
     match match.field:
         case Field.FAMILY:
@@ -189,7 +191,8 @@ def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:
     sections: list[str] = []
     ends: list[str] = []
     for table in ORDER if want.tables else reversed(ORDER):
-        wanted, actual = want.tables.get(table.value, XtTable()), have.get(table.value, XtTable())
+        wanted = want.tables.get(table.value, XtTable())
+        actual = have.get(table.value, XtTable())
         if (wanted.chains, wanted.jumps) == (actual.chains, actual.jumps):
             continue
         lines = [*_section(table.value, want, wanted, actual)]

@@ -17,7 +17,8 @@ from agent.backends.netfilter.messages import comment, text
 from agent.core.wire.netlink import HEADER, Message, attributes, messages
 from agent.core.wire.nftables import NEWCHAIN, NEWTABLE
 
-_KEPT, _LARGEST = 64, 1 << 16  # sizes of dumps, and bytes of one; larger ones are taken apart each time
+_KEPT = 64  # sizes of dumps, and bytes of one; larger ones are taken apart each time
+_LARGEST = 1 << 16
 _DORMANT = 1  # NFT_TABLE_F_DORMANT: its chains are not called
 # A counter as the kernel dumps it: its name, then two attributes of eight bytes.
 _COUNTS = re.compile(rb"counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00(.{8})\x0c\x00\x02\x00(.{8})", re.DOTALL)
@@ -97,7 +98,8 @@ def uses(dump: bytes) -> int:
 
 
 def _content(chains: bytes, rules: bytes) -> Content:
-    sizes, data = (len(chains), len(rules)), chains + rules
+    sizes = (len(chains), len(rules))
+    data = chains + rules
     held = _known.get(sizes, ())
     for known in held:
         if known.layout.unpack(data) == known.parts:
@@ -135,7 +137,8 @@ def _spans(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _layout(size: int, spans: list[tuple[int, int]]) -> struct.Struct:
-    form, at = ["="], 0
+    form = ["="]
+    at = 0
     for begin, end in spans:
         form.append(f"{begin - at}s{end - begin}x")
         at = end

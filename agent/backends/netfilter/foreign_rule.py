@@ -76,10 +76,12 @@ class _Value:
 
 def deed(expressions: bytes) -> Deed:
     """From NFTA_RULE_EXPRESSIONS."""
-    found, registers = Deed(), dict[int, _Value]()
+    found = Deed()
+    registers = dict[int, _Value]()
     for _, element in attributes(expressions):
         parts = dict(attributes(element))
-        name, data = text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+        name = text(parts.get(1))
+        data = dict(attributes(parts.get(2, b"")))
         known = _EXPRESSIONS.get(name)
         if known is not None:
             known(found, registers, data)
@@ -133,7 +135,8 @@ def _bitwise(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes
 def _compare(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     held = registers.get(_number(data.get(1)), _Value("?"))
     value = dict(attributes(data.get(3, b""))).get(1, b"")
-    shown, operator = _shown(held, value), _number(data.get(2))
+    shown = _shown(held, value)
+    operator = _number(data.get(2))
     if operator == 0:
         found.selects[held.name] = shown
     if held.name != "nfproto":
@@ -185,7 +188,8 @@ def _xt_match(found: Deed, registers: dict[int, _Value], data: Mapping[int, byte
 
 
 def _xt_target(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    name, info = text(data.get(1)), data.get(3, b"")
+    name = text(data.get(1))
+    info = data.get(3, b"")
     found.words.append(name)
     if name in _TARGETS:
         found.verbs.add(_TARGETS[name])

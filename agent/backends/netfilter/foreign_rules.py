@@ -121,7 +121,8 @@ def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, Deed]]], within: b
     here = within and base.family != NFPROTO_INET and (base.table, base.name) in _XT_BASES
     takes = _TAKES.get(base.kind, _TAKES_OTHER)
     if here:
-        takes, held = takes | _ENDS, held[: _jump(held)]
+        takes = takes | _ENDS
+        held = held[: _jump(held)]
     taking = list(_taking(base, held, rules, takes, frozenset({base.name})))
     if base.drops and not here:
         taking.append((frozenset({"drop"}), "policy drop"))
@@ -161,7 +162,9 @@ def _taking(
 
 def _chain(body: bytes) -> _Chain:
     parts = dict(attributes(body[4:]))
-    family, table, name = body[0], text(parts.get(1)), text(parts.get(3))
+    family = body[0]
+    table = text(parts.get(1))
+    name = text(parts.get(3))
     if 4 not in parts:
         return _Chain(family, table, name)
     hook = dict(attributes(parts[4]))

@@ -49,12 +49,15 @@ class Reader(Generic[H]):
     def __init__(self, view: Callable[[Ruleset, int | None, PodNetns], H], own: Sequence[ChainRef]) -> None:
         """`view` makes a backend's Have from (rule set, its generation, the namespace); the generation is None if it
         changed during the read. `own`: the chains that the backend needs."""
-        self._view, self._own = view, own
+        self._view = view
+        self._own = own
         self._last: WeakKeyDictionary[PodNetns, _Last[H]] = WeakKeyDictionary()
         self._large: WeakKeyDictionary[PodNetns, float] = WeakKeyDictionary()  # until when only our own are read
 
     def read(self, target: PodNetns) -> H:
-        last, ipv6, mark = self._last.get(target), target.has_ipv6(), target.events.mark()
+        last = self._last.get(target)
+        ipv6 = target.has_ipv6()
+        mark = target.events.mark()
         # The notification of a transaction comes after it, a new generation within it: one read in between is undone
         # by the notification.
         if (

@@ -261,7 +261,8 @@ def _nat_output(redirect: Redirect, *, link_local: bool) -> Iterator[Rule]:
 
 
 def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
-    nat, port = (Table.NAT, Hook.OUTPUT), Match(Field.DESTINATION_PORT, 53)
+    nat = (Table.NAT, Hook.OUTPUT)
+    port = Match(Field.DESTINATION_PORT, 53)
     for family, to in _resolvers(redirect):
         udp = (*to, _OFF_LO, _UDP, port, _NOT_FROM_ZTUNNEL)
         yield Rule(*nat, udp, RuleAction.REDIRECT, names.DNS_PORT, family)

@@ -44,7 +44,8 @@ class NftablesBackend:
     outlives = False
 
     def __init__(self, owned: bool = False, *, ipv6: bool = True) -> None:
-        self.owned, self._ipv6 = owned, ipv6
+        self.owned = owned
+        self._ipv6 = ipv6
         self._reader = Reader(_have, reading.PLACES)
 
     def probe(self) -> Support:

@@ -25,7 +25,10 @@ _HTON = 1
 _SYN, _OPENING_FLAGS = 0x02, 0x17  # FIN, SYN, RST and ACK
 _PROTOCOL = {"icmp": 1, "tcp": 6, "udp": 17, "ipv6-icmp": 58}
 _NFPROTO = {4: 2, 6: 10}
-DROP, ACCEPT, JUMP, RETURN = 0, 1, -3, -5
+DROP = 0
+ACCEPT = 1
+JUMP = -3
+RETURN = -5
 
 
 def expression(name: str, *data: bytes) -> bytes:
@@ -96,7 +99,9 @@ def rule(rule: Rule, first_set: int = 1) -> tuple[str, bytes, tuple[AnonymousSet
 
 
 def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]:
-    field, value, sign = match.field, match.value, "!= " if match.negated else ""
+    field = match.field
+    value = match.value
+    sign = "!= " if match.negated else ""
     match field:
         case Field.FAMILY:
             return f"meta nfproto ipv{value}", _family(int(str(value)))
@@ -171,7 +176,8 @@ def _address(match: Match, family: int | None) -> tuple[str, bytes]:
 
 
 def _action(rule: Rule) -> tuple[str, bytes]:
-    mask, mark = 0xFFFFFFFF ^ names.MARK_MASK, names.CONNECTION_MARK
+    mask = 0xFFFFFFFF ^ names.MARK_MASK
+    mark = names.CONNECTION_MARK
     load_mark = expression("ct", attribute(2, _CT_MARK), attribute(1, 1))
     match rule.verb:
         case RuleAction.ACCEPT:

@@ -59,7 +59,8 @@ def tables(
     chains = _chains(chain_dump, blanked)
     found = []
     for head in heads:
-        name, numbers = text(head.get(1)), (int.from_bytes(head.get(kind, b"")) for kind in (2, 7))  # flags, owner
+        name = text(head.get(1))  # flags, owner
+        numbers = (int.from_bytes(head.get(kind, b"")) for kind in (2, 7))
         found.append(TableState(name, chains.get(name, ()), *numbers))
     return tuple(sorted(found, key=lambda table: table.name))
 

@@ -234,9 +234,11 @@ class PodTable:
 
     def _merge(self, uids: Iterable[str]) -> set[str]:
         """Returns those that are others than before."""
-        changed, due = set(), list(uids)
+        changed = set()
+        due = list(uids)
         for uid in due:
-            pod, before = self._of(uid), self._merged.get(uid)
+            pod = self._of(uid)
+            before = self._merged.get(uid)
             if pod is not None:
                 self._merged[uid] = pod
             else:
@@ -248,7 +250,8 @@ class PodTable:
         return changed
 
     def _of(self, uid: str) -> Pod | None:
-        pod, kube = self._pods.get(uid), self._kube.get(uid)
+        pod = self._pods.get(uid)
+        kube = self._kube.get(uid)
         if pod is not None and pod.source == "static" and self._is_anothers(pod):
             return None
         if kube is not None and (pod is not None or self._runs(kube)):

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-FREE, WINDOW = 5, 10.0  # so many repairs in so many seconds are repaired at once
-LOOKS, LOOK_WINDOW, LOOK_PAUSE = 20, 2.0, 0.5  # so many looks in so many seconds, then one after such a pause
+FREE = 5  # so many repairs in so many seconds are repaired at once
+WINDOW = 10.0
+LOOKS = 20  # so many looks in so many seconds, then one after such a pause
+LOOK_WINDOW = 2.0
+LOOK_PAUSE = 0.5
 FIRST, LONGEST = 1.0, 30.0  # seconds between repairs, at first and however long it goes on
-SLOW, SHARE = 0.5, 5  # a pause follows kernel work of more than so many seconds, so many times as long
+SLOW = 0.5  # a pause follows kernel work of more than so many seconds, so many times as long
+SHARE = 5
 
 
 @dataclass(slots=True)

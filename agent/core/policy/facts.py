@@ -86,7 +86,8 @@ def _never(pod: Pod, settings: Settings) -> Iterator[Fact]:
     yield fact(Origin.ANNOTATION, names.SIDECAR_STATUS, "set" if sidecar else "", sidecar, why)
     app = pod.labels.get("app", "")
     yield fact(Origin.LABEL, "app", app, app == "ztunnel", "it is ztunnel itself")
-    where, excluded = f"namespace {pod.namespace}", settings.exclude_namespaces
+    where = f"namespace {pod.namespace}"
+    excluded = settings.exclude_namespaces
     why = f"{where} is excluded by the setting exclude_namespaces"
     yield fact(Origin.SETTING, "exclude_namespaces", ", ".join(excluded), pod.namespace in excluded, why)
     own = settings.own_namespace
@@ -95,7 +96,8 @@ def _never(pod: Pod, settings: Settings) -> Iterator[Fact]:
     why = "it is named by the setting exempt_pods"
     yield fact(Origin.SETTING, "exempt_pods", ", ".join(settings.exempt_pods), named, why)
     yield Fact(Origin.POD, "runtime class", pod.runtime_class)
-    stacks, why = settings.unsupported_runtimes, f"its runtime class {pod.runtime_class} has a network stack of its own"
+    stacks = settings.unsupported_runtimes
+    why = f"its runtime class {pod.runtime_class} has a network stack of its own"
     yield fact(Origin.SETTING, "unsupported_runtimes", ", ".join(stacks), pod.runtime_class in stacks, why)
     yield fact(Origin.POD, "ended", _word(pod.terminal), pod.terminal, "it has ended")
 
@@ -106,7 +108,9 @@ def _word(flag: bool) -> str:
 
 def _said(pod: Pod) -> Iterator[Fact]:
     """As the default selectors have it, which pick the one of three words that counts."""
-    key, said, labels = names.DATAPLANE_MODE, mode(pod), labels_of(pod)
+    key = names.DATAPLANE_MODE
+    said = mode(pod)
+    labels = labels_of(pod)
     chosen = any(one.matches(labels, pod.namespace_labels) for one in DEFAULT)
     own, reason = {"ambient": (True, f"the pod says {key}=ambient"), "none": (False, f"the pod says {key}=none")}.get(
         said, (None, "")
@@ -128,7 +132,9 @@ def _said(pod: Pod) -> Iterator[Fact]:
 
 def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
     """Each selector after the labels that it looks at; the last one decides when none fits."""
-    key, labels, selectors = "enablement_selectors", labels_of(pod), settings.enablement_selectors
+    key = "enablement_selectors"
+    labels = labels_of(pod)
+    selectors = settings.enablement_selectors
     for number, one in enumerate(selectors):
         for origin, requirements, found in (
             (Origin.LABEL, one.pod, labels), (Origin.NAMESPACE, one.namespace, pod.namespace_labels),

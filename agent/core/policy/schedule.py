@@ -28,20 +28,23 @@ class Schedule:
 
     def __init__(self, period: float, random: Callable[[], float]) -> None:
         """`period`: seconds between verifications; `random`: uniform in [0, 1)."""
-        self.period, self._random = period, random
+        self.period = period
+        self._random = random
         self._entries: dict[str, _Entry] = {}
 
     def wake(self, key: str, now: float) -> None:
         """Due at `now`, which may lie ahead, or earlier if it is so already."""
         entry = self._entries.setdefault(key, _Entry(now))
-        entry.due, entry.dropped = min(entry.due, now), False
+        entry.due = min(entry.due, now)
+        entry.dropped = False
         if entry.running:
             entry.woken = now if entry.woken is None else min(entry.woken, now)
 
     def drop(self, key: str) -> None:
         entry = self._entries.get(key)
         if entry is not None and entry.running:
-            entry.dropped, entry.woken = True, None
+            entry.dropped = True
+            entry.woken = None
         else:
             self._entries.pop(key, None)
 
@@ -60,12 +63,14 @@ class Schedule:
             return None
         entry.running = False
         if ok:
-            entry.failures, delay = 0, self._verification(now)
+            entry.failures = 0
+            delay = self._verification(now)
         else:
             delay = min(LAST_RETRY, FIRST_RETRY * 2**entry.failures) * (0.5 + 0.5 * self._random())
             entry.failures = min(entry.failures + 1, 16)
         if entry.woken is not None:
-            delay, entry.woken = min(delay, max(0.0, entry.woken - now)), None
+            delay = min(delay, max(0.0, entry.woken - now))
+            entry.woken = None
         entry.due = now + delay
         return delay
 

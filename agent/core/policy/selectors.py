@@ -107,7 +107,8 @@ def _selector(value: Any, place: str) -> tuple[Requirement, ...]:
 
 def _expression(value: Any, place: str) -> Requirement:
     _keys(value, {"key", "operator", "values"}, place)
-    operator, values = value.get("operator"), value.get("values") or []
+    operator = value.get("operator")
+    values = value.get("values") or []
     if operator not in _OPERATORS:
         raise SettingsError(f"{place}.operator: {operator!r} is not one of {', '.join(_OPERATORS)}")
     if not isinstance(values, list) or bool(values) != (operator in ("In", "NotIn")):

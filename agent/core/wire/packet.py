@@ -27,14 +27,16 @@ class Packet:
 
 def syn(source: str, source_port: int, destination: str, destination_port: int, hops: int = 64) -> bytes:
     """The first packet of a connection, checksums included; both addresses are of one family."""
-    here, there = ipaddress.ip_address(source).packed, ipaddress.ip_address(destination).packed
+    here = ipaddress.ip_address(source).packed
+    there = ipaddress.ip_address(destination).packed
     parts = (source_port, destination_port, 1, 0, 5 << 4, SYN, 65535)
     bare = struct.pack("!HHIIBBHHH", *parts, 0, 0)
     pseudo = here + there + struct.pack("!II", len(bare), TCP)
     segment = struct.pack("!HHIIBBHHH", *parts, _checksum(pseudo + bare), 0)
     if len(here) == 16:
         return struct.pack("!IHBB", 6 << 28, len(segment), TCP, hops) + here + there + segment
-    start, end = struct.pack("!BBHHHBB", 0x45, 0, 20 + len(segment), 0, 0, hops, TCP), here + there
+    start = struct.pack("!BBHHHBB", 0x45, 0, 20 + len(segment), 0, 0, hops, TCP)
+    end = here + there
     return start + struct.pack("!H", _checksum(start + bytes(2) + end)) + end + segment
 
 

@@ -76,7 +76,8 @@ def parse(body: bytes) -> FibRule | None:
     """One message of RTM_GETRULE; None for a rule that is not of IPv4 or IPv6."""
     if len(body) < FIB_RULE_HDR.size:
         return None
-    header, parts = FIB_RULE_HDR.unpack_from(body), dict(attributes(body[FIB_RULE_HDR.size :]))
+    header = FIB_RULE_HDR.unpack_from(body)
+    parts = dict(attributes(body[FIB_RULE_HDR.size :]))
     family = _FAMILIES.get(header[0])
     if family is None:
         return None

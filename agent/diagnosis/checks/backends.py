@@ -11,7 +11,8 @@ from agent.diagnosis.remedies import restart
 
 
 def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
-    status, left = facts.agent.status, facts.left
+    status = facts.agent.status
+    left = facts.left
     name, reason = status.get("backend", left.backend), status.get("backend_reason", "as recorded")
     if not name:
         yield unknown("no backend was chosen here yet", "sluice preflight")

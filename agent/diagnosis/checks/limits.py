@@ -13,7 +13,8 @@ _FULL = 0.8
 
 
 def _inotify(facts: NodeFacts) -> Iterator[CheckLine]:
-    node, raise_it = facts.node, f"sysctl -w {_INSTANCES}=8192 {_WATCHES}=524288, and in /etc/sysctl.d"
+    node = facts.node
+    raise_it = f"sysctl -w {_INSTANCES}=8192 {_WATCHES}=524288, and in /etc/sysctl.d"
     most = _number(node.sysctls, _INSTANCES)
     if node.inotify:
         yield wrong(
@@ -44,7 +45,8 @@ def _conntrack(facts: NodeFacts) -> Iterator[CheckLine]:
 
 
 def _port(facts: NodeFacts) -> Iterator[CheckLine]:
-    address, host = facts.settings.metrics_address, facts.host
+    address = facts.settings.metrics_address
+    host = facts.host
     if not address:
         yield ok("metrics_address is empty")
     elif host.port and not host.port_ours:

@@ -148,7 +148,8 @@ def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
 def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         waiting = pod.states.get("CLOSE_WAIT", 0)
-        used, room = _outgoing(pod), pod.range[1] - pod.range[0] + 1
+        used = _outgoing(pod)
+        room = pod.range[1] - pod.range[0] + 1
         if waiting > _MOST_WAITING:
             yield warning(
                 f"{pod.name}: {waiting} sockets in CLOSE_WAIT",

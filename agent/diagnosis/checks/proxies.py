@@ -11,7 +11,8 @@ from agent.diagnosis.remedies import restart, ztunnel
 
 
 def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
-    path, left = facts.settings.zds_socket, facts.left
+    path = facts.settings.zds_socket
+    left = facts.left
     if left.zds and left.zds != "socket":
         yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; {restart(facts)}")
         return

@@ -20,7 +20,8 @@ _KIB = 1024
 
 def process(run_dir: str) -> tuple[int, str]:
     """Its pid, 0 where our PID namespace does not show it; and why it does not answer, "" when it does."""
-    place, pid = f"{run_dir}/agent.sock", 0
+    place = f"{run_dir}/agent.sock"
+    pid = 0
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
         sock.connect(place)

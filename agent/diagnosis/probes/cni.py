@@ -25,7 +25,8 @@ def probe(settings: Settings, proc: Path) -> Cni:
     """Raises SettingsError when the directory cannot be read."""
     managed = mode(settings)
     made = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
-    seen, host = made.look(), HostRoot(settings.host_root)
+    seen = made.look()
+    host = HostRoot(settings.host_root)
     places = made.places
     assert places is not None  # look() has found them
     view = NetDir(host, places.conf.path).view()
@@ -77,7 +78,9 @@ def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
 
     An inode of another file system may have the same number: then this says that it is watched.
     """
-    held, queues, process = set[int](), 0, proc / str(runtime.pid)
+    held = set[int]()
+    queues = 0
+    process = proc / str(runtime.pid)
     try:
         inode = directory.stat().st_ino
         for path in (process / "fd").iterdir():

@@ -59,7 +59,8 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
 
 
 def _running(proc: Path) -> tuple[Mapping[str, int], tuple[str, ...]]:
-    programs, shims = dict[str, int](), dict[str, None]()
+    programs = dict[str, int]()
+    shims = dict[str, None]()
     for path in proc.glob("[0-9]*"):
         word = _read(path / "comm")
         if word in _PROGRAMS:

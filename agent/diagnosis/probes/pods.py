@@ -29,7 +29,10 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
 def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
     """`whole`: this is a node of its own, so that other namespaces with rules in them are of this node too."""
-    known, problems, noted, others = existing.known(settings.run_dir), list[str](), list[PodFacts](), list[PodFacts]()
+    known = existing.known(settings.run_dir)
+    problems = list[str]()
+    noted = list[PodFacts]()
+    others = list[PodFacts]()
     places = existing.places(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
     met = set[str]()
     for netns in existing.namespaces(places, problems):
@@ -55,7 +58,8 @@ def _noted(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
 def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: str) -> PodFacts:
     """Closes `netns`."""
     name = (pod.name or pod.uid) if pod else netns.origin
-    place, captured = netns.origin, bool(pod and pod.captured)
+    place = netns.origin
+    captured = bool(pod and pod.captured)
     with contextlib.closing(PodNetns(netns)) as target:
         try:
             ours, others, foreign = _layers(target, settings, backend)

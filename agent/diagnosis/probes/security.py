@@ -24,7 +24,8 @@ def probe(settings: Settings, agent: int, proc: Path = Path("/proc")) -> Securit
     try:
         lines = list(_kernel_log())
     except OSError as error:
-        lines, unread = [], f"/dev/kmsg: {error.strerror}"
+        lines = []
+        unread = f"/dev/kmsg: {error.strerror}"
     lines += _audit_log(HostRoot(settings.host_root))
     enforce = _read(_ENFORCE)
     denials = dict.fromkeys(line for line in lines if is_denial(line))

@@ -58,12 +58,17 @@ class EbpfCollector:
 
         `watching`: elsewhere what leaves past all rules is looked for at the pods' interfaces, which takes tcx.
         """
-        self.programs, self._ztunnels, self._by_socket, self._clock = programs, ztunnels, by_socket, clock
+        self.programs = programs
+        self._ztunnels = ztunnels
+        self._by_socket = by_socket
+        self._clock = clock
         pins: Pins = programs.pins
-        self._pods, self._maps = AccountedPods(pins, watching and not by_socket, programs.sizes), Maps(pins.maps)
+        self._pods = AccountedPods(pins, watching and not by_socket, programs.sizes)
+        self._maps = Maps(pins.maps)
         self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
         self._certain = True  # the programs can tell ztunnel from other processes
-        self._tallies, self._shares = KernelTotals(self._maps, clock), Shares(self._maps, clock)
+        self._tallies = KernelTotals(self._maps, clock)
+        self._shares = Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
         # Of connections from before the programs.
         self._older = DiagCollector(ztunnels.held, ztunnels.foreign)
@@ -73,7 +78,9 @@ class EbpfCollector:
         self._late = Late(self._maps, self._tallies, _epoch)
         self._ring: RingBuffer | None = None
         self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
-        self._refreshing, self._taking, self._listing = threading.Lock(), threading.Lock(), threading.Lock()
+        self._refreshing = threading.Lock()
+        self._taking = threading.Lock()
+        self._listing = threading.Lock()
 
     def start(self) -> tuple[str, ...]:
         """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
@@ -183,7 +190,8 @@ class EbpfCollector:
 
     async def arrived(self, seconds: float) -> None:
         """The programs wake whoever waits when a quarter of the ring buffer is full."""
-        loop, woken = asyncio.get_running_loop(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        woken = asyncio.Event()
 
         def wake() -> None:
             self._woken.poll(0)
@@ -235,7 +243,8 @@ class EbpfCollector:
 
     def _own(self, target: PodNetns) -> bool:
         """Puts listeners that ztunnel had before our programs into map owners. Returns whether none is missing."""
-        cookie, version = target.netns.id.cookie, self._ztunnels.version()
+        cookie = target.netns.id.cookie
+        version = self._ztunnels.version()
         if not self._certain or not self._ztunnels.processes():
             return False
         if self._owned.get(cookie) != version:

@@ -34,7 +34,8 @@ class KernelTotals:
     """One thread at a time. Methods raise KernelError."""
 
     def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
-        self._maps, self._clock = maps, clock
+        self._maps = maps
+        self._clock = clock
         self._seen: dict[bytes, _Seen] | None = None
 
     def added(self) -> Iterator[Delta]:

@@ -21,7 +21,9 @@ class Late:
     """From any thread. What is found is told twice: as a record, and as a change of the totals. Raises KernelError."""
 
     def __init__(self, maps: Maps, tallies: KernelTotals, epoch: Callable[[], int]) -> None:
-        self._maps, self._tallies, self._epoch = maps, tallies, epoch
+        self._maps = maps
+        self._tallies = tallies
+        self._epoch = epoch
         self._records: list[Connection] = []
         self._deltas: list[Delta] = []
         self._turn = threading.Lock()
@@ -29,13 +31,15 @@ class Late:
     def records(self) -> list[Connection]:
         with self._turn:
             self._look()
-            taken, self._records = self._records, []
+            taken = self._records
+            self._records = []
         return taken
 
     def deltas(self) -> list[Delta]:
         with self._turn:
             self._look()
-            taken, self._deltas = self._deltas, []
+            taken = self._deltas
+            self._deltas = []
         return taken
 
     def _look(self) -> None:

@@ -39,7 +39,8 @@ class AccountedPods:
         Raises KernelError.
         """
         cookie = target.netns.id.cookie
-        made, old = entries(want, target.wiring(), cookie), self._entry(cookie)
+        made = entries(want, target.wiring(), cookie)
+        old = self._entry(cookie)
         # A pod that is captured or known stays so while its rules are replaced.
         flags = old.flags & _KEPT if old else PodFlag(0)
         flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
@@ -59,7 +60,8 @@ class AccountedPods:
         if not self.watching:
             return
         cookie = target.netns.id.cookie
-        indices, now = tuple(link.index for link in target.wiring().links), time.monotonic()
+        indices = tuple(link.index for link in target.wiring().links)
+        now = time.monotonic()
         seen, when = self._watched.get(cookie, ((), -_BELIEVED))
         if seen == indices and now - when < _BELIEVED:
             return

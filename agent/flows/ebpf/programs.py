@@ -76,7 +76,8 @@ class Programs:
     def admit(self, ztunnels: Iterable[tuple[int, int]]) -> None:
         """Admits these (cgroup, process), and keeps those of an earlier agent that still run. Raises KernelError."""
         with Map.open(self.pins.maps / "ztunnels") as admitted:
-            running, known = {*ztunnels}, {abi.unztunnel(key) for key, _ in admitted.items()}
+            running = {*ztunnels}
+            known = {abi.unztunnel(key) for key, _ in admitted.items()}
             there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have come back to us yet
             wanted = there or {_UNMET}
             for one in wanted - known:

@@ -63,7 +63,9 @@ class DiagCollector:
         """`held`: which of the sockets with these inodes ztunnel's process holds. A mark alone proves nothing: with
         the default whatever carries ztunnel's mark is taken for an application that forges it. `foreign`: which of
         these listeners are of processes of the pod, by cookie."""
-        self._held, self._foreign, self._clock = held, foreign, clock
+        self._held = held
+        self._foreign = foreign
+        self._clock = clock
         self._lock = threading.Lock()
         self._pods: dict[int, _Pod] = {}
         self._left: list[Connection] = []  # records of pods that were released
@@ -85,7 +87,8 @@ class DiagCollector:
         With `besides` only connections that exist already are followed, until they end, without the sockets whose
         cookies it returns. Those, and all later ones, are counted elsewhere.
         """
-        cookie, wiring = target.netns.id.cookie, target.wiring()
+        cookie = target.netns.id.cookie
+        wiring = target.wiring()
         with self._lock:
             pod = self._pods.get(cookie)
             if pod is None:
@@ -142,7 +145,8 @@ class DiagCollector:
                 self._look(pod)
                 self._gather(pod)
                 self._end(cookie, pod)
-            sums, self._sums = self._sums, ([], [])
+            sums = self._sums
+            self._sums = ([], [])
             return sums
 
     def totals(self) -> Mapping[tuple[Direction, Fate, Reason], int]:
@@ -160,7 +164,8 @@ class DiagCollector:
     def records(self) -> list[Connection]:
         """Raises KernelError. Some come later: what is not yet clear is held back for up to two and a half seconds."""
         with self._lock:
-            told, self._left = self._left, []
+            told = self._left
+            self._left = []
             for pod in self._pods.values():
                 self._drain(pod)
                 if pod.flows.unsettled:

@@ -111,9 +111,11 @@ class TrackedFlow:
 
     def connection(self, pod: int, peer: TrackedFlow | None) -> Connection:
         """As a record; `peer` is the mirror."""
-        info, ended = self.info, self.closed is not None
+        info = self.info
+        ended = self.closed is not None
         established = self.established
-        how, closer = How.OPEN, Closer.NOBODY
+        how = How.OPEN
+        closer = Closer.NOBODY
         if ended:
             other = None if peer is None else peer.timer is not None
             first = ending.first_fin(self.state, self.timer is not None, other, self.looked)

@@ -52,9 +52,12 @@ class PodFlows:
         *,
         captured: bool,
     ) -> None:
-        self.pod, self.verdicts, self.captured = pod, verdicts, captured
+        self.pod = pod
+        self.verdicts = verdicts
+        self.captured = captured
         self.sums = Sums(pod)
-        self._held, self._foreign = held, foreign
+        self._held = held
+        self._foreign = foreign
         self._owned: Collection[int] = ()  # inodes of the last dump's sockets that ztunnel holds
         self._shared: frozenset[int] = frozenset()  # ports of ztunnel on which others listen, too
         self._flows: dict[int, TrackedFlow] = {}  # by cookie, and for a while after the end
@@ -82,7 +85,9 @@ class PodFlows:
 
         `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
         """
-        ports, seen, capturing = set(), set(), []
+        ports = set()
+        seen = set()
+        capturing = []
         reports = tuple(reports)
         self._owned = self._held(marked) if (marked := {*self._marked(reports)}) else ()
         for report in reports:
@@ -93,17 +98,20 @@ class PodFlows:
             elif report.used and self._is_followed(report.socket.cookie):
                 seen.add(report.socket.cookie)
                 self._see(report, now)
-        self._listened, self._listening = self._listening, frozenset(ports)
+        self._listened = self._listening
+        self._listening = frozenset(ports)
         foreign = self._foreign(capturing) if capturing else ()
         self._shared = frozenset(one.local[1] for one in capturing if one.cookie in foreign)
         for flow in self._unlooked:
-            flow.timer, flow.looked = timers.get(flow.report.ends), True
+            flow.timer = timers.get(flow.report.ends)
+            flow.looked = True
         self._unlooked.clear()
         known = self._flows.values() if complete else ()
         missed = [one for one in known if one.closed is None and one.cookie not in seen]
         self._torn = now if complete else self._torn
         for flow in missed:
-            flow.closed, flow.looked = now, True
+            flow.closed = now
+            flow.looked = True
             self._pending[flow.cookie] = flow
         return len(missed)
 
@@ -120,7 +128,8 @@ class PodFlows:
             return  # it was taken for ended when notifications were lost
         if report.disconnected and flow.looks:
             flow.last = flow.report.info
-        flow.report, flow.closed = report, now
+        flow.report = report
+        flow.closed = now
         self._unlooked.append(flow)
         self._pending[flow.cookie] = flow
 
@@ -129,7 +138,8 @@ class PodFlows:
         if captured and not self.captured:
             for flow in self._flows.values():
                 flow.before = flow.before or not flow.decided
-        self.verdicts, self.captured = verdicts, captured
+        self.verdicts = verdicts
+        self.captured = captured
 
     def only_older(self, counted: Collection[int]) -> None:
         """As older(), and nothing else is followed from now on, nor `counted`: cookies of what is counted elsewhere.
@@ -193,11 +203,13 @@ class PodFlows:
     def _see(self, report: TcpReport, now: float) -> None:
         one = report.socket
         flow = self._flows.get(one.cookie) or self._add(report, now)
-        flow.report, flow.state = report, one.state
+        flow.report = report
+        flow.state = one.state
         flow.looks += 1
         if (flow.local, flow.remote) != (one.local, one.remote):  # a socket in SYN_SENT may not have an address yet
             self._mirrors.drop(flow.cookie, flow.local, flow.remote)
-            flow.local, flow.remote = one.local, one.remote
+            flow.local = one.local
+            flow.remote = one.remote
             self._mirrors.add(flow.cookie, flow.local, flow.remote)
         if one.inode:
             flow.user = one.uid
@@ -264,12 +276,17 @@ class PodFlows:
         if not self.verdicts.own(flow.remote[0]):
             return False
         flow.direction = self._direction(flow)
-        flow.fate, flow.reason, flow.mirror = Fate.EXEMPT, Reason.LOOPBACK, found.cookie
+        flow.fate = Fate.EXEMPT
+        flow.reason = Reason.LOOPBACK
+        flow.mirror = found.cookie
         return True
 
     def _captured(self, flow: TrackedFlow, mirror: TrackedFlow) -> None:
         flow.direction = Direction.OUTBOUND if mirror.accepted_by_ztunnel else Direction.INBOUND
-        flow.fate, flow.reason, flow.mirror, mirror.mirrored = Fate.CAPTURED, Reason.NONE, mirror.cookie, True
+        flow.fate = Fate.CAPTURED
+        flow.reason = Reason.NONE
+        flow.mirror = mirror.cookie
+        mirror.mirrored = True
         self._strays.pop(mirror.cookie, None)
 
     def _served(self, flow: TrackedFlow) -> TrackedFlow | None:
@@ -283,7 +300,8 @@ class PodFlows:
 
     def _mirror_of_disconnected(self, flow: TrackedFlow) -> TrackedFlow | None:
         """By what is left of its ends: outbound its port, inbound its port and the client's address."""
-        (address, port), bare = flow.local, flow.local[0] in ("0.0.0.0", "::")
+        (address, port) = flow.local
+        bare = flow.local[0] in ("0.0.0.0", "::")
         for one in self._strays.values():
             if one.remote[1] == port and (bare or one.remote[0] == address):
                 return one
@@ -343,7 +361,8 @@ class PodFlows:
             reason = Reason.BEFORE if flow.established else None
             if self._patient_for_mirror(flow):
                 return False
-        flow.reason, flow.fate = reason or Reason.NONE, Fate.EXEMPT if reason else Fate.UNDECIDED
+        flow.reason = reason or Reason.NONE
+        flow.fate = Fate.EXEMPT if reason else Fate.UNDECIDED
         return reason is not None
 
     def _patient_for_mirror(self, flow: TrackedFlow) -> bool:
@@ -393,7 +412,8 @@ class PodFlows:
         mirror = self._flows.get(flow.mirror)
         sent, received = flow.payload(mirror.info if mirror else None)
         grown = max(0, sent - flow.sent), max(0, received - flow.received)
-        flow.sent, flow.received = flow.sent + grown[0], flow.received + grown[1]
+        flow.sent = flow.sent + grown[0]
+        flow.received = flow.received + grown[1]
         opened, closed = int(not flow.told), int(flow.closed is not None)
         flow.told = True
         if opened or closed or any(grown):

@@ -78,7 +78,8 @@ class Sums:
 
     def take(self) -> tuple[list[Delta], list[Quality]]:
         tallies, measures = self._tallies, self._measures
-        self._tallies, self._measures = {}, {}
+        self._tallies = {}
+        self._measures = {}
         deltas = [
             Delta(self._pod, *key, one.opened, one.closed, one.failed, one.sent, one.received, one.socket)
             for key, one in tallies.items()

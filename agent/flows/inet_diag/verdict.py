@@ -28,7 +28,8 @@ class Verdicts:
     the routes of the main table, in both directions."""
 
     def __init__(self, redirect: Redirect, wiring: PodTopology) -> None:
-        self.redirect, self.wiring = redirect, wiring
+        self.redirect = redirect
+        self.wiring = wiring
         exclude = redirect.exclude
         self._own = frozenset(map(str, wiring.addresses))
         self._to, self._from = (_networks(n) for n in (exclude.outbound_networks, exclude.inbound_networks))
@@ -54,7 +55,8 @@ class Verdicts:
 
     def inbound(self, remote: Endpoint, local: Endpoint) -> Reason | None:
         """For a connection from `remote` to `local`, the pod's; None if it is to be captured, or for HBONE."""
-        source, (address, port) = remote[0], local
+        source = remote[0]
+        (address, port) = local
         if self.own(source):
             return Reason.LOOPBACK
         interface = self._interface(source) if self._excluded or self._virtual else 0

@@ -77,7 +77,8 @@ def _fits(flow: TrackedFlow, record: Connection, *, loosely: bool) -> bool:
 
 def carried_alike(flow: TrackedFlow, accepted: TrackedFlow) -> bool:
     """Whether the application's socket and one that ztunnel accepted carried the same, as ends of one connection do."""
-    here, there = flow.info, accepted.info
+    here = flow.info
+    there = accepted.info
     if accepted.remote[0] != flow.local[0] or (flow.closed is None) != (accepted.closed is None):
         return False
     if flow.closed is not None and not (ending.finished(here, True) and ending.finished(there, False)):

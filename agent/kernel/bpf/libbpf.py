@@ -34,7 +34,8 @@ _NOISE = (
 
 _INSTRUCTION = re.compile(r"\d+: \([0-9a-f]{2}\) ")
 
-_POINTER, _SIZE = c_void_p, c_uint32
+_POINTER = c_void_p
+_SIZE = c_uint32
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "bpf_object__open_file": (_POINTER, c_char_p, _POINTER),
     "bpf_object__load": (c_int, _POINTER),
@@ -117,7 +118,9 @@ def messages() -> Iterator[list[str]]:
 def verdict(collected: list[str]) -> str:
     """The last lines that say why, as one line of at most 400 characters: of a verifier's log its last instruction."""
     lines = [line.strip().removeprefix("libbpf: ") for message in collected for line in message.splitlines()]
-    kept, room, instructions = list[str](), _LONGEST, 0
+    kept = list[str]()
+    room = _LONGEST
+    instructions = 0
     for line in reversed(lines):
         if not line or any(noise in line for noise in _NOISE):
             continue
@@ -137,7 +140,8 @@ def _library() -> ctypes.CDLL:
         raise KernelError("open libbpf.so.1", errno.ENOENT, f"{error}; apt-get install libbpf1") from None
     for name, (result, *arguments) in _SIGNATURES.items():
         function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+        function.restype = result
+        function.argtypes = arguments
     library.libbpf_set_print(_callback)
     return library
 

@@ -90,7 +90,8 @@ def _size(pin: Path) -> int:
 def _pin(obj: int, programs: Callable[[str], Path], shared: set[int]) -> Iterator[str]:
     for each in _walk("bpf_object__next_program", obj):
         name = libbpf.text("bpf_program__name", each)
-        fd, path = libbpf.ask("bpf_program__fd", each), programs(name)
+        fd = libbpf.ask("bpf_program__fd", each)
+        path = programs(name)
         libbpf.check(f"load BPF program {name}", fd)
         if not _same(path, syscall.program_info(fd), shared):
             syscall.pin(fd, path)

@@ -26,7 +26,8 @@ class Map:
 
     def __init__(self, fd: int, name: str) -> None:
         """Takes over `fd`, and closes it when this fails. Raises KernelError."""
-        self.fd, self.name = fd, name
+        self.fd = fd
+        self.name = name
         try:
             self.type, self.id, self.key_size, self.value_size, self.max_entries = _read(fd, name)
             # What the kernel writes for one value, whatever the caller wants of it.
@@ -95,7 +96,8 @@ class Map:
         When the key that it stands on goes, the kernel starts again from the first (htab_map_get_next_key).
         """
         found: dict[bytes, None] = {}
-        key, following = None, create_string_buffer(self.key_size)
+        key = None
+        following = create_string_buffer(self.key_size)
         for _ in range(4 * self.max_entries + 16):
             result = libbpf.ask("bpf_map_get_next_key", self.fd, key, following)
             if result == -errno.ENOENT:
@@ -130,10 +132,15 @@ class Map:
     def _batches(self) -> dict[bytes, bytes] | None:
         """By BPF_MAP_LOOKUP_BATCH; None where the map has no such thing."""
         found: dict[bytes, bytes] = {}
-        size, room, most = self.key_size, self._room, min(self.max_entries, _MOST)
-        at, upto = None, create_string_buffer(max(size, 4))  # a bucket's number, or a key
+        size = self.key_size
+        room = self._room
+        most = min(self.max_entries, _MOST)
+        at = None  # a bucket's number, or a key
+        upto = create_string_buffer(max(size, 4))
         while True:
-            keys, values, count = create_string_buffer(size * most), create_string_buffer(room * most), c_uint32(most)
+            keys = create_string_buffer(size * most)
+            values = create_string_buffer(room * most)
+            count = c_uint32(most)
             into = (at, upto, keys, values, byref(count), None)
             result = libbpf.ask("bpf_map_lookup_batch", self.fd, *into)
             if -result in _NO_BATCH:
@@ -141,7 +148,8 @@ class Map:
             if result == -errno.ENOSPC and most < self.max_entries:  # one bucket holds more than that
                 most *= 2
                 continue
-            all_keys, all_values = keys.raw, values.raw
+            all_keys = keys.raw
+            all_values = values.raw
             if result >= 0 or result == -errno.ENOENT:
                 for n in range(count.value):
                     found[all_keys[n * size : n * size + size]] = all_values[n * room : n * room + room]

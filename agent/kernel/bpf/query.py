@@ -35,7 +35,8 @@ def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
 
     `words` name it in an error. Raises KernelError.
     """
-    ids, count = (ctypes.c_uint32 * _MOST)(), ctypes.c_uint32(_MOST)
+    ids = (ctypes.c_uint32 * _MOST)()
+    count = ctypes.c_uint32(_MOST)
     result = libbpf.ask("bpf_prog_query", target, hook, 0, None, ids, ctypes.byref(count))
     if result in (-errno.EINVAL, -errno.ENOENT):
         return ()

@@ -29,7 +29,9 @@ class RingBuffer:
 
     def __init__(self, fd: int, name: str) -> None:
         """Takes over `fd`, and closes it when this fails. Raises KernelError."""
-        self._map, self.name, self.skipped = Map(fd, name), name, 0
+        self._map = Map(fd, name)
+        self.name = name
+        self.skipped = 0
         self._data: mmap.mmap | None = None
         self._page: mmap.mmap | None = None
         try:
@@ -55,7 +57,8 @@ class RingBuffer:
     def open(cls, path: Path) -> RingBuffer:
         """Raises KernelError, ENOENT without a pin there."""
         with Map.open(path) as found:
-            fd, found.fd = found.fd, -1
+            fd = found.fd
+            found.fd = -1
         return cls(fd, path.name)
 
     def fileno(self) -> int:
@@ -71,8 +74,10 @@ class RingBuffer:
         At most what was there when it began.
         """
         assert self._data is not None, "closed"
-        stride, taken = (_HEADER + size + 7) // 8 * 8, list[bytes]()
-        at, upto = self._consumer[0], self._producer[0]
+        stride = (_HEADER + size + 7) // 8 * 8
+        taken = list[bytes]()
+        at = self._consumer[0]
+        upto = self._producer[0]
         while at < upto:
             begin = at % self.size
             most = min((upto - at) // stride, _AT_ONCE)

@@ -69,7 +69,8 @@ def pin(fd: int, path: Path) -> None:
 
     bpffs reserves names with a dot (kernel/bpf/inode.c, bpf_lookup), so the name for the time between has none.
     """
-    operation, passing = f"pin BPF object on {path}", path.with_name(f"{path.name}~{os.getpid()}")
+    operation = f"pin BPF object on {path}"
+    passing = path.with_name(f"{path.name}~{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         passing.unlink(missing_ok=True)

@@ -118,7 +118,8 @@ def encode(protocol: int, source: Endpoint, destination: Endpoint, way: int = _T
 def decode(body: bytes, way: int = _TUPLE_ORIG, *, destination: bool = False) -> Endpoint | None:
     """The original destination of the flow in a GET's answer, or the source or destination of its replies, if any."""
     found = dict(attributes(dict(attributes(body[4:])).get(way, b"")))
-    addresses, step = dict(attributes(found.get(_TUPLE_IP, b""))), int(destination or way == _TUPLE_ORIG)
+    addresses = dict(attributes(found.get(_TUPLE_IP, b"")))
+    step = int(destination or way == _TUPLE_ORIG)
     port = dict(attributes(found.get(_TUPLE_PROTO, b""))).get(_PROTO_SRC_PORT + step, b"")
     for family, kind in _IP_SRC.items():
         address = addresses.get(kind + step, b"")

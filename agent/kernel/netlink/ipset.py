@@ -23,7 +23,8 @@ _DESTROY, _LIST = (_SUBSYSTEM | number for number in (3, 7))
 _A_PROTOCOL, _A_NAME, _A_TYPE, _A_FAMILY, _A_ADT = 1, 2, 3, 5, 8
 _D_IP, _D_COMMENT = 1, 26
 _PROTOCOL = 6  # what every kernel speaks; 7 of 4.18 adds nothing that is used here
-_REFERENCED, _BUSY_SECONDS = 4100, 2.0  # IPSET_ERR_BUSY
+_REFERENCED = 4100  # IPSET_ERR_BUSY
+_BUSY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,9 @@ class IpsetSocket(NetlinkSocket):
             if error.errno == errno.ENOENT:
                 return None
             raise
-        kind, family, members = "", 4, dict[str, str]()
+        kind = ""
+        family = 4
+        members = dict[str, str]()
         for answer in answers:
             parts = dict(attributes(answer[4:]))
             if _A_TYPE in parts:

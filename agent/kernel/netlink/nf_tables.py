@@ -44,7 +44,8 @@ class NftSocket(NetlinkSocket):
 
     def generation(self) -> int:
         """Grows by one with each transaction of anybody in the namespace, whatever the family."""
-        operation, sequence = "read nf_tables generation", self.next_sequence()
+        operation = "read nf_tables generation"
+        sequence = self.next_sequence()
         self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, _GENERIC.pack(0, 0, 0)))
         while True:  # without an acknowledgement behind it: this is asked more often than anything else
             for answer in messages(self.receive(operation)):
@@ -63,7 +64,8 @@ class NftSocket(NetlinkSocket):
         Also whether that is all: what is beyond `most` bytes is received, but not kept.
         Not for a namespace that somebody may change meanwhile, unless the generation is compared afterwards.
         """
-        operation, sequence = "read nf_tables", self.next_sequence()
+        operation = "read nf_tables"
+        sequence = self.next_sequence()
         self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(family, 0, 0) + body))
         parts: list[bytes] = []
         size, kept = 0, 0
@@ -144,7 +146,9 @@ class NftSocket(NetlinkSocket):
 
 def _last(datagram: bytes) -> tuple[int, int]:
     """Offset and type of the last message: the end of a dump, which some kernels put behind the data."""
-    end, at, offset = len(datagram) - HEADER.size, 0, 0
+    end = len(datagram) - HEADER.size
+    at = 0
+    offset = 0
     length_at = _LENGTH.unpack_from
     while at <= end:
         offset = at

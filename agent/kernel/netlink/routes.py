@@ -168,7 +168,8 @@ class RouteSocket(NetlinkSocket):
     ) -> Iterator[tuple[tuple[int, ...], dict[int, bytes]]]:
         body = RTMSG.pack(AF[family], 0, 0, 0, 0, 0, 0, 0, 0) + attribute(Rta.TABLE, pack_u32(table))
         for answer in self._dump("read routes", Rtm.GETROUTE, body, most):
-            header, parts = RTMSG.unpack_from(answer), dict(parse(answer[RTMSG.size :]))
+            header = RTMSG.unpack_from(answer)
+            parts = dict(parse(answer[RTMSG.size :]))
             if (unpack_int(parts.get(Rta.TABLE)) or header[4]) == table:
                 yield header, parts
 

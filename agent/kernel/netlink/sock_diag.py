@@ -47,10 +47,12 @@ _NO_COOKIE = b"\xff" * 8
 # interface, cookie, expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
 _QUEUES = struct.Struct("=56xII")  # of the same message
-_TIMER, _KEEPALIVE = struct.Struct("=2xB49xI"), 2  # which timer runs, and for how many milliseconds more
+_TIMER = struct.Struct("=2xB49xI")  # which timer runs, and for how many milliseconds more
+_KEEPALIVE = 2
 _INFO, _SKV6ONLY, _MARK = 2, 11, 15
 _WITH_INFO = 1 << (_INFO - 1)
-_ATTRIBUTE, _U32 = ATTRIBUTE.unpack_from, struct.Struct("=I").unpack_from
+_ATTRIBUTE = ATTRIBUTE.unpack_from
+_U32 = struct.Struct("=I").unpack_from
 _U64 = struct.Struct("=Q").unpack
 _MAPPED = bytes(10) + b"\xff\xff"
 # Family, state, local and remote port in network order, remote address as it is in the message.
@@ -121,7 +123,8 @@ class SockDiag(NetlinkSocket):
         body = _OLD_REQUEST.pack(extensions, _bits(states))
         self.socket.send(message(_GETSOCK, NLM_F_REQUEST | NLM_F_DUMP, sequence, body))
         while True:
-            datagram, offset = self.receive(_WHAT), 0
+            datagram = self.receive(_WHAT)
+            offset = 0
             while offset + HEADER.size <= len(datagram):
                 length, kind, flags, number, port = HEADER.unpack_from(datagram, offset)
                 if number == sequence and kind == NLMSG_DONE:
@@ -238,7 +241,8 @@ def decode(body: bytes) -> TcpSocket | None:
     if len(body) < _ANSWER.size:
         return None
     number, code, sport, dport, source, destination, cookie, uid, inode = _ANSWER.unpack_from(body)
-    family, state = _FAMILIES.get(number), _STATES.get(code)
+    family = _FAMILIES.get(number)
+    state = _STATES.get(code)
     if family is None or state is None:
         return None
     mark, v6_only = _attributes(body)
@@ -261,7 +265,9 @@ def _attributes(body: bytes) -> tuple[int | None, bool]:
 
     A walk of its own: core.netlink.attributes would take a third of a dump's whole time.
     """
-    v6_only, offset, end = False, _ANSWER.size, len(body)
+    v6_only = False
+    offset = _ANSWER.size
+    end = len(body)
     while offset + 4 < end:
         length, kind = _ATTRIBUTE(body, offset)
         if length < 4 or offset + length > end:

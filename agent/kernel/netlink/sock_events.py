@@ -38,7 +38,8 @@ class SocketEvents(NetlinkSocket):
         """
         taken: list[TcpReport] = []
         lost = False
-        receive, start = self.socket.recv, HEADER.size
+        receive = self.socket.recv
+        start = HEADER.size
         while True:
             try:
                 one = report(receive(_MOST)[start:])

@@ -85,7 +85,8 @@ class NetlinkSocket:
             sequence = self.next_sequence()
             final = NLM_F_DUMP if flags & NLM_F_DUMP == NLM_F_DUMP else NLM_F_ACK
             self.socket.send(message(kind, NLM_F_REQUEST | flags | final, sequence, body))
-            answers, changed = [], 0
+            answers = []
+            changed = 0
             for answer in self._answers(operation, sequence):
                 changed |= answer.flags & NLM_F_DUMP_INTR
                 if len(answers) < most:

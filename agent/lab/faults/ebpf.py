@@ -40,7 +40,8 @@ class Detaching:
     """`act` under traffic, then `report`."""
 
     def __init__(self, lab: Lab) -> None:
-        self._lab, self._done = lab, list[Detached]()
+        self._lab = lab
+        self._done = list[Detached]()
         self._pins = Pins.of(str(lab.spec.bpf_dir(NODE)))
 
     def act(self, during: During) -> None:

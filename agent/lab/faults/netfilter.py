@@ -24,7 +24,8 @@ class Flushing:
     """`act` under traffic, then `report`."""
 
     def __init__(self, lab: Lab) -> None:
-        self._lab, self._found = lab, list[dict[str, Any]]()
+        self._lab = lab
+        self._found = list[dict[str, Any]]()
         self._owned = api.agent(lab, "node1", "/v1/status")["backends"]["nftables"] == "tables are owned"
 
     def act(self, during: During) -> None:

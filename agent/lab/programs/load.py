@@ -54,7 +54,10 @@ class LoadGenerator:
     """One run: an epoll loop with a schedule. Plain, since it runs beside what is measured on few cores."""
 
     def __init__(self, out: TextIO, targets: list[Target], timeout: float, limit: int) -> None:
-        self._out, self._targets, self._timeout, self._limit = out, cycle(targets), timeout, limit
+        self._out = out
+        self._targets = cycle(targets)
+        self._timeout = timeout
+        self._limit = limit
         self._epoll = select.epoll()
         self._flying: dict[int, LoadConnection] = {}
         self._oldest: deque[LoadConnection] = deque()  # in order of opening, hence of their time limits

@@ -27,7 +27,8 @@ class Server(ThreadingHTTPServer):
         # Not HTTPServer's, which asks DNS for its own name: the lab's pods have no resolver configured.
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
-        self.server_name, self.server_port = self.pod, self.server_address[1]
+        self.server_name = self.pod
+        self.server_port = self.server_address[1]
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -49,8 +49,11 @@ class CniService:
         readiness: Callable[[], tuple[str, str]],
         admission: Admitting | None = None,
     ) -> None:
-        self._settings, self._table, self._reconciler = settings, table, reconciler
-        self._namespaces, self._readiness = namespaces, readiness
+        self._settings = settings
+        self._table = table
+        self._reconciler = reconciler
+        self._namespaces = namespaces
+        self._readiness = readiness
         self._admission = admission
         # One verb at a time per pod; a lock lives as long as somebody holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
@@ -65,7 +68,8 @@ class CniService:
                 netns = Netns(descriptor, request.netns or "the pod's namespace")
             match request.verb:
                 case CniVerb.ADD:
-                    taken, netns = netns, None
+                    taken = netns
+                    netns = None
                     return await self._add(request, taken)
                 case CniVerb.DEL:
                     return await self._delete(request)

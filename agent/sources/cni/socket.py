@@ -26,14 +26,18 @@ class CniSocket:
     """Serves each connection in a task of its own. `count(verb, code, seconds)` is told of each answer."""
 
     def __init__(self, path: str, service: CniService, count: Callable[[str, int, float], None]) -> None:
-        self.path, self._service, self._count = path, service, count
+        self.path = path
+        self._service = service
+        self._count = count
 
     async def serve(self) -> None:
         """Until cancelled; the socket file stays, so that plugins are refused, not lost."""
         await serve(self.path, socket.SOCK_STREAM, self._serve_one)
 
     async def _serve_one(self, sock: socket.socket) -> None:
-        started, verb, reply = time.monotonic(), "unknown", CniReply()
+        started = time.monotonic()
+        verb = "unknown"
+        reply = CniReply()
         sock.setblocking(False)
         with sock:
             try:
@@ -68,7 +72,8 @@ class CniSocket:
 
 async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
     """One frame and the descriptor that came with it. Raises ProtocolError; then nothing is left open."""
-    data, descriptor = b"", None
+    data = b""
+    descriptor = None
     try:
         while True:
             await _readable(sock)

@@ -147,7 +147,8 @@ class CniReply:
         """The framed answer; texts are cut to what the plugin reads, the end of `details` first."""
         if self.code == OK:
             return frame(b'{"code":0}')
-        msg, details = self.msg[:4096], self.details[:MAX_REPLY]
+        msg = self.msg[:4096]
+        details = self.details[:MAX_REPLY]
         while len(body := _reply_body(self.code, msg, details)) > MAX_REPLY:
             details = details[: len(details) // 2]
         return frame(body)

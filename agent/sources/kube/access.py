@@ -26,19 +26,24 @@ class Access:
         """
         try:
             parts = urlsplit(server)
-            self.host, self.port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+            self.host = parts.hostname or ""
+            self.port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
             raise KubeError(f"API server {server!r}: {error}; check kube_server") from None
         if not self.host or parts.scheme not in ("http", "https"):
             raise KubeError(f"API server {server!r} is no URL like https://10.96.0.1:443; check kube_server")
-        self.secure, self.authority = parts.scheme == "https", parts.netloc
-        self._token_file, self._ca_file = token_file, ca_file
-        self._token, self._context = "", None  # type: tuple[str, ssl.SSLContext | None]
+        self.secure = parts.scheme == "https"
+        self.authority = parts.netloc
+        self._token_file = token_file
+        self._ca_file = ca_file
+        self._token = ""
+        self._context: ssl.SSLContext | None = None
         self.refused()
 
     def refused(self) -> None:
         """Token and CA are read again next time, whatever the files look like."""
-        self._tokens, self._authorities = WatchedFile(Path(self._token_file)), WatchedFile(Path(self._ca_file))
+        self._tokens = WatchedFile(Path(self._token_file))
+        self._authorities = WatchedFile(Path(self._ca_file))
 
     def token(self) -> str:
         """ "" without https. Raises KubeError while there is none; one that cannot be read again stays in use."""

@@ -25,7 +25,9 @@ class Admission:
     """Fails closed: a pod that is or may be enrolled does not start before that is known."""
 
     def __init__(self, client: Getting, table: PodTable, settings: Settings) -> None:
-        self._client, self._table, self._settings = client, table, settings
+        self._client = client
+        self._table = table
+        self._settings = settings
 
     async def admit(self, pod: Pod) -> None:
         """Returns when the table has all that the decision needs, or when it is no matter.

@@ -74,9 +74,16 @@ class Annotator:
         says how another agent of the mesh shows on this node, or ""; it may block. `fought` is called with a pod's UID
         and a line when somebody else keeps changing the annotation.
         """
-        self._client, self._table, self._state, self._captured = client, table, state, captured
-        self._known, self._others, self._fought, self._hold = known, others, fought, hold
-        self._schedule, self._due = Schedule(period, random), asyncio.Event()
+        self._client = client
+        self._table = table
+        self._state = state
+        self._captured = captured
+        self._known = known
+        self._others = others
+        self._fought = fought
+        self._hold = hold
+        self._schedule = Schedule(period, random)
+        self._due = asyncio.Event()
         self._past: dict[str, _Past] = {}
         self._yields = ""
 
@@ -193,7 +200,8 @@ class Annotator:
 
     def _due_for(self, uid: str) -> tuple[KubePod, str] | None:
         """The pod and what its annotation has to become; None when it is that."""
-        pod, want = self._table.kube(uid), self._wanted(uid)
+        pod = self._table.kube(uid)
+        want = self._wanted(uid)
         if pod is None or want is None or want == _is(pod) or not self._known():
             return None
         return pod, want
@@ -219,7 +227,8 @@ async def take_back(client: Asking, node: str, keep: Collection[str]) -> list[st
 
     Raises KubeError; what was removed until then stays removed, so it may be called again.
     """
-    done, query = list[str](), {"fieldSelector": f"spec.nodeName={node}", "limit": "500"}
+    done = list[str]()
+    query = {"fieldSelector": f"spec.nodeName={node}", "limit": "500"}
     while True:
         page = await client.get("/api/v1/pods", query)
         for pod in filter(None, map(objects.pod, page.get("items") or ())):

@@ -32,7 +32,9 @@ class Client:
     def __init__(self, access: Access, seconds: float = 30.0, idle: float = 30.0) -> None:
         """`seconds`: for a whole request, of a stream for its head. `idle`: after which a connection is closed; the
         API server does it after 90 (server/config.go, IdleTimeout)."""
-        self._access, self._seconds, self._keeping = access, seconds, idle
+        self._access = access
+        self._seconds = seconds
+        self._keeping = idle
         self._free = asyncio.Semaphore(_AT_ONCE)
         self._idle: list[_Connection] = []
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +116,8 @@ class Client:
         kept = True
         while True:
             if (connection := self._take()) is None:
-                connection, kept = await self._connect(), False
+                connection = await self._connect()
+                kept = False
             try:
                 async with asyncio.timeout(self._seconds):
                     await connection.ask(method, target, body, {**self._head(), **head})
@@ -135,7 +138,8 @@ class Client:
         return head
 
     async def _connect(self) -> _Connection:
-        at, context = self._access, self._access.context()
+        at = self._access
+        context = self._access.context()
         try:
             async with asyncio.timeout(_CONNECT):
                 reader, writer = await asyncio.open_connection(at.host, at.port, ssl=context)
@@ -147,7 +151,8 @@ class Client:
         return _Connection(reader, writer, context)
 
     def _take(self) -> _Connection | None:
-        context, now = self._access.context(), time.monotonic()
+        context = self._access.context()
+        now = time.monotonic()
         while self._idle:
             found = self._idle.pop()
             if found.usable and found.context is context and now - found.since < self._keeping:
@@ -158,7 +163,8 @@ class Client:
 
     def _keep(self, connection: _Connection) -> None:
         if connection.again() and len(self._idle) < _AT_ONCE:
-            connection.kept, connection.since = True, time.monotonic()
+            connection.kept = True
+            connection.since = time.monotonic()
             self._idle.append(connection)
             self._later()
 
@@ -168,7 +174,10 @@ class Client:
 
     def _sweep(self) -> None:
         """Closes what has been idle for long: each connection is some 300 KB."""
-        now, found, self._idle, self._timer = time.monotonic(), self._idle, [], None
+        now = time.monotonic()
+        found = self._idle
+        self._idle = []
+        self._timer = None
         for connection in found:
             if connection.usable and now - connection.since < self._keeping:
                 self._idle.append(connection)
@@ -183,9 +192,12 @@ class _Connection:
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, context: ssl.SSLContext | None
     ) -> None:
-        self._reader, self._writer, self.context = reader, writer, context
+        self._reader = reader
+        self._writer = writer
+        self.context = context
         self._h11 = h11.Connection(h11.CLIENT)
-        self.kept, self.since = False, 0.0
+        self.kept = False
+        self.since = 0.0
         _keep_alive(writer.get_extra_info("socket"))
 
     @property

@@ -41,8 +41,11 @@ class ZtunnelCondition:
         tell: Callable[[str, str], None],
     ) -> None:
         """`namespace`: that of the agent's own pod, "" when it is none."""
-        self._client, self._table, self._namespace = client, table, namespace
-        self._connected, self._tell = connected, tell
+        self._client = client
+        self._table = table
+        self._namespace = namespace
+        self._connected = connected
+        self._tell = tell
         self._away = 0.0
         self._said: tuple[str, bool] | None = None  # of which pod, and what
         self._failed = False
@@ -67,7 +70,8 @@ class ZtunnelCondition:
         try:
             path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
             await self._client.send("PATCH", path, _patch(pod, words, datetime.now(UTC)), STRATEGIC)
-            self._said, self._failed = (pod.uid, connected), False
+            self._said = (pod.uid, connected)
+            self._failed = False
         except KubeError as error:
             if not self._failed:
                 log.warning("condition %s of pod %s: %s", CONDITION, pod.key, error)

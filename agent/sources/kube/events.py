@@ -48,7 +48,10 @@ class Events:
     def __init__(self, client: Sending, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
         """`passed` is told of each pod that the reconciler looked at."""
         self.lost = 0
-        self._client, self._table, self._node, self._passed = client, table, node, passed
+        self._client = client
+        self._table = table
+        self._node = node
+        self._passed = passed
         self._waiting: asyncio.Queue[tuple[About, str, str]] = asyncio.Queue(_MOST)
         self._kinds: dict[tuple[str, str], _Kind] = {}
 

@@ -57,9 +57,17 @@ class Follower(Generic[T]):
     ) -> None:
         """`query`: fieldSelector and the like. `decode`: None for what is no usable object; a Table's rows come one by
         one (protocol.Rows). `random`: uniform in [0, 1)."""
-        self.path, self.synced, self.error, self.since = path, asyncio.Event(), "", Since()
-        self._client, self._query, self._accept, self._pace = client, dict(query), accept, pace
-        self._decode, self._sink, self._course = decode, sink, Course(random, pace)
+        self.path = path
+        self.synced = asyncio.Event()
+        self.error = ""
+        self.since = Since()
+        self._client = client
+        self._query = dict(query)
+        self._accept = accept
+        self._pace = pace
+        self._decode = decode
+        self._sink = sink
+        self._course = Course(random, pace)
         self._found: list[T] = []  # of the pages of a list that has begun
 
     async def run(self) -> None:
@@ -81,14 +89,17 @@ class Follower(Generic[T]):
         if not self._course.pause(now):  # history was compacted meanwhile, as happens
             log.info("following %s: %s", self.path, error)
             return
-        said, self.error = self.error, str(error) or type(error).__name__
+        said = self.error
+        self.error = str(error) or type(error).__name__
         if isinstance(error, KubeError) and error.status == 403:
             self.error += f"; the agent's role has to allow list and watch of {self.path}"
         if not said:
             log.warning("following %s: %s", self.path, self.error)
 
     async def _list(self) -> None:
-        course, listing, page = self._course, Listing(), list[T]()
+        course = self._course
+        listing = Listing()
+        page = list[T]()
         if not course.more:
             self._found = []
         query = {**self._query, **course.query(time.monotonic())}
@@ -99,16 +110,21 @@ class Follower(Generic[T]):
         version, more = listing.end()
         self._found += page
         if course.page(version, more):
-            found, self._found, self.error = self._found, [], ""
+            found = self._found
+            self._found = []
+            self.error = ""
             self._sink.listed(found)
             self.since.lists += 1
             self.synced.set()
 
     async def _watch(self) -> None:
-        course, lines, rows = self._course, Lines(), Rows()
+        course = self._course
+        lines = Lines()
+        rows = Rows()
         query = {**self._query, **course.query(time.monotonic())}
         async with self._client.stream(self.path, query, self._accept, course.silence) as pieces:
-            self.since.watches, self.error = self.since.watches + 1, ""
+            self.since.watches = self.since.watches + 1
+            self.error = ""
             async for piece in pieces:
                 for line in lines.feed(piece):
                     self._take(line, rows)

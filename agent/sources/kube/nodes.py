@@ -43,7 +43,8 @@ class KubeNode:
     """The node that we are on."""
 
     def __init__(self, client: Client, name: str) -> None:
-        self._client, self._path = client, f"/api/v1/nodes/{name}"
+        self._client = client
+        self._path = f"/api/v1/nodes/{name}"
 
     async def has(self, taint: Taint) -> bool:
         """Raises KubeError."""
@@ -76,7 +77,8 @@ class KubeNode:
 
 def removal(node: Mapping[str, Any], taint: Taint) -> list[dict[str, Any]]:
     """JSON patch; each entry is tested to be ours before it goes, the last one first. Empty: nothing to do."""
-    taints, operations = _taints(node), list[dict[str, Any]]()
+    taints = _taints(node)
+    operations = list[dict[str, Any]]()
     for at in reversed(_where(taints, taint)):
         path = f"/spec/taints/{at}"
         operations += [{"op": "test", "path": path, "value": taints[at]}, {"op": "remove", "path": path}]

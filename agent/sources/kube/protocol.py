@@ -89,10 +89,15 @@ class Listing:
 
     def __init__(self) -> None:
         self.metadata: Json = {}
-        self._text, self._at = "", 0
+        self._text = ""
+        self._at = 0
         self._utf8 = codecs.getincrementaldecoder("utf-8")()
         self._rows = Rows()
-        self._key, self._inside, self._ended, self._begun, self._whole = "", False, False, False, False
+        self._key = ""
+        self._inside = False
+        self._ended = False
+        self._begun = False
+        self._whole = False
 
     def feed(self, data: bytes) -> list[Json]:
         """The objects that are complete by now. Raises ProtocolError for what is no list."""
@@ -110,7 +115,8 @@ class Listing:
 
     def end(self) -> tuple[str, str]:
         """Its version, and the token to go on with, "" after the last page. Raises ProtocolError if it is not whole."""
-        version, more = self.metadata.get("resourceVersion"), self.metadata.get("continue") or ""
+        version = self.metadata.get("resourceVersion")
+        more = self.metadata.get("continue") or ""
         if not self._ended or not self._whole or not isinstance(version, str) or not version:
             raise ProtocolError("a list ended early, or has no items or no resourceVersion")
         return version, more if isinstance(more, str) else ""
@@ -123,15 +129,21 @@ class Listing:
         if not self._begun:
             if sign != "{":
                 raise ProtocolError("a list is no JSON object")
-            self._begun, self._at = True, self._at + 1
+            self._begun = True
+            self._at = self._at + 1
         elif sign in ",:":
             self._at += 1
         elif self._inside and sign == "]":
-            self._inside, self._key, self._whole, self._at = False, "", True, self._at + 1
+            self._inside = False
+            self._key = ""
+            self._whole = True
+            self._at = self._at + 1
         elif not self._inside and sign == "}":
-            self._ended, self._at = True, self._at + 1
+            self._ended = True
+            self._at = self._at + 1
         elif not self._inside and self._key in ("items", "rows") and sign == "[":
-            self._inside, self._at = True, self._at + 1
+            self._inside = True
+            self._at = self._at + 1
         else:
             return self._value(found)
         return True
@@ -181,7 +193,8 @@ class Lines:
         """Raises ProtocolError for a line that does not end."""
         self._rest += data
         while (end := self._rest.find(b"\n", self._seen)) >= 0:
-            line, self._seen = bytes(self._rest[:end]), 0
+            line = bytes(self._rest[:end])
+            self._seen = 0
             del self._rest[: end + 1]
             if line.strip():
                 yield line
@@ -238,10 +251,13 @@ class Course:
     """
 
     def __init__(self, random: Callable[[], float], pace: Pace) -> None:
-        self._random, self._pace = random, pace
+        self._random = random
+        self._pace = pace
         self.listing = True  # whether a list is next, or a watch
         self.more = ""  # continue: a page of a list that has begun is next
-        self._version, self._newest, self._at_once = "", False, False
+        self._version = ""
+        self._newest = False
+        self._at_once = False
         self._failures = self._expired = 0
         self._due = self._began = 0.0
         self._told = self._marked = False
@@ -259,7 +275,8 @@ class Course:
 
     def query(self, now: float) -> dict[str, str]:
         """Of the next request, which begins now."""
-        self._began, self._told = now, False
+        self._began = now
+        self._told = False
         if not self.listing:
             self.seconds = int(self._pace.watch * (1 + self._random() / 4)) or 1
             return {
@@ -281,7 +298,10 @@ class Course:
         self.more = more
         if more:
             return False
-        self._version, self.listing, self._newest, self._at_once = version, False, False, False
+        self._version = version
+        self.listing = False
+        self._newest = False
+        self._at_once = False
         return True
 
     def told(self, version: str, bookmark: bool = False) -> None:
@@ -296,7 +316,8 @@ class Course:
         full = now - self._began >= self._pace.watch
         self.listing = full and not self._told
         if self._told or full:
-            self._failures, self._due = 0, now
+            self._failures = 0
+            self._due = now
         else:
             self._wait(now)
 
@@ -306,11 +327,15 @@ class Course:
         status = error.status if isinstance(error, KubeError) else -1
         gone = isinstance(error, KubeError) and (status == 410 or error.reason in ("Expired", "Gone"))
         if self.listing and (gone or status in (400, 504)):
-            self._newest, self._at_once, self.more = True, bool(self.more) or self._at_once, ""
+            self._newest = True
+            self._at_once = bool(self.more) or self._at_once
+            self.more = ""
         if (gone and not self.listing) or status == -1:
-            self.listing, self.more = True, ""
+            self.listing = True
+            self.more = ""
         if gone and not self._expired:
-            self._expired, self._due = 1, now  # once at once: nothing is wrong with the server
+            self._expired = 1  # once at once: nothing is wrong with the server
+            self._due = now
             return
         self._wait(now)
         if isinstance(error, BusyError):

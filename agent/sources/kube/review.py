@@ -38,7 +38,9 @@ class Review:
     """Keeps no token: answers are found by a keyed hash that means nothing outside of this process."""
 
     def __init__(self, client: Client, now: Callable[[], float] = time.monotonic) -> None:
-        self._client, self._now, self._key = client, now, os.urandom(32)
+        self._client = client
+        self._now = now
+        self._key = os.urandom(32)
         self._answers: dict[bytes, tuple[float, bool]] = {}
         self._free = asyncio.Semaphore(_AT_ONCE)
 

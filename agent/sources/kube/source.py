@@ -19,7 +19,10 @@ class PodSink:
     ) -> None:
         """`wake` is told of pods to look at, also of those that have left the table, `annotated` of each that may have
         another annotation by now; `captured`: whether rules of ours may be in a pod."""
-        self._table, self._wake, self._captured, self._annotated = table, wake, captured, annotated
+        self._table = table
+        self._wake = wake
+        self._captured = captured
+        self._annotated = annotated
         self._restored: frozenset[str] = frozenset()
 
     def restored(self, uids: Iterable[str]) -> None:
@@ -56,7 +59,9 @@ class NamespaceSink:
     """The labels of all namespaces. `told` is called after each change."""
 
     def __init__(self, table: PodTable, wake: Callable[[str], None], told: Callable[[], None]) -> None:
-        self._table, self._wake, self._told = table, wake, told
+        self._table = table
+        self._wake = wake
+        self._told = told
 
     def listed(self, objects: Sequence[KubeNamespace]) -> None:
         gone = set(self._table.namespaces()) - {one.name for one in objects}

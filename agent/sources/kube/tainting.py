@@ -33,7 +33,10 @@ class Tainting:
 
     def __init__(self, node: Tainted, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
         self.error = ""
-        self._node, self._taint, self._lacking, self._returns = node, taint, lacking, returns
+        self._node = node
+        self._taint = taint
+        self._lacking = lacking
+        self._returns = returns
         self._taken: bool | None = None  # not known before the first time
         self._lacks = 0.0
 

@@ -72,7 +72,8 @@ class Places(Generic[W]):
 
     def _hold(self, place: object, uids: tuple[str, ...]) -> None:
         if len(uids) == 1:
-            self._holders[place], self.names[place] = uids[0], self._objects[uids[0]].name
+            self._holders[place] = uids[0]
+            self.names[place] = self._objects[uids[0]].name
             return
         self.names.pop(place, None)
         if uids:
@@ -98,8 +99,13 @@ class ClusterWorkloads(Generic[W, S]):
 
         `every`: seconds between two tellings, at least, since each copies both mappings.
         """
-        self._client, self._know, self._random, self._pace, self._every = client, know, random, pace, every
-        self._workload, self._service = workload, service
+        self._client = client
+        self._know = know
+        self._random = random
+        self._pace = pace
+        self._every = every
+        self._workload = workload
+        self._service = service
         self._news = asyncio.Event()
         self.pods: Places[W] = Places(self._news.set)
         self.services: Places[S] = Places(self._news.set)

@@ -47,7 +47,8 @@ class Candidate:
 
     def take(self) -> Netns:
         """The open handle, which is the caller's from now on. Raises SluiceError."""
-        netns, self._netns = self._open(), None
+        netns = self._open()
+        self._netns = None
         return netns
 
     def close(self) -> None:
@@ -96,7 +97,8 @@ class Candidates:
 
     def __init__(self, containers: Mapping[str, str], folders: Sequence[str], proc: str) -> None:
         """Reads /proc once. `containers`: id -> UID of those that are known. Raises KernelError."""
-        self._containers, self._proc = containers, proc
+        self._containers = containers
+        self._proc = proc
         self._outside = cgroups.enclosing(processes.cgroup(1, proc))
         self._whose_text: dict[str, str] = {}
         self._all: dict[NsKey, Candidate] = {}
@@ -143,7 +145,8 @@ class Candidates:
             space.close()
 
     def _add(self, one: ProcessSeen) -> None:
-        space, owner = self._space(one.netns), self._whose(one.cgroup)
+        space = self._space(one.netns)
+        owner = self._whose(one.cgroup)
         if owner:
             if owner not in space.owners:
                 self._of.setdefault(owner, []).append(space)

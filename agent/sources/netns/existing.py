@@ -83,7 +83,8 @@ def forget(run_dir: str, uids: Iterable[str]) -> None:
 
 def _is(netns: Netns, run_dir: str, one: ExistingNetns) -> bool:
     if one.netns is not None:
-        mine, noted = netns.id, one.netns
+        mine = netns.id
+        noted = one.netns
         return mine.cookie == noted.cookie if mine.cookie and noted.cookie else mine == noted
     with contextlib.suppress(OSError):
         status = Path(run_dir, "netns", one.uid).stat()
@@ -100,7 +101,8 @@ def _note(path: Path) -> ExistingNetns | None:
         data = json.loads(path.read_bytes())
         pod: dict[str, Any] = data["pod"]
         numbers = data["netns"] and [int(data["netns"][field.name]) for field in fields(NetnsId)]
-        netns, words = NetnsId(*numbers) if numbers else None, f"{pod['namespace']}/{pod['name']}"
+        netns = NetnsId(*numbers) if numbers else None
+        words = f"{pod['namespace']}/{pod['name']}"
         return ExistingNetns(path.stem, words, bool(data["captured"]), netns, str(pod.get("netns_path", "")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -25,7 +25,8 @@ class NamespaceRegistry:
 
     def __init__(self, state: Notes, unannounced: SearchBatcher | None = None) -> None:
         """Without `unannounced` a pod that nobody told the namespace of is not found."""
-        self._state, self._unannounced = state, unannounced
+        self._state = state
+        self._unannounced = unannounced
         self._open: dict[str, PodNetns] = {}
         self._notes: dict[str, Note] = {}
         self._pinned: set[str] = set()
@@ -155,7 +156,8 @@ class NamespaceRegistry:
         unpin(self._state.pin(uid))
 
     def _find(self, pod: Pod) -> Netns:
-        note, pin = self._notes.get(pod.uid), self._state.pin(pod.uid)
+        note = self._notes.get(pod.uid)
+        pin = self._state.pin(pod.uid)
         wanted = note.netns if note else None
         problems = []
         told = Path(pod.netns_path) if pod.netns_path else self._paths.get(pod.uid)

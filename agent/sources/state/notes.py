@@ -43,7 +43,8 @@ class Notes:
     """The directory. Files are written to a temporary name and renamed, so that none is ever half written."""
 
     def __init__(self, run_dir: str) -> None:
-        self.pods, self.pins = Path(run_dir) / "pods", Path(run_dir) / "netns"
+        self.pods = Path(run_dir) / "pods"
+        self.pins = Path(run_dir) / "netns"
         self.damaged: list[str] = []
 
     def pin(self, uid: str) -> Path:

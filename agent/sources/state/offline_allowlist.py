@@ -21,7 +21,8 @@ class OfflineAllowlist:
     """
 
     def __init__(self, settings: Settings, table: PodTable) -> None:
-        self._settings, self._table = settings, table
+        self._settings = settings
+        self._table = table
         self._directory = Path(settings.run_dir) / "exempt"
         self._changed = asyncio.Event()
         self._written: set[str] | None = None  # None: what a predecessor wrote has not been looked at
@@ -39,7 +40,8 @@ class OfflineAllowlist:
             self.write()
 
     def write(self) -> None:
-        wanted, there = self._wanted(), self._written
+        wanted = self._wanted()
+        there = self._written
         if there is None:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             there = {path.name for path in self._directory.iterdir()}
@@ -50,7 +52,8 @@ class OfflineAllowlist:
         self._written = wanted
 
     def _wanted(self) -> set[str]:
-        settings, known = self._settings, self._table.namespaces()
+        settings = self._settings
+        known = self._table.namespaces()
         wanted = {name for name in (*settings.exclude_namespaces, settings.own_namespace) if LABEL.fullmatch(name)}
         if settings.offline_pods == "by-namespace":
             own = {pod.namespace for pod in self._table if mode(pod) not in ("", "none")}
