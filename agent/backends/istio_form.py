@@ -1,6 +1,7 @@
-"""Our rules in the exact form of istio-cni, which compares rule by rule and match by match. Pure.
+"""Writes rules in the exact form of istio-cni, which compares rule by rule and match by match. Pure.
 
-What a rule does stays the same: only matches are put in another order, or said twice (design: peers 2.4 and 2.6).
+The effect of a rule stays the same: only the order of matches changes, or a match occurs twice
+(docs/design/istio-cni.md, 2.4 and 2.6).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(run=run)
 
 
-_ABOUT = """Runs the node agent: takes pods from the CNI plugin and the static file, programs their
-namespaces, hands them to ztunnel and keeps them right. SIGTERM leaves every rule in place."""
+_ABOUT = """Runs the node agent: it learns of pods from the CNI plugin, Kubernetes and the static file, programs their
+network namespaces, hands them to ztunnel and repairs drift. SIGTERM leaves every rule in place."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Every mark, port, chain, table and path that others see, each with its reason.
 
 The values of tables, chains, marks and ports are those of the existing ambient agents, so that Sluice can
-adopt pods that they programmed and they can adopt ours (design: rules).
+adopt pods that they programmed and they can adopt ours (docs/design/rules.md).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NFT_OUTPUT: Final = "istio-output"
 
 TAG_PREFIX: Final = "sluice:"  # of every rule comment of ours; see core.tags
 
-# Labels and annotations (design: interfaces).
+# Labels and annotations (docs/design/interfaces.md).
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
 SIDECAR_STATUS: Final = "sidecar.istio.io/status"
 BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
@@ -69,7 +69,7 @@ BPF_MAPS: Final = (
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"
 SERVICE_ACCOUNT: Final = "/var/run/secrets/kubernetes.io/serviceaccount"  # where the kubelet puts a pod's credentials
 
-# Written on a pod's status subresource, for istiod and people (design: interfaces).
+# Written on a pod's status subresource, for istiod and people (docs/design/interfaces.md).
 REDIRECTION: Final = "ambient.istio.io/redirection"
 
 CNI_TYPE: Final = "sluice-cni"

@@ -1,7 +1,7 @@
 """istio-cni's entry in CNI configurations, and which of them are its own. Pure.
 
-Its forms (design: peers 1.10): chained, an entry in the primary's own list; owned, a list of its own around the
-primary's plugins (02-istio-cni.conflist); alone, a file with nothing else in it (YYY-istio-cni.conf, with Multus).
+Forms (docs/design/istio-cni.md, 1.10): chained, an entry in the primary's own list; owned, a list of istio-cni's with
+the primary's plugins (02-istio-cni.conflist); alone, a file with its entry only (YYY-istio-cni.conf, with Multus).
 """
 
 from __future__ import annotations

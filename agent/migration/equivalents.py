@@ -1,7 +1,7 @@
 """Settings of istio-cni and what they are here. Pure; also the table of docs/migrating.md.
 
-Names of istio-cni's are those of its environment or, where a thing has none, of its Helm values (design: peers 1.2
-and 1.3).
+istio-cni's names are those of its environment or, if a setting has none there, of its Helm values
+(docs/design/istio-cni.md, 1.2 and 1.3).
 """
 
 from __future__ import annotations

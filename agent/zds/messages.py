@@ -2,7 +2,7 @@
 
 Proto3 as the format defines it: defaults are not written, the last value of a field wins, repeated embedded
 messages merge (which is the same as parsing them joined), unknown fields are skipped. Groups are refused.
-Field numbers are those of design: interfaces, "ZDS"; a message is at most MAX_MESSAGE bytes.
+Field numbers are those of docs/design/interfaces.md, "ZDS"; a message is at most MAX_MESSAGE bytes.
 """
 
 from __future__ import annotations

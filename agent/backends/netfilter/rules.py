@@ -1,7 +1,7 @@
 """A Redirect as netfilter rules: chains of matches and one action each, in a closed vocabulary. Pure.
 
 Shared by the nftables and iptables backends; each of them only writes these values in its own language.
-Order and effect are the table of the design's rules ("In the pod").
+Order and effect are those of docs/design/rules.md, "In the pod".
 """
 
 from __future__ import annotations
