@@ -24,12 +24,11 @@ from agent.core.errors import SettingsError, SluiceError
 from agent.core.settings import Settings
 from agent.core.text import table
 from agent.install.binary import Binary
-from agent.install.conflists import Json
+from agent.install.conflists import Json, plugin_entry
 from agent.install.host_root import HostRoot
 from agent.install.installer import mode
 from agent.install.netdir import NetDir
 from agent.install.planning import View
-from agent.install.plugin_entry import plugin_entry
 from agent.migration import assessment, steps, values
 from agent.migration.assessment import FINE, LEFT, NOTE, OBSTACLE, MigrationFinding
 from agent.migration.collect import collect

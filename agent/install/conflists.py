@@ -6,12 +6,14 @@ Facts: ConfFiles, ConfFromBytes, ConfListFromBytes and ConfListFromConf in libcn
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
+from agent.core.settings import Settings
 
 Json = dict[str, Any]
 EXTENSIONS: Final = (".conf", ".conflist", ".json")  # what runtimes read; in the order of file names
@@ -20,7 +22,9 @@ ISTIO: Final = "istio-cni"
 MIGRATED = ".sluice-istio-"  # so begin the names of what `sluice migrate` keeps of istio-cni's
 ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file whose bytes are from before our entry
 MOST: Final = 1 << 20  # bytes; sluice-cni takes no larger configuration
+TIMEOUT: Final = 20  # seconds; a kubelet waits minutes for a sandbox
 _DEEPEST = 100
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # sluice-cni refuses a list with any other name
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,19 @@ class Conf:
     @property
     def stem(self) -> str:
         return self.name.rpartition(".")[0]
+
+
+def plugin_entry(settings: Settings) -> Json:
+    """Returns our entry. Nothing in it expires, and the socket that it names may be absent until an agent runs."""
+    excluded = dict.fromkeys((*settings.exclude_namespaces, settings.own_namespace))
+    return {
+        "type": CNI_TYPE,
+        "capabilities": {"io.kubernetes.cri.pod-annotations": True, "dns": True},
+        "socket": settings.cni_socket,
+        "excludeNamespaces": [name for name in excluded if _NAMESPACE.fullmatch(name)],
+        "exemptPods": list(settings.exempt_pods),
+        "timeoutSeconds": TIMEOUT,
+    }
 
 
 def parse(name: str, data: bytes) -> Conf:

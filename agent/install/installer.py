@@ -17,11 +17,11 @@ from agent.core.policy.contention import Contention
 from agent.core.settings import Settings
 from agent.install import planning, runtime
 from agent.install.binary import Binary
+from agent.install.conflists import plugin_entry
 from agent.install.directory_watch import DirectoryWatch
 from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import Action, InstallPlan, View
-from agent.install.plugin_entry import plugin_entry
 from agent.install.runtime import DirectoryChoice, Places
 
 log = logging.getLogger("sluice.install")

@@ -14,25 +14,14 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import api, nodes
-from agent.lab import report as closing
+from agent.lab import nodes
+from agent.lab.checks import Checks
 from agent.lab.faults import scenarios
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.node_services import LabBackend
+from agent.lab.report import report
 from agent.lab.topology import PodProgram, default_spec
 from agent.lab.traffic import still
-
-
-class Checks:
-    """What was claimed and whether it held."""
-
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-
-    def __call__(self, claim: str, held: bool, found: object = "") -> None:
-        print(f"  {'ok  ' if held else 'FAIL'} {claim}" + (f": {found}" if found != "" else ""))
-        if not held:
-            self.failed.append(claim)
 
 
 def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
@@ -46,7 +35,7 @@ def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
             lab.up(backend=backend, tell=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
-            closing.report(lab, check, scenarios.run_all(lab, check, backend))
+            report(lab, check, scenarios.run_all(lab, check, backend))
     finally:
         down(prefix)
     _title("Afterwards")
@@ -66,7 +55,7 @@ def _title(text: str) -> None:
 
 def _pods(lab: Lab, check: Checks) -> None:
     _title("The pods and their state (sluice pods)")
-    rows = [{"node": node, **row} for node in lab.spec.nodes for row in api.agent(lab, node, "/v1/pods")]
+    rows = [{"node": node, **row} for node in lab.spec.nodes for row in lab.ask(node, "/v1/pods")]
     print(
         table(
             ("NODE", "POD", "STATE", "BACKEND", "ADDRESSES", "REASON"),
@@ -140,8 +129,8 @@ def _http(lab: Lab, source: str, target: str, family: int) -> _Call:
 
 def _iperf(lab: Lab) -> _Call:
     pod = lab.pods.require("shop/db")
-    report = json.loads(lab.exec("shop/client", ["iperf3", "-c", pod.ipv4, "-t", "1", "-J"]).stdout)
-    total = report["end"]["sum_received"]
+    output = json.loads(lab.exec("shop/client", ["iperf3", "-c", pod.ipv4, "-t", "1", "-J"]).stdout)
+    total = output["end"]["sum_received"]
     address = pod.address(PodProgram.IPERF)
     return _Call("shop/client", "shop/db", address, total["bytes"], 0, total["seconds"])
 
@@ -221,10 +210,10 @@ def _probe(lab: Lab, check: Checks) -> None:
     lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
     _await_records(lab, lambda found: len(_arrived(lab, address, found)) > before)
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
-    status = api.agent(lab, "node1", "/v1/status")["host_probes"]
+    status = lab.ask("node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")
     # It is tried beside the enrolment, in a task of its own.
-    told = still(lambda: str(api.agent(lab, "node1", "/v1/explain", pod="shop/web")["probe"]), bool)
+    told = still(lambda: str(lab.ask("node1", "/v1/explain", pod="shop/web")["probe"]), bool)
     check("the agent's own probe of the new pod came through", told.endswith(": ok"), told)
 
 
@@ -236,7 +225,7 @@ def _arrived(lab: Lab, address: str, records: list[dict[str, Any]] | None = None
 
 def _explain(lab: Lab, check: Checks) -> None:
     _title("Why is legacy/batch not captured? (sluice explain legacy/batch)")
-    answer = api.agent(lab, "node2", "/v1/explain", pod="legacy/batch")
+    answer = lab.ask("node2", "/v1/explain", pod="legacy/batch")
     rows = [("Pod", "legacy/batch"), ("Decision", f"{answer['decision']}: {answer['reason']}")]
     rows += [(f"  {key}", value) for key, value in answer["considered"].items()]
     print(pairs(rows))

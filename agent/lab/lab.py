@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import FrameType
-from typing import Final
+from typing import Any, Final
 
 from agent.core.errors import SluiceError
+from agent.kernel import admin_socket
 from agent.kernel.exec import PATH, run
 from agent.lab import istio, nodes
 from agent.lab.chain import CNI_PATH
@@ -145,6 +146,10 @@ class Lab:
     def exec(self, ref: str, argv: Sequence[str], *, seconds: float = 30) -> CompletedProcess[str]:
         """Runs a program to its end in a pod. Raises CommandError when it ends non-zero."""
         return run(argv, netns=self.netns(ref), seconds=seconds)
+
+    def ask(self, node: str, path: str, method: str = "GET", **query: str) -> Any:
+        """Asks the node's agent over its admin socket and returns the JSON of the answer. Raises SluiceError."""
+        return admin_socket.ask(str(self.spec.node_dir(node)), path, method, **query)
 
     def _tell_dns(self) -> None:
         self.pods.write_names()

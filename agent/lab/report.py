@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from agent.core.text import table
-from agent.lab import api
+from agent.lab.checks import Accounts, Checks
 from agent.lab.lab import Lab
 from agent.lab.traffic import relayed, still
-
-if TYPE_CHECKING:
-    from agent.lab.demo import Checks
-    from agent.lab.faults.scenarios import Accounts
 
 Found = Counter[tuple[str, str, str]]  # direction, fate, reason -> connections
 _ORDER = ("captured", "exempt", "leaked", "undecided")
@@ -74,7 +69,7 @@ def _seen(lab: Lab) -> DemoTotals:
     found = Found()
     collectors = set[str]()
     for node in lab.spec.nodes:
-        answer = api.agent(lab, node, "/v1/status")
+        answer = lab.ask(node, "/v1/status")
         collectors.add(answer["accounting"])
         for row in answer["connections"]:
             found[row["direction"], row["fate"], row["reason"]] += row["connections"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from agent.lab import api
 from agent.lab.lab import Lab
 from agent.lab.node_services import LabBackend
 
@@ -41,7 +40,7 @@ def replace_ztunnels(lab: Lab) -> None:
 def _await_pods(lab: Lab, node: str, connections: int) -> None:
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        status = api.agent(lab, node, "/v1/status")
+        status = lab.ask(node, "/v1/status")
         if status["ztunnel_connections"] >= connections and not status["ztunnel_unacknowledged"]:
             return
         time.sleep(0.05)

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.core.settings import Settings
-from agent.install.conflists import VERSIONS
-from agent.install.plugin_entry import plugin_entry
+from agent.install.conflists import VERSIONS, plugin_entry
 from agent.sources.cni import wire
 from agent.sources.cni.wire import MAX_REPLY, CniReply, CniVerb, frame
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,24 @@ def test_the_packages_of_backends_do_not_know_one_another() -> None:
     """But hostprobes, which writes nf_tables with what the nftables backend has, and netfilter, which both share."""
     named = {one for one in CONTRACTS["Backends do not know one another"]["modules"] if one in _packages("backends")}
     assert named == _packages("backends") - {"agent.backends.hostprobes", "agent.backends.netfilter"}
+
+
+def test_modules_do_not_import_in_a_circle() -> None:
+    """Counts imports for types and inside functions, too: a circle hides behind them."""
+    graph = {name: _imports(path) for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules of the agent that one imports; `from agent.lab import nodes` counts as agent.lab.nodes."""
+    found = set[str]()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & MODULES.keys() or {node.module}
+    return found & MODULES.keys()
 
 
 def _packages(room: str) -> set[str]:

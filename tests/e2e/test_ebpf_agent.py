@@ -22,7 +22,6 @@ from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
 from agent.kernel.netlink.sock_diag import cookies
 from agent.kernel.netns import Netns
-from agent.lab import api
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
 from agent.lab.node_services import LabBackend
@@ -94,7 +93,7 @@ def test_switches_both_ways_and_deaths_break_nothing(lab: Lab) -> None:
                 each.configure(backend, verify_seconds=VERIFY)
                 (each.end if number % 2 else each.kill)()
                 each.start_agent()
-                status = api.agent(lab, name, "/v1/status")
+                status = lab.ask(name, "/v1/status")
                 assert status["backend"] == str(backend), status
             until(lambda b=backend: by(lab) == {str(b)}, f"every pod is captured by {backend}")  # type: ignore[misc]
             windows[f"{number} {backend}"] = first, time.time()
@@ -136,12 +135,12 @@ def attempted(lab: Lab, source: str, target: str, family: int) -> socket.socket 
 
 
 def by(lab: Lab) -> set[str]:
-    rows = [row for name in lab.spec.nodes for row in api.agent(lab, name, "/v1/pods")]
+    rows = [row for name in lab.spec.nodes for row in lab.ask(name, "/v1/pods")]
     return {row["backend"] if row["state"] == "enabled" else row["state"] for row in rows if row["namespace"] == "shop"}
 
 
 def results(lab: Lab, name: str) -> set[str]:
-    return {row["result"] for row in api.agent(lab, name, "/v1/verify", all="true")}
+    return {row["result"] for row in lab.ask(name, "/v1/verify", all="true")}
 
 
 def test_a_lab_is_removed_with_its_pins_also_when_its_records_are_missing() -> None:

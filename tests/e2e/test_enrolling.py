@@ -10,7 +10,6 @@ import pytest
 import yaml
 from support.node import until
 
-from agent.lab import api
 from agent.lab.account import LoadRecord
 from agent.lab.lab import Lab, down
 from agent.lab.node_services import LabBackend
@@ -48,7 +47,7 @@ def mark(lab: Lab, mode: str, state: str) -> None:
     path.with_suffix(".new").replace(path)
 
     def settled() -> bool:
-        rows = api.agent(lab, "node1", "/v1/pods")
+        rows = lab.ask("node1", "/v1/pods")
         return all((row["state"], row["leaving"]) == (state, False) for row in rows)
 
     until(settled, f"all pods are {state}")

@@ -14,7 +14,6 @@ from support.node import until
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
-from agent.lab import api
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
 from agent.lab.node_services import READY_SECONDS, LabBackend, NodeProcesses
@@ -117,7 +116,7 @@ def test_no_connection_escapes_or_fails(lab: Lab) -> None:
 
 
 def results(lab: Lab, node: str) -> set[str]:
-    return {row["result"] for row in api.agent(lab, node, "/v1/verify", all="true")}
+    return {row["result"] for row in lab.ask(node, "/v1/verify", all="true")}
 
 
 def test_the_account_would_see_an_escape(lab: Lab) -> None:
@@ -132,7 +131,7 @@ def test_the_account_would_see_an_escape(lab: Lab) -> None:
 
 
 def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
-    if not any("tables are owned" in words for words in api.agent(lab, "node1", "/v1/status")["backends"].values()):
+    if not any("tables are owned" in words for words in lab.ask("node1", "/v1/status")["backends"].values()):
         pytest.skip("this kernel has no owned tables (needs 6.9)")
     up = lab.pods.up()
     traffic = LabTraffic(lab, up["shop/client"], [up["shop/db"].address(PodProgram.ECHO)], name="flush", rate=RATE)
@@ -143,7 +142,7 @@ def test_a_flush_of_owned_tables_is_harmless(lab: Lab) -> None:
     whole = settled(lab, traffic.stop())
     assert whole.opened > 0
     assert (whole.escaped, whole.failed) == (0, 0), whole
-    assert api.agent(lab, "node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
+    assert lab.ask("node1", "/v1/explain", pod="shop/client")["recent_repairs"] == []
 
 
 def test_a_ztunnel_that_is_replaced_while_the_agent_is_away_waits_for_its_successor(lab: Lab) -> None:

@@ -9,19 +9,14 @@ import json
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from agent.backends.ebpf.pins import PinDirectory, Pins
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab import api
+from agent.lab.checks import Accounts, Checks, During
 from agent.lab.lab import Lab
 from agent.lab.node_services import LabBackend
 from agent.lab.restarts import switch
-
-if TYPE_CHECKING:
-    from agent.lab.demo import Checks
-    from agent.lab.faults.scenarios import Accounts, During
 
 NODE = "node1"
 
@@ -80,6 +75,6 @@ class Detaching:
         self._done.append(Detached(window, found, left, time.monotonic() - started))
 
     def _verify(self, pod: str, method: str = "GET") -> list[str]:
-        (row,) = api.agent(self._lab, NODE, "/v1/verify", method, pod=pod)
+        (row,) = self._lab.ask(NODE, "/v1/verify", method, pod=pod)
         words: list[str] = row["differences"] or [row["error"]] * bool(row["error"])
         return words

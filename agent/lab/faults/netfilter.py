@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agent.kernel import exec
-from agent.lab import api
+from agent.lab.checks import CALM, Accounts, Checks, During
 from agent.lab.lab import Lab
 from agent.lab.node_services import LabBackend
 from agent.lab.restarts import switch
 
-if TYPE_CHECKING:
-    from agent.lab.demo import Checks
-    from agent.lab.faults.scenarios import Accounts, During
-
-CALM = 1.0
 POD = "shop/client"
 
 
@@ -26,7 +21,7 @@ class Flushing:
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
         self._found = list[dict[str, Any]]()
-        self._owned = api.agent(lab, "node1", "/v1/status")["backends"]["nftables"] == "tables are owned"
+        self._owned = lab.ask("node1", "/v1/status")["backends"]["nftables"] == "tables are owned"
 
     def act(self, during: During) -> None:
         owned = "owned" if self._owned else "not owned: kernel before 6.9"
@@ -56,11 +51,11 @@ class Flushing:
     def _flush(self, *, repaired: bool) -> None:
         """`repaired`: whether a repair is to be awaited. Keeps what the kernel holds afterwards and what was noted."""
         lab = self._lab
-        noted = len(api.agent(lab, "node1", "/v1/explain", pod=POD)["recent_repairs"])
+        noted = len(lab.ask("node1", "/v1/explain", pod=POD)["recent_repairs"])
         exec.run(["nft", "flush", "ruleset"], netns=lab.netns(POD))
         deadline = time.monotonic() + (5 if repaired else CALM)
         while True:
-            answer = api.agent(lab, "node1", "/v1/explain", pod=POD)
+            answer = lab.ask("node1", "/v1/explain", pod=POD)
             repairs = answer["recent_repairs"][noted:]
             if (repairs and answer["in_kernel"] == "as wanted") or time.monotonic() > deadline:
                 self._found.append({"in_kernel": answer["in_kernel"], "repairs": repairs})

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from agent.core.text import table
-from agent.lab import api, restarts
+from agent.lab import restarts
 from agent.lab.account import Account, LoadRecord, account
+from agent.lab.checks import CALM, Accounts, Checks
 from agent.lab.faults.ebpf import Detaching
 from agent.lab.faults.netfilter import Flushing
 from agent.lab.lab import Lab
@@ -17,18 +17,7 @@ from agent.lab.node_services import LabBackend
 from agent.lab.topology import PodProgram
 from agent.lab.traffic import LabTraffic, relayed, settled
 
-if TYPE_CHECKING:
-    from agent.lab.demo import Checks
-
-CALM = 1.0  # seconds of traffic around each fault, so that its effects fall into its own window
 LEAST_RATE = 200
-Accounts = Mapping[str, Account]  # by the window's name
-
-
-class During(Protocol):
-    """Does something in a window of its own."""
-
-    def __call__(self, name: str, action: Callable[[], None], hitless: bool = True) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +60,7 @@ def run_all(lab: Lab, check: Checks, backend: LabBackend) -> Accounts:
     passed = _report(lab, check, load, windows)
     own.report(check, passed)
     for node in lab.spec.nodes:
-        wrong = [row for row in api.agent(lab, node, "/v1/verify", all="true") if row["result"] != "ok"]
+        wrong = [row for row in lab.ask(node, "/v1/verify", all="true") if row["result"] != "ok"]
         check(f"sluice verify --all on {node} finds nothing wrong", not wrong, wrong or "")
     return passed
 

@@ -16,9 +16,8 @@ from support.installing import apply
 
 from agent.core.settings import Settings
 from agent.install import planning
-from agent.install.conflists import EXTENSIONS, parse, readable
+from agent.install.conflists import EXTENSIONS, parse, plugin_entry, readable
 from agent.install.planning import Action, InstallPlan, View, Write
-from agent.install.plugin_entry import plugin_entry
 
 HERE = Path(__file__).parent
 CASES = sorted(path.parent.name for path in HERE.glob("*/net.d"))

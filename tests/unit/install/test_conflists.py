@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.install import conflists
-from agent.install.conflists import Conf, chainable, kept_name, own_name, parse, readable, strip, wrap
-from agent.install.plugin_entry import plugin_entry
+from agent.install.conflists import Conf, chainable, kept_name, own_name, parse, plugin_entry, readable, strip, wrap
 
 GOOD = {"cniVersion": "1.0.0", "name": "net", "plugins": [{"type": "bridge"}]}
 ENTRY = plugin_entry(Settings())

@@ -8,8 +8,8 @@ import pytest
 
 from agent.core.settings import Settings
 from agent.install import planning
+from agent.install.conflists import plugin_entry
 from agent.install.planning import InstallPlan, Remove, Rename, View, Write
-from agent.install.plugin_entry import plugin_entry
 
 WISHED = "02-sluice.conflist"
 ENTRY = plugin_entry(Settings())

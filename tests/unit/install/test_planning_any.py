@@ -14,8 +14,8 @@ from support.installing import apply
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.install import conflists, planning
+from agent.install.conflists import plugin_entry
 from agent.install.planning import InstallPlan, View
-from agent.install.plugin_entry import plugin_entry
 
 WISHED = "02-sluice.conflist"
 ENTRY = plugin_entry(Settings())

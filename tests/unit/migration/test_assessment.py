@@ -10,8 +10,8 @@ import pytest
 
 from agent.core.settings import Settings
 from agent.install import planning
+from agent.install.conflists import plugin_entry
 from agent.install.planning import View, own
-from agent.install.plugin_entry import plugin_entry
 from agent.migration import assessment
 from agent.migration.assessment import ACCEPTED, LEFT, NOTE, OBSTACLE, MigrationFinding
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed

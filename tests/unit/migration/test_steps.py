@@ -11,9 +11,9 @@ from support.istioinstaller import IstioInstaller, Waits, picked
 
 from agent.core.settings import Settings
 from agent.install import conflists, planning
+from agent.install.conflists import plugin_entry
 from agent.install.istio import mentions
 from agent.install.planning import InstallPlan, View
-from agent.install.plugin_entry import plugin_entry
 from agent.migration import istio
 from agent.migration.steps import Steps, after, back, take_over, taken, until_istio_cni
 
