@@ -61,6 +61,14 @@ def test_only_kernel_may_call_c_and_start_processes() -> None:
     assert all(any(name == one or name.startswith(f"{one}.") for one in named) for name in starting)
 
 
+def test_only_commands_and_lab_may_import_pyroute2_and_psutil() -> None:
+    """Importing pyroute2 costs 10 MB: more than a quarter of what the daemon takes."""
+    allowed = {"agent.__main__", "agent.cli", "agent.diagnosis", "agent.lab"}
+    assert sources("The daemon and what it imports load neither pyroute2 nor psutil") == TOP - allowed | {
+        "agent.cli.agent"
+    }
+
+
 def test_the_packages_of_backends_do_not_know_one_another() -> None:
     """But hostprobes, which writes nf_tables with what the nftables backend has, and netfilter, which both share."""
     named = {one for one in CONTRACTS["Backends do not know one another"]["modules"] if one in _packages("backends")}
