@@ -59,12 +59,12 @@ def _choice(settings: Settings) -> Choice | None:
 
 
 def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
-    outside = PreexistingConnections()
-    with closing(NamespaceRegistry(state)) as namespaces, closing(outside):
+    preexisting = PreexistingConnections()
+    with closing(NamespaceRegistry(state)) as namespaces, closing(preexisting):
         enrolment = Enrolment(
             choice,
             namespaces,
-            outside,
+            preexisting,
             Switching(choice, None),
             None,
             listening=ZtunnelPorts(map(int, settings.ztunnel_ports)),  # the rules depend on it (Redirect.hbone)
@@ -72,10 +72,10 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
         )
         for note in state.load():
             decision = decide(note.pod, settings)
-            if not note.captured or note.carried or decision.refused or decision.redirect is None:
+            if not note.captured or note.preswitch or decision.refused or decision.redirect is None:
                 continue
             namespaces.restore(note)
-            outside.restore(note.pod.uid, note.outside)
+            preexisting.restore(note.pod.uid, note.preexisting)
             try:
                 target = namespaces.resolve(note.pod)
                 if any(layer.waits(target) for layer in lasting(choice.active)):

@@ -118,8 +118,8 @@ class Agent:
             self._cluster,
             self._condition,
         )
-        self.outside = PreexistingConnections()
-        self.carried = PreexistingConnections(carried(by_socket=self.choice.by_socket))
+        self.preexisting = PreexistingConnections()
+        self.preswitch = PreexistingConnections(carried(by_socket=self.choice.by_socket))
         self.host = self._host()
         self.beside = NonTcpCounter(self.choice.name, pins=self.pins)
         listening = ZtunnelPorts(map(int, settings.ztunnel_ports), self.ztunnels)
@@ -132,11 +132,11 @@ class Agent:
             self.drift,
             Journals(self.metrics, self.kubernetes.events) if self.kubernetes else self.metrics,
             random.random,
-            outside=self.outside,
-            carried=self.carried,
+            preexisting=self.preexisting,
+            preswitch=self.preswitch,
             host=self.host,
             canary=self._canary(),
-            counting=self.beside,
+            non_tcp=self.beside,
             accounting=self.accounting,
             listening=listening,
             proxied=ZtunnelConnections(),
@@ -223,8 +223,8 @@ class Agent:
                     task.cancel()
         finally:
             self.drift.close()
-            self.outside.close()
-            self.carried.close()
+            self.preexisting.close()
+            self.preswitch.close()
             self.namespaces.close()
             self.unannounced.close()
             if self.accounting:
@@ -295,8 +295,8 @@ class Agent:
             self.table.restored(note.pod)
             if note.captured:
                 self.zds.expect(note.pod.uid)
-                self.outside.restore(note.pod.uid, note.outside)
-                self.carried.restore(note.pod.uid, note.carried)
+                self.preexisting.restore(note.pod.uid, note.preexisting)
+                self.preswitch.restore(note.pod.uid, note.preswitch)
             self.reconciler.wake(note.pod.uid)
         if self.kubernetes:
             self.kubernetes.source.restored(pod.uid for pod in self.table if pod.source != "static")

@@ -145,7 +145,9 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     facts = target.facts()
     want, lost = istio_handback.known_to_peers(decision.redirect.within(ipv6=facts.ipv6))
     want = replace(want, dns=want.dns and facts.loopback4 and (facts.loopback6 or not facts.ipv6))
-    silent = ("of connections from before its enrolment, those that were silent since are cut",) if note.outside else ()
+    silent = (
+        ("of connections from before its enrolment, those that were silent since are cut",) if note.preexisting else ()
+    )
     entry = made["ebpf"].plan(None, made["ebpf"].read(target))
     row.remarks = (*decision.warnings, *lost, *silent, *([_BY_SOCKET] if entry else []))
     chosen = (made["routing"], made[row.mechanism])

@@ -1,4 +1,4 @@
-"""The canaries under way: whether the node's probes reach newly enrolled pods is seen beside the passes."""
+"""Runs the canary's probes of newly enrolled pods in tasks of their own, so that no pass waits for one."""
 
 from __future__ import annotations
 
@@ -13,45 +13,50 @@ from agent.reconciler.interfaces import ProbeCanary
 
 
 class Canaries:
-    """One task per pod that is due."""
+    """Runs one task per pod that is due. Without a `canary` no pod is ever due."""
 
-    def __init__(self, canary: ProbeCanary) -> None:
+    def __init__(self, canary: ProbeCanary | None) -> None:
         self._canary = canary
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._first = set[str]()  # just captured, and ztunnel has not been seen there yet
+        self._first = set[str]()  # just captured; ztunnel has not been seen there yet
 
     def captured(self, uid: str, *, first: bool) -> None:
-        """The pod has its rules. Its first probe waits for ztunnel, which may be much later."""
-        if first:
+        """Notes that the pod has its rules. Its `first` probe waits for ztunnel, which may be much later."""
+        if first and self._canary:
             self._first.add(uid)
 
-    def enrolled(self, pod: Pod, found: Enrolled, told: Callable[[ProbeResult], None]) -> None:
-        """ztunnel has the pod, too; `told` is called with the probe's result."""
+    def enrolled(self, pod: Pod, enrolled: Enrolled, report: Callable[[ProbeResult], None]) -> None:
+        """Starts the pod's probe if it is due, now that ztunnel has the pod; `report` receives the result."""
+        if self._canary is None:
+            return
         if pod.uid in self._first:
             self._first.discard(pod.uid)
             self._canary.enrolled(pod.uid)
         if self._canary.due(pod.uid) and pod.uid not in self._tasks:
-            task = asyncio.create_task(self._look(pod, found, told), name=f"probe {pod.uid}")
+            task = asyncio.create_task(self._probe(self._canary, pod, enrolled, report), name=f"probe {pod.uid}")
             self._tasks[pod.uid] = task
             task.add_done_callback(lambda _: self._tasks.pop(pod.uid, None))
 
     def due(self, uid: str) -> bool:
-        return self._canary.due(uid)
+        return self._canary is not None and self._canary.due(uid)
 
     def forget(self, uid: str) -> None:
         self._first.discard(uid)
-        self._canary.forget(uid)
+        if self._canary:
+            self._canary.forget(uid)
 
     def close(self) -> None:
         for task in list(self._tasks.values()):
             task.cancel()
 
-    async def _look(self, pod: Pod, found: Enrolled, told: Callable[[ProbeResult], None]) -> None:
-        addresses = pod.addresses or found.addresses
+    async def _probe(
+        self, canary: ProbeCanary, pod: Pod, enrolled: Enrolled, report: Callable[[ProbeResult], None]
+    ) -> None:
+        addresses = pod.addresses or enrolled.addresses
         try:
-            finding = await self._canary.probe(addresses, found.target, ipv6=found.want.ipv6)
+            result = await canary.probe(addresses, enrolled.target, ipv6=enrolled.want.ipv6)
         except SluiceError:
-            return  # the pod has gone, or its next pass will tell
-        self._canary.done(pod.uid, finding)
-        if finding.verdict is not ProbeVerdict.NO_LISTENER:
-            told(finding)
+            return  # the pod has gone, or its next pass reports why
+        canary.done(pod.uid, result)
+        if result.verdict is not ProbeVerdict.NO_LISTENER:
+            report(result)

@@ -16,7 +16,10 @@ from agent.reconciler.workers import Workers
 
 
 class Capturing:
-    """Belongs to the event loop's thread. One wait in the kernel serves all pods that need it, and holds no worker."""
+    """Captures pods step by step; belongs to the event loop's thread.
+
+    One wait in the kernel serves all pods that need it, and holds no worker.
+    """
 
     def __init__(
         self,
@@ -25,28 +28,28 @@ class Capturing:
         retired: tuple[Backend, ...],
         wait: Callable[[], None] | None = None,
     ) -> None:
-        """`retired` layers may hold an old way. `wait` replaces kernel.grace.await_packets."""
+        """Layers in `retired` may still hold rules. `wait` replaces kernel.grace.await_packets."""
         self._enrolment = enrolment
         self._workers = workers
         self._retired = retired
         self._wait = wait or await_packets
         self._running: asyncio.Task[None] | None = None
-        self._next: asyncio.Task[None] | None = None  # it has not begun, so it serves every pod that comes now
+        self._next: asyncio.Task[None] | None = None  # has not begun, so it serves every pod that asks now
 
     async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Enrolled:
-        """Raises SluiceError. What was applied until then stays, and the next pass finds what is left to do."""
+        """Applies `redirect` and clears retired layers. Raises SluiceError; the next pass goes on from there."""
         retired = () if time.monotonic() - entry.cleaned < BELIEVED else self._retired
         enrol = self._enrolment.enrol
         retire = self._enrolment.retire
         leaving = bool(entry.leaving)
-        found = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, leaving=leaving))
-        if found.old:
+        enrolled = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, leaving=leaving))
+        if enrolled.to_retire:
             await self._passed()
-            new = found
-            found = await entry.work(self._workers, lambda: retire(pod, new))
+            applied = enrolled
+            enrolled = await entry.work(self._workers, lambda: retire(pod, applied))
         if retired:
             entry.cleaned = time.monotonic()
-        return found
+        return enrolled
 
     async def _passed(self) -> None:
         """Returns when a wait has ended that began after this call. Raises KernelError."""
@@ -54,9 +57,9 @@ class Capturing:
             self._next = asyncio.create_task(self._after(self._running), name="grace period")
         await asyncio.shield(self._next)
 
-    async def _after(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
+    async def _after(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
         self._running = self._next
         self._next = None
         await asyncio.to_thread(self._wait)

@@ -1,4 +1,4 @@
-"""One pod's kernel work, for a worker thread: its namespace is found, noted and made as it should be."""
+"""The kernel work for one pod, on a worker thread: its namespace is found, noted and brought to the desired state."""
 
 from __future__ import annotations
 
@@ -26,83 +26,83 @@ from agent.reconciler.interfaces import (
     ZtunnelConnections,
     ZtunnelPorts,
 )
-from agent.reconciler.switching import NOTHING_CARRIED, Switching, SwitchState, Wants
+from agent.reconciler.switching import NO_SWITCH, Switching, SwitchState, Wants
 
 log = logging.getLogger("sluice.enrolment")
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """What a pass over a captured pod found and did. `first`: the pod was not captured before.
+    """The result of a pass that captured a pod. `first`: the pod was not captured before.
 
-    `carried` is of a change between NAT and eBPF. `soon`: something is left that nobody should wait for. `old`: what
-    `retire` has to do.
+    `preexisting` counts its connections that are older than the enrolment. `switch` is that between NAT and eBPF.
+    `deferred`: accounting work is pending that must not delay the pod. `to_retire`: the work for `retire`.
     """
 
     target: PodNetns
     want: Redirect
     done: Settled
     addresses: tuple[str, ...]
-    outside: int
+    preexisting: int
     notes: tuple[str, ...]
     first: bool
-    carried: SwitchState
-    soon: bool
-    old: Wants = field(default_factory=list)
+    switch: SwitchState
+    deferred: bool
+    to_retire: Wants = field(default_factory=list)
 
     @property
-    def changing(self) -> bool:
-        """What captured it before is not all gone yet."""
-        return bool(self.carried)
+    def switching(self) -> bool:
+        """True while the layers that captured the pod before still drain."""
+        return bool(self.switch)
 
     @property
     def waiting(self) -> bool:
-        """What captured it before is not gone at all."""
-        return self.carried.waiting
+        """True while the layers that captured the pod before capture on."""
+        return self.switch.waiting
 
 
 class Enrolment:
-    """Blocking; one pod at a time per thread."""
+    """Does a pod's kernel work. Blocking; one pod at a time per thread."""
 
     def __init__(
         self,
         choice: Choice,
         namespaces: NamespaceRegistry,
-        outside: PreexistingConnections,
+        preexisting: PreexistingConnections,
         switching: Switching,
-        counting: NonTcpCounter | None,
+        non_tcp: NonTcpCounter | None,
         accounting: Accounting | None = None,
         listening: ZtunnelPorts | None = None,
         proxied: ZtunnelConnections | None = None,
         *,
         preserve: bool,
     ) -> None:
-        """`preserve`: connections from before a pod's enrolment run on.
+        """With `preserve` pre-existing connections of a newly enrolled pod run on.
 
-        Without `proxied` nothing is known of ztunnel's connections: they may hang when the rules go.
+        Without `proxied` ztunnel's connections are unknown: they may hang when the rules are removed.
         """
         self._listening = listening
         self._proxied = proxied
         self._choice = choice
         self._namespaces = namespaces
-        self._outside = outside
+        self._preexisting = preexisting
         self._preserve = preserve
         self._switching = switching
-        self._counting = counting
+        self._non_tcp = non_tcp
         self._accounting = accounting
 
     def addresses(self, pod: Pod) -> tuple[str, ...]:
-        """The pod's addresses as its namespace has them."""
+        """Returns the addresses in the pod's namespace."""
         return self._namespaces.resolve(pod).addresses()
 
     def runs(self, pod: Pod, *, leaving: bool) -> bool:
-        """Whether the pod is running and not captured, or `leaving`. Does not block."""
+        """Returns True if the pod is running and not captured, or `leaving`. Does not block."""
         return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
 
     def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool = False) -> Enrolled:
-        """Makes `redirect` true. What the `retired` layers hold stays until `retire`.
+        """Applies `redirect`. Rules of the `retired` layers stay until `retire`.
 
-        `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied until then stays.
+        `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied by then stays.
         """
         target = self._namespaces.resolve(pod)
         with self._running(pod, target):
@@ -112,7 +112,7 @@ class Enrolment:
         self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool
     ) -> Enrolled:
         first = leaving or not self._namespaces.was_captured(pod.uid)
-        # A pod whose sandbox is just being made has no process yet, so nothing can begin while the rules come.
+        # A pod whose sandbox is being created has no process yet: no connection can begin while rules are applied.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
         facts = self._facts(pod, target)
@@ -122,45 +122,56 @@ class Enrolment:
         if self._listening:
             want = self._adapted(want, self._listening.heard(target) if first else self._listening.last(target))
         if lenient:
-            self._outside.begin(pod.uid, target)
+            self._preexisting.begin(pod.uid, target)
         if first and self._accounting:
             self._accounting.enrol(pod, target, want, captured=False, fresh=fresh)
-        carried = self._switching.begin(pod.uid, target, want, retired)
-        # Noted and pinned before anything is changed: a crash at any later point finds its way back.
+        switch = self._switching.begin(pod.uid, target, want, retired)
+        # Noted and pinned before any change, so that the next agent can recover from a crash at any later point.
         self._remember(pod)
-        left = () if lenient else self._outside.remaining(pod.uid, target)
+        left = () if lenient else self._preexisting.remaining(pod.uid, target)
         lax = replace(want, preserve=lenient or bool(left))
-        now, done, old = self._settle(pod.uid, target, lax, retired, carried)
-        if lenient or carried.fresh:
-            if not old:
-                carried = self._switching.applied(pod.uid, target, carried)
-            left = self._outside.applied(pod.uid, target)
-            if lenient and not left and not carried:
-                now, strict, _ = self._settle(pod.uid, target, want)
+        applied, done, to_retire = self._settle(pod.uid, target, lax, retired, switch)
+        if lenient or switch.begun:
+            if not to_retire:
+                switch = self._switching.applied(pod.uid, target, switch)
+            left = self._preexisting.applied(pod.uid, target)
+            if lenient and not left and not switch:
+                applied, strict, _ = self._settle(pod.uid, target, want)
                 done = Settled([*done.applied, *strict.applied], strict.remarks)
             self._remember(pod)
-        soon = False
+        deferred = False
         if self._accounting:
-            soon = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
+            deferred = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
             notes += self._accounting.returned(target)
-        words = dict.fromkeys((*notes, report(left), self._switching.told(carried), *done.remarks))
-        words.pop("", None)
-        return Enrolled(target, now, done, facts.addresses, len(left), tuple(words), first, carried, soon, old)
+        remarks = dict.fromkeys((*notes, report(left), self._switching.report(switch), *done.remarks))
+        remarks.pop("", None)
+        return Enrolled(
+            target=target,
+            want=applied,
+            done=done,
+            addresses=facts.addresses,
+            preexisting=len(left),
+            notes=tuple(remarks),
+            first=first,
+            switch=switch,
+            deferred=deferred,
+            to_retire=to_retire,
+        )
 
-    def retire(self, pod: Pod, found: Enrolled) -> Enrolled:
-        """Clears or drains the retired layers. Before it, packets under way must have passed (kernel.grace).
+    def retire(self, pod: Pod, enrolled: Enrolled) -> Enrolled:
+        """Clears or drains the retired layers. Call it after packets under way have passed (kernel.grace).
 
-        Raises SluiceError. The next pass then finds what is left.
+        Raises SluiceError; the next pass then finds what is left.
         """
-        done = settle_each(found.target, found.old)
-        carried = found.carried
-        if carried.fresh:
-            carried = self._switching.applied(pod.uid, found.target, carried)
+        done = settle_each(enrolled.target, enrolled.to_retire)
+        switch = enrolled.switch
+        if switch.begun:
+            switch = self._switching.applied(pod.uid, enrolled.target, switch)
             self._remember(pod)
-        words = dict.fromkeys((*found.notes, self._switching.told(carried), *done.remarks))
-        words.pop("", None)
-        applied = Settled([*found.done.applied, *done.applied], found.done.remarks + done.remarks)
-        return replace(found, done=applied, carried=carried, notes=tuple(words), old=[])
+        remarks = dict.fromkeys((*enrolled.notes, self._switching.report(switch), *done.remarks))
+        remarks.pop("", None)
+        applied = Settled([*enrolled.done.applied, *done.applied], enrolled.done.remarks + done.remarks)
+        return replace(enrolled, done=applied, switch=switch, notes=tuple(remarks), to_retire=[])
 
     def _settle(
         self,
@@ -168,40 +179,42 @@ class Enrolment:
         target: PodNetns,
         want: Redirect,
         retired: tuple[Backend, ...] = (),
-        carried: SwitchState = NOTHING_CARRIED,
+        switch: SwitchState = NO_SWITCH,
     ) -> tuple[Redirect, Settled, Wants]:
-        """Also what the active layers were to make true, and what is left to do in the retired ones."""
+        """Returns the want of the active layers, what was done, and the work that is left in the retired layers."""
         want, wants = self._switching.wants(
-            target, want, retired, carried=bool(carried), forwards=self._forwards(target), waiting=carried.waiting
+            target, want, retired, switching=bool(switch), forwards=self._forwards(target), waiting=switch.waiting
         )
-        if self._counting:
-            self._counting.count(uid, target, want)
-        later = () if carried.waiting else retired  # while it waits these layers capture on
+        if self._non_tcp:
+            self._non_tcp.count(uid, target, want)
+        later = () if switch.waiting else retired  # retired layers capture on while the switch waits
         done = settle_each(target, [one for one in wants if one[0] not in later])
         return want, done, due(target, [one for one in wants if one[0] in later])
 
-    def adapted(self, found: Enrolled) -> Redirect:
-        """The intent with what was heard last of the listeners in the pod. Raises KernelError."""
-        return self._adapted(found.want, self._listening.last(found.target)) if self._listening else found.want
+    def adapted(self, enrolled: Enrolled) -> Redirect:
+        """Returns the want for the listeners that were last seen in the pod. Raises KernelError."""
+        if self._listening is None:
+            return enrolled.want
+        return self._adapted(enrolled.want, self._listening.last(enrolled.target))
 
-    def _adapted(self, want: Redirect, heard: PortListeners) -> Redirect:
+    def _adapted(self, want: Redirect, listeners: PortListeners) -> Redirect:
         """Only rules redirect to a port; programs know ztunnel's sockets (Choice.by_socket)."""
-        return replace(want, hbone=heard.hbone, blocked=bool(heard.taken) and not self._choice.by_socket)
+        return replace(want, hbone=listeners.hbone, blocked=bool(listeners.taken) and not self._choice.by_socket)
 
-    def again(self, pod: Pod, found: Enrolled, want: Redirect) -> tuple[Redirect, Settled]:
+    def again(self, pod: Pod, enrolled: Enrolled, want: Redirect) -> tuple[Redirect, Settled]:
         """Adapts the rules to sockets that were opened or closed in the pod (Choice.by_socket, `adapted`)."""
-        with self._running(pod, found.target):
-            done = settle(found.target, want, self._choice.active)
+        with self._running(pod, enrolled.target):
+            done = settle(enrolled.target, want, self._choice.active)
         if self._accounting:
-            self._accounting.enrol(pod, found.target, want, captured=True)
+            self._accounting.enrol(pod, enrolled.target, want, captured=True)
         return want, done
 
     def leave(self, pod: Pod, redirect: Redirect) -> tuple[Settled, tuple[TcpSocket, ...]]:
-        """Stops the capture of new connections, and returns those that ztunnel still carries.
+        """Stops the capture of new connections; returns also the connections that ztunnel still proxies.
 
-        `redirect`: how the pod was captured. Connections from before the enrolment run on. Raises SluiceError.
+        `redirect`: how the pod was captured. Connections older than the enrolment run on. Raises SluiceError.
         """
-        self._outside.forget(pod.uid)
+        self._preexisting.forget(pod.uid)
         self._switching.forget(pod.uid)
         target = self._namespaces.resolve(pod)
         if self._accounting:
@@ -212,13 +225,13 @@ class Enrolment:
         return done, self._proxied.there(target) if self._proxied else ()
 
     def unenrol(self, pod: Pod) -> Settled:
-        """Removes all rules. Connections that ztunnel still carries are reset before, or both ends would hang."""
+        """Resets the connections that ztunnel still proxies, or both ends would hang, then removes all rules."""
         target = self._namespaces.resolve(pod)
         if self._proxied:
             try:
                 self._proxied.reset(target)
             except SluiceError as error:
-                log.warning("pod %s: connections through ztunnel may hang: %s", pod.key, error)
+                log.warning("pod %s: cannot reset connections through ztunnel, they may hang: %s", pod.key, error)
         return settle(target, None, self._choice.active, self._choice.retired)
 
     def compare(
@@ -228,12 +241,12 @@ class Enrolment:
         *,
         leaving: Redirect | None,
         preserve: bool,
-        changing: bool,
+        switching: bool,
         foreign: bool = False,
     ) -> dict[str, tuple[tuple[str, ...], str]]:
-        """What is not as it should be, per layer; changes nothing.
+        """Returns the drift per layer: (differences, repair script); changes nothing.
 
-        `leaving`: how a pod was captured that leaves. `foreign` as of Reconciler.inspect.
+        `leaving`: how a pod that is leaving was captured. `foreign` as in Reconciler.inspect.
         """
         target = self._namespaces.resolve(pod)
         retired = self._choice.retired
@@ -241,36 +254,36 @@ class Enrolment:
             return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
-        heard = self._listening.heard(target) if self._listening else PortListeners()
-        want = self._adapted(replace(_within(redirect, target.facts())[0], preserve=preserve), heard)
-        want, wants = self._switching.wants(target, want, retired, carried=changing, forwards=self._forwards(target))
-        if self._counting:
-            self._counting.count(pod.uid, target, want, now=True)
-        found = verify_each(target, wants)
-        silent = (f"nothing listens on {', '.join(map(str, heard.missing))}",) if heard.missing else ()
-        if silent or heard.foreign:
-            found["ztunnel"] = ((*silent, *heard.foreign), "")
+        listeners = self._listening.heard(target) if self._listening else PortListeners()
+        want = self._adapted(replace(_within(redirect, target.facts())[0], preserve=preserve), listeners)
+        want, wants = self._switching.wants(target, want, retired, switching=switching, forwards=self._forwards(target))
+        if self._non_tcp:
+            self._non_tcp.count(pod.uid, target, want, now=True)
+        drift = verify_each(target, wants)
+        silent = (f"nothing listens on {', '.join(map(str, listeners.missing))}",) if listeners.missing else ()
+        if silent or listeners.foreign:
+            drift["ztunnel"] = ((*silent, *listeners.foreign), "")
         if foreign and (lines := self._foreign(target, want, wants)):
-            found["foreign"] = (lines, "")
-        return found
+            drift["foreign"] = (lines, "")
+        return drift
 
     def _foreign(self, target: PodNetns, want: Redirect, wants: Wants) -> tuple[str, ...]:
-        """Others' rules that take traffic before ours, and new connections that do not reach ztunnel."""
+        """Returns other programs' rules that take traffic first, and new connections that do not reach ztunnel."""
         lines = in_the_way(target, wants)
         if self._listening and not want.draining:
             lines += self._listening.astray(target, want, by_socket=self._choice.by_socket)
         return lines + self._accounting.returned(target) if self._accounting else lines
 
     def forget(self, pod: Pod) -> None:
-        """The pod is not captured, and that is noted."""
+        """Notes that the pod is not captured."""
         self._namespaces.remember(pod, captured=False)
 
     def release(self, uid: str) -> None:
-        """The pod is gone. What does not go with its namespace is taken away."""
-        self._outside.forget(uid)
+        """Removes what outlives the namespace of a pod that is gone."""
+        self._preexisting.forget(uid)
         self._switching.forget(uid)
-        if self._counting:
-            self._counting.forget(uid)
+        if self._non_tcp:
+            self._non_tcp.forget(uid)
         target = self._namespaces.opened(uid)
         if self._accounting:
             self._accounting.release(uid, target)
@@ -278,18 +291,18 @@ class Enrolment:
             try:
                 settle_each(target, [(one, None) for one in self.lasting])
             except SluiceError as error:
-                log.warning("pod %s is gone, and what the node holds of it stays until the next sweep: %s", uid, error)
+                log.warning("pod %s is gone: cannot remove its state on the node before the next sweep: %s", uid, error)
         self._namespaces.release(uid)
 
     @property
     def lasting(self) -> tuple[Lasting, ...]:
-        """Layers whose state outlives a pod, in the order of removal."""
+        """The layers whose state outlives a pod, in the order of removal."""
         return lasting((*reversed(self._choice.active), *self._choice.retired))
 
     def _facts(self, pod: Pod, target: PodNetns) -> NetnsFacts:
-        """Sets lo up in a new sandbox, for the runtime's own plugin may do so later.
+        """Returns the facts of the namespace; sets lo up in a new sandbox, as the runtime's own plugin may do so later.
 
-        Raises KernelError; PodEndingError where the runtime has set lo down, with which it begins to end a sandbox.
+        Raises KernelError; PodEndingError where the runtime has set lo down, its first step when it ends a sandbox.
         """
         facts = target.facts()
         if facts.up:
@@ -303,7 +316,7 @@ class Enrolment:
 
     @contextlib.contextmanager
     def _running(self, pod: Pod, target: PodNetns) -> Iterator[None]:
-        """Around changes: what fails because the sandbox has begun to end meanwhile raises PodEndingError."""
+        """Wraps changes: raises PodEndingError for a failure that is due to a sandbox that has begun to end."""
         try:
             yield
         except KernelError:
@@ -311,17 +324,17 @@ class Enrolment:
             raise
 
     def _forwards(self, target: PodNetns) -> bool:
-        """Of no matter to rules, which see what is forwarded, too."""
+        """Returns whether the pod forwards packets. Matters only to eBPF: rules see forwarded packets, too."""
         return self._choice.by_socket and target.wiring().forwards
 
     def _remember(self, pod: Pod) -> None:
-        outside = tuple(self._outside.as_note(pod.uid))
-        carried = self._switching.as_note(pod.uid)
-        self._namespaces.remember(pod, captured=True, outside=outside, carried=carried)
+        preexisting = tuple(self._preexisting.as_note(pod.uid))
+        preswitch = self._switching.as_note(pod.uid)
+        self._namespaces.remember(pod, captured=True, preexisting=preexisting, preswitch=preswitch)
 
 
 def _within(redirect: Redirect, facts: NetnsFacts) -> tuple[Redirect, tuple[str, ...]]:
-    """What of the intent can be true in a namespace like this, and what people should know of it."""
+    """Returns the part of the intent that this namespace can hold, and notes for the user."""
     want = redirect.within(ipv6=facts.ipv6)
     if not want.dns or (facts.loopback4 and (facts.loopback6 or not facts.ipv6)):
         return want, ()

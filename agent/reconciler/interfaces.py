@@ -29,11 +29,11 @@ class NamespaceRegistry(Protocol):
         """Those of the namespaces' cookies that belong to no pod and to nothing that lives; blocking."""
 
     def remember(
-        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+        self, pod: Pod, *, captured: bool, preexisting: tuple[int, ...] = (), preswitch: tuple[int, ...] = ()
     ) -> None:
         """Notes the pod on disk, with a pin on its namespace while it is captured; blocking.
 
-        `outside` are the sockets' cookies of connections that are older than its enrolment, `carried` those of
+        `preexisting` are the sockets' cookies of connections that are older than its enrolment, `preswitch` those of
         connections that are older than a change between NAT and eBPF.
         """
 

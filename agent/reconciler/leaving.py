@@ -17,7 +17,7 @@ SECONDS: Final = 30.0  # for which ztunnel may keep its connections
 
 
 class Leaving:
-    """One step per pass, until `Entry.leaving` is 0 again."""
+    """Takes one step per pass, until `PodState.leaving` is 0 again."""
 
     def __init__(self, enrolment: Enrolment, proxying: Proxying, workers: Workers) -> None:
         self._enrolment = enrolment
@@ -25,15 +25,15 @@ class Leaving:
         self._workers = workers
 
     async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Settled:
-        """`redirect`: how the pod was captured. Raises SluiceError."""
+        """Takes the next step; `redirect` is how the pod was captured. Raises SluiceError."""
         now = time.monotonic()
-        done, carried = await entry.work(self._workers, lambda: self._enrolment.leave(pod, redirect))
+        done, proxied = await entry.work(self._workers, lambda: self._enrolment.leave(pod, redirect))
         if not entry.leaving:
             entry.leaving = now + SECONDS
-            return done  # one pause at least: the answer to a DNS query may be under way
-        if carried and now < entry.leaving:
+            return done  # pauses at least once: the answer to a DNS query may be under way
+        if proxied and now < entry.leaving:
             return done
-        await self._proxying.withdraw(pod.uid)  # ztunnel closes its connections; with the rules both ends notice
+        await self._proxying.withdraw(pod.uid)  # ztunnel closes its connections; while rules exist both ends notice
         done = await entry.work(self._workers, lambda: self._enrolment.unenrol(pod))
         entry.leaving = 0.0
         return done

@@ -1,4 +1,4 @@
-"""ztunnel's part in a pod: the pod is published to it, and its listeners are looked for there."""
+"""Publishes pods to ztunnel and verifies that its listeners are there."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ PATIENCE: Final = 30.0  # seconds without a ztunnel; Istio's comes back within 1
 
 
 class Proxying:
-    """Holds no worker while ztunnel is awaited. Without `listening` an acknowledgement of ztunnel is enough."""
+    """Hands one pod at a time to ztunnel. Without `listening` an acknowledgement of ztunnel is enough.
+
+    `verifies` is True if listeners are verified. No worker is held while ztunnel is awaited.
+    """
 
     def __init__(self, publisher: ZtunnelPublisher, listening: ZtunnelPorts | None, workers: Workers) -> None:
         self._publisher = publisher
         self._listening = listening
         self._workers = workers
-        self.looks = listening is not None
+        self.verifies = listening is not None
         self.withdraw = publisher.withdraw
 
     async def first(self, pod: Pod, entry: PodState, target: PodNetns) -> None:
-        """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then the rules may come.
+        """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then rules may be applied.
 
-        So no connection is refused while ztunnel is on its way. Raises ZtunnelError until then. The rules come at once
-        where the pod has a port of ztunnel's (Redirect.blocked), or it would decide whether it is captured.
+        So no connection is refused while ztunnel starts in the pod. Raises ZtunnelError until then. Returns at once
+        where the pod holds a port of ztunnel (Redirect.blocked): otherwise the pod could prevent its capture.
         """
         now = time.monotonic()
         entry.patience = entry.patience or now + PATIENCE
@@ -45,22 +48,23 @@ class Proxying:
                 raise
 
     async def serve(self, pod: Pod, entry: PodState, target: PodNetns) -> str:
-        """Returns when ztunnel listens in the pod: "", or why although this agent did not publish the pod.
+        """Returns "" when ztunnel listens in the pod, or a note if it does but this agent could not publish the pod.
 
-        Raises ZtunnelError; SilentZtunnelError when listeners are missing. When all are, the pod is published anew, for
-        ztunnel has lost it. Raises TakenPortError when processes of the pod listen there.
+        Raises ZtunnelError; SilentZtunnelError when listeners are missing, TakenPortError when processes of the pod
+        listen there. When all listeners are missing, ztunnel has lost the pod: it is withdrawn, so that the next pass
+        publishes it again.
         """
         try:
             await self._publisher.publish(pod, target)
         except ZtunnelError as error:
             heard = await self._heard(entry, target)
-            if heard.taken:  # so it cannot listen there
+            if heard.taken:  # so ztunnel cannot listen there
                 raise TakenPortError(heard.taken) from error
-            if not self.looks or heard.missing:
+            if not self.verifies or heard.missing:
                 raise
             return f"ztunnel listens in the pod, though it was not given by this agent: {error}"
         missing: tuple[int, ...] = ()
-        for pause in (0.0, 0.1):  # two looks, for to publish the pod anew costs it its connections
+        for pause in (0.0, 0.1):  # reads twice: publishing the pod again costs it its connections
             await asyncio.sleep(pause)
             heard = await self._heard(entry, target)
             if heard.taken:
@@ -72,9 +76,9 @@ class Proxying:
         raise SilentZtunnelError(missing)
 
     async def listens(self, entry: PodState, target: PodNetns) -> bool:
-        """Whether ztunnel, and nobody else, is seen to listen on all of its ports in the pod."""
+        """Returns True if ztunnel, and no other process, listens on all of its ports in the pod."""
         heard = await self._heard(entry, target)
-        return self.looks and not heard.missing and not heard.taken
+        return self.verifies and not heard.missing and not heard.taken
 
     async def _heard(self, entry: PodState, target: PodNetns) -> PortListeners:
         listening = self._listening

@@ -1,8 +1,8 @@
-"""A change between capture by translation (NAT) and by socket (eBPF) that breaks no connection.
+"""A switch between capture by translation (NAT) and by socket (eBPF) that breaks no connection.
 
-The new way is right in a pod before the old one leaves it. Connections that are there at that time are listed, right
-before and right after (core.switching). Until they have ended rules that were left drain, new rules preserve; what is
-made later is none of them, so this ends under any load.
+The new way works in a pod before the old one is removed. Connections that exist at that time are listed, right before
+and right after (core.policy.switching). Until they have ended, old rules drain and new rules preserve. Later ones are
+not listed, so a switch ends under any load.
 """
 
 from __future__ import annotations
@@ -19,50 +19,50 @@ from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.converge import verify_each
 from agent.reconciler.interfaces import PreexistingConnections
 
-Wants = list[tuple[Backend, Redirect | None]]  # of layers, in the order of application
+Wants = list[tuple[Backend, Redirect | None]]  # a want per layer, in the order of application
 
 
 @dataclass(frozen=True, slots=True)
 class SwitchState:
-    """Connections of a pod that are carried on as before. `fresh`: the change is being made in this pass.
+    """A switch in one pod, with the pre-existing connections that run on as before. `begun`: in this pass.
 
-    It goes on until the next pass whatever is listed: an answer to a query may be under way. `waiting`: it cannot be
-    made yet, because ztunnel's sockets are not known; the old way stays in force.
+    A switch lasts until the next pass even if no connection is listed: the answer to a query may be under way.
+    `waiting`: it cannot be made yet, because ztunnel's sockets are not known; the old way stays in force.
     """
 
-    fresh: bool = False
-    left: tuple[TcpSocket, ...] = ()
+    begun: bool = False
+    preexisting: tuple[TcpSocket, ...] = ()
     waiting: bool = False
 
     def __bool__(self) -> bool:
-        return self.fresh or bool(self.left)
+        return self.begun or bool(self.preexisting)
 
 
-NOTHING_CARRIED = SwitchState()
+NO_SWITCH = SwitchState()
 
 
 class Switching:
-    """Blocking; one pod at a time per thread. Without `connections` changes are made at once."""
+    """Switches pods; blocking, one pod at a time per thread. Without `connections` switches are made at once."""
 
     def __init__(self, choice: Choice, connections: PreexistingConnections | None) -> None:
         self._choice = choice
         self._connections = connections
 
     def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[Backend]) -> SwitchState:
-        """Before anything is changed. Raises KernelError."""
+        """Begins or continues a switch; call it before any change. Raises KernelError."""
         if self._connections is None:
             return SwitchState()
         if any(self._captures(target, layer, want) for layer in retired if layer.outlives != self._choice.by_socket):
             self._connections.begin(uid, target)
             waiting = any(layer.waits(target) for layer in lasting(self._choice.active))
-            return SwitchState(fresh=True, waiting=waiting)
-        return SwitchState(left=self._connections.remaining(uid, target))
+            return SwitchState(begun=True, waiting=waiting)
+        return SwitchState(preexisting=self._connections.remaining(uid, target))
 
-    def applied(self, uid: str, target: PodNetns, carried: SwitchState) -> SwitchState:
-        """After everything was changed. Raises KernelError."""
-        if self._connections is None or not carried.fresh:
-            return carried
-        return replace(carried, left=self._connections.applied(uid, target))
+    def applied(self, uid: str, target: PodNetns, switch: SwitchState) -> SwitchState:
+        """Lists the connections again; call it after all changes. Raises KernelError."""
+        if self._connections is None or not switch.begun:
+            return switch
+        return replace(switch, preexisting=self._connections.applied(uid, target))
 
     def wants(
         self,
@@ -70,32 +70,32 @@ class Switching:
         want: Redirect,
         retired: Sequence[Backend],
         *,
-        carried: bool,
+        switching: bool,
         forwards: bool,
         waiting: bool = False,
     ) -> tuple[Redirect, Wants]:
-        """What the active layers have to make true, and what every layer does. `forwards`: the pod does, for others.
+        """Returns the want of the active layers, and that of every layer. Raises KernelError.
 
-        Raises KernelError.
+        `forwards`: the pod forwards packets of others.
         """
         by_socket = self._choice.by_socket
         strict = want
-        want = replace(want, marks=not by_socket or carried or forwards, preserve=want.preserve or carried)
+        want = replace(want, marks=not by_socket or switching or forwards, preserve=want.preserve or switching)
         if waiting:
             ready: Wants = [(one, want) for one in self._choice.active if not one.outlives]
             return want, [*ready, *((one, strict) for one in retired if _holds(target, one))]
-        drains = carried and by_socket
-        old: Wants = [(one, _drained(want) if drains and _holds(target, one) else None) for one in retired]
-        return want, [*((one, want) for one in self._choice.active), *old]
+        drains = switching and by_socket
+        drained: Wants = [(one, _drained(want) if drains and _holds(target, one) else None) for one in retired]
+        return want, [*((one, want) for one in self._choice.active), *drained]
 
     def leaving(self, target: PodNetns, want: Redirect) -> Wants:
-        """For each layer what it holds while a pod leaves: nothing new is captured. Raises KernelError."""
+        """Returns the want of each layer while a pod leaves: no new connection is captured. Raises KernelError."""
         layers = (*reversed(self._choice.active), *self._choice.retired)
         return [(one, _drained(want) if _holds(target, one) else None) for one in layers]
 
-    def told(self, carried: SwitchState) -> str:
-        """One line for people; "" when there is nothing to tell."""
-        return summary(carried.left, self._choice.name)
+    def report(self, switch: SwitchState) -> str:
+        """Returns one line for the user, "" if no connection runs on as before."""
+        return summary(switch.preexisting, self._choice.name)
 
     def as_note(self, uid: str) -> tuple[int, ...]:
         return tuple(self._connections.as_note(uid)) if self._connections else ()
@@ -105,7 +105,7 @@ class Switching:
             self._connections.forget(uid)
 
     def _captures(self, target: PodNetns, layer: Backend, want: Redirect) -> bool:
-        """Whether a retired layer still does, and not only drains: then an earlier process was at it already."""
+        """Returns True if a retired layer captures; False if it only drains, because an earlier process began."""
         if not _holds(target, layer):
             return False
         return not self._choice.by_socket or bool(verify_each(target, [(layer, _drained(want))]))

@@ -38,7 +38,7 @@ def restarted(world: World) -> Reconciler:
     world.carried.known = {uid: set(noted) for uid, noted in world.namespaces.carried.items()}
     made = Reconciler(
         old.settings, world.table, old.choice, world.namespaces, world.publisher, world.watcher, world.journal,
-        lambda: 0.5, outside=world.outside, carried=world.carried,
+        lambda: 0.5, preexisting=world.outside, preswitch=world.carried,
         await_packets=world.await_packets,
     )  # fmt: skip
     for one in world.table:

@@ -161,9 +161,9 @@ class Namespaces:
         return frozenset(cookies) - self.alive - {target.cookie for target in self.targets.values()}
 
     def remember(
-        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+        self, pod: Pod, *, captured: bool, preexisting: tuple[int, ...] = (), preswitch: tuple[int, ...] = ()
     ) -> None:
-        self.noted[pod.uid], self.carried[pod.uid] = outside, carried
+        self.noted[pod.uid], self.carried[pod.uid] = preexisting, preswitch
         (self.captured.add if captured else self.captured.discard)(pod.uid)
 
     def was_captured(self, uid: str) -> bool:
@@ -385,7 +385,7 @@ class World:
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
-            self.publisher, self.watcher, self.journal, lambda: 0.5, outside=self.outside, carried=self.carried,
+            self.publisher, self.watcher, self.journal, lambda: 0.5, preexisting=self.outside, preswitch=self.carried,
             host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
             listening=self.listening if listens else None, proxied=self.proxied,
             await_packets=self.await_packets,

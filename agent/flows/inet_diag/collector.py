@@ -96,9 +96,9 @@ class DiagCollector:
                 if besides is not None:
                     counted = besides()
                     self._dump(pod)  # what lives in both dumps lived when `besides` looked
-                    pod.flows.only_older(counted)
+                    pod.flows.only_preexisting(counted)
                 elif not fresh:
-                    pod.flows.older()
+                    pod.flows.mark_preexisting()
                 self._end(cookie, pod)
             else:
                 self._change(pod, Verdicts(want, wiring), captured=captured)

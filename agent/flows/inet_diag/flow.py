@@ -1,8 +1,10 @@
-"""One socket of a pod as it is followed from dump to dump, to its end."""
+"""One socket of a pod, tracked from dump to dump until its end."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Final
 
 from agent.core.model.sockets import CAPTURE_PORTS, Endpoint, TcpState
 from agent.core.wire.tcp_info import TcpInfo, TcpReport
@@ -10,15 +12,16 @@ from agent.flows.inet_diag import ending
 from agent.flows.inet_diag.verdict import Verdicts
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 
-_OPEN = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT)  # no FIN of ours
+_OPEN = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT)  # no FIN was sent
+LOOKS: Final = 2  # dumps without a mirror after which a live connection has leaked: one dump may miss it
 
 
 @dataclass(slots=True)
 class TrackedFlow:
     """`report` is the latest, `state` that of the last dump it was in (None: in none), `looks` in how many it was.
 
-    `before`: it was there before the pod's rules. `owned`: by ztunnel; `shared`: others listen on its port, too. `sent`
-    and `received` are what was counted already. `decided`: fate, reason and direction are final.
+    `preexisting`: it is older than the pod's rules. `owned`: by ztunnel; `shared`: others listen on its port, too.
+    `sent` and `received` were counted already. `decided`: fate, reason and direction are final.
     """
 
     cookie: int
@@ -26,7 +29,7 @@ class TrackedFlow:
     remote: Endpoint
     opened: float
     verdicts: Verdicts
-    before: bool
+    preexisting: bool
     report: TcpReport
     state: TcpState | None = None
     timer: TcpState | None = None  # of TIME_WAIT, after the end
@@ -38,29 +41,29 @@ class TrackedFlow:
     mirror: int = 0
     mirrored: bool = False  # it is the mirror of another one
     decided: bool = False
-    told: bool = False
+    reported: bool = False  # its opening was counted
     direction: Direction = Direction.OUTBOUND
     fate: Fate = Fate.UNDECIDED
     reason: Reason = Reason.NONE
     closed: float | None = None
     sent: int = 0
     received: int = 0
-    last: TcpInfo | None = None  # the counts of the last dump, should the end not tell
+    last: TcpInfo | None = None  # the counts of the last dump, in case the end does not show them
 
     @property
     def info(self) -> TcpInfo:
-        """Of a socket that has disconnected itself those of the last dump."""
+        """The counts; for a disconnected socket those of the last dump."""
         return self.last if self.report.disconnected and self.last is not None else self.report.info
 
     @property
     def lost(self) -> bool:
-        """It was reset before any dump: only its port and its peer's address are left of its ends."""
+        """True if it was reset before any dump: only its port and its peer's address are left of its ends."""
         return self.report.disconnected and not self.looks
 
     @property
     def severed(self) -> bool:
-        """Cut off before any dump showed its owner. It may be ztunnel's onward one: those end like this, too, and their
-        byte counts can no longer be compared."""
+        """True if it was cut off before any dump showed its owner. It may be an upstream connection of ztunnel: those
+        end like this, too, and their byte counts can no longer be compared."""
         cut = self.closed is not None and not ending.finished(self.report.info, self.active)
         return cut and self.user < 0 and (self.active or self.report.disconnected)
 
@@ -70,7 +73,7 @@ class TrackedFlow:
 
     @property
     def connected(self) -> bool | None:
-        """It is surely the side that connected (True), or surely not (False)."""
+        """True if it is certainly the side that connected, False if certainly not, None if unknown."""
         beyond = self.report.info.beyond
         if self.state is TcpState.SYN_SENT or beyond > 1:
             return True
@@ -80,7 +83,7 @@ class TrackedFlow:
 
     @property
     def accepted_by_ztunnel(self) -> bool:
-        """By its port, where nobody else listens; what an application connects from such a port is not ztunnel's."""
+        """True by its port, unless others listen there, or an application has connected from that port."""
         return self.local[1] in CAPTURE_PORTS and self.connected is not True and (self.owned or not self.shared)
 
     @property
@@ -99,9 +102,10 @@ class TrackedFlow:
         return self.direction, self.fate, self.reason, self.remote[0], port
 
     def payload(self, mirror: TcpInfo | None = None) -> tuple[int, int]:
-        """(sent, received) so far; `mirror` as for ending.received."""
-        info, active = self.info, self.active
-        if self.report.disconnected and mirror is not None:  # what it sent is what the other end received
+        """Returns (sent, received) so far; `mirror` as for ending.received."""
+        info = self.info
+        active = self.active
+        if self.report.disconnected and mirror is not None:  # it sent what the other end received
             return mirror.received, ending.sent(mirror, not active)
         if self.closed is None or info is self.last:
             seen = self.state in (TcpState.CLOSE_WAIT, TcpState.LAST_ACK, TcpState.CLOSING)
@@ -109,8 +113,50 @@ class TrackedFlow:
         fin = ending.fin_received(self.report, self.state, self.timer, active)
         return ending.sent(info, active), ending.received(self.report, fin, mirror)
 
+    @property
+    def awaits_mirror(self) -> bool:
+        """True for a connection that may be captured, but the dumps may have missed its other end."""
+        return self.closed is None and self.looks < LOOKS
+
+    def incomplete(self, mirror: TrackedFlow | None) -> bool:
+        """Returns True for an ended flow if a later dump can still show its timers, or the counts of its `mirror`."""
+        if self.closed is None or self.owned:
+            return False
+        return not self.looked or (mirror is not None and not mirror.looked)
+
+    def take_growth(self, mirror: TcpInfo | None) -> tuple[int, int]:
+        """Returns the (sent, received) bytes since the last call, and marks the flow as reported."""
+        sent, received = self.payload(mirror)
+        more_sent = max(0, sent - self.sent)
+        more_received = max(0, received - self.received)
+        self.sent += more_sent
+        self.received += more_received
+        self.reported = True
+        return more_sent, more_received
+
+    def check_owner(self, own: Callable[[str], bool]) -> bool:
+        """Returns True if the flow is ztunnel's, and then sets its direction; `own` knows the pod's addresses."""
+        # ztunnel connects to the application with the client's address, which no process in the pod has.
+        self.owned = (
+            self.owned
+            or self.accepted_by_ztunnel
+            or (not own(self.local[0]) and own(self.remote[0]) and not self.report.disconnected)
+        )
+        if self.owned:
+            self.direction = Direction.INBOUND if self.accepted_by_ztunnel else Direction.OUTBOUND
+        return self.owned
+
+    def inferred_direction(self, listeners: Collection[int]) -> Direction:
+        """Returns the direction, from the ports of the pod's `listeners` where the socket does not show it."""
+        connected = self.connected
+        if connected is None:
+            port = self.local[1]
+            # The listener may have gone in the meantime: a client's port is usually the higher one.
+            connected = port not in listeners and (port > self.remote[1] or self.report.disconnected)
+        return Direction.OUTBOUND if connected else Direction.INBOUND
+
     def connection(self, pod: int, peer: TrackedFlow | None) -> Connection:
-        """As a record; `peer` is the mirror."""
+        """Returns the record; `peer` is the mirror."""
         info = self.info
         ended = self.closed is not None
         established = self.established

@@ -1,8 +1,8 @@
 """The connections of one pod, from dumps of its sockets and reports of their ends. Pure: the clock is an argument.
 
-Fate is known from ztunnel's end, which is in the same namespace. The two ends go in either order, so what has ended is
-held back for HOLD seconds until the other end is seen. What then has no mirror, and no reason to be exempt, has leaked,
-if that proves it; else it stays undecided.
+ztunnel's end, in the same namespace, shows the fate of a connection. The two ends end in either order, so an ended
+connection is held back for HOLD seconds until its other end is seen. A connection that then has neither a mirror nor a
+reason to be exempt has leaked if that is proof enough; otherwise it stays undecided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, TcpState
 from agent.core.names import HBONE_PORT
 from agent.core.wire.tcp_info import TcpReport
 from agent.flows.inet_diag import ending
-from agent.flows.inet_diag.flow import TrackedFlow
+from agent.flows.inet_diag.flow import LOOKS, TrackedFlow
 from agent.flows.inet_diag.pairing import TAKES_OUTBOUND, Mirrors
 from agent.flows.inet_diag.totals import Sums
 from agent.flows.inet_diag.verdict import Verdicts
@@ -25,23 +25,26 @@ from agent.flows.inet_diag.ztunnel_upstreams import Onward, carried_alike, is_hi
 from agent.flows.record import Connection, Direction, Fate, Reason
 
 HOLD: Final = 2.0  # seconds
-_LOOKS: Final = 2  # dumps without a mirror after which a live connection has leaked: one dump may miss it
 
 
 class _Stage(Enum):
-    """Of a pass over all that is undecided: each takes what the one before left over, so that nothing is mistaken whose
-    other end is still to be told of. The value: how long after its end a connection gets there, in parts of HOLD."""
+    """The stages of a pass over all undecided connections: each handles what the previous one left over, so that no
+    connection is judged before its other end is reported. The value: the delay of a stage after the end of a
+    connection, in parts of HOLD."""
 
     MIRRORS = 0.0
     STRAYS = 0.5
-    ONWARD = 0.75  # what ztunnel connected onwards is known by what it accepted
-    LATE = 1.1  # the same, less exactly, when all that was captured has been told
+    ONWARD = 0.75  # ztunnel's upstream connections are matched with those that it accepted
+    LATE = 1.1  # the same, less exactly, when all captured connections have been reported
     REST = 1.25
 
 
 class PodFlows:
-    """For one thread at a time. `held`: which of the sockets with these inodes ztunnel holds. `foreign`: the cookies of
-    those listeners on ztunnel's ports that are not ztunnel's."""
+    """Tracks the sockets of one pod; for one thread at a time.
+
+    `held` picks the inodes of sockets that ztunnel holds. `foreign` returns the cookies of those listeners on
+    ztunnel's ports that are not ztunnel's.
+    """
 
     def __init__(
         self,
@@ -63,27 +66,29 @@ class PodFlows:
         self._flows: dict[int, TrackedFlow] = {}  # by cookie, and for a while after the end
         self._pending: dict[int, TrackedFlow] = {}  # live ones of unknown fate, and what has ended
         self._unlooked: list[TrackedFlow] = []  # ended since the last dump
-        self._lost: list[TrackedFlow] = []  # pending ones that have reset themselves before any dump; mostly none
-        self._past: deque[tuple[float, TrackedFlow]] = deque()  # ended and told, but others may ask for them
+        self._lost: list[TrackedFlow] = []  # pending ones that were reset before any dump; mostly empty
+        self._finished: deque[tuple[float, TrackedFlow]] = (
+            deque()
+        )  # ended and reported, but other flows may look them up
         self._mirrors = Mirrors()
-        self._strays: dict[int, TrackedFlow] = {}  # what ztunnel accepted, while the application's socket is not known
+        self._strays: dict[int, TrackedFlow] = {}  # accepted by ztunnel, while the application's socket is unknown
         self._onward = Onward()
         self._torn = 0.0  # until when notifications may be missing
-        self._alone = False  # only what was there at the beginning
-        self._listening: frozenset[int] = frozenset()
-        self._listened: frozenset[int] = frozenset()  # before the last dump
+        self._alone = False  # True: only pre-existing connections are followed
+        self._listeners: frozenset[int] = frozenset()  # ports of listeners in the last two dumps
+        self._last_ports: frozenset[int] = frozenset()  # of those in the last one
 
     @property
     def unsettled(self) -> bool:
-        """Something has ended of which a dump may tell more."""
+        """True if a connection has ended of which a dump may show more."""
         return bool(self._unlooked)
 
     def dumped(
         self, reports: Iterable[TcpReport], timers: Mapping[bytes, TcpState], now: float, *, complete: bool = False
     ) -> int:
-        """All sockets of the pod at this time, and the timers of those in TIME_WAIT.
+        """Takes a dump of all sockets of the pod, and the timers of those in TIME_WAIT.
 
-        `complete`: notifications were lost, so what is not in this dump has ended; the number of these is returned.
+        `complete`: notifications were lost, so a flow that is not in this dump has ended; returns the number of these.
         """
         ports = set()
         seen = set()
@@ -98,8 +103,8 @@ class PodFlows:
             elif report.used and self._is_followed(report.socket.cookie):
                 seen.add(report.socket.cookie)
                 self._see(report, now)
-        self._listened = self._listening
-        self._listening = frozenset(ports)
+        self._listeners = frozenset(ports) | self._last_ports  # also those closed since the last dump
+        self._last_ports = frozenset(ports)
         foreign = self._foreign(capturing) if capturing else ()
         self._shared = frozenset(one.local[1] for one in capturing if one.cookie in foreign)
         for flow in self._unlooked:
@@ -116,7 +121,7 @@ class PodFlows:
         return len(missed)
 
     def ended(self, report: TcpReport, now: float) -> None:
-        """A socket was destroyed."""
+        """Takes the report of a destroyed socket."""
         one = report.socket
         flow = self._flows.get(one.cookie)
         if flow is None:
@@ -125,7 +130,7 @@ class PodFlows:
             flow = self._add(report, now)
             flow.opened = min(now, ending.begun(report, now))
         if flow.closed is not None:
-            return  # it was taken for ended when notifications were lost
+            return  # it counted as ended when notifications were lost
         if report.disconnected and flow.looks:
             flow.last = flow.report.info
         flow.report = report
@@ -134,41 +139,41 @@ class PodFlows:
         self._pending[flow.cookie] = flow
 
     def change(self, verdicts: Verdicts, *, captured: bool) -> None:
-        """From now on. To be called after what was dumped and ended until now."""
+        """Applies to flows from now on; call it after all earlier dumps and ends were taken."""
         if captured and not self.captured:
             for flow in self._flows.values():
-                flow.before = flow.before or not flow.decided
+                flow.preexisting = flow.preexisting or not flow.decided
         self.verdicts = verdicts
         self.captured = captured
 
-    def only_older(self, counted: Collection[int]) -> None:
-        """As older(), and nothing else is followed from now on, nor `counted`: cookies of what is counted elsewhere.
+    def only_preexisting(self, counted: Collection[int]) -> None:
+        """Marks all flows pre-existing and follows no others from now on, nor `counted`: cookies counted elsewhere.
 
-        Call it after two dumps, with `counted` read between them: what is in only one of them may be missing there.
+        Call it after two dumps, with `counted` read between them: a flow in only one dump may be missing from it.
         """
         self._alone = True
         for flow in list(self._flows.values()):
             if flow.looks < 2 or flow.cookie in counted:
                 self._pending.pop(flow.cookie, None)
                 self._forget(flow)
-        self.older()
+        self.mark_preexisting()
 
-    def older(self) -> None:
-        """All that was dumped until now was there before anybody looked: its bytes up to now are not added."""
+    def mark_preexisting(self) -> None:
+        """Marks all flows as older than the account: their bytes up to now are not added."""
         for flow in self._flows.values():
-            flow.before = True
-            flow.direction = self._direction(flow)
+            flow.preexisting = True
+            flow.direction = flow.inferred_direction(self._listeners)
             flow.sent, flow.received = flow.payload()
 
     @property
     def over(self) -> bool:
-        """What was there before is no longer, and nothing else is followed."""
+        """True if only pre-existing connections are followed and all of them have ended."""
         waiting = any(flow.closed is not None for flow in self._pending.values())
         return self._alone and not waiting and all(one.closed or one.owned for one in self._flows.values())
 
     def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
-        """Decides what can be decided; the records of what has ended. `all_of_it`: nothing is held back any more."""
-        told: list[Connection] = []
+        """Decides what can be decided; returns the records of ended flows. `all_of_it`: none is held back any more."""
+        records: list[Connection] = []
         self._lost = [one for one in self._pending.values() if one.lost]
         for stage in _Stage:
             due = inf if all_of_it else now - HOLD * stage.value
@@ -176,16 +181,16 @@ class PodFlows:
                 if flow.closed is not None and flow.closed > due:
                     continue
                 patient = flow.closed is not None and not all_of_it and now - flow.closed < HOLD
-                if self._decide(flow, stage, due) and self._complete(flow, patient):
+                if self._decide(flow, stage, due) and not (patient and flow.incomplete(self._flows.get(flow.mirror))):
                     del self._pending[flow.cookie]
                     if flow.closed is not None:
-                        told += self._end(flow, now)
-        while self._past and self._past[0][0] < now - 2 * HOLD:
-            self._forget(self._past.popleft()[1])
-        return told
+                        records += self._end(flow, now)
+        while self._finished and self._finished[0][0] < now - 2 * HOLD:
+            self._forget(self._finished.popleft()[1])
+        return records
 
     def count(self) -> None:
-        """Adds to the sums what live connections have carried since."""
+        """Adds to the sums what live connections have transferred since the last call."""
         for flow in self._flows.values():
             if flow.closed is None and flow.decided:
                 self._count(flow)
@@ -196,7 +201,7 @@ class PodFlows:
                 yield flow.connection(self.pod, self._flows.get(flow.mirror))
 
     def _is_followed(self, cookie: int) -> bool:
-        """Not what is known to have ended."""
+        """Returns False for a flow that is known to have ended."""
         flow = self._flows.get(cookie)
         return not self._alone if flow is None else flow.closed is None
 
@@ -216,7 +221,7 @@ class PodFlows:
             flow.owned = flow.owned or one.inode in self._owned
 
     def _marked(self, reports: Iterable[TcpReport]) -> Iterator[int]:
-        """Inodes of sockets with ztunnel's mark, as far as it is open whether they are ztunnel's."""
+        """Yields inodes of sockets with ztunnel's mark, unless their owner is known already."""
         for one in (report.socket for report in reports):
             flow = self._flows.get(one.cookie)
             if one.inode and one.of_ztunnel and not (flow and (flow.owned or flow.decided)):
@@ -233,34 +238,23 @@ class PodFlows:
         return flow
 
     def _decide(self, flow: TrackedFlow, stage: _Stage, due: float) -> bool:
-        """Whether fate, reason and direction are final now."""
+        """Returns True if fate, reason and direction are final now."""
         if flow.decided:
             return True
         if flow.closed is None and not flow.established:
             return False
         late = flow.lost or (is_hidden(flow) and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
         if stage is _Stage.MIRRORS:
-            flow.decided = self._is_owned(flow) or self._by_mirror(flow) or (not late and self._exempt(flow))
+            flow.decided = (
+                flow.check_owner(self.verdicts.own) or self._by_mirror(flow) or (not late and self._exempt(flow))
+            )
         elif flow.active and flow.established and stage is _Stage.STRAYS:
             flow.decided = self._by_stray(flow, due)
         elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
-            flow.decided = self._by_onward(flow, stage)
+            flow.decided = self._onward.adopt(flow, loosely=stage is _Stage.LATE)
         elif stage is _Stage.REST:
-            flow.decided = (late and not self._patient_for_mirror(flow) and self._exempt(flow)) or self._rest(flow)
+            flow.decided = (late and not flow.awaits_mirror and self._exempt(flow)) or self._rest(flow)
         return flow.decided
-
-    def _is_owned(self, flow: TrackedFlow) -> bool:
-        own = self.verdicts.own
-        # ztunnel speaks to the application with the client's address, which nobody in the pod has.
-        flow.owned = (
-            flow.owned
-            or flow.accepted_by_ztunnel
-            or (not own(flow.local[0]) and own(flow.remote[0]) and not flow.report.disconnected)
-        )
-        if flow.owned:
-            accepted = flow.accepted_by_ztunnel
-            flow.direction = Direction.INBOUND if accepted else Direction.OUTBOUND
-        return flow.owned
 
     def _by_mirror(self, flow: TrackedFlow) -> bool:
         found = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
@@ -270,12 +264,12 @@ class PodFlows:
             found = self._disconnected_mirror(flow)
         if found is None:
             return False
-        if self._is_owned(found):
+        if found.check_owner(self.verdicts.own):
             self._captured(flow, found)
             return True
         if not self.verdicts.own(flow.remote[0]):
             return False
-        flow.direction = self._direction(flow)
+        flow.direction = flow.inferred_direction(self._listeners)
         flow.fate = Fate.EXEMPT
         flow.reason = Reason.LOOPBACK
         flow.mirror = found.cookie
@@ -290,7 +284,7 @@ class PodFlows:
         self._strays.pop(mirror.cookie, None)
 
     def _served(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """ztunnel's socket that accepted it: of several with the same local end the one that carried the same."""
+        """Returns ztunnel's socket that accepted the flow: of several with one local end, one with the same payload."""
         found = [self._flows[one] for one in self._mirrors.served(flow.local)]
         free = next((one for one in found if not one.mirrored and one.accepted_by_ztunnel), None)
         if free is not None and self._mirrors.sharing(flow.local) > 1:
@@ -299,20 +293,25 @@ class PodFlows:
         return free
 
     def _mirror_of_disconnected(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """By what is left of its ends: outbound its port, inbound its port and the client's address."""
+        """Finds it by what is left of the flow's ends: outbound the port, inbound the port and the client's address."""
         (address, port) = flow.local
         bare = flow.local[0] in ("0.0.0.0", "::")
         for one in self._strays.values():
             if one.remote[1] == port and (bare or one.remote[0] == address):
                 return one
         for one in self._flows.values():
-            if one.remote[1] == port and one.local[0] == flow.remote[0] and not one.mirrored and self._is_owned(one):
+            if (
+                one.remote[1] == port
+                and one.local[0] == flow.remote[0]
+                and not one.mirrored
+                and one.check_owner(self.verdicts.own)
+            ):
                 return one
         return None
 
     def _disconnected_mirror(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """ztunnel's socket towards an application, after ztunnel has reset it: only its port and the application's
-        address are left. It is ztunnel's, since nobody else in the pod uses a source address from elsewhere."""
+        """Finds ztunnel's socket towards an application, after ztunnel has reset it: only its port and the
+        application's address are left. It is ztunnel's: no other process in the pod uses a foreign source address."""
         if self.verdicts.own(flow.remote[0]):
             return None
         ends = flow.local[0], flow.remote[1]
@@ -323,75 +322,47 @@ class PodFlows:
         return None
 
     def _by_stray(self, flow: TrackedFlow, due: float) -> bool:
-        """ztunnel accepted it with another port, and that carried the same. What ended after `due` is no stray yet: the
-        application's end may be told of next."""
+        """Finds a connection that ztunnel accepted with another port and the same payload. One that ended after `due`
+        is no stray yet: the application's end may be reported next."""
         for one in self._strays.values():
-            known = one.looks >= _LOOKS if one.closed is None else one.looked and one.closed <= due
+            known = one.looks >= LOOKS if one.closed is None else one.looked and one.closed <= due
             if known and not self._mirrors.sharing(one.remote) and carried_alike(flow, one):
                 self._captured(flow, one)
                 return True
         return False
 
-    def _by_onward(self, flow: TrackedFlow, stage: _Stage) -> bool:
-        """ztunnel made it, for one that it accepted."""
-        if flow.looked:
-            found = self._onward.claims(flow, loosely=False)
-            flow.owned = found or (stage is _Stage.LATE and self._onward.claims(flow, loosely=True))
-            flow.mirrored = flow.owned
-        return flow.owned
-
-    def _direction(self, flow: TrackedFlow) -> Direction:
-        connected = flow.connected
-        if connected is None:
-            port = flow.local[1]
-            accepted = port in self._listening or port in self._listened
-            # Whose listener has gone in the meantime: a client's port is the higher one, as a rule.
-            connected = not accepted and (port > flow.remote[1] or flow.report.disconnected)
-        return Direction.OUTBOUND if connected else Direction.INBOUND
-
     def _exempt(self, flow: TrackedFlow) -> bool:
-        flow.direction = self._direction(flow)
+        flow.direction = flow.inferred_direction(self._listeners)
         if flow.lost:
             reason = Reason.LOOPBACK if self.verdicts.own(flow.remote[0]) else None
         elif flow.active:
             reason = flow.verdicts.outbound(flow.remote, flow.user)
         else:
             reason = flow.verdicts.inbound(flow.remote, flow.local)
-        if reason is None and flow.before:
+        if reason is None and flow.preexisting:
             reason = Reason.BEFORE if flow.established else None
-            if self._patient_for_mirror(flow):
+            if flow.awaits_mirror:
                 return False
         flow.reason = reason or Reason.NONE
         flow.fate = Fate.EXEMPT if reason else Fate.UNDECIDED
         return reason is not None
 
-    def _patient_for_mirror(self, flow: TrackedFlow) -> bool:
-        """A capture that was under way when the pod was looked at: the dump may have missed its other end."""
-        return flow.closed is None and flow.looks < _LOOKS
-
     def _rest(self, flow: TrackedFlow) -> bool:
-        """It has neither mirror nor reason."""
-        if flow.closed is None and (flow.looks < _LOOKS or (flow.active and self._strays)):
+        """Decides on a flow with neither mirror nor reason."""
+        if flow.closed is None and (flow.looks < LOOKS or (flow.active and self._strays)):
             return False
         if not flow.established:
             return True
         if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
-            return flow.closed is not None  # whose it was will not be known
-        # Between nodes ztunnel keeps connections for many, and one may come and go unseen.
+            return flow.closed is not None  # its user stays unknown
+        # Between nodes ztunnel shares connections, and one may open and close unseen.
         flow.owned = flow.active and flow.remote[1] == HBONE_PORT
         missed = flow.opened <= self._torn  # the end of a mirror
         flow.fate = Fate.UNDECIDED if flow.owned or missed or flow.severed else Fate.LEAKED
         return True
 
-    def _complete(self, flow: TrackedFlow, patient: bool) -> bool:
-        """Of what has ended, whether waiting would tell more: of the mirror's counts, and of timers."""
-        if flow.closed is None or not patient or flow.owned:
-            return True
-        mirror = self._flows.get(flow.mirror)
-        return flow.looked and (mirror is None or mirror.looked)
-
     def _end(self, flow: TrackedFlow, now: float) -> list[Connection]:
-        self._past.append((now, flow))
+        self._finished.append((now, flow))
         self._count(flow)
         if flow.owned:
             if not flow.mirrored and not flow.accepted_by_ztunnel:
@@ -403,24 +374,19 @@ class PodFlows:
         return [record]
 
     def _count(self, flow: TrackedFlow) -> None:
-        """What was added by one connection since it was last counted."""
+        """Adds what one connection has transferred since it was last counted."""
         if self._alone and flow.owned:
-            return  # whoever counts the rest knows ztunnel's own
+            return  # the collector that counts the rest knows ztunnel's own connections
         if not flow.established:
             self.sums.add(flow.key, failed=1, socket=flow.cookie)
             return
         mirror = self._flows.get(flow.mirror)
-        sent, received = flow.payload(mirror.info if mirror else None)
-        grown = max(0, sent - flow.sent), max(0, received - flow.received)
-        flow.sent = flow.sent + grown[0]
-        flow.received = flow.received + grown[1]
-        opened, closed = int(not flow.told), int(flow.closed is not None)
-        flow.told = True
+        opened = int(not flow.reported)
+        closed = int(flow.closed is not None)
+        grown = flow.take_growth(mirror.info if mirror else None)
         if opened or closed or any(grown):
-            self.sums.add(
-                flow.key, opened=opened, closed=closed, sent=0 if flow.owned else grown[0],
-                received=0 if flow.owned else grown[1], socket=flow.cookie,
-            )  # fmt: skip
+            sent, received = (0, 0) if flow.owned else grown
+            self.sums.add(flow.key, opened=opened, closed=closed, sent=sent, received=received, socket=flow.cookie)
 
     def _forget(self, flow: TrackedFlow) -> None:
         self._onward.forget(flow)

@@ -1,8 +1,8 @@
-"""Which sockets ztunnel connected onwards for what it accepted, where no dump saw them. Pure.
+"""Finds the sockets that ztunnel connected upstream for accepted connections, where no dump saw them. Pure.
 
-At its end a socket shows neither mark nor process. But for each connection that is captured ztunnel makes one of its
-own, with the same payload: it relays. So for each captured connection one socket with the same remote endpoint and the
-same payload is ztunnel's, and only one: should an application imitate it, ztunnel's is left over and counts instead.
+At its end a socket shows neither mark nor process. But ztunnel relays: for each captured connection it makes one with
+the same payload. So for each captured connection one socket with the same remote endpoint and the same payload is
+ztunnel's, and only one: if an application imitates it, ztunnel's own socket is left over and counts instead.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from agent.flows.record import Connection, How
 
 
 class Onward:
-    """Captured outbound connections that have ended and that nothing was found for yet."""
+    """Holds captured outbound connections that have ended and have no upstream connection yet."""
 
     def __init__(self) -> None:
-        # By the remote address alone: what has reset itself has no remote port any more. "" where it is hidden.
+        # By the remote address alone: a socket that was reset has lost its remote port. "" where it is hidden.
         self._ended: dict[str, dict[int, Connection]] = {}
-        self._known: dict[str, dict[int, TrackedFlow]] = {}  # what ztunnel surely made, for one that is still to end
+        self._known: dict[
+            str, dict[int, TrackedFlow]
+        ] = {}  # certainly ztunnel's, for a connection that has not ended yet
 
     def ended(self, flow: TrackedFlow, record: Connection) -> None:
         if not flow.mirror or not flow.active:
@@ -33,15 +35,15 @@ class Onward:
         self._ended.setdefault("" if hidden else flow.remote[0], {})[flow.cookie] = record
 
     def made(self, flow: TrackedFlow) -> None:
-        """One that is known to be ztunnel's has ended."""
+        """Takes the end of a socket that is known to be ztunnel's."""
         if not self.claims(flow, loosely=False):
             self._known.setdefault(flow.remote[0], {})[flow.cookie] = flow
 
     def claims(self, flow: TrackedFlow, *, loosely: bool) -> bool:
-        """Whether `flow`, which has ended and may be ztunnel's, was made for one of them; each serves for one only.
+        """Returns True if `flow`, an ended one, was made for a captured connection; each connection matches once.
 
         `loosely`: the last FIN need not have come, see ending.received, and the application may have closed before the
-        rest of the answer came. To be asked after all others had their turn.
+        rest of the answer came. Ask after all flows were tried without it.
         """
         for found in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
             for cookie, record in found.items():
@@ -49,6 +51,13 @@ class Onward:
                     del found[cookie]
                     return True
         return False
+
+    def adopt(self, flow: TrackedFlow, *, loosely: bool) -> bool:
+        """Marks `flow` as ztunnel's if ztunnel made it for a captured connection; `loosely` as for `claims`."""
+        if flow.looked:
+            flow.owned = self.claims(flow, loosely=False) or (loosely and self.claims(flow, loosely=True))
+            flow.mirrored = flow.owned
+        return flow.owned
 
     def forget(self, flow: TrackedFlow) -> None:
         for table in (self._ended, self._known):
@@ -60,7 +69,7 @@ class Onward:
 
 
 def is_hidden(flow: TrackedFlow) -> bool:
-    """Whether its socket does not show whom the application asked for: where eBPF captures, it has ztunnel's port."""
+    """Returns True if the socket does not show the original destination: where eBPF captures, it has ztunnel's port."""
     return flow.remote[1] in TAKES_OUTBOUND
 
 
@@ -70,18 +79,21 @@ def _fits(flow: TrackedFlow, record: Connection, *, loosely: bool) -> bool:
     if known and flow.remote[1] != record.remote[1]:
         return False
     if record.how is not How.FIN or not ending.finished(info, True):
-        return record.how is not How.FIN  # what was cut off on one side was on the other, and need not be equal
+        return (
+            record.how is not How.FIN
+        )  # a connection cut off on one side is cut off on the other; its counts may differ
     sent, received = flow.payload()
     return sent == record.sent and (record.received <= info.received if loosely else record.received == received)
 
 
 def carried_alike(flow: TrackedFlow, accepted: TrackedFlow) -> bool:
-    """Whether the application's socket and one that ztunnel accepted carried the same, as ends of one connection do."""
+    """Returns True if the application's socket and an accepted one have equal payload, as ends of one connection do."""
     here = flow.info
     there = accepted.info
     if accepted.remote[0] != flow.local[0] or (flow.closed is None) != (accepted.closed is None):
         return False
     if flow.closed is not None and not (ending.finished(here, True) and ending.finished(there, False)):
         return not ending.finished(here, True) and not ending.finished(there, False)
-    up, down = there.received - ending.sent(here, True), here.received - ending.sent(there, False)
+    up = there.received - ending.sent(here, True)
+    down = here.received - ending.sent(there, False)
     return 0 <= up <= 1 and 0 <= down <= 1

@@ -113,10 +113,10 @@ class NamespaceRegistry:
         return pod.source == "cni" and pod.uid not in self._notes
 
     def remember(
-        self, pod: Pod, *, captured: bool, outside: tuple[int, ...] = (), carried: tuple[int, ...] = ()
+        self, pod: Pod, *, captured: bool, preexisting: tuple[int, ...] = (), preswitch: tuple[int, ...] = ()
     ) -> None:
         target = self._open.get(pod.uid)
-        note = Note(pod, captured, target.netns.id if target else None, outside, carried)
+        note = Note(pod, captured, target.netns.id if target else None, preexisting, preswitch)
         if captured and target is not None and pod.uid not in self._pinned:
             target.netns.pin(self._state.pin(pod.uid))
             self._pinned.add(pod.uid)

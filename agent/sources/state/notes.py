@@ -28,15 +28,15 @@ _APART = ("containers", "runtime_class", "orphan", "unmarked")  # of a Pod, not 
 class Note:
     """One pod as it stands on disk. `netns` is None for a pod that was never captured.
 
-    `outside` are the sockets' cookies of connections that are older than its enrolment, `carried` those of connections
-    that are older than a change between NAT and eBPF.
+    `preexisting` are the socket cookies of connections that are older than the enrolment, `preswitch` those of
+    connections that are older than a switch between NAT and eBPF.
     """
 
     pod: Pod
     captured: bool
     netns: NetnsId | None
-    outside: tuple[int, ...] = ()
-    carried: tuple[int, ...] = ()
+    preexisting: tuple[int, ...] = ()
+    preswitch: tuple[int, ...] = ()
 
 
 class Notes:
@@ -111,8 +111,8 @@ def _encode(note: Note) -> dict[str, Any]:
         "version": 1,
         "captured": note.captured,
         "netns": asdict(note.netns) if note.netns else None,
-        "outside": list(note.outside),
-        "carried": list(note.carried),
+        "outside": list(note.preexisting),
+        "carried": list(note.preswitch),
         "unmarked": asdict(note.pod.unmarked) if note.pod.unmarked else None,
         # What an older release does not know it would take for damage; Kubernetes tells it again anyway.
         "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False) and k not in _APART},
@@ -135,9 +135,9 @@ def _decode(data: dict[str, Any]) -> Note:
     for address in given.get("addresses", ()):
         ipaddress.ip_address(address)
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    outside, carried = (_cookies(data, name) for name in ("outside", "carried"))
+    preexisting, preswitch = (_cookies(data, name) for name in ("outside", "carried"))
     facts["unmarked"] = _mark(data.get("unmarked"))  # absent from older notes
-    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), outside, carried)
+    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), preexisting, preswitch)
 
 
 def _mark(given: object) -> PodMark | None:

@@ -12,7 +12,7 @@ def noted(*differences: str) -> tuple[PodState, Mock]:
     entry, journal, pod = PodState(), Mock(), Mock(spec=Pod)
     entry.want = Redirect()
     done = Settled([Applied("ebpf", "map listeners: 1 outbound 0 = socket 5", differences)])
-    entry.noted(journal, pod, Redirect(), done, "", 0.01)
+    entry.record(journal, pod, Redirect(), done, "", 0.01)
     return entry, journal
 
 
