@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.backends import routing
 from agent.backends.iptables import rendering as xtables
-from agent.backends.iptables.bases import FAMILIES, WORD, Restore
+from agent.backends.iptables.bases import WORD, Restore
 from agent.backends.iptables.rendering import ORDER, XtTable
 from agent.backends.nftables import rendering as nftables
 from agent.core.errors import KernelError
@@ -43,7 +43,7 @@ def places(target: PodNetns, layer: str) -> Places:
     if layer not in _SAVE:
         return {}
     found: dict[tuple[int, str, str], int] = {}
-    for family in FAMILIES if target.has_ipv6() else (4,):
+    for family in (4, 6) if target.has_ipv6() else (4,):
         table = ""
         counts = dict[str, int]()
         for line in exec.run([WORD[family] + _SAVE[layer]], within=target.netns).stdout.splitlines():

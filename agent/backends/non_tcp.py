@@ -11,14 +11,14 @@ from agent.backends.ebpf import counting as ebpf
 from agent.backends.ebpf.pins import Pins
 from agent.backends.iptables import entries
 from agent.backends.iptables import rendering as xtables
-from agent.backends.iptables.bases import FAMILIES
 from agent.backends.netfilter.messages import comment, text
 from agent.backends.netfilter.rules import Hook, Table
 from agent.backends.nftables import rendering as nftables
 from agent.core import names
 from agent.core.model.redirect import Redirect
-from agent.core.wire.netlink import attribute, attributes
-from agent.core.wire.nftables import GETRULE, NFPROTO_INET
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import attribute, attributes, unpack_be
+from agent.core.wire.nftables import GETRULE, NFPROTO, NFPROTO_INET
 from agent.kernel import xtables as sockopts
 from agent.kernel.pod_netns import PodNetns
 
@@ -74,7 +74,7 @@ def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_
         table = names.NFT_TABLE_PREFIX + _MANGLE
         yield from _nft_rules(target, NFPROTO_INET, table, (names.NFT_PREROUTING, names.NFT_OUTPUT), wanted)
     elif backend == "iptables":
-        for protocol in FAMILIES.values():
+        for protocol in NFPROTO.values():
             yield from _nft_rules(target, protocol, _MANGLE, tuple(xtables.CHAINS.values()), wanted)
     else:
         for (family, _), (_, data) in target.netns.call(lambda: sockopts.again((_MANGLE,), {})).items():
@@ -86,19 +86,21 @@ def _nft_rules(
     target: PodNetns, protocol: int, table: str, chains: tuple[str, ...], wanted: Container[str]
 ) -> Iterator[_Rule]:
     for chain in chains:
-        for message in target.nft.dump(GETRULE, protocol, attribute(1, table) + attribute(2, chain)):
-            parts = dict(attributes(message.body[4:]))
-            tag = comment(parts.get(7, b""))
+        place = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, chain)
+        for message in target.nft.dump(GETRULE, protocol, place):
+            parts = wire.fields(message.body)
+            tag = comment(parts.get(wire.Rule.USERDATA, b""))
             packets = 0
             size = 0
             if tag and tag not in wanted:
                 continue
-            for _, element in attributes(parts.get(4, b"")):
+            for _, element in attributes(parts.get(wire.Rule.EXPRESSIONS, b"")):
                 expression = dict(attributes(element))
-                data = dict(attributes(expression.get(2, b"")))
-                match text(expression.get(1)):
-                    case "counter":  # NFTA_COUNTER_BYTES 1, _PACKETS 2
-                        size, packets = int.from_bytes(data.get(1, b"")), int.from_bytes(data.get(2, b""))
-                    case "match" if text(data.get(1)) == "comment":
-                        tag = text(data.get(3, b"").split(b"\0")[0])
+                data = dict(attributes(expression.get(wire.Expr.DATA, b"")))
+                match text(expression.get(wire.Expr.NAME)):
+                    case "counter":
+                        size = unpack_be(data.get(wire.Counter.BYTES))
+                        packets = unpack_be(data.get(wire.Counter.PACKETS))
+                    case "match" if text(data.get(wire.XtMatch.NAME)) == "comment":
+                        tag = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
             yield tag, packets, size

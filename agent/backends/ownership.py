@@ -11,7 +11,7 @@ from typing import Any
 from agent.backends.ebpf import state
 from agent.backends.hostprobes.former_reading import Held
 from agent.backends.iptables.rendering import XtTable
-from agent.backends.nftables.rendering import OWNER, PERSIST
+from agent.backends.nftables.rendering import OWNED
 from agent.backends.nftables.ruleset import TableState
 from agent.core.model.ownership import Owner, owner_of
 
@@ -33,7 +33,7 @@ def tables_owner(tables: Iterable[TableState]) -> Owner:
     """nf_tables: istio-cni writes no comments, and none of its tables has an owner."""
     found = tuple(tables)
     tagged = any(tag for table in found for chain in table.chains for tag, _ in chain.rules)
-    if tagged or any(table.flags & (OWNER | PERSIST) for table in found):
+    if tagged or any(table.flags & OWNED for table in found):
         return Owner.SLUICE
     return Owner.FOREIGN if found else Owner.NONE
 

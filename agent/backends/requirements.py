@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from agent.backends.netfilter.messages import base_chain
 from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
 from agent.backends.nftables import expressions
-from agent.backends.nftables.expressions import expression
-from agent.backends.nftables.rendering import OWNER, PERSIST
+from agent.backends.nftables.expressions import compare, expression, meta, payload
+from agent.backends.nftables.rendering import OWNED, table_command
 from agent.core import names
-from agent.core.wire.netlink import NLM_F_CREATE, attribute
-from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import NLM_F_CREATE, attribute, nested
+from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NEWSET, NFPROTO_INET, Command
 
-_NEWSET = 10 << 8 | 9
 _TABLE = "sluice-try"
 RESTORE = {
     "iptables": {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"},
@@ -133,8 +133,8 @@ def _common(ipv6: bool) -> Iterator[Need]:
 
 
 def _nftables() -> Iterator[Need]:
-    table = Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, _TABLE) + attribute(2, 0))
-    owned = Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, _TABLE) + attribute(2, OWNER | PERSIST))
+    table = table_command(_TABLE, 0)
+    owned = table_command(_TABLE, OWNED)
     remedy = modules("nf_tables", "NF_TABLES and CONFIG_NF_TABLES_INET")
     yield Need("nf_tables, inet", Transaction((table,)), remedy)
     tcp, udp = Match(Field.PROTOCOL, "tcp"), Match(Field.PROTOCOL, "udp")
@@ -162,10 +162,16 @@ def _nftables() -> Iterator[Need]:
     ):
         commands = (table, *_rule(rule.table, rule.hook, expressions.rule(rule)[1]))
         yield Need(name, Transaction(commands), modules(module, symbol), behind="nf_tables, inet")
-    meta_uid = expression("meta", attribute(2, 10), attribute(1, 1))  # NFT_META_SKUID
-    flags = expression("payload", attribute(1, 1), attribute(2, 2), attribute(3, 13), attribute(4, 1))
-    refuse = expression("reject", attribute(1, 2), attribute(2, b"\x03"))  # NFT_REJECT_ICMPX_UNREACH, prohibited
-    ranges = attribute(1, _TABLE) + attribute(2, "s") + attribute(3, 4) + attribute(5, 4) + attribute(10, 1)
+    user = meta(wire.MetaKey.SKUID) + compare(bytes(4))
+    flags = payload(wire.PayloadBase.TRANSPORT_HEADER, 13, 1) + compare(b"\x02")
+    refuse = expression(
+        "reject",
+        attribute(wire.Reject.TYPE, wire.REJECT_ICMPX_UNREACH),
+        attribute(wire.Reject.ICMP_CODE, bytes([wire.ICMPX_ADMIN_PROHIBITED])),
+    )
+    ranges = attribute(wire.Set.TABLE, _TABLE) + attribute(wire.Set.NAME, "s")
+    ranges += attribute(wire.Set.FLAGS, wire.SetFlag.INTERVAL) + attribute(wire.Set.KEY_LEN, 4)
+    ranges += attribute(wire.Set.ID, 1)
     for name, commands, words, loss in (
         (
             "owned tables",
@@ -175,19 +181,19 @@ def _nftables() -> Iterator[Need]:
         ),
         (
             "sets of intervals",
-            (table, Command(_NEWSET, NLM_F_CREATE, NFPROTO_INET, ranges)),
+            (table, Command(NEWSET, NLM_F_CREATE, NFPROTO_INET, ranges)),
             modules("nf_tables", "NF_TABLES"),
             "ranges cannot be excluded from capture",
         ),
         (
             "meta skuid",
-            (table, *_rule(Table.NAT, Hook.OUTPUT, meta_uid + _equal(bytes(4)))),
+            (table, *_rule(Table.NAT, Hook.OUTPUT, user)),
             modules("nf_tables", "NF_TABLES"),
             "users cannot be excluded from capture",
         ),
         (
             "tcp flags",
-            (table, *_rule(Table.MANGLE, Hook.OUTPUT, flags + _equal(b"\x02"))),
+            (table, *_rule(Table.MANGLE, Hook.OUTPUT, flags)),
             modules("nf_tables", "NF_TABLES"),
             "connections from before the enrolment are not told apart",
         ),
@@ -201,7 +207,7 @@ def _nftables() -> Iterator[Need]:
         yield Need(name, Transaction(commands), words, loss, "nf_tables, inet")
     yield Need(
         "owned tables in nft",
-        Printed(OWNER | PERSIST),
+        Printed(OWNED),
         "a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
         "while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; `nft -j` breaks off",
         "owned tables",
@@ -209,14 +215,11 @@ def _nftables() -> Iterator[Need]:
 
 
 def _rule(table: Table, hook: Hook, expressions: bytes) -> Iterator[Command]:
-    chain = attribute(1, _TABLE) + attribute(3, "c") + base_chain(table, hook)
+    chain = attribute(wire.Chain.TABLE, _TABLE) + attribute(wire.Chain.NAME, "c") + base_chain(table, hook)
     yield Command(NEWCHAIN, NLM_F_CREATE, NFPROTO_INET, chain)
-    body = attribute(1, _TABLE) + attribute(2, "c") + attribute(4 | 0x8000, expressions)
+    body = attribute(wire.Rule.TABLE, _TABLE) + attribute(wire.Rule.CHAIN, "c")
+    body += nested(wire.Rule.EXPRESSIONS, expressions)
     yield Command(NEWRULE, NLM_F_CREATE, NFPROTO_INET, body)
-
-
-def _equal(value: bytes) -> bytes:
-    return expression("cmp", attribute(1, 1), attribute(2, 0), attribute(3 | 0x8000, attribute(1, value)))
 
 
 # Name, table and rule, module and symbol of the kernel, what is lost without it.

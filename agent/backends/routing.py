@@ -118,7 +118,7 @@ def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
 
 def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
-    rules = route.rules(ipv6=6 in families)
+    rules = route.rules(ipv6=families != (4,))
     places = {}
     up = {link.index for link in route.links() if link.up}
     held = route.held_addresses()

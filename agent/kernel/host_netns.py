@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from agent.core.wire.netlink import attributes, messages
-from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.core.wire.netlink import messages, unpack_be, unpack_text
+from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN, Gen, fields
 from agent.kernel import exec
 from agent.kernel.netlink.ipset import IpsetSocket
 from agent.kernel.netlink.nf_tables import NftSocket
@@ -111,10 +111,10 @@ def _has_ipv6() -> bool:
 
 
 def _culprit(body: bytes) -> str:
-    """From NFTA_GEN_PROC_PID (2) and NFTA_GEN_PROC_NAME (3); "" when it was a program that we started."""
-    parts = dict(attributes(body[4:]))
-    pid = int.from_bytes(parts.get(2, b""))
+    """From NFTA_GEN_PROC_PID and NFTA_GEN_PROC_NAME; "" when it was a program that we started."""
+    parts = fields(body)
+    pid = unpack_be(parts.get(Gen.PROC_PID))
     if exec.is_ours(pid):
         return ""
-    name = parts.get(3, b"").rstrip(b"\0").decode(errors="replace")
+    name = unpack_text(parts.get(Gen.PROC_NAME))
     return f"{name or 'unknown'}[{pid}]"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from agent.core.errors import KernelError
 from agent.core.model.host import HostTable, HostView, InKernel, Variant, variant
-from agent.core.wire.netlink import Message, attributes
-from agent.core.wire.nftables import GETCHAIN, GETTABLE
+from agent.core.wire.netlink import Message, unpack_be, unpack_text
+from agent.core.wire.nftables import GETCHAIN, GETTABLE, NFPROTO, Chain, Table, fields
 from agent.kernel import xtables
 from agent.kernel.exec import PATH
 from agent.kernel.netlink.nf_tables import NftSocket
@@ -147,26 +147,22 @@ def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[Host
     """iptables-nft makes tables of ip and ip6 whose base chains have the upper-case names of iptables."""
     by_table: dict[tuple[int, bytes], list[dict[int, bytes]]] = {}
     for message in chains:
-        parts = dict(attributes(message.body[4:]))
-        by_table.setdefault((message.body[0], parts.get(1, b"")), []).append(parts)
+        parts = fields(message.body)
+        by_table.setdefault((message.body[0], parts.get(Chain.TABLE, b"")), []).append(parts)
     found = []
     for message in tables:
         family = message.body[0]
-        raw = dict(attributes(message.body[4:])).get(1, b"")
-        base = [chain for chain in by_table.get((family, raw), []) if 4 in chain]  # NFTA_CHAIN_HOOK
-        name = _text(raw)
-        words = {_text(chain.get(3)) for chain in base}
+        raw = fields(message.body).get(Table.NAME, b"")
+        base = [chain for chain in by_table.get((family, raw), []) if Chain.HOOK in chain]
+        name = unpack_text(raw)
+        words = {unpack_text(chain.get(Chain.NAME)) for chain in base}
         found.append(
             HostTable(
                 _FAMILY.get(family, str(family)),
                 name,
-                family in (2, 10) and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
-                any(_text(chain.get(7)) == "nat" for chain in base),  # NFTA_CHAIN_TYPE
-                sum(int.from_bytes(chain.get(6, b"")) for chain in base),  # NFTA_CHAIN_USE: its rules
+                family in NFPROTO.values() and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
+                any(unpack_text(chain.get(Chain.TYPE)) == "nat" for chain in base),
+                sum(unpack_be(chain.get(Chain.USE)) for chain in base),  # its rules
             )
         )
     return tuple(found)
-
-
-def _text(raw: bytes | None) -> str:
-    return (raw or b"").rstrip(b"\0").decode(errors="replace")

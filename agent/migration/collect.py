@@ -6,7 +6,7 @@ import base64
 import binascii
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from agent.backends import ownership
@@ -16,8 +16,8 @@ from agent.backends.registry import mechanisms
 from agent.core.errors import SluiceError
 from agent.core.model.ownership import Owner, owner_of
 from agent.core.settings import Settings
-from agent.core.wire.netlink import attributes
-from agent.core.wire.nftables import GETCHAIN
+from agent.core.wire.netlink import unpack_text
+from agent.core.wire.nftables import GETCHAIN, Chain, fields
 from agent.install import runtime
 from agent.install.conflists import ISTIO
 from agent.install.host_root import HostRoot
@@ -103,8 +103,8 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
 def has_sidecar(target: PodNetns) -> bool:
     """nf_tables, where iptables-nft keeps its chains too, and the tables of old iptables if there are any."""
     for message in target.nft.dump(GETCHAIN, 0):
-        parts: Mapping[int, bytes] = dict(attributes(message.body[4:]))
-        table, chain = (parts.get(kind, b"").rstrip(b"\0").decode(errors="replace") for kind in (1, 3))
+        parts = fields(message.body)
+        table, chain = unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))
         if table == _TABLE or chain in _CHAINS:
             return True
     if "nat" not in target.netns.call(_legacy_tables):  # to ask for it would make it

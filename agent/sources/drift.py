@@ -14,8 +14,8 @@ from pathlib import Path
 from agent.core import names
 from agent.core.text import printable
 from agent.core.wire import netlink
-from agent.core.wire.netlink import Message, unpack_int
-from agent.core.wire.nftables import NEWGEN
+from agent.core.wire.netlink import Message, unpack_be, unpack_int, unpack_text
+from agent.core.wire.nftables import NEWGEN, Gen, fields
 from agent.core.wire.rtnetlink import IFINFOMSG, LOOPBACK_INDEX, RTMSG, Rta, Rtm, Table
 from agent.kernel import exec
 from agent.kernel.pod_netns import PodNetns
@@ -96,11 +96,11 @@ def concerns(message: Message, wiring: bool = False) -> bool:
 
 def _committer(message: Message) -> str:
     """Who committed, as "nft[4711]"; "" when it was a program that we started."""
-    parts = dict(netlink.attributes(message.body[4:]))
-    pid = int.from_bytes(parts.get(2, b""))
+    parts = fields(message.body)
+    pid = unpack_be(parts.get(Gen.PROC_PID))
     if exec.is_ours(pid):
         return ""
-    name = printable(parts.get(3, b"").rstrip(b"\0").decode(errors="replace"))
+    name = printable(unpack_text(parts.get(Gen.PROC_NAME)))
     return f"{name or 'unknown'}[{pid}]"
 
 

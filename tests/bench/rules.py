@@ -11,13 +11,12 @@ from typing import Any
 
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS
-from agent.backends.iptables.bases import FAMILIES
 from agent.backends.registry import mechanisms
 from agent.core.model.plan import Plan
 from agent.core.model.redirect import Redirect
 from agent.core.text import table
 from agent.core.wire.netlink import attribute
-from agent.core.wire.nftables import NFPROTO_INET, Command
+from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, Command
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
@@ -163,7 +162,7 @@ def _damage(choice: str, target: PodNetns) -> None:
         return
     family, name, chain = NFPROTO_INET, "istio-ambient-nat", "istio-output"
     if choice == "iptables":
-        family, name, chain = FAMILIES[4], "nat", "ISTIO_OUTPUT"
+        family, name, chain = NFPROTO_IPV4, "nat", "ISTIO_OUTPUT"
     target.nft.commit("damage", [Command(_DELRULE, 0, family, attribute(1, name) + attribute(2, chain))], None)
 
 

@@ -18,10 +18,10 @@ from support.rules import pod as made
 from support.watched import Spy, Watched, prepare, watch
 
 from agent.backends.nftables.backend import NftablesBackend
-from agent.backends.nftables.rendering import OWNER, TABLES, table_command
+from agent.backends.nftables.rendering import TABLES, table_command
 from agent.core import names
 from agent.core.model.redirect import Redirect
-from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN, TableFlag
 from agent.kernel.netlink import notifications
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.notifications import Notifications
@@ -226,7 +226,7 @@ def test_to_verify_what_has_not_changed_asks_for_a_generation_and_nothing_else(
 def test_a_table_that_another_owns_may_go_without_a_new_generation(pod: Pod) -> None:
     backend = NftablesBackend()
     other = pod.target.netns.call(NftSocket)
-    other.commit("another owner", [table_command(name, OWNER) for name in TABLES], None)
+    other.commit("another owner", [table_command(name, TableFlag.OWNER) for name in TABLES], None)
 
     async def script(watched: Watched) -> None:
         await watched.told()

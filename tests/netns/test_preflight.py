@@ -20,7 +20,7 @@ from agent.backends import preflight
 from agent.backends.base import Backend, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
 from agent.backends.ebpf import trial
-from agent.backends.nftables.rendering import OWNER, PERSIST
+from agent.backends.nftables.rendering import OWNED
 from agent.backends.preflight import attempt, examine, lacking
 from agent.backends.registry import mechanisms
 from agent.backends.requirements import Need, Printed, ProgramRequirement, Restored, Transaction
@@ -186,7 +186,7 @@ def test_an_nft_that_cannot_read_what_it_prints_is_named(
     assert "nft --check" in one.words + "nft --check" * read
     program.unlink()
     monkeypatch.setattr(exec, "PATH", str(tmp_path))
-    assert attempt(Need("x", Printed(OWNER | PERSIST), "do")) == "", "without nft nothing is printed"
+    assert attempt(Need("x", Printed(OWNED), "do")) == "", "without nft nothing is printed"
 
 
 @pytest.mark.parametrize(

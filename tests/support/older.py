@@ -11,7 +11,7 @@ from pathlib import Path
 from support.rules import Pod, layers
 
 from agent.backends.nftables.backend import NftablesBackend
-from agent.backends.nftables.rendering import OWNER, PERSIST, table_command
+from agent.backends.nftables.rendering import OWNED, table_command
 from agent.kernel.exec import run
 from agent.kernel.netlink.nf_tables import NftSocket
 
@@ -35,7 +35,7 @@ def write(pod: Pod, release: str, choice: str, variant: str = "default") -> None
     if choice == "nftables" and nftables.owned:
         tables, parts["nft -f"] = _commands(parts["nft -f"])
         socket = pod.target.netns.call(NftSocket)
-        socket.commit("older tables", [table_command(name, OWNER | PERSIST) for name in tables], None)
+        socket.commit("older tables", [table_command(name, OWNED) for name in tables], None)
         socket.close()
     _load(pod, parts)
 

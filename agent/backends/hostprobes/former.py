@@ -17,15 +17,15 @@ from agent.backends.hostprobes.want import SETS, HostProbes
 from agent.backends.netfilter.messages import text
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
-from agent.core.wire.netlink import Message, attribute, attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import Message, attribute
 from agent.core.wire.nftables import (
     DELCHAIN,
     DELTABLE,
     GETCHAIN,
     GETRULE,
     GETTABLE,
-    NFPROTO_IPV4,
-    NFPROTO_IPV6,
+    NFPROTO,
     Command,
 )
 from agent.kernel import exec, xtables
@@ -33,7 +33,6 @@ from agent.kernel.host_netns import HostNetns
 from agent.kernel.netlink.ipset import IpSet, IpsetSocket
 from agent.kernel.netlink.nf_tables import NftSocket
 
-_PROTOCOL = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
 _IPSET = Path("/sys/module/ip_set")  # also of a kernel that has it built in: it has a parameter
 
 
@@ -116,7 +115,7 @@ class FormerLegacyRules(_FormerRules):
 
     def read(self, target: HostNetns) -> FormerState:
         found = target.call(lambda: xtables.read((TABLE,), ()))
-        held = {family: [legacy_held(family, *raw) for raw in found[family].values()] for family in _PROTOCOL}
+        held = {family: [legacy_held(family, *raw) for raw in found[family].values()] for family in NFPROTO}
         return FormerState({family: one[0] if one else Held() for family, one in held.items()}, None)
 
 
@@ -157,16 +156,18 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
         generation = nft.generation()
         seen = list[Message]()
         held = dict[int, Held]()
-        for family, protocol in _PROTOCOL.items():
-            tables = [m for m in nft.dump(GETTABLE, protocol) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
+        for family, protocol in NFPROTO.items():
+            tables = [
+                m for m in nft.dump(GETTABLE, protocol) if text(wire.fields(m.body).get(wire.Table.NAME)) == TABLE
+            ]
             if not tables:
                 held[family] = Held()
                 continue
             chains = {name: _chain(nft, protocol, name) for name in (BASE, CHAIN)}
             there = [name for name, found in chains.items() if found]
-            rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(2, name))]
-            base = [dict(attributes(message.body[4:])) for message in chains[BASE]]
-            table = dict(attributes(tables[0].body[4:]))
+            rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(wire.Rule.CHAIN, name))]
+            base = [wire.fields(message.body) for message in chains[BASE]]
+            table = wire.fields(tables[0].body)
             held[family] = nft_held(table, base[0] if base else None, CHAIN in there, rules)
             seen += [*tables, *(m for found in chains.values() for m in found), *rules]
         # Each message carries the low half of the generation that it shows.
@@ -182,21 +183,23 @@ def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
     for family, held in have.items():
         if held.bare:
             lines.append(f"delete table {WORD[family]} {TABLE}")
-            commands.append(Command(DELTABLE, 0, _PROTOCOL[family], attribute(1, TABLE)))
+            commands.append(Command(DELTABLE, 0, NFPROTO[family], attribute(wire.Table.NAME, TABLE)))
         elif held.idle:
             lines.append(f"delete chain {WORD[family]} {TABLE} {BASE}")
-            commands.append(Command(DELCHAIN, 0, _PROTOCOL[family], _place(3, BASE)))
+            commands.append(Command(DELCHAIN, 0, NFPROTO[family], _place(wire.Chain.NAME, BASE)))
     return (Step("\n".join(lines), tuple(commands)),) if commands else ()
 
 
 def _place(kind: int, chain: str) -> bytes:
-    return attribute(1, TABLE) + attribute(kind, chain)
+    return attribute(wire.Chain.TABLE, TABLE) + attribute(kind, chain)
 
 
 def _chain(nft: NftSocket, protocol: int, name: str) -> list[Message]:
     """One chain's message, none when the chain does not exist."""
     try:
-        return nft.request("read nf_tables", GETCHAIN, 0, bytes([protocol, 0, 0, 0]) + _place(3, name))
+        return nft.request(
+            "read nf_tables", GETCHAIN, 0, wire.NFGENMSG.pack(protocol, 0, 0) + _place(wire.Chain.NAME, name)
+        )
     except KernelError as error:
         if error.errno == errno.ENOENT:
             return []

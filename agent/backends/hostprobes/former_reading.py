@@ -12,7 +12,8 @@ from typing import Final
 from agent.backends.iptables.entries import XtEntry, entries, places
 from agent.backends.netfilter.messages import comment, text
 from agent.core.names import TAG_PREFIX
-from agent.core.wire.netlink import Message, attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import Message, attributes, unpack_be
 
 CHAIN: Final = "ISTIO_POSTRT"
 BASE: Final = "POSTROUTING"
@@ -49,13 +50,12 @@ def nft_held(
     """`table` and `base` are attributes of nat and its POSTROUTING; `rules` may be those of other chains too."""
     held: dict[str, list[tuple[str, str]]] = {BASE: [], CHAIN: []}
     for message in rules:
-        parts = dict(attributes(message.body[4:]))
-        if text(parts.get(1)) == "nat" and text(parts.get(2)) in held:
-            held[text(parts.get(2))].append((_nft_jump(parts), _nft_tag(parts)))
-    idle = base is not None and comment(base.get(12, b"")) == MARK and not held[BASE]
-    # NFTA_TABLE_USE (3) counts chains, NFTA_TABLE_USERDATA (6) holds a comment.
-    alone = int.from_bytes(table.get(3, b"")) == (base is not None)
-    bare = comment(table.get(6, b"")) == MARK and alone and (base is None or idle)
+        parts = wire.fields(message.body)
+        if text(parts.get(wire.Rule.TABLE)) == TABLE and text(parts.get(wire.Rule.CHAIN)) in held:
+            held[text(parts.get(wire.Rule.CHAIN))].append((_nft_jump(parts), _nft_tag(parts)))
+    idle = base is not None and comment(base.get(wire.Chain.USERDATA, b"")) == MARK and not held[BASE]
+    alone = unpack_be(table.get(wire.Table.USE)) == (base is not None)  # counts chains
+    bare = comment(table.get(wire.Table.USERDATA, b"")) == MARK and alone and (base is None or idle)
     tags = tuple(tag for _, tag in held[CHAIN])
     return Held(tags if chain else None, _jumps(held[BASE]), idle, bare)
 
@@ -84,25 +84,25 @@ def _made(rules: tuple[XtEntry, ...]) -> tuple[str, ...] | None:
 
 
 def _expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, bytes]]]:
-    for _, element in attributes(rule.get(4, b"")):
+    for _, element in attributes(rule.get(wire.Rule.EXPRESSIONS, b"")):
         parts = dict(attributes(element))
-        yield text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+        yield text(parts.get(wire.Expr.NAME)), dict(attributes(parts.get(wire.Expr.DATA, b"")))
 
 
 def _nft_tag(rule: Mapping[int, bytes]) -> str:
     """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
-    found = comment(rule.get(7, b""))
+    found = comment(rule.get(wire.Rule.USERDATA, b""))
     for name, data in _expressions(rule):
-        if name == "match" and text(data.get(1)) == "comment":
-            found = data.get(3, b"").split(b"\0")[0].decode(errors="replace")
+        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
+            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
     return _tag(found)
 
 
 def _nft_jump(rule: Mapping[int, bytes]) -> str:
     for name, data in _expressions(rule):
         if name == "immediate":
-            for _, verdict in attributes(data.get(2, b"")):
-                return text(dict(attributes(verdict)).get(2))
+            for _, verdict in attributes(data.get(wire.Immediate.DATA, b"")):
+                return text(dict(attributes(verdict)).get(wire.Verdict.CHAIN))
     return ""
 
 

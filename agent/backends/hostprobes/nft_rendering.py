@@ -14,20 +14,20 @@ from typing import Final
 from agent.backends.hostprobes import nft_sets
 from agent.backends.hostprobes.want import SETS, HostProbes
 from agent.backends.netfilter.messages import comment_data
+from agent.backends.nftables.expressions import COUNTER, compare, expression, immediate, meta, payload
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core import names
 from agent.core.model import tags
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO, NFPROTO_INET, Command
 
 TABLE: Final = names.NFT_TABLE_PREFIX + "nat"
 CHAIN: Final = "postrouting"
-OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*
 _HOOK, _PRIORITY = 4, 99  # NF_INET_POST_ROUTING; before all iptables and kube-proxy, which translate at 100
 _PRINTED = "srcnat - 1"
 _NO_USER = 0xFFFFFFFF
-_META_SKUID, _META_NFPROTO, _META_L4PROTO = 10, 15, 16
-_NFPROTO, _OFFSET = {4: 2, 6: 10}, {4: (16, 4), 6: (24, 16)}  # of the destination in the header, and its length
+_OFFSET = {4: (16, 4), 6: (24, 16)}  # of the destination in the header, and its length
 _MAP_IPS = 1  # NF_NAT_RANGE_MAP_IPS: what the kernel makes of a given address, and dumps again
 
 
@@ -36,11 +36,13 @@ def commands(want: HostProbes, flags: int, members: Mapping[int, Mapping[str, st
     yield table_command(flags)
     for family in want.families:
         yield nft_sets.create(TABLE, family)
-    hook = nested(4, attribute(1, _HOOK), attribute(2, _PRIORITY))
-    chain = attribute(1, TABLE) + attribute(3, CHAIN) + hook + attribute(7, "nat") + attribute(5, 1)
+    hook = nested(wire.Chain.HOOK, attribute(wire.Hook.HOOKNUM, _HOOK), attribute(wire.Hook.PRIORITY, _PRIORITY))
+    chain = attribute(wire.Chain.TABLE, TABLE) + attribute(wire.Chain.NAME, CHAIN) + hook
+    chain += attribute(wire.Chain.TYPE, "nat") + attribute(wire.Chain.POLICY, wire.VerdictCode.ACCEPT)
     yield Command(NEWCHAIN, NLM_F_CREATE, NFPROTO_INET, chain)
     for (_, encoded), tag in zip(_rules(want), _tags(want), strict=True):
-        body = attribute(1, TABLE) + attribute(2, CHAIN) + nested(4, encoded) + attribute(7, comment_data(tag))
+        body = attribute(wire.Rule.TABLE, TABLE) + attribute(wire.Rule.CHAIN, CHAIN)
+        body += nested(wire.Rule.EXPRESSIONS, encoded) + attribute(wire.Rule.USERDATA, comment_data(tag))
         yield Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body)
     for family in want.families:
         yield from nft_sets.added(TABLE, SETS[family], members[family])
@@ -64,11 +66,12 @@ def state(want: HostProbes) -> TableState:
 
 
 def table_command(flags: int) -> Command:
-    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, TABLE) + attribute(2, flags))
+    body = attribute(wire.Table.NAME, TABLE) + attribute(wire.Table.FLAGS, flags)
+    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, body)
 
 
 def delete_command() -> Command:
-    return Command(DELTABLE, 0, NFPROTO_INET, attribute(1, TABLE))
+    return Command(DELTABLE, 0, NFPROTO_INET, attribute(wire.Table.NAME, TABLE))
 
 
 def _rules(want: HostProbes) -> list[tuple[str, bytes]]:
@@ -85,33 +88,25 @@ def _rule(family: int, probe: str) -> tuple[str, bytes]:
     words = f"meta l4proto tcp meta skuid != {_NO_USER} {word} daddr @{SETS[family]} counter snat {word} to {probe}"
     return words, b"".join(
         [
-            _meta(_META_L4PROTO) + _compare(0, bytes([6])),
-            _meta(_META_SKUID) + _compare(1, _NO_USER.to_bytes(4)),
-            _meta(_META_NFPROTO) + _compare(0, bytes([_NFPROTO[family]])),
-            _expression("payload", attribute(1, 1), attribute(2, 1), attribute(3, offset), attribute(4, length)),
-            _expression("lookup", attribute(1, SETS[family]), attribute(2, 1), attribute(5, 0)),
-            _expression("counter", attribute(1, bytes(8)), attribute(2, bytes(8))),
-            _expression("immediate", attribute(1, 1), nested(2, attribute(1, ipaddress.ip_address(probe).packed))),
-            _expression(
+            meta(wire.MetaKey.L4PROTO) + compare(bytes([6])),
+            meta(wire.MetaKey.SKUID) + compare(_NO_USER.to_bytes(4), negated=True),
+            meta(wire.MetaKey.NFPROTO) + compare(bytes([NFPROTO[family]])),
+            payload(wire.PayloadBase.NETWORK_HEADER, offset, length),
+            expression(
+                "lookup",
+                attribute(wire.Lookup.SET, SETS[family]),
+                attribute(wire.Lookup.SREG, wire.REG_1),
+                attribute(wire.Lookup.FLAGS, 0),
+            ),
+            COUNTER,
+            immediate(ipaddress.ip_address(probe).packed),
+            expression(
                 "nat",
-                attribute(1, 0),  # NFT_NAT_SNAT
-                attribute(2, _NFPROTO[family]),
-                attribute(3, 1),
-                attribute(4, 1),
-                attribute(7, _MAP_IPS),
+                attribute(wire.Nat.TYPE, wire.NatType.SNAT),
+                attribute(wire.Nat.FAMILY, NFPROTO[family]),
+                attribute(wire.Nat.REG_ADDR_MIN, wire.REG_1),
+                attribute(wire.Nat.REG_ADDR_MAX, wire.REG_1),
+                attribute(wire.Nat.FLAGS, _MAP_IPS),
             ),
         ]
     )
-
-
-def _expression(name: str, *data: bytes) -> bytes:
-    return nested(1, attribute(1, name), nested(2, *data))
-
-
-def _meta(key: int) -> bytes:
-    return _expression("meta", attribute(2, key), attribute(1, 1))
-
-
-def _compare(operator: int, value: bytes) -> bytes:
-    """Operator 0 is equal, 1 is not equal."""
-    return _expression("cmp", attribute(1, 1), attribute(2, operator), nested(3, attribute(1, value)))

@@ -14,11 +14,10 @@ from itertools import islice
 
 from agent.backends.hostprobes.want import SETS
 from agent.backends.netfilter.messages import comment, comment_data, text
-from agent.core.wire.netlink import NLM_F_CREATE, Message, attribute, attributes, nested
-from agent.core.wire.nftables import NFPROTO_INET, Command
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import NLM_F_CREATE, Message, attribute, attributes, nested, unpack_be
+from agent.core.wire.nftables import DELSETELEM, NEWSET, NEWSETELEM, NFPROTO_INET, Command
 
-_SUBSYSTEM = 10 << 8
-NEWSET, GETSET, NEWSETELEM, GETSETELEM, DELSETELEM = (_SUBSYSTEM | number for number in (9, 10, 12, 13, 14))
 TYPE = {4: (7, 4, "ipv4_addr"), 6: (8, 16, "ipv6_addr")}  # nft's datatype number, length of a key, nft's name
 FAMILY = {name: family for family, name in SETS.items()}
 _PER_MESSAGE = 200  # elements; an attribute holds 64 kB, and an element with its comment may take 200 bytes
@@ -40,9 +39,10 @@ def wanted(family: int) -> SetState:
 
 def create(table: str, family: int) -> Command:
     kind, length, _ = TYPE[family]
-    body = attribute(1, table) + attribute(2, SETS[family]) + attribute(3, 0) + attribute(4, kind)
-    # The kernel wants an id (10) that tells sets of one batch apart.
-    return Command(NEWSET, NLM_F_CREATE, NFPROTO_INET, body + attribute(5, length) + attribute(10, family))
+    body = attribute(wire.Set.TABLE, table) + attribute(wire.Set.NAME, SETS[family]) + attribute(wire.Set.FLAGS, 0)
+    body += attribute(wire.Set.KEY_TYPE, kind) + attribute(wire.Set.KEY_LEN, length)
+    body += attribute(wire.Set.ID, family)  # the kernel wants an id that distinguishes the sets of one batch
+    return Command(NEWSET, NLM_F_CREATE, NFPROTO_INET, body)
 
 
 def declaration(family: int, members: Mapping[str, str]) -> Iterator[str]:
@@ -59,41 +59,43 @@ def element(address: str, uid: str) -> str:
 
 
 def added(table: str, name: str, members: Mapping[str, str]) -> Iterator[Command]:
-    # NFTA_SET_ELEM_KEY 1 and _USERDATA 6, which is laid out as that of a rule.
-    marked = {address: attribute(6, comment_data(uid)) if uid else b"" for address, uid in members.items()}
-    items = (nested(1, _key(address), mark) for address, mark in marked.items())
+    items = (
+        # User data of an element is laid out as that of a rule.
+        nested(wire.LIST_ELEM, _key(address), attribute(wire.SetElem.USERDATA, comment_data(uid)) if uid else b"")
+        for address, uid in members.items()
+    )
     return _commands(NEWSETELEM, NLM_F_CREATE, table, name, items)
 
 
 def removed(table: str, name: str, addresses: Iterable[str]) -> Iterator[Command]:
-    return _commands(DELSETELEM, 0, table, name, (nested(1, _key(address)) for address in addresses))
+    return _commands(DELSETELEM, 0, table, name, (nested(wire.LIST_ELEM, _key(address)) for address in addresses))
 
 
 def _key(address: str) -> bytes:
-    return nested(1, attribute(1, ipaddress.ip_address(address).packed))
+    return nested(wire.SetElem.KEY, attribute(wire.Data.VALUE, ipaddress.ip_address(address).packed))
 
 
 def _commands(kind: int, flags: int, table: str, name: str, elements: Iterable[bytes]) -> Iterator[Command]:
-    head = attribute(1, table) + attribute(2, name)
+    head = attribute(wire.SetElemList.TABLE, table) + attribute(wire.SetElemList.SET, name)
     rest = iter(elements)
     while some := tuple(islice(rest, _PER_MESSAGE)):
-        yield Command(kind, flags, NFPROTO_INET, head + nested(3, *some))
+        yield Command(kind, flags, NFPROTO_INET, head + nested(wire.SetElemList.ELEMENTS, *some))
 
 
 def states(set_dump: Iterable[Message], element_dumps: Iterable[Message]) -> tuple[SetState, ...]:
     """Sets of one table by name, each with its members."""
     members: dict[str, dict[str, str]] = {}
     for message in element_dumps:
-        parts = dict(attributes(message.body[4:]))
-        held = members.setdefault(text(parts.get(2)), {})
-        held.update(_member(item) for _, item in attributes(parts.get(3, b"")))
+        parts = wire.fields(message.body)
+        held = members.setdefault(text(parts.get(wire.SetElemList.SET)), {})
+        held.update(_member(item) for _, item in attributes(parts.get(wire.SetElemList.ELEMENTS, b"")))
     found = []
     for message in set_dump:
-        parts = dict(attributes(message.body[4:]))
-        name = text(parts.get(2))
-        key = (int.from_bytes(parts.get(4, b"")), int.from_bytes(parts.get(5, b"")))
+        parts = wire.fields(message.body)
+        name = text(parts.get(wire.Set.NAME))
+        key = (unpack_be(parts.get(wire.Set.KEY_TYPE)), unpack_be(parts.get(wire.Set.KEY_LEN)))
         held = {address: uid for address, uid in members.get(name, {}).items() if address}
-        found.append(SetState(name, key, int.from_bytes(parts.get(3, b"")), held))
+        found.append(SetState(name, key, unpack_be(parts.get(wire.Set.FLAGS)), held))
     return tuple(sorted(found, key=lambda state: state.name))
 
 
@@ -101,5 +103,5 @@ def states(set_dump: Iterable[Message], element_dumps: Iterable[Message]) -> tup
 @lru_cache(maxsize=4096)
 def _member(item: bytes) -> tuple[str, str]:
     parts = dict(attributes(item))
-    raw = dict(attributes(parts.get(1, b""))).get(1, b"")
-    return str(ipaddress.ip_address(raw)) if len(raw) in (4, 16) else "", comment(parts.get(6, b""))
+    raw = dict(attributes(parts.get(wire.SetElem.KEY, b""))).get(wire.Data.VALUE, b"")
+    return str(ipaddress.ip_address(raw)) if len(raw) in (4, 16) else "", comment(parts.get(wire.SetElem.USERDATA, b""))

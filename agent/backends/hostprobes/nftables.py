@@ -8,17 +8,19 @@ from types import MappingProxyType
 
 from agent.backends.base import Support
 from agent.backends.hostprobes import nft_rendering, nft_sets
-from agent.backends.hostprobes.nft_rendering import OWNER, PERSIST, TABLE
+from agent.backends.hostprobes.nft_rendering import TABLE
 from agent.backends.hostprobes.nft_sets import SetState
 from agent.backends.hostprobes.want import SETS, HostProbes, change, settled
 from agent.backends.netfilter.messages import text
 from agent.backends.nftables import reading
+from agent.backends.nftables.rendering import OWNED
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core import names
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
-from agent.core.wire.netlink import Message, attribute, attributes
-from agent.core.wire.nftables import GETCHAIN, GETRULE, GETTABLE, NFPROTO_INET, Command
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import Message, attribute
+from agent.core.wire.nftables import GETCHAIN, GETRULE, GETSET, GETSETELEM, GETTABLE, NFPROTO_INET, Command, TableFlag
 from agent.kernel import scratch
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.netlink.nf_tables import NftSocket
@@ -81,7 +83,7 @@ class NftHostProbes:
             lines += [f"add element inet {TABLE} {name} {{ {shown} }}"] if come else []
             commands += [*nft_sets.removed(TABLE, name, gone), *nft_sets.added(TABLE, name, come)]
             words += [one.words(name)] if one else []
-        if have.table and self.owned and have.table.flags & (OWNER | PERSIST) == PERSIST:
+        if have.table and self.owned and have.table.flags & OWNED == TableFlag.PERSIST:
             lines.insert(0, f"# take over the ownership of table inet {TABLE}")
             commands.insert(0, nft_rendering.table_command(self._flags))
         steps = (Step("\n".join(lines), tuple(commands)),) if commands else ()
@@ -89,7 +91,7 @@ class NftHostProbes:
 
     @property
     def _flags(self) -> int:
-        return OWNER | PERSIST if self.owned else 0
+        return OWNED if self.owned else 0
 
     def _removal(self, have: HostNftState) -> NftPlan:
         if have.table is None:
@@ -102,7 +104,7 @@ class NftHostProbes:
     def _wrong(self, want: HostProbes, have: HostNftState) -> Iterator[str]:
         yield from differences((nft_rendering.state(want),), (have.table,) if have.table else ())
         # PERSIST cannot be given to an existing table: one replacement gives it both flags.
-        if have.table and self.owned and not have.table.flags & (OWNER | PERSIST):
+        if have.table and self.owned and not have.table.flags & OWNED:
             yield f"table inet {TABLE} is not protected by an owner"
 
     def _anew(self, want: HostProbes, have: HostNftState, found: tuple[str, ...]) -> NftPlan:
@@ -132,22 +134,29 @@ def _wrong_sets(want: HostProbes, have: HostNftState) -> Iterator[str]:
 
 def read(nft: NftSocket) -> HostNftState:
     """Only our table is asked for: a node may have thousands of rules besides."""
-    of_table = attribute(1, TABLE)
+    of_table = attribute(wire.Chain.TABLE, TABLE)
     for _ in range(20):
         generation = nft.generation()
-        tables = [m for m in nft.dump(GETTABLE, NFPROTO_INET) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
+        tables = [
+            m for m in nft.dump(GETTABLE, NFPROTO_INET) if text(wire.fields(m.body).get(wire.Table.NAME)) == TABLE
+        ]
         rest: list[list[Message]] = [[], [], [], []]
         if tables:
-            chains = [m for m in nft.dump(GETCHAIN, NFPROTO_INET) if text(dict(attributes(m.body[4:])).get(1)) == TABLE]
-            sets = nft.dump(nft_sets.GETSET, NFPROTO_INET, of_table)
+            chains = [m for m in nft.dump(GETCHAIN, NFPROTO_INET) if _table_name(m) == TABLE]
+            sets = nft.dump(GETSET, NFPROTO_INET, of_table)
             elements = list[Message]()
             for state in nft_sets.states(sets, ()):
-                elements += nft.dump(nft_sets.GETSETELEM, NFPROTO_INET, of_table + attribute(2, state.name))
+                elements += nft.dump(GETSETELEM, NFPROTO_INET, of_table + attribute(wire.SetElemList.SET, state.name))
             rest = [chains, nft.dump(GETRULE, NFPROTO_INET, of_table), sets, elements]
         if _of_one_generation(generation, (tables, *rest)):
             found = reading.tables(tables, rest[0], rest[1])
             return HostNftState(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
     raise KernelError("read nf_tables of the host", 0, "somebody keeps changing the rules while they are read")
+
+
+def _table_name(message: Message) -> str:
+    """Returns the name in a message of a table, or the table's in one of a chain: both have it first."""
+    return text(wire.fields(message.body).get(wire.Chain.TABLE))
 
 
 def _of_one_generation(generation: int, dumps: Iterable[Iterable[Message]]) -> bool:
@@ -159,7 +168,7 @@ def _of_one_generation(generation: int, dumps: Iterable[Iterable[Message]]) -> b
 def _try_owned() -> bool:
     nft = NftSocket()
     try:
-        nft.commit("try table flags", [nft_rendering.table_command(OWNER | PERSIST)], None)
+        nft.commit("try table flags", [nft_rendering.table_command(OWNED)], None)
         return True
     except KernelError:
         return False

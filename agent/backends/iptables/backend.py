@@ -13,7 +13,7 @@ from itertools import product
 
 from agent.backends.base import Support
 from agent.backends.iptables import bases, reading, rendering
-from agent.backends.iptables.bases import FAMILIES, Payload, Restore
+from agent.backends.iptables.bases import Payload, Restore
 from agent.backends.iptables.comparison import differences, refuse_taken, same
 from agent.backends.iptables.reading import XtState
 from agent.backends.iptables.rendering import XtTable
@@ -25,7 +25,9 @@ from agent.backends.netfilter.rules import Hook, Table
 from agent.core.errors import CommandError, KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attribute
+from agent.core.wire.nftables import NFPROTO
 from agent.kernel import exec, scratch
 from agent.kernel.pod_netns import PodNetns
 
@@ -33,7 +35,7 @@ _PROGRAM = {4: "iptables-nft-restore", 6: "ip6tables-nft-restore"}
 _NOTHING = Redirect(ipv4=False, ipv6=False)
 _PLACES = tuple(
     ChainRef(family, table, chain, shared)
-    for family, table, hook in product(FAMILIES.values(), reading.TABLES, Hook)
+    for family, table, hook in product(NFPROTO.values(), reading.TABLES, Hook)
     for chain, shared in ((rendering.CHAINS[hook], False), (hook.name, True))
 )
 
@@ -57,7 +59,7 @@ class IptablesBackend:
     outlives = False
 
     def __init__(self, *, ipv6: bool = True) -> None:
-        self._families = tuple(FAMILIES) if ipv6 else (4,)
+        self._families = tuple(NFPROTO) if ipv6 else (4,)
         self._reader = Reader(_seen, _PLACES)
 
     def probe(self) -> Support:
@@ -111,22 +113,25 @@ class IptablesBackend:
 
 
 def _seen(ruleset: Ruleset, generation: int | None, target: PodNetns) -> XtSeen:
-    families = {family: _tables(ruleset, family) for family in (FAMILIES if target.has_ipv6() else (4,))}
+    families = {family: _tables(ruleset, family) for family in (NFPROTO if target.has_ipv6() else (4,))}
     remarks = foreign_rules.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
     return XtSeen(XtState(families, generation, ruleset.whole), remarks)
 
 
 def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:
-    heads = (head for head in ruleset.tables if head.family == FAMILIES[family])
-    return _family(ruleset.content, FAMILIES[family], tuple((head.name, head.comment) for head in heads))
+    heads = (head for head in ruleset.tables if head.family == NFPROTO[family])
+    return _family(ruleset.content, NFPROTO[family], tuple((head.name, head.comment) for head in heads))
 
 
 @lru_cache(maxsize=64)
 def _family(content: Content, protocol: int, tables: tuple[tuple[str, str], ...]) -> dict[str, XtTable]:
     """The tables of one family, given by name and comment, with what they hold."""
     heads = [
-        Message(0, 0, 0, 0, bytes([protocol, 0, 0, 0]) + attribute(1, name) + attribute(6, comment_data(words)))
-        for name, words in tables
+        Message(0, 0, 0, 0, wire.NFGENMSG.pack(protocol, 0, 0) + name + comment)
+        for name, comment in (
+            (attribute(wire.Table.NAME, name), attribute(wire.Table.USERDATA, comment_data(words)))
+            for name, words in tables
+        )
     ]
     chains, rules = ([m for m in part if m.body[0] == protocol] for part in (content.chains, content.rules))
     return reading.family_tables(heads, chains, rules)

@@ -16,10 +16,10 @@ from agent.backends.netfilter.messages import base_chain, comment_data
 from agent.backends.netfilter.rules import Hook, Table
 from agent.core.model.plan import Step
 from agent.core.model.redirect import Redirect
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_CREATE, attribute
-from agent.core.wire.nftables import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO_IPV4, NFPROTO_IPV6, Command
+from agent.core.wire.nftables import DELCHAIN, DELTABLE, NEWCHAIN, NEWTABLE, NFPROTO, Command
 
-FAMILIES = {4: NFPROTO_IPV4, 6: NFPROTO_IPV6}
 WORD = {4: "ip", 6: "ip6"}
 
 
@@ -41,15 +41,17 @@ def create(bases: list[tuple[int, str, str]], have: XtState) -> Step[Payload]:
     tables = {(family, table) for family, table, _ in bases if table not in have.families[family]}
     for family, table in sorted(tables):
         lines.append(f'add table {WORD[family]} {table} {{ comment "{MARK}" ; }}')
-        body = attribute(1, table) + attribute(2, 0) + attribute(6, comment_data(MARK))
-        commands.append(Command(NEWTABLE, NLM_F_CREATE, FAMILIES[family], body))
+        body = attribute(wire.Table.NAME, table) + attribute(wire.Table.FLAGS, 0)
+        body += attribute(wire.Table.USERDATA, comment_data(MARK))
+        commands.append(Command(NEWTABLE, NLM_F_CREATE, NFPROTO[family], body))
     for family, table, base in bases:
         place = (Table(table), Hook[base])
         kind, priority = rules.BASE[place]
         head = f"type {kind} hook {base.lower()} priority {priority}; policy accept"
         lines.append(f'add chain {WORD[family]} {table} {base} {{ {head}; comment "{MARK}" ; }}')
-        body = attribute(1, table) + attribute(3, base) + base_chain(*place) + attribute(12, comment_data(MARK))
-        commands.append(Command(NEWCHAIN, NLM_F_CREATE, FAMILIES[family], body))
+        body = attribute(wire.Chain.TABLE, table) + attribute(wire.Chain.NAME, base) + base_chain(*place)
+        body += attribute(wire.Chain.USERDATA, comment_data(MARK))
+        commands.append(Command(NEWCHAIN, NLM_F_CREATE, NFPROTO[family], body))
     return Step("\n".join(lines), tuple(commands))
 
 
@@ -64,11 +66,11 @@ def drop(want: Redirect | None, have: XtState) -> Iterator[Step[Payload]]:
                 continue
             if state.marked and state.bare and have.whole:
                 lines.append(f"delete table {WORD[family]} {table}")
-                commands.append(Command(DELTABLE, 0, FAMILIES[family], attribute(1, table)))
+                commands.append(Command(DELTABLE, 0, NFPROTO[family], attribute(wire.Table.NAME, table)))
                 continue
             for base in state.idle:
                 lines.append(f"delete chain {WORD[family]} {table} {base}")
-                body = attribute(1, table) + attribute(3, base)
-                commands.append(Command(DELCHAIN, 0, FAMILIES[family], body))
+                body = attribute(wire.Chain.TABLE, table) + attribute(wire.Chain.NAME, base)
+                commands.append(Command(DELCHAIN, 0, NFPROTO[family], body))
     if commands:
         yield Step("\n".join(lines), tuple(commands))

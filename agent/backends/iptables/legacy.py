@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
 from agent.backends.iptables import legacy_reading, rendering
-from agent.backends.iptables.bases import FAMILIES, Restore
+from agent.backends.iptables.bases import Restore
 from agent.backends.iptables.comparison import differences, refuse_taken, same
 from agent.backends.iptables.legacy_reading import Found
 from agent.backends.iptables.reading import TABLES
@@ -106,7 +106,7 @@ class IptablesLegacyBackend:
     def plan(self, want: Redirect | None, have: LegacyState) -> Plan[Restore]:
         steps: list[Step[Restore]] = []
         found: list[str] = []
-        for family in FAMILIES:
+        for family in (4, 6):
             actual = have.families[family]
             wanted = rendering.render(want or _NOTHING, family)
             if wanted.tables:

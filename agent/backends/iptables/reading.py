@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
 from agent.backends.netfilter.messages import comment, text
 from agent.core.model import tags
-from agent.core.wire.netlink import Message, attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import Message, attributes, unpack_be
 
 TABLES = tuple(table.value for table in ORDER)
 MARK = "sluice"  # comment of tables and base chains that we made; those go again once they are empty
 _OURS = tuple(CHAINS.values())
 _CHAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,28}")  # names that are written into scripts again
-_JUMP = (-3 & 0xFFFFFFFF).to_bytes(4)  # NFT_JUMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,31 +36,31 @@ def family_tables(
     """The tables of one family that iptables uses; others do not appear."""
     rules: dict[tuple[str, str], list[dict[int, bytes]]] = {}
     for message in rule_dump:
-        parts = dict(attributes(message.body[4:]))
-        rules.setdefault((text(parts.get(1)), text(parts.get(2))), []).append(parts)
+        parts = wire.fields(message.body)
+        rules.setdefault((text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))), []).append(parts)
     chains: dict[str, dict[str, dict[int, bytes]]] = {}
     for message in chain_dump:
-        parts = dict(attributes(message.body[4:]))
-        chains.setdefault(text(parts.get(1)), {})[text(parts.get(3))] = parts
+        parts = wire.fields(message.body)
+        chains.setdefault(text(parts.get(wire.Chain.TABLE)), {})[text(parts.get(wire.Chain.NAME))] = parts
     found = {}
     for message in table_dump:
-        parts = dict(attributes(message.body[4:]))
-        name = text(parts.get(1))
+        parts = wire.fields(message.body)
+        name = text(parts.get(wire.Table.NAME))
         if name in TABLES:
             mine = {chain: rules.get((name, chain), []) for chain in chains.get(name, {})}
             idle = tuple(
                 sorted(
                     chain
                     for chain, made in chains.get(name, {}).items()
-                    if comment(made.get(12, b"")) == MARK and not mine[chain]
+                    if comment(made.get(wire.Chain.USERDATA, b"")) == MARK and not mine[chain]
                 )
             )
-            bases = tuple(sorted(chain for chain, made in chains.get(name, {}).items() if 4 in made))
+            bases = tuple(sorted(chain for chain, made in chains.get(name, {}).items() if wire.Chain.HOOK in made))
             found[name] = replace(
                 _table(mine),
                 bases=bases,
                 idle=idle,
-                marked=comment(parts.get(6, b"")) == MARK,
+                marked=comment(parts.get(wire.Table.USERDATA, b"")) == MARK,
                 bare=len(idle) == len(mine),
             )
     return found
@@ -81,24 +81,27 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
 
 def _leads_on(rule: dict[int, bytes]) -> bool:
     """Whether a rule goes on in another chain."""
-    verdicts = (
-        dict(attributes(data.get(2, b""))).get(2, b"") for name, data in _expressions(rule) if name == "immediate"
-    )
-    return any(2 in dict(attributes(verdict)) for verdict in verdicts)  # NFTA_VERDICT_CHAIN
+    verdicts = (_verdict(data) for name, data in _expressions(rule) if name == "immediate")
+    return any(wire.Verdict.CHAIN in verdict for verdict in verdicts)
+
+
+def _verdict(immediate: dict[int, bytes]) -> dict[int, bytes]:
+    held = dict(attributes(immediate.get(wire.Immediate.DATA, b"")))
+    return dict(attributes(held.get(wire.Data.VERDICT, b"")))
 
 
 def _expressions(rule: dict[int, bytes]) -> Iterable[tuple[str, dict[int, bytes]]]:
-    for _, element in attributes(rule.get(4, b"")):
+    for _, element in attributes(rule.get(wire.Rule.EXPRESSIONS, b"")):
         parts = dict(attributes(element))
-        yield text(parts.get(1)), dict(attributes(parts.get(2, b"")))
+        yield text(parts.get(wire.Expr.NAME)), dict(attributes(parts.get(wire.Expr.DATA, b"")))
 
 
 def _tag(rule: dict[int, bytes]) -> str:
     """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
-    found = comment(rule.get(7, b""))
+    found = comment(rule.get(wire.Rule.USERDATA, b""))
     for name, data in _expressions(rule):
-        if name == "match" and text(data.get(1)) == "comment":
-            found = data.get(3, b"").split(b"\0")[0].decode(errors="replace")
+        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
+            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
     return found if tags.TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
 
 
@@ -106,11 +109,12 @@ def _jump_target(rule: dict[int, bytes]) -> str:
     """Where a rule that does nothing but jump goes; with another match it is somebody's own, and not ours to drop."""
     target = ""
     for name, data in _expressions(rule):
-        if name == "match" and text(data.get(1)) == "comment":
+        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
             continue
         if name == "immediate":
-            verdict = dict(attributes(dict(attributes(data.get(2, b""))).get(2, b"")))
-            target = text(verdict.get(2)) if verdict.get(1) == _JUMP else ""
+            verdict = _verdict(data)
+            jumps = unpack_be(verdict.get(wire.Verdict.CODE)) == wire.VerdictCode.JUMP.unsigned
+            target = text(verdict.get(wire.Verdict.CHAIN)) if jumps else ""
         elif name != "counter":
             return ""
     return target

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agent.backends.netfilter.messages import comment, text
-from agent.core.wire.netlink import HEADER, Message, attributes, messages
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import HEADER, Message, messages, unpack_be
 from agent.core.wire.nftables import NEWCHAIN, NEWTABLE
 
 _KEPT = 64  # sizes of dumps, and bytes of one; larger ones are taken apart each time
 _LARGEST = 1 << 16
-_DORMANT = 1  # NFT_TABLE_F_DORMANT: its chains are not called
 # A counter as the kernel dumps it: its name, then two attributes of eight bytes.
 _COUNTS = re.compile(rb"counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00(.{8})\x0c\x00\x02\x00(.{8})", re.DOTALL)
 
@@ -47,7 +47,7 @@ class Head:
 
     @property
     def dormant(self) -> bool:
-        return bool(self.flags & _DORMANT)
+        return bool(self.flags & wire.TableFlag.DORMANT)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -92,9 +92,8 @@ def ruleset(tables: bytes, chains: bytes, rules: bytes, *, whole: bool = True) -
 
 def uses(dump: bytes) -> int:
     """How many chains and sets a dump's tables hold, or how many rules its chains: an upper bound."""
-    kind = {NEWTABLE: 3, NEWCHAIN: 6}  # NFTA_TABLE_USE, NFTA_CHAIN_USE
-    held = ((dict(attributes(one.body[4:])), kind.get(one.kind, 0)) for one in _messages(dump))
-    return sum(int.from_bytes(parts.get(number, b"")) for parts, number in held)
+    kind = {NEWTABLE: wire.Table.USE, NEWCHAIN: wire.Chain.USE}
+    return sum(unpack_be(wire.fields(one.body).get(kind.get(one.kind, 0))) for one in _messages(dump))
 
 
 def _content(chains: bytes, rules: bytes) -> Content:
@@ -146,6 +145,12 @@ def _layout(size: int, spans: list[tuple[int, int]]) -> struct.Struct:
 
 
 def _head(body: bytes) -> Head:
-    parts = dict(attributes(body[4:]))
-    flags, handle, owner = (int.from_bytes(parts.get(kind, b"")) for kind in (2, 4, 7))
-    return Head(body[0], text(parts.get(1)), flags, handle, owner, comment(parts.get(6, b"")))
+    parts = wire.fields(body)
+    return Head(
+        family=body[0],
+        name=text(parts.get(wire.Table.NAME)),
+        flags=unpack_be(parts.get(wire.Table.FLAGS)),
+        handle=unpack_be(parts.get(wire.Table.HANDLE)),
+        owner=unpack_be(parts.get(wire.Table.OWNER)),
+        comment=comment(parts.get(wire.Table.USERDATA, b"")),
+    )

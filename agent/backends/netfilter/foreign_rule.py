@@ -6,18 +6,18 @@ No full printer: an expression that it does not know is shown by its name. Numbe
 from __future__ import annotations
 
 import ipaddress
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from agent.backends.netfilter.messages import text
 from agent.core import names
-from agent.core.wire.netlink import attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import attributes, unpack_be, unpack_int
+from agent.core.wire.nftables import VerdictCode
 
-_JUMPS = {-3 & 0xFFFFFFFF: "jump", -4 & 0xFFFFFFFF: "goto"}
-_VERDICTS = {0: "drop", 1: "accept", -5 & 0xFFFFFFFF: "return"}
-_META = {3: "mark", 6: "iifname", 7: "oifname", 10: "skuid", 15: "nfproto", 16: "l4proto"}
-_CT_MARK = 3
+_JUMPS = {code.unsigned: code.name.lower() for code in (VerdictCode.JUMP, VerdictCode.GOTO)}
+_VERDICTS = {code.unsigned: code.name.lower() for code in (VerdictCode.DROP, VerdictCode.ACCEPT, VerdictCode.RETURN)}
+_META = {key.value: key.name.lower() for key in wire.MetaKey}
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
 # (base, offset) of the network (1) and the transport (2) header.
 _FIELDS = {
@@ -80,8 +80,8 @@ def deed(expressions: bytes) -> Deed:
     registers = dict[int, _Value]()
     for _, element in attributes(expressions):
         parts = dict(attributes(element))
-        name = text(parts.get(1))
-        data = dict(attributes(parts.get(2, b"")))
+        name = text(parts.get(wire.Expr.NAME))
+        data = dict(attributes(parts.get(wire.Expr.DATA, b"")))
         known = _EXPRESSIONS.get(name)
         if known is not None:
             known(found, registers, data)
@@ -94,53 +94,55 @@ def deed(expressions: bytes) -> Deed:
 
 
 def _load(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    key = _number(data.get(2))
-    if 3 not in data:
-        registers[_number(data.get(1))] = _Value(_META.get(key, f"meta {key}"))
-    elif key == 3:
-        _set_mark(found, registers.get(_number(data[3]), _Value()), "mark")
+    key = unpack_be(data.get(wire.Meta.KEY))
+    if wire.Meta.SREG not in data:
+        registers[unpack_be(data.get(wire.Meta.DREG))] = _Value(_META.get(key, f"meta {key}"))
+    elif key == wire.MetaKey.MARK:
+        _set_mark(found, registers.get(unpack_be(data[wire.Meta.SREG]), _Value()), "mark")
 
 
 def _track(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    key = _number(data.get(2))
-    if 4 not in data:
-        registers[_number(data.get(1))] = _Value("ct mark" if key == _CT_MARK else f"ct {key}")
-    elif key == _CT_MARK:
-        _set_mark(found, registers.get(_number(data[4]), _Value()), "ct mark")
+    key = unpack_be(data.get(wire.Ct.KEY))
+    if wire.Ct.SREG not in data:
+        registers[unpack_be(data.get(wire.Ct.DREG))] = _Value("ct mark" if key == wire.CtKey.MARK else f"ct {key}")
+    elif key == wire.CtKey.MARK:
+        _set_mark(found, registers.get(unpack_be(data[wire.Ct.SREG]), _Value()), "ct mark")
 
 
 def _set_mark(found: Deed, value: _Value, what: str) -> None:
-    shown = f"{int.from_bytes(value.data, sys.byteorder):#x}" if value.data else value.name or "?"
+    shown = f"{unpack_int(value.data):#x}" if value.data else value.name or "?"
     found.words.append(f"{what} set {shown}")
     if not (value.keeps_our_bits and what == "mark"):
         found.verbs.add("mark")
 
 
 def _payload(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    if 1 in data:
-        place = _number(data.get(2)), _number(data.get(3))
+    if wire.Payload.DREG in data:
+        place = unpack_be(data.get(wire.Payload.BASE)), unpack_be(data.get(wire.Payload.OFFSET))
         name = _FIELDS.get(place, f"payload {place[0]} {place[1]}")
-        registers[_number(data[1])] = _Value(name, size=_ADDRESSES.get(place, 0))
+        registers[unpack_be(data[wire.Payload.DREG])] = _Value(name, size=_ADDRESSES.get(place, 0))
     else:
         found.words.append("payload set")
 
 
 def _bitwise(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    mask, xor = (dict(attributes(data.get(kind, b""))).get(1, b"") for kind in (4, 5))
-    source = registers.get(_number(data.get(1)), _Value("?"))
-    numbers = (int.from_bytes(one, sys.byteorder) for one in (mask, xor))
-    registers[_number(data.get(2))] = _Value(source.name, b"", source.size, *numbers)
+    mask, xor = (
+        unpack_int(dict(attributes(data.get(kind, b""))).get(wire.Data.VALUE))
+        for kind in (wire.Bitwise.MASK, wire.Bitwise.XOR)
+    )
+    source = registers.get(unpack_be(data.get(wire.Bitwise.SREG)), _Value("?"))
+    registers[unpack_be(data.get(wire.Bitwise.DREG))] = _Value(source.name, b"", source.size, mask, xor)
 
 
 def _compare(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    held = registers.get(_number(data.get(1)), _Value("?"))
-    value = dict(attributes(data.get(3, b""))).get(1, b"")
+    held = registers.get(unpack_be(data.get(wire.Cmp.SREG)), _Value("?"))
+    value = dict(attributes(data.get(wire.Cmp.DATA, b""))).get(wire.Data.VALUE, b"")
     shown = _shown(held, value)
-    operator = _number(data.get(2))
-    if operator == 0:
+    operator = unpack_be(data.get(wire.Cmp.OP))
+    if operator == wire.CmpOp.EQ:
         found.selects[held.name] = shown
     if held.name != "nfproto":
-        found.words.append(f"{held.name} {shown}" if operator == 0 else f"{held.name} != {shown}")
+        found.words.append(f"{held.name} {shown}" if operator == wire.CmpOp.EQ else f"{held.name} != {shown}")
 
 
 def _shown(held: _Value, value: bytes) -> str:
@@ -153,18 +155,18 @@ def _shown(held: _Value, value: bytes) -> str:
         return str(int.from_bytes(value[:2]))  # iptables compares both ports in one
     if held.name == "l4proto":
         return _PROTOCOLS.get(value[0], str(value[0])) if value else "?"
-    return f"{int.from_bytes(value, sys.byteorder):#x}"
+    return f"{unpack_int(value):#x}"
 
 
 def _immediate(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    held = dict(attributes(data.get(2, b"")))
-    if 2 not in held:
-        registers[_number(data.get(1))] = _Value(data=held.get(1, b""))
+    held = dict(attributes(data.get(wire.Immediate.DATA, b"")))
+    if wire.Data.VERDICT not in held:
+        registers[unpack_be(data.get(wire.Immediate.DREG))] = _Value(data=held.get(wire.Data.VALUE, b""))
         return
-    verdict = dict(attributes(held[2]))
-    code = _number(verdict.get(1))
+    verdict = dict(attributes(held[wire.Data.VERDICT]))
+    code = unpack_be(verdict.get(wire.Verdict.CODE))
     if code in _JUMPS:
-        found.chain = text(verdict.get(2))
+        found.chain = text(verdict.get(wire.Verdict.CHAIN))
         found.words.append(f"{_JUMPS[code]} {found.chain}")
     else:
         word = _VERDICTS.get(code, f"verdict {code}")
@@ -173,30 +175,29 @@ def _immediate(found: Deed, registers: dict[int, _Value], data: Mapping[int, byt
 
 
 def _nat(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    address = registers.get(_number(data.get(3)), _Value()).data
+    address = registers.get(unpack_be(data.get(wire.Nat.REG_ADDR_MIN)), _Value()).data
     to = f" to {ipaddress.ip_address(address)}" if len(address) in (4, 16) else ""
-    verb = "dnat" if _number(data.get(1)) == 1 else "snat"
+    verb = "dnat" if unpack_be(data.get(wire.Nat.TYPE)) == wire.NatType.DNAT else "snat"
     found.verbs.add(verb)
     found.words.append(f"{verb}{to}")
 
 
 def _xt_match(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    if text(data.get(1)) == "comment":
-        found.comment = text(data.get(3, b"").split(b"\0")[0])
+    name = text(data.get(wire.XtMatch.NAME))
+    if name == "comment":
+        found.comment = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
     else:
-        found.words.append(f"match {text(data.get(1))}")
+        found.words.append(f"match {name}")
 
 
 def _xt_target(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
-    name = text(data.get(1))
-    info = data.get(3, b"")
+    name = text(data.get(wire.XtTarget.NAME))
+    info = data.get(wire.XtTarget.INFO, b"")
     found.words.append(name)
     if name in _TARGETS:
         found.verbs.add(_TARGETS[name])
     # xt_mark_tginfo2 and xt_connmark_tginfo1: mark, mask; what is outside of both stays as it was.
-    elif name in ("MARK", "CONNMARK") and any(
-        int.from_bytes(info[at : at + 4], sys.byteorder) & names.MARK_MASK for at in (0, 4)
-    ):
+    elif name in ("MARK", "CONNMARK") and any(unpack_int(info[at : at + 4]) & names.MARK_MASK for at in (0, 4)):
         found.verbs.add("mark")
 
 
@@ -211,7 +212,3 @@ _EXPRESSIONS: Mapping[str, Callable[[Deed, dict[int, _Value], Mapping[int, bytes
     "match": _xt_match,
     "target": _xt_target,
 }
-
-
-def _number(payload: bytes | None) -> int:
-    return int.from_bytes(payload or b"")

@@ -14,12 +14,13 @@ from functools import lru_cache
 
 from agent.backends.netfilter.dumps import Content, Head, Ruleset
 from agent.backends.netfilter.foreign_rule import Deed, deed
-from agent.backends.netfilter.messages import HOOK_NUMBER, comment, text
+from agent.backends.netfilter.messages import HOOK_NUMBER, comment, hook_and_priority, text
 from agent.backends.netfilter.rules import BASE, Hook, Table
 from agent.core import names
 from agent.core.model import tags
 from agent.core.model.plan import Foreign
-from agent.core.wire.netlink import attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import unpack_be
 from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
 from agent.core.wire.policy_rules import FibRule
 from agent.core.wire.rtnetlink import Action
@@ -106,12 +107,13 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, Deed]]]:
     """(our tag or "", what it does) of each rule."""
     found: dict[Place, list[tuple[str, Deed]]] = {}
     for message in content.rules:
-        parts = dict(attributes(message.body[4:]))
-        expressions = parts.get(4, b"")
+        parts = wire.fields(message.body)
+        expressions = parts.get(wire.Rule.EXPRESSIONS, b"")
         what = deed(expressions)
-        said = comment(parts.get(7, b"")) or what.comment
+        said = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
         tag = said if tags.TAG.fullmatch(said) else ""
-        found.setdefault((message.body[0], text(parts.get(1)), text(parts.get(2))), []).append((tag, what))
+        place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
+        found.setdefault(place, []).append((tag, what))
     return found
 
 
@@ -161,16 +163,15 @@ def _taking(
 
 
 def _chain(body: bytes) -> _Chain:
-    parts = dict(attributes(body[4:]))
+    parts = wire.fields(body)
     family = body[0]
-    table = text(parts.get(1))
-    name = text(parts.get(3))
-    if 4 not in parts:
+    table = text(parts.get(wire.Chain.TABLE))
+    name = text(parts.get(wire.Chain.NAME))
+    if wire.Chain.HOOK not in parts:
         return _Chain(family, table, name)
-    hook = dict(attributes(parts[4]))
-    number, priority = int.from_bytes(hook.get(1, b"")), int.from_bytes(hook.get(2, b""), signed=True)
-    drops = int.from_bytes(parts.get(5, b"\0\0\0\1")) == 0
-    return _Chain(family, table, name, text(parts.get(7)), number, priority, drops)
+    hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
+    drops = unpack_be(parts.get(wire.Chain.POLICY, b"\0\0\0\1")) == wire.VerdictCode.DROP
+    return _Chain(family, table, name, text(parts.get(wire.Chain.TYPE)), hook, priority, drops)
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:

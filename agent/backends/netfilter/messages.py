@@ -5,7 +5,8 @@ from __future__ import annotations
 from agent.backends.netfilter import rules
 from agent.backends.netfilter.rules import Hook, Table
 from agent.core.text import printable
-from agent.core.wire.netlink import attribute, nested
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import attribute, attributes, nested, unpack_be
 
 HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 
@@ -13,8 +14,19 @@ HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 def base_chain(table: Table, hook: Hook) -> bytes:
     """The attributes that make a chain a base chain with policy accept."""
     kind, priority = rules.BASE[table, hook]
-    place = nested(4, attribute(1, HOOK_NUMBER[hook]), attribute(2, priority & 0xFFFFFFFF))
-    return place + attribute(7, kind) + attribute(5, 1)
+    place = nested(
+        wire.Chain.HOOK,
+        attribute(wire.Hook.HOOKNUM, HOOK_NUMBER[hook]),
+        attribute(wire.Hook.PRIORITY, priority & 0xFFFFFFFF),
+    )
+    return place + attribute(wire.Chain.TYPE, kind) + attribute(wire.Chain.POLICY, wire.VerdictCode.ACCEPT)
+
+
+def hook_and_priority(place: bytes) -> tuple[int, int]:
+    """Returns (hook number, priority) of a base chain, from NFTA_CHAIN_HOOK."""
+    parts = dict(attributes(place))
+    priority = int.from_bytes(parts.get(wire.Hook.PRIORITY, b""), signed=True)
+    return unpack_be(parts.get(wire.Hook.HOOKNUM)), priority
 
 
 def comment_data(words: str) -> bytes:

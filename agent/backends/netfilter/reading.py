@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from agent.backends.netfilter import dumps
 from agent.backends.netfilter.dumps import ChainRef, Ruleset
 from agent.core.errors import KernelError
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import attribute
 from agent.core.wire.nftables import GETCHAIN, GETRULE, GETTABLE
 from agent.kernel.netlink.nf_tables import NftSocket
@@ -108,14 +109,17 @@ def _whole(nft: NftSocket) -> Ruleset | None:
 def _ours(nft: NftSocket, own: Sequence[ChainRef]) -> Ruleset:
     """Our chains, by name. One with too many rules is read as empty, which is never what we wrote."""
     tables = dict.fromkeys((one.family, one.table) for one in own)
-    heads = {(family, name): nft.get(GETTABLE, family, attribute(1, name)) for family, name in tables}
+    heads = {(family, name): nft.get(GETTABLE, family, attribute(wire.Table.NAME, name)) for family, name in tables}
     chains, rules = [], []
     for one in own:
-        table = attribute(1, one.table)
-        if heads[one.family, one.table] and (chain := nft.get(GETCHAIN, one.family, table + attribute(3, one.chain))):
+        table = attribute(wire.Chain.TABLE, one.table)
+        if not heads[one.family, one.table]:
+            continue
+        if chain := nft.get(GETCHAIN, one.family, table + attribute(wire.Chain.NAME, one.chain)):
             chains.append(chain)
             if dumps.uses(chain) <= OWN:
-                rules.append(nft.dumped(GETRULE, one.family, table + attribute(2, one.chain), _BYTES)[0])
+                place = table + attribute(wire.Rule.CHAIN, one.chain)
+                rules.append(nft.dumped(GETRULE, one.family, place, _BYTES)[0])
             elif one.shared:
                 raise KernelError(f"read chain {one.table} {one.chain}", 0, f"it has more than {OWN} rules")
     return dumps.ruleset(b"".join(heads.values()), b"".join(chains), b"".join(rules), whole=False)

@@ -13,8 +13,7 @@ from agent.backends.netfilter.rules import Table
 from agent.backends.nftables import reading
 from agent.backends.nftables.reading import NftState
 from agent.backends.nftables.rendering import (
-    OWNER,
-    PERSIST,
+    OWNED,
     TABLES,
     delete_commands,
     render,
@@ -25,7 +24,7 @@ from agent.core import names
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
-from agent.core.wire.nftables import NFPROTO_INET, Command
+from agent.core.wire.nftables import NFPROTO_INET, Command, TableFlag
 from agent.kernel import scratch
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.pod_netns import PodNetns
@@ -82,15 +81,15 @@ class NftablesBackend:
 
     def _unowned(self, table: TableState) -> bool:
         # PERSIST cannot be given to an existing table; one replacement gives it both flags.
-        return self.owned and not table.flags & (OWNER | PERSIST)
+        return self.owned and not table.flags & OWNED
 
     def _adopt(self, have: NftState) -> NftPlan:
         """Rules are right: at most the ownership that our predecessor left behind is taken over."""
-        orphans = [t.name for t in have.tables if self.owned and t.flags & (OWNER | PERSIST) == PERSIST]
+        orphans = [t.name for t in have.tables if self.owned and t.flags & OWNED == TableFlag.PERSIST]
         if not orphans:
             return Plan(seen=have.generation, remarks=have.remarks)
         script = "\n".join(f"# take over the ownership of table inet {name}" for name in orphans)
-        commands = tuple(table_command(name, OWNER | PERSIST) for name in orphans)
+        commands = tuple(table_command(name, OWNED) for name in orphans)
         return Plan((Step(script, commands),), seen=have.generation, remarks=have.remarks)
 
     def apply(self, target: PodNetns, plan: NftPlan) -> None:
@@ -106,7 +105,7 @@ def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> NftStat
 def _try_owned() -> bool:
     nft = NftSocket()
     try:
-        nft.commit("try table flags", [table_command(TABLES[0], OWNER | PERSIST)], None)
+        nft.commit("try table flags", [table_command(TABLES[0], OWNED)], None)
         return True
     except KernelError:
         return False

@@ -8,72 +8,85 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-import sys
 
 from agent.backends.netfilter.rules import Field, Match, Rule, RuleAction
 from agent.backends.nftables.sets import AnonymousSet, anonymous
 from agent.core import names
-from agent.core.wire.netlink import attribute, nested
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import attribute, nested, pack_u32
+from agent.core.wire.nftables import NFPROTO, REG_1, CtKey, MetaKey, PayloadBase, VerdictCode
 
-_EQUAL, _NOT_EQUAL = 0, 1
-_NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META = {Field.MARK: 3, Field.IN_INTERFACE: 6, Field.OUT_INTERFACE: 7}
-_META_SKUID, _META_NFPROTO, _META_L4PROTO = 10, 15, 16
-_CT_STATE, _CT_MARK, _CT_ZONE = 0, 3, 17
+_META = {Field.MARK: MetaKey.MARK, Field.IN_INTERFACE: MetaKey.IIFNAME, Field.OUT_INTERFACE: MetaKey.OIFNAME}
 _CT_ESTABLISHED = 2  # the bit of ct state
-_HTON = 1
+_ORIGINAL = b"\0"  # IP_CT_DIR_ORIGINAL
+_PROTO_SPECIFIED = 2  # NF_NAT_RANGE_PROTO_SPECIFIED: the kernel sets it for given ports, and dumps it
 _SYN, _OPENING_FLAGS = 0x02, 0x17  # FIN, SYN, RST and ACK
 _PROTOCOL = {"icmp": 1, "tcp": 6, "udp": 17, "ipv6-icmp": 58}
-_NFPROTO = {4: 2, 6: 10}
-DROP = 0
-ACCEPT = 1
-JUMP = -3
-RETURN = -5
 
 
 def expression(name: str, *data: bytes) -> bytes:
-    return nested(1, attribute(1, name), *([nested(2, *data)] if data else []))
+    return nested(wire.LIST_ELEM, attribute(wire.Expr.NAME, name), *([nested(wire.Expr.DATA, *data)] if data else []))
 
 
-def _meta(key: int) -> bytes:
-    return expression("meta", attribute(2, key), attribute(1, 1))
+def meta(key: MetaKey) -> bytes:
+    return expression("meta", attribute(wire.Meta.KEY, key), attribute(wire.Meta.DREG, REG_1))
 
 
-def _payload(base: int, offset: int, length: int) -> bytes:
-    return expression("payload", attribute(1, 1), attribute(2, base), attribute(3, offset), attribute(4, length))
+def payload(base: PayloadBase, offset: int, length: int) -> bytes:
+    return expression(
+        "payload",
+        attribute(wire.Payload.DREG, REG_1),
+        attribute(wire.Payload.BASE, base),
+        attribute(wire.Payload.OFFSET, offset),
+        attribute(wire.Payload.LEN, length),
+    )
 
 
-def _compare(value: bytes, negated: bool = False) -> bytes:
+def compare(value: bytes, negated: bool = False) -> bytes:
     return expression(
         "cmp",
-        attribute(1, 1),
-        attribute(2, _NOT_EQUAL if negated else _EQUAL),
-        nested(3, attribute(1, value)),
+        attribute(wire.Cmp.SREG, REG_1),
+        attribute(wire.Cmp.OP, wire.CmpOp.NEQ if negated else wire.CmpOp.EQ),
+        nested(wire.Cmp.DATA, attribute(wire.Data.VALUE, value)),
     )
 
 
-def _bitwise(mask: int, xor: int, length: int = 4) -> bytes:
+def _bitwise(mask: bytes, xor: bytes) -> bytes:
+    length = len(mask)
     return expression(
         "bitwise",
-        attribute(1, 1),
-        attribute(2, 1),
-        attribute(3, length),
-        attribute(6, 0),
-        nested(4, attribute(1, mask.to_bytes(length, sys.byteorder))),
-        nested(5, attribute(1, xor.to_bytes(length, sys.byteorder))),
+        attribute(wire.Bitwise.SREG, REG_1),
+        attribute(wire.Bitwise.DREG, REG_1),
+        attribute(wire.Bitwise.LEN, length),
+        attribute(wire.Bitwise.OP, 0),
+        nested(wire.Bitwise.MASK, attribute(wire.Data.VALUE, mask)),
+        nested(wire.Bitwise.XOR, attribute(wire.Data.VALUE, xor)),
     )
 
 
-def _immediate(value: bytes) -> bytes:
-    return expression("immediate", attribute(1, 1), nested(2, attribute(1, value)))
+def immediate(value: bytes) -> bytes:
+    return expression(
+        "immediate",
+        attribute(wire.Immediate.DREG, REG_1),
+        nested(wire.Immediate.DATA, attribute(wire.Data.VALUE, value)),
+    )
 
 
-def verdict(code: int, chain: str = "") -> bytes:
-    target = [attribute(2, chain)] if chain else []
-    return expression("immediate", attribute(1, 0), nested(2, nested(2, attribute(1, code & 0xFFFFFFFF), *target)))
+def verdict(code: VerdictCode, chain: str = "") -> bytes:
+    target = [attribute(wire.Verdict.CHAIN, chain)] if chain else []
+    held = nested(wire.Data.VERDICT, attribute(wire.Verdict.CODE, code.unsigned), *target)
+    return expression("immediate", attribute(wire.Immediate.DREG, wire.REG_VERDICT), nested(wire.Immediate.DATA, held))
 
 
-COUNTER = expression("counter", attribute(1, bytes(8)), attribute(2, bytes(8)))
+def _ct_load(key: CtKey) -> bytes:
+    return expression("ct", attribute(wire.Ct.KEY, key), attribute(wire.Ct.DREG, REG_1))
+
+
+def _ct_store(key: CtKey, *direction: bytes) -> bytes:
+    return expression("ct", attribute(wire.Ct.KEY, key), *direction, attribute(wire.Ct.SREG, REG_1))
+
+
+COUNTER = expression("counter", attribute(wire.Counter.BYTES, bytes(8)), attribute(wire.Counter.PACKETS, bytes(8)))
 
 
 def rule(rule: Rule, first_set: int = 1) -> tuple[str, bytes, tuple[AnonymousSet, ...]]:
@@ -106,40 +119,50 @@ def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]
         case Field.FAMILY:
             return f"meta nfproto ipv{value}", _family(int(str(value)))
         case Field.PROTOCOL:
-            return f"meta l4proto {value}", _meta(_META_L4PROTO) + _compare(bytes([_PROTOCOL[str(value)]]))
+            return f"meta l4proto {value}", meta(MetaKey.L4PROTO) + compare(bytes([_PROTOCOL[str(value)]]))
         case Field.IN_INTERFACE | Field.OUT_INTERFACE:
             padded = str(value).encode().ljust(16, b"\0")
-            return f'{field.value} {sign}"{value}"', _meta(_META[field]) + _compare(padded, match.negated)
+            return f'{field.value} {sign}"{value}"', meta(_META[field]) + compare(padded, match.negated)
         case Field.SOURCE | Field.DESTINATION:
             return _address(match, family)
         case Field.SOURCE_PORT | Field.DESTINATION_PORT:
             packed = struct.pack(">H", value)
-            return f"{protocol} {field.value} {sign}{value}", _port(field) + _compare(packed, match.negated)
+            return f"{protocol} {field.value} {sign}{value}", _port(field) + compare(packed, match.negated)
         case Field.OPENING:
-            flags = _payload(_TRANSPORT_HEADER, 13, 1) + _bitwise(_OPENING_FLAGS, 0, 1)
+            flags = payload(PayloadBase.TRANSPORT_HEADER, 13, 1) + _bitwise(bytes([_OPENING_FLAGS]), bytes(1))
             text = f"tcp flags {sign}syn / fin,syn,rst,ack"
-            return text, flags + _compare(bytes([_SYN]), match.negated)
+            return text, flags + compare(bytes([_SYN]), match.negated)
         case Field.ESTABLISHED:
-            state = expression("ct", attribute(2, _CT_STATE), attribute(1, 1)) + _bitwise(_CT_ESTABLISHED, 0)
-            return "ct state established", state + _compare(bytes(4), negated=True)
+            state = _ct_load(CtKey.STATE) + _bitwise(pack_u32(_CT_ESTABLISHED), bytes(4))
+            return "ct state established", state + compare(bytes(4), negated=True)
         case Field.MARK | Field.CONNECTION_MARK:
             mark = int(str(value))
             text = f"& 0x{names.MARK_MASK:08x} {'!=' if match.negated else '=='} 0x{mark:08x}"
-            under = _bitwise(names.MARK_MASK, 0) + _compare(struct.pack("=I", mark), match.negated)
+            under = _bitwise(pack_u32(names.MARK_MASK), bytes(4)) + compare(pack_u32(mark), match.negated)
             if field is Field.MARK:
-                return f"meta mark {text}", _meta(_META[Field.MARK]) + under
-            return f"ct mark {text}", expression("ct", attribute(2, _CT_MARK), attribute(1, 1)) + under
+                return f"meta mark {text}", meta(_META[Field.MARK]) + under
+            return f"ct mark {text}", _ct_load(CtKey.MARK) + under
     raise ValueError(f"{field} takes several values")
 
 
 def _among(field: Field, found: AnonymousSet, family: int | None, protocol: str) -> tuple[str, bytes]:
     """A match against a set: loads the field as the set's keys are written, and looks it up."""
-    lookup = expression("lookup", attribute(1, found.name), attribute(2, 1), attribute(4, found.number))
+    lookup = expression(
+        "lookup",
+        attribute(wire.Lookup.SET, found.name),
+        attribute(wire.Lookup.SREG, REG_1),
+        attribute(wire.Lookup.SET_ID, found.number),
+    )
     if field is Field.USER:  # interval sets compare bytes: the number is turned into network order
         turn = expression(
-            "byteorder", *(attribute(kind, size) for kind, size in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4)))
+            "byteorder",
+            attribute(wire.Byteorder.SREG, REG_1),
+            attribute(wire.Byteorder.DREG, REG_1),
+            attribute(wire.Byteorder.OP, wire.BYTEORDER_HTON),
+            attribute(wire.Byteorder.LEN, 4),
+            attribute(wire.Byteorder.SIZE, 4),
         )
-        return f"meta skuid {found.text}", _meta(_META_SKUID) + turn + lookup
+        return f"meta skuid {found.text}", meta(MetaKey.SKUID) + turn + lookup
     if field in (Field.SOURCE_PORT, Field.DESTINATION_PORT):
         return f"{protocol} {field.value} {found.text}", _port(field) + lookup
     if family is None:
@@ -149,17 +172,17 @@ def _among(field: Field, found: AnonymousSet, family: int | None, protocol: str)
 
 
 def _family(family: int) -> bytes:
-    return _meta(_META_NFPROTO) + _compare(bytes([_NFPROTO[family]]))
+    return meta(MetaKey.NFPROTO) + compare(bytes([NFPROTO[family]]))
 
 
 def _port(field: Field) -> bytes:
-    return _payload(_TRANSPORT_HEADER, 0 if field is Field.SOURCE_PORT else 2, 2)
+    return payload(PayloadBase.TRANSPORT_HEADER, 0 if field is Field.SOURCE_PORT else 2, 2)
 
 
 def _address_load(field: Field, family: int) -> bytes:
     length = 4 if family == 4 else 16
     offset = (12 if family == 4 else 8) + (length if field is Field.DESTINATION else 0)
-    return _payload(_NETWORK_HEADER, offset, length)
+    return payload(PayloadBase.NETWORK_HEADER, offset, length)
 
 
 def _address(match: Match, family: int | None) -> tuple[str, bytes]:
@@ -171,38 +194,39 @@ def _address(match: Match, family: int | None) -> tuple[str, bytes]:
     text = f"{'ip' if family == 4 else 'ip6'} {match.field.value} {'!= ' if match.negated else ''}{shown}"
     load = _address_load(match.field, family)
     if not whole:
-        load += _bitwise(int.from_bytes(network.netmask.packed, sys.byteorder), 0, network.max_prefixlen // 8)
-    return text, _family(family) + load + _compare(network.network_address.packed, match.negated)
+        load += _bitwise(network.netmask.packed, bytes(network.max_prefixlen // 8))
+    return text, _family(family) + load + compare(network.network_address.packed, match.negated)
 
 
 def _action(rule: Rule) -> tuple[str, bytes]:
     mask = 0xFFFFFFFF ^ names.MARK_MASK
     mark = names.CONNECTION_MARK
-    load_mark = expression("ct", attribute(2, _CT_MARK), attribute(1, 1))
+    load_mark = _ct_load(CtKey.MARK)
     match rule.verb:
         case RuleAction.ACCEPT:
-            return "accept", verdict(ACCEPT)
+            return "accept", verdict(VerdictCode.ACCEPT)
         case RuleAction.RETURN:
-            return "return", verdict(RETURN)
+            return "return", verdict(VerdictCode.RETURN)
         case RuleAction.REDIRECT:
-            # Flag 2 (NF_NAT_RANGE_PROTO_SPECIFIED) is what the kernel makes of given ports and dumps again.
-            redirect = expression("redir", attribute(1, 1), attribute(2, 1), attribute(3, 2))
-            return f"redirect to :{rule.value}", _immediate(struct.pack(">H", rule.value)) + redirect
-        case RuleAction.SET_CONNECTION_MARK:
-            store = expression("ct", attribute(2, _CT_MARK), attribute(4, 1))
-            return (
-                f"ct mark set ct mark & 0x{mask | mark:08x} | 0x{mark:08x}",
-                load_mark + _bitwise(mask, mark) + store,
+            redirect = expression(
+                "redir",
+                attribute(wire.Redir.REG_PROTO_MIN, REG_1),
+                attribute(wire.Redir.REG_PROTO_MAX, REG_1),
+                attribute(wire.Redir.FLAGS, _PROTO_SPECIFIED),
             )
+            return f"redirect to :{rule.value}", immediate(struct.pack(">H", rule.value)) + redirect
+        case RuleAction.SET_CONNECTION_MARK:
+            marked = load_mark + _bitwise(pack_u32(mask), pack_u32(mark)) + _ct_store(CtKey.MARK)
+            return f"ct mark set ct mark & 0x{mask | mark:08x} | 0x{mark:08x}", marked
         case RuleAction.RESTORE_MARK:
-            return "meta mark set ct mark", load_mark + expression("meta", attribute(2, 3), attribute(3, 1))
+            store = expression("meta", attribute(wire.Meta.KEY, MetaKey.MARK), attribute(wire.Meta.SREG, REG_1))
+            return "meta mark set ct mark", load_mark + store
         case RuleAction.ZONE:
-            store = expression("ct", attribute(2, _CT_ZONE), attribute(4, 1))
-            return f"ct zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
-        case RuleAction.ORIGINAL_ZONE:  # NFTA_CT_DIRECTION 3: IP_CT_DIR_ORIGINAL
-            store = expression("ct", attribute(2, _CT_ZONE), attribute(3, b"\0"), attribute(4, 1))
-            return f"ct original zone set {rule.value}", _immediate(struct.pack("=H", rule.value)) + store
+            return f"ct zone set {rule.value}", immediate(struct.pack("=H", rule.value)) + _ct_store(CtKey.ZONE)
+        case RuleAction.ORIGINAL_ZONE:
+            store = _ct_store(CtKey.ZONE, attribute(wire.Ct.DIRECTION, _ORIGINAL))
+            return f"ct original zone set {rule.value}", immediate(struct.pack("=H", rule.value)) + store
         case RuleAction.COUNT:
             return "", b""
         case RuleAction.DROP:
-            return "drop", verdict(DROP)
+            return "drop", verdict(VerdictCode.DROP)

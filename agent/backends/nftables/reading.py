@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
-from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.messages import comment, hook_and_priority, text
 from agent.backends.netfilter.rules import Hook
 from agent.backends.nftables.rendering import CHAINS, TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest, without_counts
 from agent.core.names import TAG_PREFIX
-from agent.core.wire.netlink import Message, attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import Message, unpack_be
 from agent.core.wire.nftables import NFPROTO_INET
 
 PLACES = tuple(
@@ -54,14 +55,14 @@ def tables(
     table_dump: Sequence[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
 ) -> tuple[TableState, ...]:
     """From dumps of one family: tables with their chains and rules, by name; those of other tables are left out."""
-    heads = [dict(attributes(message.body[4:])) for message in table_dump]
+    heads = [wire.fields(message.body) for message in table_dump]
     blanked = (replace(message, body=without_counts(message.body)) for message in rule_dump)
     chains = _chains(chain_dump, blanked)
     found = []
     for head in heads:
-        name = text(head.get(1))  # flags, owner
-        numbers = (int.from_bytes(head.get(kind, b"")) for kind in (2, 7))
-        found.append(TableState(name, chains.get(name, ()), *numbers))
+        name = text(head.get(wire.Table.NAME))
+        flags, owner = (unpack_be(head.get(kind)) for kind in (wire.Table.FLAGS, wire.Table.OWNER))
+        found.append(TableState(name, chains.get(name, ()), flags, owner))
     return tuple(sorted(found, key=lambda table: table.name))
 
 
@@ -82,19 +83,19 @@ def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict
 @lru_cache(maxsize=1024)
 def _rule(body: bytes) -> tuple[str, str, str, str]:
     """(table, chain, our tag or "", digest) of a rule message whose counters are blanked."""
-    parts = dict(attributes(body[4:]))
-    tag = comment(parts.get(7, b""))
-    return text(parts.get(1)), text(parts.get(2)), tag if tag.startswith(TAG_PREFIX) else "", digest(parts.get(4, b""))
+    parts = wire.fields(body)
+    tag = comment(parts.get(wire.Rule.USERDATA, b""))
+    table, chain = text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
+    return table, chain, tag if tag.startswith(TAG_PREFIX) else "", digest(parts.get(wire.Rule.EXPRESSIONS, b""))
 
 
 @lru_cache(maxsize=1024)
 def _chain(body: bytes) -> tuple[str, Chain]:
     """(table, chain without its rules) of a chain message."""
-    parts = dict(attributes(body[4:]))
-    table, name = text(parts.get(1)), text(parts.get(3))
-    if 4 not in parts:
+    parts = wire.fields(body)
+    table, name = text(parts.get(wire.Chain.TABLE)), text(parts.get(wire.Chain.NAME))
+    if wire.Chain.HOOK not in parts:
         return table, Chain(name, ())
-    hook = dict(attributes(parts[4]))
-    number, priority = int.from_bytes(hook.get(1, b"")), int.from_bytes(hook.get(2, b""), signed=True)
-    accepts = int.from_bytes(parts.get(5, b"")) == 1
-    return table, Chain(name, (), text(parts.get(7)), number, priority, accepts)
+    hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
+    accepts = unpack_be(parts.get(wire.Chain.POLICY)) == wire.VerdictCode.ACCEPT
+    return table, Chain(name, (), text(parts.get(wire.Chain.TYPE)), hook, priority, accepts)

@@ -20,11 +20,20 @@ from agent.backends.nftables.sets import AnonymousSet
 from agent.core import names
 from agent.core.model import tags
 from agent.core.model.redirect import Redirect
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, Command
+from agent.core.wire.nftables import (
+    DELTABLE,
+    NEWCHAIN,
+    NEWRULE,
+    NEWTABLE,
+    NFPROTO_INET,
+    Command,
+    TableFlag,
+    VerdictCode,
+)
 
-OWNER, PERSIST = 2, 4  # NFT_TABLE_F_*: skipped by a foreign flush; stays when the owner's socket closes
-
+OWNED = TableFlag.OWNER | TableFlag.PERSIST
 CHAINS = {Hook.PREROUTING: names.NFT_PREROUTING, Hook.OUTPUT: names.NFT_OUTPUT}
 # Priorities as nft 1.0.6 lists them, where it has a name for them on that hook.
 _PRINTED = {("prerouting", -100): "dstnat", ("output", -100): "-100"} | {
@@ -74,7 +83,7 @@ def _table(
     table: Table, rules: list[netfilter.Rule], owned: bool, plain: bool
 ) -> tuple[str, list[Command], TableState]:
     name = names.NFT_TABLE_PREFIX + table.value
-    flags = OWNER | PERSIST if owned else 0
+    flags = OWNED if owned else 0
     lines, commands, chains = [f"table inet {name} {{"], [table_command(name, flags)], []
     later: list[Command] = []
     numbers = count(1)  # of sets, within the table's part of the batch
@@ -84,7 +93,7 @@ def _table(
         lines.append(f"\tchain {hook.value} {{")
         lines.append(f"\t\ttype {kind} hook {hook.value} priority {printed}; policy accept;")
         commands.append(_chain_command(name, hook.value, base_chain(table, hook)))
-        jump = _Line(hook.value, f"jump {CHAINS[hook]}", expressions.verdict(expressions.JUMP, CHAINS[hook]))
+        jump = _Line(hook.value, f"jump {CHAINS[hook]}", expressions.verdict(VerdictCode.JUMP, CHAINS[hook]))
         tagged = _write(name, [jump], lines, later, plain)
         chains.append(Chain(hook.value, tagged, kind, HOOK_NUMBER[hook], priority))
     for hook in Hook:
@@ -114,8 +123,9 @@ def _write(
     marks = ("",) * len(rules) if plain else tags.chain((rule.text for rule in rules), f"{table} {chain}")
     for rule, tag in zip(rules, marks, strict=True):
         lines.append(f'\t\t{rule.text} comment "{tag}"' if tag else f"\t\t{rule.text}")
-        body = attribute(1, table) + attribute(2, rule.chain) + nested(4, rule.expressions)
-        body += attribute(7, comment_data(tag)) if tag else b""
+        body = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, rule.chain)
+        body += nested(wire.Rule.EXPRESSIONS, rule.expressions)
+        body += attribute(wire.Rule.USERDATA, comment_data(tag)) if tag else b""
         for found in rule.sets:
             commands += found.commands(table)
         commands.append(Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body))
@@ -125,13 +135,14 @@ def _write(
 
 def table_command(name: str, flags: int) -> Command:
     """Creates a table, or takes over an orphaned one when `flags` hold OWNER and PERSIST."""
-    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, attribute(1, name) + attribute(2, flags))
+    body = attribute(wire.Table.NAME, name) + attribute(wire.Table.FLAGS, flags)
+    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, body)
 
 
 def delete_commands(tables: tuple[str, ...]) -> Iterator[Command]:
-    return (Command(DELTABLE, 0, NFPROTO_INET, attribute(1, name)) for name in tables)
+    return (Command(DELTABLE, 0, NFPROTO_INET, attribute(wire.Table.NAME, name)) for name in tables)
 
 
 def _chain_command(table: str, chain: str, *more: bytes) -> Command:
-    body = attribute(1, table) + attribute(3, chain) + b"".join(more)
+    body = attribute(wire.Chain.TABLE, table) + attribute(wire.Chain.NAME, chain) + b"".join(more)
     return Command(NEWCHAIN, NLM_F_CREATE, NFPROTO_INET, body)

@@ -7,27 +7,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from agent.core.wire.netlink import attributes
+from agent.core.wire import nftables as wire
+from agent.core.wire.netlink import attributes, unpack_text
 
 # Of each expression only the attributes that we set are compared: a newer kernel may dump more of them,
 # and counters run. Values of the inner ones are flattened, since the kernel and we may differ in flag bits.
 _COMPARED: dict[str, frozenset[int]] = {
-    "meta": frozenset({1, 2, 3}),
-    "cmp": frozenset({1, 2, 3}),
-    "payload": frozenset({1, 2, 3, 4}),
-    "bitwise": frozenset({1, 2, 3, 4, 5, 6}),
-    "immediate": frozenset({1, 2}),
-    "redir": frozenset({1, 2, 3}),
-    "ct": frozenset({1, 2, 3, 4}),
-    "byteorder": frozenset({1, 2, 3, 4, 5}),
-    "lookup": frozenset({2}),  # the set's name and number are the kernel's
+    "meta": frozenset(wire.Meta),
+    "cmp": frozenset(wire.Cmp),
+    "payload": frozenset(wire.Payload),
+    "bitwise": frozenset(wire.Bitwise),
+    "immediate": frozenset(wire.Immediate),
+    "redir": frozenset(wire.Redir),
+    "ct": frozenset(wire.Ct),
+    "byteorder": frozenset(wire.Byteorder),
+    "lookup": frozenset({wire.Lookup.SREG}),  # the set's name and number are the kernel's
     "counter": frozenset(),
 }
 # A counter as the kernel dumps it: name, then two attributes of eight bytes. Blanked only so that equal rules
 # are equal keys of a cache.
 _COUNTS = re.compile(rb"(counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00).{8}(\x0c\x00\x02\x00).{8}", re.DOTALL)
 _NO_COUNTS = rb"\g<1>" + bytes(8) + rb"\g<2>" + bytes(8)
-_NESTED = {("cmp", 3), ("bitwise", 4), ("bitwise", 5), ("immediate", 2)}
+_NESTED = {
+    ("cmp", wire.Cmp.DATA),
+    ("bitwise", wire.Bitwise.MASK),
+    ("bitwise", wire.Bitwise.XOR),
+    ("immediate", wire.Immediate.DATA),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +108,10 @@ def digest(expressions: bytes) -> str:
     state = blake2b(digest_size=8)
     for _, element in attributes(expressions):
         parts = dict(attributes(element))
-        name = parts.get(1, b"").rstrip(b"\0").decode(errors="replace")
+        name = unpack_text(parts.get(wire.Expr.NAME))
         state.update(f"\n{name}".encode())
         compared = _COMPARED.get(name)
-        for kind, payload in sorted(attributes(parts.get(2, b""))):
+        for kind, payload in sorted(attributes(parts.get(wire.Expr.DATA, b""))):
             if compared is None or kind in compared:
                 state.update(b"%d=" % kind + (_flat(payload) if (name, kind) in _NESTED else payload))
     return state.hexdigest()
@@ -114,7 +120,8 @@ def digest(expressions: bytes) -> str:
 def _flat(data: bytes) -> bytes:
     parts = []
     for kind, payload in sorted(attributes(data)):
-        # NFTA_DATA_VERDICT (2) is one level deeper; NFTA_DATA_VALUE (1) is the value itself.
-        inner = b"".join(b"%d:" % k + v for k, v in sorted(attributes(payload))) if kind == 2 else payload
+        # A verdict is one level deeper; NFTA_DATA_VALUE is the value itself.
+        deeper = kind == wire.Data.VERDICT
+        inner = b"".join(b"%d:" % k + v for k, v in sorted(attributes(payload))) if deeper else payload
         parts.append(b"%d(" % kind + inner + b")")
     return b"".join(parts)

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.backends.netfilter.rules import Field
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_CREATE, attribute, nested
-from agent.core.wire.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command
+from agent.core.wire.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command, SetFlag
 
-_ANONYMOUS, _CONSTANT, _INTERVAL = 1, 2, 4  # NFT_SET_*
-_INTERVAL_END = 1  # NFT_SET_ELEM_INTERVAL_END
+_FLAGS = SetFlag.ANONYMOUS | SetFlag.CONSTANT | SetFlag.INTERVAL
 # nft's own numbers of data types, which only tell it how to print: ipv4_addr, ipv6_addr, inet_service, uid.
 _IPV4, _IPV6, _SERVICE, _UID = 7, 8, 13, 24
+_END = attribute(wire.SetElem.FLAGS, wire.SET_ELEM_INTERVAL_END)
 _BIG_ENDIAN = bytes([0, 4, 2, 0, 0, 0])  # NFTNL_UDATA_SET_KEYBYTEORDER
 
 
@@ -40,30 +41,31 @@ class AnonymousSet:
             NEWSET,
             NLM_F_CREATE,
             NFPROTO_INET,
-            attribute(1, table)
-            + attribute(2, self.name)
-            + attribute(3, _ANONYMOUS | _CONSTANT | _INTERVAL)
-            + attribute(4, self.kind)
-            + attribute(5, self.length)
-            + nested(9, attribute(1, size))
-            + attribute(10, self.number)
-            + attribute(13, _BIG_ENDIAN),
+            attribute(wire.Set.TABLE, table)
+            + attribute(wire.Set.NAME, self.name)
+            + attribute(wire.Set.FLAGS, _FLAGS)
+            + attribute(wire.Set.KEY_TYPE, self.kind)
+            + attribute(wire.Set.KEY_LEN, self.length)
+            + nested(wire.Set.DESC, attribute(wire.SetDesc.SIZE, size))
+            + attribute(wire.Set.ID, self.number)
+            + attribute(wire.Set.USERDATA, _BIG_ENDIAN),
         )
-        elements = [nested(1, *edge) for edge in self._edges()]
-        body = attribute(1, table) + attribute(2, self.name) + attribute(4, self.number) + nested(3, *elements)
+        elements = [nested(wire.LIST_ELEM, *edge) for edge in self._edges()]
+        body = attribute(wire.SetElemList.TABLE, table) + attribute(wire.SetElemList.SET, self.name)
+        body += attribute(wire.SetElemList.SET_ID, self.number) + nested(wire.SetElemList.ELEMENTS, *elements)
         yield Command(NEWSETELEM, NLM_F_CREATE, NFPROTO_INET, body)
 
     def _edges(self) -> Iterator[tuple[bytes, ...]]:
         """An interval is its first key, and an end just behind its last one unless nothing is behind it."""
         if self.intervals[0][0] > 0:
-            yield self._key(0), attribute(3, _INTERVAL_END)
+            yield self._key(0), _END
         for first, last in self.intervals:
             yield (self._key(first),)
             if last + 1 < 1 << 8 * self.length:
-                yield self._key(last + 1), attribute(3, _INTERVAL_END)
+                yield self._key(last + 1), _END
 
     def _key(self, value: int) -> bytes:
-        return nested(1, attribute(1, value.to_bytes(self.length)))
+        return nested(wire.SetElem.KEY, attribute(wire.Data.VALUE, value.to_bytes(self.length)))
 
 
 def anonymous(field: Field, values: tuple[Any, ...], number: int) -> AnonymousSet:

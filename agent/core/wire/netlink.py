@@ -67,6 +67,11 @@ def unpack_int(payload: bytes | None) -> int:
     return int.from_bytes(payload or b"", sys.byteorder)
 
 
+def unpack_be(payload: bytes | None) -> int:
+    """An unsigned integer of any size in network order, as nf_tables has it; 0 where the attribute is missing."""
+    return int.from_bytes(payload or b"")
+
+
 def unpack_text(payload: bytes | None) -> str:
     """A zero-terminated string; "" where the attribute is missing."""
     return (payload or b"").rstrip(b"\0").decode(errors="replace")

@@ -15,8 +15,8 @@ from agent.core.model.host import HostView
 from agent.core.model.ownership import Owner
 from agent.core.model.sockets import text
 from agent.core.settings import Settings
-from agent.core.wire.netlink import attributes
-from agent.core.wire.nftables import GETCHAIN
+from agent.core.wire.netlink import unpack_text
+from agent.core.wire.nftables import GETCHAIN, Chain, fields
 from agent.diagnosis.facts import NetworkFacts
 from agent.kernel import exec, host_view
 from agent.kernel.host_netns import HostNetns
@@ -44,8 +44,8 @@ def _pod_rules(view: HostView) -> Iterator[str]:
     if view.nft:
         with contextlib.closing(NftSocket()) as nft:
             for message in nft.dump(GETCHAIN, 0):
-                parts = dict(attributes(message.body[4:]))
-                table, chain = (parts.get(kind, b"").rstrip(b"\0").decode(errors="replace") for kind in (1, 3))
+                parts = fields(message.body)
+                table, chain = unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))
                 if table in _POD_TABLES or chain in _POD_CHAINS:
                     yield f"chain {chain} of table {table}"
     if view.legacy and any(one.name == "nat" for one in view.legacy) and view.has("iptables-legacy-restore"):

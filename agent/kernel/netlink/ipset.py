@@ -8,23 +8,38 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 
 from agent.core.errors import KernelError
-from agent.core.wire.netlink import NLM_F_DUMP, attribute, attributes
-from agent.core.wire.nftables import NETLINK_NETFILTER
+from agent.core.wire.netlink import NLM_F_DUMP, attribute, attributes, unpack_text
+from agent.core.wire.nftables import NETLINK_NETFILTER, NFGENMSG, fields
 from agent.kernel.netlink.socket import NetlinkSocket
 
-_SUBSYSTEM = 6 << 8
-_DESTROY, _LIST = (_SUBSYSTEM | number for number in (3, 7))
-_A_PROTOCOL, _A_NAME, _A_TYPE, _A_FAMILY, _A_ADT = 1, 2, 3, 5, 8
-_D_IP, _D_COMMENT = 1, 26
+_SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
+DESTROY, LIST = _SUBSYSTEM | 3, _SUBSYSTEM | 7
 _PROTOCOL = 6  # what every kernel speaks; 7 of 4.18 adds nothing that is used here
 _REFERENCED = 4100  # IPSET_ERR_BUSY
 _BUSY_SECONDS = 2.0
+
+
+class Attribute(IntEnum):
+    """IPSET_ATTR_*: attributes of a set."""
+
+    PROTOCOL = 1
+    SETNAME = 2
+    TYPENAME = 3
+    FAMILY = 5
+    ADT = 8
+
+
+class MemberAttribute(IntEnum):
+    """IPSET_ATTR_*: attributes of a member, nested in Attribute.ADT."""
+
+    IP = 1
+    COMMENT = 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +61,7 @@ class IpsetSocket(NetlinkSocket):
     def read(self, name: str) -> IpSet | None:
         """The set with all members; None when there is none of that name."""
         try:
-            answers = self._ask("read", _LIST, name, NLM_F_DUMP)
+            answers = self._ask("read", LIST, name, NLM_F_DUMP)
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -55,11 +70,11 @@ class IpsetSocket(NetlinkSocket):
         family = 4
         members = dict[str, str]()
         for answer in answers:
-            parts = dict(attributes(answer[4:]))
-            if _A_TYPE in parts:
-                kind = parts[_A_TYPE].rstrip(b"\0").decode(errors="replace")
-                family = 6 if parts.get(_A_FAMILY) == bytes([socket.AF_INET6]) else 4
-            members.update(_member(element) for _, element in attributes(parts.get(_A_ADT, b"")))
+            parts = fields(answer)
+            if Attribute.TYPENAME in parts:
+                kind = unpack_text(parts[Attribute.TYPENAME])
+                family = 6 if parts.get(Attribute.FAMILY) == bytes([socket.AF_INET6]) else 4
+            members.update(_member(element) for _, element in attributes(parts.get(Attribute.ADT, b"")))
         members.pop("", None)
         return IpSet(name, kind, family, members)
 
@@ -68,7 +83,7 @@ class IpsetSocket(NetlinkSocket):
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
-                self._ask("destroy", _DESTROY, name, 0)
+                self._ask("destroy", DESTROY, name, 0)
                 return
             except KernelError as error:
                 if error.errno == errno.ENOENT:
@@ -80,14 +95,14 @@ class IpsetSocket(NetlinkSocket):
                 time.sleep(0.01)  # the kernel does not report when a set's last user is gone
 
     def _ask(self, verb: str, kind: int, name: str, flags: int) -> list[bytes]:
-        body = struct.pack(">BBH", socket.AF_INET, 0, 0)
-        body += attribute(_A_PROTOCOL, bytes([_PROTOCOL])) + attribute(_A_NAME, name)
+        body = NFGENMSG.pack(socket.AF_INET, 0, 0)
+        body += attribute(Attribute.PROTOCOL, bytes([_PROTOCOL])) + attribute(Attribute.SETNAME, name)
         return [answer.body for answer in self.request(f"{verb} set {name}", kind, flags, body)]
 
 
 def _member(element: bytes) -> tuple[str, str]:
     parts = dict(attributes(element))
-    for _, raw in attributes(parts.get(_D_IP, b"")):
+    for _, raw in attributes(parts.get(MemberAttribute.IP, b"")):
         if len(raw) in (4, 16):
-            return str(ipaddress.ip_address(raw)), parts.get(_D_COMMENT, b"").rstrip(b"\0").decode(errors="replace")
+            return str(ipaddress.ip_address(raw)), unpack_text(parts.get(MemberAttribute.COMMENT))
     return "", ""

@@ -21,16 +21,25 @@ from agent.core.wire.netlink import (
     NLMSG_ERROR,
     Message,
     attribute,
-    attributes,
     message,
     messages,
+    unpack_be,
 )
-from agent.core.wire.nftables import GETGEN, NETLINK_NETFILTER, Command
+from agent.core.wire.nftables import (
+    BATCH_BEGIN,
+    BATCH_END,
+    BATCH_GENID,
+    GETGEN,
+    NETLINK_NETFILTER,
+    NFGENMSG,
+    SUBSYSTEM,
+    Command,
+    Gen,
+    fields,
+)
 from agent.kernel.netlink.socket import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
 
-_BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _LENGTH = struct.Struct("=I")  # the first field of nlmsghdr
-_GENERIC = struct.Struct(">BBH")  # nfgenmsg: family, version, resource id
 
 
 class NftSocket(NetlinkSocket):
@@ -46,17 +55,14 @@ class NftSocket(NetlinkSocket):
         """Grows by one with each transaction of anybody in the namespace, whatever the family."""
         operation = "read nf_tables generation"
         sequence = self.next_sequence()
-        self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, _GENERIC.pack(0, 0, 0)))
+        self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, NFGENMSG.pack(0, 0, 0)))
         while True:  # without an acknowledgement behind it: this is asked more often than anything else
             for answer in messages(self.receive(operation)):
                 if answer.sequence != sequence:
                     continue
                 if answer.kind == NLMSG_ERROR:
                     raise_for(operation, answer)
-                for kind, payload in attributes(answer.body[4:]):
-                    if kind == 1:
-                        return int.from_bytes(payload)
-                return 0
+                return unpack_be(fields(answer.body).get(Gen.ID))
 
     def dumped(self, kind: int, family: int = 0, body: bytes = b"", most: int = 1 << 30) -> tuple[bytes, bool]:
         """Tables, chains or rules, of all families by default: the messages as they come, one behind the other.
@@ -66,7 +72,7 @@ class NftSocket(NetlinkSocket):
         """
         operation = "read nf_tables"
         sequence = self.next_sequence()
-        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, _GENERIC.pack(family, 0, 0) + body))
+        self.socket.send(message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, NFGENMSG.pack(family, 0, 0) + body))
         parts: list[bytes] = []
         size, kept = 0, 0
         while True:
@@ -87,7 +93,7 @@ class NftSocket(NetlinkSocket):
     def get(self, kind: int, family: int, body: bytes) -> bytes:
         """One table or chain, as in a dump; empty when it does not exist."""
         try:
-            found = self.request("read nf_tables", kind, 0, _GENERIC.pack(family, 0, 0) + body)
+            found = self.request("read nf_tables", kind, 0, NFGENMSG.pack(family, 0, 0) + body)
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return b""
@@ -97,7 +103,7 @@ class NftSocket(NetlinkSocket):
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
         """Tables, chains or rules of a family; a table that does not exist dumps as nothing."""
         try:
-            return self.request("read nf_tables", kind, NLM_F_DUMP, _GENERIC.pack(family, 0, 0) + body)
+            return self.request("read nf_tables", kind, NLM_F_DUMP, NFGENMSG.pack(family, 0, 0) + body)
         except KernelError as error:
             if error.errno == errno.ENOENT:
                 return []
@@ -110,18 +116,18 @@ class NftSocket(NetlinkSocket):
         nothing was changed.
         """
         first = self.next_sequence()
-        begin = _GENERIC.pack(0, 0, 10)
+        begin = NFGENMSG.pack(0, 0, SUBSYSTEM)
         if generation is not None:
-            begin += attribute(1, generation)
-        parts = [message(_BATCH_BEGIN, NLM_F_REQUEST, first, begin)]
+            begin += attribute(BATCH_GENID, generation)
+        parts = [message(BATCH_BEGIN, NLM_F_REQUEST, first, begin)]
         sequence = first
         for index, command in enumerate(commands):
             sequence = self.next_sequence()
             flags = NLM_F_REQUEST | command.flags | (NLM_F_ACK if index == len(commands) - 1 else 0)
-            body = _GENERIC.pack(command.family, 0, 0) + command.body
+            body = NFGENMSG.pack(command.family, 0, 0) + command.body
             parts.append(message(command.kind, flags, sequence, body))
-        end = _GENERIC.pack(0, 0, 10)
-        parts.append(message(_BATCH_END, NLM_F_REQUEST, self.next_sequence(), end))
+        end = NFGENMSG.pack(0, 0, SUBSYSTEM)
+        parts.append(message(BATCH_END, NLM_F_REQUEST, self.next_sequence(), end))
         try:
             self.socket.send(b"".join(parts))
         except OSError as error:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from enum import IntEnum
 from pathlib import Path
 
-from agent.core.wire import rtnetlink
+from agent.core.wire import nftables, rtnetlink
+from agent.kernel.netlink import conntrack, ipset
 
 PREFIXES: dict[type[IntEnum], str] = {
     rtnetlink.Rtm: "RTM_",
@@ -22,22 +23,94 @@ PREFIXES: dict[type[IntEnum], str] = {
     rtnetlink.RouteType: "RTN_",
     rtnetlink.Table: "RT_TABLE_",
     rtnetlink.Scope: "RT_SCOPE_",
+    nftables.Table: "NFTA_TABLE_",
+    nftables.TableFlag: "NFT_TABLE_F_",
+    nftables.Chain: "NFTA_CHAIN_",
+    nftables.Hook: "NFTA_HOOK_",
+    nftables.Rule: "NFTA_RULE_",
+    nftables.Set: "NFTA_SET_",
+    nftables.SetFlag: "NFT_SET_",
+    nftables.SetDesc: "NFTA_SET_DESC_",
+    nftables.SetElemList: "NFTA_SET_ELEM_LIST_",
+    nftables.SetElem: "NFTA_SET_ELEM_",
+    nftables.Gen: "NFTA_GEN_",
+    nftables.Expr: "NFTA_EXPR_",
+    nftables.Data: "NFTA_DATA_",
+    nftables.Verdict: "NFTA_VERDICT_",
+    nftables.VerdictCode: "NFT_",
+    nftables.Immediate: "NFTA_IMMEDIATE_",
+    nftables.Bitwise: "NFTA_BITWISE_",
+    nftables.Byteorder: "NFTA_BYTEORDER_",
+    nftables.Cmp: "NFTA_CMP_",
+    nftables.CmpOp: "NFT_CMP_",
+    nftables.Counter: "NFTA_COUNTER_",
+    nftables.Ct: "NFTA_CT_",
+    nftables.CtKey: "NFT_CT_",
+    nftables.Lookup: "NFTA_LOOKUP_",
+    nftables.Meta: "NFTA_META_",
+    nftables.MetaKey: "NFT_META_",
+    nftables.Nat: "NFTA_NAT_",
+    nftables.NatType: "NFT_NAT_",
+    nftables.Payload: "NFTA_PAYLOAD_",
+    nftables.PayloadBase: "NFT_PAYLOAD_",
+    nftables.Redir: "NFTA_REDIR_",
+    nftables.Reject: "NFTA_REJECT_",
+    nftables.XtMatch: "NFTA_MATCH_",
+    nftables.XtTarget: "NFTA_TARGET_",
+    conntrack.Cta: "CTA_",
+    conntrack.Tuple: "CTA_TUPLE_",
+    conntrack.Ip: "CTA_IP_",
+    conntrack.Proto: "CTA_PROTO_",
+    ipset.Attribute: "IPSET_ATTR_",
+    ipset.MemberAttribute: "IPSET_ATTR_",
+}
+CONSTANTS = {
+    "NETLINK_NETFILTER": nftables.NETLINK_NETFILTER,
+    "NFPROTO_INET": nftables.NFPROTO_INET,
+    "NFPROTO_IPV4": nftables.NFPROTO_IPV4,
+    "NFPROTO_IPV6": nftables.NFPROTO_IPV6,
+    "NFNLGRP_NFTABLES": nftables.GROUP_NFTABLES,
+    "NFNL_MSG_BATCH_BEGIN": nftables.BATCH_BEGIN,
+    "NFNL_MSG_BATCH_END": nftables.BATCH_END,
+    "NFNL_BATCH_GENID": nftables.BATCH_GENID,
+    "NFTA_LIST_ELEM": nftables.LIST_ELEM,
+    "NFT_REG_VERDICT": nftables.REG_VERDICT,
+    "NFT_REG_1": nftables.REG_1,
+    "NFT_SET_ELEM_INTERVAL_END": nftables.SET_ELEM_INTERVAL_END,
+    "NFT_BYTEORDER_HTON": nftables.BYTEORDER_HTON,
+    "NFT_REJECT_ICMPX_UNREACH": nftables.REJECT_ICMPX_UNREACH,
+    "NFT_REJECT_ICMPX_ADMIN_PROHIBITED": nftables.ICMPX_ADMIN_PROHIBITED,
+    "NFNLGRP_CONNTRACK_NEW": conntrack.GROUP_NEW,
+    "(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET)": conntrack.CT_GET,
+    "(NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_DESTROY)": ipset.DESTROY,
+    "(NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_LIST)": ipset.LIST,
+    **{
+        f"(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_{name})": value
+        for name, value in vars(nftables).items()
+        if name.startswith(("NEW", "GET", "DEL"))
+    },
 }
 # Younger than the headers of Debian 12.
-YOUNGER = {"FRA_DSCP", "FRA_FLOWLABEL"}
+YOUNGER = {"FRA_DSCP", "FRA_FLOWLABEL", "NFT_TABLE_F_PERSIST"}
+# Named otherwise in the headers.
+OTHERWISE = {"FRA_IIFNAME": "FRA_IFNAME", "NFT_DROP": "NF_DROP", "NFT_ACCEPT": "NF_ACCEPT"}
 
 
 def named() -> Iterator[tuple[str, int]]:
     for kind, prefix in PREFIXES.items():
         for member in kind:
-            yield prefix + {"IIFNAME": "IFNAME"}.get(member.name, member.name), member.value
+            name = prefix + member.name
+            yield OTHERWISE.get(name, name), member.value
+    yield from CONSTANTS.items()
 
 
 def test_every_number_is_the_kernels(tmp_path: Path) -> None:
     checks = [f'_Static_assert({name} == {value}, "{name}");' for name, value in named() if name not in YOUNGER]
-    assert len(checks) > 60
+    assert len(checks) > 200
     source = tmp_path / "numbers.c"
-    headers = ("rtnetlink", "fib_rules", "if_link", "if_addr")
+    netfilter = ("nfnetlink", "nf_tables", "nf_tables_compat", "nfnetlink_conntrack", "ipset/ip_set")
+    headers = ["netlink", "rtnetlink", "fib_rules", "if_link", "if_addr", "netfilter"]
+    headers += [f"netfilter/{name}" for name in netfilter]
     source.write_text("\n".join([*(f"#include <linux/{name}.h>" for name in headers), *checks, ""]))
     done = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
