@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
-import sys
 from collections.abc import Iterator
 
 from agent.core import names
@@ -22,6 +21,7 @@ from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpState, text
 from agent.core.wire import packet
+from agent.core.wire.netlink import unpack_int
 from agent.core.wire.rtnetlink import AF
 from agent.kernel.netlink import conntrack
 from agent.kernel.netlink.conntrack import Endpoint, NewFlows
@@ -93,7 +93,7 @@ def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
                 raise
             return "", service
         one.connect(service)
-        cookie = int.from_bytes(one.getsockopt(socket.SOL_SOCKET, _COOKIE, 8), sys.byteorder)
+        cookie = unpack_int(one.getsockopt(socket.SOL_SOCKET, _COOKIE, 8))
         found = [row for row in diag.sockets(version, (TcpState.SYN_SENT,)) if row.cookie == cookie]
         if not found:
             raise OSError("the socket is not listed")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.core.errors import KernelError
+from agent.kernel.libc import last_error, libc
 
 MODIFY: Final = 0x2
 ATTRIB: Final = 0x4
@@ -26,7 +25,6 @@ ONLYDIR: Final = 0x1000000
 CHANGES: Final = MODIFY | CLOSE_WRITE | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
 
 _EVENT = struct.Struct("@iIII")  # struct inotify_event: wd, mask, cookie, len
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +41,23 @@ class Inotify:
 
     def __init__(self) -> None:
         """Raises KernelError: EMFILE when the user's limit of queues (fs.inotify.max_user_instances) is used up."""
-        self._fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         if self._fd < 0:
-            raise _error("inotify_init1")
+            raise last_error("inotify_init1")
 
     def fileno(self) -> int:
         return self._fd
 
     def add(self, directory: Path) -> int:
         """Watches what `CHANGES` lists. Raises KernelError: ENOSPC when fs.inotify.max_user_watches is used up."""
-        watch: int = _libc.inotify_add_watch(self._fd, os.fsencode(directory), CHANGES | ONLYDIR)
+        watch: int = libc.inotify_add_watch(self._fd, os.fsencode(directory), CHANGES | ONLYDIR)
         if watch < 0:
-            raise _error(f"inotify_add_watch {directory}")
+            raise last_error(f"inotify_add_watch {directory}")
         return watch
 
     def remove(self, watch: int) -> None:
         """Nothing happens if it has gone by itself."""
-        _libc.inotify_rm_watch(self._fd, watch)
+        libc.inotify_rm_watch(self._fd, watch)
 
     def take(self) -> list[Event]:
         """All that wait, in order."""
@@ -77,8 +75,3 @@ class Inotify:
 
     def close(self) -> None:
         os.close(self._fd)
-
-
-def _error(operation: str) -> KernelError:
-    number = ctypes.get_errno()
-    return KernelError(operation, number, os.strerror(number))

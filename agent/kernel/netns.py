@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from agent.core.errors import HostNetnsError, KernelError, NetnsError
+from agent.core.errors import HostNetnsError, NetnsError
+from agent.kernel.libc import last_error, libc
 
 T = TypeVar("T")
 
@@ -26,8 +27,6 @@ CLONE_NEWNET = 0x40000000
 NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 SO_NETNS_COOKIE = 71  # asm-generic/socket.h; since 5.14, never reused while the kernel runs
 MS_BIND, MNT_DETACH = 0x1000, 2
-
-_libc = ctypes.CDLL(None, use_errno=True)  # setns: os.setns needs Python 3.12
 
 
 class _Home:
@@ -98,13 +97,12 @@ class Netns:
         if self.fd < 0:
             raise NetnsError(f"network namespace {self.origin}: already closed")
         home = _homes.descriptor()
-        if _libc.setns(self.fd, CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise KernelError(f"setns into {self.origin}", number, os.strerror(number))
+        if libc.setns(self.fd, CLONE_NEWNET):  # os.setns needs Python 3.12
+            raise last_error(f"setns into {self.origin}")
         try:
             return function()
         finally:
-            if _libc.setns(home, CLONE_NEWNET):
+            if libc.setns(home, CLONE_NEWNET):
                 os.abort()
 
     def pin(self, path: Path) -> None:
@@ -113,10 +111,10 @@ class Netns:
         unpin(path)
         path.touch(mode=0o600)
         source = f"/proc/self/fd/{self.fd}".encode()
-        if _libc.mount(source, os.fsencode(path), b"none", ctypes.c_ulong(MS_BIND), None):
-            number = ctypes.get_errno()
+        if libc.mount(source, os.fsencode(path), b"none", ctypes.c_ulong(MS_BIND), None):
+            failed = last_error(f"pin {self.origin} on {path}")
             path.unlink(missing_ok=True)
-            raise KernelError(f"pin {self.origin} on {path}", number, os.strerror(number))
+            raise failed
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -132,7 +130,7 @@ class Netns:
 
 def unpin(path: Path) -> None:
     """Removes a pin; nothing there is fine. A pin that was never mounted is just a file."""
-    while _libc.umount2(os.fsencode(path), MNT_DETACH) == 0:
+    while libc.umount2(os.fsencode(path), MNT_DETACH) == 0:
         pass
     path.unlink(missing_ok=True)
 

@@ -80,10 +80,23 @@ def read_process(pid: int, proc: str = "/proc") -> ProcessSeen | None:
 def started(pid: int, proc: str = "/proc") -> int | None:
     """When it started, in ticks since boot; None when it has ended."""
     try:
-        # Field 22 of proc_pid_stat(5); the command's name in front of field 3 may hold anything.
-        return int(Path(proc, str(pid), "stat").read_bytes().rpartition(b")")[2].split()[19])
+        return parse_stat(Path(proc, str(pid), "stat").read_bytes())[1]
     except (OSError, ValueError, IndexError):
         return None
+
+
+def parse_stat(text: bytes) -> tuple[str, int]:
+    """Returns (state, start in ticks since boot): fields 3 and 22 of proc_pid_stat(5).
+
+    The command's name in front of field 3 may hold anything.
+    """
+    fields = text.rpartition(b")")[2].split()
+    return fields[0].decode(), int(fields[19])
+
+
+def socket_inode(target: str) -> int:
+    """Returns the inode of the socket that a link in /proc/PID/fd leads to; 0 for anything else."""
+    return int(target[8:-1]) if target.startswith("socket:[") else 0
 
 
 def cgroup(pid: int, proc: str = "/proc") -> str:
@@ -136,8 +149,8 @@ def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[
 
 def _socket(descriptor: str) -> int:
     """The inode of a socket; 0 of anything else, or when it was closed meanwhile."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return int(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))  # noqa: PTH115
+    with contextlib.suppress(FileNotFoundError):
+        return socket_inode(os.readlink(descriptor))  # noqa: PTH115
     return 0
 
 

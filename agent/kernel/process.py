@@ -17,6 +17,8 @@ from typing import Final, TypeVar
 
 from agent.core.errors import KernelError
 from agent.kernel.bpf.bpffs import cgroup_id
+from agent.kernel.libc import libc
+from agent.kernel.proc import parse_stat, socket_inode
 from agent.kernel.unix_socket import peer
 
 T = TypeVar("T")
@@ -30,9 +32,6 @@ _INFO_CGROUPID: Final = 1 << 2
 _INITIAL_PID_NAMESPACE: Final = 0xEFFFFFFC  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _ENDED: Final = (errno.ESRCH, errno.ENOENT)
 _RIGHTS: Final = "; the agent needs CAP_SYS_PTRACE, in the PID namespace of the node (hostPID: true)"
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
 
 
 class Process:
@@ -82,7 +81,7 @@ class Process:
             if self._pidfd < 0:
                 raise KernelError(what, errno.ESRCH, "the process has ended")
             arguments = (ctypes.c_int(self._pidfd), ctypes.c_int(number), ctypes.c_uint(0))
-            taken: int = _libc.syscall(ctypes.c_long(_PIDFD_GETFD), *arguments)
+            taken: int = libc.syscall(ctypes.c_long(_PIDFD_GETFD), *arguments)
             failed = ctypes.get_errno()
         if taken < 0:
             raise KernelError(what, failed, _words(failed))
@@ -186,8 +185,7 @@ def _sockets(wanted: Collection[int], known: Collection[int], directory: int) ->
                 target = os.readlink(str(number), dir_fd=table)
             except FileNotFoundError:
                 continue  # closed meanwhile
-            if target.startswith("socket:["):
-                inode = int(target[8:-1])
+            if inode := socket_inode(target):
                 found[inode] = number
                 missing.discard(inode)
                 if wanted and not missing:
@@ -198,10 +196,10 @@ def _sockets(wanted: Collection[int], known: Collection[int], directory: int) ->
 
 
 def _started(directory: int) -> int:
-    """Field 22 of proc_pid_stat(5); the command's name in front of field 3 may hold anything."""
+    """Returns when the process started, in ticks since boot."""
     stat = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
     try:
-        return int(os.read(stat, 4096).rpartition(b")")[2].split()[19])
+        return parse_stat(os.read(stat, 4096))[1]
     finally:
         os.close(stat)
 

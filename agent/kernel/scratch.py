@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-from agent.core.errors import KernelError
+from agent.kernel.libc import last_error, libc
 from agent.kernel.netns import CLONE_NEWNET
 
 T = TypeVar("T")
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(function: Callable[[], T]) -> T:
@@ -25,9 +22,8 @@ def call(function: Callable[[], T]) -> T:
 
     def inside() -> None:
         try:
-            if _libc.unshare(CLONE_NEWNET):
-                number = ctypes.get_errno()
-                raise KernelError("unshare a network namespace", number, os.strerror(number))
+            if libc.unshare(CLONE_NEWNET):
+                raise last_error("unshare a network namespace")
             result.append(function())
         except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
             failure.append(error)

@@ -8,10 +8,10 @@ import functools
 import os
 
 from agent.core.errors import KernelError
+from agent.kernel.libc import libc
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same numbers on every architecture
 _CLOEXEC, _CREATE = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC; FSCONFIG_CMD_CREATE
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def read(name: str) -> int | None:
@@ -57,7 +57,7 @@ def _own_proc() -> int:
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *arguments)
+    result: int = libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
         failed = ctypes.get_errno()
         raise OSError(failed, os.strerror(failed))

@@ -11,10 +11,11 @@ import ctypes
 import errno
 import os
 import socket
-import sys
 from collections.abc import Collection, Mapping
 
 from agent.core.errors import KernelError
+from agent.core.wire.netlink import unpack_int
+from agent.kernel.libc import libc
 
 # For the legacy programs: the lock is the network namespace itself, as a file. One on the node would make pods wait for
 # each other, and needs a /run that can be written to.
@@ -33,7 +34,7 @@ _MOST = 1 << 21  # bytes of a table's entries: some ten thousand rules
 _HEAD = 40  # struct ipt_get_entries before its entries: name, size, and alignment
 
 # socket.getsockopt sends nothing, and here the table's name has to be sent.
-_getsockopt = ctypes.CDLL(None, use_errno=True).getsockopt
+_getsockopt = libc.getsockopt
 _getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
 
 
@@ -102,10 +103,10 @@ def _table(fd: int, family: int, name: str, info: bytes | None) -> Raw:
     for _ in range(20):
         info = info or _option(fd, family, _GET_INFO, head, _INFO_SIZE)
         size = info[_INFO_SIZE - 4 :]
-        if int.from_bytes(size, sys.byteorder) > _MOST:
+        if unpack_int(size) > _MOST:
             raise KernelError(f"read table {name} of IPv{family}", 0, f"its rules are more than {_MOST >> 20} MiB")
         try:
-            length = _HEAD + int.from_bytes(size, sys.byteorder)
+            length = _HEAD + unpack_int(size)
             return info, _option(fd, family, _GET_ENTRIES, head + size, length)[_HEAD:]
         except BlockingIOError:
             info = None  # EAGAIN: it has another size by now

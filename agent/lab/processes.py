@@ -19,6 +19,7 @@ from pathlib import Path
 
 from agent.core.errors import SluiceError
 from agent.kernel.exec import start
+from agent.kernel.proc import parse_stat
 
 # Handles of what this process itself started: somebody has to reap them.
 _own: dict[int, subprocess.Popen[bytes]] = {}
@@ -125,11 +126,10 @@ def end(pid: int, started: int | None, seconds: float) -> None:
 def start_time(pid: int) -> int | None:
     """None when there is no such process, or only its remains that nobody reaped yet."""
     try:
-        # The name, in parentheses, may hold spaces: count from behind it.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, started = parse_stat(Path(f"/proc/{pid}/stat").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if state in "ZX" else started
 
 
 def listening(pid: int, port: int) -> bool:

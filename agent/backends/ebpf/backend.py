@@ -23,6 +23,7 @@ from agent.core.model.plan import Plan
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import CONNECTED, TcpState
 from agent.core.model.topology import PodTopology
+from agent.core.wire.netlink import unpack_int
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf import link as bpflink
 from agent.kernel.bpf.map_reuse import Maps
@@ -176,7 +177,7 @@ class EbpfBackend:
             for slot in range(abi.LISTENER_SLOTS):
                 value = self._maps["listeners"].lookup(abi.listener(cookie, role, slot))
                 if value is not None:
-                    found[role, slot] = int.from_bytes(value, "little")
+                    found[role, slot] = unpack_int(value)
         return found
 
 

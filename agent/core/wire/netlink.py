@@ -58,8 +58,13 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def pack_u32(value: int) -> bytes:
-    """A u32 in host order, as rtnetlink and sock_diag have it."""
+    """A u32 in host order, as rtnetlink, sock_diag and eBPF maps have it."""
     return struct.pack("=I", value)
+
+
+def pack_u64(value: int) -> bytes:
+    """A u64 in host order."""
+    return struct.pack("=Q", value)
 
 
 def unpack_int(payload: bytes | None) -> int:

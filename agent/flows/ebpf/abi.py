@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -13,6 +12,7 @@ from typing import Any, Final
 from agent.backends.ebpf.abi import parse
 from agent.core.model.sockets import Endpoint
 from agent.core.text import printable
+from agent.core.wire.netlink import unpack_int
 from agent.flows.record import (
     DURATION_BOUNDS,
     RTT_BOUNDS,
@@ -142,7 +142,7 @@ def share(value: bytes) -> Share:
 
 def owner(key: bytes) -> int:
     """The pod of a key of `tallies`, `begun` or `returned`, all of which begin with it."""
-    return int.from_bytes(key[:8], sys.byteorder)
+    return unpack_int(key[:8])
 
 
 def pod_of(key: bytes) -> int:

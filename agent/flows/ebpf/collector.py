@@ -6,7 +6,6 @@ import asyncio
 import os
 import select
 import struct
-import sys
 import threading
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import Endpoint
+from agent.core.wire.netlink import pack_u32, pack_u64, unpack_int
 from agent.flows.collector import Sort
 from agent.flows.ebpf import abi
 from agent.flows.ebpf.kernel_totals import KernelTotals
@@ -37,7 +37,7 @@ from agent.kernel.pod_netns import PodNetns
 
 _COOKIE = struct.Struct("=Q")
 _LATELY = 60 * 10**9  # nanoseconds
-_ZTUNNEL = (1).to_bytes(4, sys.byteorder)  # OWNER_ZTUNNEL
+_ZTUNNEL = pack_u32(1)  # OWNER_ZTUNNEL
 
 
 class EbpfCollector:
@@ -140,7 +140,7 @@ class EbpfCollector:
     def returned(self, cookie: int) -> Endpoint | None:
         since = time.monotonic_ns() - _LATELY
         for key, last in self._maps["returned"].items():
-            if abi.owner(key) == cookie and int.from_bytes(last, sys.byteorder) > since:
+            if abi.owner(key) == cookie and unpack_int(last) > since:
                 return abi.destination(key)
         return None
 
@@ -160,7 +160,7 @@ class EbpfCollector:
 
     def _listed(self, pod: int | None) -> list[Connection]:
         with self._listing, self._iterator(objects.LIST) as link:
-            self._maps["chosen"].update(bytes(4), (pod or 0).to_bytes(8, sys.byteorder))
+            self._maps["chosen"].update(bytes(4), pack_u64(pod or 0))
             data = iterator.read(link)
         # Between two buffers the kernel may go over a socket again (bpfiter.read).
         return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
@@ -169,7 +169,7 @@ class EbpfCollector:
         """The cookies of the sockets that the programs count."""
         found = set[int]()
         with self._listing:
-            self._maps["chosen"].update(bytes(4), pod.to_bytes(8, sys.byteorder))
+            self._maps["chosen"].update(bytes(4), pack_u64(pod))
             for name in ("accounts", "owners"):
                 with self._iterator(objects.KNOWN, name) as link:
                     found.update(one for (one,) in _COOKIE.iter_unpack(iterator.read(link)))
@@ -214,9 +214,7 @@ class EbpfCollector:
     def losses(self) -> Mapping[str, int]:
         counts = self._maps["losses"]
         found = {
-            loss.name.lower(): sum(
-                int.from_bytes(value, "little") for value in counts.lookup_percpu(loss.to_bytes(4, "little"))
-            )
+            loss.name.lower(): sum(unpack_int(value) for value in counts.lookup_percpu(pack_u32(loss)))
             for loss in abi.Loss
         }
         found |= self._older.losses()
@@ -251,7 +249,7 @@ class EbpfCollector:
             try:
                 for one in self._ztunnels.every(target):
                     with opened(one) as held:
-                        self._maps["owners"].update(held.to_bytes(4, sys.byteorder), _ZTUNNEL)
+                        self._maps["owners"].update(pack_u32(held), _ZTUNNEL)
             except StaleError:  # it has just closed one
                 return False
             self._owned[cookie] = version

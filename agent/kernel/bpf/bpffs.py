@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.core.errors import KernelError
+from agent.kernel.libc import last_error, libc
 
 BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
@@ -20,8 +21,6 @@ _NO_ROOT = "the root of the hierarchy is not mounted; mount the host's cgroup2 f
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 _FILEID_KERNFS = 0xFE  # linux/exportfs.h: a handle of kernfs is the id of the node
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Handle(ctypes.Structure):
@@ -33,7 +32,7 @@ class _Handle(ctypes.Structure):
 def is_bpffs(path: Path) -> bool:
     """False also where nothing is."""
     room = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is the first, a long
-    if _libc.statfs(os.fsencode(path), room):
+    if libc.statfs(os.fsencode(path), room):
         return False
     kind: int = struct.unpack_from("@l", room)[0]
     return kind & 0xFFFFFFFF == BPF_FS_MAGIC
@@ -49,9 +48,8 @@ def mount(at: Path = Path("/sys/fs/bpf")) -> None:
     except OSError as error:
         raise KernelError(operation, error.errno or 0, str(error)) from error
     flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    if _libc.mount(b"bpf", os.fsencode(at), b"bpf", flags, b"mode=0700"):
-        number = ctypes.get_errno()
-        raise KernelError(operation, number, os.strerror(number))
+    if libc.mount(b"bpf", os.fsencode(at), b"bpf", flags, b"mode=0700"):
+        raise last_error(operation)
 
 
 def remove_tree(path: Path) -> None:
@@ -85,7 +83,7 @@ def cgroup_exists(number: int) -> bool:
         return True
     try:
         handle = _Handle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, number)
-        found = _libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
+        found = libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
         failed = ctypes.get_errno()
     finally:
         os.close(root)

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any
 
 from agent.core.errors import KernelError
+from agent.kernel.libc import libc
 
 _WARN = 0  # enum libbpf_print_level
 _VA_LIST = 32  # bytes of a va_list, which is passed by address: 24 on x86-64, 32 on arm64
@@ -67,7 +68,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: result, arguments
     "bpf_map_lookup_batch": (c_int, c_int, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER),
 }
 
-_vsnprintf = ctypes.CDLL(None).vsnprintf
+_vsnprintf = libc.vsnprintf
 _vsnprintf.argtypes = [c_void_p, ctypes.c_size_t, c_void_p, c_void_p]
 _heard = threading.local()  # messages come on the thread that called
 
