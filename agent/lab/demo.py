@@ -234,6 +234,5 @@ def _explain(lab: Lab, check: Checks) -> None:
 
 def _left(lab: Lab) -> list[str]:
     """Namespaces, directories and pins of the lab that are still there."""
-    names = [line.split()[0] for line in run(["ip", "netns", "list"]).stdout.splitlines() if line]
-    found = [name for name in names if name.startswith(f"{lab.spec.prefix}-")]
-    return found + [str(path) for path in (lab.spec.run_dir, *nodes.pins(lab.spec.prefix)) if path.exists()]
+    paths = (lab.spec.run_dir, *nodes.pins(lab.spec.prefix))
+    return [*nodes.namespaces(lab.spec.prefix), *(str(path) for path in paths if path.exists())]

@@ -25,7 +25,6 @@ from agent.lab.processes import Children, end, start_time
 from agent.lab.topology import LabSpec, PodProgram, PodSpec
 
 _NEEDED: Final = {
-    "ip": "iproute2",
     "nsenter": "util-linux",
     "sysctl": "procps",
     "/usr/lib/cni/ptp": "containernetworking-plugins",

@@ -11,19 +11,28 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from agent.core.errors import CommandError, SluiceError
+import psutil
+
+from agent.core.errors import SluiceError
+from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
-from agent.kernel.netns import unpin
+from agent.kernel.netns import Netns, unpin
 from agent.lab.topology import BPFFS, LabSpec
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute  # its import takes up to half a second, which `sluice --help` need not wait for
 
 NETNS_DIR = Path("/run/netns")
 
 # Without duplicate address detection an IPv6 address is usable at once: the lab's addresses cannot clash.
 NO_DAD = ("net.ipv6.conf.all.accept_dad=0", "net.ipv6.conf.default.accept_dad=0")
+_BRIDGE = "br0"
 _FORWARD = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
 
@@ -39,20 +48,15 @@ def claim(spec: LabSpec) -> None:
 
 
 def up(spec: LabSpec) -> None:
-    """Makes segment and nodes, all routes included, after `claim`. Raises CommandError; then call `down`."""
+    """Makes segment and nodes, all routes included, after `claim`. Raises SluiceError; then call `down`."""
     add_namespace(spec.lan, NO_DAD)
-    _ip(spec.lan, ["link add br0 type bridge mcast_snooping 0", "link set br0 up"])
+    configure(spec.lan, _bridge)
     for node in spec.nodes:
         spec.node_dir(node).mkdir(mode=0o700)
         add_namespace(spec.netns_name(node), (*NO_DAD, *_FORWARD))
-        _ip(
-            spec.lan,
-            [
-                f"link add {node} type veth peer name eth0 netns {spec.netns_name(node)}",
-                f"link set {node} master br0 up",
-            ],
-        )
-        _ip(spec.netns_name(node), _node_commands(spec, node))
+        with Netns.open(NETNS_DIR / spec.netns_name(node)) as target:
+            configure(spec.lan, partial(_plug, node, target.fd))
+        configure(spec.netns_name(node), partial(_address, spec, node))
 
 
 def down(prefix: str) -> None:
@@ -95,21 +99,43 @@ def processes_inside(names: Iterable[str]) -> list[int]:
             status = (NETNS_DIR / name).stat()
             wanted.add((status.st_dev, status.st_ino))
     found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
+    for pid in psutil.pids():
         with contextlib.suppress(OSError):  # it ended meanwhile
-            status = (entry / "ns/net").stat()
-            if (status.st_dev, status.st_ino) in wanted:
-                found.append(int(entry.name))
+            status = Path(f"/proc/{pid}/ns/net").stat()
+            if (status.st_dev, status.st_ino) in wanted and pid != os.getpid():
+                found.append(pid)
     return found
 
 
 def add_namespace(name: str, sysctls: Iterable[str]) -> None:
-    """A named namespace with loopback up, and kernel settings that hold before any interface comes."""
-    run(["ip", "netns", "add", name])
+    """Makes a named namespace with loopback up, and kernel settings that hold before any interface comes.
+
+    Raises SluiceError.
+    """
+    from pyroute2 import netns
+
+    try:
+        netns.create(name)
+    except OSError as error:
+        raise SluiceError(f"{NETNS_DIR / name}: {error.strerror}") from None
     run(["sysctl", "-q", "-w", *sysctls], netns=NETNS_DIR / name)
-    _ip(name, ["link set lo up"])
+    configure(name, lambda route: route.link("set", index=LOOPBACK_INDEX, state="up"))
+
+
+def configure(name: str, change: Callable[[IPRoute], object]) -> None:
+    """Calls `change` with an rtnetlink socket of the namespace. Raises SluiceError."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    def inside() -> None:
+        with IPRoute() as route:
+            change(route)
+
+    try:
+        with Netns.open(NETNS_DIR / name) as target:
+            target.call(inside)
+    except NetlinkError as error:
+        raise SluiceError(f"rtnetlink in {name}: {error.args[1]}") from error
 
 
 def remove_namespace(name: str) -> None:
@@ -117,25 +143,31 @@ def remove_namespace(name: str) -> None:
         unpin(NETNS_DIR / name)
 
 
-def _node_commands(spec: LabSpec, node: str) -> list[str]:
-    ipv4, ipv6 = spec.underlay(node)
-    commands = [
-        "link set eth0 up",
-        f"address add {ipv4}/24 dev eth0",
-        f"address add {ipv6}/64 dev eth0",
-    ]
+def _bridge(route: IPRoute) -> None:
+    route.link("add", ifname=_BRIDGE, kind="bridge", br_mcast_snooping=0, state="up")
+
+
+def _plug(node: str, netns_fd: int, route: IPRoute) -> None:
+    """Connects the node's eth0 to the bridge."""
+    route.link("add", ifname=node, kind="veth", peer={"ifname": "eth0", "net_ns_fd": netns_fd})
+    route.link("set", index=_index(route, node), master=_index(route, _BRIDGE), state="up")
+
+
+def _address(spec: LabSpec, node: str, route: IPRoute) -> None:
+    """Gives the node its addresses, and its routes to the other nodes' pods."""
+    index = _index(route, "eth0")
+    route.link("set", index=index, state="up")
+    for address, length in zip(spec.underlay(node), (24, 64), strict=True):
+        route.addr("add", index=index, address=address, prefixlen=length)
     for other in spec.nodes:
         if other != node:
-            pairs = zip(spec.pod_cidrs(other), spec.underlay(other), strict=True)
-            commands += [f"route add {cidr} via {gateway}" for cidr, gateway in pairs]
-    return commands
+            for cidr, gateway in zip(spec.pod_cidrs(other), spec.underlay(other), strict=True):
+                route.route("add", dst=cidr, gateway=gateway)
 
 
-def _ip(netns: str, commands: list[str]) -> None:
-    try:
-        run(["ip", "-n", netns, "-batch", "-"], stdin="\n".join(commands) + "\n")
-    except CommandError as error:
-        raise CommandError(f"in {netns}: {error}; commands were: {'; '.join(commands)}") from None
+def _index(route: IPRoute, name: str) -> int:
+    index: int = route.link_lookup(ifname=name)[0]
+    return index
 
 
 def _mounts_below(directory: Path) -> list[Path]:

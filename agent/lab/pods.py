@@ -77,9 +77,10 @@ class LabPods:
     def start(self, pod: LabPod) -> None:
         """Starts the pod's programs and returns when all of them listen."""
         started = [(program, self._start(pod, program)) for program in pod.spec.programs]
+        netns = self.spec.netns_path(pod.spec.key)
         for program, child in started:
             port = PORTS[program]
-            await_ready(child, partial(listening, child.pid, port), START_SECONDS, f"listening on {port}")
+            await_ready(child, partial(listening, netns, port), START_SECONDS, f"listening on {port}")
 
     def run(self, pod: LabPod, name: str, argv: Sequence[str]) -> Child:
         """Starts one more process in the pod; it ends with the pod, or by `Children.end(child.name)`."""

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from agent.core.errors import SluiceError
 from agent.kernel.exec import start
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netns import Netns
 from agent.kernel.proc import parse_stat
 
 # Handles of what this process itself started: somebody has to reap them.
@@ -124,7 +126,10 @@ def end(pid: int, started: int | None, seconds: float) -> None:
 
 
 def start_time(pid: int) -> int | None:
-    """None when there is no such process, or only its remains that nobody reaped yet."""
+    """Returns None when there is no such process, or only its remains that are not reaped yet.
+
+    Not psutil's create_time: that moves when the clock is set.
+    """
     try:
         state, started = parse_stat(Path(f"/proc/{pid}/stat").read_bytes())
     except (FileNotFoundError, ProcessLookupError):
@@ -132,16 +137,10 @@ def start_time(pid: int) -> int | None:
     return None if state in "ZX" else started
 
 
-def listening(pid: int, port: int) -> bool:
-    """Whether some process in that one's network namespace listens on the TCP port; sends no packet."""
-    ends_with = f":{port:04X}"
-    for family in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()[1:]:
-                _, local, _, state = line.split()[:4]
-                if state == "0A" and local.endswith(ends_with):
-                    return True
-    return False
+def listening(netns: Path, port: int) -> bool:
+    """Returns whether a process in the network namespace listens on the TCP port; sends no packet."""
+    with Netns.open(netns) as target, contextlib.closing(target.call(SockDiag)) as diag:
+        return bool(diag.listening([port]))
 
 
 def await_ready(child: Child, ready: Callable[[], bool], seconds: float, what: str) -> None:
