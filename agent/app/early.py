@@ -38,7 +38,7 @@ def mend(settings: Settings, state: Notes) -> None:
             with _claimed(settings.run_dir):
                 _mend(settings, state, choice)
     except Exception as error:  # noqa: BLE001 - as above
-        log.info("captured pods are left to their first passes: %s", error)
+        log.info("early repair skipped, captured pods wait for their first pass: %s", error)
 
 
 def _choice(settings: Settings) -> Choice | None:
@@ -82,7 +82,7 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
                     continue  # it may be captured by rules still, in a change to eBPF
                 done = enrolment.enrol(note.pod, decision.redirect, ()).done
             except SluiceError as error:
-                log.info("pod %s is left to its first pass: %s", note.pod.key, error)
+                log.info("pod %s: early repair skipped: %s", note.pod.key, error)
                 continue
             for plan in done.applied:
                 if plan.differences:

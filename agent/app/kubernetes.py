@@ -101,7 +101,7 @@ class Kubernetes:
     def missing(self) -> str:
         """Why pods are not known yet; "" once they are."""
         known = self.pods.synced.is_set() and self.namespaces.synced.is_set()
-        return "" if known else f"Kubernetes has not told of this node's pods yet: {self.error or 'listing them'}"
+        return "" if known else f"this node's pods are not known from Kubernetes yet: {self.error or 'listing them'}"
 
     @property
     def error(self) -> str:

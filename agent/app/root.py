@@ -234,11 +234,11 @@ class Agent:
     def readiness(self) -> tuple[str, str]:
         """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
         if not self._synced.is_set():
-            return "it is still looking at the pods that were here before", ""
+            return "still restoring pods from the previous run", ""
         if self.kubernetes and self.kubernetes.missing:
             return self.kubernetes.missing, ""
         if self.installer and not self.installer.ready:
-            return f"the CNI plugin is not installed: {self.installer.error or 'it is being put in place'}", ""
+            return f"the CNI plugin is not installed: {self.installer.error or 'installation in progress'}", ""
         if not self.zds.connections:
             return "", self.zds.absence
         if self.host.status.error:
@@ -349,12 +349,14 @@ class Agent:
             try:
                 self.programs.admit()
             except KernelError as error:
-                log.warning("ztunnel's own connections will be refused: %s", error)
+                log.warning("cannot register the ztunnel process, its connections will be refused: %s", error)
         if self.accounting:
             try:
                 self.accounting.collector.admit()
             except KernelError as error:
-                log.warning("ztunnel's own connections will be taken for the pods': %s", error)
+                log.warning(
+                    "cannot register the ztunnel process, its connections will be counted as pod traffic: %s", error
+                )
 
     async def _ztunnel_acknowledged(self, uid: str) -> None:
         if self.choice.by_socket:
@@ -376,7 +378,8 @@ def _bound(address: str) -> socket.socket:
         return socket.create_server(place[:2], family=family)
     except OSError as error:
         raise SettingsError(
-            f"metrics_address {address}: {os.strerror(error.errno or 0)}; set another one, or stop who has it"
+            f"metrics_address {address}: {os.strerror(error.errno or 0)}; "
+            "set another one, or stop the process that has it"
         ) from None
 
 

@@ -158,7 +158,7 @@ def _variant(view: HostView | None) -> tuple[str, str]:
         both = f" besides {legacy} legacy ones" if legacy else ""
         return "iptables", f"as the host, which has {modern} rules of iptables-nft{both}"
     if view.iptables is Variant.LEGACY:
-        return "iptables-legacy", "as the host, whose iptables is the legacy one"
+        return "iptables-legacy", "as the host: its iptables is the legacy variant"
     if view.iptables is Variant.NFT:
-        return "iptables", "as the host, whose iptables writes nf_tables"
-    return "iptables", "the host tells nothing about its variant"
+        return "iptables", "as the host: its iptables writes nf_tables"
+    return "iptables", "the host shows no variant"

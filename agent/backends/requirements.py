@@ -177,7 +177,7 @@ def _nftables() -> Iterator[Need]:
             "owned tables",
             (owned,),
             "Linux 6.9",
-            "somebody's `nft flush ruleset` takes our tables until they are repaired",
+            "an `nft flush ruleset` by another process removes our tables until they are repaired",
         ),
         (
             "sets of intervals",
@@ -195,7 +195,7 @@ def _nftables() -> Iterator[Need]:
             "tcp flags",
             (table, *_rule(Table.MANGLE, Hook.OUTPUT, flags)),
             modules("nf_tables", "NF_TABLES"),
-            "connections from before the enrolment are not told apart",
+            "pre-existing connections are not distinguished",
         ),
         (
             "reject",

@@ -32,7 +32,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def add_pod(parser: argparse.ArgumentParser) -> None:
     """POD, and -n for those who are used to it; see `pod`."""
-    parser.add_argument("pod", metavar="POD", help="namespace/name, a name that is alone, or a UID")
+    parser.add_argument("pod", metavar="POD", help="namespace/name, a unique name, or a UID")
     parser.add_argument("-n", "--namespace", metavar="NAMESPACE", default="", help="of a POD that is a name alone")
 
 

@@ -22,10 +22,8 @@ Row = Mapping[str, Any]
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("connections", help="connections of pods: live ones, and the last that ended")
-    parser.add_argument(
-        "pod", metavar="POD", nargs="?", default="", help="namespace/name, a name that is alone, or a UID"
-    )
+    parser = subparsers.add_parser("connections", help="connections of pods: live ones, and the latest ended ones")
+    parser.add_argument("pod", metavar="POD", nargs="?", default="", help="namespace/name, a unique name, or a UID")
     parser.add_argument("-f", "--follow", action="store_true", help="print each connection when it ends, until Ctrl-C")
     parser.add_argument("--fate", choices=("captured", "exempt", "leaked", "undecided"), default="", help="only these")
     parser.add_argument(

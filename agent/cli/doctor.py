@@ -26,10 +26,10 @@ _MOST = 5  # rows of one cause that are shown
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "doctor",
-        help="what is wrong with this node, why, and what to do; exit 1 if anything is",
+        help="what is wrong with this node, why, and what to do; exit 1 if anything is wrong",
     )
     parser.add_argument("checks", metavar="CHECK", nargs="*", help="these alone (default: all)")
-    parser.add_argument("--list", action="store_true", help="show the checks and what each looks at; look at nothing")
+    parser.add_argument("--list", action="store_true", help="list the checks and what each is about; run none")
     parser.add_argument("--config", default="", metavar="FILE", help="settings (default: those of the running agent)")
     client.add_option(parser)
     output.add_option(parser)
@@ -41,7 +41,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         rows = [{"check": one.id, "about": one.about, "problems": list(one.problems)} for one in checks]
         lines = [(row["check"], row["about"], ",".join(row["problems"])) for row in rows]
-        output.emit(args.output, rows, table(("CHECK", "LOOKS WHETHER", "FIELD PROBLEMS"), lines))
+        output.emit(args.output, rows, table(("CHECK", "ABOUT", "FIELD PROBLEMS"), lines))
         return 0
     facts, findings = diagnose(args.run_dir, args.config, checks)
     output.emit(args.output, value(facts, findings), text(findings))
@@ -53,7 +53,7 @@ def diagnose(
 ) -> tuple[NodeFacts, tuple[CheckResult, ...]]:
     """Raises SettingsError for settings that cannot be used, SluiceError for whoever may not look."""
     if os.geteuid() != 0:
-        raise SluiceError("this looks into processes and network namespaces of the node; run it as root")
+        raise SluiceError("this reads processes and network namespaces of the node; run it as root")
     settings, source = in_force(run_dir, config)
     facts = collect(settings, source, {name for one in checks for name in one.needs})
     return facts, examine_all(checks, facts)
@@ -100,7 +100,7 @@ def _unseen(findings: Sequence[CheckResult]) -> list[str]:
             reasons.setdefault(one.found, []).append(one)
     lines = [""] if reasons else []
     for words, these in reasons.items():
-        lines.append(f"not seen: {', '.join(dict.fromkeys(one.check for one in these))}: {words}")
+        lines.append(f"not checked: {', '.join(dict.fromkeys(one.check for one in these))}: {words}")
         lines += [f"    do:   {one.remedy}" for one in these[:1] if one.remedy]
     return lines
 

@@ -33,8 +33,8 @@ def explained(told: Told, now: float) -> str:
     parts = [
         pairs(_verdict(told)),
         "Decision\n" + _indented(_decision(told)),
-        *(["Wanted\n" + _indented(_options(told))] if told["options"] else []),
-        *(["Holds\n" + _indented(pairs(_holds(told)))] if told["redirect"] or told["differences"] else []),
+        *(["Desired\n" + _indented(_options(told))] if told["options"] else []),
+        *(["Actual\n" + _indented(pairs(_holds(told)))] if told["redirect"] or told["differences"] else []),
         "Connections\n" + _indented(_connections(told, now)),
         *(["Repaired\n" + _indented(_repairs(told, now))] if told["recent_repairs"] else []),
         pairs(_sandbox(told, now)),
@@ -47,7 +47,7 @@ def _verdict(told: Told) -> Rows:
     rows: Rows = [
         ("Pod", f"{told['namespace']}/{told['name']}  (UID {told['uid']}{node})"),
         ("Captured", _captured(told)),
-        ("Do", told["advice"] or "nothing"),
+        ("Action", told["advice"] or "none"),
     ]
     if told["error"]:
         retry = f"; next try in {told['retry']:.1f} s" if told["retry"] is not None else ""
@@ -60,14 +60,14 @@ def _captured(told: Told) -> str:
     why = told["decided"]
     by = f" by {told['backend']}" if told["backend"] else ""
     if told["decision"] == "excluded":
-        left = ", but rules of ours are left" if told["differences"] else ""
+        left = ", but rules of Sluice are left" if told["differences"] else ""
         left = ", but ztunnel keeps its older connections for a while" if told["leaving"] else left
         return f"no, excluded{left}: {why}"
     match told["state"]:
         case "waiting":
-            return f"not yet: {told['error'] or 'not looked at so far'}; to be enrolled: {why}"
+            return f"not yet: {told['error'] or 'not examined yet'}; will be enrolled: {why}"
         case "pending":
-            return f"not yet: its rules are there, but no ztunnel has it, so its traffic is refused; enrolled: {why}"
+            return f"not yet: its rules are in place, but no ztunnel has it, so its traffic is refused; enrolled: {why}"
         case "failed":
             return f"NO, though it should be: {told['error']}"
     if told["inspect_error"]:
@@ -78,7 +78,7 @@ def _captured(told: Told) -> str:
     if told["ztunnel"]["silent"]:
         return f"NO{by}: rules are right, but ztunnel does not listen in it; enrolled: {why}"
     if told["foreign"]:
-        return f"NOT all{by}: our rules are right, but foreign rules come before them; enrolled: {why}"
+        return f"NOT all{by}: Sluice's rules are right, but foreign rules come before them; enrolled: {why}"
     return f"yes{by}: {why}"
 
 
@@ -88,7 +88,7 @@ def _decision(told: Told) -> str:
         ("->" if one["decides"] else " ", one["key"], _short(one["value"]), _from(one), one["effect"])
         for one in told["facts"]
     ]
-    return table((" ", "ASKED", "FOUND", "FROM", "EFFECT"), rows)
+    return table((" ", "FACT", "VALUE", "FROM", "EFFECT"), rows)
 
 
 def _from(one: Told) -> str:
@@ -126,7 +126,7 @@ def _holds(told: Told) -> Rows:
 def _ztunnel(found: Told) -> str:
     if found["connections"] == 0:
         return "none is connected to the agent"
-    state = {True: "took the pod", False: "has not taken the pod", None: "unknown"}[found["acknowledged"]]
+    state = {True: "has the pod", False: "does not have the pod yet", None: "unknown"}[found["acknowledged"]]
     if (sent := found.get("identity")) is None:
         return state
     return f"{state} as {sent['namespace']}/{sent['name']}, service account {sent['service_account'] or '(none)'}"
@@ -142,8 +142,8 @@ def _listeners(found: Told) -> str:
 
 def _exemption(found: Told) -> str:
     if found["mechanism"] == "off":
-        return "captured as any other connection (setting host_probes)"
-    state = found["error"] or ("exempt" if found["ok"] else "not looked at yet")
+        return "captured like any other connection (setting host_probes)"
+    state = found["error"] or ("exempt" if found["ok"] else "not examined yet")
     return f"{state} by {found['mechanism']} for {', '.join(found['addresses']) or 'no address of it'}"
 
 
@@ -167,7 +167,7 @@ def _connections(told: Told, now: float) -> str:
     for direction, counts in told["beside"].items():
         if counts["packets"]:
             size = f"{counts['packets']} packets, {counts['bytes']} bytes"
-            lines.append(f"beside, {direction}: {size}, neither TCP nor captured DNS")
+            lines.append(f"non-TCP, {direction}: {size}, neither TCP nor captured DNS")
     return "\n".join(lines)
 
 

@@ -49,7 +49,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--all", action="store_true", required=True, help="every captured pod of this node")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be changed")
     parser.add_argument(
-        "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
+        "--netns", action="append", default=[], metavar="PATH", help="only these namespaces, nothing else of the node"
     )
     output.add_option(parser)
     from_user.add_options(parser)
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
     words = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
     scripts = [f"# {row.netns}\n{script}" for row in rows if args.dry_run for script in row.scripts]
-    output.emit(args.output, value, "\n".join([words, *(f"could not look: {one}" for one in problems), *scripts]))
+    output.emit(args.output, value, "\n".join([words, *(f"cannot examine: {one}" for one in problems), *scripts]))
     return 1 if problems or any(row.result == "not handed back" for row in rows) else 0
 
 
@@ -123,7 +123,7 @@ def _host(*, dry_run: bool) -> Iterator[Row]:
     if found is None or found.result == LEFT:
         return
     result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
-    told = "the exemption of probes is removed: until istio-cni makes its own, ztunnel takes them"
+    told = "probe exemption removed: until istio-cni creates its own, probes are captured"
     yield Row("host", "", ",".join(found.layers), result, found.scripts, (told, *found.errors))
 
 
@@ -136,7 +136,7 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
         return False
     if note is None or not captured:
         free = f"sluice uncapture --all --netns {target.netns.origin}"
-        raise SluiceError(f"no note tells what its rules have to do; left as it is, `{free}` takes them away")
+        raise SluiceError(f"no note says what its rules must do; left as it is, `{free}` removes them")
     old = backend_record.load(settings.run_dir)
     row.mechanism = ours[0] if ours else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
     decision = decide(note.pod, settings)
@@ -173,7 +173,7 @@ def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
         with contextlib.suppress(StaleError):  # somebody changed something in between: look again
             layer.apply(target, plan)
             done.append(str(plan))
-    raise KernelError(f"hand back {layer.name}", 0, "somebody keeps changing it")
+    raise KernelError(f"hand back {layer.name}", 0, "another process keeps changing it")
 
 
 def _dry(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "install", help="put the CNI plugin and its configuration in place; exit 1 if they are not"
     )
-    parser.add_argument("--check", action="store_true", help="change nothing, only tell")
+    parser.add_argument("--check", action="store_true", help="change nothing, only report")
     output.add_option(parser)
     from_user.add_options(parser)
     parser.set_defaults(run=_run)

@@ -18,9 +18,11 @@ def register(subparsers: Any) -> None:
     """Adds the group to argparse's `subparsers`; each command sets `run`, which returns the exit code."""
     group = subparsers.add_parser("lab", help="nodes and pods in network namespaces of this machine")
     commands = group.add_subparsers(dest="lab_command", metavar="COMMAND", required=True)
-    parser = _command(commands, "demo", _demo, "the main job, shown and proven; leaves nothing behind")
+    parser = _command(commands, "demo", _demo, "show and prove the main job with real traffic; leaves nothing behind")
     demos = [str(b) for b in (LabBackend.NFTABLES, LabBackend.EBPF)]
-    parser.add_argument("--backend", choices=demos, default=demos[0], help="where it begins (default: %(default)s)")
+    parser.add_argument(
+        "--backend", choices=demos, default=demos[0], help="backend at the start (default: %(default)s)"
+    )
     parser = _command(commands, "up", _up, "build the lab and leave it running")
     parser.add_argument("--backend", choices=[str(b) for b in LabBackend], default=str(LabBackend.NFTABLES))
     parser.add_argument(
@@ -36,7 +38,9 @@ def register(subparsers: Any) -> None:
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    parser.add_argument("--prefix", default=DEFAULT_PREFIX, help="tells labs apart (default: %(default)s)")
+    parser.add_argument(
+        "--prefix", default=DEFAULT_PREFIX, help="prefix of the lab's names, one per lab (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
     return parser
 

@@ -180,7 +180,7 @@ def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[Migrat
             return tuple(done)
         if len(done) == _MOST:
             raise SettingsError(
-                f"{directory.directory}: somebody keeps changing it; {done[-1]} was done again and again"
+                f"{directory.directory}: another program keeps changing it; {done[-1]} was repeated in vain"
             )
         directory.apply(found.steps[0].action)
         done.append(found.steps[0])

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith(_UNKNOWN):
             word = message.removeprefix(_UNKNOWN)
             if not word.startswith("-"):
-                return f"{word!r} is one word too many; {see}"
+                return f"unexpected argument {word!r}; {see}"
             options = (option for action in self._actions for option in action.option_strings)
             return f"unknown option {word}; {_meant(word.partition('=')[0], options)}{see}"
         if (found := _CHOICE.fullmatch(message)) is not None:
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
             choices = [one.strip(" '") for one in found[3].split(",")]
             if place == "COMMAND":
                 return f"unknown command {word!r}; {_meant(word, choices)}{see}"
-            return f"{place}: {word!r} is none of {', '.join(choices)}"
+            return f"{place}: {word!r} is not one of {', '.join(choices)}"
         return f"{message.removeprefix('argument ')}; {see}"
 
 

@@ -45,7 +45,7 @@ def _status(args: argparse.Namespace) -> int:
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
     ]
     if foreign := answer.get("foreign_rules"):  # an older agent does not tell
-        rows.append(("Foreign rules", f"before ours in {_some(foreign)}; `sluice verify POD` names them"))
+        rows.append(("Foreign rules", f"before Sluice's in {_some(foreign)}; `sluice verify POD` names them"))
     if answer.get("exits"):
         causes = sorted(answer["exits"].items(), key=lambda pair: -pair[1])
         rows.append(("Exits", ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in causes)))
@@ -83,8 +83,8 @@ def _probes(answer: Any) -> str:
     """How the node's own probes are exempt."""
     host = answer["host_probes"]
     if host["mechanism"] == "off":
-        return f"captured as any other connection ({answer['host_probes_reason']})"
-    state = host["error"] or ("exempt" if host["ok"] else "not looked at yet")
+        return f"captured like any other connection ({answer['host_probes_reason']})"
+    state = host["error"] or ("exempt" if host["ok"] else "not examined yet")
     return f"{state} for {host['members']} addresses by {host['mechanism']} ({answer['host_probes_reason']})"
 
 

@@ -28,7 +28,7 @@ from agent.sources.state import backend_record
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "preflight",
-        help="what this node's kernel can do for each backend, tried out; exit 1 if something needed is missing",
+        help="try what this node's kernel can do for each backend; exit 1 if something needed is missing",
     )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as the setting (default: auto)")
     parser.add_argument("--no-ipv6", action="store_true", help="as the setting ipv6: false")
@@ -66,7 +66,7 @@ class _Tried:
 
 def _run(args: argparse.Namespace) -> int:
     if os.geteuid() != 0:
-        raise SluiceError("sluice preflight makes network namespaces to try things in; run it as root")
+        raise SluiceError("sluice preflight creates network namespaces for its trials; run it as root")
     view = host_view.read_host_view()
     tried = _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
     choice = None
@@ -109,7 +109,7 @@ def _value(
 
 
 def _text(view: HostView, value: dict[str, Any], features: tuple[Feature, ...]) -> str:
-    passed = "packets are captured, and no longer after removal"
+    passed = "packets are captured, and are not after removal"
     tests = {name: "; ".join(found) or passed for name, found in value["selftest"].items()}
     rows = [
         ("Backend", f"{value['backend'] or 'none'} ({value['reason']})"),

@@ -24,9 +24,9 @@ def register(subparsers: Any) -> None:
         "--file",
         default="",
         metavar="FILE",
-        help="where to (default: sluice-report-NODE-TIME.tar.gz in this directory)",
+        help="file to write (default: sluice-report-NODE-TIME.tar.gz in this directory)",
     )
-    parser.add_argument("--pod", default="", metavar="POD", help="of the pods this one alone")
+    parser.add_argument("--pod", default="", metavar="POD", help="include only this pod")
     parser.add_argument(
         "--addresses", choices=("plain", "hashed"), default="plain", help="hashed: replace each by the same word"
     )

@@ -18,7 +18,7 @@ from agent.core.model.redirect import Redirect
 
 
 def register(subparsers: Any) -> None:
-    group = subparsers.add_parser("rules", help="the rules themselves")
+    group = subparsers.add_parser("rules", help="print rules")
     commands = group.add_subparsers(dest="rules_command", metavar="COMMAND", required=True)
     parser = commands.add_parser("render", help="print the rules of a variant as the backend's own script")
     parser.add_argument("--backend", choices=tuple(LAYERS), required=True)
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--virtual-interface", action="append", default=[], metavar="NAME")
     parser.add_argument("--dns-to", default="", metavar="ADDRESSES", help="capture DNS towards these resolvers only")
     parser.add_argument("--refuse-non-tcp", action="store_true", help="drop what is neither TCP nor captured DNS")
-    parser.add_argument("--preserve", action="store_true", help="while connections from before the enrolment live")
+    parser.add_argument("--preserve", action="store_true", help="while pre-existing connections live")
     parser.add_argument(
         "--annotation", action="append", default=[], metavar="KEY=VALUE", help="such as a pod's traffic.sluice.io/..."
     )

@@ -36,18 +36,18 @@ _HOST, _NODE = "host", "node"  # rows that are no pod's
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "uncapture", help="take all rules of this program out of this node, without an agent; exit 1 if any is left"
+        "uncapture", help="remove all rules of Sluice from this node, without an agent; exit 1 if any is left"
     )
-    parser.add_argument("--all", action="store_true", required=True, help="every namespace in which something is")
+    parser.add_argument("--all", action="store_true", required=True, help="every namespace that holds something")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be removed; an agent may run")
-    parser.add_argument("--foreign", action="store_true", help="also what another agent has programmed, in pods")
+    parser.add_argument("--foreign", action="store_true", help="also remove what another agent has programmed in pods")
     parser.add_argument(
-        "--netns", action="append", default=[], metavar="PATH", help="these namespaces and nothing else of the node"
+        "--netns", action="append", default=[], metavar="PATH", help="only these namespaces, nothing else of the node"
     )
     parser.add_argument(
         "--annotations",
         action="store_true",
-        help="then also the annotation ambient.istio.io/redirection of this node's pods, at the API server",
+        help="then also remove the annotation ambient.istio.io/redirection of this node's pods, at the API server",
     )
     parser.add_argument(
         "--config",
@@ -199,5 +199,5 @@ def _text(value: dict[str, Any], *, dry_run: bool) -> str:
         for one in rows
     ]
     scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]
-    words = table(header, lines) if lines else "Nothing of this program is on this node."
-    return "\n".join([words, *value["remarks"], *(f"could not look: {one}" for one in value["problems"]), *scripts])
+    words = table(header, lines) if lines else "Nothing of Sluice is on this node."
+    return "\n".join([words, *value["remarks"], *(f"cannot examine: {one}" for one in value["problems"]), *scripts])

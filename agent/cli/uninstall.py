@@ -18,7 +18,7 @@ from agent.install.uninstall import Uninstall
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
-        "uninstall", help="take the CNI plugin and its configuration out of this node; the agent must not run"
+        "uninstall", help="remove the CNI plugin and its configuration from this node; the agent must not run"
     )
     parser.add_argument("--dry-run", action="store_true", help="only show what would be done; an agent may run")
     parser.add_argument(
@@ -28,7 +28,9 @@ def register(subparsers: Any) -> None:
         help="the plugin itself; auto: it stays while a runtime remembers pods that need it to be removed",
     )
     parser.add_argument(
-        "--wait", action="store_true", help="then do nothing until SIGTERM, as the only command of a DaemonSet's pod"
+        "--wait",
+        action="store_true",
+        help="afterwards wait for SIGTERM, for use as the only command of a DaemonSet's pod",
     )
     output.add_option(parser)
     from_user.add_options(parser)
@@ -64,5 +66,5 @@ def _do(todo: Uninstall, value: dict[str, Any]) -> None:
 
 def _text(value: dict[str, Any], *, dry_run: bool) -> str:
     done = [f"{'would be done: ' if dry_run else ''}{words}" for words in value["done"]]
-    lines = [*(done or ["Nothing of the plugin is in place."]), *value["remarks"]]
+    lines = [*(done or ["Nothing of the plugin is installed."]), *value["remarks"]]
     return "\n".join([*lines, *(f"failed: {words}" for words in value["errors"])])

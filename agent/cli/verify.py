@@ -11,14 +11,16 @@ from agent.core.text import table
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("verify", help="compare pods with the kernel; exit 0 right, 1 drift, 2 unknown")
-    parser.add_argument("pod", metavar="POD", nargs="?", help="namespace/name, a name that is alone, or a UID")
-    parser.add_argument("--all", action="store_true", help="every pod of this node, and what their capture relies on")
-    parser.add_argument("--repair", action="store_true", help="put right what differs, then compare again")
+    parser = subparsers.add_parser("verify", help="compare pods with the kernel; exit 0: right, 1: drift, 2: unknown")
+    parser.add_argument("pod", metavar="POD", nargs="?", help="namespace/name, a unique name, or a UID")
+    parser.add_argument("--all", action="store_true", help="every pod of this node, and what its capture relies on")
+    parser.add_argument("--repair", action="store_true", help="repair what differs, then compare again")
     client.add_option(parser)
     output.add_option(parser)
     parser.set_defaults(run=_verify)
-    parser = subparsers.add_parser("diff", help="what would be changed in a pod, as a script; exit 1 if anything")
+    parser = subparsers.add_parser(
+        "diff", help="what a repair would change in a pod, as a script; exit 1 if anything differs"
+    )
     parser.add_argument("pod", metavar="POD")
     client.add_option(parser)
     output.add_option(parser)

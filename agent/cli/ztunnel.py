@@ -9,13 +9,13 @@ from agent.ztunnel.app import ZtunnelSettings, main
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     defaults = ZtunnelSettings()
-    parser = subparsers.add_parser("ztunnel", help="run the embedded ztunnel until it is told to end")
+    parser = subparsers.add_parser("ztunnel", help="run the embedded ztunnel until it is stopped")
     parser.add_argument(
         "--zds-socket", default=defaults.zds_socket, metavar="PATH", help="the agent's ZDS socket"
     )  # fmt: skip
     parser.add_argument(
         "--records", default=defaults.records, metavar="PATH",
-        help="file for one JSON line per connection; - is standard output, empty is none",
+        help="file for one JSON line per connection; - is standard output, empty for none",
     )  # fmt: skip
     parser.add_argument(
         "--drain-seconds", type=float, default=defaults.drain_seconds, metavar="S",
@@ -27,7 +27,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--ready-file", default=defaults.ready_file, metavar="PATH",
-        help="file that is created when the agent has handed over all pods; empty is none",
+        help="file to create when the agent has handed over all pods; empty for none",
     )  # fmt: skip
     parser.set_defaults(run=_run)
 

@@ -84,55 +84,57 @@ class Settings:
     bpf_dir: str = _node(
         names.BPF_DIR,
         PATH,
-        "directory in a bpf file system of what backend ebpf keeps; uncapture all before you change it",
+        "bpffs directory for the pins of backend ebpf; run `sluice uncapture --all` before you change it",
     )
     bpf_sizes: tuple[str, ...] = _node(
         (),
         List(_map_size),
-        "entries of BPF maps that are made from now on, as in pods=4096,handover=65536; records: bytes",
+        "entries of newly created BPF maps, as in pods=4096,handover=65536; for records: bytes",
     )
-    zds_socket: str = _node(names.ZDS_SOCKET, PATH, "unix socket on which ztunnel connects")
+    zds_socket: str = _node(names.ZDS_SOCKET, PATH, "unix socket to which ztunnel connects")
     ztunnel_ports: tuple[str, ...] = _node(
         ("15001", "15006", "15008"),
         List(lambda word: str(Whole(1, 65535).parse(word))),
-        "ports on which ztunnel has to listen in a captured pod (`sluice ztunnel`: 15001,15006)",
+        "ports on which ztunnel must listen in a captured pod (`sluice ztunnel`: 15001,15006)",
     )
-    ack_seconds: float = _node(5.0, SECONDS, "seconds that ztunnel has to acknowledge one pod")
+    ack_seconds: float = _node(5.0, SECONDS, "seconds within which ztunnel must acknowledge a pod")
     log_level: str = _node("info", Choice(("debug", "info", "warning", "error")), "debug, info, warning or error")
     enablement_selectors: tuple[Selector, ...] = _pods(
-        DEFAULT, Selectors(), "which pods are enrolled: list of {podSelector, namespaceSelector} (elsewhere: JSON)"
+        DEFAULT,
+        Selectors(),
+        "which pods are enrolled: list of {podSelector, namespaceSelector} (flag and environment: JSON)",
     )
-    exclude_namespaces: tuple[str, ...] = _pods(("kube-system",), List(), "namespaces whose pods are never captured")
+    exclude_namespaces: tuple[str, ...] = _pods(("kube-system",), List(), "namespaces in which pods are never captured")
     exempt_pods: tuple[str, ...] = _pods(
         ("istio-system/ztunnel-*",),
         List(matching(_POD_NAME, "a list of NAMESPACE/NAME, where only NAME may end with *")),
-        "NAMESPACE/NAME of pods that never are and start without the agent; * ends a name's beginning",
+        "NAMESPACE/NAME of pods never captured and started even without the agent; a trailing * matches a prefix",
     )
     own_namespace: str = _pods(
         "", TEXT, "namespace of the agent's own pods, which are never captured (in a pod: its own)"
     )
     unsupported_runtimes: tuple[str, ...] = _pods(
-        ("gvisor",), List(), "runtime classes whose pods cannot be captured, having a network stack of their own"
+        ("gvisor",), List(), "runtime classes with a network stack of their own: their pods cannot be captured"
     )
     static_pods: str = _pods(
         "",
         FILE,
-        "file of pods that no CNI call announces, or that it enrols (YAML)",
+        "file of pods that no CNI call announces, or that this file enrols (YAML)",
         followed="the file is read again when it changes",
     )
     offline_pods: str = _pods(
         "by-namespace",
         Choice(("by-namespace", "refuse")),
-        "pods that cannot be looked up while the API server or the agent is away: by-namespace, or refuse",
+        "pods that cannot be looked up while the API server or the agent is unavailable: by-namespace, or refuse",
     )
     startup_taint: str = _pods(
-        "", TEXT, "taint that the agent takes from its node once no pod can start there uncaptured; empty for none"
+        "", TEXT, "taint that the agent removes from its node once no pod can start there uncaptured; empty for none"
     )
     startup_taint_returns: bool = _pods(False, FLAG, "put that taint back while pods could start uncaptured")
     backend: str = _capture(
         "auto",
         Choice(BACKENDS),
-        "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (else as auto)",
+        "auto, nftables, iptables (its nf_tables variant), iptables-legacy, or ebpf (falls back to auto)",
     )
     ipv6: bool = _capture(True, FLAG, "program IPv6 where a pod has it")
     dns_capture: bool = _capture(True, FLAG, "capture DNS, unless a pod's annotation says otherwise")
@@ -142,15 +144,15 @@ class Settings:
         "any, or resolvers: capture DNS only towards the resolvers that the pod is configured with",
     )
     dns_resolvers: tuple[str, ...] = _capture(
-        (), List(address), "resolvers of pods whose own are not known (dns_capture_to: resolvers)"
+        (), List(address), "resolvers of pods that have none known (dns_capture_to: resolvers)"
     )
     non_tcp: str = _capture(
         "count",
         Choice(("count", "refuse")),
-        "what becomes of a pod's traffic that is neither TCP nor captured DNS: count or refuse",
+        "action for a pod's traffic that is neither TCP nor captured DNS: count or refuse",
     )
     preserve_connections: bool = _capture(
-        True, FLAG, "let connections that are older than a pod's enrolment run on uncaptured"
+        True, FLAG, "let connections that predate a pod's enrolment continue uncaptured"
     )
     sidecar_annotations: bool = _capture(
         False, FLAG, "honour the exclusions of traffic.sidecar.istio.io annotations too"
@@ -171,19 +173,19 @@ class Settings:
     probe_canary: str = _probes(
         "report",
         Choice(("report", "rollback", "off")),
-        "what a failing probe of a newly enrolled pod does: report, rollback (of the enrolment) or off",
+        "action when the probe of a newly enrolled pod fails: report, rollback (of the enrolment) or off",
     )
     kube_server: str = _kubernetes(
-        "", API_SERVER, "URL of the Kubernetes API server; in a pod the cluster's own; none for no Kubernetes"
+        "", API_SERVER, "URL of the Kubernetes API server (default in a pod: the cluster's own); none for no Kubernetes"
     )
     kube_token_file: str = _kubernetes(
         names.SERVICE_ACCOUNT + "/token",
         PATH,
-        "file of the token for the API server; read again when it changes",
+        "file with the token for the API server; read again when it changes",
         followed="the file is read again when it changes",
     )
     kube_ca_file: str = _kubernetes(
-        names.SERVICE_ACCOUNT + "/ca.crt", PATH, "certificates that the API server is checked against"
+        names.SERVICE_ACCOUNT + "/ca.crt", PATH, "file with the CA certificates of the API server"
     )
     kube_peers: bool = _kubernetes(
         False, FLAG, "watch all pods and services of the cluster, for the names of peers in metrics and records"
@@ -194,36 +196,32 @@ class Settings:
         "own (a configuration that wraps the primary one), insert (into it), off; auto: own in Kubernetes",
     )
     cni_conf_dir: str = _cni(
-        "", OPTIONAL_DIRECTORY, "the runtime's directory of CNI configurations (default: as the runtime says)"
+        "", OPTIONAL_DIRECTORY, "directory where the runtime reads CNI configurations (default: as the runtime reports)"
     )
     cni_bin_dir: str = _cni(
-        "", OPTIONAL_DIRECTORY, "the runtime's directory of CNI plugins (default: as the runtime says)"
+        "", OPTIONAL_DIRECTORY, "directory where the runtime finds CNI plugins (default: as the runtime reports)"
     )
-    cni_conf_name: str = _cni(names.CNI_CONF, CONF_NAME, "file name of our own CNI configuration")
-    cni_plugin: str = _cni(names.CNI_PLUGIN, PATH, "the plugin's binary that is installed")
+    cni_conf_name: str = _cni(names.CNI_CONF, CONF_NAME, "file name of Sluice's own CNI configuration")
+    cni_plugin: str = _cni(names.CNI_PLUGIN, PATH, "the plugin binary to install")
     host_root: str = _cni("/", PATH, "where the host's own file system is mounted")
     accounting: str = _account(
         "auto",
         Choice(("auto", "ebpf", "inet_diag", "off")),
         "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
     )
-    connection_log: str = _account(
-        "", LOG_FILE, "file that gets a line of JSON for each connection that ended; - is the standard output"
-    )
+    connection_log: str = _account("", LOG_FILE, "file for one JSON line per ended connection; - is standard output")
     connection_log_bytes: int = _account(100 << 20, Whole(1 << 16, 1 << 40), "size at which that file is rotated")
-    connection_log_keep: int = _account(2, Whole(0, 99), "rotated files that are kept")
+    connection_log_keep: int = _account(2, Whole(0, 99), "number of rotated files to keep")
     connection_log_sample: int = _account(
-        1, Whole(1, 1_000_000), "write one of so many connections there; failed and leaked ones are always written"
+        1, Whole(1, 1_000_000), "log one of so many connections; failed and leaked ones are always logged"
     )
     metrics_address: str = _account(
         "0.0.0.0:15014", HOST_PORT, "address:port of /metrics, /healthz and /readyz; empty for none"
     )
     metrics_label_sets: int = _account(
-        5000, Whole(1, 1_000_000), "label sets of each metric of connections; what does not fit is counted as overflow"
+        5000, Whole(1, 1_000_000), "maximum label sets per connection metric; further ones are counted as overflow"
     )
-    metrics_expire_seconds: float = _account(
-        900.0, SECONDS, "seconds after which a label set that nothing was added to is forgotten"
-    )
+    metrics_expire_seconds: float = _account(900.0, SECONDS, "seconds after which an unchanged label set is dropped")
     peers_file: str = _account(
         "",
         FILE,

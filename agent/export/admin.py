@@ -41,7 +41,7 @@ class Admin:
     async def public(self, request: Request) -> Response:
         """/metrics, /healthz and /readyz, safe to show to anyone on the network; and /debug/ for who is authorised."""
         if request.method not in ("GET", "HEAD"):
-            return Response.text("only GET is answered here", 405)
+            return Response.text("only GET is supported", 405)
         match request.path:
             case "/metrics":
                 return await self.metrics.page(request)

@@ -30,24 +30,24 @@ def _broken(told: Told, *, kubernetes: bool) -> str:
     name = _name(told)
     ztunnel = told["ztunnel"]
     if told["state"] == "waiting":
-        return "the agent has not looked at it yet: ask again in a moment"
+        return "the agent has not examined the pod yet; ask again in a moment"
     if told["state"] == "failed" and told["probe"] and told["error"].startswith("rolled back"):
         return "let the node's probes through (`sluice doctor`), then restart the pod"
     if told["state"] == "failed" or told["inspect_error"]:
-        return f"remove the cause that the error names; `sluice verify {name} --repair` then tries again at once"
+        return f"remove the cause that the error names, then run `sluice verify {name} --repair` to retry at once"
     if told["state"] == "pending" and not ztunnel["connections"]:
         see = f"kubectl -n istio-system get pods -l app=ztunnel -o wide | grep {told['node']}"
         return f"start ztunnel on this node: {see if kubernetes else 'systemctl start sluice-ztunnel'}"
     if told["state"] == "pending":
-        return "see ztunnel's log for this pod: it is connected, but did not take it"
+        return "see ztunnel's log: it is connected, but has not accepted this pod"
     if told["in_kernel"] == "drifted":
-        return f"sluice verify {name} --repair; who changed it is told below, once that is done"
+        return f"run `sluice verify {name} --repair`; the process that changed it is shown below after the repair"
     if ztunnel["foreign"]:
-        return "a process of the pod listens on a port of ztunnel: let it use another one; see docs/limits.md"
+        return "a process of the pod listens on a port of ztunnel: make it use another port; see docs/limits.md"
     if ztunnel["silent"]:
-        return f"restart ztunnel: nothing listens in the pod on {', '.join(map(str, ztunnel['silent']))}"
+        return f"restart ztunnel: it does not listen in the pod on {', '.join(map(str, ztunnel['silent']))}"
     if told["foreign"]:
-        return "take out of the pod what the notes name: it comes before our rules, which leave it untouched"
+        return "remove the foreign rules that the notes name: they come before Sluice's, and Sluice does not touch them"
     return ""
 
 
@@ -57,17 +57,17 @@ def _watch(told: Told) -> str:
     exemption = told["exemption"]
     annotation = told["annotation"]
     if exemption and exemption["error"]:
-        return "the node's probes are taken for strangers': sluice verify --all --repair, then sluice status"
+        return "the node's probes are being captured; run `sluice verify --all --repair`, then `sluice status`"
     if told["probe"] and not told["probe"].endswith(": ok"):
-        return "probes of the node do not reach the application as they should: sluice doctor"
+        return "the node's probes do not reach the application as they should; run `sluice doctor`"
     if any(row["fate"] == "leaked" for row in told["connections"]["fates"]):
-        return f"connections went around ztunnel: sluice connections {name} --fate leaked"
+        return f"connections bypassed ztunnel; see `sluice connections {name} --fate leaked`"
     if (cut := told["connections"]["cut"]) and cut["connections"] >= _FEW:
         return _unknown(told) if cut["seconds"] >= PATIENCE else _DENIED
     if told["outside"]:
-        return "restart the pod, if those of its connections that are older than its enrolment must be captured, too"
+        return "restart the pod if its pre-existing connections must be captured, too"
     if annotation and told["state"] == "enabled" and annotation["value"] != "enabled":
-        return f"its annotation {annotation['key']} is not written yet: see the agent's log if that lasts"
+        return f"its annotation {annotation['key']} is not written yet; if that lasts, see the agent's log"
     return ""
 
 
@@ -75,7 +75,7 @@ def _unknown(told: Told) -> str:
     sent = told["ztunnel"]["identity"] or {"service_account": ""}
     names = f"{_name(told)} with service account {sent['service_account'] or '(none)'}"
     return (
-        f"ztunnel ends its connections after waiting: it seems to know no workload {names}; give the pod "
+        f"ztunnel ends its connections after a wait: it seems not to know the workload {names}; give the pod "
         "the names that ztunnel's control plane or local file has, and see ztunnel's log"
     )
 
@@ -88,14 +88,14 @@ def _kept_out(told: Told) -> str:
     namespace = told["namespace"]
     return {
         "host network": "to capture it, give it a network of its own (hostNetwork: false)",
-        names.SIDECAR_STATUS: "to capture it, make it anew without its sidecar (label sidecar.istio.io/inject=false)",
-        "app": "nothing: ztunnel's own traffic is never captured",
-        "exclude_namespaces": f"to capture it, take {namespace} out of that setting{place} and restart the agent",
+        names.SIDECAR_STATUS: "to capture it, re-create it without its sidecar (label sidecar.istio.io/inject=false)",
+        "app": "none: ztunnel's own traffic is never captured",
+        "exclude_namespaces": f"to capture it, remove {namespace} from that setting{place} and restart the agent",
         "own_namespace": "to capture it, run it in another namespace",
-        "exempt_pods": f"to capture it, take it out of that setting{place} and restart the agent",
+        "exempt_pods": f"to capture it, remove it from that setting{place} and restart the agent",
         "unsupported_runtimes": "to capture it, run it with another runtime class",
-        "ended": "nothing: it runs no more",
-        "enablement_selectors": f"to capture it, label it as one of the selectors wants{place}; see Decision",
+        "ended": "none: the pod has ended",
+        "enablement_selectors": f"to capture it, give it the labels of one of the selectors{place}; see Decision",
     }.get(key, "")
 
 

@@ -55,26 +55,30 @@ class ConditionCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         if (found := self._condition()) is None:
             return
-        info = GaugeMetricFamily("sluice_agent_info", "What the agent runs with; always 1.", labels=list(found.about))
+        info = GaugeMetricFamily(
+            "sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(found.about)
+        )
         info.add_metric(list(found.about.values()), 1)
         yield info
-        yield GaugeMetricFamily("sluice_ready", "Whether the agent takes pods, as /readyz says.", value=found.ready)
+        yield GaugeMetricFamily(
+            "sluice_ready", "1 if the agent can capture new pods, as /readyz reports.", value=found.ready
+        )
         if found.exempt is not None:
-            what = "Whether the node's own probes of captured pods are exempt."
+            what = "1 if the node's probes of captured pods are exempt."
             yield GaugeMetricFamily("sluice_probes_exempt", what, value=found.exempt)
-        what = "The setting verify_seconds: each captured pod is compared with the kernel that often."
+        what = "Setting verify_seconds: the interval at which each captured pod is verified."
         yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=found.period)
         if found.age is not None:
-            what = "Since the last comparison that was right, of the captured pod where that is longest ago."
+            what = "Seconds since the oldest successful verification of any captured pod."
             yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=found.age)
-        what = "Pods that are to be captured and are not; 1 for each."
+        what = "Pods that should be captured but are not; 1 for each."
         pods = GaugeMetricFamily("sluice_pod_uncaptured", what, labels=["namespace", "pod", "state"])
         for pod, state in found.uncaptured:
             pods.add_metric([pod.namespace, pod.name, state.value], 1)
         yield pods
         what = (
-            "Chains and policy rules of others that come before ours in a captured pod and may take its traffic; 1 more"
-            " while ztunnel's own connections come back to it."
+            "Foreign chains and policy rules that precede Sluice's in a captured pod and may divert its traffic; 1 more"
+            " while ztunnel's own connections are captured again."
         )
         rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
         for pod, count in found.foreign:
@@ -107,25 +111,27 @@ class ClusterCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         found = self._cluster()
         if found.synced is not None:
-            what = "What became of following the collections of the API server."
+            what = "Lists, watches, events, bookmarks and failures of each followed collection of the API server."
             family = CounterMetricFamily("sluice_kube_follow", what, labels=["path", "what"])
             for path, counts in sorted(found.follows.items()):
                 for word, count in counts.items():
                     family.add_metric([path, word], count)
             yield family
-            what = "Whether a collection of the API server is followed: 0 since a try failed, until one goes well."
+            what = "1 if a collection of the API server is followed; 0 from a failed attempt to the next success."
             gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
             for path, well in sorted(found.following.items()):
                 gauge.add_metric([path], well)
             yield gauge
-            what = "Whether this node's pods and all namespaces are known from the API server."
+            what = "1 if this node's pods and all namespaces are known from the API server."
             yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
-            what = "Events on pods that could not be written."
+            what = "Kubernetes Events about pods that could not be written."
             yield CounterMetricFamily("sluice_kube_events_lost", what, value=found.events_lost)
         if found.installed is not None:
-            what = "Whether the CNI plugin and its configuration are in place."
+            what = "1 if the CNI plugin and its configuration are in place."
             yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
-            what = "CNI configurations written; it grows when somebody else writes them, too."
+            what = "CNI configurations written; keeps growing if another program overwrites them."
             yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
-            what = "Whether somebody keeps undoing the CNI installation, until a minute after the last time."
+            what = (
+                "1 while another program repeatedly reverts the CNI installation, and for a minute after the last time."
+            )
             yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)

@@ -123,7 +123,7 @@ class ConnectionsApi:
         """The pod of that name on this node; None for none, since connections may outlive their pod here."""
         found = self._table.find(name) if name else []
         if len(found) > 1:
-            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
+            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in found))}; give namespace/name")
         return found[0] if found else None
 
 

@@ -35,10 +35,10 @@ class Debug:
 
     async def __call__(self, request: Request) -> Response:
         if self.review is None:
-            return Response.text("nobody can be authorised here: no Kubernetes; ask on the unix socket", 403)
+            return Response.text("no caller can be authorised without Kubernetes; use the unix socket", 403)
         word = request.headers.get("authorization", "")
         if not word.lower().startswith(_BEARER):
-            return Response.text("a bearer token is needed (kubectl create token ...)", 401)
+            return Response.text("a bearer token is required (kubectl create token ...)", 401)
         try:
             return await self._answer(request, word[len(_BEARER) :].strip(), self.review)
         except SluiceError as error:

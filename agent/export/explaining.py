@@ -123,7 +123,7 @@ class Explaining:
         for fact in considered(pod, self.settings):
             says = fact.enrols is not None
             place = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
-            effect = f"would have said: {fact.effect}" if says and decided else fact.effect
+            effect = f"would have decided: {fact.effect}" if says and decided else fact.effect
             rows.append(
                 {
                     "key": fact.key,
@@ -249,14 +249,18 @@ class Explaining:
         if not found:
             raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
         if len(found) > 1:
-            raise SluiceError(f"{name!r} may be {', '.join(sorted(p.key for p in found))}; give namespace/name")
+            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in found))}; give namespace/name")
         return found[0]
 
     def _missing(self, name: str) -> str:
         """What is known all the same, and where to look."""
         for known in filter(None, map(self.table.kube, self.table.kube_uids())):
             if name in (known.uid, known.key, known.name):
-                why = "it has ended" if known.ended else "no container of it has run, and nobody announced its sandbox"
+                why = (
+                    "it has ended"
+                    if known.ended
+                    else "none of its containers has started, and no CNI call announced it"
+                )
                 look = f"kubectl -n {known.namespace} describe pod {known.name}"
                 return f"Kubernetes has {known.key} here, but {why}; see `{look}`"
         namespace, _, alone = name.rpartition("/")
@@ -265,7 +269,7 @@ class Explaining:
         if self._kubernetes and namespace:
             lines.append(f"`kubectl -n {namespace} get pod {alone} -o wide` says where it runs")
         meant = f"did you mean {' or '.join(alike)}? " if alike else ""
-        return meant + "; ".join((*filter(None, lines), "`sluice pods` lists those that are here"))
+        return meant + "; ".join((*filter(None, lines), "`sluice pods` lists them all"))
 
     def _namespace(self, name: str) -> str:
         if name in self.settings.exclude_namespaces or name == self.settings.own_namespace:

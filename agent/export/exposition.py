@@ -50,7 +50,7 @@ _Buckets = tuple[Sequence[float], Sequence[int], float]
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[Measured], _Buckets]], ...] = (
     (
         "sluice_tcp_rtt_seconds",
-        "Smoothed round-trip time of connections, as the kernel had it when they ended.",
+        "Smoothed round-trip time of connections, as measured by the kernel at their end.",
         lambda row: (RTT_BOUNDS, row.rtt, row.rtt_sum),
     ),
     (
@@ -75,12 +75,12 @@ def _counters(
         f"sluice_connections_total{{{row.labels}}} {row.connections}{_exemplar(row, openmetrics)}\n"
         for row in found.fates
     ]
-    yield "sluice_connections", "Every connection of captured pods by what became of it, those that failed too.", fates
+    yield "sluice_connections", "TCP connections of captured pods by fate and reason, including failed ones.", fates
     name = "sluice_tcp_retransmitted_segments"
     segments = [f"{name}_total{{{row.labels}}} {row.retransmitted}\n" for row in found.measured]
-    yield name, "Segments that were sent again.", segments
-    yield _simple("sluice_records_lost", "What accounting lost under load.", "cause", losses)
-    help = "How often a cap on label sets was met: labels of what came then say overflow."
+    yield name, "Retransmitted segments.", segments
+    yield _simple("sluice_records_lost", "Records that accounting lost under load, by cause.", "cause", losses)
+    help = "Samples that met a limit of label sets and were counted under the label overflow."
     yield _simple("sluice_metrics_overflow", help, "kind", found.overflow.items())
 
 

@@ -54,9 +54,9 @@ class _Beside(Collector):
 
     def collect(self) -> Iterator[Metric]:
         labels = ["namespace", "pod", "direction"]
-        what = "neither TCP nor captured DNS, passed or refused as the setting non_tcp says"
-        packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods: {what}.", labels=labels)
-        octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods: {what}.", labels=labels)
+        what = "that are neither TCP nor captured DNS; the setting non_tcp passes or refuses them"
+        packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods {what}.", labels=labels)
+        octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods {what}.", labels=labels)
         for pod, totals in self._totals():
             for direction, counts in totals.items():
                 if counts.packets:
@@ -77,7 +77,7 @@ class _Exits(Collector):
         try:
             found = self._exits()
         except KernelError as error:  # as while they are being removed
-            log.warning("the counters of the eBPF programs cannot be read: %s", error)
+            log.warning("cannot read the counters of the eBPF programs: %s", error)
             return
         for cause, count in found.items():
             family.add_metric([cause.name.lower()], count)
@@ -94,11 +94,15 @@ class _Sockets(Collector):
     def collect(self) -> Iterator[Metric]:
         labels = ["namespace", "pod"]
         states = GaugeMetricFamily(
-            "sluice_sockets", "TCP sockets of pods by state, ztunnel's included.", labels=[*labels, "state"]
+            "sluice_sockets", "TCP sockets in pods by state, including ztunnel's.", labels=[*labels, "state"]
         )
-        ports = GaugeMetricFamily("sluice_ephemeral_ports", "Local ports of pods for outbound use.", labels=labels)
+        ports = GaugeMetricFamily(
+            "sluice_ephemeral_ports", "Local ports that a pod may use for outbound connections.", labels=labels
+        )
         used = GaugeMetricFamily(
-            "sluice_ephemeral_ports_used", "Of these, those in use towards the one peer that has most.", labels=labels
+            "sluice_ephemeral_ports_used",
+            "Of these, the ports in use towards the peer with most connections.",
+            labels=labels,
         )
         for pod, found in self._sockets():
             for state in TcpState:
@@ -135,26 +139,33 @@ class Metrics:
         r.register(ClusterCollector(cluster))
         r.register(ConditionCollector(condition))
         self.drift = Counter(
-            "sluice_drift_total", "Rule sets found changed and repaired.", ["backend", "kind"], registry=r
+            "sluice_drift_total", "Drifted rule sets that were repaired.", ["backend", "kind"], registry=r
         )
         buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5)
-        self.reconcile = Histogram("sluice_reconcile_seconds", "One pass over one pod.", buckets=buckets, registry=r)
+        self.reconcile = Histogram(
+            "sluice_reconcile_seconds", "Duration of one pass over one pod.", buckets=buckets, registry=r
+        )
         self.applied_total = Counter("sluice_plans_applied_total", "Plans applied.", ["backend"], registry=r)
         self.contended_total = Counter(
-            "sluice_contended_total", "Fights: somebody kept undoing the repairs of a pod.", registry=r
+            "sluice_contended_total", "Rule conflicts: another process repeatedly reverted Sluice's rules.", registry=r
         )
         self.probes = Counter(
-            "sluice_probe_canary_total", "Probes of newly enrolled pods from the node.", ["verdict"], registry=r
+            "sluice_probe_canary_total",
+            "Probes of the node to newly enrolled pods, by verdict.",
+            ["verdict"],
+            registry=r,
         )
         self._said: dict[str, tuple[str, float]] = {}  # of each pod the failure that was logged last, and when
-        self.failures = Counter("sluice_reconcile_failures_total", "Passes that failed.", registry=r)
+        self.failures = Counter(
+            "sluice_reconcile_failures_total", "Passes over a pod or the node that failed.", registry=r
+        )
         self.cni_requests = Counter(
-            "sluice_cni_requests_total", "Requests of the CNI plugin.", ["verb", "code"], registry=r
+            "sluice_cni_requests_total", "Requests from the CNI plugin.", ["verb", "code"], registry=r
         )
         self.cni_seconds = Histogram(
             "sluice_cni_seconds", "Time to answer the CNI plugin.", ["verb"], buckets=buckets, registry=r
         )
-        sessions = Gauge("sluice_ztunnel_connections", "Live ZDS connections.", registry=r)
+        sessions = Gauge("sluice_ztunnel_connections", "Live connections from ztunnel (ZDS).", registry=r)
         sessions.set_function(ztunnels)
         self.page = Page(r, connections)
 
@@ -186,8 +197,8 @@ class Metrics:
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
         self.contended_total.inc()
-        theirs = f"; foreign rules there: {'; '.join(remarks)}" if remarks else ""
-        log.warning("pod %s: %s keeps undoing our repairs, which are slowed down from now on%s", pod.key, cause, theirs)
+        theirs = f"; foreign rules: {'; '.join(remarks)}" if remarks else ""
+        log.warning("pod %s: rule conflict: %s repeatedly reverts repairs; backing off%s", pod.key, cause, theirs)
 
     def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.probes.labels(finding.verdict.value).inc()
@@ -202,7 +213,7 @@ class Metrics:
 
     def host_failed(self, error: Exception) -> None:
         self.failures.inc()
-        log.error("node: the exemption of probes: %s", error)
+        log.error("node: probe exemption failed: %s", error)
 
     def passed(self, pod: Pod, seconds: float) -> None:
         self.reconcile.observe(seconds)
@@ -210,4 +221,4 @@ class Metrics:
 
 def _words(differences: tuple[str, ...]) -> str:
     shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
-    return "; ".join(shown) or "ownership taken over, or empty tables removed"
+    return "; ".join(shown) or "took over table ownership or removed empty tables"

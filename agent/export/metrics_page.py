@@ -59,7 +59,7 @@ class ConnectionMetrics:
             self._refresh()
             losses = self._losses()
         except SluiceError as error:  # what was known before is still true
-            log.warning("connections cannot be read: %s", error)
+            log.warning("cannot read connection counters: %s", error)
         with self._lock:
             found = self._tally.snapshot()
         yield from exposition.connections(found, losses.items(), openmetrics=openmetrics)

@@ -63,7 +63,7 @@ def installation(installer: Installer) -> Part:
             installer.step()
         look = installer.look()
         todo = (*(("install the plugin",) if look.binary else ()), *map(str, look.verdict.actions))
-        error = look.error or look.verdict.error or ("" if look.right or todo else "there is no configuration of ours")
+        error = look.error or look.verdict.error or ("" if look.right or todo else "Sluice's configuration is missing")
         found = {"cni": (todo, "")} if todo else {}
         return [row("(CNI installation)", installer.mode, found, error, unknown=bool(look.error))]
 
@@ -77,7 +77,7 @@ def ztunnel(zds: ZdsServer) -> Part:
         late = zds.unacknowledged
         error = ""
         if not zds.connections:
-            refused = "new pods wait, and pods in which none listens have their connections refused"
+            refused = "new pods wait, and connections of pods in which none listens are refused"
             error = f"no ztunnel is connected to {zds.path}; start it: {refused}"
         elif late:
             error = f"{late} pod{'s are' if late > 1 else ' is'} not acknowledged yet"
@@ -104,7 +104,7 @@ def bypassing(find: Callable[[], Iterable[CachedSandbox]]) -> Part:
         try:
             found = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
         except (SluiceError, OSError) as error:
-            return [row("(pods that nobody announced)", "", error=str(error), unknown=True)]
+            return [row("(unannounced pods)", "", error=str(error), unknown=True)]
         return [
             {**row(one.pod.name, "bypassing", error=_KNOWN if one.chained else _MADE), "namespace": one.pod.namespace}
             for one in found
@@ -113,6 +113,6 @@ def bypassing(find: Callable[[], Iterable[CachedSandbox]]) -> Part:
     return rows
 
 
-_ANEW = "stop the pod, so that it is made anew"
-_MADE = f"not captured: it was made by a CNI configuration without sluice-cni; {_ANEW}"
-_KNOWN = f"runs, and the agent does not know it: its note is lost; {_ANEW}"
+_ANEW = "stop the pod so that it is re-created"
+_MADE = f"not captured: its CNI configuration had no sluice-cni; {_ANEW}"
+_KNOWN = f"runs, but the agent does not know it: its note is lost; {_ANEW}"

@@ -63,5 +63,5 @@ def _watching(pins: Pins) -> tuple[bool, str]:
     try:
         requirements.attempt("tcx", str(pins.root))
     except SluiceError:
-        return False, "; but for packets made by hand and SYNs that nobody answers, which take tcx, of Linux 6.6"
+        return False, "; except crafted packets and unanswered SYNs, which need tcx (Linux 6.6)"
     return True, ""

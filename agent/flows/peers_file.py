@@ -29,7 +29,7 @@ class PeersFile:
             found = remote_workloads.parse(text, str(self._file.path), self._who.cluster)
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
-            log.error("peers not used, the ones read before stay: %s", error)
+            log.error("invalid peers_file, keeping the previous content: %s", error)
             return
         self.error = ""
         self._who.know_peers(found.workloads, found.services)

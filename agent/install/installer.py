@@ -149,7 +149,7 @@ class Installer:
             return look
         if undone and self._contention.repaired(now) and not self.fighting:
             self.fighting = True
-            log.warning("%s is undone again and again: another program wants %s", undone, _HINT)
+            log.warning("%s keeps being overwritten by another program %s", undone, _HINT)
         try:
             if look.binary:
                 self._binary(places).install()
@@ -235,7 +235,7 @@ class Installer:
         return [path for path in found if path != self._host.root]
 
 
-_HINT = "it otherwise (Cilium: set cni.exclusive to false); trying ever more slowly"
+_HINT = "(Cilium: set cni.exclusive to false); retrying with backoff"
 
 
 def _words(places: Places) -> tuple[str, str, str]:

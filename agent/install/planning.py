@@ -273,6 +273,6 @@ def _remarks(found: Sorted, primary: Conf, file: str, wished: str) -> tuple[str,
     theirs = found.theirs
     remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (sluice migrate)" for conf in theirs]
     copies = [conf.name for conf in found.copies if conf not in theirs]
-    remarks += [f"{name} is another's copy of a list of ours: not wrapped" for name in copies]
+    remarks += [f"{name} is a foreign copy of a list of Sluice: not wrapped" for name in copies]
     remarks += [f"not used: {why}" for name, why in found.bad.items() if name < file]
     return tuple(remarks)

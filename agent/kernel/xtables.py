@@ -110,7 +110,9 @@ def _table(fd: int, family: int, name: str, info: bytes | None) -> Raw:
             return info, _option(fd, family, _GET_ENTRIES, head + size, length)[_HEAD:]
         except BlockingIOError:
             info = None  # EAGAIN: it has another size by now
-    raise KernelError(f"read table {name}", errno.EAGAIN, "somebody keeps changing the rules while they are read")
+    raise KernelError(
+        f"read table {name}", errno.EAGAIN, "another process keeps changing the rules while they are read"
+    )
 
 
 def _option(fd: int, family: int, option: int, request: bytes, size: int) -> bytes:

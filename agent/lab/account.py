@@ -182,7 +182,9 @@ def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
     """
     for data in _objects(lines):
         if data.get("kind") == "lost":
-            raise SluiceError(f"the ztunnel dropped {data.get('count')} records: escapes cannot be told from them")
+            raise SluiceError(
+                f"the ztunnel dropped {data.get('count')} records: escapes cannot be derived from the rest"
+            )
         if data.get("kind") == "tcp":
             yield ZtunnelRecord(
                 direction=str(data.get("direction", "")),

@@ -56,7 +56,7 @@ def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str
     inbound = seen.count("inbound", "leaked")
     missed = _sum(passed, "missed_inbound")
     words = f"{leaked} counted here, {escaped} missed by the proxies"
-    yield "leaked are those that passed by while it was provoked", escaped <= leaked <= escaped + failed, words
+    yield "leaked are those that bypassed the proxy while it was provoked", escaped <= leaked <= escaped + failed, words
     words = f"{inbound} counted here, {missed} missed by the proxies"
     yield "and so at the servers", missed <= inbound <= missed + failed, words
 

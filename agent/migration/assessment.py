@@ -60,7 +60,7 @@ def back_findings(facts: MigrationFacts, wished: str) -> tuple[MigrationFinding,
     elif steps.error:
         found.append(MigrationFinding("configuration", NOTE, steps.error, todo))
     else:
-        words = f"{len(steps.steps)} steps to do in {facts.directory}" if steps.steps else "nothing of ours is in it"
+        words = f"{len(steps.steps)} steps to do in {facts.directory}" if steps.steps else "it holds nothing of Sluice"
         found.append(MigrationFinding("configuration", FINE, words))
     return tuple(found)
 
@@ -133,7 +133,7 @@ def _configuration(facts: MigrationFacts, entry: Json, here: Settings, mode: str
 
 def _agents(facts: MigrationFacts) -> Iterator[MigrationFinding]:
     if facts.agent:
-        words = f"its agent runs ({facts.agent}): ours comes first beside it, the rest when it has gone"
+        words = f"its agent runs ({facts.agent}): our entry comes first next to it, the rest when it has gone"
         yield MigrationFinding(
             "istio-cni", NOTE, words, "take its DaemonSet from this node when ours runs; see docs/migrating.md"
         )

@@ -58,7 +58,7 @@ TABLE = (
     Equivalent("", "logging.level", "log_level", "of several scopes the default's"),
     Equivalent("", "cniBinDir", "cni_bin_dir", "as a rule not needed: found in the runtime's own configuration"),
     Equivalent("", "cniConfDir", "cni_conf_dir", "as a rule not needed: found in the runtime's own configuration"),
-    Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is found by itself"),
+    Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is detected"),
     Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in a list of our own around the primary one",
                plain=("true",)),
     Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default",

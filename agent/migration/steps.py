@@ -49,7 +49,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     verdict = first(view, entry, wished)
     if verdict.error:
         return Steps(error=verdict.error, remarks=verdict.remarks)
-    why = "our entry first, beside that of istio-cni" if places else "our entry"
+    why = "our entry first, next to that of istio-cni" if places else "our entry"
     steps = [MigrationStep(action, why) for action in verdict.actions]
     if not places or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)

@@ -98,8 +98,8 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
         if not differences:
             done.remarks += remarks
             return  # nothing was wrong: only ownership was taken over, or what was empty dropped
-    words = "; ".join(differences) or "somebody keeps changing it"
-    raise KernelError(f"{backend.name}: rules do not stay as applied", 0, words)
+    words = "; ".join(differences) or "another process keeps changing it"
+    raise KernelError(f"{backend.name}: rules changed again after being applied", 0, words)
 
 
 def verify(

@@ -54,8 +54,8 @@ def _layer(layer: HostMechanism, target: HostNetns, want: HostProbes | None, don
         done.append(HostApplied(layer.name, str(plan), differences))
         if not differences:
             return  # nothing was wrong: only ownership was taken over, or what was empty dropped
-    words = "; ".join(differences) or "somebody keeps changing it"
-    raise KernelError(f"{layer.name}: the host's rules do not stay as applied", 0, words)
+    words = "; ".join(differences) or "another process keeps changing it"
+    raise KernelError(f"{layer.name}: the host's rules changed again after being applied", 0, words)
 
 
 def verify(

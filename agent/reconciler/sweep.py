@@ -48,5 +48,5 @@ async def repeat(work: Callable[[], Awaitable[Settled]], seconds: float) -> None
             for plan in (await work()).applied:
                 log.info("%s: removed what was left of a pod: %s", plan.backend, "; ".join(plan.differences))
         except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the sweeps
-            log.warning("what ended pods left could not be removed: %s", error)
+            log.warning("cleanup of ended pods failed: %s", error)
         await asyncio.sleep(seconds)

@@ -56,7 +56,7 @@ class StaticFile:
             pods = parse(text, self._path)
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
-            log.error("static pods not used, the ones read before stay: %s", error)
+            log.error("invalid static_pods, keeping the previous content: %s", error)
             return
         self.error = ""
         await self._apply(pods)

@@ -67,7 +67,7 @@ class ZdsConnection:
         loop = asyncio.get_running_loop()
         while packet := await loop.sock_recv(self.socket, messages.MAX_MESSAGE + 1):
             if self._answer is None or self._answer.done():
-                raise ProtocolError("it answered without being asked")
+                raise ProtocolError("unexpected message (no request is pending)")
             self._answer.set_result(packet)
         self.drop()  # whoever waits for an answer need not wait any longer
 
@@ -76,7 +76,7 @@ class ZdsConnection:
         try:
             packet = messages.encode(message)
         except (ProtocolError, UnicodeEncodeError) as wrong:
-            raise ZtunnelError(f"cannot be told to ztunnel: {wrong}") from None
+            raise ZtunnelError(f"cannot encode the message for ztunnel: {wrong}") from None
         async with self._turn:
             if self.closed:
                 raise ZtunnelError("ztunnel has gone away")

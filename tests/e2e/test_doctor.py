@@ -135,7 +135,7 @@ def test_without_an_agent_it_says_what_could_not_be_seen(here: Node) -> None:
     assert {row["verdict"] for rows in found.values() for row in rows} == {"wrong", "unknown"}, found
     assert {"pods", "pods-verified", "kubernetes"} <= found.keys()
     shown = sluice(here, "doctor", *config).stdout
-    assert "not seen: agent-version, agent-resources" in shown
+    assert "not checked: agent-version, agent-resources" in shown
     pod.flush()
     assert wrong(doctor(here, *config)[1])["pod-rules"].startswith("shop/left: no rules in ")
     here.start(LabBackend.NFTABLES)

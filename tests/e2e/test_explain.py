@@ -43,7 +43,7 @@ def test_a_captured_pod(here: Node) -> None:
     said = verdict(here, pod)
     assert said["Pod"].startswith(f"{pod.key}  (UID {pod.uid}, node node1)")
     assert said["Captured"] == f"yes by iptables-legacy: the pod says {DATAPLANE_MODE}=ambient"
-    assert said["Do"] == "nothing"
+    assert said["Action"] == "none"
     told = here.ask("/v1/explain", pod=pod.key)
     assert [one["key"] for one in told["facts"] if one["decides"]] == [DATAPLANE_MODE]
     (excluded,) = [one for one in told["facts"] if one["key"] == "exclude_namespaces"]
@@ -80,9 +80,9 @@ def test_an_excluded_pod_is_told_what_would_enrol_it(here: Node) -> None:
     plain, quiet = here.add(here.pod("plain", enrolled=False)), here.add(here.pod("q", namespace="quiet"))
     said = verdict(here, plain)
     assert said["Captured"].startswith("no, excluded: neither the pod nor its namespace says")
-    assert said["Do"].startswith(f"to capture it, give its sandbox the annotation {DATAPLANE_MODE}=ambient")
+    assert said["Action"].startswith(f"to capture it, give its sandbox the annotation {DATAPLANE_MODE}=ambient")
     said = verdict(here, quiet)
-    assert "exclude_namespaces" in said["Captured"] and f"{here.run_dir}/sluice.yaml:" in said["Do"]
+    assert "exclude_namespaces" in said["Captured"] and f"{here.run_dir}/sluice.yaml:" in said["Action"]
     for pod in (plain, quiet):
         here.delete(pod)
 
@@ -93,9 +93,9 @@ def test_drift_and_its_repair(here: Node) -> None:
     run(["iptables-legacy", "-t", "nat", "-F", "ISTIO_OUTPUT"], netns=pod.netns)
     said = verdict(here, pod)
     assert said["Captured"].startswith("NOT as it should be by iptables-legacy: ")
-    assert said["Do"].startswith(f"sluice verify {pod.key} --repair")
+    assert said["Action"].startswith(f"run `sluice verify {pod.key} --repair`")
     assert "chain ISTIO_OUTPUT has 0 rules" in here.sluice("explain", pod.key)
-    here.sluice(*said["Do"].partition(";")[0].split()[1:])  # as it says
+    here.sluice(*said["Action"].split("`")[1].split()[1:])  # as it says
     assert verdict(here, pod)["Captured"].startswith("yes")
     (repair,) = here.ask("/v1/explain", pod=pod.key)["recent_repairs"]
     assert repair["layer"] == "iptables-legacy" and "Repaired" in here.sluice("explain", pod.key)
@@ -135,15 +135,15 @@ def test_ztunnel_away_deaf_or_refusing(here: Node) -> None:
     here.processes.end("ztunnel")
     until(lambda: here.state(pod) == "pending", "ztunnel is missed")
     said = verdict(here, pod)
-    assert said["Captured"].startswith("not yet: its rules are there, but no ztunnel has it")
-    assert said["Do"] == "start ztunnel on this node: systemctl start sluice-ztunnel"
+    assert said["Captured"].startswith("not yet: its rules are in place, but no ztunnel has it")
+    assert said["Action"] == "start ztunnel on this node: systemctl start sluice-ztunnel"
     fake = FakeZtunnel(here.run_dir / "ztunnel.sock")
     assert fake.complete.wait(SECONDS)
     until(lambda: here.state(pod) == "enabled", "it is captured again")
     fake.deafen(pod.uid, 15006)
     said = verdict(here, pod)
     assert "ztunnel does not listen in it" in said["Captured"]
-    assert said["Do"] == "restart ztunnel: nothing listens in the pod on 15006"
+    assert said["Action"] == "restart ztunnel: it does not listen in the pod on 15006"
     assert "15001; MISSING: 15006" in here.sluice("explain", pod.key)
     fake.close()
     here.processes.start_ztunnel()
@@ -197,6 +197,6 @@ def test_connections_that_ztunnel_cuts_off_are_told_with_the_names_that_it_was_s
 
         until(counted, "all of them are accounted for")
         said = one.sluice("explain", pod.key)
-        assert "ended by ztunnel without a byte" in said and "Do:        ztunnel resets its connections" in said
-        assert "took the pod as shop/stranger, service account default" in said
+        assert "ended by ztunnel without a byte" in said and "Action:    ztunnel resets its connections" in said
+        assert "has the pod as shop/stranger, service account default" in said
         ztunnel.socket.shutdown(socket.SHUT_RDWR)

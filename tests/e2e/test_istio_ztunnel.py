@@ -65,7 +65,7 @@ def test_a_pod_that_it_does_not_know_is_cut_off_and_explained(here: tuple[Node, 
     one, _, stranger = here
     for _ in range(3):
         assert asked(one, stranger, 4) == ""
-    words = f"it seems to know no workload {stranger.key} with service account default"
+    words = f"it seems not to know the workload {stranger.key} with service account default"
     until(lambda: words in one.ask("/v1/explain", pod=stranger.key)["advice"], "the cause is named")
 
 

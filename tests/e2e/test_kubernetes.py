@@ -336,7 +336,7 @@ def asked(here: Node) -> bool:
 
 def test_debug_on_tcp_answers_who_may_list_the_pods_alone(here: Node, api: ApiServer, tmp_path: Path) -> None:
     shop, plain = started(here, api, "mine"), started(here, api, "theirs", "plain")
-    assert debug(here, "/debug/pods", "") == (401, "a bearer token is needed (kubectl create token ...)\n")
+    assert debug(here, "/debug/pods", "") == (401, "a bearer token is required (kubectl create token ...)\n")
     assert debug(here, "/debug/pods", "nonsense")[0] == 403
     reader, admin = bearer(api, "shop"), bearer(api, "")
     status, body = debug(here, "/debug/pods", reader)

@@ -271,7 +271,7 @@ def test_p53_a_mount_with_the_address_is_not_taken_while_another_pod_lives_in_it
     other = node.netns(OTHER)
     node.mount(other, "cni-2")
     node.process(node.cgroup(f"crio-{'e' * 64}.scope"), other)  # of a pod that we cannot name
-    with pytest.raises(ForeignNetnsError, match="containers nobody knows"):
+    with pytest.raises(ForeignNetnsError, match="unknown containers"):
         node.find(uid, OTHER)
 
 

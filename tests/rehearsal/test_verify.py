@@ -79,7 +79,7 @@ def bypassed(here: Node) -> Iterator[dict[str, str]]:
         here.run("shop/astray")
     until(lambda: "(CNI installation)" not in here.verify().wrong, "it is installed again", PATIENCE)
     try:
-        yield {"shop/astray": "made by a CNI configuration without sluice-cni"}
+        yield {"shop/astray": "its CNI configuration had no sluice-cni"}
     finally:
         here.stop("shop/astray")
 

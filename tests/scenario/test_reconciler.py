@@ -147,7 +147,7 @@ def test_rules_that_do_not_stay_are_a_failure_that_says_so() -> None:
     async def script(world: World) -> None:
         world.rules.deaf = True
         (status,) = await world.settle(pod())
-        assert status.state is State.FAILED and "do not stay as applied" in status.error
+        assert status.state is State.FAILED and "changed again after being applied" in status.error
         world.rules.deaf = False
         assert (await world.reconciler.settled("web")).state is State.ENABLED
 

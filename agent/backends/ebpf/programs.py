@@ -131,7 +131,7 @@ class ProgramsBackend:
         if want is None:
             if have.left is None:
                 return Plan()
-            return Plan((Step(f"rm -r {have.left}", RemoveAll(have.left)),), ("nobody is captured by it",))
+            return Plan((Step(f"rm -r {have.left}", RemoveAll(have.left)),), ("no pod is captured by it",))
         if have.unknown:
             raise have.unknown
         changes: list[tuple[Step[Any], str]] = list(

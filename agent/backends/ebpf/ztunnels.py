@@ -160,8 +160,8 @@ class Ztunnels:
             if not numbered and cgroup == ROOT_CGROUP:
                 raise KernelError(
                     f"know ztunnel (pid {process.pid})", errno.EINVAL,
-                    "the agent has a PID namespace of its own and ztunnel is in the root cgroup, so BPF cannot tell "
-                    "ztunnel from other processes; run the agent with hostPID: true, or ztunnel in a cgroup of its own",
+                    "the agent has a PID namespace of its own and ztunnel is in the root cgroup, so BPF cannot "
+                    "identify ztunnel; run the agent with hostPID: true, or ztunnel in a cgroup of its own",
                 )  # fmt: skip
             found.add((cgroup, process.pid if numbered else 0))
         return found

@@ -151,7 +151,7 @@ def read(nft: NftSocket) -> HostNftState:
         if _of_one_generation(generation, (tables, *rest)):
             found = reading.tables(tables, rest[0], rest[1])
             return HostNftState(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
-    raise KernelError("read nf_tables of the host", 0, "somebody keeps changing the rules while they are read")
+    raise KernelError("read nf_tables of the host", 0, "another process keeps changing the rules while they are read")
 
 
 def _table_name(message: Message) -> str:

@@ -16,7 +16,7 @@ def refuse_taken(have: Mapping[str, XtTable]) -> None:
     """Raises KernelError if chains of somebody else have our names, in one family."""
     for table, held in have.items():
         if held.taken:
-            words = f"chain {held.taken[0]} of table {table} is somebody else's, as a sidecar's is: it leads to theirs"
+            words = f"chain {held.taken[0]} of table {table} is foreign (as a sidecar's): it leads to foreign chains"
             raise KernelError("iptables-restore", 0, f"{words}; exclude the pod from capture, or take these rules out")
 
 

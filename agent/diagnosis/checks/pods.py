@@ -23,7 +23,7 @@ def _key(row: Row) -> str:
 def _states(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.pods
     for row in rows:
-        words = row["error"] or row["reason"] or "not looked at yet"
+        words = row["error"] or row["reason"] or "not examined yet"
         advice = f"sluice explain {_key(row)}"
         match row["state"]:
             case "failed":

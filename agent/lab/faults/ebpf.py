@@ -58,7 +58,7 @@ class Detaching:
             passed = accounts[one.window]
             after = f"{one.seconds * 1e3:.0f} ms"
             print(
-                f"       put back after {after}; {passed.escaped} connections passed by the client's proxy, "
+                f"       put back after {after}; {passed.escaped} connections bypassed the client's proxy, "
                 f"{passed.missed_inbound} by the server's, {passed.failed} failed"
             )
 

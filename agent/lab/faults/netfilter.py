@@ -45,7 +45,7 @@ class Flushing:
         passed = sum(one.escaped for one in accounts.values())
         for repair in plain["repairs"]:
             gone = f"{repair['seconds'] * 1e3:.1f} ms"
-            print(f"       {repair['cause']} did it; rules gone for {gone}; {passed} connections passed by the proxy")
+            print(f"       {repair['cause']} did it; rules gone for {gone}; {passed} connections bypassed the proxy")
             check("the culprit is named", repair["cause"].startswith("nft["), repair["cause"])
 
     def _flush(self, *, repaired: bool) -> None:

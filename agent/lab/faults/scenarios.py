@@ -52,7 +52,7 @@ def run_all(lab: Lab, check: Checks, backend: LabBackend) -> Accounts:
 
     during("agents restarted (SIGTERM)", lambda: restarts.restart(lab))
     during("agents killed (SIGKILL)", lambda: restarts.kill(lab))
-    during("ztunnels replaced, new beside old", lambda: restarts.replace_ztunnels(lab))
+    during("ztunnels replaced, the new next to the old", lambda: restarts.replace_ztunnels(lab))
     own = Detaching(lab) if backend is LabBackend.EBPF else Flushing(lab)
     own.act(during)
     time.sleep(CALM)

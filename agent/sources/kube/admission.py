@@ -46,9 +46,7 @@ class Admission:
                     "pod %s passes, as its namespace is not enrolled, but was not looked up: %s", pod.key, error
                 )
                 return
-            raise KubeError(
-                f"it cannot be told whether it is to be captured: {error}", error.status, error.reason
-            ) from None
+            raise KubeError(f"cannot decide whether to capture it: {error}", error.status, error.reason) from None
 
     def _known(self, pod: Pod) -> bool:
         there = self._table.kube(pod.uid) is not None

@@ -96,7 +96,7 @@ class Annotator:
         ]
         if fought:
             return (
-                f"annotation {names.REDIRECTION}: somebody else keeps changing it, on {', '.join(sorted(fought)[:3])}"
+                f"annotation {names.REDIRECTION}: another program keeps changing it, on {', '.join(sorted(fought)[:3])}"
             )
         return self._yields
 
@@ -172,7 +172,7 @@ class Annotator:
         if past.written == want and past.fight.repaired(time.monotonic()):
             pause = past.fight.pause(time.monotonic())
             words = (
-                f"somebody else keeps setting {names.REDIRECTION} to {_is(pod)!r}; {want!r} follows in {pause:.0f} s"
+                f"another program keeps setting {names.REDIRECTION} to {_is(pod)!r}; {want!r} follows in {pause:.0f} s"
             )
             log.warning("pod %s: %s", pod.key, words)
             self._fought(uid, words)

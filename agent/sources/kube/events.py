@@ -65,7 +65,7 @@ class Events:
             self.tell(pod, "CaptureFailed", str(error))
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
-        self.tell(pod, "CaptureContended", f"{cause} keeps undoing repairs of capture; {'; '.join(remarks)}")
+        self.tell(pod, "CaptureContended", f"{cause} repeatedly reverts the rules of capture; {'; '.join(remarks)}")
 
     def fought(self, uid: str, words: str) -> None:
         """Somebody else writes the pod's annotation."""

@@ -61,7 +61,7 @@ class Review:
                 user = await self._user(token)
                 answer = user is not None and await self._may(user, verb, namespace, resource, subresource)
             except KubeError as error:
-                log.warning("a caller was refused, since it could not be reviewed: %s", error)
+                log.warning("request denied: access review failed: %s", error)
                 return False  # not kept: the next one may be asked again
             self._keep(key, answer)
             return answer

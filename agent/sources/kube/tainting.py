@@ -52,7 +52,7 @@ class Tainting:
         try:
             if not lacking and self._taken is not True:
                 if await self._node.remove(self._taint):
-                    log.info("taint %s taken from the node: no enrolled pod can start uncaptured", self._taint)
+                    log.info("removed taint %s: no enrolled pod can start uncaptured", self._taint)
                 self._taken = True
             elif lacking and self._returns and self._taken is not False and self._lacks >= _STEADY:
                 if await self._node.add(self._taint):

@@ -123,13 +123,15 @@ def _by_address(node: Candidates, pod: Wanted, mine: Sequence[Candidate]) -> tup
     holding = holding or [space for space in node.mounted() if addresses & space.addresses()]
     strange = [] if holding or mine else [space for space in node.strange() if addresses & space.addresses()]
     if strange:
-        raise ForeignNetnsError(f"pod {pod.uid}: {strange[0]} holds an address of it, and containers nobody knows")
+        raise ForeignNetnsError(
+            f"pod {pod.uid}: {strange[0]} has one of the pod's addresses, but belongs to unknown containers"
+        )
     if not holding:
         return None, f"holds none of its addresses ({', '.join(sorted(addresses))})"
     chosen = _only([space for space in holding if space.mount]) or _only(holding)
     if chosen is None:
         words = " and ".join(map(str, holding))
-        raise ForeignNetnsError(f"pod {pod.uid}: {words} hold an address of it; cannot tell which is the pod's")
+        raise ForeignNetnsError(f"pod {pod.uid}: {words} have an address of it; cannot decide which is the pod's")
     return chosen, f"it holds {', '.join(sorted(addresses & chosen.addresses()))}"
 
 
@@ -144,7 +146,9 @@ def _by_age(pod: Wanted, mine: Sequence[Candidate]) -> tuple[Candidate | None, s
         return alone[0], "no other has one"
     (oldest, first), (next_oldest, second), *_ = sorted(((space.age(pod.uid), space) for space in alone), key=_age)
     if oldest == next_oldest:
-        raise ForeignNetnsError(f"pod {pod.uid}: {first} and {second} are equally old; cannot tell which is the pod's")
+        raise ForeignNetnsError(
+            f"pod {pod.uid}: {first} and {second} are equally old; cannot decide which is the pod's"
+        )
     return first, "it is that of its oldest process"
 
 
@@ -163,7 +167,9 @@ def _nothing(node: Candidates, pod: Wanted, mine: Sequence[Candidate], wrong: st
     if (pid := node.hidden.get(pod.uid)) is not None:
         words = f"Permission denied; the agent needs CAP_SYS_PTRACE, and pod {pod.uid} has that process"
         return KernelError(f"look up the network namespace of process {pid}", errno.EPERM, words)
-    return NetnsError(f"pod {pod.uid}: no process and no mounted namespace on this node is proven to be its")
+    return NetnsError(
+        f"pod {pod.uid}: no network namespace found (no process or mount on this node could be matched to it)"
+    )
 
 
 def _plain(addresses: Collection[str]) -> frozenset[str]:

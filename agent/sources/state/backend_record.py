@@ -33,7 +33,7 @@ def load(run_dir: str) -> Recorded | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         words = f"no key {error}" if isinstance(error, KeyError) else error
-        log.warning("%s cannot be used (%s): the backend is chosen anew and written there", path, words)
+        log.warning("%s cannot be used (%s): choosing the backend again and recording it there", path, words)
         return None
 
 

@@ -79,7 +79,7 @@ class Notes:
         for pin in self.pins.glob("*"):
             if not (self.pods / f"{pin.name}.json").exists():
                 unpin(pin)
-                log.warning("removed the pin %s: no note tells whose it is", pin)
+                log.warning("removed the pin %s: no note names its pod", pin)
 
     def save(self, note: Note) -> None:
         """Raises SluiceError, with the path: a pod that cannot be noted is not captured."""

@@ -127,8 +127,8 @@ def test_a_recorded_choice_that_fails_makes_room() -> None:
         (MODERN, "iptables", "4 rules of iptables-nft"),
         (MIXED, "iptables", "besides 3 legacy"),
         (NEITHER, "iptables", "writes nf_tables"),
-        (replace(NEITHER, iptables=Variant.LEGACY), "iptables-legacy", "is the legacy one"),
-        (replace(NEITHER, nft=None, legacy=None, iptables=Variant.UNKNOWN), "iptables", "tells nothing"),
+        (replace(NEITHER, iptables=Variant.LEGACY), "iptables-legacy", "its iptables is the legacy variant"),
+        (replace(NEITHER, nft=None, legacy=None, iptables=Variant.UNKNOWN), "iptables", "shows no variant"),
         (None, "iptables", "most hosts"),
     ],
 )

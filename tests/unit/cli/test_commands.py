@@ -130,7 +130,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     said = {key: value.strip() for key, value in lines.items()}
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
-    assert said["Foreign rules"] == "before ours in 4 pods: a/a, b/b, c/c, ...; `sluice verify POD` names them"
+    assert said["Foreign rules"] == "before Sluice's in 4 pods: a/a, b/b, c/c, ...; `sluice verify POD` names them"
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
     assert said["Accounting"] == "ebpf (it runs here)"
     assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"

@@ -47,8 +47,8 @@ def test_rows_of_one_cause_are_together_and_bounded() -> None:
 
 def test_what_could_not_be_seen_comes_last_by_its_reason_and_then_the_sum() -> None:
     lines = doctor.text(FOUND).splitlines()
-    assert "not seen: kubernetes, leaks: no agent" in lines
-    assert lines[lines.index("not seen: cni-runtime: no runtime") + 1] == "    do:   as root"
+    assert "not checked: kubernetes, leaks: no agent" in lines
+    assert lines[lines.index("not checked: cni-runtime: no runtime") + 1] == "    do:   as root"
     assert lines[-1] == "wrong: pods; warning: records; 1 ok"
 
 

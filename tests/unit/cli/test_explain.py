@@ -73,11 +73,11 @@ def captured(**changes: Any) -> dict[str, Any]:
 TEXT = """\
 Pod:       shop/web  (UID u1, node n1)
 Captured:  yes by nftables: the pod says so
-Do:        nothing
+Action:    none
 Note:      lo lacks ::1
 
 Decision
-      ASKED                    FOUND                   FROM                     EFFECT
+      FACT                     VALUE                   FROM                     EFFECT
       host network             no                      pod                      -
       sidecar.istio.io/status  -                       pod annotation           -
       app                      -                       pod label                -
@@ -91,19 +91,19 @@ Decision
   ->  istio.io/dataplane-mode  ambient                 pod annotation           enrols
       istio.io/dataplane-mode  -                       namespace label          -
 
-Wanted
+Desired
   OPTION        VALUE        FROM
   dns           no           pod annotation dns-capture
   dns_to        any          setting dns_capture_to (default)
   ingress_only  no           default
   exclude       users=0,5-9  pod annotation x
 
-Holds
+Actual
   In the kernel:  as wanted
     routing:      as wanted
     nftables:     as wanted
   In its path:    BPF program pass (number 7) is attached to eth0 (XDP)
-  ztunnel:        took the pod as shop/web, service account robot
+  ztunnel:        has the pod as shop/web, service account robot
   Listeners:      15001
   Node's probes:  exempt by nftables for 10.0.0.2
   Probe:          probe from the node on 10.0.0.2:80: ok
@@ -116,7 +116,7 @@ Connections
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s
-  beside, outbound: 3 packets, 252 bytes, neither TCP nor captured DNS
+  non-TCP, outbound: 3 packets, 252 bytes, neither TCP nor captured DNS
 
 Repaired
   AGO  LAYER     TOOK    CHANGED BY  WHAT DIFFERED
@@ -136,32 +136,32 @@ def test_all_of_it() -> None:
     ("changes", "line"),
     [
         ({"decision": "excluded", "backend": ""}, "no, excluded: the pod says so"),
-        ({"decision": "excluded", "differences": ["x"], "redirect": None}, "no, excluded, but rules of ours are left:"),
-        ({"state": "waiting"}, "not yet: not looked at so far; to be enrolled: the pod says so"),
-        ({"state": "waiting", "error": "no ztunnel"}, "not yet: no ztunnel; to be enrolled: the pod says so"),
+        ({"decision": "excluded", "differences": ["x"], "redirect": None}, "no, excluded, but rules of Sluice are"),
+        ({"state": "waiting"}, "not yet: not examined yet; will be enrolled: the pod says so"),
+        ({"state": "waiting", "error": "no ztunnel"}, "not yet: no ztunnel; will be enrolled: the pod says so"),
         (
             {"state": "excluded", "decision": "excluded", "leaving": True},
             "no, excluded, but ztunnel keeps its older connections for a while: the pod says so",
         ),
-        ({"state": "pending"}, "not yet: its rules are there, but no ztunnel has it, so its traffic is refused"),
+        ({"state": "pending"}, "not yet: its rules are in place, but no ztunnel has it, so its traffic is refused"),
         ({"state": "failed", "error": "no memory"}, "NO, though it should be: no memory"),
         ({"inspect_error": "no memory"}, "unknown by nftables: no memory"),
         ({"in_kernel": "drifted", "layers": [{"layer": "l", "in_sync": False, "differences": ["a", "b"]}]},
          "NOT as it should be by nftables: 2 differences in the kernel; enrolled: the pod says so"),
         ({"ztunnel": ZTUNNEL | {"listening": [], "silent": [15001]}},
          "NO by nftables: rules are right, but ztunnel does not listen in it"),
-        ({"foreign": ["a chain"]}, "NOT all by nftables: our rules are right, but foreign rules come before them"),
+        ({"foreign": ["a chain"]}, "NOT all by nftables: Sluice's rules are right, but foreign rules come before them"),
     ],
 )  # fmt: skip
 def test_the_second_line_names_the_cause(changes: dict[str, Any], line: str) -> None:
     lines = explain.explained(captured(**changes), 10_000.0).splitlines()
     assert lines[1].startswith(f"Captured:  {line}")
-    assert lines[2].startswith("Do: ")
+    assert lines[2].startswith("Action: ")
 
 
 def test_an_error_with_its_next_try_comes_early() -> None:
     text = explain.explained(captured(state="failed", error="no memory", retry=1.25, advice="do this"), 10_000.0)
-    assert text.splitlines()[2:4] == ["Do:        do this", "Error:     no memory; next try in 1.2 s"]
+    assert text.splitlines()[2:4] == ["Action:    do this", "Error:     no memory; next try in 1.2 s"]
 
 
 def test_what_is_in_the_way_is_a_note_once() -> None:
@@ -185,7 +185,7 @@ def test_what_is_missing_is_said() -> None:
     for words in (
         "not accounted for: the setting accounting is off", "none is connected to the agent",
         "15001; MISSING: 15006; nginx[7] listens on 0.0.0.0:15006",
-        "captured as any other connection (setting host_probes)",
+        "captured like any other connection (setting host_probes)",
     ):  # fmt: skip
         assert words in text
     assert "Annotation" not in text

@@ -121,10 +121,10 @@ def test_the_program_lists_every_command_once(capsys: pytest.CaptureFixture[str]
         ("lab upp", "lab: unknown command 'upp'; did you mean up? see `sluice lab --help`"),
         ("lab", "lab: COMMAND is missing; see `sluice lab --help`"),
         ("explain", "explain: POD is missing; see `sluice explain --help`"),
-        ("explain a b", "explain: 'b' is one word too many; see `sluice explain --help`"),
+        ("explain a b", "explain: unexpected argument 'b'; see `sluice explain --help`"),
         ("pods --outptu json", "pods: unknown option --outptu; did you mean --output? see `sluice pods --help`"),
         ("pods --outptu=json", "pods: unknown option --outptu=json; did you mean --output? see `sluice pods --help`"),
-        ("pods -o xml", "pods: -o/--output: 'xml' is none of table, json, yaml"),
+        ("pods -o xml", "pods: -o/--output: 'xml' is not one of table, json, yaml"),
         ("connections -n x", "connections: -n: 'x' is not a number; see `sluice connections --help`"),
         ("connections -n", "connections: -n: expected one argument; see `sluice connections --help`"),
         ("agent --dns-captur true", "agent: ambiguous option: --dns-captur could match --dns-capture, --dns-capture-to;"

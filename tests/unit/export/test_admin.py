@@ -140,7 +140,7 @@ def test_a_pod_that_is_not_or_may_be_several() -> None:
         for path in ("/v1/explain", "/v1/verify"):
             assert "no pod 'x' on this node" in await bench.refused(path, pod="x")
             assert "no pod ''" in await bench.refused(path)
-            assert "may be bank/web, shop/web" in await bench.refused(path, pod="bank/web"[5:])
+            assert "is ambiguous: bank/web, shop/web" in await bench.refused(path, pod="bank/web"[5:])
 
     # "web" is also a UID here, which must not hide that the name is not alone
     on_bench(script)

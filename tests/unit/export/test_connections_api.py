@@ -124,7 +124,7 @@ def test_a_pod_that_has_gone_is_known_by_its_connections() -> None:
 
 def test_mistakes_are_named() -> None:
     async def script(bench: Bench) -> None:
-        assert "'api' may be bank/api, shop/api" in await bench.refused(pod="api")
+        assert "'api' is ambiguous: bank/api, shop/api" in await bench.refused(pod="api")
         assert "no fate 'lost'; there are undecided, captured" in await bench.refused(fate="lost")
         for key, value in (("after", "x"), ("wait", "-1"), ("after", "²"), ("after", "9" * 99)):
             assert f"{key}: " in await bench.refused(**{"after": "0", key: value})

@@ -125,7 +125,7 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
 RESET = {"close": "reset", "closed_by": "remote", "received_bytes": 0}
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(5.01, "no workload shop/web with service account robot"),
+@pytest.mark.parametrize(("seconds", "words"), [(5.01, "not to know the workload shop/web with service account robot"),
                                                 (0.01, "a policy does; see ztunnel's log")])  # fmt: skip
 def test_connections_that_ztunnel_resets_one_after_the_other(seconds: float, words: str) -> None:
     async def script(bench: Bench) -> None:
@@ -164,7 +164,7 @@ def test_the_later_facts_of_a_decided_pod_say_what_they_would_have_done() -> Non
         told = await bench()
         effects = {one["key"]: (one["effect"], one["decides"]) for one in told["facts"] if one["effect"]}
         assert effects == {
-            "host network": ("excludes", True), "istio.io/dataplane-mode": ("would have said: enrols", False),
+            "host network": ("excludes", True), "istio.io/dataplane-mode": ("would have decided: enrols", False),
         }  # fmt: skip
         assert told["advice"].startswith("to capture it, give it a network of its own")
         assert (told["options"], told["layers"], told["exemption"]) == ([], [], None)
@@ -177,18 +177,18 @@ def test_what_is_not_right_is_advised_on_worst_first() -> None:
         await bench.world.settle(pod())
         bench.records.rows = [connection("leaked"), connection(established=False), connection()]
         told = await bench()
-        assert told["advice"] == "connections went around ztunnel: sluice connections shop/web --fate leaked"
+        assert told["advice"] == "connections bypassed ztunnel; see `sluice connections shop/web --fate leaked`"
         assert told["connections"]["wrong"] == bench.records.rows[:2]
         assert told["connections"]["fates"][0] | {"connections": 2} == told["connections"]["fates"][0]
         bench.surroundings.host = HostStatus("nftables", error="no table")
         assert "sluice verify --all --repair" in (await bench())["advice"]
         bench.surroundings.heard = PortListeners(missing=(15006,))
-        assert (await bench())["advice"] == "restart ztunnel: nothing listens in the pod on 15006"
+        assert (await bench())["advice"] == "restart ztunnel: it does not listen in the pod on 15006"
         bench.surroundings.heard = PortListeners(foreign=("nginx[7] listens on 0.0.0.0:15006",), missing=(15006,))
         assert "a process of the pod listens on a port of ztunnel" in (await bench())["advice"]
         bench.world.kernel.damage("rules", bench.world.target("web"))
         told = await bench()
-        assert told["advice"].startswith("sluice verify shop/web --repair")
+        assert told["advice"].startswith("run `sluice verify shop/web --repair`")
         (wrong,) = [one for one in told["layers"] if not one["in_sync"]]
         assert (wrong["layer"], wrong["differences"], wrong["script"]) == ("rules", ["it holds damaged"], "rules set")
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_asked_is_told_and_stops_nothing() -> None:
         ({"annotations": {"istio.io/dataplane-mode": "none"}}, AMBIENT,
          "to capture it: kubectl -n shop annotate pod web istio.io/dataplane-mode=ambient --overwrite"),
         ({"annotations": {"sidecar.istio.io/status": "{}"}}, AMBIENT,
-         "to capture it, make it anew without its sidecar (label sidecar.istio.io/inject=false)"),
+         "to capture it, re-create it without its sidecar (label sidecar.istio.io/inject=false)"),
     ],
 )  # fmt: skip
 def test_an_excluded_pod_of_a_cluster(facts: dict[str, Any], labels: dict[str, str], advice: str) -> None:
@@ -263,9 +263,9 @@ def test_a_pod_that_is_not_here() -> None:
         table = bench.world.table
         await bench.world.settle(pod("web-1"), pod("web-2"))
         table.seen(Pod("u9", "bank", "web-2"))
-        assert await bench.refused("nobody") == "no pod 'nobody' on this node; `sluice pods` lists those that are here"
+        assert await bench.refused("nobody") == "no pod 'nobody' on this node; `sluice pods` lists them all"
         assert "did you mean bank/web-2 or shop/web-1 or shop/web-2? " in await bench.refused("web")
-        assert "'web-2' may be bank/web-2, shop/web-2; give namespace/name" in await bench.refused("web-2")
+        assert "'web-2' is ambiguous: bank/web-2, shop/web-2; give namespace/name" in await bench.refused("web-2")
 
     on_bench(script)
 
@@ -281,7 +281,7 @@ def test_a_pod_that_is_not_here_in_a_cluster() -> None:
         assert "Kubernetes has no namespace nowhere" in await bench.refused("nowhere/x")
         assert "pods of namespace kube-system are never captured" in await bench.refused("kube-system/x")
         table.know(KubePod("u1", "shop", "starting"))
-        assert "no container of it has run, and nobody announced its sandbox" in await bench.refused("starting")
+        assert "none of its containers has started, and no CNI call announced it" in await bench.refused("starting")
         table.know(KubePod("u1", "shop", "starting", ended=True))
         assert "Kubernetes has shop/starting here, but it has ended" in await bench.refused("shop/starting")
 

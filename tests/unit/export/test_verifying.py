@@ -57,7 +57,7 @@ def test_installation() -> None:
     assert said(installation(lacking), repair=True) == ("own", "ok", "")
     nothing = FakeInstaller(Look(verdict=InstallPlan(error="no CNI configuration is there yet")))
     assert said(installation(nothing)) == ("own", "drift", "no CNI configuration is there yet")
-    assert said(installation(FakeInstaller(Look()))) == ("own", "drift", "there is no configuration of ours")
+    assert said(installation(FakeInstaller(Look()))) == ("own", "drift", "Sluice's configuration is missing")
     assert said(installation(FakeInstaller(Look(error="refused")))) == ("own", "unknown", "refused")
 
 
@@ -96,7 +96,7 @@ def test_bypassing() -> None:
         ("shop", "a", "bypassing", "drift"),
         ("shop", "b", "bypassing", "drift"),
     ]
-    assert "without sluice-cni" in found[0]["error"] and "note is lost" in found[1]["error"]
+    assert "no sluice-cni" in found[0]["error"] and "note is lost" in found[1]["error"]
     assert rows(verifying.bypassing(list)) == []
 
     def fails() -> Iterable[Any]:

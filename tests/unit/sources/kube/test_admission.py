@@ -69,7 +69,7 @@ FAILURES = [KubeError("no route to host"), KubeError("forbidden", 403), KubeErro
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_p09_of_an_enrolled_namespace_nothing_starts_unseen(failure: KubeError | None) -> None:
-    with pytest.raises(KubeError, match="cannot be told whether it is to be captured"):
+    with pytest.raises(KubeError, match="cannot decide whether to capture it"):
         admitted(Api(failure=failure), table_with(shop={MODE: "ambient"}), WEB)
 
 

@@ -295,7 +295,7 @@ def test_a_fight_is_seen_told_once_and_given_up() -> None:
 
     during(world, play)
     assert world.api.values() == ["enabled"] * 4
-    assert len(world.fights) == 1 and "somebody else keeps setting" in world.fights[0]
+    assert len(world.fights) == 1 and "another program keeps setting" in world.fights[0]
     assert "shop/web" in world.annotator.error
 
 

@@ -37,7 +37,7 @@ def test_damage_is_told_of_and_mended_by_the_next_save(
     (tmp_path / "backend.json").write_bytes(damage)
     with caplog.at_level(logging.WARNING):
         assert backend_record.load(str(tmp_path)) is None
-    assert "chosen anew" in caplog.text and "backend.json" in caplog.text
+    assert "choosing the backend again" in caplog.text and "backend.json" in caplog.text
     backend_record.save(str(tmp_path), ONE)
     assert backend_record.load(str(tmp_path)) == ONE
 
