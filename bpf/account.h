@@ -43,7 +43,7 @@ enum how {
 };
 
 enum closer {
-	CLOSER_NOBODY,
+	CLOSER_NONE,
 	CLOSER_LOCAL,
 	CLOSER_REMOTE,
 };

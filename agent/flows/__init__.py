@@ -1,1 +1,1 @@
-"""What became of every connection of enrolled pods: collected in the kernel, told as records and as totals."""
+"""The fate of every connection of enrolled pods: collected in the kernel, exported as records and totals."""

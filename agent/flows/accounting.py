@@ -1,6 +1,6 @@
 """The account that an agent keeps: which pods are counted, their totals, and the last of their connections.
 
-Joins one collector to what is shown. Records stay as the collector gave them until somebody asks, since most never are.
+Joins one collector to the API and the metrics. Records are decoded on request only, since most are never read.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from agent.flows.service_backends import Endpoints
 from agent.kernel.pod_netns import PodNetns
 
 log = logging.getLogger("sluice.accounting")
-OFTEN, SELDOM = 0.1, 1.0  # seconds between two looks for ended connections, with and without somebody who follows
-REFRESH = 15.0  # seconds between two readings when nobody scrapes: leaks are told of
+OFTEN, SELDOM = 0.1, 1.0  # seconds between two reads of ended connections, with and without a follower
+REFRESH = 15.0  # seconds between two readings without a scrape, so that leaks are logged
 SOCKETS = 55.0  # seconds between two counts of a pod's sockets: every other verification
-PEERS = 2.0  # seconds between two looks at the file of peers; one stat each
+PEERS = 2.0  # seconds between two checks of peers_file; one stat each
 _RETURNED = (
     "ztunnel's own connections, lately one to {}, come back to it and are refused: something in the pod redirects them,"
     " or overwrites ztunnel's mark"
 )
-_FORMER = 1024  # namespaces of pods that have gone, whose last connections still have a name
+_FORMER = 1024  # namespaces of pods that are gone; their last connections still resolve to a name
 
 
 Add = Callable[[list[Delta], list[Quality], Callable[[int], Pod | None], float], None]
 
 
 class Accounting:
-    """`enrol`, `watch`, `release` and `refresh` on worker threads, the rest on the event loop's."""
+    """Keeps the account. `enrol`, `watch`, `release` and `refresh` run on workers, the rest on the event loop."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Accounting:
         verify_seconds: float = 30.0,
         peers: PeersFile | None = None,
     ) -> None:
-        """`add` takes what refresh() finds, as Tally.add; `reason` tells why it is this collector."""
+        """`add` takes the results of refresh(), as LabelTotals.add; `reason` says why this collector was chosen."""
         self.collector = collector
         self.reason = reason
         self.recent = Recent[Any, ResolvedRecord](self._named)
@@ -83,7 +83,7 @@ class Accounting:
         return self.collector.name
 
     def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
-        """See Collector.enrol; never fails: capture does not depend on it."""
+        """Calls Collector.enrol; never fails: capture does not depend on it."""
         cookie = target.netns.id.cookie
         with self._turn:
             old = self._cookies.get(pod.uid)
@@ -95,28 +95,31 @@ class Accounting:
             if old is not None and old != cookie:
                 self._release(old)
             return self.collector.enrol(target, want, captured=captured, fresh=fresh)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the pod is captured all the same
-            log.warning("pod %s: its connections are not accounted for: %s", pod.key, error)
+        except Exception as error:  # noqa: BLE001 - the pod is captured all the same
+            log.warning("pod %s: cannot account for its connections: %s", pod.key, error)
             return False
 
     def watch(self, pod: Pod, target: PodNetns) -> None:
-        """See Collector.watch; never fails either."""
+        """Calls Collector.watch; never fails either."""
         try:
             self.collector.watch(target)
-            self._look(pod.uid, target)
+            self._count_sockets(pod.uid, target)
         except Exception as error:  # noqa: BLE001 - as above
-            log.warning("pod %s: its connections are not wholly accounted for: %s", pod.key, error)
+            log.warning("pod %s: cannot account for all of its connections: %s", pod.key, error)
 
     def returned(self, target: PodNetns) -> tuple[str, ...]:
-        """See Collector.returned, in words; never fails either."""
+        """Returns a remark for Collector.returned; never fails either."""
         try:
-            found = self.collector.returned(target.netns.id.cookie)
-        except KernelError:  # the next verification of the account says why
-            found = None
-        return (Foreign(_RETURNED.format(endpoint(found))),) if found else ()
+            destination = self.collector.returned(target.netns.id.cookie)
+        except KernelError:  # the next verification of the account logs why
+            destination = None
+        return (Foreign(_RETURNED.format(endpoint(destination))),) if destination else ()
 
     def release(self, uid: str, target: PodNetns | None = None) -> None:
-        """Its name is kept for a while, for what has not been read yet; never fails. `target`: where it is known."""
+        """Ends the account of a pod; never fails. Its name is kept for records that are not read yet.
+
+        `target`: its namespace, if it is known.
+        """
         with self._turn:
             cookie = self._cookies.pop(uid, None)
             self._sockets.pop(uid, None)
@@ -128,10 +131,10 @@ class Accounting:
             try:
                 self._release(cookie)
             except Exception as error:  # noqa: BLE001 - as above
-                log.warning("pod %s is gone, and what accounts for it stays until the next sweep: %s", uid, error)
+                log.warning("pod %s is gone: cannot remove its account before the next sweep: %s", uid, error)
 
     def _forget_former(self) -> None:
-        """Namespaces, the oldest first; a pod's name goes with its last one."""
+        """Forgets namespaces, the oldest first; a pod's name goes with its last one."""
         former = [one for one, uid in self._pods.items() if self._cookies.get(uid) != one]
         for one in former[: max(0, len(former) - _FORMER)]:
             uid = self._pods.pop(one)
@@ -142,31 +145,30 @@ class Accounting:
         self._counts.release(cookie)
         self.collector.release(cookie)
 
-    def _look(self, uid: str, target: PodNetns) -> None:
-        """At its sockets, now and then. A dump takes half a millisecond."""
+    def _count_sockets(self, uid: str, target: PodNetns) -> None:
+        """Counts the pod's sockets, at most every SOCKETS seconds. A dump takes half a millisecond."""
         now = time.monotonic()
         if now - self._looked.get(uid, -SOCKETS) >= SOCKETS:
             self._looked[uid] = now
             self._sockets[uid] = self._counts.read(target)
 
     def sockets(self) -> list[tuple[Pod, PodSockets]]:
-        """Of each pod as last counted."""
-        found = [(self._table.get(uid), sockets) for uid, sockets in list(self._sockets.items())]
-        return [(pod, sockets) for pod, sockets in found if pod is not None]
+        """Returns the sockets of each pod as last counted."""
+        pods = [(self._table.get(uid), sockets) for uid, sockets in list(self._sockets.items())]
+        return [(pod, sockets) for pod, sockets in pods if pod is not None]
 
     def pod(self, cookie: int) -> Pod | None:
-        """As it is, or was last."""
+        """Returns the pod with that namespace cookie, also if it is gone; None if it was forgotten."""
         uid = self._pods.get(cookie, "")
         return self._table.get(uid) or self._names.get(uid)
 
     def live(self, pod: Pod | None) -> list[dict[str, Any]]:
-        """Raises KernelError."""
+        """Returns the live connections, of one pod or of all. Raises KernelError."""
         cookie = None if pod is None else self._cookies.get(pod.uid, 0)
-        found = self.collector.live(cookie)
-        return [self._name(one).as_dict() for one in found]
+        return [self._name(one).as_dict() for one in self.collector.live(cookie)]
 
     def totals(self) -> list[dict[str, Any]]:
-        """Connections by direction, fate and reason, since this account was begun. Raises KernelError."""
+        """Returns connections by direction, fate and reason since this account began. Raises KernelError."""
         self.refresh()
         return [
             {
@@ -180,11 +182,11 @@ class Accounting:
         ]
 
     def losses(self) -> Mapping[str, int]:
-        """Raises KernelError."""
+        """Returns how much was lost, by kind. Raises KernelError."""
         return {**self.collector.losses(), **(self._journal.losses() if self._journal else {})}
 
     def refresh(self) -> None:
-        """Adds what has been counted since the last time. Raises KernelError."""
+        """Adds the counts since the last call. Raises KernelError."""
         self._who.know_pods(self._table)
         deltas, qualities = self.collector.refresh()
         self._add(deltas, qualities, self.pod, time.time())
@@ -199,7 +201,7 @@ class Accounting:
             log.warning("pod %s: %s", pod.key if pod else cookie, words)
 
     async def run(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
-        """Until cancelled. `dead` picks the cookies that belong to no pod and to no namespace that lives."""
+        """Runs until cancelled. `dead` picks the cookies that belong to no pod and to no live namespace."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._drain())
             tasks.create_task(self._every(REFRESH, self.refresh))
@@ -218,10 +220,10 @@ class Accounting:
     def _verify(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
         self.collector.sweep(dead)
         if wrong := self.collector.verify():
-            log.warning("accounting was put right: %s", "; ".join(wrong))
+            log.warning("accounting repaired: %s", "; ".join(wrong))
 
     async def look(self) -> None:
-        """For connections that have ended since the last look. Raises KernelError."""
+        """Reads the connections that have ended since the last call. Raises KernelError."""
         records = await asyncio.to_thread(self.collector.records)
         self.recent.add(records)
         if self._journal and records:

@@ -1,4 +1,4 @@
-"""Which collector keeps the account on this node: eBPF where it runs, else what the kernel tells of its sockets."""
+"""Chooses the collector of this node: eBPF where it runs, else sock_diag."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _TCX_SINCE = (6, 6)
 
 
 def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: bool) -> tuple[Collector | None, str]:
-    """(collector, why it is this one); None when it is off. `by_socket`: backend ebpf captures.
+    """Returns (collector, reason); None if accounting is off. `by_socket`: backend ebpf captures.
 
-    Raises SettingsError when the only one that may be used cannot be.
+    Raises SettingsError if the collector that the settings demand cannot be used.
     """
     why = "setting accounting"
     programs = Programs(pins.accounting, pins.maps / SHARED if by_socket else None, settings.bpf_map_sizes)
@@ -43,19 +43,19 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
 
 
 def _remove(programs: Programs) -> None:
-    """What an earlier agent left. Nobody would tell it of new ztunnels, and it would refuse them their ports."""
+    """Removes the programs of an earlier agent: without updates they would refuse new ztunnels their ports."""
     if not programs.pins.root.exists():
         return  # in a container /sys is read-only, and removing nothing fails there
     try:
         programs.remove()
     except KernelError as error:
-        log.warning("programs of the account stay, and may refuse a new ztunnel its ports: %s", error)
+        log.warning("cannot remove accounting programs, they may refuse a new ztunnel its ports: %s", error)
 
 
 def _watching(pins: Pins) -> tuple[bool, str]:
-    """Whether interfaces can be watched where rules capture, and what goes unseen if not.
+    """Returns whether interfaces can be watched where rules capture, and what goes unseen if not.
 
-    Kernels from before tcx are asked: it may have been brought to them, and trying it costs 0.1 s.
+    On kernels older than tcx it is tried: it may have been backported, and a try costs 0.1 s.
     """
     version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
     if version >= _TCX_SINCE:

@@ -1,4 +1,4 @@
-"""Who is behind an address: the pods of this node, and peers that a file (or Kubernetes) tells of. Pure."""
+"""Identifies the workload behind an address: pods of this node, and peers from a file or Kubernetes. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RUN = re.compile(r"(.+)-\d{8,10}")  # of a CronJob: the Job's name ends with mi
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What a pod belongs to; "" is not known. `pod` is its own name, for records alone: it makes no label set."""
+    """The workload of a pod; "" is unknown. `pod` is the pod's name, for records alone: it makes no label set."""
 
     name: str = ""
     namespace: str = ""
@@ -61,13 +61,13 @@ class Who:
         self._services: Mapping[tuple[str, int], Service] = {}
 
     def know_pods(self, pods: Iterable[Pod]) -> None:
-        """Those of this node; they win over peers. Addresses of the node's own and of pods that ended name nobody."""
-        found: dict[str, Workload] = {}
+        """Takes the pods of this node; they win over peers. Node addresses and ended pods have no workload."""
+        local: dict[str, Workload] = {}
         for pod in pods:
             if not pod.host_network and not pod.terminal:
                 workload = pod_workload(pod, self.cluster)
-                found.update((address, workload) for address in pod.addresses)
-        self._local = found
+                local.update((address, workload) for address in pod.addresses)
+        self._local = local
 
     def know_peers(self, workloads: Mapping[str, Workload], services: Mapping[tuple[str, int], Service]) -> None:
         self._peers = dict(workloads)
@@ -81,9 +81,9 @@ class Who:
 
 
 def pod_workload(pod: Pod, cluster: str) -> Workload:
-    """As istiod derives it from labels: canonical name and revision fall back to what Kubernetes recommends.
+    """Derives the workload from labels as istiod does: canonical name and revision fall back to Kubernetes' own labels.
 
-    Without labels `app` and `version` those are the canonical ones, as in ztunnel's metrics (src/proxy/metrics.rs).
+    `app` and `version` fall back to the canonical ones, as in ztunnel's metrics (src/proxy/metrics.rs).
     """
     labels = pod.labels
     name = labels.get(WORKLOAD_NAME) or _owner(pod)
@@ -105,7 +105,7 @@ def pod_workload(pod: Pod, cluster: str) -> Workload:
 
 
 def _owner(pod: Pod) -> str:
-    """What made the pod, by the labels that each controller of Kubernetes puts on its pods; else the pod's own name.
+    """Returns the owner of the pod, by the labels that each Kubernetes controller sets; else the pod's own name.
 
     Istio reads the owner from the API (kube/util.go, GetDeployMetaFromPod); on the node there are labels alone.
     """

@@ -1,4 +1,4 @@
-"""The log of connections: a line of JSON for each that ended, written by a thread of its own."""
+"""The connection log: one line of JSON per ended connection, written by a thread of its own."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from agent.flows.resolved_record import ResolvedRecord
 from agent.flows.sampling import sampled
 
 log = logging.getLogger("sluice.journal")
-_WAITING: Final = 65536  # records; what comes on top while the disk or the reader is slow is lost
+_WAITING: Final = 65536  # records; more are lost while the disk or the reader is slow
 _AT_ONCE: Final = 256  # in one write
-_QUIET: Final = 60.0  # seconds between two complaints: a disk that is almost full may take every other write
-_SECONDS: Final = 5.0  # for what waits at the end
+_QUIET: Final = 60.0  # seconds between two warnings: a disk that is almost full may take every other write
+_SECONDS: Final = 5.0  # to write waiting records at the end
 
 
 class ConnectionJournal:
-    """Its methods never wait for the disk or a reader. What could not be written is counted, and told of once."""
+    """Writes records. No method waits for the disk or a reader. Lost records are counted, and logged once."""
 
     def __init__(self, file: LogFile, one_in: int = 1) -> None:
-        """Of captured and exempt connections `one_in` is written, of leaked and failed ones each."""
+        """Writes one in `one_in` of the captured and exempt connections, and all that leaked or failed."""
         self._file = file
         self._one_in = one_in
         self._waiting: deque[ResolvedRecord] = deque()
         self._changed = Condition()
         self._ending = False
-        self._broken = 0  # lost since it last could write; when it may complain again
+        self._broken = 0  # lost since the last successful write; when it may warn again
         self._quiet = 0.0
         self.written = 0
         self._slow = 0
@@ -51,11 +51,11 @@ class ConnectionJournal:
             self._changed.notify()
 
     def losses(self) -> Mapping[str, int]:
-        """Records that are in no file: it was too slow, or refused (full, not writable)."""
+        """Counts records that are in no file: it was too slow, or refused them (full, not writable)."""
         return {"log_slow": self._slow, "log_failed": self._failed}
 
     def close(self) -> None:
-        """Waits some seconds for what is to be written yet."""
+        """Waits some seconds for records that are not written yet."""
         with self._changed:
             self._ending = True
             self._changed.notify()
@@ -83,7 +83,7 @@ class ConnectionJournal:
             return batch
 
     def _refused(self, error: Exception, count: int) -> None:
-        self._file.close()  # to be opened anew
+        self._file.close()  # the next write opens it again
         self._failed += count
         if not self._broken and time.monotonic() >= self._quiet:
             log.error("connection log %s: %s; records are lost until it can be written", self._file.name, error)
@@ -98,5 +98,5 @@ class ConnectionJournal:
 
 
 def _line(record: ResolvedRecord) -> bytes:
-    """In ASCII: a program's name is any bytes, and json escapes what UTF-8 cannot carry."""
+    """Encodes in ASCII: a program's name may be any bytes, and json escapes those that are not UTF-8."""
     return json.dumps(record.as_dict(), separators=(",", ":")).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""What connections add up to, by label sets whose number is bounded. Pure: the clock is an argument.
+"""The totals of connections by label sets, bounded in number. Pure: the clock is an argument.
 
 A connection is counted once, when it is opened or has failed to. Nothing here grows with their number.
 """
@@ -14,7 +14,7 @@ from agent.flows import labels
 from agent.flows.identity import Service, Who, Workload, pod_workload
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
 
-# Not traffic of the pod's with anybody: only its fate is counted.
+# Not traffic of the pod with a peer: only its fate is counted.
 _WITHIN = frozenset((Reason.LOOPBACK, Reason.ZTUNNEL))
 
 _REST = labels.OVERFLOW
@@ -28,7 +28,7 @@ _Fates = tuple[str, str, Direction, Fate, Reason]
 class TrafficTotals(NamedTuple):
     """One label set of istio_tcp_*: `labels` is what labels.traffic() wrote. Bytes of payload.
 
-    `sent` is in the direction of responses, destination to source, and `received` in that of requests, whoever reports:
+    `sent` is in the direction of responses, destination to source, and `received` in that of requests, at both ends:
     istio.io/docs/reference/config/metrics ("total bytes sent during response"), github.com/istio/istio/issues/32399;
     ztunnel counts upstream-to-downstream as sent at both ends (src/copy.rs) and turns it back for its log.
     """
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """Everything at one moment. `overflow`: how often something found no room, by what it was."""
+    """All totals at one moment. `overflow`: how often there was no room for a label set, by kind."""
 
     traffic: list[TrafficTotals]
     fates: list[Fated]
@@ -84,7 +84,7 @@ class _TrafficRow:
         self.opened += delta.opened
         self.closed += delta.closed
         self.failed += delta.failed
-        outbound = delta.direction is Direction.OUTBOUND  # so what the pod sends is the request
+        outbound = delta.direction is Direction.OUTBOUND  # so the pod sends the request
         self.sent += delta.received if outbound else delta.sent
         self.received += delta.sent if outbound else delta.received
 
@@ -132,11 +132,11 @@ _Row = TypeVar("_Row", _TrafficRow, _FatedRow, _MeasuredRow)
 
 
 class _Rows(Generic[_Key, _Row]):
-    """At most `cap` rows. What exceeds them is added to the row of `rest(key)`, which comes on top.
+    """Keeps at most `cap` rows, and one more per `rest(key)`, which takes the excess.
 
-    With `owned`, each owner has a share of the rows, and what exceeds that is added to the row of `owned(key)`.
+    With `owned`, each owner has a share of the rows, and its excess is added to the row of `owned(key)`.
 
-    Rows are kept by their label text, for no two may have the same; `_known` only spares writing it again.
+    Rows are kept by their label text, which must be unique; `_known` only spares writing it again.
     """
 
     def __init__(
@@ -178,22 +178,22 @@ class _Rows(Generic[_Key, _Row]):
             self._known[key] = row
         return row
 
-    def expire(self, before: float) -> None:
-        gone = [text for text, row in self._rows.items() if row.seen < before]
+    def expire(self, limit: float) -> None:
+        gone = [text for text, row in self._rows.items() if row.seen < limit]
         for text in gone:
             del self._rows[text]
         if gone:
             self._taken = {owner: left for owner, held in self._taken.items() if (left := held & self._rows.keys())}
-            self._known = {key: row for key, row in self._known.items() if row.seen >= before}
+            self._known = {key: row for key, row in self._known.items() if row.seen >= limit}
 
     def all(self) -> Iterable[_Row]:
         return self._rows.values()
 
 
 class LabelTotals:
-    """`cap` bounds the rows of each of the three kinds, `ttl` (seconds) how long traffic and quality outlive the last
-    that was heard of them. Fates never expire, so their sums are those of all that ever was: they are as many as
-    pods had workloads, and beyond the cap they lose the workload, not the fate.
+    """Totals by label set. `cap` bounds the rows of each of the three kinds; traffic and quality expire `ttl` seconds
+    after their last change. Fates never expire, so their sums cover all connections ever: there are as many as pods had
+    workloads, and beyond the cap they lose the workload, not the fate.
     """
 
     def __init__(self, who: Who, cap: int = 5000, ttl: float = 900.0) -> None:
@@ -220,7 +220,7 @@ class LabelTotals:
         identify: Callable[[int], Pod | None],
         now: float,
     ) -> None:
-        """`identify` tells the pod by the cookie of its network namespace; `now` is in seconds since the epoch."""
+        """Adds counts. `identify` finds the pod by the cookie of its netns; `now` is in seconds since the epoch."""
         known: dict[int, tuple[Workload | None, tuple[str, ...]]] = {}
 
         def pod_of(cookie: int) -> tuple[Workload | None, tuple[str, ...]]:

@@ -21,7 +21,7 @@ _END = (
 _SERVICE = ("service", "service_namespace", "service_name")
 
 
-# The peers of the one set per reporter that takes what finds no room.
+# The peers of the one set per reporter that takes the overflow.
 REST = (Workload(*(OVERFLOW,) * 8), Workload(*(OVERFLOW,) * 8), Service(*(OVERFLOW,) * 3))
 _NAMES = (
     "reporter",
@@ -34,7 +34,7 @@ _NAMES = (
 def traffic(
     direction: Direction, pod: Workload | None, remote: Workload | None, service: Service | None, trust_domain: str
 ) -> str:
-    """The labels of istio_tcp_* that come before OPENED or FAILED, with a comma at the end."""
+    """Returns the labels of istio_tcp_* that precede OPENED or FAILED, with a comma at the end."""
     outbound = direction is Direction.OUTBOUND
     source, destination = (pod, remote) if outbound else (remote, pod)
     values = (
@@ -65,11 +65,11 @@ def fated(namespace: str, workload: str, direction: Direction, fate: Fate, reaso
 
 
 def pairs(labels: Iterable[tuple[str, str]]) -> str:
-    """name="value",... with `unknown` for what is empty: an empty label is none to Prometheus."""
+    """Returns name="value",... with `unknown` for empty values: Prometheus treats an empty label as missing."""
     return ",".join(f'{name}="{escaped(value or UNKNOWN)}"' for name, value in labels)
 
 
 def escaped(value: str) -> str:
-    """A label's value as both text formats want it; what UTF-8 cannot carry (a lone surrogate) becomes "?"."""
+    """Escapes a label's value for both text formats; a lone surrogate, which UTF-8 cannot encode, becomes "?"."""
     plain = value.encode("utf-8", "replace").decode()
     return plain.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")

@@ -1,4 +1,4 @@
-"""A file of lines that is rotated by size: `name`, `name.1`, ... the oldest goes."""
+"""A file of lines that is rotated by size: `name`, `name.1`, ...; the oldest is removed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ STDOUT = "-"
 
 
 class LogFile:
-    """All methods raise OSError. Opened when it is first written to; mode 0600, unless it is there already."""
+    """Writes lines; opens the file on the first write, with mode 0600 if it is new. All methods raise OSError."""
 
     def __init__(self, name: str, limit: int, keep: int) -> None:
-        """`limit` in bytes; `keep` old files besides. Neither is for what is no regular file."""
+        """Rotates at `limit` bytes and keeps `keep` old files. Neither applies unless it is a regular file."""
         self.name = name
         self._limit = limit
         self._keep = keep
@@ -23,7 +23,7 @@ class LogFile:
         self._rotates = False
 
     def write(self, lines: bytes) -> None:
-        """All of them, or (in a regular file) none."""
+        """Writes all lines, or (in a regular file) none."""
         self._open()
         if self._rotates and self._size and self._size + len(lines) > self._limit:
             self.close()
@@ -35,7 +35,7 @@ class LogFile:
                 rest = rest[os.write(self._fd, rest) :]
         except OSError:
             if self._rotates:
-                os.ftruncate(self._fd, self._size)  # no half line stays, and no room is taken by what counts as lost
+                os.ftruncate(self._fd, self._size)  # leaves no partial line, and no bytes of records that count as lost
             raise
         self._size += len(lines)
 
@@ -51,14 +51,14 @@ class LogFile:
         if self._fd >= 0:
             if self._same():
                 return
-            self.close()  # somebody else rotated or removed it
-        # Read too, to see how it ends.
+            self.close()  # another program rotated or removed it
+        # Readable too, to see how it ends.
         self._fd = os.open(self.name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         found = os.fstat(self._fd)
         self._rotates = stat.S_ISREG(found.st_mode)
         self._size = found.st_size
         if self._rotates and self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
-            self._size += os.write(self._fd, b"\n")  # the last line is an earlier agent's that was killed
+            self._size += os.write(self._fd, b"\n")  # the last line is from an earlier agent that was killed
 
     def _same(self) -> bool:
         try:
@@ -70,7 +70,7 @@ class LogFile:
         return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
 
     def _rotate(self) -> None:
-        """Where it cannot, nothing more is written: a file that only grows would fill the disk."""
+        """Rotates the files; on failure no more is written: a file that only grows would fill the disk."""
         names = [Path(self.name), *(Path(f"{self.name}.{number}") for number in range(1, self._keep + 1))]
         for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
             try:

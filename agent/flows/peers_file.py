@@ -1,4 +1,4 @@
-"""The file of peers, read again whenever it changes."""
+"""Reads peers_file again whenever it changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger("sluice.peers")
 
 
 class PeersFile:
-    """A file that cannot be used is told of and changes nothing: what was read before goes on."""
+    """Watches peers_file. An invalid file is logged and changes nothing: the previous content stays."""
 
     def __init__(self, path: str, who: Who) -> None:
         self.error = ""
@@ -22,7 +22,7 @@ class PeersFile:
         self._file = WatchedFile(Path(path))
 
     def load(self) -> None:
-        """Blocking; a file that is not there names nobody."""
+        """Reads the file if it has changed; a missing one names no peers. Blocking."""
         try:
             if (text := self._file.read()) is None:
                 return

@@ -1,4 +1,4 @@
-"""The last connections that ended, numbered, so that whoever follows learns how many it missed. Pure."""
+"""The last connections that ended, numbered, so that a follower learns how many it missed. Pure."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ V = TypeVar("V")
 
 
 class Recent(Generic[R, V]):
-    """At most `limit` records, numbered from 1 in the order in which they came. One thread: the event loop's.
+    """Keeps at most `limit` records, numbered from 1 in the order of arrival. For the event loop's thread.
 
-    They are kept as they came, and `read` when somebody asks: most never are.
+    They are kept encoded and decoded by `read` on request: most never are.
     """
 
     def __init__(self, read: Callable[[R], V], limit: int = 4096) -> None:
@@ -26,7 +26,7 @@ class Recent(Generic[R, V]):
 
     @property
     def followed(self) -> bool:
-        """Somebody listens."""
+        """True while a follower listens."""
         return bool(self._listeners)
 
     def add(self, records: Collection[R]) -> None:
@@ -34,18 +34,18 @@ class Recent(Generic[R, V]):
             return
         self._kept.extend(records)
         self.number += len(records)
-        for told in tuple(self._listeners):
-            told()
+        for notify in tuple(self._listeners):
+            notify()
 
     def last(self, count: int, keep: Callable[[V], bool]) -> list[V]:
-        """The newest `count` of those to keep, oldest first."""
+        """Returns the newest `count` records for which `keep` is True, oldest first."""
         return list(islice(filter(keep, map(self._read, reversed(self._kept))), max(0, count)))[::-1]
 
     def since(self, number: int, keep: Callable[[V], bool], most: int) -> tuple[list[V], int, int]:
-        """What came after that number: (the first `most` of those to keep, lost, the number up to which this is).
+        """Returns (the first `most` records after `number` for which `keep` is True, lost, the last number read).
 
-        Lost counts all that came after it and are no longer here, to be kept or not. A number that there was not yet
-        is of an earlier agent: then nothing is known to be lost, and all that is here is new.
+        `lost` counts the records after `number` that are no longer here, with or without `keep`. A number that is too
+        high is from an earlier agent: then no loss is known, and all records are new.
         """
         if number > self.number:
             number = self.number - len(self._kept)
@@ -61,10 +61,10 @@ class Recent(Generic[R, V]):
         return found, lost, at
 
     @contextmanager
-    def listening(self, told: Callable[[], None]) -> Iterator[None]:
-        """`told` is called after each addition meanwhile."""
-        self._listeners.append(told)
+    def listening(self, notify: Callable[[], None]) -> Iterator[None]:
+        """Calls `notify` after each addition inside the context."""
+        self._listeners.append(notify)
         try:
             yield
         finally:
-            self._listeners.remove(told)
+            self._listeners.remove(notify)

@@ -13,7 +13,7 @@ from agent.core.model.sockets import Endpoint
 
 
 class _Word(IntEnum):
-    """Shown as the field writes it: small letters, words joined by hyphens."""
+    """An enum that is shown in small letters, words joined by hyphens."""
 
     @property
     def word(self) -> str:
@@ -26,7 +26,7 @@ class Direction(_Word):
 
 
 class Fate(_Word):
-    """Undecided is what failed, or was cut off, before it was known."""
+    """The fate of a connection. Undecided: it failed, or was cut off, before its fate was known."""
 
     UNDECIDED = 0
     CAPTURED = 1
@@ -35,7 +35,7 @@ class Fate(_Word):
 
 
 class Reason(_Word):
-    """Why it is exempt; of what leaked only RAW: it was made without a socket of the kernel's."""
+    """The reason of an exemption; of a leak only RAW: the connection was made without a kernel socket."""
 
     NONE = 0
     LOOPBACK = 1
@@ -52,7 +52,7 @@ class Reason(_Word):
 
 
 class How(_Word):
-    """How it ended."""
+    """The way in which a connection ended."""
 
     OPEN = 0  # it has not
     FIN = 1
@@ -65,9 +65,9 @@ class How(_Word):
 
 
 class Closer(_Word):
-    """Who ended it: sent the first FIN, or the RST."""
+    """The end that closed a connection: it sent the first FIN, or the RST."""
 
-    NOBODY = 0
+    NONE = 0
     LOCAL = 1
     REMOTE = 2
 
@@ -76,11 +76,11 @@ class Closer(_Word):
 class Connection:
     """`pod` is the cookie of its network namespace, `socket` the socket's. Times are seconds since the epoch.
 
-    `local` and `remote` are what the application sees: of a captured connection the destination that it asked for, or
-    the client. `peer` is whom its packets really reach, where that is known and another: ztunnel, or the endpoint
-    behind a service's address. Bytes are those of the payload that was acknowledged or received in order; `rtt` is the
-    kernel's smoothed round-trip time in seconds. `user`, `process` and `command` are of whoever connected; -1, 0 and ""
-    where unknown.
+    `local` and `remote` are what the application sees: of a captured connection the original destination, or the
+    client. `peer` is the end that its packets reach, where that is known and differs: ztunnel, or the endpoint behind a
+    service's address. Bytes are those of the payload that was acknowledged or received in order; `rtt` is the kernel's
+    smoothed round-trip time in seconds. `user`, `process` and `command` are those of the connecting process; -1, 0 and
+    "" where unknown.
     """
 
     pod: int
@@ -101,18 +101,18 @@ class Connection:
     retransmitted: int = 0
     rtt: float | None = None
     how: How = How.OPEN
-    closer: Closer = Closer.NOBODY
+    closer: Closer = Closer.NONE
     user: int = -1
     process: int = 0
     command: str = ""
 
     @property
     def failed(self) -> bool:
-        """It was never established."""
+        """True if it was never established."""
         return not self.established
 
     def as_dict(self) -> dict[str, Any]:
-        """As it stands in records, without the names of pods, which are not the kernel's to tell."""
+        """Returns its form in records, without the names of pods, which the kernel does not know."""
         return {
             "direction": self.direction.word,
             "fate": self.fate.word,
@@ -140,17 +140,17 @@ class Connection:
 
 
 def endpoint(of: Endpoint) -> str:
-    """address:port, IPv6 in brackets."""
+    """Returns address:port, with IPv6 in brackets."""
     address, port = of
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What was added since the last reading to the connections of one pod with one remote address and service port.
+    """The counts since the last reading of one pod's connections with one remote address and service port.
 
     `port` is where the service listens: the remote one outbound, the local one inbound. ("", 0) is the rest, when there
-    are more than the kernel's map holds, and what is ztunnel's own. `socket` is that of the last one, for exemplars.
+    are more than the kernel's map holds, and ztunnel's own. `socket` is that of the last one, for exemplars.
     """
 
     pod: int
@@ -167,14 +167,14 @@ class Delta:
     socket: int = 0
 
 
-# Upper bounds in seconds; one more bucket is for what is above.
+# Upper bounds in seconds; one more bucket takes larger values.
 RTT_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 86400.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """What was added since the last reading for the connections of one pod that have ended.
+    """The measurements since the last reading of one pod's ended connections.
 
     `rtt` and `duration` are counts by bucket, not cumulative, one more than there are bounds; sums are in seconds.
     """

@@ -1,4 +1,4 @@
-"""The peers file: who is behind addresses that are no pod of this node's, where no API server tells. Parsing is pure.
+"""The peers file: workloads behind addresses of other nodes, where there is no API server. Parsing is pure.
 
 workloads:
   - addresses: [10.0.1.5]
@@ -30,7 +30,7 @@ _SERVICE = {"addresses", "namespace", "name", "host", "ports"}
 
 @dataclass(frozen=True, slots=True)
 class RemoteWorkloads:
-    """As Who wants them: by address, and by (address, port) with port 0 for all."""
+    """The content for Who: by address, and by (address, port) with port 0 for all."""
 
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     services: Mapping[tuple[str, int], Service] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from agent.flows.record import Connection, Direction, Fate
 
 @dataclass(frozen=True, slots=True)
 class ResolvedRecord:
-    """`pod`, `namespace` and `workload` are of the end that it was seen at; "" is not known."""
+    """A connection with names. `pod`, `namespace` and `workload` are of the end that saw it; "" is unknown."""
 
     connection: Connection
     node: str = ""
@@ -25,7 +25,7 @@ class ResolvedRecord:
     remote_service: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """`time` is when it ended, or when it began while it has not: ISO 8601 in UTC with milliseconds."""
+        """Returns its JSON form. `time` is its end, or its begin while it lives: ISO 8601 in UTC with milliseconds."""
         moment = self.connection.opened if self.connection.closed is None else self.connection.closed
         return {
             "time": datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -41,7 +41,7 @@ class ResolvedRecord:
 
 
 def named(connection: Connection, pod: Pod | None, who: Who, node: str) -> ResolvedRecord:
-    """`pod` is the one whose socket it was; None when it has been forgotten."""
+    """Adds names to a connection. `pod` owns the socket; None if it has been forgotten."""
     remote, peer = connection.remote, connection.peer
     service = who.service(*remote) if connection.direction is Direction.OUTBOUND else None
     workload = who.workload(remote[0])

@@ -1,4 +1,4 @@
-"""Which records are kept when not all are. Pure."""
+"""Chooses the records that are kept when not all are. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _GOLDEN: Final = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: scatte
 
 
 def sampled(connection: Connection, one_in: int) -> bool:
-    """One of `one_in` by the socket's cookie, so the same ones whoever asks; leaked and failed ones always.
+    """Returns True for one of `one_in`, always the same ones by socket cookie, and for all that leaked or failed.
 
     Cookies are given in sequence: without the scattering both sockets of a connection within the node, or all those
     of one program, might be always or never among them.

@@ -1,4 +1,4 @@
-"""Which endpoint the node chose for a service's address, as conntrack has it while it remembers the connection."""
+"""Finds the endpoint that the node chose for a service's address, in conntrack while it has the connection."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from agent.kernel.netlink.conntrack import Conntrack
 
 
 class Endpoints:
-    """Asks in the namespace of this process, the node's, where kube-proxy's rules are. From any thread."""
+    """Reads conntrack in the node's namespace, where kube-proxy's rules are. For any thread."""
 
     def __init__(self) -> None:
         self._conntrack: Conntrack | None = None
         self._turn = threading.Lock()
 
     def resolved(self, connection: Connection) -> Connection:
-        """With the `peer` that was chosen, where no ztunnel did it, and it is another than was asked for."""
+        """Sets `peer` to the chosen endpoint, unless ztunnel chose it or it is the requested address itself."""
         if connection.peer or connection.fate is Fate.CAPTURED or connection.direction is Direction.INBOUND:
             return connection
         try:

@@ -25,12 +25,14 @@ _WORDS = {
 
 
 class Shares:
-    """One thread at a time. Methods raise KernelError."""
+    """Keeps the shares of all pods; for one thread at a time. Methods raise KernelError."""
 
     def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
         self._maps = maps
         self._clock = clock
-        self._told: dict[tuple[int, Shared], tuple[int, float]] = {}  # refused at the last message, and when that was
+        self._reported: dict[
+            tuple[int, Shared], tuple[int, float]
+        ] = {}  # refused at the last message, and when that was
 
     def allow(self) -> None:
         """Sets the shares by the sizes that the maps have."""
@@ -39,7 +41,7 @@ class Shares:
             self._maps["shares"].update(abi.share_key(0, of), Share(most).encode())
 
     def crowded(self) -> Iterator[tuple[int, str]]:
-        """(pod, message) for each pod whose entries were refused since its last message, at most once a minute."""
+        """Yields (pod, message) for each pod with refused entries since its last message, at most once a minute."""
         held = {abi.shared(key): (key, abi.share(value)) for key, value in self._maps["shares"].items()}
         counted: dict[Shared, Counter[int]] = {}
         for (pod, of), (key, share) in held.items():
@@ -50,9 +52,9 @@ class Shares:
                 if of not in counted:  # once for all pods: one system call per entry
                     counted[of] = Counter(map(abi.owner, self._maps[_MAPS[of]].keys()))
                 self._correct(key, share, counted[of][pod])
-            before, when = self._told.get((pod, of), (0, 0.0))
+            before, when = self._reported.get((pod, of), (0, 0.0))
             if share.refused > before and self._clock() >= when + _QUIET:
-                self._told[pod, of] = share.refused, self._clock()
+                self._reported[pod, of] = share.refused, self._clock()
                 yield pod, _WORDS[of].format(most=most, count=share.refused - before)
 
     def _correct(self, key: bytes, share: Share, taken: int) -> None:
@@ -64,4 +66,4 @@ class Shares:
         for key, (pod, of) in ((key, abi.shared(key)) for key, _ in self._maps["shares"].items()):
             if pod and pod not in known:
                 self._maps["shares"].delete(key)
-                self._told.pop((pod, of), None)
+                self._reported.pop((pod, of), None)

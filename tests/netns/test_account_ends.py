@@ -16,7 +16,7 @@ from agent.flows.record import Closer, Connection, Direction, Fate, How
 
 pytestmark = pytest.mark.root
 TCP_USER_TIMEOUT = 18  # linux/tcp.h
-LOCAL, REMOTE, NOBODY = Closer.LOCAL, Closer.REMOTE, Closer.NOBODY
+LOCAL, REMOTE, NOBODY = Closer.LOCAL, Closer.REMOTE, Closer.NONE
 PORT = 9000
 
 

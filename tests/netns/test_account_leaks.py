@@ -339,8 +339,8 @@ def wanted(account: Served, leaks: bool) -> None:
 
 
 ENDS = [
-    (errno.EHOSTUNREACH, UNREACHABLE, How.UNREACHABLE, Closer.NOBODY),
-    (errno.ETIMEDOUT, SILENT, How.TIMEOUT, Closer.NOBODY),
+    (errno.EHOSTUNREACH, UNREACHABLE, How.UNREACHABLE, Closer.NONE),
+    (errno.ETIMEDOUT, SILENT, How.TIMEOUT, Closer.NONE),
 ]
 
 

@@ -417,7 +417,7 @@ def test_a_connect_that_is_refused_has_failed(watched: Watched, waits: bool) -> 
     (one,) = watched.records(1)
     assert one.failed and one.direction is OUT and one.remote[0] == PEER4
     if waits:
-        assert (one.how, one.closer, one.fate, one.remote[1]) == (How.UNKNOWN, Closer.NOBODY, Fate.UNDECIDED, 0)
+        assert (one.how, one.closer, one.fate, one.remote[1]) == (How.UNKNOWN, Closer.NONE, Fate.UNDECIDED, 0)
     else:
         assert (one.how, one.closer, exempt(one)) == (
             How.REFUSED,

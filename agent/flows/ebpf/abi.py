@@ -1,4 +1,4 @@
-"""What bpf/account.h says, in Python. Pure; a test compares both by BTF."""
+"""The structures of bpf/account.h in Python. Pure; a test compares both by BTF."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class CounterValue:
 
 
 def connections(data: bytes, epoch: int) -> Iterator[Connection]:
-    """Of records one after the other. `epoch`: nanoseconds from the epoch to the zero of the kernel's clock."""
+    """Decodes consecutive records. `epoch`: nanoseconds from the epoch to the zero of the kernel's clock."""
     for fields in RECORD.iter_unpack(data):
         yield _connection(fields, epoch)
 
@@ -112,13 +112,13 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
 
 
 def tally_key(data: bytes) -> tuple[int, Direction, Fate, Reason, str, int]:
-    """(pod, direction, fate, reason, remote address, port of the service)."""
+    """Decodes (pod, direction, fate, reason, remote address, port of the service)."""
     pod, remote, port, direction, fate, reason = TALLY_KEY.unpack(data)
     return pod, Direction(direction), Fate(fate), Reason(reason), address(remote), _port(port)
 
 
 def sort_key(direction: Direction, fate: Fate, reason: Reason) -> bytes:
-    """Of no pod and no peer."""
+    """Returns the key of a total without pod and peer."""
     return TALLY_KEY.pack(0, bytes(16), bytes(2), direction, fate, reason)
 
 
@@ -131,7 +131,7 @@ def share_key(pod: int, of: Shared) -> bytes:
 
 
 def shared(key: bytes) -> tuple[int, Shared]:
-    """(pod, of what) of a key of map `shares`."""
+    """Decodes (pod, kind) from a key of map `shares`."""
     pod, of = SHARE_KEY.unpack(key)
     return pod, Shared(of)
 
@@ -141,28 +141,28 @@ def share(value: bytes) -> Share:
 
 
 def owner(key: bytes) -> int:
-    """The pod of a key of `tallies`, `begun` or `returned`, all of which begin with it."""
+    """Decodes the pod from a key of `tallies`, `begun` or `returned`, all of which begin with it."""
     return unpack_int(key[:8])
 
 
 def pod_of(key: bytes) -> int:
-    """Of a key of map `qualities`."""
+    """Decodes the pod from a key of map `qualities`."""
     pod: int = QUALITY_KEY.unpack(key)[0]
     return pod
 
 
 def destination(key: bytes) -> Endpoint:
-    """Of a key of map `returned`, which begins with the pod."""
+    """Decodes the destination from a key of map `returned`, which begins with the pod."""
     _, remote, port = DESTINATION.unpack(key)
     return _endpoint(remote, port)
 
 
 def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
-    """What was added from `old` to `new`."""
+    """Returns the growth from `old` to `new`."""
     pod, direction = QUALITY_KEY.unpack(key)
     values = QUALITY.unpack(new)
     if old is not None:
-        values = tuple(now - before for now, before in zip(values, QUALITY.unpack(old), strict=True))
+        values = tuple(now - then for now, then in zip(values, QUALITY.unpack(old), strict=True))
     rtt, rest = values[:_RTT], values[_RTT:]
     duration, more = rest[1 : 1 + _DURATION], rest[1 + _DURATION :]
     return Quality(pod, Direction(direction), rtt, rest[0] / 1e6, duration, more[0] / 1e6, *more[1:])
@@ -170,7 +170,7 @@ def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
 
 @lru_cache(16384)
 def address(data: bytes) -> str:
-    """Of 16 bytes; "" for none."""
+    """Decodes an address of 16 bytes; "" for none."""
     found = parse(data)
     return "" if found is None else str(found)
 

@@ -54,9 +54,9 @@ class EbpfCollector:
         watching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`by_socket`: backend ebpf captures, whose own guard drops what would pass by.
+        """`by_socket`: backend ebpf captures; its own guard drops traffic that would bypass ztunnel.
 
-        `watching`: elsewhere what leaves past all rules is looked for at the pods' interfaces, which takes tcx.
+        `watching`: otherwise packets that bypass all rules are watched at the pods' interfaces, which needs tcx.
         """
         self.programs = programs
         self._ztunnels = ztunnels
@@ -65,31 +65,31 @@ class EbpfCollector:
         pins: Pins = programs.pins
         self._pods = AccountedPods(pins, watching and not by_socket, programs.sizes)
         self._maps = Maps(pins.maps)
-        self._owned: dict[int, int] = {}  # pod -> version of ztunnels whose listeners are known
-        self._certain = True  # the programs can tell ztunnel from other processes
+        self._owned: dict[int, int] = {}  # pod -> version of ztunnels with known listeners
+        self._certain = True  # the programs can distinguish ztunnel from other processes
         self._tallies = KernelTotals(self._maps, clock)
         self._shares = Shares(self._maps, clock)
         self._qualities: dict[bytes, bytes] = {}
-        # Of connections from before the programs.
-        self._older = DiagCollector(ztunnels.held, ztunnels.foreign)
+        # Follows connections that are older than the programs.
+        self._preexisting = DiagCollector(ztunnels.held, ztunnels.foreign)
         self._known: set[int] = set()
-        self._past: set[int] = set()  # pods whose older connections were looked for
-        self._gone: set[int] = set()  # pods of whose connections something may be left
+        self._followed: set[int] = set()  # pods searched for pre-existing connections
+        self._gone: set[int] = set()  # pods that may have left connections
         self._late = Late(self._maps, self._tallies, _epoch)
         self._ring: RingBuffer | None = None
-        self._woken = select.epoll()  # by an edge: there is nearly always something to read, which wakes nobody
+        self._woken = select.epoll()  # edge-triggered: there is nearly always something to read
         self._refreshing = threading.Lock()
         self._taking = threading.Lock()
         self._listing = threading.Lock()
 
     def start(self) -> tuple[str, ...]:
-        """Loads and attaches what is not; what was wrong. Also from time to time: programs can be detached."""
+        """Loads and attaches missing programs; returns the drift. Called repeatedly: programs can be detached."""
         wrong = self.programs.settle()
         self._shares.allow()
         if self._ring is None:
             self._ring = RingBuffer.open(self.programs.pins.maps / "records")
             self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
-            # What is there, an earlier agent has told; what of it ended since then, nobody will.
+            # An earlier agent has exported the present values; the growth since then is never exported.
             self._qualities = dict(self._maps["qualities"].items())
             self._gone = {abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
             self.admit()
@@ -99,8 +99,8 @@ class EbpfCollector:
         cookie = target.netns.id.cookie
         self._gone.discard(cookie)
         known = self._pods.enrol(target, want, captured=captured, known=self._own(target) or (fresh and self._certain))
-        if not known or cookie in self._known:  # what an agent before this one has counted can be looked at later
-            self._follow_older(target, want, captured=captured, fresh=fresh)
+        if not known or cookie in self._known:  # pods that an earlier agent has counted can be searched later
+            self._follow_preexisting(target, want, captured=captured, fresh=fresh)
         if not captured:
             return True
         if cookie not in self._known:
@@ -111,19 +111,19 @@ class EbpfCollector:
     def watch(self, target: PodNetns) -> None:
         self._pods.watch(target)
 
-    def _follow_older(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
+    def _follow_preexisting(self, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool) -> None:
         cookie = target.netns.id.cookie
-        if cookie in self._past:
-            self._older.change(target, want, captured=captured)
+        if cookie in self._followed:
+            self._preexisting.change(target, want, captured=captured)
         else:
-            self._past.add(cookie)
+            self._followed.add(cookie)
             if not fresh:
-                self._older.enrol(target, want, captured=captured, besides=lambda: self._counted(cookie))
+                self._preexisting.enrol(target, want, captured=captured, besides=lambda: self._counted(cookie))
 
     def release(self, cookie: int) -> None:
         self._known.discard(cookie)
-        self._past.discard(cookie)
-        self._older.release(cookie)
+        self._followed.discard(cookie)
+        self._preexisting.release(cookie)
         self._owned.pop(cookie, None)
         self._gone.add(cookie)
         self._pods.release(cookie)
@@ -148,15 +148,15 @@ class EbpfCollector:
         with self._refreshing:
             with self._iterator(objects.REFRESH) as link:
                 iterator.read(link)
-            deltas, qualities = self._older.refresh()
+            deltas, qualities = self._preexisting.refresh()
             return [*deltas, *self._late.deltas(), *self._tallies.added()], [*qualities, *self._new_qualities()]
 
     def totals(self) -> Mapping[Sort, int]:
         with self._refreshing:
-            return Counter(self._tallies.totals()) + Counter(self._older.totals())
+            return Counter(self._tallies.totals()) + Counter(self._preexisting.totals())
 
     def live(self, pod: int | None = None) -> list[Connection]:
-        return [*self._older.live(pod), *self._listed(pod)]
+        return [*self._preexisting.live(pod), *self._listed(pod)]
 
     def _listed(self, pod: int | None) -> list[Connection]:
         with self._listing, self._iterator(objects.LIST) as link:
@@ -180,7 +180,7 @@ class EbpfCollector:
         with self._taking:
             data = b"" if self._ring is None else self._ring.take(size)
         return [
-            *self._older.records(),
+            *self._preexisting.records(),
             *self._late.records(),
             *(data[at : at + size] for at in range(0, len(data), size)),
         ]
@@ -189,7 +189,7 @@ class EbpfCollector:
         return record if isinstance(record, Connection) else next(abi.connections(record, _epoch()))
 
     async def arrived(self, seconds: float) -> None:
-        """The programs wake whoever waits when a quarter of the ring buffer is full."""
+        """Returns early when a quarter of the ring buffer is full: then the programs wake the reader."""
         loop = asyncio.get_running_loop()
         woken = asyncio.Event()
 
@@ -217,12 +217,12 @@ class EbpfCollector:
             loss.name.lower(): sum(unpack_int(value) for value in counts.lookup_percpu(pack_u32(loss)))
             for loss in abi.Loss
         }
-        found |= self._older.losses()
+        found |= self._preexisting.losses()
         found["record"] += self._ring.skipped if self._ring else 0
         return found
 
     def close(self) -> None:
-        self._older.close()
+        self._preexisting.close()
         with self._taking:
             if self._ring is not None:
                 self._ring.close()

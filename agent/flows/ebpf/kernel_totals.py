@@ -1,8 +1,8 @@
-"""The totals that the programs keep, read as what was added. Kept by the kernel over the agent's end.
+"""Reads the growth of the totals that the programs keep. The kernel keeps them when the agent ends.
 
-What was exported is noted beside them: a new agent's counters begin at zero, as a process's do, with what its
-predecessor had not exported. A total that has not changed for long is taken out, since peers come and go, and adds to
-one of its sort.
+The exported part is noted in another map: a new agent's counters begin at zero, as a process's do, with the part that
+its predecessor had not exported. A total that has not changed for long is removed, since peers come and go, and added
+to one of its sort.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class KernelTotals:
         self._seen: dict[bytes, _Seen] | None = None
 
     def added(self) -> Iterator[Delta]:
-        """Since the last call, of this agent or the one before."""
+        """Yields the growth since the last call, of this agent or the previous one."""
         now = self._clock()
         if self._seen is None:
             self._seen = {key: _Seen(value, now) for key, value in self._maps["exported"].items()}
@@ -59,7 +59,7 @@ class KernelTotals:
                 self._retire(key, abi.tally(last))
 
     def totals(self) -> Mapping[Sort, int]:
-        """Connections that were opened, or failed."""
+        """Counts connections that were opened, or failed."""
         found = Counter[Sort]()
         for name in ("tallies", "rest", "former"):
             for key, value in self._maps[name].items():
@@ -72,12 +72,12 @@ class KernelTotals:
         assert self._seen is not None
         before = abi.tally(seen.tally) if seen else _NOTHING
         self._seen[key] = _Seen(value, now)
-        with suppress(KernelError):  # it is full: a next agent would export this once more
+        with suppress(KernelError):  # the map is full: the next agent will export this once more
             self._maps["exported"].update(key, value)
         return _delta(key, abi.tally(value), before)
 
     def add(self, delta: Delta) -> None:
-        """What no program has counted."""
+        """Adds counts that no program has made."""
         tally = CounterValue(delta.opened, delta.closed, delta.failed, delta.sent, delta.received, delta.socket)
         self._keep(abi.sort_key(delta.direction, delta.fate, delta.reason), tally)
 

@@ -1,6 +1,7 @@
-"""Connections whose application's end had gone before ztunnel's end was made, which then never was.
+"""Connections that the application ended before ztunnel's end was made, which then never was.
 
-They stay undecided: nobody has answered them, else they would be leaked. A reset can overtake what makes ztunnel's end.
+They stay undecided: they had no answer, or they would be leaked. A reset can overtake the packets that make ztunnel's
+end.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from agent.flows.ebpf.kernel_totals import KernelTotals
 from agent.flows.record import Connection, Delta
 from agent.kernel.bpf.map_reuse import Maps
 
-WAIT = 1.0  # seconds; ztunnel's end is made within a moment, or never
+WAIT = 1.0  # seconds; ztunnel's end is made within milliseconds, or never
 
 
 class Late:
-    """From any thread. What is found is told twice: as a record, and as a change of the totals. Raises KernelError."""
+    """Finds them, for any thread. Each is returned twice: as a record, and as a delta. Raises KernelError."""
 
     def __init__(self, maps: Maps, tallies: KernelTotals, epoch: Callable[[], int]) -> None:
         self._maps = maps

@@ -1,4 +1,4 @@
-"""Which pods are accounted for, and by what rules: their entries in the maps, and what watches their interfaces."""
+"""The accounted pods: their entries and rules in the maps, and the programs that watch their interfaces."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from agent.kernel.bpf.map_reuse import Maps
 from agent.kernel.pod_netns import PodNetns
 
 _KEPT = PodFlag.CAPTURED | PodFlag.KNOWN
-_BELIEVED = 300.0  # seconds: to look at what is attached costs more than all else of a pass over an unchanged pod
+_BELIEVED = 300.0  # seconds: reading the attachments costs more than the rest of a pass over an unchanged pod
 
 
 @dataclass(slots=True)
 class AccountedPods:
-    """One pod at a time per thread. `watching`: packets that leave past all rules are looked for, too."""
+    """Handles one pod at a time per thread. `watching`: packets that bypass all rules are watched, too."""
 
     pins: Pins
     watching: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
     _maps: Maps = field(init=False)
-    _watched: dict[int, tuple[tuple[int, ...], float]] = field(default_factory=dict)  # interfaces, and when seen
+    _watched: dict[int, tuple[tuple[int, ...], float]] = field(
+        default_factory=dict
+    )  # interfaces, and when they were read
 
     def __post_init__(self) -> None:
         self._maps = Maps(self.pins.maps)
 
     def enrol(self, target: PodNetns, want: Redirect, *, captured: bool, known: bool = False) -> bool:
-        """Returns whether the pod had an entry before. `known`: all of ztunnel's listeners in it are in map owners.
+        """Returns whether the pod had an entry already. `known`: all of ztunnel's listeners in it are in map owners.
 
         Raises KernelError.
         """
@@ -53,7 +55,7 @@ class AccountedPods:
         return old is not None
 
     def watch(self, target: PodNetns) -> None:
-        """Makes sure of it on every interface but lo: tcx waits for all CPUs, so not while anybody waits for the pod.
+        """Attaches the watch to all interfaces but lo. tcx waits for all CPUs: not while a caller waits for the pod.
 
         Raises KernelError.
         """
@@ -79,7 +81,7 @@ class AccountedPods:
         self._watched[cookie] = (indices, now)
 
     def release(self, cookie: int) -> None:
-        """Raises KernelError."""
+        """Removes the pod's entries and watches. Raises KernelError."""
         self._watched.pop(cookie, None)
         if not self._maps.exist():
             return
@@ -96,7 +98,7 @@ class AccountedPods:
             self._maps["pods"].update(key, replace(pod, flags=pod.flags & ~PodFlag.KNOWN).encode())
 
     def cookies(self) -> set[int]:
-        """Of the namespaces of which something is left. Raises KernelError."""
+        """Returns the cookies of the namespaces that have entries or pins. Raises KernelError."""
         if not self._maps.exist():
             return set()
         return {*(abi.uncookie(key) for key, _ in self._maps["pods"].items()), *self.pins.pods()}

@@ -1,9 +1,9 @@
-"""What accounts for connections on this node: programs on the root cgroup, iterators, and their maps.
+"""The programs that account for connections on this node: on the root cgroup, iterators, and their maps.
 
-Some of them keep ztunnel's ports and mark for ztunnel (bpf/reserve.bpf.c): they need the same maps.
+Some of them reserve ztunnel's ports and mark for ztunnel (bpf/reserve.bpf.c): they need the same maps.
 
-They outlive the agent. In a directory of their own, beside that of backend ebpf, so that each can be there without the
-other; but the storage in which that backend keeps an application's destinations is one map for both.
+They outlive the agent. Their directory is separate from that of backend ebpf, so that each can exist without the other;
+but the storage in which that backend keeps an application's destinations is one map for both.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class AccountState:
 
 @dataclass(slots=True)
 class Programs:
-    """`shared`: where backend ebpf has its map of destinations, when it captures."""
+    """Manages the programs. `shared`: the path of backend ebpf's map of destinations, when it captures."""
 
     pins: Pins
     shared: Path | None = None
     sizes: Mapping[str, int] = field(default_factory=dict)
 
     def settle(self) -> tuple[str, ...]:
-        """Makes it so; what was wrong. Raises KernelError."""
+        """Loads and attaches all programs; returns the drift. Raises KernelError."""
         if lacking := objects.missing(objects.ACCOUNTING):
             raise KernelError("account by eBPF", 2, f"this installation has no {', '.join(lacking)}.bpf.o")
         bpffs.mount(self.pins.mount)
@@ -62,7 +62,7 @@ class Programs:
         return {} if self.shared is None else {SHARED: self.shared}
 
     def read(self) -> AccountState:
-        """Raises KernelError."""
+        """Reads the present state. Raises KernelError."""
         return AccountState(attachments.read(self.pins.node, _NODE), self._bound())
 
     def plan(self, have: AccountState) -> Plan[Deed]:
@@ -70,7 +70,7 @@ class Programs:
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
     def remove(self) -> None:
-        """All of it, pods' entries included. Raises KernelError."""
+        """Removes everything, including the pods' entries. Raises KernelError."""
         bpffs.remove_tree(self.pins.root)
 
     def admit(self, ztunnels: Iterable[tuple[int, int]]) -> None:
@@ -78,7 +78,7 @@ class Programs:
         with Map.open(self.pins.maps / "ztunnels") as admitted:
             running = {*ztunnels}
             known = {abi.unztunnel(key) for key, _ in admitted.items()}
-            there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have come back to us yet
+            there = running | {one for one in known - {_UNMET} if lives(one)}  # it may not have reconnected yet
             wanted = there or {_UNMET}
             for one in wanted - known:
                 admitted.update(abi.ztunnel(*one), bytes(4))

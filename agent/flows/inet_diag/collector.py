@@ -1,10 +1,10 @@
-"""Accounting for connections without eBPF: by what sock_diag tells of each enrolled pod.
+"""Accounting for connections without eBPF: by sock_diag in each enrolled pod.
 
-Every end of a socket is told by the kernel, with its last counts; dumps show what lives, whose it is, and what the ends
-leave open. Two descriptors per pod.
+The kernel reports every end of a socket, with its last counts; dumps show live sockets, their owners, and facts that
+the reports lack. Two descriptors per pod.
 
-Times are those of asking: a connection begins when a dump first saw it, else when its last packets say that it was
-there, else when it ended; and it ends when that is read. So `records` should be called often, `refresh` at leisure.
+Times are those of reading: a connection begins when a dump first saw it, else at the time of its last packets, else
+when it ended; and it ends when its end is read. So `records` should be called often, `refresh` now and then.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from agent.kernel.netlink.sock_events import SocketEvents
 from agent.kernel.netns import NetnsId
 from agent.kernel.pod_netns import PodNetns
 
-# Requests of listeners (SYN_RECV) are no connections yet, and nobody is told of their end.
+# Requests of listeners (SYN_RECV) are no connections yet, and the kernel does not report their end.
 _STATES: Final = (*CARRYING, TcpState.SYN_SENT, TcpState.LISTEN)
 
 
@@ -44,12 +44,12 @@ class _Pod:
 
 
 class DiagCollector:
-    """Implements agent.flows.collector.Collector. From any thread; one call at a time does work.
+    """Implements agent.flows.collector.Collector. For any thread; one call at a time does work.
 
     Never known: process and command of a connection, the user of one that no dump saw, how a blocking connect failed,
-    and what ss --kill ended. Undecided: connections that were cut off before a dump saw them and may be ztunnel's.
-    Doubtful, and reported as leaked: ztunnel's own connections that ended in order before a dump saw them and do not
-    relay one captured connection as it is (see agent.flows.inet_diag.ztunnel_upstreams).
+    and which connections ss --kill ended. Undecided: connections that were cut off before a dump saw them and may be
+    ztunnel's. Doubtful, and reported as leaked: ztunnel's own connections that ended in order before a dump saw them
+    and do not relay one captured connection unchanged (see agent.flows.inet_diag.ztunnel_upstreams).
     """
 
     name = "inet_diag"
@@ -60,9 +60,9 @@ class DiagCollector:
         foreign: Callable[[Sequence[TcpSocket], NetnsId], Collection[int]] = lambda sockets, netns: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`held`: which of the sockets with these inodes ztunnel's process holds. A mark alone proves nothing: with
-        the default whatever carries ztunnel's mark is taken for an application that forges it. `foreign`: which of
-        these listeners are of processes of the pod, by cookie."""
+        """`held` picks the inodes of sockets that ztunnel's process holds. A mark alone proves nothing: with the
+        default any socket with ztunnel's mark counts as an application that forges it. `foreign` picks the listeners
+        of the pod's own processes, by cookie."""
         self._held = held
         self._foreign = foreign
         self._clock = clock
@@ -82,10 +82,10 @@ class DiagCollector:
         fresh: bool = False,
         besides: Callable[[], Collection[int]] | None = None,
     ) -> bool:
-        """Begins, or takes over a change. On the thread that owns `target`. Raises KernelError or NetnsError.
+        """Begins, or takes over a change. For the thread that owns `target`. Raises KernelError or NetnsError.
 
-        With `besides` only connections that exist already are followed, until they end, without the sockets whose
-        cookies it returns. Those, and all later ones, are counted elsewhere.
+        With `besides` only existing connections are followed, until they end, except the sockets with the cookies that
+        it returns. Those, and all later ones, are counted elsewhere.
         """
         cookie = target.netns.id.cookie
         wiring = target.wiring()
@@ -95,7 +95,7 @@ class DiagCollector:
                 self._pods[cookie] = pod = self._begin(target, Verdicts(want, wiring), captured=captured)
                 if besides is not None:
                     counted = besides()
-                    self._dump(pod)  # what lives in both dumps lived when `besides` looked
+                    self._dump(pod)  # a socket in both dumps lived when `besides` read
                     pod.flows.only_preexisting(counted)
                 elif not fresh:
                     pod.flows.mark_preexisting()
@@ -105,17 +105,17 @@ class DiagCollector:
             return False
 
     def change(self, target: PodNetns, want: Redirect, *, captured: bool) -> None:
-        """Takes over a change of a pod that is followed, and starts to follow none. Raises as enrol()."""
+        """Takes over a change of a pod that is followed already. Raises as enrol()."""
         wiring = target.wiring()
         with self._lock:
             if pod := self._pods.get(target.netns.id.cookie):
                 self._change(pod, Verdicts(want, wiring), captured=captured)
 
     def watch(self, target: PodNetns) -> None:
-        """Nothing is left to do."""
+        """Does nothing: `enrol` has done all."""
 
     def release(self, cookie: int) -> None:
-        """What has ended is told; what lives is not."""
+        """Drops the pod; keeps records of ended connections, not of live ones."""
         with self._lock:
             pod = self._pods.pop(cookie, None)
             if pod is None:
@@ -129,10 +129,10 @@ class DiagCollector:
                 pod.close()
 
     def admit(self) -> None:
-        """Nothing is kept of a ztunnel: `held` is asked for the sockets of each dump."""
+        """Does nothing: `held` is asked for the sockets of each dump."""
 
     def sweep(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
-        """Nothing outlives the process; those go that it holds itself."""
+        """Releases dead pods that this process holds; nothing outlives it."""
         with self._lock:
             held = tuple(self._pods)
         for cookie in dead(held):
@@ -150,35 +150,35 @@ class DiagCollector:
             return sums
 
     def totals(self) -> Mapping[tuple[Direction, Fate, Reason], int]:
-        """Since this process began: nothing outlives it."""
+        """Returns the totals since this process began: nothing outlives it."""
         with self._lock:
             return dict(self._totals)
 
     def live(self, pod: int | None = None) -> list[Connection]:
         with self._lock:
-            wanted = [one for cookie, one in self._pods.items() if pod in (None, cookie)]
-            for found in wanted:
+            chosen = [one for cookie, one in self._pods.items() if pod in (None, cookie)]
+            for found in chosen:
                 self._look(found)
-            return [one for found in wanted for one in found.flows.live()]
+            return [one for found in chosen for one in found.flows.live()]
 
     def records(self) -> list[Connection]:
-        """Raises KernelError. Some come later: what is not yet clear is held back for up to two and a half seconds."""
+        """Returns ended connections; undecided ones are held back for up to 2.5 seconds. Raises KernelError."""
         with self._lock:
-            told = self._left
+            ended = self._left
             self._left = []
             for pod in self._pods.values():
                 self._drain(pod)
                 if pod.flows.unsettled:
                     self._dump(pod)
-                told += pod.records + pod.flows.settle(self._clock())
+                ended += pod.records + pod.flows.settle(self._clock())
                 pod.records = []
-            return told
+            return ended
 
     def connection(self, record: Connection) -> Connection:
         return record
 
     async def arrived(self, seconds: float) -> None:
-        """After so long: the kernel keeps some fifty thousand ends for each pod."""
+        """Returns after `seconds`: the kernel keeps some fifty thousand ends for each pod."""
         await asyncio.sleep(seconds)
 
     def verify(self) -> Sequence[str]:
@@ -191,8 +191,8 @@ class DiagCollector:
         return None
 
     def losses(self) -> Mapping[str, int]:
-        """`notifications`: how many times some were lost, the kernel does not tell how many. `endings`: connections of
-        which only that is known that they ended; what began and ended in that time is not known at all."""
+        """Returns `notifications`: how often some were lost (the kernel does not count them); `endings`: connections
+        that only a dump showed to have ended. Those that began and ended meanwhile are not known at all."""
         with self._lock:
             return dict(self._losses)
 
@@ -235,7 +235,7 @@ class DiagCollector:
         return pod
 
     def _look(self, pod: _Pod) -> None:
-        # In this order: of what ends in between, the dump still tells whose it was.
+        # In this order: for a socket that ends in between, the dump still shows the owner.
         self._dump(pod)
         self._drain(pod)
         if pod.flows.unsettled:

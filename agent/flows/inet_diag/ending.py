@@ -1,7 +1,7 @@
-"""What a connection's last counts mean: its payload, how it ended and who ended it. Pure.
+"""Derives a connection's payload, how it ended and which end closed it from its last counts. Pure.
 
-The kernel tells of the end what the counts were, and neither the reason nor whether the peer's FIN is among the bytes
-received. This is concluded here; what stays doubtful is said where it is.
+At the end the kernel reports the counts, but neither the reason nor whether the peer's FIN is among the bytes received.
+This is inferred here; each function documents its doubts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _NEVER_CONNECTED: Final = 3  # see TcpReport: the SYN, and two that tcp_disconne
 
 
 def sent(info: TcpInfo, active: bool) -> int:
-    """Payload that was acknowledged: exact, but for packets that the pod's own queueing dropped (one byte more).
+    """Returns the acknowledged payload: exact, except for packets that the pod's own queueing dropped (one byte more).
 
-    What was sent need not have arrived, what was acknowledged may have a FIN in it: the smaller one is the payload.
+    Sent bytes need not have arrived, acknowledged ones may include a FIN: the smaller count is the payload.
     """
     return max(0, min(info.acked - active, info.unique))
 
 
 def finished(info: TcpInfo, active: bool) -> bool:
-    """Our FIN was acknowledged: an orderly end from this side."""
+    """Returns True if the local FIN was acknowledged: an orderly end from this side."""
     return info.beyond > active
 
 
@@ -38,10 +38,10 @@ def was_established(report: TcpReport, active: bool) -> bool:
 
 
 def fin_received(report: TcpReport, last: TcpState | None, waiting: TcpState | None, active: bool) -> bool | None:
-    """Whether the peer's FIN counts in `received`; None when the counts do not tell.
+    """Returns whether the peer's FIN counts in `received`; None if the counts do not show it.
 
     `last` is the state in the last dump before the end, `waiting` that of the timer afterwards. An application that
-    closes before the peer does never reads the peer's FIN, so that this is unread, or has not come before the end.
+    closes before the peer does never reads the peer's FIN: it is unread, or has not arrived before the end.
     """
     info = report.info
     if not info.data_in or last in _FIN_SEEN or (report.unread == 1 and info.received):
@@ -52,10 +52,10 @@ def fin_received(report: TcpReport, last: TcpState | None, waiting: TcpState | N
 
 
 def received(report: TcpReport, fin: bool | None, mirror: TcpInfo | None) -> int:
-    """Payload that came in order. `mirror` are the counts of the other end, where that is in the same namespace.
+    """Returns the payload received in order. `mirror` are the counts of the other end, if it is in the same namespace.
 
-    Without a mirror, and where the counts do not tell, a FIN is taken to be among them: it is not when the application
-    closed first, the peer acknowledged that by itself, and the peer's FIN came after the end and before the next dump.
+    Without a mirror, and where the counts do not show it, a FIN is assumed to be among them. That is wrong if the
+    application closed first, the peer sent a separate ACK, and its FIN came after the end and before the next dump.
     """
     count = report.info.received
     if mirror is not None and mirror.unique in (count, count - 1):
@@ -66,42 +66,43 @@ def received(report: TcpReport, fin: bool | None, mirror: TcpInfo | None) -> int
 def outcome(
     report: TcpReport, established: bool, active: bool, first: Closer, *, reset: bool = False
 ) -> tuple[How, Closer]:
-    """How it ended and who began that.
+    """Returns how the connection ended and which end closed it.
 
-    `first` is who sent the first FIN, if there was any. `reset`: the other end is known to have reset itself. ss --kill
-    looks like a reset of the peer, and so does a reset by a process that had read everything (SO_LINGER 0) elsewhere.
+    `first` is the end that sent the first FIN, if any. `reset`: the other end is known to have reset the connection. An
+    end by ss --kill looks like a reset by the peer, and so does a reset by a remote process that had read everything
+    (SO_LINGER 0).
     """
     info = report.info
     if report.disconnected:
-        return (How.RESET, Closer.LOCAL) if established else (How.UNKNOWN, Closer.NOBODY)
+        return (How.RESET, Closer.LOCAL) if established else (How.UNKNOWN, Closer.NONE)
     if not established:
-        return (How.REFUSED, Closer.REMOTE) if info.segments_in else (How.UNKNOWN, Closer.NOBODY)
+        return (How.REFUSED, Closer.REMOTE) if info.segments_in else (How.UNKNOWN, Closer.NONE)
     if finished(info, active) and not reset:
         return How.FIN, first
     if report.unread > 1 and not reset:
         return How.RESET, Closer.LOCAL
     if max(info.retransmits, info.probes) >= _PERSISTENT:
-        return How.TIMEOUT, Closer.NOBODY
+        return How.TIMEOUT, Closer.NONE
     return How.RESET, Closer.REMOTE
 
 
 def first_fin(last: TcpState | None, own: bool, other: bool | None, looked: bool) -> Closer:
-    """Who sent the first FIN: the end of which a timer of TIME_WAIT is left.
+    """Returns which end sent the first FIN: the one that left a TIME_WAIT timer.
 
-    `own` and `other` tell whether there is one, `other` None where that end is elsewhere; `looked` whether anybody
-    looked since the end. `last` is the state in the last dump before it.
+    `own` and `other` are True for an end with such a timer, `other` None if that end is elsewhere; `looked` is True if
+    there was a dump since the end. `last` is the state in the last dump before the end.
     """
     if own or last in _FIN_SENT:
         return Closer.LOCAL
     if other or last in _FIN_SEEN or (looked and other is None):
         return Closer.REMOTE
-    return Closer.NOBODY
+    return Closer.NONE
 
 
 def begun(report: TcpReport, closed: float) -> float:
-    """A time, in seconds since the epoch, at which the connection was there: of one whose beginning nobody saw.
+    """Returns a time (seconds since the epoch) at which a connection existed of which no dump saw the beginning.
 
-    From the ages of its last packets, so never before its beginning; `closed` itself when there are none.
+    Derived from the ages of its last packets, so never before its beginning; `closed` itself without packets.
     """
     info = report.info
     if not info.segments_in:

@@ -161,7 +161,7 @@ class TrackedFlow:
         ended = self.closed is not None
         established = self.established
         how = How.OPEN
-        closer = Closer.NOBODY
+        closer = Closer.NONE
         if ended:
             other = None if peer is None else peer.timer is not None
             first = ending.first_fin(self.state, self.timer is not None, other, self.looked)

@@ -1,11 +1,11 @@
-"""Which sockets of one namespace are the two ends of one connection. Pure.
+"""Finds the sockets of one namespace that are the two ends of one connection. Pure.
 
-REDIRECT changes where packets go and keeps where they come from. So the application's socket shows the peer that it
-asked for, and ztunnel's accepted one the application's endpoint. Inbound, ztunnel speaks to the application with the
-client's address: there both sockets show the same two endpoints.
+REDIRECT changes the destination of packets and keeps their source. So the application's socket shows the original
+destination, and ztunnel's accepted one the application's endpoint. Inbound, ztunnel connects to the application with
+the client's address: there both sockets show the same two endpoints.
 
 Only where two connections of the application share a local port, towards different peers, the kernel must translate the
-port of one of them (nf_nat_used_tuple), and ztunnel's socket shows another one: a stray, known by what it carried.
+port of one of them (nf_nat_used_tuple), and ztunnel's socket shows another port: a stray, recognised by its payload.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TAKES_OUTBOUND: Final = frozenset((names.OUTBOUND_PORT, names.DNS_PORT))
 
 
 class Mirrors:
-    """Sockets by their ends, each with the cookie that names it; live ones, and those that have ended of late."""
+    """Indexes sockets by their ends, each with its cookie: live ones, and those that have ended recently."""
 
     def __init__(self, sockets: Iterable[TcpSocket] = ()) -> None:
-        self._served: dict[Endpoint, tuple[int, ...]] = {}  # whom ztunnel accepted
+        self._served: dict[Endpoint, tuple[int, ...]] = {}  # by the client endpoint that ztunnel accepted
         self._pairs: dict[tuple[Endpoint, Endpoint], int] = {}
         self._sharing: dict[Endpoint, int] = {}  # how many sockets have that local end
         for one in sockets:
@@ -37,7 +37,7 @@ class Mirrors:
             self._sharing[local] = self._sharing.get(local, 0) + 1
 
     def drop(self, cookie: int, local: Endpoint, remote: Endpoint) -> None:
-        """What was added; another socket that has the same ends by now stays."""
+        """Removes a socket; another one that has the same ends by now stays."""
         if self._pairs.get((local, remote)) == cookie:
             del self._pairs[local, remote]
         if local[1] in TAKES_OUTBOUND:
@@ -52,13 +52,13 @@ class Mirrors:
             self._sharing.pop(local, None)
 
     def served(self, local: Endpoint) -> tuple[int, ...]:
-        """ztunnel's sockets that accepted what comes from `local`, the oldest first."""
+        """Returns ztunnel's sockets that accepted connections from `local`, the oldest first."""
         return self._served.get(local, ())
 
     def sharing(self, local: Endpoint) -> int:
-        """How many sockets other than ztunnel's have that local end."""
+        """Returns how many sockets other than ztunnel's have that local end."""
         return self._sharing.get(local, 0)
 
     def pair(self, local: Endpoint, remote: Endpoint) -> int:
-        """The socket at the other end, in the same namespace and without translation; 0 for none."""
+        """Returns the socket at the other end, in the same namespace and without translation; 0 for none."""
         return self._pairs.get((remote, local), 0)

@@ -1,4 +1,4 @@
-"""A pod's sockets by state, and how many of its ephemeral ports are taken. From one dump, unpacked in bulk.
+"""Counts a pod's sockets by state, and its ephemeral ports in use. From one dump, unpacked in bulk.
 
 A dump of a pod with many connections is mostly TIME_WAIT, tens of thousands of messages of one length.
 """
@@ -36,13 +36,13 @@ class Ephemeral:
 
     @property
     def share(self) -> float:
-        """Of the ports towards that remote endpoint, 0 to 1."""
+        """The share of ports in use towards that remote endpoint, 0 to 1."""
         return self.towards / self.size if self.size else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PodSockets:
-    """`states`: how many sockets, ztunnel's in the pod included; states without any are left out."""
+    """The sockets of a pod: `states` counts them, including ztunnel's; states without sockets are left out."""
 
     states: Mapping[TcpState, int]
     ephemeral: Ephemeral
@@ -53,7 +53,7 @@ class PodSockets:
 
     @property
     def close_wait(self) -> int:
-        """The peer has closed, the application has not: many of them, for long, are a leak in the application."""
+        """Sockets that the peer has closed, but not the application: many, for long, are a leak in it."""
         return self.states.get(TcpState.CLOSE_WAIT, 0)
 
     @property
@@ -62,13 +62,13 @@ class PodSockets:
 
 
 class SocketCounts:
-    """Reads pods; one descriptor for each until `release`. One thread."""
+    """Counts the sockets of pods; one descriptor for each until `release`. For one thread."""
 
     def __init__(self) -> None:
         self._diags: dict[int, SockDiag] = {}
 
     def read(self, target: PodNetns) -> PodSockets:
-        """Raises KernelError or NetnsError."""
+        """Counts the sockets of the pod. Raises KernelError or NetnsError."""
         cookie = target.netns.id.cookie
         diag = self._diags.get(cookie)
         if diag is None:
@@ -87,7 +87,7 @@ class SocketCounts:
 
 
 def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
-    """Pure. Of a server with such a port, and of all that it accepted, the port counts once."""
+    """Counts a dump. A server's port and those of its accepted sockets count once. Pure."""
     states: Counter[int] = Counter()
     ports: defaultdict[tuple[bytes, int, int], set[int]] = defaultdict(set)
     for family, state, local, remote, to in found:
@@ -104,7 +104,7 @@ def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
 
 
 def _port_range() -> tuple[int, int]:
-    """Of the namespace of the thread that opens the file."""
+    """Reads the range of the calling thread's namespace."""
     fd = os.open(_RANGE, os.O_RDONLY | os.O_CLOEXEC)
     try:
         first, last = os.read(fd, 64).split()

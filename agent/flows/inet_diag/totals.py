@@ -1,4 +1,4 @@
-"""What connections added since the last reading: by peer, and their quality. Pure, and forgets what it has told."""
+"""The totals of connections since the last reading, by peer, and their quality. Pure; forgets what it returns."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Measures:
 
 
 class Sums:
-    """Of one pod."""
+    """Keeps the totals of one pod."""
 
     def __init__(self, pod: int) -> None:
         self._pod = pod
@@ -62,7 +62,7 @@ class Sums:
             found.socket = socket
 
     def ended(self, one: Connection) -> None:
-        """The quality of a connection that was established; without a measured round-trip time none is counted."""
+        """Adds the quality of a connection, if it was established; RTT only if it was measured."""
         if not one.established or one.closed is None:
             return
         found = self._measures.setdefault(one.direction, _Measures())

@@ -1,6 +1,6 @@
-"""Why a connection of a pod is exempt, if it is: the decisions of bpf/pod.h, in their order. Pure.
+"""Decides why a connection of a pod is exempt, if it is: the decisions of bpf/pod.h, in their order. Pure.
 
-Where the rules of netfilter ask in another order the outcome is the same, only the reason may be another one.
+Where netfilter rules check in another order the outcome is the same, but the reason may differ.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from agent.flows.record import Reason
 
 _LOOPBACK = ip_network("127.0.0.0/8")
 _LINK_LOCAL = ip_network(names.LINK_LOCAL)
-_ANY = ("0.0.0.0", "::")  # by which a connect means loopback
+_ANY = ("0.0.0.0", "::")  # a connect to these goes to loopback
 _LOCALHOST = ("127.0.0.1", "::1")  # the one address that is loopback to the rules on DNS over TCP
 _DNS = 53
 
 
 class Verdicts:
-    """Of one pod, for as long as neither its Redirect nor its wiring change. What passes which interface is told from
-    the routes of the main table, in both directions."""
+    """Decides for one pod, while neither its Redirect nor its wiring change. The interface of a connection is inferred
+    from the routes of the main table, in both directions."""
 
     def __init__(self, redirect: Redirect, wiring: PodTopology) -> None:
         self.redirect = redirect
@@ -39,7 +39,7 @@ class Verdicts:
         self._interface = lru_cache(4096)(self._way)
 
     def outbound(self, remote: Endpoint, user: int = -1) -> Reason | None:
-        """For a connection to `remote` by a process of that user (-1 unknown); None if it is to be captured."""
+        """Decides on a connection to `remote` by that user (-1 unknown); None if it must be captured."""
         address, port = remote
         if not self._family(address):
             return Reason.FAMILY
@@ -54,7 +54,7 @@ class Verdicts:
         return Reason.EXCLUDED_NETWORK if _contains(_LINK_LOCAL, ip_address(address)) else None
 
     def inbound(self, remote: Endpoint, local: Endpoint) -> Reason | None:
-        """For a connection from `remote` to `local`, the pod's; None if it is to be captured, or for HBONE."""
+        """Decides on a connection from `remote` to the pod's `local`; None if it must be captured, or is HBONE."""
         source = remote[0]
         (address, port) = local
         if self.own(source):
@@ -74,7 +74,7 @@ class Verdicts:
         return _listed(source, port, self._from, exclude.inbound_ports)
 
     def own(self, address: str) -> bool:
-        """It never leaves the pod."""
+        """Returns True for an address to which packets never leave the pod."""
         return address in self._own or address in _ANY or _is_loopback(address)
 
     def _family(self, address: str) -> bool:
@@ -95,7 +95,7 @@ class Verdicts:
         return _listed(address, port, self._to, exclude.outbound_ports)
 
     def _way(self, address: str) -> int:
-        """Index of the interface that the longest prefix leads to, 0 for none."""
+        """Returns the index of the interface that the longest prefix leads to, 0 for none."""
         found = ip_address(address)
         return next((index for network, index in self._routes if _contains(network, found)), 0)
 

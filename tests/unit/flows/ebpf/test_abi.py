@@ -35,7 +35,7 @@ def one(**given: Any) -> Connection:
 def test_a_connection_that_lives() -> None:
     assert one() == Connection(
         7, 9, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 40000), ("10.0.0.2", 80), 1_700_000_001.5,
-        None, None, True, 1, 2, 3, 4, 5, 0.00025, How.OPEN, Closer.NOBODY, 1000, 42, "curl",
+        None, None, True, 1, 2, 3, 4, 5, 0.00025, How.OPEN, Closer.NONE, 1000, 42, "curl",
     )  # fmt: skip
 
 
