@@ -1,4 +1,4 @@
-"""The plugin's binary in the runtime's directory: always the newest, always whole, gone only when nobody needs it."""
+"""The plugin's binary in the runtime's directory: always the newest, always complete, removed when no pod needs it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from agent.install.host_root import HostRoot
 from agent.install.netdir import failed, read
 
 _TEMPORARY = f".{CNI_TYPE}-"
-RESULTS = "/var/lib/cni/results"  # libcni's CacheDir: what runtimes remember of each ADD, and hand to DEL
+RESULTS = "/var/lib/cni/results"  # libcni's CacheDir: what runtimes keep of each ADD and pass to DEL
 _LARGEST = 64 << 20
 
 
 class Binary:
-    """`source` is ours to read, `directory` the host's."""
+    """Installs and removes the binary. `source` is the agent's copy, `directory` a path of the host."""
 
     def __init__(self, host: HostRoot, source: str, directory: str) -> None:
         self.host = host
@@ -34,22 +34,24 @@ class Binary:
         return self.host.path(self.directory) / CNI_TYPE
 
     def right(self) -> bool:
-        """Whether it is there with our content and may be run; compared anew when one of the two files has changed.
+        """Returns True if the installed binary is executable and equals the source.
 
-        Raises SettingsError when ours cannot be read.
+        Compares the contents only when one of the two files has changed. Raises SettingsError when the source cannot be
+        read.
         """
         try:
-            there = os.lstat(self.path)
+            installed = os.lstat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
             raise failed(f"{self.directory}/{CNI_TYPE}", error, "cni_bin_dir") from error
         try:
-            ours = self.source.stat()
-            state = (_version(there), _version(ours))
+            source = self.source.stat()
+            state = (_version(installed), _version(source))
             if state == self._known:
                 return True
-            same = there.st_mode & 0o7777 == 0o755 and there.st_size == ours.st_size and self._same()
+            executable = installed.st_mode & 0o7777 == 0o755
+            same = executable and installed.st_size == source.st_size and self._same()
         except OSError as error:
             raise failed(str(self.source), error, "cni_plugin") from error
         self._known = state if same else None
@@ -59,16 +61,16 @@ class Binary:
         return not self.path.is_symlink() and self.path.read_bytes() == self.source.read_bytes()
 
     def install(self) -> None:
-        """Beside, then renamed over: a plugin that runs goes on, one that starts is the old one or the new.
+        """Writes a temporary file and renames it over the binary. Raises SettingsError.
 
-        Raises SettingsError.
+        A running plugin continues; one that starts is either the old or the new one.
         """
         try:
             data = self.source.read_bytes()
         except OSError as error:
             raise failed(str(self.source), error, "cni_plugin") from error
         if not 0 < len(data) < _LARGEST:
-            raise SettingsError(f"{self.source}: {len(data)} bytes are no plugin; set cni_plugin")
+            raise SettingsError(f"{self.source}: not the CNI plugin ({len(data)} bytes); set cni_plugin")
         directory = self.path.parent
         try:
             self._sweep(directory)
@@ -88,7 +90,7 @@ class Binary:
             raise failed(f"{self.directory}/{CNI_TYPE}", error, "cni_bin_dir") from error
 
     def remove(self) -> None:
-        """Raises SettingsError."""
+        """Removes the binary and temporary files. Raises SettingsError."""
         try:
             self._sweep(self.path.parent)
             self.path.unlink(missing_ok=True)
@@ -98,21 +100,27 @@ class Binary:
             raise failed(f"{self.directory}/{CNI_TYPE}", error, "cni_bin_dir") from error
 
     def needed(self) -> str:
-        """Why a runtime may still call it: for pods whose remembered configuration has our entry. Empty if none.
+        """Returns why a runtime may still call the binary, or "": pods have our entry in their cached configuration.
 
-        With the binary gone such a pod could never be removed; with it there DEL always succeeds.
+        Without the binary such a pod could never be removed; with it DEL always succeeds.
         """
-        place = self.host.path(RESULTS)
+        directory = self.host.path(RESULTS)
         try:
-            names = os.listdir(place)  # noqa: PTH208
+            names = os.listdir(directory)  # noqa: PTH208
         except FileNotFoundError:
-            if not place.parent.parent.is_dir():
-                return f"{RESULTS} cannot be seen from here"
+            if not directory.parent.parent.is_dir():
+                return f"{RESULTS} is not visible to this process"
             return ""
         except OSError as error:
             return f"{RESULTS}: {error.strerror}"
-        count = sum(_remembers(place / name) for name in names)
-        return f"{count} pod{'s' if count > 1 else ''} in {RESULTS} will need it to be removed" if count else ""
+        count = sum(_has_entry(directory / name) for name in names)
+        if not count:
+            return ""
+        return (
+            f"{count} pods in {RESULTS} need it for their removal"
+            if count > 1
+            else (f"1 pod in {RESULTS} needs it for its removal")
+        )
 
     @staticmethod
     def _sweep(directory: Path) -> None:
@@ -120,8 +128,8 @@ class Binary:
             path.unlink(missing_ok=True)
 
 
-def _remembers(path: Path) -> bool:
-    """libcni's cachedInfo: JSON with the configuration as base64."""
+def _has_entry(path: Path) -> bool:
+    """Returns True if a cached configuration has our entry. libcni's cachedInfo is JSON with the list as base64."""
     try:
         data = read(path)
         config = base64.b64decode(json.loads(data)["config"])

@@ -1,4 +1,4 @@
-"""CNI configurations as a runtime reads them, and our entry in them: wrapped, inserted, taken out again. Pure.
+"""CNI configurations as a runtime reads them, and our entry in them: wrapped, inserted, removed. Pure.
 
 Facts: ConfFiles, ConfFromBytes, ConfListFromBytes and ConfListFromConf in libcni/conf.go of containernetworking/cni.
 """
@@ -19,9 +19,9 @@ Json = dict[str, Any]
 EXTENSIONS: Final = (".conf", ".conflist", ".json")  # what runtimes read; in the order of file names
 VERSIONS: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")  # what sluice-cni supports, as cni_plugin/config.c
 ISTIO: Final = "istio-cni"
-MIGRATED = ".sluice-istio-"  # so begin the names of what `sluice migrate` keeps of istio-cni's
-ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file whose bytes are from before our entry
-MOST: Final = 1 << 20  # bytes; sluice-cni takes no larger configuration
+MIGRATED = ".sluice-istio-"  # prefix of the files in which `sluice migrate` keeps istio-cni's
+ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file as it was before our entry
+MOST: Final = 1 << 20  # bytes; sluice-cni accepts no larger configuration
 TIMEOUT: Final = 20  # seconds; a kubelet waits minutes for a sandbox
 _DEEPEST = 100
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # sluice-cni refuses a list with any other name
@@ -29,7 +29,7 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # sluice-cni ref
 
 @dataclass(frozen=True, slots=True)
 class Conf:
-    """One file of the runtime's directory, as a list whichever kind it is. `single`: it holds one plugin, no list."""
+    """One file of the runtime's directory, as a list in any case. `single`: the file holds one plugin, not a list."""
 
     name: str
     data: bytes
@@ -38,17 +38,17 @@ class Conf:
 
     @property
     def plugins(self) -> list[Json]:
-        found: list[Json] = self.network["plugins"]
-        return found
+        plugins: list[Json] = self.network["plugins"]
+        return plugins
 
     @property
     def entry(self) -> Json | None:
-        """Ours, when it is one of the list's own plugins."""
+        """Our entry, if it is one of the list's own plugins."""
         return next((one for one in self.plugins if one["type"] == CNI_TYPE), None)
 
     @property
     def wraps(self) -> str:
-        """Of a list that we made around another: that one's file name."""
+        """The file name of the list that ours was made around; "" if this list is not ours."""
         return str((self.entry or {}).get("wraps", ""))
 
     @property
@@ -70,9 +70,9 @@ def plugin_entry(settings: Settings) -> Json:
 
 
 def parse(name: str, data: bytes) -> Conf:
-    """What a runtime would take the file for. Raises SettingsError, naming the file, where it would refuse it.
+    """Parses a file as a runtime does. Raises SettingsError, which names the file, where a runtime would refuse it.
 
-    Stricter than Go in one point: of a key that is there twice nobody can say which was meant.
+    It is stricter than Go in one point: a key that occurs twice is ambiguous.
     """
 
     def refuse(why: str) -> NoReturn:
@@ -81,7 +81,7 @@ def parse(name: str, data: bytes) -> Conf:
     if len(data) > MOST:
         refuse(f"larger than {MOST} bytes")
     if not name.isprintable():
-        raise SettingsError(f"{name!a}: its name is not text that a configuration could hold")
+        raise SettingsError(f"{name!a}: the file name is not printable, so no configuration can contain it")
     if not data.strip(b" \t\r\n\0"):
         refuse("empty")
     try:
@@ -99,16 +99,16 @@ def parse(name: str, data: bytes) -> Conf:
     return Conf(name, data, network, single)
 
 
-def _unique(found: list[tuple[str, Any]]) -> Json:
-    made = dict(found)
-    if len(made) != len(found):
-        keys = [key for key, _ in found]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return made
+def _unique(pairs: list[tuple[str, Any]]) -> Json:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return value
 
 
 def _no_number(word: str) -> NoReturn:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(word: str) -> float:
@@ -129,14 +129,14 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _listed(plugin: Json) -> Json:
-    """A list of one, as libcni makes it; the plugin keeps all it says, also what a list says for it."""
+    """Returns a list of one plugin, as libcni makes it; the plugin keeps all its keys, also those of a list."""
     return {**{key: plugin[key] for key in ("cniVersion", "name") if key in plugin}, "plugins": [plugin]}
 
 
 def _wrong(network: Json, *, single: bool) -> str:
     plugins = network.get("plugins")
     if not isinstance(plugins, list) or not plugins:
-        return "no plugins in it"
+        return "it has no plugins"
     for number, plugin in enumerate(plugins):
         if not isinstance(plugin, dict) or not isinstance(kind := plugin.get("type"), str) or not kind:
             return f"{'the plugin' if single else f'plugins[{number}]'} has no type"
@@ -150,48 +150,48 @@ def _wrong(network: Json, *, single: bool) -> str:
 
 
 def chainable(conf: Conf) -> str:
-    """Why no plugin of ours can follow those of `conf`; empty when one can."""
-    version = conf.network.get("cniVersion") or "0.1.0"  # what leaving it out means
+    """Returns why our plugin cannot follow those of `conf`; empty if it can."""
+    version = conf.network.get("cniVersion") or "0.1.0"  # the version of a configuration without this key
     if version in VERSIONS:
         return ""
     old = version[:4] in ("0.1.", "0.2.")
-    why = "has no chains of plugins, which came with" if old else "is not supported; sluice-cni knows"
+    why = "has no plugin chains, which came with" if old else "is not supported; sluice-cni supports"
     span = VERSIONS[0] if old else f"{VERSIONS[0]} to {VERSIONS[-1]}"
-    return f"{conf.name}: cniVersion {version} {why} {span}; set one of these there, if its plugins know it"
+    return f"{conf.name}: cniVersion {version} {why} {span}; set a supported version there if its plugins support one"
 
 
 def wrap(primary: Conf, entry: Json, file: str) -> bytes:
-    """Our own list, for `file`: all that the primary one says, in its order, then our entry."""
+    """Returns our own list, for `file`: everything in the primary list, in its order, then our entry."""
     return encode(_chained(primary.network, {**entry, "file": file, "wraps": primary.name}))
 
 
 def insert(primary: Conf, entry: Json, file: str) -> bytes:
-    """The primary's own list with our entry, for `file`, which is a .conflist also when the primary was none."""
+    """Returns the primary's own list with our entry, for `file`: a .conflist, even if the primary is not one."""
     return encode(_chained(primary.network, {**entry, "file": file, "from": origin(primary)}))
 
 
 def rewrap(own: Conf, entry: Json) -> bytes:
-    """Our own list with today's entry, while the primary one it was made from cannot be read."""
+    """Returns our own list with the current entry, for the time in which its primary list cannot be read."""
     assert own.entry is not None
     kept: Json = {key: own.entry[key] for key in ("file", "wraps") if key in own.entry}
     return encode(_chained(own.network, {**entry, **kept}))
 
 
 def strip(conf: Conf) -> bytes:
-    """Without our entries."""
+    """Returns the configuration without our entries, as bytes."""
     return encode(stripped(conf.network))
 
 
 def _chained(network: Json, entry: Json) -> Json:
     clean = stripped(network)
-    made = {**clean, "plugins": [*clean["plugins"], entry]}
-    if isinstance(versions := made.get("cniVersions"), list):  # the runtime takes the newest that it knows
-        made["cniVersions"] = [one for one in versions if one in VERSIONS]
-    return made
+    chained = {**clean, "plugins": [*clean["plugins"], entry]}
+    if isinstance(versions := chained.get("cniVersions"), list):  # the runtime uses the newest that it supports
+        chained["cniVersions"] = [one for one in versions if one in VERSIONS]
+    return chained
 
 
 def stripped(value: Any) -> Any:
-    """Without entries of ours at any depth: Multus keeps whole lists among its delegates."""
+    """Removes our entries at any depth: Multus keeps whole lists among its delegates."""
     if isinstance(value, dict):
         return {key: stripped(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -200,53 +200,56 @@ def stripped(value: Any) -> Any:
 
 
 def mentions(value: Any) -> bool:
-    """Whether an entry of ours is in it, at any depth."""
+    """Returns True if the value contains our entry, at any depth."""
     if isinstance(value, dict):
         return value.get("type") == CNI_TYPE or any(map(mentions, value.values()))
     return isinstance(value, list) and any(map(mentions, value))
 
 
 def origin(conf: Conf) -> str:
-    """The name of the file that the list was in before our entry was put in."""
-    said = (conf.entry or {}).get("from")
+    """Returns the name of the file that the list was in before our entry was inserted."""
+    origin_name = (conf.entry or {}).get("from")
     names = [conf.stem + end for end in EXTENSIONS]
-    return names[names.index(said)] if is_inserted(conf) and said in names else conf.name
+    return names[names.index(origin_name)] if is_inserted(conf) and origin_name in names else conf.name
 
 
 def is_own(conf: Conf) -> bool:
-    """Whether we made the file, around another; a copy that others make of it has another name."""
+    """Returns True if Sluice made the file around another list; a copy by another program has another name."""
     return bool(conf.entry) and "wraps" in (conf.entry or {}) and (conf.entry or {}).get("file") == conf.name
 
 
 def is_inserted(conf: Conf) -> bool:
-    """Whether we put our entry into this file."""
+    """Returns True if Sluice inserted its entry into this file."""
     return bool(conf.entry) and "wraps" not in (conf.entry or {}) and (conf.entry or {}).get("file") == conf.name
 
 
 def own_name(wished: str, first: str, behind: str = "") -> str:
-    """A name that sorts before `first` and after `behind`: the one wished for or, if it does not, one from `first`.
+    """Returns `wished` if it sorts before `first` and after `behind`; otherwise a name made from `first`.
 
     "-" sorts before ".": 00-multus-sluice.conflist comes before 00-multus.conf, and Multus, which looks for the first
-    configuration that is not its own, passes over what begins with 00-multus (findMasterPlugin).
+    configuration that is not its own, skips names that begin with 00-multus (findMasterPlugin).
     """
     return wished if behind < wished < first else first.rpartition(".")[0] + "-sluice.conflist"
 
 
 def kept_name(name: str) -> str:
-    """Where the original bytes of a file are kept. Runtimes go by the extension alone: they read hidden files too."""
+    """Returns the name under which the original bytes of a file are kept.
+
+    Runtimes decide by the extension alone: they read hidden files too.
+    """
     return ORIGINAL + name + KEPT
 
 
 def readable(names: Iterable[str]) -> list[str]:
-    """Those that a runtime reads, in its order. As Go's filepath.Ext, ".conf" alone is an extension."""
+    """Returns the names that a runtime reads, in its order. As in Go's filepath.Ext, ".conf" alone is an extension."""
     return sorted(name for name in names if name.endswith(EXTENSIONS))
 
 
 def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two networks say the same, in the same order."""
+    """Returns True if two networks are equal, the order of keys included."""
     return json.dumps(one) == json.dumps(other)
 
 
 def encode(network: Json) -> bytes:
-    """As we write it."""
+    """Returns the network as Sluice writes it."""
     return json.dumps(network, indent=2).encode() + b"\n"

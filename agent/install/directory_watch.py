@@ -1,4 +1,4 @@
-"""Wakes who waits for changes in directories, which may be removed, made again and be links."""
+"""Waits for changes in directories, which may be removed, created again or be links."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ log = logging.getLogger("sluice.install")
 
 
 class DirectoryWatch:
-    """Any number of directories and one waiter. Without inotify it only waits: who waits looks now and then anyway."""
+    """Watches any number of directories for one waiter.
+
+    Without inotify it only waits: the waiter looks at intervals in any case.
+    """
 
     def __init__(self) -> None:
         self.problem = ""
@@ -24,7 +27,7 @@ class DirectoryWatch:
         self._queue: Inotify | None = None
 
     def follow(self, directories: Iterable[Path]) -> None:
-        """These and no others, from now on. One that is made later is found by the next call."""
+        """Watches exactly these directories. The next call finds one that is created later."""
         wanted = {path: key for path in directories if (key := _key(path))}
         try:
             if self._queue is None:
@@ -35,12 +38,12 @@ class DirectoryWatch:
             for path in wanted.keys() - self._watched.keys():
                 self._watched[path] = (self._queue.add(path), wanted[path])
                 self._changed.set()  # what happened between looking and watching
-            self._tell("")
+            self._report("")
         except KernelError as error:
-            self._tell(f"{error}; raise fs.inotify.max_user_watches and max_user_instances: until then it is polled")
+            self._report(f"{error}; polling instead: raise fs.inotify.max_user_watches and max_user_instances")
 
     async def wait(self, seconds: float) -> bool:
-        """Until something has happened, True, or so long has passed."""
+        """Waits for a change, at most `seconds`. Returns True if there was one."""
         with contextlib.suppress(TimeoutError):
             # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
             async with asyncio.timeout(seconds):
@@ -65,15 +68,15 @@ class DirectoryWatch:
         if self._queue is not None and watch not in {other for other, _ in self._watched.values()}:
             self._queue.remove(watch)
 
-    def _tell(self, problem: str) -> None:
+    def _report(self, problem: str) -> None:
         if problem != self.problem:
             self.problem = problem
             if problem:
-                log.warning("%s", problem)
+                log.warning("cannot watch directories: %s", problem)
 
 
 def _key(path: Path) -> tuple[int, int] | None:
-    """Which directory it is, should the same name lead to another one."""
+    """Returns the identity of the directory, which changes when the name leads to another one."""
     try:
         status = path.stat()
     except OSError:

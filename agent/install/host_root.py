@@ -10,15 +10,15 @@ _MOST_LINKS = 40  # as the kernel's own MAXSYMLINKS
 
 
 class HostRoot:
-    """An absolute symlink of the host's leads on from its root, not from ours."""
+    """Resolves paths of the host. An absolute symlink of the host starts at the host's root, not at the container's."""
 
     def __init__(self, root: str) -> None:
         self.root = Path(root)
 
     def path(self, host: str) -> Path:
-        """Where a path of the host's is for us, all links followed; what is not there is taken as it is written.
+        """Returns the path at which this process finds a path of the host, with all links followed.
 
-        Raises OSError, ELOOP, for links that lead in a circle.
+        Parts that do not exist stay as they are. Raises OSError, ELOOP, for links in a circle.
         """
         todo = [part for part in reversed(host.split("/")) if part not in ("", ".")]
         done: list[str] = []
@@ -43,5 +43,5 @@ class HostRoot:
         return self.root.joinpath(*done)
 
     def host(self, path: Path) -> str:
-        """The other way: what the host calls it."""
+        """Returns the host's name for a path of this process."""
         return "/" + str(path.relative_to(self.root)) if self.root != Path("/") else str(path)

@@ -1,6 +1,6 @@
-"""Keeps the plugin and its configuration in place, whoever rewrites the directory and however often.
+"""Keeps the plugin and its configuration in place while other programs rewrite the directory.
 
-Nothing is taken back at the end: what is installed has to outlive the agent, a reboot of the node too.
+Nothing is removed when the agent ends: the installation must outlive the agent and a reboot of the node.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from agent.install.planning import Action, InstallPlan, View
 from agent.install.runtime import DirectoryChoice, Places
 
 log = logging.getLogger("sluice.install")
-PERIOD = 1.0  # seconds between comparisons; a handful of small files is read
-FIND_PERIOD = 10.0  # seconds between looks at what the runtime's own configuration says
-PEACE = 60.0  # seconds without anything undone after which a fight is over
+PERIOD = 1.0  # seconds between comparisons, each of which reads a handful of small files
+FIND_PERIOD = 10.0  # seconds between two readings of the runtime's own configuration
+PEACE = 60.0  # seconds without drift after which a conflict is over
 _MODES = {"own": planning.own, "insert": planning.insert}
 
 
 def mode(settings: Settings) -> str:
-    """own, insert or off."""
+    """Returns how to install: own, insert or off."""
     if settings.cni_install != "auto":
         return settings.cni_install
     return "own" if settings.kube_server not in ("", "none") else "off"
@@ -40,7 +40,7 @@ def mode(settings: Settings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What one look found to do: `binary` to be installed, and the verdict on the configurations."""
+    """The drift of the installation: `binary` must be installed, and `verdict` is the plan for the configurations."""
 
     binary: bool = False
     verdict: InstallPlan = field(default_factory=InstallPlan)
@@ -52,7 +52,7 @@ class Look:
 
 
 class Installer:
-    """One node's installation. `run` for ever, or `step` once."""
+    """Installs on one node. `run` repeats until it is cancelled, `step` acts once."""
 
     def __init__(
         self, settings: Settings, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
@@ -75,8 +75,8 @@ class Installer:
         self._seen: NetDir | None = None
         self._judged: tuple[View, InstallPlan] | None = None
         self._written: dict[str, bytes] = {}
-        self._told: tuple[str, ...] = ()
-        self._found = self._undone_at = -PEACE
+        self._reported: tuple[str, ...] = ()
+        self._found_at = self._undone_at = -PEACE
 
     @property
     def conf_dir(self) -> DirectoryChoice:
@@ -88,11 +88,11 @@ class Installer:
 
     @property
     def file(self) -> str:
-        """The configuration that has our entry, as the host names it; empty while there is none."""
+        """The host's path of the configuration with our entry; empty while there is none."""
         return f"{self.conf_dir.path}/{self.verdict.file}" if self.verdict.file else ""
 
     async def run(self) -> None:
-        """Returns at once when installing is off. Removes nothing when it is cancelled."""
+        """Keeps the installation right until cancelled; removes nothing then. Returns at once if the mode is off."""
         if self.mode == "off":
             return
         watching = DirectoryWatch()
@@ -102,22 +102,22 @@ class Installer:
                 self.step()
                 if await watching.wait(PERIOD):
                     self._looks.looked(self._clock())
-                    await asyncio.sleep(self._looks.pause(self._clock()))  # a directory where much is going on
+                    await asyncio.sleep(self._looks.pause(self._clock()))  # a directory that changes often
         finally:
             watching.close()
 
     def step(self) -> None:
-        """Looks, and puts right what is not, unless that has to wait because somebody undoes it again and again."""
+        """Compares and repairs drift, unless a repair must wait because another program keeps reverting it."""
         if self.mode == "off":
             return
         look = self.look()
         if look.binary or look.verdict.actions:
             look = self._repair(look)
         self.fighting = self.fighting and self._clock() - self._undone_at < PEACE
-        self._tell(look)
+        self._report(look)
 
     def look(self) -> Look:
-        """Changes nothing."""
+        """Compares the installation with the desired one and changes nothing."""
         places = self._where()
         try:
             missing = not self._binary(places).right()
@@ -134,12 +134,12 @@ class Installer:
                 self.mode = "insert"
             else:
                 return InstallPlan(
-                    error="the runtime takes several lists (max_conf_num is not 1); set cni_install: insert"
+                    error="the runtime uses several lists (max_conf_num is not 1); set cni_install: insert"
                 )
         return _MODES[self.mode](view, self._entry, self._settings.cni_conf_name)
 
     def _repair(self, look: Look) -> Look:
-        """The binary first: a configuration never names what is not there."""
+        """Repairs drift, the binary first: a configuration never names a plugin that is missing."""
         places = self._where()
         now = self._clock()
         undone = self._undone(look)
@@ -149,7 +149,7 @@ class Installer:
             return look
         if undone and self._contention.repaired(now) and not self.fighting:
             self.fighting = True
-            log.warning("%s keeps being overwritten by another program %s", undone, _HINT)
+            log.warning("%s keeps being overwritten by another program (%s); retrying with backoff", undone, _HINT)
         try:
             if look.binary:
                 self._binary(places).install()
@@ -171,7 +171,7 @@ class Installer:
                 self._written[f"{places.conf.path}/{action.name}"] = action.data
 
     def _undone(self, look: Look) -> str:
-        """The file that is to become again what we made it before; a primary one that changes is no quarrel."""
+        """Returns the file that must get the same content that we wrote before; a changed primary is no conflict."""
         places = self._where()
         for action in look.verdict.actions:
             name = f"{places.conf.path}/{action.name}"
@@ -179,34 +179,39 @@ class Installer:
                 return name
         return ""
 
-    def _tell(self, look: Look) -> None:
+    def _report(self, look: Look) -> None:
         self.verdict = look.verdict
         self.error = look.error or look.verdict.error
-        # Also with an error that leaves what was installed before as it was.
+        # A verdict with an error may keep an earlier installation, which is ready.
         ready = bool(look.verdict.file) and not (look.binary or look.verdict.actions or look.error)
-        told = (self.error, *look.verdict.remarks)
-        if told != self._told:
-            for words in look.verdict.remarks:
-                log.warning("%s: %s", self.conf_dir.path, words)
+        current = (self.error, *look.verdict.remarks)
+        if current != self._reported:
+            for remark in look.verdict.remarks:
+                log.warning("%s: %s", self.conf_dir.path, remark)
             if self.error:
-                log.error("not installed as it should be: %s", self.error)
-            self._told = told
+                log.error("installation incomplete: %s", self.error)
+            self._reported = current
         if ready and not self.ready:
             places = self._where()
             log.info("installed in %s (%s), plugin in %s", self.file, places.conf.reason, places.bin.path)
         self.ready = ready
 
     def _where(self) -> Places:
-        """Looked up again now and then: an upgrade of k3s moves its directory of plugins."""
+        """Returns the directories; finds them again at intervals, because an upgrade of k3s moves its plugins."""
         now = self._clock()
-        # Who has found no runtime has to read all of /proc again.
+        # Without a known runtime the search reads all of /proc.
         period = FIND_PERIOD if self.places is None or self.places.runtime else 6 * FIND_PERIOD
-        if self.places is None or now - self._found >= period:
-            self._found = now
+        if self.places is None or now - self._found_at >= period:
+            self._found_at = now
             known = self.places.runtime if self.places else None
             places = runtime.find(self._settings, self._host, self._proc, known)
             if places != self.places and self.places is not None:
-                log.info("configurations are in %s (%s), plugins in %s", *_words(places))
+                log.info(
+                    "directories changed: configurations in %s (%s), plugins in %s",
+                    places.conf.path,
+                    places.conf.reason,
+                    places.bin.path,
+                )
             self.places = places
         return self.places
 
@@ -221,7 +226,7 @@ class Installer:
         return self._seen
 
     def _directories(self) -> list[Path]:
-        """The directories, those above, where they are removed and made, and those that links lead to."""
+        """Returns the directories, their parents, where they are removed and created, and the targets of links."""
         places = self._where()
         found = dict[Path, None]()
         for directory in (places.conf.path, places.bin.path):
@@ -235,8 +240,4 @@ class Installer:
         return [path for path in found if path != self._host.root]
 
 
-_HINT = "(Cilium: set cni.exclusive to false); retrying with backoff"
-
-
-def _words(places: Places) -> tuple[str, str, str]:
-    return places.conf.path, places.conf.reason, places.bin.path
+_HINT = "Cilium: set cni.exclusive=false"

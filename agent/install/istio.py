@@ -22,14 +22,17 @@ def entry(conf: Conf) -> Json:
 
 
 def mentions(value: Any) -> bool:
-    """Whether it contains an entry of istio-cni, at any depth."""
+    """Returns True if the value contains an entry of istio-cni, at any depth."""
     if isinstance(value, dict):
         return value.get("type") == ISTIO or any(map(mentions, value.values()))
     return isinstance(value, list) and any(map(mentions, value))
 
 
 def form(conf: Conf, every: Sequence[Conf]) -> str:
-    """CHAINED, OWNED or ALONE, for a configuration with its entry; `every`: all of the directory but our own lists."""
+    """Returns CHAINED, OWNED or ALONE for a configuration with istio-cni's entry.
+
+    `every`: all configurations of the directory except our own lists.
+    """
     rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
     if not rest:
         return ALONE
@@ -39,7 +42,7 @@ def form(conf: Conf, every: Sequence[Conf]) -> str:
 
 
 def owned(every: Sequence[Conf]) -> list[Conf]:
-    """Lists that istio-cni made around another one, which its agent keeps in front of all others."""
+    """Returns the lists that istio-cni made around another one; its agent keeps them in front of all others."""
     return [conf for conf in every if entry(conf) and form(conf, every) == OWNED]
 
 

@@ -1,4 +1,4 @@
-"""The runtime's directory of configurations: read as a whole, changed in single atomic steps."""
+"""The runtime's directory of configurations: read completely, changed in single atomic steps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MOST_KNOWN = 100
 
 
 class NetDir:
-    """One directory. It may not be there yet, or go away: it is never made, and never removed."""
+    """Reads and changes one directory, which may be missing; it is never created and never removed."""
 
     def __init__(self, host: HostRoot, directory: str) -> None:
-        """`directory` as the host names it."""
+        """Takes the `directory` as a path of the host."""
         self.host = host
         self.directory = directory
         self._read: dict[Path, tuple[tuple[int, ...], bytes]] = {}
@@ -34,7 +34,7 @@ class NetDir:
         return self.host.path(self.directory)
 
     def view(self) -> View:
-        """Raises SettingsError when the directory is there and cannot be read; one that is not there has no files."""
+        """Reads the files; a missing directory has none. Raises SettingsError when it exists and cannot be read."""
         files = dict[str, bytes]()
         unread = dict[str, str]()
         try:
@@ -58,7 +58,10 @@ class NetDir:
         return View(files, unread)
 
     def _content(self, path: Path) -> bytes:
-        """Read again when it may be another one: times of files move in steps, so a recent one proves nothing."""
+        """Returns the content, from the cache if the file is unchanged.
+
+        The times of files move in steps, so a recent one does not prove that.
+        """
         status = path.stat()
         version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         known = self._read.get(path)
@@ -74,7 +77,7 @@ class NetDir:
         return data
 
     def links(self) -> tuple[Path, ...]:
-        """Directories that files which are links lead to: what happens there happens to our files."""
+        """Returns the directories of the targets of links: a change there is a change of the linked files."""
         found = dict[Path, None]()
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.path):
@@ -83,7 +86,7 @@ class NetDir:
         return tuple(found)
 
     def apply(self, action: Action) -> None:
-        """One atomic change, on disk when this returns. Raises SettingsError, naming the setting that may help."""
+        """Does one atomic change, on disk on return. Raises SettingsError, which names the setting to change."""
         try:
             directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -97,7 +100,7 @@ class NetDir:
             os.close(directory)
 
     def sweep(self) -> None:
-        """Removes what a crash left of our writing."""
+        """Removes temporary files that a crash left."""
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.path):
                 if entry.name.startswith(_TEMPORARY):
@@ -105,15 +108,15 @@ class NetDir:
 
 
 def failed(what: str, error: OSError, setting: str) -> SettingsError:
-    """The same error in our words."""
+    """Returns the error as a SettingsError with a hint."""
     hint = ""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT):
-        hint = f"; is it the directory that the container runtime uses, and writable? set {setting}"
+        hint = f"; is it writable, and the directory that the container runtime uses? If not, set {setting}"
     return SettingsError(f"{what}: {error.strerror or error}{hint}")
 
 
 def read(path: Path) -> bytes:
-    """A regular file, at most one byte more than MOST of it. Raises OSError; never waits, as a FIFO would have it."""
+    """Reads at most MOST + 1 bytes of a regular file. Raises OSError; never blocks, not even on a FIFO."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -133,7 +136,7 @@ def _apply(action: Action, directory: int) -> None:
 
 
 def _write(directory: int, name: str, data: bytes, like: str) -> None:
-    """Whoever reads sees the old content or the new. A file that is a link is replaced, not what it leads to."""
+    """Replaces the file atomically: a reader sees the old content or the new. A link is replaced, not its target."""
     temporary = f"{_TEMPORARY}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=directory)
@@ -141,7 +144,7 @@ def _write(directory: int, name: str, data: bytes, like: str) -> None:
     descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _take_after(descriptor, directory, like)
+            _copy_mode(descriptor, directory, like)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
@@ -152,8 +155,8 @@ def _write(directory: int, name: str, data: bytes, like: str) -> None:
         raise
 
 
-def _take_after(descriptor: int, directory: int, like: str) -> None:
-    """Mode and owner of the file that was there."""
+def _copy_mode(descriptor: int, directory: int, like: str) -> None:
+    """Sets mode and owner to those of the file `like`, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         model = os.stat(like, dir_fd=directory)
         if (model.st_uid, model.st_gid) != (os.geteuid(), os.getegid()):

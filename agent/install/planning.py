@@ -1,6 +1,6 @@
-"""What has to be done to a runtime's directory of configurations, as a value: nothing when it is right. Pure.
+"""The plan for a runtime's directory of configurations, as a value: empty when the directory is right. Pure.
 
-Each action is one atomic change, and after each of them the first list in the directory is one that works.
+Each action is one atomic change, and after each of them the first list in the directory works.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from agent.install.conflists import ISTIO, MIGRATED, ORIGINAL, Conf, Json, kept_
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The directory as it was read: contents by file name, and why a file that is there could not be read."""
+    """The directory as it was read: contents by file name, and for each unreadable file the reason."""
 
     files: Mapping[str, bytes] = field(default_factory=dict)
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -24,7 +24,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """The file has this content then; `like`: a new one takes the mode of that file, else only root may read it."""
+    """Writes the file; `like`: a new one gets the mode of that file, otherwise only root may read it."""
 
     name: str
     data: bytes
@@ -55,7 +55,7 @@ Action = Write | Rename | Remove
 
 
 def after(view: View, actions: Iterable[Action]) -> View:
-    """The directory once they are carried out."""
+    """Returns the directory as it is after the actions."""
     files = dict(view.files)
     for action in actions:
         match action:
@@ -70,9 +70,9 @@ def after(view: View, actions: Iterable[Action]) -> View:
 
 @dataclass(frozen=True, slots=True)
 class InstallPlan:
-    """`file` has our entry, made from `primary`, once `actions` are done; both empty while there is no primary one.
+    """After `actions`, `file` has our entry, made from `primary`; both are empty while there is no primary list.
 
-    `error` says why that is not so, or not up to date; `remarks` what a person should know.
+    `error` says why that is impossible or out of date; `remarks` are for the operator.
     """
 
     actions: tuple[Action, ...] = ()
@@ -88,11 +88,11 @@ class InstallPlan:
 
 @dataclass(frozen=True, slots=True)
 class Sorted:
-    """The directory's configurations by what they are, each in the runtime's order."""
+    """The directory's configurations by kind, each kind in the runtime's order."""
 
-    own: tuple[Conf, ...]  # ours, around another
-    inserted: tuple[Conf, ...]  # another's, with our entry put in by us
-    copies: tuple[Conf, ...]  # another's, made from one of those
+    own: tuple[Conf, ...]  # made by Sluice around another list
+    inserted: tuple[Conf, ...]  # made by another program, with our entry inserted by Sluice
+    copies: tuple[Conf, ...]  # made by another program from one of those
     others: tuple[Conf, ...]
     bad: Mapping[str, str]
 
@@ -102,19 +102,19 @@ class Sorted:
 
     @property
     def theirs(self) -> list[Conf]:
-        """istio-cni's own lists. Its agent writes its list again and again while another one comes first, so ours
-        follows it, and takes over when it goes."""
+        """istio-cni's own lists. Its agent rewrites its list as long as another one comes first, so ours follows it
+        and takes over when it is removed."""
         return istio.owned(self.foreign)
 
     @property
     def later(self) -> list[Conf]:
-        """All others, which ours has to come before."""
+        """All other lists, which ours must precede."""
         theirs = self.theirs
         return [conf for conf in self.foreign if conf not in theirs]
 
 
 def sort(view: View, wished: str) -> Sorted:
-    """A damaged file under the name that ours shall have is in no group: it is written anew."""
+    """Sorts the files by kind. A damaged file under the name of our list is in no group: it is written again."""
     groups: dict[str, list[Conf]] = {"own": [], "inserted": [], "copies": [], "others": []}
     bad = {name: f"{name}: {why}" for name, why in view.unread.items()}
     for name in conflists.readable(view.files):
@@ -126,14 +126,14 @@ def sort(view: View, wished: str) -> Sorted:
         if conflists.stripped(conf.plugins):
             groups[_group(conf, wished)].append(conf)
         else:
-            bad[name] = f"{name}: it has no plugin but {CNI_TYPE}"
+            bad[name] = f"{name}: it has no plugin except {CNI_TYPE}"
     bad.pop(wished, None)
     own, inserted, copies, others = map(tuple, groups.values())
     return Sorted(own, inserted, copies, others, bad)
 
 
 def _group(conf: Conf, wished: str) -> str:
-    if conflists.is_own(conf) or conf.name == wished:  # that name is ours, whoever used it
+    if conflists.is_own(conf) or conf.name == wished:  # that name is ours, even if another program used it
         return "own"
     if conflists.is_inserted(conf):
         return "inserted"
@@ -141,16 +141,16 @@ def _group(conf: Conf, wished: str) -> str:
 
 
 def own(view: View, entry: Json, wished: str) -> InstallPlan:
-    """A list of ours around the primary one: the first that a runtime would take if ours were not there."""
+    """Plans our own list around the primary one: the first list that a runtime would use without ours."""
     found = sort(view, wished)
     candidates = [conf for conf in found.later if conf not in found.copies] or list(found.copies)
     current = next((conf for conf in found.own if conflists.is_own(conf)), None)
     if current and (not candidates or current.wraps in found.bad):
         why = found.bad.get(current.wraps, "")
-        gone = "" if why else f"{current.wraps} is not there; {current.name} stays as it was made from it"
+        gone = "" if why else f"{current.wraps} is missing; {current.name}, made from it, is kept"
         return _refreshed(current, entry, why, gone)
     if not candidates:
-        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration found yet")
     primary = candidates[0]
     if why := conflists.chainable(primary):
         return InstallPlan(error=why, primary=primary.name, file=current.name if current else "")
@@ -165,23 +165,23 @@ def own(view: View, entry: Json, wished: str) -> InstallPlan:
 
 
 def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> InstallPlan:
-    """Ours stays as it is but for the entry, which may be from an older agent."""
+    """Keeps our list and updates only the entry, which may be from an older agent."""
     data = conflists.rewrap(current, entry)
     actions = () if data == current.data else (Write(current.name, data),)
     return InstallPlan(actions, current.name, current.wraps, error, (remark,) if remark else ())
 
 
 def insert(view: View, entry: Json, wished: str) -> InstallPlan:
-    """Our entry in the primary's own file; its bytes from before are kept beside, under a name no runtime reads."""
+    """Plans our entry in the primary's own file; its original bytes are kept under a name that no runtime reads."""
     found = sort(view, wished)
     if not found.foreign:
-        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration is there yet")
+        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration found yet")
     primary = found.later[0]
     file = primary.stem + ".conflist"
     if why := conflists.chainable(primary):
         return InstallPlan(error=why, primary=primary.name)
     if file != primary.name and any(conf.name == file for conf in (*found.others, *found.copies)):
-        why = f"{primary.name} becomes {file}, which is there already"
+        why = f"{primary.name} must be renamed to {file}, which exists already"
         return InstallPlan(error=f"{why}; remove one of them, or use cni_install: own")
     actions: list[Action] = []
     data = conflists.insert(primary, entry, file)
@@ -198,9 +198,10 @@ def insert(view: View, entry: Json, wished: str) -> InstallPlan:
 
 
 def removal(view: View, wished: str) -> InstallPlan:
-    """Our entry out of the whole directory, original bytes where they still hold; only `actions` and `remarks` count.
+    """Plans the removal of our entry from the directory, with the original bytes where these are still valid.
 
-    Where ours is all there is, its list stays without our entry under the primary's name: pods must still start.
+    Only `actions` and `remarks` of the plan count. If our list is the only one, it stays without our entry under the
+    primary's name: pods must still start.
     """
     found = sort(view, wished)
     actions: list[Action] = []
@@ -212,12 +213,12 @@ def removal(view: View, wished: str) -> InstallPlan:
     actions += [Write(conf.name, _inside(conf)) for conf in mentioning]
     last = next(iter(found.own), None)
     name = _freed(last.wraps, wished) if last else ""
-    if name in found.bad:  # half written or damaged: whoever it belongs to may put it right, and then it comes first
+    if name in found.bad:  # half written or damaged: its owner may repair it, and then it comes first
         name = "99-primary.conflist"
     stays = bool(last) and not found.foreign
     if last and stays:
         actions.append(Write(name, conflists.strip(last), like=last.name))
-        remarks = (f"{last.name} was the only configuration: its plugins stay in {name}, without ours",)
+        remarks = (f"{last.name} was the only configuration: its plugins stay in {name}, without {CNI_TYPE}",)
     actions += [Remove(conf.name) for conf in found.own if not (stays and conf.name == name)]
     if wished in view.files and all(conf.name != wished for conf in (*found.own, *found.foreign)):
         actions.append(Remove(wished))  # damaged
@@ -227,14 +228,14 @@ def removal(view: View, wished: str) -> InstallPlan:
 
 
 def _freed(wraps: str, wished: str) -> str:
-    """A name from a file's text: it leads not out of the directory, hides from no runtime and is not ours."""
+    """Returns a safe name from a file's text: inside the directory, visible to every runtime and not ours."""
     stem = wraps.rpartition(".")[0]
     name = stem + ".conflist"
     return "10-primary.conflist" if not stem or "/" in stem or stem.startswith(".") or name == wished else name
 
 
 def _left(name: str, wished: str) -> bool:
-    """Kept originals, those of `sluice migrate` too, and what Cilium makes of files that it wants not to be there."""
+    """Returns True for kept originals, those of `sluice migrate` too, and for files that Cilium renamed away."""
     return name.startswith((ORIGINAL, MIGRATED)) or name in (f"{wished}.cilium_bak", f"{wished}.cilium_backup")
 
 
@@ -244,7 +245,7 @@ def _inside(conf: Conf) -> bytes:
 
 
 def _restored(view: View, conf: Conf) -> list[Action]:
-    """A file that our entry was put into, as it was: the kept bytes if they say the same as what is there."""
+    """Restores a file that our entry was inserted into: with the kept bytes if the list is the same today."""
     original = conflists.origin(conf)
     kept = kept_name(original)
     drop = [Remove(kept)] if kept in view.files else []
@@ -253,7 +254,7 @@ def _restored(view: View, conf: Conf) -> list[Action]:
         same = conflists.same(before, conflists.stripped(conf.network))
     except SettingsError:
         same = False
-    if original != conf.name and original in view.files:  # the primary has put its own back
+    if original != conf.name and original in view.files:  # the primary has restored its own file
         return [Remove(conf.name), *drop]
     if same:
         return [Rename(kept, original), *([Remove(conf.name)] if original != conf.name else [])]
@@ -269,10 +270,10 @@ def _remarks(found: Sorted, primary: Conf, file: str, wished: str) -> tuple[str,
     if file != wished:
         remarks.append(f"{wished} would not sort before {found.later[0].name}: {file} is used")
     if any(plugin["type"] == ISTIO for plugin in primary.plugins):
-        remarks.append(f"{primary.name} chains istio-cni too, which is kept: two agents (sluice migrate --check)")
+        remarks.append(f"{primary.name} also chains istio-cni, which is kept: two agents (see sluice migrate --check)")
     theirs = found.theirs
-    remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (sluice migrate)" for conf in theirs]
+    remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (see sluice migrate)" for conf in theirs]
     copies = [conf.name for conf in found.copies if conf not in theirs]
-    remarks += [f"{name} is a foreign copy of a list of Sluice: not wrapped" for name in copies]
+    remarks += [f"{name} is another program's copy of Sluice's list: not wrapped" for name in copies]
     remarks += [f"not used: {why}" for name, why in found.bad.items() if name < file]
     return tuple(remarks)

@@ -1,4 +1,4 @@
-"""Which container runtime this node runs, and how it was started: from /proc."""
+"""Finds the node's container runtime and its command line in /proc."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# Command names, and the socket each serves unless told otherwise; the first is taken when the kubelet does not tell.
+# Command names, and the default socket of each; the first is used when the kubelet names no endpoint.
 RUNTIMES = {
     "crio": "/run/crio/crio.sock",
     "containerd": "/run/containerd/containerd.sock",
@@ -23,7 +23,7 @@ class Running:
     args: tuple[str, ...] = ()
 
     def option(self, *names: str) -> str:
-        """The last value given, as "--name value" or "--name=value"; empty when there is none."""
+        """Returns the last value given, as "--name value" or "--name=value"; "" if there is none."""
         found = ""
         for number, word in enumerate(self.args):
             flag, equals, value = word.partition("=")
@@ -33,21 +33,21 @@ class Running:
 
 
 def find(proc: Path) -> Running | None:
-    """The runtime that serves the kubelet. One inside a pod is not meant: it has a PID namespace of its own."""
+    """Returns the runtime that serves the kubelet. One inside a pod does not count: it has its own PID namespace."""
     found = list(_processes(proc, (*RUNTIMES, "kubelet")))
     runtimes = [one for one in found if one.name != "kubelet" and "docker/" not in one.option("-c", "--config")]
     endpoint = next((one.option("--container-runtime-endpoint") for one in found if one.name == "kubelet"), "")
     order = list(RUNTIMES)
 
     def rank(one: Running) -> tuple[object, ...]:
-        plain = one.name == "containerd" and one.option("-c", "--config") in _PLAIN  # may be Docker's, beside k3s's own
+        plain = one.name == "containerd" and one.option("-c", "--config") in _PLAIN  # may be Docker's; k3s has another
         return (_socket(endpoint) != _address(one), plain, order.index(one.name), one.pid)
 
     return min(runtimes, key=rank, default=None)
 
 
 def still(proc: Path, one: Running) -> bool:
-    """Whether it runs on."""
+    """Returns True if the process still runs."""
     try:
         return _name(proc / str(one.pid)) == one.name
     except OSError:

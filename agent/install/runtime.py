@@ -1,10 +1,10 @@
-"""Where the container runtime reads CNI configurations and plugins, each with the reason why we think so."""
+"""Finds the directories in which the container runtime reads CNI configurations and plugins, each with a reason."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.core.settings import Settings
@@ -14,7 +14,7 @@ from agent.install.running import Running
 from agent.install.tomlconf import BIN_DIR, CONF_DIR, RuntimeDirectories
 
 _CONTAINERD, _CRIO = "/etc/containerd/config.toml", "/etc/crio/crio.conf"
-# Where distributions put the configuration of a runtime that they bring along, the more particular ones first.
+# The configuration files of the runtimes that distributions bring along, the more particular ones first.
 _USUAL = (
     ("k3s", "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"),
     ("rke2", "/var/lib/rancher/rke2/agent/etc/containerd/config.toml"),
@@ -24,13 +24,13 @@ _USUAL = (
     ("CRI-O", _CRIO),
     ("containerd", _CONTAINERD),
 )
-_NONE = "the usual one, as no container runtime's configuration was found"
+_NONE = "no configuration of a container runtime found"  # diagnosis knows the reason by its first word
 _SNAP = {"SNAP_DATA": "/var/snap/microk8s/current", "SNAP": "/snap/microk8s/current"}
 
 
 @dataclass(frozen=True, slots=True)
 class DirectoryChoice:
-    """A directory as the host names it."""
+    """A directory of the host, and why it was chosen."""
 
     path: str
     reason: str
@@ -38,7 +38,10 @@ class DirectoryChoice:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """`several`: the runtime attaches a pod to more lists than the first; one around another would attach it twice."""
+    """The two directories and the runtime that they belong to.
+
+    `several`: the runtime attaches a pod to more lists than the first; one around another would attach it twice.
+    """
 
     conf: DirectoryChoice
     bin: DirectoryChoice
@@ -48,36 +51,41 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What one configuration says, and what that is called in reasons."""
+    """The directories that one configuration names; in reasons it has a `name` and, if it is unusable, a `problem`."""
 
-    said: RuntimeDirectories
+    directories: RuntimeDirectories
     name: str
+    problem: str = ""
 
 
 def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: Running | None = None) -> Places:
-    """`known` is the runtime found before: if it runs still, only its files are read. A user's value always wins."""
+    """Finds the directories. A setting always wins.
+
+    `known` is the runtime found before: if it still runs, only its files are read.
+    """
     given = RuntimeDirectories(settings.cni_conf_dir, (settings.cni_bin_dir,) if settings.cni_bin_dir else ())
     runtime = known if known and running.still(proc, known) else running.find(proc)
     try:
         source = _of_running(runtime, host) if runtime else _of_files(host)
     except OSError as error:  # links that lead in a circle
-        source = _Source(RuntimeDirectories(), f"a configuration that cannot be read ({error})")
-    conf = _place(given.conf_dir, "cni_conf_dir", source, source.said.conf_dir, CONF_DIR)
-    bins = tuple(map(str, source.said.bin_dirs))
+        source = _Source(RuntimeDirectories(), "", f"its configuration cannot be read ({error})")
+    conf = _place(given.conf_dir, "cni_conf_dir", source, source.directories.conf_dir, CONF_DIR)
+    bins = tuple(map(str, source.directories.bin_dirs))
     bin_dir = _place(next(iter(given.bin_dirs), ""), "cni_bin_dir", source, _usable(bins, host), BIN_DIR)
-    return Places(conf, bin_dir, runtime, source.said.several)
+    return Places(conf, bin_dir, runtime, source.directories.several)
 
 
-def _place(given: str, setting: str, source: _Source, said: str, default: str) -> DirectoryChoice:
+def _place(given: str, setting: str, source: _Source, configured: str, default: str) -> DirectoryChoice:
     if given:
         return DirectoryChoice(given, f"setting {setting}")
-    if said:
-        return DirectoryChoice(said, f"{source.name} says so")
-    return DirectoryChoice(default, f"the usual one, as {source.name} says nothing else" if source.name else _NONE)
+    if configured:
+        return DirectoryChoice(configured, f"from {source.name}")
+    problem = source.problem or (f"{source.name} does not set it" if source.name else _NONE)
+    return DirectoryChoice(default, f"the default: {problem}")
 
 
 def _usable(directories: tuple[str, ...], host: HostRoot) -> str:
-    """The runtime looks in all of them: the first that can be written to will do."""
+    """Returns the first writable directory: the runtime looks in all of them."""
     for one in directories:
         with contextlib.suppress(OSError):
             if os.access(host.path(one), os.W_OK | os.X_OK):
@@ -94,11 +102,13 @@ def _of_running(runtime: Running, host: HostRoot) -> _Source:
     path = runtime.option("-c", "--config") or (_CRIO if runtime.name == "crio" else _CONTAINERD)
     if runtime.name == "containerd":
         name = next((name for name, usual in _USUAL if usual == path), "containerd")
-        return _containerd(host, path, f"{name}'s" if name == "containerd" else f"the containerd of {name}:")
+        return _containerd(host, path, f"{name}'s")
     source = _crio(host, path, runtime.option("-d", "--config-dir") or path + ".d")
     conf, one = runtime.option("--cni-config-dir"), runtime.option("--cni-plugin-dir")
-    said = RuntimeDirectories(conf or source.said.conf_dir, (one,) if one else source.said.bin_dirs)
-    return _Source(said, "CRI-O's command line" if conf or one else source.name)
+    directories = RuntimeDirectories(
+        conf or source.directories.conf_dir, (one,) if one else source.directories.bin_dirs
+    )
+    return replace(source, directories=directories, name="CRI-O's command line" if conf or one else source.name)
 
 
 def _of_files(host: HostRoot) -> _Source:
@@ -110,8 +120,8 @@ def _of_files(host: HostRoot) -> _Source:
     return _Source(RuntimeDirectories(), "")
 
 
-def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
-    name = f"{whose} {path}"
+def _containerd(host: HostRoot, path: str, owner: str) -> _Source:
+    name = f"{owner} {path}"
     try:
         texts = list[str]()
         seen = set[Path]()
@@ -119,13 +129,13 @@ def _containerd(host: HostRoot, path: str, whose: str) -> _Source:
         variables = _SNAP if "/snap/" in path or "SNAP" in path else {}
         return _Source(tomlconf.containerd(texts, variables), name)
     except FileNotFoundError:
-        return _Source(RuntimeDirectories(), f"containerd, which has no {path},")
+        return _Source(RuntimeDirectories(), name, f"containerd has no {path}")
     except (OSError, ValueError) as error:
-        return _Source(RuntimeDirectories(), f"{name} cannot be read ({error}), and")
+        return _Source(RuntimeDirectories(), name, f"{name} cannot be read ({error})")
 
 
 def _collect(host: HostRoot, path: str, texts: list[str], seen: set[Path]) -> None:
-    """The file, then what it imports, each once; patterns are relative to the file. Raises OSError, ValueError."""
+    """Reads the file, then its imports, each once; patterns are relative to the file. Raises OSError, ValueError."""
     for name, value in _SNAP.items():
         path = path.replace("${" + name + "}", value)
     place = host.path(path)
@@ -152,7 +162,8 @@ def _crio(host: HostRoot, path: str, drop_ins: str) -> _Source:
     try:
         return _Source(tomlconf.crio(texts), f"CRI-O's {path} with {drop_ins}")
     except ValueError as error:
-        return _Source(RuntimeDirectories(), f"CRI-O's {path} cannot be read ({error}), and")
+        name = f"CRI-O's {path}"
+        return _Source(RuntimeDirectories(), name, f"{name} cannot be read ({error})")
 
 
 def _drop_ins(host: HostRoot, directory: str) -> list[str]:

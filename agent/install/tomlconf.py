@@ -1,4 +1,4 @@
-"""What configurations of container runtimes say of CNI. Pure: the files' texts come as arguments.
+"""The CNI directories in configurations of container runtimes. Pure: the texts of the files come as arguments.
 
 Facts: containerd's docs/cri/config.md and containerd-config.toml(5); crio.conf(5) and crio.conf.d(5).
 """
@@ -18,7 +18,7 @@ _CRI: Final = ("cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.runtime
 
 @dataclass(frozen=True, slots=True)
 class RuntimeDirectories:
-    """Directories of the host, in the order in which the runtime searches; empty where nothing is said.
+    """Directories of the host, in the order in which the runtime searches; empty where none is set.
 
     `several`: the runtime attaches a pod to more lists than the first.
     """
@@ -29,39 +29,39 @@ class RuntimeDirectories:
 
 
 def imports(text: str) -> list[str]:
-    """Patterns of further files of containerd's. Raises ValueError."""
+    """Returns the patterns of further files of containerd. Raises ValueError."""
     found = tomllib.loads(text).get("imports")
     return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
 
 
 def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> RuntimeDirectories:
-    """The main file's text, then those of its imports, which win; `variables` as in "${SNAP_DATA}".
+    """Reads the text of the main file, then those of its imports, which win. Raises ValueError.
 
-    Raises ValueError.
+    `variables` are values for names as in "${SNAP_DATA}".
     """
     merged: dict[str, Any] = {}
     for text in texts:
         merged = _merge(merged, tomllib.loads(text))
-    said = RuntimeDirectories()
+    found = RuntimeDirectories()
     for section in _CRI:
         cni = _table(_table(_table(merged, "plugins"), section), "cni")
         many = _texts(cni.get("bin_dirs")) or _texts(cni.get("bin_dir"))
         conf = _texts(cni.get("conf_dir"))
-        several = cni.get("max_conf_num", 1) != 1 or said.several  # 0 is all of them
-        said = RuntimeDirectories(conf[0] if conf else said.conf_dir, many or said.bin_dirs, several)
-    bins = tuple(_expand(one, variables) for one in said.bin_dirs)
-    return RuntimeDirectories(_expand(said.conf_dir, variables), bins, said.several)
+        several = cni.get("max_conf_num", 1) != 1 or found.several  # 0 is all of them
+        found = RuntimeDirectories(conf[0] if conf else found.conf_dir, many or found.bin_dirs, several)
+    bins = tuple(_expand(one, variables) for one in found.bin_dirs)
+    return RuntimeDirectories(_expand(found.conf_dir, variables), bins, found.several)
 
 
 def crio(texts: Iterable[str]) -> RuntimeDirectories:
-    """crio.conf, then its drop-ins in the order of their names; each key of a later one wins. Raises ValueError."""
-    said = RuntimeDirectories()
+    """Reads crio.conf, then its drop-ins in the order of their names; a later key wins. Raises ValueError."""
+    found = RuntimeDirectories()
     for text in texts:
         network = _table(_table(tomllib.loads(text), "crio"), "network")
         conf = _texts(network.get("network_dir"))
         many = _texts(network.get("plugin_dirs")) or _texts(network.get("plugin_dir"))
-        said = RuntimeDirectories(conf[0] if conf else said.conf_dir, many or said.bin_dirs)
-    return said
+        found = RuntimeDirectories(conf[0] if conf else found.conf_dir, many or found.bin_dirs)
+    return found
 
 
 def _table(value: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -83,8 +83,8 @@ def _expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _merge(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    made = dict(one)
+    merged = dict(one)
     for key, value in other.items():
-        old = made.get(key)
-        made[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return made
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

@@ -1,6 +1,6 @@
-"""Takes our plugin out of a node's CNI in an order of which every prefix leaves a node that works.
+"""Removes our plugin from a node's CNI in steps; the node works after each of them.
 
-First no configuration names it any more, then the files beside go, the binary last of all: a runtime that finds the
+First the configurations stop naming the plugin, then the other files go, and the binary last: a runtime that finds the
 type of a plugin without its binary can neither start pods nor remove them.
 """
 
@@ -29,34 +29,34 @@ class UninstallStep:
 
 
 class Uninstall:
-    """What is left to be done, looked up when it is asked for: after an interruption it goes on from there."""
+    """Plans the remaining steps from the node's state at each call, so it can continue after an interruption."""
 
     def __init__(self, settings: Settings, binary: str = "auto", proc: Path = Path("/proc")) -> None:
-        """`binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
+        """Takes `binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
         self._settings = settings
         self._wish = binary
         self._host = HostRoot(settings.host_root)
         self.places: Places = runtime.find(settings, self._host, proc)
 
     def steps(self) -> Iterator[UninstallStep]:
-        """In order. Raises SettingsError when the directory cannot be read."""
+        """Returns the steps in order. Raises SettingsError when the directory cannot be read."""
         directory = NetDir(self._host, self.places.conf.path)
         for action in planning.removal(directory.view(), self._settings.cni_conf_name).actions:
             yield UninstallStep(f"{self.places.conf.path}: {action}", partial(directory.apply, action))
         yield from self._last()
 
     def remarks(self) -> tuple[str, ...]:
-        """What a person should know, before the steps are done: what stays, and why."""
+        """Returns what stays and why, for the operator, before the steps are done."""
         view = NetDir(self._host, self.places.conf.path).view()
         kept = self.kept()
-        words = f"{self.places.bin.path}/{CNI_TYPE} stays: {kept}; it does nothing but answer, remove it later"
-        return (*planning.removal(view, self._settings.cni_conf_name).remarks, *([words] if kept else []))
+        stays = f"{self.places.bin.path}/{CNI_TYPE} stays: {kept}; it only answers calls, remove it later"
+        return (*planning.removal(view, self._settings.cni_conf_name).remarks, *([stays] if kept else []))
 
     def kept(self) -> str:
-        """Why the binary stays; empty when it goes, or is not there."""
+        """Returns why the binary stays; "" if it is removed or missing."""
         if self._wish == "remove" or not self._binary().path.exists():
             return ""
-        return "as asked for" if self._wish == "keep" else self._binary().needed()
+        return "as requested" if self._wish == "keep" else self._binary().needed()
 
     def _last(self) -> Iterator[UninstallStep]:
         NetDir(self._host, self.places.conf.path).sweep()

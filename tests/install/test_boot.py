@@ -90,7 +90,7 @@ def test_p01_the_primary_is_not_back_yet(node: Node) -> None:
     assert made.ready
     assert types(node.first()) == ["calico", "portmap", "sluice-cni"]
     assert node.first()["plugins"][-1]["excludeNamespaces"] == ["kube-system", "other"]
-    assert any("is not there" in words for words in made.verdict.remarks)
+    assert any("is missing" in words for words in made.verdict.remarks)
 
 
 _AGENT = """

@@ -49,7 +49,7 @@ def test_install_check_install_uninstall(node: Node, capsys: pytest.CaptureFixtu
 
 def test_what_cannot_be_done_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(node, "install") == 1
-    assert "no CNI configuration is there yet" in capsys.readouterr().out
+    assert "no CNI configuration found yet" in capsys.readouterr().out
 
 
 def test_p04_uninstall_is_refused_while_an_agent_runs(node: Node) -> None:

@@ -42,7 +42,7 @@ def test_p07_two_agents_rewrite(node: Node, mode: str, caplog: pytest.LogCapture
         made.step()
     assert made.fighting
     assert 6 <= made.rewrites - first <= 12
-    warnings = [line for line in caplog.messages if "again and again" in line]
+    warnings = [line for line in caplog.messages if "keeps being overwritten" in line]
     assert len(warnings) == 1
     assert ("02-sluice.conflist" if mode == "own" else NAME) in warnings[0]
     assert "cni.exclusive" in warnings[0]

@@ -178,7 +178,7 @@ def test_where_results_cannot_be_seen_the_binary_stays(node: Node) -> None:
     for step in todo.steps():
         step.do()
     assert (node.bin / "sluice-cni").exists()
-    assert any("cannot be seen" in words for words in todo.remarks())
+    assert any("not visible" in words for words in todo.remarks())
 
 
 def test_ours_was_the_only_configuration(node: Node) -> None:

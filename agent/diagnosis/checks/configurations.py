@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from agent.diagnosis.facts import Listed, NodeFacts
 from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 
-_USUAL = "the usual one, as no"  # so begins the reason of a directory that nobody told (install.runtime)
+_USUAL = "the default: no"  # prefix of the reason if no runtime's configuration was found (install.runtime)
 # Type of a primary plugin -> whose it is, and what is known of it beside others.
 _PRIMARY = {
     "ptp": ("kindnet or the reference plugins", "kindnet writes its list again at each start"),

@@ -161,7 +161,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("cni-configuration", "by other means", cni(managed="off", files=(PRIMARY,)), OK, "cni_install is off"),
     ("cni-primary", "Cilium renamed ours", cni(view=View({"02-sluice.conflist.cilium_bak": b""})), WRONG, "cilium_bak"),
     ("cni-primary", "two primaries", cni(files=(OURS, PRIMARY, Listed("20-x.conf", ("flannel",)))), WARNING, "20-x"),
-    ("cni-directories", "nobody said", cni(directory_reason="the usual one, as no container runtime's"), WARNING, ""),
+    ("cni-directories", "nobody said", cni(directory_reason="the default: no configuration of"), WARNING, ""),
     ("cni-plugin", "missing", cni(plugin="/opt/cni/bin/sluice-cni is not there"), WRONG, "is not there"),
     ("cni-plugin", "noexec", cni(runs="Permission denied"), WRONG, "Permission denied"),
     ("cni-plugin", "not wanted", cni(managed="off", files=(PRIMARY,), plugin="x"), OK, "no list names it"),

@@ -55,8 +55,8 @@ def test_installation() -> None:
     assert said(installation(lacking)) == ("own", "drift", "cni: install the plugin; cni: remove x")
     assert lacking.steps == 0
     assert said(installation(lacking), repair=True) == ("own", "ok", "")
-    nothing = FakeInstaller(Look(verdict=InstallPlan(error="no CNI configuration is there yet")))
-    assert said(installation(nothing)) == ("own", "drift", "no CNI configuration is there yet")
+    nothing = FakeInstaller(Look(verdict=InstallPlan(error="no CNI configuration found yet")))
+    assert said(installation(nothing)) == ("own", "drift", "no CNI configuration found yet")
     assert said(installation(FakeInstaller(Look()))) == ("own", "drift", "Sluice's configuration is missing")
     assert said(installation(FakeInstaller(Look(error="refused")))) == ("own", "unknown", "refused")
 

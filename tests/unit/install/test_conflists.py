@@ -29,8 +29,8 @@ HOSTILE = {
     "BOM": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "not JSON"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "not JSON"),
     "not UTF-8": (b'{"name": "\xff"}', "not JSON"),
-    "twice": (b'{"name": "a", "name": "b", "plugins": [{"type": "x"}]}', "'name' is there twice"),
-    "twice inside": (b'{"name": "a", "plugins": [{"type": "x", "type": "y"}]}', "'type' is there twice"),
+    "twice": (b'{"name": "a", "name": "b", "plugins": [{"type": "x"}]}', "'name' occurs twice"),
+    "twice inside": (b'{"name": "a", "plugins": [{"type": "x", "type": "y"}]}', "'type' occurs twice"),
     "huge": (b'{"name": "' + b"x" * (1 << 20) + b'"}', "larger than"),
     "deep": (b"[" * 100_000, "not JSON"),
     "deep object": (b'{"a":' * 200 + b"1" + b"}" * 200, "nested deeper"),
@@ -67,7 +67,7 @@ def test_a_list_in_a_conf_is_refused_as_by_containerd() -> None:
 
 
 def test_a_name_that_no_configuration_could_hold() -> None:
-    with pytest.raises(SettingsError, match="its name"):
+    with pytest.raises(SettingsError, match="the file name"):
         parse("10-\udcff.conflist", json.dumps(GOOD).encode())
 
 
@@ -109,7 +109,7 @@ def test_p27_nothing_is_lost_in_any_list(plugins: list[dict[str, object]], extra
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [("0.3.0", ""), ("1.1.0", ""), ("0.2.0", "no chains"), (None, "0.1.0 has no chains"), ("1.2.0", "not supported")],
+    [("0.3.0", ""), ("1.1.0", ""), ("0.2.0", "no plugin chains"), (None, "0.1.0 has no plugin chains"), ("1.2.0", "not supported")],
 )
 def test_versions_are_kept_or_refused_never_raised(version: str | None, words: str) -> None:
     found = conf(cniVersion=version)

@@ -170,7 +170,7 @@ def test_inserting_into_a_conf_beside_a_list_of_that_name() -> None:
     files = {"a.conf": b'{"type":"x","name":"c","cniVersion":"1.0.0"}', "a.conflist": network()}
     verdict = planning.insert(View(files), ENTRY, WISHED)
     assert not verdict.actions
-    assert "is there already" in verdict.error
+    assert "exists already" in verdict.error
 
 
 @pytest.mark.parametrize("version", ["0.2.0", "1.2.0"])
