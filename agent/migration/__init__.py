@@ -1,1 +1,1 @@
-"""From istio-cni to Sluice on one node, and back: what is there, what differs, and the steps."""
+"""Moves one node from istio-cni to Sluice and back: its facts, the differences, and the steps."""

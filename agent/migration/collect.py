@@ -1,4 +1,4 @@
-"""Looks at one node: reads, and changes nothing."""
+"""Collects the facts of one node; it only reads."""
 
 from __future__ import annotations
 
@@ -32,14 +32,17 @@ from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Pr
 from agent.migration.istio_agent import RUN_DIR, theirs_runs
 from agent.sources.netns import existing
 
-_CACHE = "/var/lib/cni/results"  # libcni.CacheDir; of the runtimes CRI-O alone deletes by the lists in it
-_CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # a sidecar's alone; ISTIO_OUTPUT is in both rule sets
+_CACHE = "/var/lib/cni/results"  # libcni.CacheDir; only CRI-O deletes pods by the lists in it
+_CHAINS = frozenset({"ISTIO_REDIRECT", "ISTIO_IN_REDIRECT"})  # only a sidecar's; ISTIO_OUTPUT is in both rule sets
 _TABLE = "istio-proxy-nat"
 _BY = {Owner.SLUICE: SLUICE, Owner.FOREIGN: ISTIO_CNI}
 
 
 def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/proc")) -> MigrationFacts:
-    """`only`: these network namespaces, and not the host's. Raises SluiceError when the directory cannot be read."""
+    """Collects the facts. Raises SluiceError when the directory cannot be read.
+
+    `only`: these network namespaces, without the host's.
+    """
     host = HostRoot(settings.host_root)
     problems = list[str]()
     where = runtime.find(settings, host, proc)
@@ -66,7 +69,7 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
 
 
 def _ours(run_dir: str) -> tuple[str, int | None]:
-    """Why our agent does not answer, or how many ztunnels it has."""
+    """Returns why the Sluice agent does not answer, and how many ztunnels it has if it does."""
     try:
         return "", int(ask(run_dir, "/v1/status")["ztunnel_connections"])
     except SluiceError as error:
@@ -74,7 +77,7 @@ def _ours(run_dir: str) -> tuple[str, int | None]:
 
 
 def _cached(folder: Path) -> int:
-    """Kept lists that name istio-cni; libcni.cachedInfo, where `config` is the list in base64."""
+    """Counts the cached lists that name istio-cni; in libcni.cachedInfo, `config` is the list in base64."""
     found = 0
     with contextlib.suppress(OSError):
         for place in sorted(folder.iterdir()):
@@ -101,13 +104,13 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
 
 
 def has_sidecar(target: PodNetns) -> bool:
-    """nf_tables, where iptables-nft keeps its chains too, and the tables of old iptables if there are any."""
+    """Searches nf_tables, which has the chains of iptables-nft too, and the tables of legacy iptables if they exist."""
     for message in target.nft.dump(GETCHAIN, 0):
         parts = fields(message.body)
         table, chain = unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))
         if table == _TABLE or chain in _CHAINS:
             return True
-    if "nat" not in target.netns.call(_legacy_tables):  # to ask for it would make it
+    if "nat" not in target.netns.call(_legacy_tables):  # reading the table would create it
         return False
     saved = exec.run(["iptables-legacy-save", "-t", "nat"], within=target.netns, check=False).stdout
     return any(f":{chain} " in saved for chain in _CHAINS)

@@ -1,4 +1,4 @@
-"""Settings of istio-cni and what they are here. Pure; also the table of docs/migrating.md.
+"""Settings of istio-cni and their equivalents in Sluice, also printed in docs/migrating.md. Pure.
 
 istio-cni's names are those of its environment or, if a setting has none there, of its Helm values
 (docs/design/istio-cni.md, 1.2 and 1.3).
@@ -26,9 +26,9 @@ _NO_API = "none: the plugin asks the agent, and has no credentials of its own"
 
 @dataclass(frozen=True, slots=True)
 class Equivalent:
-    """One setting: `env` and `helm` are istio-cni's names, `ours` the setting here; "" where there is none.
+    """One setting: `env` and `helm` are istio-cni's names, `ours` is Sluice's; "" where there is none.
 
-    `words`: what takes its place; `plain`: values that need nothing, as words.
+    `words`: what replaces it; `plain`: values that need no action, as text.
     """
 
     env: str
@@ -55,11 +55,12 @@ TABLE = (
     Equivalent("HOST_PROBE_SNAT_IPV6", "env.HOST_PROBE_SNAT_IPV6", "probe_ipv6"),
     Equivalent("ZTUNNEL_UDS_ADDRESS", "env.ZTUNNEL_UDS_ADDRESS", "zds_socket"),
     Equivalent("MONITORING_PORT", "env.MONITORING_PORT", "metrics_address", "0.0.0.0: and the port"),
-    Equivalent("", "logging.level", "log_level", "of several scopes the default's"),
-    Equivalent("", "cniBinDir", "cni_bin_dir", "as a rule not needed: found in the runtime's own configuration"),
-    Equivalent("", "cniConfDir", "cni_conf_dir", "as a rule not needed: found in the runtime's own configuration"),
-    Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is detected"),
-    Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in a list of our own around the primary one",
+    Equivalent("", "logging.level", "log_level", "the default scope's, if there are several"),
+    Equivalent("", "cniBinDir", "cni_bin_dir", "usually not needed: found in the runtime's own configuration"),
+    Equivalent("", "cniConfDir", "cni_conf_dir", "usually not needed: found in the runtime's own configuration"),
+    Equivalent("CNI_CONF_NAME", "cniConfFileName",
+               words="not needed: the primary configuration is detected"),
+    Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in Sluice's own list around the primary one",
                plain=("true",)),
     Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default",
                plain=("true", "false")),
@@ -88,7 +89,7 @@ TABLE = (
     Equivalent("", "global.logAsJson", words="none: the log is text", plain=("false",)),
     Equivalent("SYSTEM_NAMESPACE", "env.SYSTEM_NAMESPACE", "exempt_pods", "its ztunnel-*"),
     Equivalent("CNI_CONF_GROUP_READ", "env.CNI_CONF_GROUP_READ",
-               words="none: our list is for root alone, and the primary's keeps its mode", plain=("false",)),
+               words="none: only root can read Sluice's list, and the primary's keeps its mode", plain=("false",)),
     Equivalent("KUBECONFIG_MODE", "env.KUBECONFIG_MODE", words=_NO_API),
     Equivalent("KUBE_CA_FILE", "env.KUBE_CA_FILE", words=_NO_API),
     Equivalent("SKIP_TLS_VERIFY", "env.SKIP_TLS_VERIFY", words=_NO_API, plain=("false",)),
@@ -99,14 +100,14 @@ TABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Translated:
-    """`settings`: ours, as in our settings file; `remarks`: what has no equivalent, and what could not be read."""
+    """The result. `settings` are as in Sluice's settings file; `remarks` say what has no equivalent or is invalid."""
 
     settings: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
 
 
 def translate(found: Mapping[str, Any]) -> Translated:
-    """`found`: istio-cni's settings by their names in TABLE. Never raises: what cannot be used is told."""
+    """Translates istio-cni's settings, by their names in TABLE. Never raises: it reports invalid ones as remarks."""
     settings = dict[str, Any]()
     remarks = list[str]()
     for one in TABLE:
@@ -119,21 +120,21 @@ def translate(found: Mapping[str, Any]) -> Translated:
             continue
         try:
             convert: Callable[[Any], Any] = _CONVERT.get(one.name, _word)
-            made = convert(value)
-            if made is not None:
-                build({one.ours: (made, one.name)})
+            converted = convert(value)
+            if converted is not None:
+                build({one.ours: (converted, one.name)})
         except (SettingsError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
             remarks.append(f"{one.name} {_word(value)[:80]}: cannot be used here ({error}); set {one.ours} by hand")
             continue
-        if made is not None:
-            settings[one.ours] = made
+        if converted is not None:
+            settings[one.ours] = converted
     unknown = sorted(str(name) for name in found if all(name != one.name for one in TABLE))
     remarks += [f"{name}: not known to this command" for name in unknown]
     return Translated(settings, tuple(remarks))
 
 
 def differences(translated: Translated, here: Settings) -> tuple[str, ...]:
-    """Where an agent with the settings `here` would do otherwise than istio-cni did, as lines for the settings file."""
+    """Returns the settings in which `here` differs from istio-cni's, as lines for the settings file."""
     there = build({key: (value, key) for key, value in translated.settings.items()})
     changed = [f.name for f in fields(Settings) if f.name in translated.settings]
     return tuple(
@@ -169,8 +170,8 @@ def _names(value: Any) -> list[str]:
 def _selectors(value: Any) -> list[Any]:
     read = yaml.safe_load(value) if isinstance(value, str) else value
     selectors.parse(read)
-    made: list[Any] = read
-    return made
+    parsed: list[Any] = read
+    return parsed
 
 
 def _backend(value: Any) -> str | None:
@@ -184,7 +185,7 @@ def _forced(value: Any) -> str | None:
 
 
 def _level(value: Any) -> str | None:
-    """As --log_output_level: a level, or scope:level with commas, where "default" and "all" count."""
+    """Reads --log_output_level: a level, or scope:level with commas, where only "default" and "all" count."""
     scopes = [part.rpartition(":") for part in str(value).split(",") if part]
     levels = [level for scope, _, level in scopes if scope in ("", "default", "all")]
     return _LEVELS[levels[-1]] if levels and levels[-1] in _LEVELS else None

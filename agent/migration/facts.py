@@ -1,4 +1,4 @@
-"""What one node holds of istio-cni and of us, as values."""
+"""A node's state of istio-cni and of Sluice, as values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from agent.install.planning import View
 
-ISTIO_CNI, SLUICE, SIDECAR = "istio-cni", "sluice", "sidecar"  # by whom a namespace was programmed
+ISTIO_CNI, SLUICE, SIDECAR = "istio-cni", "sluice", "sidecar"  # the owner of a namespace's rules
 
 
 @dataclass(frozen=True, slots=True)
 class Programmed:
-    """One network namespace with rules in it: by whom, as the words above; `pod` is "" for one that we do not know.
+    """One network namespace with rules: `by` is one of the owners above; `pod` is "" for an unknown pod.
 
-    A sidecar's rules look the same whether istio-cni or an init container of the pod made them.
+    A sidecar's rules are the same if istio-cni or an init container of the pod installed them.
     """
 
     netns: str
@@ -24,12 +24,12 @@ class Programmed:
 
 @dataclass(frozen=True, slots=True)
 class MigrationFacts:
-    """`directory` and `plugins` are the runtime's, as the host names them.
+    """The facts of one node. `directory` and `plugins` are the runtime's, as paths of the host.
 
-    `agent`: where istio-cni's was met, "" when it does not run. `ours`: why our agent does not answer, "" when it does;
-    then `ztunnels` are connected to it. `socket`: whether there is a file for more of them to connect to.
-    `cached`: lists that name istio-cni among those that the runtime keeps to delete pods by; None when it keeps none.
-    `host`: by whom the exemption of the node's probes was programmed, "" for nobody.
+    `agent`: how istio-cni's agent was found, "" if it does not run. `ours`: why the Sluice agent does not answer, "" if
+    it does; then `ztunnels` is how many are connected to it. `socket`: the file to which ztunnel connects exists.
+    `cached`: how many of the lists by which the runtime deletes pods name istio-cni; None if it keeps no lists.
+    `host`: the owner of the exemption of the node's probes, "" for none.
     """
 
     directory: str
@@ -46,5 +46,5 @@ class MigrationFacts:
     settings: Mapping[str, object] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
-    def by(self, whom: str) -> tuple[Programmed, ...]:
-        return tuple(one for one in self.programmed if one.by == whom)
+    def by(self, owner: str) -> tuple[Programmed, ...]:
+        return tuple(one for one in self.programmed if one.by == owner)

@@ -1,4 +1,4 @@
-"""istio-cni in a directory of CNI configurations: where its entry stands, and the same without it. Pure."""
+"""istio-cni's entries in a directory of CNI configurations, and the configurations without them. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent.install.conflists import ISTIO, Conf, Json
 from agent.install.istio import entry, form, mentions
 from agent.install.planning import View
 
-# What take-over keeps, under names that no runtime reads: a whole file, or one from before its entry was taken out.
+# Kept by a take-over under names that no runtime reads: a whole file, or one from before its entry was removed.
 FILE: Final = f"{conflists.MIGRATED}file-"
 ENTRY: Final = f"{conflists.MIGRATED}entry-"
 KEPT: Final = ".kept"
@@ -21,7 +21,7 @@ KEPT: Final = ".kept"
 
 @dataclass(frozen=True, slots=True)
 class IstioConf:
-    """A configuration with an entry of istio-cni's in it; `entry` is {} where it is deep inside (Multus' delegates)."""
+    """A configuration with istio-cni's entry; `entry` is {} where it is nested (Multus' delegates)."""
 
     conf: Conf
     form: str
@@ -29,29 +29,29 @@ class IstioConf:
 
 
 def confs(view: View) -> list[Conf]:
-    """Every configuration that a runtime could use, in its order."""
-    found = []
+    """Returns every configuration that a runtime could use, in its order."""
+    usable = []
     for name in conflists.readable(view.files):
         try:
-            found.append(conflists.parse(name, view.files[name]))
+            usable.append(conflists.parse(name, view.files[name]))
         except SettingsError:
             continue
-    return found
+    return usable
 
 
 def picked(view: View) -> Conf | None:
-    """The one that a runtime uses: the first by name that it can use."""
+    """Returns the configuration that a runtime uses: the first by name that it can use."""
     return next(iter(confs(view)), None)
 
 
 def places(view: View) -> list[IstioConf]:
-    """In the order of file names. Ours around one of them is none."""
+    """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
     return [IstioConf(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
 
 
 def without(value: Any) -> Any:
-    """Without its entries, at any depth."""
+    """Removes istio-cni's entries at any depth."""
     if isinstance(value, dict):
         return {key: without(one) for key, one in value.items()}
     if isinstance(value, list):
@@ -60,14 +60,14 @@ def without(value: Any) -> Any:
 
 
 def added(network: Json, entry: Json) -> Json:
-    """With istio-cni's entry last of all, but before ours."""
+    """Adds istio-cni's entry at the end, but before ours."""
     plugins = list(network["plugins"])
     at = next((n for n, one in enumerate(plugins) if one["type"] == CNI_TYPE), len(plugins))
     return {**network, "plugins": [*plugins[:at], entry, *plugins[at:]]}
 
 
 def other_entries(view: View) -> Iterator[tuple[str, str, str]]:
-    """Of each file that take-over keeps: its name, FILE or ENTRY, and the name it had."""
+    """Yields for each file that a take-over kept: its name, FILE or ENTRY, and its original name."""
     for name in sorted(view.files):
         for kind in (FILE, ENTRY):
             if name.startswith(kind) and name.endswith(KEPT):

@@ -1,4 +1,4 @@
-"""Whether istio-cni's agent runs on this node. Apart from `looking`, which the daemon does not need."""
+"""Detects istio-cni's agent on this node. Separate from `collect`, which the daemon does not load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SYS_ADMIN = 1 << 21  # linux/capability.h; its DaemonSet adds it, to enter the 
 
 
 def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
-    """How it shows, "" if it does not: its socket answers or its process runs. Either may be hidden from us."""
+    """Returns how istio-cni's agent was found, or "": by its socket or its process. Either may be hidden from us."""
     for run_dir in run_dirs:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1)
@@ -24,14 +24,17 @@ def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
             return f"{run_dir}/pluginevent.sock answers"
     for comm in sorted(proc.glob("[0-9]*/comm")):
         with contextlib.suppress(OSError):
-            # A process may give itself any bytes as its name, so what a pod runs is recognised by its rights.
+            # A process can give itself any name, so a pod's process is recognised by its capabilities.
             if comm.read_bytes().strip() == _COMMAND and _administers(comm.parent, proc):
                 return f"process {comm.parent.name}, {_COMMAND.decode()}"
     return ""
 
 
 def _administers(process: Path, proc: Path) -> bool:
-    """Whether it has CAP_SYS_ADMIN in our user namespace; a pod with it controls the node anyway. Raises OSError."""
+    """Returns True if it has CAP_SYS_ADMIN in our user namespace, with which a pod controls the node anyway.
+
+    Raises OSError.
+    """
     found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", (process / "status").read_bytes(), re.MULTILINE)
     ours = (process / "uid_map").read_bytes() == (proc / "self/uid_map").read_bytes()
     return ours and found is not None and bool(int(found[1], 16) & _SYS_ADMIN)

@@ -1,8 +1,8 @@
-"""Taking a node over from istio-cni and handing it back, as steps that print, each one atomic change to a file. Pure.
+"""The steps that take a node over from istio-cni and hand it back, each one atomic change to a file. Pure.
 
-Before, between and after the steps the list that a runtime picks has an entry of istio-cni's or of ours in it: an
-enrolled pod is captured by one of the two, or its ADD is refused. What is left to do is planned from what is there, so
-that who was interrupted runs the same command again.
+Before, between and after the steps the list that a runtime uses has an entry of istio-cni or of Sluice: an enrolled pod
+is captured by one of the two, or its ADD is refused. The remaining steps are planned from the directory as it is, so
+after an interruption the same command continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MigrationStep:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """In order; none when all is done. `error`: why they do not lead to the end, and what to do about it."""
+    """The steps in order, none when all is done. `error`: why they do not complete the task, and what to do then."""
 
     steps: tuple[MigrationStep, ...] = ()
     error: str = ""
@@ -39,9 +39,9 @@ class Steps:
 
 
 def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside: bool = True) -> Steps:
-    """Our list in front, around all that is there; then, if `aside`, istio-cni's own out of the way.
+    """Plans a take-over: our list comes first, around the existing ones; then, if `aside`, istio-cni's is removed.
 
-    `mode` is own or insert: how our entry stands in the end.
+    `mode` is own or insert: the final form of our entry.
     """
     last = planning.insert if mode == "insert" else planning.own
     places = istio.places(view)
@@ -49,14 +49,14 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     verdict = first(view, entry, wished)
     if verdict.error:
         return Steps(error=verdict.error, remarks=verdict.remarks)
-    why = "our entry first, next to that of istio-cni" if places else "our entry"
+    why = "our entry first, next to istio-cni's" if places else "our entry"
     steps = [MigrationStep(action, why) for action in verdict.actions]
     if not places or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
     for place in istio.places(after(view, steps)):
         steps += _aside(after(view, steps), place)
     verdict = last(after(view, steps), entry, wished)
-    steps += [MigrationStep(action, "our entry without that of istio-cni") for action in verdict.actions]
+    steps += [MigrationStep(action, "our entry without istio-cni's") for action in verdict.actions]
     if verdict.error:
         return Steps(tuple(steps), verdict.error, verdict.remarks)
     return Steps(tuple(steps), _unfinished(after(view, steps)), verdict.remarks)
@@ -66,14 +66,14 @@ def _unfinished(view: View) -> str:
     found = istio.picked(view)
     if found is None or not conflists.mentions(found.network) or mentions(found.network):
         name = found.name if found else "nothing"
-        return f"istio-cni cannot be taken out: {name} would be all that is left; is there a primary CNI plugin?"
+        return f"cannot remove istio-cni: only {name} would remain; is there a primary CNI plugin?"
     return ""
 
 
 def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
     name = place.conf.name
     if place.form != CHAINED:
-        return [MigrationStep(Rename(name, FILE + name + KEPT), f"istio-cni's own file ({place.form}) is kept aside")]
+        return [MigrationStep(Rename(name, FILE + name + KEPT), f"keep istio-cni's own file ({place.form})")]
     kept = ENTRY + name + KEPT
     data = place.conf.data
     network = istio.without(place.conf.network)
@@ -81,49 +81,49 @@ def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
     keep = (
         () if view.files.get(kept) == data else (MigrationStep(Write(kept, data, like=name), f"{name} as it is now"),)
     )
-    return [*keep, MigrationStep(Write(name, clean), "istio-cni's entry out of the primary's list")]
+    return [*keep, MigrationStep(Write(name, clean), "remove istio-cni's entry from the primary's list")]
 
 
 def back(view: View, wished: str) -> Steps:
-    """istio-cni's files as they were or as they would be today; then ours go."""
+    """Plans a hand-back: istio-cni's files as they were or as they would be today; then ours are removed."""
     steps: list[MigrationStep] = []
     for kept, kind, name in istio.other_entries(view):
         steps += _restored(after(view, steps), kept, kind, name)
     steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
-    steps += [MigrationStep(action, "our entry goes") for action in verdict.actions]
+    steps += [MigrationStep(action, "remove our entry") for action in verdict.actions]
     found = istio.picked(after(view, steps))
     if found is None or not mentions(found.network):
         name = found.name if found else "no configuration"
-        words = f"then {name} would be used, without an entry of istio-cni's: its pods would start uncaptured"
-        return Steps(error=f"{words}; install istio-cni first, its agent writes its entry, then run this again")
+        words = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
+        return Steps(error=f"{words}; install istio-cni first, whose agent writes the entry, then run this again")
     return Steps(tuple(steps), remarks=verdict.remarks)
 
 
 def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
-    """Our entry in the primary's list, which refuses enrolled pods until istio-cni has put its own there.
+    """Plans our entry in the primary's list, which refuses enrolled pods until istio-cni has added its own.
 
-    Its agent takes the first list that it finds for the primary one as long as it runs, and waits for that file if it
-    is removed. So no list of ours may exist when it starts.
+    istio-cni's agent uses the first list that it finds as the primary one as long as it runs, and waits for that file
+    if it is removed. So no list of Sluice may exist when it starts.
     """
     verdict = planning.insert(view, entry, wished)
-    why = "our entry refuses enrolled pods until istio-cni is there"
+    why = "our entry refuses enrolled pods until istio-cni is installed"
     return Steps(tuple(MigrationStep(action, why) for action in verdict.actions), remarks=verdict.remarks)
 
 
 def taken(view: View) -> str:
-    """The list of ours that istio-cni's agent took for the primary one; "" for none."""
+    """Returns the list of Sluice that istio-cni's agent uses as the primary one; "" for none."""
     found = (conf.entry for conf in istio.confs(view) if _added(conf))
     return next((str(ours["file"]) for ours in found if ours and "wraps" in ours), "")
 
 
 def _added(conf: Conf) -> Json:
-    """istio-cni's entry where its agent put it behind ours; what we wrap comes before."""
+    """Returns istio-cni's entry if its agent added it behind ours; an entry that we wrap comes before ours."""
     return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == conflists.ISTIO else {}
 
 
 def _moved(view: View) -> list[MigrationStep]:
-    """Moves an entry that istio-cni's agent put into a list of ours to the primary's list: ours is removed next."""
+    """Moves an entry that istio-cni's agent added to our list into the primary's list: ours is removed next."""
     confs = istio.confs(view)
     entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
@@ -132,12 +132,12 @@ def _moved(view: View) -> list[MigrationStep]:
     data = conflists.encode(istio.added(primary.network, entry))
     name = f"{primary.stem}.conflist"
     steps = [
-        MigrationStep(Write(name, data, like=primary.name), "istio-cni's entry out of our list into the primary's")
+        MigrationStep(Write(name, data, like=primary.name), "move istio-cni's entry from our list to the primary's")
     ]
     return (
         steps
         if name == primary.name
-        else [*steps, MigrationStep(Remove(primary.name), "a list now, as istio-cni makes it")]
+        else [*steps, MigrationStep(Remove(primary.name), "replaced by a list, as istio-cni does")]
     )
 
 
@@ -149,7 +149,7 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
     except SettingsError:
         return [done]
     if name in there and mentions(there[name].network):
-        return [done]  # its agent has put it back
+        return [done]  # its agent has restored it
     primary = there.get(name) or next(iter(there.values()), None)
     rest = istio.without(old.network)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
@@ -163,15 +163,15 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
 
 
 def _stem(name: str, conf: Conf) -> bool:
-    """Whether the file is the same one, which our insertion may have given another ending."""
+    """Returns True if the file is the same, except for an extension that our insertion may have changed."""
     return name.rpartition(".")[0] == conf.stem
 
 
 def _says(primary: Conf, rest: Json) -> bool:
-    """Whether the plugins are those that istio-cni's entry was kept with."""
+    """Returns True if the plugins are those with which istio-cni's entry was kept."""
     return bool(conflists.stripped(primary.network)["plugins"] == conflists.stripped(rest)["plugins"])
 
 
 def after(view: View, steps: Iterable[MigrationStep]) -> View:
-    """The directory once the steps are done."""
+    """Returns the directory as it is after the steps."""
     return planning.after(view, (step.action for step in steps))

@@ -1,6 +1,6 @@
-"""istio-cni's settings, from whatever YAML a person has of them: Helm values, its ConfigMap, its DaemonSet. Pure.
+"""istio-cni's settings from YAML documents: Helm values, its ConfigMap or its DaemonSet. Pure.
 
-All are brought to the names of `equivalents.TABLE`. What is not about the node agent is passed over.
+All get the names of `equivalents.TABLE`. Values that do not concern the node agent are skipped.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from agent.migration.equivalents import TABLE
 
 _BY_HELM = {one.helm: one.name for one in TABLE if one.helm}
 _BY_ENV = {one.env: one.name for one in TABLE if one.env}
-_SHELLS = ("_internal_defaults_do_not_set", "cni", "values")  # what charts, istioctl and IstioOperator put around
+_SHELLS = ("_internal_defaults_do_not_set", "cni", "values")  # wrappers of charts, istioctl and IstioOperator
 # Variables that its chart sets and its process does not read, or that do not affect capture.
 _NO_SETTINGS = frozenset({
     "CURRENT_AGENT_VERSION", "REPAIR_RUN_AS_DAEMON", "GOMEMLIMIT", "ISTIO_OWNED_CNI_CONF_FILENAME", "NODE_NAME",
     "POD_NAME", "POD_NAMESPACE", "REPAIR_NODE_NAME", "REPAIR_SIDECAR_ANNOTATION", "ALLOW_SWITCH_TO_HOST_NS",
 })  # fmt: skip
-# Left out of the ConfigMap these are off, while the chart's own default is on.
+# If the ConfigMap lacks them these are off, while the chart's own default is on.
 _OFF_WHEN_UNSET = ("AMBIENT_DNS_CAPTURE", "AMBIENT_IPV6")
 _VOLUMES = {"cni-bin-dir": "cniBinDir", "cni-net-dir": "cniConfDir"}
 # Keys of its entry in a CNI configuration.
@@ -32,7 +32,7 @@ _ENTRY = {
 
 
 def read(documents: Iterable[Any]) -> dict[str, Any]:
-    """From parsed YAML documents; what comes later wins."""
+    """Reads parsed YAML documents; a later value wins."""
     found: dict[str, Any] = {}
     for document in documents:
         for one in _single(document):
@@ -41,7 +41,7 @@ def read(documents: Iterable[Any]) -> dict[str, Any]:
 
 
 def of_entry(entry: Json) -> dict[str, Any]:
-    """From its entry in a CNI configuration."""
+    """Reads istio-cni's entry in a CNI configuration."""
     return {name: entry[key] for key, name in _ENTRY.items() if key in entry}
 
 
@@ -86,7 +86,7 @@ def _of_daemonset(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_environment(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Includes variables that the table lacks: a person has to say what they are for."""
+    """Includes variables that the table lacks: the operator must decide about them."""
     return {_BY_ENV.get(str(key), str(key)): value for key, value in given.items() if key not in _NO_SETTINGS}
 
 

@@ -1,7 +1,7 @@
-"""ZDS messages as protobuf bytes (package istio.workload.zds), by hand: the protobuf library costs 10 MB.
+"""ZDS messages as protobuf bytes (package istio.workload.zds), coded here because the protobuf library costs 10 MB.
 
-Proto3 as the format defines it: defaults are not written, the last value of a field wins, repeated embedded
-messages merge (which is the same as parsing them joined), unknown fields are skipped. Groups are refused.
+Proto3 as specified: defaults are not written, the last value of a field wins, repeated embedded messages merge
+(which is the same as parsing them joined), unknown fields are skipped. Groups are refused.
 Field numbers are those of docs/design/interfaces.md, "ZDS"; a message is at most MAX_MESSAGE bytes.
 """
 
@@ -27,7 +27,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Take this pod; the descriptor of its network namespace rides along."""
+    """Asks ztunnel to take this pod; the message carries the descriptor of its network namespace."""
 
     uid: str
     name: str
@@ -37,26 +37,26 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Known, but its namespace is not at hand: leave it as it is. Only before SnapshotSent."""
+    """Asks ztunnel to keep a pod whose namespace the agent does not have yet. Only before SnapshotSent."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class Delete:
-    """The pod is gone or no longer enrolled."""
+    """Says that the pod is gone or no longer enrolled."""
 
     uid: str
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotSent:
-    """Every pod has been named: drop all others."""
+    """Says that every pod has been named: ztunnel drops all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """ztunnel's answer to one request; `error` is empty when it did as asked."""
+    """ztunnel's answer to one request; `error` is empty for success."""
 
     error: str = ""
 
@@ -66,7 +66,7 @@ Message = Hello | Request | Ack
 
 
 def encode(message: Message) -> bytes:
-    """The message as it goes on the wire, in its outer message. Raises ProtocolError beyond MAX_MESSAGE."""
+    """Encodes the message in its outer message. Raises ProtocolError beyond MAX_MESSAGE."""
     match message:
         case Hello(version):
             data = (_key(1, _VARINT) + _varint(version)) if version else b""
@@ -87,7 +87,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode_hello(data: bytes) -> Hello:
-    """Raises ProtocolError when `data` is not a ZdsHello. Whether the version suits is for the caller."""
+    """Decodes a ZdsHello; the caller checks the version. Raises ProtocolError when `data` is something else."""
     version = 0
     for number, value in _fields(data):
         if number == 1:
@@ -98,7 +98,7 @@ def decode_hello(data: bytes) -> Hello:
 
 
 def decode_request(data: bytes) -> Request:
-    """Raises ProtocolError when `data` is not a WorkloadRequest that asks for something we know."""
+    """Decodes a WorkloadRequest. Raises ProtocolError when `data` is something else or has no known payload."""
     member, body = _oneof(data, (1, 2, 3, 5), "WorkloadRequest")
     match member:
         case 1:
@@ -110,19 +110,19 @@ def decode_request(data: bytes) -> Request:
         case 2:
             return Delete(_string(body, 2))
         case 3:
-            _string(body, 0)  # no field is known; what is there must still be well formed
+            _string(body, 0)  # no field is known, but the bytes must be well formed
             return SnapshotSent()
         case _:
             return Keep(_string(body, 1))
 
 
 def decode_response(data: bytes) -> Ack:
-    """Raises ProtocolError when `data` is not a WorkloadResponse with an ack."""
+    """Decodes a WorkloadResponse. Raises ProtocolError when `data` is something else or has no ack."""
     return Ack(_string(_oneof(data, (1,), "WorkloadResponse")[1], 1))
 
 
 def _oneof(data: bytes, members: tuple[int, ...], name: str) -> tuple[int, bytes]:
-    """(field number, joined bodies) of the member that was set last."""
+    """Returns (field number, joined bodies) of the member that was set last."""
     chosen = 0
     body = b""
     for number, value in _fields(data):
@@ -131,7 +131,7 @@ def _oneof(data: bytes, members: tuple[int, ...], name: str) -> tuple[int, bytes
             body = body + part if number == chosen else part
             chosen = number
     if not chosen:
-        raise ProtocolError(f"ZDS: {name} without a payload that is known here")
+        raise ProtocolError(f"ZDS: {name} without a known payload")
     return chosen, body
 
 
@@ -153,7 +153,7 @@ def _bytes(value: int | bytes, name: str) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of each field: an int for a varint, otherwise the raw bytes."""
+    """Yields (number, value) of each field: an int for a varint, otherwise the raw bytes."""
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"ZDS message of {len(data)} bytes, at most {MAX_MESSAGE} are allowed")
     at = 0

@@ -1,7 +1,7 @@
-"""The agent's end of ZDS: ztunnel dials in, is given every pod, then each change; one message at a time.
+"""The agent's end of ZDS: ztunnel connects and gets every pod, then each change, one message at a time.
 
-A late acknowledgement would be taken for the next message's, since there are no request ids; so a connection
-that does not answer in time is dropped, and ztunnel gets everything again when it comes back.
+There are no request ids, so a late acknowledgement would count as that of the next message. Therefore a connection that
+does not answer in time is dropped, and ztunnel gets everything again when it reconnects.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ log = logging.getLogger("sluice.zds")
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A pod as ztunnel is told of it, and the namespace whose descriptor rides along."""
+    """A pod as it is sent to ztunnel, and its namespace, whose descriptor the message carries."""
 
     add: Add
     target: PodNetns
 
 
 class ZdsConnection:
-    """One ztunnel. `acked` holds what it acknowledged, by UID; `kept` the UIDs it was told to keep as they are."""
+    """One ztunnel. `acked` holds the pods that it acknowledged, by UID; `kept` the UIDs that were sent as Keep."""
 
     def __init__(self, sock: socket.socket, seconds: float, pid: int) -> None:
         self.socket = sock
@@ -44,8 +44,8 @@ class ZdsConnection:
         self.pid = pid
         self.acked: dict[str, Offer] = {}
         self.kept: set[str] = set()
-        self.adding: list[str] = []  # under way or about to be: one may be there twice
-        self.settling: set[str] = set()  # acknowledged in its snapshot, and the agent has not acted on that yet
+        self.adding: list[str] = []  # being sent or about to be; a UID may occur twice
+        self.settling: set[str] = set()  # acknowledged in its snapshot, but the agent has not acted on that yet
         self.closed = False
         self._turn = asyncio.Lock()
         self._answer: asyncio.Future[bytes] | None = None
@@ -60,30 +60,30 @@ class ZdsConnection:
             raise ProtocolError(f"no hello within {self.seconds:g} s") from None
         version = messages.decode_hello(packet).version
         if version != 1:
-            raise ProtocolError(f"it speaks ZDS version {version}, this agent version 1")
+            raise ProtocolError(f"unsupported ZDS version {version}; this agent supports version 1")
 
     async def read(self) -> None:
-        """Takes in answers until the peer leaves. Raises ProtocolError for one that nobody waits for."""
+        """Reads answers until the peer disconnects. Raises ProtocolError for one without a pending request."""
         loop = asyncio.get_running_loop()
         while packet := await loop.sock_recv(self.socket, messages.MAX_MESSAGE + 1):
             if self._answer is None or self._answer.done():
-                raise ProtocolError("unexpected message (no request is pending)")
+                raise ProtocolError("unexpected message from ztunnel (no request pending)")
             self._answer.set_result(packet)
-        self.drop()  # whoever waits for an answer need not wait any longer
+        self.drop()  # ends the wait for an answer
 
     async def ask(self, message: messages.Request, descriptor: int | None = None) -> None:
         """Sends one message and waits for its acknowledgement. Raises ZtunnelError."""
         try:
             packet = messages.encode(message)
         except (ProtocolError, UnicodeEncodeError) as wrong:
-            raise ZtunnelError(f"cannot encode the message for ztunnel: {wrong}") from None
+            raise ZtunnelError(f"cannot encode message for ztunnel: {wrong}") from None
         async with self._turn:
             if self.closed:
-                raise ZtunnelError("ztunnel has gone away")
+                raise ZtunnelError("ztunnel disconnected")
             self._answer = asyncio.get_running_loop().create_future()
             try:
                 async with asyncio.timeout(self.seconds):
-                    # Never blocks: one message at a time is under way, and it is small.
+                    # Never blocks: only one small message is in flight.
                     rights = [] if descriptor is None else [descriptor]
                     socket.send_fds(self.socket, [packet], rights)
                     error = messages.decode_response(await self._answer).error
@@ -93,7 +93,7 @@ class ZdsConnection:
                     f"ztunnel (pid {self.pid}) did not acknowledge within {self.seconds:g} s; see its log"
                 ) from None
             except (OSError, ProtocolError, asyncio.CancelledError) as failure:
-                self.drop()  # after a cancelled wait the next answer would be taken for another's
+                self.drop()  # after a cancelled wait the next answer would count as that of another message
                 if isinstance(failure, asyncio.CancelledError):
                     raise
                 raise ZtunnelError(f"ztunnel (pid {self.pid}): {failure}") from failure
@@ -108,11 +108,11 @@ class ZdsConnection:
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_RDWR)  # ends `read`, which then closes the socket
             if self._answer is not None and not self._answer.done():
-                self._answer.set_exception(ZtunnelError("ztunnel has gone away"))
+                self._answer.set_exception(ZtunnelError("ztunnel disconnected"))
 
 
 class ZdsServer:
-    """Adds go to the newest connection, deletions to all: two ztunnels run during a rolling upgrade."""
+    """Sends additions to the newest connection and deletions to all: two ztunnels run during a rolling upgrade."""
 
     def __init__(
         self,
@@ -122,9 +122,12 @@ class ZdsServer:
         left: Callable[[], None],
         arrived: Callable[[Process], None] | None = None,
     ) -> None:
-        """`acknowledged` is called with each UID that a new ztunnel acknowledged. Its snapshot ends when these calls
-        have returned, and waits at most `seconds` for each. `left` is called when a ztunnel has gone; `arrived`, before
-        it is given pods, with the process of each ztunnel, which it takes over."""
+        """Takes three callbacks.
+
+        `acknowledged` is called with each UID that a new ztunnel acknowledged. Its snapshot ends when these calls have
+        returned, and waits at most `seconds` for each. `left` is called when a ztunnel has disconnected. `arrived` is
+        called with the process of each ztunnel before it gets pods, and owns that process then.
+        """
         self.path = path
         self.seconds = seconds
         self._arrived = arrived
@@ -133,12 +136,12 @@ class ZdsServer:
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[ZdsConnection] = []  # newest last
-        self.met = False  # a ztunnel has been connected since this agent began
+        self.met = False  # a ztunnel has been connected since this agent started
         self._alone = time.time()  # since when no ztunnel is connected, in Unix time
 
     @property
     def absence(self) -> str:
-        """A line saying since when no ztunnel is connected; "" while one is."""
+        """A line that says since when no ztunnel is connected; "" while one is."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._alone))
         return "" if self._connections else f"no ztunnel is connected to {self.path} since {since}"
 
@@ -148,28 +151,28 @@ class ZdsServer:
 
     @property
     def unacknowledged(self) -> int:
-        """Pods that the newest connection has not taken yet, or whose traffic may not reach it yet."""
+        """The number of pods that the newest connection has not acknowledged, or whose traffic may not reach it yet."""
         if not self._connections:
             return len(self._offers)
         newest = self._connections[-1]
         return sum(uid in newest.settling or newest.acked.get(uid) != offer for uid, offer in self._offers.items())
 
     def acknowledged(self, uid: str) -> bool:
-        """Whether the newest connection has taken this pod as it is now."""
+        """Returns True if the newest connection has acknowledged this pod as it is now."""
         offer = self._offers.get(uid)
         return bool(offer and self._connections and self._connections[-1].acked.get(uid) == offer)
 
     def sent(self, uid: str) -> Add | None:
-        """The pod as it was published; ztunnel looks for its workload by these names."""
+        """Returns the pod as it was published; ztunnel finds its workload by these names."""
         offer = self._offers.get(uid)
         return offer.add if offer else None
 
     async def serve(self) -> None:
-        """Until cancelled."""
+        """Serves until cancelled."""
         await serve(self.path, socket.SOCK_SEQPACKET, self._serve_one)
 
     def expect(self, uid: str) -> None:
-        """A predecessor captured this pod and we have not looked at it yet: no ztunnel may drop it meanwhile."""
+        """Keeps a pod that the previous agent captured: no ztunnel may drop it before this agent has inspected it."""
         self._expected.add(uid)
 
     async def publish(self, pod: Pod, target: PodNetns) -> None:
@@ -194,7 +197,7 @@ class ZdsServer:
                 try:
                     await connection.ask(Delete(uid))
                 except ZtunnelError as error:
-                    log.warning("ztunnel did not take the removal of %s: %s", uid, error)
+                    log.warning("ztunnel did not accept the removal of pod %s: %s", uid, error)
 
     async def _add(self, connection: ZdsConnection, offer: Offer) -> None:
         uid = offer.add.uid
@@ -203,7 +206,7 @@ class ZdsServer:
             await connection.ask(offer.add, offer.target.netns.fd)
         finally:
             connection.adding.remove(uid)
-        if self._offers.get(uid) == offer:  # otherwise withdrawn meanwhile: its removal waits behind us
+        if self._offers.get(uid) == offer:  # otherwise it was withdrawn meanwhile, and its removal waits for this call
             connection.acked[uid] = offer
 
     async def _serve_one(self, sock: socket.socket) -> None:
@@ -220,11 +223,11 @@ class ZdsServer:
             log.info("ztunnel connected: pid %d", pid)
             reader = asyncio.create_task(connection.read())
             await asyncio.gather(reader, self._snapshot(connection))
-            log.info("ztunnel left: pid %d", pid)
+            log.info("ztunnel disconnected: pid %d", pid)
         except (ProtocolError, OSError) as error:
-            log.warning("ztunnel dropped: pid %d: %s", pid, error)
-        except Exception:  # a defect met by one connection must not end the agent
-            log.exception("ztunnel dropped: pid %d", pid)
+            log.warning("ztunnel connection dropped: pid %d: %s", pid, error)
+        except Exception:  # a defect on one connection must not end the agent
+            log.exception("ztunnel connection dropped: pid %d", pid)
         finally:
             if reader is not None:
                 reader.cancel()
@@ -240,8 +243,8 @@ class ZdsServer:
             return
         try:
             process = Process.of_peer(sock)
-        except KernelError as error:  # no reason to leave its pods without ztunnel: not every mechanism needs it
-            log.warning("ztunnel's process is not known: pid %d: %s", pid, error)
+        except KernelError as error:  # its pods still get ztunnel: not every backend needs the process
+            log.warning("cannot identify ztunnel process: pid %d: %s", pid, error)
             return
         try:
             self._arrived(process)
@@ -250,9 +253,9 @@ class ZdsServer:
             raise
 
     async def _snapshot(self, connection: ZdsConnection) -> None:
-        """Names every pod, and says that these are all when the agent has acted on each acknowledgement.
+        """Names every pod, and sends SnapshotSent when the agent has acted on each acknowledgement.
 
-        Until then Istio's ztunnel is not ready, so a rollout does not end the one before it.
+        Until then Istio's ztunnel is not ready, so a rollout does not end the previous one.
         """
         try:
             for uid in list(self._expected):
@@ -263,19 +266,19 @@ class ZdsServer:
                 for uid in list(self._offers):
                     offer = self._offers.get(uid)
                     if offer is None:
-                        continue  # gone meanwhile
+                        continue  # withdrawn meanwhile
                     try:
                         if connection.acked.get(uid) != offer:  # else added by a pass meanwhile
                             await self._add(connection, offer)
                     except ZtunnelError as error:
-                        log.warning("ztunnel did not take %s/%s: %s", offer.add.namespace, offer.add.name, error)
+                        log.warning("ztunnel did not accept pod %s/%s: %s", offer.add.namespace, offer.add.name, error)
                         continue
                     connection.settling.add(uid)
                     settling.create_task(self._settle(connection, uid))
             await connection.ask(SnapshotSent())
             log.info("ztunnel has all pods: pid %d, %d pods", connection.pid, len(connection.acked))
         except ZtunnelError as error:
-            log.warning("snapshot not complete: %s", error)
+            log.warning("snapshot incomplete: %s", error)
 
     async def _settle(self, connection: ZdsConnection, uid: str) -> None:
         try:
@@ -283,10 +286,10 @@ class ZdsServer:
                 await self._acknowledged(uid)
         except TimeoutError:
             log.warning(
-                "ztunnel (pid %d) has pod %s, whose rules were not verified within %g s",
-                connection.pid,
-                uid,
+                "rules not verified within %g s: pod %s, acknowledged by ztunnel (pid %d)",
                 self.seconds,
+                uid,
+                connection.pid,
             )
         finally:
             connection.settling.discard(uid)

@@ -1,9 +1,9 @@
 """The ztunnel process: its parts joined, and its end.
 
-On SIGTERM another instance is normally there already and gets all new connections (see listeners). This one
-goes on accepting for OVERLAP_SECONDS, for handshakes that were begun with it, then closes its listeners, lets
-what is under way run out, and ends. While the agent is away the other one cannot have been given its pods yet: then
-this one goes on until it listens in all of them, for `drain_seconds` at most. A second signal ends it at once.
+On SIGTERM another instance normally runs already and gets all new connections (see listeners). This one accepts for
+OVERLAP_SECONDS more, for handshakes that started with it, then closes its listeners, drains its connections and ends.
+While the agent is away the other instance cannot have got its pods yet: then this one continues until the other listens
+in all of them, for `drain_seconds` at most. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ZtunnelSettings:
-    """`records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's, `share` how many
-    connections one pod may have under way. Times in seconds; `dns_seconds`: as long as the pod's conntrack waits for
-    an answer (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none."""
+    """Settings of the process; times are in seconds.
+
+    `records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how many open
+    connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
+    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
+    """
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
@@ -53,7 +56,7 @@ class ZtunnelSettings:
 
 
 def main(settings: ZtunnelSettings) -> int:
-    """Runs until told to end by SIGTERM or SIGINT. Returns the exit code."""
+    """Runs until SIGTERM or SIGINT. Returns the exit code."""
     logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -61,7 +64,10 @@ def main(settings: ZtunnelSettings) -> int:
 
 
 def _share(most: int) -> int:
-    """One pod takes a quarter of the descriptors, or three quarters with streams alone: these have six, others two."""
+    """Limits the connections of one pod by descriptors.
+
+    One pod uses at most a quarter of them, or three quarters with streams alone: a stream has six, another two.
+    """
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return min(most, descriptors // 8)
 
@@ -79,7 +85,7 @@ class _Ending:
         (self.urgent if self.asked.is_set() else self.asked).set()
 
     async def pause(self, seconds: float) -> None:
-        """Returns earlier when it became urgent."""
+        """Waits `seconds`, or less if a second signal comes."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.urgent.wait()
@@ -98,7 +104,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
     agent = asyncio.create_task(client.run())
     ready = asyncio.create_task(_mark_ready(workloads.complete, settings.ready_file))
     asked = asyncio.create_task(ending.asked.wait())
-    # A defect that ends the client must end the process: without the agent's word it would serve stale pods.
+    # A defect that ends the client must end the process: without the agent it would serve stale pods.
     await asyncio.wait((asked, agent), return_when=asyncio.FIRST_COMPLETED)
     log.info("ending: %d pods", len(workloads.running))
     workloads.leaving = True
@@ -126,7 +132,7 @@ async def _serve(settings: ZtunnelSettings) -> int:
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:
-    """Creates the file, which says that this process may replace the one before it. An older file is removed first."""
+    """Creates the file when this process may replace the previous one; removes an older file first."""
     if not path:
         return
     try:
@@ -134,11 +140,11 @@ async def _mark_ready(complete: asyncio.Event, path: str) -> None:
         await complete.wait()
         Path(path).touch()
     except OSError as error:
-        log.error("--ready-file: %s; a rollout waits for this file", error)
+        log.error("cannot write --ready-file, for which a rollout waits: %s", error)
 
 
 async def _succeeded(workloads: list[PodListener], seconds: float, ending: _Ending) -> None:
-    """Returns when another instance listens in every pod, too, or when the time is over."""
+    """Waits until another instance also listens in every pod, at most `seconds`."""
     until = asyncio.get_running_loop().time() + seconds
     while workloads and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
         try:

@@ -1,7 +1,7 @@
-"""ztunnel's side of ZDS: connects, says hello, does what the agent asks, and comes back when cut off.
+"""ztunnel's side of ZDS: connects, sends hello, does what the agent asks, and reconnects.
 
-Whatever the agent or its absence does, pods that run go on running. What is not ZDS is answered with an error
-and the connection is dropped; the next one starts with a full snapshot again.
+Running pods continue whether the agent runs or not. A message that is not ZDS gets an error as its answer, and the
+connection is dropped; the next one starts with a full snapshot again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from agent.kernel.netns import Netns
 from agent.zds.messages import MAX_MESSAGE, Ack, Add, Hello, decode_request, encode
 from agent.ztunnel.workloads import Workloads
 
-FIRST_DELAY, LAST_DELAY = 0.01, 1.0  # seconds; an agent that comes back is not kept waiting
+FIRST_DELAY, LAST_DELAY = 0.01, 1.0  # seconds; short, because a restarted agent needs ztunnel
 _ERROR_BYTES = MAX_MESSAGE - 64  # of an Ack, so that the message stays within its limit
 _MOST_FDS = 8
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class ZdsClient:
-    """Runs until cancelled."""
+    """The connection to the agent."""
 
     def __init__(self, path: str, workloads: Workloads[Any]) -> None:
         self._path = path
@@ -36,20 +36,20 @@ class ZdsClient:
         self.connected = False
 
     async def run(self) -> None:
-        """Not again once this process is leaving: the agent would give new pods to who came last."""
+        """Runs until cancelled. Does not reconnect once this process is ending: the newest connection gets new pods."""
         silent = False
         while not self._workloads.leaving:
             try:
                 await self._session()
             except (OSError, SluiceError) as error:
                 if not silent:  # once per outage
-                    log.warning("agent at %s: %s; trying again", self._path, error)
+                    log.warning("no connection to the agent at %s, retrying: %s", self._path, error)
                 silent = self._delay > FIRST_DELAY
             await asyncio.sleep(self._delay)
             self._delay = min(self._delay * 2, LAST_DELAY)
 
     async def _session(self) -> None:
-        """One connection, until it breaks. Raises OSError or ProtocolError."""
+        """Serves one connection until it breaks. Raises OSError or ProtocolError."""
         loop = asyncio.get_running_loop()
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as agent:
             await loop.sock_connect(agent, self._path)
@@ -95,7 +95,7 @@ def _ack(error: str) -> Ack:
 
 
 def _receive(agent: socket.socket) -> tuple[bytes, list[int]]:
-    """One packet and the descriptors that came with it. Raises OSError, or ProtocolError when it was cut."""
+    """Returns one packet and its descriptors. Raises OSError, or ProtocolError when it was truncated."""
     room = socket.CMSG_SPACE(_MOST_FDS * 4)
     data, control, flags, _ = agent.recvmsg(MAX_MESSAGE, room, socket.MSG_CMSG_CLOEXEC)
     fds: list[int] = []

@@ -1,8 +1,8 @@
-"""One proxied TCP connection: found out where it goes, connected, relayed, recorded.
+"""One proxied TCP connection: its destination is found, connected, relayed and recorded.
 
-`client` is the accepted socket, `server` the one we open. Outbound, the server is anywhere; inbound, it is
-the application in the same pod, which must see the client's own address. Whatever breaks on one side is
-passed on as a reset to the other, so that neither takes a failure for an orderly end.
+`client` is the accepted socket, `server` the one that ztunnel opens. Outbound, the server is anywhere; inbound, it is
+the application in the same pod, which must see the client's own address. A failure on one side becomes a reset on the
+other, so that neither sees an orderly end.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _CLOSE = {
     errno.EPIPE: "reset",
     errno.ENOTCONN: "reset",
 }
-# What refuses the client's address, not the connection: the application then sees ours; the record says so.
+# Errors that refuse the client's address, not the connection: the application then sees ztunnel's; the record says so.
 _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
 
-_ITSELF = "a connection of ztunnel's own came back to it: a rule of the pod overwrites ztunnel's mark"
+_ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod overwrites its mark"
 
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
@@ -43,7 +43,7 @@ class RelayDirection(Enum):
 
 
 class ProxiedConnection:
-    """Lives from `open` until it has been recorded; keeps itself in `pod.live` for so long."""
+    """A connection, in `pod.live` from `open` until it is recorded."""
 
     __slots__ = (
         "_began", "_client", "_destination", "_direction", "_done", "_down", "_ends", "_note", "_pod", "_server",
@@ -51,7 +51,7 @@ class ProxiedConnection:
     )  # fmt: skip
 
     def __init__(self, pod: PodContext, direction: RelayDirection, client: socket.socket, peer: Address) -> None:
-        """Takes over `client`, which must be non-blocking; `peer` is its peer as accept said."""
+        """Takes over `client`, which must be non-blocking; `peer` is its peer as accept returned it."""
         self._pod = pod
         self._direction = direction
         self._client = client
@@ -67,7 +67,7 @@ class ProxiedConnection:
         self._done = False
 
     def open(self) -> None:
-        """Starts to connect. Failure is recorded and shown to the client, never raised."""
+        """Starts to connect. A failure is recorded and resets the client, and is never raised."""
         self._pod.live.add(self)
         try:
             self._connect()
@@ -77,7 +77,7 @@ class ProxiedConnection:
             self._end("error", str(error))
 
     def refuse(self, why: str) -> None:
-        """Instead of `open`: resets the client at once."""
+        """Resets the client at once, instead of `open`."""
         self._end("refused", why)
 
     def expire(self) -> None:
@@ -107,9 +107,10 @@ class ProxiedConnection:
         self._pod.engine.connects.add(self)
 
     def _came_back(self, destination: Address) -> bool:
-        """Whether the client is a socket of ours. Both ends tell: the kernel gives one local port to several sockets.
+        """Returns True if the client is a socket of ztunnel.
 
-        What rules redirect within the pod arrives at a loopback address.
+        Both ends are compared, because the kernel gives one local port to several sockets. A connection that rules
+        redirect within the pod arrives at a loopback address.
         """
         ends = (self._source[:2], destination[:2])
         return ends in self._pod.connecting and is_loopback(original_dst.plain(self._client.getsockname())[0])
@@ -127,7 +128,7 @@ class ProxiedConnection:
         return upstream.connect(destination, source)
 
     def _follow_keepalive(self) -> None:
-        """The far end is probed as the application probes its own, which is ztunnel."""
+        """Probes the far end as the application probes its own peer, which is ztunnel."""
         assert self._server is not None and self._destination is not None and self._via is not None
         if self._direction is RelayDirection.OUTBOUND:
             here: Address = original_dst.plain(self._client.getsockname())
@@ -144,7 +145,7 @@ class ProxiedConnection:
         ends = [((local[0], local[1]), (remote[0], remote[1])) for local, remote in ours]
         idle = keepalive.idle_seconds(self._pod.diag, ends, time.monotonic() - self._began[1])
         if idle:
-            with contextlib.suppress(OSError):  # it has just gone
+            with contextlib.suppress(OSError):  # it has just closed
                 keepalive.probe(far, idle)
 
     def _server_event(self, mask: int) -> None:
@@ -170,17 +171,17 @@ class ProxiedConnection:
         self._pod.engine.aged.add(self)
         self._up = Half(self._client, server)
         self._down = Half(server, self._client)
-        # The request is usually here already: pass it on before the first event of the client tells of it.
+        # The request has usually arrived already: forward it before the first event of the client.
         self._event(mask | poller.READ & ~poller.END, self._down, self._up)
         self._pump(self._up)
         if not self._done:
             try:
                 self._pod.engine.poller.add(self._client.fileno(), self._client_event)
-            except OSError as error:  # out of memory: nobody would hear of the client any more
+            except OSError as error:  # out of memory: there would be no events of the client
                 self._fail(error)
 
     def _event(self, mask: int, reads: Half, writes: Half) -> None:
-        """`reads` takes from the socket that reported `mask`, `writes` gives to it."""
+        """Handles an event: `reads` reads from the socket that reported `mask`, `writes` writes to it."""
         if mask & poller.READ and not reads.finished:
             if mask & poller.END:
                 reads.ended = True
@@ -190,7 +191,7 @@ class ProxiedConnection:
         if mask & poller.WRITE and writes.buffered and not self._done:
             self._pump(writes)
         if mask & poller.ERROR and not self._done:
-            # Nobody was reading when the reset came: stalled, or after the FIN.
+            # No read was pending when the reset came: the relay was stalled, or past the FIN.
             failed = reads.source.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) or errno.ECONNRESET
             self._fail(OSError(failed, os.strerror(failed)))
 

@@ -1,12 +1,12 @@
-"""Captured UDP to port 53: each datagram goes to the resolver that the pod asked, all answers come back, byte for byte.
+"""Captured UDP to port 53: forwards each datagram to the resolver that the pod asked, and all answers back, unchanged.
 
-A flow is what one client's port sends to one resolver. It has one socket upstream for as long as it lives, as in a pod
-without ztunnel: so what is not DNS passes too, and second, late and unexpected answers. Queries and their answers are
-recorded one by one, the rest by flow.
+A flow is the traffic of one client port to one resolver. It has one upstream socket for its whole life, as in a pod
+without ztunnel, so other protocols pass too, and so do second, late and unexpected answers. Queries and their answers
+are recorded one by one, the rest by flow.
 
-The resolver is what conntrack remembers of the redirected datagram, or the agent's eBPF programs where they redirect.
-If neither does the datagram is dropped and recorded: sending it to some other resolver would answer from another view
-of the names.
+The resolver comes from the conntrack entry of the redirected datagram, or from the agent's eBPF programs where they
+redirect. If neither knows it, the datagram is dropped and recorded: another resolver would answer from another view of
+the names.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from agent.ztunnel.upstream import keep_source
 
 MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes room, if possible an idle one
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
-_ROUNDS = 64  # datagrams taken at one wake-up, then others get their turn
+_ROUNDS = 64  # datagrams read at one wake-up, then others get their turn
 _LARGEST = 65535
 IP_PKTINFO = 8  # linux/in.h; interface, the address to send from
 _PKTINFO = struct.Struct("=i4s4x")
-_ITSELF = "a query of ztunnel's own came back to it: a rule of the pod overwrites ztunnel's mark"
+_ITSELF = "ztunnel's own query was redirected to ztunnel: a rule in the pod overwrites its mark"
 _KNOWN = {errno.ECONNREFUSED: "refused"}
 
 
 class Waiting(NamedTuple):
-    """A query without an answer. `began` as of pod.now; `question` is the message up to the end of its question."""
+    """A query without an answer. `began` is from pod.now; `question` is the message up to the end of its question."""
 
     began: tuple[float, float]
     size: int
@@ -45,20 +45,20 @@ class Waiting(NamedTuple):
 
 
 class Resolver:
-    """The DNS side of one pod: receives on its listeners, asks upstream, answers from the same listener."""
+    """The DNS side of one pod: receives on its listeners, forwards upstream, answers from the same listener."""
 
     def __init__(self, pod: PodContext, conntrack: Conntrack) -> None:
         """Takes over `conntrack`, made inside the pod's namespace."""
         self.pod = pod
         self._conntrack = conntrack
-        # The one that was asked last comes last; `idle` are those without a query that waits.
+        # In the order of their last query; `idle` has those without a pending query.
         self.flows: dict[tuple[Address, Address], DnsFlow] = {}
         self.idle: dict[DnsFlow, None] = {}
         self.waiting = 0
         self.ends: dict[Address, DnsFlow] = {}  # by the local end of the socket towards the resolver
 
     def receive(self, listener: socket.socket) -> None:
-        """To be called when `listener` is readable."""
+        """Forwards datagrams; call it when `listener` is readable."""
         for _ in range(_ROUNDS):
             try:
                 datagram, client = listener.recvfrom(_LARGEST)
@@ -77,10 +77,10 @@ class Resolver:
             return
         found, own = self.original(listener, client)
         if found is None:
-            words = "neither conntrack nor eBPF knows which resolver was asked; dropped"
-            self.record(now(), client, None, len(datagram), 0, "error", words)
+            unknown = "dropped: neither conntrack nor eBPF knows the resolver that was asked"
+            self.record(now(), client, None, len(datagram), 0, "error", unknown)
             return
-        # An IPv6 address takes four parts to be told apart by `text` and `take`.
+        # `text` and `take` recognise an IPv6 address by its four parts.
         target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
         flow = self.flows.pop((client, target), None) or DnsFlow(self, listener, client, target, own=own)
         self.flows[client, target] = flow
@@ -91,9 +91,10 @@ class Resolver:
             next(iter(spare)).end("error", f"more than {most} newer ones")
 
     def original(self, listener: socket.socket, client: Address) -> tuple[Address | None, bool]:
-        """What the client asked: never ztunnel's own port. None when nobody knows. Raises KernelError.
+        """Returns the resolver that the client asked, never ztunnel's own port; None if unknown. Raises KernelError.
 
-        And whether its address is its own for sure: the eBPF programs give a socket without one the pod's.
+        The second value is True if the client's address is certainly its own: the eBPF programs give a socket without
+        an address the pod's.
         """
         local = listener.getsockname()[:2]
         peer = (client[0], client[1])
@@ -101,7 +102,7 @@ class Resolver:
         found = None
         try:
             found = self._conntrack.original_destination(socket.IPPROTO_UDP, local, peer)
-        except KernelError as error:  # a kernel without conntrack has eBPF nevertheless
+        except KernelError as error:  # a kernel without conntrack may still have eBPF
             failure = error
         own = found is not None and found[1] != names.DNS_PORT
         if not own:  # a flow that was not redirected in conntrack's eyes
@@ -130,7 +131,7 @@ class Resolver:
 
 
 class DnsFlow:
-    """What one port of the pod sends to one resolver. In the pod's `live` while a query waits for its answer."""
+    """The traffic of one port of the pod to one resolver; in the pod's `live` while a query is pending."""
 
     __slots__ = (
         "_began", "_client", "_last", "_listener", "_own", "_received", "_resolver", "_sent", "_server", "_target",
@@ -140,7 +141,7 @@ class DnsFlow:
     def __init__(
         self, resolver: Resolver, listener: socket.socket, client: Address, target: Address, *, own: bool
     ) -> None:
-        """`own`: the client's address is to be kept towards the resolver."""
+        """Takes `own`: True if the resolver must see the client's address."""
         self._resolver = resolver
         self._listener = listener
         self._client = client
@@ -148,16 +149,16 @@ class DnsFlow:
         self._server: socket.socket | None = None
         self._own = own
         self._waiting: dict[bytes, Waiting] = {}  # by id
-        self._sent = self._received = 0  # bytes of what is no query, and of what answers none
+        self._sent = self._received = 0  # bytes of datagrams that are neither queries nor answers to pending ones
         self._began = now()
         self._last = 0.0
 
     def send(self, datagram: bytes) -> None:
-        """Passes on a datagram of the client. Failure is shown to the client and recorded, never raised."""
+        """Forwards a datagram of the client. A failure is answered with SERVFAIL and recorded, never raised."""
         asked = dnsmessage.question(datagram)
         if not asked:
             self._sent += len(datagram)
-        elif asked[:2] not in self._waiting:  # else it is asked again
+        elif asked[:2] not in self._waiting:  # otherwise a repetition
             self._waiting[asked[:2]] = Waiting(now(), len(datagram), asked)
             self._resolver.waiting += 1
         try:
@@ -170,7 +171,7 @@ class DnsFlow:
         self._await()
 
     def came_back(self) -> None:
-        """What was sent to the resolver has come to ztunnel: to pass it on would make another one, and so for ever."""
+        """Refuses queries that were sent to the resolver and arrived at ztunnel: forwarding them would be a loop."""
         pod = self._resolver.pod
         pod.warnings.log(f"pod {pod.name}: {_ITSELF}")
         self._answer_all("refused", _ITSELF)
@@ -187,7 +188,7 @@ class DnsFlow:
         self.end("drained", "")
 
     def end(self, close: str, error: str) -> None:
-        """`close` and `error` are recorded of the queries that wait."""
+        """Ends the flow; `close` and `error` are recorded for its pending queries."""
         pod = self._resolver.pod
         self._resolver.flows.pop((self._client, self._target), None)
         self._resolver.idle.pop(self, None)
@@ -207,12 +208,12 @@ class DnsFlow:
             )
 
     def _connected(self) -> socket.socket:
-        """The socket towards the resolver. Raises OSError or SluiceError."""
+        """Returns the socket towards the resolver. Raises OSError or SluiceError."""
         if self._server is None:
             pod = self._resolver.pod
             server = pod.upstream.take(self._target, socket.SOCK_DGRAM)
             if self._own:
-                with contextlib.suppress(OSError):  # it may be of a machine behind the pod
+                with contextlib.suppress(OSError):  # it may belong to a machine behind the pod
                     keep_source(server, self._client, 0)
             try:
                 server.connect(self._target)
@@ -225,7 +226,7 @@ class DnsFlow:
         return self._server
 
     def _await(self) -> None:
-        """As long as something may come: shortly, once all queries are answered and nothing else was sent."""
+        """Sets the deadline of the flow: a short one if all queries are answered and nothing else was sent."""
         pod = self._resolver.pod
         self._last = pod.engine.poller.loop.time()
         for deadlines in (pod.engine.queries, pod.engine.answered):
@@ -267,7 +268,7 @@ class DnsFlow:
         self._answer_all(_KNOWN.get(error.errno or 0, "error"), error.strerror or os.strerror(error.errno or 0))
 
     def _answer_all(self, close: str, error: str) -> None:
-        """The error cannot be passed on as such: each query that waits gets SERVFAIL."""
+        """Answers each pending query with SERVFAIL, because the error itself cannot be forwarded."""
         for number, waiting in tuple(self._waiting.items()):
             self._reply(dnsmessage.failure(waiting.question))
             self._settle(number, 0, close, error)
@@ -276,7 +277,7 @@ class DnsFlow:
         # The eBPF programs give a query a loopback address where one socket asks several resolvers: see datagram.bpf.c.
         given = not self._own and self._client[0].startswith("127.")
         source = [(socket.SOL_IP, IP_PKTINFO, _PKTINFO.pack(0, socket.inet_aton(self._client[0])))] if given else []
-        with contextlib.suppress(OSError):  # a full buffer, or a client that has gone
+        with contextlib.suppress(OSError):  # a full buffer, or a client that has closed
             self._listener.sendmsg([datagram], source, 0, self._client)
 
     def _settle(self, number: bytes, received: int, close: str, error: str = "") -> None:

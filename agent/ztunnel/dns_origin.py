@@ -1,6 +1,6 @@
-"""Which resolver a query was for, in pods that are redirected by eBPF: the agent's map `resolvers` remembers.
+"""Finds the resolver of a query in pods that are redirected by eBPF, from the agent's map `resolvers`.
 
-The agent pins it under its bpf_dir; without it, or without libbpf, nobody knows.
+The agent pins the map under its bpf_dir; without it, or without libbpf, the resolver is unknown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Asked:
-    """Keeps the map open. One thread."""
+    """Keeps the map open. For one thread."""
 
     def __init__(self, bpf_dir: str = BPF_DIR) -> None:
         self._pin = Path(bpf_dir) / _PIN
@@ -37,9 +37,9 @@ class Asked:
         self._inode = 0  # of the pin, 0 without one: the agent may remove it and make another
 
     def resolver(self, listener: socket.socket, client: Endpoint) -> Endpoint | None:
-        """What `client` asked over UDP when `listener`, a socket in its namespace, received the query.
+        """Returns the resolver of a UDP query of `client` that `listener`, a socket in its namespace, received.
 
-        None when nobody knows. Raises KernelError when the map cannot be asked.
+        Returns None if it is unknown. Raises KernelError when the map cannot be read.
         """
         held = self._open()
         if held is None:
@@ -66,17 +66,17 @@ class Asked:
                 try:
                     self._map = Map.open(self._pin)
                 except KernelError as error:  # once for each pin, not once for each query
-                    log.warning("%s: %s; DNS of pods that are redirected by eBPF is dropped", self._pin, error)
+                    log.warning("cannot open map %s, DNS of pods redirected by eBPF is dropped: %s", self._pin, error)
         return self._map
 
 
 def encode(cookie: int, port: int, given: str = "0.0.0.0") -> bytes:
-    """Key of a query over UDP from the client's `port`, with the address that it was `given`, in that namespace."""
+    """Returns the key of a UDP query from the client's `port` in the namespace, with the address it was `given`."""
     return _COOKIE.pack(cookie) + _REST.pack(port, socket.IPPROTO_UDP, socket.inet_aton(given))
 
 
 def decode(value: bytes) -> Endpoint:
-    """The resolver's address and port; IPv4 never v4-mapped."""
+    """Returns the resolver's address and port; IPv4 never v4-mapped."""
     address, port = _RESOLVER.unpack(value)
     if address.startswith(_MAPPED):
         return socket.inet_ntop(socket.AF_INET, address[12:]), port

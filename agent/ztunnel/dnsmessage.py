@@ -1,4 +1,4 @@
-"""What a relay has to know of a DNS message (RFC 1035, 4.1). Pure."""
+"""The parts of a DNS message that a relay needs (RFC 1035, 4.1). Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MOST_NAME, _MOST_LABEL, _TYPE_AND_CLASS = 255, 63, 4
 
 
 def question(message: bytes) -> bytes:
-    """The message up to the end of its one question; empty when it is no query, or no DNS at all."""
+    """Returns the message up to the end of its one question; b"" if it is not a query, or not DNS."""
     if len(message) < _HEADER.size:
         return b""
     _, flags, questions, _, _, _ = _HEADER.unpack_from(message)
@@ -34,7 +34,7 @@ def is_answer(message: bytes) -> bool:
 
 
 def failure(asked: bytes) -> bytes:
-    """The answer SERVFAIL to what `question` returned: a resolver library then asks its next server at once."""
+    """Returns the answer SERVFAIL to a result of `question`: a resolver library then asks its next server at once."""
     number, flags, *_ = _HEADER.unpack_from(asked)
     flags = _ANSWER | flags & _KEPT | _RECURSION_AVAILABLE | _SERVER_FAILED
     return _HEADER.pack(number, flags, 1, 0, 0, 0) + asked[_HEADER.size :]

@@ -1,8 +1,8 @@
-"""Keepalive for an application: it speaks with ztunnel, so only ztunnel can find out that the far end has gone.
+"""Keepalive for an application: it speaks with ztunnel, so only ztunnel can detect that the far end is gone.
 
-All sockets of ztunnel probe as the pod's kernel has it by default (tcp_keepalive_time). The timer of an application's
-socket that probes earlier is seen by sock_diag. Its interval and count are not: the socket towards the far end gives
-up after three times the idle time.
+All sockets of ztunnel probe with the default of the pod's kernel (tcp_keepalive_time). If an application's socket
+probes earlier, sock_diag shows its timer, but not its interval and count: the socket towards the far end gives up after
+three times the idle time.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _MOST_IDLE, _MOST_INTERVAL = 32767, 75  # the kernel's limit, and its default
 
 
 def idle_seconds(diag: SockDiag, ends: Iterable[tuple[Endpoint, Endpoint]], age: float) -> int:
-    """After how many idle seconds the application's socket probes; 0 when it does not, or is not found.
+    """Returns the idle seconds after which the application's socket probes; 0 if it does not, or is not found.
 
-    `ends`: (its own, the remote one), as the kernel may know them. `age`: seconds since the socket connected, when its
-    timer was most likely started.
+    `ends`: (its own, the remote one), as the kernel may know them. `age`: seconds since the socket connected, which is
+    when its timer most likely started.
     """
     for local, remote in ends:
         with contextlib.suppress(KernelError, OSError):

@@ -1,10 +1,10 @@
-"""The sockets on which ztunnel is met inside a pod, and how two ztunnels share them during a restart.
+"""The listeners of ztunnel inside a pod, and how two ztunnels share them during a restart.
 
-Old and new instance listen on the same ports by SO_REUSEPORT. Closing a listener resets what waits in its
-accept queue, so the old one must stop getting connections before it closes. A classic BPF program that
-returns 1 chooses the group's member with index 1, which is the newer of two; with one member the index is out
-of range and the kernel falls back to hashing, which finds the one. (Checked on 6.18. With three members at
-once the middle one is chosen: no two restarts at a time.)
+The old and the new instance listen on the same ports by SO_REUSEPORT. Closing a listener resets the connections in its
+accept queue, so the old one must stop getting connections before it closes. A classic BPF program that returns 1
+chooses the group's member with index 1, which is the newer of two; with one member the index is out of range and the
+kernel falls back to hashing, which finds that one. (Checked on 6.18. With three members at once the middle one is
+chosen: no two restarts at a time.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RETURN_1 = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 1))  # struct sock
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """All bound sockets of one pod. `dns_*` has one for each loopback address that the pod has."""
+    """All bound sockets of one pod. `dns_*` has one for each loopback address of the pod."""
 
     outbound: socket.socket
     inbound: socket.socket
@@ -40,7 +40,7 @@ class Listeners:
 
 
 def listen() -> Listeners:
-    """To be run inside the pod's namespace. Raises OSError, and then has closed what it opened."""
+    """Opens the listeners; call it inside the pod's namespace. Raises OSError, and leaves no socket open then."""
     with contextlib.ExitStack() as opened:
         outbound = opened.enter_context(_dual_stack(names.OUTBOUND_PORT))
         inbound = opened.enter_context(_dual_stack(names.INBOUND_PORT))
@@ -51,14 +51,14 @@ def listen() -> Listeners:
             with _without_ipv6():
                 v6 = _bound(socket.AF_INET6, kind, "::1", names.DNS_PORT)
                 bound.append(opened.enter_context(v6))
-        made = Listeners(outbound, inbound, tuple(dns[socket.SOCK_STREAM]), tuple(dns[socket.SOCK_DGRAM]))
+        listeners = Listeners(outbound, inbound, tuple(dns[socket.SOCK_STREAM]), tuple(dns[socket.SOCK_DGRAM]))
         opened.pop_all()
-        return made
+        return listeners
 
 
 @contextlib.contextmanager
 def _without_ipv6() -> Iterator[None]:
-    """Passes over what fails because the pod has no IPv6."""
+    """Ignores errors that mean that the pod has no IPv6."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where a captured connection was going, and addresses as people read them."""
+"""The original destination of a captured connection, and addresses as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAPPED = "::ffff:"
 
 
 def plain(address: Address) -> Address:
-    """IPv4 for a v4-mapped address, anything else as it is."""
+    """Returns IPv4 for a v4-mapped address, and any other address unchanged."""
     host = address[0]
     if len(address) == 4 and host.startswith(_MAPPED) and "." in host:
         return host[len(_MAPPED) :], address[1]
@@ -24,15 +24,16 @@ def plain(address: Address) -> Address:
 
 
 def text(address: Address) -> str:
-    """ip:port, [v6]:port."""
+    """Returns ip:port or [v6]:port."""
     return f"{address[0]}:{address[1]}" if len(address) == 2 else f"[{address[0]}]:{address[1]}"
 
 
 def original_destination(accepted: socket.socket, peer: Address) -> tuple[Address, bool]:
-    """The destination before redirection: from conntrack, else the accepted socket's own address.
+    """Returns the destination before redirection: from conntrack, or else the accepted socket's own address.
 
-    And whether `peer`, its peer's address after `plain`, is the one that the client's socket has: the eBPF programs
-    show the pod's own address in place of a loopback one, and say so. Raises OSError when the connection is gone.
+    The second value is True if `peer`, its peer's address after `plain`, is that of the client's socket: the eBPF
+    programs show the pod's own address in place of a loopback one, and mark that. Raises OSError when the connection is
+    gone.
     """
     try:
         if len(peer) == 2:
@@ -41,25 +42,25 @@ def original_destination(accepted: socket.socket, peer: Address) -> tuple[Addres
         found = accepted.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28)
         return parse_ipv6(found), not found[4] >> 4
     except OSError:
-        # No entry (or no conntrack at all): redirected without NAT, or not redirected.
+        # No entry, or no conntrack: redirected without NAT, or not redirected.
         local: Address = plain(accepted.getsockname())
         return local, True
 
 
 def parse_ipv4(sockaddr: bytes) -> Address:
-    """struct sockaddr_in."""
+    """Parses a struct sockaddr_in."""
     return socket.inet_ntop(socket.AF_INET, sockaddr[4:8]), struct.unpack_from(">H", sockaddr, 2)[0]
 
 
 def parse_ipv6(sockaddr: bytes) -> Address:
-    """struct sockaddr_in6: family, port, flow, 16 bytes of address, scope in host order."""
+    """Parses a struct sockaddr_in6: family, port, flow, 16 bytes of address, scope in host order."""
     port: int = struct.unpack_from(">H", sockaddr, 2)[0]
     scope: int = struct.unpack_from("=I", sockaddr, 24)[0]
     return socket.inet_ntop(socket.AF_INET6, sockaddr[8:24]), port, 0, scope
 
 
 def is_own(destination: Address, accepted: socket.socket) -> bool:
-    """Whether connecting there would come back to a listener of ours in this pod, and so for ever."""
+    """Returns True if a connection to it would reach a listener of ztunnel in this pod, which is a loop."""
     if destination[1] not in OWN_PORTS:
         return False
     host = destination[0]

@@ -1,4 +1,4 @@
-"""What every connection of one pod shares."""
+"""The context that all connections of one pod share."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """What all pods share.
+    """The parts that all pods share.
 
     `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
-    the last answer; `aged` tells when a connection is LOOK_SECONDS old (see keepalive). `share`: how many connections
-    and flows of one pod may be under way.
+    the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
+    connections and flows one pod may have.
     """
 
     poller: Poller
@@ -38,7 +38,7 @@ class Engine:
 
 
 class Live(Protocol):
-    """A connection or query that is under way."""
+    """An open connection or a pending query."""
 
     def abort(self) -> None:
         """Ends it now, as drained."""
@@ -46,8 +46,10 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PodContext:
-    """`name` is namespace/name; `diag` is asked of its sockets; `live` is what is under way; `connecting` are the ends
-    of ztunnel's own connections, by which it knows one that comes back to it."""
+    """One pod. `name` is namespace/name; `diag` reads its sockets; `live` has its connections and pending queries.
+
+    `connecting` has the ends of ztunnel's own connections, by which it recognises one that is redirected to it.
+    """
 
     uid: str
     name: str
@@ -71,7 +73,7 @@ class PodContext:
         error: str,
         via: Address | None = None,
     ) -> None:
-        """`began` is what `now` gave at the start."""
+        """Records a connection or query; `began` is the result of `now` at its start."""
         self.engine.records.add(Record(
             began[0], kind, direction, self.name, self.uid, source, destination, sent, received,
             time.monotonic() - began[1], close, error, via,
@@ -79,5 +81,5 @@ class PodContext:
 
 
 def now() -> tuple[float, float]:
-    """(wall clock, monotonic clock): the first says when, the second how long."""
+    """Returns (wall clock, monotonic clock): the first for times, the second for durations."""
     return time.time(), time.monotonic()

@@ -1,8 +1,8 @@
 """Readiness and deadlines for thousands of sockets, at one system call per socket.
 
-asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every change of interest. Here a socket
-is registered once, edge-triggered, for everything; the epoll descriptor itself is what asyncio watches. With
-it a reset is seen even while nobody wants to read, because the kernel always reports errors.
+asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every change of interest. Here a socket is
+registered once, edge-triggered, for all events, and asyncio watches the epoll descriptor itself. A reset is seen even
+while no read is pending, because the kernel always reports errors.
 
 Nothing may be registered while a batch of events runs: a descriptor closed in the batch could come back as
 another socket and get its predecessor's events. Accepting is therefore left to asyncio's own readers.
@@ -37,14 +37,14 @@ class Poller:
         loop.add_reader(self._epoll.fileno(), self._run)
 
     def add(self, fd: int, handler: Handler) -> None:
-        """The first call comes soon, with what holds already. Raises OSError when out of memory."""
+        """Registers a handler; its first call follows soon, with the current state. Raises OSError: out of memory."""
         self._epoll.register(
             fd, select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
         )
         self._handlers[fd] = handler
 
     def remove(self, fd: int) -> None:
-        """Call right before closing `fd`, which is what takes it out of the kernel's set."""
+        """Removes the handler; call it right before closing `fd`, which removes it from the kernel's set."""
         self._handlers.pop(fd, None)
 
     def close(self) -> None:
@@ -64,14 +64,14 @@ class Poller:
 
 
 class Waiting(Protocol):
-    """Something that gives up when it has waited too long."""
+    """An operation with a deadline."""
 
     def expire(self) -> None:
-        """Called once, unless `Deadlines.settle` came first."""
+        """Gives up; called once, unless `Deadlines.settle` came first."""
 
 
 class Deadlines:
-    """One timer for all that wait equally long: what came first expires first."""
+    """One timer for all operations with the same time limit: the first one added expires first."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         self._loop = loop
@@ -86,7 +86,7 @@ class Deadlines:
             self._timer = self._loop.call_at(due, self._expire)
 
     def settle(self, waiting: Waiting) -> None:
-        """It waits no longer. Without this, all connections of the last seconds would be kept in memory."""
+        """Removes an operation. Without this, all connections of the last seconds would stay in memory."""
         self._queue.pop(waiting, None)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""One JSON line per connection and per DNS query, written together and never in traffic's way.
+"""Writes one JSON line per connection and per DNS query, in batches, without delaying traffic.
 
-Lines are held for at most FLUSH_SECONDS. A pipe whose reader is slow is written only as far as it has room,
-in pieces that fit; beyond HELD_BYTES new lines are dropped, counted, and the count is a line of its own.
+Lines are held for at most FLUSH_SECONDS. A pipe with a slow reader is written only as far as it has room, in pieces
+that fit; beyond HELD_BYTES new lines are dropped and counted, and the count gets a line.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Record(NamedTuple):
-    """`started` in seconds since 1970; `close`: fin, reset, refused, timeout, error or drained.
+    """One connection or query. `started` is in seconds since 1970.
 
-    `via` is the address from which the proxy spoke to the destination: what joins the records of two proxies
-    on one way, since conntrack may have given the client another source port.
+    `close`: fin, reset, refused, timeout, error or drained. `via` is the proxy's own address towards the destination:
+    it joins the records of two proxies on one path, since conntrack may have given the client another source port.
     """
 
     started: float
@@ -57,7 +57,7 @@ class Record(NamedTuple):
 
 
 class RecordWriter:
-    """Writes to `path`; "-" is standard output, "" nowhere. Never raises because of what it writes to."""
+    """Writes to `path`; "-" is standard output, "" nowhere. An error of the file is never raised."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, path: str) -> None:
         self._loop = loop
@@ -68,7 +68,7 @@ class RecordWriter:
         self._held = bytearray()
         self._lost = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._complained = False
+        self._reported = False
 
     def add(self, record: Record) -> None:
         if not self._path:
@@ -88,14 +88,14 @@ class RecordWriter:
                 self._lost += 1
         try:
             self._write()
-            self._complained = False
+            self._reported = False
         except OSError as error:
             self._failed(error)
         if self._held:
             self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
 
     def close(self) -> None:
-        """Writes what it can; only then is what is left lost."""
+        """Writes as many lines as possible; the rest is lost."""
         self.flush()
         if self._timer is not None:
             self._timer.cancel()
@@ -129,7 +129,7 @@ class RecordWriter:
             self._fd = -1
 
     def _failed(self, error: OSError) -> None:
-        if not self._complained:  # once, not ten times a second
-            log.error("records %s: %s; kept and tried again, traffic goes on", self._path, error.strerror)
-        self._complained = True
+        if not self._reported:  # once, not ten times a second
+            log.error("cannot write records to %s, retrying: %s", self._path, error.strerror)
+        self._reported = True
         self._shut()

@@ -1,11 +1,11 @@
-"""One direction of a connection: bytes from one socket to another, without losing any.
+"""One direction of a connection: moves bytes from one socket to another without loss.
 
-Short exchanges are copied once through a buffer. What fills the buffer is a stream, and from then on bytes
-move by splice through a pipe, without coming to user space. Reading happens only while the pipe is empty: so
-EAGAIN always means that the source has nothing, and a slow reader stops its sender (back-pressure).
+Short exchanges are copied once through a buffer. A read that fills the buffer is a stream, and from then on bytes move
+by splice through a pipe, without a copy to user space. Reading happens only while the pipe is empty: so EAGAIN always
+means that the source has no data, and a slow reader stops its sender (back-pressure).
 
-Urgent data goes on in its place in the stream, but as any other (SO_OOBINLINE). The kernel ends a read before it, and
-splice never gets past it: so once there was some, everything is copied, until EAGAIN.
+Urgent data is forwarded in its place in the stream, but as normal data (SO_OOBINLINE). The kernel ends a read before
+it, and splice never gets past it: so after the first urgent data everything is copied, until EAGAIN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import fcntl
 import os
 import socket
 
-CHUNK = 16 << 10  # must fit into a fresh pipe (64 KiB) beside nothing else
+CHUNK = 16 << 10  # must fit into an empty pipe of the default size (64 KiB)
 PIPE_SIZE = 1 << 20
 ROUNDS = 8  # then others get their turn
 _FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
@@ -37,7 +37,7 @@ class Half:
         self.urgent = False  # there was urgent data
 
     def pump(self) -> bool:
-        """Moves what can be moved now; True when there may be more: call again soon. Raises OSError."""
+        """Moves bytes; returns True if there may be more: call it again soon. Raises OSError."""
         for _ in range(ROUNDS):
             if self.buffered and not self._drain():
                 return False
@@ -52,7 +52,7 @@ class Half:
             self.pipe = None
 
     def _fill(self) -> bool:
-        """Whether to go on. A short read means an empty queue (epoll(7)), unless a FIN is behind it."""
+        """Copies one chunk; returns True to continue. A short read means an empty queue (epoll(7)) or a FIN."""
         try:
             data = self.source.recv(CHUNK)
         except BlockingIOError:
@@ -78,11 +78,11 @@ class Half:
             self.buffered = os.splice(self.source.fileno(), self.pipe[1], PIPE_SIZE, flags=_FLAGS)
         except BlockingIOError:
             return False
-        # Nothing is the end, or urgent data that came with it: only a read tells which.
+        # 0 means the end, or urgent data that came with it: only a read shows which.
         return True if self.buffered else self._fill()
 
     def _drain(self) -> bool:
-        """Whether the pipe is empty now. False: the sink is full and its next edge will call."""
+        """Empties the pipe; returns False if the sink is full, whose next edge calls again."""
         assert self.pipe is not None
         try:
             while self.buffered:

@@ -1,14 +1,14 @@
 """Sockets made inside a pod's namespace, marked as ztunnel's, ready to connect.
 
-Entering a namespace costs more than making a socket, so a few are made at each entry. A pod that opens no
-connections holds none.
+Entering a namespace costs more than creating a socket, so each entry creates a few. A pod that opens no connections
+holds none.
 
-A socket that speaks with a client's address must not take a port that the client itself may use towards the
-same destination: in the pod's conntrack both would be one flow, and the later of the two hangs. A client's
-kernel takes its ports from 32768 up (Linux's default; others start higher), so ours are below.
+A socket with a client's address must not use a port that the client itself may use towards the same destination: in the
+pod's conntrack both would be one flow, and the later of the two hangs. A client's kernel takes its ports from 32768 up
+(Linux's default; others start higher), so ztunnel's are below.
 
-Towards a server the pod's ephemeral ports are shared with the application, which rules only redirect: its socket has
-the server's address as ours has. Where many connections go to one server, ours leave those ports to the application.
+Towards a server the pod's ephemeral ports are shared with the application, which rules only redirect: both sockets have
+the server's address. Where many connections go to one server, ztunnel's leave those ports to the application.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from agent.ztunnel.original_dst import Address
 
 BATCH = 16
 FIRST_PORT, LAST_PORT = 1024, 32767
-TRIES = 64  # ports in use or in TIME_WAIT are passed over
-FIRST_CROWDED = 10000  # below it are the ports on which applications listen
+TRIES = 64  # ports in use or in TIME_WAIT are skipped
+FIRST_CROWDED = 10000  # applications listen on the ports below it
 CROWDED = 16  # connections to one server count as many from that part of the ephemeral ports on
 RESERVED = range(600, 1024)  # as bindresvport(3) takes them
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
@@ -38,18 +38,18 @@ _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
 class Upstream:
-    """Stock of fresh, non-blocking, marked sockets of one pod."""
+    """A stock of fresh, non-blocking, marked sockets of one pod."""
 
     def __init__(self, netns: Netns) -> None:
         self._netns = netns
         self._stock: dict[tuple[int, int], list[socket.socket]] = {}
-        # Anywhere, so that an instance that takes over does not walk through its predecessor's ports.
+        # A random start, so that an instance that takes over does not walk through its predecessor's ports.
         self._port = random.randint(FIRST_PORT, LAST_PORT)
         self._held: dict[Address, int] = {}  # connections by server
         self._ephemeral = 0  # how many ports the pod has for that, as last read
 
     def take(self, destination: Address, kind: int) -> socket.socket:
-        """A socket of the destination's family; the caller owns it. Raises OSError or NetnsError."""
+        """Returns a socket of the destination's family; the caller owns it. Raises OSError or NetnsError."""
         family = socket.AF_INET if len(destination) == 2 else socket.AF_INET6
         stock = self._stock.setdefault((family, kind), [])
         if not stock:
@@ -57,13 +57,13 @@ class Upstream:
         return stock.pop()
 
     def connect(self, destination: Address, source: Address | None = None) -> socket.socket:
-        """A socket that connects, as ztunnel. Raises OSError or NetnsError.
+        """Returns a socket that connects as ztunnel. Raises OSError or NetnsError.
 
         `source`: of the application. Its address is kept if it is one of this namespace: routes may depend on it. In
-        place of a reserved port the connection gets another reserved one. `release` it when it has ended.
+        place of a reserved port the connection gets another reserved one. Call `release` when it has ended.
         """
-        made = self._keeping(destination, source) if source is not None else None
-        return self._hold(destination, self._connect(destination) if made is None else made)
+        bound = self._keeping(destination, source) if source is not None else None
+        return self._hold(destination, self._connect(destination) if bound is None else bound)
 
     def release(self, destination: Address) -> None:
         left = self._held.get(destination, 0) - 1
@@ -96,7 +96,7 @@ class Upstream:
         return held * CROWDED >= self._ephemeral
 
     def connect_as(self, source: Address, destination: Address) -> socket.socket:
-        """A socket that connects with the address, not the port, of `source`. Otherwise as `connect`."""
+        """Returns a socket that connects with the address, not the port, of `source`; otherwise like `connect`."""
         for _ in range(TRIES):
             port = self._next_port()
             try:
@@ -108,9 +108,9 @@ class Upstream:
                     raise
         raise OSError(errno.EADDRNOTAVAIL, f"no port free for {source[0]} in {TRIES} tries")
 
-    def _hold(self, destination: Address, made: socket.socket) -> socket.socket:
+    def _hold(self, destination: Address, connecting: socket.socket) -> socket.socket:
         self._held[destination] = self._held.get(destination, 0) + 1
-        return made
+        return connecting
 
     def _connect(self, destination: Address, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
         fresh = self.take(destination, socket.SOCK_STREAM)
@@ -146,11 +146,11 @@ def _port_range() -> tuple[int, int]:
 
 
 def marked(family: int, kind: int) -> socket.socket:
-    """A non-blocking socket in the current namespace that the pod's rules know as ztunnel's."""
+    """Returns a non-blocking socket in the current namespace that the pod's rules recognise as ztunnel's."""
     fresh = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         fresh.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK)
-        if kind == socket.SOCK_STREAM:  # what is set of a listener, the sockets that it accepts have
+        if kind == socket.SOCK_STREAM:  # accepted sockets inherit these options from their listener
             fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             fresh.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             fresh.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
@@ -161,7 +161,7 @@ def marked(family: int, kind: int) -> socket.socket:
 
 
 def take_source(fresh: socket.socket, source: Address, port: int) -> None:
-    """Lets the socket speak with the client's address, which is not one of this namespace. Raises OSError."""
+    """Binds the socket to the client's address, which is not one of this namespace. Raises OSError."""
     if len(source) == 2:
         fresh.setsockopt(socket.SOL_IP, IP_TRANSPARENT, 1)
     else:
@@ -171,7 +171,7 @@ def take_source(fresh: socket.socket, source: Address, port: int) -> None:
 
 
 def keep_source(fresh: socket.socket, source: Address, port: int) -> None:
-    """Lets the socket speak with `source`, an address of this namespace; `port` 0 for any. Raises OSError."""
+    """Binds the socket to `source`, an address of this namespace; `port` 0 for any. Raises OSError."""
     if port:
         fresh.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     else:
@@ -180,10 +180,10 @@ def keep_source(fresh: socket.socket, source: Address, port: int) -> None:
 
 
 def reset(connected: socket.socket) -> None:
-    """Closes with a RST instead of a FIN, so that the peer sees failure, not an orderly end."""
+    """Closes with a RST instead of a FIN, so that the peer sees a failure, not an orderly end."""
     try:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
     except OSError:
-        pass  # gone already; closing is all that is left
+        pass  # the connection is gone already
     finally:
         connected.close()

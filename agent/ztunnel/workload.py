@@ -1,4 +1,4 @@
-"""One pod under ztunnel's care: its namespace, its listeners, and what is under way through them."""
+"""One pod of ztunnel: its namespace, its listeners and their connections."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from agent.ztunnel.listeners import Listeners, listen
 from agent.ztunnel.pod import Engine, PodContext
 from agent.ztunnel.upstream import Upstream
 
-_ACCEPTED = 4  # connections taken at one wake-up: the other pods wait for as long as a flood is served
+_ACCEPTED = 4  # connections accepted at one wake-up: the other pods wait while a flood is served
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _PAUSE_SECONDS = 0.1
 
 
 class PodListener:
-    """Listens from the moment it is made. `stop_listening`, then `close`."""
+    """Listens from its creation on. To end it, call `stop_listening`, then `close`."""
 
     def __init__(self, engine: Engine, add: Add, netns: Netns) -> None:
-        """Does not take over `netns` when it fails. Raises OSError or a SluiceError."""
+        """Takes over `netns`, unless it fails. Raises OSError or a SluiceError."""
         self.netns = netns
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
         conntrack, diag, self._listeners = netns.call(_open)
@@ -46,18 +46,18 @@ class PodListener:
             self._loop.add_reader(listener.fileno(), self._resolver.receive, listener)
 
     def succeeded(self) -> bool:
-        """Whether another ztunnel listens in the pod, too. Raises KernelError."""
+        """Returns True if another ztunnel also listens in the pod. Raises KernelError."""
         return len(self.pod.diag.listening({names.OUTBOUND_PORT})) > 1
 
     def stop_listening(self) -> None:
-        """No new connections. The UDP listeners stay: answers under way must come from them."""
+        """Stops new connections. The UDP listeners stay: pending answers must come from them."""
         for listener in self._accepting:
             self._loop.remove_reader(listener.fileno())
             listener.close()
         self._accepting.clear()
 
     def close(self) -> None:
-        """Resets what is under way and gives everything back, the namespace too."""
+        """Resets open connections and releases all resources, the namespace included."""
         self.stop_listening()
         for under_way in tuple(self.pod.live):
             under_way.abort()
@@ -80,7 +80,7 @@ class PodListener:
                 if error.errno in _EXHAUSTED:
                     self._pause(listener)
                     return
-                continue  # that client has gone
+                continue  # that client has closed
             client.setblocking(False)
             taken = ProxiedConnection(
                 self.pod, RelayDirection.INBOUND if inbound else RelayDirection.OUTBOUND, client, peer
@@ -88,12 +88,12 @@ class PodListener:
             if len(self.pod.live) < self.pod.engine.share:
                 taken.open()
             else:
-                words = f"the pod has {self.pod.engine.share} connections under way, which is its share"
-                taken.refuse(words)
-                self._crowded.log(f"pod {self.pod.name}: a connection was refused: {words}")
+                limit = f"the pod has reached its limit of {self.pod.engine.share} connections"
+                taken.refuse(limit)
+                self._crowded.log(f"pod {self.pod.name}: connection refused: {limit}")
 
     def _pause(self, listener: socket.socket) -> None:
-        """Out of descriptors: asking again at once would only burn the processor."""
+        """Pauses accepting when descriptors run out: retrying at once would only burn the processor."""
         self._loop.remove_reader(listener.fileno())
         self._loop.call_later(_PAUSE_SECONDS, self._resume, listener)
 

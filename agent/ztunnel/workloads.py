@@ -1,6 +1,6 @@
-"""The pods that the agent has handed over, kept in step with what it says. What the receiver of ZDS must do.
+"""The pods of this ztunnel, kept in step with the agent's messages: the duties of a ZDS receiver.
 
-A pod whose start failed is refused (the agent marks it pending) and still tried again every RETRY_SECONDS:
+If a pod cannot be started, the request is refused (the agent marks the pod pending) and retried every RETRY_SECONDS:
 the cause is often another ztunnel or a process that is just leaving the port.
 """
 
@@ -25,7 +25,7 @@ class PodListeners(Protocol):
 
     @property
     def netns(self) -> Netns:
-        """Its namespace, owned by it."""
+        """The namespace, which it owns."""
 
     def close(self) -> None:
         """Ends it at once."""
@@ -38,7 +38,7 @@ class Workloads(Generic[Started]):
     """`running` and `pending` by pod UID; `snapshot` the UIDs named so far, None when it is complete."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[Add, Netns], Started]) -> None:
-        """`start` raises OSError or SluiceError when the pod cannot be started."""
+        """Takes `start`, which raises OSError or SluiceError when a pod cannot be started."""
         self._loop = loop
         self._start = start
         self.running: dict[str, Started] = {}
@@ -49,13 +49,13 @@ class Workloads(Generic[Started]):
         self.complete = asyncio.Event()  # an agent has named all of its pods; stays set when that agent goes
 
     def connected(self) -> None:
-        """A new connection to the agent: it will name every pod again."""
+        """Begins a snapshot: the agent names every pod again on a new connection."""
         self._snapshot = set()
         for uid in tuple(self.pending):
             self._forget(uid)
 
     def handle(self, request: Request, netns: Netns | None) -> None:
-        """Does what is asked; takes over `netns`. Raises SluiceError with the words for the agent."""
+        """Carries out the request and takes over `netns`. Raises SluiceError with the text for the agent."""
         match request:
             case Add():
                 assert netns is not None
@@ -91,25 +91,25 @@ class Workloads(Generic[Started]):
                 netns.close()
                 return
             self._stop(add.uid)
-        if words := self._try(add, netns):
-            raise ZtunnelError(words)
+        if failure := self._try(add, netns):
+            raise ZtunnelError(failure)
 
     def _try(self, add: Add, netns: Netns) -> str:
-        """Why the pod did not start; empty when it did."""
+        """Starts the pod; returns why it failed, or ""."""
         try:
             self.running[add.uid] = self._start(add, netns)
         except (OSError, SluiceError) as error:
             self.pending[add.uid] = (add, netns)
             if self._retry is None:
                 self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
-            log.warning("pod %s/%s not started: %s", add.namespace, add.name, error)
+            log.warning("cannot start pod %s/%s: %s", add.namespace, add.name, error)
             return f"{add.namespace}/{add.name}: {error}"
         log.info("pod %s/%s started", add.namespace, add.name)
         return ""
 
     def _try_again(self) -> None:
         self._retry = None
-        if self.leaving:  # its successor has them by now
+        if self.leaving:  # the next instance has these pods by now
             return
         pending = self.pending
         self.pending = {}

@@ -146,12 +146,12 @@ def test_a_node_is_taken_over_and_given_back(world: tuple[Node, Host], capsys: p
     assert json.loads(capsys.readouterr().out)["todo"] and host.files == FORMS["owned"], "nothing was changed"
 
     assert host.migrate("--take-over", "-o", "json") == 1
-    assert "1 pods are programmed by istio-cni still" in capsys.readouterr().out
+    assert "1 pods still have istio-cni's rules" in capsys.readouterr().out
     one.add(pod)  # stands for the API, which tells our agent of the pod
     assert one.captured(pod) and "sluice:" in pod.ruleset()
     assert host.migrate("--take-over", "-o", "json") == 0
     answer = json.loads(capsys.readouterr().out)
-    assert not answer["done"] and {"pods", "0 captured by istio-cni, 1 by us"} <= {
+    assert not answer["done"] and {"pods", "0 captured by istio-cni, 1 by Sluice"} <= {
         word for finding in answer["findings"] for word in finding.values()
     }
     conf = host.picked()

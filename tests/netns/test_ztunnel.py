@@ -697,7 +697,7 @@ def test_a_pod_beyond_its_share_is_refused_at_once_and_named(lab: Lab) -> None:
     with lab.peer.listen(PEER4, 8081), pytest.raises(ConnectionResetError), lab.pod.connect(PEER4, 8081) as third:
         third.recv(1)
     record = lab.ztunnel.wait_record(close="refused")
-    assert record["pod"] == "shop/web" and "2 connections under way, which is its share" in record["error"]
+    assert record["pod"] == "shop/web" and "its limit of 2 connections" in record["error"]
     one.close()
     server.close()
     lab.ztunnel.wait_record(close="fin")

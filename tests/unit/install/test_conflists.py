@@ -109,7 +109,7 @@ def test_p27_nothing_is_lost_in_any_list(plugins: list[dict[str, object]], extra
 
 @pytest.mark.parametrize(
     ("version", "words"),
-    [("0.3.0", ""), ("1.1.0", ""), ("0.2.0", "no plugin chains"), (None, "0.1.0 has no plugin chains"), ("1.2.0", "not supported")],
+    [("0.3.0", ""), ("1.1.0", ""), ("0.2.0", "no plugin chains"), (None, "0.1.0 has no"), ("1.2.0", "not supported")],
 )
 def test_versions_are_kept_or_refused_never_raised(version: str | None, words: str) -> None:
     found = conf(cniVersion=version)

@@ -80,11 +80,11 @@ def test_istio_cni_deep_inside_multus_is_told() -> None:
 
 
 LEFTS: list[tuple[dict[str, Any], str]] = [
-    ({"agent": "process 7"}, "take its DaemonSet"),
+    ({"agent": "process 7"}, "remove its DaemonSet"),
     ({"view": View(), "programmed": ()}, ""),
     ({"view": View()}, "sluice pods"),
-    ({"view": View(), "programmed": (), "ztunnels": 0}, "whether ztunnel runs"),
-    ({"view": View(), "programmed": (), "ztunnels": 0, "socket": False}, "restart our agent"),
+    ({"view": View(), "programmed": (), "ztunnels": 0}, "check that ztunnel runs"),
+    ({"view": View(), "programmed": (), "ztunnels": 0, "socket": False}, "restart the Sluice agent"),
 ]
 
 

@@ -213,7 +213,7 @@ def test_steps_print_what_and_why() -> None:
     words = [str(step) for step in take_over(View(NODES["owned"]), ENTRY, WISHED).steps]
     assert words[1] == (
         "rename 02-istio-cni.conflist to .sluice-istio-file-02-istio-cni.conflist.kept"
-        "  # istio-cni's own file (owned) is kept aside"
+        "  # keep istio-cni's own file (owned)"
     )
 
 
