@@ -209,7 +209,7 @@ def test_p24_add_again_and_for_a_second_interface_is_a_success_that_does_nothing
     assert dump(pod.netns) == rules
     assert here.cni("ADD", attach(pod), prevResult=ATTACHED).code == 0
     assert [line for line in dump(pod.netns).splitlines() if not re.search("net1|peer1", line)] == rules.splitlines()
-    assert applied(here) == before
+    assert applied(here) <= before + 1, "more than the route for sockets that are bound to the new interface"
     assert [row["uid"] for row in here.ask("/v1/pods")] == [pod.uid]
     assert here.captured(pod)
     here.delete(pod)
