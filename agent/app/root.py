@@ -56,6 +56,7 @@ from agent.sources.netns.batcher import SearchBatcher
 from agent.sources.netns.registry import NamespaceRegistry
 from agent.sources.non_tcp import NonTcpCounter
 from agent.sources.preexisting import PreexistingConnections
+from agent.sources.stale_flows import StaleFlows
 from agent.sources.state.notes import Notes
 from agent.sources.state.offline_allowlist import OfflineAllowlist
 from agent.sources.static_file import StaticFile
@@ -140,6 +141,7 @@ class Agent:
             accounting=self.accounting,
             listening=listening,
             proxied=ZtunnelConnections(),
+            stale=None if self.choice.by_socket else StaleFlows(),
         )
         admission = self.kubernetes.admission if self.kubernetes else None
         self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)

@@ -23,6 +23,7 @@ from agent.reconciler.interfaces import (
     NamespaceRegistry,
     NonTcpCounter,
     PreexistingConnections,
+    StaleFlows,
     ZtunnelConnections,
     ZtunnelPorts,
 )
@@ -36,7 +37,8 @@ class Enrolled:
     """The result of a pass that captured a pod. `first`: the pod was not captured before.
 
     `preexisting` counts its connections that are older than the enrolment. `switch` is that between NAT and eBPF.
-    `deferred`: accounting work is pending that must not delay the pod. `to_retire`: the work for `retire`.
+    `deferred`: accounting work is pending that must not delay the pod. `stale`: the next pass looks for stale flows.
+    `to_retire`: the work for `retire`.
     """
 
     target: PodNetns
@@ -48,6 +50,7 @@ class Enrolled:
     first: bool
     switch: SwitchState
     deferred: bool
+    stale: bool
     to_retire: Wants = field(default_factory=list)
 
     @property
@@ -74,6 +77,7 @@ class Enrolment:
         accounting: Accounting | None = None,
         listening: ZtunnelPorts | None = None,
         proxied: ZtunnelConnections | None = None,
+        stale: StaleFlows | None = None,
         *,
         preserve: bool,
     ) -> None:
@@ -83,6 +87,7 @@ class Enrolment:
         """
         self._listening = listening
         self._proxied = proxied
+        self._stale = stale
         self._choice = choice
         self._namespaces = namespaces
         self._preexisting = preexisting
@@ -139,6 +144,7 @@ class Enrolment:
                 applied, strict, _ = self._settle(pod.uid, target, want)
                 done = Settled([*done.applied, *strict.applied], strict.remarks)
             self._remember(pod)
+        stale = self._stale.forget(target, changed=bool(done.applied)) if self._stale and not fresh else False
         deferred = False
         if self._accounting:
             deferred = self._accounting.enrol(pod, target, want, captured=True, fresh=fresh)
@@ -155,6 +161,7 @@ class Enrolment:
             first=first,
             switch=switch,
             deferred=deferred,
+            stale=stale,
             to_retire=to_retire,
         )
 

@@ -89,6 +89,13 @@ class Accounting(Protocol):
     def release(self, uid: str, target: PodNetns | None = None) -> None: ...
 
 
+class StaleFlows(Protocol):
+    """Removes conntrack entries that have missed the end of their connection; blocking, and never fails."""
+
+    def forget(self, target: PodNetns, *, changed: bool) -> bool:
+        """With the rules in place; `changed` if they were not before. True when it has to be called again soon."""
+
+
 class HostLoop(Protocol):
     """The exemption of the node's probes, which holds the addresses of enrolled pods."""
 

@@ -61,6 +61,7 @@ class Reconciler:
         accounting: interfaces.Accounting | None = None,
         listening: interfaces.ZtunnelPorts | None = None,
         proxied: interfaces.ZtunnelConnections | None = None,
+        stale: interfaces.StaleFlows | None = None,
         await_packets: Callable[[], None] | None = None,
     ) -> None:
         """Without `host` the node's probes are not exempt; without `canary` no probe is tried.
@@ -85,6 +86,7 @@ class Reconciler:
             accounting,
             listening,
             proxied,
+            stale,
             preserve=settings.preserve_connections,
         )
         self._schedule = Schedule(settings.verify_seconds, random)

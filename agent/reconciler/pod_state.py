@@ -112,7 +112,7 @@ class PodState:
             self.cleaned = -inf
         self.want = enrolled.want
         self.switching = enrolled.switching and not enrolled.waiting
-        self.deferred = enrolled.deferred or bool(cause)
+        self.deferred = enrolled.deferred or enrolled.stale or bool(cause)
         notes = (*decision.warnings, *enrolled.notes)
         self.status = replace(self.status, outside=enrolled.preexisting, leaving=False, notes=notes)
 

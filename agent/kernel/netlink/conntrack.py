@@ -1,7 +1,8 @@
-"""Asks conntrack where a redirected flow was going (ctnetlink, linux/netfilter/nfnetlink_conntrack.h).
+"""Conntrack's entries: where a redirected flow was going, and which TCP flows there are (ctnetlink).
 
-The kernel keeps the answer only for TCP sockets as SO_ORIGINAL_DST; for UDP the entry itself has to be read.
-A flow is found by its reply direction: that is what the redirected-to socket sees, and what it will answer.
+Numbers are those of linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_tcp.h. The kernel keeps the destination of
+a redirected flow only for TCP sockets, as SO_ORIGINAL_DST; for UDP the entry itself has to be read. It is found by its
+reply direction: that is what the redirected-to socket sees, and what it will answer.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import contextlib
 import errno
 import socket
 import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 
 from agent.core.errors import KernelError
-from agent.core.wire.netlink import attribute, attributes, nested
+from agent.core.wire.netlink import NLM_F_DUMP, attribute, attributes, nested
 from agent.core.wire.nftables import NETLINK_NETFILTER, NFGENMSG, fields
 from agent.kernel import sysctl
 from agent.kernel.netlink.notifications import Notifications
 from agent.kernel.netlink.socket import NetlinkSocket
 
 CT_GET = 1 << 8 | 1  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSGCT_GET
+CT_DELETE = 1 << 8 | 2
 GROUP_NEW = 1  # NFNLGRP_CONNTRACK_NEW
 
 _EVENTS = "net/netfilter/nf_conntrack_events"
@@ -30,6 +34,9 @@ class Cta(IntEnum):
 
     TUPLE_ORIG = 1
     TUPLE_REPLY = 2
+    PROTOINFO = 4
+    ID = 12
+    ZONE = 18
 
 
 class Tuple(IntEnum):
@@ -37,6 +44,25 @@ class Tuple(IntEnum):
 
     IP = 1
     PROTO = 2
+
+
+class ProtoInfo(IntEnum):
+    """CTA_PROTOINFO_*: attributes nested in Cta.PROTOINFO."""
+
+    TCP = 1
+
+
+class ProtoInfoTcp(IntEnum):
+    """CTA_PROTOINFO_TCP_*: attributes nested in ProtoInfo.TCP."""
+
+    STATE = 1
+
+
+class TcpConntrack(IntEnum):
+    """TCP_CONNTRACK_*: states of a connection that has ended. They last for seconds, and a SYN replaces the entry."""
+
+    TIME_WAIT = 7
+    CLOSE = 8
 
 
 class Ip(IntEnum):
@@ -62,6 +88,16 @@ _PORTS = (Proto.SRC_PORT, Proto.DST_PORT)
 _NOWHERE: Endpoint = ("127.0.0.1", 1)
 
 
+@dataclass(frozen=True, slots=True)
+class TcpFlow:
+    """An entry of a TCP connection: (source, destination) of the first packet and of its answer."""
+
+    number: int
+    asking: tuple[Endpoint, Endpoint]
+    answering: tuple[Endpoint, Endpoint]
+    body: bytes
+
+
 class Conntrack:
     """Make it inside the namespace that it is to ask; usable from anywhere afterwards. One thread."""
 
@@ -83,6 +119,23 @@ class Conntrack:
         """
         body = self._get(encode(protocol, client, service, Cta.TUPLE_ORIG))
         return None if body is None else decode(body, Cta.TUPLE_REPLY)
+
+    def open_flows(self) -> Iterator[TcpFlow]:
+        """The namespace's TCP entries, except those of connections that have ended. Raises KernelError."""
+        for answer in self._netlink.request("conntrack dump", CT_GET, NLM_F_DUMP, NFGENMSG.pack(0, 0, 0)):
+            if (one := decode_tcp(answer.body)) is not None:
+                yield one
+
+    def delete(self, flow: TcpFlow) -> None:
+        """One that is gone already is fine. Raises KernelError."""
+        found = fields(flow.body)
+        zone = [attribute(Cta.ZONE, found[Cta.ZONE])] if Cta.ZONE in found else []
+        names = nested(Cta.TUPLE_ORIG, found[Cta.TUPLE_ORIG]) + attribute(Cta.ID, found[Cta.ID]) + b"".join(zone)
+        try:
+            self._netlink.request("conntrack delete", CT_DELETE, 0, flow.body[: NFGENMSG.size] + names)
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
 
     def _get(self, request: bytes) -> bytes | None:
         try:
@@ -149,12 +202,35 @@ def encode(protocol: int, source: Endpoint, destination: Endpoint, way: Cta = Ct
 
 def decode(body: bytes, way: Cta = Cta.TUPLE_ORIG, *, destination: bool = False) -> Endpoint | None:
     """The original destination of the flow in a GET's answer, or the source or destination of its replies, if any."""
-    found = dict(attributes(fields(body).get(way, b"")))
-    addresses = dict(attributes(found.get(Tuple.IP, b"")))
-    end = int(destination or way == Cta.TUPLE_ORIG)
-    port = dict(attributes(found.get(Tuple.PROTO, b""))).get(_PORTS[end], b"")
+    ends = _ends(fields(body).get(way, b""))
+    return ends[int(destination or way == Cta.TUPLE_ORIG)] if ends else None
+
+
+def decode_tcp(body: bytes) -> TcpFlow | None:
+    """None for other protocols and for a connection that has ended (TcpConntrack)."""
+    found = fields(body)
+    tcp = dict(attributes(found.get(Cta.PROTOINFO, b""))).get(ProtoInfo.TCP, b"")
+    state = dict(attributes(tcp)).get(ProtoInfoTcp.STATE, b"")
+    if not state or state[0] in tuple(TcpConntrack):
+        return None
+    asking, answering = (_ends(found.get(way, b"")) for way in (Cta.TUPLE_ORIG, Cta.TUPLE_REPLY))
+    if asking is None or answering is None or Cta.ID not in found:
+        return None
+    return TcpFlow(int.from_bytes(found[Cta.ID]), asking, answering, body)
+
+
+def _ends(data: bytes) -> tuple[Endpoint, Endpoint] | None:
+    """Source and destination of one direction."""
+    found = dict(attributes(data))
+    addresses, ports = (dict(attributes(found.get(kind, b""))) for kind in (Tuple.IP, Tuple.PROTO))
     for family, kinds in _ADDRESSES.items():
-        address = addresses.get(kinds[end], b"")
-        if len(address) == (4 if family == socket.AF_INET else 16) and len(port) == 2:
-            return socket.inet_ntop(family, address), struct.unpack(">H", port)[0]
+        size = 4 if family == socket.AF_INET else 16
+        source, destination = (
+            (socket.inet_ntop(family, addresses[kind]), int.from_bytes(ports[port]))
+            if len(addresses.get(kind, b"")) == size and len(ports.get(port, b"")) == 2
+            else None
+            for kind, port in zip(kinds, _PORTS, strict=True)
+        )
+        if source and destination:
+            return source, destination
     return None

@@ -61,6 +61,9 @@ PREFIXES: dict[type[IntEnum], str] = {
     conntrack.Tuple: "CTA_TUPLE_",
     conntrack.Ip: "CTA_IP_",
     conntrack.Proto: "CTA_PROTO_",
+    conntrack.ProtoInfo: "CTA_PROTOINFO_",
+    conntrack.ProtoInfoTcp: "CTA_PROTOINFO_TCP_",
+    conntrack.TcpConntrack: "TCP_CONNTRACK_",
     ipset.Attribute: "IPSET_ATTR_",
     ipset.MemberAttribute: "IPSET_ATTR_",
 }
@@ -109,7 +112,7 @@ def test_every_number_is_the_kernels(tmp_path: Path) -> None:
     assert len(checks) > 200
     source = tmp_path / "numbers.c"
     netfilter = ("nfnetlink", "nf_tables", "nf_tables_compat", "nfnetlink_conntrack", "ipset/ip_set")
-    headers = ["netlink", "rtnetlink", "fib_rules", "if_link", "if_addr", "netfilter"]
+    headers = ["netlink", "rtnetlink", "fib_rules", "if_link", "if_addr", "netfilter", "netfilter/nf_conntrack_tcp"]
     headers += [f"netfilter/{name}" for name in netfilter]
     source.write_text("\n".join([*(f"#include <linux/{name}.h>" for name in headers), *checks, ""]))
     done = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True, check=False)
