@@ -13,7 +13,7 @@ from agent.kernel.pod_netns import PodNetns
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether this node can do it; if not, `missing` says what is missing and how to get it."""
+    """Result of a probe: whether this node can do it; if not, `missing` says what is missing and how to get it."""
 
     ok: bool
     missing: str = ""
@@ -36,17 +36,17 @@ class Backend(Protocol):
         """Splits the desired state into units that settle alone; here each pod's namespace."""
 
     def read(self, target: Any) -> Any:
-        """What of ours is in the kernel now."""
+        """Returns Sluice's state in the kernel."""
 
     def plan(self, want: Redirect | None, have: Any) -> Plan[Any]:
-        """What to change, pure; `want` None removes all of ours."""
+        """Returns the changes, pure; `want` None removes all of Sluice's state."""
 
     def apply(self, target: Any, plan: Plan[Any]) -> None:
         """Does it, atomically. Raises StaleError when the kernel's state is not the one planned for."""
 
 
 class Lasting(Backend, Protocol):
-    """A mechanism whose state of a pod `outlives` the pod. Connections that it captured need nothing of it."""
+    """A mechanism with state that `outlives` the pod. Connections that it captured need nothing of it."""
 
     def orphans(self, known: Iterable[PodNetns]) -> Sequence[Any]:
         """Units for `read` and `apply` of what the node holds and what is of none of the `known` pods.
@@ -55,7 +55,7 @@ class Lasting(Backend, Protocol):
         """
 
     def waits(self, target: PodNetns) -> bool:
-        """Whether it could only refuse what comes to the pod, until ztunnel is there. Raises KernelError."""
+        """True if it could only refuse connections to the pod until ztunnel is there. Raises KernelError."""
 
 
 def lasting(layers: Iterable[Backend]) -> tuple[Lasting, ...]:

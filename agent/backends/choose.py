@@ -1,7 +1,7 @@
-"""Which mechanisms are used on this node, and which are to be cleaned away. Pure.
+"""Chooses the mechanisms that this node uses, and those to clean up. Pure.
 
 Looking must not decide what is seen later: candidates are tried one after the other and only until one passes, so
-that a module of legacy iptables is never loaded because somebody looked whether it is there.
+that a module of legacy iptables is never loaded by a check for its presence.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What an earlier start chose, under the kernel `release`; `time` in seconds since 1970."""
+    """The choice of an earlier start, under the kernel `release`; `time` in seconds since 1970."""
 
     backend: str
     reason: str
@@ -58,7 +58,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """How a candidate is tried. Each is called only for what is needed, since trying may load modules.
+    """Trials of a candidate. Each is called only when needed, since a trial may load modules.
 
     `probe` takes a layer's name. `test` takes the layers of a choice and returns what did not work, () when all did.
     `explain` takes a choice's name and returns what is missing for it, with what to do, one line each.
@@ -96,7 +96,7 @@ def choose(
 
 
 def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -> dict[str, str]:
-    """Choice -> why it is tried, in order. A record of another kernel is one of another boot: it binds nobody.
+    """Returns choice -> reason, in the order of trials. A record of another kernel is of another boot and ignored.
 
     eBPF is only taken where it is asked for, or was; and what asks for it is content with what comes after it.
     """
@@ -124,7 +124,7 @@ def choose_host(setting: str, view: HostView) -> tuple[str, str]:
 
     The kernel's NAT hook asks its chains for each new connection in the order of their priorities until one has
     answered (nf_nat_inet_fn). Every iptables registers with 100; a chain of nf_tables has a priority of its own choice
-    and so comes before both variants. eBPF cannot exempt anybody on the host.
+    and so comes before both variants. eBPF cannot exempt processes on the host.
     """
     if setting == "off":
         return "off", "setting host_probes=off"
@@ -148,7 +148,7 @@ def _problem(name: str, backends: Mapping[str, Backend], trials: Trials, tried: 
 
 
 def _variant(view: HostView | None) -> tuple[str, str]:
-    """The iptables that the host uses: whose rules are there; failing that, whose program; the newer one in doubt."""
+    """Returns the iptables variant of the host: by its rules, else by its program; the newer one in doubt."""
     if view is None:
         return "iptables", "the variant that most hosts use"
     modern, legacy = view.xtables_rules(Variant.NFT), view.xtables_rules(Variant.LEGACY)

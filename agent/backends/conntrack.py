@@ -6,7 +6,7 @@ none is lowered. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
 
 A raised timeout is base + the pod's own value, so removal can restore that without a note. The kernel does not notify
 of changes, and reading all six costs as much as the rest of a pass over an unchanged pod. So they are read again only
-after a change of ours, or after BELIEVED seconds: a pod that shortens its own is seen late.
+after a change by Sluice, or after BELIEVED seconds: a pod that shortens its own is seen late.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ConntrackState:
 
 
 class ConntrackBackend:
-    """Five verbs over the namespace's sysctls. A pod whose sysctls cannot be set is captured all the same."""
+    """Five verbs over the namespace's sysctls. A pod with sysctls that cannot be set is captured all the same."""
 
     name = "conntrack"
     outlives = False
@@ -76,7 +76,7 @@ class ConntrackBackend:
 
     def read(self, target: PodNetns) -> ConntrackState:
         until, seconds = self._seen.get(target, (0.0, ()))
-        # A namespace gets its timeouts with the kernel's module, of which nobody is notified either.
+        # A namespace gets its timeouts with the kernel's module; its loading is not notified either.
         if not seconds or time.monotonic() > until:
             seconds = target.netns.call(_read)
             self._seen[target] = time.monotonic() + BELIEVED, seconds

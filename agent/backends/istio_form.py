@@ -33,8 +33,10 @@ def nftables(rule: Rule) -> Rule:
 
 
 def iptables(rule: Rule) -> Rule:
-    """As iptables -C compares: extensions in order. With UDP the mark comes before the port; the accepted probe names
-    its protocol as an extension too."""
+    """Returns the rule as iptables -C compares it: extensions in order.
+
+    With UDP the mark comes before the port; the accepted probe names its protocol as an extension too.
+    """
     fields = {match.field for match in rule.matches}
     udp = any(match == Match(Field.PROTOCOL, "udp") for match in rule.matches)
 

@@ -28,7 +28,7 @@ Places = Mapping[tuple[int, str, str], int]  # family, table, tag -> number of t
 
 
 def known_to_peers(want: Redirect) -> tuple[Redirect, tuple[str, ...]]:
-    """The intent as far as istio-cni has words for it, and in words what it has none for."""
+    """Returns the intent as far as istio-cni can express it, and in words the rest."""
     plain = replace(want, dns_to=(), exclude=NOTHING, refuse_non_tcp=False, preserve=False)
     lost = {
         "exclusions": want.exclude != NOTHING,
@@ -39,7 +39,7 @@ def known_to_peers(want: Redirect) -> tuple[Redirect, tuple[str, ...]]:
 
 
 def places(target: PodNetns, layer: str) -> Places:
-    """Where our jumps stand: what replaces one takes its place among the rules of others. Raises CommandError."""
+    """Returns the places of our jumps: a replacement takes its place among foreign rules. Raises CommandError."""
     if layer not in _SAVE:
         return {}
     found: dict[tuple[int, str, str], int] = {}
@@ -59,7 +59,7 @@ def places(target: PodNetns, layer: str) -> Places:
 
 
 def plan(layer: str, want: Redirect, have: Any, places: Places) -> Plan[Any]:
-    """What makes rules of `want`, which the layer has read as `have`, those of istio-cni; empty when they are."""
+    """Returns the plan that turns rules of `want`, read as `have`, into those of istio-cni; empty when they are."""
     if layer == "nftables":
         return _nftables(want, have)
     if layer == "routing":

@@ -1,4 +1,4 @@
-"""What a captured pod sends and receives beside ztunnel: neither TCP nor captured DNS, counted by the last rules
+"""A captured pod's traffic that bypasses ztunnel: neither TCP nor captured DNS, counted by the last rules
 of our mangle chains. Reading the counters changes nothing, and is no part of comparing.
 """
 
@@ -30,7 +30,7 @@ _Rule = tuple[str, int, int]  # tag, packets, bytes
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Since the rules were applied. Refused ones too, where they are refused."""
+    """Counts since the rules were applied. Refused packets too, where they are refused."""
 
     packets: int = 0
     bytes: int = 0
@@ -40,7 +40,7 @@ class Counts:
 
 
 def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = None) -> dict[str, Counts]:
-    """By direction, from the rules of `backend` that make `want` true, or from eBPF's map. Raises KernelError."""
+    """Returns counts by direction, from the rules of `backend` for `want`, or from eBPF's map. Raises KernelError."""
     if backend == "ebpf":
         counted = ebpf.beside(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
         return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
@@ -69,7 +69,7 @@ def _tags(backend: str, want: Redirect) -> dict[str, str]:
 
 
 def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_Rule]:
-    """At least those with a wanted tag."""
+    """Yields at least the rules with a wanted tag."""
     if backend == "nftables":
         table = names.NFT_TABLE_PREFIX + _MANGLE
         yield from _nft_rules(target, NFPROTO_INET, table, (names.NFT_PREROUTING, names.NFT_OUTPUT), wanted)

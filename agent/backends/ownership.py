@@ -1,6 +1,6 @@
-"""Whose is what a namespace holds under the names that all mesh agents share. Pure; values in, an answer out.
+"""Determines the owner of state under the names that all mesh agents share. Pure; values in, an answer out.
 
-Ours carry tags, marks or an owner. Policy rules and routes have no room for any: they tell nothing by themselves.
+Ours carry tags, marks or an owner. Policy rules and routes have no room for these: alone they prove nothing.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from agent.core.model.ownership import Owner, owner_of
 
 
 def layer_owner(name: str, have: Any) -> Owner:
-    """From what the layer of that name has read (backends.mechanisms)."""
+    """Decides by what the layer of that name has read (backends.registry)."""
     held = getattr(have, "held", have)
     match name:
         case "nftables":
             return tables_owner(have.tables)
         case "iptables" | "iptables-legacy":
             return families_owner(held.families)
-        case "ebpf":  # in a directory of our own, of what nobody else knows
+        case "ebpf":  # in a directory of our own, unknown to other programs
             return Owner.SLUICE if state.plan(None, have) else Owner.NONE
     return Owner.NONE
 
@@ -53,7 +53,7 @@ def families_owner(families: Mapping[int, Mapping[str, XtTable]]) -> Owner:
 
 
 def host_layer_owner(name: str, have: Any) -> Owner:
-    """From what the layer of the probe exemption of that name has read (backends.hostprobes.layers).
+    """Decides by what the layer of the probe exemption of that name has read (backends.hostprobes.layers).
 
     Policy rules are read as ours only if they carry our number.
     """
@@ -70,8 +70,8 @@ def host_layer_owner(name: str, have: Any) -> Owner:
 
 
 def host_owner(parts: Mapping[str, Owner]) -> Owner:
-    """Of the whole exemption, from the answers of its layers. Sets of ipset belong to the rules that refer to them:
-    they tell something only where there are no rules."""
+    """Combines the answers of the exemption's layers. Sets of ipset belong to the rules that refer to them:
+    they count only where there are no rules."""
     rules = owner_of(one for name, one in parts.items() if name != "ipset")
     return parts.get("ipset", rules) if rules is Owner.NONE else rules
 

@@ -43,7 +43,7 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class Printed:
-    """What nft prints of a table with these flags, once its owner has ended, nft can read; or nft is not installed."""
+    """nft can read its own print of a table with these flags, once the owner has ended; or nft is not installed."""
 
     flags: int
 
@@ -88,7 +88,7 @@ class Need:
 
 
 def needs(choice: str, *, ipv6: bool = True) -> tuple[Need, ...]:
-    """In the order in which they are tried. With `ipv6` False none touches IPv6."""
+    """Returns the needs in the order of their trials. With `ipv6` False none touches IPv6."""
     if choice == "ebpf":
         return (*_common(ipv6), *_ebpf())
     found = [*_common(ipv6), *(_nftables() if choice == "nftables" else _iptables(choice, ipv6))]
@@ -115,7 +115,7 @@ def _ebpf() -> Iterator[Need]:
 
 
 def modules(module: str, symbol: str) -> str:
-    """What to do where a module is missing; `{release}` is left to whoever knows the kernel."""
+    """Returns what to do where a module is missing; the caller, who knows the kernel, fills in `{release}`."""
     return (
         f"modprobe {module}, and write {module} to /etc/modules-load.d/sluice.conf (in the package "
         "linux-modules-extra-{release} on Ubuntu, kernel-modules-extra on Fedora and RHEL); "

@@ -1,11 +1,11 @@
-"""Chooses the table and preference of a pod's policy rule, and tells our rules and routes from others. Pure.
+"""Chooses the table and preference of a pod's policy rule, and separates our rules and routes from foreign ones. Pure.
 
 The existing ambient agents use table 100 and preference 32764 without looking. So do we where both are free. A table is
-taken if it holds somebody else's route, or if somebody else's policy rule leads to it. The preference has to be lower
+taken if it holds a foreign route, or if a foreign policy rule leads to it. The preference has to be lower
 than that of every rule that would match our marked packets first.
 
 Rules and routes with our protocol number are ours. So is a rule that is exactly the usual one (the existing agents set
-no number), and the usual route unless somebody else's rule leads to its table.
+no number), and the usual route unless a foreign rule leads to its table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Routes = Mapping[int, Sequence[LocalRoute | None]]  # of each of TABLES, None fo
 
 @dataclass(frozen=True, slots=True)
 class RoutePlace:
-    """In one family: `held` are our items, duplicates included; `wanted` what capture needs, () if no table is free.
+    """Items of one family: `held` are ours, duplicates included; `wanted` what capture needs, () if no table is free.
 
     `before`: rules of others that come before ours all the same.
     """
@@ -36,7 +36,7 @@ class RoutePlace:
 
 
 def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Sequence[int] = ()) -> RoutePlace:
-    """From all policy rules and this family's routes in TABLES.
+    """Places the items, by all policy rules and this family's routes in TABLES.
 
     `interfaces`: indices of those that sockets may be bound to (SO_BINDTODEVICE, link-local peers).
     """
@@ -58,12 +58,12 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Seq
 
 
 def usual(family: int) -> tuple[Item, ...]:
-    """For a namespace without rules of others. The route comes first: without it the rule leads nowhere."""
+    """Returns the items for a namespace without foreign rules. The route first: without it the rule leads nowhere."""
     return LocalRoute(family, names.ROUTE_TABLE), _rule(family, names.RULE_PREFERENCE, names.ROUTE_TABLE)
 
 
 def is_for_bound(item: Item) -> bool:
-    """Whether only sockets that are bound to an interface need it. Such items come and go with the interfaces."""
+    """True if only sockets that are bound to an interface need it. Such items come and go with the interfaces."""
     return bool(item.to) if isinstance(item, LookupRule) else item.interface != LOOPBACK_INDEX
 
 
@@ -125,7 +125,7 @@ def _preference(ours: Sequence[LookupRule], others: Sequence[FibRule], first: in
 
 
 def _kept(held: Sequence[Item], wanted: Item) -> Item:
-    """The item that is held in the same place, whatever its protocol number, else `wanted`."""
+    """Returns the item that is held in the same place, with any protocol number, else `wanted`."""
     return next((item for item in held if _place(item) == _place(wanted)), wanted)
 
 

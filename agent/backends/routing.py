@@ -42,7 +42,7 @@ def _empty() -> Mapping[int, RoutePlace]:
 
 @dataclass(frozen=True, slots=True)
 class RoutingState:
-    """By family what is ours and what it should be, for the families that the namespace has."""
+    """Actual and desired items by family, for the families that the namespace has."""
 
     places: Mapping[int, RoutePlace] = field(default_factory=_empty)
 
@@ -71,7 +71,7 @@ class RoutingBackend:
         return desired
 
     def read(self, target: PodNetns) -> RoutingState:
-        """As last read, while no notification says otherwise."""
+        """Returns the last read while no notification says otherwise."""
         last = self._last.get(target)
         ipv6 = target.has_ipv6()
         if last is not None and last[1] == ipv6 and target.route_events.unchanged_since(last[0]):
@@ -82,7 +82,7 @@ class RoutingBackend:
         return have
 
     def plan(self, want: Redirect | None, have: RoutingState) -> Plan[RouteChange]:
-        """Raises KernelError when every table that we may take is somebody else's."""
+        """Raises KernelError when every table that we may take is in foreign use."""
         wanted: list[Item] = []
         for family, place in have.places.items():
             if want is None or not (want.ipv4 if family == 4 else want.ipv6):
@@ -94,7 +94,7 @@ class RoutingBackend:
         # Deletions in the other order: no rule may point at a table that is empty already.
         changes = [RouteChange(item, True) for item in wanted if item not in held]
         changes += [RouteChange(item, False) for item in reversed(held) if item not in wanted]
-        # Interfaces come and go, and the kernel takes their routes away: nobody has to be told of that.
+        # Interfaces come and go, and the kernel removes their routes: that is not reported.
         due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
         differences = tuple(f"ip {command(c.item, add=c.add)} is due" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
@@ -118,7 +118,7 @@ def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
 
 def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:
     route.lo_is_up()  # for its order alone: what was notified before is done now, and is seen below
-    rules = route.rules(ipv6=families != (4,))
+    rules = route.rules(ipv6=6 in families)
     places = {}
     up = {link.index for link in route.links() if link.up}
     held = route.held_addresses()

@@ -1,6 +1,6 @@
 """The functional self-test: the real layers in a throw-away namespace, and packets that are seen to be taken.
 
-A rule set that the kernel took may still do nothing: rules in a table that nobody reads, a module without its
+A rule set that the kernel took may still do nothing: rules in a table that is never used, a module without its
 hook. So connections are made, as a pod and towards one, and again after removal: only what was captured with the
 rules and passes without them shows that the rules do it.
 """
@@ -41,7 +41,7 @@ _LEVEL = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
 
 
 class PacketFate(Enum):
-    """What became of a packet."""
+    """Fates of a packet."""
 
     CAPTURED = "captured"
     PASSED = "not captured"
@@ -51,16 +51,16 @@ class PacketFate(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a packet is sent: the namespace, the far end of its link, and the family, 4 or 6."""
+    """Target of a packet: the namespace, the far end of its link, and the family, 4 or 6."""
 
     netns: Netns
     wire: Wire
     family: int
-    listening: Callable[[], None]  # to be called when somebody listens: some mechanisms have to know the socket
+    listening: Callable[[], None]  # called once a socket listens: some mechanisms have to know it
 
 
 def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True) -> tuple[str, ...]:
-    """What did not go as it has to with these layers, () when all did; IPv6 is tried where the namespace has it.
+    """Returns the failures with these layers, () when all succeeded; IPv6 is tried where the namespace has it.
 
     `marks` as of Redirect.
 
@@ -77,7 +77,7 @@ def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True
 
 def selftest_choice(layers: Sequence[Backend], pins: Pins, *, ipv6: bool = True) -> tuple[str, ...]:
     """The same with the layers of a choice. Of those that hold their state in the node others are tried in their place,
-    with a state of their own beside `pins`. Raises KernelError when they cannot be made.
+    with a state of their own next to `pins`. Raises KernelError when they cannot be made.
     """
     if not lasting(layers):
         return selftest(layers, ipv6=ipv6)
@@ -112,7 +112,7 @@ def _settle(active: Sequence[Backend], target: PodNetns, want: Redirect | None) 
 
 
 def _observe(place: _Place, *, captured: bool) -> Iterator[str]:
-    """Each kind of traffic of one family once; sockets are made anew, so no connection is an old one."""
+    """Sends each kind of traffic of one family once, from new sockets, so no connection is an old one."""
     usual = PacketFate.CAPTURED if captured else PacketFate.PASSED
     when = "with" if captured else "after the removal of"
     kinds: tuple[tuple[str, Callable[[_Place], PacketFate], PacketFate], ...] = (
@@ -151,7 +151,7 @@ def _query(place: _Place) -> PacketFate:
 
 
 def _inbound(place: _Place) -> PacketFate:
-    """Nobody listens on port 80: if it answers, the connection came to the port of ztunnel."""
+    """Connects to port 80, where no process listens: if it answers, the connection came to the port of ztunnel."""
     here = LOCAL[place.family]
     there = REMOTE[place.family]
     port = next(_ports)
@@ -188,10 +188,10 @@ def _wait(
     judge: Callable[[Packet], PacketFate | None],
     send: Callable[[], None] = lambda: None,
 ) -> PacketFate:
-    """The first that happens: somebody reaches the listener, or a packet on the wire tells.
+    """Returns the fate that shows first: a connection reaches the listener, or `judge` knows a packet on the wire.
 
     `send` is called now and then, as TCP does: an end of the link drops what it is given until the kernel's link
-    watcher, which runs by itself, has seen that it has a carrier (noop_qdisc).
+    watcher, which runs on its own, has seen that it has a carrier (noop_qdisc).
     """
     poll = select.poll()
     end = monotonic() + _SECONDS
@@ -211,7 +211,7 @@ def _wait(
 
 
 def _original(taken: socket.socket, family: int) -> tuple[str, int]:
-    """Where the client wanted to go: struct sockaddr_in or sockaddr_in6."""
+    """Returns the original destination: struct sockaddr_in or sockaddr_in6."""
     raw = taken.getsockopt(_LEVEL[family], _ORIGINAL_DST, 28)
     address = raw[4:8] if family == 4 else raw[8:24]
     return str(ipaddress.ip_address(address)), int.from_bytes(raw[2:4])

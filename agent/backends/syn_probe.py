@@ -1,7 +1,7 @@
 """Finds out where a new connection of a pod goes, and that no connection comes of it.
 
 First a socket in the pod's namespace connects, for BPF programs on cgroups may change where to. With TCP Fast Open the
-kernel sends nothing until the first write, and there is none. Programs on the pod's own cgroup do not see that socket.
+kernel sends nothing until the first write, which never comes. Programs on the pod's own cgroup do not see that socket.
 
 Then the first packet is sent: with rules to the service, with backend ebpf to ztunnel, where the socket was led. A raw
 SYN passes the same hooks as an application's, and conntrack then knows who will answer it. No socket accepts the
@@ -59,7 +59,7 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
         tracked = place == service or target.netns.call(conntrack.is_loaded)
         flow = target.netns.call(lambda: _send(own if place == service else source, place)) if tracked else None
     except (OSError, KernelError):
-        return ""  # there is no route, a rule refused it, or the kernel does not tell
+        return ""  # there is no route, a rule refused it, or the kernel does not say
     if flow is None and place == service:
         return f"{what} would leave without conntrack, which translates nothing then (notrack)"
     answers, asker = flow or (place, (source, 0))
@@ -101,7 +101,7 @@ def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
 
 
 def _send(own: str, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
-    """Who answers whom; None when conntrack has not seen the packet. Raises OSError, KernelError."""
+    """Returns (answering end, asking end); None when conntrack has not seen the packet. Raises OSError, KernelError."""
     family = AF[6 if ":" in own else 4]
     with _port(family, own) as port, contextlib.closing(NewFlows()) as flows:
         with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as raw:

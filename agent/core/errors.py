@@ -52,7 +52,7 @@ class ZtunnelError(SluiceError):
 
 
 class NoZtunnelError(ZtunnelError):
-    """No ztunnel is connected: nothing to be tried again before one is, and that will be told."""
+    """No ztunnel is connected: retries wait until one connects, which is reported."""
 
 
 class SilentZtunnelError(ZtunnelError):

@@ -23,7 +23,7 @@ MARK_MASK: Final = 0xFFF
 # sockets that are bound to an interface: "to 127.0.0.0/8 lookup 100" and "local default dev eth0 table 100".
 ROUTE_TABLE: Final = 100
 RULE_PREFERENCE: Final = 32764
-# Where table 100 has routes of somebody else, or a policy rule of theirs that leads there: the first free one of these.
+# Where table 100 has foreign routes, or a foreign policy rule leads there: the first free one of these.
 SPARE_TABLES: Final = (13370, 13371, 13372, 13373)
 # Where rules send connections and DNS queries to ztunnel, within the pod.
 LOOPBACK: Final = {4: "127.0.0.0/8", 6: "::1"}
@@ -47,7 +47,7 @@ NFT_TABLE_PREFIX: Final = "istio-ambient-"  # followed by nat, mangle or raw
 NFT_PREROUTING: Final = "istio-prerouting"
 NFT_OUTPUT: Final = "istio-output"
 
-TAG_PREFIX: Final = "sluice:"  # of every rule comment of ours; see core.tags
+TAG_PREFIX: Final = "sluice:"  # of the comment of every rule of Sluice; see core.tags
 
 # Labels and annotations (docs/design/interfaces.md).
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"
@@ -55,13 +55,13 @@ SIDECAR_STATUS: Final = "sidecar.istio.io/status"
 BYPASS_INBOUND: Final = "ambient.istio.io/bypass-inbound-capture"
 DNS_CAPTURE: Final = "ambient.istio.io/dns-capture"
 REROUTE_INTERFACES: Final = "istio.io/reroute-virtual-interfaces"
-# Of a pod on a node without Kubernetes, where no API tells its service account; without it the default of Kubernetes.
+# Of a pod on a node without Kubernetes, where no API has its service account; without it the default of Kubernetes.
 POD_ACCOUNT: Final = "sluice.io/service-account"
 DEFAULT_ACCOUNT: Final = "default"
 
 RUN_DIR: Final = "/run/sluice"
 BPF_DIR: Final = "/sys/fs/bpf/sluice"
-# The maps of bpf/maps.h and bpf/account_maps.h whose sizes are settings; `records` in bytes.
+# The maps of bpf/maps.h and bpf/account_maps.h with sizes that are settings; `records` in bytes.
 BPF_MAPS: Final = (
     "pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", "beside",
     "begun", "spoken", "late", "tallies", "rest", "exported", "qualities", "records",

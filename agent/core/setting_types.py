@@ -149,7 +149,7 @@ class Selectors:
 
 
 def address(value: str, version: int | None = None) -> str:
-    """As the ipaddress module writes it. Raises ValueError."""
+    """Parses an address, as the ipaddress module writes it. Raises ValueError."""
     try:
         found = ipaddress.ip_address(value)
     except ValueError:

@@ -50,7 +50,7 @@ _MOST_ENTRIES = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is declared of a setting. `followed`: what of it takes effect without a restart."""
+    """Declaration of a setting. `followed`: the part of it that takes effect without a restart."""
 
     name: str
     default: Any

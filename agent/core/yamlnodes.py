@@ -33,7 +33,7 @@ class YamlMapping:
         return scalar(self.values[key], self.place, key) if key in self.values else ""
 
     def items(self, key: str) -> list[yaml.Node]:
-        """Of a list; none without the key, or when it is null."""
+        """Returns the items of a list; no items without the key, or when it is null."""
         node = self.values.get(key)
         if node is None or node.tag == "tag:yaml.org,2002:null":
             return []
@@ -42,7 +42,7 @@ class YamlMapping:
         return list(node.value)
 
     def addresses(self, key: str) -> list[str]:
-        """As the ipaddress module writes them; null is no list of them."""
+        """Returns addresses, as the ipaddress module writes them; null is no list of addresses."""
         node = self.values.get(key)
         if node is None:
             return []

@@ -128,14 +128,14 @@ async def strangers(listener: socket.socket, limits: Limits, handle: Handle) -> 
                 else:
                     limits.enter(key)
                     tasks.create_task(one(sock, key))
-                await asyncio.sleep(0)  # accepting alone would not let anybody else run while there is a queue
+                await asyncio.sleep(0)  # accepting alone would let nothing else run while there is a queue
 
 
 async def serve(path: str, kind: int, handle: Handle) -> None:
     """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind.
 
-    A file that somebody removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when it is
-    ours by then (net.UnixListener.Close). One that is another socket by now is left to whoever made it.
+    A file that another program removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when
+    it is ours by then (net.UnixListener.Close). One that is another socket by now is left alone.
     """
     async with asyncio.TaskGroup() as tasks:
         accepting = tasks.create_task(_accept_all(listen(path, kind), handle, tasks))

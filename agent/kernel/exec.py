@@ -19,7 +19,7 @@ _recent: deque[int] = deque(maxlen=64)
 
 
 def is_ours(pid: int) -> bool:
-    """Whether a process is or lately was one that this process started and waited for."""
+    """True if a process is, or lately was, one that this process started and waited for."""
     return pid in _recent
 
 

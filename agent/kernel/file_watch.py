@@ -1,4 +1,4 @@
-"""A file that somebody may replace or edit at any time: read when it is another one than before."""
+"""A file that may be replaced or edited at any time: read again when it has changed."""
 
 from __future__ import annotations
 

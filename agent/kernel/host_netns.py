@@ -41,7 +41,7 @@ class HostNetns:
     """Sockets of the node's namespace. Not for two threads at once, but for `events` and `changed`."""
 
     def __init__(self, door: Door | None = None) -> None:
-        """Without a `door` the calling thread's own namespace. Raises OSError when sockets are refused."""
+        """Opens sockets behind `door`, else in the calling thread's namespace. Raises OSError when they are refused."""
         self.door = door
         self._sockets: _Sockets = self.call(_open)
 
@@ -111,7 +111,7 @@ def _has_ipv6() -> bool:
 
 
 def _culprit(body: bytes) -> str:
-    """From NFTA_GEN_PROC_PID and NFTA_GEN_PROC_NAME; "" when it was a program that we started."""
+    """Names the committer by NFTA_GEN_PROC_PID and NFTA_GEN_PROC_NAME; "" when it was a program that we started."""
     parts = fields(body)
     pid = unpack_be(parts.get(Gen.PROC_PID))
     if exec.is_ours(pid):

@@ -1,4 +1,4 @@
-"""What the host's own namespace uses, read passively: no table is made, no module loaded, no process started.
+"""Netfilter in the host's own namespace, read passively: no table is made, no module loaded, no process started.
 
 Detection that made the table which it then detected chose differently after every start (istio 61020). So nf_tables
 is asked only where it is known to be in the kernel, and a legacy table only where /proc lists it.
@@ -48,7 +48,7 @@ def nft_tables() -> tuple[HostTable, ...]:
 
 
 def legacy_tables(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
-    """Of this thread's namespace those that are listed per family, with their number of rules."""
+    """Returns the listed tables per family of this thread's namespace, with their number of rules."""
     found = xtables.read(sorted({name for names in listed.values() for name in names}), set())
     return tuple(
         # num_entries stands at byte 76 of struct ipt_getinfo.
@@ -68,7 +68,7 @@ def read_host_view(
 ) -> HostView:
     """The view of this thread's namespace. `root` is where /proc, /sys, /lib, /boot and programs are looked for.
 
-    Nothing is raised: what cannot be read is told in the remarks.
+    Nothing is raised: failures to read are reported in the remarks.
     """
     release = release or os.uname().release
     remarks = list[str]()
@@ -144,7 +144,7 @@ def _program(root: Path, name: str, path: str) -> str:
 
 
 def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[HostTable, ...]:
-    """iptables-nft makes tables of ip and ip6 whose base chains have the upper-case names of iptables."""
+    """Summarizes the dumps. Tables of iptables-nft: ip and ip6, base chains with the upper-case names of iptables."""
     by_table: dict[tuple[int, bytes], list[dict[int, bytes]]] = {}
     for message in chains:
         parts = fields(message.body)

@@ -1,4 +1,4 @@
-"""What happens in directories, as the kernel tells it; inotify(7), linux/inotify.h."""
+"""Events in directories; inotify(7), linux/inotify.h."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Inotify:
         return watch
 
     def remove(self, watch: int) -> None:
-        """Nothing happens if it has gone by itself."""
+        """Removes a watch; fine if it has gone already."""
         libc.inotify_rm_watch(self._fd, watch)
 
     def take(self) -> list[Event]:

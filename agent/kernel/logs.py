@@ -16,7 +16,7 @@ class Formatter(logging.Formatter):
 
 
 def start(level: str | int, form: str) -> None:
-    """To standard error."""
+    """Logs to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Formatter(form))
     logging.basicConfig(level=level, handlers=[handler])

@@ -1,6 +1,6 @@
 """Network namespaces: enter, open something, leave at once; never the host's.
 
-`setns` moves one thread. Whatever is opened inside keeps that namespace for its life and can be used from
+`setns` moves one thread. A descriptor opened inside keeps that namespace for its life and can be used from
 anywhere afterwards, so no thread ever stays inside. If the way back fails, the thread would go on in a pod's
 namespace and later work for the host would land there: the process aborts instead.
 """
@@ -55,7 +55,7 @@ _homes = _Homes()
 
 @dataclass(frozen=True, slots=True)
 class NetnsId:
-    """What tells namespaces apart: device and inode while one lives, the cookie for ever."""
+    """Identity of a namespace: device and inode while it lives, the cookie for ever."""
 
     device: int
     inode: int

@@ -32,7 +32,7 @@ class _Sockets:
 
 @dataclass(frozen=True, slots=True)
 class NetnsFacts:
-    """What a namespace is like: whether it has IPv6, its addresses without loopback and link-local ones, whether lo is
+    """Facts of a namespace: whether it has IPv6, its addresses without loopback and link-local ones, whether lo is
     up, and whether it then has 127.0.0.1 and ::1."""
 
     ipv6: bool
@@ -76,7 +76,7 @@ class PodNetns:
 
     @property
     def diag(self) -> SockDiag:
-        """Of its own, for most namespaces are never asked for their TCP sockets."""
+        """Returns the socket for sock_diag, opened late: most namespaces are never asked for their TCP sockets."""
         if self._diag is None:
             self._diag = self.netns.call(SockDiag)
         return self._diag
@@ -86,11 +86,11 @@ class PodNetns:
         return self.facts().addresses
 
     def has_ipv6(self) -> bool:
-        """Whether this namespace has IPv6 and lo may use it."""
+        """True if this namespace has IPv6 and lo may use it."""
         return self.facts().ipv6
 
     def facts(self) -> NetnsFacts:
-        """As last read, while no notification says otherwise."""
+        """Returns the last read while no notification says otherwise."""
         if self._facts is not None and self.route_events.unchanged_since(self._facts[0]):
             return self._facts[1]
         mark = self.route_events.mark()
@@ -98,7 +98,7 @@ class PodNetns:
         ipv6 = self.netns.call(_has_ipv6)
         found = _facts(self.route.held_addresses(), up=up, ipv6=ipv6)
         # No notification is of disable_ipv6 itself. While lo is up, setting it takes ::1 away and clearing it brings
-        # ::1 back, which is told. Where that cannot be seen the answer does not last.
+        # ::1 back, which is notified. Where that cannot be seen the answer does not last.
         self._facts = (mark, found) if up and found.loopback6 == ipv6 else None
         return found
 

@@ -1,7 +1,7 @@
-"""The processes of this node that are in a network namespace of their own, as /proc tells.
+"""Reads from /proc the processes of this node that are in a network namespace of their own.
 
-Read from the node's PID namespace (hostPID: true): there a cgroup's path is the kernel's word, whatever cgroup
-namespace the process lives in and whatever it mounts.
+Read from the node's PID namespace (hostPID: true): there a cgroup's path is the kernel's word, for any cgroup
+namespace the process lives in and anything it mounts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from agent.core.errors import KernelError
 from agent.core.text import printable
 from agent.kernel.netns import NetnsId
 
-NsKey = tuple[int, int]  # device and inode, which tell a namespace as long as it lives
+NsKey = tuple[int, int]  # device and inode, which identify a namespace as long as it lives
 _DESCRIPTORS = 20_000  # read at most to find the holders of sockets: a pod may have any number
 
 
@@ -32,7 +32,7 @@ class ProcessSeen:
 def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple[int, str], ...]]:
     """All processes outside the host's network namespace; what ends meanwhile is left out.
 
-    Beside them number and cgroup of those whose namespace is hidden from us. Raises KernelError when our own is.
+    Second, number and cgroup of those with a namespace hidden from us. Raises KernelError when our own is hidden.
     """
     hosts = hosts_netns(proc)
     found = list[ProcessSeen]()
@@ -65,7 +65,7 @@ def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
 
 
 def in_container(proc: str = "/proc") -> bool:
-    """Whether process 1 has another root directory: then programs here are not the node's. False if that is hidden."""
+    """True if process 1 has another root directory: then programs here are not the node's. False if that is hidden."""
     try:
         return not Path(proc, "1/root").samefile("/")
     except OSError:
@@ -78,7 +78,7 @@ def read_process(pid: int, proc: str = "/proc") -> ProcessSeen | None:
 
 
 def started(pid: int, proc: str = "/proc") -> int | None:
-    """When it started, in ticks since boot; None when it has ended."""
+    """Returns when it started, in ticks since boot; None when it has ended."""
     try:
         return parse_stat(Path(proc, str(pid), "stat").read_bytes())[1]
     except (OSError, ValueError, IndexError):

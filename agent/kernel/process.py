@@ -41,7 +41,7 @@ class Process:
         """Takes over `pidfd`. Raises KernelError, and then has closed it."""
         self.pid = pid
         self._pidfd = pidfd
-        self._turn = threading.Lock()  # so that nobody uses a descriptor that another thread closes
+        self._turn = threading.Lock()  # so that no thread uses a descriptor that another one closes
         try:
             self.started = self._read(_started)  # clock ticks since the kernel started
         except BaseException:
@@ -67,7 +67,7 @@ class Process:
         return cls(pid, pidfd)
 
     def alive(self) -> bool:
-        """Whether it has not ended yet; one that only waits to be reaped has (pidfd_open(2))."""
+        """True if it has not ended yet; one that only waits to be reaped has (pidfd_open(2))."""
         with self._turn:
             return self._alive()
 
@@ -101,7 +101,7 @@ class Process:
             raise
 
     def cgroup_id(self) -> int:
-        """Id of its cgroup of version 2, as bpf_get_current_cgroup_id tells it; 1 is the root. Raises KernelError."""
+        """Returns the id of its cgroup (v2), as bpf_get_current_cgroup_id does; 1: the root. Raises KernelError."""
         info = bytearray(_INFO.pack(_INFO_CGROUPID, *[0] * 13))
         with self._turn:
             try:
@@ -115,7 +115,7 @@ class Process:
 
     @staticmethod
     def tgid_is_global() -> bool:
-        """Whether our process numbers are those that BPF programs see: our PID namespace is the initial one."""
+        """True if our process numbers are those that BPF programs see: our PID namespace is the initial one."""
         try:
             return Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE
         except OSError as error:
@@ -136,7 +136,7 @@ class Process:
         return not ended.poll(0)
 
     def _read(self, function: Callable[[int], T]) -> T:
-        """Calls `function` with a descriptor of /proc/PID that is this process's, whoever has the number meanwhile.
+        """Calls `function` with a descriptor of /proc/PID that is this process's, even if its number was reused.
 
         Raises KernelError, with ESRCH when it has ended.
         """
@@ -144,7 +144,7 @@ class Process:
         try:
             directory = os.open(f"/proc/{self.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                if not self.alive():  # while it lives nobody else has its number, and the directory stays its own
+                if not self.alive():  # while it lives no other process has its number, and the directory stays its own
                     raise ProcessLookupError(errno.ESRCH, "")
                 return function(directory)
             finally:
@@ -161,7 +161,7 @@ class Process:
 
 
 def _opened(pid: int, sock: socket.socket) -> int:
-    """Before 6.5: whoever has the number now, if the other end is still open. Raises OSError.
+    """Opens, before 6.5, the process that has the number now, if the other end is still open. Raises OSError.
 
     A peer that ended before, with its end in the hands of another process, would not be noticed.
     """

@@ -25,7 +25,7 @@ def call(function: Callable[[], T]) -> T:
             if libc.unshare(CLONE_NEWNET):
                 raise last_error("unshare a network namespace")
             result.append(function())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+        except BaseException as error:  # noqa: BLE001 - any error is handed to the caller
             failure.append(error)
 
     thread = threading.Thread(target=inside, name="scratch-netns")

@@ -86,7 +86,7 @@ class Wire:
         self.socket.setblocking(False)
 
     def packets(self) -> Iterator[bytes]:
-        """What the pod has sent until now."""
+        """Returns what the pod has sent until now."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 data, (_, _, direction, *_) = self.socket.recvfrom(2048)

@@ -55,21 +55,21 @@ def read(wanted: Collection[str], known: Collection[Key]) -> dict[int, dict[str,
 
 
 def again(wanted: Collection[str], known: Mapping[Key, bytes]) -> dict[Key, Raw]:
-    """The same, for whoever compares with an earlier read: `known` holds the ipt_getinfo of each table of then.
+    """Reads the same, to compare with an earlier read: `known` holds the ipt_getinfo of each table of then.
 
-    It is handed back unless its size is wrong by now: where entries differ from those of then, only `read` tells
+    It is handed back unless its size is wrong by now: where entries differ from those of then, only `read` shows
     what their ipt_getinfo is.
     """
     return _read(wanted, known, known)
 
 
 def _read(wanted: Collection[str], known: Collection[Key], infos: Mapping[Key, bytes]) -> dict[Key, Raw]:
-    asking = families()
-    asked = [(family, name) for family in asking for name in _present(family, wanted, known)]
+    asked_families = families()
+    asked = [(family, name) for family in asked_families for name in _present(family, wanted, known)]
     found: dict[Key, Raw] = {}
     if asked:
         # A UDP socket of IPv6 hands options of the level IPPROTO_IP on: one socket serves both families.
-        with socket.socket(socket.AF_INET6 if 6 in asking else socket.AF_INET, socket.SOCK_DGRAM) as one:
+        with socket.socket(socket.AF_INET6 if 6 in asked_families else socket.AF_INET, socket.SOCK_DGRAM) as one:
             for key in asked:
                 try:
                     found[key] = _table(one.fileno(), *key, infos.get(key))
@@ -87,7 +87,7 @@ def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Co
 
 
 def _contents(path: str) -> bytes:
-    """At most a page; nothing where the file, and so the module behind it, is missing."""
+    """Reads at most a page; nothing where the file, and so the module behind it, is missing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -1,4 +1,4 @@
-"""What bpf/abi.h says, in Python. Pure; a test compares both by BTF."""
+"""bpf/abi.h in Python. Pure; a test compares both by BTF."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class PodValue:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Prefix:
-    """What a policy lists: the first `bits` of `value` (16 bytes), and the verdict on what begins so."""
+    """An entry of a policy: the first `bits` of `value` (16 bytes), and the verdict on addresses that begin so."""
 
     kind: PolicyKind
     value: bytes
@@ -169,7 +169,7 @@ def address(one: Address | None) -> bytes:
 
 
 def parse(data: bytes) -> Address | None:
-    """Of 16 bytes."""
+    """Returns the address in 16 bytes; None for zeros."""
     if not any(data):
         return None
     found = IPv6Address(data)

@@ -64,7 +64,7 @@ class Detach:
 
 @dataclass(frozen=True, slots=True)
 class Unpin:
-    """Of a program, by the name of its pin."""
+    """The removal of a program's pin, by the pin's name."""
 
     program: str
 
@@ -95,7 +95,7 @@ def _number(path: str, inode: int) -> int:
 
 
 def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step[Deed], str]]:
-    """What makes `want` (link -> program) true, and what was wrong, "" for mere tidying up. Pure."""
+    """Yields what makes `want` (link -> program) true, and what was wrong, "" for mere tidying up. Pure."""
     lacking = {program.object for program in want.values() if program.name not in have.ids}
     for name in sorted(lacking):
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
@@ -150,7 +150,7 @@ def _attach(deed: Attach, program: int, place: PinDirectory, attach: Callable[[B
 
 
 def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:
-    """To the interface that ends the link's name, in that namespace. Raises KernelError."""
+    """Attaches to the interface that ends the link's name, in that namespace. Raises KernelError."""
     index = int(link.rpartition("-")[2])
     for _ in range(_TRIES):
         try:
@@ -163,7 +163,7 @@ def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) ->
 
 
 def attach_cgroup(program: BpfProgram, _: str, descriptor: int) -> int:
-    """To the root of all cgroups. Raises KernelError."""
+    """Attaches to the root of all cgroups. Raises KernelError."""
     cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return bpflink.attach_cgroup(descriptor, cgroup, program.attach)

@@ -83,7 +83,7 @@ class EbpfBackend:
         return [*(Gone(cookie) for cookie in sorted(found - mine)), *(Stray(policy) for policy in sorted(stray))]
 
     def waits(self, target: PodNetns) -> bool:
-        """Whether no listener of ztunnel's is known yet. Raises KernelError."""
+        """True if no listener of ztunnel is known yet. Raises KernelError."""
         if self._maps.exist() and self._listening(_cookie(target)):
             return False
         return not any(self._offers(target, {}).values())
@@ -106,7 +106,7 @@ class EbpfBackend:
         return PodEntries(cookie, target.wiring(), pod, prefixes, attached, listening, offered, left=left)
 
     def _offers(self, target: PodNetns, listening: Mapping[tuple[Role, int], int]) -> Offered:
-        """As last looked for, while the same processes run and what they offered is still there."""
+        """Returns the listeners of the last search while the same processes run and their listeners exist."""
         version, offered = self._offered.get(target, (-1, {}))
         there = set(listening.values())
         known = offered and all(found and all(one.cookie in there for one in found) for found in offered.values())
@@ -121,7 +121,7 @@ class EbpfBackend:
         return state.plan(want, have)
 
     def apply(self, target: Target, plan: Plan[PodDeed]) -> None:
-        """In order; the pod's map entry is what switches. Raises KernelError; StaleError when a listener has gone."""
+        """Applies in order; the pod's map entry switches. Raises KernelError; StaleError when a listener has gone."""
         cookie = 0 if isinstance(target, Stray) else _cookie(target)
         for step in plan.steps:
             self._do(target, cookie, step.payload)

@@ -1,4 +1,4 @@
-"""From intent to map entries: one pod's Redirect and the wiring of its namespace, as the programs read them. Pure."""
+"""Compiles intent to map entries: one pod's Redirect and its namespace's topology, as the programs read them. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NETWORKS = (PolicyKind.TO, PolicyKind.FROM, PolicyKind.ROUTE)
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """What the maps hold for one pod, and the interfaces that its packets are watched on."""
+    """The map entries of one pod, and the interfaces where its packets are watched."""
 
     pod: PodValue
     prefixes: tuple[Prefix, ...]
@@ -53,7 +53,7 @@ def entries(redirect: Redirect, wiring: PodTopology, cookie: int) -> Entries:
 
 
 def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
-    """The id of a set of prefixes: a hash of them, so that it tells them. 0 for none."""
+    """Returns the id of a set of prefixes: a hash, so that it identifies them. 0 for an empty set."""
     if not (texts := [one.key(0) + one.encode() for one in prefixes]):
         return 0
     found = blake2b(abi.cookie(cookie) + b"".join(texts), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""What the programs have counted: each pod's traffic beside TCP, and every way out of every program."""
+"""Counters of the programs: each pod's non-TCP traffic, and every way out of every program."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def beside(pins: Pins, cookie: int) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def exits(pins: Pins) -> dict[ExitCause, int]:
-    """How often since the maps were made, over all pods of the node. Raises KernelError."""
+    """Returns the counts since the maps were made, over all pods of the node. Raises KernelError."""
     if not (pins.maps / "exits").exists():
         return {}
     with Map.open(pins.maps / "exits") as counters:

@@ -43,7 +43,7 @@ LOOKUP: Final = BpfProgram("lookup", "lookup", AttachType.SK_LOOKUP)
 INGRESS: Final = BpfProgram("ingress", "wire", AttachType.TCX_INGRESS)
 EGRESS: Final = BpfProgram("egress", "wire", AttachType.TCX_EGRESS)
 POD: Final = (LOOKUP, INGRESS, EGRESS)
-# Those that account for connections, whatever captures them (agent/flows).
+# Those that account for connections, with any backend (agent/flows).
 ACCOUNT: Final = BpfProgram("account_sockets", "accounting", AttachType.CGROUP_SOCK_OPS)
 REFRESH: Final = BpfProgram("refresh", "live", AttachType.TRACE_ITER)
 LIST: Final = BpfProgram("list", "live", AttachType.TRACE_ITER)
@@ -60,13 +60,13 @@ ACCOUNTING: Final = (ACCOUNT, *ITERATORS, *RESERVE, WATCH)
 
 
 def path(name: str) -> Path:
-    """Of an object file."""
+    """Returns the path of an object file."""
     return DIRECTORY / f"{name}.bpf.o"
 
 
 @cache
 def digest(name: str) -> str:
-    """Of an object file's contents, for the names of pins: so a later build knows what is not its own.
+    """Returns a hash of an object file's contents, for the names of pins: a later build knows foreign pins by it.
 
     "none" where the file is missing: nothing that is pinned is of this build then, and all of it can be removed.
     """

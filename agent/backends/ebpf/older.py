@@ -1,4 +1,4 @@
-"""Which connections of a pod should have been captured and were not: those that began before it was. Pure."""
+"""Finds pre-existing connections: those that should be captured and are not, since they began earlier. Pure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from agent.core.model.topology import Address, PodTopology
 def older(
     redirect: Redirect, wiring: PodTopology, sockets: Sequence[TcpSocket], listening: Collection[int]
 ) -> tuple[TcpSocket, ...]:
-    """Of all connections of the pod. One that came in is known by its port, on which somebody listens."""
+    """Selects from all connections of the pod. An incoming one is known by its port, on which a process listens."""
     return tuple(one for one in candidates(sockets) if _meant(redirect, wiring, one, one.local[1] in listening))
 
 
@@ -47,7 +47,7 @@ def _within(address: Address, networks: Iterable[str]) -> bool:
 
 
 def _behind(wiring: PodTopology, peer: Address, interfaces: Iterable[str]) -> bool:
-    """Whether the way there, or from there, is an excluded interface."""
+    """True if the way there, or from there, is an excluded interface."""
     excluded = wiring.indexes(interfaces)
     if not excluded:
         return False

@@ -1,10 +1,10 @@
-"""Where everything is pinned: what a dead agent leaves, and a new one finds.
+"""Paths of all pins: what a dead agent leaves, and a new one finds.
 
     <root>/v1/maps/NAME
     <root>/v1/programs/NAME@DIGEST        programs/ and links/ once more in pods/COOKIE/
     <root>/v1/links/NAME
 
-A program's pin names the object file that it is from, and a link tells which program it runs: so it is known as ours,
+A program's pin names the object file that it is from, and a link has the program it runs: so it is known as ours,
 and as this build's, without a note anywhere.
 """
 
@@ -54,12 +54,12 @@ class Pins:
         return cls(Path(root), Path(root).parent)
 
     def within(self, name: str) -> Pins:
-        """Others, of the same layout, in a directory of ours."""
+        """Returns pins of the same layout in a directory below."""
         return Pins(self.root / name, self.mount)
 
     @property
     def accounting(self) -> Pins:
-        """Of what accounts for connections, whatever captures them: beside, so that each goes without the other."""
+        """Returns the pins of the accounting: in a directory of their own, so that either can be removed alone."""
         return Pins(self.root.with_name(f"{self.root.name}-accounting"), self.mount)
 
     @property
@@ -78,7 +78,7 @@ class Pins:
         return tuple(int(name) for name in _inodes(f"{self.node.path}/pods") if name.isdigit())
 
     def others(self) -> Iterable[Path]:
-        """What other versions of the maps have left."""
+        """Returns what other versions of the maps have left."""
         return [self.root / name for name in _inodes(str(self.root)) if name != _VERSION]
 
 
@@ -88,7 +88,7 @@ def pin(program: BpfProgram) -> str:
 
 
 def _inodes(directory: str) -> dict[str, int]:
-    """In the order of the names. Called for each pod again and again, so without pathlib."""
+    """Returns inodes by name, in the order of names. Called for each pod again and again, so without pathlib."""
     try:
         with os.scandir(directory) as found:
             return dict(sorted((one.name, one.inode()) for one in found))

@@ -1,4 +1,4 @@
-"""What pods' policies list, in map `policies`: of the programs that capture, and of those that account."""
+"""Entries of pods' policies in map `policies`: of the programs that capture, and of those that account."""
 
 from __future__ import annotations
 

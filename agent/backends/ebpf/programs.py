@@ -37,7 +37,7 @@ class NodeTarget:
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """What another version of the maps has left, or a trial that was killed; every pod has been moved meanwhile."""
+    """State left by another version of the maps, or by a trial that was killed; every pod has been moved meanwhile."""
 
     path: Path
 
@@ -46,8 +46,8 @@ class Former:
 class NodeState:
     """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
 
-    `unknown`: why BPF could not tell a ztunnel from other processes. `left`: the directory to remove, when the target
-    is not a pod.
+    `unknown`: why BPF could not distinguish a ztunnel from other processes. `left`: the directory to remove, when the
+    target is not a pod.
     """
 
     attached: Attached
@@ -80,7 +80,7 @@ NodeDeed = Deed | Admit | Dismiss | RemoveAll
 
 @dataclass(slots=True)
 class ProgramsBackend:
-    """Five verbs; whatever pod is asked for, the target is the node."""
+    """Five verbs; for every pod the target is the node."""
 
     pins: Pins
     ztunnels: Ztunnels
@@ -118,7 +118,7 @@ class ProgramsBackend:
         attached = attachments.read(self.pins.node, NODE)
         try:
             running = self._running()
-        except KernelError as error:  # of no matter where another backend captures
+        except KernelError as error:  # irrelevant where another backend captures
             return NodeState(attached, unknown=error)
         if not (self.pins.maps / "ztunnels").exists():
             return NodeState(attached, running=running)
@@ -184,7 +184,7 @@ class ProgramsBackend:
 
 
 def lives(ztunnel: ZtunnelKey) -> bool:
-    """Whether this process of a ztunnel still runs, in this cgroup; without a process, whether the cgroup exists."""
+    """True if this process of a ztunnel still runs, in this cgroup; without a process, if the cgroup exists."""
     cgroup, tgid = ztunnel
     if not tgid:
         return bpffs.cgroup_exists(cgroup)

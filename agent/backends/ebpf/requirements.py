@@ -1,4 +1,4 @@
-"""Whether this node can run the eBPF backend: each feature tried on its own, nothing left behind."""
+"""Trials of the eBPF backend's requirements: each feature on its own, nothing left behind."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _load(place: PinDirectory, name: str) -> None:
 
 @contextmanager
 def _place(pins: Pins) -> Iterator[PinDirectory]:
-    """Of this process alone, beside what is in use; with maps of its own."""
+    """Returns pins of this process alone, apart from those in use; with maps of their own."""
     bpffs.mount(pins.mount)
     place = PinDirectory(pins.root / f"try-{os.getpid()}")
     try:
@@ -100,7 +100,7 @@ def _cgroups(pins: Pins) -> None:
 
 
 def _libbpf(pins: Pins) -> None:
-    found = libbpf.ask("bpf_obj_get", b"/")  # no pin; but the library was opened to be told so
+    found = libbpf.ask("bpf_obj_get", b"/")  # no pin; but the answer shows that the library was opened
     if found >= 0:
         raise KernelError("open libbpf.so.1", 0, "it opened a directory as a BPF object")
 

@@ -119,7 +119,7 @@ def _changes(redirect: Redirect, have: PodEntries) -> Iterator[Change]:
 
 
 def _listeners(have: PodEntries) -> Iterator[Change]:
-    """Only ever put in: a socket that closes leaves by itself, and one that we cannot see now may still serve."""
+    """Only adds: a closed socket leaves the map automatically, and one that is hidden now may still serve."""
     for role, offered in have.offered.items():
         for slot, listener in enumerate(offered[:LISTENER_SLOTS]):
             if have.listening.get((role, slot)) != listener.cookie:
@@ -135,7 +135,7 @@ def _removal(have: PodEntries) -> Iterator[Change]:
         yield Step(f"map pods: drop {have.cookie}", DropPod()), "its map entry is not wanted"
     for link in have.attached.links:
         yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
-    if have.pod is not None or have.attached.ids or have.attached.old:  # now that nobody counts any more
+    if have.pod is not None or have.attached.ids or have.attached.old:  # now that counting has ended
         yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
     for name in have.attached.old:
         yield Step(f"unpin {name}", Unpin(name)), ""
@@ -165,5 +165,5 @@ def describe(pod: PodValue) -> str:
 
 
 def is_whole(pod: PodValue, prefixes: frozenset[Prefix], cookie: int) -> bool:
-    """Whether the prefixes are those that the entry was made for."""
+    """True if the prefixes are those that the entry was made for."""
     return policy(cookie, sorted(prefixes)) == pod.policy

@@ -17,7 +17,7 @@ from agent.kernel.process import Process
 
 @contextmanager
 def layers(pins: Pins) -> Iterator[tuple[Backend, ...]]:
-    """For the length of a `with`; pods that are captured are not concerned, since maps tell whom programs mind.
+    """Lasts as long as a `with`; captured pods are not affected, since maps say which pods the programs handle.
 
     Raises KernelError.
     """

@@ -32,7 +32,7 @@ _GONE: Final = (errno.ESRCH, errno.EBADF)
 
 
 class Role(IntEnum):
-    """What a listener is for; enum listener_role of bpf/abi.h."""
+    """Roles of a listener; enum listener_role of bpf/abi.h."""
 
     OUTBOUND = 0
     INBOUND = 1
@@ -53,11 +53,11 @@ class Holder:
         return inode in self._numbers
 
     def number(self, inode: int) -> int | None:
-        """Of the descriptor; it may have come to mean something else."""
+        """Returns the number of the descriptor, which may have been reused."""
         return self._numbers.get(inode)
 
     def look(self, wanted: set[int]) -> None:
-        """Until these inodes were met, the first time at everything. Raises KernelError, not when it has ended."""
+        """Searches until these inodes were met, the first time all. Raises KernelError unless the process has ended."""
         known = self._numbers
         found = self.process.sockets(wanted if known else (), known.values())
         if wanted <= found.keys():  # the rest stays as it was: ten thousand connections take 0.1 s
@@ -146,7 +146,7 @@ class Ztunnels:
     def keys(self) -> set[tuple[int, int]]:
         """(cgroup id, process id as BPF sees it) of each; 0 instead of the latter is any process of the cgroup.
 
-        Raises KernelError when BPF could not tell a ztunnel from other processes.
+        Raises KernelError when BPF could not distinguish a ztunnel from other processes.
         """
         numbered = Process.tgid_is_global()
         found = set()
@@ -213,7 +213,7 @@ class Ztunnels:
         return {inode for inode in inodes if any(one.holds(inode) for one in holders)}
 
     def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:
-        """The sockets that a process of ours holds, in the order of the processes."""
+        """Returns the sockets that a ztunnel process holds, in the order of the processes."""
         sockets = sorted(sockets, key=lambda one: one.cookie)
         self.held({one.inode for one in sockets})
         return [(socket, holder) for holder in self._alive() for socket in sockets if holder.holds(socket.inode)]

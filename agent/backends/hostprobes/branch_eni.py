@@ -63,7 +63,7 @@ def _of_pod(rule: LookupRule) -> bool:
 
 
 class BranchEni:
-    """Five verbs over policy rules. Ours carry a protocol number; an equal one of somebody else serves as well."""
+    """Five verbs over policy rules. Sluice's carry a protocol number; an equal foreign rule serves as well."""
 
     name = "branch-eni"
 
@@ -87,7 +87,7 @@ class BranchEni:
         changes = [RuleChange(rule, True) for rule in due if rule not in there]
         mine = [rule for rule in have.rules if rule.ours]
         if want is None or want.complete:
-            # The way to the pod goes before the way back; a pod whose addresses are not known keeps both.
+            # The way to the pod goes before the way back; a pod with unknown addresses keeps both.
             gone = [rule for rule in mine if rule not in due and not (want and want.unknown)]
             changes += [RuleChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
         return Plan(tuple(Step(str(one), one) for one in changes), tuple(f"{one} is due" for one in changes))
@@ -104,7 +104,7 @@ def _routes(target: HostNetns, family: int, table: int, devices: Mapping[int, st
 
 
 def _index(name: str) -> int:
-    """Of an interface of the calling thread's namespace, 0 when there is none."""
+    """Returns the index of an interface of the calling thread's namespace, 0 when it does not exist."""
     try:
         return socket.if_nametoindex(name)
     except OSError:

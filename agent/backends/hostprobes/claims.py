@@ -1,4 +1,4 @@
-"""Which pod an address belongs to, as pods come and go in any order. Pure.
+"""Claims of pods to addresses, as pods come and go in any order. Pure.
 
 While a pod terminates its address may be another's already, and events overtake one another (weave 2632, istio
 56570): so every claim is kept until it is released, and the newest one that is left counts.
@@ -56,7 +56,7 @@ class Claims:
         return tuple(address for address in self._of.get(uid, ()) if self._on[address][-1] == uid)
 
     def want(self, probe_ipv4: str, probe_ipv6: str, *, ipv6: bool, complete: bool) -> HostProbes:
-        """What the host has to hold; `complete` says that all enrolled pods have claimed."""
+        """Returns what the host has to hold; `complete` says that all enrolled pods have claimed."""
         members = MappingProxyType({address: on[-1] for address, on in sorted(self._on.items())})
         unknown = frozenset(uid for uid, addresses in self._of.items() if not addresses)
         return HostProbes(members, probe_ipv4, probe_ipv6, ipv6, unknown, complete)

@@ -71,7 +71,7 @@ class _FormerRules:
         raise NotImplementedError
 
     def plan(self, want: HostProbes | None, have: FormerState) -> Plan[Payload]:
-        """The removal, whatever `want` is. Tables and base chains that we made go once they are empty."""
+        """Returns the removal, for any `want`. Tables and base chains that Sluice made go once they are empty."""
         ours = {family: held for family, held in have.held.items() if held.ours}
         found = tuple(f"{WORD[family]}tables -t {TABLE}: chain {CHAIN} is not wanted" for family in ours)
         if ours or have.generation is None:
@@ -143,7 +143,7 @@ class FormerSets:
 
 
 def former_sets(ipset: IpsetSocket) -> tuple[IpSet, ...]:
-    """Our sets; one of another type is not ours. Without ipset in the kernel there are none."""
+    """Returns Sluice's sets; one of another type is foreign. Empty without ipset in the kernel."""
     if not _IPSET.is_dir():  # the question itself would load it
         return ()
     found = ((family, ipset.read(name)) for family, name in SETS.items())
@@ -151,7 +151,7 @@ def former_sets(ipset: IpsetSocket) -> tuple[IpSet, ...]:
 
 
 def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
-    """Of both families, within one generation, which is returned too. Chains of others are not asked for."""
+    """Reads both families within one generation, which is returned too. Foreign chains are not read."""
     for _ in range(20):
         generation = nft.generation()
         seen = list[Message]()
@@ -177,7 +177,7 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
 
 
 def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
-    """One transaction that deletes tables and base chains of ours in which nothing is left."""
+    """Returns one transaction that deletes Sluice's tables and base chains in which nothing is left."""
     lines = list[str]()
     commands = list[Command]()
     for family, held in have.items():

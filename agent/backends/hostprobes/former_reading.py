@@ -28,7 +28,7 @@ _POSTROUTING = 4
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Of one family's nat table: `chain` has the tags of our chain's rules, None without a chain.
+    """State of one family's nat table: `chain` has the tags of our chain's rules, None without a chain.
 
     `jumps` are the tags of the jumps to it. `idle`: we made POSTROUTING and nothing is in it. `bare`: we made the
     table, and nothing but an idle POSTROUTING is in it.
@@ -61,7 +61,7 @@ def nft_held(
 
 
 def legacy_held(family: int, info: bytes, data: bytes) -> Held:
-    """From ipt_getinfo and the entries of nat. Raises KernelError when they do not add up."""
+    """Reads ipt_getinfo and the entries of nat. Raises KernelError when they do not add up."""
     rules = tuple(entries(family, data, tuple(places(family, data))))
     _, _, *offsets = _INFO.unpack(info)
     begin, end = offsets[_POSTROUTING], offsets[_POSTROUTING + 5]

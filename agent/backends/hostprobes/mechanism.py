@@ -1,4 +1,4 @@
-"""What all mechanisms of the probe exemption have in common: the five verbs, for the host instead of a pod."""
+"""Interface of all mechanisms of the probe exemption: the five verbs, for the host instead of a pod."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.kernel.host_netns import HostNetns
 
 
 class HostMechanism(Protocol):
-    """As backends.base.Backend. `Have` is what `read` returned, opaque to everybody else."""
+    """The counterpart of backends.base.Backend. `Have` is what `read` returned, opaque to all callers."""
 
     name: str
 
@@ -23,10 +23,10 @@ class HostMechanism(Protocol):
         """Splits the desired state into units that settle alone; there is one host."""
 
     def read(self, target: HostNetns) -> Any:
-        """What of ours is in the kernel now; makes nothing and loads nothing."""
+        """Returns Sluice's state in the kernel; makes nothing and loads nothing."""
 
     def plan(self, want: HostProbes | None, have: Any) -> Plan[Any]:
-        """What to change, pure; `want` None removes all of ours."""
+        """Returns the changes, pure; `want` None removes all of Sluice's state."""
 
     def apply(self, target: HostNetns, plan: Plan[Any]) -> None:
         """Does it. Raises StaleError when the kernel's state is not the one planned for."""

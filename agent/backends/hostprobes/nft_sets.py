@@ -1,6 +1,6 @@
 """Sets of addresses in nf_tables: the commands that make and change them, and dumps of them. Pure.
 
-A set's element keeps the comment it was first given, whoever adds it again (seen with nft 1.0.6 on 6.18): another
+A set's element keeps the comment it was first given when it is added again (seen with nft 1.0.6 on 6.18): another
 owner means deletion and addition in one transaction.
 """
 
@@ -46,7 +46,7 @@ def create(table: str, family: int) -> Command:
 
 
 def declaration(family: int, members: Mapping[str, str]) -> Iterator[str]:
-    """As nft lists it, indented for a table; long lists are one line here."""
+    """Yields the set as nft lists it, indented for a table; long lists are one line here."""
     yield f"\tset {SETS[family]} {{"
     yield f"\t\ttype {TYPE[family][2]}"
     if members:

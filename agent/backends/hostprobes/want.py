@@ -1,4 +1,4 @@
-"""HostProbes: whose connections from the node get the probe address as their source; and what to change. Pure."""
+"""HostProbes: the pods that the node connects to from the probe address; and what to change. Pure."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SETS: Final = {4: "istio-inpod-probes-v4", 6: "istio-inpod-probes-v6"}
 class HostProbes:
     """The intent for the host. `members`: address of an enrolled pod -> its UID.
 
-    `unknown` are enrolled pods whose addresses nobody knows. What earlier agents entered for them stays, and
-    unless `complete` whatever they entered for anybody: an agent that has just started has not seen all pods.
+    `unknown` are enrolled pods with unknown addresses. What earlier agents entered for them stays, and
+    unless `complete` all that they entered for any pod: an agent that has just started has not seen all pods.
     """
 
     members: Mapping[str, str]
@@ -40,13 +40,13 @@ class HostProbes:
         return {address: uid for address, uid in self.members.items() if (":" in address) is (family == 6)}
 
     def keeps(self, owner: str) -> bool:
-        """Whether an entry of that owner, "" if it names none, stays although nobody claims its address."""
+        """True if an entry of that owner, "" if it names no owner, stays although no pod claims its address."""
         return not self.complete or owner in self.unknown or (not owner and bool(self.unknown))
 
 
 @dataclass(frozen=True, slots=True)
 class SetChange:
-    """What makes one set right. `added` and `renamed`: address -> UID; `renamed` ones are there under another."""
+    """Changes of one set. `added` and `renamed`: address -> UID; `renamed` ones are there under another."""
 
     added: Mapping[str, str]
     renamed: Mapping[str, str]
@@ -62,7 +62,7 @@ class SetChange:
 
 
 def change(want: HostProbes, family: int, have: Mapping[str, str], *, owners: bool = True) -> SetChange:
-    """`have`: address -> UID or ""; `owners` is False for a set that cannot say whose its entries are."""
+    """`have`: address -> UID or ""; `owners` is False for a set without owners of its entries."""
     wanted = want.of(family)
     return SetChange(
         {address: uid for address, uid in wanted.items() if address not in have},
@@ -72,6 +72,6 @@ def change(want: HostProbes, family: int, have: Mapping[str, str], *, owners: bo
 
 
 def settled(want: HostProbes, family: int, have: Mapping[str, str]) -> dict[str, str]:
-    """What a set made anew has to hold: all that is wanted, and of what was there what is to be kept."""
+    """Returns the members of a re-created set: all desired ones, and those of the former that stay."""
     kept = {address: owner for address, owner in have.items() if want.keeps(owner)}
     return kept | want.of(family)

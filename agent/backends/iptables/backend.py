@@ -42,7 +42,7 @@ _PLACES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class XtSeen:
-    """What of ours is there, in the families that the namespace has; and remarks on what comes before it."""
+    """Sluice's rules, in the families that the namespace has; and remarks on foreign rules before them."""
 
     held: XtState
     remarks: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class XtSeen:
 class IptablesBackend:
     """Five verbs over iptables-restore; reads the same tables through nfnetlink.
 
-    `ipv6` False: nobody will want IPv6, and what the node lacks of it is not missed. What is left of IPv6 rules in a
+    `ipv6` False: no pod will need IPv6, and what the node lacks of it is ignored. What is left of IPv6 rules in a
     namespace that has IPv6 is removed all the same.
     """
 
@@ -143,7 +143,7 @@ def _restore(step: Restore, target: PodNetns | None = None) -> None:
 
 
 def _commit_sample(families: tuple[int, ...]) -> None:
-    """Every rule of every variant, in a namespace that nobody else sees."""
+    """Commits every rule of every variant, in a namespace of its own."""
     sample = Redirect(virtual_interfaces=("lo",))
     for family in families:
         _restore(Restore(family, rendering.script(family, rendering.render(sample, family), {})))

@@ -1,6 +1,6 @@
 """Tables and base chains: made by us when missing, marked as ours, dropped once empty. Pure.
 
-iptables-restore would make them too, but then nobody could say later whose they are, and removal would
+iptables-restore would make them too, but then their owner would be unknown later, and removal would
 leave empty tables behind.
 """
 
@@ -35,7 +35,7 @@ Payload = tuple[Command, ...] | Restore
 
 
 def create(bases: list[tuple[int, str, str]], have: XtState) -> Step[Payload]:
-    """Makes missing tables and base chains, with a comment that tells any later process who made them."""
+    """Makes missing tables and base chains, with a comment that names Sluice as their maker."""
     lines: list[str] = []
     commands: list[Command] = []
     tables = {(family, table) for family, table, _ in bases if table not in have.families[family]}

@@ -1,4 +1,4 @@
-"""What is not as wanted, in words, for both variants of iptables. Pure."""
+"""Differences between desired and actual rules, in words, for both variants of iptables. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NONE = XtTable()
 
 
 def refuse_taken(have: Mapping[str, XtTable]) -> None:
-    """Raises KernelError if chains of somebody else have our names, in one family."""
+    """Raises KernelError if foreign chains have our names, in one family."""
     for table, held in have.items():
         if held.taken:
             words = f"chain {held.taken[0]} of table {table} is foreign (as a sidecar's): it leads to foreign chains"
@@ -21,7 +21,7 @@ def refuse_taken(have: Mapping[str, XtTable]) -> None:
 
 
 def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:
-    """Whether there are no differences: the case that has to be quick."""
+    """True if there are no differences: the case that has to be quick."""
     return all(
         (left := want.get(table, _NONE)).chains == (right := have.get(table, _NONE)).chains
         and left.jumps == right.jumps

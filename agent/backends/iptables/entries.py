@@ -62,7 +62,7 @@ def broken(what: str) -> KernelError:
 
 
 def places(family: int, data: bytes) -> Iterator[int]:
-    """Where each entry begins. Raises KernelError."""
+    """Yields the offset of each entry. Raises KernelError."""
     form = _FORMS[family]
     place = 0
     if not data:

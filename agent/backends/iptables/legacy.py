@@ -52,7 +52,7 @@ class LegacyState:
 
 @dataclass(frozen=True, slots=True)
 class _Last:
-    """What the last read of a namespace found, and what that meant with the deeds known by then."""
+    """The result of the last read of a namespace, and its meaning with the digests known by then."""
 
     tables: dict[Key, Found]
     version: int
@@ -66,7 +66,7 @@ class IptablesLegacyBackend:
     outlives = False
 
     def __init__(self, *, ipv6: bool = True) -> None:
-        """Without `ipv6` the node's own IPv6 is not tried; pods that have it are still looked at."""
+        """Takes `ipv6` False to leave the node's own IPv6 untried; pods that have it are still read."""
         self._ipv6 = ipv6
         self._deeds = Deeds()
         self._before = Reader(_before, ())
@@ -120,7 +120,7 @@ class IptablesLegacyBackend:
     def apply(self, target: PodNetns, plan: Plan[Restore]) -> None:
         for step in plan.steps:
             _restore(step.payload, target)
-        # Only of tables that were rewritten just now: others may have been somebody's before.
+        # Only of tables that were rewritten just now: others may have been foreign before.
         for (family, name), found in _tables(target, {}).items():
             if any(step.payload.family == family and f"*{name}\n" in step.payload.script for step in plan.steps):
                 self._deeds.learn(found)
@@ -131,12 +131,12 @@ def _jumps(have: LegacyState) -> bool:
 
 
 def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...]:
-    """Of chains with the priority of legacy tables nobody tells which come first: those are left out."""
+    """Leaves out chains with the priority of legacy tables: their order is not known."""
     return foreign_rules.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
 
 
 def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
-    """All of ours that are there; `last` itself when they are as they were."""
+    """Reads all tables of Sluice; returns `last` itself when they are unchanged."""
     known = {key: found.info for key, found in last.items()}
     raw = target.netns.call(lambda: xtables.again(TABLES, known))
     if raw.keys() == last.keys() and all(last[key].holds(data) for key, (_, data) in raw.items()):
@@ -154,7 +154,7 @@ def _restore(step: Restore, target: PodNetns | None = None) -> None:
 
 
 def _commit_sample(*, ipv6: bool) -> None:
-    """Every rule of every variant, in a namespace that nobody else sees; and whether they are read as written."""
+    """Applies every rule of every variant in a namespace of its own; checks that they are read as written."""
     sample = Redirect(virtual_interfaces=("lo",))
     for family in xtables.families():
         if family == 6 and not ipv6:

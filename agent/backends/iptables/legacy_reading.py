@@ -1,7 +1,7 @@
 """Tables of legacy xtables, as the kernel hands them out, as tags per chain. Pure.
 
 A table holds its base chains, each from its hook entry to its underflow (the policy); then every chain that
-somebody made: an entry whose ERROR target names it, its rules, a RETURN; and last an entry named ERROR.
+a program made: an entry with an ERROR target that names it, its rules, a RETURN; and last an entry named ERROR.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Found:
     parts: tuple[bytes, ...]
 
     def holds(self, data: bytes) -> bool:
-        """Whether entries are still these but for their counters.
+        """True if entries are still these but for their counters.
 
         Equal bytes have equal sizes in them, so their counters lie where ours do; and the comefrom of each tells
         from which hooks it is reached, so their ipt_getinfo is ours too.
@@ -43,7 +43,7 @@ class Found:
 
 
 def found(family: int, info: bytes, data: bytes) -> Found:
-    """One table of family 4 or 6 from its ipt_getinfo and its entries. Raises KernelError if it is none."""
+    """Reads one table of family 4 or 6 from its ipt_getinfo and its entries. Raises KernelError if they are invalid."""
     if len(info) != _INFO.size or len(data) != _INFO.unpack(info)[-1]:
         raise broken("lengths")
     return _found(family, info, blanked(family, data, tuple(places(family, data))))
@@ -72,7 +72,7 @@ def _jumps(chains: Mapping[str, list[XtEntry]]) -> Iterator[tuple[str, str, str]
         if chain in _OURS or not _NAME.fullmatch(chain):
             continue
         for rule in held:
-            # With a match or with somebody's comment it is theirs, and not for us to take out.
+            # With a match or a foreign comment it is foreign, and not ours to take out.
             if rule.jump in _OURS and rule.plain and (rule.comment is None or _tag(rule)):
                 yield chain, rule.jump, _tag(rule)
 

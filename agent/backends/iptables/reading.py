@@ -80,7 +80,7 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
 
 
 def _leads_on(rule: dict[int, bytes]) -> bool:
-    """Whether a rule goes on in another chain."""
+    """True if a rule goes on in another chain."""
     verdicts = (_verdict(data) for name, data in _expressions(rule) if name == "immediate")
     return any(wire.Verdict.CHAIN in verdict for verdict in verdicts)
 
@@ -106,7 +106,7 @@ def _tag(rule: dict[int, bytes]) -> str:
 
 
 def _jump_target(rule: dict[int, bytes]) -> str:
-    """Where a rule that does nothing but jump goes; with another match it is somebody's own, and not ours to drop."""
+    """Returns the target of a rule that does nothing but jump; with another match it is foreign and stays."""
     target = ""
     for name, data in _expressions(rule):
         if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":

@@ -40,7 +40,7 @@ class XtTable:
     taken: tuple[str, ...] = ()
 
     def without(self, taken: tuple[str, ...]) -> XtTable:
-        """A copy in which these chains are somebody else's."""
+        """Returns a copy in which these chains are foreign."""
         chains = tuple(one for one in self.chains if one[0] not in taken)
         return replace(self, chains=chains, jumps=tuple(one for one in self.jumps if one[1] not in taken), taken=taken)
 
@@ -183,9 +183,9 @@ def _target(rule: Rule) -> str:
 
 
 def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:
-    """What iptables-restore --noflush has to read to turn `have` into `want`; "" when nothing is to do.
+    """Returns the input of iptables-restore --noflush that turns `have` into `want`; "" when nothing has to change.
 
-    To remove all, redirections go first, and chains last: one that somebody else's rule jumps to cannot go, and that
+    To remove all, redirections go first, and chains last: one that a foreign rule jumps to cannot go, and that
     must not keep the rest.
     """
     sections: list[str] = []

@@ -1,7 +1,7 @@
-"""What rules do, learned from what the kernel held just after we applied them. No IO.
+"""Digests of rules, learned from what the kernel held just after they were applied. No IO.
 
 A tag names a rule and all before it, so under the same tags a chain must hold the same bytes for ever. A rule with
-the right tag and other bytes was put there by somebody else: it is shown without its tag, and so is drift. Chains
+the right tag and other bytes was put there by another program: it is shown without its tag, and so is drift. Chains
 that this process never applied (a predecessor did) are taken by their tags alone.
 """
 

@@ -67,10 +67,10 @@ class Ruleset:
     whole: bool = True
 
     def lasts(self, port: int) -> bool:
-        """Whether nothing of it can change without a new generation.
+        """True if nothing of it can change without a new generation.
 
         When an owner's socket closes, its tables go or lose their owner, and the generation stays (nft_rcv_nl_event).
-        Ours close after everything that is known through them is forgotten; of others nobody tells us.
+        Ours close after everything that is known through them is forgotten; others close without notice.
         """
         return self.whole and all(head.owner in (0, port) for head in self.tables)
 
@@ -86,12 +86,12 @@ _known: OrderedDict[tuple[int, int], tuple[_Known, ...]] = OrderedDict()
 
 
 def ruleset(tables: bytes, chains: bytes, rules: bytes, *, whole: bool = True) -> Ruleset:
-    """From the dumps of GETTABLE, GETCHAIN and GETRULE, over all families."""
+    """Parses the dumps of GETTABLE, GETCHAIN and GETRULE, over all families."""
     return Ruleset(tuple(_head(message.body) for message in _messages(tables)), _content(chains, rules), whole)
 
 
 def uses(dump: bytes) -> int:
-    """How many chains and sets a dump's tables hold, or how many rules its chains: an upper bound."""
+    """Returns how many chains and sets a dump's tables hold, or how many rules its chains: an upper bound."""
     kind = {NEWTABLE: wire.Table.USE, NEWCHAIN: wire.Chain.USE}
     return sum(unpack_be(wire.fields(one.body).get(kind.get(one.kind, 0))) for one in _messages(dump))
 
@@ -123,7 +123,7 @@ def _messages(dump: bytes) -> tuple[Message, ...]:
 
 
 def _spans(data: bytes) -> Iterator[tuple[int, int]]:
-    """What differs between dumps of the same, in order and apart."""
+    """Yields the spans that differ between dumps of equal rules, in order and apart."""
     at = 0
     while at + HEADER.size + 4 <= len(data):
         yield at + 8, at + 16  # sequence and port

@@ -1,4 +1,4 @@
-"""A rule of somebody else as far as it matters to ours: what it does, what it selects, and in words. Pure.
+"""A foreign rule as far as it matters to Sluice's: its effects, its selectors, and its text. Pure.
 
 No full printer: an expression that it does not know is shown by its name. Numbers are of linux/netfilter/nf_tables.h.
 """
@@ -32,7 +32,7 @@ _SILENT = frozenset({"counter", "log"})
 
 @dataclass(slots=True)
 class Deed:
-    """What one rule does: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
+    """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
     goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
     `comment` is that of iptables."""
 
@@ -47,7 +47,7 @@ class Deed:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it is only for traffic that capture leaves alone: on loopback, or neither TCP nor DNS."""
+        """True if it is only for traffic that capture leaves alone: on loopback, or neither TCP nor DNS."""
         protocol = self.selects.get("l4proto", "tcp")
         if protocol == "udp" and self.selects.get("dport", "53") != "53":
             return True
@@ -58,7 +58,7 @@ class Deed:
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What a register holds: a field of the packet by name, of which `mask` is kept and `xor` then turned; or bytes.
+    """Content of a register: a field of the packet by name, of which `mask` is kept and `xor` then turned; or bytes.
 
     `size`: bytes of the whole field where it is an address, of which a prefix may be all that was loaded.
     """
@@ -75,7 +75,7 @@ class _Value:
 
 
 def deed(expressions: bytes) -> Deed:
-    """From NFTA_RULE_EXPRESSIONS."""
+    """Parses NFTA_RULE_EXPRESSIONS."""
     found = Deed()
     registers = dict[int, _Value]()
     for _, element in attributes(expressions):

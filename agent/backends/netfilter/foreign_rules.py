@@ -1,8 +1,8 @@
-"""What of others comes before our rules and may take their traffic, in words. Pure. It is told and never touched.
+"""Foreign rules before Sluice's that may take their traffic, in words. Pure. They are reported and never touched.
 
 Netfilter calls base chains by priority, and of equal ones that registered last comes first (nf_hook_entries_grow; NAT
 keeps a list of its own in the same order). An accept in one NAT chain binds no other; the first translation does
-(nf_nat_inet_fn). When a chain was registered is not told: of two with one priority, that in the table made later is
+(nf_nat_inet_fn). When a chain was registered is not known: of two with one priority, that in the table made later is
 taken for the later one.
 """
 
@@ -63,8 +63,11 @@ class _Chain:
 
 
 def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[str, ...]:
-    """Of chains before ours, a line each. `table` holds our NAT chains: in `family`, or (0) in ip and in ip6, where
-    our chains are called from the base chains of iptables."""
+    """Describes chains before ours, a line each.
+
+    `table` holds our NAT chains: in `family`, or (0) in ip and in ip6, where our chains are called from the base chains
+    of iptables.
+    """
     if not ruleset.whole:
         return (_NOT_READ,)
     suspects = _suspects(ruleset.content, within=not family)
@@ -84,13 +87,13 @@ def _before(one: _Suspect, head: Head | None, ours: Head | None) -> bool:
         return False
     if one.here or one.priority < _NAT_PRIORITY:
         return True
-    # Without a table of ours yet, it will be the latest.
+    # Our table, if it does not exist yet, will be the latest.
     return one.nat and one.priority == _NAT_PRIORITY and ours is not None and head.handle > ours.handle
 
 
 @lru_cache(maxsize=64)
 def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
-    """`within`: our jumps are in base chains of iptables, and rules before them count whatever they end with."""
+    """`within`: our jumps are in base chains of iptables, and rules before them count with any verdict."""
     bases = [one for one in map(_chain, (message.body for message in content.chains)) if one.hook in _HOOKS]
     bases = [one for one in bases if one.family in _WORDS and one.priority <= _NAT_PRIORITY]
     bases = [one for one in bases if not (one.family == NFPROTO_INET and one.table in _OURS)]

@@ -26,7 +26,7 @@ class Hook(Enum):
     OUTPUT = "output"
 
 
-# The type and priority of the base chain that each table hangs on. Type route: a changed mark is routed anew.
+# The type and priority of the base chain that each table hangs on. Type route: a changed mark is routed again.
 BASE: dict[tuple[Table, Hook], tuple[str, int]] = {
     (Table.NAT, Hook.PREROUTING): ("nat", -100),
     (Table.NAT, Hook.OUTPUT): ("nat", -100),
@@ -38,7 +38,7 @@ BASE: dict[tuple[Table, Hook], tuple[str, int]] = {
 
 
 class Field(Enum):
-    """What a match looks at; the value's type is in the comment."""
+    """Fields that a match looks at; the value's type is in the comment."""
 
     FAMILY = "family"  # 4 or 6, for a rule that names no address
     PROTOCOL = "protocol"  # "tcp", "udp", "icmp" or "ipv6-icmp"
@@ -64,7 +64,7 @@ class RuleAction(Enum):
     ZONE = "zone"  # value: conntrack zone
     ORIGINAL_ZONE = "original zone"  # value: conntrack zone of the packets that go as the first one went
     COUNT = "count"  # nothing else
-    DROP = "drop"  # on output the sender is told: EPERM
+    DROP = "drop"  # on output the sender gets EPERM
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def tables(redirect: Redirect) -> frozenset[Table]:
 
 
 def _of_family(rule: Rule, family: int) -> Rule:
-    """In a table of both families a redirection that names none would take the family that is left out, too."""
+    """Names the family: in a table of both, a redirection without one would take the excluded family, too."""
     if rule.family is not None or rule.verb not in (RuleAction.REDIRECT, RuleAction.DROP):
         return rule
     return replace(rule, family=family, matches=(Match(Field.FAMILY, family), *rule.matches))
@@ -155,7 +155,7 @@ def _mangle() -> Iterator[Rule]:
 
 
 def _dropped(capturing: Iterable[Rule]) -> Iterator[Rule]:
-    """What these rules of NAT would redirect is dropped, in mangle, since iptables refuses to drop in NAT.
+    """Drops in mangle what these rules of NAT would redirect, since iptables refuses to drop in NAT.
 
     NAT is asked for the first packet of a connection alone, and on the way in for none that comes by lo.
     """
@@ -168,7 +168,7 @@ def _dropped(capturing: Iterable[Rule]) -> Iterator[Rule]:
 
 
 def _other_inbound(redirect: Redirect) -> Iterator[Rule]:
-    """What is neither TCP nor captured DNS: counted, or dropped. ICMP carries path MTU and neighbours: let be."""
+    """Counts or drops traffic that is neither TCP nor captured DNS. ICMP passes: it carries path MTU and neighbours."""
     here = (Table.MANGLE, Hook.PREROUTING)
     yield from _not_other(redirect, *here)
     yield Rule(*here, (Match(Field.IN_INTERFACE, "lo"),), RuleAction.RETURN)
@@ -204,7 +204,7 @@ def _not_other(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
 
 
 def _answers(redirect: Redirect, table: Table, hook: Hook) -> Iterator[Rule]:
-    """What is excluded one way must be answered the other way, where no exclusion matches."""
+    """Lets answers to excluded traffic through the other way, where no exclusion matches."""
     if redirect.exclude != NOTHING or redirect.dns_to:
         yield Rule(table, hook, (Match(Field.ESTABLISHED, "yes"),), RuleAction.RETURN)
 
@@ -274,7 +274,7 @@ def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
 
 
 def _resolvers(redirect: Redirect) -> Iterator[tuple[int | None, tuple[Match, ...]]]:
-    """Which destinations count as DNS, by family: (None, ()) for any."""
+    """Yields the destinations that count as DNS, by family: (None, ()) for any."""
     if not redirect.dns_to:
         yield None, ()
     for family, addresses in _by_family(redirect, redirect.dns_to):
@@ -316,7 +316,7 @@ def _ports(
 def _raw(*, plain: bool) -> Iterator[Rule]:
     """ztunnel's queries have a conntrack zone of their own: a client may ask the same resolver from the same port.
 
-    Only packets that go as the query went: answers are known by their flow, which no port tells. A DNS server's client
+    Only packets that go as the query went: answers are known by their flow, not by a port. A DNS server's client
     may ask from port 53, and ztunnel answers a client at port 53, by lo. `plain`: as istio-cni, by ports.
     """
     ours = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)

@@ -36,7 +36,7 @@ NftPlan = Plan[tuple[Command, ...]]
 class NftablesBackend:
     """Five verbs over nf_tables. `owned`: tables carry OWNER and PERSIST; `probe` finds out if they can.
 
-    `ipv6` False: nobody will want IPv6, and what the kernel lacks of it is not missed.
+    `ipv6` False: no pod will need IPv6, and what the kernel lacks of it is ignored.
     """
 
     name = "nftables"
@@ -114,7 +114,7 @@ def _try_owned() -> bool:
 
 
 def _commit_sample(owned: bool, ipv6: bool) -> None:
-    """Every expression that any variant uses, in a namespace that nobody else sees."""
+    """Tries every expression that any variant uses, in a namespace of its own."""
     sample = Redirect(virtual_interfaces=("lo",))
     nft = NftSocket()
     try:

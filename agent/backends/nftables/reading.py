@@ -23,7 +23,7 @@ PLACES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class NftState:
-    """What of ours is in one namespace. `port` is our socket's, to know tables that we own.
+    """Sluice's state in one namespace. `port` is our socket's, to know tables that we own.
 
     `generation` None: it changed while it was read. `remarks` are on what of others comes before it.
     """
@@ -54,7 +54,7 @@ def _ours(content: Content) -> dict[str, tuple[Chain, ...]]:
 def tables(
     table_dump: Sequence[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
 ) -> tuple[TableState, ...]:
-    """From dumps of one family: tables with their chains and rules, by name; those of other tables are left out."""
+    """Parses dumps of one family: tables with their chains and rules, by name; those of other tables are left out."""
     heads = [wire.fields(message.body) for message in table_dump]
     blanked = (replace(message, body=without_counts(message.body)) for message in rule_dump)
     chains = _chains(chain_dump, blanked)
@@ -67,7 +67,7 @@ def tables(
 
 
 def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict[str, tuple[Chain, ...]]:
-    """The chains of each table by name, from messages of one family whose counters are blanked."""
+    """Returns the chains of each table by name, from messages of one family with blanked counters."""
     rules: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for message in rule_dump:
         table, chain, tag, what = _rule(message.body)
@@ -82,7 +82,7 @@ def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict
 # Namespaces that differ in rules of others have ours in common: what a message says is worked out once.
 @lru_cache(maxsize=1024)
 def _rule(body: bytes) -> tuple[str, str, str, str]:
-    """(table, chain, our tag or "", digest) of a rule message whose counters are blanked."""
+    """Returns (table, chain, our tag or "", digest) of a rule message with blanked counters."""
     parts = wire.fields(body)
     tag = comment(parts.get(wire.Rule.USERDATA, b""))
     table, chain = text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))

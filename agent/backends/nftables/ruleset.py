@@ -1,4 +1,4 @@
-"""What both sides are compared as: the tables of one pod, wanted or read, rules as digests. Pure."""
+"""The form in which both sides are compared: the tables of one pod, desired or read, rules as digests. Pure."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class TableState:
-    """One table of ours. `flags` and `owner` (netlink port, 0 for none) are set on what was read."""
+    """One of Sluice's tables. `flags` and `owner` (netlink port, 0: unowned) are set when it was read."""
 
     name: str
     chains: tuple[Chain, ...]  # by name
@@ -59,7 +59,7 @@ class TableState:
 
 
 def differences(want: tuple[TableState, ...], have: tuple[TableState, ...]) -> Iterator[str]:
-    """In words, table by table, what is not as wanted; ownership is not looked at."""
+    """Yields the differences in words, table by table; ownership is ignored."""
     wanted, actual = {t.name: t for t in want}, {t.name: t for t in have}
     for name in sorted({*wanted, *actual}):
         if name not in actual:
@@ -85,7 +85,7 @@ def _chains(table: str, want: TableState, have: TableState) -> Iterator[str]:
 
 
 def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, str], ...]) -> str:
-    """How a list of rules differs from the wanted one, in one clause."""
+    """Describes how a list of rules differs from the desired one, in one clause."""
     tags = {tag for tag, _ in have}
     missing = [index for index, (tag, _) in enumerate(want, 1) if tag not in tags]
     ours = {tag for tag, _ in want}

@@ -1,7 +1,7 @@
 """Anonymous sets: what a rule compares a field with when any of several values may match. Pure.
 
-They belong to their rule and are constant: nobody can change the elements without replacing the rule, so the
-rule's tag tells for them too and they need not be read back.
+They belong to their rule and are constant: the elements cannot change unless the rule is replaced, so the
+rule's tag covers them too and they need not be read back.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from agent.core.wire.netlink import NLM_F_CREATE, attribute, nested
 from agent.core.wire.nftables import NEWSET, NEWSETELEM, NFPROTO_INET, Command, SetFlag
 
 _FLAGS = SetFlag.ANONYMOUS | SetFlag.CONSTANT | SetFlag.INTERVAL
-# nft's own numbers of data types, which only tell it how to print: ipv4_addr, ipv6_addr, inet_service, uid.
+# nft's own numbers of data types, used only for printing: ipv4_addr, ipv6_addr, inet_service, uid.
 _IPV4, _IPV6, _SERVICE, _UID = 7, 8, 13, 24
 _END = attribute(wire.SetElem.FLAGS, wire.SET_ELEM_INTERVAL_END)
 _BIG_ENDIAN = bytes([0, 4, 2, 0, 0, 0])  # NFTNL_UDATA_SET_KEYBYTEORDER
@@ -69,7 +69,7 @@ class AnonymousSet:
 
 
 def anonymous(field: Field, values: tuple[Any, ...], number: int) -> AnonymousSet:
-    """From a match's values: ranges, sorted and apart, or networks of one family."""
+    """Makes a set of a match's values: ranges, sorted and apart, or networks of one family."""
     match field:
         case Field.SOURCE | Field.DESTINATION:
             networks: list[Any] = sorted(ipaddress.ip_network(value) for value in values)

@@ -1,6 +1,6 @@
-"""What of a pod's traffic is left alone: ports, networks, users, interfaces. Values and their parsing. Pure.
+"""Exclusions of a pod's traffic from capture: ports, networks, users, interfaces. Values and their parsing. Pure.
 
-All of it comes from annotations, which a pod's author writes: whatever is not exactly right is refused here,
+All of it comes from annotations, which a pod's author writes: anything that is not exactly right is refused here,
 long before it gets near a rule.
 """
 
@@ -36,7 +36,7 @@ NOTHING = Exclusions()
 
 
 def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
-    """ "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the part that is none."""
+    """ "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the invalid part."""
     found: list[Range] = []
     for part in _parts(text):
         first, sign, last = part.replace(":", "-").partition("-")
@@ -69,7 +69,7 @@ def users(text: str) -> tuple[Range, ...]:
 
 
 def networks(text: str) -> tuple[str, ...]:
-    """ "10.0.0.0/8, fd00::/8, 192.0.2.1". Raises ValueError, naming the part that is none."""
+    """ "10.0.0.0/8, fd00::/8, 192.0.2.1". Raises ValueError, naming the invalid part."""
     found: dict[int, list[Any]] = {4: [], 6: []}
     for part in _parts(text):
         try:
@@ -83,7 +83,7 @@ def networks(text: str) -> tuple[str, ...]:
 
 
 def interfaces(text: str) -> tuple[str, ...]:
-    """Names in their order, repeats dropped. Raises ValueError, naming the part that is none."""
+    """Returns names in their order, repeats dropped. Raises ValueError, naming the invalid part."""
     found: dict[str, None] = {}
     for part in _parts(text):
         if not INTERFACE.fullmatch(part):
@@ -114,7 +114,7 @@ _ANNOTATIONS: Mapping[str, tuple[Callable[[str], tuple[Any, ...]], str, str, str
 
 
 def exclusions(annotations: Mapping[str, str], *, sidecar: bool, warnings: list[str]) -> Exclusions:
-    """From a pod's annotations; `sidecar` honours those of the sidecar too (ours wins where both are set).
+    """Reads a pod's annotations; `sidecar` honours those of the sidecar too (ours wins where both are set).
 
     An annotation with anything wrong in it is ignored as a whole, so that traffic is captured rather than
     exempted by a misreading; `warnings` gets a line for each.

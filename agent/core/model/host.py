@@ -1,4 +1,4 @@
-"""What the host's own network namespace uses, as it was read without touching anything. Pure."""
+"""Netfilter as the host's own network namespace uses it, read without changing anything. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class InKernel(Enum):
-    """Where nf_tables is. Only of the first two may anything be asked: a question would load the module."""
+    """State of nf_tables in the kernel. Only the first two may be queried: a query would load the module."""
 
     LOADED = "loaded"
     BUILT_IN = "built in"
@@ -17,7 +17,7 @@ class InKernel(Enum):
 
 
 class Variant(Enum):
-    """What a program named iptables writes to."""
+    """Variants of iptables: the tables that a program of that name writes to."""
 
     NFT = "nf_tables"
     LEGACY = "legacy"
@@ -59,13 +59,13 @@ class HostView:
         return program in dict(self.programs)
 
     def xtables_rules(self, variant: Variant, table: str = "") -> int:
-        """How many rules that variant holds in one table, or in all of them, both families together."""
+        """Returns the number of rules of that variant in one table, or in all of them, both families together."""
         tables = (self.nft if variant is Variant.NFT else self.legacy) or ()
         return sum(one.rules for one in tables if one.xtables and table in ("", one.name))
 
 
 def variant(path: str) -> Variant:
-    """Of the program at `path`, all links followed; wrappers of distributions keep their secret."""
+    """Returns the variant of the program at `path` (links resolved); UNKNOWN for wrappers of distributions."""
     name = path.rpartition("/")[2]
     if name in ("xtables-nft-multi", "iptables-nft", "ip6tables-nft"):
         return Variant.NFT

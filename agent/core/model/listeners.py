@@ -1,4 +1,4 @@
-"""What listens in a pod: ztunnel, others on its ports, and the application that a probe may try. Pure."""
+"""Listeners in a pod: ztunnel, others on its ports, and the application that a probe may try. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ZTUNNEL_PORTS: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class PortListeners:
-    """Who listens on ztunnel's ports in a pod.
+    """Listeners on ztunnel's ports in a pod.
 
     `missing`: expected ports without a listener of ztunnel. `foreign`: lines about listeners of the pod's own
     processes; `taken`: those of them to which rules redirect traffic. `hbone` as in Redirect.
@@ -31,7 +31,7 @@ class PortListeners:
 
 
 def probed(sockets: Iterable[TcpSocket], addresses: Sequence[str], *, ipv6: bool) -> Endpoint | None:
-    """Where to try the application: its lowest listening port, at the first of the pod's addresses that it serves.
+    """Returns the endpoint to probe: the application's lowest listening port, at the first address that it serves.
 
     `addresses` in the pod's order, the first is the one that a kubelet probes; without `ipv6` only IPv4 ones.
     None without a listener that can be reached from outside the pod.

@@ -1,4 +1,4 @@
-"""Whose something is that was found under the names which all mesh agents share."""
+"""Owners of state found under the names that all mesh agents share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Owner(Enum):
 
 
 def owner_of(parts: Iterable[Owner]) -> Owner:
-    """Of the whole: ours as soon as any part is."""
+    """Returns the owner of the whole: Sluice as soon as any part is Sluice's."""
     found = set(parts)
     return next((one for one in (Owner.SLUICE, Owner.FOREIGN) if one in found), Owner.NONE)

@@ -12,7 +12,7 @@ P = TypeVar("P")
 
 
 class Foreign(str):
-    """A remark on something of others that comes before ours and takes what ours is for, or on what it has done."""
+    """A remark on foreign state that precedes Sluice's and takes its traffic, or on the effect of such state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Step(Generic[P]):
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[P]):
-    """Steps in order; empty when in sync. `differences` say in words what is not as it should be.
+    """Steps in order; empty when in sync. `differences` say in words how the actual state differs.
 
     `seen` is the backend's mark of the state that the plan was made from (a generation), so that applying
     it to another state fails instead of doing harm; None where the mechanism has no such mark. `remarks` say what is

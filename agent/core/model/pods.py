@@ -15,7 +15,7 @@ LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes obje
 
 @dataclass(frozen=True, slots=True)
 class PodMark:
-    """What the static file adds to a pod of another source; also those facts of the pod without the file."""
+    """Facts that the static file adds to a pod of another source; also those facts of the pod without the file."""
 
     annotations: Mapping[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Pod:
 
 @dataclass(frozen=True, slots=True)
 class KubePod:
-    """What the Kubernetes API says of one pod of this node, and nothing else of it.
+    """One pod of this node as the Kubernetes API describes it.
 
     `uid` is the runtime's: for a static pod's mirror the annotation kubernetes.io/config.mirror, while `api_uid` is
     the object's own. `ended`: its phase is Succeeded or Failed and none of its containers runs. `deleting`: it has
@@ -121,9 +121,9 @@ _NOBODY = Pod("", "", "")
 class PodTable:
     """All pods of the node by UID: as their sandboxes were announced, with what Kubernetes and the static file add.
 
-    A pod is here when its sandbox is known (CNI, static file), or when Kubernetes says that it runs and nobody
-    announced it: it was there before us. A pod of the static file is not here while another source has a pod of that
-    name: both are the same pod, and the file marks it.
+    A pod is here when its sandbox is known (CNI, static file), or when Kubernetes says that it runs and no source
+    announced it: it is older than the agent. A pod of the static file is not here while another source has a pod of
+    that name: both are the same pod, and the file marks it.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class PodTable:
         return self.seen(pod.bare())
 
     def know(self, pod: KubePod) -> set[str]:
-        """What Kubernetes says of it by now. Returns the UIDs to look at again."""
+        """Stores the newest facts from Kubernetes. Returns the UIDs of the pods to reconcile again."""
         self._kube[pod.uid] = pod
         return self._merge([pod.uid])
 
@@ -206,14 +206,14 @@ class PodTable:
         return self._merged.get(uid)
 
     def kube(self, uid: str) -> KubePod | None:
-        """What Kubernetes says of it, whether or not its sandbox is there already."""
+        """Returns the facts from Kubernetes, whether or not the pod's sandbox exists already."""
         return self._kube.get(uid)
 
     def kube_uids(self) -> frozenset[str]:
         return frozenset(self._kube)
 
     def namespace_labels(self, name: str) -> Mapping[str, str] | None:
-        """As Kubernetes has them; None when it has not told."""
+        """Returns them as Kubernetes has them; None when it has not reported them."""
         return self._namespaces.get(name)
 
     def namespaces(self) -> Mapping[str, Mapping[str, str]]:
@@ -267,7 +267,7 @@ class PodTable:
         return pod.marked(replace(mark, service_account="") if kube else mark)  # the API knows its account
 
     def _is_anothers(self, pod: Pod) -> bool:
-        """Whether a source other than the static file has a pod of that name."""
+        """True if a source other than the static file has a pod of that name."""
         alike = (one for one in self._merged.values() if one.name == pod.name and one.namespace == pod.namespace)
         return any(one.source != "static" for one in alike)
 
@@ -292,11 +292,11 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
 
 
 def without_sandbox(pod: Pod, error: Exception) -> bool:
-    """Whether there is nothing to capture: the pod has ended, or it runs only according to Kubernetes (after a reboot,
-    until its sandbox is made anew)."""
+    """True if there is nothing to capture: the pod has ended, or it runs only according to Kubernetes (after a reboot,
+    until its sandbox is made again)."""
     return isinstance(error, PodGoneError) or (pod.source == "kube" and type(error) is NetnsError)
 
 
 def mode(pod: Pod) -> str:
-    """What the pod itself says of capture: label first, then annotation (nodes without Kubernetes)."""
+    """Returns the pod's own word on capture: label first, then annotation (nodes without Kubernetes)."""
     return pod.labels.get(names.DATAPLANE_MODE) or pod.annotations.get(names.DATAPLANE_MODE, "")

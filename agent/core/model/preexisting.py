@@ -28,13 +28,13 @@ class Preexisting:
     def remaining(self, now: Sequence[TcpSocket], select: Select | None = None) -> tuple[TcpSocket, ...]:
         """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED.
 
-        `select` tells which of them may be meant, `candidates` by default.
+        `select` chooses which of them may be meant, `candidates` by default.
         """
         return tuple(one for one in (select or candidates)(now) if one.cookie in self.cookies)
 
 
 def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Select | None = None) -> Preexisting:
-    """What the rules did not catch, from the pod's connections just before and just after they were applied.
+    """Finds connections that the rules did not capture, from those just before and just after the rules were applied.
 
     One that is in `after` alone either slipped in before the rules, or ztunnel has its other end.
     """
@@ -42,7 +42,7 @@ def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Sel
 
 
 def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
-    """Connections of the pod with somebody else that are not captured, each once, in an order that is stable."""
+    """Returns the pod's connections to other endpoints that are not captured, each once, in a stable order."""
     captured = taken(sockets)
     found = {one.cookie: one for one in sockets if one.cookie not in captured and _with_others(one)}
     return tuple(sorted(found.values(), key=lambda one: (one.local, one.remote, one.cookie)))

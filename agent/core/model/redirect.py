@@ -12,12 +12,12 @@ from agent.core.model.exclusions import NOTHING, Exclusions
 class Redirect:
     """The intent for one pod. Holds nothing of the pod itself, so all pods of a variant share one value.
 
-    `virtual_interfaces` are names of interfaces whose inbound traffic counts as outbound. `dns_to` are the
-    resolvers whose traffic is captured as DNS, () for all. `preserve`: connections that were there before the
-    rules run on outside, see core.outside. `refuse_non_tcp`: what is neither TCP nor DNS is refused, not only counted.
+    `virtual_interfaces` are names of interfaces with inbound traffic that counts as outbound. `dns_to` are the
+    resolvers for which DNS is captured, () for all. `preserve`: connections from before the rules run on outside, see
+    core.model.preexisting. `refuse_non_tcp`: traffic that is neither TCP nor DNS is refused, not only counted.
     `hbone`: ztunnel listens on 15008 in the pod, so what comes in there is left to it; else it is captured.
     `blocked`: a process of the pod has a port of ztunnel's, so what rules would redirect there is dropped.
-    `marks`: packets are told apart by marks, which a policy rule and a route serve. `draining`: nothing new is
+    `marks`: packets are distinguished by marks, which a policy rule and a route serve. `draining`: nothing new is
     captured, and what is captured already goes on as it does.
     """
 

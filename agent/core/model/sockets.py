@@ -53,7 +53,7 @@ class TcpSocket:
     """One socket. `family` (4 or 6) is the socket's own, also where its addresses are IPv4.
 
     `cookie` names the socket for as long as the kernel runs, from its handshake on. `inode` is 0 without a
-    process that holds it. `mark` is None where the kernel did not tell (it takes CAP_NET_ADMIN).
+    process that holds it. `mark` is None where the kernel did not report it (it takes CAP_NET_ADMIN).
     """
 
     family: int
@@ -64,14 +64,14 @@ class TcpSocket:
     uid: int = 0
     inode: int = 0
     mark: int | None = None
-    v6_only: bool = False  # told of listeners
+    v6_only: bool = False  # set for listeners only
 
     @property
     def of_ztunnel(self) -> bool:
         return self.mark is not None and self.mark & names.MARK_MASK == names.ZTUNNEL_MARK
 
     def __str__(self) -> str:
-        """The pod's end comes first, whoever opened the connection."""
+        """A TCP connection. The pod's end comes first, whichever end opened it."""
         return f"{text(self.local)} -> {text(self.remote)}"
 
 
@@ -85,7 +85,7 @@ def is_loopback(address: str) -> bool:
 
 
 def taken(sockets: Sequence[TcpSocket]) -> frozenset[int]:
-    """Cookies of sockets whose other end is in the same namespace: with ztunnel, or with the pod itself.
+    """Returns the cookies of sockets connected within the namespace: to ztunnel, or to the pod itself.
 
     The application's socket shows the peer that it asked for, so a captured connection is known by ztunnel's end:
     outbound that is a socket on one of CAPTURE_PORTS with the application as peer, inbound the one that speaks

@@ -1,4 +1,4 @@
-"""What became of each pod, for people, metrics and the CNI plugin's answer."""
+"""State of each pod, for people, metrics and the CNI plugin's answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.core.model.plan import Foreign
 
 
 class State(StrEnum):
-    WAITING = "waiting"  # known, not looked at yet; or a running pod without rules whose ztunnel is not there yet
+    WAITING = "waiting"  # known, not reconciled yet; or a running pod without rules that waits for ztunnel
     ENABLED = "enabled"  # rules verified in the kernel, and ztunnel listens in the pod
     PENDING = "pending"  # rules verified, but ztunnel does not listen there: traffic is refused, not passed
     EXCLUDED = "excluded"

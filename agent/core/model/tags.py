@@ -1,6 +1,6 @@
 """Chained tags: each rule's comment holds a hash of the tag before it and of the rule's own text.
 
-So the list of tags of a chain tells its rules and their order, and drift is "the list of tags differs":
+So the list of tags of a chain identifies its rules and their order, and drift is "the list of tags differs":
 rules need not be parsed back.
 """
 

@@ -1,4 +1,4 @@
-"""What a pod's network namespace is wired like: its interfaces, addresses and routes. Pure."""
+"""Topology of a pod's network namespace: its interfaces, addresses and routes. Pure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PodTopology:
     elsewhere: bool = False
 
     def indexes(self, names: Iterable[str]) -> frozenset[int]:
-        """Of the interfaces that are there."""
+        """Returns the indexes of those interfaces that exist."""
         wanted = set(names)
         return frozenset(link.index for link in self.links if link.name in wanted)
 

@@ -1,4 +1,4 @@
-"""Warns of containers or virtual machines within a pod whose traffic the rules do not capture. Pure."""
+"""Warns of containers or virtual machines within a pod with traffic that the rules do not capture. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST = 4  # bridges that are named
 
 
 def several(addresses: Sequence[str]) -> bool:
-    """Whether a family has more than one address; otherwise the pod has no bridge with a network of its own."""
+    """True if a family has more than one address; otherwise the pod has no bridge with a network of its own."""
     six = sum(":" in address for address in addresses)
     return six > 1 or len(addresses) - six > 1
 

@@ -1,6 +1,6 @@
 """The probe canary's judgement: did a connection from the node reach the pod's application, and on which way. Pure.
 
-The node's probes must pass ztunnel by: the node gives them the probe address as their source, and the pod's rules let
+The node's probes must bypass ztunnel: the node gives them the probe address as their source, and the pod's rules let
 that pass. Where something goes around the node's netfilter, the pod takes them for a stranger's connections.
 """
 
@@ -22,7 +22,7 @@ class ProbeVerdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What a probe showed. `tried` is the pod's endpoint, None without a listener; `why` says what was wrong."""
+    """Result of a probe. `tried` is the pod's endpoint, None without a listener; `why` is the cause of a failure."""
 
     verdict: ProbeVerdict
     tried: Endpoint | None = None
@@ -34,7 +34,7 @@ class ProbeResult:
 
 
 def judge(sockets: Sequence[TcpSocket], tried: Endpoint, own: Endpoint, probe: str) -> ProbeResult | None:
-    """Looks for the other end of a connection that came about; None when there is none in the pod.
+    """Finds the other end of an established connection; None when the pod has no such end.
 
     `sockets` are all of the pod's while the connection is open, `own` is the node's end as the node sees it. With the
     probe address as source the port may be another one too.

@@ -1,6 +1,6 @@
-"""How often a pod is looked at and repaired when somebody keeps changing it. Pure: `now` is an argument.
+"""Backoff of verification and repair while another process keeps changing a pod's rules. Pure: `now` is an argument.
 
-A drift is repaired at once. One that comes back again and again is somebody who wants it otherwise: two programs that
+Drift is repaired at once. Drift that returns again and again is a conflict with another program: two programs that
 undo one another as fast as they can would take a core each, and the pod would never be right for long. Looking costs
 too: a pod that changes rules of its own without pause must not keep the agent busy.
 """
@@ -61,7 +61,7 @@ class Contention:
         return False
 
     def pause(self, now: float) -> float:
-        """Seconds until a change is to be answered."""
+        """Returns the seconds to wait before a change is repaired."""
         looks = self._looks
         busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
         busy = max(busy, self._rested - now)

@@ -53,13 +53,13 @@ class Option:
 
 
 def decide(pod: Pod, settings: Settings) -> Decision:
-    """What must hold for this pod."""
+    """Decides the desired state of a pod."""
     fact = next(fact for fact in considered(pod, settings) if fact.enrols is not None)
     return intent(pod, settings, fact.reason) if fact.enrols else Decision(None, fact.reason)
 
 
 def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
-    """How the pod is captured, whether or not it is to be."""
+    """Returns how the pod would be captured, whether or not it is."""
     found, warnings = options(pod, settings)
     redirect = Redirect(**{one.name: one.value for one in found})
     if refused := _too_much(redirect):
@@ -86,12 +86,12 @@ def _too_much(redirect: Redirect) -> str:
 
 
 def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
-    """Whether a pod may be enrolled for being in a namespace with these labels, whatever it says itself."""
+    """True if a pod in a namespace with these labels may be enrolled, independent of its own labels."""
     return any(one.namespace and one.selects_namespace(labels) for one in settings.enablement_selectors)
 
 
 def options(pod: Pod, settings: Settings) -> tuple[tuple[Option, ...], tuple[str, ...]]:
-    """How the pod is captured if it is, each option with where it comes from; and warnings as in Decision."""
+    """Returns how the pod would be captured, each option with its origin; and warnings as in Decision."""
     warnings: list[str] = []
     found = (
         _setting("ipv6", settings.ipv6),

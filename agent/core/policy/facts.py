@@ -1,4 +1,4 @@
-"""What may decide whether a pod is captured, fact by fact, in the order in which it is asked. Pure.
+"""Facts that decide whether a pod is captured, in the order in which they are considered. Pure.
 
 `desired.decide` takes the first fact that says something, and `sluice explain` shows them all: they cannot disagree.
 """
@@ -18,9 +18,9 @@ _UNSET = "neither the pod nor its namespace says"
 
 
 class Origin(StrEnum):
-    """Where a fact, or the value of an option, comes from."""
+    """Origins of a fact, or of the value of an option."""
 
-    POD = "pod"  # what it is, as its runtime or Kubernetes tells
+    POD = "pod"  # its kind, as its runtime or Kubernetes reports it
     LABEL = "pod label"
     ANNOTATION = "pod annotation"
     NAMESPACE = "namespace label"
@@ -30,7 +30,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """`value` as it was found, "" for what is not set. `enrols` is None for a fact that leaves the question open.
+    """`value` as it was found, "" for an unset one. `enrols` is None for a fact that leaves the question open.
 
     `reason` is for people, of a fact that decides; `effect` says in a word or two what any fact does.
     """
@@ -48,7 +48,7 @@ class Fact:
 
 
 def considered(pod: Pod, settings: Settings) -> Iterator[Fact]:
-    """In their order; the first that enrols or excludes counts, and at least one does."""
+    """Yields the facts in their order; the first that enrols or excludes counts, and at least one does."""
     yield from _never(pod, settings)
     if settings.enablement_selectors != DEFAULT:
         yield from _selectors(pod, settings)
@@ -64,7 +64,7 @@ def exempt(namespace: str, name: str, settings: Settings) -> bool:
 
 
 def labels_of(pod: Pod) -> Mapping[str, str]:
-    """What only an annotation says counts as a label: that is what there is on nodes without Kubernetes."""
+    """Returns the pod's labels; an annotation alone counts as one: nodes without Kubernetes have only these."""
     said = mode(pod)
     return {**pod.labels, names.DATAPLANE_MODE: said} if said else pod.labels
 
@@ -75,7 +75,7 @@ def _exempting(key: str, settings: Settings) -> str:
 
 
 def _never(pod: Pod, settings: Settings) -> Iterator[Fact]:
-    """Whatever its labels say."""
+    """Yields the facts that count independent of the pod's labels."""
 
     def fact(origin: Origin, key: str, value: str, excludes: bool, reason: str) -> Fact:
         return Fact(origin, key, value, False if excludes else None, reason if excludes else "")
@@ -107,7 +107,7 @@ def _word(flag: bool) -> str:
 
 
 def _said(pod: Pod) -> Iterator[Fact]:
-    """As the default selectors have it, which pick the one of three words that counts."""
+    """Returns the word of three that counts, by the default selectors."""
     key = names.DATAPLANE_MODE
     said = mode(pod)
     labels = labels_of(pod)

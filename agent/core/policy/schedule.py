@@ -1,4 +1,4 @@
-"""When each target is due: at once when woken, later after a failure, regularly for verification.
+"""Schedule of the targets: due at once when woken, later after a failure, regularly for verification.
 
 Pure: `now` is an argument (seconds of any clock that does not go back), randomness is passed in.
 """

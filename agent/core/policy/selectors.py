@@ -51,7 +51,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Pods whose labels match `pod`, in namespaces whose labels match `namespace`; all requirements of both."""
+    """Selects pods by their labels (`pod`) and by those of their namespace (`namespace`); all requirements of both."""
 
     pod: tuple[Requirement, ...] = ()
     namespace: tuple[Requirement, ...] = ()
@@ -63,7 +63,7 @@ class Selector:
         return all(one.matches(labels) for one in self.namespace)
 
     def __str__(self) -> str:
-        """As kubectl writes selectors: "pod a=b, namespace c=d"."""
+        """Returns the selectors as kubectl writes them: "pod a=b, namespace c=d"."""
         parts = (("pod", self.pod), ("namespace", self.namespace))
         return ", ".join(f"{what} {','.join(map(str, ones))}" for what, ones in parts if ones) or "every pod"
 

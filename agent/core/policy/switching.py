@@ -1,8 +1,8 @@
-"""A change between capture by translation (NAT) and by socket (eBPF) in a pod whose connections are to run on. Pure.
+"""A change between capture by translation (NAT) and by socket (eBPF) in a pod that keeps its connections. Pure.
 
-What was translated is lost once nobody translates any more: conntrack knows where its packets go, but does it only
-while some chain of NAT is there (Redirect.draining). What was captured by its sockets needs nothing; but conntrack has
-not seen it, takes it for new in mid-stream, and the rules would redirect it (Redirect.preserve).
+A translated connection is lost once translation stops: conntrack knows where its packets go, but translates them only
+while some chain of NAT exists (Redirect.draining). A connection captured by its sockets needs nothing; but conntrack
+has not seen it, takes it for new in mid-stream, and the rules would redirect it (Redirect.preserve).
 """
 
 from __future__ import annotations
@@ -36,14 +36,16 @@ def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
 
 
 def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
-    """What is proxied by rules, and handshakes that may be: the first packet may have met the rules."""
+    """Returns connections that rules have proxied, and handshakes: their first packet may have met the rules."""
     opening = (one for one in sockets if one.state in OPENING and not one.of_ztunnel and _with_others(one))
     return _sorted({one.cookie: one for one in (*proxied(sockets), *opening)}.values())
 
 
 def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
-    """What conntrack may see in mid-stream: all connections with others, whoever made them; not the pod's with itself,
-    nor those of other ztunnels with ours, which no rule touches."""
+    """Returns what conntrack may see in mid-stream: all connections with other endpoints, opened by either side.
+
+    Not the pod's connections with itself, nor those of other ztunnels with ours, which no rule touches.
+    """
     here = taken(sockets)
     return _sorted(
         one

@@ -1,4 +1,4 @@
-"""Policy rules (ip rule) as the kernel dumps them, whatever they select. Pure.
+"""Policy rules (ip rule) as the kernel dumps them, with any selectors. Pure.
 
 Names and numbers are of linux/fib_rules.h.
 """
@@ -29,7 +29,7 @@ _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp"}
 class FibRule:
     """One rule. `iif` and `oif` are interfaces or "", `others` its further selectors and limits in words.
 
-    `protocol`: who made it, as a number of rt_protos (FRA_PROTOCOL), 0 where nobody said.
+    `protocol`: the program that made it, as a number of rt_protos (FRA_PROTOCOL), 0 where it is not set.
     """
 
     family: int
@@ -47,17 +47,17 @@ class FibRule:
 
     @property
     def plain(self) -> bool:
-        """Whether it selects by its mark alone."""
+        """True if the rule selects by its mark alone."""
         return not (self.inverted or self.iif or self.oif or self.others)
 
     @property
     def elsewhere(self) -> bool:
-        """Whether it leads to a table that the kernel has not made, and is not ours."""
+        """True if the rule leads to a table that the kernel has not made, and is not Sluice's."""
         usual = self.plain and (self.mark, self.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
         return self.table not in _TABLES and not usual and self.protocol != names.ROUTING_PROTOCOL
 
     def __str__(self) -> str:
-        """As ip rule prints it, more or less."""
+        """Returns the rule as ip rule prints it, more or less."""
         words = ["not"] * self.inverted + list(self.others)
         if self.mask:
             words.append(f"fwmark {self.mark:#x}/{self.mask:#x}")

@@ -177,7 +177,7 @@ class LookupRule:
         return self.protocol == names.ROUTING_PROTOCOL
 
     def __str__(self) -> str:
-        """As the arguments of ip rule add."""
+        """Returns the arguments of ip rule add."""
         selectors = [f"iif {self.iif}"] * bool(self.iif) + [f"to {self.to}"] * bool(self.to)
         selectors += [f"fwmark {self.mark:#x}/{self.mask:#x}"] * bool(self.mask)
         made = f" protocol {self.protocol}" if self.protocol else ""
@@ -202,7 +202,7 @@ class LocalRoute:
         return 0 if self.interface == LOOPBACK_INDEX else _FIRST_METRIC + self.interface
 
     def __str__(self) -> str:
-        """As the arguments of ip route add."""
+        """Returns the arguments of ip route add."""
         device = "lo" if self.interface == LOOPBACK_INDEX else f"if{self.interface}"
         metric = f" metric {self.metric}" if self.metric else ""
         return f"local {_ALL[self.family]} dev {device} table {self.table} scope host proto {self.protocol}{metric}"

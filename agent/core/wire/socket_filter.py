@@ -10,7 +10,7 @@ _TYPE_OFFSET = 4  # of nlmsg_type in struct nlmsghdr
 
 
 def only(kind: int) -> bytes:
-    """Lets a netlink socket receive only datagrams whose first message is of type `kind`."""
+    """Lets a netlink socket receive only datagrams with a first message of type `kind`."""
     seen = int.from_bytes(struct.pack("=H", kind))  # the filter loads in network order what was written in the host's
     return b"".join(
         (

@@ -1,4 +1,4 @@
-"""What the kernel counts of one TCP connection (struct tcp_info of linux/tcp.h), and what of that is payload. Pure."""
+"""The kernel's counts of one TCP connection (struct tcp_info of linux/tcp.h), and the payload among them. Pure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class TcpInfo:
 
     @property
     def beyond(self) -> int:
-        """What was acknowledged besides the payload: SYN and FIN. Negative while payload is on its way."""
+        """Returns the bytes acknowledged in addition to payload: SYN and FIN. Negative while payload is on its way."""
         return self.acked - self.unique
 
 
@@ -54,7 +54,7 @@ class TcpReport:
 
     `ends` are its ports and addresses as in the message. `unread`: received and not read by the application, a FIN
     counts as one. `unacked`: written and not acknowledged.
-    A socket that was reset by its own side (SO_LINGER 0), or whose connect failed and waited, has no remote port any
+    A socket that was reset by its own side (SO_LINGER 0), or that waited after a failed connect, has no remote port any
     more and counts of zero (tcp_disconnect); then `unacked` is 3 if it never was connected, more if it was.
     """
 
@@ -66,7 +66,7 @@ class TcpReport:
 
     @property
     def used(self) -> bool:
-        """It is, or was, a connection: no listener, and not a socket that nobody connected."""
+        """True if it is, or was, a connection: neither a listener nor a socket that was never connected."""
         one = self.socket
         return bool(one.local[1]) and one.state is not TcpState.LISTEN and one.remote[0] not in ("0.0.0.0", "::")
 

@@ -65,18 +65,18 @@ def remove_tree(path: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     except FileNotFoundError:
-        return  # somebody else was faster
+        return  # another process was faster
     except OSError as error:
         raise KernelError(f"remove {path}", error.errno or 0, error.strerror or str(error)) from error
 
 
 def cgroup_root() -> Path:
-    """Where the whole hierarchy of cgroup v2 is mounted, beside version 1 or alone. Raises KernelError."""
+    """Returns where the whole hierarchy of cgroup v2 is mounted, alone or next to version 1. Raises KernelError."""
     return _root()[0]
 
 
 def cgroup_exists(number: int) -> bool:
-    """Whether a cgroup of version 2 has this id; True also where the kernel cannot be asked (CAP_DAC_READ_SEARCH)."""
+    """True if a cgroup of version 2 has this id, and where the kernel cannot be asked (CAP_DAC_READ_SEARCH)."""
     try:
         root = os.open(cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (KernelError, OSError):
@@ -99,7 +99,7 @@ def cgroup_id(pid: int) -> int:
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
         below = next((line[3:] for line in lines if line.startswith("0::")), "/")
-        # From a cgroup namespace of our own, the path tells only how far the other one is from ours.
+        # From a cgroup namespace of our own, the path shows only how far the other one is from ours.
         place = root / below.lstrip("/") if whole else _place(root, pid)
         return place.stat().st_ino
     except OSError as error:
@@ -108,7 +108,7 @@ def cgroup_id(pid: int) -> int:
 
 
 def _place(root: Path, pid: int) -> Path:
-    """By looking everywhere: some hundred small files on a full node. Raises FileNotFoundError."""
+    """Searches the whole hierarchy: some hundred small files on a full node. Raises FileNotFoundError."""
     wanted = str(pid)
     for directory, _, _ in os.walk(root):
         with suppress(OSError):  # removed meanwhile; or threaded, which lists no processes
@@ -127,7 +127,7 @@ def _root() -> tuple[Path, bool]:
 
 
 def _cgroup_mounts() -> Iterator[tuple[str, Path]]:
-    """What is mounted, as seen from our cgroup namespace ("/.." is outside of it), and where; proc(5), mountinfo."""
+    """Yields (path in the hierarchy, mount point) as our cgroup namespace sees them ("/..": outside of it); proc(5)."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         if after.startswith("cgroup2 "):

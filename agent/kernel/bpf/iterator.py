@@ -1,6 +1,6 @@
 """BPF iterators: a program that the kernel calls for each element of a map, and what it writes (bpf_iter.c).
 
-Links are pinned and replaced as other links are (bpflink). Reading starts the walk anew each time.
+Links are pinned and replaced as other links are (bpflink). Each read starts the walk again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 from agent.kernel.bpf import libbpf
 from agent.kernel.bpf.syscall import AttachType
 
-# What the kernel writes before it hands over: bpf_seq_read makes room for 8 pages, whatever the caller's.
+# What the kernel writes before it hands over: bpf_seq_read makes room for 8 pages, for any size of the caller's.
 _ROOM = 8 * mmap.PAGESIZE
 
 

@@ -20,7 +20,7 @@ from agent.core.errors import KernelError
 from agent.kernel.libc import libc
 
 _WARN = 0  # enum libbpf_print_level
-_VA_LIST = 32  # bytes of a va_list, which is passed by address: 24 on x86-64, 32 on arm64
+_VA_LIST = 32  # bytes of a va_list, of which the address is passed: 24 on x86-64, 32 on arm64
 _LONGEST = 400  # characters of a message
 # The program's verdict is above these lines of the verifier's and libbpf's.
 _NOISE = (
@@ -148,7 +148,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _listen(level: int, form: int, arguments: int) -> int:
-    """libbpf_print_fn_t. Nothing reaches the standard error; what nobody collects is dropped."""
+    """libbpf_print_fn_t. Nothing reaches the standard error; messages that are not collected are dropped."""
     collected: list[str] | None = getattr(_heard, "messages", None)
     if level == _WARN and collected is not None:
         # Measured first, on a copy: formatting uses a va_list up. A verifier's log may be megabytes.

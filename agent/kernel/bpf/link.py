@@ -39,7 +39,7 @@ def attach_netns(program_fd: int, netns_fd: int, attach_type: AttachType) -> int
 
 
 def attach_tcx(program_fd: int, ifindex: int, attach_type: AttachType) -> int:
-    """A descriptor of the link, after whatever is attached there; Linux 6.6. Raises KernelError.
+    """Returns a descriptor of the link, placed after all attached programs; Linux 6.6. Raises KernelError.
 
     The kernel looks for the interface in the calling thread's namespace (tcx_link_attach): call it inside.
     """
@@ -52,7 +52,7 @@ def pin(link_fd: int, path: Path) -> None:
 
 
 def info(link_fd: int) -> LinkInfo:
-    """Of a link to a cgroup, a network namespace or tcx; others have target 0. Raises KernelError."""
+    """Describes a link to a cgroup, a network namespace or tcx; others have target 0. Raises KernelError."""
     raw = syscall.info("read BPF link", link_fd, b"", size=_SIZE)
     kind, number, program = _HEAD.unpack_from(raw)
     target = _TARGETS[kind].unpack_from(raw, _HEAD.size)[0] if kind in _TARGETS else 0

@@ -80,7 +80,7 @@ def _share(
 
 
 def _size(pin: Path) -> int:
-    """What a pinned map has, so that another size in the settings never keeps programs from loading; 0 without."""
+    """Returns the size of a pinned map, so that another size in the settings never prevents loading; 0 without."""
     if not pin.exists():
         return 0
     with Map.open(pin) as held:
@@ -99,7 +99,7 @@ def _pin(obj: int, programs: Callable[[str], Path], shared: set[int]) -> Iterato
 
 
 def _same(path: Path, new: syscall.ProgramInfo, shared: set[int]) -> bool:
-    """The same instructions may be pinned on maps whose pins are gone meanwhile: then nobody else sees those."""
+    """The same instructions may be pinned on maps without pins by now: then no other program sees those maps."""
     if (fd := syscall.find(path)) is None:
         return False
     try:

@@ -30,7 +30,7 @@ class Map:
         self.name = name
         try:
             self.type, self.id, self.key_size, self.value_size, self.max_entries = _read(fd, name)
-            # What the kernel writes for one value, whatever the caller wants of it.
+            # What the kernel writes for one value, even if the caller wants less of it.
             self._room = _padded(self.value_size) * _cpus() if self.type in _PER_CPU else self.value_size
         except BaseException:
             self.close()
@@ -130,7 +130,7 @@ class Map:
         self.close()
 
     def _batches(self) -> dict[bytes, bytes] | None:
-        """By BPF_MAP_LOOKUP_BATCH; None where the map has no such thing."""
+        """Reads by BPF_MAP_LOOKUP_BATCH; None where the map does not support it."""
         found: dict[bytes, bytes] = {}
         size = self.key_size
         room = self._room
@@ -159,7 +159,7 @@ class Map:
             at = create_string_buffer(upto.raw, len(upto))
 
     def _key(self, key: bytes) -> bytes:
-        """The kernel reads as many bytes as the map's keys have, whatever it is given."""
+        """The kernel reads as many bytes as the map's keys have, even from a shorter buffer."""
         if len(key) != self.key_size:
             raise KernelError(f"map {self.name}", errno.EINVAL, f"key of {len(key)} bytes instead of {self.key_size}")
         return key

@@ -10,7 +10,7 @@ from agent.kernel.bpf.map import Map
 
 
 class Maps:
-    """For several threads. A map that was made anew under its name is opened anew."""
+    """Open maps, for several threads. A map that was re-created under its name is opened again."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = str(directory)
@@ -18,7 +18,7 @@ class Maps:
         self._turn = threading.Lock()
 
     def exist(self) -> bool:
-        """Whether any have been made."""
+        """True if any have been made."""
         return os.path.exists(f"{self.directory}/pods")  # noqa: PTH110 - for each pod again and again
 
     def __getitem__(self, name: str) -> Map:
@@ -31,6 +31,6 @@ class Maps:
         with self._turn:
             held = self._open.get(name)
             if held is None or held[0] != inode:
-                # The old one is closed when nobody uses it any more.
+                # The old one is closed after its last use.
                 held = self._open[name] = inode, Map.open(Path(path))
             return held[1]

@@ -1,4 +1,4 @@
-"""Which BPF programs there are, whoever loaded them; reads, and attaches nothing (bpf(2))."""
+"""BPF programs in the kernel, from any loader; reads, and attaches nothing (bpf(2))."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class RingBuffer:
 
 
 def _leading(lengths: list[int], size: int) -> int:
-    """How many of them are `size` before the first that is not."""
+    """Returns how many of them are `size` before the first that is not."""
     if lengths.count(size) == len(lengths):
         return len(lengths)
     return next(n for n, length in enumerate(lengths) if length != size)

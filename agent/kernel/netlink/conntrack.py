@@ -105,7 +105,7 @@ class Conntrack:
         self._netlink = NetlinkSocket(NETLINK_NETFILTER)
 
     def original_destination(self, protocol: int, local: Endpoint, client: Endpoint) -> Endpoint | None:
-        """What `client` asked for, when `local` received it (both of one family, no v4-mapped addresses).
+        """Returns what `client` asked for, when `local` received it (both of one family, no v4-mapped addresses).
 
         None when conntrack's zone 0 has no such flow. Raises KernelError when it cannot be asked.
         """
@@ -113,7 +113,7 @@ class Conntrack:
         return None if body is None else decode(body)
 
     def endpoint(self, protocol: int, client: Endpoint, service: Endpoint) -> Endpoint | None:
-        """Who answers `client`, which asked for `service`: another where DNAT has chosen one.
+        """Returns the end that answers `client`, which asked for `service`: another where DNAT has chosen one.
 
         None when conntrack's zone 0 has no such flow. Raises KernelError when it cannot be asked.
         """
@@ -151,7 +151,7 @@ class Conntrack:
 
 
 def is_loaded() -> bool:
-    """Whether the kernel has conntrack by now; asking loads nothing."""
+    """True if the kernel has conntrack by now; asking loads nothing."""
     return sysctl.read(_EVENTS) is not None
 
 
@@ -161,14 +161,14 @@ class NewFlows:
     def __init__(self) -> None:
         """Raises KernelError where the kernel does not notify of flows."""
         with contextlib.closing(Conntrack()) as lookup:
-            # Loads the module and waits for it, which joining the group does not; an error where there is none.
+            # Loads the module and waits for it, which joining the group does not; an error where it is missing.
             lookup.endpoint(socket.IPPROTO_TCP, _NOWHERE, _NOWHERE)
         if sysctl.read(_EVENTS) == 0:
             raise KernelError("conntrack notifications", errno.EOPNOTSUPP, f"{_EVENTS} is 0")
         self._events = Notifications(NETLINK_NETFILTER, [GROUP_NEW])
 
     def answering(self, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
-        """Who answers the flow to `service`, and whom; None when there is none. Raises KernelError if unknown."""
+        """Returns (answering, asking) end of the flow to `service`, None without one. Raises KernelError if unknown."""
         taken, lost = self._events.take()
         found = next((one.body for one in taken if decode(one.body) == service), None)
         if found is None and lost:
@@ -183,7 +183,7 @@ class NewFlows:
 
 
 def encode(protocol: int, source: Endpoint, destination: Endpoint, way: Cta = Cta.TUPLE_REPLY) -> bytes:
-    """Body of a GET for the flow whose replies (or whose packets, by `way`) go from `source` to `destination`."""
+    """Returns the body of a GET for the flow with replies (or packets, by `way`) from `source` to `destination`."""
     family = socket.AF_INET6 if ":" in source[0] else socket.AF_INET
     source_kind, destination_kind = _ADDRESSES[family]
     addresses = nested(

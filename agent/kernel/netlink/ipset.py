@@ -59,7 +59,7 @@ class IpsetSocket(NetlinkSocket):
         super().__init__(NETLINK_NETFILTER)
 
     def read(self, name: str) -> IpSet | None:
-        """The set with all members; None when there is none of that name."""
+        """Returns the set with all members; None when it does not exist."""
         try:
             answers = self._ask("read", LIST, name, NLM_F_DUMP)
         except KernelError as error:

@@ -52,7 +52,7 @@ class NftSocket(NetlinkSocket):
             self.socket.setsockopt(socket.SOL_SOCKET, option, 1 << 20)
 
     def generation(self) -> int:
-        """Grows by one with each transaction of anybody in the namespace, whatever the family."""
+        """Returns the generation. It grows by one with each transaction in the namespace, of any process and family."""
         operation = "read nf_tables generation"
         sequence = self.next_sequence()
         self.socket.send(message(GETGEN, NLM_F_REQUEST, sequence, NFGENMSG.pack(0, 0, 0)))
@@ -68,7 +68,7 @@ class NftSocket(NetlinkSocket):
         """Tables, chains or rules, of all families by default: the messages as they come, one behind the other.
 
         Also whether that is all: what is beyond `most` bytes is received, but not kept.
-        Not for a namespace that somebody may change meanwhile, unless the generation is compared afterwards.
+        Not for a namespace that may change meanwhile, unless the generation is compared afterwards.
         """
         operation = "read nf_tables"
         sequence = self.next_sequence()

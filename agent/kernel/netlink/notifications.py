@@ -1,7 +1,7 @@
 """Multicast notifications of one namespace, and whether what was learned before them still holds.
 
-The event loop reads them; a worker asks at any time whether anything was told since it looked. That is sound because
-the kernel delivers or says that it could not (ENOBUFS), and what nobody has read yet counts as told.
+The event loop reads them; a worker asks at any time whether anything was notified since it looked. That is sound
+because the kernel delivers or reports a loss (ENOBUFS), and an unread notification counts as well.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class RouteSocket(NetlinkSocket):
             self.socket.setsockopt(SOL_NETLINK, _GET_STRICT_CHK, 1)
 
     def lo_is_up(self) -> bool:
-        """Whether lo is there and up. Answered under the kernel's RTNL lock, which all who change addresses, links
+        """True if lo is there and up. Answered under the kernel's RTNL lock, which all who change addresses, links
         or IPv4 routes hold from before they notify to the end: after this answer, what was notified before is done."""
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, 0, 0) + _WITHOUT_STATS
         try:

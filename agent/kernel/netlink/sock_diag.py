@@ -33,7 +33,7 @@ from agent.kernel.netlink.socket import NetlinkSocket, raise_for
 from agent.kernel.netns import SO_NETNS_COOKIE
 
 NETLINK_SOCK_DIAG = 4
-SO_COOKIE = 57  # asm-generic/socket.h: the cookie that sock_diag tells
+SO_COOKIE = 57  # asm-generic/socket.h: the cookie that sock_diag reports
 _BY_FAMILY, _GETSOCK, _DESTROY = 20, 18, 21  # SOCK_DIAG_BY_FAMILY, TCPDIAG_GETSOCK, SOCK_DESTROY
 _WHAT = "read TCP sockets (sock_diag)"
 _FAMILIES: Final = {AF_INET: 4, AF_INET6: 6}
@@ -98,7 +98,7 @@ class SockDiag(NetlinkSocket):
         """Sockets of both families with their counts; and by TcpReport.ends those that are nothing but a timer any
         more: in TIME_WAIT, or in FIN_WAIT2 while the peer's FIN is awaited (inet_twsk_diag_fill). Raises KernelError.
 
-        The cookie of a timer is the socket's only if somebody asked for that before (sock_gen_cookie).
+        The cookie of a timer is the socket's only if that was requested before (sock_gen_cookie).
         """
         found: list[TcpReport] = []
         waiting: dict[bytes, TcpState] = {}
@@ -149,7 +149,7 @@ class SockDiag(NetlinkSocket):
         return found
 
     def listens(self, port: int) -> bool:
-        """Whether a socket listens on this port of loopback, of either family; one lookup, as for a connection.
+        """True if a socket listens on this port of loopback, of either family; one lookup, as for a connection.
 
         False is not sure where programs at sk_lookup have a say. Raises KernelError.
         """
@@ -170,7 +170,7 @@ class SockDiag(NetlinkSocket):
         return next((one for one, _ in self._between(local, remote)), None)
 
     def keepalive(self, local: Endpoint, remote: Endpoint) -> float | None:
-        """In how many seconds the connection's socket probes its peer, 0 when it does not; otherwise as `find`."""
+        """Returns the seconds until the connection's socket probes its peer, 0: it does not; otherwise as `find`."""
         for _, body in self._between(local, remote):
             timer, milliseconds = _TIMER.unpack_from(body)
             return milliseconds / 1000 if timer == _KEEPALIVE else 0
@@ -251,7 +251,7 @@ def decode(body: bytes) -> TcpSocket | None:
 
 
 def report(body: bytes) -> TcpReport | None:
-    """One socket with its counts: all zero when there are none, as of a listener in older kernels."""
+    """Returns one socket with its counts: all zero when it has none, as a listener in older kernels."""
     one = decode(body)
     if one is None:
         return None
@@ -281,7 +281,7 @@ def _attributes(body: bytes) -> tuple[int | None, bool]:
 
 
 def _alike(datagram: bytes, offset: int, step: int) -> int:
-    """How many messages of the first one's length follow one another; 1 for a torn one. Lengths are below 65536."""
+    """Counts the messages of the first one's length in a row; 1 for a torn one. Lengths are below 65536."""
     many = len(datagram) - (len(datagram) - offset) % step
     low, high = datagram[offset:many:step], datagram[offset + 1 : many : step]
     return max(1, min(len(found) - len(found.lstrip(found[:1])) for found in (low, high)))
@@ -299,7 +299,7 @@ def _timers(step: int) -> struct.Struct:
 
 @lru_cache(maxsize=4096)
 def address(family: int, raw: bytes) -> str:
-    """Of a socket of that family (4 or 6); IPv4 in IPv6 is shown as IPv4."""
+    """Returns the address of a socket of that family (4 or 6); IPv4 in IPv6 is shown as IPv4."""
     if family == 4:
         return inet_ntop(AF_INET, raw[:4])
     return inet_ntop(AF_INET, raw[12:]) if raw.startswith(_MAPPED) else inet_ntop(AF_INET6, raw)

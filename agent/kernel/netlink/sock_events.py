@@ -1,7 +1,7 @@
-"""The end of TCP sockets, told by the kernel as it happens, with their last counts (sock_diag_broadcast_destroy).
+"""Notifications of the end of TCP sockets, with their last counts (sock_diag_broadcast_destroy).
 
-What is told is what the socket was when its last reference went: no mark, no user, no inode. A socket that goes to
-TIME_WAIT is told of then, the timer that stays is not a socket.
+A notification shows the socket as it was when its last reference went: no mark, no user, no inode. A socket that goes
+to TIME_WAIT is notified then; the timer that stays is not a socket.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SocketEvents(NetlinkSocket):
             raise
 
     def take(self) -> tuple[list[TcpReport], bool]:
-        """All that waits, and whether some were lost for want of room; how many the kernel does not tell.
+        """Returns all that wait, and whether some were lost for want of room; the kernel does not count those.
 
         Sockets that never were connections are left out.
         """
@@ -45,7 +45,7 @@ class SocketEvents(NetlinkSocket):
                 one = report(receive(_MOST)[start:])
             except BlockingIOError:
                 return taken, lost
-            except OSError:  # ENOBUFS, told once until the queue has been emptied
+            except OSError:  # ENOBUFS, reported once until the queue has been emptied
                 if lost:
                     return taken, lost
                 lost = True

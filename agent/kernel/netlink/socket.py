@@ -34,7 +34,7 @@ _INSTRUCTION_SIZE = 8  # struct sock_filter
 
 
 class _Buffer(threading.local):
-    """What a thread receives into: a new one for each datagram would cost more than most requests."""
+    """A thread's receive buffer: a new one for each datagram would cost more than most requests."""
 
     def __init__(self) -> None:
         self.bytes = bytearray(1 << 18)
