@@ -59,5 +59,5 @@ class Lasting(Backend, Protocol):
 
 
 def lasting(layers: Iterable[Backend]) -> tuple[Lasting, ...]:
-    """Those of the layers that are."""
+    """Returns the layers that outlive their pods."""
     return tuple(cast(Lasting, layer) for layer in layers if layer.outlives)

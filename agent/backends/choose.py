@@ -76,7 +76,7 @@ def choose(
     view: HostView | None = None,
     recorded: Recorded | None = None,
 ) -> Choice:
-    """The first candidate that passes its preflight and its functional test; the setting leaves one, or several.
+    """Returns the first candidate that passes preflight and functional test; the setting leaves one, or several.
 
     Raises SettingsError, naming for every candidate what is missing and what to do, when none passes: nothing was
     touched then, and rules that work stay as they are.
@@ -120,7 +120,7 @@ def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -
 
 
 def choose_host(setting: str, view: HostView) -> tuple[str, str]:
-    """(mechanism, reason) of the probe exemption in the host's own namespace; "off" when the setting says so.
+    """Returns (mechanism, reason) of the probe exemption in the host's own namespace; "off" when the setting says so.
 
     The kernel's NAT hook asks its chains for each new connection in the order of their priorities until one has
     answered (nf_nat_inet_fn). Every iptables registers with 100; a chain of nf_tables has a priority of its own choice

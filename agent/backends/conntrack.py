@@ -104,13 +104,13 @@ class ConntrackBackend:
 
 
 def raised(name: str, seconds: int) -> int:
-    """The timeout to set when it is `seconds` now; the same if it is long enough."""
+    """Returns the timeout to set when it is `seconds` now; the same if it is long enough."""
     least, base = LEAST[name]
     return seconds if seconds >= least else base + seconds
 
 
 def own(name: str, seconds: int) -> int:
-    """The pod's own value; `seconds` itself if it was not raised."""
+    """Returns the pod's own value; `seconds` itself if it was not raised."""
     least, base = LEAST[name]
     return seconds - base if base <= seconds < base + least else seconds
 

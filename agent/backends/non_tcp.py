@@ -42,7 +42,7 @@ class Counts:
 def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = None) -> dict[str, Counts]:
     """Returns counts by direction, from the rules of `backend` for `want`, or from eBPF's map. Raises KernelError."""
     if backend == "ebpf":
-        counted = ebpf.beside(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
+        counted = ebpf.non_tcp(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
         return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
     wanted = _tags(backend, want)
     found = {INBOUND: Counts(), OUTBOUND: Counts()}

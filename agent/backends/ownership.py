@@ -77,7 +77,7 @@ def host_owner(parts: Mapping[str, Owner]) -> Owner:
 
 
 def held_owner(families: Iterable[Held]) -> Owner:
-    """The chain of the node's own nat table and the jumps to it, as `of_families`."""
+    """Determines the owner of the chain in the node's nat table and of the jumps to it, as `families_owner` does."""
     held = tuple(families)
     tags = [tag for one in held for tag in (*(one.chain or ()), *one.jumps)]
     if any(tags):

@@ -61,7 +61,7 @@ def attempt(need: Need, bpf_dir: str = names.BPF_DIR) -> str:
 
 
 def examine(choice: str, *, ipv6: bool = True, attempt: Callable[[Need], str] = attempt) -> tuple[Feature, ...]:
-    """Every need of one choice. Loads modules as programming a pod would; makes nothing that stays."""
+    """Returns every need of one choice. Loads modules as programming a pod would; makes nothing that stays."""
     found: dict[str, Feature] = {}
     for need in needs(choice, ipv6=ipv6):
         if need.behind and not (need.behind in found and found[need.behind].present):
@@ -73,7 +73,7 @@ def examine(choice: str, *, ipv6: bool = True, attempt: Callable[[Need], str] = 
 
 
 def lacking(features: Iterable[Feature]) -> tuple[str, ...]:
-    """One line for each that is missing and needed: what, the kernel's words, what to do."""
+    """Returns one line for each that is missing and needed: what, the kernel's words, what to do."""
     return tuple(f"{one.name} is missing ({one.words}): {one.remedy}" for one in features if one.lacking)
 
 

@@ -96,7 +96,7 @@ def needs(choice: str, *, ipv6: bool = True) -> tuple[Need, ...]:
 
 
 def _ebpf() -> Iterator[Need]:
-    """Each with the first kernel that has it."""
+    """Yields each feature with the first kernel that has it."""
     kernel = "Linux {} with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF; or set backend: nftables"
     for name, remedy in (
         ("eBPF objects", "make objects, before the package is built"),

@@ -106,7 +106,7 @@ def _our_route(route: LocalRoute | None, led: set[int]) -> bool:
 
 
 def _by_use(ours: Sequence[LookupRule]) -> Sequence[int]:
-    """The tables in the order in which they are tried: those in use first."""
+    """Returns the tables in the order in which they are tried: those in use first."""
     return tuple(dict.fromkeys((*(rule.table for rule in ours), *TABLES)))
 
 

@@ -36,7 +36,7 @@ _ROOT = 0  # the user who sends it
 
 
 def led_astray(target: PodNetns, want: Redirect, *, by_socket: bool = False) -> tuple[str, ...]:
-    """One message for each family in which `want` does not hold for it; () also if that cannot be tested.
+    """Returns one message for each family in which `want` does not hold for it; () also if that cannot be tested.
 
     `by_socket`: backend ebpf captures.
     """

@@ -160,7 +160,7 @@ def address(value: str, version: int | None = None) -> str:
 
 
 def matching(pattern: str, what: str) -> Callable[[str], str]:
-    """Each word of a list has that form."""
+    """Requires that form of each word of a list."""
     compiled = re.compile(pattern)
 
     def each(word: str) -> str:

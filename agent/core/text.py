@@ -33,5 +33,5 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The text, or its beginning and how long it is: for a log that others must still be able to read."""
+    """Returns the text, or its beginning and how long it is: for a log that others must still be able to read."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters in all)"

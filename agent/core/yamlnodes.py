@@ -66,7 +66,7 @@ class YamlMapping:
 
 
 def document(text: str, place: str, known: Collection[str]) -> YamlMapping | None:
-    """The file's mapping, None when it holds nothing."""
+    """Returns the file's mapping, None when it holds nothing."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as refused:

@@ -45,7 +45,7 @@ class Seldom:
 
 
 async def accept(listener: socket.socket, seldom: Seldom) -> tuple[socket.socket, Any]:
-    """The next connection and its peer's address. Errors are logged and accept is tried again."""
+    """Returns the next connection and its peer's address. Errors are logged and accept is tried again."""
     while True:
         try:
             return await asyncio.get_running_loop().sock_accept(listener)
@@ -92,7 +92,7 @@ class Limits:
 
 
 def host(address: Any) -> str:
-    """The key of `Limits` for a peer's address: an IPv4 address or an IPv6 /64; "" on a unix socket."""
+    """Returns the key of `Limits` for a peer's address: an IPv4 address or an IPv6 /64; "" on a unix socket."""
     if not isinstance(address, tuple):
         return ""
     known = ipaddress.ip_address(address[0].partition("%")[0])

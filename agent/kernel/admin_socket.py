@@ -23,7 +23,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(run_dir: str, path: str, method: str = "GET", **query: str) -> Any:
-    """The JSON that the agent answers. Raises SluiceError with its words, or why it cannot be reached."""
+    """Returns the agent's answer, JSON. Raises SluiceError with its words, or why it cannot be reached."""
     place = f"{run_dir}/agent.sock"
     connection = _UnixConnection(place)
     try:

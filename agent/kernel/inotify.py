@@ -60,7 +60,7 @@ class Inotify:
         libc.inotify_rm_watch(self._fd, watch)
 
     def take(self) -> list[Event]:
-        """All that wait, in order."""
+        """Returns all waiting events, in order."""
         found: list[Event] = []
         while True:
             try:

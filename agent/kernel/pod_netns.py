@@ -82,7 +82,7 @@ class PodNetns:
         return self._diag
 
     def addresses(self) -> tuple[str, ...]:
-        """Every address in the namespace but loopback and link-local ones, without prefix lengths."""
+        """Returns every address in the namespace but loopback and link-local ones, without prefix lengths."""
         return self.facts().addresses
 
     def has_ipv6(self) -> bool:

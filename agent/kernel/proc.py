@@ -30,7 +30,7 @@ class ProcessSeen:
 
 
 def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple[int, str], ...]]:
-    """All processes outside the host's network namespace; what ends meanwhile is left out.
+    """Returns all processes outside the host's network namespace; what ends meanwhile is left out.
 
     Second, number and cgroup of those with a namespace hidden from us. Raises KernelError when our own is hidden.
     """
@@ -51,7 +51,7 @@ def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple
 
 
 def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
-    """The namespaces that count as the host's: our own, and process 1's, which may be hidden. Raises KernelError."""
+    """Returns the host's namespaces: our own, and that of process 1, which may be hidden. Raises KernelError."""
     found = set()
     for name in ("self", "1"):
         try:
@@ -73,7 +73,7 @@ def in_container(proc: str = "/proc") -> bool:
 
 
 def read_process(pid: int, proc: str = "/proc") -> ProcessSeen | None:
-    """The process as it is now, in whichever namespace; None when it has ended. Raises PermissionError."""
+    """Returns the process as it is now, in whichever namespace; None when it has ended. Raises PermissionError."""
     return _look(proc, pid, ())
 
 
@@ -100,7 +100,7 @@ def socket_inode(target: str) -> int:
 
 
 def cgroup(pid: int, proc: str = "/proc") -> str:
-    """The text of /proc/PID/cgroup; "" when the process has ended or hides it."""
+    """Returns the text of /proc/PID/cgroup; "" when the process has ended or hides it."""
     try:
         fd = os.open(f"{proc}/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -109,7 +109,7 @@ def cgroup(pid: int, proc: str = "/proc") -> str:
 
 
 def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
-    """Number and cgroup of each process in the host's namespace: only to explain why a pod was not found."""
+    """Yields number and cgroup of each process in the host's namespace: only to explain why a pod was not found."""
     hosts = hosts_netns(proc)
     for name in os.listdir(proc):  # noqa: PTH208
         if name.isdecimal():
@@ -122,7 +122,7 @@ def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
 
 
 def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[int, str]:
-    """The process in that network namespace that holds each socket, as "nginx[4711]", by inode.
+    """Returns the process in that network namespace that holds each socket, as "nginx[4711]", by inode.
 
     Without sockets that no process there holds. One walk for all, for a pod may have any number of sockets.
     """
@@ -148,7 +148,7 @@ def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[
 
 
 def _socket(descriptor: str) -> int:
-    """The inode of a socket; 0 of anything else, or when it was closed meanwhile."""
+    """Returns the inode of a socket; 0 of anything else, or when it was closed meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         return socket_inode(os.readlink(descriptor))  # noqa: PTH115
     return 0

@@ -50,7 +50,7 @@ class Process:
 
     @classmethod
     def of_peer(cls, sock: socket.socket) -> Process:
-        """The process that connected the unix socket `sock`. Raises KernelError, also when it has ended."""
+        """Returns the process that connected the unix socket `sock`. Raises KernelError, also when it has ended."""
         pid, _ = peer(sock)
         what = f"hold the process at the other end of {sock.getsockname()} (pid {pid})"
         if pid <= 0:  # unix(7): the process has no number in our PID namespace
@@ -72,7 +72,7 @@ class Process:
             return self._alive()
 
     def take(self, number: int) -> int:
-        """A duplicate of its descriptor `number`, closed on exec; the caller owns it (pidfd_getfd(2)).
+        """Returns a duplicate of its descriptor `number`, closed on exec; the caller owns it (pidfd_getfd(2)).
 
         Raises KernelError: EBADF when it has no such descriptor, ESRCH when it has ended.
         """
@@ -88,7 +88,7 @@ class Process:
         return taken
 
     def sockets(self, wanted: Collection[int] = (), known: Collection[int] = ()) -> dict[int, int]:
-        """Inode of each of its sockets -> its descriptor's number; empty when it has ended. Raises KernelError.
+        """Returns inode -> descriptor's number of each of its sockets; empty when it has ended. Raises KernelError.
 
         With the inodes `wanted` only until all of them were met. Numbers that are not `known` are looked at first: to
         look at one takes 9 us.

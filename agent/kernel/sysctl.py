@@ -47,7 +47,7 @@ def write(name: str, value: int) -> None:
 
 @functools.cache
 def _own_proc() -> int:
-    """A detached, writable mount of proc that only this process has. Raises OSError."""
+    """Returns a detached, writable mount of proc that only this process has. Raises OSError."""
     context = _call(_FSOPEN, b"proc", _CLOEXEC)
     try:
         _call(_FSCONFIG, context, _CREATE, None, None, 0)

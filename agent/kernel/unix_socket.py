@@ -12,7 +12,7 @@ from agent.core.errors import SluiceError
 
 
 def listen(path: str, kind: int) -> socket.socket:
-    """A listening unix socket of mode 0600 at `path`, in place of a stale one."""
+    """Returns a listening unix socket of mode 0600 at `path`, in place of a stale one."""
     place = Path(path)
     place.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
     place.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ def listen(path: str, kind: int) -> socket.socket:
 
 
 def peer(sock: socket.socket) -> tuple[int, int]:
-    """(pid, uid) of the process that connected."""
+    """Returns (pid, uid) of the process that connected."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
 

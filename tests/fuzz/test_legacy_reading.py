@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agent.backends.iptables.legacy_reading import found
 from agent.backends.iptables.rendering import render, script
-from agent.backends.iptables.rule_digests import Deeds
+from agent.backends.iptables.rule_digests import RuleDigests
 from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
 
@@ -36,11 +36,11 @@ def check(family: int, info: bytes, data: bytes) -> None:
         table = found(family, info, data)
     except KernelError:
         return
-    assert len(table.deeds) == len(table.table.chains)
+    assert len(table.digests) == len(table.table.chains)
     assert table.holds(data)
-    deeds = Deeds()
-    deeds.learn(table)
-    assert deeds.judged(table) == table.table
+    digests = RuleDigests()
+    digests.learn(table)
+    assert digests.judged(table) == table.table
     name = info[:32].split(b"\0")[0].decode(errors="replace")
     nothing = render(Redirect(ipv4=False, ipv6=False), family)
     for line in script(family, nothing, {name: table.table}).splitlines():

@@ -156,7 +156,7 @@ class Prefix:
 
 
 def prefix(key: bytes, value: bytes) -> tuple[int, Prefix]:
-    """The policy's id and the prefix, from map `policies`."""
+    """Returns the policy's id and the prefix, from map `policies`."""
     bits, kind, policy, content = _POLICY_KEY.unpack(key)
     return policy, Prefix(PolicyKind(kind), content, bits - _EXACT, _POLICY_VALUE.unpack(value)[0])
 
@@ -190,7 +190,7 @@ def ztunnel(cgroup: int, tgid: int) -> bytes:
 
 
 def unztunnel(data: bytes) -> tuple[int, int]:
-    """(cgroup id, tgid)."""
+    """Returns (cgroup id, tgid)."""
     cgroup, tgid, _ = _ZTUNNEL.unpack(data)
     return cgroup, tgid
 
@@ -199,12 +199,12 @@ def listener(cookie: int, role: int, slot: int) -> bytes:
     return _LISTENER.pack(cookie, role, slot)
 
 
-def beside(cookie: int, direction: int) -> bytes:
+def non_tcp_key(cookie: int, direction: int) -> bytes:
     """`direction`: 0 outbound, 1 inbound."""
     return _BESIDE.pack(cookie, direction, 0)
 
 
 def traffic(data: bytes) -> tuple[int, int]:
-    """(packets, bytes)."""
+    """Returns (packets, bytes)."""
     packets, size = _TRAFFIC.unpack(data)
     return packets, size

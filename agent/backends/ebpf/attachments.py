@@ -69,7 +69,7 @@ class Unpin:
     program: str
 
 
-Deed = Load | Attach | Detach | Unpin
+Change = Load | Attach | Detach | Unpin
 
 
 def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
@@ -89,12 +89,12 @@ def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
 
 @lru_cache(4096)
 def _number(path: str, inode: int) -> int:
-    """The kernel's number of a pinned program; 0 when its pin has just gone."""
+    """Returns the kernel's number of a pinned program; 0 when its pin has just gone."""
     fd = syscall.find(path)
     return 0 if fd is None else _closed(fd, syscall.program_info).id
 
 
-def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step[Deed], str]]:
+def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step[Change], str]]:
     """Yields what makes `want` (link -> program) true, and what was wrong, "" for mere tidying up. Pure."""
     lacking = {program.object for program in want.values() if program.name not in have.ids}
     for name in sorted(lacking):
@@ -108,14 +108,14 @@ def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step
             wrong = f"{link} is {'not attached' if found is None else 'detached'}"
             yield Step(f"attach {program.name} {program.attach.name.lower()} ({link})", Attach(link, program)), wrong
         elif found.program_id != have.ids.get(program.name):
-            step: Step[Deed] = Step(f"replace the program of {link}", Attach(link, program, swap=True))
+            step: Step[Change] = Step(f"replace the program of {link}", Attach(link, program, swap=True))
             yield step, f"{link} runs another program"
     for old in have.old:
         yield Step(f"unpin {old}", Unpin(old)), ""
 
 
 def do(
-    deed: Deed,
+    change: Change,
     pins: Pins,
     place: PinDirectory,
     attach: Callable[[BpfProgram, str, int], int],
@@ -129,24 +129,24 @@ def do(
 
     Raises KernelError.
     """
-    if isinstance(deed, Load):
+    if isinstance(change, Load):
         every = (*objects.NODE, *objects.POD, *objects.ACCOUNTING)
-        named = {one.name: place.program(one) for one in every if one.object == deed.object}
-        load.load(objects.path(deed.object), pins.maps, named, sizes, constants, elsewhere)
-    elif isinstance(deed, Attach):
-        _closed(syscall.get(place.program(deed.program)), lambda fd: _attach(deed, fd, place, attach))
-    elif isinstance(deed, Detach):
-        bpffs.remove_tree(place.link(deed.link))
+        named = {one.name: place.program(one) for one in every if one.object == change.object}
+        load.load(objects.path(change.object), pins.maps, named, sizes, constants, elsewhere)
+    elif isinstance(change, Attach):
+        _closed(syscall.get(place.program(change.program)), lambda fd: _attach(change, fd, place, attach))
+    elif isinstance(change, Detach):
+        bpffs.remove_tree(place.link(change.link))
     else:
-        bpffs.remove_tree(place.path / "programs" / deed.program)
+        bpffs.remove_tree(place.path / "programs" / change.program)
 
 
-def _attach(deed: Attach, program: int, place: PinDirectory, attach: Callable[[BpfProgram, str, int], int]) -> None:
-    if deed.swap:
-        _closed(syscall.get(place.link(deed.link)), lambda link: bpflink.update(link, program))
+def _attach(change: Attach, program: int, place: PinDirectory, attach: Callable[[BpfProgram, str, int], int]) -> None:
+    if change.swap:
+        _closed(syscall.get(place.link(change.link)), lambda link: bpflink.update(link, program))
     else:
-        made = attach(deed.program, deed.link, program)
-        _closed(made, lambda link: bpflink.pin(link, place.link(deed.link)))
+        made = attach(change.program, change.link, program)
+        _closed(made, lambda link: bpflink.pin(link, place.link(change.link)))
 
 
 def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:

@@ -17,7 +17,7 @@ from agent.backends.ebpf.objects import LOOKUP, POD, BpfProgram
 from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.requirements import support
-from agent.backends.ebpf.state import PodDeed, PodEntries
+from agent.backends.ebpf.state import PodChange, PodEntries
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
 from agent.core.model.plan import Plan
 from agent.core.model.redirect import Redirect
@@ -117,17 +117,17 @@ class EbpfBackend:
         self._offered[target] = version, offered
         return offered
 
-    def plan(self, want: Redirect | None, have: PodEntries) -> Plan[PodDeed]:
+    def plan(self, want: Redirect | None, have: PodEntries) -> Plan[PodChange]:
         return state.plan(want, have)
 
-    def apply(self, target: Target, plan: Plan[PodDeed]) -> None:
+    def apply(self, target: Target, plan: Plan[PodChange]) -> None:
         """Applies in order; the pod's map entry switches. Raises KernelError; StaleError when a listener has gone."""
         cookie = 0 if isinstance(target, Stray) else _cookie(target)
         for step in plan.steps:
             self._do(target, cookie, step.payload)
 
-    def _do(self, target: Target, cookie: int, deed: PodDeed) -> None:
-        match deed:
+    def _do(self, target: Target, cookie: int, change: PodChange) -> None:
+        match change:
             case state.PutPolicy(number, prefixes):
                 policies.put(self._maps, number, prefixes)
             case state.DropPolicy(number):
@@ -147,10 +147,10 @@ class EbpfBackend:
                 _end_older(target, redirect, wiring)
             case state.DropCounters():
                 for direction in (0, 1) if self._maps.exist() else ():
-                    self._maps["beside"].delete(abi.beside(cookie, direction))
+                    self._maps["beside"].delete(abi.non_tcp_key(cookie, direction))
             case _:
                 constants = struct.pack("=Q", cookie)
-                attachments.do(deed, self.pins, self.pins.pod(cookie), self._attacher(target), self.sizes, constants)
+                attachments.do(change, self.pins, self.pins.pod(cookie), self._attacher(target), self.sizes, constants)
 
     def _attacher(self, target: Target) -> Any:
         def attach(program: BpfProgram, link: str, descriptor: int) -> int:

@@ -138,7 +138,7 @@ def _number(kind: PolicyKind, first: int, bits: int, width: int, verdict: int = 
 
 
 def split(found: Range, width: int) -> Iterator[tuple[int, int]]:
-    """A range of numbers of `width` bits as prefixes: (first, bits)."""
+    """Yields a range of numbers of `width` bits as prefixes: (first, bits)."""
     first, last = found
     while first <= last:
         size = first & -first if first else 1 << width

@@ -12,15 +12,15 @@ from agent.kernel.bpf.map import Map
 _INDEX, _COUNT = struct.Struct("=I"), struct.Struct("=Q")
 
 
-def beside(pins: Pins, cookie: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(packets, bytes) outbound and inbound of what is neither TCP nor captured DNS. Raises KernelError.
+def non_tcp(pins: Pins, cookie: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns (packets, bytes) outbound and inbound of what is neither TCP nor captured DNS. Raises KernelError.
 
     Bytes are those of IP packets; queries that are refused where they are sent count none.
     """
     if not (pins.maps / "beside").exists():
         return (0, 0), (0, 0)
     with Map.open(pins.maps / "beside") as counters:
-        outbound, inbound = (counters.lookup_percpu(abi.beside(cookie, direction)) for direction in (0, 1))
+        outbound, inbound = (counters.lookup_percpu(abi.non_tcp_key(cookie, direction)) for direction in (0, 1))
     return _sum(outbound), _sum(inbound)
 
 

@@ -75,5 +75,5 @@ def digest(name: str) -> str:
 
 
 def missing(programs: Iterable[BpfProgram] = (*NODE, *POD)) -> tuple[str, ...]:
-    """The object files that this installation lacks."""
+    """Returns the object files that this installation lacks."""
     return tuple(sorted({one.object for one in programs if not path(one.object).exists()}))

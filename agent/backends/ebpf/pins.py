@@ -35,7 +35,7 @@ class PinDirectory:
         return self.path / "links" / name
 
     def programs(self) -> dict[str, int]:
-        """All pins and their inodes; an inode never comes to mean another program."""
+        """Returns all pins and their inodes; an inode never comes to mean another program."""
         return _inodes(f"{self.path}/programs")
 
     def links(self) -> dict[str, int]:
@@ -74,7 +74,7 @@ class Pins:
         return PinDirectory(self.node.path / "pods" / str(cookie))
 
     def pods(self) -> tuple[int, ...]:
-        """The cookies of the namespaces for which something is pinned."""
+        """Returns the cookies of the namespaces for which something is pinned."""
         return tuple(int(name) for name in _inodes(f"{self.node.path}/pods") if name.isdigit())
 
     def others(self) -> Iterable[Path]:
@@ -83,7 +83,7 @@ class Pins:
 
 
 def pin(program: BpfProgram) -> str:
-    """The name of a program's pin."""
+    """Returns the name of a program's pin."""
     return f"{program.name}@{objects.digest(program.object)}"
 
 

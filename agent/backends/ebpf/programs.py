@@ -15,7 +15,7 @@ from typing import Any
 
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments
-from agent.backends.ebpf.attachments import Attached, Deed
+from agent.backends.ebpf.attachments import Attached, Change
 from agent.backends.ebpf.objects import NODE
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.requirements import support
@@ -75,7 +75,7 @@ class RemoveAll:
     path: Path
 
 
-NodeDeed = Deed | Admit | Dismiss | RemoveAll
+NodeChange = Change | Admit | Dismiss | RemoveAll
 
 
 @dataclass(slots=True)
@@ -127,7 +127,7 @@ class ProgramsBackend:
         ended = frozenset(one for one in admitted - running if not lives(one))
         return NodeState(attached, admitted, running, ended)
 
-    def plan(self, want: Redirect | None, have: NodeState) -> Plan[NodeDeed]:
+    def plan(self, want: Redirect | None, have: NodeState) -> Plan[NodeChange]:
         if want is None:
             if have.left is None:
                 return Plan()
@@ -143,7 +143,7 @@ class ProgramsBackend:
             changes.append((Step(f"map ztunnels: drop cgroup {one[0]} process {one[1]}", Dismiss(one)), ""))
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
-    def apply(self, target: PodNetns | NodeTarget | Former, plan: Plan[NodeDeed]) -> None:
+    def apply(self, target: PodNetns | NodeTarget | Former, plan: Plan[NodeChange]) -> None:
         """Raises KernelError; StaleError if another pod's pass has changed it since it was read.
 
         A program that is attached twice would take the address that it has rewritten for the application's own.
@@ -153,17 +153,17 @@ class ProgramsBackend:
                 raise StaleError(self.name, errno.ESTALE, "it has changed since it was read")
             self._do(plan)
 
-    def _do(self, plan: Plan[NodeDeed]) -> None:
+    def _do(self, plan: Plan[NodeChange]) -> None:
         for step in plan.steps:
-            deed = step.payload
-            if isinstance(deed, RemoveAll):
-                bpffs.remove_tree(deed.path)
-            elif isinstance(deed, Admit | Dismiss):
-                self._ztunnel(deed)
+            change = step.payload
+            if isinstance(change, RemoveAll):
+                bpffs.remove_tree(change.path)
+            elif isinstance(change, Admit | Dismiss):
+                self._ztunnel(change)
             else:
                 if not self.pins.root.exists():
                     bpffs.mount(self.pins.mount)
-                attachments.do(deed, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes)
+                attachments.do(change, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes)
 
     def admit(self) -> None:
         """Knows a ztunnel that has just come: before it opens its first connection. Raises KernelError."""
@@ -174,10 +174,10 @@ class ProgramsBackend:
     def _running(self) -> frozenset[ZtunnelKey]:
         return frozenset(self.ztunnels.keys())
 
-    def _ztunnel(self, deed: Admit | Dismiss) -> None:
+    def _ztunnel(self, change: Admit | Dismiss) -> None:
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
-            key = abi.ztunnel(*deed.ztunnel)
-            if isinstance(deed, Admit):
+            key = abi.ztunnel(*change.ztunnel)
+            if isinstance(change, Admit):
                 ztunnels.update(key, bytes(4))
             else:
                 ztunnels.delete(key)

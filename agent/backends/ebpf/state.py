@@ -8,7 +8,7 @@ from typing import Any
 
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.abi import LISTENER_SLOTS, PodFlag, PodValue, Prefix
-from agent.backends.ebpf.attachments import Attached, Deed, Detach, Unpin, steps
+from agent.backends.ebpf.attachments import Attached, Change, Detach, Unpin, steps
 from agent.backends.ebpf.compiling import entries, policy
 from agent.backends.ebpf.objects import BpfProgram
 from agent.backends.ebpf.pins import pin
@@ -17,7 +17,7 @@ from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
 from agent.core.model.topology import PodTopology
 
-Change = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
+_Correction = tuple[Step[Any], str]  # and what was wrong; "" for mere tidying up
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +93,15 @@ class EndOlder:
     wiring: PodTopology
 
 
-PodDeed = Deed | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | DropPins | EndOlder
+PodChange = Change | PutPolicy | DropPolicy | PutPod | DropPod | Listen | Unlisten | DropCounters | DropPins | EndOlder
 
 
-def plan(want: Redirect | None, have: PodEntries) -> Plan[PodDeed]:
+def plan(want: Redirect | None, have: PodEntries) -> Plan[PodChange]:
     changes = list(_removal(have) if want is None else _changes(want, have))
     return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
 
-def _changes(redirect: Redirect, have: PodEntries) -> Iterator[Change]:
+def _changes(redirect: Redirect, have: PodEntries) -> Iterator[_Correction]:
     want = entries(redirect, have.wiring, have.cookie)
     if frozenset(want.prefixes) != have.prefixes and want.prefixes:
         lines = "".join(f"\n  {prefix}" for prefix in want.prefixes)
@@ -118,7 +118,7 @@ def _changes(redirect: Redirect, have: PodEntries) -> Iterator[Change]:
         yield Step(f"map policies: drop {have.pod.policy:016x}", DropPolicy(have.pod.policy)), ""
 
 
-def _listeners(have: PodEntries) -> Iterator[Change]:
+def _listeners(have: PodEntries) -> Iterator[_Correction]:
     """Only adds: a closed socket leaves the map automatically, and one that is hidden now may still serve."""
     for role, offered in have.offered.items():
         for slot, listener in enumerate(offered[:LISTENER_SLOTS]):
@@ -127,7 +127,7 @@ def _listeners(have: PodEntries) -> Iterator[Change]:
                 yield Step(text, Listen(role, slot, listener)), ""
 
 
-def _removal(have: PodEntries) -> Iterator[Change]:
+def _removal(have: PodEntries) -> Iterator[_Correction]:
     """New connections are let alone first; what serves them goes after."""
     if have.stray:
         yield Step(f"map policies: drop {have.stray:016x}", DropPolicy(have.stray)), "prefixes that no pod has"
@@ -158,7 +158,7 @@ def _links(indexes: tuple[int, ...]) -> dict[str, BpfProgram]:
 
 
 def describe(pod: PodValue) -> str:
-    """A map entry for people."""
+    """Returns a map entry for people."""
     flags = " ".join(flag.name.lower().replace("_", "-") for flag in PodFlag if flag in pod.flags and flag.name)
     own = ", ".join(str(address) for address in (pod.own4, pod.own6) if address) or "no address"
     return f"{flags or 'nothing'}; {own}" + (f"; policy {pod.policy:016x}" if pod.policy else "")

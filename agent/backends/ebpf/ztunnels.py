@@ -80,7 +80,7 @@ class Listener:
         return self.socket.cookie
 
     def open(self) -> int:
-        """A duplicate, which the caller closes soon: while it is open the socket outlives ztunnel's closing it.
+        """Returns a duplicate, which the caller closes soon: while it is open the socket outlives ztunnel's closing it.
 
         Raises StaleError when ztunnel has closed it, and KernelError.
         """
@@ -140,11 +140,11 @@ class Ztunnels:
         return self._version
 
     def processes(self) -> tuple[Process, ...]:
-        """Those that live, newest first; the others are let go of."""
+        """Returns those that live, newest first; the others are let go of."""
         return tuple(one.process for one in self._alive())
 
     def keys(self) -> set[tuple[int, int]]:
-        """(cgroup id, process id as BPF sees it) of each; 0 instead of the latter is any process of the cgroup.
+        """Returns (cgroup id, process id as BPF sees it) of each; 0 instead of the latter is any process of the cgroup.
 
         Raises KernelError when BPF could not distinguish a ztunnel from other processes.
         """
@@ -167,7 +167,7 @@ class Ztunnels:
         return found
 
     def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
-        """The listeners that capture, those of the newest process first, at most SLOTS for each role.
+        """Returns the listeners that capture, those of the newest process first, at most SLOTS for each role.
 
         Raises KernelError when they cannot be read.
         """
@@ -175,7 +175,7 @@ class Ztunnels:
         return {role: [one for one in every if one.socket.local[1] == role.port][:SLOTS] for role in Role}
 
     def every(self, target: PodNetns) -> list[Listener]:
-        """All TCP listeners of ztunnel in this pod, those of the newest process first. Raises KernelError."""
+        """Returns all TCP listeners of ztunnel in this pod, those of the newest process first. Raises KernelError."""
         with contextlib.closing(target.netns.call(SockDiag)) as diag:
             sockets = diag.listening(CAPTURE_PORTS)
         return [Listener(one, target.netns.id.cookie, holder) for one, holder in self._held(sockets)]
@@ -201,7 +201,7 @@ class Ztunnels:
         return {one.cookie: who for one in sockets if (who := known.get(one.cookie))}
 
     def held(self, inodes: Collection[int]) -> set[int]:
-        """Those of the sockets with these inodes that one of the processes holds. Raises KernelError.
+        """Returns those of the sockets with these inodes that one of the processes holds. Raises KernelError.
 
         Ask for all at once: for one that none of them holds any more all of their descriptors are read.
         """

@@ -44,7 +44,7 @@ class RuleChange:
 
 
 def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
-    """The rules that the pods need, those of one device once. The way back comes first."""
+    """Returns the rules that the pods need, those of one device once. The way back comes first."""
     found = dict[LookupRule, None]()
     for rule in have.rules:
         for address, device in have.routes.get((rule.family, rule.table), {}).items():

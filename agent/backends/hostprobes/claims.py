@@ -21,7 +21,7 @@ class Claims:
         self._on: dict[str, list[str]] = {}  # address -> uids, oldest first
 
     def claim(self, uid: str, addresses: Iterable[str]) -> bool:
-        """The enrolled pod has these addresses; returns whether that is news.
+        """Records that the enrolled pod has these addresses. Returns True if anything changed.
 
         Without any that can be used, nothing is known of them now, and the pod keeps what it had (istio 60471). To
         say the same again makes a claim no newer. Text that is no address is left out.
@@ -40,7 +40,7 @@ class Claims:
         return True
 
     def release(self, uid: str) -> bool:
-        """The pod is gone or no longer enrolled; returns whether it had been claimed."""
+        """Drops the claims of a pod that is gone or no longer enrolled. Returns True if it had any."""
         had = self._of.pop(uid, None)
         for address in had or ():
             self._drop(uid, address)
@@ -52,7 +52,7 @@ class Claims:
             del self._on[address]
 
     def of(self, uid: str) -> tuple[str, ...]:
-        """Those that are the pod's by now: of two that claim one address the newer has it."""
+        """Returns those that are the pod's by now: of two that claim one address the newer has it."""
         return tuple(address for address in self._of.get(uid, ()) if self._on[address][-1] == uid)
 
     def want(self, probe_ipv4: str, probe_ipv6: str, *, ipv6: bool, complete: bool) -> HostProbes:

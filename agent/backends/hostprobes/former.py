@@ -195,7 +195,7 @@ def _place(kind: int, chain: str) -> bytes:
 
 
 def _chain(nft: NftSocket, protocol: int, name: str) -> list[Message]:
-    """One chain's message, none when the chain does not exist."""
+    """Returns one chain's message, none when the chain does not exist."""
     try:
         return nft.request(
             "read nf_tables", GETCHAIN, 0, wire.NFGENMSG.pack(protocol, 0, 0) + _place(wire.Chain.NAME, name)

@@ -49,7 +49,7 @@ def commands(want: HostProbes, flags: int, members: Mapping[int, Mapping[str, st
 
 
 def script(want: HostProbes, members: Mapping[int, Mapping[str, str]]) -> str:
-    """The same as text for nft -f, but for the table's flags, which older ones do not know."""
+    """Returns the same as text for nft -f, but for the table's flags, which older ones do not know."""
     lines = [f"table inet {TABLE} {{"]
     for family in want.families:
         lines += nft_sets.declaration(family, members[family])

@@ -108,7 +108,7 @@ class NftHostProbes:
             yield f"table inet {TABLE} is not protected by an owner"
 
     def _anew(self, want: HostProbes, have: HostNftState, found: tuple[str, ...]) -> NftPlan:
-        """The table with all that its sets have to hold, in the transaction that takes the old one away."""
+        """Returns the table with all that its sets have to hold, in the transaction that takes the old one away."""
         members = {family: settled(want, family, have.members(family)) for family in want.families}
         before = self._removal(have).steps
         script = [*(step.text for step in before), nft_rendering.script(want, members)]
@@ -160,7 +160,7 @@ def _table_name(message: Message) -> str:
 
 
 def _of_one_generation(generation: int, dumps: Iterable[Iterable[Message]]) -> bool:
-    """Each message of a dump carries the low half of the generation that it shows."""
+    """Compares the low half of the generation, which each message of a dump carries."""
     low = generation.to_bytes(4)[2:]
     return all(message.body[2:4] == low for dump in dumps for message in dump)
 

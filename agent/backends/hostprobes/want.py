@@ -25,7 +25,7 @@ class HostProbes:
     complete: bool = True
 
     def within(self, *, ipv6: bool) -> HostProbes:
-        """The same intent on a host that has IPv6, or has it switched off."""
+        """Returns the same intent on a host that has IPv6, or has it switched off."""
         return self if ipv6 or not self.ipv6 else replace(self, ipv6=False)
 
     @property

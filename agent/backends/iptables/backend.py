@@ -125,7 +125,7 @@ def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:
 
 @lru_cache(maxsize=64)
 def _family(content: Content, protocol: int, tables: tuple[tuple[str, str], ...]) -> dict[str, XtTable]:
-    """The tables of one family, given by name and comment, with what they hold."""
+    """Returns the tables of one family, given by name and comment, with what they hold."""
     heads = [
         Message(0, 0, 0, 0, wire.NFGENMSG.pack(protocol, 0, 0) + name + comment)
         for name, comment in (

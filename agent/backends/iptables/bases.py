@@ -56,7 +56,7 @@ def create(bases: list[tuple[int, str, str]], have: XtState) -> Step[Payload]:
 
 
 def drop(want: Redirect | None, have: XtState) -> Iterator[Step[Payload]]:
-    """Tables and base chains that we made, that are no longer wanted and in which nothing is left."""
+    """Yields tables and base chains that we made, that are no longer wanted and in which nothing is left."""
     lines: list[str] = []
     commands: list[Command] = []
     for family, tables in have.families.items():

@@ -30,7 +30,7 @@ def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:
 
 
 def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> Iterator[str]:
-    """One line per chain or set of jumps of one family (4, 6) that differs; both mappings by table name."""
+    """Yields one line per chain or set of jumps of one family (4, 6) that differs; both mappings by table name."""
     for table in TABLES:
         wanted = want.get(table, _NONE)
         actual = have.get(table, _NONE)

@@ -38,7 +38,7 @@ _FORMS = {4: _Form(82, 2, 84, 88, 96, 112), 6: _Form(131, 4, 136, 140, 152, 168)
 class XtEntry:
     """`head` names the chain that begins after this entry, `jump` the chain that it jumps to.
 
-    `plain` says that it takes every packet. `deed` is a digest of all bytes but counters and places.
+    `plain` says that it takes every packet. `digest` covers all bytes but counters and places.
     """
 
     offset: int
@@ -47,7 +47,7 @@ class XtEntry:
     plain: bool
     returns: bool
     comment: str | None
-    deed: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def places(family: int, data: bytes) -> Iterator[int]:
 
 
 def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
-    """The same with zeros for the counters of the entries `at` these places."""
+    """Returns the same with zeros for the counters of the entries `at` these places."""
     counters = _FORMS[family].counters
     blank = bytearray(data)
     for place in at:
@@ -87,7 +87,7 @@ def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
 
 
 def counts(family: int, data: bytes, place: int) -> tuple[int, int]:
-    """(packets, bytes) that the entry at this place has matched."""
+    """Returns (packets, bytes) that the entry at this place has matched."""
     found: tuple[int, int] = struct.unpack_from("=QQ", data, place + _FORMS[family].counters)
     return found
 
@@ -101,7 +101,7 @@ def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
 
 
 def entries(family: int, data: bytes, at: Sequence[int]) -> Iterator[XtEntry]:
-    """The entries `at` these places, which are all of the table's. Raises KernelError."""
+    """Yields the entries `at` these places, which are all of the table's. Raises KernelError."""
     form = _FORMS[family]
     spans = list(zip(at, (*at[1:], len(data)), strict=True))
     targets = [_target(form, data[begin:end]) for begin, end in spans]
@@ -123,11 +123,11 @@ def _entry(
     comment = next((_text(body) for name, body in matches if name == "comment"), None)
     leads = target.verdict is not None and target.verdict >= 0
     jump = heads.get(target.verdict or 0) if leads else None
-    deed = data[: form.addresses] + data[form.parts : parts_end]
-    deed += f"jump {jump}".encode() if leads else data[parts_end:]
+    hashed = data[: form.addresses] + data[form.parts : parts_end]
+    hashed += f"jump {jump}".encode() if leads else data[parts_end:]
     plain = not any(data[: form.addresses]) and all(name == "comment" for name, _ in matches)
     returns = target.verdict == _RETURN
-    return XtEntry(begin, head, jump, plain, returns, comment, blake2b(deed, digest_size=16).digest())
+    return XtEntry(begin, head, jump, plain, returns, comment, blake2b(hashed, digest_size=16).digest())
 
 
 def _target(form: _Form, data: bytes) -> _Target:

@@ -23,7 +23,7 @@ from agent.backends.iptables.comparison import differences, refuse_taken, same
 from agent.backends.iptables.legacy_reading import Found
 from agent.backends.iptables.reading import TABLES
 from agent.backends.iptables.rendering import XtTable
-from agent.backends.iptables.rule_digests import Deeds
+from agent.backends.iptables.rule_digests import RuleDigests
 from agent.backends.netfilter import foreign_rules
 from agent.backends.netfilter.dumps import Ruleset
 from agent.backends.netfilter.reading import Reader
@@ -68,7 +68,7 @@ class IptablesLegacyBackend:
     def __init__(self, *, ipv6: bool = True) -> None:
         """Takes `ipv6` False to leave the node's own IPv6 untried; pods that have it are still read."""
         self._ipv6 = ipv6
-        self._deeds = Deeds()
+        self._digests = RuleDigests()
         self._before = Reader(_before, ())
         self._last: WeakKeyDictionary[PodNetns, _Last] = WeakKeyDictionary()
 
@@ -89,11 +89,11 @@ class IptablesLegacyBackend:
     def read(self, target: PodNetns) -> LegacyState:
         last = self._last.get(target)
         tables = _tables(target, last.tables if last else {})
-        version = self._deeds.version
+        version = self._digests.version
         if last is None or last.tables is not tables or last.version != version:
             have = LegacyState({4: {}, 6: {}})
             for (family, name), found in tables.items():
-                have.families[family][name] = self._deeds.judged(found)
+                have.families[family][name] = self._digests.judged(found)
             last = self._last[target] = _Last(tables, version, have)
         return replace(last.have, remarks=self._remarks(target)) if _jumps(last.have) else last.have
 
@@ -123,7 +123,7 @@ class IptablesLegacyBackend:
         # Only of tables that were rewritten just now: others may have been foreign before.
         for (family, name), found in _tables(target, {}).items():
             if any(step.payload.family == family and f"*{name}\n" in step.payload.script for step in plan.steps):
-                self._deeds.learn(found)
+                self._digests.learn(found)
 
 
 def _jumps(have: LegacyState) -> bool:

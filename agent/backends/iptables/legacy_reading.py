@@ -28,7 +28,7 @@ class Found:
     """A table and, parallel to its chains, a digest of what each rule does; and the bytes that say so."""
 
     table: XtTable
-    deeds: tuple[tuple[bytes, ...], ...]
+    digests: tuple[tuple[bytes, ...], ...]
     info: bytes
     layout: struct.Struct
     parts: tuple[bytes, ...]
@@ -61,10 +61,10 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     )
     ours = [(chain, held) for chain, held in named.items() if chain not in taken]
     tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in ours)
-    deeds = tuple(tuple(rule.deed for rule in held) for _, held in ours)
+    digests = tuple(tuple(rule.digest for rule in held) for _, held in ours)
     layout = without_counts(family, len(data), at)
     table = XtTable(tagged, tuple(sorted(_jumps(chains))), tuple(sorted(bases))).without(taken)
-    return Found(table, deeds, info, layout, layout.unpack(data))
+    return Found(table, digests, info, layout, layout.unpack(data))
 
 
 def _jumps(chains: Mapping[str, list[XtEntry]]) -> Iterator[tuple[str, str, str]]:
@@ -98,7 +98,7 @@ def _made(rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry]]:
 
 
 def _without_foot(rules: list[XtEntry]) -> Iterator[XtEntry]:
-    """The RETURN at a chain's end, which iptables does not show. Anything else there is a rule."""
+    """Leaves out the RETURN at a chain's end, which iptables does not show. Anything else there is a rule."""
     for number, rule in enumerate(rules, 1):
         if number < len(rules) or not (rule.returns and rule.plain and rule.comment is None):
             yield rule

@@ -33,7 +33,7 @@ class XtState:
 def family_tables(
     table_dump: Iterable[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
 ) -> dict[str, XtTable]:
-    """The tables of one family that iptables uses; others do not appear."""
+    """Returns the tables of one family that iptables uses; others do not appear."""
     rules: dict[tuple[str, str], list[dict[int, bytes]]] = {}
     for message in rule_dump:
         parts = wire.fields(message.body)

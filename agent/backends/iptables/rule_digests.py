@@ -15,7 +15,7 @@ from agent.backends.iptables.rendering import XtTable
 _KEPT = 1024  # chains; a node's variants have some ten each
 
 
-class Deeds:
+class RuleDigests:
     """Digests of whole chains by their tags; several per chain, should bytes depend on the namespace."""
 
     def __init__(self) -> None:
@@ -23,24 +23,24 @@ class Deeds:
         self.version = 0  # of what is known; it never comes back
 
     def learn(self, found: Found) -> None:
-        for (_, tags), deeds in zip(found.table.chains, found.deeds, strict=True):
+        for (_, tags), digests in zip(found.table.chains, found.digests, strict=True):
             if len(self._learned) >= _KEPT and tags not in self._learned:
                 self._learned.clear()  # tags alone have to do until the next change
-            if deeds not in self._learned.setdefault(tags, set()):
-                self._learned[tags].add(deeds)
+            if digests not in self._learned.setdefault(tags, set()):
+                self._learned[tags].add(digests)
                 self.version += 1
 
     def judged(self, found: Found) -> XtTable:
-        """The table, with "" for the tag of each rule that does what was never learned of it."""
-        pairs = list(zip(found.table.chains, found.deeds, strict=True))
-        if all(deeds in self._learned.get(tags, (deeds,)) for (_, tags), deeds in pairs):
+        """Returns the table, with "" for the tag of each rule that does what was never learned of it."""
+        pairs = list(zip(found.table.chains, found.digests, strict=True))
+        if all(digests in self._learned.get(tags, (digests,)) for (_, tags), digests in pairs):
             return found.table
-        return replace(found.table, chains=tuple((name, self._tags(tags, deeds)) for (name, tags), deeds in pairs))
+        return replace(found.table, chains=tuple((name, self._tags(tags, digests)) for (name, tags), digests in pairs))
 
-    def _tags(self, tags: tuple[str, ...], deeds: tuple[bytes, ...]) -> tuple[str, ...]:
-        learned = self._learned.get(tags, {deeds})
-        if deeds in learned:
+    def _tags(self, tags: tuple[str, ...], digests: tuple[bytes, ...]) -> tuple[str, ...]:
+        learned = self._learned.get(tags, {digests})
+        if digests in learned:
             return tags
         allowed = [set(column) for column in zip(*learned, strict=True)]
-        kept = tuple(tag if deed in good else "" for tag, deed, good in zip(tags, deeds, allowed, strict=True))
+        kept = tuple(tag if digest in good else "" for tag, digest, good in zip(tags, digests, allowed, strict=True))
         return kept if kept != tags else ("",) * len(tags)

@@ -31,7 +31,7 @@ _SILENT = frozenset({"counter", "log"})
 
 
 @dataclass(slots=True)
-class Deed:
+class RuleEffect:
     """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
     goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
     `comment` is that of iptables."""
@@ -74,9 +74,9 @@ class _Value:
         return self.name == "mark" and not (~self.mask | self.xor) & names.MARK_MASK
 
 
-def deed(expressions: bytes) -> Deed:
+def effect(expressions: bytes) -> RuleEffect:
     """Parses NFTA_RULE_EXPRESSIONS."""
-    found = Deed()
+    found = RuleEffect()
     registers = dict[int, _Value]()
     for _, element in attributes(expressions):
         parts = dict(attributes(element))
@@ -93,7 +93,7 @@ def deed(expressions: bytes) -> Deed:
     return found
 
 
-def _load(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _load(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     key = unpack_be(data.get(wire.Meta.KEY))
     if wire.Meta.SREG not in data:
         registers[unpack_be(data.get(wire.Meta.DREG))] = _Value(_META.get(key, f"meta {key}"))
@@ -101,7 +101,7 @@ def _load(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) 
         _set_mark(found, registers.get(unpack_be(data[wire.Meta.SREG]), _Value()), "mark")
 
 
-def _track(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _track(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     key = unpack_be(data.get(wire.Ct.KEY))
     if wire.Ct.SREG not in data:
         registers[unpack_be(data.get(wire.Ct.DREG))] = _Value("ct mark" if key == wire.CtKey.MARK else f"ct {key}")
@@ -109,14 +109,14 @@ def _track(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes])
         _set_mark(found, registers.get(unpack_be(data[wire.Ct.SREG]), _Value()), "ct mark")
 
 
-def _set_mark(found: Deed, value: _Value, what: str) -> None:
+def _set_mark(found: RuleEffect, value: _Value, what: str) -> None:
     shown = f"{unpack_int(value.data):#x}" if value.data else value.name or "?"
     found.words.append(f"{what} set {shown}")
     if not (value.keeps_our_bits and what == "mark"):
         found.verbs.add("mark")
 
 
-def _payload(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _payload(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     if wire.Payload.DREG in data:
         place = unpack_be(data.get(wire.Payload.BASE)), unpack_be(data.get(wire.Payload.OFFSET))
         name = _FIELDS.get(place, f"payload {place[0]} {place[1]}")
@@ -125,7 +125,7 @@ def _payload(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes
         found.words.append("payload set")
 
 
-def _bitwise(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _bitwise(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     mask, xor = (
         unpack_int(dict(attributes(data.get(kind, b""))).get(wire.Data.VALUE))
         for kind in (wire.Bitwise.MASK, wire.Bitwise.XOR)
@@ -134,7 +134,7 @@ def _bitwise(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes
     registers[unpack_be(data.get(wire.Bitwise.DREG))] = _Value(source.name, b"", source.size, mask, xor)
 
 
-def _compare(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _compare(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     held = registers.get(unpack_be(data.get(wire.Cmp.SREG)), _Value("?"))
     value = dict(attributes(data.get(wire.Cmp.DATA, b""))).get(wire.Data.VALUE, b"")
     shown = _shown(held, value)
@@ -158,7 +158,7 @@ def _shown(held: _Value, value: bytes) -> str:
     return f"{unpack_int(value):#x}"
 
 
-def _immediate(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _immediate(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     held = dict(attributes(data.get(wire.Immediate.DATA, b"")))
     if wire.Data.VERDICT not in held:
         registers[unpack_be(data.get(wire.Immediate.DREG))] = _Value(data=held.get(wire.Data.VALUE, b""))
@@ -174,7 +174,7 @@ def _immediate(found: Deed, registers: dict[int, _Value], data: Mapping[int, byt
         found.words.append(word)
 
 
-def _nat(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _nat(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     address = registers.get(unpack_be(data.get(wire.Nat.REG_ADDR_MIN)), _Value()).data
     to = f" to {ipaddress.ip_address(address)}" if len(address) in (4, 16) else ""
     verb = "dnat" if unpack_be(data.get(wire.Nat.TYPE)) == wire.NatType.DNAT else "snat"
@@ -182,7 +182,7 @@ def _nat(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -
     found.words.append(f"{verb}{to}")
 
 
-def _xt_match(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _xt_match(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     name = text(data.get(wire.XtMatch.NAME))
     if name == "comment":
         found.comment = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
@@ -190,7 +190,7 @@ def _xt_match(found: Deed, registers: dict[int, _Value], data: Mapping[int, byte
         found.words.append(f"match {name}")
 
 
-def _xt_target(found: Deed, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _xt_target(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     name = text(data.get(wire.XtTarget.NAME))
     info = data.get(wire.XtTarget.INFO, b"")
     found.words.append(name)
@@ -201,7 +201,7 @@ def _xt_target(found: Deed, registers: dict[int, _Value], data: Mapping[int, byt
         found.verbs.add("mark")
 
 
-_EXPRESSIONS: Mapping[str, Callable[[Deed, dict[int, _Value], Mapping[int, bytes]], None]] = {
+_EXPRESSIONS: Mapping[str, Callable[[RuleEffect, dict[int, _Value], Mapping[int, bytes]], None]] = {
     "meta": _load,
     "ct": _track,
     "payload": _payload,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import Content, Head, Ruleset
-from agent.backends.netfilter.foreign_rule import Deed, deed
+from agent.backends.netfilter.foreign_rule import RuleEffect, effect
 from agent.backends.netfilter.messages import HOOK_NUMBER, comment, hook_and_priority, text
 from agent.backends.netfilter.rules import BASE, Hook, Table
 from agent.core import names
@@ -106,13 +106,13 @@ def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
 Place = tuple[int, str, str]  # family, table, chain
 
 
-def _rules(content: Content) -> dict[Place, list[tuple[str, Deed]]]:
-    """(our tag or "", what it does) of each rule."""
-    found: dict[Place, list[tuple[str, Deed]]] = {}
+def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
+    """Returns (our tag or "", effects) of each rule."""
+    found: dict[Place, list[tuple[str, RuleEffect]]] = {}
     for message in content.rules:
         parts = wire.fields(message.body)
         expressions = parts.get(wire.Rule.EXPRESSIONS, b"")
-        what = deed(expressions)
+        what = effect(expressions)
         said = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
         tag = said if tags.TAG.fullmatch(said) else ""
         place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
@@ -120,7 +120,7 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, Deed]]]:
     return found
 
 
-def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, Deed]]], within: bool) -> _Suspect | None:
+def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, RuleEffect]]], within: bool) -> _Suspect | None:
     place = base.family, base.table, base.name
     held = rules.get(place, [])
     here = within and base.family != NFPROTO_INET and (base.table, base.name) in _XT_BASES
@@ -140,18 +140,18 @@ def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, Deed]]], within: b
     return _Suspect(base.family, base.table, base.kind == "nat", base.priority, here, describe)
 
 
-def _jump(held: list[tuple[str, Deed]]) -> int:
+def _jump(held: list[tuple[str, RuleEffect]]) -> int:
     return next((number for number, (_, what) in enumerate(held) if what.chain in _XT_CHAINS), len(held))
 
 
 def _taking(
     base: _Chain,
-    held: list[tuple[str, Deed]],
-    rules: dict[Place, list[tuple[str, Deed]]],
+    held: list[tuple[str, RuleEffect]],
+    rules: dict[Place, list[tuple[str, RuleEffect]]],
     takes: frozenset[str],
     seen: frozenset[str],
 ) -> Iterator[tuple[frozenset[str], str]]:
-    """(verbs, words) of each rule that takes something away, also in chains that are jumped to."""
+    """Yields (verbs, words) of each rule that takes something away, also in chains that are jumped to."""
     for tag, what in held:
         if tag or what.elsewhere:
             continue

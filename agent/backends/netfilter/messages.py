@@ -12,7 +12,7 @@ HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 
 
 def base_chain(table: Table, hook: Hook) -> bytes:
-    """The attributes that make a chain a base chain with policy accept."""
+    """Returns the attributes that make a chain a base chain with policy accept."""
     kind, priority = rules.BASE[table, hook]
     place = nested(
         wire.Chain.HOOK,
@@ -35,12 +35,12 @@ def comment_data(words: str) -> bytes:
 
 
 def text(payload: bytes | None) -> str:
-    """A name or comment, to be compared with ours and to be shown: the kernel lets a pod use any bytes in its own."""
+    """Decodes a name or comment, to compare and to print: the kernel lets a pod use any bytes in its own."""
     return printable((payload or b"").rstrip(b"\0").decode(errors="replace"))
 
 
 def comment(userdata: bytes) -> str:
-    """The comment in a rule's or table's user data, "" without one; types and lengths are single bytes."""
+    """Returns the comment in a rule's or table's user data, "" without one; types and lengths are single bytes."""
     offset = 0
     while offset + 2 <= len(userdata):
         kind, length = userdata[offset], userdata[offset + 1]

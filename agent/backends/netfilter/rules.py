@@ -98,7 +98,7 @@ _ICMP = {4: "icmp", 6: "ipv6-icmp"}
 
 
 def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
-    """All rules of one pod, in the order in which they must stand within each table and chain.
+    """Returns all rules of one pod, in the order in which they must stand within each table and chain.
 
     Without `counting` those are left out that istio-cni has not: what is neither TCP nor captured DNS is not counted or
     refused, and IPv6 link-local destinations are captured. While draining those are left that captured connections
@@ -121,7 +121,7 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
 
 
 def tables(redirect: Redirect) -> frozenset[Table]:
-    """Those that are there, with or without rules."""
+    """Returns those that are there, with or without rules."""
     always = frozenset((Table.MANGLE, Table.NAT))
     return always | {Table.RAW} if redirect.dns else always
 
@@ -141,7 +141,7 @@ def _families(redirect: Redirect) -> Iterator[tuple[int, str]]:
 
 
 def _by_family(redirect: Redirect, addresses: tuple[str, ...]) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Networks or addresses of each family; a family without any makes no rule, for that would match all."""
+    """Yields networks or addresses of each family; a family without any makes no rule, for that would match all."""
     for family, _ in _families(redirect):
         mine = tuple(address for address in addresses if (":" in address) == (family == 6))
         if mine:

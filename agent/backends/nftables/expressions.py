@@ -90,7 +90,7 @@ COUNTER = expression("counter", attribute(wire.Counter.BYTES, bytes(8)), attribu
 
 
 def rule(rule: Rule, first_set: int = 1) -> tuple[str, bytes, tuple[AnonymousSet, ...]]:
-    """The text and the expressions of one rule, without comment, and its sets, numbered from `first_set`."""
+    """Returns the text and the expressions of one rule, without comment, and its sets, numbered from `first_set`."""
     words: list[str] = []
     parts: list[bytes] = []
     sets: list[AnonymousSet] = []
@@ -146,7 +146,7 @@ def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]
 
 
 def _among(field: Field, found: AnonymousSet, family: int | None, protocol: str) -> tuple[str, bytes]:
-    """A match against a set: loads the field as the set's keys are written, and looks it up."""
+    """Returns a match against a set: loads the field as the set's keys are written, and looks it up."""
     lookup = expression(
         "lookup",
         attribute(wire.Lookup.SET, found.name),

@@ -91,7 +91,7 @@ def _rule(body: bytes) -> tuple[str, str, str, str]:
 
 @lru_cache(maxsize=1024)
 def _chain(body: bytes) -> tuple[str, Chain]:
-    """(table, chain without its rules) of a chain message."""
+    """Returns (table, chain without its rules) of a chain message."""
     parts = wire.fields(body)
     table, name = text(parts.get(wire.Chain.TABLE)), text(parts.get(wire.Chain.NAME))
     if wire.Chain.HOOK not in parts:

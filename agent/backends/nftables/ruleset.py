@@ -99,12 +99,12 @@ def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, st
 
 
 def without_counts(message: bytes) -> bytes:
-    """The same bytes with every counter at zero."""
+    """Returns the same bytes with every counter at zero."""
     return _COUNTS.sub(_NO_COUNTS, message)
 
 
 def digest(expressions: bytes) -> str:
-    """A hash of what a rule does, from NFTA_RULE_EXPRESSIONS; equal for what we send and the kernel dumps."""
+    """Returns a hash of what a rule does, from NFTA_RULE_EXPRESSIONS; equal for what we send and the kernel dumps."""
     state = blake2b(digest_size=8)
     for _, element in attributes(expressions):
         parts = dict(attributes(element))

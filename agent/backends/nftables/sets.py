@@ -56,7 +56,7 @@ class AnonymousSet:
         yield Command(NEWSETELEM, NLM_F_CREATE, NFPROTO_INET, body)
 
     def _edges(self) -> Iterator[tuple[bytes, ...]]:
-        """An interval is its first key, and an end just behind its last one unless nothing is behind it."""
+        """Yields per interval its first key, and an end just behind its last one unless nothing is behind it."""
         if self.intervals[0][0] > 0:
             yield self._key(0), _END
         for first, last in self.intervals:

@@ -130,7 +130,7 @@ def exclusions(annotations: Mapping[str, str], *, sidecar: bool, warnings: list[
 
 
 def chosen(annotations: Mapping[str, str], *, sidecar: bool) -> dict[str, str]:
-    """The annotation that counts for each field of Exclusions, where there is one."""
+    """Returns the annotation that counts for each field of Exclusions, where there is one."""
     found = {}
     for field, (_, _, ours, theirs) in _ANNOTATIONS.items():
         keys = [_OURS + ours, *([_SIDECAR + theirs] if sidecar and theirs else [])]

@@ -51,7 +51,7 @@ class Pod:
         return f"{self.namespace}/{self.name}"
 
     def marked(self, mark: PodMark) -> Pod:
-        """The pod with the facts of the static file, which win over those of other sources."""
+        """Returns the pod with the facts of the static file, which win over those of other sources."""
         return replace(
             self,
             annotations={**self.annotations, **mark.annotations},
@@ -61,7 +61,7 @@ class Pod:
         )
 
     def bare(self) -> Pod:
-        """The pod without the facts of the static file."""
+        """Returns the pod without the facts of the static file."""
         if (own := self.unmarked) is None:
             return self
         return replace(
@@ -109,7 +109,7 @@ class KubeNamespace:
 
 
 def check_uid(uid: str) -> str:
-    """The UID itself, or SettingsError: it becomes part of file names."""
+    """Returns the UID itself, or SettingsError: it becomes part of file names."""
     if not UID.fullmatch(uid):
         raise SettingsError(f"pod UID {uid!r}: letters, digits, '.', '_' and '-' only, at most 128")
     return uid
@@ -136,7 +136,7 @@ class PodTable:
         self._merged: dict[str, Pod] = {}
 
     def seen(self, pod: Pod) -> set[str]:
-        """A source knows this pod. Returns the UIDs to look at again."""
+        """Adds a pod that a source announced. Returns the UIDs of the pods to reconcile again."""
         self._pods[pod.uid] = pod
         if pod.source == "static":
             self._static[pod.key] = pod.uid
@@ -144,7 +144,7 @@ class PodTable:
         return self._merge([pod.uid])
 
     def restored(self, pod: Pod) -> set[str]:
-        """A pod as an earlier process noted it. Its mark stays until the static file is read."""
+        """Returns a pod as an earlier process noted it. Its mark stays until the static file is read."""
         if (own := pod.unmarked) is not None:
             added = {key: text for key, text in pod.annotations.items() if own.annotations.get(key) != text}
             labels = {key: text for key, text in pod.labels.items() if own.labels.get(key) != text}
@@ -181,7 +181,7 @@ class PodTable:
         return None if uid in self._merged else pod
 
     def gone(self, uid: str, *, container_id: str = "") -> Pod | None:
-        """A source says that the pod is gone; a `container_id` of an older sandbox of it does not count."""
+        """Removes a pod that a source reports as gone; a `container_id` of an older sandbox of it does not count."""
         pod = self._merged.get(uid)
         if pod is None or (container_id and pod.container_id != container_id):
             return None

@@ -26,7 +26,7 @@ class Preexisting:
         return bool(self.cookies)
 
     def remaining(self, now: Sequence[TcpSocket], select: Select | None = None) -> tuple[TcpSocket, ...]:
-        """Those that are still there and not captured; `now` are all connections of the pod, see CONNECTED.
+        """Returns those that are still there and not captured; `now` are all connections of the pod, see CONNECTED.
 
         `select` chooses which of them may be meant, `candidates` by default.
         """
@@ -55,7 +55,7 @@ def _with_others(one: TcpSocket) -> bool:
 
 
 def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: str = "still outside") -> str:
-    """One line for people; "" for none. The pod's end of each connection comes first."""
+    """Returns one line for people; "" for none. The pod's end of each connection comes first."""
     if not connections:
         return ""
     count = len(connections)

@@ -38,5 +38,5 @@ class Redirect:
     draining: bool = False
 
     def within(self, *, ipv6: bool) -> Redirect:
-        """The same intent in a namespace that has IPv6, or has it switched off."""
+        """Returns the same intent in a namespace that has IPv6, or has it switched off."""
         return self if ipv6 or not self.ipv6 else replace(self, ipv6=False)

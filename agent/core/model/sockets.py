@@ -71,7 +71,7 @@ class TcpSocket:
         return self.mark is not None and self.mark & names.MARK_MASK == names.ZTUNNEL_MARK
 
     def __str__(self) -> str:
-        """A TCP connection. The pod's end comes first, whichever end opened it."""
+        """Returns both ends; the pod's comes first, whichever end opened the connection."""
         return f"{text(self.local)} -> {text(self.remote)}"
 
 

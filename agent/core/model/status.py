@@ -39,7 +39,7 @@ class Status:
 
     @property
     def foreign(self) -> tuple[str, ...]:
-        """The notes on rules of others that come before ours."""
+        """Returns the notes on rules of others that come before ours."""
         return tuple(note for note in self.notes if isinstance(note, Foreign))
 
     def as_dict(self) -> dict[str, Any]:

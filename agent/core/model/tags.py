@@ -16,7 +16,7 @@ TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
 
 
 def chain(texts: Iterable[str], seed: str) -> tuple[str, ...]:
-    """The tag of each rule text in order; `seed` names where the rules stand, such as table and chain."""
+    """Returns the tag of each rule text in order; `seed` names where the rules stand, such as table and chain."""
     tags: list[str] = []
     previous = seed
     for text in texts:

@@ -144,7 +144,7 @@ def _exclude(pod: Pod, settings: Settings, warnings: list[str]) -> Option:
 
 
 def _resolvers(pod: Pod, settings: Settings, warnings: list[str]) -> tuple[str, ...]:
-    """The resolvers towards which DNS is captured; () for all, as also when none are known: nothing escapes."""
+    """Returns the resolvers towards which DNS is captured; () for all, as also when none are known: nothing escapes."""
     if settings.dns_capture_to == "any":
         return ()
     known = {ipaddress.ip_address(address) for address in pod.resolvers or settings.dns_resolvers}

@@ -70,7 +70,7 @@ def labels_of(pod: Pod) -> Mapping[str, str]:
 
 
 def _exempting(key: str, settings: Settings) -> str:
-    """The word of the setting exempt_pods that names the pod."""
+    """Returns the word of the setting exempt_pods that names the pod."""
     return next((w for w in settings.exempt_pods if (key.startswith(w[:-1]) if w.endswith("*") else key == w)), "")
 
 
@@ -131,7 +131,7 @@ def _said(pod: Pod) -> Iterator[Fact]:
 
 
 def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
-    """Each selector after the labels that it looks at; the last one decides when none fits."""
+    """Yields each selector after the labels that it looks at; the last one decides when none fits."""
     key = "enablement_selectors"
     labels = labels_of(pod)
     selectors = settings.enablement_selectors

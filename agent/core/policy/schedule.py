@@ -49,14 +49,14 @@ class Schedule:
             self._entries.pop(key, None)
 
     def take(self, now: float, most: int) -> list[str]:
-        """Up to `most` keys that are due, longest waiting first; each now counts as running."""
+        """Returns up to `most` keys that are due, longest waiting first; each now counts as running."""
         due = sorted((entry.due, key) for key, entry in self._entries.items() if not entry.running and entry.due <= now)
         for _, key in due[:most]:
             self._entries[key].running = True
         return [key for _, key in due[:most]]
 
     def ended(self, key: str, now: float, *, ok: bool) -> float | None:
-        """A pass ended. Returns seconds until the next one, or None when the key was dropped meanwhile."""
+        """Ends a pass. Returns the seconds until the next one, or None when the key was dropped meanwhile."""
         entry = self._entries.get(key)
         if entry is None or entry.dropped:
             self._entries.pop(key, None)
@@ -75,7 +75,7 @@ class Schedule:
         return delay
 
     def _verification(self, now: float) -> float:
-        """Seconds until a moment that is a quarter of the period before or after its end at most.
+        """Returns seconds until a moment that is a quarter of the period before or after its end at most.
 
         Spread, so that the pods of a node are not all verified in the same instant.
         """

@@ -18,7 +18,7 @@ _REDIRECTED: Final = CAPTURE_PORTS - {names.HBONE_PORT}
 
 
 def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
-    """Both ends of what was redirected to ztunnel, and of what it says to the application in a client's name.
+    """Returns both ends of what was redirected to ztunnel, and of what it says to the application in a client's name.
 
     By rules and by sockets alike. Not ztunnel's own connections with others: it keeps those for long.
     """
@@ -55,12 +55,12 @@ def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
 
 
 def carried(*, by_socket: bool) -> Select:
-    """Those that a change to capture by socket (or else by translation) has to think of."""
+    """Returns those that a change to capture by socket (or else by translation) has to think of."""
     return translated if by_socket else unknown
 
 
 def summary(connections: Sequence[TcpSocket], backend: str) -> str:
-    """One line for people, "" for none, after a change to `backend`."""
+    """Returns one line for people, "" for none, after a change to `backend`."""
     of_pod = [one for one in connections if not one.of_ztunnel and one.local[1] not in CAPTURE_PORTS]
     return report(of_pod or connections, f"the change to {backend}", "carried on as before")
 

@@ -34,7 +34,7 @@ class Message:
 
 
 def attribute(kind: int, payload: bytes | int | str) -> bytes:
-    """One padded attribute. An int is a big-endian u32 (nf_tables' order), a str is zero-terminated."""
+    """Encodes one padded attribute. An int is a big-endian u32 (nf_tables' order), a str is zero-terminated."""
     if isinstance(payload, int):
         payload = struct.pack(">I", payload)
     elif isinstance(payload, str):
@@ -47,7 +47,7 @@ def nested(kind: int, *attributes: bytes) -> bytes:
 
 
 def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type without flag bits, payload) of each attribute; stops at a torn tail."""
+    """Yields (type without flag bits, payload) of each attribute; stops at a torn tail."""
     offset = 0
     while offset + 4 <= len(data):
         length, kind = ATTRIBUTE.unpack_from(data, offset)
@@ -58,27 +58,27 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def pack_u32(value: int) -> bytes:
-    """A u32 in host order, as rtnetlink, sock_diag and eBPF maps have it."""
+    """Packs a u32 in host order, as rtnetlink, sock_diag and eBPF maps have it."""
     return struct.pack("=I", value)
 
 
 def pack_u64(value: int) -> bytes:
-    """A u64 in host order."""
+    """Packs a u64 in host order."""
     return struct.pack("=Q", value)
 
 
 def unpack_int(payload: bytes | None) -> int:
-    """An unsigned integer of any size in host order; 0 where the attribute is missing."""
+    """Unpacks an unsigned integer of any size in host order; 0 where the attribute is missing."""
     return int.from_bytes(payload or b"", sys.byteorder)
 
 
 def unpack_be(payload: bytes | None) -> int:
-    """An unsigned integer of any size in network order, as nf_tables has it; 0 where the attribute is missing."""
+    """Unpacks an unsigned integer of any size in network order, as in nf_tables; 0 where the attribute is missing."""
     return int.from_bytes(payload or b"")
 
 
 def unpack_text(payload: bytes | None) -> str:
-    """A zero-terminated string; "" where the attribute is missing."""
+    """Unpacks a zero-terminated string; "" where the attribute is missing."""
     return (payload or b"").rstrip(b"\0").decode(errors="replace")
 
 

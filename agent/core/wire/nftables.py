@@ -168,7 +168,7 @@ class VerdictCode(IntEnum):
 
     @property
     def unsigned(self) -> int:
-        """The code as the u32 of a message."""
+        """Returns the code as the u32 of a message."""
         return self & 0xFFFFFFFF
 
 

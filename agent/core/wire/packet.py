@@ -26,7 +26,7 @@ class Packet:
 
 
 def syn(source: str, source_port: int, destination: str, destination_port: int, hops: int = 64) -> bytes:
-    """The first packet of a connection, checksums included; both addresses are of one family."""
+    """Returns the first packet of a connection, checksums included; both addresses are of one family."""
     here = ipaddress.ip_address(source).packed
     there = ipaddress.ip_address(destination).packed
     parts = (source_port, destination_port, 1, 0, 5 << 4, SYN, 65535)
@@ -41,7 +41,7 @@ def syn(source: str, source_port: int, destination: str, destination_port: int, 
 
 
 def parse(data: bytes) -> Packet | None:
-    """None for what is neither TCP nor UDP right behind an IP header."""
+    """Parses a packet; None for one that is neither TCP nor UDP right behind an IP header."""
     if len(data) < 20 or data[0] >> 4 not in (4, 6):
         return None
     four = data[0] >> 4 == 4

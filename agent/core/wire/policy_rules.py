@@ -73,7 +73,7 @@ class FibRule:
 
 @lru_cache(maxsize=256)  # a node's pods have the same few
 def parse(body: bytes) -> FibRule | None:
-    """One message of RTM_GETRULE; None for a rule that is not of IPv4 or IPv6."""
+    """Parses one message of RTM_GETRULE; None for a rule that is not of IPv4 or IPv6."""
     if len(body) < FIB_RULE_HDR.size:
         return None
     header = FIB_RULE_HDR.unpack_from(body)
@@ -98,7 +98,7 @@ def parse(body: bytes) -> FibRule | None:
 
 
 def by_interface_or_destination(rule: FibRule) -> LookupRule | None:
-    """The rule if it selects by its incoming interface alone, or by one destination address alone."""
+    """Returns the rule if it selects by its incoming interface alone, or by one destination address alone."""
     if rule.action != Action.TO_TBL or rule.inverted or rule.mark or rule.mask or rule.oif:
         return None
     to = rule.others[0].removeprefix("to ") if len(rule.others) == 1 and rule.others[0].startswith("to ") else ""

@@ -212,14 +212,14 @@ Item = LookupRule | LocalRoute
 
 
 def command(item: Item, *, add: bool) -> str:
-    """The arguments of the ip command that adds or deletes it."""
+    """Returns the arguments of the ip command that adds or deletes it."""
     six = "-6 " if item.family == 6 else ""
     kind = "route" if isinstance(item, LocalRoute) else "rule"
     return f"{six}{kind} {'add' if add else 'del'} {item}"
 
 
 def encode(item: Item, *, add: bool) -> tuple[Rtm, bytes]:
-    """(message type, body) that adds or deletes the item."""
+    """Returns (message type, body) that adds or deletes the item."""
     if isinstance(item, LocalRoute):
         return (Rtm.NEWROUTE if add else Rtm.DELROUTE), _route(item)
     return (Rtm.NEWRULE if add else Rtm.DELRULE), _rule(item)

@@ -80,5 +80,5 @@ NOTHING: Final = TcpInfo(*[0] * 14)
 
 
 def decode(payload: bytes) -> TcpInfo | None:
-    """None when it is shorter than a kernel writes that we run on."""
+    """Decodes struct tcp_info; None when it is shorter than a supported kernel writes it."""
     return TcpInfo(*_INFO.unpack_from(payload)) if len(payload) >= _INFO.size else None

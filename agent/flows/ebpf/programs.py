@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.backends.ebpf import abi, attachments, objects
-from agent.backends.ebpf.attachments import Attach, Deed, Load
+from agent.backends.ebpf.attachments import Attach, Change, Load
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import lives
 from agent.core.errors import KernelError
@@ -65,7 +65,7 @@ class Programs:
         """Reads the present state. Raises KernelError."""
         return AccountState(attachments.read(self.pins.node, _NODE), self._bound())
 
-    def plan(self, have: AccountState) -> Plan[Deed]:
+    def plan(self, have: AccountState) -> Plan[Change]:
         changes = list(_changes(have))
         return Plan(tuple(step for step, _ in changes), tuple(wrong for _, wrong in changes if wrong))
 
@@ -114,7 +114,7 @@ def _changes(have: AccountState) -> Iterator[tuple[Step[Any], str]]:
     yield from found
     attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in found)
     if not have.bound and not attached:
-        step: Step[Deed] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
+        step: Step[Change] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
         yield step, ""
 
 

@@ -30,7 +30,7 @@ class _Handle(ctypes.Structure):
 
 
 def is_bpffs(path: Path) -> bool:
-    """False also where nothing is."""
+    """Returns False also where the path does not exist."""
     room = ctypes.create_string_buffer(256)  # struct statfs has 120 bytes; f_type is the first, a long
     if libc.statfs(os.fsencode(path), room):
         return False
@@ -93,7 +93,7 @@ def cgroup_exists(number: int) -> bool:
 
 
 def cgroup_id(pid: int) -> int:
-    """The id of a process's cgroup, as BPF programs see it. Raises KernelError, ESRCH for one that ended."""
+    """Returns the id of a process's cgroup, as BPF programs see it. Raises KernelError, ESRCH for one that ended."""
     root, whole = _root()
     operation = f"cgroup of process {pid}"
     try:
@@ -118,7 +118,7 @@ def _place(root: Path, pid: int) -> Path:
 
 
 def _root() -> tuple[Path, bool]:
-    """The mount of the whole hierarchy; and whether paths in /proc start there, too."""
+    """Returns the mount of the whole hierarchy; and whether paths in /proc start there, too."""
     for below, place in _cgroup_mounts():
         with suppress(OSError):
             if place.stat().st_ino == _ROOT_INODE:

@@ -30,7 +30,7 @@ class _LinkOptions(ctypes.Structure):
 
 
 def attach(program_fd: int, map_fd: int) -> int:
-    """A descriptor of the link between an iterator program and the map that it walks. Raises KernelError."""
+    """Returns a descriptor of the link between an iterator program and the map that it walks. Raises KernelError."""
     target = ctypes.c_uint32(map_fd)
     options = _LinkOptions(ctypes.sizeof(_LinkOptions), 0, ctypes.addressof(target), ctypes.sizeof(target), 0)
     result = libbpf.ask("bpf_link_create", program_fd, 0, AttachType.TRACE_ITER, ctypes.byref(options))

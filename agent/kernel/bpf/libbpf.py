@@ -81,7 +81,7 @@ def ask(name: str, *arguments: Any) -> int:
 
 
 def check(operation: str, result: int) -> int:
-    """The result of `ask` unless it is an error; then raises KernelError with the kernel's words."""
+    """Returns the result of `ask` unless it is an error; then raises KernelError with the kernel's words."""
     if result < 0:
         raise KernelError(operation, -result, error_text(-result))
     return result

@@ -29,12 +29,12 @@ class LinkInfo:
 
 
 def attach_cgroup(program_fd: int, cgroup_fd: int, attach_type: AttachType) -> int:
-    """A descriptor of the link; others' programs on the cgroup stay. Raises KernelError."""
+    """Returns a descriptor of the link; others' programs on the cgroup stay. Raises KernelError."""
     return _attach("cgroup", program_fd, cgroup_fd, attach_type)
 
 
 def attach_netns(program_fd: int, netns_fd: int, attach_type: AttachType) -> int:
-    """A descriptor of the link. Raises KernelError."""
+    """Returns a descriptor of the link. Raises KernelError."""
     return _attach("network namespace", program_fd, netns_fd, attach_type)
 
 

@@ -60,7 +60,7 @@ def _share(
     messages: list[str],
     elsewhere: Mapping[str, Path],
 ) -> Iterator[int]:
-    """The object's maps but for those of the compiler, each with its pin path and its size."""
+    """Yields the object's maps but for those of the compiler, each with its pin path and its size."""
     for each in _walk("bpf_object__next_map", obj):
         name = libbpf.text("bpf_map__name", each)
         if "." in name:  # .rodata, .bss and the like are each program's own

@@ -51,7 +51,7 @@ class Map:
         return value.raw
 
     def lookup_percpu(self, key: bytes) -> list[bytes]:
-        """The value of each possible CPU; none when the key is not there."""
+        """Returns the value of each possible CPU; none when the key is not there."""
         step = _padded(self.value_size)
         whole = self.lookup(key) or b""
         return [whole[at : at + self.value_size] for at in range(0, len(whole), step)]
@@ -67,7 +67,7 @@ class Map:
         self.update(key, fd.to_bytes(self.value_size, sys.byteorder))
 
     def delete(self, key: bytes) -> bool:
-        """False when it was not there."""
+        """Returns False when it was not there."""
         result = libbpf.ask("bpf_map_delete_elem", self.fd, self._key(key))
         if result == -errno.ENOENT:
             return False
@@ -75,7 +75,7 @@ class Map:
         return True
 
     def take(self, key: bytes) -> bytes | None:
-        """The value, which is there no more: the last one that any program has written; None without it."""
+        """Returns the value, which is there no more: the last one that any program has written; None without it."""
         value = create_string_buffer(self._room)
         result = libbpf.ask("bpf_map_lookup_and_delete_elem", self.fd, self._key(key), value)
         if result == -errno.ENOENT:
@@ -84,14 +84,14 @@ class Map:
         return value.raw
 
     def is_empty(self) -> bool:
-        """One question, where `items` would make room for many."""
+        """Asks for one key, where `items` would make room for many."""
         result = libbpf.ask("bpf_map_get_next_key", self.fd, None, create_string_buffer(self.key_size))
         if result != -errno.ENOENT:
             self._check("read the keys", result)
         return result == -errno.ENOENT
 
     def keys(self) -> list[bytes]:
-        """All keys that stayed there all the time, each once; of others some.
+        """Returns all keys that stayed there all the time, each once; of others some.
 
         When the key that it stands on goes, the kernel starts again from the first (htab_map_get_next_key).
         """
@@ -108,7 +108,7 @@ class Map:
         raise KernelError(f"map {self.name}: read the keys", errno.EAGAIN, "it changes faster than it can be read")
 
     def items(self) -> list[tuple[bytes, bytes]]:
-        """All entries, values as of `lookup`; keys as of `keys`. In batches where the map can."""
+        """Returns all entries, values as of `lookup`; keys as of `keys`. In batches where the map can."""
         found = self._batches()
         if found is None:
             values = ((key, self.lookup(key)) for key in self.keys())
@@ -159,7 +159,7 @@ class Map:
             at = create_string_buffer(upto.raw, len(upto))
 
     def _key(self, key: bytes) -> bytes:
-        """The kernel reads as many bytes as the map's keys have, even from a shorter buffer."""
+        """Checks the size: the kernel reads as many bytes as the map's keys have, even from a shorter buffer."""
         if len(key) != self.key_size:
             raise KernelError(f"map {self.name}", errno.EINVAL, f"key of {len(key)} bytes instead of {self.key_size}")
         return key

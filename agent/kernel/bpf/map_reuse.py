@@ -18,7 +18,7 @@ class Maps:
         self._turn = threading.Lock()
 
     def exist(self) -> bool:
-        """True if any have been made."""
+        """True if any map exists."""
         return os.path.exists(f"{self.directory}/pods")  # noqa: PTH110 - for each pod again and again
 
     def __getitem__(self, name: str) -> Map:

@@ -45,7 +45,7 @@ def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
 
 
 def programs() -> Iterator[ProgramInfo]:
-    """All of the kernel's. Raises KernelError."""
+    """Yields all programs of the kernel. Raises KernelError."""
     at = ctypes.c_uint32(0)
     while (result := libbpf.ask("bpf_prog_get_next_id", at.value, ctypes.byref(at))) != -errno.ENOENT:
         libbpf.check("list BPF programs", result)
@@ -54,7 +54,7 @@ def programs() -> Iterator[ProgramInfo]:
 
 
 def program(number: int) -> ProgramInfo | None:
-    """None when it has gone meanwhile. Raises KernelError."""
+    """Returns None when it has gone meanwhile. Raises KernelError."""
     fd = libbpf.ask("bpf_prog_get_fd_by_id", number)
     if fd == -errno.ENOENT:
         return None

@@ -54,13 +54,13 @@ class ProgramInfo:
 
 
 def find(path: Path | str) -> int | None:
-    """A descriptor of the object that is pinned there; None without one. Raises KernelError."""
+    """Returns a descriptor of the object that is pinned there; None without one. Raises KernelError."""
     result = libbpf.ask("bpf_obj_get", os.fsencode(path))
     return None if result == -errno.ENOENT else libbpf.check(f"open BPF pin {path}", result)
 
 
 def get(path: Path) -> int:
-    """A descriptor of the object that is pinned there. Raises KernelError, ENOENT without one."""
+    """Returns a descriptor of the object that is pinned there. Raises KernelError, ENOENT without one."""
     return libbpf.check(f"open BPF pin {path}", libbpf.ask("bpf_obj_get", os.fsencode(path)))
 
 

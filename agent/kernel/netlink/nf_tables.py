@@ -65,7 +65,7 @@ class NftSocket(NetlinkSocket):
                 return unpack_be(fields(answer.body).get(Gen.ID))
 
     def dumped(self, kind: int, family: int = 0, body: bytes = b"", most: int = 1 << 30) -> tuple[bytes, bool]:
-        """Tables, chains or rules, of all families by default: the messages as they come, one behind the other.
+        """Dumps tables, chains or rules, of all families by default: the messages as they come, in a row.
 
         Also whether that is all: what is beyond `most` bytes is received, but not kept.
         Not for a namespace that may change meanwhile, unless the generation is compared afterwards.
@@ -91,7 +91,7 @@ class NftSocket(NetlinkSocket):
                 return b"".join(parts), kept == size
 
     def get(self, kind: int, family: int, body: bytes) -> bytes:
-        """One table or chain, as in a dump; empty when it does not exist."""
+        """Returns one table or chain, as in a dump; empty when it does not exist."""
         try:
             found = self.request("read nf_tables", kind, 0, NFGENMSG.pack(family, 0, 0) + body)
         except KernelError as error:
@@ -101,7 +101,7 @@ class NftSocket(NetlinkSocket):
         return b"".join(message(one.kind, 0, one.sequence, one.body) for one in found)
 
     def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
-        """Tables, chains or rules of a family; a table that does not exist dumps as nothing."""
+        """Dumps tables, chains or rules of a family; a table that does not exist dumps as nothing."""
         try:
             return self.request("read nf_tables", kind, NLM_F_DUMP, NFGENMSG.pack(family, 0, 0) + body)
         except KernelError as error:
@@ -151,7 +151,7 @@ class NftSocket(NetlinkSocket):
 
 
 def _last(datagram: bytes) -> tuple[int, int]:
-    """Offset and type of the last message: the end of a dump, which some kernels put behind the data."""
+    """Returns the offset and type of the last message: the end of a dump, which some kernels put behind the data."""
     end = len(datagram) - HEADER.size
     at = 0
     offset = 0

@@ -97,7 +97,7 @@ class RouteSocket(NetlinkSocket):
         self.request("ip link set lo up", Rtm.NEWLINK, 0, body)
 
     def held_addresses(self) -> tuple[Address, ...]:
-        """The first 256 addresses of each family on lo, and as many on all other interfaces together."""
+        """Returns the first 256 addresses of each family on lo, and as many on all other interfaces together."""
         found = []
         held = Counter[tuple[bool, int]]()
         for answer in self.request("read addresses", Rtm.GETADDR, NLM_F_DUMP, bytes(IFADDRMSG.size)):
@@ -112,7 +112,7 @@ class RouteSocket(NetlinkSocket):
         return tuple(found)
 
     def links(self) -> tuple[Link, ...]:
-        """All interfaces but lo."""
+        """Returns all interfaces but lo."""
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _WITHOUT_STATS
         found = []
         for answer in self.request("read links", Rtm.GETLINK, NLM_F_DUMP, body):
@@ -132,7 +132,7 @@ class RouteSocket(NetlinkSocket):
         return frozenset(TCMSG.unpack_from(body)[1] for body, kind in kinds.items() if kind in ("clsact", "ingress"))
 
     def main_routes(self, family: int) -> Iterator[Route]:
-        """The first 1,024 of the main table; of several next hops the first."""
+        """Yields the first 1,024 of the main table; of several next hops the first."""
         for header, parts in self._routes(family, Table.MAIN):
             index = unpack_int(parts.get(Rta.OIF))
             if not index and (hops := parts.get(Rta.MULTIPATH)):
@@ -141,14 +141,14 @@ class RouteSocket(NetlinkSocket):
             yield Route(destination, index, unpack_int(parts.get(Rta.PRIORITY)))
 
     def rules(self, *, ipv6: bool) -> tuple[FibRule, ...]:
-        """All policy rules in order, those of IPv6 only when asked for."""
+        """Returns all policy rules in order, those of IPv6 only when asked for."""
         family = socket.AF_UNSPEC if ipv6 else socket.AF_INET
         answers = self._dump("read policy rules", Rtm.GETRULE, FIB_RULE_HDR.pack(family, *[0] * 8))
         found = (policy_rules.parse(answer) for answer in answers)
         return tuple(rule for rule in found if rule is not None and (ipv6 or rule.family == 4))
 
     def table_routes(self, family: int, table: int) -> tuple[LocalRoute | None, ...]:
-        """The first 1,024 routes of one table (not 253 to 255), None for each that is no LocalRoute."""
+        """Returns the first 1,024 routes of one table (not 253 to 255), None for each that is no LocalRoute."""
         found = list[LocalRoute | None]()
         for header, parts in self._routes(family, table):
             one = LocalRoute(family, table, header[5], unpack_int(parts.get(Rta.OIF)))
@@ -158,7 +158,7 @@ class RouteSocket(NetlinkSocket):
         return tuple(found)
 
     def host_routes(self, family: int, table: int) -> Iterator[tuple[str, int]]:
-        """(address, interface index) of each unicast route in `table` to one address alone."""
+        """Yields (address, interface index) of each unicast route in `table` to one address alone."""
         for header, parts in self._routes(family, table, sys.maxsize):
             if header[1] == _LONGEST[family] and header[7] == RouteType.UNICAST and Rta.OIF in parts:
                 yield str(ipaddress.ip_address(parts[Rta.DST])), unpack_int(parts[Rta.OIF])

@@ -76,14 +76,14 @@ class SockDiag(NetlinkSocket):
         self.ipv6 = ipv6
 
     def sockets(self, family: int, states: Iterable[TcpState] = _ALL) -> list[TcpSocket]:
-        """All sockets of one family (4 or 6) in one of `states`. Raises KernelError."""
+        """Returns all sockets of one family (4 or 6) in one of `states`. Raises KernelError."""
         if family == 6 and not self.ipv6:
             return []
         number = AF_INET6 if family == 6 else AF_INET
         return self._dump(_BY_FAMILY, _REQUEST.pack(number, IPPROTO_TCP, 0, 0, _bits(states)) + bytes(48))
 
     def both(self, states: Iterable[TcpState] = _ALL) -> list[TcpSocket]:
-        """All sockets of both families in one of `states`. Raises KernelError.
+        """Returns all sockets of both families in one of `states`. Raises KernelError.
 
         Asked in the old way, which knows no families: the kernel walks once through the table of the whole node's
         sockets instead of twice, and that is most of what a dump of few sockets costs.
@@ -113,12 +113,12 @@ class SockDiag(NetlinkSocket):
         return found, waiting
 
     def rows(self, states: Iterable[TcpState] = _ALL) -> Iterator[Row]:
-        """All sockets of both families, for dumps of very many. To be read to its end. Raises KernelError."""
+        """Yields all sockets of both families, for dumps of very many. To be read to its end. Raises KernelError."""
         for step, run in self._runs(0, states):
             yield from _rows(step).iter_unpack(run)
 
     def _runs(self, extensions: int, states: Iterable[TcpState]) -> Iterator[tuple[int, bytes]]:
-        """A dump in runs of messages of one length, to be unpacked together: those of TIME_WAIT all have one."""
+        """Yields a dump in runs of messages of one length, to be unpacked together: those of TIME_WAIT all have one."""
         sequence = self.next_sequence()
         body = _OLD_REQUEST.pack(extensions, _bits(states))
         self.socket.send(message(_GETSOCK, NLM_F_REQUEST | NLM_F_DUMP, sequence, body))
@@ -139,7 +139,7 @@ class SockDiag(NetlinkSocket):
                 offset = end
 
     def listening(self, ports: Collection[int]) -> list[TcpSocket]:
-        """The listening sockets of both families on these ports; only those are decoded. Raises KernelError."""
+        """Returns the listening sockets of both families on these ports; only those are decoded. Raises KernelError."""
         wanted = {port.to_bytes(2) for port in ports}
         found = []
         for step, run in self._runs(0, (TcpState.LISTEN,)):
@@ -163,7 +163,7 @@ class SockDiag(NetlinkSocket):
         return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in found)
 
     def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
-        """The connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
+        """Returns the connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
 
         Not found when its socket is bound to an interface. Raises KernelError when it cannot be asked.
         """
@@ -228,7 +228,7 @@ def _bits(states: Iterable[TcpState]) -> int:
 
 
 def encode(local: Endpoint, remote: Endpoint, cookie: int | None = None) -> bytes:
-    """Body of a request for one connection; both addresses of one family. `cookie`: of that socket alone."""
+    """Returns the body of a request for one connection, addresses of one family. `cookie`: of that socket alone."""
     family = AF_INET6 if ":" in local[0] else AF_INET
     here, there = (inet_pton(family, address).ljust(16, b"\0") for address, _ in (local, remote))
     number = _NO_COOKIE if cookie is None else struct.pack("=Q", cookie)
@@ -237,7 +237,7 @@ def encode(local: Endpoint, remote: Endpoint, cookie: int | None = None) -> byte
 
 
 def decode(body: bytes) -> TcpSocket | None:
-    """One socket of an answer's body; None when it is torn, or of a family or state that is not known here."""
+    """Returns one socket of an answer's body; None when it is torn, or of a family or state that is not known here."""
     if len(body) < _ANSWER.size:
         return None
     number, code, sport, dport, source, destination, cookie, uid, inode = _ANSWER.unpack_from(body)
@@ -261,7 +261,7 @@ def report(body: bytes) -> TcpReport | None:
 
 
 def _attributes(body: bytes) -> tuple[int | None, bool]:
-    """Mark and "IPv6 only", which the kernel writes in front of it (inet_diag_msg_attrs_fill).
+    """Returns the mark and "IPv6 only", which the kernel writes in front of it (inet_diag_msg_attrs_fill).
 
     A walk of its own: core.netlink.attributes would take a third of a dump's whole time.
     """

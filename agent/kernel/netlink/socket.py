@@ -110,7 +110,7 @@ class NetlinkSocket:
                 yield answer
 
     def receive(self, operation: str) -> bytes:
-        """One datagram. Raises KernelError, also when none comes in time."""
+        """Returns one datagram. Raises KernelError, also when none comes in time."""
         buffer = _buffer.bytes
         try:
             return bytes(memoryview(buffer)[: self.socket.recv_into(buffer)])

@@ -14,7 +14,7 @@ import pytest
 
 from agent.backends.iptables.entries import blanked, places
 from agent.backends.iptables.legacy_reading import Found, found
-from agent.backends.iptables.rule_digests import Deeds
+from agent.backends.iptables.rule_digests import RuleDigests
 from agent.core.errors import KernelError
 
 CAPTURED = json.loads((Path(__file__).parent / "data" / "legacy_tables.json").read_text())
@@ -120,14 +120,14 @@ def test_the_same_tag_on_another_deed_is_shown_without_its_tag() -> None:
     port = struct.pack(">HH", 15001, 15001)
     other = read(4, "nat", port, struct.pack(">HH", 15002, 15002))
     assert other.table == right.table, "tags alone do not tell"
-    deeds = Deeds()
-    assert deeds.judged(other) == other.table, "nothing was learned"
-    deeds.learn(right)
-    assert deeds.judged(right) is right.table
-    tags, judged = dict(right.table.chains)["ISTIO_OUTPUT"], dict(deeds.judged(other).chains)["ISTIO_OUTPUT"]
+    digests = RuleDigests()
+    assert digests.judged(other) == other.table, "nothing was learned"
+    digests.learn(right)
+    assert digests.judged(right) is right.table
+    tags, judged = dict(right.table.chains)["ISTIO_OUTPUT"], dict(digests.judged(other).chains)["ISTIO_OUTPUT"]
     assert judged == (*tags[:-1], "")
-    deeds.learn(other)
-    assert deeds.judged(other) == other.table, "what we applied ourselves is right"
+    digests.learn(other)
+    assert digests.judged(other) == other.table, "what we applied ourselves is right"
 
 
 @pytest.mark.parametrize("cut", [0, 1, 83])

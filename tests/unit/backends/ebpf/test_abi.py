@@ -70,7 +70,7 @@ _keys = st.tuples(U64, st.integers(0, 1), st.integers(0, 1))
 @given(_keys, _keys)
 def test_listeners_and_counters_are_told_apart(one: tuple[int, int, int], two: tuple[int, int, int]) -> None:
     assert (abi.listener(*one) == abi.listener(*two)) == (one == two)
-    assert (abi.beside(*one[:2]) == abi.beside(*two[:2])) == (one[:2] == two[:2])
+    assert (abi.non_tcp_key(*one[:2]) == abi.non_tcp_key(*two[:2])) == (one[:2] == two[:2])
 
 
 def test_exits_are_numbered_without_gaps() -> None:

@@ -22,7 +22,7 @@ def good(want: Mapping[str, BpfProgram] = WANT, **changes: Any) -> Attached:
     return Attached(**{"ids": IDS, "links": links, **changes})
 
 
-def deeds(want: Mapping[str, BpfProgram], have: Attached) -> list[Any]:
+def changes(want: Mapping[str, BpfProgram], have: Attached) -> list[Any]:
     return [step.payload for step, _ in steps(want, have)]
 
 
@@ -31,19 +31,19 @@ def wrongs(want: Mapping[str, BpfProgram], have: Attached) -> list[str]:
 
 
 def test_nothing_is_done_when_all_is_right() -> None:
-    assert deeds(WANT, good()) == []
+    assert changes(WANT, good()) == []
 
 
 def test_from_nothing_objects_are_loaded_once_each_and_first() -> None:
-    found = deeds(WANT, Attached())
+    found = changes(WANT, Attached())
     assert found[:2] == [Load("lookup"), Load("wire")]
     assert found[2:] == [Attach(name, program) for name, program in WANT.items()]
-    assert len(deeds({one.name: one for one in NODE}, Attached())) == len({one.object for one in NODE}) + len(NODE)
+    assert len(changes({one.name: one for one in NODE}, Attached())) == len({one.object for one in NODE}) + len(NODE)
 
 
 def test_another_builds_program_is_replaced_in_its_link_and_then_unpinned() -> None:
     old = good(ids={}, old=("lookup@0badf00d", "ingress@0badf00d", "egress@0badf00d"))
-    assert deeds(WANT, old) == [
+    assert changes(WANT, old) == [
         Load("lookup"), Load("wire"), *(Attach(name, program, swap=True) for name, program in WANT.items()),
         *(Unpin(name) for name in old.old),
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_another_builds_program_is_replaced_in_its_link_and_then_unpinned() -> N
 def test_a_program_that_was_loaded_again_has_another_number() -> None:
     """The pin's: so links that run the former one are known."""
     have = good(ids={**IDS, "egress": 555})
-    assert deeds(WANT, have) == [Attach("egress-2", EGRESS, swap=True)]
+    assert changes(WANT, have) == [Attach("egress-2", EGRESS, swap=True)]
 
 
 @pytest.mark.parametrize("gone", WANT)
@@ -62,18 +62,18 @@ def test_a_missing_link_is_made_and_a_detached_one_made_anew(gone: str) -> None:
     detached = good(links={**links, gone: LinkInfo(9, links[gone].program_id, 0)})
     del links[gone]
     for have, word in ((good(links=links), "not attached"), (detached, "detached")):
-        assert deeds(WANT, have) == [Attach(gone, WANT[gone])]
+        assert changes(WANT, have) == [Attach(gone, WANT[gone])]
         assert wrongs(WANT, have) == [f"{gone} is {word}"]
 
 
 def test_a_link_of_an_interface_that_is_gone_is_removed() -> None:
     have = good({**WANT, "ingress-3": INGRESS})
-    assert deeds(WANT, have) == [Detach("ingress-3")]
+    assert changes(WANT, have) == [Detach("ingress-3")]
 
 
 def test_programs_of_another_build_that_nothing_runs_are_no_difference() -> None:
     have = good(old=("lookup@0badf00d",))
-    assert (deeds(WANT, have), wrongs(WANT, have)) == ([Unpin("lookup@0badf00d")], [])
+    assert (changes(WANT, have), wrongs(WANT, have)) == ([Unpin("lookup@0badf00d")], [])
 
 
 @given(
@@ -87,8 +87,8 @@ def test_carried_out_the_steps_leave_nothing_to_do(links: dict[str, tuple[int, i
         {name: IDS[name] for name in loaded}, {n: LinkInfo(1, p, t) for n, (p, t) in links.items()}, ("x@1",)
     )
     ids, made, old = dict(have.ids), dict(have.links), set(have.old)
-    for deed in deeds(WANT, have):
-        match deed:
+    for change in changes(WANT, have):
+        match change:
             case Load(name):
                 ids |= {program.name: IDS[program.name] for program in POD if program.object == name}
             case Attach(link, program, swap):
@@ -99,11 +99,11 @@ def test_carried_out_the_steps_leave_nothing_to_do(links: dict[str, tuple[int, i
                 del made[link]
             case Unpin(name):
                 old.remove(name)
-    assert deeds(WANT, Attached(ids, made, tuple(old))) == []
+    assert changes(WANT, Attached(ids, made, tuple(old))) == []
 
 
 def test_what_is_not_wanted_goes_before_its_like_is_made() -> None:
     """An agent was killed between making a link and giving it its name: tcx takes no program twice."""
     links = dict(good().links)
     links["ingress-2~77"] = links.pop("ingress-2")
-    assert deeds(WANT, good(links=links)) == [Detach("ingress-2~77"), Attach("ingress-2", INGRESS)]
+    assert changes(WANT, good(links=links)) == [Detach("ingress-2~77"), Attach("ingress-2", INGRESS)]

@@ -67,12 +67,12 @@ def synced(redirect: Redirect, **changes: Any) -> PodEntries:
     return replace(have, **changes)
 
 
-def deeds(want: Redirect | None, have: PodEntries) -> list[Any]:
+def changes(want: Redirect | None, have: PodEntries) -> list[Any]:
     return [step.payload for step in plan(want, have).steps]
 
 
 def kinds(want: Redirect | None, have: PodEntries) -> list[type]:
-    return [type(deed) for deed in deeds(want, have)]
+    return [type(change) for change in changes(want, have)]
 
 
 @pytest.mark.parametrize("want", [PLAIN, PORTS, NETWORKS])
@@ -98,7 +98,7 @@ def test_older_connections_run_on_where_they_are_to() -> None:
 def test_a_change_puts_the_policy_in_before_the_entry_and_takes_the_old_one_out_after() -> None:
     have = synced(PORTS)
     old, new = (entries(want, WIRING, COOKIE) for want in (PORTS, NETWORKS))
-    assert deeds(NETWORKS, have) == [
+    assert changes(NETWORKS, have) == [
         PutPolicy(new.pod.policy, new.prefixes), PutPod(new.pod), DropPolicy(old.pod.policy)
     ]  # fmt: skip
     assert kinds(PLAIN, have) == [PutPod, DropPolicy], "no policy any more"
@@ -120,29 +120,29 @@ def test_addresses_that_change_change_the_entry() -> None:
 
 def test_an_interface_that_comes_is_watched() -> None:
     have = synced(PLAIN, wiring=replace(WIRING, links=(*WIRING.links, Link(3, "eth1"))))
-    assert [deed.link for deed in deeds(PLAIN, have) if isinstance(deed, Attach)] == ["ingress-3", "egress-3"]
+    assert [change.link for change in changes(PLAIN, have) if isinstance(change, Attach)] == ["ingress-3", "egress-3"]
 
 
 def test_listeners_are_only_ever_put_in() -> None:
     """One that closes leaves by itself; one that cannot be seen for a moment may still serve."""
-    assert deeds(PLAIN, synced(PLAIN, offered={})) == []
-    assert deeds(PLAIN, synced(PLAIN, offered={Role.OUTBOUND: (), Role.INBOUND: ()})) == []
+    assert changes(PLAIN, synced(PLAIN, offered={})) == []
+    assert changes(PLAIN, synced(PLAIN, offered={Role.OUTBOUND: (), Role.INBOUND: ()})) == []
     newer, older = listener(21), listener(11)
     have = synced(PLAIN, offered={Role.OUTBOUND: (newer, older), Role.INBOUND: (listener(12),)})
-    assert deeds(PLAIN, have) == [Listen(Role.OUTBOUND, 0, newer), Listen(Role.OUTBOUND, 1, older)]
+    assert changes(PLAIN, have) == [Listen(Role.OUTBOUND, 0, newer), Listen(Role.OUTBOUND, 1, older)]
     assert plan(PLAIN, have).differences == (), "that ztunnel is another one is not somebody's doing"
 
 
 def test_no_more_listeners_than_there_are_slots() -> None:
     many = tuple(listener(number) for number in range(30, 35))
-    found = deeds(PLAIN, synced(PLAIN, offered={Role.INBOUND: many}))
+    found = changes(PLAIN, synced(PLAIN, offered={Role.INBOUND: many}))
     assert found == [Listen(Role.INBOUND, slot, many[slot]) for slot in (0, 1)]
 
 
 def test_removal_begins_with_the_entry_and_leaves_nothing() -> None:
     have = synced(PORTS)
     have = replace(have, attached=replace(have.attached, old=("lookup@old",)))
-    found = deeds(None, have)
+    found = changes(None, have)
     assert isinstance(found[0], DropPod)
     assert [one.link for one in found if isinstance(one, Detach)] == [*LINKS]
     assert {one.program for one in found if isinstance(one, Unpin)} == {
@@ -154,14 +154,14 @@ def test_removal_begins_with_the_entry_and_leaves_nothing() -> None:
 
 def test_prefixes_of_no_pod_are_dropped() -> None:
     """What an agent was killed over."""
-    assert deeds(None, PodEntries(0, stray=7)) == [DropPolicy(7)]
+    assert changes(None, PodEntries(0, stray=7)) == [DropPolicy(7)]
 
 
 def test_removal_goes_on_where_an_earlier_one_ended() -> None:
     have = replace(synced(PORTS), pod=None, prefixes=frozenset())
     assert DropPod not in kinds(None, have)
-    assert [one.link for one in deeds(None, have) if isinstance(one, Detach)] == [*LINKS]
-    assert deeds(None, PodEntries(COOKIE, left=True)) == [DropPins()]
+    assert [one.link for one in changes(None, have) if isinstance(one, Detach)] == [*LINKS]
+    assert changes(None, PodEntries(COOKIE, left=True)) == [DropPins()]
 
 
 def test_counters_go_when_nobody_counts_any_more_and_before_the_last_that_tells_of_the_pod() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.backends.netfilter import dumps as nfdumps
 from agent.backends.netfilter import foreign_rules
 from agent.backends.netfilter.dumps import Ruleset
-from agent.backends.netfilter.foreign_rule import deed
+from agent.backends.netfilter.foreign_rule import effect
 from agent.backends.nftables import expressions, reading
 from agent.backends.nftables.rendering import TABLES, render
 from agent.core.model.redirect import Redirect
@@ -97,7 +97,7 @@ def test_our_own_rules_cast_no_shadow() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_expressions(data: bytes) -> None:
-    assert isinstance(str(deed(data)), str)
+    assert isinstance(str(effect(data)), str)
 
 
 _names = st.sampled_from(["meta", "ct", "payload", "bitwise", "cmp", "immediate", "nat", "match", "target", "x"])
@@ -106,7 +106,7 @@ _names = st.sampled_from(["meta", "ct", "payload", "bitwise", "cmp", "immediate"
 @given(st.lists(st.tuples(_names, st.lists(st.tuples(st.integers(1, 8), st.binary(max_size=24))))))
 def test_any_attributes_of_known_expressions(parts: list[tuple[str, list[tuple[int, bytes]]]]) -> None:
     data = b"".join(expressions.expression(name, *(attribute(*one) for one in inner)) for name, inner in parts)
-    assert isinstance(deed(data).elsewhere, bool)
+    assert isinstance(effect(data).elsewhere, bool)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.binary(max_size=300))
