@@ -39,8 +39,11 @@ def tables_owner(tables: Iterable[TableState]) -> Owner:
 
 
 def families_owner(families: Mapping[int, Mapping[str, XtTable]]) -> Owner:
-    """iptables of either variant. Chains that hold nothing and that nothing leads to do nothing for anybody: if no
-    other rule is there they are what was left of a removal, and go."""
+    """Determines the owner of iptables rules of either variant.
+
+    Chains that hold nothing and that nothing leads to have no effect: if no other rule is there they are what was left
+    of a removal, and go.
+    """
     tables = [table for family in families.values() for table in family.values()]
     chains = [held for table in tables for _, held in table.chains]
     tags = [*(tag for held in chains for tag in held), *(tag for table in tables for _, _, tag in table.jumps)]

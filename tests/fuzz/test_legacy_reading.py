@@ -40,7 +40,7 @@ def check(family: int, info: bytes, data: bytes) -> None:
     assert table.holds(data)
     digests = RuleDigests()
     digests.learn(table)
-    assert digests.judged(table) == table.table
+    assert digests.verified(table) == table.table
     name = info[:32].split(b"\0")[0].decode(errors="replace")
     nothing = render(Redirect(ipv4=False, ipv6=False), family)
     for line in script(family, nothing, {name: table.table}).splitlines():

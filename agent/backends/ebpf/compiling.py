@@ -79,10 +79,10 @@ def _flags(redirect: Redirect, wiring: PodTopology) -> PodFlag:
     return found
 
 
-def _prefixes(redirect: Redirect, wiring: PodTopology, spoken: set[Any]) -> Iterator[Prefix]:
+def _prefixes(redirect: Redirect, wiring: PodTopology, primary: set[Any]) -> Iterator[Prefix]:
     exclude = redirect.exclude
     for address in wiring.addresses:
-        if address not in spoken and not address.is_loopback:
+        if address not in primary and not address.is_loopback:
             yield Prefix(PolicyKind.OWN, abi.address(address), 128)
     for kind, networks in ((PolicyKind.TO, exclude.outbound_networks), (PolicyKind.FROM, exclude.inbound_networks)):
         for text in networks:

@@ -56,7 +56,7 @@ class Holder:
         """Returns the number of the descriptor, which may have been reused."""
         return self._numbers.get(inode)
 
-    def look(self, wanted: set[int]) -> None:
+    def search(self, wanted: set[int]) -> None:
         """Searches until these inodes were met, the first time all. Raises KernelError unless the process has ended."""
         known = self._numbers
         found = self.process.sockets(wanted if known else (), known.values())
@@ -87,7 +87,7 @@ class Listener:
         inode = self.socket.inode
         for again in (False, True):
             if again:
-                self.holder.look({inode})
+                self.holder.search({inode})
             number = self.holder.number(inode)
             taken = None if number is None else self._take(number)
             if taken is not None:
@@ -209,7 +209,7 @@ class Ztunnels:
         for holder in holders:
             missing = {inode for inode in inodes if not any(one.holds(inode) for one in holders)}
             if missing:
-                holder.look(missing)
+                holder.search(missing)
         return {inode for inode in inodes if any(one.holds(inode) for one in holders)}
 
     def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:

@@ -1,7 +1,7 @@
 """HostProbes as nf_tables: the printed script, the batch of messages, and the state to compare with. Pure.
 
-"Of a process on this node" is said by `meta skuid != 4294967295`: the kernel's nft_meta_get_eval_skugid gives up
-the rule for a packet without a socket, without a file behind the socket, or whose socket is of another network
+"Of a process on this node" is expressed by `meta skuid != 4294967295`: the kernel's nft_meta_get_eval_skugid gives up
+the rule for a packet without a socket, without a file behind the socket, or with a socket of another network
 namespace, and no user has that number. So it matches what iptables' --socket-exists does, for every user.
 """
 

@@ -1,11 +1,11 @@
 """The iptables backend, legacy variant: reads by socket options, writes by iptables-legacy-restore.
 
-Unlike nf_tables the kernel has no way to remove a table or a base chain of legacy xtables, nor to tell what they
-were before: after a removal, tables that were not there before remain, empty and with policy ACCEPT. Nor does it
-tell anyone of changes, or refuse one that was planned for another state: drift is found by reading alone, and what
-somebody changes while iptables-legacy-restore rewrites the same table may be lost, as between any two iptables.
+Unlike nf_tables, legacy xtables has no way to remove a table or a base chain, nor to know what they were before: after
+a removal, tables that were not there before remain, empty and with policy ACCEPT. Nor does the kernel notify of
+changes, or refuse one that was planned for another state: drift is found by reading alone, and what another process
+changes while iptables-legacy-restore rewrites the same table may be lost, as between any two iptables.
 Each change sets the counters of policies, not of rules, to zero, as that of any iptables-legacy program does.
-What comes before our rules is told of nf_tables, not of legacy tables.
+Foreign rules before ours are reported for nf_tables, not for legacy tables.
 While a namespace has no IPv6 its IPv6 tables are neither read nor written: rules made before stay as they are.
 """
 
@@ -93,7 +93,7 @@ class IptablesLegacyBackend:
         if last is None or last.tables is not tables or last.version != version:
             have = LegacyState({4: {}, 6: {}})
             for (family, name), found in tables.items():
-                have.families[family][name] = self._digests.judged(found)
+                have.families[family][name] = self._digests.verified(found)
             last = self._last[target] = _Last(tables, version, have)
         return replace(last.have, remarks=self._remarks(target)) if _jumps(last.have) else last.have
 

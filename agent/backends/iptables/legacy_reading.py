@@ -36,7 +36,7 @@ class Found:
     def holds(self, data: bytes) -> bool:
         """True if entries are still these but for their counters.
 
-        Equal bytes have equal sizes in them, so their counters lie where ours do; and the comefrom of each tells
+        Equal bytes have equal sizes in them, so their counters lie where ours do; and the comefrom of each shows
         from which hooks it is reached, so their ipt_getinfo is ours too.
         """
         return len(data) == self.layout.size and self.layout.unpack(data) == self.parts

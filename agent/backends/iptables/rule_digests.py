@@ -30,7 +30,7 @@ class RuleDigests:
                 self._learned[tags].add(digests)
                 self.version += 1
 
-    def judged(self, found: Found) -> XtTable:
+    def verified(self, found: Found) -> XtTable:
         """Returns the table, with "" for the tag of each rule that does what was never learned of it."""
         pairs = list(zip(found.table.chains, found.digests, strict=True))
         if all(digests in self._learned.get(tags, (digests,)) for (_, tags), digests in pairs):

@@ -26,7 +26,7 @@ _FIELDS = {
 }  # fmt: skip
 _ADDRESSES = {(1, 12): 4, (1, 16): 4, (1, 8): 16, (1, 24): 16}  # place -> size
 _TARGETS = {"DNAT": "dnat", "NETMAP": "dnat", "REDIRECT": "redirect", "TPROXY": "tproxy", "REJECT": "drop"}
-_SAID = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "queue"}
+_VERBS = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "queue"}
 _SILENT = frozenset({"counter", "log"})
 
 
@@ -85,9 +85,9 @@ def effect(expressions: bytes) -> RuleEffect:
         known = _EXPRESSIONS.get(name)
         if known is not None:
             known(found, registers, data)
-        elif name in _SAID:
-            found.verbs.add(_SAID[name])
-            found.words.append(_SAID[name])
+        elif name in _VERBS:
+            found.verbs.add(_VERBS[name])
+            found.words.append(_VERBS[name])
         elif name not in _SILENT:
             found.words.append(name)
     return found

@@ -113,8 +113,8 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
         parts = wire.fields(message.body)
         expressions = parts.get(wire.Rule.EXPRESSIONS, b"")
         what = effect(expressions)
-        said = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
-        tag = said if tags.TAG.fullmatch(said) else ""
+        note = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
+        tag = note if tags.TAG.fullmatch(note) else ""
         place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
         found.setdefault(place, []).append((tag, what))
     return found

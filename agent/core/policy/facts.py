@@ -65,8 +65,8 @@ def exempt(namespace: str, name: str, settings: Settings) -> bool:
 
 def labels_of(pod: Pod) -> Mapping[str, str]:
     """Returns the pod's labels; an annotation alone counts as one: nodes without Kubernetes have only these."""
-    said = mode(pod)
-    return {**pod.labels, names.DATAPLANE_MODE: said} if said else pod.labels
+    word = mode(pod)
+    return {**pod.labels, names.DATAPLANE_MODE: word} if word else pod.labels
 
 
 def _exempting(key: str, settings: Settings) -> str:
@@ -109,11 +109,11 @@ def _word(flag: bool) -> str:
 def _said(pod: Pod) -> Iterator[Fact]:
     """Returns the word of three that counts, by the default selectors."""
     key = names.DATAPLANE_MODE
-    said = mode(pod)
+    word = mode(pod)
     labels = labels_of(pod)
     chosen = any(one.matches(labels, pod.namespace_labels) for one in DEFAULT)
     own, reason = {"ambient": (True, f"the pod says {key}=ambient"), "none": (False, f"the pod says {key}=none")}.get(
-        said, (None, "")
+        word, (None, "")
     )
     for origin, found in ((Origin.LABEL, pod.labels.get(key, "")), (Origin.ANNOTATION, pod.annotations.get(key, ""))):
         if not found:

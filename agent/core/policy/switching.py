@@ -24,14 +24,14 @@ def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
     """
     ends = [one for one in sockets if one.state in CONNECTED]
     served = {one.remote for one in ends if one.local[1] in _REDIRECTED}
-    spoken = {pair for one in ends if one.of_ztunnel for pair in ((one.local, one.remote), (one.remote, one.local))}
+    of_ztunnel = {pair for one in ends if one.of_ztunnel for pair in ((one.local, one.remote), (one.remote, one.local))}
     pairs = {(one.remote, one.local) for one in ends}
     return _sorted(
         one
         for one in ends
         if one.local[1] in _REDIRECTED
         or one.local in served
-        or ((one.local, one.remote) in spoken and (one.local, one.remote) in pairs)
+        or ((one.local, one.remote) in of_ztunnel and (one.local, one.remote) in pairs)
     )
 
 

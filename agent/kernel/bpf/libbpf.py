@@ -70,7 +70,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # name: result, arguments
 
 _vsnprintf = libc.vsnprintf
 _vsnprintf.argtypes = [c_void_p, ctypes.c_size_t, c_void_p, c_void_p]
-_heard = threading.local()  # messages come on the thread that called
+_collecting = threading.local()  # messages come on the thread that called
 
 
 def ask(name: str, *arguments: Any) -> int:
@@ -109,11 +109,11 @@ def close(obj: int) -> None:
 def messages() -> Iterator[list[str]]:
     """The warnings of what is called inside, on this thread."""
     collected: list[str] = []
-    _heard.messages = collected
+    _collecting.messages = collected
     try:
         yield collected
     finally:
-        del _heard.messages
+        del _collecting.messages
 
 
 def verdict(collected: list[str]) -> str:
@@ -149,7 +149,7 @@ def _library() -> ctypes.CDLL:
 
 def _listen(level: int, form: int, arguments: int) -> int:
     """libbpf_print_fn_t. Nothing reaches the standard error; messages that are not collected are dropped."""
-    collected: list[str] | None = getattr(_heard, "messages", None)
+    collected: list[str] | None = getattr(_collecting, "messages", None)
     if level == _WARN and collected is not None:
         # Measured first, on a copy: formatting uses a va_list up. A verifier's log may be megabytes.
         copy = ctypes.create_string_buffer(ctypes.string_at(arguments, _VA_LIST))

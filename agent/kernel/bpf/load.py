@@ -124,5 +124,7 @@ def _directory(path: Path) -> None:
 
 
 def _refused(operation: str, number: int, messages: list[str]) -> KernelError:
-    said = libbpf.verdict(messages)
-    return KernelError(operation, number, f"{libbpf.error_text(number)}; {said}" if said else libbpf.error_text(number))
+    reason = libbpf.verdict(messages)
+    return KernelError(
+        operation, number, f"{libbpf.error_text(number)}; {reason}" if reason else libbpf.error_text(number)
+    )

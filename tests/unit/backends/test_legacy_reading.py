@@ -121,13 +121,13 @@ def test_the_same_tag_on_another_deed_is_shown_without_its_tag() -> None:
     other = read(4, "nat", port, struct.pack(">HH", 15002, 15002))
     assert other.table == right.table, "tags alone do not tell"
     digests = RuleDigests()
-    assert digests.judged(other) == other.table, "nothing was learned"
+    assert digests.verified(other) == other.table, "nothing was learned"
     digests.learn(right)
-    assert digests.judged(right) is right.table
-    tags, judged = dict(right.table.chains)["ISTIO_OUTPUT"], dict(digests.judged(other).chains)["ISTIO_OUTPUT"]
+    assert digests.verified(right) is right.table
+    tags, judged = dict(right.table.chains)["ISTIO_OUTPUT"], dict(digests.verified(other).chains)["ISTIO_OUTPUT"]
     assert judged == (*tags[:-1], "")
     digests.learn(other)
-    assert digests.judged(other) == other.table, "what we applied ourselves is right"
+    assert digests.verified(other) == other.table, "what we applied ourselves is right"
 
 
 @pytest.mark.parametrize("cut", [0, 1, 83])
