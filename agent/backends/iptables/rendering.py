@@ -26,9 +26,9 @@ class XtTable:
 
     A chain is (name, tags), a jump (base chain, our chain, tag); a tag is "" for a rule without one.
     On what was read: `bases` are the base chains that are there, `idle` those of them that we made and that
-    hold nothing, `marked` says that we made the table, `bare` that it holds nothing but idle chains. `taken` are foreign
-    chains with our names, and stand nowhere else here: ours and istio-cni's lead to no other chain, those of a sidecar
-    (istio-init) do.
+    hold nothing, `marked` says that we made the table, `bare` that it holds nothing but idle chains. `taken` are
+    foreign chains with our names, and stand nowhere else here: ours and istio-cni's lead to no other chain, those of a
+    sidecar (istio-init) do.
     """
 
     chains: tuple[tuple[str, tuple[str, ...]], ...] = ()
