@@ -2,7 +2,7 @@
 /* What the programs and the agent both read and write: agent/backends/ebpf/abi.py, compared by BTF in the tests.
  *
  * Addresses are 16 bytes in network order, IPv4 as ::ffff:a.b.c.d; ports are in network order too. No structure has
- * padding that nobody names: the kernel compares keys byte by byte.
+ * unnamed padding: the kernel compares keys byte by byte.
  */
 #ifndef SLUICE_ABI_H
 #define SLUICE_ABI_H
@@ -71,10 +71,10 @@ struct policy_key {
 
 struct policy_value {
 	__u32 verdict;
-	__u32 prefix; /* of its key, to tell an exact answer */
+	__u32 prefix; /* of its key, to recognise an exact answer */
 };
 
-/* Map ztunnels: whose mark is believed. tgid 0: any process of that cgroup; both 0, in the account: none has come yet. */
+/* Map ztunnels: the processes with a trusted mark. tgid 0: any process of that cgroup; both 0, in the account: none has come yet. */
 struct ztunnel {
 	__u64 cgroup;
 	__u32 tgid;
@@ -136,7 +136,7 @@ struct resolver {
 	__u16 none[3];
 };
 
-/* Map flows: what passes beside ztunnel in a pod that refuses the rest, or DNS that it asks around ztunnel.
+/* Map flows: traffic that bypasses ztunnel in a pod that refuses the rest, or DNS that it asks around ztunnel.
  *
  * With `asked` a question that came to the pod from port 53; its value is the time in seconds since the boot.
  */

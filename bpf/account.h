@@ -53,13 +53,13 @@ enum owner {
 	OWNER_ZTUNNEL,
 };
 
-enum told {
-	TOLD_NOTHING,
-	TELLING, /* somebody is about to */
-	TOLD_OPENED, /* its fate is known and counted */
+enum reported {
+	REPORTED_NOTHING,
+	REPORTING, /* another CPU is about to */
+	REPORTED_OPENED, /* its fate is known and counted */
 };
 
-/* What both ends of a connection know, whatever NAT has done to its addresses: the first sequence numbers. */
+/* Known to both ends of a connection, even if NAT has changed its addresses: the first sequence numbers. */
 struct handshake {
 	__u64 pod; /* netns cookie */
 	__u32 client;
@@ -83,7 +83,7 @@ struct account {
 	struct handshake handshake;
 	__u32 user, process;
 	char command[16];
-	__u32 told;
+	__u32 reported;
 	__u16 local_port, remote_port;
 	__u8 direction, fate, reason, owner;
 	__u8 closer; /* who sent the first FIN */
@@ -93,7 +93,7 @@ struct account {
 
 /* Of a connection, in ring buffer records when it has ended, from the iterator while it lives. */
 struct record {
-	struct address local, remote, peer; /* peer: whom the socket really is connected with; zero: as remote */
+	struct address local, remote, peer; /* peer: the endpoint that the socket is really connected to; zero: as remote */
 	__u64 pod, socket;
 	__u64 opened, closed; /* closed: 0 while it lives */
 	__u64 sent, received;

@@ -72,8 +72,8 @@ struct {
 	__type(value, struct tally);
 } rest SEC(".maps");
 
-/* The agent's alone: what of both it has exported, so that the next one goes on from there; and totals without a pod, of
- * what it has taken out.
+/* For the agent alone: the exported part of both, so that the next one continues from there; and totals without a pod,
+ * of removed entries.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -112,7 +112,7 @@ struct {
 	__uint(max_entries, 4 << 20);
 } records SEC(".maps");
 
-/* The pod whose connections the iterator lists; 0: all. Set by the agent before it reads. */
+/* The pod of which the iterator lists the connections; 0: all. Set by the agent before it reads. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

@@ -55,7 +55,7 @@ static __always_inline void exempt(struct account *account, __u8 reason)
 	account->reason = reason;
 }
 
-/* Its account, with what both directions know; the kernel is asked to tell of its end. */
+/* Its account, with the facts of both directions; the kernel is asked to report its end. */
 static __always_inline struct account *opened(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 pod, __u8 direction)
 {
 	struct account *account = bpf_sk_storage_get(&accounts, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -180,7 +180,7 @@ static __always_inline void came_back(const struct handshake *key, __u32 port)
 	bpf_map_update_elem(&returned, &to, &now, BPF_ANY);
 }
 
-/* Whoever speaks for a client to the application is ztunnel, or nobody has captured it. */
+/* The process that speaks for a client to the application is ztunnel, or the connection was not captured. */
 static __always_inline void fate_inbound(struct account *account, const struct pod *pod, struct tcp_sock *tp,
 					 const struct handshake *key)
 {
@@ -208,7 +208,7 @@ static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *
 	if (!tp)
 		return;
 	struct handshake key = {.pod = cookie, .client = tp->rcv_nxt, .server = tp->snd_una};
-	/* The port tells only while ztunnel's listeners are not known: a process of the pod may listen there, too. */
+	/* The port decides only while ztunnel's listeners are not known: a process of the pod may listen there, too. */
 	int owned = bpf_sk_storage_get(&owners, sk, 0, 0) != NULL, by_port = owned || !(pod->flags & POD_KNOWN);
 	if (owned)
 		came_back(&key, port);
@@ -262,7 +262,7 @@ static __always_inline void ended(struct bpf_sock *sk, struct account *account, 
 	struct record r;
 	if (!tp)
 		return;
-	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
+	int first = __sync_val_compare_and_swap(&account->reported, REPORTED_NOTHING, REPORTING) == REPORTED_NOTHING;
 	if (!account->established && old != TCP_SYN_SENT && old != TCP_SYN_RECV)
 		account->established = account->opened; /* while this program was not attached */
 	record_of(&r, account, tp, bpf_sk_storage_get(&memories, sk, 0, 0), old);
@@ -272,7 +272,7 @@ static __always_inline void ended(struct bpf_sock *sk, struct account *account, 
 	struct handshake key = account->handshake;
 	if (first && r.fate == FATE_UNDECIDED && r.established) {
 		struct begun *found = bpf_map_lookup_elem(&begun, &key);
-		/* ztunnel's end may be made in this very moment: whoever of both finds the other tells. */
+		/* ztunnel's end may be made at this moment: the first of both that finds the other reports. */
 		if (found && !bpf_map_update_elem(&late, &key, &r, BPF_ANY)) {
 			__sync_lock_test_and_set(&found->late, 1);
 			if (found->reached && __sync_val_compare_and_swap(&found->late, 1, 2)) {

@@ -36,7 +36,7 @@ static __always_inline int refused(void *map, const void *key, const void *value
 			__sync_fetch_and_add(&mine->taken, 1);
 		return 0;
 	}
-	if (bpf_map_lookup_elem(map, key)) /* of somebody else at the same moment */
+	if (bpf_map_lookup_elem(map, key)) /* of another CPU at the same moment */
 		return 0;
 	if (mine)
 		__sync_fetch_and_add(&mine->refused, 1);
@@ -201,8 +201,8 @@ static __always_inline void add_quality(const struct record *r)
 	__sync_fetch_and_add(&q->segments_in, r->segments_in);
 }
 
-/* Whoever reads is woken when a quarter of the buffer is full, not by one record alone: several CPUs may see the same
- * level. Else it looks from time to time.
+/* The reader is woken when a quarter of the buffer is full, not by one record alone: several CPUs may see the same
+ * level. Otherwise it reads from time to time.
  */
 static __always_inline void hand_over(const struct record *r)
 {
@@ -213,7 +213,7 @@ static __always_inline void hand_over(const struct record *r)
 		lose(LOST_RECORD);
 }
 
-/* Tells of a connection that has ended. `sent` and `received` are what no tally has yet. */
+/* Reports a connection that has ended. `sent` and `received` are in no tally yet. */
 static __always_inline void tell_ended(struct record *r, int opened, __u64 sent, __u64 received)
 {
 	struct tally *tally = tally_for(r);

@@ -70,8 +70,8 @@ static __always_inline void note_query(struct bpf_sock_addr *ctx, const struct p
 	bpf_map_update_elem(&resolvers, &query, &resolver, BPF_ANY);
 }
 
-/* Nobody seems to listen there, and the kernel sends no RST to ::1: it looks for a route by the interface of the pod's
- * address. So ztunnel's connect ends by itself, soon (events.bpf.c); a listener behind a rule of the pod's has answered long
+/* No process seems to listen there, and the kernel sends no RST to ::1: it looks for a route by the interface of the pod's
+ * address. So ztunnel's connect fails soon (events.bpf.c); a listener behind a rule of the pod's has answered long
  * before.
  */
 static __always_inline void give_up_soon(struct bpf_sock_addr *ctx, struct memory *memory, const struct address *to, __u16 port)

@@ -52,13 +52,13 @@ SEC("iter/bpf_sk_storage_map") int refresh(struct bpf_iter__bpf_sk_storage_map *
 			return 0; /* it will show */
 		fate = FATE_LEAKED; /* one that says nothing, and of which ztunnel knows nothing */
 	}
-	int first = __sync_val_compare_and_swap(&account->told, TOLD_NOTHING, TELLING) == TOLD_NOTHING;
+	int first = __sync_val_compare_and_swap(&account->reported, REPORTED_NOTHING, REPORTING) == REPORTED_NOTHING;
 	if (first) {
 		if (fate)
 			account->fate = fate;
-		__sync_lock_test_and_set(&account->told, TOLD_OPENED);
-	} else if (account->told != TOLD_OPENED || !account->opened) {
-		return 0; /* it is just being told of by somebody else */
+		__sync_lock_test_and_set(&account->reported, REPORTED_OPENED);
+	} else if (account->reported != REPORTED_OPENED || !account->opened) {
+		return 0; /* another CPU is reporting it */
 	}
 	record_of(&r, account, found.tp, found.memory, found.tp->inet_conn.icsk_inet.sk.__sk_common.skc_state);
 	struct tally *tally = tally_for(&r);
@@ -90,7 +90,7 @@ SEC("iter/bpf_sk_storage_map") int list(struct bpf_iter__bpf_sk_storage_map *ctx
 	return 0;
 }
 
-/* The cookies of the sockets that are counted already: of the chosen pod those with an account, in whatever state; and, over
+/* The cookies of the sockets that are counted already: of the chosen pod those with an account, in any state; and, over
  * `owners`, what ztunnel listens with and has accepted, which never gets an account.
  */
 SEC("iter/bpf_sk_storage_map") int known(struct bpf_iter__bpf_sk_storage_map *ctx)

@@ -47,7 +47,7 @@ SEC("sk_lookup") int lookup(struct bpf_sk_lookup *ctx)
 		to = (struct address){{FIELD(ctx->local_ip6[0]), FIELD(ctx->local_ip6[1]), FIELD(ctx->local_ip6[2]),
 				       FIELD(ctx->local_ip6[3])}};
 	}
-	/* What the pod sends to itself comes by lo, but for an address of eth0 ingress_ifindex says eth0. Nobody outside
+	/* What the pod sends to itself comes by lo, but for an address of eth0 ingress_ifindex says eth0. No host outside
 	 * can speak with these addresses: the answers would not leave the pod.
 	 */
 	if (is_loopback(&from) || is_own(pod, &from))

@@ -99,7 +99,7 @@ static __always_inline struct address own_address(struct bpf_sock *sk)
 }
 
 /* What the kernel leaves zero says that the peer's address is one of loopback, and another is shown (`own_instead`):
- * the first byte of sin_zero, and the bits of the flow's word that are none of the flow label.
+ * the first byte of sin_zero, and the bits of the flow's word outside the flow label.
  */
 static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port, int substitute)
 {

@@ -44,7 +44,7 @@ static __always_inline int is_extension(__u8 protocol)
 	return protocol == 0 || protocol == 43 || protocol == 44 || protocol == 60;
 }
 
-/* To the transport header; -1 also where more stands before it than anybody needs, for it could hide a SYN. */
+/* Offset of the transport header; -1 also behind more extension headers than any sender needs: they could hide a SYN. */
 static __always_inline int past_extensions(struct __sk_buff *skb, __u32 at, struct packet *p)
 {
 	for (int i = 0; i < MOST_EXTENSIONS; i++) {
@@ -108,7 +108,7 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *p)
 	return read_ports(skb, at, p) ? -1 : 1;
 }
 
-/* Whether it is TCP without options of IP, or extension headers, and begins nothing: most packets, told without a copy. */
+/* True for TCP without IP options or extension headers that begins nothing: most packets, recognised without a copy. */
 static __always_inline int goes_on(struct __sk_buff *skb, const struct pod *pod, __u8 mask)
 {
 	__u8 *at = (void *)(long)skb->data + 14, *end = (void *)(long)skb->data_end;

@@ -170,7 +170,7 @@ static __always_inline struct answer outbound(const struct pod *pod, __u8 protoc
 		return ANSWER(PASS, EXIT_LOOPBACK);
 	if (dns && !tcp && is_resolver(pod, to))
 		return ANSWER(TO_DNS, EXIT_CAPTURED_DNS);
-	/* Only its interface makes it an address, and ztunnel is not told of that: nobody could connect there. */
+	/* Only its interface makes it an address, which ztunnel does not know: no process could connect there. */
 	if (tcp && is_link_local(to))
 		return ANSWER(PASS, EXIT_EXCLUDED_NETWORK);
 	return tcp ? ANSWER(TO_ZTUNNEL, EXIT_CAPTURED_OUTBOUND) : ANSWER(PASS, EXIT_NOT_TCP);

@@ -27,7 +27,7 @@ static __always_inline void write6(struct bpf_sock_addr *ctx, const struct addre
 	FIELD(ctx->user_port) = port;
 }
 
-#define HASTY 1 /* in the unused port of a MEMORY_SPEAKS_AS: its connect has to fail soon if nobody answers */
+#define HASTY 1 /* in the unused port of a MEMORY_SPEAKS_AS: its connect has to fail soon without an answer */
 
 /* The mark alone proves nothing: since Linux 5.17 an application can set it with CAP_NET_RAW. */
 static __always_inline int by_ztunnel(struct bpf_sock *sk)
@@ -67,7 +67,7 @@ static __always_inline void forget(struct bpf_sock *sk)
 		memory->kind = MEMORY_NONE;
 }
 
-/* An address of lo for whoever is at the other end: many, so that ports do not run out, and connections in
+/* An address of lo for the process at the other end: many, so that ports do not run out, and connections in
  * TIME_WAIT do not stand in the way (tcp_tw_reuse is on for loopback). IPv6 has but one.
  */
 static __always_inline struct address loopback_for(const struct address *a, __u16 port)

@@ -67,9 +67,9 @@ class Kubernetes:
         )
         self.events = Events(client, table, node, self.annotator.look)
         self.source = pods = source.PodSink(table, wake, captured, self._looked)
-        namespaces = source.NamespaceSink(table, wake, exempt.told)
+        namespaces = source.NamespaceSink(table, wake, exempt.update)
         self.review = Review(client)
-        self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.tell_node)
+        self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.report_node)
         self.tainting = None
         if settings.startup_taint:
             taint = Taint.parse(settings.startup_taint)
@@ -83,7 +83,7 @@ class Kubernetes:
     def _looked(self, uid: str) -> None:
         """The API server told of this pod."""
         self.annotator.look(uid)
-        self._exempt.told()
+        self._exempt.update()
 
     def parts(self) -> list[Coroutine[Any, Any, None]]:
         more = [part.run() for part in (self.tainting, self.peers) if part is not None]

@@ -1,4 +1,4 @@
-"""What is left to do for pods' accounts, on a thread of its own: no pod's capture or repair waits for it."""
+"""Runs deferred accounting work on a thread of its own: no pod's capture or repair waits for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.reconciler.workers import Workers
 
 
 class AccountingQueue:
-    """One pod at a time, in the order of their passes; each takes as long as the kernel waits for all CPUs."""
+    """Handles one pod at a time, in the order of their passes; each takes as long as the kernel waits for all CPUs."""
 
     def __init__(self, accounting: Accounting) -> None:
         self._accounting = accounting
@@ -20,16 +20,16 @@ class AccountingQueue:
         self._wakeup = asyncio.Event()
 
     def due(self, pod: Pod, target: PodNetns, lock: asyncio.Lock) -> None:
-        """After a pass over the pod, which may be looked at again before its turn. `lock` is its namespace's."""
+        """Queues the pod after a pass; further passes may precede its turn. `lock` is that of its namespace."""
         self._due[pod.uid] = (pod, target, lock)
         self._wakeup.set()
 
     def forget(self, uid: str) -> None:
-        """To be called before the lock is taken to let the namespace go."""
+        """Drops the pod; call it before the lock is taken to close the namespace."""
         self._due.pop(uid, None)
 
     async def run(self) -> None:
-        """Until cancelled; what is under way is finished by `close`."""
+        """Runs until cancelled; `close` finishes the work under way."""
         while True:
             await self._wakeup.wait()
             self._wakeup.clear()

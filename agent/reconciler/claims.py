@@ -1,4 +1,4 @@
-"""Which addresses each pod has in the exemption of the node's probes."""
+"""Claims each pod's addresses in the exemption of the node's probes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Exempting = asyncio.Future[object] | None
 
 
 class Claims:
-    """Told to the host side when they change. Without a host side nothing is exempt."""
+    """Passes changed claims to the host loop. Without a host loop no probe is exempt."""
 
     def __init__(self, host: HostLoop | None) -> None:
         self._host = host
@@ -33,10 +33,10 @@ class Claims:
             self._host.release(uid)
 
     async def exempt(self, pod: Pod, addresses: Callable[[], Awaitable[tuple[str, ...]]], *, new: bool) -> Exempting:
-        """Exempts the node's probes of a pod without rules. The future is done when they are; None: they are already.
+        """Exempts the node's probes of a pod without rules. Returns a future that ends when they are; None: already.
 
-        Waits for it, since rules capture probes that are not exempt; not for a `new` pod, which nobody can probe yet.
-        `addresses`: those of the pod's proven namespace.
+        Waits for it, since rules capture probes that are not exempt; not for a `new` pod, which cannot be probed yet.
+        `addresses` returns those of the pod's proven namespace.
         """
         if self._host is None or pod.uid in self._claimed:
             return None
@@ -47,7 +47,7 @@ class Claims:
         return settled
 
     def settled(self) -> asyncio.Future[object]:
-        """Ends when what was claimed until now is exempt."""
+        """Returns a future that ends when all present claims are exempt."""
         if self._host is None:
             done: asyncio.Future[object] = asyncio.get_running_loop().create_future()
             done.set_result(None)

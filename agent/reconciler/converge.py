@@ -1,4 +1,4 @@
-"""One pod's kernel work: every layer is read, planned, applied and read again until nothing is left to do."""
+"""Converges one pod: every layer is read, planned, applied and read again until nothing is left to do."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from agent.core.text import shortened
 from agent.kernel.grace import await_packets
 from agent.kernel.pod_netns import PodNetns
 
-# A change needs one pass, cleaning up after a removal a second one, a race with somebody else one more.
+# A change needs one pass, the cleanup after a removal a second one, a race with another program one more.
 PASSES = 5
-LOGGED = 4096  # characters of a script that was refused
+LOGGED = 4096  # characters of a refused script
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class Applied:
 
 @dataclass(slots=True)
 class Settled:
-    """What a pass over all layers did; `applied` is empty when everything was right already.
+    """The result of a pass over all layers; `applied` is empty if there was no drift.
 
-    `remarks` are those of the last plans of the layers that are to hold something.
+    `remarks` are those of the last plans of the layers with a want.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -45,10 +45,10 @@ def settle(
     active: Sequence[Backend],
     retired: Iterable[Backend] = (),
 ) -> Settled:
-    """Makes `want` true in the active layers, then removes the retired ones; `want` None removes all.
+    """Applies `want` in the active layers, then clears the retired ones; `want` None removes all.
 
     Blocking; for a worker thread. Between the two it waits for packets under way (kernel.grace). Raises KernelError or
-    CommandError, with the script that was refused as a note; what was applied until then stays.
+    CommandError, with the refused script as a note; what was applied by then stays.
     """
     done = settle_each(target, [(backend, want) for backend in (active if want else reversed(active))])
     if old := due(target, [(backend, None) for backend in retired]):
@@ -60,7 +60,7 @@ def settle(
 
 
 def settle_each(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> Settled:
-    """The same with a want for each layer, in this order."""
+    """Applies a want per layer, in this order."""
     done = Settled()
     for backend, want in layers:
         for unit, wanted in backend.targets({target: want}).items():
@@ -69,7 +69,7 @@ def settle_each(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | Non
 
 
 def due(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> list[tuple[Backend, Redirect | None]]:
-    """Those of the layers that there is something to do for."""
+    """Returns the layers with work to do."""
     return [
         (backend, want)
         for backend, want in layers
@@ -78,7 +78,7 @@ def due(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> 
 
 
 def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settled) -> None:
-    """One of a layer's own units."""
+    """Converges one of a layer's own units."""
     differences: tuple[str, ...] = ()
     for _ in range(PASSES):
         plan = backend.plan(want, backend.read(unit))
@@ -90,14 +90,14 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
         try:
             backend.apply(unit, plan)
         except StaleError:
-            continue  # somebody changed something in between: look again
+            continue  # changed by another program in between: read again
         except SluiceError as error:
             error.add_note(shortened(str(plan), LOGGED))
             raise
         done.applied.append(Applied(backend.name, str(plan), differences))
         if not differences:
             done.remarks += remarks
-            return  # nothing was wrong: only ownership was taken over, or what was empty dropped
+            return  # no drift: only took over ownership, or dropped empty tables
     words = "; ".join(differences) or "another process keeps changing it"
     raise KernelError(f"{backend.name}: rules changed again after being applied", 0, words)
 
@@ -105,14 +105,14 @@ def settle_unit(backend: Backend, unit: Any, want: Redirect | None, done: Settle
 def verify(
     target: PodNetns, want: Redirect | None, active: Sequence[Backend], retired: Iterable[Backend] = ()
 ) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Reads and compares, changes nothing: per layer that is not right (differences, script to repair it)."""
+    """Returns the drift per layer: (differences, repair script); changes nothing."""
     return verify_each(target, [*((b, want) for b in active), *((b, None) for b in retired)])
 
 
 def in_the_way(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]) -> tuple[str, ...]:
-    """What of others comes before the layers' rules and takes their traffic, which is no drift.
+    """Returns other programs' rules that take traffic before the layers' rules; this is no drift.
 
-    A layer that is to hold nothing has no rules that anything could come before.
+    A layer without a want has no rules to come before.
     """
     units = ((one, unit, want) for one, wanted in layers for unit, want in one.targets({target: wanted}).items())
     plans = (one.plan(want, one.read(unit)) for one, unit, want in units if want is not None)
@@ -122,7 +122,7 @@ def in_the_way(target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None
 def verify_each(
     target: PodNetns, layers: Iterable[tuple[Backend, Redirect | None]]
 ) -> dict[str, tuple[tuple[str, ...], str]]:
-    """The same with a want for each layer."""
+    """Returns the drift as `verify`, with a want per layer."""
     found = {}
     for backend, wanted in layers:
         for unit, unit_want in backend.targets({target: wanted}).items():

@@ -1,7 +1,7 @@
-"""The host's own loop: keeps the exemption of the node's probes true, whoever flushes or reloads rules.
+"""The host's own loop: maintains the exemption of the node's probes when other programs flush or reload rules.
 
-Level-triggered as the pods' loop is: claims, notifications and the timer only make a pass due. Rules are never
-taken away to be put back, and nothing is ever dropped meanwhile; a pass that fails is tried again with a backoff.
+Level-triggered as the pods' loop is: claims, notifications and the timer only make a pass due. Rules are never removed
+and added again, and no packet is dropped meanwhile; a failed pass is retried with a backoff.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ _KEY = "host"
 
 
 class HostJournal(Protocol):
-    """Is told what happened, for logs and metrics."""
+    """Receives events, for logs and metrics."""
 
     def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
-        """A plan was carried out; `cause` names who made it necessary, "" when the want itself changed."""
+        """Records an applied plan; `cause` names the process that made it necessary, "" if the want changed."""
 
     def host_failed(self, error: Exception) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class HostStatus:
-    """`mechanism` is "off" where there is none. `error` is the last pass's, "" after one that was right.
+    """The status of the exemption. `mechanism` is "off" without one. `error` is the last pass's, "" if it succeeded.
 
-    `retry` are seconds until the next try after a failure, `repairs` how often something was put right that somebody
-    else had changed, `verified` the Unix time of the last read-back that was right, 0.0 before the first.
-    `members` are the exempt addresses; `unknown` the enrolled pods without one.
+    `retry` are seconds until the next try after a failure, `repairs` counts repairs of others' changes, `verified` is
+    the Unix time of the last successful verification, 0.0 before the first. `members` are the exempt addresses;
+    `unknown` the enrolled pods without one.
     """
 
     mechanism: str
@@ -59,15 +59,15 @@ class HostStatus:
 
 
 @dataclass(slots=True)
-class _News:
-    """What a pass has to answer for: who changed something, and who waits."""
+class _Pending:
+    """The input of a pass: the process that changed something, and the waiting callers."""
 
     cause: str = ""
     waiters: list[asyncio.Future[HostStatus]] = field(default_factory=list)
 
 
 class HostLoop:
-    """Owns the host's status. Methods belong to the event loop's thread, kernel work to one worker."""
+    """Owns the host's status. Its methods belong to the event loop's thread; one worker does the kernel work."""
 
     def __init__(
         self,
@@ -88,43 +88,43 @@ class HostLoop:
         self._journal = journal
         self._claims = Claims()
         self._complete = False
-        self._last: HostProbes | None = None  # the want of the last pass that was right
+        self._last: HostProbes | None = None  # the want of the last successful pass
         self._schedule = Schedule(settings.verify_seconds, random)
         self._schedule.wake(_KEY, time.monotonic())
         self._wakeup = asyncio.Event()
-        self._news = _News()
-        self._looked = 0.0
+        self._pending = _Pending()
+        self._passed = 0.0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="host")
 
     def claim(self, uid: str, addresses: Iterable[str]) -> None:
-        """The pod is enrolled and has these addresses; () when nobody knows them, then it keeps what it had."""
+        """Claims the addresses of an enrolled pod; with () (unknown) it keeps the previous ones."""
         if self._claims.claim(uid, addresses):
             self._wake()
 
     def release(self, uid: str) -> None:
-        """The pod is gone, or is not captured any more."""
+        """Releases the claim of a pod that is gone or no longer captured."""
         if self._claims.release(uid):
             self._wake()
 
     def claimed(self, uid: str) -> tuple[str, ...]:
-        """The pod's addresses that are to be exempt."""
+        """Returns the addresses that the pod claims."""
         return self._claims.of(uid)
 
     def complete(self) -> None:
-        """Every enrolled pod has claimed: from now on entries of nobody go. Until then none does."""
+        """Notes that every enrolled pod has claimed: from now on entries without a claim are removed."""
         if not self._complete:
             self._complete = True
             self._wake()
 
     async def settled(self) -> HostStatus:
-        """The status after a pass that began after this call."""
+        """Returns the status after a pass that began after this call."""
         future: asyncio.Future[HostStatus] = asyncio.get_running_loop().create_future()
-        self._news.waiters.append(future)
+        self._pending.waiters.append(future)
         self._wake()
         return await future
 
     async def run(self) -> None:
-        """Until cancelled. What is being applied is finished first; rules stay as they are."""
+        """Runs until cancelled. Finishes kernel work under way first; rules stay as they are."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._target.events.socket, self._notified)
         try:
@@ -135,20 +135,20 @@ class HostLoop:
                 due = self._schedule.next_due()
                 timeout = None if due is None else max(0.0, due - time.monotonic())
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):  # wait_for may swallow the end (cpython#86296)
+                    async with asyncio.timeout(timeout):  # wait_for may swallow the cancellation (cpython#86296)
                         await self._wakeup.wait()
         finally:
             loop.remove_reader(self._target.events.socket)
             self._pool.shutdown(wait=True, cancel_futures=True)
-            for waiter in self._news.waiters:
+            for waiter in self._pending.waiters:
                 waiter.cancel()
 
     def remove(self) -> list[HostApplied]:
-        """Takes all of ours away, for an uninstallation. Blocking, while `run` does not run. Raises SluiceError."""
+        """Removes all rules, to uninstall. Blocking; only while `run` does not run. Raises SluiceError."""
         return settle(self._target, None, self._active, self._retired)
 
     async def inspect(self) -> dict[str, tuple[tuple[str, ...], str]]:
-        """Per layer that is not right (differences, script to repair it); changes nothing. Raises SluiceError."""
+        """Returns the drift per layer: (differences, repair script); changes nothing. Raises SluiceError."""
         want = self._want()
         return await self._run(lambda: verify(self._target, self._here(want), self._active))
 
@@ -161,33 +161,33 @@ class HostLoop:
         self._wakeup.set()
 
     def _notified(self) -> None:
-        """Somebody changed nf_tables: looked at at once, but not more often than every SPACING."""
+        """Handles a change of nf_tables: makes a pass due at once, but at most every SPACING seconds."""
         cause = self._target.changed()
         if not cause:
             return
-        first = not self._news.cause
-        self._news.cause = self._news.cause or cause
+        first = not self._pending.cause
+        self._pending.cause = self._pending.cause or cause
         if first:
-            wait = self._looked + SPACING - time.monotonic()
+            wait = self._passed + SPACING - time.monotonic()
             asyncio.get_running_loop().call_later(max(0.0, wait), self._wake)
 
     async def _pass(self) -> None:
-        news = self._news
-        self._news = _News()
+        pending = self._pending
+        self._pending = _Pending()
         want = self._want()
         started = time.monotonic()
         error: Exception | None = None
         try:
             done = await self._work(want)
-            self._note(want, news.cause, done, time.monotonic() - started)
+            self._note(want, pending.cause, done, time.monotonic() - started)
         except asyncio.CancelledError:
-            self._news.waiters += news.waiters
+            self._pending.waiters += pending.waiters
             raise
-        except Exception as caught:  # noqa: BLE001 - whatever it is, the next try may succeed
+        except Exception as caught:  # noqa: BLE001 - the next try may succeed
             error = caught
             self._journal.host_failed(caught)
-        self._looked = time.monotonic()
-        delay = self._schedule.ended(_KEY, self._looked, ok=error is None)
+        self._passed = time.monotonic()
+        delay = self._schedule.ended(_KEY, self._passed, ok=error is None)
         self.status = replace(
             self.status,
             ok=error is None,
@@ -197,7 +197,7 @@ class HostLoop:
             members=len(want.members),
             unknown=len(want.unknown),
         )
-        for waiter in news.waiters:
+        for waiter in pending.waiters:
             if not waiter.done():
                 waiter.set_result(self.status)
 

@@ -1,4 +1,4 @@
-"""The host's kernel work: as `settle` does it for a pod, every layer is read, planned, applied and read again."""
+"""Converges the host, as converge.settle does a pod: every layer is read, planned, applied and read again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.backends.hostprobes.want import HostProbes
 from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.kernel.host_netns import HostNetns
 
-PASSES = 5  # one changes, one cleans up after a removal, the others are for races with somebody else
+PASSES = 5  # one changes, one cleans up after a removal, the others are for races with other programs
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,9 @@ class HostApplied:
 def settle(
     target: HostNetns, want: HostProbes | None, active: Sequence[HostMechanism], retired: Sequence[HostMechanism] = ()
 ) -> list[HostApplied]:
-    """Makes `want` true in the active layers, then removes the retired ones; `want` None removes all. Blocking.
+    """Applies `want` in the active layers, then clears the retired ones; `want` None removes all. Blocking.
 
-    Raises KernelError or CommandError, with the script that was refused as a note; what was applied until then stays.
+    Raises KernelError or CommandError, with the refused script as a note; what was applied by then stays.
     """
     done: list[HostApplied] = []
     layers = [(layer, want) for layer in (active if want else reversed(active))]
@@ -47,13 +47,13 @@ def _layer(layer: HostMechanism, target: HostNetns, want: HostProbes | None, don
         try:
             layer.apply(target, plan)
         except StaleError:
-            continue  # somebody changed something in between: look again
+            continue  # changed by another program in between: read again
         except SluiceError as error:
             error.add_note(str(plan))
             raise
         done.append(HostApplied(layer.name, str(plan), differences))
         if not differences:
-            return  # nothing was wrong: only ownership was taken over, or what was empty dropped
+            return  # no drift: only took over ownership, or dropped empty tables
     words = "; ".join(differences) or "another process keeps changing it"
     raise KernelError(f"{layer.name}: the host's rules changed again after being applied", 0, words)
 
@@ -61,6 +61,6 @@ def _layer(layer: HostMechanism, target: HostNetns, want: HostProbes | None, don
 def verify(
     target: HostNetns, want: HostProbes | None, active: Sequence[HostMechanism]
 ) -> dict[str, tuple[tuple[str, ...], str]]:
-    """Reads and compares, changes nothing: per layer that is not right (differences, script to repair it)."""
+    """Returns the drift per layer: (differences, repair script); changes nothing."""
     plans = {layer.name: layer.plan(want, layer.read(target)) for layer in active}
     return {name: (plan.differences, str(plan)) for name, plan in plans.items() if plan.differences}

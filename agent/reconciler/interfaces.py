@@ -1,4 +1,4 @@
-"""What the reconciler needs of its surroundings; the composition root brings the real ones, tests fakes."""
+"""The interfaces that the reconciler uses; the composition root passes the real parts, tests pass fakes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ class NamespaceRegistry(Protocol):
     """Finds and keeps each pod's namespace."""
 
     def resolve(self, pod: Pod) -> PodNetns:
-        """The proven namespace of the pod. Raises NetnsError; blocking."""
+        """Returns the proven namespace of the pod. Raises NetnsError; blocking."""
 
     def opened(self, uid: str) -> PodNetns | None:
-        """The pod's namespace as it was resolved last, without proving it again."""
+        """Returns the pod's namespace as resolved last, without proving it again."""
 
     def occupied(self, target: PodNetns) -> bool:
-        """Whether a process is in the namespace; blocking. Raises KernelError."""
+        """Returns True if a process is in the namespace; blocking. Raises KernelError."""
 
     def dead(self, cookies: Collection[int]) -> frozenset[int]:
-        """Those of the namespaces' cookies that belong to no pod and to nothing that lives; blocking."""
+        """Returns the cookies of namespaces that belong to no pod and to no process or mount; blocking."""
 
     def remember(
         self, pod: Pod, *, captured: bool, preexisting: tuple[int, ...] = (), preswitch: tuple[int, ...] = ()
@@ -38,53 +38,53 @@ class NamespaceRegistry(Protocol):
         """
 
     def is_new(self, pod: Pod) -> bool:
-        """Whether the pod's sandbox is just being made: a CNI ADD announced it, and nothing is noted of it."""
+        """Returns True if the pod's sandbox is being created: a CNI ADD announced it, and there is no note."""
 
     def was_captured(self, uid: str) -> bool:
-        """Whether we have, or may have, rules in this pod."""
+        """Returns True if there are, or may be, rules of Sluice in this pod."""
 
     def release(self, uid: str) -> None:
-        """Forgets the pod: handles closed, pin and note removed; blocking."""
+        """Forgets the pod: closes handles, removes pin and note; blocking."""
 
 
 class PreexistingConnections(Protocol):
-    """Knows which of a pod's connections are older than a change, such as its enrolment; blocking."""
+    """Knows the connections of a pod that are older than a change, such as its enrolment; blocking."""
 
     def begin(self, uid: str, target: PodNetns) -> None:
-        """Right before it: when nothing is applied yet."""
+        """Lists connections right before the change, when nothing is applied yet."""
 
     def applied(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Right after: those that are outside (or carried on) now."""
+        """Returns the pre-existing connections right after the change."""
 
     def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Those that are left."""
+        """Returns the pre-existing connections that still live."""
 
     def forget(self, uid: str) -> None: ...
 
     def as_note(self, uid: str) -> list[int]:
-        """What a later process needs to know them again."""
+        """Returns their cookies, by which a later process recognises them."""
 
 
 class NonTcpCounter(Protocol):
-    """Keeps totals of what passes beside ztunnel; blocking."""
+    """Keeps totals of traffic that is neither TCP nor captured DNS; blocking."""
 
     def count(self, uid: str, target: PodNetns, want: Redirect, *, now: bool = False) -> None:
-        """Before `want` is made true; `now` even if it was read lately."""
+        """Reads the counters before `want` is applied; with `now` even if they were read recently."""
 
     def forget(self, uid: str) -> None: ...
 
 
 class Accounting(Protocol):
-    """Keeps account of each pod's connections; blocking, and never fails: capture does not depend on it."""
+    """Accounts for each pod's connections; blocking, and never fails: capture does not depend on it."""
 
     def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
-        """Before `want` is made true (`captured` False) and after. True when it wants to be called again soon."""
+        """Called before `want` is applied (`captured` False) and after. Returns True to be called again soon."""
 
     def watch(self, pod: Pod, target: PodNetns) -> None:
-        """What is left to do once `enrol` has said False; takes long, so nobody should wait for it."""
+        """Does the rest after `enrol` has returned False; takes long, so no pod may wait for it."""
 
     def returned(self, target: PodNetns) -> tuple[str, ...]:
-        """A remark (core.plan.Foreign) where ztunnel's own connections lately came back to it."""
+        """Returns a remark (core.model.plan.Foreign) if ztunnel's own connections recently came back to it."""
 
     def release(self, uid: str, target: PodNetns | None = None) -> None: ...
 
@@ -97,7 +97,7 @@ class StaleFlows(Protocol):
 
 
 class HostLoop(Protocol):
-    """The exemption of the node's probes, which holds the addresses of enrolled pods."""
+    """Maintains the exemption of the node's probes for the addresses of enrolled pods."""
 
     def claim(self, uid: str, addresses: Iterable[str]) -> None: ...
 
@@ -108,13 +108,13 @@ class HostLoop(Protocol):
 
 
 class ProbeCanary(Protocol):
-    """The canary: connects to newly enrolled pods as the node's probes do."""
+    """Connects to newly enrolled pods as the node's probes do."""
 
     def enrolled(self, uid: str) -> None: ...
 
     def due(self, uid: str) -> bool: ...
 
-    def done(self, uid: str, finding: ProbeResult) -> None: ...
+    def done(self, uid: str, result: ProbeResult) -> None: ...
 
     def forget(self, uid: str) -> None: ...
 
@@ -122,39 +122,39 @@ class ProbeCanary(Protocol):
 
 
 class ZtunnelPublisher(Protocol):
-    """Hands pods to ztunnel."""
+    """Publishes pods to ztunnel."""
 
     async def publish(self, pod: Pod, target: PodNetns) -> None:
         """Returns when a live ztunnel has acknowledged the pod. Raises ZtunnelError."""
 
     async def withdraw(self, uid: str) -> None:
-        """Tells every ztunnel that the pod is gone; never fails."""
+        """Withdraws the pod from every ztunnel; never fails."""
 
 
 class ZtunnelPorts(Protocol):
-    """Sees who listens on ztunnel's ports; blocking."""
+    """Reads the listeners on ztunnel's ports; blocking."""
 
     def heard(self, target: PodNetns) -> PortListeners:
-        """Now. Raises KernelError."""
+        """Returns the present listeners. Raises KernelError."""
 
     def last(self, target: PodNetns) -> PortListeners:
-        """As heard last, or now. Raises KernelError."""
+        """Returns the listeners as last read, or reads them. Raises KernelError."""
 
     def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
-        """In words, new connections of the pod that do not reach ztunnel though `want` is applied; blocking.
+        """Describes new connections of the pod that do not reach ztunnel although `want` is applied; blocking.
 
         `by_socket`: backend ebpf captures.
         """
 
 
 class ZtunnelConnections(Protocol):
-    """Knows the connections that ztunnel carries for a pod; blocking."""
+    """Knows the connections that ztunnel proxies for a pod; blocking."""
 
     def there(self, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Both ends of each, as far as they are in the pod. Raises KernelError."""
+        """Returns both ends of each, if they are in the pod. Raises KernelError."""
 
     def reset(self, target: PodNetns) -> None:
-        """Ends them so that both ends hear of it. Raises KernelError."""
+        """Resets them, so that both ends notice. Raises KernelError."""
 
 
 class DriftWatcher(Protocol):
@@ -166,17 +166,17 @@ class DriftWatcher(Protocol):
 
 
 class Journal(Protocol):
-    """Is told what happened, for logs and metrics."""
+    """Receives events, for logs and metrics."""
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
-        """A plan was carried out; `cause` names who made it necessary, "" when the want itself changed."""
+        """Records an applied plan; `cause` names the process that made it necessary, "" if the want changed."""
 
     def failed(self, pod: Pod, error: Exception) -> None: ...
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
-        """Somebody keeps undoing our repairs; `remarks` tell of the foreign rules that are there."""
+        """Records a rule conflict: a process keeps reverting repairs; `remarks` describe the foreign rules."""
 
-    def probed(self, pod: Pod, finding: ProbeResult) -> None:
-        """The canary came back with an answer."""
+    def probed(self, pod: Pod, result: ProbeResult) -> None:
+        """Records the result of the canary."""
 
     def passed(self, pod: Pod, seconds: float) -> None: ...

@@ -1,6 +1,6 @@
-"""Taking all of ours away without knowing what was programmed, and by whom: every layer is asked, none is believed.
+"""Removes all of Sluice without knowing which backend programmed it: every layer is read.
 
-The path is that of any removal (settle, hostsettle); what fails is told of and stops nothing else.
+The path is that of any removal (converge, host_converge); a failure is reported and stops nothing else.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from agent.kernel.pod_netns import PodNetns
 from agent.reconciler import host_converge
 from agent.reconciler.converge import Settled, settle, settle_unit
 
-Tell = Callable[[str, Any], Owner]  # from a layer's name and what it has read (backends.traces)
+Identify = Callable[[str, Any], Owner]  # from a layer's name and its state (backends.ownership)
 REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
 
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What became of one namespace: `found` whose it was, `layers` those that had something, `scripts` what was done
-    or would be, `errors` what could not be."""
+    """The result for one namespace: `found` is the owner of its rules, `layers` those with rules, `scripts` what was
+    applied or would be, `errors` the failures."""
 
     found: Owner
     result: str
@@ -37,20 +37,20 @@ class Removal:
 def uncapture(
     target: PodNetns,
     layers: Sequence[Backend],
-    tell: Tell,
+    identify: Identify,
     *,
     noted: bool,
     foreign: bool = False,
     dry_run: bool = False,
 ) -> Removal | None:
-    """All layers backwards, so that redirections go before the routing they rely on. None where nothing is.
+    """Removes all layers backwards, so that redirections go before the routing they need. None if there is nothing.
 
-    `noted`: a note or a pin says that it is ours. `foreign`: what another agent programmed goes too. Blocking.
+    `noted`: a note or a pin says that Sluice captured it. `foreign` also removes another agent's rules. Blocking.
     """
     errors: list[str] = []
     have = _read(target, layers, errors)
     due = [layer for layer in reversed(layers) if layer.name in have and layer.plan(None, have[layer.name])]
-    found = Owner.SLUICE if noted and due else owner_of(tell(name, one) for name, one in have.items())
+    found = Owner.SLUICE if noted and due else owner_of(identify(name, one) for name, one in have.items())
     names = tuple(layer.name for layer in due)
     if found is Owner.NONE:
         return Removal(found, REMAINS, names, errors=tuple(errors)) if errors else None
@@ -71,12 +71,12 @@ def uncapture(
 
 
 def uncapture_host(
-    target: HostNetns, layers: Sequence[HostMechanism], tell: Tell, *, dry_run: bool = False
+    target: HostNetns, layers: Sequence[HostMechanism], identify: Identify, *, dry_run: bool = False
 ) -> Removal | None:
-    """The exemption of the node's probes. Sets go with the last rules that refer to them: another agent's keep them."""
+    """Removes the exemption of the node's probes. Sets go with the last rules that use them, even another agent's."""
     errors: list[str] = []
     have = _read(target, layers, errors)
-    found = {name: tell(name, one) for name, one in have.items()}
+    found = {name: identify(name, one) for name, one in have.items()}
     others = Owner.FOREIGN in found.values()
     due = [
         layer for layer in layers if found.get(layer.name) is Owner.SLUICE and not (others and layer.name == "ipset")
@@ -99,9 +99,9 @@ def uncapture_host(
 
 
 def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Removal | None:
-    """What the node holds of pods, whether they live or not, and for all of them: when all that live were looked at.
+    """Removes the node's state of all pods, dead or alive, after the namespaces of live pods were cleaned.
 
-    All of it is ours, for nobody else knows of it. Backwards, as `uncapture`: what is of the node itself goes last.
+    Only Sluice makes such state. Backwards, as `uncapture`: the node's own state goes last.
     """
     errors, done, due, left = list[str](), list[str](), list[str](), list[str]()
     for layer in reversed(lasting(layers)):
@@ -125,7 +125,7 @@ def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Remov
 
 
 def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:
-    """What each layer has there; a layer that cannot be read is left out and told of."""
+    """Reads the state of each layer; one that cannot be read is left out and added to `errors`."""
     found = {}
     for layer in layers:
         try:
@@ -136,7 +136,7 @@ def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str,
 
 
 def _step_by_step(target: PodNetns, layer: Backend, done: list[str]) -> None:
-    """Each step of the plan by itself: the first that fails must not keep the others."""
+    """Applies each step of the plan separately: a failing step must not prevent the others."""
     try:
         plan = layer.plan(None, layer.read(target))
     except SluiceError:
@@ -146,11 +146,11 @@ def _step_by_step(target: PodNetns, layer: Backend, done: list[str]) -> None:
             layer.apply(target, replace(plan, steps=(step,), seen=None))
             done.append(step.text)
         except SluiceError:
-            continue  # told of already, or by what is left
+            continue  # reported already, or by `_left`
 
 
 def _left(target: Any, layers: Sequence[Any]) -> list[str]:
-    """Differences that are still there, and what cannot be read any more."""
+    """Returns remaining differences, and layers that cannot be read any more."""
     left: list[str] = []
     for layer in layers:
         try:

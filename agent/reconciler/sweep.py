@@ -1,4 +1,4 @@
-"""What the node still holds of pods that ended while nobody looked: found by their namespaces' cookies, and removed."""
+"""Removes the node's state of pods that ended unnoticed, found by the cookies of their namespaces."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ log = logging.getLogger("sluice.sweep")
 
 
 class Sweep:
-    """Blocking; one at a time."""
+    """Removes such state in each call. Blocking; one call at a time."""
 
     def __init__(self, layers: Iterable[Lasting], dead: Callable[[Collection[int]], Collection[int]]) -> None:
-        """`dead` picks the cookies that belong to no pod and to no namespace that lives."""
+        """`dead` picks the cookies that belong to no pod and to no live namespace."""
         self._layers = tuple(layers)
         self._dead = dead
         self._last: dict[str, list[Any]] = {}
 
     def __call__(self) -> Settled:
-        """Applies "nothing" to what belongs to nobody, now as at the last sweep. Raises KernelError.
+        """Clears orphans that were orphans at the last sweep, too. Raises KernelError.
 
-        Pods are asked for after the kernel was: a pod's namespace is known before anything is put in for it, so one
-        that is just being enrolled is never swept. What is the node's own may be asked for by what is ending only now.
+        The kernel is read before the pods: a pod's namespace is known before it has entries, so a pod that is being
+        enrolled is never swept. The node's own state may still be in use by a pod that is ending.
         """
         done = Settled()
         for layer in self._layers:
             found = layer.orphans(())
             dead = self._dead({unit.cookie for unit in found if hasattr(unit, "cookie")})
-            nobodys = [unit for unit in found if not hasattr(unit, "cookie") or unit.cookie in dead]
+            orphans = [unit for unit in found if not hasattr(unit, "cookie") or unit.cookie in dead]
             last = self._last.get(layer.name, [])
-            self._last[layer.name] = nobodys
-            for unit in nobodys:
+            self._last[layer.name] = orphans
+            for unit in orphans:
                 if unit in last:
                     settle_unit(layer, unit, None, done)
         return done
 
 
 async def repeat(work: Callable[[], Awaitable[Settled]], seconds: float) -> None:
-    """Until cancelled: now and every so many seconds. A sweep that fails is told of, and the next one tried."""
+    """Sweeps now and every `seconds`, until cancelled. A failed sweep is logged, and the next one tried."""
     while True:
         try:
             for plan in (await work()).applied:
-                log.info("%s: removed what was left of a pod: %s", plan.backend, "; ".join(plan.differences))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it must not end the sweeps
+                log.info("%s: removed leftovers of an ended pod: %s", plan.backend, "; ".join(plan.differences))
+        except Exception as error:  # noqa: BLE001 - no failure may end the sweeps
             log.warning("cleanup of ended pods failed: %s", error)
         await asyncio.sleep(seconds)

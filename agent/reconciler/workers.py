@@ -1,7 +1,7 @@
-"""Worker threads that take what is waiting in batches.
+"""Worker threads that take waiting work in batches.
 
-Handing each pod's kernel work over alone costs more than the work: two threads then take turns at the
-interpreter for every system call. In a batch the event loop sleeps until all of it is done.
+Dispatching each pod's kernel work separately costs more than the work: two threads then take turns at the interpreter
+for every system call. During a batch the event loop sleeps until all of it is done.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Result = tuple[asyncio.Future[Any], Any, Exception | None]
 
 
 class Workers:
-    """`count` threads; all methods belong to the event loop's thread, but `_work` and `_next`."""
+    """Runs `count` threads; all methods except `_work` and `_next` belong to the event loop's thread."""
 
     def __init__(self, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="kernel")
         self._idle = count
-        self._first: deque[Work] = deque()  # awaited by somebody, such as a CNI ADD
+        self._first: deque[Work] = deque()  # a caller waits for it, such as a CNI ADD
         self._waiting: deque[Work] = deque()
 
     async def run(self, function: Callable[[], T], *, first: bool = False) -> T:
-        """What `function` returns or raises, on a worker. Work that is `first` precedes all other work that waits."""
+        """Runs `function` on a worker and returns its result. Work that is `first` precedes all other waiting work."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         (self._first if first else self._waiting).append((function, future))
         if self._idle:
@@ -39,13 +39,13 @@ class Workers:
         return await future
 
     def close(self) -> None:
-        """Waits for what is being done; what waits is dropped."""
+        """Waits for running work; drops waiting work."""
         self._first.clear()
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _work(self, loop: asyncio.AbstractEventLoop) -> None:
-        """One batch; it ends early after the last work that is `first`, whose results are awaited."""
+        """Does one batch; ends early after the last work that is `first`, since callers await its results."""
         results: list[Result] = []
         while len(results) < BATCH and (work := self._next()):
             (function, future), urgent = work

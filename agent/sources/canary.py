@@ -1,6 +1,6 @@
 """The probe canary: connects from the node to a pod that was just enrolled, as the kubelet will.
 
-It shows that the node reaches the pod, and passes ztunnel by, before a probe of the kubelet's that fails restarts it.
+It shows that the node reaches the pod and bypasses ztunnel, before a failing kubelet probe restarts the pod.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from agent.kernel.pod_netns import PodNetns
 TRIES = 3  # seconds
 TIMEOUT = 1.0
 PAUSE = 0.2
-WINDOW = 60.0  # seconds after its enrolment in which a pod's first listener is waited for
+WINDOW = 60.0  # seconds after the enrolment to wait for a pod's first listener
 
 
 class Run(Protocol):
-    """Runs kernel work where it does not hold up the loop."""
+    """Runs kernel work without blocking the event loop."""
 
     def __call__(self, function: Callable[[], list[TcpSocket]], /) -> Awaitable[list[TcpSocket]]: ...
 
 
 class _View:
-    """The pod's sockets; needs the pod's handle only to be made. Closing waits for a thread that is reading."""
+    """Reads the pod's sockets; uses the pod's handle only in the constructor. Closing waits for a reading thread."""
 
     def __init__(self, target: PodNetns) -> None:
         self._diag = target.netns.call(SockDiag)
@@ -49,7 +49,7 @@ class _View:
 
 
 class ProbeCanary:
-    """Methods belong to the event loop's thread."""
+    """Probes newly enrolled pods. Methods belong to the event loop's thread."""
 
     def __init__(
         self,
@@ -70,28 +70,28 @@ class ProbeCanary:
         self._until: dict[str, float] = {}
 
     def enrolled(self, uid: str) -> None:
-        """ztunnel has just acknowledged the newly enrolled pod: it is due from now on."""
+        """Makes a newly enrolled pod due, after ztunnel has acknowledged it."""
         self._until[uid] = self._clock() + WINDOW
 
     def due(self, uid: str) -> bool:
-        """Whether the pod is to be probed: newly enrolled, and no listener of it was probed yet."""
+        """Returns True if the pod must be probed: newly enrolled, and no listener of it was probed yet."""
         if uid in self._until and self._clock() > self._until[uid]:
             del self._until[uid]
         return uid in self._until
 
-    def done(self, uid: str, finding: ProbeResult) -> None:
-        """After a probe: only a pod without listener stays due."""
-        if finding.verdict is not ProbeVerdict.NO_LISTENER:
+    def done(self, uid: str, result: ProbeResult) -> None:
+        """Takes the result of a probe: only a pod without a listener stays due."""
+        if result.verdict is not ProbeVerdict.NO_LISTENER:
             self.forget(uid)
 
     def forget(self, uid: str) -> None:
         self._until.pop(uid, None)
 
     async def probe(self, addresses: Sequence[str], target: PodNetns, *, ipv6: bool) -> ProbeResult:
-        """Takes up to TRIES * (timeout + PAUSE). Raises KernelError or NetnsError when the pod cannot be looked into.
+        """Probes the pod; takes up to TRIES * (timeout + PAUSE). Raises KernelError or NetnsError if it is unreadable.
 
-        `target` may be closed once this has begun to wait. That the application is too busy to take a connection
-        looks the same as a way that is blocked.
+        `target` may be closed once this has begun to wait. An application that is too busy to accept looks the same as
+        a blocked path.
         """
         with contextlib.closing(_View(target)) as view:
             tried = probed(await self._run(lambda: view.read(TcpState.LISTEN)), addresses, ipv6=ipv6)
@@ -100,13 +100,13 @@ class ProbeCanary:
             for attempt in range(TRIES):
                 if attempt:
                     await asyncio.sleep(PAUSE)
-                finding, sure = await self._try(view, tried)
+                result, sure = await self._try(view, tried)
                 if sure:
                     break
-            return finding
+            return result
 
     async def _try(self, view: _View, tried: Endpoint) -> tuple[ProbeResult, bool]:
-        """What one connection showed, and whether another one could not show more."""
+        """Returns the result of one connection, and whether it is final."""
         family = socket.AF_INET6 if ":" in tried[0] else socket.AF_INET
         try:
             with self._make(family) as connection:
@@ -115,8 +115,8 @@ class ProbeCanary:
                     await asyncio.get_running_loop().sock_connect(connection, tried)
                 own: Endpoint = connection.getsockname()[:2]
                 probe = self._probe[6 if family == socket.AF_INET6 else 4]
-                finding = judge(await self._run(view.read), tried, own, probe)
-                return finding or _unseen(connection, tried), finding is not None
+                result = judge(await self._run(view.read), tried, own, probe)
+                return result or _unseen(connection, tried), result is not None
         except TimeoutError:
             return ProbeResult(ProbeVerdict.FAILED, tried, f"no answer in {self._timeout:g} s"), False
         except OSError as error:
@@ -124,8 +124,8 @@ class ProbeCanary:
 
 
 def _unseen(connection: socket.socket, tried: Endpoint) -> ProbeResult:
-    """A connection whose other end the pod does not hold (any more)."""
+    """Returns the result for a connection without an other end in the pod."""
     failed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    if failed:  # an application that resets at once leaves no trace, and neither does a ztunnel that does
+    if failed:  # an application or a ztunnel that resets at once leaves no trace
         return ProbeResult(ProbeVerdict.FAILED, tried, f"connected, then: {os.strerror(failed)}")
     return ProbeResult(ProbeVerdict.CAPTURED, tried, "connected, but not with the pod's listener")

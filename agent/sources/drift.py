@@ -1,8 +1,8 @@
-"""Drift as the kernel tells it: notifications of nf_tables and of rtnetlink in every captured pod's namespace.
+"""Detects drift by the kernel's notifications of nf_tables and rtnetlink in every captured pod's namespace.
 
-A notification wakes the pod's reconciliation and names the process that made the change. Our own changes are known
-by the port of the pod's sockets, those of iptables-restore by its process id. Legacy iptables tells nobody: drift
-there, and what is missed here, is found by the periodic verification.
+A notification wakes the pod's reconciliation and names the process that made the change. The agent's own changes are
+recognised by the port of the pod's sockets, those of iptables-restore by its process id. Legacy iptables sends no
+notifications: drift there, and missed drift, is found by the periodic verification.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from agent.core.wire.rtnetlink import IFINFOMSG, LOOPBACK_INDEX, RTMSG, Rta, Rtm
 from agent.kernel import exec
 from agent.kernel.pod_netns import PodNetns
 
-_MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port beyond all process ids
+_MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port above all process ids
 _RULE = (Rtm.NEWRULE, Rtm.DELRULE)
 _ADDRESS = (Rtm.NEWADDR, Rtm.DELADDR)
 _ROUTE = (Rtm.NEWROUTE, Rtm.DELROUTE)
@@ -28,19 +28,19 @@ _LINK = (Rtm.NEWLINK, Rtm.DELLINK)
 
 
 class DriftWatcher:
-    """Every captured pod's notifications in the event loop. All methods belong to the loop's thread."""
+    """Reads every captured pod's notifications. All methods belong to the event loop's thread."""
 
     def __init__(self, wake: Callable[[str, str], None], *, wiring: bool = False) -> None:
-        """`wake(uid, cause)`; cause is such as "nft[4711]", "process 4711" (of which no more is known), "kernel".
+        """Calls `wake(uid, cause)`; cause is like "nft[4711]", "process 4711" (of which no more is known), "kernel".
 
-        `wiring`: what is programmed follows the interfaces and the routes of the main table, as eBPF's does.
+        `wiring`: the programmed state depends on the interfaces and the routes of the main table, as eBPF's does.
         """
         self._wake = wake
         self._wiring = wiring
         self._watched: dict[str, PodNetns] = {}
 
     def watch(self, uid: str, target: PodNetns) -> None:
-        """From now on; what was notified since the namespace was opened is told at once."""
+        """Watches the pod; notifications since the namespace was opened wake it at once."""
         if self._watched.get(uid) is target:
             return
         self.unwatch(uid)
@@ -50,7 +50,7 @@ class DriftWatcher:
         self._watched[uid] = target
 
     def unwatch(self, uid: str) -> None:
-        """Before the target is closed."""
+        """Stops watching; call it before the target is closed."""
         target = self._watched.pop(uid, None)
         if target is not None:
             for events in (target.events, target.route_events):
@@ -70,18 +70,18 @@ class DriftWatcher:
     def _routes_changed(self, uid: str, target: PodNetns) -> None:
         taken, lost = target.route_events.take()
         foreign = [one for one in taken if one.port != target.route.port and concerns(one, self._wiring)]
-        # Whom one can name, rather than the kernel, which only drew the conclusions.
+        # Prefer the process that made the change over follow-up events from the kernel.
         port = next((one.port for one in foreign if one.port), 0)
         if foreign or lost:
             self._wake(uid, _requester(port, target) if foreign else "unknown")
 
 
 def concerns(message: Message, wiring: bool = False) -> bool:
-    """Whether a notification of rtnetlink may tell of what capture relies on, or of what a pod is known by.
+    """Returns True for a notification of rtnetlink that may concern capture, or the identity of the pod.
 
-    Any policy rule may come before ours. Any address may be the pod's, ::1 on lo tells of IPv6, and the last IPv4
-    address of lo takes our route with it without a word about that (fib_disable_ip). While lo is down it cannot be told
-    whether there is IPv6, and nobody can listen on it. Other interfaces, and the main table's routes: if `wiring`.
+    Any policy rule may precede Sluice's. Any address may be the pod's, ::1 on lo shows IPv6, and the last IPv4 address
+    of lo removes Sluice's route without a notification of its own (fib_disable_ip). While lo is down, IPv6 cannot be
+    detected, and no process can listen on it. Other interfaces, and the main table's routes, count with `wiring`.
     """
     if message.kind in _RULE or message.kind in _ADDRESS:
         return True
@@ -95,7 +95,7 @@ def concerns(message: Message, wiring: bool = False) -> bool:
 
 
 def _committer(message: Message) -> str:
-    """Who committed, as "nft[4711]"; "" when it was a program that we started."""
+    """Returns the committer, like "nft[4711]"; "" for a program that the agent started."""
     parts = fields(message.body)
     pid = unpack_be(parts.get(Gen.PROC_PID))
     if exec.is_ours(pid):
@@ -105,9 +105,9 @@ def _committer(message: Message) -> str:
 
 
 def _requester(port: int, target: PodNetns) -> str:
-    """Whom a port belongs to: that of a process's first socket is its process id, as its own PID namespace counts.
+    """Returns the owner of a port: the first socket of a process has its process id, in its own PID namespace.
 
-    So the id is only a name for a process that we find under it in the pod's network namespace.
+    So the id only names a process that is found under it in the pod's network namespace.
     """
     if not port:
         return "kernel"
@@ -119,5 +119,5 @@ def _requester(port: int, target: PodNetns) -> str:
         if (there.st_dev, there.st_ino) == (target.netns.id.device, target.netns.id.inode):
             return f"{printable((process / 'comm').read_text(errors='replace').strip())}[{port}]"
     except OSError:
-        pass  # ended already, as ip mostly has
+        pass  # ended already, as ip usually has
     return f"process {port}"

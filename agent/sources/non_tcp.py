@@ -1,7 +1,7 @@
-"""Totals of what pods send and receive beside ztunnel, kept over changes of the rules that count it.
+"""Totals of pods' traffic that is neither TCP nor captured DNS, kept across changes of the rules that count it.
 
-A replaced rule counts from zero again: totals are sums of differences, read when a pod is looked at, at most
-once in PERIOD seconds, and right before its rules are replaced.
+A replaced rule counts from zero again: totals are sums of differences, read in passes over a pod, at most once in
+PERIOD seconds, and right before its rules are replaced.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ PERIOD = 55.0  # seconds; a reading costs about as much as comparing a pod's rul
 
 @dataclass(slots=True)
 class _Pod:
-    want: Redirect | None = None  # what the kernel's rules make true
+    want: Redirect | None = None  # the want that the kernel's rules implement
     last: dict[str, Counts] = field(default_factory=dict)
     total: dict[str, Counts] = field(default_factory=dict)
     time: float = float("-inf")
 
 
 class NonTcpCounter:
-    """By pod UID. `count` on worker threads, one pod at a time each; `totals` from anywhere."""
+    """Counts by pod UID. `count` is for worker threads, one pod at a time each; `totals` for any thread."""
 
     def __init__(self, backend: str, clock: Callable[[], float] = time.monotonic, pins: Pins | None = None) -> None:
-        """`pins`: where backend ebpf has its maps."""
+        """`pins`: the paths of backend ebpf's maps."""
         self._backend = backend
         self._clock = clock
         self._pins = pins
@@ -40,7 +40,7 @@ class NonTcpCounter:
         self._lock = threading.Lock()
 
     def count(self, uid: str, target: PodNetns, want: Redirect, *, now: bool = False) -> None:
-        """Before `want` is made true in the pod. Reads if it is time, or `want` is another one, or `now`.
+        """Reads the counters before `want` is applied, if PERIOD has passed, `want` has changed, or `now`.
 
         Raises KernelError.
         """
@@ -52,7 +52,7 @@ class NonTcpCounter:
             pod.last = {}
 
     def totals(self, uid: str) -> dict[str, Counts]:
-        """By direction, as last read."""
+        """Returns the totals by direction, as last read."""
         with self._lock:
             return dict(self._pods[uid].total) if uid in self._pods else {}
 
@@ -66,7 +66,7 @@ class NonTcpCounter:
         with self._lock:
             for direction, counts in found.items():
                 last = pod.last.get(direction, Counts())
-                if counts.packets < last.packets:  # replaced by a repair: all of it is new
+                if counts.packets < last.packets:  # replaced by a repair: the whole count is new
                     last = Counts()
                 total = pod.total.get(direction, Counts())
                 pod.total[direction] = total.plus(counts.packets - last.packets, counts.bytes - last.bytes)

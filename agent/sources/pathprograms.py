@@ -1,4 +1,4 @@
-"""Names BPF programs and tc filters of others in a pod's packet path: any of them may lead its traffic past ztunnel."""
+"""Names BPF programs and tc filters of others in a pod's packet path: any of them may make traffic bypass ztunnel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OURS = {one.name[:15] for one in (*objects.NODE, *objects.POD, *objects.ACCOUNT
 
 
 def others(target: PodNetns) -> tuple[str, ...]:
-    """One line each, without programs on the root cgroup (`sluice doctor` names those). Raises KernelError, OSError.
+    """Returns one line each, without programs on the root cgroup (see `sluice doctor`). Raises KernelError, OSError.
 
     For any thread: it uses no socket of `target`.
     """
@@ -34,7 +34,7 @@ def others(target: PodNetns) -> tuple[str, ...]:
 
 
 def _namespace(target: PodNetns) -> Iterator[str]:
-    """Call it inside."""
+    """Yields lines for the namespace; call it inside."""
     for one in _foreign(query.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
         yield f"{_words(one)} selects the sockets of incoming connections (sk_lookup)"
     with contextlib.closing(RouteSocket()) as route:
@@ -52,7 +52,7 @@ def _namespace(target: PodNetns) -> Iterator[str]:
 
 
 def _cgroups(target: PodNetns) -> Iterator[str]:
-    """Of the cgroups that the pod's processes are in, up to the root without it."""
+    """Yields lines for the cgroups of the pod's processes, up to the root without it."""
     here = (target.netns.id.device, target.netns.id.inode)
     root = bpffs.cgroup_root()
     paths = {

@@ -1,4 +1,4 @@
-"""Which of a pod's connections are from before a change, read from the kernel while there are any.
+"""Tracks the connections of a pod that are older than a change, read from the kernel while there are any.
 
 One sock_diag socket per pod, and only from `begin` until the last such connection has ended.
 """
@@ -18,17 +18,17 @@ from agent.kernel.pod_netns import PodNetns
 class _Pod:
     select: Select
     known: Preexisting = field(default_factory=Preexisting)
-    before: list[TcpSocket] | None = None  # between begin and applied
+    listed: list[TcpSocket] | None = None  # between begin and applied
     diag: SockDiag | None = None
 
     def read(self, target: PodNetns) -> list[TcpSocket]:
-        # Family 6 is asked whatever the pod's switch for IPv6 says: its sockets may carry IPv4.
+        # Family 6 is read even if IPv6 is off in the pod: such sockets may carry IPv4.
         if self.diag is None:
             self.diag = target.netns.call(SockDiag)
         return self.diag.both(CONNECTED)
 
     def learn(self, before: list[TcpSocket], after: Iterable[TcpSocket] = ()) -> None:
-        # Added, not put in its place: a pass that is tried again begins when some rules are in already.
+        # Added, not replaced: a retried pass begins when some rules are applied already.
         self.known = Preexisting(self.known.cookies | outside(before, tuple(after), self.select).cookies)
 
     def close(self) -> None:
@@ -39,44 +39,41 @@ class _Pod:
 
 
 class PreexistingConnections:
-    """By pod UID. Called from worker threads, one pod at a time each; `as_note` and `restore` from anywhere."""
+    """Tracks by pod UID. For worker threads, one pod at a time each; `as_note` and `restore` for any thread."""
 
     def __init__(self, select: Select = candidates) -> None:
-        """`select`: which of a pod's connections the change is about; those outside of ztunnel by default."""
+        """`select` picks the connections that the change affects; by default those not proxied by ztunnel."""
         self._select = select
         self._pods: dict[str, _Pod] = {}
 
     def begin(self, uid: str, target: PodNetns) -> None:
-        """Right before the first rules are applied. Raises KernelError.
+        """Lists connections right before the first rules are applied. Raises KernelError.
 
-        From here on `as_note` is what a later process needs if this one dies before it gets to `applied`.
+        From here on `as_note` serves a later process if this one dies before `applied`.
         """
         pod = self._pods.setdefault(uid, _Pod(self._select))
-        pod.before = pod.read(target)
-        pod.learn(pod.before)
+        pod.listed = pod.read(target)
+        pod.learn(pod.listed)
 
     def applied(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Right after: what is outside now. Without a `begin` as `remaining`. Raises KernelError."""
+        """Returns the pre-existing ones right after the rules; without `begin` like `remaining`. Raises KernelError."""
         pod = self._pods.get(uid)
-        if pod is None or pod.before is None:
+        if pod is None or pod.listed is None:
             return self.remaining(uid, target)
         after = pod.read(target)
-        pod.learn(pod.before, after)
-        pod.before = None
+        pod.learn(pod.listed, after)
+        pod.listed = None
         left = pod.known.remaining(after, self._select)
         return left if left and len(left) == len(pod.known.cookies) else self.remaining(uid, target)
 
     def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Those that are left, read now; what is not there any more is forgotten. Raises KernelError.
-
-        Without any this costs nothing.
-        """
+        """Reads those that still live and forgets the others. Raises KernelError. Costs nothing without any."""
         pod = self._pods.get(uid)
         if pod is None:
             return ()
         left = {one.cookie: one for one in self._look(pod, target)}
         if len(left) < len(pod.known.cookies):
-            # A dump may miss a socket; the rules that would break it must not come for that.
+            # A dump may miss a socket, and rules that would break it must not be applied because of that.
             left |= {one.cookie: one for one in self._look(pod, target)}
         pod.known = Preexisting(frozenset(left))
         if not left:
@@ -84,23 +81,23 @@ class PreexistingConnections:
         return tuple(left.values())
 
     def forget(self, uid: str) -> None:
-        """The pod is gone, or not captured any more."""
+        """Forgets a pod that is gone or no longer captured."""
         pod = self._pods.pop(uid, None)
         if pod is not None:
             pod.close()
 
     def as_note(self, uid: str) -> list[int]:
-        """What a later process needs for `restore`."""
+        """Returns the cookies for `restore` in a later process."""
         pod = self._pods.get(uid)
         return sorted(pod.known.cookies) if pod else []
 
     def restore(self, uid: str, cookies: Iterable[int]) -> None:
-        """A predecessor's note; one that is too old does no harm, for the kernel uses no cookie twice."""
+        """Takes the note of a previous agent; an outdated one is harmless, as the kernel never reuses a cookie."""
         if known := frozenset(cookies):
             self._pods[uid] = _Pod(self._select, Preexisting(known))
 
     def close(self) -> None:
-        """At the end of the process."""
+        """Closes all handles at the end of the process."""
         for uid in list(self._pods):
             self.forget(uid)
 

@@ -35,7 +35,7 @@ class Reconciling(Protocol):
 
 
 class StaticFile:
-    """A file that cannot be used is told of and changes nothing: what was read before goes on."""
+    """Watches the file. An invalid file is logged and changes nothing: the previous content stays."""
 
     def __init__(self, path: str, table: PodTable, reconciler: Reconciling) -> None:
         self.error = ""
@@ -47,7 +47,7 @@ class StaticFile:
         self._hidden: set[str] = set()  # listed pods that the table has under another UID
 
     async def load(self) -> None:
-        """Reads the file when it is another one than before; a file that is not there lists no pods."""
+        """Reads the file if it has changed; a missing one lists no pods."""
         try:
             text = self._file.read() if self._file else ""
             if text is None:
@@ -67,9 +67,9 @@ class StaticFile:
             await self.load()
 
     def _again(self) -> None:
-        """Sees a listed pod again that was forgotten, for its namespace may be back under the same path.
+        """Adds listed pods again that were forgotten, as their namespaces may be back under the same path.
 
-        Also one whose name another source had until now.
+        Also those with a name that another source had until now.
         """
         for uid, pod in self._listed.items():
             if uid in (self._hidden if self._table.get(uid) else self._table.seen(pod)):
@@ -80,12 +80,12 @@ class StaticFile:
         self._hidden = {uid for uid in self._listed if self._table.get(uid) is None}
 
     async def _apply(self, new: StaticPods) -> None:
-        # Also pods that a predecessor took from the file, which its notes on disk tell us of.
+        # Also pods that a previous agent took from the file, known from its notes on disk.
         listed = {*self._listed, *(pod.uid for pod in self._table if pod.source == "static")}
         self._listed = new.pods
         moved = {uid: pod for uid, pod in new.pods.items() if self._moved(pod)}
         self._see((pod for uid, pod in new.pods.items() if uid not in moved), self._table.mark(new.marks))
-        # Each may take a while. What is listed with another namespace now is a new pod: nothing of the old one counts.
+        # Each may take a while. A pod that is now listed with another namespace is new: its old state does not count.
         await asyncio.gather(*(self._drop(uid) for uid in (listed - set(new.pods)) | moved.keys()))
         self._see(moved.values(), set())
 
@@ -101,7 +101,7 @@ class StaticFile:
             self._reconciler.wake(uid)
 
     async def _drop(self, uid: str) -> None:
-        """Its namespace may live on, so its rules go before it is forgotten."""
+        """Removes the pod's rules, as its namespace may live on, then forgets it."""
         pod = self._table.get(uid)
         if pod is not None:
             # A label, since a mark for the same name would win over an annotation.
@@ -111,7 +111,7 @@ class StaticFile:
                 await self._reconciler.progressed()
                 status = self._reconciler.status(uid)
             if status.state is State.FAILED:
-                return  # its rules are still there: tried again by the reconciler, and known until they are gone
+                return  # its rules remain: the reconciler retries, and the pod stays known until they are gone
             self._table.gone(uid)
             await self._reconciler.forget(uid)
         self._table.lost(uid)  # also where another source has the pod

@@ -7,8 +7,8 @@ pods:
     addresses: [10.0.0.2]          # the namespace must hold one of them; optional
     uid, serviceAccount, labels, annotations: optional
 
-Being listed means being enrolled, unless a label or annotation says istio.io/dataplane-mode: none. What an entry says
-also holds for a pod of that name that another source brings.
+Listed pods are enrolled, unless a label or annotation says istio.io/dataplane-mode: none. An entry also applies to a
+pod of that name from another source.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _KEYS = {"namespace", "name", "netns", "addresses", "uid", "serviceAccount", "la
 
 @dataclass(frozen=True, slots=True)
 class StaticPods:
-    """`pods` with a namespace, by UID; `marks` of all entries, by namespace/name."""
+    """The content of the file: `pods` with a namespace, by UID; `marks` of all entries, by namespace/name."""
 
     pods: Mapping[str, Pod] = field(default_factory=dict)
     marks: Mapping[str, PodMark] = field(default_factory=dict)
 
 
 def parse(text: str, name: str) -> StaticPods:
-    """Raises SettingsError as "name:line: key: what is wrong"; one error refuses the whole file."""
+    """Parses the file. Raises SettingsError as "name:line: key: problem"; one error refuses the whole file."""
     top = document(text, name, {"pods"})
     if top is None:
         return StaticPods()

@@ -1,4 +1,4 @@
-"""The connections that ztunnel carries for a pod, as sockets of the pod's namespace."""
+"""Finds the connections that ztunnel proxies for a pod, as sockets of the pod's namespace."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from agent.kernel.pod_netns import PodNetns
 
 
 class ZtunnelConnections:
-    """Blocking."""
+    """Reads and resets proxied connections. Blocking."""
 
     def there(self, target: PodNetns) -> tuple[TcpSocket, ...]:
-        """Both ends of each. Raises KernelError."""
+        """Returns both ends of each. Raises KernelError."""
         with contextlib.closing(target.netns.call(SockDiag)) as diag:
             return proxied(diag.both(CONNECTED))
 

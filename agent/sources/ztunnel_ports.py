@@ -1,6 +1,6 @@
-"""Whether ztunnel listens in a pod, which of the pod's processes use its ports, and whether connections reach it.
+"""Checks that ztunnel listens in a pod, that no process of the pod uses its ports, and that connections reach it.
 
-ztunnel may have lost a pod that it acknowledged (P03), and others' rules may take a connection first.
+ztunnel may have lost a pod that it acknowledged (P03), and other programs' rules may take a connection first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHOWN = 4  # of the pod's own listeners
 
 
 class ZtunnelPorts:
-    """Asks the pod's namespace itself; blocking, one thread per pod."""
+    """Reads the listeners in the pod's namespace; blocking, one thread per pod."""
 
     def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
         """`ports` are expected in each pod. Every listener counts as ztunnel's while none of `ztunnels` is known."""
@@ -29,7 +29,7 @@ class ZtunnelPorts:
         self._last: WeakKeyDictionary[PodNetns, PortListeners] = WeakKeyDictionary()
 
     def heard(self, target: PodNetns) -> PortListeners:
-        """Now. Raises KernelError."""
+        """Reads the present listeners. Raises KernelError."""
         sockets = target.diag.listening(CAPTURE_PORTS)
         foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
         lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
@@ -41,15 +41,15 @@ class ZtunnelPorts:
         return found
 
     def last(self, target: PodNetns) -> PortListeners:
-        """As heard last, or now. Raises KernelError."""
+        """Returns the listeners as last read, or reads them. Raises KernelError."""
         return self._last.get(target) or self.heard(target)
 
     def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
-        """New connections of the pod that do not reach ztunnel, in words. `by_socket`: backend ebpf captures."""
+        """Describes new connections of the pod that do not reach ztunnel. `by_socket`: backend ebpf captures."""
         return syn_probe.led_astray(target, want, by_socket=by_socket)
 
     def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:
-        """Unchanged while nobody listens on 15008, so that the replacement of a ztunnel changes no rules."""
+        """Stays unchanged while there is no listener on 15008, so that replacing a ztunnel changes no rules."""
         if not here:
             return target in self._last and self._last[target].hbone
         if HBONE_PORT in self._ports:
@@ -59,7 +59,7 @@ class ZtunnelPorts:
 
 
 def _few(lines: tuple[str, ...]) -> tuple[str, ...]:
-    """A pod may have a listener on each address of 127.0.0.0/8."""
+    """Limits the lines: a pod may have a listener on each address of 127.0.0.0/8."""
     return lines if len(lines) <= _SHOWN else (*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more")
 
 

@@ -1,8 +1,8 @@
-"""Running pods that nobody told the agent of, as the runtime itself remembers them: made by a CNI configuration without
-our plugin, or known to an agent whose notes are lost.
+"""Finds running pods that are unknown to the agent in the runtime's cache: they were started by a CNI configuration
+without the plugin, or the agent's notes are lost.
 
-libcni keeps what it called for each sandbox, DEL needs it (libcni/api.go, `cachedInfo`): the list as it was then, and
-what the runtime told the plugins. Only pods that run are of interest: after a power failure notes of others are left.
+libcni caches its calls per sandbox for DEL (libcni/api.go, `cachedInfo`): the configuration list of that time and the
+arguments from the runtime. Only running pods count: after a power failure entries of others are left.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class CachedSandbox:
-    """One sandbox. `chained`: our plugin was called for it."""
+    """One sandbox. `chained`: Sluice's plugin was called for it."""
 
     sandbox: str
     pod: Pod
@@ -33,24 +33,24 @@ class CachedSandbox:
 
 
 def parse(data: bytes) -> CachedSandbox | None:
-    """None for what is no note of a pod's sandbox; notes are foreign input. Pure."""
+    """Parses an entry; None if it is not for a pod's sandbox. Entries are foreign input. Pure."""
     try:
         note = json.loads(data)
         config = base64.b64decode(note["config"])
-        told = {str(key): str(value) for key, value in note["cniArgs"]}
+        args = {str(key): str(value) for key, value in note["cniArgs"]}
         given = (note.get("capabilityArgs") or {}).get(ANNOTATIONS) or {}
         annotations = {str(key): str(value) for key, value in given.items()}
-        namespace, name = told["K8S_POD_NAMESPACE"], told["K8S_POD_NAME"]
-        pod = Pod(told.get("K8S_POD_UID", ""), namespace, name, annotations=annotations)
+        namespace, name = args["K8S_POD_NAMESPACE"], args["K8S_POD_NAME"]
+        pod = Pod(args.get("K8S_POD_UID", ""), namespace, name, annotations=annotations)
         return CachedSandbox(str(note["containerId"]), pod, f'"{CNI_TYPE}"'.encode() in config)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def find(directory: Path, wanted: Callable[[Pod], bool], proc: str = "/proc") -> Iterator[CachedSandbox]:
-    """Those of the `wanted` that run. Blocking. Raises KernelError, OSError."""
+    """Yields the running sandboxes among the `wanted`. Blocking. Raises KernelError, OSError."""
     notes = [note for note in _notes(directory) if wanted(note.pod)]
-    if notes:  # else nobody has to read all of /proc
+    if notes:  # otherwise /proc need not be read
         running = _running(proc)
         yield from (note for note in notes if note.sandbox in running or note.pod.uid in running)
 
@@ -65,13 +65,13 @@ def _notes(directory: Path) -> Iterator[CachedSandbox]:
             with path.open("rb") as file:
                 note = parse(file.read(_MOST))
         except OSError:
-            continue  # a pod that goes
+            continue  # a pod that is ending
         if note is not None:
             yield note
 
 
 def _running(proc: str) -> frozenset[str]:
-    """UIDs of pods and ids of containers that have a process."""
+    """Returns the UIDs of pods and ids of containers that have a process."""
     outside = cgroups.enclosing(processes.cgroup(1, proc))
     seen, hidden = processes.processes(proc)
     texts = {one.cgroup for one in seen} | {text for _, text in hidden}

@@ -1,4 +1,4 @@
-"""The agent's end of the CNI plugin: what each verb means for the pod table."""
+"""Handles the CNI plugin's requests: the effect of each verb on the pod table."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Inspecting(Reconciling, Protocol):
 
 
 class Admitting(Protocol):
-    """Knows what the Kubernetes API says of pods."""
+    """Knows pods from the Kubernetes API."""
 
     async def admit(self, pod: Pod) -> None:
-        """Returns when enough is known of the pod to decide about it. Raises SluiceError when it cannot be had."""
+        """Returns when enough is known to decide about the pod. Raises SluiceError if that cannot be read."""
 
 
 class CniService:
-    """Answers requests. `readiness` returns what keeps the agent from taking ADDs, and what is degraded."""
+    """Answers requests. `readiness` returns the reason why the agent cannot take ADDs, and why it is degraded."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class CniService:
         self._namespaces = namespaces
         self._readiness = readiness
         self._admission = admission
-        # One verb at a time per pod; a lock lives as long as somebody holds it or waits for it.
+        # One verb at a time per pod; a lock lives while a task holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def handle(self, request: CniRequest, descriptor: int | None) -> CniReply:
@@ -63,14 +63,14 @@ class CniService:
         netns = None
         try:
             if descriptor is not None and request.verb is CniVerb.DEL:
-                os.close(descriptor)  # found by container id: whatever this is must not keep it from being forgotten
+                os.close(descriptor)  # the pod is found by container id: a bad descriptor must not prevent the DEL
             elif descriptor is not None:
                 netns = Netns(descriptor, request.netns or "the pod's namespace")
             match request.verb:
                 case CniVerb.ADD:
-                    taken = netns
+                    handed = netns
                     netns = None
-                    return await self._add(request, taken)
+                    return await self._add(request, handed)
                 case CniVerb.DEL:
                     return await self._delete(request)
                 case CniVerb.CHECK:
@@ -108,15 +108,15 @@ class CniService:
             return CniReply(wire.INVALID_ENVIRONMENT, f"pod {pod.key}: no network namespace was handed over")
         known = self._namespaces.id(pod.uid)
         if known is not None and known != netns.id:
-            # The sandbox was built anew and nobody told us of the old one's end.
+            # The sandbox was created again, without a DEL for the old one.
             self._table.gone(pod.uid)
             await self._reconciler.forget(pod.uid)
         self._namespaces.adopt(pod.uid, netns)
         first = self._table.by_container(pod.container_id)
         if first is None or first.uid != pod.uid or first.interface == pod.interface:
             for other in self._table.seen(pod) - {pod.uid}:
-                self._reconciler.wake(other)  # the static file's entry of this pod, which gives way
-        # Otherwise a further interface (Multus): its addresses and its end are not the pod's.
+                self._reconciler.wake(other)  # the static file's entry of this pod, which this one replaces
+        # Otherwise a further interface (Multus): its addresses and its DEL are not the pod's.
         decision = decide(self._table.get(pod.uid) or pod, self._settings)
         if not decision.enrolled:
             self._reconciler.wake(pod.uid)
@@ -124,7 +124,7 @@ class CniService:
         try:
             async with asyncio.timeout_at(deadline):
                 status = await self._reconciler.settled(pod.uid)
-                # A ztunnel may be about to come back.
+                # A ztunnel may reconnect soon.
                 while status.state in (State.PENDING, State.WAITING) and self._table.get(pod.uid):
                     await self._reconciler.progressed()
                     status = self._reconciler.status(pod.uid)
@@ -152,10 +152,10 @@ class CniService:
         pod = self._table.by_container(request.container_id)
         if pod is None:
             return CniReply(wire.UNKNOWN_CONTAINER, f"container {request.container_id} is not known here")
-        found = await self._reconciler.inspect(pod)
-        if not found:
+        drift = await self._reconciler.inspect(pod)
+        if not drift:
             return CniReply()
-        details = "\n".join(f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines)
+        details = "\n".join(f"{layer}: {line}" for layer, (lines, _) in drift.items() for line in lines)
         self._reconciler.wake(pod.uid, "CNI CHECK")
         return CniReply(wire.DRIFT, f"pod {pod.key} is not captured as it should be", details)
 
@@ -182,7 +182,7 @@ def _close(netns: Netns | None) -> None:
 
 
 def _pod(request: CniRequest, *, kubernetes: bool) -> Pod:
-    """Runtimes other than Kubernetes' give no UID or namespace: the container's id has to do."""
+    """Builds the pod. Runtimes outside Kubernetes pass no UID or namespace: the container's id replaces them."""
     account = request.annotations.get(names.POD_ACCOUNT, "")
     account = account if LABEL.fullmatch(account) else names.DEFAULT_ACCOUNT
     return Pod(
@@ -192,7 +192,7 @@ def _pod(request: CniRequest, *, kubernetes: bool) -> Pod:
         netns_path=request.netns,
         addresses=request.addresses,
         resolvers=request.resolvers,
-        service_account="" if kubernetes else account,  # the API's word alone counts where there is one
+        service_account="" if kubernetes else account,  # only the API's value counts where there is an API
         container_id=request.container_id,
         interface=request.ifname,
         annotations=request.annotations,

@@ -1,4 +1,4 @@
-"""The unix socket on which the plugin calls: frames and the namespace's descriptor in, one answer out."""
+"""The unix socket for the plugin: receives frames and the namespace's descriptor, sends one answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from agent.sources.cni.service import CniService
 from agent.sources.cni.wire import CniReply
 
 log = logging.getLogger("sluice.cni")
-SECONDS = 5  # that a plugin has to send its request
+SECONDS = 5  # for a plugin to send its request
 
 
 class CniSocket:
-    """Serves each connection in a task of its own. `count(verb, code, seconds)` is told of each answer."""
+    """Serves each connection in a task of its own. `count(verb, code, seconds)` is called for each answer."""
 
     def __init__(self, path: str, service: CniService, count: Callable[[str, int, float], None]) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class CniSocket:
         self._count = count
 
     async def serve(self) -> None:
-        """Until cancelled; the socket file stays, so that plugins are refused, not lost."""
+        """Serves until cancelled. The socket file stays, so that plugins are refused."""
         await serve(self.path, socket.SOCK_STREAM, self._serve_one)
 
     async def _serve_one(self, sock: socket.socket) -> None:
@@ -60,9 +60,9 @@ class CniSocket:
             except OSError as error:
                 log.warning("CNI caller: %s", error)
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
-                    return  # it is gone
+                    return  # the caller is gone
                 reply = CniReply(wire.TRY_AGAIN_LATER, error.strerror or "")
-            except Exception:  # a defect met by one request must not end the agent
+            except Exception:  # a defect in one request must not end the agent
                 log.exception("CNI %s failed", verb)
                 reply = CniReply(wire.TRY_AGAIN_LATER, "internal error; see the agent's log")
             with contextlib.suppress(OSError):  # the runtime may have killed its plugin
@@ -71,7 +71,7 @@ class CniSocket:
 
 
 async def _receive(sock: socket.socket) -> tuple[bytes, int | None]:
-    """One frame and the descriptor that came with it. Raises ProtocolError; then nothing is left open."""
+    """Receives one frame and its descriptor. Raises ProtocolError; then nothing is left open."""
     data = b""
     descriptor = None
     try:

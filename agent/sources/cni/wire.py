@@ -2,7 +2,7 @@
 
 A unix stream carries one request and one answer, each a frame: four bytes of length, big-endian, and that
 many bytes of UTF-8 JSON. The pod's network namespace rides as SCM_RIGHTS with the request's first byte.
-Whatever a pod's author or a runtime can write is checked here once, so that later code may put ids and names
+All values that a pod's author or a runtime can write are checked here once, so that later code may put ids and names
 into paths.
 """
 
@@ -112,7 +112,7 @@ class CniRequest:
     def resolvers(self) -> tuple[str, ...]:
         """The pod's resolvers: the runtime's (capability dns), or else what an earlier plugin answered.
 
-        Whatever is no address is left out: it is only ever a reason to capture less.
+        Invalid addresses are ignored: they could only reduce what is captured.
         """
         given = _object(_object(self.config, "runtimeConfig", "config"), "dns", "config.runtimeConfig").get("servers")
         answered = _object(_object(self.config, "prevResult", "config"), "dns", "config.prevResult").get("nameservers")
@@ -162,10 +162,9 @@ def frame(payload: bytes) -> bytes:
 
 
 def parse_request(payload: bytes) -> CniRequest:
-    """A request from a frame's payload, with every value checked. Raises ProtocolError, naming the key.
+    """Parses a request from a frame's payload and checks every value. Raises ProtocolError, naming the key.
 
-    A DEL is found by its container id alone and must not fail on what nobody needs for it: its other values
-    are empty when one of them is bad.
+    A DEL needs only its container id and must not fail on its other values: they are empty if one of them is bad.
     """
     given = _decode(payload)
     word = _text(given.get("verb"), "verb")

@@ -1,4 +1,4 @@
-"""Where the API server is, who we are and whom we believe, as files say that are swapped while we run.
+"""The API server's address, the agent's token and the CA, from files that are replaced at run time.
 
 The kubelet swaps a symbolic link when it renews a token (an hour of life, renewed after 80 % of it) or the CA.
 """
@@ -22,7 +22,7 @@ class Access:
     def __init__(self, server: str, token_file: str, ca_file: str) -> None:
         """`server`: a URL like https://10.96.0.1:443 or https://[fd00::1]:6443; without https nothing secret is sent.
 
-        Raises KubeError when it is none.
+        Raises KubeError if it is invalid.
         """
         try:
             parts = urlsplit(server)
@@ -41,12 +41,12 @@ class Access:
         self.refused()
 
     def refused(self) -> None:
-        """Token and CA are read again next time, whatever the files look like."""
+        """Makes the next request read token and CA again, even if the files look unchanged."""
         self._tokens = WatchedFile(Path(self._token_file))
         self._authorities = WatchedFile(Path(self._ca_file))
 
     def token(self) -> str:
-        """ "" without https. Raises KubeError while there is none; one that cannot be read again stays in use."""
+        """Returns the token, "" without https. Raises KubeError without any; an unreadable update is ignored."""
         if not self.secure:
             return ""
         try:
@@ -64,7 +64,7 @@ class Access:
         return self._token
 
     def context(self) -> ssl.SSLContext | None:
-        """None without https; another object when the CA is another. Raises KubeError while there is no usable CA."""
+        """Returns the context; None without https, a new one after a change. Raises KubeError without a usable CA."""
         if not self.secure:
             return None
         try:
@@ -80,7 +80,7 @@ class Access:
 
 
 def _context(authorities: str) -> ssl.SSLContext:
-    """Of these CAs alone, not the system's.
+    """Returns a context that trusts these CAs alone, not the system's.
 
     Python 3.13 demands extensions that clusters' CAs lack (kubernetes_asyncio#349); chain, dates and name are checked.
     """

@@ -1,4 +1,4 @@
-"""What has to be known of a pod before its CNI ADD may pass: labels are in the API alone."""
+"""Holds a CNI ADD until the pod's labels are known, which are in the API alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.core.settings import Settings
 from agent.sources.kube import objects
 
 log = logging.getLogger("sluice.kube")
-_WATCH = 0.2  # seconds that the watch is given to bring a pod which the kubelet has already been told of
+_WATCH = 0.2  # seconds for the watch to deliver a pod that the kubelet knows already
 
 
 class Getting(Protocol):

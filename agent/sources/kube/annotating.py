@@ -1,6 +1,6 @@
 """Keeps each pod's annotation ambient.istio.io/redirection as its state is: istiod decides by it how pods are reached.
 
-Level-triggered: compares the annotation, as last seen in the API, with what it has to be. With `enabled` all nodes send
+Level-triggered: compares the annotation, as last seen in the API, with the desired one. With `enabled` all nodes send
 HBONE to the pod, otherwise plain text; so it is written at once and taken back late.
 """
 
@@ -72,7 +72,7 @@ class Annotator:
 
         Nothing is written until `known()`: pods and namespaces are known, and a ztunnel has been connected. `others`
         says how another agent of the mesh shows on this node, or ""; it may block. `fought` is called with a pod's UID
-        and a line when somebody else keeps changing the annotation.
+        and a line when another program keeps changing the annotation.
         """
         self._client = client
         self._table = table
@@ -89,7 +89,7 @@ class Annotator:
 
     @property
     def error(self) -> str:
-        """Which annotations are wrong because somebody else writes them; "" when none is."""
+        """Names annotations that are wrong because another program writes them; "" without any."""
         now = time.monotonic()
         fought = [
             pod.key for uid, past in self._past.items() if past.fight.pause(now) and (pod := self._table.kube(uid))
@@ -101,7 +101,7 @@ class Annotator:
         return self._yields
 
     def look(self, uid: str) -> None:
-        """The pod's state or its annotation may be another one by now."""
+        """Schedules a check of the pod's annotation."""
         if (due := self._due_for(uid)) is not None:
             self._schedule.wake(uid, self._when(uid, *due))
             self._due.set()
@@ -109,7 +109,7 @@ class Annotator:
             self._past[uid].since = None
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             free = asyncio.Semaphore(_AT_ONCE)
             while True:
@@ -152,13 +152,13 @@ class Annotator:
             return False
         self._wrote(uid, pod, want)
         now = self._table.kube(uid)
-        if now is not None:  # what the watch will tell, so that nothing is written twice
+        if now is not None:  # known before the watch reports it, so that it is not written twice
             others = {key: text for key, text in now.annotations.items() if key != names.REDIRECTION}
             self._table.know(replace(now, annotations={**others, names.REDIRECTION: want} if want else others))
         return True
 
     async def _yielding(self) -> bool:
-        """Whether another agent runs here that may have written the annotation."""
+        """Returns whether another agent runs here that may have written the annotation."""
         other = await asyncio.to_thread(self._others)
         words = f"annotation {names.REDIRECTION}: left as it is while istio-cni's agent runs here, too ({other})"
         if other and not self._yields:
@@ -179,7 +179,7 @@ class Annotator:
         past.written = want
 
     def _when(self, uid: str, pod: KubePod, want: str) -> float:
-        """When to write `want`, on the monotonic clock."""
+        """Returns when to write `want`, on the monotonic clock."""
         now = time.monotonic()
         if uid not in self._past:  # a good moment to drop the pods that are gone
             self._past = {one: past for one, past in self._past.items() if self._table.kube(one)}
@@ -193,13 +193,13 @@ class Annotator:
         return max(at, past.since + self._hold)
 
     def _freed(self, uid: str, past: _Past) -> bool:
-        """Whether we removed the pod's rules. A pod that failed may still have rules of an earlier agent."""
+        """Returns True if the pod's rules were removed. A failed pod may still have rules of an earlier agent."""
         if self._state(uid) is State.EXCLUDED:
             return True
         return self._state(uid) is State.FAILED and past.written == ENABLED and not self._captured(uid)
 
     def _due_for(self, uid: str) -> tuple[KubePod, str] | None:
-        """The pod and what its annotation has to become; None when it is that."""
+        """Returns the pod and its desired annotation; None if it has that."""
         pod = self._table.kube(uid)
         want = self._wanted(uid)
         if pod is None or want is None or want == _is(pod) or not self._known():

@@ -61,7 +61,7 @@ class Client:
             yield pieces
 
     async def close(self) -> None:
-        """Of what is idle; a request that is under way goes on."""
+        """Closes idle connections; requests under way go on."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -236,7 +236,7 @@ class _Connection:
         return event
 
     def again(self) -> bool:
-        """Whether it can take another request, after a whole answer."""
+        """Returns True if it can take another request, after a complete answer."""
         if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE and self.usable:
             self._h11.start_next_cycle()
             return True

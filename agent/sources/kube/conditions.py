@@ -18,7 +18,7 @@ from agent.sources.kube.annotating import Sending
 log = logging.getLogger("sluice.kube")
 CONDITION = "sluice.io/ztunnel-connected"
 STRATEGIC = "application/strategic-merge-patch+json"
-_EVERY = 1.0  # seconds between two looks
+_EVERY = 1.0  # seconds between two checks
 _PAUSE = 10.0  # the same, after the API server refused or did not answer
 STEADY = 10.0  # seconds without ztunnel until it is reported: not at each of its restarts
 _AGAIN = 600.0  # seconds after which the Event is written again: the API server keeps one for an hour
@@ -30,7 +30,7 @@ _COMPONENT = "app.kubernetes.io/component"  # as the chart labels its pods
 
 
 class ZtunnelCondition:
-    """Level-triggered. `tell` is given the reason and the words of an Event on the node."""
+    """Reports, level-triggered. `report` takes the reason and the message of an Event on the node."""
 
     def __init__(
         self,
@@ -38,20 +38,20 @@ class ZtunnelCondition:
         table: PodTable,
         namespace: str,
         connected: Callable[[], bool],
-        tell: Callable[[str, str], None],
+        report: Callable[[str, str], None],
     ) -> None:
-        """`namespace`: that of the agent's own pod, "" when it is none."""
+        """`namespace`: that of the agent's own pod, "" outside a pod."""
         self._client = client
         self._table = table
         self._namespace = namespace
         self._connected = connected
-        self._tell = tell
+        self._report = report
         self._away = 0.0
-        self._said: tuple[str, bool] | None = None  # of which pod, and what
+        self._reported: tuple[str, bool] | None = None  # of which pod, and what
         self._failed = False
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled."""
         while True:
             await self.look()
             await asyncio.sleep(_PAUSE if self._failed else _EVERY)
@@ -63,14 +63,14 @@ class ZtunnelCondition:
             return
         words = "" if connected else _MISSING
         if not connected and (self._away - STEADY) % _AGAIN < _EVERY:
-            self._tell("ZtunnelMissing", words)
+            self._report("ZtunnelMissing", words)
         pod = self._own()
-        if pod is None or self._said == (pod.uid, connected):
+        if pod is None or self._reported == (pod.uid, connected):
             return
         try:
             path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
             await self._client.send("PATCH", path, _patch(pod, words, datetime.now(UTC)), STRATEGIC)
-            self._said = (pod.uid, connected)
+            self._reported = (pod.uid, connected)
             self._failed = False
         except KubeError as error:
             if not self._failed:
@@ -84,7 +84,7 @@ class ZtunnelCondition:
 
 
 def _patch(pod: KubePod, missing: str, now: datetime) -> dict[str, Any]:
-    """core/v1, PodCondition; others' conditions stay, for they are merged by their type."""
+    """Returns the patch (core/v1, PodCondition); other conditions stay, as they are merged by type."""
     condition = {
         "type": CONDITION,
         "status": "False" if missing else "True",

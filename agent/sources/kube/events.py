@@ -1,4 +1,4 @@
-"""Kubernetes Events on pods: what went wrong with their capture, where their owners look for it."""
+"""Writes Kubernetes Events on pods: failures of their capture, for their owners."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from agent.core.text import printable
 from agent.sources.kube.annotating import Sending
 
 log = logging.getLogger("sluice.kube")
-EVERY = 300.0  # seconds in which one kind of event is told once of a pod; what comes more often is counted
+EVERY = 300.0  # seconds in which one kind of event is written once per pod; repetitions are counted
 _MOST = 1000  # events that wait; more are counted as lost
 _LONGEST = 1000  # bytes of a message: the API server takes 1,024 (core/validation/events.go)
 
 
 @dataclass(slots=True)
 class _Kind:
-    told: float
+    written: float
     since: int = 0
 
 
@@ -43,10 +43,10 @@ class About:
 
 
 class Events:
-    """`tell` never blocks and never fails. Also the reconciler's journal, for what pods' owners have to know."""
+    """Writes events; `report` never blocks and never fails. Also the reconciler's journal, for pods' owners."""
 
     def __init__(self, client: Sending, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
-        """`passed` is told of each pod that the reconciler looked at."""
+        """`passed` is called with each pod that had a pass."""
         self.lost = 0
         self._client = client
         self._table = table
@@ -58,52 +58,54 @@ class Events:
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         if cause:
             what = "; ".join(differences[:3])
-            self.tell(pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}")
+            self.report(
+                pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}"
+            )
 
     def failed(self, pod: Pod, error: Exception) -> None:
         if not without_sandbox(pod, error):
-            self.tell(pod, "CaptureFailed", str(error))
+            self.report(pod, "CaptureFailed", str(error))
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
-        self.tell(pod, "CaptureContended", f"{cause} repeatedly reverts the rules of capture; {'; '.join(remarks)}")
+        self.report(pod, "CaptureContended", f"{cause} repeatedly reverts the rules of capture; {'; '.join(remarks)}")
 
     def fought(self, uid: str, words: str) -> None:
-        """Somebody else writes the pod's annotation."""
+        """Reports that another program writes the pod's annotation."""
         if (pod := self._table.get(uid)) is not None:
-            self.tell(pod, "AnnotationContended", words)
+            self.report(pod, "AnnotationContended", words)
 
-    def probed(self, pod: Pod, finding: ProbeResult) -> None:
-        if finding.verdict is not ProbeVerdict.OK:
-            self.tell(pod, "CaptureProbeFailed", str(finding))
+    def probed(self, pod: Pod, result: ProbeResult) -> None:
+        if result.verdict is not ProbeVerdict.OK:
+            self.report(pod, "CaptureProbeFailed", str(result))
 
     def passed(self, pod: Pod, seconds: float) -> None:
         self._passed(pod.uid)
 
-    def tell(self, pod: Pod, reason: str, words: str) -> None:
+    def report(self, pod: Pod, reason: str, words: str) -> None:
         if (kube := self._table.kube(pod.uid)) is not None:
-            self._say(About("Pod", kube.namespace, kube.name, kube.api_uid), reason, words)
+            self._queue(About("Pod", kube.namespace, kube.name, kube.api_uid), reason, words)
 
-    def tell_node(self, reason: str, words: str) -> None:
-        """As the kubelet does: its events are in namespace default, and name the node as the UID, too."""
-        self._say(About("Node", "", self._node, self._node), reason, words)
+    def report_node(self, reason: str, words: str) -> None:
+        """Reports on the node as the kubelet does: in namespace default, with the node's name also as its UID."""
+        self._queue(About("Node", "", self._node, self._node), reason, words)
 
-    def _say(self, about: About, reason: str, words: str) -> None:
+    def _queue(self, about: About, reason: str, words: str) -> None:
         now = time.monotonic()
         kind = self._kinds.get((about.uid, reason))
-        if kind is not None and now - kind.told < EVERY:
+        if kind is not None and now - kind.written < EVERY:
             kind.since += 1
             return
-        more = f" ({kind.since} more in the last {now - kind.told:.0f} s)" if kind and kind.since else ""
+        more = f" ({kind.since} more in the last {now - kind.written:.0f} s)" if kind and kind.since else ""
         self._kinds[about.uid, reason] = _Kind(now)
         if len(self._kinds) > _MOST:
-            self._kinds = {key: one for key, one in self._kinds.items() if now - one.told < EVERY}
+            self._kinds = {key: one for key, one in self._kinds.items() if now - one.written < EVERY}
         try:
             self._waiting.put_nowait((about, reason, words.encode()[:_LONGEST].decode(errors="ignore") + more))
         except asyncio.QueueFull:
             self.lost += 1
 
     async def run(self) -> None:
-        """Until cancelled. An event that cannot be written is counted: it is in the log and in the metrics anyway."""
+        """Runs until cancelled. A failed event is counted: the log and the metrics have it anyway."""
         while True:
             about, reason, words = await self._waiting.get()
             try:
@@ -115,7 +117,7 @@ class Events:
 
 
 def event(about: About, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:
-    """As `kubectl describe pod` shows it (core/v1, Event)."""
+    """Returns the Event that `kubectl describe pod` shows (core/v1, Event)."""
     stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
         "apiVersion": "v1",

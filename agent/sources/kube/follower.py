@@ -1,4 +1,4 @@
-"""Follows one collection of the API server for ever: lists it, watches it, and tells a sink."""
+"""Follows one collection of the API server: lists it, watches it, and updates a sink."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ C = TypeVar("C", contravariant=True)
 
 
 class Sink(Protocol[C]):
-    """Called on the event loop, so it is quick; told again what it knows, it does nothing."""
+    """Takes objects, on the event loop, so it must be quick; repeated objects change nothing."""
 
     def listed(self, objects: Sequence[C], /) -> None:
-        """The complete state: what is not in it is gone."""
+        """Takes the complete state: objects missing from it are gone."""
 
     def changed(self, object: C, /) -> None: ...
 
@@ -42,7 +42,7 @@ class Since:
 
 
 class Follower(Generic[T]):
-    """`synced` is set after the first complete list; `error` is "" while all is well."""
+    """Follows one collection. `synced` is set after the first complete list; `error` is "" on success."""
 
     def __init__(
         self,
@@ -71,14 +71,14 @@ class Follower(Generic[T]):
         self._found: list[T] = []  # of the pages of a list that has begun
 
     async def run(self) -> None:
-        """Until cancelled; nothing that the server does ends it."""
+        """Runs until cancelled; no behaviour of the server ends it."""
         while True:
             await asyncio.sleep(self._course.pause(time.monotonic()))
             try:
                 await (self._list() if self._course.listing else self._watch())
             except (KubeError, ProtocolError) as error:
                 self._failed(error)
-            except Exception as error:  # a defect met by one object must not end it
+            except Exception as error:  # a defect in one object must not end it
                 log.exception("%s: following failed", self.path)
                 self._failed(error)
 
@@ -139,4 +139,4 @@ class Follower(Generic[T]):
             for one in rows.unfold(body):
                 if (value := self._decode(one)) is not None:
                     (self._sink.removed if verb is WatchVerb.DELETED else self._sink.changed)(value)
-        self._course.told(protocol.version(body), verb is WatchVerb.BOOKMARK)
+        self._course.received(protocol.version(body), verb is WatchVerb.BOOKMARK)

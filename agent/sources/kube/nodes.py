@@ -1,4 +1,4 @@
-"""One taint of the node, taken off and put back; the others are never touched, whoever changes them meanwhile."""
+"""Removes and adds one taint of the node; others are never touched, even if they change meanwhile."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 @dataclass(frozen=True, slots=True)
 class Taint:
-    """Told apart by key and effect, as Kubernetes does (core/v1, MatchTaint)."""
+    """A taint, identified by key and effect, as in Kubernetes (core/v1, MatchTaint)."""
 
     key: str
     value: str = ""
@@ -69,7 +69,7 @@ class KubeNode:
                 await self._client.send("PATCH", self._path, operations, JSON_PATCH)
                 return True
             except KubeError as refused:
-                if refused.status not in (409, 422):  # a test failed: somebody was quicker
+                if refused.status not in (409, 422):  # a test failed: another client was faster
                     raise
                 error = refused
         raise KubeError(f"taint {taint} of {self._path}: others keep changing the node: {error}", error.status)

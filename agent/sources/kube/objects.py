@@ -19,7 +19,7 @@ _MOST = 1024  # labels, containers
 
 
 def pod(value: Any) -> KubePod | None:
-    """None for what is no pod that can be told apart: without UID, namespace or name, or with impossible ones."""
+    """Reads a pod; None without a valid UID, namespace and name."""
     value = _object(value)
     metadata, spec, status = _object(value.get("metadata")), _object(value.get("spec")), _object(value.get("status"))
     annotations = texts(metadata.get("annotations"))
@@ -53,7 +53,7 @@ def namespace(value: Any) -> KubeNamespace | None:
 
 
 def _meant(key: str) -> bool:
-    """Whether an annotation may concern us: many hold whole documents, such as last-applied-configuration."""
+    """Returns True for an annotation that may matter: many hold whole documents, like last-applied-configuration."""
     domain = key.partition("/")[0]
     return key.startswith((*_OWNERS, *PREFIXES)) or domain.endswith(".istio.io")
 
@@ -82,7 +82,7 @@ def _addresses(status: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def address(text: str) -> str:
-    """As ipaddress writes it; "" for what is none."""
+    """Normalises an address as ipaddress writes it; "" if it is invalid."""
     try:
         return str(ipaddress.ip_address(text)) if "%" not in text else ""
     except ValueError:

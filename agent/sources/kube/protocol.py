@@ -31,14 +31,14 @@ class BusyError(KubeError):
 
 
 def refusal(what: str, status: int, body: bytes, head: Mapping[str, str]) -> KubeError:
-    """From an answer that is not 2xx: a Status object, or what a proxy in between wrote. `head` in small letters."""
+    """Builds the error of an answer that is not 2xx: from a Status object, or a proxy's text. `head` in lower case."""
     try:
-        told = json.loads(body)
+        answer = json.loads(body)
     except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict):
-        told = {"message": body[:200].decode(errors="replace").strip()}
-    reason, message = told.get("reason"), told.get("message")
+        answer = None
+    if not isinstance(answer, dict):
+        answer = {"message": body[:200].decode(errors="replace").strip()}
+    reason, message = answer.get("reason"), answer.get("message")
     reason = reason if isinstance(reason, str) else ""
     words = f"{what}: {status} {reason}: {message}" if message else f"{what}: {status} {reason}"
     after = head.get("retry-after", "").strip()
@@ -183,7 +183,7 @@ class Listing:
 
 
 class Lines:
-    """Whole lines of a watch; a half one at its end is none."""
+    """Splits a watch into lines; an incomplete one at its end is dropped."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
@@ -243,11 +243,11 @@ class Pace:
 
 
 class Course:
-    """Where a follower stands between a list and a watch.
+    """The state of a follower between a list and a watch.
 
     The first list is of resourceVersion "0": from the API server's cache, which has pods by node, where any other would
     read all of a cluster from etcd. Later ones are at least as new as what was seen; after 410, or 504 (the cache is
-    older than that), as new as can be. A list counts with its last page; a watch goes on from the last version told.
+    older than that), as new as can be. A list counts with its last page; a watch continues from the last version.
     """
 
     def __init__(self, random: Callable[[], float], pace: Pace) -> None:
@@ -260,7 +260,7 @@ class Course:
         self._at_once = False
         self._failures = self._expired = 0
         self._due = self._began = 0.0
-        self._told = self._marked = False
+        self._received = self._marked = False
         self.seconds = 0  # that the watch was asked to last
 
     @property
@@ -274,9 +274,9 @@ class Course:
         return max(0.0, self._due - now)
 
     def query(self, now: float) -> dict[str, str]:
-        """Of the next request, which begins now."""
+        """Returns the query of the next request, which begins now."""
         self._began = now
-        self._told = False
+        self._received = False
         if not self.listing:
             self.seconds = int(self._pace.watch * (1 + self._random() / 4)) or 1
             return {
@@ -294,7 +294,7 @@ class Course:
         return {"resourceVersion": self._version} if self._version else {**limit, "resourceVersion": "0"}
 
     def page(self, version: str, more: str) -> bool:
-        """A page of a list is there. True: it was the last one, so the list is complete."""
+        """Takes a page of a list. Returns True if it was the last one, so the list is complete."""
         self.more = more
         if more:
             return False
@@ -304,26 +304,26 @@ class Course:
         self._at_once = False
         return True
 
-    def told(self, version: str, bookmark: bool = False) -> None:
-        """An event or bookmark of the watch has been taken in."""
+    def received(self, version: str, bookmark: bool = False) -> None:
+        """Takes an event or bookmark of the watch."""
         self._marked |= bookmark
         self._version = version or self._version
         self._failures = self._expired = 0
-        self._told = True
+        self._received = True
 
     def ended(self, now: float) -> None:
-        """The watch ended as it should. One that told nothing in all its time, not a bookmark, is not believed."""
+        """Takes the regular end of a watch. One without any event or bookmark in its full time is not trusted."""
         full = now - self._began >= self._pace.watch
-        self.listing = full and not self._told
-        if self._told or full:
+        self.listing = full and not self._received
+        if self._received or full:
             self._failures = 0
             self._due = now
         else:
             self._wait(now)
 
     def failed(self, error: Exception, now: float) -> None:
-        """A request failed, or what came was no answer."""
-        self._marked &= self._told  # should bookmarks have ceased, watches last their time again
+        """Takes the failure of a request, or an invalid answer."""
+        self._marked &= self._received  # should bookmarks have ceased, watches last their time again
         status = error.status if isinstance(error, KubeError) else -1
         gone = isinstance(error, KubeError) and (status == 410 or error.reason in ("Expired", "Gone"))
         if self.listing and (gone or status in (400, 504)):

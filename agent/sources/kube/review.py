@@ -1,4 +1,4 @@
-"""Whether the bearer of a token may do something: TokenReview, then SubjectAccessReview. Whatever fails refuses."""
+"""Reviews the permissions of a token: TokenReview, then SubjectAccessReview. Any failure denies."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ log = logging.getLogger("sluice.kube")
 TOKENS = "/apis/authentication.k8s.io/v1/tokenreviews"
 ACCESS = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
 _TOKEN = re.compile(r"[!-~]{1,16384}")
-_ALLOWED, _REFUSED = 10.0, 2.0  # seconds that an answer is believed
+_ALLOWED, _REFUSED = 10.0, 2.0  # seconds that an answer is cached
 _MOST = 256  # answers kept
-_AT_ONCE = 2  # reviews under way: strangers must not flood the API server through us
+_AT_ONCE = 2  # reviews under way: callers must not flood the API server through the agent
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """As TokenReview tells of it and SubjectAccessReview wants it."""
+    """A user, as TokenReview returns and SubjectAccessReview takes it."""
 
     name: str
     uid: str = ""
@@ -47,7 +47,7 @@ class Review:
     async def allowed(
         self, token: str, verb: str, namespace: str | None = None, resource: str = "pods", subresource: str = ""
     ) -> bool:
-        """`namespace` None: in all of them. False also when the API server cannot be asked."""
+        """Returns True if the token may; `namespace` None means all. False also if the API server does not answer."""
         if not _TOKEN.fullmatch(token):
             return False
         words = "\0".join((token, verb, namespace or "", resource, subresource))
@@ -68,14 +68,14 @@ class Review:
 
     async def _user(self, token: str) -> User | None:
         status = await self._ask(TOKENS, "TokenReview", "authentication.k8s.io/v1", {"token": token})
-        told = status.get("user")
-        if status.get("authenticated") is not True or status.get("error") or not isinstance(told, dict):
+        found = status.get("user")
+        if status.get("authenticated") is not True or status.get("error") or not isinstance(found, dict):
             return None
-        name, groups, extra = told.get("username"), told.get("groups"), told.get("extra")
+        name, groups, extra = found.get("username"), found.get("groups"), found.get("extra")
         if not isinstance(name, str) or not name:
             return None
         listed = tuple(one for one in groups if isinstance(one, str)) if isinstance(groups, list) else ()
-        return User(name, str(told.get("uid") or ""), listed, extra if isinstance(extra, dict) else None)
+        return User(name, str(found.get("uid") or ""), listed, extra if isinstance(extra, dict) else None)
 
     async def _may(self, user: User, verb: str, namespace: str | None, resource: str, subresource: str) -> bool:
         what = {"verb": verb, "version": "v1", "resource": resource}

@@ -1,4 +1,4 @@
-"""Feeds what Kubernetes says of this node's pods and of namespaces into the pod table."""
+"""Feeds this node's pods and all namespaces from Kubernetes into the pod table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agent.core.model.pods import KubeNamespace, KubePod, PodTable
 
 
 class PodSink:
-    """The pods of this node. A lost or doubled event costs a comparison; a list puts everything right."""
+    """Takes the pods of this node. A lost or doubled event costs a comparison; a list corrects everything."""
 
     def __init__(
         self,
@@ -17,8 +17,8 @@ class PodSink:
         captured: Callable[[str], bool],
         annotated: Callable[[str], None],
     ) -> None:
-        """`wake` is told of pods to look at, also of those that have left the table, `annotated` of each that may have
-        another annotation by now; `captured`: whether rules of ours may be in a pod."""
+        """`wake` is called for pods that need a pass, also after they have left the table, `annotated` for each with a
+        possibly changed annotation; `captured`: whether a pod may have rules of Sluice."""
         self._table = table
         self._wake = wake
         self._captured = captured
@@ -26,18 +26,18 @@ class PodSink:
         self._restored: frozenset[str] = frozenset()
 
     def restored(self, uids: Iterable[str]) -> None:
-        """What a predecessor noted of pods that others than the static file brought."""
+        """Takes the UIDs from a previous agent's notes, except those from the static file."""
         self._restored = frozenset(uids)
 
     def listed(self, objects: Sequence[KubePod]) -> None:
-        """All there are. What a predecessor noted and Kubernetes lacks ended while nobody looked."""
+        """Takes all pods. Noted pods that Kubernetes lacks ended while the agent was down."""
         there = {pod.uid for pod in objects}
         for pod in objects:
             self.changed(pod)
         for uid in self._table.kube_uids() - there:
             self._gone(uid)
         for uid in self._restored - there:
-            if not self._captured(uid):  # otherwise the end of its namespace tells
+            if not self._captured(uid):  # otherwise the end of its namespace shows it
                 self._gone(uid)
         self._restored = frozenset()
 
@@ -50,18 +50,18 @@ class PodSink:
         self._gone(object.uid)
 
     def _gone(self, uid: str) -> None:
-        """The object is gone, which says nothing of its containers: rules stay while its namespace does."""
+        """Handles the end of the object, which is not that of its containers: rules stay while the namespace does."""
         if self._table.unknow(uid, keep=self._captured(uid)) is not None:
             self._wake(uid)
 
 
 class NamespaceSink:
-    """The labels of all namespaces. `told` is called after each change."""
+    """Takes the labels of all namespaces. `notify` is called after each change."""
 
-    def __init__(self, table: PodTable, wake: Callable[[str], None], told: Callable[[], None]) -> None:
+    def __init__(self, table: PodTable, wake: Callable[[str], None], notify: Callable[[], None]) -> None:
         self._table = table
         self._wake = wake
-        self._told = told
+        self._notify = notify
 
     def listed(self, objects: Sequence[KubeNamespace]) -> None:
         gone = set(self._table.namespaces()) - {one.name for one in objects}
@@ -74,10 +74,10 @@ class NamespaceSink:
 
     def removed(self, object: KubeNamespace) -> None:
         self._table.forget_namespace(object.name)
-        self._told()
+        self._notify()
 
     def _know(self, objects: Iterable[KubeNamespace]) -> None:
         for one in objects:
             for uid in self._table.know_namespace(one):
                 self._wake(uid)
-        self._told()
+        self._notify()

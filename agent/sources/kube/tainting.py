@@ -15,7 +15,7 @@ from agent.core.errors import KubeError
 from agent.sources.kube.nodes import Taint
 
 log = logging.getLogger("sluice.kube")
-_EVERY = 1.0  # seconds between two looks at ourselves
+_EVERY = 1.0  # seconds between two checks
 _PAUSE = 10.0  # the same, after the API server refused or did not answer
 _STEADY = 10.0  # seconds that something is lacking before the taint comes back
 
@@ -29,7 +29,7 @@ class Tainted(Protocol):
 
 
 class Tainting:
-    """`lacking` tells why a pod that starts now might run uncaptured; "" when none can."""
+    """Keeps the taint. `lacking` returns why a pod that starts now might run uncaptured; "" if none can."""
 
     def __init__(self, node: Tainted, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
         self.error = ""
@@ -41,7 +41,7 @@ class Tainting:
         self._lacks = 0.0
 
     async def run(self) -> None:
-        """Until cancelled. At the end of the agent the taint stays as it is: rules stay, too."""
+        """Runs until cancelled. When the agent ends, the taint stays as it is: rules stay, too."""
         while True:
             await self.look()
             await asyncio.sleep(_PAUSE if self.error else _EVERY)

@@ -19,7 +19,7 @@ from agent.sources.kube.objects import address, texts
 from agent.sources.kube.protocol import TABLE, Json, Pace
 
 PODS, SERVICES = "/api/v1/pods", "/api/v1/services"
-# Pods that ended have no address any more, those with the node's name nobody; the second field since Kubernetes 1.28.
+# Ended pods have no address, host network pods share the node's; the second field since Kubernetes 1.28.
 _ALIVE = "status.phase!=Succeeded,status.phase!=Failed"
 _OWN_NETWORK = _ALIVE + ",spec.hostNetwork=false"
 _PORT = re.compile(r"([0-9]{1,5})(?::[0-9]{1,5})?/(TCP|UDP|SCTP)")
@@ -36,7 +36,7 @@ class NamedObject(NamedTuple, Generic[W]):
 
 
 class Places(Generic[W]):
-    """A sink that keeps `names` by place up to date, event by event. A place of several objects names nobody."""
+    """A sink that keeps `names` by place up to date, event by event. A place of several objects has no name."""
 
     def __init__(self, dirty: Callable[[], None]) -> None:
         self.names: dict[object, W] = {}
@@ -120,7 +120,7 @@ class ClusterWorkloads(Generic[W, S]):
         return bool(self.followers) and all(one.synced.is_set() for one in self.followers)
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Runs until cancelled."""
         query = {"fieldSelector": await self._selector()}
         more = (self._random, TABLE, self._pace)
         pods = Follower(self._client, PODS, query, lambda row: pod(row, self._workload), self.pods, *more)
@@ -136,7 +136,7 @@ class ClusterWorkloads(Generic[W, S]):
                 await asyncio.sleep(self._every)
 
     async def _selector(self) -> str:
-        """Older servers refuse the newer field with 400; then addresses of nodes are told by being several pods'."""
+        """Drops the newer field, which older servers refuse with 400; then node addresses are those of several pods."""
         failures = 0
         while True:
             try:
@@ -151,7 +151,7 @@ class ClusterWorkloads(Generic[W, S]):
 
 
 def pod(row: Json, workload: Callable[[str, str, Mapping[str, str]], W]) -> NamedObject[W] | None:
-    """From a Table's row. Without an address (yet) it is kept, and names nobody."""
+    """Reads a Table's row. An object without an address (yet) is kept, but has no place."""
     found = _metadata(row)
     if found is None:
         return None
@@ -161,7 +161,7 @@ def pod(row: Json, workload: Callable[[str, str, Mapping[str, str]], W]) -> Name
 
 
 def service(row: Json, named: Callable[[str, str], S]) -> NamedObject[S] | None:
-    """By address and each port; without ports, by port 0 for all of them."""
+    """Reads a service by address and each port; without ports, by port 0 for all of them."""
     found = _metadata(row)
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""Namespaces of pods that no CNI call announced, searched for together: one look at /proc serves all that wait."""
+"""Searches the namespaces of pods that no CNI call announced in batches: one read of /proc serves all waiting pods."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.sources.netns.search import Found, Wanted, search
 
 
 class SearchBatcher:
-    """Blocking; for worker threads. `waiting` tells the pods that are to be searched for with the next one."""
+    """Blocking; for worker threads. `waiting` returns the pods to search for together with the next one."""
 
     def __init__(self, waiting: Callable[[], Iterable[Pod]]) -> None:
         self._waiting = waiting
@@ -20,7 +20,7 @@ class SearchBatcher:
         self._lock = threading.Lock()
 
     def find(self, pod: Pod) -> Netns:
-        """The caller's to close. Raises SluiceError."""
+        """Returns the pod's namespace, for the caller to close. Raises SluiceError."""
         with self._lock:
             if (found := self._found.pop(pod.uid, None)) is not None:
                 return found.netns
@@ -35,7 +35,7 @@ class SearchBatcher:
             self._drop()
 
     def _search(self, pods: Mapping[str, Pod]) -> Mapping[str, Found | SluiceError]:
-        """What was found for others is kept for their turn, until the next search."""
+        """Searches; results for other pods are kept until their turn or the next search."""
         self._drop()
         answers = dict(search(_wanted(pod) for pod in pods.values()))
         asked = next(iter(pods))

@@ -1,4 +1,4 @@
-"""Network namespaces of this node as /proc and mounts show them, and whose processes are in each."""
+"""Lists the network namespaces of this node from /proc and mounts, with the owners of the processes in each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONTAINER = "container "
 
 @dataclass(slots=True)
 class Candidate:
-    """One namespace. `owners`: UID, or "container ID" for one that nobody knows -> its processes in here."""
+    """One namespace. `owners`: UID, or "container ID" for an unknown container -> its processes in here."""
 
     key: NsKey
     proc: str
@@ -35,18 +35,18 @@ class Candidate:
         return self.mount or f"the network namespace of process {first[0].pid if first else '?'}"
 
     def age(self, owner: str) -> int:
-        """When the oldest of its processes in here started, in ticks since boot; later than all when none is left."""
+        """Returns the start of the owner's oldest process in here, in ticks since boot; maxsize without processes."""
         ages = [processes.started(one.pid, self.proc) for one in self.owners[owner]]
         return min((age for age in ages if age is not None), default=sys.maxsize)
 
     def addresses(self) -> frozenset[str]:
-        """All that it holds but loopback and link-local ones; none when it cannot be looked at, see `problem`."""
+        """Returns its addresses except loopback and link-local; none if it cannot be read, see `problem`."""
         with contextlib.suppress(SluiceError):
             self._open()
         return self._addresses
 
     def take(self) -> Netns:
-        """The open handle, which is the caller's from now on. Raises SluiceError."""
+        """Returns the open handle, for the caller to close. Raises SluiceError."""
         netns = self._open()
         self._netns = None
         return netns
@@ -56,7 +56,7 @@ class Candidate:
             self._netns.close()
 
     def _open(self) -> Netns:
-        """Opened once. Raises SluiceError, the same again when asked again."""
+        """Opens it once. Raises SluiceError, the same one on every call."""
         if self.problem is not None:
             raise self.problem
         if self._netns is None:
@@ -72,12 +72,12 @@ class Candidate:
         return self._netns
 
     def _found(self) -> Netns:
-        """A mount first: it is there for as long as the pod is, whichever of its processes end."""
+        """Tries a mount first: it lasts as long as the pod, even if processes end."""
         for path, seen in self._places():
             try:
                 netns = Netns.open(path)
             except NetnsError:
-                continue  # it ended meanwhile
+                continue  # its process ended meanwhile
             # A namespace's number is used again, so what was seen must hold after it was opened, too.
             same = (netns.id.device, netns.id.inode) == self.key
             if same and (seen is None or processes.read_process(seen.pid, self.proc) == seen):
@@ -93,20 +93,20 @@ class Candidate:
 
 
 class Candidates:
-    """All namespaces but the host's, as of now. `hidden`: UID -> a process of it whose namespace we may not see."""
+    """All namespaces except the host's. `hidden`: UID -> a process of it with an unreadable namespace."""
 
     def __init__(self, containers: Mapping[str, str], folders: Sequence[str], proc: str) -> None:
-        """Reads /proc once. `containers`: id -> UID of those that are known. Raises KernelError."""
+        """Reads /proc once. `containers`: id -> UID of known containers. Raises KernelError."""
         self._containers = containers
         self._proc = proc
         self._outside = cgroups.enclosing(processes.cgroup(1, proc))
-        self._whose_text: dict[str, str] = {}
+        self._owners: dict[str, str] = {}
         self._all: dict[NsKey, Candidate] = {}
         self._of: dict[str, list[Candidate]] = {}
         self._astray: dict[str, int] | None = None
         hosts = processes.hosts_netns(proc)
         seen, hidden = processes.processes(proc)
-        self.hidden = {self._whose(cgroup): pid for pid, cgroup in hidden}
+        self.hidden = {self._owner(cgroup): pid for pid, cgroup in hidden}
         for one in seen:
             self._add(one)
         for key, path in _mounts(folders):
@@ -115,19 +115,19 @@ class Candidates:
                 space.mount = space.mount or path
 
     def of(self, uid: str) -> Sequence[Candidate]:
-        """Those that a process of the pod is in."""
+        """Returns the namespaces with a process of the pod."""
         return self._of.get(uid, ())
 
     def has(self, key: NsKey) -> bool:
-        """Whether a process is in that namespace or a mount leads to it; True when containers' are hidden from us."""
+        """Returns True if a process or a mount holds that namespace, or containers' namespaces are unreadable."""
         return key in self._all or any(self.hidden)
 
     def mounted(self) -> Sequence[Candidate]:
-        """Those that are mounted, and in which no container's process is."""
+        """Returns the mounted namespaces without a container's process."""
         return [space for space in self._all.values() if space.mount and not space.owners]
 
     def strange(self) -> Sequence[Candidate]:
-        """Those that are mounted, and in which there are processes of containers alone that nobody knows."""
+        """Returns the mounted namespaces with processes of unknown containers only."""
         return [
             space
             for space in self._all.values()
@@ -135,9 +135,9 @@ class Candidates:
         ]
 
     def astray(self) -> Mapping[str, int]:
-        """UID -> a process of it in the host's namespace; read when first asked for."""
+        """Returns UID -> a process of it in the host's namespace; read on the first call."""
         if self._astray is None:
-            self._astray = {self._whose(cgroup): pid for pid, cgroup in processes.in_hosts(self._proc)}
+            self._astray = {self._owner(cgroup): pid for pid, cgroup in processes.in_hosts(self._proc)}
         return self._astray
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class Candidates:
 
     def _add(self, one: ProcessSeen) -> None:
         space = self._space(one.netns)
-        owner = self._whose(one.cgroup)
+        owner = self._owner(one.cgroup)
         if owner:
             if owner not in space.owners:
                 self._of.setdefault(owner, []).append(space)
@@ -155,13 +155,13 @@ class Candidates:
     def _space(self, key: NsKey) -> Candidate:
         return self._all.setdefault(key, Candidate(key, self._proc))
 
-    def _whose(self, cgroup: str) -> str:
-        """By the text of a process's cgroup file: an owner as `Candidate` has them, or ""."""
-        if cgroup not in self._whose_text:
+    def _owner(self, cgroup: str) -> str:
+        """Returns the owner, as in `Candidate.owners`, by the text of a process's cgroup file, or ""."""
+        if cgroup not in self._owners:
             owner = cgroups.owner(cgroup, self._outside)
-            nobodys = _CONTAINER + owner.container if owner.container else ""
-            self._whose_text[cgroup] = owner.uid or self._containers.get(owner.container, nobodys)
-        return self._whose_text[cgroup]
+            unknown = _CONTAINER + owner.container if owner.container else ""
+            self._owners[cgroup] = owner.uid or self._containers.get(owner.container, unknown)
+        return self._owners[cgroup]
 
 
 def _mounts(folders: Sequence[str]) -> Iterable[tuple[NsKey, str]]:

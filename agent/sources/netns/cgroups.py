@@ -1,4 +1,4 @@
-"""Whose a process is by its cgroup: the pod's UID, or the container's id where no pod is named. Pure.
+"""Finds the owner of a process by its cgroup: the pod's UID, or the container's id where no pod is named. Pure.
 
 Paths as the kubelet's two drivers and the runtimes make them, in version 1, version 2 and both:
     /kubepods/besteffort/podUID/ID
@@ -23,32 +23,32 @@ _CONTAINER = re.compile(r"(?:[a-z-]+-)?([0-9a-f]{64})(?:\.scope)?")
 
 @dataclass(frozen=True, slots=True)
 class ProcessOwner:
-    """Either may be "": `uid` with "-", as the API writes it; `container` without the runtime's scheme."""
+    """An owner; either may be "". `uid` with "-", as the API writes it; `container` without the runtime's scheme."""
 
     uid: str = ""
     container: str = ""
 
 
-NOBODY = ProcessOwner()
+NO_OWNER = ProcessOwner()
 
 
 def owner(text: str, outside: Collection[str] = ()) -> ProcessOwner:
-    """Whose a process is, by the text of its /proc/PID/cgroup.
+    """Returns the owner of a process, by the text of its /proc/PID/cgroup.
 
-    What stands first in a path is outermost, and what the node made; a pod may name cgroups of its own below that as it
-    likes. `outside` are UIDs and ids that the node itself stands in (see `enclosing`), and pass. Hierarchies that
-    disagree name nobody.
+    The first parts of a path are outermost, and the node made them; a pod may name cgroups of its own below freely.
+    `outside` are UIDs and ids that contain the node itself (see `enclosing`), and are skipped. Hierarchies that
+    disagree yield no owner.
     """
-    found = {_of_path(path, outside) for path in _paths(text)} - {NOBODY}
+    found = {_of_path(path, outside) for path in _paths(text)} - {NO_OWNER}
     uids = {one.uid for one in found if one.uid}
     ids = {one.container for one in found if one.container and (one.uid or not uids)}
     if len(uids) > 1 or (not uids and len(ids) > 1):
-        return NOBODY
+        return NO_OWNER
     return ProcessOwner(uids.pop() if uids else "", ids.pop() if len(ids) == 1 else "")
 
 
 def enclosing(text: str) -> frozenset[str]:
-    """The UIDs and ids in the path of process 1: a node that is itself a container, or a container of a pod."""
+    """Returns the UIDs and ids in the path of process 1: the node may be a container, or a container of a pod."""
     return frozenset(name for path in _paths(text) for name in _names(path))
 
 
@@ -61,7 +61,7 @@ def _of_path(path: list[str], outside: Collection[str]) -> ProcessOwner:
     uid = ""
     for part in path:
         if (pod := _POD.fullmatch(part)) and _written(pod[1]) not in outside:
-            if uid or pod[2]:  # a pod below a pod is that one's own doing
+            if uid or pod[2]:  # the outer pod made a pod below it
                 return ProcessOwner(uid) if uid else ProcessOwner(_written(pod[1]), pod[2])
             uid = _written(pod[1])
         elif (found := _CONTAINER.fullmatch(part)) and found[1] not in outside:

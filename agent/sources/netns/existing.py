@@ -1,6 +1,6 @@
-"""Network namespaces of this node as they are found without an agent: pinned, named, or some process's.
+"""Finds the network namespaces of this node without an agent: by pins, names and processes.
 
-What the run directory says of them is believed as far as it can be read; nothing of it is needed.
+Readable facts in the run directory are used, but none is required.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROC = "/proc/[0-9]*/ns/net"
 
 @dataclass(frozen=True, slots=True)
 class ExistingNetns:
-    """What a note or a pin says. `netns` is None where neither tells; `path` is "" or where a source saw it."""
+    """The facts of a note or a pin. `netns` is None if unknown; `path` is "" or where a source found it."""
 
     uid: str
     name: str
@@ -33,23 +33,23 @@ class ExistingNetns:
 
 
 def known(run_dir: str) -> tuple[ExistingNetns, ...]:
-    """All notes, and pins that no readable note belongs to. Changes nothing; what cannot be read is left out."""
+    """Reads all notes, and pins without a readable note. Changes nothing; unreadable notes are left out."""
     notes = {note.uid: note for note in map(_note, sorted(Path(run_dir, "pods").glob("*.json"))) if note}
     bare = [pin.name for pin in _pins(run_dir) if pin.name not in notes]
     return (*notes.values(), *(ExistingNetns(uid, "", True, None, "") for uid in bare))
 
 
 def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
-    """Where namespaces of this node may be found; many lead to the same one."""
+    """Returns paths to namespaces of this node; many lead to the same one."""
     named = [path for folder in _NAMED for path in sorted(Path(folder).glob("*"))]
     noted = [Path(one.path) for one in known if one.path]
     return (*_pins(run_dir), *noted, *named, *sorted(Path("/").glob(_PROC.lstrip("/"))))
 
 
 def namespaces(places: Iterable[Path], problems: list[str]) -> Iterator[Netns]:
-    """Each namespace once, to be closed by the caller. The host's, what is gone and what is none are left out.
+    """Yields each namespace once, for the caller to close, without the host's and invalid paths.
 
-    What cannot be entered is added to `problems`.
+    Failures to enter one are added to `problems`.
     """
     seen: set[tuple[int, int]] = set()
     for path in places:
@@ -68,13 +68,13 @@ def namespaces(places: Iterable[Path], problems: list[str]) -> Iterator[Netns]:
 
 
 def pod(netns: Netns, run_dir: str, known: Iterable[ExistingNetns]) -> ExistingNetns | None:
-    """Which pod's the namespace is: by its pin, or by its note. A captured one comes first."""
+    """Returns the pod of the namespace, by its pin or its note. A captured one is preferred."""
     found = [one for one in known if _is(netns, run_dir, one)]
     return max(found, key=lambda one: one.captured, default=None)
 
 
 def forget(run_dir: str, uids: Iterable[str]) -> None:
-    """Removes their notes and pins, also what is left of half-written or damaged notes."""
+    """Removes their notes and pins, including half-written or damaged notes."""
     for uid in uids:
         Notes(run_dir).remove(uid)
         for end in (".new", ".damaged"):

@@ -21,24 +21,24 @@ from agent.sources.state.notes import Note, Notes
 
 
 class NamespaceRegistry:
-    """Open namespaces by UID. Called from worker threads, one pod at a time each."""
+    """Keeps open namespaces by UID. For worker threads, one pod at a time each."""
 
     def __init__(self, state: Notes, unannounced: SearchBatcher | None = None) -> None:
-        """Without `unannounced` a pod that nobody told the namespace of is not found."""
+        """Without `unannounced` a pod that comes without a namespace is not found."""
         self._state = state
         self._unannounced = unannounced
         self._open: dict[str, PodNetns] = {}
         self._notes: dict[str, Note] = {}
         self._pinned: set[str] = set()
-        self._paths: dict[str, Path] = {}  # where pods that nobody announced were found last
+        self._paths: dict[str, Path] = {}  # where unannounced pods were found last
         self._lock = threading.Lock()
 
     def restore(self, note: Note) -> None:
-        """A note of our predecessor's."""
+        """Takes a note of the previous agent."""
         self._notes[note.pod.uid] = note
 
     def adopt(self, uid: str, netns: Netns) -> None:
-        """Takes over a handle that a source vouches for; an equal one that is open already stays."""
+        """Takes over a source's handle; an equal one that is open already stays."""
         with self._lock:
             known = self._open.get(uid)
             if known is not None and known.netns.id == netns.id:
@@ -50,7 +50,7 @@ class NamespaceRegistry:
             known.close()
 
     def _refuse_foreign(self, uid: str, netns: Netns) -> None:
-        """Closes it and raises ForeignNetnsError when another pod has it, also one that only a note tells of yet."""
+        """Closes it and raises ForeignNetnsError if another pod has it, also a pod that only a note knows yet."""
         opened = ((pod, target.netns.id) for pod, target in list(self._open.items()))
         noted = ((pod, note.netns) for pod, note in list(self._notes.items()) if note.captured and note.netns)
         for pod, held in (*opened, *noted):
@@ -59,7 +59,7 @@ class NamespaceRegistry:
                 raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {pod}; not touching it")
 
     def id(self, uid: str) -> NetnsId | None:
-        """The namespace that the pod was last known in."""
+        """Returns the last known namespace of the pod."""
         known = self._open.get(uid)
         if known is not None:
             return known.netns.id
@@ -67,17 +67,17 @@ class NamespaceRegistry:
         return note.netns if note else None
 
     def opened(self, uid: str) -> PodNetns | None:
-        """The pod's handle, as it is; None where none was opened."""
+        """Returns the pod's open handle, or None."""
         return self._open.get(uid)
 
     def occupied(self, target: PodNetns) -> bool:
-        """Whether a process is in the namespace. Blocking. Raises KernelError."""
+        """Returns True if a process is in the namespace. Blocking. Raises KernelError."""
         return search.lives(target.netns.id, ())
 
     def dead(self, cookies: Collection[int]) -> frozenset[int]:
-        """Those of the cookies that belong to no pod that is known, and to no namespace that is found on this node.
+        """Returns the cookies that belong to no known pod, and to no namespace found on this node.
 
-        The latter may be of a pod whose note was damaged. Empty when not all namespaces could be looked at. Blocking.
+        The latter may belong to a pod with a damaged note. Empty if some namespace is unreadable. Blocking.
         """
         strange = frozenset(cookies) - self._cookies()
         if not strange:
@@ -125,7 +125,7 @@ class NamespaceRegistry:
             self._notes[pod.uid] = note
         if not captured and pod.netns_path:
             self._let_go(pod.uid)
-        elif not captured:  # the handle stays: to search for it again takes long
+        elif not captured:  # the handle stays: searching for it again takes long
             self._unpin(pod.uid)
 
     def was_captured(self, uid: str) -> bool:
@@ -139,7 +139,7 @@ class NamespaceRegistry:
         self._state.remove(uid)
 
     def close(self) -> None:
-        """At the end of the process: handles are closed, pins and notes stay for the next one."""
+        """Closes handles at the end of the process; pins and notes stay for the next one."""
         for target in self._open.values():
             target.close()
         self._open.clear()
@@ -160,8 +160,8 @@ class NamespaceRegistry:
         pin = self._state.pin(pod.uid)
         wanted = note.netns if note else None
         problems = []
-        told = Path(pod.netns_path) if pod.netns_path else self._paths.get(pod.uid)
-        for path in (pin, told):
+        announced = Path(pod.netns_path) if pod.netns_path else self._paths.get(pod.uid)
+        for path in (pin, announced):
             if path is None or (path == pin and not pin.exists()):
                 continue
             try:
@@ -180,7 +180,7 @@ class NamespaceRegistry:
             try:
                 netns = self._unannounced.find(pod)
             except NetnsError as error:
-                if type(error) is not NetnsError:  # something is there, and is not proven to be the pod's
+                if type(error) is not NetnsError:  # a namespace was found, but not proven to be the pod's
                     raise
                 problems.append(error)
             else:
@@ -196,7 +196,7 @@ class NamespaceRegistry:
         raise NetnsError(f"pod {pod.key}: no path of its network namespace is known")
 
     def _left(self, pod: Pod, target: PodNetns) -> bool:
-        """Nothing but our own handles leads to this namespace any more."""
+        """Returns True if only the agent's own handles hold this namespace."""
         if target.addresses():
             return False
         if not pod.netns_path:
@@ -213,5 +213,5 @@ def _same(left: NetnsId, right: NetnsId) -> bool:
 
 
 def _holds(target: PodNetns, pod: Pod) -> bool:
-    """A pod whose addresses nobody named is taken at its source's word. Both are written as ipaddress does."""
+    """Returns True if the namespace has an address of the pod, or none is known. Both as ipaddress writes them."""
     return not pod.addresses or not set(pod.addresses).isdisjoint(target.addresses())

@@ -1,7 +1,7 @@
 """Finds the network namespaces of pods that no CNI call announced: the agent came later, or ADD never reached it.
 
-Whose a process is, its cgroup tells; which of a pod's namespaces is the pod's, its addresses tell, then a mount of the
-runtime's, then the age of its processes. What is the host's, or may be another pod's, is never taken.
+A process is assigned to a pod by its cgroup. Of several namespaces, the pod's is chosen by its addresses, then by a
+mount of the runtime, then by the age of its processes. The host's, or one that may be another pod's, is never taken.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """An open handle, the caller's to close; a path that leads there while the pod is there; why it is the pod's."""
+    """An open handle for the caller to close, a path to it while the pod lives, and the reason of the choice."""
 
     netns: Netns
     path: str
@@ -44,7 +44,7 @@ def find(
     netns_dirs: Sequence[str] = NETNS_DIRS,
     proc: str = "/proc",
 ) -> Found:
-    """One pod's; see `search`. Raises what that has for an answer."""
+    """Searches for one pod; see `search`. Raises the error that `search` returns."""
     found = search([Wanted(uid, containers, addresses)], netns_dirs, proc)[uid]
     if isinstance(found, SluiceError):
         raise found
@@ -54,11 +54,11 @@ def find(
 def search(
     wanted: Iterable[Wanted], netns_dirs: Sequence[str] = NETNS_DIRS, proc: str = "/proc"
 ) -> Mapping[str, Found | SluiceError]:
-    """For each UID its namespace, or why there is none. Reads /proc once for all. Blocking: not for the event loop.
+    """Returns for each UID its namespace, or an error. Reads /proc once for all. Blocking: not for the event loop.
 
-    HostNetnsError: its processes are in the host's namespace alone. ForeignNetnsError: what was found is not proven to
-    be the pod's, or went away meanwhile. KernelError: it has processes, and we may not see where. A plain NetnsError:
-    there is nothing of it on this node. Raises KernelError when /proc does not tell the host's namespace.
+    HostNetnsError: its processes are in the host's namespace alone. ForeignNetnsError: the namespace is not proven to
+    be the pod's, or went away meanwhile. KernelError: it has processes in unreadable namespaces. A plain NetnsError:
+    the pod has nothing on this node. Raises KernelError if the host's namespace cannot be read from /proc.
     """
     pods = list(wanted)
     node = Candidates({container: pod.uid for pod in pods for container in pod.containers}, netns_dirs, proc)
@@ -69,7 +69,7 @@ def search(
 
 
 def lives(known: NetnsId, netns_dirs: Sequence[str] = NETNS_DIRS, proc: str = "/proc") -> bool:
-    """Whether anything but handles still leads to this namespace: a process or a mount. Blocking."""
+    """Returns True if a process or a mount still holds this namespace. Blocking."""
     node = Candidates({}, netns_dirs, proc)
     try:
         return node.has((known.device, known.inode))
@@ -78,7 +78,7 @@ def lives(known: NetnsId, netns_dirs: Sequence[str] = NETNS_DIRS, proc: str = "/
 
 
 def _each_once(answers: Mapping[str, tuple[Candidate, str] | SluiceError]) -> dict[str, Found | SluiceError]:
-    """What several pods would get, none gets."""
+    """Refuses a namespace that matches several pods."""
     takers: dict[int, list[str]] = {}
     for uid, answer in answers.items():
         if not isinstance(answer, SluiceError):
@@ -114,7 +114,7 @@ def _answer(node: Candidates, pod: Wanted) -> tuple[Candidate, str] | SluiceErro
 
 
 def _by_address(node: Candidates, pod: Wanted, mine: Sequence[Candidate]) -> tuple[Candidate | None, str]:
-    """Of those with a process of the pod one that holds an address of it; else a mount that no pod's process is in.
+    """Chooses a namespace with a process and an address of the pod; else a mount without a pod's process.
 
     The pod can make more namespaces and give them its address, but cannot mount them where the runtime does.
     """
@@ -136,7 +136,7 @@ def _by_address(node: Candidates, pod: Wanted, mine: Sequence[Candidate]) -> tup
 
 
 def _by_age(pod: Wanted, mine: Sequence[Candidate]) -> tuple[Candidate | None, str]:
-    """No address is known: one that only this pod's processes are in; the mounted one, else the oldest process's."""
+    """Chooses without a known address: one with this pod's processes alone; the mounted one, else the oldest's."""
     alone = [space for space in mine if len(space.owners) == 1]
     if not alone:
         return None, "has processes of others too, and no address of the pod is known yet"
@@ -173,7 +173,7 @@ def _nothing(node: Candidates, pod: Wanted, mine: Sequence[Candidate], wrong: st
 
 
 def _plain(addresses: Collection[str]) -> frozenset[str]:
-    """As ipaddress writes them; what is no address is left out."""
+    """Normalises addresses as ipaddress writes them; invalid ones are left out."""
     found = set()
     for word in addresses:
         with contextlib.suppress(ValueError):

@@ -1,6 +1,6 @@
-"""The choice of mechanisms that an earlier start made: <run_dir>/backend.json, so that a restart chooses the same.
+"""Records the backends that an earlier start chose: <run_dir>/backend.json, so that a restart chooses the same.
 
-It binds nobody: what is damaged is ignored and told of, what is written by another kernel is not followed.
+It is only a hint: a damaged record is logged and ignored, one from another kernel is not followed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _VERSION = 1
 
 
 def load(run_dir: str) -> Recorded | None:
-    """None when there is none, or none that can be used."""
+    """Reads the record; None if it is missing or unusable."""
     path = _path(run_dir)
     try:
         data = json.loads(path.read_bytes())
@@ -38,19 +38,19 @@ def load(run_dir: str) -> Recorded | None:
 
 
 def save(run_dir: str, recorded: Recorded) -> None:
-    """Written to a temporary name and renamed, so that it is never half written. Raises OSError."""
+    """Writes to a temporary name and renames, so that it is never half written. Raises OSError."""
     path = _path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_suffix(".new")
     content = json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(content)
-    # No fsync: /run is memory, and after a reboot no pod is left that a choice was made for.
+    # No fsync: /run is memory, and no pod of the record survives a reboot.
     temporary.replace(path)
 
 
 def forget(run_dir: str) -> None:
-    """The next agent chooses anew."""
+    """Removes the record: the next agent chooses again."""
     _path(run_dir).unlink(missing_ok=True)
 
 

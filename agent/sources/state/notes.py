@@ -1,7 +1,7 @@
-"""What the agent keeps on disk of each pod, so that a later process finds it without asking anyone.
+"""Keeps a note of each pod on disk, so that a later process finds the pod without any other source.
 
 <run_dir>/pods/<uid>.json holds the facts, <run_dir>/netns/<uid> pins the namespace. The namespace's cookie is
-noted: a path may lead to another namespace by then, device and inode numbers are reused, a cookie is not.
+noted: a path may lead to another namespace later, device and inode numbers are reused, a cookie is not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Note:
 
 
 class Notes:
-    """The directory. Files are written to a temporary name and renamed, so that none is ever half written."""
+    """Reads and writes notes. Files are written to a temporary name and renamed, so that none is half written."""
 
     def __init__(self, run_dir: str) -> None:
         self.pods = Path(run_dir) / "pods"
@@ -51,7 +51,7 @@ class Notes:
         return self.pins / uid
 
     def load(self) -> Iterator[Note]:
-        """All notes. A damaged one is set aside under another name, told of, and never stops the others."""
+        """Yields all notes. A damaged one is renamed and logged, and never stops the others."""
         self.pods.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._sweep()
         for path in sorted(self.pods.glob("*.json")):
@@ -114,7 +114,7 @@ def _encode(note: Note) -> dict[str, Any]:
         "outside": list(note.preexisting),
         "carried": list(note.preswitch),
         "unmarked": asdict(note.pod.unmarked) if note.pod.unmarked else None,
-        # What an older release does not know it would take for damage; Kubernetes tells it again anyway.
+        # An older release would treat unknown keys as damage; Kubernetes sends these facts again anyway.
         "pod": {k: v for k, v in asdict(note.pod).items() if v not in ("", (), {}, False) and k not in _APART},
     }
 

@@ -1,4 +1,4 @@
-"""Small files beside the socket that let the plugin pass pods that are not captured while we are away."""
+"""Small files next to the socket that let the plugin start pods without capture while the agent is down."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _MOST = 10_000  # files: a cluster that has more namespaces fails closed for the
 
 
 class OfflineAllowlist:
-    """<run_dir>/exempt/<namespace> for each namespace whose pods may start without us, and for no other.
+    """Writes <run_dir>/exempt/<namespace> for exactly the namespaces with pods that may start without the agent.
 
-    Those are the excluded ones and, as the setting offline_pods says, those that Kubernetes knows not to be enrolled
-    and in which no pod of this node enrols itself.
+    Those are the excluded ones and, by the setting offline_pods, those that are not enrolled in Kubernetes and in which
+    no pod of this node enrols itself.
     """
 
     def __init__(self, settings: Settings, table: PodTable) -> None:
@@ -25,14 +25,14 @@ class OfflineAllowlist:
         self._table = table
         self._directory = Path(settings.run_dir) / "exempt"
         self._changed = asyncio.Event()
-        self._written: set[str] | None = None  # None: what a predecessor wrote has not been looked at
+        self._written: set[str] | None = None  # None: the files of a previous agent have not been read
 
-    def told(self) -> None:
-        """Namespaces, or pods of this node, may have changed."""
+    def update(self) -> None:
+        """Schedules a write after namespaces, or pods of this node, may have changed."""
         self._changed.set()
 
     async def run(self) -> None:
-        """Until cancelled. What a predecessor knew stays until it is known better."""
+        """Runs until cancelled. Files of a previous agent stay until the first update."""
         while True:
             await self._changed.wait()
             await asyncio.sleep(_SOON)

@@ -81,9 +81,9 @@ def test_the_same_kind_is_told_once_in_a_while_and_the_rest_is_counted(
     api = Api()
     made = Events(api, table, "node-1", lambda _: None)
     for _ in range(5):
-        made.tell(POD, "CaptureFailed", "no")
+        made.report(POD, "CaptureFailed", "no")
     now[0] += events.EVERY
-    made.tell(POD, "CaptureFailed", "still not")
+    made.report(POD, "CaptureFailed", "still not")
     assert [body["message"] for body in written(made, api, 2)] == ["no", "still not (4 more in the last 300 s)"]
 
 
@@ -91,7 +91,7 @@ def test_more_than_can_wait_and_what_the_api_refuses_is_counted_as_lost(table: P
     api = Api()
     made = Events(api, table, "node-1", lambda _: None)
     for number in range(events._MOST + 5):
-        made.tell(POD, f"Reason{number}", "x" * 5000)
+        made.report(POD, f"Reason{number}", "x" * 5000)
     assert made.lost == 5
     api.failures = 2
     bodies = written(made, api, events._MOST + 5)
@@ -101,14 +101,14 @@ def test_more_than_can_wait_and_what_the_api_refuses_is_counted_as_lost(table: P
 
 def test_a_pod_that_kubernetes_does_not_know_has_no_events(table: PodTable) -> None:
     made = Events(Api(), table, "node-1", lambda _: None)
-    made.tell(Pod("other", "shop", "other"), "CaptureFailed", "no")
+    made.report(Pod("other", "shop", "other"), "CaptureFailed", "no")
     assert made._waiting.empty()
 
 
 def test_an_event_on_the_node_is_where_kubectl_describe_looks_for_it(table: PodTable) -> None:
     api = Api()
     made = Events(api, table, "node-1", lambda _: None)
-    made.tell_node("ZtunnelMissing", "no ztunnel is connected")
+    made.report_node("ZtunnelMissing", "no ztunnel is connected")
     (body,) = written(made, api, 1)
     assert api.sent[0][1] == "/api/v1/namespaces/default/events" and body["metadata"]["namespace"] == "default"
     assert body["involvedObject"] == {"apiVersion": "v1", "kind": "Node", "name": "node-1", "uid": "node-1"}

@@ -58,8 +58,8 @@ def test_a_watch_goes_on_from_what_was_told_last() -> None:
     """Events and bookmarks move the version; an object without one does not."""
     asked = watching()
     asked.query(0)
-    asked.told("9")
-    asked.told("")
+    asked.received("9")
+    asked.received("")
     asked.ended(50)
     assert asked.pause(50) == 0 and not asked.listing and asked.query(50)["resourceVersion"] == "9"
 
@@ -73,7 +73,7 @@ def test_a_lost_connection_costs_no_list() -> None:
         pauses.append(asked.pause(10))
     assert pauses == [0.5, 1, 2, 4, 4, 4] and not asked.listing
     asked.query(20)
-    asked.told("8")
+    asked.received("8")
     asked.failed(LOST, 20)
     assert asked.pause(20) == 0.5
     assert course(0.999).pause(0) == 0
@@ -160,9 +160,9 @@ def test_silence_where_bookmarks_came() -> None:
     asked = watching()
     asked.query(0)
     assert asked.silence == 110
-    asked.told("8")
+    asked.received("8")
     assert asked.silence == 110
-    asked.told("9", bookmark=True)
+    asked.received("9", bookmark=True)
     assert asked.silence == 40
     asked.failed(LOST, 50)
     asked.query(60)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.sources.netns.cgroups import NOBODY, ProcessOwner, enclosing, owner
+from agent.sources.netns.cgroups import NO_OWNER, ProcessOwner, enclosing, owner
 
 UID, OTHER = "5f0e7a52-41dd-4b0c-9d0e-3a6a3a0d9b11", "11111111-2222-3333-4444-555555555555"
 SLICE, STATIC = UID.replace("-", "_"), "0123456789abcdef0123456789abcdef"
@@ -32,10 +32,10 @@ FORMS = [
     (f"0::/system.slice/docker-{ID}.scope", ProcessOwner("", ID)),
     (f"0::/kubepods/besteffort/pod{UID}/{ID} (deleted)", ProcessOwner(UID, ID)),
     (f"0::/kubepods/besteffort/pod{UID}", ProcessOwner(UID)),
-    ("0::/", NOBODY),
-    ("0::/system.slice/podman.service", NOBODY),
-    (f"0::/machine.slice/libpod{UID}", NOBODY),
-    ("", NOBODY),
+    ("0::/", NO_OWNER),
+    ("0::/system.slice/podman.service", NO_OWNER),
+    (f"0::/machine.slice/libpod{UID}", NO_OWNER),
+    ("", NO_OWNER),
 ]  # fmt: skip
 
 
@@ -50,8 +50,8 @@ def test_hierarchies_agree_or_name_nobody() -> None:
     assert owner(f"2:memory:/kubepods/pod{UID}/{ID}\n0::/system.slice/cri-containerd-{INNER}.scope") == ProcessOwner(
         UID, ID
     )
-    assert owner(pod + f"3:pids:/kubepods/pod{OTHER}/{ID}") == NOBODY
-    assert owner(f"1:a:/docker/{ID}\n2:b:/docker/{INNER}") == NOBODY
+    assert owner(pod + f"3:pids:/kubepods/pod{OTHER}/{ID}") == NO_OWNER
+    assert owner(f"1:a:/docker/{ID}\n2:b:/docker/{INNER}") == NO_OWNER
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_node_that_is_itself_a_container_is_passed() -> None:
     for node in (f"/docker/{INNER}", f"/kubepods/besteffort/pod{OTHER}/{INNER}", f"/x-pod{OTHER}.slice:docker:{INNER}"):
         outside = enclosing(f"0::{node}/init.scope\n")
         assert owner(f"0::{node}/kubelet/kubepods/pod{UID}/{ID}", outside) == ProcessOwner(UID, ID)
-        assert owner(f"0::{node}/system.slice/sshd.service", outside) == NOBODY
+        assert owner(f"0::{node}/system.slice/sshd.service", outside) == NO_OWNER
     assert enclosing("0::/init.scope\n") == frozenset()
 
 
@@ -76,6 +76,6 @@ def test_a_node_that_is_itself_a_container_is_passed() -> None:
 def test_no_text_is_too_odd_and_the_outermost_pod_counts(text: str, parts: list[str]) -> None:
     assert owner(text) is not None and enclosing(text) is not None
     first = next((part for part in parts if len(part) > 2), "")
-    expected = ProcessOwner("", ID) if first == ID else first.removeprefix("pod") if first else NOBODY
+    expected = ProcessOwner("", ID) if first == ID else first.removeprefix("pod") if first else NO_OWNER
     found = owner("0::/" + "/".join(parts))
     assert found == expected if isinstance(expected, ProcessOwner) else found.uid == expected
