@@ -48,14 +48,14 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _up(args: argparse.Namespace) -> int:
     lab = Lab(default_spec(args.prefix), args.ztunnel)
     sluice = not args.without_sluice
-    lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), tell=_tell)
+    lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), progress=_progress)
     _pods(args)
-    _tell(f"up; names in {DOMAIN} by the resolver {lab.resolver}")
-    _tell("try: sluice lab exec shop/client -- CMD...; remove it by: sluice lab down")
+    _progress(f"up; names in {DOMAIN} by the resolver {lab.resolver}")
+    _progress("try: sluice lab exec shop/client -- CMD...; remove it by: sluice lab down")
     return 0
 
 
-def _tell(step: str) -> None:
+def _progress(step: str) -> None:
     print(f"lab: {step}", flush=True)
 
 

@@ -88,7 +88,7 @@ class Installer:
 
     @property
     def file(self) -> str:
-        """The host's path of the configuration with our entry; empty while there is none."""
+        """The host's path of the configuration with our entry; "" while it is missing."""
         return f"{self.conf_dir.path}/{self.verdict.file}" if self.verdict.file else ""
 
     async def run(self) -> None:

@@ -70,7 +70,7 @@ def after(view: View, actions: Iterable[Action]) -> View:
 
 @dataclass(frozen=True, slots=True)
 class InstallPlan:
-    """After `actions`, `file` has our entry, made from `primary`; both are empty while there is no primary list.
+    """A plan. After `actions`, `file` has our entry, made from `primary`; both are "" while there is no primary list.
 
     `error` says why that is impossible or out of date; `remarks` are for the operator.
     """

@@ -23,7 +23,7 @@ class Running:
     args: tuple[str, ...] = ()
 
     def option(self, *names: str) -> str:
-        """Returns the last value given, as "--name value" or "--name=value"; "" if there is none."""
+        """Returns the last value given, as "--name value" or "--name=value"; "" if it is missing."""
         found = ""
         for number, word in enumerate(self.args):
             flag, equals, value = word.partition("=")

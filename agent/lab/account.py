@@ -1,9 +1,9 @@
-"""Who captured what: the load generator's records held against those of the ztunnels. Pure.
+"""Compares the load generator's records with those of the ztunnels. Pure.
 
-A connection that succeeded and that no ztunnel relayed outbound has escaped. The records meet at the far end:
-the server told the client which address it saw, and that is the address from which the last proxy on the way
-spoke (`via`). The client's own port will not do: NAT gives it another one towards the proxy when an older
-entry holds the same ports. Ports come round again in a long run, so the times must fit, too.
+A connection that succeeded and that no ztunnel relayed outbound has escaped. The records are matched at the far end:
+the server reports to the client which address it saw, and that is the address that the last proxy on the path used
+(`via`). The client's own port does not suffice: NAT changes it towards the proxy when an older entry holds the same
+ports. Ports are reused in a long run, so the times must match, too.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, Final
 from agent.core.errors import SluiceError
 
 EXAMPLES: Final = 5
-NEAR_SECONDS: Final = 1.0  # a client's opening and its proxy's taking of it are hardly ever farther apart
-LATE_SECONDS: Final = 6.0  # and never farther than this: load.py gives up sooner
+NEAR_SECONDS: Final = 1.0  # from a client's opening to its proxy's accept it hardly ever takes longer
+LATE_SECONDS: Final = 6.0  # and it never takes longer than this: load.py gives up sooner
 
 Key = tuple[str, str]
 Relays = dict[Key, list["ZtunnelRecord"]]
@@ -30,7 +30,7 @@ Relays = dict[Key, list["ZtunnelRecord"]]
 
 @dataclass(frozen=True, slots=True)
 class LoadRecord:
-    """One connection as its client saw it; `time` is Unix seconds of the opening, addresses are normal."""
+    """One connection as its client saw it; `time` is Unix seconds of the opening, addresses are in `normal` form."""
 
     time: float
     source: str
@@ -43,10 +43,10 @@ class LoadRecord:
 
 @dataclass(frozen=True, slots=True)
 class ZtunnelRecord:
-    """One connection that a ztunnel relayed; `direction` is outbound or inbound, addresses are normal.
+    """One connection that a ztunnel relayed; `direction` is outbound or inbound, addresses are in `normal` form.
 
-    `time` is Unix seconds of when the ztunnel took it; `via` is the address from which it spoke onwards. `arrived`, of
-    an outbound one: a ztunnel at the destination took it as well.
+    `time` is Unix seconds of the ztunnel's accept; `via` is its own address towards the destination. `arrived` (only
+    outbound): a ztunnel at the destination took it as well.
     """
 
     direction: str
@@ -60,10 +60,10 @@ class ZtunnelRecord:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Figures of one run or one window. `errors` counts the failed by reason.
+    """Figures of one run or one window. `errors` counts the failed connections by reason.
 
-    `missed_inbound` counts connections that succeeded, and that a ztunnel relayed outbound but none took at the
-    target's end. `longest` is the longest connection, in seconds.
+    `missed_inbound` counts connections that succeeded and that a ztunnel relayed outbound, but none at the target's
+    end. `longest` is the longest connection, in seconds.
     """
 
     opened: int
@@ -80,9 +80,9 @@ class Account:
 def account(
     load: Iterable[LoadRecord], ztunnel: Iterable[ZtunnelRecord], window: tuple[float, float] | None = None
 ) -> Account:
-    """Compares whole runs, and reports what opened within `window` (first and last Unix time), or all of it.
+    """Compares whole runs, and counts the connections opened within `window` (first and last Unix time), or all.
 
-    `ztunnel` are the records of all nodes, complete: written after the last connection of the load had ended.
+    `ztunnel` are the complete records of all nodes: written after the last connection of the load had ended.
     """
     fates = _fates(list(load), list(ztunnel))
     first, last = window or (-math.inf, math.inf)
@@ -102,34 +102,34 @@ def account(
 
 
 def _as_seen(relays: list[ZtunnelRecord]) -> Relays:
-    """Outbound relays by how their servers saw them: (peer, destination). An enrolled server sees its own proxy.
+    """Returns the outbound relays by (peer, destination) as their servers saw them. An enrolled server sees its proxy.
 
-    Where conntrack has changed the port on the way to the server's proxy, they meet by address and time.
+    Where conntrack has changed the port on the path to the server's proxy, they are matched by address and time.
     """
     outbound = [record for record in relays if record.direction == "outbound"]
-    left = [record for record in relays if record.direction == "inbound"]
+    unmatched = [record for record in relays if record.direction == "inbound"]
     seen: Relays = {}
-    for whose, within in ((str, LATE_SECONDS), (_host, NEAR_SECONDS)):
+    for source_key, within in ((str, LATE_SECONDS), (_host, NEAR_SECONDS)):
         inbound: Relays = {}
-        for record in left:
-            inbound.setdefault((whose(record.source), record.destination), []).append(record)
-        found = [(r, _take(inbound, (whose(r.via), r.destination), r.time, within)) for r in outbound]
-        for record, arrived in found:
+        for record in unmatched:
+            inbound.setdefault((source_key(record.source), record.destination), []).append(record)
+        pairs = [(r, _take(inbound, (source_key(r.via), r.destination), r.time, within)) for r in outbound]
+        for record, arrived in pairs:
             if arrived:
                 seen.setdefault((arrived.via, record.destination), []).append(replace(record, arrived=True))
-        outbound, left = [r for r, arrived in found if not arrived], [r for rest in inbound.values() for r in rest]
+        outbound = [record for record, arrived in pairs if not arrived]
+        unmatched = [record for rest in inbound.values() for record in rest]
     for record in outbound:
         seen.setdefault((record.via, record.destination), []).append(record)
     return seen
 
 
 def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[LoadRecord, ZtunnelRecord | None]]:
-    """Each record with the outbound relay that is left for it, if any; no relay serves two.
+    """Pairs each record with its outbound relay, if there is one; no relay is used twice.
 
-    Of one key's records the successful ones come first: one that failed may never have reached the ztunnel,
-    and must not use up the relay of one that did. What is left over is matched by its own address, which finds
-    the relays of those that failed; then by pod, target and time: conntrack may have changed the ports by which
-    the records meet.
+    Of the records with one key the successful ones come first: one that failed may never have reached the ztunnel, and
+    must not use up the relay of one that did. The rest is matched by its own address, which finds the relays of those
+    that failed; then by pod, target and time: conntrack may have changed the ports by which records are matched.
     """
     seen = _as_seen(sorted(relays, key=lambda r: r.time))
     fates: list[tuple[LoadRecord, ZtunnelRecord | None]] = []
@@ -139,19 +139,19 @@ def _fates(load: list[LoadRecord], relays: list[ZtunnelRecord]) -> list[tuple[Lo
             fates.append((record, relay))
         else:
             unmatched.append(record)
-    for whose in (str, _host):
+    for source_key in (str, _host):
         spare: Relays = {}
-        for relay in (relay for left in seen.values() for relay in left):
-            spare.setdefault((whose(relay.source), relay.destination), []).append(relay)
-        found = [(r, _take(spare, (whose(r.source), r.target), r.time, NEAR_SECONDS)) for r in unmatched]
-        fates += [(record, relay) for record, relay in found if relay]
+        for relay in (relay for rest in seen.values() for relay in rest):
+            spare.setdefault((source_key(relay.source), relay.destination), []).append(relay)
+        pairs = [(r, _take(spare, (source_key(r.source), r.target), r.time, NEAR_SECONDS)) for r in unmatched]
+        fates += [(record, relay) for record, relay in pairs if relay]
         seen = spare
-        unmatched = [record for record, relay in found if not relay]
+        unmatched = [record for record, relay in pairs if not relay]
     return fates + [(record, None) for record in unmatched]
 
 
 def _take(spare: Relays, key: Key, time: float, within: float) -> ZtunnelRecord | None:
-    """Takes the one of this key that is nearest in time away, if one is near enough (`within` seconds)."""
+    """Removes and returns the relay of this key that is nearest in time, at most `within` seconds away."""
     near = [relay for relay in spare.get(key, []) if abs(relay.time - time) <= within]
     if not near:
         return None
@@ -161,7 +161,7 @@ def _take(spare: Relays, key: Key, time: float, within: float) -> ZtunnelRecord 
 
 
 def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:
-    """From load.py's JSON lines. A line cut short by a kill is passed over."""
+    """Reads load.py's JSON lines; skips a line that a kill cut short."""
     for data in _objects(lines):
         if "target" in data:
             yield LoadRecord(
@@ -176,9 +176,9 @@ def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:
 
 
 def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
-    """From a ztunnel's JSON lines: those of TCP. A line cut short by a kill is passed over.
+    """Reads the lines of TCP among a ztunnel's JSON lines; skips a line that a kill cut short.
 
-    Raises SluiceError when the ztunnel says that it dropped records: who escaped cannot be told then.
+    Raises SluiceError when the ztunnel reports dropped records: escapes cannot be derived from the rest.
     """
     for data in _objects(lines):
         if data.get("kind") == "lost":
@@ -197,7 +197,7 @@ def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
 
 
 def _unix(time: object) -> float:
-    """Of RFC 3339 text or of Unix seconds; 0 for neither."""
+    """Converts RFC 3339 text or Unix seconds; 0 for anything else."""
     if isinstance(time, str):
         try:
             return datetime.fromisoformat(time).timestamp()
@@ -207,9 +207,9 @@ def _unix(time: object) -> float:
 
 
 def normal(text: str) -> str:
-    """`ip:port` or `[ip]:port` in the one shortest form; an IPv4-mapped IPv6 address as IPv4.
+    """Returns `ip:port` or `[ip]:port` in the shortest form; an IPv4-mapped IPv6 address as IPv4.
 
-    What is no address with a port stays as it is.
+    Text that is not an address with a port stays unchanged.
     """
     host, colon, port = text.rpartition(":")
     shortest = _normal_host(host.removeprefix("[").removesuffix("]"))

@@ -1,8 +1,8 @@
 """Runs a CNI chain as a container runtime does: the lab's stand-in for containerd and its libcni.
 
-ADD calls the plugins in order, each with the result of the one before; a failure is followed by DEL at once.
-DEL runs in reverse with the cached result, and runtimes call it twice: when the pod stops, and when its
-sandbox is removed, by then without namespace and without result. All plugins run in the node's namespace.
+ADD calls the plugins in order, each with the result of the previous one; a failure is followed by DEL at once. DEL runs
+in reverse with the cached result, and runtimes call it twice: when the pod stops, and when its sandbox is removed, by
+then without namespace and result. All plugins run in the node's namespace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CNI_PATH: Final = (REPO / "cni_plugin", Path("/usr/lib/cni"))
 
 
 class ChainError(SluiceError):
-    """A plugin refused. `code` is CNI's, or -1 when the plugin did not answer with an error as specified."""
+    """A plugin failed. `code` is CNI's, or -1 when the plugin did not answer with an error as specified."""
 
     def __init__(self, plugin: str, verb: str, code: int, msg: str, details: str) -> None:
         super().__init__(f"{plugin} {verb}: {msg} (CNI error {code}){': ' + details if details else ''}")
@@ -36,7 +36,7 @@ class ChainError(SluiceError):
 
 
 class CniChain:
-    """One node's chain: reads the configuration list at `config` anew for every operation."""
+    """One node's chain: reads the configuration list at `config` for every operation."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class CniChain:
         self._random = random.Random(seed)
 
     def add(self, attachment: Attachment) -> Json:
-        """Returns the last plugin's result. Raises ChainError after having called DEL."""
+        """Calls ADD and returns the last plugin's result. Raises ChainError after a call of DEL."""
         network = self._network()
         result = None
         try:
@@ -61,7 +61,7 @@ class CniChain:
                 stdin = plugin_input(network, plugin, attachment, result)
                 result = self._call("ADD", plugin, stdin, attachment)
         except BaseException:
-            with contextlib.suppress(ChainError):  # the reason why ADD failed is the one to tell
+            with contextlib.suppress(ChainError):  # the error of ADD is the one to report
                 self.delete(attachment)
             raise
         if result is None:
@@ -72,7 +72,7 @@ class CniChain:
         return result
 
     def delete(self, attachment: Attachment) -> None:
-        """Calls every plugin and only then raises the first ChainError: one must not stop the others."""
+        """Calls DEL of every plugin, then raises the first ChainError: one failure must not stop the others."""
         network = self._network()
         result = self.result(attachment)
         first = None
@@ -86,7 +86,7 @@ class CniChain:
         self._cached(attachment).unlink(missing_ok=True)
 
     def check(self, attachment: Attachment) -> None:
-        """Raises ChainError when a plugin finds its work undone."""
+        """Calls CHECK. Raises ChainError when a plugin finds its work undone."""
         network = self._network()
         result = self.result(attachment)
         if not at_least(network["cniVersion"], "0.4.0"):
@@ -95,7 +95,7 @@ class CniChain:
             self._call("CHECK", plugin, plugin_input(network, plugin, attachment, result), attachment)
 
     def status(self) -> bool:
-        """Whether the plugins were asked; raises ChainError when one of them is not ready."""
+        """Calls STATUS; returns False if the version lacks it. Raises ChainError when a plugin is not ready."""
         network = self._network()
         asked = at_least(network["cniVersion"], "1.1.0")
         for plugin in network["plugins"] if asked else ():
@@ -103,7 +103,7 @@ class CniChain:
         return asked
 
     def collect(self, valid: Iterable[Attachment]) -> bool:
-        """GC: DEL for each attachment that we know and that is not `valid`, then the verb where it exists."""
+        """Calls DEL for each cached attachment that is not `valid`, then GC; returns False if the version lacks GC."""
         valid = list(valid)
         known = {attachment.container_id for attachment in valid}
         for path in sorted(self.cache.glob("*.json")):
@@ -119,7 +119,7 @@ class CniChain:
         return asked
 
     def result(self, attachment: Attachment) -> Json | None:
-        """The cached result of ADD; None before it and after DEL."""
+        """Returns the cached result of ADD; None before it and after DEL."""
         try:
             kept: Json = json.loads(self._cached(attachment).read_text())
         except FileNotFoundError:
@@ -141,8 +141,8 @@ class CniChain:
         answer: Any = _parse(done.stdout)
         if done.returncode:
             if not isinstance(answer, dict) or "code" not in answer:
-                words = (done.stderr or done.stdout).strip() or f"exit {done.returncode} without a word"
-                raise ChainError(plugin["type"], verb, -1, words, "")
+                output = (done.stderr or done.stdout).strip() or f"exit {done.returncode} without output"
+                raise ChainError(plugin["type"], verb, -1, output, "")
             raise ChainError(plugin["type"], verb, answer["code"], answer.get("msg", ""), answer.get("details", ""))
         if done.stdout.strip() and not isinstance(answer, dict):
             raise ChainError(plugin["type"], verb, -1, "stdout is not a JSON object", done.stdout[:200])

@@ -1,4 +1,4 @@
-"""What the parts of the demo share: its claims, the windows in which they do faults, and the accounts of these."""
+"""Shared by the parts of the demo: its claims, the windows in which faults are made, and their accounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container runtime hands to CNI plugins, as pure values: configuration list, stdin, environment.
+"""The input of CNI plugins from a container runtime, as pure values: configuration list, stdin, environment.
 
 Facts: CNI specification 1.1.0, sections 2 (environment) and 3 (deriving the execution configuration).
 """
@@ -15,7 +15,7 @@ from agent.lab.topology import LabSpec
 
 ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
 IFNAME: Final = "eth0"
-# Debian's containernetworking-plugins 1.1.1 know versions up to this one.
+# Debian's containernetworking-plugins 1.1.1 support versions up to this one.
 CNI_VERSION: Final = "1.0.0"
 
 Json = dict[str, Any]
@@ -34,7 +34,7 @@ class Attachment:
 
 
 def conflist(spec: LabSpec, node: str, *, sluice: bool = True) -> Json:
-    """The node's network configuration list: ptp with host-local, dual stack, then Sluice chained behind."""
+    """Returns the node's network configuration list: ptp with host-local, dual stack, then Sluice chained behind."""
     directory = spec.node_dir(node)
     ptp = {
         "type": "ptp",
@@ -55,7 +55,10 @@ def conflist(spec: LabSpec, node: str, *, sluice: bool = True) -> Json:
 
 
 def address_dir(spec: LabSpec, node: str) -> Path:
-    """Where host-local keeps a file per address in use, named by the address (the network's name is last)."""
+    """Returns the directory in which host-local keeps a file per address in use, named by the address.
+
+    Its last part is the name of the network.
+    """
     return spec.node_dir(node) / "cni" / "host-local" / "lab"
 
 
@@ -66,9 +69,9 @@ def plugin_input(
     previous: Json | None,
     extra: Json | None = None,
 ) -> Json:
-    """The execution configuration of one plugin: what it reads on stdin.
+    """Returns the execution configuration of one plugin, which it reads on stdin.
 
-    `capabilities` are the plugin's requests to the runtime: they leave, and those that we serve come back as
+    `capabilities` are the plugin's requests to the runtime: they are removed, and the supported ones become
     `runtimeConfig`. `extra` holds the keys of single verbs, such as cni.dev/valid-attachments.
     """
     config = {key: value for key, value in plugin.items() if key != "capabilities"}
@@ -83,7 +86,7 @@ def plugin_input(
 def environment(
     verb: str, path: Sequence[Path], attachment: Attachment | None, shuffle: random.Random
 ) -> dict[str, str]:
-    """The variables of one call. The keys of CNI_ARGS come in random order: runtimes build them from maps."""
+    """Returns the variables of one call. CNI_ARGS are in random order, because runtimes build them from maps."""
     variables = {"CNI_COMMAND": verb, "CNI_PATH": ":".join(map(str, path))}
     if attachment is None:
         return variables

@@ -1,7 +1,7 @@
-"""`make demo`: the main job on one machine, with real traffic, and every claim checked while it is made.
+"""`make demo`: the main job on one machine, with real traffic; each claim is checked when it is made.
 
-First what is there and where traffic goes; then, under continuous traffic, what usually goes wrong is done
-on purpose. Each part prints what it found and says whether that is as it should be.
+It shows the pods and the paths of their traffic; then, under continuous traffic, it makes the usual faults on purpose.
+Each part prints its result and whether that is right.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from agent.lab.traffic import still
 
 
 def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
-    """Runs it all on a lab of its own and removes the lab. Returns the exit code: 0 when every claim held."""
+    """Runs all parts on a new lab and removes the lab. Returns the exit code: 0 if every claim held."""
     check = Checks()
     started = time.monotonic()
     lab = Lab(default_spec(prefix))
     try:
         with interruptible():
             _title("The lab: two nodes, each with an agent and a ztunnel; pods made by a real CNI chain")
-            lab.up(backend=backend, tell=lambda step: print(f"  {step}"))
+            lab.up(backend=backend, progress=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
             report(lab, check, scenarios.run_all(lab, check, backend))
     finally:
         down(prefix)
     _title("Afterwards")
-    left = _left(lab)
-    check("nothing of the lab is left", not left, " ".join(left))
+    remains = _remains(lab)
+    check("nothing of the lab is left", not remains, " ".join(remains))
     print(f"\n{time.monotonic() - started:.0f} s. ", end="")
     if check.failed:
         print(f"{len(check.failed)} claims did not hold:\n  " + "\n  ".join(check.failed))
@@ -72,7 +72,7 @@ def _pods(lab: Lab, check: Checks) -> None:
     check("three pods are captured, one is excluded", states == wanted, "" if states == wanted else states)
 
 
-# Who calls whom, and where a ztunnel has to take it: legacy/batch is not enrolled, so nothing is at its end.
+# Client, server, and the ends at which a ztunnel must take the call: legacy/batch is not enrolled, so not at its end.
 _CALLS = (
     ("shop/client", "shop/web", ("outbound", "inbound")),
     ("shop/client", "shop/db", ("outbound", "inbound")),
@@ -136,7 +136,7 @@ def _iperf(lab: Lab) -> _Call:
 
 
 def _ends(lab: Lab, call: _Call, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Direction -> record, for each end at which a ztunnel took this call."""
+    """Returns direction -> record, for each end at which a ztunnel took this call."""
     found = {d: _matching(lab, call, records, d) for d in ("outbound", "inbound")}
     return {direction: matching[-1] for direction, matching in found.items() if matching}
 
@@ -190,7 +190,7 @@ def _queries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _await_records(lab: Lab, enough: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
-    """All records of both nodes, once `enough` of them are written, or no more come."""
+    """Returns all records of both nodes, once `enough` of them are written or no more come."""
     return still(lambda: _records(lab), enough)
 
 
@@ -212,13 +212,13 @@ def _probe(lab: Lab, check: Checks) -> None:
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
     status = lab.ask("node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")
-    # It is tried beside the enrolment, in a task of its own.
-    told = still(lambda: str(lab.ask("node1", "/v1/explain", pod="shop/web")["probe"]), bool)
-    check("the agent's own probe of the new pod came through", told.endswith(": ok"), told)
+    # The probe runs in a separate task, in parallel to the enrolment.
+    probe = still(lambda: str(lab.ask("node1", "/v1/explain", pod="shop/web")["probe"]), bool)
+    check("the agent's own probe of the new pod came through", probe.endswith(": ok"), probe)
 
 
 def _arrived(lab: Lab, address: str, records: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
-    """Connections to this address that a proxy took inbound."""
+    """Returns the connections to this address that a proxy took inbound."""
     records = _records(lab) if records is None else records
     return [r for r in records if (r["direction"], r["destination"]) == ("inbound", address)]
 
@@ -232,7 +232,7 @@ def _explain(lab: Lab, check: Checks) -> None:
     check("it is excluded, with the reason", answer["decision"] == "excluded" and bool(answer["reason"]))
 
 
-def _left(lab: Lab) -> list[str]:
-    """Namespaces, directories and pins of the lab that are still there."""
+def _remains(lab: Lab) -> list[str]:
+    """Returns the namespaces, directories and pins of the lab that still exist."""
     paths = (lab.spec.run_dir, *nodes.pins(lab.spec.prefix))
     return [*nodes.namespaces(lab.spec.prefix), *(str(path) for path in paths if path.exists())]

@@ -1,4 +1,4 @@
-"""Istio's ztunnel on a lab's node in place of the embedded one: its environment, and the local file it reads. Pure.
+"""Istio's ztunnel on a lab's node in place of the embedded one: its environment and its local file. Pure.
 
 There is no istiod and, unless the environment has FAKE_CA (a build with the feature "testing") or CA_ADDRESS, no CA:
 then workloads speak plain TCP, and ztunnel needs no certificates.
@@ -16,7 +16,7 @@ from agent.core.names import DEFAULT_ACCOUNT
 from agent.lab.topology import PodSpec
 
 LOCAL_FILE = "workloads.yaml"  # in a node's directory; read once, when ztunnel starts
-# The agent's. Istio's ztunnel asks the node's resolver, which knows no name of the lab.
+# Settings of the agent. Istio's ztunnel asks the node's resolver, which knows no name of the lab.
 SETTINGS: Final[Mapping[str, Any]] = {"dns_capture": False, "ztunnel_ports": ["15001", "15006", "15008"]}
 
 
@@ -31,12 +31,12 @@ def environment(directory: Path, node: str) -> dict[str, str]:
 
 
 def has_certificates(given: Mapping[str, str]) -> bool:
-    """Whether a ztunnel with these variables has anybody to sign them."""
+    """Returns True if a ztunnel with these variables gets certificates signed."""
     return given.get("FAKE_CA") == "true" or "CA_ADDRESS" in given
 
 
 def workloads(pods: Iterable[tuple[PodSpec, Sequence[str]]], *, hbone: bool) -> str:
-    """The local file: each pod with its addresses. ztunnel finds a pod by name, namespace and service account."""
+    """Returns the local file: each pod with its addresses. ztunnel finds a pod by name, namespace and account."""
     listed: list[dict[str, Any]] = [
         {
             "uid": f"lab//v1/Pod/{spec.ref}",

@@ -1,4 +1,4 @@
-"""The lab as one thing: up, down, found again by another process, and commands run in its pods."""
+"""The whole lab: bring it up and down, find it from another process, and run commands in its pods."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _NEEDED: Final = {
 
 
 class Lab:
-    """One lab on this machine. Two with different prefixes do not know of each other."""
+    """One lab on this machine. Labs with different prefixes are independent."""
 
     def __init__(self, spec: LabSpec, ztunnel: Path | None = None) -> None:
-        """`ztunnel`: Istio's, instead of the embedded one."""
+        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one."""
         self.spec = spec
         self._ztunnel = ztunnel
         self.children = Children(spec.run_dir / "processes")
@@ -47,7 +47,7 @@ class Lab:
 
     @classmethod
     def from_state(cls, prefix: str) -> Lab:
-        """The lab that some process brought up. Raises SluiceError when there is none."""
+        """Returns the lab that another process brought up. Raises SluiceError when it does not exist."""
         try:
             spec = LabSpec.from_json(json.loads(Path("/run", prefix, "state.json").read_text()))
         except FileNotFoundError:
@@ -62,11 +62,11 @@ class Lab:
         agents: bool = True,
         sluice: bool = True,
         backend: LabBackend = LabBackend.NFTABLES,
-        tell: Callable[[str], None] = lambda _: None,
+        progress: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Builds it all, and removes it again when that fails or is interrupted. `tell` hears each step.
+        """Builds the lab, and removes it when that fails or is interrupted. Calls `progress` for each step.
 
-        Raises SluiceError: not root, a program missing, already up, or whatever went wrong.
+        Raises SluiceError: not root, a program missing, already up, or any other failure.
         """
         check_machine()
         if sluice and not (CNI_PATH[0] / "sluice-cni").is_file():
@@ -74,44 +74,44 @@ class Lab:
         nodes.claim(self.spec)
         try:
             with interruptible():
-                self._build(agents, sluice, backend, tell)
+                self._build(agents, sluice, backend, progress)
         except BaseException:
             down(self.spec.prefix)
             raise
 
-    def _build(self, agents: bool, sluice: bool, backend: LabBackend, tell: Callable[[str], None]) -> None:
-        tell(f"{len(self.spec.nodes)} nodes: network namespaces on one segment")
+    def _build(self, agents: bool, sluice: bool, backend: LabBackend, progress: Callable[[str], None]) -> None:
+        progress(f"{len(self.spec.nodes)} nodes: network namespaces on one segment")
         nodes.up(self.spec)
         (self.spec.run_dir / "state.json").write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
         self.pods.write_chains(sluice=sluice)
         if agents:
-            tell(f"an agent (backend {backend}) and a ztunnel on each node")
+            progress(f"an agent (backend {backend}) and a ztunnel on each node")
             self._write_workloads()
             for node in self.nodes.values():
                 node.configure(backend, **(istio.SETTINGS if self._ztunnel else {}))
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
                 node.confirm(backend)
-        tell(f"{len(self.spec.pods)} pods, through the CNI chain ptp{' and sluice-cni' if sluice else ''}")
+        progress(f"{len(self.spec.pods)} pods, through the CNI chain ptp{' and sluice-cni' if sluice else ''}")
         created = [self.pods.create(spec) for spec in self.spec.pods]
         self.pods.write_names()
         if agents and self._ztunnel:
-            tell("ztunnel once more: it reads its file of workloads at its start alone")
+            progress("ztunnel again: it reads its file of workloads only when it starts")
             self._write_workloads()
             for node in self.nodes.values():
                 node.replace_ztunnel()
-        tell("the pods' programs")
+        progress("the pods' programs")
         for pod in created:
             self.pods.start(pod)
 
     def _write_workloads(self) -> None:
-        """For Istio's ztunnel: the pods with those addresses that they have by now."""
+        """Writes the local file of Istio's ztunnel: the pods with their current addresses."""
         if self._ztunnel is None:
             return
         up = self.pods.up()
         hbone = istio.has_certificates(os.environ)
-        there = {ref: (pod.ipv4, pod.ipv6) for ref, pod in up.items()}
-        text = istio.workloads(((spec, there.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
+        addresses = {ref: (pod.ipv4, pod.ipv6) for ref, pod in up.items()}
+        text = istio.workloads(((spec, addresses.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
         for node in self.nodes.values():
             (node.directory / istio.LOCAL_FILE).write_text(text)
 
@@ -119,16 +119,16 @@ class Lab:
         down(self.spec.prefix)
 
     def add_pod(self, spec: PodSpec) -> LabPod:
-        """Creates again a pod that was removed; it gets new ids and perhaps new addresses."""
+        """Creates a removed pod again; it gets new ids and perhaps new addresses."""
         pod = self.pods.create(spec)
-        self._tell_dns()
+        self._reload_dns()
         self.pods.start(pod)
         return pod
 
     def remove_pod(self, ref: str) -> None:
-        """The whole way of a runtime, DEL twice. Raises ChainError when a plugin refused."""
+        """Removes a pod as a runtime does, with DEL twice. Raises ChainError when a plugin failed."""
         self.pods.remove(self.spec.pod(ref))
-        self._tell_dns()
+        self._reload_dns()
 
     @property
     def resolver(self) -> str:
@@ -139,18 +139,18 @@ class Lab:
         raise SluiceError("this lab has no DNS pod that is up")
 
     def netns(self, ref: str) -> Path:
-        """Of a pod, by NAMESPACE/NAME or NAME."""
+        """Returns the path of a pod's network namespace, by NAMESPACE/NAME or NAME."""
         return self.spec.netns_path(self.pods.require(ref).spec.key)
 
     def exec(self, ref: str, argv: Sequence[str], *, seconds: float = 30) -> CompletedProcess[str]:
-        """Runs a program to its end in a pod. Raises CommandError when it ends non-zero."""
+        """Runs a program in a pod and waits for its end. Raises CommandError when it ends non-zero."""
         return run(argv, netns=self.netns(ref), seconds=seconds)
 
     def ask(self, node: str, path: str, method: str = "GET", **query: str) -> Any:
         """Asks the node's agent over its admin socket and returns the JSON of the answer. Raises SluiceError."""
         return admin_socket.ask(str(self.spec.node_dir(node)), path, method, **query)
 
-    def _tell_dns(self) -> None:
+    def _reload_dns(self) -> None:
         self.pods.write_names()
         for pod in self.pods.up().values():
             child = self.children.get(f"{pod.spec.key}.{PodProgram.DNS}")
@@ -159,11 +159,11 @@ class Lab:
 
 
 def down(prefix: str) -> None:
-    """Removes every trace of a lab: by its records and, where those are missing, by the prefix. Repeatable.
+    """Removes all of a lab: by its records and, where those are missing, by the prefix. It can be repeated.
 
     The pods' networks are not released one by one: address files and interfaces go with the namespaces.
     """
-    prefix = LabSpec(prefix).prefix  # refuses what could be somebody else's
+    prefix = LabSpec(prefix).prefix  # refuses a prefix that other programs could use
     with undisturbed():
         children = Children(Path("/run", prefix, "processes"))
         for child in children.all():
@@ -174,9 +174,9 @@ def down(prefix: str) -> None:
 
 
 def check_machine() -> None:
-    """Raises SluiceError, in one line, when this user or this machine cannot run a lab."""
+    """Raises SluiceError, with one line, when this user or this machine cannot run a lab."""
     if os.geteuid() != 0:
-        raise SluiceError("the lab makes network namespaces: run it as root (for example with sudo)")
+        raise SluiceError("the lab creates network namespaces: run it as root (for example with sudo)")
     path = f"{os.environ.get('PATH', '')}:{PATH}"
     missing = {name: package for name, package in _NEEDED.items() if shutil.which(name, path=path) is None}
     if missing:
@@ -186,13 +186,13 @@ def check_machine() -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Makes SIGTERM an exception, as Ctrl-C is, so that what was begun is removed."""
+    """Turns SIGTERM into an exception, as Ctrl-C is one, so that a partly built lab is removed."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers belong to the main thread, and so does what they interrupt
+        yield  # only the main thread can set handlers, and they interrupt only that thread
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -203,7 +203,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Holds back SIGINT and SIGTERM of this thread: a removal that was begun is finished."""
+    """Blocks SIGINT and SIGTERM in this thread, so that a removal is not interrupted."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

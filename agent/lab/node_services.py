@@ -1,4 +1,4 @@
-"""A node's own processes: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
+"""The processes of a node: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.lab import istio
 from agent.lab.processes import Child, Children, await_ready
 from agent.lab.topology import LabSpec
 
-READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and nothing here is a measurement
+READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and this is not a measurement
 
 
 class LabBackend(StrEnum):
@@ -28,10 +28,10 @@ class LabBackend(StrEnum):
 
 
 class NodeProcesses:
-    """Starts, ends and kills them. `name` tells two ztunnels of one rolling upgrade apart."""
+    """Starts, ends and kills them. The `name` distinguishes the two ztunnels of a rolling upgrade."""
 
     def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
-        """`ztunnel`: Istio's, instead of the embedded one."""
+        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one."""
         self.node = node
         self.directory = spec.node_dir(node)
         self._ztunnel = ztunnel
@@ -40,25 +40,25 @@ class NodeProcesses:
         self._children = children
 
     def configure(self, backend: LabBackend, **changes: Any) -> Path:
-        """Writes the agent's settings, the lab's but for `changes`; it reads them when it starts."""
+        """Writes the agent's settings, the lab's with `changes`; the agent reads them when it starts."""
         path = self.directory / "sluice.yaml"
         path.write_text(yaml.safe_dump({**settings(self._spec, self.node, backend), **changes}, sort_keys=False))
         return path
 
     def start_agent(self) -> Child:
-        """Returns once it says that it is ready. Raises SluiceError with the tail of its log."""
+        """Starts the agent and waits until it is ready. Raises SluiceError with the tail of its log."""
         child = self.begin_agent()
         self.await_agent(child)
         return child
 
     def begin_agent(self) -> Child:
-        """Starts it and returns at once."""
+        """Starts the agent and returns at once."""
         argv = [sys.executable, "-m", "agent", "agent", "--config", str(self.directory / "sluice.yaml")]
         log = self.directory / "agent.log"
         return self._children.start(f"{self.node}.agent", argv, self._netns, log)
 
     def start_ztunnel(self, name: str = "ztunnel", *options: str) -> Child:
-        """Returns at once; it is ready once the agent is there. `options` are those of `sluice ztunnel`."""
+        """Starts ztunnel and returns at once; it is ready when the agent is. `options`: those of `sluice ztunnel`."""
         log = self.directory / f"{name}.log"
         if self._ztunnel is not None:
             env = istio.environment(self.directory, self.node)
@@ -74,16 +74,15 @@ class NodeProcesses:
         await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
 
     def await_ztunnel(self, agent: Child) -> None:
-        """Until a ztunnel has come to the agent, which refuses pods before that: it tries again each second."""
-
-        await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "joined by its ztunnel")
+        """Waits until a ztunnel has connected to the agent, which refuses pods before; ztunnel retries each second."""
+        await_ready(agent, lambda: self._joined() > 0, READY_SECONDS, "connected to its ztunnel")
 
     def replace_ztunnel(self, *options: str) -> None:
-        """The old one ends first. Returns when the new one, with those options, has come to the agent."""
+        """Ends the old ztunnel, starts one with the options and waits until it has connected to the agent."""
         agent = self._children.get(f"{self.node}.agent")
         self.end("ztunnel")
         if agent is not None:
-            await_ready(agent, lambda: not self._joined(), READY_SECONDS, "left by its ztunnel")
+            await_ready(agent, lambda: not self._joined(), READY_SECONDS, "disconnected from its ztunnel")
             self.start_ztunnel("ztunnel", *options)
             self.await_ztunnel(agent)
 
@@ -91,23 +90,23 @@ class NodeProcesses:
         return int(ask(str(self.directory), "/v1/status")["ztunnel_connections"])
 
     def confirm(self, backend: LabBackend) -> None:
-        """Raises SluiceError when the agent took another one instead."""
+        """Raises SluiceError when the agent chose another backend."""
         status = ask(str(self.directory), "/v1/status")
         if status["backend"] != str(backend):
-            words = f"backend {status['backend']} instead of {backend} ({status['backend_reason']})"
-            raise SluiceError(f"{self.node}: {words}")
+            actual = f"backend {status['backend']} instead of {backend} ({status['backend_reason']})"
+            raise SluiceError(f"{self.node}: {actual}")
 
     def end(self, name: str = "agent") -> None:
-        """SIGTERM and, should that not help within 10 s, SIGKILL."""
+        """Sends SIGTERM and, after 10 s, SIGKILL."""
         self._children.end(f"{self.node}.{name}", seconds=10)
 
     def kill(self, name: str = "agent") -> None:
-        """SIGKILL, as a crash or the kernel's OOM killer would."""
+        """Sends SIGKILL, as a crash or the kernel's OOM killer would."""
         self._children.kill(f"{self.node}.{name}")
 
 
 def settings(spec: LabSpec, node: str, backend: LabBackend) -> dict[str, Any]:
-    """The agent's settings on a lab node. Pure."""
+    """Returns the agent's settings on a lab node. Pure."""
     directory = spec.node_dir(node)
     return {
         "node_name": node,
@@ -123,7 +122,7 @@ def settings(spec: LabSpec, node: str, backend: LabBackend) -> dict[str, Any]:
 
 
 def ready(path: Path) -> bool:
-    """Whether the agent's admin socket answers GET /readyz with 200."""
+    """Returns True if the agent's admin socket answers GET /readyz with 200."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:
         admin.settimeout(2)
         admin.connect(str(path))

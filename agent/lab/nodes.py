@@ -1,4 +1,4 @@
-"""Nodes as network namespaces on one segment: `up` makes them, `down` removes whatever carries the prefix.
+"""Nodes as network namespaces on one segment: `up` creates them, `down` removes everything with the prefix.
 
     <prefix>-lan: br0 ── node1 ══ eth0 :<prefix>-node1 ── veth of each pod (made by the CNI plugin)
                       └─ node2 ══ eth0 :<prefix>-node2
@@ -37,8 +37,8 @@ _FORWARD = ("net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1")
 
 
 def claim(spec: LabSpec) -> None:
-    """Makes /run/<prefix>: of two who build the same lab at once, one is refused, and must not clean up."""
-    refused = SluiceError(f"lab {spec.prefix} is already there; first: sluice lab down --prefix {spec.prefix}")
+    """Creates /run/<prefix>: if two processes build the same lab at once, one is refused, and must not clean up."""
+    refused = SluiceError(f"lab {spec.prefix} exists already; first run: sluice lab down --prefix {spec.prefix}")
     if namespaces(spec.prefix) or pins(spec.prefix):
         raise refused
     try:
@@ -48,7 +48,7 @@ def claim(spec: LabSpec) -> None:
 
 
 def up(spec: LabSpec) -> None:
-    """Makes segment and nodes, all routes included, after `claim`. Raises SluiceError; then call `down`."""
+    """Creates segment and nodes, all routes included, after `claim`. Raises SluiceError; then call `down`."""
     add_namespace(spec.lan, NO_DAD)
     configure(spec.lan, _bridge)
     for node in spec.nodes:
@@ -60,14 +60,14 @@ def up(spec: LabSpec) -> None:
 
 
 def down(prefix: str) -> None:
-    """Removes pins, namespaces, mounts and files of the lab, also of one that was half made; nothing there is fine.
+    """Removes pins, namespaces, mounts and files of the lab, even if it is incomplete or missing.
 
-    Processes are to be ended before: one that lives keeps its namespace alive, without a name.
+    Processes must end before: a running one keeps its namespace alive, without a name.
     """
     for path in pins(prefix):
         bpffs.remove_tree(path)
     for name in namespaces(prefix):
-        # A file that `ip netns add` was interrupted before mounting is refused by `ip netns del`.
+        # `ip netns del` refuses a file if `ip netns add` was interrupted before mounting it.
         unpin(NETNS_DIR / name)
     run_dir = Path("/run", prefix)
     for mount in sorted(_mounts_below(run_dir), reverse=True):
@@ -77,22 +77,24 @@ def down(prefix: str) -> None:
             unpin(mount)
     shutil.rmtree(run_dir, ignore_errors=True)
     if run_dir.exists():
-        raise SluiceError(f"{run_dir}: could not be removed")
+        raise SluiceError(f"cannot remove {run_dir}")
 
 
 def namespaces(prefix: str) -> list[str]:
-    """Names of the lab's network namespaces, the segment's included."""
+    """Returns the names of the lab's network namespaces, the segment's included."""
     return sorted(path.name for path in NETNS_DIR.glob(f"{prefix}-*"))
 
 
 def pins(prefix: str) -> list[Path]:
-    """Directories of what the lab's agents keep in the kernel. The file system that an agent mounted for it stays:
-    somebody else may have begun to use it."""
+    """Returns the pin directories of the lab's agents.
+
+    The bpf file system that an agent mounted stays: another program may use it by now.
+    """
     return sorted(BPFFS.glob(f"{prefix}-*"))
 
 
 def processes_inside(names: Iterable[str]) -> list[int]:
-    """Pids of all processes that live in one of these namespaces, ourselves excepted."""
+    """Returns the pids of all processes in these namespaces, except this one."""
     wanted = set()
     for name in names:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""A pod's life, as a container runtime leads it: namespace, CNI ADD, programs; and all of it backwards."""
+"""The life of a pod, as a container runtime manages it: namespace, CNI ADD, programs, and their removal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START_SECONDS: Final = 20.0  # for a program to listen; generous, since the mach
 
 @dataclass(frozen=True, slots=True)
 class LabPod:
-    """A pod that is up: what it was to be, what the runtime chose, and what the chain gave it."""
+    """A running pod: its spec, the runtime's attachment, and the addresses from the chain."""
 
     spec: PodSpec
     attachment: Attachment
@@ -34,12 +34,12 @@ class LabPod:
     ipv6: str
 
     def address(self, program: PodProgram, family: int = 4) -> str:
-        """Where others reach a program of it: `ip:port`, or `[ip]:port` for family 6."""
+        """Returns the address of one of its programs: `ip:port`, or `[ip]:port` for family 6."""
         return f"{self.ipv4}:{PORTS[program]}" if family == 4 else f"[{self.ipv6}]:{PORTS[program]}"
 
 
 class LabPods:
-    """All pods of one lab, kept as files in /run/<prefix>/pods, so that a later process knows them too."""
+    """All pods of one lab, kept as files in /run/<prefix>/pods, so that a later process finds them."""
 
     def __init__(self, spec: LabSpec, children: Children) -> None:
         self.spec = spec
@@ -47,7 +47,7 @@ class LabPods:
         self._directory = spec.run_dir / "pods"
 
     def write_chains(self, *, sluice: bool) -> None:
-        """Puts the configuration list on every node."""
+        """Writes the configuration list of every node."""
         for node in self.spec.nodes:
             path = self._conflist(node)
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -57,7 +57,7 @@ class LabPods:
         return CniChain(self._conflist(node), self._conflist(node).parent / "cache", self.spec.netns_path(node))
 
     def create(self, spec: PodSpec) -> LabPod:
-        """Namespace and network; programs are started apart. Raises ChainError, and then nothing is left."""
+        """Creates namespace and network; `start` starts the programs. Raises ChainError, and leaves nothing then."""
         name = self.spec.netns_name(spec.key)
         path = self.spec.netns_path(spec.key)
         attachment = Attachment(
@@ -83,16 +83,16 @@ class LabPods:
             await_ready(child, partial(listening, netns, port), START_SECONDS, f"listening on {port}")
 
     def run(self, pod: LabPod, name: str, argv: Sequence[str]) -> Child:
-        """Starts one more process in the pod; it ends with the pod, or by `Children.end(child.name)`."""
+        """Starts another process in the pod; it ends with the pod, or by `Children.end(child.name)`."""
         # A dot, which no name holds: shop-web's processes are not those of a pod shop-web-2.
         full = f"{pod.spec.key}.{name}"
         log = self.spec.node_dir(pod.spec.node) / f"{full}.log"
         return self._children.start(full, argv, self.spec.netns_path(pod.spec.key), log)
 
     def remove(self, spec: PodSpec) -> None:
-        """Ends its programs, DEL, namespace away, DEL again as runtimes do; not there is fine.
+        """Ends the programs, calls DEL, removes the namespace, calls DEL again as runtimes do. The pod may be missing.
 
-        Raises ChainError when a DEL failed, after everything else is gone.
+        Raises ChainError when a DEL failed, after everything else is removed.
         """
         for child in self._children.all():
             if child.name.startswith(f"{spec.key}."):
@@ -112,19 +112,19 @@ class LabPods:
             raise failure
 
     def get(self, spec: PodSpec) -> LabPod | None:
-        """None when it is not up."""
+        """Returns the pod, or None if it is not up."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             kept = json.loads(self._file(spec).read_text())
             return LabPod(spec, Attachment(**kept["attachment"]), *_addresses(kept["result"]))
         return None
 
     def up(self) -> dict[str, LabPod]:
-        """Those that are up, by NAMESPACE/NAME."""
-        found = {spec.ref: self.get(spec) for spec in self.spec.pods}
-        return {ref: pod for ref, pod in found.items() if pod is not None}
+        """Returns the pods that are up, by NAMESPACE/NAME."""
+        pods = {spec.ref: self.get(spec) for spec in self.spec.pods}
+        return {ref: pod for ref, pod in pods.items() if pod is not None}
 
     def require(self, ref: str) -> LabPod:
-        """By NAMESPACE/NAME or NAME. Raises SluiceError when it is unknown or not up."""
+        """Returns a pod by NAMESPACE/NAME or NAME. Raises SluiceError when it is unknown or not up."""
         spec = self.spec.pod(ref)
         pod = self.get(spec)
         if pod is None:
@@ -132,7 +132,7 @@ class LabPods:
         return pod
 
     def write_names(self) -> None:
-        """The hosts file of the lab's DNS server, NAME.NAMESPACE.lab.test, and the agents' file of peers."""
+        """Writes the hosts file of the lab's DNS server (NAME.NAMESPACE.lab.test) and the agents' peers file."""
         lines = list[str]()
         peers = list[Json]()
         for pod in self.up().values():
@@ -156,7 +156,7 @@ class LabPods:
 
 
 def command(program: PodProgram, pod: LabPod, spec: LabSpec) -> list[str]:
-    """The command line of a pod's program. Pure."""
+    """Returns the command line of a pod's program. Pure."""
     port = str(PORTS[program])
     match program:
         case PodProgram.WEB:
@@ -171,13 +171,13 @@ def command(program: PodProgram, pod: LabPod, spec: LabSpec) -> list[str]:
                 # Nothing from the host: neither its configuration, its hosts file nor its resolvers.
                 "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--no-hosts", "--no-resolv",
                 "--no-poll", f"--port={port}", "--pid-file=", "--cache-size=0", f"--local=/{DOMAIN}/",
-                # It reads this again on SIGHUP, which it could not as another user: /run/<prefix> is root's.
+                # It reads this file again on SIGHUP, as root: other users cannot read /run/<prefix>.
                 f"--addn-hosts={spec.run_dir / 'hosts'}", "--user=root", "--log-facility=-", "--log-queries",
             ]  # fmt: skip
 
 
 def _addresses(result: Json) -> tuple[str, str]:
-    """The IPv4 and the IPv6 address of a CNI result. Raises SluiceError unless it has one of each."""
+    """Returns the IPv4 and the IPv6 address of a CNI result. Raises SluiceError unless it has one of each."""
     addresses = {}
     for entry in result.get("ips", []):
         interface = ipaddress.ip_interface(entry["address"])

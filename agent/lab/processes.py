@@ -1,7 +1,7 @@
 """The lab's long-lived processes: a file per process, so that another process can end them later.
 
-A pid alone may be reused by a stranger; together with its start time it may not. Every wait for an end is on
-a pidfd, never a poll.
+A pid alone may be reused by another process; together with the start time it may not. Every wait for an end is on a
+pidfd, never a poll.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.kernel.proc import parse_stat
 
-# Handles of what this process itself started: somebody has to reap them.
+# Handles of the processes that this one started and must reap.
 _own: dict[int, subprocess.Popen[bytes]] = {}
 
 
@@ -43,11 +43,11 @@ class Child:
         return start_time(self.pid) == self.started
 
     def tail(self, lines: int = 5) -> str:
-        """The end of its log, for an error message."""
+        """Returns the end of its log, for an error message."""
         with contextlib.suppress(OSError):
-            said = Path(self.log).read_text(errors="replace").strip().splitlines()
-            if said:
-                return " | ".join(said[-lines:])
+            text = Path(self.log).read_text(errors="replace").strip().splitlines()
+            if text:
+                return " | ".join(text[-lines:])
         return "its log is empty"
 
 
@@ -60,14 +60,14 @@ class Children:
     def start(
         self, name: str, argv: Sequence[str], netns: Path, log: Path, env: Mapping[str, str] | None = None
     ) -> Child:
-        """Starts `argv` in the namespace, output appended to `log`. Raises SluiceError if it is running."""
+        """Starts `argv` in the namespace and appends its output to `log`. Raises SluiceError if it is running."""
         before = self.get(name)
         if before is not None and before.alive:
-            raise SluiceError(f"{name} is running already, as process {before.pid}")
+            raise SluiceError(f"{name} is already running as process {before.pid}")
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         settings = dict[str, str | None].fromkeys(name for name in os.environ if name.startswith("SLUICE_"))
-        with log.open("ab") as out:  # settings of whoever uses the lab are none of its processes'
+        with log.open("ab") as out:  # the lab's processes must not get the settings of its user
             process = start(argv, netns=netns, env={**settings, **(env or {})}, stdout=out, stderr=out)
         _own[process.pid] = process
         child = Child(name, process.pid, start_time(process.pid) or 0, str(log))
@@ -85,14 +85,14 @@ class Children:
         return [child for child in found if child is not None]
 
     def end(self, name: str, seconds: float = 5) -> None:
-        """SIGTERM, and SIGKILL after `seconds`; not running or not known is fine."""
+        """Sends SIGTERM, and SIGKILL after `seconds`. The process may have ended or be unknown."""
         child = self.get(name)
         if child is not None:
             end(child.pid, child.started, seconds)
         self._path(name).unlink(missing_ok=True)
 
     def kill(self, name: str) -> None:
-        """SIGKILL at once, as a crash would."""
+        """Sends SIGKILL at once, as in a crash."""
         self.end(name, seconds=0)
 
     def _path(self, name: str) -> Path:
@@ -100,7 +100,7 @@ class Children:
 
 
 def end(pid: int, started: int | None, seconds: float) -> None:
-    """Ends one process if it is still the one that began at `started`; with 0 seconds by SIGKILL alone."""
+    """Ends one process if it is still the one that started at `started`; with 0 seconds by SIGKILL alone."""
     own = _own.pop(pid, None)
     if own is not None and own.poll() is not None:
         return
@@ -118,7 +118,7 @@ def end(pid: int, started: int | None, seconds: float) -> None:
             if select.select([handle], [], [], patience)[0]:
                 break
         else:
-            raise SluiceError(f"process {pid} does not end, even by SIGKILL")
+            raise SluiceError(f"process {pid} did not end after SIGKILL")
     finally:
         os.close(handle)
     if own is not None:
@@ -144,11 +144,11 @@ def listening(netns: Path, port: int) -> bool:
 
 
 def await_ready(child: Child, ready: Callable[[], bool], seconds: float, what: str) -> None:
-    """Asks `ready` until it holds. Raises SluiceError, with the log's tail, when child or time end before."""
+    """Polls `ready` until it is true. Raises SluiceError, with the log's tail, when the process or the time ends."""
     deadline = time.monotonic() + seconds
     while not ready():
         if not child.alive:
             raise SluiceError(f"{child.name} ended before it was {what}: {child.tail()}")
         if time.monotonic() > deadline:
             raise SluiceError(f"{child.name} is not {what} after {seconds:g} s: {child.tail()}")
-        time.sleep(0.01)  # a foreign process announces this in no way that could be awaited
+        time.sleep(0.01)  # another process does not announce this in a way that could be awaited

@@ -1,4 +1,4 @@
-"""The end of the demo: the account that the agents keep themselves, held against what the lab saw."""
+"""The end of the demo: compares the agents' own account with the records of the lab."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ORDER = ("captured", "exempt", "leaked", "undecided")
 
 @dataclass(frozen=True, slots=True)
 class DemoTotals:
-    """`totals` of both agents and by which means, and how many connections the ztunnels `relayed` outbound."""
+    """`totals` of both agents, their collectors, and how many connections the ztunnels `relayed` outbound."""
 
     totals: Found
     collectors: frozenset[str]
@@ -28,7 +28,7 @@ class DemoTotals:
 
 
 def report(lab: Lab, check: Checks, passed: Accounts) -> None:
-    """Prints and checks. `passed`: what the lab counted in the windows in which connections could pass by."""
+    """Prints and checks. `passed`: the lab's accounts of the windows in which connections could bypass the proxy."""
     print("\n== The account: every connection of the captured pods, as the agents counted it (sluice status)")
     seen = still(lambda: _seen(lab), lambda one: all(held for _, held, _ in _claims(one, passed)))
     rows = sorted(seen.totals.items(), key=lambda pair: (_ORDER.index(pair[0][1]), -pair[1]))
@@ -36,16 +36,16 @@ def report(lab: Lab, check: Checks, passed: Accounts) -> None:
     print(table(("FATE", "REASON", "DIRECTION", "CONNECTIONS"), lines))
     check("they are counted", bool(seen.totals), f"by {', '.join(sorted(seen.collectors))}")
     if seen.collectors != {"ebpf"}:
-        print("       since the agents' last start alone: nothing of this account outlives them")
+        print("       only since the agents' last start: this account does not outlive them")
         return
     for claim, held, words in _claims(seen, passed):
         check(claim, held, f"{words}, {_sum(passed, 'failed')} failed")
 
 
 def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str]]:
-    """Each claim, whether it holds, and the figures.
+    """Yields each claim, whether it holds, and the figures.
 
-    Of those that failed the lab cannot tell where they went: each may be in one of the two accounts alone.
+    The lab cannot know the path of a failed connection, which may be in only one of the two accounts.
     """
     captured = seen.count("outbound", "captured")
     leaked = seen.count("outbound", "leaked")

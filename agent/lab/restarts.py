@@ -1,4 +1,4 @@
-"""Agents and ztunnels of all nodes, ended and begun again: what an upgrade or a crash does."""
+"""Ends and starts the agents and ztunnels of all nodes, as an upgrade or a crash does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def kill(lab: Lab) -> None:
 
 
 def switch(lab: Lab, backend: LabBackend) -> None:
-    """Raises SluiceError when an agent takes another one instead."""
+    """Switches all agents to the backend. Raises SluiceError when an agent chooses another one."""
     for node in lab.nodes.values():
         node.configure(backend)
     restart(lab)
@@ -30,7 +30,7 @@ def switch(lab: Lab, backend: LabBackend) -> None:
 
 
 def replace_ztunnels(lab: Lab) -> None:
-    """A rolling upgrade: the new one takes over while the old one still serves, then the old one is ended."""
+    """Does a rolling upgrade: the new ztunnel takes over while the old one still serves, then the old one ends."""
     for name, node in lab.nodes.items():
         node.start_ztunnel("ztunnel2")
         _await_pods(lab, name, connections=2)

@@ -1,4 +1,4 @@
-"""What a lab consists of: nodes, pods, addresses, names and paths, as plain values without effects."""
+"""The parts of a lab: nodes, pods, addresses, names and paths, as plain values without effects."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ DEFAULT_PREFIX: Final = "slulab"
 DOMAIN: Final = "lab.test"
 BPFFS: Final = Path("/sys/fs/bpf")
 
-# `down` removes every namespace and file that carries the prefix, so the prefix must be one that nobody else
-# uses: it starts with "slu", holds no dash (the dash ends it), and is not the agent's own /run/sluice.
+# `down` removes every namespace and file with the prefix, so no other program may use the prefix: it starts with "slu",
+# contains no dash (the dash ends it), and is not the agent's own /run/sluice.
 _PREFIX = re.compile(r"slu[a-z0-9]{1,9}")
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,28}[a-z0-9])?")
 
 
 class PodProgram(StrEnum):
-    """What runs inside a pod; `PORTS` says where it listens."""
+    """A program inside a pod; it listens on its port of `PORTS`."""
 
     WEB = "web"
     ECHO = "echo"
@@ -36,7 +36,7 @@ PORTS: Final = {PodProgram.WEB: 80, PodProgram.ECHO: 7000, PodProgram.IPERF: 520
 
 @dataclass(frozen=True, slots=True)
 class PodSpec:
-    """One pod; a pod without programs is a client, in which others start what they need."""
+    """One pod; a pod without programs is a client, in which other modules start theirs."""
 
     node: str
     namespace: str
@@ -50,7 +50,7 @@ class PodSpec:
 
     @property
     def key(self) -> str:
-        """The name in files and network namespaces, where a slash cannot be."""
+        """The name in files and network namespaces, which cannot contain a slash."""
         return f"{self.namespace}-{self.name}"
 
     @property
@@ -60,7 +60,7 @@ class PodSpec:
 
 @dataclass(frozen=True, slots=True)
 class LabSpec:
-    """The whole lab. Raises SettingsError for what could not be built or not be told apart."""
+    """The whole lab. Raises SettingsError for an invalid name or number, and for names that are not unique."""
 
     prefix: str = DEFAULT_PREFIX
     nodes: tuple[str, ...] = ("node1", "node2")
@@ -72,10 +72,10 @@ class LabSpec:
         for word in (*self.nodes, *(part for pod in self.pods for part in (pod.namespace, pod.name))):
             if not _LABEL.fullmatch(word):
                 raise SettingsError(f"lab name {word!r}: 1 to 30 of a-z, 0-9 and inner dashes")
-        # A node's name is also that of its port on the segment's bridge.
+        # A node's name is also the name of its port on the segment's bridge.
         if not 1 <= len(self.nodes) <= 200 or max(map(len, self.nodes)) > 15:
             raise SettingsError("a lab has 1 to 200 nodes, with names of at most 15 characters")
-        # /run/<prefix> holds the nodes' directories beside these.
+        # /run/<prefix> has the nodes' directories and these.
         names = [*self.nodes, *(pod.key for pod in self.pods), "lan", "pods", "processes"]
         if len(set(names)) != len(names):
             raise SettingsError("lab: names of nodes and pods must differ, and not be lan, pods or processes")
@@ -84,7 +84,7 @@ class LabSpec:
                 raise SettingsError(f"lab pod {pod.ref}: no node {pod.node!r}")
 
     def pod(self, ref: str) -> PodSpec:
-        """By NAMESPACE/NAME, or by NAME alone where that is unique."""
+        """Returns a pod by NAMESPACE/NAME, or by NAME alone if that is unique."""
         found = [pod for pod in self.pods if ref in (pod.ref, pod.name)]
         if len(found) != 1:
             names = ", ".join(pod.ref for pod in self.pods)
@@ -96,7 +96,7 @@ class LabSpec:
         return f"{self.prefix}-lan"
 
     def netns_name(self, name: str) -> str:
-        """Of a node, or of a pod by its `key`."""
+        """Returns the namespace's name of a node, or of a pod by its `key`."""
         return f"{self.prefix}-{name}"
 
     def netns_path(self, name: str) -> Path:
@@ -108,18 +108,18 @@ class LabSpec:
 
     @property
     def peers_file(self) -> Path:
-        """Whose addresses are whose, for all agents: what Kubernetes' API would tell."""
+        """The owners of all addresses, for all agents; in a cluster they come from the API of Kubernetes."""
         return self.run_dir / "peers.yaml"
 
     def node_dir(self, node: str) -> Path:
         return self.run_dir / node
 
     def bpf_dir(self, node: str) -> Path:
-        """Of the node's agent alone: two agents on one machine each mind their own pods."""
+        """Returns the pin directory of the node's agent: each agent on the machine has its own."""
         return BPFFS / self.netns_name(node)
 
     def underlay(self, node: str) -> tuple[str, str]:
-        """The node's IPv4 and IPv6 addresses on the segment, without prefix lengths."""
+        """Returns the node's IPv4 and IPv6 addresses on the segment, without prefix lengths."""
         number = self.nodes.index(node) + 1
         return f"192.0.2.{number}", f"2001:db8:1::{number:x}"
 
@@ -148,7 +148,7 @@ class LabSpec:
 
 
 def default_spec(prefix: str = DEFAULT_PREFIX) -> LabSpec:
-    """The lab of the demo: three pods enrolled, one excluded, and a DNS server that is no one's business."""
+    """Returns the lab of the demo: three pods enrolled, one excluded, and a DNS server that the agent ignores."""
     serving = (PodProgram.WEB, PodProgram.ECHO)
     return LabSpec(
         prefix=prefix,

@@ -1,4 +1,4 @@
-"""Continuous traffic from a pod, and the account of where its connections went."""
+"""Continuous traffic from a pod, and the account of its connections."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from agent.lab.pods import LabPod
 from agent.lab.processes import await_ready
 
 RATE: Final = 250.0  # new connections per second
-SETTLE_SECONDS: Final = 3.0  # in which nothing comes any more, once traffic has ended
-LONGEST_SECONDS: Final = 60.0  # for what never stands still
+SETTLE_SECONDS: Final = 3.0  # without a change, after traffic has ended
+LONGEST_SECONDS: Final = 60.0  # for a value that never settles
 
 T = TypeVar("T")
 
@@ -35,14 +35,14 @@ class LabTraffic:
         self.records = lab.spec.run_dir / f"{pod.spec.key}.{name}.jsonl"
 
     def start(self) -> None:
-        """Returns once the first connections were made. Raises SluiceError when none are."""
+        """Starts traffic and waits for the first connections. Raises SluiceError if they do not come."""
         argv = [sys.executable, "-m", "agent.lab.programs.load", "--rate", str(self._rate)]
         self.records.unlink(missing_ok=True)
         child = self._lab.pods.run(self._pod, self._name, [*argv, "--out", str(self.records), *self._targets])
         await_ready(child, lambda: _size(self.records) > 0, 20, "making connections")
 
     def stop(self) -> list[LoadRecord]:
-        """Ends it, waits for the connections in flight, and returns what it recorded."""
+        """Ends traffic, waits for the connections in flight, and returns the records."""
         # Longer than load.py's own limit for a connection: cut short, it would lose records.
         self._lab.children.end(f"{self._pod.spec.key}.{self._name}", seconds=15)
         return self.so_far()
@@ -53,7 +53,7 @@ class LabTraffic:
 
 
 def relayed(lab: Lab) -> list[ZtunnelRecord]:
-    """The records of all nodes' ztunnels. Raises SluiceError when one of them had to drop some."""
+    """Returns the records of all nodes' ztunnels. Raises SluiceError when one of them dropped some."""
     records: list[ZtunnelRecord] = []
     for node in lab.spec.nodes:
         path = lab.spec.node_dir(node) / "ztunnel.jsonl"
@@ -64,9 +64,9 @@ def relayed(lab: Lab) -> list[ZtunnelRecord]:
 
 
 def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:
-    """What is read once it is `right`, or else once it has not changed for SETTLE_SECONDS.
+    """Reads until the value is `right`, or has not changed for SETTLE_SECONDS, and returns it.
 
-    For figures that are written some time after the traffic that they tell of, on a machine that may be busy.
+    Use it for figures that are written some time after their traffic, on a machine that may be busy.
     """
     value = read()
     changed = time.monotonic()
@@ -83,10 +83,10 @@ def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:
 def settled(
     lab: Lab, load: Sequence[LoadRecord], right: Callable[[Account], bool] = lambda one: not one.escaped
 ) -> Account:
-    """The account once it is `right` or, if that does not come, stands still.
+    """Returns the account once it is `right` or, if that does not happen, once it does not change any more.
 
-    A ztunnel writes a record when its connection has ended, which is after the client's has. Raises
-    SluiceError when there is no load to account for: nothing escaped would then mean nothing.
+    A ztunnel writes a record when its connection has ended, which is after the client's has. Raises SluiceError when
+    there is no load to account for: then zero escapes would mean nothing.
     """
     if not load:
         raise SluiceError("no connection was recorded: there is nothing to account for")

@@ -26,7 +26,7 @@ _NO_API = "none: the plugin asks the agent, and has no credentials of its own"
 
 @dataclass(frozen=True, slots=True)
 class Equivalent:
-    """One setting: `env` and `helm` are istio-cni's names, `ours` is Sluice's; "" where there is none.
+    """One setting: `env` and `helm` are istio-cni's names, `ours` is Sluice's; "" where it has no name.
 
     `words`: what replaces it; `plain`: values that need no action, as text.
     """

@@ -96,7 +96,7 @@ def back(view: View, wished: str) -> Steps:
     if found is None or not mentions(found.network):
         name = found.name if found else "no configuration"
         words = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
-        return Steps(error=f"{words}; install istio-cni first, whose agent writes the entry, then run this again")
+        return Steps(error=f"{words}; install istio-cni first, so that its agent writes the entry, then run this again")
     return Steps(tuple(steps), remarks=verdict.remarks)
 
 

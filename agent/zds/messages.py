@@ -37,7 +37,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """Asks ztunnel to keep a pod whose namespace the agent does not have yet. Only before SnapshotSent."""
+    """Asks ztunnel to keep a pod as long as the agent lacks its namespace. Only before SnapshotSent."""
 
     uid: str
 

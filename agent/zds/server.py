@@ -29,7 +29,7 @@ log = logging.getLogger("sluice.zds")
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A pod as it is sent to ztunnel, and its namespace, whose descriptor the message carries."""
+    """A pod as it is sent to ztunnel, and its namespace; the message carries the descriptor of it."""
 
     add: Add
     target: PodNetns
@@ -151,7 +151,7 @@ class ZdsServer:
 
     @property
     def unacknowledged(self) -> int:
-        """The number of pods that the newest connection has not acknowledged, or whose traffic may not reach it yet."""
+        """The number of pods that the newest connection has not acknowledged, or does not get traffic of yet."""
         if not self._connections:
             return len(self._offers)
         newest = self._connections[-1]

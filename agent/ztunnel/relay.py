@@ -82,7 +82,7 @@ class Half:
         return True if self.buffered else self._fill()
 
     def _drain(self) -> bool:
-        """Empties the pipe; returns False if the sink is full, whose next edge calls again."""
+        """Empties the pipe; returns False if the sink is full: its next edge calls again."""
         assert self.pipe is not None
         try:
             while self.buffered:

@@ -151,7 +151,7 @@ def test_a_lab_is_removed_with_its_pins_also_when_its_records_are_missing() -> N
     bpfload.load(objects.path("connect"), pins.maps, named)
     other = Lab(spec)
     try:
-        with pytest.raises(SluiceError, match="already there"):
+        with pytest.raises(SluiceError, match="exists already"):
             other.up()
     finally:
         down("slueg")

@@ -154,7 +154,7 @@ def test_a_refused_add_leaves_no_pod(lab: Lab) -> None:
 
 def test_another_process_finds_it_and_a_second_up_is_refused_without_harm(lab: Lab) -> None:
     assert Lab.from_state(PREFIX).spec == lab.spec
-    with pytest.raises(SluiceError, match="already there"):
+    with pytest.raises(SluiceError, match="exists already"):
         Lab(default_spec(PREFIX)).up(agents=False, sluice=False)
     assert lab.children.get("shop-db.web") is not None
     assert lab.exec("client", ["true"]).returncode == 0
@@ -193,7 +193,7 @@ def test_an_interrupted_up_leaves_nothing(step: str, number: signal.Signals) -> 
             os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
-        Lab(default_spec(OTHER)).up(agents=False, sluice=False, tell=interrupt)
+        Lab(default_spec(OTHER)).up(agents=False, sluice=False, progress=interrupt)
     assert left(OTHER) == [] and running(pids) == []
 
 

@@ -1,6 +1,6 @@
-"""Somebody detaches our eBPF programs behind the agent's back; and switches of backend to and from eBPF.
+"""Faults of the eBPF backend: programs detached without the agent, and switches of backend to and from eBPF.
 
-The kernel announces no detaching: the agent finds it when it verifies (verify_seconds), or when it is told to.
+The kernel does not announce a detachment: the agent finds it when it verifies, every verify_seconds or on request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NODE = "node1"
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """`found` are the differences that verifying told, `left` those after the repair; `seconds` until that."""
+    """`found` are the differences that verify reported, `left` those after the repair, `seconds` later."""
 
     window: str
     found: list[str]
@@ -32,7 +32,7 @@ class Detached:
 
 
 class Detaching:
-    """`act` under traffic, then `report`."""
+    """Detaches programs. Call `act` under traffic, then `report`."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
@@ -41,17 +41,17 @@ class Detaching:
 
     def act(self, during: During) -> None:
         server = self._pins.pod(self._cookie("shop/web"))
-        for pod, place, link, words in (
+        for pod, place, link, owner in (
             ("shop/client", self._pins.node, "connect4", "of the node"),
             ("shop/web", server, "lookup", "of shop/web"),
         ):
-            window = f"bpftool link detach: {link} {words}"
+            window = f"bpftool link detach: {link} {owner}"
             during(window, partial(self._detach, window, pod, place, link), hitless=False)
         during("backend ebpf to nftables", lambda: switch(self._lab, LabBackend.NFTABLES))
         during("backend nftables to ebpf", lambda: switch(self._lab, LabBackend.EBPF))
 
     def report(self, check: Checks, accounts: Accounts) -> None:
-        """`accounts` are those of the windows in which connections may pass by."""
+        """Checks the repairs. `accounts` are those of the windows in which connections may bypass the proxy."""
         for one in self._done:
             check(f"{one.window}: verify finds it", bool(one.found), "; ".join(one.found))
             check(f"{one.window}: verify --repair puts it back", not one.left, "; ".join(one.left))
@@ -76,5 +76,5 @@ class Detaching:
 
     def _verify(self, pod: str, method: str = "GET") -> list[str]:
         (row,) = self._lab.ask(NODE, "/v1/verify", method, pod=pod)
-        words: list[str] = row["differences"] or [row["error"]] * bool(row["error"])
-        return words
+        differences: list[str] = row["differences"] or [row["error"]] * bool(row["error"])
+        return differences

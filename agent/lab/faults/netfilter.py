@@ -1,4 +1,4 @@
-"""Somebody flushes all rules of a pod, under each of the netfilter backends."""
+"""Faults of the netfilter backends: all rules of a pod are flushed under each of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POD = "shop/client"
 
 
 class Flushing:
-    """`act` under traffic, then `report`."""
+    """Flushes rules. Call `act` under traffic, then `report`."""
 
     def __init__(self, lab: Lab) -> None:
         self._lab = lab
@@ -33,7 +33,7 @@ class Flushing:
         during("backend iptables to nftables", lambda: switch(self._lab, LabBackend.NFTABLES))
 
     def report(self, check: Checks, accounts: Accounts) -> None:
-        """`accounts` are those of the windows in which connections may pass by."""
+        """Checks the repairs. `accounts` are those of the windows in which connections may bypass the proxy."""
         nftables, plain = self._found
         if self._owned:
             untouched = not nftables["repairs"] and nftables["in_kernel"] == "as wanted"
@@ -49,7 +49,10 @@ class Flushing:
             check("the culprit is named", repair["cause"].startswith("nft["), repair["cause"])
 
     def _flush(self, *, repaired: bool) -> None:
-        """`repaired`: whether a repair is to be awaited. Keeps what the kernel holds afterwards and what was noted."""
+        """Flushes the rules; keeps the state of the kernel afterwards and the new repairs.
+
+        `repaired`: wait for a repair.
+        """
         lab = self._lab
         noted = len(lab.ask("node1", "/v1/explain", pod=POD)["recent_repairs"])
         exec.run(["nft", "flush", "ruleset"], netns=lab.netns(POD))

@@ -1,4 +1,4 @@
-"""The second half of the demo: continuous traffic, and what usually goes wrong done on purpose."""
+"""The second half of the demo: continuous traffic, and the usual faults made on purpose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_RATE = 200
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """One fault: between which Unix times it was done, and whether escapes count against us."""
+    """One fault: the Unix times between which it was made, and whether an escape is a failure (`hitless`)."""
 
     name: str
     first: float
@@ -31,9 +31,9 @@ class Window:
 
 
 def run_all(lab: Lab, check: Checks, backend: LabBackend) -> Accounts:
-    """Does every fault that there is for a backend under traffic, accounts for each connection, prints and checks.
+    """Makes every fault of a backend under traffic, accounts for each connection, prints and checks.
 
-    Returns the accounts of the windows in which connections could pass by.
+    Returns the accounts of the windows in which connections could bypass the proxy.
     """
     print("\n== Under continuous traffic: new connections from shop/client to shop/web and shop/db, IPv4 and IPv6")
     pods = lab.pods.up()
@@ -66,7 +66,7 @@ def run_all(lab: Lab, check: Checks, backend: LabBackend) -> Accounts:
 
 
 def _report(lab: Lab, check: Checks, load: list[LoadRecord], windows: list[Window]) -> Accounts:
-    """Prints the table; returns the accounts of the windows in which escapes are to be expected."""
+    """Prints the table; returns the accounts of the windows in which escapes are expected."""
     whole = settled(lab, load, lambda one: not one.escaped and not one.missed_inbound)
     records = relayed(lab)
     rows: list[tuple[object, ...]] = []

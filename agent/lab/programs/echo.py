@@ -1,9 +1,9 @@
-"""A TCP server for many short connections: tells each client the address that it sees of it.
+"""A TCP server for many short connections: sends each client the address that it sees of it.
 
-A client sends one line and gets `peer=ADDRESS:PORT`; for the line `bulk N` N bytes follow. The server closes
-first, so that the thousands of connections in TIME_WAIT are on its side, not on that of the client's ports.
+A client sends one line and gets `peer=ADDRESS:PORT`; for the line `bulk N` N bytes follow. The server closes first, so
+that the thousands of connections in TIME_WAIT are on its side, not on that of the client's ports.
 
-Plain epoll, since this runs beside what is measured on few cores: a third of asyncio's price per connection.
+Plain epoll, since it shares a few cores with the processes under measurement: a third of asyncio's cost per connection.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BLOCK = memoryview(b"sluice--" * 8192)
 
 
 def shown(address: tuple[str, int]) -> str:
-    """`ip:port`, or `[ip]:port`; an IPv4 peer on a dual-stack socket is shown as IPv4."""
+    """Returns `ip:port`, or `[ip]:port`; an IPv4 peer on a dual-stack socket is shown as IPv4."""
     host = address[0].removeprefix("::ffff:") if "." in address[0] else address[0]
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 @dataclass(slots=True)
 class EchoConnection:
-    """`left` is how many bytes of a bulk answer remain; below zero the line is not complete yet."""
+    """A connection. `left` is how many bytes of a bulk answer remain; below zero the line is not complete yet."""
 
     sock: socket.socket
     peer: str
@@ -62,11 +62,11 @@ class Echo:
                     self._progress(connection)
                 except BlockingIOError:
                     continue
-                except OSError:  # a reset: the client's records tell of it
+                except OSError:  # a reset: the client records it
                     self._close(connection)
 
     def _accept(self) -> None:
-        # Bounded, so that a flood of new connections does not starve those that are there.
+        # Bounded, so that a flood of new connections does not starve the existing ones.
         for _ in range(64):
             try:
                 sock, address = self._server.accept()
@@ -102,7 +102,7 @@ class Echo:
 
     def _close(self, connection: EchoConnection) -> None:
         del self._connections[connection.sock.fileno()]
-        connection.sock.close()  # leaves epoll by itself
+        connection.sock.close()  # also removes it from epoll
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Load generator: opens new TCP connections at a set rate to several targets in turn; records each one.
 
-Open loop: a slow answer does not slow the next connection down, so that a stall is seen as what it is.
-Bounded is the number in flight; a connection that was due and not opened is counted as skipped, never silent.
+Open loop: a slow answer does not delay the next connection, so that a stall shows. The number in flight is bounded; a
+connection that was due and not opened is counted as skipped, never silent.
 Each record is a JSON line: time (Unix, of the opening), source, target, ok, error, seen_peer, seconds.
 """
 
@@ -29,7 +29,7 @@ Target = tuple[str, int]
 
 
 def parse_target(text: str) -> Target:
-    """`1.2.3.4:80` or `[2001:db8::1]:80`; an address, never a name: no resolver has a part in this."""
+    """Parses `1.2.3.4:80` or `[2001:db8::1]:80`: an address, never a name, so that no resolver is involved."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     socket.getaddrinfo(host, int(port), flags=socket.AI_NUMERICHOST)
@@ -38,7 +38,7 @@ def parse_target(text: str) -> Target:
 
 @dataclass(slots=True)
 class LoadConnection:
-    """`time` is Unix, `began` monotonic, both in seconds. `fd` is -1 once it is done."""
+    """A connection. `time` is Unix, `began` monotonic, both in seconds. `fd` is -1 when it is done."""
 
     sock: socket.socket
     fd: int
@@ -51,7 +51,7 @@ class LoadConnection:
 
 
 class LoadGenerator:
-    """One run: an epoll loop with a schedule. Plain, since it runs beside what is measured on few cores."""
+    """One run: an epoll loop with a schedule, since it shares a few cores with the processes under measurement."""
 
     def __init__(self, out: TextIO, targets: list[Target], timeout: float, limit: int) -> None:
         self._out = out
@@ -66,7 +66,7 @@ class LoadGenerator:
         self.stopped = False
 
     def run(self, rate: float, seconds: float | None) -> None:
-        """Until `seconds` are over or `stopped` is set; then until the last one ended or is out of time."""
+        """Runs for `seconds` or until `stopped` is set; then waits until the last connection ends or times out."""
         began = flushed = time.monotonic()
         due = 0
         while not self.stopped or self._flying:
@@ -97,7 +97,7 @@ class LoadGenerator:
         self._flying[connection.fd] = connection
         self._oldest.append(connection)
         number = sock.connect_ex(target)
-        # The kernel has chosen the source by now; without it no one finds a failed one in other records.
+        # The kernel has chosen the source by now; other records of a failed connection are found only by it.
         connection.source = shown(sock.getsockname())
         if number in (0, errno.EINPROGRESS):
             self._epoll.register(connection.fd, select.EPOLLOUT)

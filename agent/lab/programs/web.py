@@ -12,7 +12,7 @@ from agent.lab.programs.echo import shown
 
 
 class Server(ThreadingHTTPServer):
-    """Both families on one socket; threads do not hold up the end of the process."""
+    """Serves both families on one socket; its threads do not delay the end of the process."""
 
     address_family = socket.AF_INET6
     daemon_threads = True
@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Silent: the lab's records are those of the client and of the ztunnel."""
+        """Writes nothing: the lab uses the records of the client and of the ztunnel."""
 
 
 def main() -> None:
