@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from agent.core.model.sockets import TcpSocket, TcpState
 from agent.core.model.sockets import text as endpoint
 from agent.core.text import table
 from agent.core.wire.tcp_info import TcpReport
+from agent.diagnosis import network
 from agent.diagnosis.bundle import MOST, Bundle, safe
 from agent.diagnosis.facts import NodeFacts
 from agent.install.host_root import HostRoot
@@ -40,11 +42,6 @@ IN_POD: Mapping[str, Sequence[str]] = {
     "nft": ("nft", "-s", "list", "ruleset"),
     "iptables-legacy": ("iptables-legacy-save",),
     "ip6tables-legacy": ("ip6tables-legacy-save",),
-    "rules": ("ip", "rule"),
-    "rules6": ("ip", "-6", "rule"),
-    "routes": ("ip", "route", "show", "table", "all"),
-    "routes6": ("ip", "-6", "route", "show", "table", "all"),
-    "addresses": ("ip", "-s", "address"),
 }
 # Of the host nothing but what is ours, by the mechanism that made it: its other tables are somebody else's, and a
 # program of the other variant would make tables.
@@ -59,12 +56,8 @@ EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
         for program in ("iptables", "ip6tables")
     ),
 }
-ON_HOST: Mapping[str, Sequence[str]] = {
-    "rules": ("ip", "rule"),
-    "rules6": ("ip", "-6", "rule"),
-    "addresses": ("ip", "-br", "address"),
-    "neighbours": ("ip", "neighbour"),
-}
+_NETWORK_IN_POD = ("rules", "rules6", "routes", "routes6", "addresses")
+_NETWORK_ON_HOST = ("rules", "rules6", "addresses", "neighbours")
 _SOCKETS = (
     *("STATE", "LOCAL", "REMOTE", "UID", "INODE", "COOKIE", "MARK"),
     *("UNREAD", "UNACKED", "SENT", "RECEIVED", "RETRANSMITS", "RTT µs"),
@@ -83,8 +76,8 @@ def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod:
     _agent(bundle, facts, pod)
     _cni(bundle, facts)
     _programs(bundle)
-    for name, argv in ON_HOST.items():
-        _command(bundle, f"host/{name}.txt", argv)
+    for kind in _NETWORK_ON_HOST:
+        _try(bundle, f"host/{kind}.txt", partial(network.show, kind))
     for argv in (argv for layer in facts.host.probes for argv in EXEMPTION.get(layer, ())):
         _command(bundle, f"host/{argv[0]}.txt", argv)
     if "ipset" in facts.host.probes:
@@ -186,6 +179,8 @@ def _pods(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
                     bundle.lacks(f"{name}/{title}.txt", f"nf_tables: {facts.host.view.nf_tables.value}")
                 elif title not in _LEGACY or netns.call(lambda at=_LEGACY[title]: _any(at)):  # type: ignore[misc]
                     _command(bundle, f"{name}/{title}.txt", argv, netns)
+            for kind in _NETWORK_IN_POD:
+                _try(bundle, f"{name}/{kind}.txt", partial(netns.call, partial(network.show, kind)))
             _try(bundle, f"{name}/sockets.txt", lambda at=netns: _sockets(at))  # type: ignore[misc]
 
 
