@@ -24,7 +24,7 @@ def collect(
     pid, why = agents.process(settings.run_dir)
     facts = replace(facts, left=replace(facts.left, why=why))
     steps: dict[str, Callable[[], Any]] = {
-        "agent": lambda: agents.probe(settings, pid, why, proc),
+        "agent": lambda: agents.probe(settings, pid, why),
         "cni": lambda: cni.probe(settings, proc),
         "host": lambda: hosts.probe(settings, pid),
         "preflight": lambda: trying.probe(settings, facts.agent.status.get("backend", facts.left.backend)),

@@ -36,6 +36,7 @@ from agent.kernel.exec import run, start
 from agent.lab.lab import check_machine, interruptible
 from agent.reconciler.converge import settle
 from tests.bench.datapath import CAPTURED, QUANTITIES, RUNS, SOURCE, Counts, Place
+from tests.bench.measure import cpu, memory
 
 # Of the rates with accounting to those without, at least; by the kind of a run.
 AIMS = {"connect": 0.95, "request": 0.99, "stream": 0.99}
@@ -141,36 +142,25 @@ def agent(count: int) -> None:
         client = [str(traffic), "connect", "1", str(listener.pid), "192.0.2.77", "80"]
         run([*client, "3000"], netns=pod.netns)
         time.sleep(5)  # until the pod's interfaces are watched
-        rows, before = list[tuple[object, ...]](), _spent(process.pid)
+        rows, before = list[tuple[object, ...]](), cpu(process.pid)
         idle = before
         time.sleep(10)
-        idle = (_spent(process.pid) - before) / 10
+        idle = (cpu(process.pid) - before) / 10
         for number in range(10):
-            began, used = time.monotonic(), _spent(process.pid)
+            began, used = time.monotonic(), cpu(process.pid)
             run([*client, str(count // 10)], netns=pod.netns, seconds=3600)
             seconds = time.monotonic() - began
-            used = _spent(process.pid) - used - idle * seconds
+            used = cpu(process.pid) - used - idle * seconds
             rate = count / 10 / seconds
             percent = used / seconds / rate * 1000 * 100
             done = f"{(number + 1) * count // 10:,}"
-            rows.append((done, f"{rate:.0f}", f"{percent:.2f} %", f"{_resident(process.pid):.1f} MB"))
+            rows.append((done, f"{rate:.0f}", f"{percent:.2f} %", f"{memory(process.pid)['rss']:.1f} MB"))
         print(table(("CONNECTIONS", "PER SECOND", "OF A CORE PER 1000 PER SECOND", "AGENT'S MEMORY"), rows))
         status = on.ask("/v1/status")
         found = sum(row["connections"] for row in status["connections"] if row["fate"] == "captured")
         lost = on.ask("/v1/connections")["losses"]
         print(f"{found} of {count + 3000} are accounted for as captured; lost: {lost}")
         print(f"the idle agent takes {idle * 100:.2f} % of a core")
-
-
-def _spent(pid: int) -> float:
-    """Seconds of CPU."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _resident(pid: int) -> float:
-    """MB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def main() -> int:

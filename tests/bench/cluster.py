@@ -22,12 +22,11 @@ from support.node import Node, NodePod, node, until
 
 from agent.core import names
 from agent.zds.messages import Add, Delete
-from tests.bench.measure import Row, memory, show
+from tests.bench.measure import Row, cpu, memory, show
 from tests.bench.start import Acknowledger, _pid, _pods, _start
 
 PREFIX = "sluclus"
 AMBIENT, NONE = {names.DATAPLANE_MODE: "ambient"}, {names.DATAPLANE_MODE: "none"}
-_TICK = os.sysconf("SC_CLK_TCK")
 
 
 class Inside(ApiProcess):
@@ -68,17 +67,17 @@ def _agent(here: Node, api: ApiProcess, local: list[NodePod], idle: float, chang
         starts = [_start(here, len(local), lambda: None) for _ in range(5)]
         yield Row(f"agent start to ready, {len(local)} pods here, {what}", "s", starts, 3.0)
         time.sleep(5)
-        yield Row(f"resident memory, {what}", "MB", [memory(_pid(here))["Rss"]], 90.0)
-        cpu = []
+        yield Row(f"resident memory, {what}", "MB", [memory(_pid(here))["rss"]], 90.0)
+        shares = []
         for _ in range(3):
-            before, began = _cpu(here), time.monotonic()
+            before, began = cpu(_pid(here)), time.monotonic()
             time.sleep(idle / 3)
-            cpu.append(100 * (_cpu(here) - before) / (time.monotonic() - began))
-        yield Row(f"idle, of a core, {what}", "%", cpu, 1.0)
+            shares.append(100 * (cpu(_pid(here)) - before) / (time.monotonic() - began))
+        yield Row(f"idle, of a core, {what}", "%", shares, 1.0)
         waits = sorted(_change(ztunnel, api, local[number % len(local)]) for number in range(changes))
         yield Row("label changed at the API server to captured, median", "ms", waits)
         yield Row("the same, p99", "ms", [waits[int(len(waits) * 0.99)]], 100.0)
-        yield Row(f"resident memory after {changes} changes", "MB", [memory(_pid(here))["Rss"]], 90.0)
+        yield Row(f"resident memory after {changes} changes", "MB", [memory(_pid(here))["rss"]], 90.0)
     finally:
         ztunnel.close()
 
@@ -107,11 +106,6 @@ def _change(ztunnel: Acknowledger, api: ApiProcess, pod: NodePod) -> float:
     while told_of(Add) == added:
         time.sleep(0.001)
     return (time.perf_counter() - began) * 1e3
-
-
-def _cpu(here: Node) -> float:
-    fields = Path(f"/proc/{_pid(here)}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK
 
 
 def main() -> int:

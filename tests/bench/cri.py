@@ -27,6 +27,7 @@ from support.node import ANNOTATIONS
 from agent.core.names import DATAPLANE_MODE
 from agent.core.text import table
 from agent.lab.lab import interruptible
+from tests.bench.measure import cpu
 
 PREFIX = "slucrm"
 ALONE = "01-alone.conflist"
@@ -102,19 +103,14 @@ def ours_alone(here: CriNode, count: int, rounds: int) -> Iterator[Cells]:
         listed(here, alone=True)
         sandboxes, _ = burst(here, pods_of(count, enrolled=True))
         calls = [add(here, here.inspect(sandbox.pod, sandbox.id)) for sandbox in sandboxes]
-        before = [cpu(here, name) for name in ("agent", "ztunnel")]
+        pids = [here.pid(name) for name in ("agent", "ztunnel")]
+        before = [cpu(pid) for pid in pids]
         yield row(f"sluice-cni ADD alone, all at once ({number + 1})", adds(here, calls), 0)
-        spent = [(cpu(here, name) - had) * 1e3 / count for name, had in zip(("agent", "ztunnel"), before, strict=True)]
+        spent = [(cpu(pid) - had) * 1e3 / count for pid, had in zip(pids, before, strict=True)]
         print(f"bench: of CPU each took {spent[0]:.1f} ms in the agent, {spent[1]:.1f} ms in ztunnel", file=sys.stderr)
         assert len(here.ask("/v1/pods")) == count
         listed(here, alone=False)
         removed(here, sandboxes)
-
-
-def cpu(here: CriNode, name: str) -> float:
-    """Seconds of a daemon's threads so far."""
-    fields = Path(f"/proc/{here.pid(name)}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def add(here: CriNode, sandbox: Sandbox) -> tuple[list[str], bytes]:

@@ -57,7 +57,7 @@ class Known:
 async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: float) -> None:
     """Prints measurements as JSON; a line on standard input lets it go on."""
     gc.collect()
-    before, started = memory(os.getpid())["Rss"], time.monotonic()
+    before, started = memory(os.getpid())["rss"], time.monotonic()
     client, known, spaces, who = Client(Access(url, token_file, ca_file)), Known(), Known(), Who()
     here = {"fieldSelector": "spec.nodeName=node1"}
     pods = Follower(client, "/api/v1/pods", here, objects.pod, known, random.random)
@@ -78,7 +78,7 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
         found |= {"all peers known, s": time.monotonic() - started, "CPU for that, s": time.process_time() - spent}
         found |= {"loop held up at most, ms": longest * 1e3, "peers": len(names.pods.names)}
     await asyncio.sleep(2)
-    found |= {"memory added, MB": memory(os.getpid())["Rss"] - before, "memory in all, MB": memory(os.getpid())["Rss"]}
+    found |= {"memory added, MB": memory(os.getpid())["rss"] - before, "memory in all, MB": memory(os.getpid())["rss"]}
     spent, asked = time.process_time(), time.monotonic()
     await asyncio.sleep(idle)
     found["CPU idle, %"] = (time.process_time() - spent) / (time.monotonic() - asked) * 100

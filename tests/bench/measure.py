@@ -7,7 +7,8 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 from agent.core.text import table
 
@@ -64,9 +65,11 @@ def spawn(argv: Sequence[str], stdin: bytes, environment: Mapping[str, str]) -> 
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Rss, Pss, Private_Clean and Private_Dirty and what else the kernel tells, in MB of 10^6 bytes."""
-    found = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        key, value = line.split()[:2]
-        found[key.rstrip(":")] = int(value) * 1024 / 1e6
-    return found
+    """Returns rss, uss, pss and what else psutil reads of memory, in MB of 10^6 bytes."""
+    return {key: value / 1e6 for key, value in psutil.Process(pid).memory_full_info()._asdict().items()}
+
+
+def cpu(pid: int) -> float:
+    """Returns the seconds of CPU that the process has used, in user and system mode."""
+    spent = psutil.Process(pid).cpu_times()
+    return float(spent.user + spent.system)

@@ -41,7 +41,7 @@ class Stub(threading.Thread):
                     while len(data) < HEADER.size + HEADER.unpack(data[: HEADER.size])[0]:
                         data += sock.recv(1 << 16)
                     if self.weigh:
-                        self.weights.append(memory(peer(sock)[0])["Rss"])
+                        self.weights.append(memory(peer(sock)[0])["rss"])
                     sock.sendall(yes)
 
     def close(self) -> None:

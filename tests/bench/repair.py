@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import time
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,11 @@ from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.lab.node_services import LabBackend
 from agent.reconciler.converge import verify
-from tests.bench.measure import Row, spawn
+from tests.bench.measure import Row, cpu, spawn
 from tests.bench.rules import layers
 from tests.bench.start import PODS, Acknowledger, _pods
 
 PARALLEL = 100
-_TICK = 1000 / os.sysconf("SC_CLK_TCK")  # ms
 SWEEP = 1.0  # seconds between two sweeps while they are measured
 # What somebody else does to a pod. Owned tables cannot be flushed, so with nftables it is the policy rule.
 CHANGES = {
@@ -106,19 +104,19 @@ def _sweeps(here: Node, backend: LabBackend, pods: int, seconds: float) -> Itera
         until(lambda: here.ask("/v1/status")["pods"] == {"enabled": pods}, "every pod is captured", 120)
         until(lambda: here.ask("/v1/status")["ztunnel_connections"], "the acknowledger")
         time.sleep(2)  # what a start brings along
-        before, passes = _ticks(here), metric(here, "sluice_reconcile_seconds_count")
+        before, passes = _spent(here), metric(here, "sluice_reconcile_seconds_count")
         time.sleep(seconds)
-        spent.append((_ticks(here) - before, metric(here, "sluice_reconcile_seconds_count") - passes))
+        spent.append((_spent(here) - before, metric(here, "sluice_reconcile_seconds_count") - passes))
     (idle, none), (busy, passes) = spent
-    sweep = (busy - idle) * _TICK / (passes - none) * pods
+    sweep = (busy - idle) * 1e3 / (passes - none) * pods
     aim = {"aim": 0.2} if pods == PODS and backend is LabBackend.NFTABLES else {}
     yield Row(f"sweep of {pods} unchanged pods in the agent, {backend}", "CPU ms", [sweep])
     yield Row(f"the same every 30 s, {backend}", "% of a core", [sweep / 30e3 * 100], **aim)
-    yield Row(f"agent with {pods} pods and nothing to do, {backend}", "% of a core", [idle * _TICK / seconds / 10])
+    yield Row(f"agent with {pods} pods and nothing to do, {backend}", "% of a core", [idle * 100 / seconds])
 
 
-def _ticks(here: Node) -> int:
-    """User and system time of the agent in clock ticks: fields 14 and 15 of /proc/PID/stat."""
+def _spent(here: Node) -> float:
+    """Returns the seconds of CPU that the agent has used."""
     child = here.children.get("node1.agent")
-    fields = Path(f"/proc/{child.pid if child else 0}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    assert child
+    return cpu(child.pid)

@@ -185,7 +185,7 @@ def growth(connections: int) -> tuple[Row, str]:
         gc.collect()
         found = tally.snapshot()
         counted = sum(row.connections for row in found.fates)
-        rows.append((counted, len(found.traffic), found.overflow["traffic"], f"{memory(os.getpid())['Rss']:.1f}"))
+        rows.append((counted, len(found.traffic), found.overflow["traffic"], f"{memory(os.getpid())['rss']:.1f}"))
     grown = table(("CONNECTIONS", "LABEL SETS", "IN OVERFLOW", "RSS MB"), rows)
     return Row("adding one delta, most of them to overflow", "us", costs), grown
 

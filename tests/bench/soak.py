@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, as pytest has it
 
+import psutil
 from support.node import PLUGIN, NodePod, node, until
 
 from agent.core.errors import SluiceError
@@ -83,9 +84,9 @@ def _watched(name: str, pid: int, cycle: Callable[[], None], cycles: int) -> lis
 
 
 def _row(name: str, pid: int, done: int) -> Row:
-    descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    descriptors = psutil.Process(pid).num_fds()
     found = memory(pid)
-    return (name, done, descriptors, f"{found['Rss']:.1f}", f"{found['Private_Dirty']:.1f}")
+    return (name, done, descriptors, f"{found['rss']:.1f}", f"{found['uss']:.1f}")
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def main() -> int:
         print(f"soak: {error}", file=sys.stderr)
         return 2
     finally:
-        print(table(("WHAT", "CYCLES", "DESCRIPTORS", "RSS MB", "PRIVATE DIRTY MB"), rows))
+        print(table(("WHAT", "CYCLES", "DESCRIPTORS", "RSS MB", "UNIQUE MB"), rows))
     return 0
 
 

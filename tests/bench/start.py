@@ -84,8 +84,8 @@ def _starts(here: Node, pods: Sequence[NodePod], runs: int) -> Iterator[Row]:
     for _ in range(runs):
         unchanged.append(_start(here, len(pods), lambda: None))
         found = memory(_pid(here))
-        resident.append(found["Rss"])
-        proportional.append(found["Pss"])
+        resident.append(found["rss"])
+        proportional.append(found["pss"])
     for _ in range(runs):
         gone.append(_start(here, len(pods), lambda: _each(pods, _clear)))
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from agent.kernel.exec import run, start
 from agent.kernel.netns import Netns
 from agent.lab.nodes import NO_DAD
@@ -200,10 +202,10 @@ class Ztunnel:
 
     def memory(self) -> int:
         """Resident bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+        return int(psutil.Process(self.process.pid).memory_info().rss)
 
     def fds(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return int(psutil.Process(self.process.pid).num_fds())
 
     def terminate(self) -> None:
         os.kill(self.process.pid, signal.SIGTERM)

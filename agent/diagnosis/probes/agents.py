@@ -8,14 +8,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from agent.core.errors import SluiceError
 from agent.core.settings import Settings
 from agent.diagnosis.facts import AgentFacts, Left
 from agent.kernel.admin_socket import ask
 from agent.kernel.unix_socket import peer
 from agent.sources.netns import existing
-
-_KIB = 1024
 
 
 def process(run_dir: str) -> tuple[int, str]:
@@ -33,7 +33,7 @@ def process(run_dir: str) -> tuple[int, str]:
     return pid, ""
 
 
-def probe(settings: Settings, pid: int, why: str, proc: Path) -> AgentFacts:
+def probe(settings: Settings, pid: int, why: str) -> AgentFacts:
     """Raises SluiceError when it does not answer."""
     if why:
         raise SluiceError(why.partition(";")[0])
@@ -41,7 +41,7 @@ def probe(settings: Settings, pid: int, why: str, proc: Path) -> AgentFacts:
     losses: dict[str, int] = {}
     with contextlib.suppress(SluiceError):  # the account is off
         losses = ask(settings.run_dir, "/v1/connections", limit="0", live="false")["losses"]
-    resident, descriptors, most = _figures(proc / str(pid)) if pid else (0, 0, 0)
+    resident, descriptors, most = _figures(pid) if pid else (0, 0, 0)
     return AgentFacts(
         status,
         tuple(ask(settings.run_dir, "/v1/pods")),
@@ -77,13 +77,11 @@ def _kind(path: Path) -> str:
     return "a directory" if path.is_dir() else "a file" if path.exists() else ""
 
 
-def _figures(process: Path) -> tuple[int, int, int]:
-    """Resident bytes, open descriptors and how many there may be (proc_pid_status(5), proc_pid_limits(5))."""
+def _figures(pid: int) -> tuple[int, int, int]:
+    """Returns resident bytes, open descriptors and how many there may be; zeros when the process has ended."""
     try:
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines() if ":" in line)
-        limits = (process / "limits").read_text().splitlines()
-        most = next((line.split()[3] for line in limits if line.startswith("Max open files")), "0")
-        held = sum(1 for _ in (process / "fd").iterdir())
-        return int(status["VmRSS"].split()[0]) * _KIB, held, int(most) if most.isdecimal() else 0
-    except (OSError, KeyError, ValueError, IndexError):
+        process = psutil.Process(pid)
+        limit, _ = process.rlimit(psutil.RLIMIT_NOFILE)
+        return process.memory_info().rss, process.num_fds(), max(0, limit)  # -1: there is no limit
+    except psutil.Error:
         return 0, 0, 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
+
+import psutil
 
 from agent.backends import ownership
 from agent.backends.hostprobes.layers import layers
@@ -21,7 +22,6 @@ from agent.diagnosis.facts import NetworkFacts
 from agent.kernel import exec, host_view
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.netlink.nf_tables import NftSocket
-from agent.kernel.netlink.sock_diag import SockDiag
 
 _POD_TABLES = frozenset(f"{names.NFT_TABLE_PREFIX}{word}" for word in ("nat", "mangle", "raw")) - {TABLE}
 _POD_CHAINS = frozenset((names.XT_PREROUTING, names.XT_OUTPUT, names.NFT_PREROUTING, names.NFT_OUTPUT))
@@ -54,31 +54,18 @@ def _pod_rules(view: HostView) -> Iterator[str]:
 
 
 def _port(address: str, agent: int) -> tuple[str, bool]:
-    """Who listens on the port of the setting, and whether it is the agent; "" for nobody."""
+    """Returns who listens on the port of the setting, and whether it is the agent; "" when no process does."""
     port = address.rpartition(":")[2]
-    if not port.isdecimal():
-        return "", False
-    with contextlib.closing(SockDiag()) as diag:
-        for one in diag.listening([int(port)]):
-            if agent and one.inode in _inodes(Path("/proc", str(agent))):
-                return f"the agent on {text(one.local)}", True
-            pid = next((path.name for path in Path("/proc").glob("[0-9]*") if one.inode in _inodes(path)), "")
-            return f"{_name(pid)} on {text(one.local)}", False
+    for one in psutil.net_connections("tcp"):
+        if one.status == psutil.CONN_LISTEN and str(one.laddr.port) == port:
+            if agent and one.pid == agent:
+                return f"the agent on {text(one.laddr)}", True
+            return f"{_name(one.pid)} on {text(one.laddr)}", False
     return "", False
 
 
-def _inodes(process: Path) -> set[int]:
-    found = set()
-    with contextlib.suppress(OSError):
-        for path in (process / "fd").iterdir():
-            with contextlib.suppress(OSError, ValueError):
-                target = str(path.readlink())
-                if target.startswith("socket:["):
-                    found.add(int(target[8:-1]))
-    return found
-
-
-def _name(pid: str) -> str:
-    with contextlib.suppress(OSError):
-        return f"{Path('/proc', pid, 'comm').read_text(errors='replace').strip()}[{pid}]" if pid else "somebody"
-    return "somebody"
+def _name(pid: int | None) -> str:
+    with contextlib.suppress(psutil.Error):
+        if pid:
+            return f"{psutil.Process(pid).name()}[{pid}]"
+    return "an unknown process"
