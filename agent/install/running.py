@@ -70,8 +70,8 @@ def _processes(proc: Path, names: Sequence[str]) -> Iterator[Running]:
         with contextlib.suppress(OSError, ValueError):  # ended meanwhile
             name = _name(directory)
             if name in names and _pid_namespace(directory) == ours:
-                words = (directory / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
-                yield Running(int(directory.name), name, tuple(words[1:]))
+                arguments = (directory / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+                yield Running(int(directory.name), name, tuple(arguments[1:]))
 
 
 def _name(directory: Path) -> str:

@@ -133,6 +133,6 @@ def ready(path: Path) -> bool:
             if not data:
                 return False
             answer += data
-        words = answer.split(maxsplit=2)
-        return len(words) > 1 and words[1] == b"200"
+        status_line = answer.split(maxsplit=2)
+        return len(status_line) > 1 and status_line[1] == b"200"
     return False

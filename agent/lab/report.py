@@ -38,8 +38,8 @@ def report(lab: Lab, check: Checks, passed: Accounts) -> None:
     if seen.collectors != {"ebpf"}:
         print("       only since the agents' last start: this account does not outlive them")
         return
-    for claim, held, words in _claims(seen, passed):
-        check(claim, held, f"{words}, {_sum(passed, 'failed')} failed")
+    for claim, held, figures in _claims(seen, passed):
+        check(claim, held, f"{figures}, {_sum(passed, 'failed')} failed")
 
 
 def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str]]:
@@ -50,15 +50,19 @@ def _claims(seen: DemoTotals, passed: Accounts) -> Iterator[tuple[str, bool, str
     captured = seen.count("outbound", "captured")
     leaked = seen.count("outbound", "leaked")
     failed = _sum(passed, "failed")
-    words = f"{captured} counted here, {seen.relayed} by the proxies"
-    yield "as many are captured as the proxies took", abs(captured - seen.relayed) <= failed, words
+    figures = f"{captured} counted here, {seen.relayed} by the proxies"
+    yield "as many are captured as the proxies took", abs(captured - seen.relayed) <= failed, figures
     escaped = _sum(passed, "escaped")
     inbound = seen.count("inbound", "leaked")
     missed = _sum(passed, "missed_inbound")
-    words = f"{leaked} counted here, {escaped} missed by the proxies"
-    yield "leaked are those that bypassed the proxy while it was provoked", escaped <= leaked <= escaped + failed, words
-    words = f"{inbound} counted here, {missed} missed by the proxies"
-    yield "and so at the servers", missed <= inbound <= missed + failed, words
+    figures = f"{leaked} counted here, {escaped} missed by the proxies"
+    yield (
+        "leaked are those that bypassed the proxy while it was provoked",
+        escaped <= leaked <= escaped + failed,
+        figures,
+    )
+    figures = f"{inbound} counted here, {missed} missed by the proxies"
+    yield "and so at the servers", missed <= inbound <= missed + failed, figures
 
 
 def _sum(passed: Accounts, what: str) -> int:

@@ -66,9 +66,9 @@ class Upstream:
         return self._hold(destination, self._connect(destination) if bound is None else bound)
 
     def release(self, destination: Address) -> None:
-        left = self._held.get(destination, 0) - 1
-        if left > 0:
-            self._held[destination] = left
+        count = self._held.get(destination, 0) - 1
+        if count > 0:
+            self._held[destination] = count
         else:
             self._held.pop(destination, None)
 

@@ -23,11 +23,11 @@ NODE = "node1"
 
 @dataclass(frozen=True, slots=True)
 class Detached:
-    """`found` are the differences that verify reported, `left` those after the repair, `seconds` later."""
+    """`found` are the differences that verify reported, `remaining` those after the repair, `seconds` later."""
 
     window: str
     found: list[str]
-    left: list[str]
+    remaining: list[str]
     seconds: float
 
 
@@ -54,7 +54,7 @@ class Detaching:
         """Checks the repairs. `accounts` are those of the windows in which connections may bypass the proxy."""
         for one in self._done:
             check(f"{one.window}: verify finds it", bool(one.found), "; ".join(one.found))
-            check(f"{one.window}: verify --repair puts it back", not one.left, "; ".join(one.left))
+            check(f"{one.window}: verify --repair puts it back", not one.remaining, "; ".join(one.remaining))
             passed = accounts[one.window]
             after = f"{one.seconds * 1e3:.0f} ms"
             print(
@@ -71,8 +71,8 @@ class Detaching:
         started = time.monotonic()
         run(["bpftool", "link", "detach", "id", str(json.loads(shown)["id"])])
         found = self._verify(pod)
-        left = self._verify(pod, "POST")
-        self._done.append(Detached(window, found, left, time.monotonic() - started))
+        remaining = self._verify(pod, "POST")
+        self._done.append(Detached(window, found, remaining, time.monotonic() - started))
 
     def _verify(self, pod: str, method: str = "GET") -> list[str]:
         (row,) = self._lab.ask(NODE, "/v1/verify", method, pod=pod)

@@ -31,12 +31,12 @@ def shown(address: tuple[str, int]) -> str:
 
 @dataclass(slots=True)
 class EchoConnection:
-    """A connection. `left` is how many bytes of a bulk answer remain; below zero the line is not complete yet."""
+    """A connection. `remaining`: unsent bytes of a bulk answer; below zero the line is not complete yet."""
 
     sock: socket.socket
     peer: str
     received: bytes = b""
-    left: int = -1
+    remaining: int = -1
 
 
 class Echo:
@@ -82,7 +82,7 @@ class Echo:
                 self._log.write(connection.peer + "\n")
 
     def _progress(self, connection: EchoConnection) -> None:
-        if connection.left < 0:
+        if connection.remaining < 0:
             data = connection.sock.recv(LINE_LIMIT)
             connection.received += data
             if not data or len(connection.received) > LINE_LIMIT:
@@ -92,12 +92,12 @@ class Echo:
                 return
             words = connection.received.split()
             bulk = len(words) == 2 and words[0] == b"bulk" and words[1].isdigit()
-            connection.left = int(words[1]) if bulk else 0
+            connection.remaining = int(words[1]) if bulk else 0
             connection.sock.send(f"peer={connection.peer}\n".encode())
-            if connection.left:
+            if connection.remaining:
                 self._epoll.modify(connection.sock, select.EPOLLOUT)
-        while connection.left:
-            connection.left -= connection.sock.send(_BLOCK[: connection.left])
+        while connection.remaining:
+            connection.remaining -= connection.sock.send(_BLOCK[: connection.remaining])
         self._close(connection)
 
     def _close(self, connection: EchoConnection) -> None:
