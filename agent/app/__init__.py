@@ -9,7 +9,7 @@ from agent.sources.state.notes import Notes
 
 
 def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
-    """Runs the agent; `places` says where settings come from. Returns the exit code."""
+    """Runs the agent; `places` has the origin of each setting. Returns the exit code."""
     from agent.app.early import mend  # what is captured is put right before the rest is loaded
 
     state = Notes(settings.run_dir)

@@ -31,7 +31,7 @@ log = logging.getLogger("sluice.early")
 
 
 def mend(settings: Settings, state: Notes) -> None:
-    """Never raises: the agent starts all the same, and its loop reports what is wrong."""
+    """Repairs captured pods. Never raises: the agent starts in any case, and its loop reports problems."""
     try:
         choice = _choice(settings)
         if choice is not None:
@@ -42,7 +42,7 @@ def mend(settings: Settings, state: Notes) -> None:
 
 
 def _choice(settings: Settings) -> Choice | None:
-    """The recorded choice; None where the settings or the kernel may lead to another one now."""
+    """Returns the recorded choice; None if the settings or the kernel may lead to another one now."""
     old = backend_record.load(settings.run_dir)
     if old is None or old.release != os.uname().release or old.backend not in LAYERS:
         return None
@@ -91,7 +91,7 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
 
 @contextmanager
 def _claimed(run_dir: str) -> Iterator[None]:
-    """Raises SluiceError while another agent runs there."""
+    """Holds the directory. Raises SluiceError while another agent runs there."""
     lock = claim(Path(run_dir))
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the agent has to do with Kubernetes, joined: watches, annotations, events, admission, names, the taint."""
+"""Connects the agent with Kubernetes: watches, annotations, events, admission, names, the taint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PATIENCE = 5.0  # seconds that a start waits for an API server that does not an
 
 
 class Kubernetes:
-    """Everything that talks to the API server."""
+    """Everything that communicates with the API server."""
 
     def __init__(
         self,
@@ -49,8 +49,10 @@ class Kubernetes:
         connected: Callable[[], bool],
         met: Callable[[], bool],
     ) -> None:
-        """`lacking`: why a pod that starts now might run uncaptured. `connected`: whether a ztunnel is; `met`: whether
-        one has been since this agent began."""
+        """`lacking`: why a pod that starts now might run uncaptured, "" if it cannot.
+
+        `connected`: a ztunnel is connected; `met`: one has been since this agent started.
+        """
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self._exempt = exempt
         self.admission = Admission(client, table, settings)
@@ -81,7 +83,7 @@ class Kubernetes:
         self.namespaces = Follower(client, "/api/v1/namespaces", {}, objects.namespace, namespaces, random.random)
 
     def _looked(self, uid: str) -> None:
-        """The API server told of this pod."""
+        """Handles a change of this pod at the API server."""
         self.annotator.look(uid)
         self._exempt.update()
 
@@ -91,7 +93,7 @@ class Kubernetes:
         return [self.pods.run(), self.namespaces.run(), *more]
 
     async def settle(self) -> None:
-        """Returns when pods and namespaces are known, or when the API server has had time enough."""
+        """Returns when pods and namespaces are known, or when the time for the API server is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
                 await self.namespaces.synced.wait()
@@ -105,16 +107,16 @@ class Kubernetes:
 
     @property
     def error(self) -> str:
-        """What keeps the agent from knowing all that it should, in one line."""
+        """The first failure at the API server, in one line."""
         more = [part.error for part in (self.tainting, self.peers, self.annotator) if part is not None]
         return next((error for error in (self.pods.error, self.namespaces.error, *more) if error), "")
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Of each collection that is followed: complete lists, watches, events, bookmarks and failures so far."""
+        """Returns complete lists, watches, events, bookmarks and failures of each followed collection."""
         return {path: asdict(one.since) for path, one in self._followed().items()}
 
     def following(self) -> dict[str, bool]:
-        """Of each of them: whether it is known, and the last try to follow it went well."""
+        """Returns for each collection whether it is known and the last attempt to follow it succeeded."""
         return {path: one.synced.is_set() and not one.error for path, one in self._followed().items()}
 
     def _followed(self) -> dict[str, Follower[Any]]:
@@ -126,7 +128,7 @@ class Kubernetes:
 
 
 def _others(host_root: str) -> str:
-    """How istio-cni's agent is seen to run on this node; "" when it does not."""
+    """Describes istio-cni's agent if it runs on this node; "" if not."""
     from agent.install.host_root import HostRoot  # both are needed rarely
     from agent.migration.istio_agent import RUN_DIR, theirs_runs
 

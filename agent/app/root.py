@@ -1,7 +1,7 @@
-"""Settings in, parts built and joined, one TaskGroup.
+"""Builds all parts from the settings, connects them and runs them in one TaskGroup.
 
-Start-up: mechanisms are probed, what the predecessor noted is restored and settled, then the sockets open.
-The end (SIGTERM) closes handles and leaves every rule, pin and note in place.
+Start: probe the backends, restore the predecessor's notes and settle them, then open the sockets. End (SIGTERM): close
+handles and leave every rule, pin and note in place.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class Agent:
     """All parts of one agent."""
 
     def __init__(self, settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> None:
-        """Probes the mechanisms; `places` says where settings come from.
+        """Probes the backends; `places` has the origin of each setting.
 
-        Raises SettingsError when none of those allowed can be used.
+        Raises SettingsError if no allowed backend works.
         """
         self.settings = settings
         self.version = version
@@ -112,7 +112,7 @@ class Agent:
         self.metrics = Metrics(
             lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
             lambda: self.zds.connections,
-            lambda: [(pod, self.beside.totals(pod.uid)) for pod in self.table],
+            lambda: [(pod, self.non_tcp.totals(pod.uid)) for pod in self.table],
             lambda: exits(self.pins) if self.choice.by_socket else {},
             self.connections,
             self.accounting.sockets if self.accounting else tuple,
@@ -122,7 +122,7 @@ class Agent:
         self.preexisting = PreexistingConnections()
         self.preswitch = PreexistingConnections(carried(by_socket=self.choice.by_socket))
         self.host = self._host()
-        self.beside = NonTcpCounter(self.choice.name, pins=self.pins)
+        self.non_tcp = NonTcpCounter(self.choice.name, pins=self.pins)
         listening = ZtunnelPorts(map(int, settings.ztunnel_ports), self.ztunnels)
         self.reconciler = Reconciler(
             settings,
@@ -137,7 +137,7 @@ class Agent:
             preswitch=self.preswitch,
             host=self.host,
             canary=self._canary(),
-            non_tcp=self.beside,
+            non_tcp=self.non_tcp,
             accounting=self.accounting,
             listening=listening,
             proxied=ZtunnelConnections(),
@@ -154,7 +154,7 @@ class Agent:
             self.metrics,
             self.readiness,
             self.node,
-            self.beside,
+            self.non_tcp,
             self.records,
             self.kubernetes.review if self.kubernetes else None,
             verification_parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
@@ -164,7 +164,7 @@ class Agent:
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready
 
     def _waiting(self) -> list[Pod]:
-        """Pods whose namespace nobody told, and that has not been found yet."""
+        """Returns pods with an unknown namespace that has not been found yet."""
         lost = (pod for pod in self.table if not pod.netns_path and not self.namespaces.opened(pod.uid))
         return [pod for pod in lost if decide(pod, self.settings).enrolled]
 
@@ -206,7 +206,7 @@ class Agent:
         return None if off else ProbeCanary(self.settings.probe_ipv4, self.settings.probe_ipv6)
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT."""
+        """Runs until SIGTERM or SIGINT."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -234,7 +234,7 @@ class Agent:
             log.info("stopped; all rules stay in place")
 
     def readiness(self) -> tuple[str, str]:
-        """(what keeps the agent from taking pods, what is degraded); both empty when all is well."""
+        """Returns (why the agent cannot capture pods, what is degraded); both empty if all is well."""
         if not self._synced.is_set():
             return "still restoring pods from the previous run", ""
         if self.kubernetes and self.kubernetes.missing:
@@ -248,7 +248,7 @@ class Agent:
         return "", self.static.error or (self.kubernetes.error if self.kubernetes else "")
 
     def _cluster(self) -> Cluster:
-        """For metrics."""
+        """Returns the values for the metrics of the cluster."""
         api, cni = self.kubernetes, self.installer
         return Cluster(
             follows=api.counts() if api else {},
@@ -261,7 +261,7 @@ class Agent:
         )
 
     def _condition(self) -> Condition:
-        """For metrics, too."""
+        """Returns the values for the metrics of the agent's condition."""
         accounting = self.accounting.name if self.accounting else "off"
         about = {"node": self.node_name, "version": self.version, "accounting": accounting}
         ready = not self.readiness()[0]
@@ -269,7 +269,7 @@ class Agent:
         return agent_condition(self.settings, self.table, self.reconciler, self.choice, host, about, ready=ready)
 
     def node(self) -> Mapping[str, Any]:
-        """What `sluice status` shows of the node itself."""
+        """Returns what `sluice status` shows of the node itself."""
         return {
             "node": self.node_name,
             "version": self.version,
@@ -336,16 +336,16 @@ class Agent:
         log.info("ready: %d pods, backend %s (%s)", len(self.table), self.choice.name, self.choice.reason)
 
     async def _zds(self) -> None:
-        """A ztunnel is given its snapshot once every pod was looked at: then it is whole, and sent once."""
+        """Serves ztunnel after the first pass over every pod: the snapshot is then complete, and sent once."""
         await self._synced.wait()
         await self.zds.serve()
 
     async def _admin(self) -> None:
-        """Only root connects there: all of it may be one."""
+        """Serves the admin API. Only root connects there: all connections may be from one client."""
         await HttpServer(self.admin.private).serve(listen(self.settings.admin_socket, socket.SOCK_STREAM), 256, 256)
 
     def _ztunnel_arrived(self, process: Process) -> None:
-        """Before it opens any connection: those must not be taken for a pod's."""
+        """Registers the process before it opens a connection, which must not count as a pod's."""
         self.ztunnels.arrived(process)
         if self.choice.by_socket:
             try:
@@ -366,13 +366,13 @@ class Agent:
         await self.reconciler.acknowledged(uid)
 
     def _ztunnel_left(self) -> None:
-        """It may concern every pod."""
+        """Wakes every pod: it may affect all of them."""
         for pod in self.table:
             self.reconciler.wake(pod.uid)
 
 
 def _bound(address: str) -> socket.socket:
-    """Raises SettingsError: on the host's network somebody else may have the port."""
+    """Binds the address. Raises SettingsError: on the host's network another process may have the port."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
@@ -386,7 +386,7 @@ def _bound(address: str) -> socket.socket:
 
 
 def main(settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> int:
-    """Runs the agent; `places` says where settings come from. Returns the exit code."""
+    """Runs the agent; `places` has the origin of each setting. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 def explain_context(
     zds: ZdsServer, namespaces: NamespaceRegistry, listening: ZtunnelPorts, host: HostLoop, places: Mapping[str, str]
 ) -> ExplainContext:
-    """`places` as agent.cli.settings.places has it."""
+    """Builds the context of explain. `places` as in agent.cli.settings.places."""
 
     def heard(uid: str) -> PortListeners | None:
         target = namespaces.opened(uid)
@@ -104,7 +104,7 @@ def agent_condition(
     *,
     ready: bool,
 ) -> Condition:
-    """As it is now. `about` are labels besides those of the choice of mechanisms."""
+    """Returns the present condition. `about` are labels in addition to those of the choice of backends."""
     found = [(pod, reconciler.status(pod.uid)) for pod in table]
     choose_mechanisms = {"setting": settings.backend, "backend": choice.name, "host_probes": host.mechanism}
     return Condition(
@@ -150,7 +150,7 @@ class Journals:
 def build_accounting(
     settings: Settings, table: PodTable, who: Who, pins: Pins, ztunnels: Ztunnels, *, by_socket: bool
 ) -> tuple[Accounting, ConnectionMetrics] | None:
-    """The account and its metrics; None where the settings say so. Raises SettingsError when it has not what is set."""
+    """Builds the account and its metrics; None if the setting is off. Raises SettingsError if it is not available."""
     collector, reason = collectors.choose(settings, pins, ztunnels, by_socket=by_socket)
     if collector is None:
         return None
@@ -168,7 +168,7 @@ def build_accounting(
 
 @dataclass(slots=True)
 class ChosenMechanisms:
-    """`host` is the mechanism of the probe exemption and why; `support` what each layer said when it was tried."""
+    """`host` is the mechanism of the probe exemption and its reason; `support` has each layer's trial result."""
 
     choice: Choice
     host: tuple[str, str]
@@ -176,7 +176,7 @@ class ChosenMechanisms:
 
 
 def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> ChosenMechanisms:
-    """A restart takes the same. Raises SettingsError when nothing that is allowed can be used."""
+    """Chooses the backend; a restart chooses the same. Raises SettingsError if no allowed one works."""
     view = host_view.read_host_view()
     support = dict[str, Support]()
     backends = mechanisms(ipv6=settings.ipv6, pins=pins, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)

@@ -1,4 +1,4 @@
-"""Takes the annotation ambient.istio.io/redirection back from this node's pods: the end of an uninstallation."""
+"""Removes the annotation ambient.istio.io/redirection from this node's pods at the end of an uninstallation."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _BY_HAND = f"do it by hand: kubectl annotate pods --all -A {names.REDIRECTION}-"
 
 
 def take_back(config: str, captured: Collection[str], problems: list[str]) -> list[str]:
-    """Of all pods of the node but the `captured` ones, by UID ("": which one is not known). `config`: settings' file.
+    """Removes the annotation of all pods of the node except the `captured` ones.
 
-    Returns lines for people; adds to `problems` what it is worth trying again for.
+    `captured` has UIDs, "" for a pod with an unknown UID; `config` is the settings file. Returns lines for people; adds
+    to `problems` what is worth another try.
     """
     given = argparse.Namespace(**{field.name: None for field in fields(Settings)} | {"config": config})
     try:

@@ -1,4 +1,4 @@
-"""How commands reach the agent of this node."""
+"""Asks the agent of this node for the commands."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pod(parser: argparse.ArgumentParser) -> None:
-    """POD, and -n for those who are used to it; see `pod`."""
+    """Adds POD, and -n for kubectl's users; see `pod`."""
     parser.add_argument("pod", metavar="POD", help="namespace/name, a unique name, or a UID")
     parser.add_argument("-n", "--namespace", metavar="NAMESPACE", default="", help="of a POD that is a name alone")
 
 
 def pod(args: argparse.Namespace) -> str:
-    """As the agent wants it. Raises SluiceError for two namespaces."""
+    """Returns the pod's name as the agent expects it. Raises SluiceError for two namespaces."""
     name, namespace = args.pod, args.namespace
     if namespace and "/" in name and name.partition("/")[0] != namespace:
         raise SluiceError(f"{name}: not of namespace {namespace}; give the namespace once")

@@ -1,4 +1,4 @@
-"""The commands and their options as values, from the parser: for completion, the manual page and docs/cli.md."""
+"""Commands and options as values, derived from the parser: for completion, the manual page and docs/cli.md."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """`flags` as typed; `value` names what follows, "" for nothing; `choices` are the values there are, if few.
+    """An option: `flags` as typed; `value` names its argument, "" for none; `choices` are its few possible values.
 
-    `setting`: one of those that the agent's settings make.
+    `setting`: the option is one of those generated from the agent's settings.
     """
 
     flags: tuple[str, ...]
@@ -32,7 +32,7 @@ class Positional:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """`words` as in ("lab", "up"), () for the program; `about` is its line in lists."""
+    """A command: `words` as in ("lab", "up"), () for the program; `about` is its line in lists."""
 
     words: tuple[str, ...]
     about: str
@@ -41,14 +41,14 @@ class Command:
     commands: tuple[Command, ...]
 
     def walk(self) -> Iterator[Command]:
-        """This one and all below."""
+        """Yields this command and all below it."""
         yield self
         for one in self.commands:
             yield from one.walk()
 
 
 def command_tree(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), about: str = "") -> Command:
-    """The parser's own tree."""
+    """Returns the tree of the program's parser."""
     options = list[Option]()
     positionals = list[Positional]()
     commands = list[Command]()
@@ -78,7 +78,7 @@ def _option(action: argparse.Action, *, setting: bool) -> Option:
 
 
 def _choices(action: argparse.Action) -> tuple[str, ...]:
-    """Those of argparse; or of a setting, whose metavar lists them."""
+    """Returns the choices of argparse, or those that the metavar of a setting lists."""
     if action.choices is not None:
         return tuple(map(str, action.choices))
     words = str(action.metavar or "")
@@ -86,6 +86,6 @@ def _choices(action: argparse.Action) -> tuple[str, ...]:
 
 
 def _help(action: argparse.Action) -> str:
-    """With what argparse fills in."""
+    """Returns the help with argparse's substitutions."""
     text = str(action.help or "")
     return text % {"default": action.default, "prog": "sluice"} if "%" in text else text

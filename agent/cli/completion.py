@@ -1,4 +1,4 @@
-"""`sluice help`, `version` and `completion`: about the program itself."""
+"""`sluice help`, `version` and `completion`: information about the program itself."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def _pods(run_dir: str) -> list[str]:
-    """Of this node; none when nobody answers in time."""
+    """Returns the pods of this node; none if the agent does not answer in time."""
 
     def late(*_: object) -> None:
         raise SluiceError("no answer in time")

@@ -1,4 +1,4 @@
-"""`sluice connections`: those that pods have, the last that ended, and each that ends from now on."""
+"""`sluice connections`: live connections of pods, the latest ended ones, and each one that ends while it follows."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> None:
-    """Until the user ends it, or the agent does."""
+    """Prints connections until the user or the agent ends it."""
     if args.output == "table":
         print(_line(_HEADER), flush=True)
     while True:
@@ -98,13 +98,13 @@ def _cells(row: Row, ended: str) -> tuple[str, ...]:
 
 
 def _name(row: Row) -> str:
-    """Of the other end: the service that was asked for, else whose address it is."""
+    """Names the other end: the requested service, else the workload with the address."""
     name = row["remote_service"] or row["remote_workload"]
     return f" ({row['remote_namespace']}/{name})" if name else ""
 
 
 def size(count: int) -> str:
-    """Bytes in two or three figures: 999B, 1.5KiB, 20MiB."""
+    """Formats bytes with two or three figures: 999B, 1.5KiB, 20MiB."""
     amount = float(count)
     power = 0
     while amount >= 1000 and power < 4:
@@ -114,7 +114,7 @@ def size(count: int) -> str:
 
 
 def span(seconds: float) -> str:
-    """250us, 3.1ms, 1.25s, 2m5s, 3h7m, 2d4h."""
+    """Formats a duration: 250us, 3.1ms, 1.25s, 2m5s, 3h7m, 2d4h."""
     if seconds < 0.001:
         return f"{seconds * 1e6:.0f}us"
     if seconds < 1:

@@ -1,4 +1,4 @@
-"""`sluice doctor`: what is wrong with this node, why, and what to type. Works with and without an agent."""
+"""`sluice doctor`: what is wrong with this node, why, and which command helps. Works with and without an agent."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
 def diagnose(
     run_dir: str, config: str = "", checks: Sequence[Check] = CHECKS
 ) -> tuple[NodeFacts, tuple[CheckResult, ...]]:
-    """Raises SettingsError for settings that cannot be used, SluiceError for whoever may not look."""
+    """Runs the checks. Raises SettingsError for invalid settings, SluiceError without root."""
     if os.geteuid() != 0:
         raise SluiceError("this reads processes and network namespaces of the node; run it as root")
     settings, source = in_force(run_dir, config)
@@ -60,7 +60,7 @@ def diagnose(
 
 
 def value(facts: NodeFacts, findings: Sequence[CheckResult]) -> dict[str, Any]:
-    """As JSON has it."""
+    """Returns the JSON form."""
     counts = Counter(one.verdict.value for one in findings)
     return {
         "version": __version__,
@@ -76,7 +76,7 @@ def value(facts: NodeFacts, findings: Sequence[CheckResult]) -> dict[str, Any]:
 
 
 def text(findings: Sequence[CheckResult]) -> str:
-    """A row for each thing found; below those of one cause why and what to do. What could not be seen comes last."""
+    """Returns a row per finding; below the rows of one cause, why and what to do. Checks that did not run come last."""
     seen = [one for one in findings if one.verdict is not CheckVerdict.UNKNOWN]
     rows = table(("CHECK", "VERDICT", "FOUND"), [(one.check, one.verdict.value, one.found) for one in seen])
     head, *lines = rows.splitlines()
@@ -93,7 +93,7 @@ def text(findings: Sequence[CheckResult]) -> str:
 
 
 def _unseen(findings: Sequence[CheckResult]) -> list[str]:
-    """Checks that could not tell, by the reason."""
+    """Lists the checks without a verdict, grouped by reason."""
     reasons: dict[str, list[CheckResult]] = {}
     for one in findings:
         if one.verdict is CheckVerdict.UNKNOWN:
@@ -106,7 +106,7 @@ def _unseen(findings: Sequence[CheckResult]) -> list[str]:
 
 
 def _summary(findings: Sequence[CheckResult]) -> str:
-    """The checks of each verdict, the worst first; of those that are right only how many."""
+    """Lists the checks of each verdict, the worst first; for the right ones only their number."""
     words = []
     for verdict in (CheckVerdict.WRONG, CheckVerdict.WARNING):
         checks = dict.fromkeys(one.check for one in findings if one.verdict is verdict)

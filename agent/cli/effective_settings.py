@@ -1,4 +1,4 @@
-"""The settings that the agent of this node runs with, read from its process; or those that it would start with."""
+"""Reads the settings that the agent of this node runs with from its process, or those that it would start with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ USUAL = Path("/etc/sluice.yaml")  # of a node without Kubernetes (deploy/systemd
 
 
 def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tuple[Settings, str]:
-    """And where they are from. `config` wins over what the process says; `run_dir` over all. Raises SettingsError."""
+    """Returns the settings and their source. Raises SettingsError.
+
+    `config` overrides the settings of the process; `run_dir` overrides all.
+    """
     pid, _ = process(run_dir)
     given = _given(proc / str(pid)) if pid and not config else None
     if given is not None:
@@ -33,7 +36,7 @@ def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tupl
 
 
 def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
-    """Its flags and its environment; None where they cannot be seen."""
+    """Returns the process's flags and environment; None if they cannot be read."""
     try:
         words = _words(process / "cmdline")
         pairs = (word.partition("=") for word in _words(process / "environ"))
@@ -51,7 +54,7 @@ def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
 
 
 def _inside(process: Path, path: str) -> str:
-    """A path as that process names it, which may be in a container."""
+    """Translates a path of that process, which may be in a container."""
     if not path:
         return ""
     return str(process / "root" / path.lstrip("/")) if path.startswith("/") else str(process / "cwd" / path)

@@ -1,4 +1,4 @@
-"""`sluice explain POD`: why it is captured or not, and what holds. The first lines say it, the rest proves it."""
+"""`sluice explain POD`: why the pod is captured or not, and its actual state. The first lines give the result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from agent.cli import client, output
 from agent.core.text import pairs, table
 
-Told = dict[str, Any]
+Answer = dict[str, Any]
 Rows = list[tuple[str, object]]
 
 
@@ -23,107 +23,107 @@ def register(subparsers: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    told = client.ask(args.run_dir, "/v1/explain", pod=client.pod(args))
-    output.emit(args.output, told, explained(told, time.time()))
+    answer = client.ask(args.run_dir, "/v1/explain", pod=client.pod(args))
+    output.emit(args.output, answer, explained(answer, time.time()))
     return 0
 
 
-def explained(told: Told, now: float) -> str:
-    """`now`: seconds since the epoch."""
+def explained(answer: Answer, now: float) -> str:
+    """Formats the agent's answer. `now`: seconds since the epoch."""
     parts = [
-        pairs(_verdict(told)),
-        "Decision\n" + _indented(_decision(told)),
-        *(["Desired\n" + _indented(_options(told))] if told["options"] else []),
-        *(["Actual\n" + _indented(pairs(_holds(told)))] if told["redirect"] or told["differences"] else []),
-        "Connections\n" + _indented(_connections(told, now)),
-        *(["Repaired\n" + _indented(_repairs(told, now))] if told["recent_repairs"] else []),
-        pairs(_sandbox(told, now)),
+        pairs(_verdict(answer)),
+        "Decision\n" + _indented(_decision(answer)),
+        *(["Desired\n" + _indented(_options(answer))] if answer["options"] else []),
+        *(["Actual\n" + _indented(pairs(_holds(answer)))] if answer["redirect"] or answer["differences"] else []),
+        "Connections\n" + _indented(_connections(answer, now)),
+        *(["Repaired\n" + _indented(_repairs(answer, now))] if answer["recent_repairs"] else []),
+        pairs(_sandbox(answer, now)),
     ]
     return "\n\n".join(parts)
 
 
-def _verdict(told: Told) -> Rows:
-    node = f", node {told['node']}" if told["node"] else ""
+def _verdict(answer: Answer) -> Rows:
+    node = f", node {answer['node']}" if answer["node"] else ""
     rows: Rows = [
-        ("Pod", f"{told['namespace']}/{told['name']}  (UID {told['uid']}{node})"),
-        ("Captured", _captured(told)),
-        ("Action", told["advice"] or "none"),
+        ("Pod", f"{answer['namespace']}/{answer['name']}  (UID {answer['uid']}{node})"),
+        ("Captured", _captured(answer)),
+        ("Action", answer["advice"] or "none"),
     ]
-    if told["error"]:
-        retry = f"; next try in {told['retry']:.1f} s" if told["retry"] is not None else ""
-        rows.append(("Error", told["error"] + retry))
-    return rows + [("Note", note) for note in dict.fromkeys((*told["foreign"], *told["notes"]))]
+    if answer["error"]:
+        retry = f"; next try in {answer['retry']:.1f} s" if answer["retry"] is not None else ""
+        rows.append(("Error", answer["error"] + retry))
+    return rows + [("Note", note) for note in dict.fromkeys((*answer["foreign"], *answer["notes"]))]
 
 
-def _captured(told: Told) -> str:
-    """In one line: whether, by what, why or why not."""
-    why = told["decided"]
-    by = f" by {told['backend']}" if told["backend"] else ""
-    if told["decision"] == "excluded":
-        left = ", but rules of Sluice are left" if told["differences"] else ""
-        left = ", but ztunnel keeps its older connections for a while" if told["leaving"] else left
+def _captured(answer: Answer) -> str:
+    """Says in one line whether the pod is captured, by what, and why or why not."""
+    why = answer["decided"]
+    by = f" by {answer['backend']}" if answer["backend"] else ""
+    if answer["decision"] == "excluded":
+        left = ", but rules of Sluice are left" if answer["differences"] else ""
+        left = ", but ztunnel keeps its older connections for a while" if answer["leaving"] else left
         return f"no, excluded{left}: {why}"
-    match told["state"]:
+    match answer["state"]:
         case "waiting":
-            return f"not yet: {told['error'] or 'not examined yet'}; will be enrolled: {why}"
+            return f"not yet: {answer['error'] or 'not examined yet'}; will be enrolled: {why}"
         case "pending":
             return f"not yet: its rules are in place, but no ztunnel has it, so its traffic is refused; enrolled: {why}"
         case "failed":
-            return f"NO, though it should be: {told['error']}"
-    if told["inspect_error"]:
-        return f"unknown{by}: {told['inspect_error']}"
-    if told["in_kernel"] == "drifted":
-        count = sum(len(layer["differences"]) for layer in told["layers"])
+            return f"NO, though it should be: {answer['error']}"
+    if answer["inspect_error"]:
+        return f"unknown{by}: {answer['inspect_error']}"
+    if answer["in_kernel"] == "drifted":
+        count = sum(len(layer["differences"]) for layer in answer["layers"])
         return f"NOT as it should be{by}: {count} difference{'' if count == 1 else 's'} in the kernel; enrolled: {why}"
-    if told["ztunnel"]["silent"]:
+    if answer["ztunnel"]["silent"]:
         return f"NO{by}: rules are right, but ztunnel does not listen in it; enrolled: {why}"
-    if told["foreign"]:
+    if answer["foreign"]:
         return f"NOT all{by}: Sluice's rules are right, but foreign rules come before them; enrolled: {why}"
     return f"yes{by}: {why}"
 
 
-def _decision(told: Told) -> str:
-    """Every fact in its order; the one that decided has an arrow."""
+def _decision(answer: Answer) -> str:
+    """Lists every fact in order; an arrow marks the deciding one."""
     rows = [
         ("->" if one["decides"] else " ", one["key"], _short(one["value"]), _from(one), one["effect"])
-        for one in told["facts"]
+        for one in answer["facts"]
     ]
     return table((" ", "FACT", "VALUE", "FROM", "EFFECT"), rows)
 
 
-def _from(one: Told) -> str:
+def _from(one: Answer) -> str:
     return f"{one['origin']} ({one['place']})" if one["place"] else one["origin"]
 
 
-def _options(told: Told) -> str:
+def _options(answer: Answer) -> str:
     rows = []
-    for one in told["options"]:
+    for one in answer["options"]:
         place = f" ({one['place']})" if one["place"] else ""
         origin = "default" if one["origin"] == "fixed" else f"{one['origin']} {one['key']}{place}"
         rows.append((one["option"], word(one["value"]) or ("any" if one["option"] == "dns_to" else "none"), origin))
     return table(("OPTION", "VALUE", "FROM"), rows)
 
 
-def _holds(told: Told) -> Rows:
-    """Wanted against actual, layer by layer; then what the rules need beside them."""
-    rows: Rows = [("In the kernel", told["inspect_error"] or told["in_kernel"])]
-    for layer in told["layers"]:
+def _holds(answer: Answer) -> Rows:
+    """Compares desired and actual state, layer by layer; then the state of everything else that capture needs."""
+    rows: Rows = [("In the kernel", answer["inspect_error"] or answer["in_kernel"])]
+    for layer in answer["layers"]:
         state = {True: "as wanted", False: "differs", None: "unknown"}[layer["in_sync"]]
         rows.append((f"  {layer['layer']}", state))
         rows += [("    difference", line) for line in layer["differences"]]
-    if told["redirect"] is None:
+    if answer["redirect"] is None:
         return rows
-    rows += [("In its path", line) for line in told.get("programs", ())]
-    rows += [("ztunnel", _ztunnel(told["ztunnel"])), ("Listeners", _listeners(told["ztunnel"]))]
-    if told["exemption"] is not None:
-        rows.append(("Node's probes", _exemption(told["exemption"])))
-    rows.append(("Probe", told["probe"] or "not tried, or nothing in the pod listens"))
-    if told["annotation"] is not None:
-        rows.append(("Annotation", f"{told['annotation']['key']}={told['annotation']['value'] or '(not written)'}"))
+    rows += [("In its path", line) for line in answer.get("programs", ())]
+    rows += [("ztunnel", _ztunnel(answer["ztunnel"])), ("Listeners", _listeners(answer["ztunnel"]))]
+    if answer["exemption"] is not None:
+        rows.append(("Node's probes", _exemption(answer["exemption"])))
+    rows.append(("Probe", answer["probe"] or "not tried, or nothing in the pod listens"))
+    if answer["annotation"] is not None:
+        rows.append(("Annotation", f"{answer['annotation']['key']}={answer['annotation']['value'] or '(not written)'}"))
     return rows
 
 
-def _ztunnel(found: Told) -> str:
+def _ztunnel(found: Answer) -> str:
     if found["connections"] == 0:
         return "none is connected to the agent"
     state = {True: "has the pod", False: "does not have the pod yet", None: "unknown"}[found["acknowledged"]]
@@ -132,7 +132,7 @@ def _ztunnel(found: Told) -> str:
     return f"{state} as {sent['namespace']}/{sent['name']}, service account {sent['service_account'] or '(none)'}"
 
 
-def _listeners(found: Told) -> str:
+def _listeners(found: Answer) -> str:
     if found["error"] or found["listening"] is None:
         return found["error"] or "unknown"
     there = ", ".join(map(str, found["listening"])) or "none"
@@ -140,16 +140,16 @@ def _listeners(found: Told) -> str:
     return "; ".join(filter(None, (there, missing, *(found["foreign"] or ()))))
 
 
-def _exemption(found: Told) -> str:
+def _exemption(found: Answer) -> str:
     if found["mechanism"] == "off":
         return "captured like any other connection (setting host_probes)"
     state = found["error"] or ("exempt" if found["ok"] else "not examined yet")
     return f"{state} by {found['mechanism']} for {', '.join(found['addresses']) or 'no address of it'}"
 
 
-def _connections(told: Told, now: float) -> str:
-    """What became of them, the ones that look wrong, and what no connection is."""
-    found = told["connections"]
+def _connections(answer: Answer, now: float) -> str:
+    """Summarises connections by fate, lists those that look wrong, and counts non-TCP traffic."""
+    found = answer["connections"]
     if found["error"] or found["collector"] == "off":
         lines = [found["error"] or "not accounted for: the setting accounting is off"]
     else:
@@ -164,18 +164,18 @@ def _connections(told: Told, now: float) -> str:
     if found["wrong"]:
         rows = [_wrong(one, now) for one in found["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")
-    for direction, counts in told["beside"].items():
+    for direction, counts in answer["beside"].items():
         if counts["packets"]:
             size = f"{counts['packets']} packets, {counts['bytes']} bytes"
             lines.append(f"non-TCP, {direction}: {size}, neither TCP nor captured DNS")
     return "\n".join(lines)
 
 
-def _why(one: Told) -> str:
+def _why(one: Answer) -> str:
     return f" ({one['reason']})" if one["reason"] else ""
 
 
-def _wrong(one: Told, now: float) -> tuple[str, ...]:
+def _wrong(one: Answer, now: float) -> tuple[str, ...]:
     direction = "in" if one["direction"] == "inbound" else "out"
     close = one["close"] + ("" if one["established"] else ", never established")
     return (
@@ -188,34 +188,34 @@ def _wrong(one: Told, now: float) -> tuple[str, ...]:
     )
 
 
-def _process(one: Told) -> str:
+def _process(one: Answer) -> str:
     return f"{one['command'] or '?'} (pid {one['process']}, user {one['user']})" if one["process"] else ""
 
 
-def _repairs(told: Told, now: float) -> str:
+def _repairs(answer: Answer, now: float) -> str:
     rows = [
         (ago(one["time"], now), one["layer"], f"{one['seconds'] * 1e3:.1f} ms", one["cause"], _joined(one))
-        for one in told["recent_repairs"]
+        for one in answer["recent_repairs"]
     ]
     return table(("AGO", "LAYER", "TOOK", "CHANGED BY", "WHAT DIFFERED"), rows)
 
 
-def _joined(one: Told) -> str:
+def _joined(one: Answer) -> str:
     return "; ".join(one["differences"])
 
 
-def _sandbox(told: Told, now: float) -> Rows:
-    verified = f", verified {ago(told['verified'], now)} ago" if told["verified"] else ""
+def _sandbox(answer: Answer, now: float) -> Rows:
+    verified = f", verified {ago(answer['verified'], now)} ago" if answer["verified"] else ""
     return [
-        ("State", told["state"] + verified),
-        ("Addresses", ", ".join(told["addresses"]) or "none"),
-        ("Namespace", told["netns"] or "not known"),
-        ("Known from", told["source"]),
+        ("State", answer["state"] + verified),
+        ("Addresses", ", ".join(answer["addresses"]) or "none"),
+        ("Namespace", answer["netns"] or "not known"),
+        ("Known from", answer["source"]),
     ]
 
 
 def word(value: Any) -> str:
-    """A value of the intent in one word: lists by commas, ranges by a dash, "" for what is empty."""
+    """Formats a value of the intent as one word: lists with commas, ranges with a dash, "" for an empty value."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
@@ -226,7 +226,7 @@ def word(value: Any) -> str:
 
 
 def ago(moment: float, now: float) -> str:
-    """12s, 5m, 3h, 2d; "" for no moment."""
+    """Formats the time since `moment`: 12s, 5m, 3h, 2d; "" for 0."""
     if not moment:
         return ""
     seconds = max(0, int(now - moment))

@@ -1,6 +1,6 @@
-"""`sluice handback --all`: leaves captured pods captured, as istio-cni would have programmed them, and forgets them.
+"""`sluice handback --all`: converts captured pods to istio-cni's rules and forgets them.
 
-Exit 0 all are handed back, 1 some are not, 2 it could not begin.
+Exit 0 all are handed back, 1 some are not, 2 it could not start.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def register(subparsers: Any) -> None:
 
 @dataclass(slots=True)
 class Row:
-    """One pod and what became of it; `scripts` what was done, or would be."""
+    """One pod and its result; `scripts` were applied, or would be."""
 
     netns: str
     pod: str
@@ -92,7 +92,7 @@ def _lists(row: Row) -> dict[str, list[str]]:
 
 
 def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run: bool) -> Iterator[Row]:
-    """Every namespace that holds something of ours, or that a note calls captured."""
+    """Hands back every namespace that holds something of Sluice, or that a note calls captured."""
     run_dir = settings.run_dir
     known = existing.known(run_dir)  # before State.load, which drops pins that no note belongs to
     places = only or existing.places(run_dir, known)
@@ -117,18 +117,18 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
 
 
 def _host(*, dry_run: bool) -> Iterator[Row]:
-    """The exemption of the node's probes goes: istio-cni makes its own, and would be refused over a chain of ours."""
+    """Removes the exemption of the node's probes: istio-cni creates its own, and fails if a chain of Sluice exists."""
     with contextlib.closing(HostNetns()) as host:
         found = uncapture_host(host, layers("off")[1], ownership.host_layer_owner, dry_run=dry_run)
     if found is None or found.result == LEFT:
         return
     result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
-    told = "probe exemption removed: until istio-cni creates its own, probes are captured"
-    yield Row("host", "", ",".join(found.layers), result, found.scripts, (told, *found.errors))
+    note = "probe exemption removed: until istio-cni creates its own, probes are captured"
+    yield Row("host", "", ",".join(found.layers), result, found.scripts, (note, *found.errors))
 
 
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
-    """Whether anything of ours was there; fills in the row. Raises SluiceError; what was right until then stays."""
+    """Returns whether anything of Sluice was there; fills in the row. Raises SluiceError; earlier work stays."""
     made = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
     ours = [n for n in _NETFILTER if ownership.layer_owner(n, made[n].read(target)) is Owner.SLUICE]
     captured = note is not None and note.captured
@@ -164,13 +164,13 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
 
 
 def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
-    """Turns right rules of ours into istio-cni's, and looks again. Raises SluiceError. Returns what was done."""
+    """Converts correct rules of Sluice to istio-cni's, and verifies them. Raises SluiceError. Returns the scripts."""
     done: list[str] = []
     for _ in range(PASSES):
         plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
         if not plan:
             return tuple(done)
-        with contextlib.suppress(StaleError):  # somebody changed something in between: look again
+        with contextlib.suppress(StaleError):  # something changed in between: read again
             layer.apply(target, plan)
             done.append(str(plan))
     raise KernelError(f"hand back {layer.name}", 0, "another process keeps changing it")

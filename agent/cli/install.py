@@ -1,6 +1,6 @@
-"""`sluice install`: puts plugin and CNI configuration in place once, as the agent keeps doing. Needs no agent.
+"""`sluice install`: installs the plugin and the CNI configuration once, as the agent does continuously.
 
-Exit 0 all is in place, 1 it is not (with --check nothing is changed), 2 it could not be done.
+Needs no agent. Exit 0 installed, 1 not installed (--check changes nothing), 2 it could not be done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def register(subparsers: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     settings = from_user.load(args)
     if mode(settings) == "off" and settings.cni_install == "auto":
-        settings = replace(settings, cni_install="own")  # whoever runs this wants it
+        settings = replace(settings, cni_install="own")  # running this command asks for it
     installer = Installer(settings)
     if not args.check:
         installer.step()

@@ -1,4 +1,4 @@
-"""`sluice lab up|down|exec|pods`: nodes and pods in network namespaces of this machine, to try things on."""
+"""`sluice lab up|down|exec|pods`: nodes and pods in network namespaces of this machine, for experiments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says about itself beyond its options: for --help, the manual page and docs/cli.md.
+"""Texts of the command line beyond its options: for --help, the manual page and docs/cli.md.
 
 Every example is one that the parser takes (a test holds it).
 """

@@ -1,6 +1,6 @@
-"""`sluice migrate`: from istio-cni to Sluice on this node, and back. What is interrupted goes on when it is run again.
+"""`sluice migrate`: migrates this node from istio-cni to Sluice, and back. Run it again after an interruption.
 
-Exit 0 it can be done, or is done; 1 something is in the way or left to do, with what to do; 2 it could not be tried.
+Exit 0 it can be done, or is done; 1 an obstacle or a step is left, with what to do; 2 it could not be tried.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def register(subparsers: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Node:
-    """What all three commands need."""
+    """The state that all three commands need."""
 
     args: argparse.Namespace
     settings: Settings
@@ -117,14 +117,14 @@ def _take_over(node: _Node) -> int:
 
 
 def _take_over_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
-    """While istio-cni's agent runs, ours comes beside it, and nothing of its own is touched: it would put it back."""
+    """Plans the steps. While istio-cni's agent runs, its own entry stays: it would restore it."""
     wished = node.settings.cni_conf_name
     aside = not facts.agent
     return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
 
 
 def _back(node: _Node) -> int:
-    """Pods first, while neither agent runs: istio-cni's then finds its own rules and changes nothing."""
+    """Converts pods first, while neither agent runs: istio-cni's agent then finds its own rules and changes nothing."""
     facts = node.look()
     findings = node.judge(facts)
     plan = _back_steps(node, facts)
@@ -151,7 +151,7 @@ def _back_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
 
 
 def _hand_back(args: argparse.Namespace) -> tuple[MigrationFinding, ...]:
-    """As `sluice handback --all`: what became of each pod."""
+    """Does what `sluice handback --all` does; returns the result of each pod."""
     commands = argparse.ArgumentParser().add_subparsers()
     handback.register(commands)
     said = argparse.Namespace(**{**vars(args), "all": True, "output": "json"})
@@ -170,7 +170,7 @@ def _handed(row: dict[str, Any]) -> MigrationFinding:
 
 
 def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[MigrationStep, ...]:
-    """One step at a time, each planned from what is there then. Raises SluiceError; what was done stays."""
+    """Executes one step at a time, each planned from the actual state. Raises SluiceError; completed steps stay."""
     done: list[MigrationStep] = []
     while True:
         found = plan(directory.view())

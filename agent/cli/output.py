@@ -1,4 +1,4 @@
-"""How commands print: a table for people, JSON and YAML for programs."""
+"""Prints results: a table for people, JSON and YAML for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the command line is read: mistakes are one line with the nearest right word; help has what `manual` adds."""
+"""Parses the command line: a mistake gives one line with the nearest valid word; `manual` extends the help."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _MANY = 12  # options that a line of usage may list
 
 
 class Parser(argparse.ArgumentParser):
-    """Of the program, of a command, or of a command in a group."""
+    """The parser of the program, of a command, or of a command in a group."""
 
     def __init__(self, **words: Any) -> None:
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **words})
 
     @property
     def command(self) -> str:
-        """As in "lab up"; "" for the program."""
+        """The command as in "lab up"; "" for the program."""
         return self.prog.partition(" ")[2]
 
     def error(self, message: str) -> NoReturn:
-        """Exit code 2, and one line that begins as all errors do."""
+        """Exits with code 2 and one line with the prefix of all errors."""
         words = f"{self.command}: " if self.command else ""
         self.exit(2, f"sluice: {words}{self._plain(' '.join(message.split()))}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Nobody else takes what this parser does not know, so here the nearest option can be told."""
+        """Rejects unknown arguments here: no other parser receives them, and this one knows the nearest option."""
         found, extra = super().parse_known_args(args, namespace)
         if extra:
             self.error(_UNKNOWN + extra[0])
@@ -75,7 +75,7 @@ def _meant(word: str, choices: Iterable[str]) -> str:
 
 
 class ProgramParser(Parser):
-    """The program itself: its help has the commands in sections, one line each."""
+    """The parser of the program: its help lists the commands in sections, one line each."""
 
     def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **words: Any) -> None:
         super().__init__(**words)
@@ -95,6 +95,6 @@ class ProgramParser(Parser):
         return "\n\n".join([*text, manual.TOP]) + "\n"
 
     def _lines(self) -> dict[str, str]:
-        """Command -> what it does."""
+        """Yields each command and what it does."""
         (commands,) = (one for one in self._actions if isinstance(one, argparse._SubParsersAction))
         return {one.dest: str(one.help or "") for one in commands._choices_actions}

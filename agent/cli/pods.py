@@ -1,4 +1,4 @@
-"""`sluice status`, `pods`: what the agent knows of its node."""
+"""`sluice status`, `pods`: the agent's view of its node."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _status(args: argparse.Namespace) -> int:
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
     ]
-    if foreign := answer.get("foreign_rules"):  # an older agent does not tell
+    if foreign := answer.get("foreign_rules"):  # missing from an older agent
         rows.append(("Foreign rules", f"before Sluice's in {_some(foreign)}; `sluice verify POD` names them"))
     if answer.get("exits"):
         causes = sorted(answer["exits"].items(), key=lambda pair: -pair[1])
@@ -56,13 +56,13 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _some(pods: list[str]) -> str:
-    """Their number, and the names of the first."""
+    """Returns the number of pods, and the names of the first."""
     more = ["..."] if len(pods) > _NAMED else []
     return f"{len(pods)} pod{'s' * (len(pods) != 1)}: {', '.join([*pods[:_NAMED], *more])}"
 
 
 def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """What became of all connections: their number, and by reason where there is one."""
+    """Returns the number of connections of each fate, and by reason where there is one."""
     found: dict[str, Counter[str]] = {"captured": Counter(), "exempt": Counter(), "leaked": Counter()}
     for row in rows:
         found.setdefault(row["fate"], Counter())[row["reason"]] += row["connections"]
@@ -80,7 +80,7 @@ def _ztunnels(answer: Any) -> str:
 
 
 def _probes(answer: Any) -> str:
-    """How the node's own probes are exempt."""
+    """Says how the node's probes are exempt."""
     host = answer["host_probes"]
     if host["mechanism"] == "off":
         return f"captured like any other connection ({answer['host_probes_reason']})"

@@ -1,4 +1,4 @@
-"""`sluice preflight`: what this node can do, tried out, and which backend an agent would choose. Needs no agent."""
+"""`sluice preflight`: tries what this node can do, and shows which backend an agent would choose. Needs no agent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def register(subparsers: Any) -> None:
 
 
 class _Tried:
-    """Remembers what choosing tried. Besides that only eBPF is shown: the rest might load modules."""
+    """Records the trials of the choice. Beyond those only eBPF is shown: the rest might load modules."""
 
     def __init__(self, ipv6: bool, pins: Pins) -> None:
         self.ipv6 = ipv6
@@ -58,7 +58,7 @@ class _Tried:
         return self.findings[name]
 
     def features(self) -> tuple[Feature, ...]:
-        """Of the choices whose layers were probed, and of eBPF."""
+        """Returns the features of the choices whose layers were probed, and of eBPF."""
         names = [name for name, layers in LAYERS.items() if layers[-1] in self.support or name == "ebpf"]
         attempt = partial(preflight.attempt, bpf_dir=str(self.pins.root))
         return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6, attempt=attempt) for name in names))

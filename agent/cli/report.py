@@ -1,4 +1,4 @@
-"""`sluice report`: all that somebody needs who is to help, in one file, without secrets."""
+"""`sluice report`: writes a support bundle, one file without secrets."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
         "taken": sorted(bundle.files),
         "missing": dict(sorted(bundle.missing.items())),
     }
-    lines = [f"{path}: {len(bundle.files)} files, {size} bytes, readable by root alone"]
+    lines = [f"{path}: {len(bundle.files)} files, {size} bytes, readable by root only"]
     if bundle.missing:
         lines += ["", table(("NOT TAKEN", "WHY"), sorted(bundle.missing.items()))]
     lines += ["", f"Read it before you send it: tar -xzf {path}; MANIFEST lists what is in it."]

@@ -1,4 +1,4 @@
-"""`sluice rules render`: what a variant consists of, without an agent and without touching anything."""
+"""`sluice rules render`: prints the rules of a variant, without an agent and without changing anything."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ def _address(word: str) -> str:
 
 
 def render(backend: str, redirect: Redirect) -> dict[str, str]:
-    """Program that reads it -> script."""
+    """Returns each program and the script that it reads."""
     if backend == "ebpf":
-        # Of a pod without interfaces and addresses: those are the namespace's to tell.
+        # Entries of a pod without interfaces and addresses, which only the namespace has.
         return {"bpftool": str(state.plan(redirect, state.PodEntries(cookie=0)))}
     scripts = {"ip": str(RoutingBackend().plan(redirect, RoutingState()))}
     if backend == "nftables":

@@ -1,4 +1,4 @@
-"""Settings from file, environment and flags; each value keeps its place for error messages."""
+"""Reads settings from file, environment and flags; each value keeps its place for error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Layer = dict[str, tuple[Any, str]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--config and one flag per setting."""
+    """Adds --config and one flag per setting."""
     parser.add_argument(
         "--config",
         default=os.environ.get("SLUICE_CONFIG", ""),
@@ -36,24 +36,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def default(value: object) -> str:
-    """As a user would write it; "none" for nothing."""
+    """Formats a default as a user would write it; "none" for an empty one."""
     if isinstance(value, bool):
         return str(value).lower()
     return (", ".join(map(str, value)) if isinstance(value, tuple) else str(value)) or "none"
 
 
 def load(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> Settings:
-    """Raises SettingsError, with file and line, flag or variable."""
+    """Returns the settings. Raises SettingsError, with file and line, flag or variable."""
     return build(*_layers(args, variables))
 
 
 def places(args: argparse.Namespace) -> dict[str, str]:
-    """Where each setting that was given comes from, as error messages name it. Raises SettingsError."""
+    """Returns where each given setting comes from, as error messages name it. Raises SettingsError."""
     return {key: place for layer in _layers(args) for key, (_, place) in layer.items()}
 
 
 def _layers(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> list[Layer]:
-    """Later ones win."""
+    """Returns the layers of settings; later ones win."""
     flags = {
         name: (value, "--" + name.replace("_", "-")) for name in DECLARED if (value := getattr(args, name)) is not None
     }
@@ -62,7 +62,7 @@ def _layers(args: argparse.Namespace, variables: Mapping[str, str] = os.environ)
 
 
 def cluster(variables: Mapping[str, str], account: Path = Path(names.SERVICE_ACCOUNT)) -> Layer:
-    """What a pod of a Kubernetes cluster knows of itself; anything that was set wins over it."""
+    """Returns what a pod of a Kubernetes cluster knows of itself; explicit settings override it."""
     host, port = (variables.get(f"KUBERNETES_SERVICE_{word}", "") for word in ("HOST", "PORT"))
     if not host or not port:
         return {}

@@ -1,6 +1,6 @@
 """Completion scripts of bash, zsh and fish, from the tree of commands. Pure.
 
-What the agent says of pods is only ever compared and offered as data, never evaluated.
+The agent's words about pods are only compared and offered as data, never evaluated.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _POD = "POD"
 
 
 def script(shell: str, program: Command) -> str:
-    """`shell` is bash, zsh or fish."""
+    """Returns the completion script. `shell` is bash, zsh or fish."""
     make = {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]
     return "\n".join(make(program)) + "\n"
 
@@ -24,7 +24,7 @@ def _groups(program: Command) -> str:
 
 
 def _words(command: Command) -> str:
-    """What may come at this place and is known beforehand."""
+    """Returns the words known beforehand that may follow here."""
     below = [one.words[-1] for one in command.commands]
     choices = [word for one in command.positionals for word in one.choices]
     return " ".join([*below, *choices])
@@ -39,12 +39,12 @@ def _path(command: Command) -> str:
 
 
 def _asks(command: Command) -> bool:
-    """Whether it takes a pod of the agent's; those of the lab are others."""
+    """Returns whether the command takes a pod of the agent; the lab has its own."""
     return any(one.name == _POD for one in command.positionals) and command.words[:1] != ("lab",)
 
 
 def _values(program: Command) -> Mapping[str, list[str]]:
-    """What follows an option -> where that is so, as "lab up --backend"; settings are alike everywhere."""
+    """Maps the value of an option to its commands, such as "lab up --backend"; settings are alike everywhere."""
     found: dict[str, list[str]] = {}
     for command in program.walk():
         for option in command.options:
@@ -57,14 +57,14 @@ def _values(program: Command) -> Mapping[str, list[str]]:
 
 
 def _value(option: Option) -> str:
-    """Words in quotes, "files" or "any"."""
+    """Returns quoted words, "files" or "any"."""
     if option.choices:
         return f"'{' '.join(option.choices)}'"
     return "files" if option.value in _FILES else "any"
 
 
 def _cases(program: Command, every: str) -> Iterator[tuple[str, str]]:
-    """(pattern of a case statement, what follows). Those of one command come before those of settings."""
+    """Returns (pattern of a case statement, value). Options of one command come before settings."""
     values = _values(program)
     for general in (False, True):
         for what, places in sorted(values.items()):
@@ -126,7 +126,7 @@ def _bash(program: Command) -> Iterator[str]:
 
 
 def _places(program: Command) -> Iterator[str]:
-    """What each command takes, as arms of a case statement that bash and zsh read alike."""
+    """Returns the arguments of each command, as arms of a case statement for both bash and zsh."""
     for command in program.walk():
         pods = " pods=yes" if _asks(command) else ""
         words = " ".join(one.words[0] for one in program.commands) if command.words == ("help",) else _words(command)
@@ -224,5 +224,5 @@ def _fish_option(option: Option) -> str:
 
 
 def _quoted(text: str) -> str:
-    """For fish: nothing in it is expanded."""
+    """Quotes a word for fish, without expansion."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

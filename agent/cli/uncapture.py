@@ -1,6 +1,6 @@
-"""`sluice uncapture --all`: takes all of ours out of this node; needs no agent, no API server and no state.
+"""`sluice uncapture --all`: removes everything of Sluice from this node; needs no agent, API server or state.
 
-Exit 0 nothing of ours is left, 1 something is, 2 it could not begin.
+Exit 0 nothing of Sluice is left, 1 something is left, 2 it could not start.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def register(subparsers: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One namespace, or the host, and what became of it."""
+    """One namespace, or the host, and its result."""
 
     netns: str
     pod: ExistingNetns | None
@@ -121,7 +121,7 @@ def _all(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def hold(run_dir: str, command: str) -> Iterator[None]:
-    """No agent runs on the directory, nor starts on it until the end. Raises SluiceError."""
+    """Ensures that no agent runs on the directory or starts on it meanwhile. Raises SluiceError."""
     if not Path(run_dir).is_dir():
         yield
         return
@@ -139,7 +139,7 @@ def hold(run_dir: str, command: str) -> Iterator[None]:
 def remove(
     args: argparse.Namespace, known: Sequence[ExistingNetns], places: Sequence[Path], problems: list[str]
 ) -> tuple[list[Row], list[ExistingNetns]]:
-    """From every namespace that `places` lead to; also which of the `known` pods they were."""
+    """Cleans every namespace that `places` lead to; also returns which of the `known` pods they belong to."""
     layers = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values())
     rows = list[Row]()
     seen = list[ExistingNetns]()
@@ -158,7 +158,7 @@ def remove(
 
 
 def forget_account(pins: Pins, target: PodNetns, problems: list[str]) -> None:
-    """The programs of the account outlive the agent, and would go on refusing ztunnel's ports in this pod."""
+    """Detaches the accounting programs: they outlive the agent and would keep refusing ztunnel's ports in this pod."""
     try:
         AccountedPods(pins.accounting, watching=False).release(target.netns.id.cookie)
     except KernelError as error:
@@ -166,9 +166,9 @@ def forget_account(pins: Pins, target: PodNetns, problems: list[str]) -> None:
 
 
 def leftovers(pins: Pins, *, dry_run: bool) -> list[Row]:
-    """What backend ebpf keeps for pods that have ended, and for all of them.
+    """Removes what backend ebpf keeps for ended pods, and for all pods.
 
-    The whole directory goes in the end, with what another version made: that takes no more than removing files.
+    The whole directory is removed last, with what another version created: that only requires removing files.
     """
     found = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
     rows = [Row(_NODE, None, found)] if found else []

@@ -1,6 +1,6 @@
-"""`sluice uninstall`: takes plugin and CNI configuration out of this node; the rules in pods are `uncapture`'s.
+"""`sluice uninstall`: removes the plugin and the CNI configuration; `sluice uncapture` removes the rules in pods.
 
-Exit 0 nothing names the plugin any more, 1 something could not be done, 2 it could not begin.
+Exit 0 no configuration names the plugin, 1 something could not be done, 2 it could not start.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _do(todo: Uninstall, value: dict[str, Any]) -> None:
-    """Stops at the first step that fails: what would come after it relies on it."""
+    """Stops at the first failed step: later ones depend on it."""
     try:
         for step in todo.steps():
             step.do()

@@ -1,4 +1,4 @@
-"""`sluice verify` and `diff`: wanted against actual. Exit 0 right, 1 drift, 2 could not tell."""
+"""`sluice verify` and `diff`: desired against actual state. Exit 0 no drift, 1 drift, 2 unknown."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The kinds of values that settings take: how each is read from files, the environment and flags. Pure.
 
 A value comes as YAML has it or as text. `parse` returns it as the setting holds it, or raises ValueError with what it
-is not, as in "true or false". `takes` is the placeholder of the setting's flag.
+should have been, as in "true or false". `takes` is the placeholder of the setting's flag.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text; `fits` says which, in the words of `what`. Empty text fits where `optional`."""
+    """Text; `fits` decides whether it is valid, `what` describes valid text. Empty text is valid if `optional`."""
 
     takes: str = "TEXT"
     what: str = "text"
@@ -88,7 +88,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One word of a few. `former` words of earlier versions are still read, and mean the first one."""
+    """One word of a few. `former` words of earlier versions are accepted, and mean the first one."""
 
     words: tuple[str, ...]
     former: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """A list of words, or text with commas in between. `each` returns a word as it is kept, or raises ValueError."""
+    """A list of words, or text separated by commas. `each` returns a word as it is kept, or raises ValueError."""
 
     each: Callable[[str], str] = field(default=lambda word: word)
     takes: str = "LIST"

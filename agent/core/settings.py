@@ -1,7 +1,7 @@
 """The agent's settings: one frozen value, from file, environment and flags, parsed once.
 
-Each setting is declared once: its type, default, topic, kind of value and help. The command line, documents and chart
-are made from that.
+Each setting is declared once: its type, default, topic, kind of value and help. The command line, the documents and the
+chart are generated from that.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _node, _pods, _capture, _probes, _kubernetes, _cni, _account = (partial(_setting
 
 
 def _map_size(word: str) -> str:
-    """MAP=ENTRIES of a map of names.BPF_MAPS. Raises ValueError."""
+    """Parses MAP=ENTRIES for a map of names.BPF_MAPS. Raises ValueError."""
     name, sign, number = word.partition("=")
     if not sign or name not in names.BPF_MAPS or not number.isdecimal() or not 1 <= int(number) <= _MOST_ENTRIES:
         raise ValueError(f"a list of MAP=ENTRIES (1 to {_MOST_ENTRIES}) with MAP of {', '.join(names.BPF_MAPS)}")

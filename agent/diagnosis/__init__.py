@@ -1,1 +1,1 @@
-"""`sluice doctor` and `sluice report`: what a node shows of itself, judged; and the same packed for somebody else."""
+"""`sluice doctor` and `sluice report`: facts of a node and checks on them; and the same as a support bundle."""

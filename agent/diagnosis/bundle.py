@@ -1,6 +1,6 @@
-"""A support bundle: every text in it goes through redacting first, and a manifest says what is there and what is not.
+"""A support bundle: every text is redacted, and a manifest lists what is present and what is missing.
 
-The same contents make the same bytes: entries are sorted, and carry neither time nor owner.
+The same contents give the same bytes: entries are sorted, and carry neither time nor owner.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]")
 
 @dataclass(slots=True)
 class Bundle:
-    """`root` is the directory that everything is in; with a `salt` addresses are replaced."""
+    """The files of a bundle below the directory `root`; with a `salt` addresses are replaced."""
 
     root: str
     salt: str = ""
@@ -33,7 +33,7 @@ class Bundle:
     cut: dict[str, int] = field(default_factory=dict)
 
     def text(self, name: str, words: str) -> None:
-        """Read for secrets first, then cut: what is cut off may be what says that the rest is one."""
+        """Redacts the text, then cuts it: the cut part may be what marks the rest as a secret."""
         clean = redaction.text(_end(words, 4 * MOST))
         if len(clean) > MOST:
             self.cut[name] = len(words)
@@ -41,7 +41,7 @@ class Bundle:
         self._add(name, clean)
 
     def value(self, name: str, given: Any) -> None:
-        """As JSON. One that is too long is a text like any other."""
+        """Adds a value as JSON. One that is too long is added as text."""
         words = json.dumps(redaction.value(given), indent=2, default=str) + "\n"
         if len(words) > MOST:
             self.text(name, words)
@@ -52,7 +52,7 @@ class Bundle:
         self.missing[name] = " ".join(redaction.text(why).split())
 
     def write(self, path: Path) -> int:
-        """For root's eyes alone; bytes written. A file that is there is not written over. Raises SluiceError."""
+        """Writes the bundle for root only and returns its bytes. Never overwrites a file. Raises SluiceError."""
         data = self._packed()
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -63,7 +63,7 @@ class Bundle:
         return len(data)
 
     def manifest(self) -> str:
-        """A line for each file, then what could not be had and why."""
+        """Lists each file, then what is missing and why."""
         lines = ["Read it before you send it: secrets were removed by their names and forms, and some may be left.", ""]
         if self.salt:
             lines[1:1] = ["Addresses are replaced, each by the same word throughout."]
@@ -91,12 +91,12 @@ class Bundle:
 
 
 def safe(name: str) -> str:
-    """As part of a file's name: nothing that leads elsewhere, or hides."""
+    """Returns the name as a safe part of a file name: no separators, not hidden."""
     return _UNSAFE.sub("_", name).lstrip(".")[:120] or "_"
 
 
 def _end(words: str, most: int) -> str:
-    """Whole lines, and no part of a key or certificate whose beginning is cut off."""
+    """Returns whole lines from the end, without part of a key or certificate that begins before them."""
     if len(words) <= most:
         return words
     kept = words[-most:].partition("\n")[2]

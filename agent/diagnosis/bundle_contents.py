@@ -1,4 +1,4 @@
-"""What a support bundle holds: what the agent answers, what the kernel holds, what stands in files."""
+"""The contents of a support bundle: answers of the agent, state of the kernel, files."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ _LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables
 
 
 def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod: str = "") -> None:
-    """`pod`: of the pods this one alone. What cannot be had is noted in the bundle; nothing is raised."""
+    """Fills the bundle. `pod`: only this pod. What is not available is noted in the bundle; raises nothing."""
     bundle.value("doctor.json", diagnosis)
     bundle.text("doctor.txt", findings + "\n")
     bundle.value("settings.json", _settings(facts))
@@ -127,7 +127,7 @@ def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _try(bundle: Bundle, name: str, asked: Callable[[], Any]) -> None:
-    """What is asked for as text, if it is one, else as JSON."""
+    """Adds the result as text if it is text, else as JSON."""
     try:
         found = asked()
         (bundle.text if isinstance(found, str) else bundle.value)(name, found)
@@ -148,7 +148,7 @@ def _cni(bundle: Bundle, facts: NodeFacts) -> None:
 
 
 def _programs(bundle: Bundle) -> None:
-    """On the root cgroup by hook, and all that are loaded."""
+    """Lists BPF programs on the root cgroup by hook, and all loaded ones."""
     try:
         root = bpffs.cgroup_root()
         hooks = [hook for hook in AttachType if hook.name.startswith("CGROUP")]
@@ -159,7 +159,7 @@ def _programs(bundle: Bundle) -> None:
 
 
 def _pods(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
-    """Namespaces of captured pods, from the notes on disk: also with no agent."""
+    """Adds the namespaces of captured pods, from the notes on disk: works without an agent."""
     run_dir = facts.settings.run_dir
     known = existing.known(run_dir)
     for one in known:
@@ -190,7 +190,7 @@ def _sets() -> list[dict[str, Any]]:
 
 
 def _sockets(netns: Netns) -> str:
-    """TCP sockets as the account reads them. Those in TIME_WAIT have no counts. Raises SluiceError."""
+    """Lists TCP sockets as the account reads them. Those in TIME_WAIT have no counts. Raises SluiceError."""
     with contextlib.closing(netns.call(SockDiag)) as diag:
         counted = {one.socket.cookie: one for one in diag.reports(TcpState)[0]}
         rows = [_socket(one, counted.get(one.cookie)) for one in diag.both()]
@@ -207,14 +207,14 @@ def _socket(one: TcpSocket, counted: TcpReport | None) -> tuple[object, ...]:
 
 
 def _any(tables: str) -> bool:
-    """Whether there are legacy tables: the program that shows them would make them."""
+    """Returns whether legacy tables exist: the program that shows them would create them."""
     with contextlib.suppress(OSError):
         return bool(Path("/proc/thread-self/net", tables).read_text().strip())
     return False
 
 
 def _log(bundle: Bundle, facts: NodeFacts) -> None:
-    """The agent's output where it is a file, else the journal's."""
+    """Adds the agent's output if it is a file, else the journal's."""
     written = Path("/proc", str(facts.agent.pid), "fd/2")
     if facts.agent.pid and written.is_file():
         _file(bundle, "agent/log.txt", written)
@@ -244,7 +244,7 @@ def _first(lines: Iterable[str]) -> str:
 
 
 def _file(bundle: Bundle, name: str, path: Path, *, structured: bool = False) -> None:
-    """The end of it, if it is long."""
+    """Adds a file; only the end of a long one."""
     try:
         with path.open("rb") as file:
             with contextlib.suppress(OSError):  # files of /proc have no end to go to

@@ -1,4 +1,4 @@
-"""Looks at one node, group by group: reads, and changes nothing that stays. What fails leaves its reason."""
+"""Collects the facts of one node, group by group; changes nothing permanently. A failed group leaves its reason."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _HINT = "run it as root, in the node's PID namespace"
 def collect(
     settings: Settings, source: str = "", wanted: Collection[str] = (), proc: Path = Path("/proc"), cgroup: str = ""
 ) -> NodeFacts:
-    """`wanted`: only these groups, or all; one that others rest upon is read with them. `cgroup`: looked at for
-    programs instead of the root of the hierarchy. Nothing is raised."""
+    """Collects the groups in `wanted`, or all, and those that they depend on. Raises nothing.
+
+    `cgroup`: examined for programs instead of the root of the hierarchy.
+    """
     facts = NodeFacts(settings, source, left=agents.leftovers(settings))
     pid, why = agents.process(settings.run_dir)
     facts = replace(facts, left=replace(facts.left, why=why))

@@ -1,4 +1,4 @@
-"""What one node shows of itself, as values: read by agent.diagnosis.probes, judged by agent.diagnosis.checks. Pure."""
+"""Facts of one node as values: collected by agent.diagnosis.probes, judged by agent.diagnosis.checks. Pure."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class AgentFacts:
-    """The agent as it answers: `status`, `pods` and `verify` are those of its API, `losses` of its account.
+    """The agent's answers: `status`, `pods` and `verify` are those of its API, `losses` of its account.
 
-    `pid` is 0 where its process cannot be seen; then the figures are of nobody.
+    `pid` is 0 if its process is not visible; then there are no figures.
     """
 
     status: Row
@@ -33,9 +33,9 @@ class AgentFacts:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What stands in the agent's directories whether it runs or not. `why`: why it does not answer, "" when it does.
+    """The content of the agent's directories, with or without an agent. `why` it does not answer, "" if it does.
 
-    `backend` is recorded.Recorded's, "" without a record; `noted` counts pods that were captured.
+    `backend` is that of backend_record.Recorded, "" without a record; `noted` counts pods that were captured.
     """
 
     why: str = ""
@@ -48,7 +48,7 @@ class Left:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A file of the runtime's directory: its plugins' types in their order, () when a runtime would refuse it."""
+    """A file of the runtime's directory: the types of its plugins in order, () if a runtime would reject it."""
 
     name: str
     types: tuple[str, ...]
@@ -57,9 +57,10 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Cni:
-    """`managed`: own, insert or off. `plugin`: "" right, else why the binary is not; `runs`: why it cannot be run.
+    """The CNI installation. `managed`: own, insert or off.
 
-    `watched`: whether the runtime's notification queue holds the directory that is there now; None if that is unknown.
+    `plugin`: "" if right, else what is wrong with the binary; `runs`: why it cannot run. `watched`: whether the
+    runtime's notification queue holds the present directory; None if unknown.
     """
 
     managed: str
@@ -80,7 +81,7 @@ class Cni:
 
 @dataclass(frozen=True, slots=True)
 class PodFacts:
-    """One pod's network namespace. `layers` hold rules in it: those of ours, then those of other mesh agents.
+    """One pod's network namespace. `ours` are layers with rules of Sluice, `others` those of other mesh agents.
 
     `ports` of listeners lie in `range`, from which the kernel takes ports of outgoing connections.
     """
@@ -105,7 +106,7 @@ class PodFacts:
 
 @dataclass(frozen=True, slots=True)
 class PodsFacts:
-    """Those that are noted; and on a whole node (not in a lab's) others whose namespaces hold rules."""
+    """Pods with a note; on a whole node (not a lab's) also other namespaces with rules."""
 
     noted: tuple[PodFacts, ...] = ()
     others: tuple[PodFacts, ...] = ()
@@ -114,8 +115,11 @@ class PodsFacts:
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    """The node's own namespace. `probes`: by whom its probe exemption is made, "" for nobody's; `pod_rules`: chains
-    there that belong into pods. `port`: who listens on the metrics port, "" for nobody, and whether it is the agent."""
+    """The node's own namespace.
+
+    `probes`: the mechanisms of its probe exemption; `pod_rules`: chains there that belong in pods. `port`: the process
+    that listens on the metrics port, "" for none; `port_ours`: it is the agent.
+    """
 
     view: HostView
     probes: tuple[str, ...] = ()
@@ -126,7 +130,10 @@ class NetworkFacts:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """`choice` is "" when no backend can be used, and `reason` says why. `selftest`: what did not work, () all did."""
+    """The result of the trials. `selftest`: failures, () for none.
+
+    `choice` is "" if no backend works, and `reason` says why.
+    """
 
     choice: str
     reason: str
@@ -136,7 +143,7 @@ class Preflight:
 
 @dataclass(frozen=True, slots=True)
 class AttachedProgram:
-    """A program of somebody else's on the root cgroup."""
+    """A foreign program on the root cgroup."""
 
     hook: str
     name: str
@@ -145,9 +152,9 @@ class AttachedProgram:
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """`programs`: name -> pid of programs that matter to us; `firewalls` are switched on in files.
+    """The node. `programs`: name and pid of programs that matter to Sluice; `firewalls` are enabled in files.
 
-    `sysctls` by name with dots; what the kernel does not have is left out. `cilium` are keys of its configuration.
+    `sysctls` by name with dots, without those that the kernel lacks. `cilium` are keys of its configuration.
     """
 
     whole: bool = True
@@ -164,7 +171,10 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """`selinux`: "", permissive or enforcing; `context` of the agent, or of us. `denials`: the kernel's lines."""
+    """SELinux and AppArmor. `denials`: lines of the kernel.
+
+    `selinux`: "", permissive or enforcing; `context` of the agent, or of this process.
+    """
 
     selinux: str = ""
     apparmor: bool = False
@@ -175,7 +185,7 @@ class Security:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """Groups by their names; of one that could not be read `unseen` has the reason, and its value says nothing."""
+    """All groups by name. `unseen` has the reason for each group that could not be read; ignore its value."""
 
     settings: Settings = field(default_factory=Settings)
     source: str = ""  # where the settings are from

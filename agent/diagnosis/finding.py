@@ -1,4 +1,4 @@
-"""What a check says: a verdict, what it saw in the node's own words, why that is, and what to type. Pure."""
+"""The result of a check: a verdict, what was found in the node's own words, the cause, and the remedy. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DOCS = "docs/troubleshooting.md"
 
 
 class CheckVerdict(StrEnum):
-    """In the order of how much each matters."""
+    """Verdicts, in ascending order of severity."""
 
     OK = "ok"
     UNKNOWN = "unknown"  # it could not be seen, and `found` says why
-    WARNING = "warning"  # capture works; this may hurt, or hurts somebody else
+    WARNING = "warning"  # capture works; this may do harm, or harms other programs
     WRONG = "wrong"
 
 
 @dataclass(frozen=True, slots=True)
 class CheckLine:
-    """One thing that a check saw. `remedy` is a command or a setting; both it and `cause` are "" when all is well."""
+    """One finding of a check. `remedy` is a command or a setting; it and `cause` are "" if all is well."""
 
     verdict: CheckVerdict
     found: str
@@ -32,9 +32,9 @@ class CheckLine:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`judge` yields nothing where `fine` holds. `needs` names the groups of facts without which it cannot tell.
+    """A check. `judge` yields nothing where `fine` holds. `needs` names the groups of facts that it requires.
 
-    `problems` are the rows of the list of field problems (docs/field-problems.md) that it can see.
+    `problems` are the rows of docs/field-problems.md that it can detect.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What is shown of one check, once for each thing that it saw."""
+    """One finding of a check, as it is shown."""
 
     check: str
     problems: tuple[str, ...]
@@ -78,8 +78,10 @@ def wrong(found: str, cause: str, remedy: str) -> CheckLine:
 
 
 def examine(check: Check, facts: NodeFacts) -> tuple[CheckResult, ...]:
-    """At least one finding. A group of facts that is missing makes it unknown, with the reason; beside what is not
-    right nothing is said of what is."""
+    """Returns at least one finding.
+
+    A missing group of facts makes it unknown, with the reason. Findings that are not ok hide those that are.
+    """
     missing = [facts.unseen[name] for name in check.needs if name in facts.unseen]
     said = [unknown("; ".join(missing))] if missing else list(check.judge(facts)) or [ok(check.fine)]
     said = [one for one in said if one.verdict is not CheckVerdict.OK] or said
@@ -94,10 +96,10 @@ def examine_all(checks: Iterable[Check], facts: NodeFacts) -> tuple[CheckResult,
 
 
 def exit_code(findings: Iterable[CheckResult]) -> int:
-    """1 when anything is wrong; what is unknown or only a warning is no failure."""
+    """Returns 1 if anything is wrong; an unknown or a warning is no failure."""
     return int(any(one.verdict is CheckVerdict.WRONG for one in findings))
 
 
 def _line(words: str) -> str:
-    """One line, whatever a kernel or a file put into it."""
+    """Joins the text of a kernel or a file into one line."""
     return " ".join(words.split())

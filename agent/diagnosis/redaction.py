@@ -1,6 +1,6 @@
-"""Takes out of texts and values what is nobody's business: secrets, and, if that is wished, addresses. Pure.
+"""Removes secrets from texts and values, and addresses on request. Pure.
 
-What stands for a secret says so, and nothing of it: not its length, nor a digest of it.
+The replacement of a secret shows nothing of it: neither its length nor a digest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _STEMS = (
     "token|passw(?:or)?d|passphrase|secret|credential|authorization|cookie|api[-_.]?key|private[-_.]?key"
     "|access[-_.]?key|client-key|client-certificate|(?<![a-z])(?:pwd|auth)(?![a-z])"
 )
-# A key, variable or flag whose name says that its value is one. It starts a word, or a long word would cost its square.
+# A key, variable or flag with a name that marks a secret. It starts a word, or a long word would cost its square.
 _NAME = rf"(?<![\w.-])[\w.-]*(?:{_STEMS})[\w.-]{{0,40}}"
 _SECRET = re.compile(_NAME, re.IGNORECASE)
 _HARMLESS = re.compile(r".*(?:file|path|dir|name|ref|kind|type|total|count|seconds)", re.IGNORECASE)
@@ -36,7 +36,7 @@ _WHOLE = (
     r"[|>][-+]?[ \t]*\n(?:[ \t]+.*(?:\n|\Z))+|\[[^\]]*\]?|\{[^}]*\}?|'[^'\n]*'?"
     r"|\"(?:[^\"\\]|\\.)*(?:\"|\Z)|\\\"(?:\\\\\\\"|[^\"\\]|\\[^\"])*(?:\\\"|\Z)"
 )
-# What is none of these ends with the line, in JSON before the next comma, on a command line with the word.
+# Any other value ends with the line, in JSON before the next comma, on a command line with the word.
 _COLON = re.compile(
     rf"{_NAMED}(?P<between>[ \t]*:\s*)(?P<value>{_WHOLE}|(?(quote)[^\s,;}}\]]+|\S[^\n]*))", re.IGNORECASE
 )
@@ -51,7 +51,7 @@ _OUR_KEYS = ("istio.io/", "ambient.istio.io/", "sidecar.istio.io/", *PREFIXES)
 
 
 def text(words: str) -> str:
-    """Of any form: YAML, JSON, a log, a command line, an environment."""
+    """Redacts a text of any form: YAML, JSON, a log, a command line, an environment."""
     words = _PEM.sub(f"{REMOVED} (PEM)", words)
     words = _EQUALS.sub(_without_value, _COLON.sub(_without_value, words))
     words = _FORMS.sub(REMOVED, words)
@@ -72,7 +72,7 @@ def _without_value(match: re.Match[str]) -> str:
 
 
 def value(given: Any, key: str = "") -> Any:
-    """A value of JSON: what stands under a secret's name goes whole, annotations but those that Sluice reads too."""
+    """Redacts a JSON value: replaces the whole value of a secret's name, and annotations that Sluice does not read."""
     if _SECRET.fullmatch(key) and not _HARMLESS.fullmatch(key) and given not in (None, "", False, True):
         return REMOVED
     if isinstance(given, Mapping):
@@ -89,7 +89,7 @@ def _ours(name: str) -> bool:
 
 
 def without_addresses(words: str, salt: str) -> str:
-    """Each address becomes a word that is the same in the whole bundle, and tells its family alone.
+    """Replaces each address by a word that is the same in the whole bundle and shows only the family.
 
     Loopback, unspecified, and Sluice's own probe addresses stay: they are the same everywhere.
     """

@@ -1,4 +1,4 @@
-"""All checks, in the order in which they are shown: what stops everything first."""
+"""All checks, in the order of display: what stops everything comes first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def chosen(names: list[str]) -> tuple[Check, ...]:
-    """Those of these names, or all. Raises SettingsError, naming what there is."""
+    """Returns the named checks, or all. Raises SettingsError, with the known names."""
     known = {one.id: one for one in CHECKS}
     for name in names:
         if name not in known:

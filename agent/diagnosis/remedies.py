@@ -1,4 +1,4 @@
-"""Commands against the agent and ztunnel, as this node runs them: pods of a cluster, or units of systemd. Pure."""
+"""Commands for the agent and ztunnel, as this node runs them: pods of a cluster, or systemd units. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _AGENTS = "-l app.kubernetes.io/name=sluice,app.kubernetes.io/component=agent"
 
 
 def _kubectl(facts: NodeFacts) -> tuple[str, str]:
-    """kubectl in the namespace of the agent's pods, and the selector of this node's; ("", "") where it is no pod."""
+    """Returns kubectl in the namespace of the agent's pods, and the selector of this node's; ("", "") outside a pod."""
     settings = facts.settings
     if not settings.own_namespace:
         return "", ""

@@ -1,4 +1,4 @@
-"""The admin API on the unix socket, and the few paths that TCP serves too."""
+"""The admin API on the unix socket, and the few paths that are also served over TCP."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from agent.sources.non_tcp import NonTcpCounter
 
 @dataclass(frozen=True, slots=True)
 class Admin:
-    """Answers about one agent. `node` is what `status` shows besides its pods, `parts` what `verify` does."""
+    """Answers requests about one agent.
+
+    `node` is what `status` shows in addition to its pods, `parts` what `verify` checks in addition to them.
+    """
 
     settings: Settings
     table: PodTable
@@ -32,14 +35,14 @@ class Admin:
     metrics: Metrics
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
-    beside: NonTcpCounter
+    non_tcp: NonTcpCounter
     records: ConnectionsApi | None = None
     review: Reviewing | None = None
     parts: Sequence[Part] = ()
     around: ExplainContext | None = None
 
     async def public(self, request: Request) -> Response:
-        """/metrics, /healthz and /readyz, safe to show to anyone on the network; and /debug/ for who is authorised."""
+        """Serves /metrics, /healthz and /readyz, safe for anyone on the network; and /debug/ for authorised callers."""
         if request.method not in ("GET", "HEAD"):
             return Response.text("only GET is supported", 405)
         match request.path:
@@ -61,7 +64,7 @@ class Admin:
         return await Debug(self.table, self.review, {"pods": self._pods}, of_pod)(request)
 
     async def private(self, request: Request) -> Response:
-        """Everything; root's alone, by the socket's mode."""
+        """Serves everything, for root only, by the socket's mode."""
         handlers: dict[tuple[str, str], Callable[[Request], Awaitable[Any]]] = {
             ("GET", "/v1/status"): self._status,
             ("GET", "/v1/pods"): self._pods,
@@ -99,7 +102,7 @@ class Admin:
         }
 
     def _exits(self) -> dict[str, int]:
-        """Of the eBPF programs, by cause; those that there were."""
+        """Returns the decisions of the eBPF programs by cause, without zeros."""
         if self.node().get("backend") != "ebpf":
             return {}
         found = exits(Pins.of(self.settings.bpf_dir))
@@ -116,7 +119,9 @@ class Admin:
 
     @property
     def _explain(self) -> Explaining:
-        return Explaining(self.settings, self.table, self.reconciler, self.beside, self.node, self.records, self.around)
+        return Explaining(
+            self.settings, self.table, self.reconciler, self.non_tcp, self.node, self.records, self.around
+        )
 
     async def _verify(self, request: Request) -> list[dict[str, Any]]:
         every, repair = request.query.get("all") == "true", request.method == "POST"

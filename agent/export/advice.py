@@ -1,4 +1,4 @@
-"""What to do about a pod, in one line, from what `sluice explain` found. Pure."""
+"""Advises in one line what to do about a pod, from the findings of `sluice explain`. Pure."""
 
 from __future__ import annotations
 
@@ -7,85 +7,85 @@ from typing import Any
 
 from agent.core import names
 
-Told = Mapping[str, Any]
-PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was told
+Answer = Mapping[str, Any]
+PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was answer
 _FEW = 3  # connections in a row that ztunnel cut off; fewer may be a server that was away
 _DENIED = "ztunnel resets its connections: the other end refuses them, or a policy does; see ztunnel's log"
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
 
-def advise(told: Told, *, kubernetes: bool, static: str) -> str:
-    """ "" when nothing has to be done. `static` is the file of static pods, "" for none."""
-    if told["decision"] == "excluded":
-        return _kept_out(told) or _enrol(told, kubernetes=kubernetes, static=static)
-    return _broken(told, kubernetes=kubernetes) or _watch(told)
+def advise(answer: Answer, *, kubernetes: bool, static: str) -> str:
+    """Returns the advice, "" if nothing has to be done. `static` is the file of static pods, "" for none."""
+    if answer["decision"] == "excluded":
+        return _kept_out(answer) or _enrol(answer, kubernetes=kubernetes, static=static)
+    return _broken(answer, kubernetes=kubernetes) or _watch(answer)
 
 
-def _name(told: Told) -> str:
-    return f"{told['namespace']}/{told['name']}"
+def _name(answer: Answer) -> str:
+    return f"{answer['namespace']}/{answer['name']}"
 
 
-def _broken(told: Told, *, kubernetes: bool) -> str:
-    """Its traffic is not where it should be."""
-    name = _name(told)
-    ztunnel = told["ztunnel"]
-    if told["state"] == "waiting":
+def _broken(answer: Answer, *, kubernetes: bool) -> str:
+    """Advises on a pod with traffic that is not captured as desired."""
+    name = _name(answer)
+    ztunnel = answer["ztunnel"]
+    if answer["state"] == "waiting":
         return "the agent has not examined the pod yet; ask again in a moment"
-    if told["state"] == "failed" and told["probe"] and told["error"].startswith("rolled back"):
+    if answer["state"] == "failed" and answer["probe"] and answer["error"].startswith("rolled back"):
         return "let the node's probes through (`sluice doctor`), then restart the pod"
-    if told["state"] == "failed" or told["inspect_error"]:
+    if answer["state"] == "failed" or answer["inspect_error"]:
         return f"remove the cause that the error names, then run `sluice verify {name} --repair` to retry at once"
-    if told["state"] == "pending" and not ztunnel["connections"]:
-        see = f"kubectl -n istio-system get pods -l app=ztunnel -o wide | grep {told['node']}"
+    if answer["state"] == "pending" and not ztunnel["connections"]:
+        see = f"kubectl -n istio-system get pods -l app=ztunnel -o wide | grep {answer['node']}"
         return f"start ztunnel on this node: {see if kubernetes else 'systemctl start sluice-ztunnel'}"
-    if told["state"] == "pending":
+    if answer["state"] == "pending":
         return "see ztunnel's log: it is connected, but has not accepted this pod"
-    if told["in_kernel"] == "drifted":
+    if answer["in_kernel"] == "drifted":
         return f"run `sluice verify {name} --repair`; the process that changed it is shown below after the repair"
     if ztunnel["foreign"]:
         return "a process of the pod listens on a port of ztunnel: make it use another port; see docs/limits.md"
     if ztunnel["silent"]:
         return f"restart ztunnel: it does not listen in the pod on {', '.join(map(str, ztunnel['silent']))}"
-    if told["foreign"]:
+    if answer["foreign"]:
         return "remove the foreign rules that the notes name: they come before Sluice's, and Sluice does not touch them"
     return ""
 
 
-def _watch(told: Told) -> str:
-    """It is captured; what else is not as it should be."""
-    name = _name(told)
-    exemption = told["exemption"]
-    annotation = told["annotation"]
+def _watch(answer: Answer) -> str:
+    """Advises on a captured pod with other problems."""
+    name = _name(answer)
+    exemption = answer["exemption"]
+    annotation = answer["annotation"]
     if exemption and exemption["error"]:
         return "the node's probes are being captured; run `sluice verify --all --repair`, then `sluice status`"
-    if told["probe"] and not told["probe"].endswith(": ok"):
+    if answer["probe"] and not answer["probe"].endswith(": ok"):
         return "the node's probes do not reach the application as they should; run `sluice doctor`"
-    if any(row["fate"] == "leaked" for row in told["connections"]["fates"]):
+    if any(row["fate"] == "leaked" for row in answer["connections"]["fates"]):
         return f"connections bypassed ztunnel; see `sluice connections {name} --fate leaked`"
-    if (cut := told["connections"]["cut"]) and cut["connections"] >= _FEW:
-        return _unknown(told) if cut["seconds"] >= PATIENCE else _DENIED
-    if told["outside"]:
+    if (cut := answer["connections"]["cut"]) and cut["connections"] >= _FEW:
+        return _unknown(answer) if cut["seconds"] >= PATIENCE else _DENIED
+    if answer["outside"]:
         return "restart the pod if its pre-existing connections must be captured, too"
-    if annotation and told["state"] == "enabled" and annotation["value"] != "enabled":
+    if annotation and answer["state"] == "enabled" and annotation["value"] != "enabled":
         return f"its annotation {annotation['key']} is not written yet; if that lasts, see the agent's log"
     return ""
 
 
-def _unknown(told: Told) -> str:
-    sent = told["ztunnel"]["identity"] or {"service_account": ""}
-    names = f"{_name(told)} with service account {sent['service_account'] or '(none)'}"
+def _unknown(answer: Answer) -> str:
+    sent = answer["ztunnel"]["identity"] or {"service_account": ""}
+    names = f"{_name(answer)} with service account {sent['service_account'] or '(none)'}"
     return (
         f"ztunnel ends its connections after a wait: it seems not to know the workload {names}; give the pod "
         "the names that ztunnel's control plane or local file has, and see ztunnel's log"
     )
 
 
-def _kept_out(told: Told) -> str:
-    """What would have to change about a pod that its labels alone cannot enrol."""
-    fact = next(fact for fact in told["facts"] if fact["decides"])
+def _kept_out(answer: Answer) -> str:
+    """Says what must change about a pod that its labels alone cannot enrol."""
+    fact = next(fact for fact in answer["facts"] if fact["decides"])
     key = fact["key"]
     place = f" ({fact['place']})" if fact["place"] else ""
-    namespace = told["namespace"]
+    namespace = answer["namespace"]
     return {
         "host network": "to capture it, give it a network of its own (hostNetwork: false)",
         names.SIDECAR_STATUS: "to capture it, re-create it without its sidecar (label sidecar.istio.io/inject=false)",
@@ -99,13 +99,13 @@ def _kept_out(told: Told) -> str:
     }.get(key, "")
 
 
-def _enrol(told: Told, *, kubernetes: bool, static: str) -> str:
-    """By its label, or its namespace's."""
-    namespace, name = told["namespace"], told["name"]
+def _enrol(answer: Answer, *, kubernetes: bool, static: str) -> str:
+    """Says how to enrol the pod, by its label or its namespace's."""
+    namespace, name = answer["namespace"], answer["name"]
     if not kubernetes:
         words = f"its sandbox the annotation {_AMBIENT}, or list it in {static or 'a file for the setting static_pods'}"
         return f"to capture it, give {words}"
-    fact = next(fact for fact in told["facts"] if fact["decides"])
+    fact = next(fact for fact in answer["facts"] if fact["decides"])
     if fact["origin"] == "pod annotation":
         return f"to capture it: kubectl -n {namespace} annotate pod {name} {_AMBIENT} --overwrite"
     if fact["origin"] == "pod label":

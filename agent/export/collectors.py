@@ -1,4 +1,4 @@
-"""Metrics of the agent's condition, and of what connects it to its node and cluster."""
+"""Collectors of the agent's condition, and of its connections to the node and the cluster."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from agent.core.model.status import State, Status
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """`about`: labels of sluice_agent_info. `exempt`: of the node's probes, None where they are not to be.
+    """The agent's condition. `about`: labels of sluice_agent_info.
 
-    `uncaptured`: pods that are to be captured and are not. `foreign`: pods with remarks on what others have put
-    before ours, and how many. `age`: seconds since the last comparison that was right, of the captured pod where that
-    is longest ago; None where none is captured.
+    `exempt`: the node's probes are exempt; None if they should not be. `uncaptured`: pods that should be captured but
+    are not. `foreign`: pods with foreign rules before Sluice's, and how many. `age`: seconds since the oldest
+    successful verification of any captured pod; None without one.
     """
 
     about: Mapping[str, str] = field(default_factory=dict)
@@ -31,25 +31,25 @@ class Condition:
 
 
 def uncaptured(pods: Iterable[tuple[Pod, State]], wanted: Callable[[Pod], bool]) -> list[tuple[Pod, State]]:
-    """Those that fail or wait. `wanted` is asked only of pods that nobody has looked at yet."""
+    """Returns pods that fail or wait. `wanted` is only asked for pods that the agent has not examined yet."""
     failing = (State.FAILED, State.PENDING)
     return [(pod, state) for pod, state in pods if state in failing or (state is State.WAITING and wanted(pod))]
 
 
 def age(statuses: Iterable[Status], now: float) -> float | None:
-    """`now` in Unix time. A pod that fails is told of otherwise, and does not count."""
+    """Returns the age of the oldest verification; `now` in Unix time. Failing pods have a metric of their own."""
     times = [one.verified for one in statuses if one.state in (State.ENABLED, State.PENDING) and one.verified]
     return max(0.0, now - min(times)) if times else None
 
 
 class ConditionCollector(Collector):
-    """Read when it is asked for; None is for what has no agent."""
+    """Reads the condition at each scrape; None means that there is no agent."""
 
     def __init__(self, condition: Callable[[], Condition | None]) -> None:
         self._condition = condition
 
     def describe(self) -> Iterator[Metric]:
-        """Nothing: without it the registry would collect when this is registered, before the agent is whole."""
+        """Returns nothing: otherwise the registry would collect at registration, before the agent is complete."""
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
@@ -88,9 +88,10 @@ class ConditionCollector(Collector):
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """`follows`: by path of a followed collection, what happened how often. None is for what this node does not do.
+    """State of the API server's collections and the CNI installation; None is for what this node does not do.
 
-    `following`: by the same paths, whether the last try went well. `fought`: somebody keeps undoing the installation.
+    `follows`: counts of events by the path of a followed collection. `following`: by the same paths, whether the last
+    attempt succeeded. `fought`: another program keeps reverting the installation.
     """
 
     follows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -103,7 +104,7 @@ class Cluster:
 
 
 class ClusterCollector(Collector):
-    """Read when it is asked for."""
+    """Reads the state at each scrape."""
 
     def __init__(self, cluster: Callable[[], Cluster]) -> None:
         self._cluster = cluster

@@ -1,4 +1,4 @@
-"""Connections over the admin API: the live ones, the last that ended, and those to come by long polling."""
+"""Connections over the admin API: live ones, the latest ended ones, and future ones by long polling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Keep = Callable[[ResolvedRecord], bool]
 
 
 class Accounting(Protocol):
-    """What keeps account of connections. `recent` is added to on the event loop's thread."""
+    """The account of connections. `recent` is only changed on the event loop's thread."""
 
     @property
     def name(self) -> str: ...
@@ -33,17 +33,17 @@ class Accounting(Protocol):
         """Adds to `recent` what has ended until now. Raises KernelError."""
 
     def live(self, pod: Pod | None) -> list[dict[str, Any]]:
-        """Connections of that pod, or of all, as Named.as_dict() tells them. Blocking; called on a worker thread."""
+        """Returns connections of that pod, or of all, as Named.as_dict() does. Blocks; called on a worker thread."""
 
     def losses(self) -> Mapping[str, int]:
-        """Blocking too."""
+        """Returns lost records by cause. Blocks."""
 
     def totals(self) -> list[dict[str, Any]]:
-        """Blocking too."""
+        """Returns the totals by fate. Blocks."""
 
 
 class ConnectionsApi:
-    """Answers for GET /v1/connections. `accounting` is None where the setting is off."""
+    """Answers GET /v1/connections. `accounting` is None if the setting is off."""
 
     def __init__(self, accounting: Accounting | None, table: PodTable) -> None:
         self._accounting = accounting
@@ -52,10 +52,10 @@ class ConnectionsApi:
         self._closed = False
 
     async def connections(self, request: Request) -> dict[str, Any]:
-        """With `after` (a number) the next that ended since, waited for up to `wait` seconds; else what there is.
+        """Returns connections. Raises SluiceError.
 
-        `pod` and `fate` choose; of those that ended the newest `limit` come, and with live=false nothing else.
-        Raises SluiceError.
+        With `after` (a number) it returns the next ones that ended since then, and waits for them up to `wait` seconds.
+        `pod` and `fate` filter; the newest `limit` ended ones are returned, and with live=false only those.
         """
         if self._accounting is None:
             raise SluiceError("connections are not accounted for: the setting accounting is off")
@@ -70,11 +70,11 @@ class ConnectionsApi:
         return await self._list(self._accounting, query, fate)
 
     async def totals(self) -> list[dict[str, Any]]:
-        """Connections by direction, fate and reason; none where nobody counts. Raises SluiceError."""
+        """Returns connections by direction, fate and reason; none without accounting. Raises SluiceError."""
         return [] if self._accounting is None else await asyncio.to_thread(self._accounting.totals)
 
     def close(self) -> None:
-        """Whoever waits is answered now: the agent ends."""
+        """Answers all waiting requests now: the agent ends."""
         self._closed = True
         for arrived in self._waiting:
             arrived.set()
@@ -100,7 +100,7 @@ class ConnectionsApi:
         }
 
     async def _follow(self, recent: Recent[Any, ResolvedRecord], at: int, wait: int, keep: Keep) -> dict[str, Any]:
-        """Lost are those that came and went between two questions, of whatever pod they were."""
+        """Waits for records. `lost` counts records of any pod that were overwritten between two requests."""
         found = list[ResolvedRecord]()
         lost = 0
         arrived = asyncio.Event()
@@ -120,7 +120,7 @@ class ConnectionsApi:
         return {"ended": [record.as_dict() for record in found], "lost": lost, "next": at}
 
     def _one(self, name: str) -> Pod | None:
-        """The pod of that name on this node; None for none, since connections may outlive their pod here."""
+        """Returns the pod of that name on this node; None for none, since connections may outlive their pod here."""
         found = self._table.find(name) if name else []
         if len(found) > 1:
             raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in found))}; give namespace/name")

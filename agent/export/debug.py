@@ -1,6 +1,6 @@
-"""What of the admin API is answered over TCP: to whoever the API server knows, about pods that he may list there.
+"""The part of the admin API that is served over TCP, to callers known to the API server, about pods they may list.
 
-Never anything that changes something. The unix socket answers everything, to root.
+It never changes anything. The unix socket serves everything, to root.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ _BEARER = "bearer "
 
 
 class Reviewing(Protocol):
-    """Asks the API server who a token is and what he may do (TokenReview, SubjectAccessReview)."""
+    """Asks the API server for the identity and permissions of a token (TokenReview, SubjectAccessReview)."""
 
     async def allowed(self, token: str, verb: str, namespace: str | None = None, resource: str = "pods") -> bool:
-        """`namespace` None: in all of them. False for a token that is nobody's, and when that cannot be asked."""
+        """Returns whether the token may do it. `namespace` None: in all of them.
+
+        Returns False for an invalid token, and if the API server cannot be asked.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Debug:
-    """`answers` by path below /debug/: each gives rows with a namespace, or what is about the one pod in the query."""
+    """Answers by path below /debug/: `rows` have a namespace each, `of_pod` is about the one pod in the query."""
 
     table: PodTable
     review: Reviewing | None
@@ -56,7 +59,7 @@ class Debug:
             pods = self.table.find(request.query.get("pod", ""))
             allowed = await may.among({pod.namespace for pod in pods})
             mine = [pod for pod in pods if pod.namespace in allowed]
-            if len(mine) != 1:  # no more is told of what the caller may not see than of what is not there
+            if len(mine) != 1:  # a pod that the caller may not see gets the same answer as one that does not exist
                 return Response.text("no such pod on this node that the caller may list; give ?pod=namespace/name", 404)
             return Response.json(await answer(_about(request, mine[0])))
         known = ", ".join(f"/debug/{path}" for path in sorted({*self.rows, *self.of_pod}))
@@ -69,7 +72,7 @@ class _Scope:
     review: Reviewing
 
     async def among(self, namespaces: set[str]) -> set[str]:
-        """Those of the namespaces whose pods the caller may list."""
+        """Returns the namespaces in which the caller may list pods."""
         if await self.review.allowed(self.token, "list"):
             return namespaces
         return {one for one in sorted(namespaces) if await self.review.allowed(self.token, "list", one)}

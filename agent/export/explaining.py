@@ -1,4 +1,4 @@
-"""All that is known of one pod, for `sluice explain`: why it is captured or not, and whether that holds."""
+"""Everything known about one pod, for `sluice explain`: why it is captured or not, and its actual state."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from agent.reconciler.loop import Reconciler
 from agent.sources.non_tcp import NonTcpCounter
 from agent.zds.messages import Add
 
-_COUNTED = 500  # connections that ended, of which the answer tells what became
+_COUNTED = 500  # ended connections that the answer summarises
 _SHOWN = 5  # of the leaked and failed ones
 _ALIKE = 3  # names that a wrong one may have been meant for
 _PROXY, _FOREIGN = "ztunnel", "foreign"  # of an inspection: listeners that are missing, and what others put in the way
@@ -34,13 +34,13 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 
 @dataclass(frozen=True, slots=True)
 class ExplainContext:
-    """What surrounds a pod besides its rules; asked by UID.
+    """State around a pod in addition to its rules; asked by UID.
 
-    `acknowledged`: the newest ztunnel took it as it is now, under the names of `sent`. `heard` (blocking): who listened
-    in it last on ztunnel's ports, None when its namespace is not open; raises SluiceError. `host`: how the node's
-    probes are exempt; `exempt`: the pod's addresses there. `programs` (blocking): what others attached to its packet
-    path; raises SluiceError, OSError. `place`: where its network namespace was found, "" when it is not open. `places`:
-    where each setting that was given comes from, as in "sluice.yaml:3"; the others are defaults.
+    `acknowledged`: the newest ztunnel has it as it is now, under the names of `sent`. `heard` (blocking): the last
+    listeners on ztunnel's ports in it, None if its namespace is not open; raises SluiceError. `host`: how the node's
+    probes are exempt; `exempt`: the pod's addresses there. `programs` (blocking): foreign programs attached to its
+    packet path; raises SluiceError, OSError. `place`: where its network namespace was found, "" if it is not open.
+    `places`: the origin of each setting that was given, as in "sluice.yaml:3"; the others are defaults.
     """
 
     acknowledged: Callable[[str], bool]
@@ -55,18 +55,18 @@ class ExplainContext:
 
 @dataclass(frozen=True, slots=True)
 class Explaining:
-    """Answers GET /v1/explain. `node` is what is known of the node; without `around` some of the answer is null."""
+    """Answers GET /v1/explain. `node` describes the node; without `around` parts of the answer are null."""
 
     settings: Settings
     table: PodTable
     reconciler: Reconciler
-    beside: NonTcpCounter
+    non_tcp: NonTcpCounter
     node: Callable[[], Mapping[str, Any]]
     records: ConnectionsApi | None = None
     around: ExplainContext | None = None
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """Raises SluiceError for a name that is no pod's here, or that of several."""
+        """Explains the pod. Raises SluiceError if no pod, or more than one, has that name."""
         pod = self.one(request.query.get("pod", ""))
         found, error = await self.inspect(pod)  # alone: it uses the pod's sockets, and hears who listens
         ztunnel, connections, programs = await asyncio.gather(
@@ -75,7 +75,7 @@ class Explaining:
         rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
         decision = decide(pod, self.settings)
         status = self.reconciler.status(pod.uid)
-        told = {
+        answer = {
             "namespace": pod.namespace,
             "name": pod.name,
             "uid": pod.uid,
@@ -91,7 +91,7 @@ class Explaining:
             "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
             "inspect_error": error,
             "foreign": list(found.get(_FOREIGN, ((), ""))[0]),
-            "beside": {direction: asdict(counts) for direction, counts in self.beside.totals(pod.uid).items()},
+            "beside": {direction: asdict(counts) for direction, counts in self.non_tcp.totals(pod.uid).items()},
             "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
             "node": self.node().get("node", ""),
             "decided": decision.reason,  # while `reason` is that of the last pass
@@ -104,7 +104,7 @@ class Explaining:
             "exemption": self._exemption(pod, decision),
             "connections": connections,
         }
-        return {**told, "advice": advise(told, kubernetes=self._kubernetes, static=self.settings.static_pods)}
+        return {**answer, "advice": advise(answer, kubernetes=self._kubernetes, static=self.settings.static_pods)}
 
     @property
     def _kubernetes(self) -> bool:
@@ -117,7 +117,7 @@ class Explaining:
         return self.around.places.get(setting, "default")
 
     def _facts(self, pod: Pod) -> list[dict[str, Any]]:
-        """In the order in which they are asked; the first that says something decides."""
+        """Lists the facts in the order of the policy; the first one with an effect decides."""
         rows = list[dict[str, Any]]()
         decided = False
         for fact in considered(pod, self.settings):
@@ -138,7 +138,7 @@ class Explaining:
         return rows
 
     def _options(self, pod: Pod, decision: Decision) -> list[dict[str, Any]]:
-        """Of the wanted Redirect; none of an excluded pod."""
+        """Lists the options of the desired Redirect; none for an excluded pod."""
         if decision.redirect is None:
             return []
         return [
@@ -153,7 +153,7 @@ class Explaining:
         ]
 
     def _layers(self, decision: Decision, found: Found, error: str) -> list[dict[str, Any]]:
-        """Those of the chosen backend, and what differs in others."""
+        """Lists the layers of the chosen backend, and differences in others."""
         wanted = [layer.name for layer in self.reconciler.choice.active] if decision.enrolled else []
         return [
             {
@@ -166,7 +166,7 @@ class Explaining:
         ]
 
     def _annotation(self, pod: Pod) -> dict[str, Any] | None:
-        """As the API server had it last; None of a pod that it does not know."""
+        """Returns the annotation as last seen at the API server; None for a pod unknown there."""
         known = self.table.kube(pod.uid)
         return {"key": names.REDIRECTION, "value": known.annotations.get(names.REDIRECTION, "")} if known else None
 
@@ -178,7 +178,7 @@ class Explaining:
         return {"mechanism": status.mechanism, "ok": status.ok, "error": status.error, "addresses": exempt}
 
     async def _ztunnel(self, pod: Pod) -> dict[str, Any]:
-        told = {
+        answer = {
             "connections": self.node().get("ztunnel_connections"),
             "acknowledged": None,
             "identity": None,
@@ -188,21 +188,21 @@ class Explaining:
             "error": "",
         }
         if (around := self.around) is None:
-            return told
+            return answer
         if add := around.sent(pod.uid):
-            told["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
+            answer["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
         try:
             heard = await asyncio.to_thread(around.heard, pod.uid)
         except (SluiceError, OSError) as error:
-            return {**told, "acknowledged": around.acknowledged(pod.uid), "error": str(error)}
-        told["acknowledged"] = around.acknowledged(pod.uid)
+            return {**answer, "acknowledged": around.acknowledged(pod.uid), "error": str(error)}
+        answer["acknowledged"] = around.acknowledged(pod.uid)
         if heard is not None:
-            told["silent"], told["foreign"] = list(heard.missing), list(heard.foreign)
-            told["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in heard.missing]
-        return told
+            answer["silent"], answer["foreign"] = list(heard.missing), list(heard.foreign)
+            answer["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in heard.missing]
+        return answer
 
     async def _programs(self, pod: Pod) -> list[str]:
-        """What others attached to its packet path, one line each."""
+        """Lists foreign programs on the pod's packet path, one line each."""
         if self.around is None:
             return []
         try:
@@ -211,15 +211,15 @@ class Explaining:
             return [str(error)]
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:
-        """What became of the last ones, by direction, fate and reason, and those of them that look wrong."""
-        told = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "cut": None, "wrong": []}
+        """Summarises the last connections by direction, fate and reason, and lists those that look wrong."""
+        nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "cut": None, "wrong": []}
         if self.records is None:
-            return told
+            return nothing
         query = {"pod": pod.uid, "limit": str(_COUNTED)}
         try:
             answer = await self.records.connections(Request("GET", "/v1/connections", query))
         except (SluiceError, OSError) as error:
-            return {**told, "error": str(error)}
+            return {**nothing, "error": str(error)}
         live, ended = answer["live"], answer["ended"]
         counts = Counter((row["direction"], row["fate"], row["reason"]) for row in (*live, *ended))
         wrong = [row for row in (*ended, *live) if row["fate"] == "leaked" or not row["established"]]
@@ -237,14 +237,14 @@ class Explaining:
         }
 
     async def inspect(self, pod: Pod) -> tuple[Found, str]:
-        """What differs from what is wanted, per layer; or why it could not be looked at."""
+        """Returns the differences between desired and actual state per layer; or why they are unknown."""
         try:
             return await self.reconciler.inspect(pod, foreign=True), ""
         except (SluiceError, OSError) as error:
             return {}, str(error)
 
     def one(self, name: str) -> Pod:
-        """Raises SluiceError for a name that is no pod's here, or that of several."""
+        """Returns the pod. Raises SluiceError if no pod, or more than one, has that name."""
         found = self.table.find(name)
         if not found:
             raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
@@ -253,7 +253,7 @@ class Explaining:
         return found[0]
 
     def _missing(self, name: str) -> str:
-        """What is known all the same, and where to look."""
+        """Says what is known about a missing pod, and where to look."""
         for known in filter(None, map(self.table.kube, self.table.kube_uids())):
             if name in (known.uid, known.key, known.name):
                 why = (
@@ -281,9 +281,9 @@ class Explaining:
 
 
 def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """How many of the latest captured connections in a row ztunnel cut off, and their median duration in seconds.
+    """Returns how many of the latest captured connections in a row ztunnel cut off, and their median seconds.
 
-    None for none.
+    Returns None for none.
     """
     taken = [row for row in ended if row["fate"] == "captured" and row["established"]]
     seconds = [row["duration"] for row in itertools.takewhile(_is_cut, reversed(taken))]
@@ -291,14 +291,15 @@ def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _is_cut(row: Mapping[str, Any]) -> bool:
-    """Whether ztunnel ended it before the application got a byte: by a reset, or after its wait for the workload."""
+    """Returns whether ztunnel ended it before the application got a byte: by a reset, or after waiting for the
+    workload."""
     if row["closed_by"] != "remote" or row["received_bytes"]:
         return False
     return bool(row["close"] == "reset" or PATIENCE <= row["duration"] < 2 * PATIENCE)
 
 
 def _considered(pod: Pod, settings: Settings) -> dict[str, str]:
-    """Every fact that may decide about a pod or how it is captured, by a name for people; `facts` is what decided."""
+    """Returns every fact that may affect the pod's capture, by a readable name; `facts` is what decided."""
     return {
         f"pod label or annotation {names.DATAPLANE_MODE}": mode(pod) or "not set",
         f"namespace label {names.DATAPLANE_MODE}": pod.namespace_labels.get(names.DATAPLANE_MODE, "not set"),

@@ -20,7 +20,7 @@ _EOF = b"# EOF\n"
 
 
 def wants_openmetrics(accept: str) -> bool:
-    """By a request's Accept header: when it is named and not liked less than plain text."""
+    """Returns whether a request's Accept header names OpenMetrics and prefers it to plain text, or equally."""
     best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
     for kind, parameters, weight in choices(accept):
         if kind in best and (kind == "text/plain" or parameters.get("version", "1.0.0") == "1.0.0"):
@@ -29,12 +29,12 @@ def wants_openmetrics(accept: str) -> bool:
 
 
 def joined(own: bytes, parts: Iterable[bytes], *, openmetrics: bool) -> bytes:
-    """One page of one that is whole and of further families; "# EOF" comes at its end and nowhere else."""
+    """Joins a complete page with further families; "# EOF" comes once, at the end."""
     return b"".join((own.removesuffix(_EOF), *parts, _EOF if openmetrics else b""))
 
 
 def connections(found: Snapshot, losses: Iterable[tuple[str, int]], *, openmetrics: bool) -> Iterator[bytes]:
-    """Everything about connections, a part per family: the loop gets its turn between two that are made elsewhere."""
+    """Yields all families of connections, one part each, so that the loop can run between two parts."""
     for name, help, samples in _counters(found, losses, openmetrics):
         yield _text(_head(name if openmetrics else f"{name}_total", help, "counter"), samples)
     for name, help, of in _HISTOGRAMS:
@@ -64,7 +64,7 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[Measured], _Buckets]], ...] = (
 def _counters(
     found: Snapshot, losses: Iterable[tuple[str, int]], openmetrics: bool
 ) -> Iterator[tuple[str, str, Iterable[str]]]:
-    """Name without _total, help and lines of each."""
+    """Yields name without _total, help and lines of each family."""
     for name, help, value in _TRAFFIC:
         head = f"{name}_total{{"
         yield name, help, [f"{head}{row.labels}{OPENED}}} {value(row)}\n" for row in found.traffic if _was_open(row)]
@@ -93,7 +93,7 @@ _TRAFFIC: tuple[tuple[str, str, Callable[[TrafficTotals], int]], ...] = (
 
 
 def _was_open(row: TrafficTotals) -> bool:
-    """All four or none of the series: those of what only ever failed would stay at zero."""
+    """Returns whether the row has any of the four series: rows of failed connections would stay at zero."""
     return bool(row.opened or row.closed or row.sent or row.received)
 
 
@@ -102,7 +102,7 @@ def _simple(name: str, help: str, label: str, values: Iterable[tuple[str, int]])
 
 
 def _exemplar(row: Fated, openmetrics: bool) -> str:
-    """The socket that was counted last, to look for among the records; seconds since the epoch."""
+    """Formats the socket counted last, to find it among the records; seconds since the epoch."""
     if not openmetrics or not row.socket:
         return ""
     return f' # {{socket="{row.socket}"}} 1 {row.at:.3f}'

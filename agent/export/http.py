@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server: h11 parses, one request per connection, bounded in size and time."""
+"""A small HTTP/1.1 server: h11 parses; one request per connection, limited in size and time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SLICE = 1 << 18  # bytes; a client that is slow to read keeps no more of them i
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Names of `headers` are in small letters; what came several times is one value, with commas."""
+    """A request. Names of `headers` are lower case; repeated headers are joined with commas."""
 
     method: str
     path: str
@@ -55,13 +55,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class HttpServer:
-    """Callable as asyncio's client_connected_cb."""
+    """An HTTP server, callable as asyncio's client_connected_cb."""
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
 
     async def serve(self, listener: socket.socket, most: int = _MOST, each: int = _EACH) -> None:
-        """At most so many connections in all, and of one address; others are reset. Until cancelled."""
+        """Serves until cancelled. At most `most` connections in all, `each` per address; others are reset."""
         await strangers(listener, Limits(most, each), self._streams)
 
     async def _streams(self, sock: socket.socket) -> None:
@@ -138,7 +138,7 @@ async def _pieces(connection: h11.Connection, event: h11.Request | None, respons
 
 
 async def _send(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
-    """Returns when the kernel has all of it."""
+    """Sends all pieces; returns when the kernel has taken them."""
     writer.transport.set_write_buffer_limits(high=0)
     for piece in pieces:
         view = memoryview(piece)
@@ -148,15 +148,15 @@ async def _send(writer: asyncio.StreamWriter, pieces: list[bytes]) -> None:
 
 
 def takes_gzip(accept_encoding: str) -> bool:
-    """RFC 9110, 12.5.3: "*" is of codings that are not named, and weight 0 refuses."""
+    """Returns whether gzip is accepted (RFC 9110, 12.5.3): "*" covers unnamed codings, weight 0 refuses."""
     weights = {coding: weight for coding, _, weight in choices(accept_encoding)}
     return next((weights[name] for name in ("gzip", "x-gzip", "*") if name in weights), 0.0) > 0
 
 
 def choices(header: str) -> Iterator[tuple[str, dict[str, str], float]]:
-    """What a header of content negotiation lists: each in small letters, its parameters, and its weight, 0 to 1.
+    """Yields each option of a content negotiation header in lower case, its parameters, and its weight, 0 to 1.
 
-    RFC 9110, 12.4.2. A weight that is none refuses, for what is meant cannot be told.
+    RFC 9110, 12.4.2. An invalid weight refuses, since its meaning is unknown.
     """
     for part in header.lower().split(","):
         what, *words = (word.strip() for word in part.split(";"))

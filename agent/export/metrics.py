@@ -33,7 +33,7 @@ _SHOWN = 3  # differences in one log line; `sluice explain` has all of them
 
 
 class _Pods(Collector):
-    """sluice_pods{state}, counted when it is asked for."""
+    """Collects sluice_pods{state} at each scrape."""
 
     def __init__(self, states: Callable[[], Iterable[State]]) -> None:
         self._states = states
@@ -46,8 +46,8 @@ class _Pods(Collector):
         yield family
 
 
-class _Beside(Collector):
-    """What pods send and receive beside ztunnel; a series per pod and direction that had any."""
+class _NonTcp(Collector):
+    """Collects non-TCP traffic of pods; a series per pod and direction with any."""
 
     def __init__(self, totals: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]]) -> None:
         self._totals = totals
@@ -66,7 +66,7 @@ class _Beside(Collector):
 
 
 class _Exits(Collector):
-    """Every way out of the eBPF programs, read when it is asked for."""
+    """Collects every exit of the eBPF programs at each scrape."""
 
     def __init__(self, exits: Callable[[], Mapping[ExitCause, int]]) -> None:
         self._exits = exits
@@ -86,7 +86,7 @@ class _Exits(Collector):
 
 
 class _Sockets(Collector):
-    """Of each pod, by state; and how near it is to the end of its ephemeral ports."""
+    """Collects sockets of each pod by state, and its use of ephemeral ports."""
 
     def __init__(self, sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]]) -> None:
         self._sockets = sockets
@@ -115,25 +115,25 @@ class _Sockets(Collector):
 
 
 class Metrics:
-    """Everything under one registry of its own."""
+    """All metrics, under one registry."""
 
     def __init__(
         self,
         states: Callable[[], Iterable[State]],
         ztunnels: Callable[[], int],
-        beside: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
+        non_tcp: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
         exits: Callable[[], Mapping[ExitCause, int]] = dict,
         connections: ConnectionMetrics | None = None,
         sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
         cluster: Callable[[], Cluster] = Cluster,
         condition: Callable[[], Condition | None] = lambda: None,
     ) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each: nobody asks for it
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of little value
         self.registry = r = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
         r.register(_Pods(states))
-        r.register(_Beside(beside))
+        r.register(_NonTcp(non_tcp))
         r.register(_Exits(exits))
         r.register(_Sockets(sockets))
         r.register(ClusterCollector(cluster))

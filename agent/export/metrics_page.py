@@ -1,4 +1,4 @@
-"""The page of /metrics: the agent's own registry, and the tally of connections, which may be megabytes."""
+"""The page of /metrics: the agent's registry, and the totals of connections, which may be megabytes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _LONGEST = 3.0
 
 
 class ConnectionMetrics:
-    """The tally between the threads that add to it and those that show it.
+    """Totals of connections, shared by the threads that add to them and those that render them.
 
-    `losses` is cumulative, by cause; `refresh` adds what there is now, and is asked before anything is shown. Both may
-    raise SluiceError.
+    `losses` is cumulative, by cause; `refresh` adds the newest counts, and is called before rendering. Both may raise
+    SluiceError.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class ConnectionMetrics:
         identify: Callable[[int], Pod | None],
         now: float,
     ) -> None:
-        """As Tally.add; from any thread. Waits for no more than a copy of the numbers."""
+        """Adds counts as LabelTotals.add does; from any thread. Only waits for a copy of the numbers."""
         with self._lock:
             self._tally.add(deltas, qualities, identify, now)
 
     def render(self, openmetrics: bool) -> Iterator[bytes]:
-        """The families one by one, without "# EOF"; from any thread."""
+        """Yields the families one by one, without "# EOF"; from any thread."""
         losses: Mapping[str, int] = {}
         try:
             self._refresh()
@@ -66,11 +66,11 @@ class ConnectionMetrics:
 
 
 class Page:
-    """Answers GET /metrics in the format that is asked for.
+    """Answers GET /metrics in the requested format.
 
-    The registry is read on the loop, whose values its collectors look at; connections on a worker thread. Whoever asks
-    while a page is being written gets that one, so many scrapers cost no more than one. The next one is begun after a
-    pause: writing pages takes a fifth of a core at most.
+    The registry is read on the event loop, which owns the values of its collectors; connections on a worker thread.
+    Requests during the writing of a page share it, so many scrapers cost no more than one. The next page begins after a
+    pause: writing pages takes at most a fifth of a core.
     """
 
     def __init__(self, registry: CollectorRegistry, connections: ConnectionMetrics | None = None) -> None:
@@ -84,7 +84,7 @@ class Page:
         writing = self._underway.get(openmetrics)
         if writing is None:
             writing = self._underway[openmetrics] = asyncio.create_task(self._write(openmetrics))
-        body = await asyncio.shield(writing)  # a client that goes away takes nobody else's page with it
+        body = await asyncio.shield(writing)  # a client that disconnects does not cancel the page of others
         return Response(200, body, exposition.OPENMETRICS if openmetrics else exposition.PLAIN)
 
     async def _write(self, openmetrics: bool) -> bytes:
@@ -102,7 +102,7 @@ class Page:
                 self._next = loop.time() + min(_LONGEST, _PAUSE * took)
 
     def own(self, openmetrics: bool) -> bytes:
-        """What the registry holds, a page by itself."""
+        """Returns the registry as a complete page."""
         if not openmetrics:
             return generate_latest(self._registry)
         return bytes(generate_openmetrics(self._registry))  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""What `sluice verify --all` asks besides the pods: whatever of the node their capture depends on, a row each.
+"""The parts of the node that `sluice verify --all` checks in addition to the pods, one row each.
 
-A row has the shape of a pod's: `result` is ok, drift (something is wrong, `differences` or `error` say what) or unknown
-(it could not be looked at). Its name stands in brackets, which no pod's can.
+A row has the shape of a pod's: `result` is ok, drift (`differences` or `error` say what is wrong) or unknown (it could
+not be examined). Its name is in brackets, which no pod's name can have.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def lines(found: Found) -> list[str]:
 
 
 def probes(host: HostLoop) -> Part:
-    """The exemption of the node's probes."""
+    """Verifies the exemption of the node's probes."""
 
     async def rows(repair: bool) -> list[Row]:
         name = "(probes of the node)"
@@ -56,7 +56,7 @@ def probes(host: HostLoop) -> Part:
 
 
 def installation(installer: Installer) -> Part:
-    """The plugin's binary, and our list: the runtime's first, around what the primary CNI has now."""
+    """Verifies the plugin's binary and Sluice's list: the runtime's first, derived from the present primary CNI."""
 
     async def rows(repair: bool) -> list[Row]:
         if repair:
@@ -71,7 +71,7 @@ def installation(installer: Installer) -> Part:
 
 
 def ztunnel(zds: ZdsServer) -> Part:
-    """The proxy's connection. Whether it listens is told of each pod."""
+    """Verifies the proxy's connection. Each pod's row says whether it listens there."""
 
     async def rows(_: bool) -> list[Row]:
         late = zds.unacknowledged
@@ -87,8 +87,10 @@ def ztunnel(zds: ZdsServer) -> Part:
 
 
 def sources(missing: Callable[[], str], failing: Callable[[], str]) -> Part:
-    """Where pods are told from. `missing`: why not all are known, so that nobody can tell; `failing`: what is out of
-    date, or not done."""
+    """Verifies the sources of pods.
+
+    `missing`: why not all pods are known; `failing`: what is out of date or not done.
+    """
 
     async def rows(_: bool) -> list[Row]:
         words = missing()
@@ -98,7 +100,7 @@ def sources(missing: Callable[[], str], failing: Callable[[], str]) -> Part:
 
 
 def bypassing(find: Callable[[], Iterable[CachedSandbox]]) -> Part:
-    """Pods that run, should be captured and are not known here. `find` blocks."""
+    """Lists running pods that should be captured but are unknown to the agent. `find` blocks."""
 
     async def rows(_: bool) -> list[Row]:
         try:

@@ -74,7 +74,7 @@ def test_from_a_broken_pod_to_its_cause_and_back(here: Node) -> None:
     assert "leaked so far: 1 " in found["leaks"][0]["found"]
     (row,) = found["foreign-rules"]
     assert "shop/web: chain ip mine early, priority -150: 1 rule with dnat" in row["found"]
-    assert "may take the pod's traffic" in row["cause"] and row["section"] == "docs/troubleshooting.md#foreign-rules"
+    assert "may divert the pod's traffic" in row["cause"] and row["section"] == "docs/troubleshooting.md#foreign-rules"
     shown = sluice(here, "doctor", "foreign-rules").stdout
     assert f"do:   nsenter --net={here.run_dir}/netns/{web.uid} nft list ruleset" in shown
     assert "chain ip mine early" in sluice(here, "explain", "shop/web").stdout

@@ -48,7 +48,7 @@ def test_the_advice_enrols_the_pod(here: Node, api: ApiServer) -> None:
     pod = here.pod("web", namespace="plain", enrolled=False)
     put(api, pod, phase="Pending", address="")
     words = here.sluice("explain", pod.key, code=2)
-    assert "Kubernetes has plain/web here, but no container of it has run" in words
+    assert "Kubernetes has plain/web here, but none of its containers has started" in words
     here.add(pod)
     put(api, pod)
     captured, do = verdict(here, pod)

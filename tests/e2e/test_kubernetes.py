@@ -316,7 +316,7 @@ def test_without_the_api_at_its_start_the_agent_keeps_what_it_has_and_says_so(he
     assert here.captured(pod)
     here.processes.begin_agent()
     until(lambda: asked(here) and here.state(pod) == "enabled", "what was noted is looked at")
-    until(lambda: "Kubernetes has not told" in here.ask("/v1/status")["problem"], "it waits for the API no longer")
+    until(lambda: "not known from Kubernetes yet" in here.ask("/v1/status")["problem"], "it waits no longer")
     assert not here.ask("/v1/status")["ready"]
     enabled(here, pod)
     assert here.captured(pod)

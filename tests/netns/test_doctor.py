@@ -155,7 +155,7 @@ def test_p56_rules_that_no_note_knows_are_told_on_a_whole_node(one: World, tmp_p
     found = [seen for seen in pods.probe(bare, "", whole=True).others if seen.place == str(one.inside.path)]
     assert [seen.ours for seen in found] == [("nftables",)]
     verdict, words = worst("pod-rules", NodeFacts(bare, pods=pods.PodsFacts((), tuple(found))))
-    assert verdict is CheckVerdict.WARNING and "no note tells whose pod it is" in words
+    assert verdict is CheckVerdict.WARNING and "no note names the pod" in words
     assert pods.probe(bare, "", whole=False).others == ()
 
 

@@ -1,1 +1,1 @@
-"""The checks, a module for each part of a node. Pure."""
+"""The checks, one module per part of a node. Pure."""

@@ -1,4 +1,4 @@
-"""Checks of the agent itself: does it answer, is it whole, does it lose anything. Pure."""
+"""Checks of the agent itself: it responds, its state is intact, it loses no records. Pure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def _agent(facts: NodeFacts) -> Iterator[CheckLine]:
             yield wrong(f"the agent is not ready: {status['problem']}", "new pods wait until it is", log(facts))
         elif status["problem"]:
             yield warning(
-                status["problem"], "the agent takes pods, but not all of it works", "sluice status; " + log(facts)
+                status["problem"],
+                "the agent captures pods, but a part of it does not work",
+                "sluice status; " + log(facts),
             )
         else:
             yield ok(f"version {status['version']}, ready, backend {status['backend']}")
@@ -31,7 +33,7 @@ def _agent(facts: NodeFacts) -> Iterator[CheckLine]:
     if not listed and not left.noted:
         yield unknown(f"{left.why}; nothing of Sluice is installed here", "sluice install, or the chart")
         return
-    what = [*(["new pods cannot start"] if listed else []), *(["nobody repairs rules"] if left.noted else [])]
+    what = [*(["new pods cannot start"] if listed else []), *(["rules are not repaired"] if left.noted else [])]
     yield wrong(left.why, f"no agent runs: {', '.join(what)}", f"{start(facts)}; {log(facts)}")
 
 
@@ -42,7 +44,7 @@ def _version(facts: NodeFacts) -> Iterator[CheckLine]:
         return
     yield warning(
         f"the agent is {running}, this command is {__version__}",
-        "an upgrade put new files in place and the agent was not restarted, or this is another copy",
+        "an upgrade installed new files and the agent was not restarted, or this is another copy",
         f"{restart(facts)} (rules stay while it starts)",
     )
 
@@ -52,7 +54,7 @@ def _state(facts: NodeFacts) -> Iterator[CheckLine]:
     if damaged:
         yield wrong(
             f"damaged: {', '.join(damaged)}",
-            "a note of a pod could not be read: the pod keeps its rules, but the agent may not know the pod",
+            "the note of a pod could not be read: the pod keeps its rules, but the agent may not know the pod",
             f"sluice pods; restart the pod if it is not there; rm {facts.settings.run_dir}/pods/*.damaged",
         )
 
@@ -60,21 +62,23 @@ def _state(facts: NodeFacts) -> Iterator[CheckLine]:
 def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
     said = facts.agent.status.get("kubernetes", "not set")
     if said in ("ok", "not set"):
-        yield ok("no API server is set" if said == "not set" else "the API server answers, and all pods are known")
+        yield ok(
+            "no API server is configured" if said == "not set" else "the API server responds, and all pods are known"
+        )
         return
     yield wrong(
         said,
-        "enrolment is decided by the API server's labels: without it, pods that may be enrolled do not start",
-        "check kube_server, the token's file and the agent's ClusterRole; sluice status",
+        "labels in the API server decide enrolment: without it, pods that may be enrolled do not start",
+        "check kube_server, the token file and the agent's ClusterRole; sluice status",
     )
 
 
 def _static(facts: NodeFacts) -> Iterator[CheckLine]:
     said = facts.agent.status.get("static_pods", "not set")
     if said in ("ok", "not set"):
-        yield ok("no file is set" if said == "not set" else f"{facts.settings.static_pods} is read")
+        yield ok("no file is configured" if said == "not set" else f"{facts.settings.static_pods} is read")
         return
-    yield wrong(said, "the file of static pods cannot be used; what was read before holds on", "repair the file")
+    yield wrong(said, "the file of static pods is invalid; its previous content stays in force", "repair the file")
 
 
 def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -87,20 +91,20 @@ def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
     if room and agent.descriptors > room * 8 // 10:
         yield wrong(
             f"{agent.descriptors} of {room} descriptors are open",
-            "with none left no pod can be looked at",
+            "without free descriptors no pod can be verified",
             f"raise its limit of open files (sluice.service: LimitNOFILE=1048576); {restart(facts)}",
         )
     elif agent.descriptors > 2 * expected:
         yield warning(
             f"{agent.descriptors} descriptors are open for {len(agent.pods)} pods; some {expected} are usual",
             "descriptors leak",
-            f"sluice report, and tell us; {restart(facts)} (frees them, rules stay)",
+            f"run sluice report and file an issue; {restart(facts)} (frees them, rules stay)",
         )
     if agent.resident > _MEMORY:
         yield warning(
             f"{agent.resident >> 20} MiB resident",
             "more than 150 MiB: a very large cluster with kube_peers, or a leak",
-            "set metrics_label_sets lower, or kube_peers: false; sluice report, and tell us",
+            "set metrics_label_sets lower, or kube_peers: false; run sluice report and file an issue",
         )
     if agent.descriptors <= 2 * expected and agent.resident <= _MEMORY:
         yield ok(f"process {agent.pid}: {agent.resident >> 20} MiB, {agent.descriptors} of {room} descriptors")
@@ -111,7 +115,7 @@ def _records(facts: NodeFacts) -> Iterator[CheckLine]:
     if lost:
         yield warning(
             "lost: " + ", ".join(f"{count} {name}" for name, count in lost.items()),
-            "more connections ended at once than could be read in time: totals hold, single records are missing",
+            "more connections ended at once than could be read in time: totals are right, single records are missing",
             "set bpf_sizes: records=16777216, and restart the agent",
         )
 
@@ -123,16 +127,16 @@ def _fates(facts: NodeFacts) -> Iterator[CheckLine]:
         reasons = ", ".join(f"{row['connections']} {row['reason'] or row['direction']}" for row in leaked)
         yield warning(
             f"leaked so far: {reasons}",
-            "connections of enrolled pods went past ztunnel, while rules were missing or from before the enrolment",
-            "sluice connections --fate leaked; the count is the node's, and stays after the cure",
+            "connections of enrolled pods bypassed ztunnel: rules were missing, or the connections are pre-existing",
+            "sluice connections --fate leaked; the count is per node and does not fall after the cure",
         )
         return
     counted = sum(row["connections"] for row in rows)
-    yield ok(f"{counted} connections counted, none leaked" if counted else "no connection was counted yet")
+    yield ok(f"{counted} connections counted, none leaked" if counted else "no connection counted yet")
 
 
 CHECKS = (
-    Check("agent", "the agent runs, answers and is ready", ("P02", "P18"), ("cni",), "", _agent),
+    Check("agent", "the agent runs, responds and is ready", ("P02", "P18"), ("cni",), "", _agent),
     Check("agent-version", "the running agent is the installed one", ("P58",), ("agent",), "", _version),
     Check(
         "agent-state",
@@ -150,8 +154,8 @@ CHECKS = (
         "",
         _resources,
     ),
-    Check("kubernetes", "the API server answers the agent", ("P09", "P14"), ("agent",), "", _kubernetes),
-    Check("static-pods", "the file of static pods can be used", (), ("agent",), "", _static),
-    Check("leaks", "no connection of an enrolled pod went past ztunnel", ("P02", "P05"), ("agent",), "", _fates),
+    Check("kubernetes", "the agent reaches the API server", ("P09", "P14"), ("agent",), "", _kubernetes),
+    Check("static-pods", "the file of static pods is valid", (), ("agent",), "", _static),
+    Check("leaks", "no connection of an enrolled pod bypassed ztunnel", ("P02", "P05"), ("agent",), "", _fates),
     Check("records", "no record of a connection was lost", ("P60e",), ("agent",), "no record was lost", _records),
 )

@@ -1,4 +1,4 @@
-"""Checks of the mechanism: which one, what the kernel lacks for it, one rule set per pod. Pure."""
+"""Checks of the backend: which one, what the kernel lacks for it, one rule set per pod. Pure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
         return
     if status and left.backend and left.backend != name:
         yield warning(
-            f"the agent uses {name}, on disk stands {left.backend}",
-            "the record could not be written or is another agent's: the next start may choose another one",
+            f"the agent uses {name}, but {left.backend} is recorded on disk",
+            "the record could not be written, or another agent wrote it: the next start may choose another backend",
             f"ls -la {facts.settings.run_dir}/backend.json; df {facts.settings.run_dir}",
         )
     wanted = facts.settings.backend
     if wanted not in ("auto", name):
-        yield warning(f"{name}: {reason}", f"the setting says {wanted}, which cannot be used here", "sluice preflight")
+        yield warning(f"{name}: {reason}", f"the setting is {wanted}, which cannot be used here", "sluice preflight")
     elif left.release and left.release != facts.host.view.release:
         yield warning(
             f"{name} was chosen under kernel {left.release}, this is {facts.host.view.release}",
@@ -44,7 +44,7 @@ def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
     for words in found.selftest:
         yield wrong(
             f"{found.choice}: {words}",
-            "rules are taken by the kernel, but packets are not captured",
+            "the kernel accepts the rules, but packets are not captured",
             "sluice preflight; set backend to another one",
         )
     for one in found.features:
@@ -65,7 +65,7 @@ def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
     if modern and legacy:
         yield warning(
             f"{modern} rules of iptables-nft and {legacy} of legacy iptables on the host",
-            "two variants at once: some program uses another iptables than the rest; their order cannot be known",
+            "two variants at once: one program uses another iptables than the rest; their order is undefined",
             "find the program that uses the other variant (update-alternatives --display iptables)",
         )
         return
@@ -74,7 +74,7 @@ def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
         held = "iptables-nft" if modern else "legacy iptables"
         yield warning(
             f"the host's iptables is the {used.value} one, and its {modern or legacy} rules are of {held}",
-            "programs with an iptables of their own write what the host's does not show",
+            "programs with an iptables of their own write rules that the host's does not show",
             "update-alternatives --config iptables",
         )
         return
@@ -88,34 +88,34 @@ def _rule_sets(facts: NodeFacts) -> Iterator[CheckLine]:
         if len(pod.ours) > 1:
             yield wrong(
                 f"{pod.name}: rules by {' and '.join(pod.ours)}",
-                "an older agent of another backend left its rules; each takes the traffic before the other sees it",
+                "an older agent with another backend left its rules; each diverts the traffic before the other sees it",
                 f"sluice verify {pod.name} --repair",
             )
         if pod.ours and pod.others:
             yield wrong(
                 f"{pod.name}: rules by Sluice ({pod.ours[0]}) and by another agent ({', '.join(pod.others)})",
-                "istio-cni's agent programmed the pod too, or did before Sluice came",
+                "istio-cni's agent also programmed the pod, or did so before Sluice",
                 f"sluice verify {pod.name} --repair; if istio-cni still runs: sluice migrate --check",
             )
         elif pod.others and pod.captured:
             yield warning(
                 f"{pod.name}: rules by another agent alone ({', '.join(pod.others)})",
-                "the pod is noted as ours and was programmed by istio-cni, or by hand",
+                "Sluice has a note of the pod, but istio-cni programmed it, or a person did",
                 f"sluice verify {pod.name} --repair",
             )
         if pod.sidecar and pod.ours:
             yield wrong(
-                f"{pod.name}: a sidecar's rules beside ours", "pods with a sidecar are excluded", "restart the pod"
+                f"{pod.name}: a sidecar's rules next to Sluice's", "pods with a sidecar are excluded", "restart the pod"
             )
     if not any(pod.others or len(pod.ours) > 1 for pod in (*facts.pods.noted, *facts.pods.others)):
         yield ok(f"{count} namespaces with rules, one rule set in each")
 
 
 CHECKS = (
-    Check("backend", "which mechanism captures, and why", ("P30", "P31", "P60o"), ("host",), "", _backend),
+    Check("backend", "which backend captures, and why", ("P30", "P31", "P60o"), ("host",), "", _backend),
     Check(
         "preflight",
-        "the kernel has what the mechanism needs",
+        "the kernel supports the backend",
         ("P31", "P34", "P36", "P60o"),
         ("preflight",),
         "",

@@ -1,4 +1,4 @@
-"""Checks of what others put in the way: socket load balancers, SELinux and AppArmor. Pure."""
+"""Checks of foreign components that interfere: socket load balancers, SELinux and AppArmor. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
         who = _whose(taking)
         words = f"on the root cgroup: {listed}" + ("; bpf-lb-sock-hostns-only is true" if host_only else "")
         if host_only:
-            yield ok(f"{words}: pods' connections are left alone")
+            yield ok(f"{words}: connections of pods are not affected")
             return
         yield warning(
             words,
@@ -52,11 +52,11 @@ def _security(facts: NodeFacts) -> Iterator[CheckLine]:
     for line in found.denials:
         if "apparmor" in line:
             remedy = "run the agent unconfined (appArmorProfile: Unconfined, which the chart sets)"
-            yield wrong(line, "AppArmor refused something to Sluice", remedy)
+            yield wrong(line, "AppArmor denied an operation of Sluice", remedy)
         else:
             yield wrong(
                 line,
-                "SELinux refused something to Sluice: the agent needs the type spc_t, its files on the node bin_t",
+                "SELinux denied an operation of Sluice: the agent needs the type spc_t, its files on the node bin_t",
                 "seLinuxOptions: {type: spc_t} (the chart sets it); restorecon -v /opt/cni/bin/sluice-cni",
             )
     if (
@@ -76,16 +76,16 @@ def _security(facts: NodeFacts) -> Iterator[CheckLine]:
         yield unknown(f"denials cannot be read: {found.unread}", "ausearch -m avc -ts recent; dmesg | grep DENIED")
         return
     state = found.selinux or "off"
-    yield ok(f"SELinux {state}, AppArmor {'on' if found.apparmor else 'off'}, no denial of ours in the kernel's log")
+    yield ok(f"SELinux {state}, AppArmor {'on' if found.apparmor else 'off'}, no denial of Sluice in the kernel's log")
 
 
 CHECKS = (
     Check(
         "socket-balancer",
-        "no other CNI replaces addresses when sockets connect",
+        "no other CNI replaces addresses at connect",
         ("P43", "P60n"),
         ("sockets", "node"),
-        "no foreign program on the root cgroup takes connections",
+        "no foreign program on the root cgroup changes connections",
         _balancer,
     ),
     Check("security", "SELinux and AppArmor let Sluice work", ("P60j",), ("security",), "", _security),

@@ -1,4 +1,4 @@
-"""Checks of the CNI installation: our list first, the plugin in place, who else writes there. Pure."""
+"""Checks of the CNI installation: Sluice's list first, the plugin installed, other writers. Pure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agent.diagnosis.facts import Listed, NodeFacts
 from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
 
 _USUAL = "the default: no"  # prefix of the reason if no runtime's configuration was found (install.runtime)
-# Type of a primary plugin -> whose it is, and what is known of it beside others.
+# Type of a primary plugin -> its product, and how it behaves next to other lists.
 _PRIMARY = {
     "ptp": ("kindnet or the reference plugins", "kindnet writes its list again at each start"),
     "cilium-cni": ("Cilium", "with cni.exclusive it renames the lists of others; set cni.exclusive=false"),
@@ -28,36 +28,34 @@ _RENAMED = (".cilium_bak", ".cilium_backup")
 def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     ours = [one.name for one in cni.files if one.ours]
-    # A list of istio-cni's own stays before ours (install.planning), which the verdict's remarks tell.
+    # istio-cni's own list stays before Sluice's (install.planning); the verdict's remarks report it.
     followed = [one for one in cni.files if ours and not one.ours and "istio-cni" in one.types]
     first = next((one for one in cni.files if one.types and one not in followed), None)
     if cni.managed == "off" and not ours:
-        yield ok("cni_install is off and no list has our plugin: another means announces pods")
+        yield ok("cni_install is off and no list has sluice-cni: pods are announced by other means")
         return
     if cni.error or cni.verdict.error:
         words = cni.error or cni.verdict.error
-        yield wrong(f"{cni.directory}: {words}", "our list cannot be made", "put right what it says; sluice install")
+        yield wrong(f"{cni.directory}: {words}", "Sluice's list cannot be written", "remove the cause; sluice install")
         return
     if first is None:
-        cause = "the primary CNI has not written its list, or pods have a network by other means"
-        yield wrong(
-            f"{cni.directory}: no CNI configuration that a runtime would take", cause, f"ls -la {cni.directory}"
-        )
+        cause = "the primary CNI has not written its list, or pods get their network by other means"
+        yield wrong(f"{cni.directory}: no CNI configuration that a runtime would use", cause, f"ls -la {cni.directory}")
         return
     if not first.ours:
         theirs = f"{first.name} ({' > '.join(first.types)})"
         who = _writer(first)
-        why = f"{who} wrote it" if ours else f"our entry is in no list; {who} wrote the first one"
-        remedy = "sluice install --check; sluice install, or start the agent, which keeps it so"
-        yield wrong(f"{cni.directory}: the runtime takes {theirs}, in which sluice-cni is not", why, remedy)
+        why = f"{who} wrote it" if ours else f"no list has Sluice's entry; {who} wrote the first one"
+        remedy = "sluice install --check; sluice install, or start the agent, which maintains it"
+        yield wrong(f"{cni.directory}: the runtime uses {theirs}, which does not have sluice-cni", why, remedy)
         return
     steps = "; ".join(map(str, cni.verdict.actions))
     if steps:
-        cause = "the primary list has changed since ours was made from it, or settings have"
-        yield wrong(f"{cni.directory}: to do: {steps}", cause, "sluice install, or start the agent, which keeps it so")
+        cause = "the primary list or the settings have changed since Sluice's list was derived from it"
+        yield wrong(f"{cni.directory}: to do: {steps}", cause, "sluice install, or start the agent, which maintains it")
         return
     yield from (
-        warning(f"{cni.directory}: {words}", "found beside our list", "sluice install --check")
+        warning(f"{cni.directory}: {words}", "a remark on Sluice's list", "sluice install --check")
         for words in cni.verdict.remarks
     )
     if not cni.verdict.remarks:
@@ -83,7 +81,7 @@ def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
         listed = ", ".join(f"{name} ({kind})" for kind, name in kinds.items())
         yield warning(
             f"{cni.directory}: {listed}",
-            "several primary lists: the runtime takes the first by name, an older network may have left one",
+            "several primary lists: the runtime uses the first by name; an older network may have left one",
             "remove the one that is not in use",
         )
     rewrites = [
@@ -95,7 +93,7 @@ def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.agent.status.get("cni") and not rewrites and len(kinds) < 2:
         return
     if len(kinds) == 1 and rewrites:
-        yield ok(f"one primary list; {rewrites[0]}; the agent puts ours back")
+        yield ok(f"one primary list; {rewrites[0]}; the agent restores Sluice's")
 
 
 def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -106,7 +104,7 @@ def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
     if cni.managed != "off" and cni.directory_reason.startswith(_USUAL):
         yield warning(
             words,
-            "no container runtime was found that would say where it reads them",
+            "no container runtime was found to report where it reads them",
             "set cni_conf_dir and cni_bin_dir; as root, in the node's PID namespace",
         )
     else:
@@ -121,33 +119,31 @@ def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
     if cni.plugin:
         yield wrong(
             cni.plugin,
-            "the runtime starts it for each pod; without it no pod can start or end",
+            "the runtime executes it for each pod; without it no pod can start or end",
             "sluice install; if the file system is read-only, set cni_bin_dir",
         )
     if cni.runs:
         yield wrong(
             f"{cni.plugins}/sluice-cni: {cni.runs}",
-            "it is there and cannot be run: mounted noexec, forbidden by SELinux, or of another architecture",
+            "it exists but cannot run: mounted noexec, denied by SELinux, or of another architecture",
             f"findmnt -T {cni.plugins}; sluice doctor security; sluice install",
         )
     if not cni.plugin and not cni.runs:
-        yield ok(f"{cni.plugins}/sluice-cni is there, is ours and runs")
+        yield ok(f"{cni.plugins}/sluice-cni is installed, is Sluice's and runs")
 
 
 def _runtime(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if not cni.runtime:
-        yield unknown(
-            "no container runtime runs here that could be asked", "run it as root, in the node's PID namespace"
-        )
+        yield unknown("no container runtime runs here", "run it as root, in the node's PID namespace")
     elif cni.watched is None:
         yield unknown(f"{cni.runtime}: its watches cannot be read", "crictl info | grep -A9 lastCNILoadStatus")
     elif cni.watched:
         yield ok(f"{cni.runtime} watches {cni.directory}")
     else:
         yield wrong(
-            f"{cni.runtime} watches another directory than the {cni.directory} that is there",
-            "the directory was removed and made again: the runtime goes on with what it read before",
+            f"{cni.runtime} watches another directory than the present {cni.directory}",
+            "the directory was removed and re-created: the runtime keeps using what it read before",
             f"systemctl restart {cni.runtime.split()[0]} (pods run on)",
         )
 
@@ -160,7 +156,7 @@ def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
     found = "; ".join([*([cni.istio] if cni.istio else []), *(f"{name} chains istio-cni" for name in chained)])
     yield warning(
         found,
-        "istio-cni's agent on the same node: both program pods, and the last one wins",
+        "istio-cni's agent runs on the same node: both program pods, and the last one wins",
         "sluice migrate --check",
     )
 
@@ -168,7 +164,7 @@ def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
 CHECKS = (
     Check(
         "cni-configuration",
-        "our list is the first that the runtime takes",
+        "Sluice's list is the first that the runtime uses",
         ("P01", "P04", "P07", "P08", "P19", "P25", "P27"),
         ("cni",),
         "",
@@ -176,14 +172,16 @@ CHECKS = (
     ),
     Check(
         "cni-primary",
-        "one primary network, and nobody who renames lists",
+        "one primary network, and no program renames lists",
         ("P01", "P07", "P24"),
         ("cni",),
-        "nothing fights over the directory",
+        "no conflict over the directory",
         _primaries,
     ),
     Check("cni-directories", "where the runtime reads lists and plugins", ("P20",), ("cni",), "", _directories),
-    Check("cni-plugin", "the plugin is in place and can be run", ("P19", "P21", "P60j"), ("cni",), "", _plugin),
+    Check("cni-plugin", "the plugin is installed and can run", ("P19", "P21", "P60j"), ("cni",), "", _plugin),
     Check("cni-runtime", "the runtime sees changes of its directory", ("P26",), ("cni",), "", _runtime),
-    Check("istio-cni", "no other mesh agent on this node", ("P24", "P30"), ("cni",), "istio-cni is not here", _istio),
+    Check(
+        "istio-cni", "no other mesh agent on this node", ("P24", "P30"), ("cni",), "istio-cni is not installed", _istio
+    ),
 )

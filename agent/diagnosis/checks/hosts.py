@@ -1,4 +1,4 @@
-"""Checks of the node's own namespace: what is there of ours, what is not to be there, who flushes it. Pure."""
+"""Checks of the node's own namespace: Sluice's rules, misplaced rules, programs that flush them. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _pod_rules(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.host.pod_rules:
         yield wrong(
             f"in the node's own namespace: {', '.join(facts.host.pod_rules)}",
-            "some agent took it for a pod's: the node's own traffic goes to a proxy that is not there",
+            "an agent mistook it for a pod's: the node's own traffic goes to a proxy that does not exist",
             "nft list ruleset; iptables-save | grep ISTIO; remove these chains, then find out which agent it was",
         )
 
@@ -32,7 +32,7 @@ def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
         yield warning(
             f"the node's probes are captured ({reason})",
             "host_probes is off: kubelet's probes go through ztunnel, and fail where it needs an identity",
-            "set host_probes: auto, unless this is meant",
+            "set host_probes: auto, unless this is intended",
         )
     elif said.get("error"):
         yield wrong(
@@ -44,14 +44,14 @@ def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{said.get('members')} addresses by {said.get('mechanism')} ({reason})")
     elif facts.pods.noted and not facts.host.probes:
         yield wrong(
-            "there are captured pods, and no exemption of the node's probes in its namespace",
-            "it was flushed and no agent runs that would put it back",
+            "pods are captured, but the node has no probe exemption",
+            "it was flushed, and no agent runs to restore it",
             start(facts),
         )
     elif facts.host.probes:
-        yield ok(f"made by {', '.join(facts.host.probes)}; no agent looks after it")
+        yield ok(f"by {', '.join(facts.host.probes)}; no agent maintains it")
     else:
-        yield unknown("no agent and no captured pod: nothing to be exempt")
+        yield unknown("no agent and no captured pod: no exemption needed")
 
 
 def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -59,8 +59,8 @@ def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
     for name in facts.node.firewalls:
         yield warning(
             f"{name} is active: {_FLUSHES[name]}",
-            f"what it flushes of ours is put back at once{'' if mechanism == 'nftables' else ', but not kept from it'}",
-            "nothing, as long as an agent runs; host_probes: nftables keeps our table apart (Linux 6.9)",
+            f"the agent restores flushed rules{'' if mechanism == 'nftables' else ', but cannot prevent the flush'}",
+            "none, while an agent runs; host_probes: nftables protects Sluice's table (Linux 6.9)",
         )
 
 
@@ -68,7 +68,7 @@ def _ipv6(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.node.ipv6_off or not facts.host.view.ipv6:
         how = "ipv6.disable=1 on the kernel's command line" if facts.node.ipv6_off else "the kernel has no IPv6"
         if facts.settings.ipv6:
-            yield ok(f"{how}: pods are captured for IPv4 alone, and nothing of IPv6 is asked for")
+            yield ok(f"{how}: pods are captured for IPv4 only; IPv6 is not programmed")
         return
     if not facts.settings.ipv6:
         with_ipv6 = [pod.name for pod in facts.pods.noted if pod.ipv6 and any(":" in one for one in pod.addresses)]
@@ -81,7 +81,7 @@ def _ipv6(facts: NodeFacts) -> Iterator[CheckLine]:
 
 
 def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
-    """What turns the node's probes aside, told beside the canary, and alone only where it always does."""
+    """Reports what diverts the node's probes, in addition to the canary; alone only where it always does."""
     values = facts.node.cilium
     if values.get("enable-bpf-masquerade") == "true":
         yield warning(
@@ -103,7 +103,7 @@ def _filters(facts: NodeFacts) -> Iterator[CheckLine]:
     if strict and any("branch-eni" in name for name in facts.host.probes):
         yield warning(
             f"rp_filter is 1 (strict) for {', '.join(strict)}, and pods hang on branch interfaces",
-            "replies to probes come in on another interface than the route says, and are dropped",
+            "replies to probes arrive on another interface than that of the route, and are dropped",
             "sysctl -w net.ipv4.conf.all.rp_filter=2",
         )
 
@@ -117,14 +117,14 @@ CHECKS = (
         "no rules of pods in the node's own namespace",
         _pod_rules,
     ),
-    Check("probe-exemption", "the node's probes pass ztunnel by", ("P12", "P13", "P35"), ("host",), "", _exemption),
+    Check("probe-exemption", "the node's probes bypass ztunnel", ("P12", "P13", "P35"), ("host",), "", _exemption),
     Check("firewall", "programs that flush the host's rules", ("P12",), ("node",), "none is active", _firewall),
     Check(
         "probe-path",
-        "other data paths that turn the node's probes aside",
+        "other data paths that divert the node's probes",
         ("P42", "P43", "P45"),
         ("node",),
-        "none that is known",
+        "none known",
         _paths,
     ),
     Check(
@@ -132,7 +132,7 @@ CHECKS = (
         "filters that drop replies to probes",
         ("P42",),
         ("node", "host"),
-        "nothing drops them that can be seen here",
+        "no such filter is visible here",
         _filters,
     ),
     Check("ipv6", "IPv6 of the node and the setting agree", ("P36", "P37"), ("host",), "IPv6 is on", _ipv6),

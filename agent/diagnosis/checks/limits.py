@@ -1,4 +1,4 @@
-"""Checks of the node's limits: notification queues, connection tracking, ports that are taken. Pure."""
+"""Checks of the node's limits: notification queues, connection tracking, ports in use. Pure."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _inotify(facts: NodeFacts) -> Iterator[CheckLine]:
     if node.inotify:
         yield wrong(
             node.inotify,
-            f"root's queues of file events are used up ({_INSTANCES}={most}): changes are seen only by looking again",
+            f"root's queues of file events are used up ({_INSTANCES}={most}): changes are only found by polling",
             raise_it,
         )
     elif most and node.inotify_used > most * _FULL:
         yield warning(
-            f"{node.inotify_used} of {most} queues of file events are in use", "soon nobody gets one", raise_it
+            f"{node.inotify_used} of {most} queues of file events are in use", "soon no process gets one", raise_it
         )
     else:
         yield ok(f"{node.inotify_used} of {most} queues of file events are in use")
@@ -52,13 +52,13 @@ def _port(facts: NodeFacts) -> Iterator[CheckLine]:
     elif host.port and not host.port_ours:
         yield wrong(
             f"{address} is taken by {host.port}",
-            "the agent does not start while somebody else has its port (istio-cni and istiod use 15014 too)",
-            "set metrics_address, or stop who has it",
+            "the agent does not start while another process has its port (istio-cni and istiod also use 15014)",
+            "set metrics_address, or stop the process that has it",
         )
     elif not host.port and not facts.left.why:
         yield warning(
             f"nothing listens on {address} here",
-            "the agent answers, but not there: it has another network namespace, as a lab's node has, or lost the port",
+            "the agent responds, but not there: it has another network namespace (as a lab's node), or lost the port",
             "run `sluice doctor` in the agent's network namespace (nsenter --net), else restart the agent",
         )
     else:
@@ -71,7 +71,7 @@ def _number(values: Mapping[str, str], name: str) -> int:
 
 
 CHECKS = (
-    Check("inotify", "queues of file events are left", ("P07", "P60m"), ("node",), "", _inotify),
+    Check("inotify", "file event queues are available", ("P07", "P60m"), ("node",), "", _inotify),
     Check("conntrack", "connection tracking has room", (), ("node",), "", _conntrack),
-    Check("metrics-port", "nobody else has the agent's port", ("P60i",), ("host",), "", _port),
+    Check("metrics-port", "no other process has the agent's port", ("P60i",), ("host",), "", _port),
 )

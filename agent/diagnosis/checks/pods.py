@@ -1,4 +1,4 @@
-"""Checks of the pods: captured as they should be, nobody's rules before ours, ports and sockets. Pure."""
+"""Checks of the pods: captured as desired, no foreign rules before Sluice's, ports and sockets. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
 _FULL = 0.8  # of the ports for outgoing connections
-_NOT_CAPTURED = ("failed", "pending", "waiting")  # states that check `pods` tells of
+_NOT_CAPTURED = ("failed", "pending", "waiting")  # states that check `pods` reports
 # Rows of `sluice verify` that have a check of their own here.
 _SEEN_BY_OTHERS = ("(probes of the node)", "(CNI installation)", "(ztunnel)")
 _UNSUPPORTED = {"gvisor": ("runsc", "gVisor"), "kata": ("kata", "Kata Containers")}
@@ -27,13 +27,15 @@ def _states(facts: NodeFacts) -> Iterator[CheckLine]:
         advice = f"sluice explain {_key(row)}"
         match row["state"]:
             case "failed":
-                yield wrong(f"{_key(row)}: {words}", "the pod should be captured and is not", advice)
+                yield wrong(f"{_key(row)}: {words}", "the pod should be captured but is not", advice)
             case "pending":
                 yield wrong(
-                    f"{_key(row)}: {words}", "its rules are in, no ztunnel has it: connections are refused", advice
+                    f"{_key(row)}: {words}",
+                    "its rules are in place, but no ztunnel has it: connections are refused",
+                    advice,
                 )
             case "waiting" if facts.agent.status["ready"]:
-                yield warning(f"{_key(row)}: {words}", "the pod is known and its namespace was not found", advice)
+                yield warning(f"{_key(row)}: {words}", "the pod is known, but its namespace was not found", advice)
     states: dict[str, int] = {}
     for row in rows:
         states[row["state"]] = states.get(row["state"], 0) + 1
@@ -42,25 +44,23 @@ def _states(facts: NodeFacts) -> Iterator[CheckLine]:
 
 
 def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
-    """What the namespaces show, with or without an agent."""
+    """Reports the state of the namespaces, with or without an agent."""
     noted = facts.pods.noted
     for pod in noted:
         if pod.error:
-            yield warning(
-                f"{pod.name}: {pod.error}", "its namespace cannot be looked into", "sluice explain " + pod.name
-            )
+            yield warning(f"{pod.name}: {pod.error}", "its namespace cannot be examined", "sluice explain " + pod.name)
         elif pod.captured and not pod.ours and not pod.others:
             yield wrong(
                 f"{pod.name}: no rules in {pod.place}",
-                "they were removed, and nobody has put them back: the pod's traffic goes past ztunnel",
+                "they were removed and not restored: the pod's traffic bypasses ztunnel",
                 f"sluice verify {pod.name} --repair" if not facts.left.why else start(facts),
             )
     for pod in facts.pods.others:
         if pod.ours:
             yield warning(
-                f"{pod.place}: rules by Sluice ({', '.join(pod.ours)}), and no note tells whose pod it is",
+                f"{pod.place}: rules by Sluice ({', '.join(pod.ours)}), and no note names the pod",
                 "its agent is gone or uses another run_dir; if no ztunnel has the pod, its connections are refused",
-                f"sluice uncapture --all --netns {pod.place}, if no agent looks after it",
+                f"sluice uncapture --all --netns {pod.place}, if no agent maintains it",
             )
     right = [pod for pod in noted if pod.captured and (pod.ours or pod.others) and not pod.error]
     if len(right) == sum(pod.captured for pod in noted) and not any(pod.ours for pod in facts.pods.others):
@@ -73,15 +73,15 @@ def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
         words = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
         if row["result"] == "drift" and words:
             explain = f"sluice explain {_key(row)}; " if row["namespace"] else ""
-            cause = "what is there is not what should be there, and the agent has not put it right yet"
+            cause = "actual and desired state differ, and the agent has not repaired it yet"
             remedy = "sluice verify --all --repair"
             if row["differences"] and all(line.startswith("foreign: ") for line in row["differences"]):
-                cause = "foreign rules before ours take new connections away from ztunnel"
+                cause = "foreign rules before Sluice's divert new connections from ztunnel"
                 remedy = "remove the named rules from the pod"
             yield wrong(f"{_key(row)}: {words}", cause, explain + remedy)
         elif row["result"] == "unknown":
             yield unknown(f"{_key(row)}: {row['error']}")
-    yield ok(f"{len(rows)} compared with what should hold")
+    yield ok(f"{len(rows)} verified")
 
 
 def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -91,8 +91,8 @@ def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
         for words in pod.foreign:
             yield warning(
                 f"{pod.name}: {words}",
-                "rules of somebody else come before ours and may take the pod's traffic",
-                f"nsenter --net={pod.place} nft list ruleset; remove them, or exclude what they take",
+                "foreign rules come before Sluice's and may divert the pod's traffic",
+                f"nsenter --net={pod.place} nft list ruleset; remove them, or exclude the traffic that they divert",
             )
 
 
@@ -112,7 +112,7 @@ def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.settings.probe_canary == "off":
         yield unknown("the setting probe_canary is off")
     elif not seen:
-        yield unknown("no pod was enrolled since the agent's start that listens on a port")
+        yield unknown("no pod that listens on a port was enrolled since the agent's start")
 
 
 def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -122,7 +122,7 @@ def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
         if any(_UNSUPPORTED.get(name, (name,))[0] in shim for shim in shims) and not excluded and facts.agent.pods:
             yield warning(
                 f"{', '.join(shims)} run, and no pod is excluded for its runtime class",
-                "rules in the namespace of such a pod see nothing of its traffic",
+                "rules in the namespace of such a pod do not see its traffic",
                 "kubectl get runtimeclass; name them in unsupported_runtimes",
             )
     if any("kata" in shim for shim in shims) and "kata" not in facts.settings.unsupported_runtimes:
@@ -177,14 +177,14 @@ CHECKS = (
         "",
         _states,
     ),
-    Check("pod-rules", "rules are in the namespaces where they belong", ("P02", "P56"), ("pods",), "", _bare),
-    Check("pods-verified", "the kernel holds what should hold", ("P02", "P58"), ("agent",), "", _verified),
+    Check("pod-rules", "rules are in the right namespaces", ("P02", "P56"), ("pods",), "", _bare),
+    Check("pods-verified", "the kernel has the desired state", ("P02", "P58"), ("agent",), "", _verified),
     Check(
         "foreign-rules",
-        "nobody's rules in a pod come before ours",
+        "no foreign rules in a pod come before Sluice's",
         ("P60b", "P60p"),
         ("pods",),
-        "no foreign rules before ours",
+        "no foreign rules before Sluice's",
         _foreign,
     ),
     Check(
@@ -195,7 +195,7 @@ CHECKS = (
         "each probed pod was reached",
         _canary,
     ),
-    Check("pod-runtimes", "no pod with a network stack of its own", ("P11",), ("agent",), "none is known", _runtimes),
+    Check("pod-runtimes", "no pod with a network stack of its own", ("P11",), ("agent",), "none known", _runtimes),
     Check(
         "pod-ports",
         "pods do not listen where outgoing connections take ports",
@@ -209,7 +209,7 @@ CHECKS = (
         "sockets do not pile up",
         ("P60f",),
         ("pods",),
-        "no pod has many that are left over",
+        "no pod has many leftover sockets",
         _sockets,
     ),
 )

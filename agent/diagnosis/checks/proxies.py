@@ -17,26 +17,26 @@ def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
         yield wrong(f"{path} is {left.zds}", "ztunnel cannot connect there", f"rm -r {path}; {restart(facts)}")
         return
     if left.why:
-        yield unknown("no agent answers, which would know")
+        yield unknown("no agent responds")
         return
     status = facts.agent.status
     count, waiting = status["ztunnel_connections"], status["ztunnel_unacknowledged"]
     if not count and not left.zds:
         yield wrong(
             f"{path} is not there",
-            "another agent removed the socket at its end (istio-cni does): ztunnel cannot come back",
+            "another agent removed the socket when it ended (istio-cni does): ztunnel cannot reconnect",
             restart(facts),
         )
     elif not count:
         yield wrong(
             f"no ztunnel is connected to {path}",
-            "new pods wait, those in which none listens refuse connections; it does not run, or uses another socket",
+            "new pods wait, and pods in which none listens refuse connections; it does not run, or uses another socket",
             ztunnel(facts),
         )
     elif count > 1:
         yield warning(
             f"{count} ztunnels are connected to {path}",
-            "right for some minutes during a rollout; later a ztunnel hangs, or two are installed",
+            "normal for some minutes during a rollout; later a ztunnel hangs, or two are installed",
             "pgrep -a ztunnel; end the older one",
         )
     if count and waiting:
@@ -52,12 +52,12 @@ def _listening(facts: NodeFacts) -> Iterator[CheckLine]:
             ports = ", ".join(map(str, pod.silent))
             yield wrong(
                 f"{pod.name}: nothing listens on {ports}",
-                "rules send the pod's connections to ztunnel, which is not there (it restarted, or could not bind)",
+                "rules send the pod's connections to ztunnel, which does not listen (it restarted, or could not bind)",
                 f"see ztunnel's log for the pod; sluice verify {pod.name} --repair; {ztunnel(facts)}",
             )
     if captured and not any(pod.silent for pod in captured):
         ports = ", ".join(facts.settings.ztunnel_ports)
-        yield ok(f"{len(captured)} captured pods, in each one ztunnel listens on {ports}")
+        yield ok(f"{len(captured)} captured pods; ztunnel listens in each on {ports}")
 
 
 def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
@@ -110,7 +110,7 @@ CHECKS = (
         "lo of each captured pod has its addresses",
         ("P36", "P38"),
         ("pods",),
-        "lo is up in each, with all that is needed",
+        "lo is up in each, with its addresses",
         _loopback,
     ),
 )

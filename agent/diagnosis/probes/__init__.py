@@ -1,1 +1,1 @@
-"""The looks, a module for each group of facts: the only part of this room that asks a node anything."""
+"""The probes, one module per group of facts: the only part of this package that reads the node."""

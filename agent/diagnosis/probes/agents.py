@@ -1,4 +1,4 @@
-"""The agent: what it answers, what its process takes, what stands in its directories."""
+"""Probes the agent: its answers, the resources of its process, the content of its directories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agent.sources.netns import existing
 
 
 def process(run_dir: str) -> tuple[int, str]:
-    """Its pid, 0 where our PID namespace does not show it; and why it does not answer, "" when it does."""
+    """Returns its pid, 0 if this PID namespace does not show it; and why it does not answer, "" if it does."""
     place = f"{run_dir}/agent.sock"
     pid = 0
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
@@ -34,7 +34,7 @@ def process(run_dir: str) -> tuple[int, str]:
 
 
 def probe(settings: Settings, pid: int, why: str) -> AgentFacts:
-    """Raises SluiceError when it does not answer."""
+    """Asks the agent. Raises SluiceError if it does not answer."""
     if why:
         raise SluiceError(why.partition(";")[0])
     status: dict[str, Any] = ask(settings.run_dir, "/v1/status")
@@ -55,7 +55,7 @@ def probe(settings: Settings, pid: int, why: str) -> AgentFacts:
 
 
 def leftovers(settings: Settings) -> Left:
-    """Without asking anybody. `why` is for the caller to fill."""
+    """Reads the directories without asking a process. The caller sets `why`."""
     backend = release = ""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(Path(settings.run_dir, "backend.json").read_bytes())

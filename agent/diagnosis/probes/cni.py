@@ -1,4 +1,4 @@
-"""The runtime's directories, read as the installer reads them; and whether the plugin in them can be run."""
+"""Probes the runtime's directories as the installer reads them, and whether the plugin there can run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agent.migration.istio_agent import RUN_DIR, theirs_runs
 
 
 def probe(settings: Settings, proc: Path) -> Cni:
-    """Raises SettingsError when the directory cannot be read."""
+    """Reads the CNI directories. Raises SettingsError if one cannot be read."""
     managed = mode(settings)
     made = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
     seen = made.look()
@@ -63,7 +63,7 @@ def _plugin(binary: Path, settings: Settings, *, differs: bool) -> str:
 
 
 def _runs(binary: Path, settings: Settings) -> str:
-    """Why it does not: asked for its version, as a runtime does. Below another root it cannot be tried."""
+    """Asks the plugin for its version, as a runtime does; returns why that fails. Not below another root."""
     if settings.host_root != "/" or not binary.is_file():
         return ""
     try:
@@ -74,9 +74,9 @@ def _runs(binary: Path, settings: Settings) -> str:
 
 
 def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
-    """Whether one of its inotify queues holds that very directory (proc_pid_fdinfo(5): inode in hexadecimal).
+    """Returns whether one of its inotify queues holds that very directory (proc_pid_fdinfo(5): inode in hexadecimal).
 
-    An inode of another file system may have the same number: then this says that it is watched.
+    An inode of another file system may have the same number: then this wrongly says that it is watched.
     """
     held = set[int]()
     queues = 0
@@ -94,13 +94,13 @@ def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
 
 
 def _inodes(fdinfo: str) -> set[int]:
-    """Of what a queue watches: nothing any more where all of it was removed."""
+    """Returns the inodes that a queue watches: none if all of them were removed."""
     lines = [line.split() for line in fdinfo.splitlines() if line.startswith("inotify ")]
     return {int(word.removeprefix("ino:"), 16) for words in lines for word in words if word.startswith("ino:")}
 
 
 def _run_dirs(view: View) -> tuple[str, ...]:
-    """Directories of istio-cni's agent, as its entries tell them."""
+    """Returns the directories of istio-cni's agent named in its entries."""
     found = [RUN_DIR]
     for name in conflists.readable(view.files):
         with contextlib.suppress(SettingsError):

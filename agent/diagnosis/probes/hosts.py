@@ -1,4 +1,4 @@
-"""The node's own network namespace: its tables, our exemption of probes, rules that belong into pods, our port."""
+"""Probes the node's network namespace: its tables, the probe exemption, misplaced rules of pods, the agent's port."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _POD_CHAINS = frozenset((names.XT_PREROUTING, names.XT_OUTPUT, names.NFT_PREROUT
 
 
 def probe(settings: Settings, agent: int) -> NetworkFacts:
-    """Of the calling thread's namespace. Raises KernelError or OSError."""
+    """Reads the calling thread's namespace. Raises KernelError or OSError."""
     view = host_view.read_host_view()
     with contextlib.closing(HostNetns()) as target:
         made = []

@@ -1,4 +1,4 @@
-"""What else runs on the node and how its kernel is set."""
+"""Probes the other programs of the node and its kernel settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KEYS = ("kube-proxy-replacement", "bpf-lb-sock", "bpf-lb-sock-hostns-only", "en
 
 
 def whole(proc: Path = Path("/proc")) -> bool:
-    """Whether we are in process 1's network namespace: a lab's node is not, and shares the machine with others."""
+    """Returns whether this is process 1's network namespace: a lab's node shares the machine with others."""
     try:
         return (proc / "1/ns/net").stat().st_ino == (proc / "self/ns/net").stat().st_ino
     except OSError:
@@ -40,7 +40,7 @@ def whole(proc: Path = Path("/proc")) -> bool:
 
 
 def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
-    """Raises OSError when /proc is not there."""
+    """Reads the node. Raises OSError without /proc."""
     programs, shims = _running(proc)
     cilium, calico = programs.get("cilium-agent"), programs.get("calico-node")
     words = _inotify()
@@ -99,7 +99,7 @@ def _inotify() -> str:
 
 
 def _queues(proc: Path) -> int:
-    """Of root's processes: the limit is a user's."""
+    """Counts the queues of root's processes: the limit is per user."""
     count = 0
     for path in proc.glob("[0-9]*"):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Pods' network namespaces, looked into without an agent: whose rules, what listens, what lo is like."""
+"""Probes pods' network namespaces without an agent: owners of rules, listeners, the state of lo."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RESERVED = Path("/proc/sys/net/ipv4/ip_local_reserved_ports")
 
 
 def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
-    """`whole`: this is a node of its own, so that other namespaces with rules in them are of this node too."""
+    """Reads all pods. `whole`: this is a whole node, so that other namespaces with rules belong to it."""
     known = existing.known(settings.run_dir)
     problems = list[str]()
     noted = list[PodFacts]()
@@ -56,7 +56,7 @@ def _noted(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
 
 
 def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: str) -> PodFacts:
-    """Closes `netns`."""
+    """Reads one namespace and closes `netns`."""
     name = (pod.name or pod.uid) if pod else netns.origin
     place = netns.origin
     captured = bool(pod and pod.captured)
@@ -87,7 +87,7 @@ def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: 
 def _layers(
     target: PodNetns, settings: Settings, backend: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Layers with rules of ours, with another agent's; and foreign rules before ours, as the layer in use tells."""
+    """Returns layers with rules of Sluice, of another agent; and foreign rules before Sluice's in the used layer."""
     found: dict[Owner, list[str]] = {Owner.SLUICE: [], Owner.FOREIGN: []}
     foreign: list[str] = []
     for name, layer in mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir)).items():
@@ -97,16 +97,16 @@ def _layers(
             if name == backend:
                 raise
             continue  # a mechanism that this kernel has not
-        whose = ownership.layer_owner(name, have)
-        if whose in found:
-            found[whose].append(name)
-        if whose is Owner.SLUICE or name == "routing":
+        owner = ownership.layer_owner(name, have)
+        if owner in found:
+            found[owner].append(name)
+        if owner is Owner.SLUICE or name == "routing":
             foreign += layer.plan(None, have).remarks
     return tuple(found[Owner.SLUICE]), tuple(found[Owner.FOREIGN]), tuple(dict.fromkeys(foreign))
 
 
 def _sockets(target: PodNetns, low_high: tuple[int, int]) -> tuple[dict[str, int], tuple[int, ...]]:
-    """Counts by state, and ports in that range, not kept from outgoing connections, on which the pod listens."""
+    """Counts sockets by state, and lists unreserved ports in that range on which the pod listens."""
     with contextlib.closing(target.netns.call(SockDiag)) as diag:
         rows = diag.both()
     states = Counter(one.state.name for one in rows)
@@ -117,7 +117,7 @@ def _sockets(target: PodNetns, low_high: tuple[int, int]) -> tuple[dict[str, int
 
 
 def _reserved() -> frozenset[int]:
-    """Ports and ranges as in "8080,9000-9009" (Documentation/networking/ip-sysctl.rst)."""
+    """Parses ports and ranges as in "8080,9000-9009" (Documentation/networking/ip-sysctl.rst)."""
     try:
         ends = [word.partition("-")[::2] for word in _RESERVED.read_text().strip().split(",") if word]
         return frozenset(port for low, high in ends for port in range(int(low), int(high or low) + 1))

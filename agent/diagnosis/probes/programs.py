@@ -1,4 +1,4 @@
-"""BPF programs of others that are asked when any process of the node connects or sends."""
+"""Probes foreign BPF programs that run when a process of the node connects or sends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OURS = {(program.name, program.attach) for program in (*NODE, *RESERVE)}
 
 
 def probe(cgroup: str = "") -> tuple[AttachedProgram, ...]:
-    """Of the root of the hierarchy, or of that cgroup; ours are known by their names. Raises KernelError."""
+    """Reads the root of the hierarchy, or that cgroup; Sluice's are known by name. Raises KernelError."""
     place = Path(cgroup) if cgroup else bpffs.cgroup_root()
     return tuple(
         AttachedProgram(word, one.name, one.id)

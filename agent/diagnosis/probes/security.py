@@ -1,4 +1,4 @@
-"""SELinux and AppArmor: whether they are on, and what they refused us, in the kernel's and the audit daemon's log."""
+"""Probes SELinux and AppArmor: their state, and denials of Sluice in the logs of the kernel and the audit daemon."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _ENFORCE = Path("/sys/fs/selinux/enforce")
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _AUDIT = "/var/log/audit/audit.log"
 _TAIL = 1 << 20  # bytes of the audit log that are read
-_MOST = 5  # lines that are told
+_MOST = 5  # lines reported
 
 
 def probe(settings: Settings, agent: int, proc: Path = Path("/proc")) -> Security:
-    """Reads the log without taking anything from it."""
+    """Reads the log without consuming it."""
     unread = ""
     try:
         lines = list(_kernel_log())
@@ -39,13 +39,13 @@ def probe(settings: Settings, agent: int, proc: Path = Path("/proc")) -> Securit
 
 
 def is_denial(line: str) -> bool:
-    """Whether the line is a refusal (not what would have been one) of something to a program or file of ours."""
+    """Returns whether the line is a real (not permissive) denial for a program or file of Sluice."""
     refused = ("avc:" in line and "denied" in line and "permissive=1" not in line) or 'apparmor="DENIED"' in line
     return refused and "sluice" in line
 
 
 def _kernel_log() -> Iterator[str]:
-    """Raises OSError. Each read is one record: numbers, a semicolon, the text (Documentation/ABI/testing/dev-kmsg)."""
+    """Yields the records: numbers, a semicolon, the text (Documentation/ABI/testing/dev-kmsg). Raises OSError."""
     fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         while True:

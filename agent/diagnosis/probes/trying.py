@@ -1,4 +1,4 @@
-"""What the kernel can do, tried as preflight tries it, for the choice that is in use or would be made."""
+"""Tries the kernel's features, as preflight does, for the choice in use or the one that would be made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent.sources.state import backend_record
 
 
 def probe(settings: Settings, used: str) -> Preflight:
-    """Makes network namespaces that go at once; loads modules as programming a pod would. Raises SluiceError."""
+    """Creates temporary network namespaces; loads modules as programming a pod would. Raises SluiceError."""
     pins = Pins.of(settings.bpf_dir)
     backends = mechanisms(ipv6=settings.ipv6, pins=pins)
     attempt = partial(preflight.attempt, bpf_dir=str(pins.root))
