@@ -82,7 +82,7 @@ def waits(pid: int) -> bool:
 def refused(here: CriNode, tried: Try) -> None:
     """It failed with words that name plugin and pod, and nothing is there but what the agent noted before it died."""
     assert tried.sandbox is None
-    for word in ("sluice-cni", tried.pod.key, "tries again by itself"):
+    for word in ("sluice-cni", tried.pod.key, "The runtime will retry"):
         assert word in tried.words, tried.words
     agents = ("note", "pin", "mount /run/sluice")
     until(lambda: not [what for what in here.left() if not what.startswith(agents)], "the runtime's is gone")

@@ -94,7 +94,7 @@ def test_p14_p15_p18_own_and_exempt_pods_start_with_nothing_there(made: CriNode)
     for pod in (CriPod("web"), CriPod("plain", enrolled=False), CriPod("istiod", namespace="istio-system")):
         words = here.refusal(pod)
         assert "sluice-cni" in words, (pod, words)
-        assert "tries again by itself" in words
+        assert "The runtime will retry" in words
     start_agent(here)
     web = here.run(CriPod("web"))
     assert here.state(web.pod) == "enabled"

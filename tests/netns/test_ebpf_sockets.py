@@ -555,12 +555,12 @@ def test_the_application_sees_the_client(node: Stage, client: str, mapped: bool)
                 carries(ztunnel, app)
 
 
-@pytest.mark.parametrize(("client", "error"), [(PEER[4], errno.ECONNREFUSED), (PEER[6], errno.ETIMEDOUT)])
-def test_where_nobody_listens_the_connect_ends(node: Stage, client: str, error: int) -> None:
-    """The kernel has no way for a RST to ::1. ETIMEDOUT is its own time-out, the one of the socket has no number."""
+@pytest.mark.parametrize("client", [PEER[4], PEER[6]])
+def test_where_nobody_listens_the_connect_is_refused(node: Stage, client: str) -> None:
+    """The answer to ::1 finds its way by the routes for sockets that are bound to an interface."""
     with pytest.raises(OSError) as failed:
         speaking(node, client, 9)
-    assert failed.value.errno == error
+    assert failed.value.errno == errno.ECONNREFUSED
 
 
 @pytest.mark.parametrize("version", [4, 6])
