@@ -26,7 +26,7 @@ static __always_inline struct share *share_of(__u64 pod, __u32 of)
 	return bpf_map_lookup_elem(&shares, &key);
 }
 
-/* A new entry of `map` on behalf of a pod, within its share. Whether there is none. */
+/* Adds an entry to `map` on behalf of a pod, within its share. Returns whether there is no entry. */
 static __always_inline int refused(void *map, const void *key, const void *value, __u64 pod, __u32 of)
 {
 	struct share *mine = share_of(pod, of), *most = share_of(0, of);

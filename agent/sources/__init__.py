@@ -1,1 +1,1 @@
-"""Where facts about pods come from: CNI calls, Kubernetes, static files, pods that are already up."""
+"""The sources of facts about pods: CNI calls, Kubernetes, the static file, and running pods."""

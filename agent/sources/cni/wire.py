@@ -49,7 +49,7 @@ _NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,252}")  # podman passes contain
 
 
 class CniVerb(StrEnum):
-    """What the runtime asks for. VERSION never reaches the agent."""
+    """The verb of a request. VERSION never reaches the agent."""
 
     ADD = "ADD"
     DEL = "DEL"

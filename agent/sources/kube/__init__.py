@@ -1,1 +1,1 @@
-"""What Kubernetes' API server says of this node's pods, and what is written there."""
+"""The Kubernetes API: reads this node's pods and writes their annotations, events and conditions."""

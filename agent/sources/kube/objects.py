@@ -94,7 +94,7 @@ def _object(value: Any) -> Mapping[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """What cannot be written as UTF-8 (a lone surrogate, by a JSON escape) is no text."""
+    """Returns a text, "" for a value that UTF-8 cannot encode (a lone surrogate, by a JSON escape)."""
     if not isinstance(value, str) or not value:
         return ""
     return value if value.isascii() or _encodable(value) else ""

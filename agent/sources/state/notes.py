@@ -73,7 +73,7 @@ class Notes:
             yield note
 
     def _sweep(self) -> None:
-        """What a crash between two steps left: half-written notes, and pins that would keep a namespace for ever."""
+        """Removes leftovers of a crash: half-written notes, and pins that would keep a namespace for ever."""
         for path in self.pods.glob("*.new"):
             path.unlink()
         for pin in self.pins.glob("*"):
