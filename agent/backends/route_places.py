@@ -68,7 +68,7 @@ def is_for_bound(item: Item) -> bool:
 
 
 def _for_bound(family: int, preference: int, table: int, interfaces: Sequence[int]) -> Iterator[Item]:
-    """The kernel looks for routes of that interface alone, and the table `local` has loopback addresses on lo."""
+    """Adds per interface: the kernel looks for its routes alone, and the table `local` has loopback addresses on lo."""
     for interface in interfaces:
         yield LocalRoute(family, table, interface=interface)
     if interfaces:
@@ -83,7 +83,7 @@ def _rule(family: int, preference: int, table: int) -> LookupRule:
 
 
 def _ours(rule: FibRule) -> LookupRule | None:
-    """The rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, and nothing else."""
+    """Returns the rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, only."""
     if rule.action != Action.TO_TBL or rule.table not in TABLES:
         return None
     made = rule.protocol == names.ROUTING_PROTOCOL

@@ -82,7 +82,7 @@ def _excluded(want: Redirect, service: Endpoint) -> bool:
 
 
 def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
-    """The source address and the destination of a socket that asks for `service`. Raises OSError, KernelError."""
+    """Returns the source address and destination of a socket that asks for `service`. Raises OSError, KernelError."""
     version = 6 if ":" in service[0] else 4
     with contextlib.closing(SockDiag()) as diag, socket.socket(AF[version], _STREAM) as one:
         try:

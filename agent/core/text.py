@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """The text with what a terminal or a log would take for more than a character as an escape: \\x1b, \\n, \\u202e.
+    """Escapes what a terminal or a log would take for more than a character: \\x1b, \\n, \\u202e.
 
     For names that a pod controls: of processes, interfaces, tables, chains. Surrogates (bytes that were no UTF-8) too.
     """

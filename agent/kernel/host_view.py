@@ -42,7 +42,7 @@ Legacy = Callable[[Mapping[str, list[str]]], tuple[HostTable, ...]]
 
 
 def nft_tables() -> tuple[HostTable, ...]:
-    """All nf_tables tables of this thread's namespace; two dumps, of chains their counts and not their rules."""
+    """Reads the nf_tables tables of this thread's namespace: two dumps, of chains their counts and not their rules."""
     with contextlib.closing(NftSocket()) as nft:
         return _summary(nft.dump(GETTABLE, 0), nft.dump(GETCHAIN, 0))
 
@@ -66,7 +66,7 @@ def read_host_view(
     nft: Nft = nft_tables,
     legacy: Legacy = legacy_tables,
 ) -> HostView:
-    """The view of this thread's namespace. `root` is where /proc, /sys, /lib, /boot and programs are looked for.
+    """Reads the view of this thread's namespace. `root` is where /proc, /sys, /lib, /boot and programs are.
 
     Nothing is raised: failures to read are reported in the remarks.
     """

@@ -96,7 +96,7 @@ class ProgramsBackend:
         return desired
 
     def orphans(self, known: Iterable[PodNetns]) -> list[NodeTarget | Former]:
-        """The node itself, when nothing of any pod is left, and no ztunnel waits for pods. Raises KernelError."""
+        """Yields the node itself when nothing of any pod is left and no ztunnel waits for pods. Raises KernelError."""
         former = [Former(path) for path in self.pins.others()]
         if not self.pins.node.path.exists() or self.pins.pods() or self.ztunnels.processes():
             return [*former]

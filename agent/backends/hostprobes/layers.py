@@ -17,7 +17,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 
 
 def layers(choice: str) -> tuple[tuple[HostMechanism, ...], tuple[HostMechanism, ...]]:
-    """(active, retired) fresh layers of a choice; both in the order in which they are worked on. None is probed."""
+    """Returns (active, retired) fresh layers of a choice, both in the order of their passes. None is probed."""
     made: tuple[HostMechanism, ...] = (
         FormerSets(),
         NftHostProbes(),

@@ -82,7 +82,7 @@ class Reader(Generic[H]):
 
 
 def read(nft: NftSocket, own: Sequence[ChainRef], *, whole: bool = True) -> tuple[Ruleset, int | None]:
-    """The rule set and its generation, None if that changed during the read. Only our chains if not all can be read."""
+    """Reads the rule set and its generation, None if that changed meanwhile. Only our chains if not all can be read."""
     for all_of_it in (True, False) if whole else (False,):
         for _ in range(_TRIES):
             before = nft.generation()

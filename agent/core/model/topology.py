@@ -49,7 +49,7 @@ class PodTopology:
         return frozenset(link.index for link in self.links if link.name in wanted)
 
     def own(self, version: int) -> Address | None:
-        """The address that the pod speaks with, of one family. IPv4 may have a link-local one alone (EKS with IPv6)."""
+        """Returns the pod's source address of one family. IPv4 may have a link-local one alone (EKS with IPv6)."""
         usable = [a for a in self.addresses if a.version == version and not a.is_loopback]
         fallback = usable[0] if usable and version == 4 else None
         return next((a for a in usable if not a.is_link_local), fallback)

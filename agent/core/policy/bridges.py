@@ -19,7 +19,7 @@ def several(addresses: Sequence[str]) -> bool:
 
 
 def bridged(want: Redirect, wiring: PodTopology) -> tuple[str, ...]:
-    """A warning where the pod forwards for a bridge that no annotation names: rules take its TCP for inbound."""
+    """Warns where the pod forwards for a bridge that no annotation names: rules take its TCP for inbound."""
     known = (*want.virtual_interfaces, *want.exclude.interfaces)
     found = [link.name for link in wiring.links if link.bridge and link.name not in known]
     if not wiring.forwards or not found or want.ingress_only:

@@ -78,7 +78,7 @@ DEFAULT = (
 
 
 def parse(value: Any) -> tuple[Selector, ...]:
-    """A list of {podSelector, namespaceSelector}, each with matchLabels and matchExpressions, as Istio's chart has it.
+    """Parses [{podSelector, namespaceSelector}], with matchLabels and matchExpressions, as Istio charts have it.
 
     Raises SettingsError with the path of what is wrong, as in "[1].podSelector: unknown key 'matchLabel'".
     """

@@ -117,7 +117,7 @@ def messages() -> Iterator[list[str]]:
 
 
 def verdict(collected: list[str]) -> str:
-    """The last lines that say why, as one line of at most 400 characters: of a verifier's log its last instruction."""
+    """Returns the last lines with the cause, in at most 400 characters: of a verifier's log its last instruction."""
     lines = [line.strip().removeprefix("libbpf: ") for message in collected for line in message.splitlines()]
     kept = list[str]()
     room = _LONGEST

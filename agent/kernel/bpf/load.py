@@ -99,7 +99,7 @@ def _pin(obj: int, programs: Callable[[str], Path], shared: set[int]) -> Iterato
 
 
 def _same(path: Path, new: syscall.ProgramInfo, shared: set[int]) -> bool:
-    """The same instructions may be pinned on maps without pins by now: then no other program sees those maps."""
+    """Compares maps too: the same instructions may be pinned on maps without pins, which no other program sees."""
     if (fd := syscall.find(path)) is None:
         return False
     try:

@@ -42,7 +42,7 @@ class Map:
         return cls(syscall.get(path), path.name)
 
     def lookup(self, key: bytes) -> bytes | None:
-        """The value; of a map of sockets the socket's cookie; of one per CPU all CPUs' values, each 8-aligned."""
+        """Returns the value; in a map of sockets a cookie, in one per CPU all CPUs' values, each 8-aligned."""
         value = create_string_buffer(self._room)
         result = libbpf.ask("bpf_map_lookup_elem", self.fd, self._key(key), value)
         if result == -errno.ENOENT:

@@ -207,7 +207,7 @@ def encode(protocol: int, source: Endpoint, destination: Endpoint, way: Cta = Ct
 
 
 def decode(body: bytes, way: Cta = Cta.TUPLE_ORIG, *, destination: bool = False) -> Endpoint | None:
-    """The original destination of the flow in a GET's answer, or the source or destination of its replies, if any."""
+    """Returns the original destination in a GET's answer, or the source or destination of its replies, if any."""
     ends = _ends(fields(body).get(way, b""))
     return ends[int(destination or way == Cta.TUPLE_ORIG)] if ends else None
 

@@ -47,7 +47,7 @@ class Notifications(NetlinkSocket):
         return time.monotonic() - mark.time < BELIEVED
 
     def take(self) -> tuple[list[Message], bool]:
-        """All that waits, and whether some was lost. Every earlier mark is outdated, also by what we did ourselves."""
+        """Returns all that waits, and whether some was lost. Outdates every earlier mark, also for our own changes."""
         taken: list[Message] = []
         lost = False
         self._taking = True

@@ -206,7 +206,7 @@ class SockDiag(NetlinkSocket):
 
 
 def cookies(descriptor: int) -> tuple[int, int] | None:
-    """(cookie, cookie of its network namespace) of a socket; None when the descriptor is no socket. Leaves it open."""
+    """Returns (cookie, netns cookie) of a socket; None when the descriptor is not a socket. Leaves it open."""
     try:
         held = socket(fileno=descriptor)
     except OSError:
