@@ -58,7 +58,7 @@ class _Tried:
         return self.findings[name]
 
     def features(self) -> tuple[Feature, ...]:
-        """Returns the features of the choices whose layers were probed, and of eBPF."""
+        """Returns the features of the choices with probed layers, and of eBPF."""
         names = [name for name, layers in LAYERS.items() if layers[-1] in self.support or name == "ebpf"]
         attempt = partial(preflight.attempt, bpf_dir=str(self.pins.root))
         return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6, attempt=attempt) for name in names))

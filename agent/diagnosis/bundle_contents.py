@@ -43,8 +43,8 @@ IN_POD: Mapping[str, Sequence[str]] = {
     "iptables-legacy": ("iptables-legacy-save",),
     "ip6tables-legacy": ("ip6tables-legacy-save",),
 }
-# Of the host nothing but what is ours, by the mechanism that made it: its other tables are somebody else's, and a
-# program of the other variant would make tables.
+# Of the host only Sluice's rules, by the mechanism that made them: its other tables are foreign, and a program of the
+# other variant would create tables.
 EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
     "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
     "iptables": tuple(
@@ -67,7 +67,7 @@ _LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables
 
 
 def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod: str = "") -> None:
-    """Fills the bundle. `pod`: only this pod. What is not available is noted in the bundle; raises nothing."""
+    """Fills the bundle. `pod`: only this pod. Missing parts are noted in the bundle; raises nothing."""
     bundle.value("doctor.json", diagnosis)
     bundle.text("doctor.txt", findings + "\n")
     bundle.value("settings.json", _settings(facts))

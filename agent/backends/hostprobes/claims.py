@@ -23,8 +23,8 @@ class Claims:
     def claim(self, uid: str, addresses: Iterable[str]) -> bool:
         """Records that the enrolled pod has these addresses. Returns True if anything changed.
 
-        Without any that can be used, nothing is known of them now, and the pod keeps what it had (istio 60471). To
-        say the same again makes a claim no newer. Text that is no address is left out.
+        Without any that can be used, nothing is known of them now, and the pod keeps what it had (istio 60471).
+        Repeating a claim does not change its age. Invalid addresses are ignored.
         """
         wanted = usable(addresses)
         had = self._of.get(uid)
