@@ -31,7 +31,7 @@ lab: setup  ## a lab to explore; remove it with: .venv/bin/sluice lab down (root
 lint: setup
 	@echo "lint: ruff, mypy, import contracts"
 	@$(PYTHON) -m ruff check agent tests deploy/dashboards
-	@$(PYTHON) -m ruff format --check -q agent || { echo "lint: run .venv/bin/ruff format agent" >&2; exit 1; }
+	@$(PYTHON) -m ruff format --check -q agent tests || { echo "lint: run .venv/bin/ruff format agent tests" >&2; exit 1; }
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports --no-cache | tail -n 4
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sluice: a node agent that takes the traffic of pods through one layer 4 proxy per node.
 
 Facts about pods flow in at the top, become one desired value per pod, are compared with what the kernel

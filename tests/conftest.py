@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every tier shares: who may run it, and the traffic table at the end of the run."""
 
 from __future__ import annotations

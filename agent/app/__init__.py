@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The composition root of `sluice agent`: root joins the parts, the other modules build some of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first step of a start: repairs the pods that an earlier agent captured, before the rest of the agent is loaded.
 
 It needs only the recorded backend and the notes, and imports only that backend. The loop makes the same pass over every

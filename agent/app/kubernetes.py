@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connects the agent with Kubernetes: watches, annotations, events, admission, names, the taint."""
 
 from __future__ import annotations

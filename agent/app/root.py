@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds all parts from the settings, connects them and runs them in one TaskGroup.
 
 Start: probe the backends, restore the predecessor's notes and settle them, then open the sockets. End (SIGTERM): close

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the agent's parts from the settings and connects them with one another."""
 
 from __future__ import annotations

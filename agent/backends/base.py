@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one interface of all mechanisms. Verifying is an empty plan; removal is applying nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the mechanisms that this node uses, and those to clean up. Pure.
 
 Looking must not decide what is seen later: candidates are tried one after the other and only until one passes, so

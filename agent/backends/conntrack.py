@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Raises the pod's conntrack timeouts, so that an entry lives as long as the TCP sockets of a silent connection.
 
 Rules redirect a connection by its conntrack entry. If the entry expires before TCP has ended, the next packet belongs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes rules in the exact form of istio-cni, which compares rule by rule and match by match. Pure.
 
 The effect of a rule stays the same: only the order of matches changes, or a match occurs twice

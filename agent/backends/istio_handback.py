@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured pods in the exact form in which istio-cni would have programmed them, so that it finds nothing to do.
 
 From our rules, which are right (settle comes before), one transaction per set of tables: what a packet meets is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A captured pod's traffic that bypasses ztunnel: neither TCP nor captured DNS, counted by the last rules
 of our mangle chains. Reading the counters changes nothing, and is no part of comparing.
 """

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Determines the owner of state under the names that all mesh agents share. Pure; values in, an answer out.
 
 Ours carry tags, marks or an owner. Policy rules and routes have no room for these: alone they prove nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feature by feature what this node's kernel can do for a backend, each tried for real in a namespace of its own.
 
 What a kernel's version or its list of modules says is no answer: distributions leave out modules, and others

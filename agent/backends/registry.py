@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All layers that there are, by name and in the order in which they are shown."""
 
 from __future__ import annotations

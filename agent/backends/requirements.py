@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each kernel feature that a choice of backend needs, on its own: how it is tried, and what to do without it. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the table and preference of a pod's policy rule, and separates our rules and routes from foreign ones. Pure.
 
 The existing ambient agents use table 100 and preference 32764 without looking. So do we where both are free. A table is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy rules and local routes of a pod. With packet marks (Redirect.marks), they deliver replies to those of
 ztunnel's sockets that speak with a client's address. With every mechanism they deliver what a socket that is bound to
 an interface sends to ztunnel.

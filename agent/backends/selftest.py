@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The functional self-test: the real layers in a throw-away namespace, and packets that are seen to be taken.
 
 A rule set that the kernel took may still do nothing: rules in a table that is never used, a module without its

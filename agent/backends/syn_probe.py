@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds out where a new connection of a pod goes, and that no connection comes of it.
 
 First a socket in the pod's namespace connects, for BPF programs on cgroups may change where to. With TCP Fast Open the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice agent`: runs the node agent."""
 
 from __future__ import annotations

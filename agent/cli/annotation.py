@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes the annotation ambient.istio.io/redirection from this node's pods at the end of an uninstallation."""
 
 from __future__ import annotations

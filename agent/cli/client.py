@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Asks the agent of this node for the commands."""
 
 from __future__ import annotations

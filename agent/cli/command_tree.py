@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands and options as values, derived from the parser: for completion, the manual page and docs/cli.md."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice help`, `version` and `completion`: information about the program itself."""
 
 from __future__ import annotations

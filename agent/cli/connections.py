@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice connections`: live connections of pods, the latest ended ones, and each one that ends while it follows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice doctor`: what is wrong with this node, why, and which command helps. Works with and without an agent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the settings that the agent of this node runs with from its process, or those that it would start with."""
 
 from __future__ import annotations

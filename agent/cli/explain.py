@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice explain POD`: why the pod is captured or not, and its actual state. The first lines give the result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice handback --all`: converts captured pods to istio-cni's rules and forgets them.
 
 Exit 0 all are handed back, 1 some are not, 2 it could not start.

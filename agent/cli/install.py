@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice install`: installs the plugin and the CNI configuration once, as the agent does continuously.
 
 Needs no agent. Exit 0 installed, 1 not installed (--check changes nothing), 2 it could not be done.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice lab up|down|exec|pods`: nodes and pods in network namespaces of this machine, for experiments."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Texts of the command line beyond its options: for --help, the manual page and docs/cli.md.
 
 Every example is one that the parser takes (a test holds it).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice migrate`: migrates this node from istio-cni to Sluice, and back. Run it again after an interruption.
 
 Exit 0 it can be done, or is done; 1 an obstacle or a step is left, with what to do; 2 it could not be tried.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints results: a table for people, JSON and YAML for programs."""
 
 from __future__ import annotations

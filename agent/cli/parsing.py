@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parses the command line: a mistake gives one line with the nearest valid word; `manual` extends the help."""
 
 from __future__ import annotations

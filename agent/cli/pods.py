@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice status`, `pods`: the agent's view of its node."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice preflight`: tries what this node can do, and shows which backend an agent would choose. Needs no agent."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice report`: writes a support bundle, one file without secrets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice rules render`: prints the rules of a variant, without an agent and without changing anything."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads settings from file, environment and flags; each value keeps its place for error messages."""
 
 from __future__ import annotations

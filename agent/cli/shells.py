@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Completion scripts of bash, zsh and fish, from the tree of commands. Pure.
 
 The agent's words about pods are only compared and offered as data, never evaluated.

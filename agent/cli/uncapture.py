@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice uncapture --all`: removes everything of Sluice from this node; needs no agent, API server or state.
 
 Exit 0 nothing of Sluice is left, 1 something is left, 2 it could not start.

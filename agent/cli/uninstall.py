@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice uninstall`: removes the plugin and the CNI configuration; `sluice uncapture` removes the rules in pods.
 
 Exit 0 no configuration names the plugin, 1 something could not be done, 2 it could not start.

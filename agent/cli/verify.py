@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice verify` and `diff`: desired against actual state. Exit 0 no drift, 1 drift, 2 unknown."""
 
 from __future__ import annotations

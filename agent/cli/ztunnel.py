@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice ztunnel`: the embedded layer 4 proxy."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Errors as types: the operation that failed, on what, and the kernel's or peer's own words."""
 
 from __future__ import annotations

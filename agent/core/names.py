@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every mark, port, chain, table and path that others see, each with its reason.
 
 The values of tables, chains, marks and ports are those of the existing ambient agents, so that Sluice can

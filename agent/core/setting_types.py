@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kinds of values that settings take: how each is read from files, the environment and flags. Pure.
 
 A value comes as YAML has it or as text. `parse` returns it as the setting holds it, or raises ValueError with what it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's settings: one frozen value, from file, environment and flags, parsed once.
 
 Each setting is declared once: its type, default, topic, kind of value and help. The command line, the documents and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and lists as people like to read them in a terminal. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """YAML files read as nodes, so that every refusal can name its line. Pure.
 
 Every function raises SettingsError as "file:line: key: what is wrong".

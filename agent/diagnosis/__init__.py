@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice doctor` and `sluice report`: facts of a node and checks on them; and the same as a support bundle."""

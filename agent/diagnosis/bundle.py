@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A support bundle: every text is redacted, and a manifest lists what is present and what is missing.
 
 The same contents give the same bytes: entries are sorted, and carry neither time nor owner.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contents of a support bundle: answers of the agent, state of the kernel, files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects the facts of one node, group by group; changes nothing permanently. A failed group leaves its reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts of one node as values: collected by agent.diagnosis.probes, judged by agent.diagnosis.checks. Pure."""
 
 from __future__ import annotations

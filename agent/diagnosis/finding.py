@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The result of a check: a verdict, what was found in the node's own words, the cause, and the remedy. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes secrets from texts and values, and addresses on request. Pure.
 
 The replacement of a secret shows nothing of it: neither its length nor a digest.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks, in the order of display: what stops everything comes first."""
 
 from __future__ import annotations

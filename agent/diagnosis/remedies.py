@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Commands for the agent and ztunnel, as this node runs them: pods of a cluster, or systemd units. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The admin API on the unix socket, and the few paths that are also served over TCP."""
 
 from __future__ import annotations

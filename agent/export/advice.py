@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Advises in one line what to do about a pod, from the findings of `sluice explain`. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collectors of the agent's condition, and of its connections to the node and the cluster."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections over the admin API: live ones, the latest ended ones, and future ones by long polling."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of the admin API that is served over TCP, to callers known to the API server, about pods they may list.
 
 It never changes anything. The unix socket serves everything, to root.

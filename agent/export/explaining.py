@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything known about one pod, for `sluice explain`: why it is captured or not, and its actual state."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Families of metrics as text, in Prometheus' format 0.0.4 or OpenMetrics 1.0, from label sets written beforehand.
 
 github.com/prometheus/docs, instrumenting/exposition_formats.md; github.com/prometheus/OpenMetrics. In the second a

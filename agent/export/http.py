@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small HTTP/1.1 server: h11 parses; one request per connection, limited in size and time."""
 
 from __future__ import annotations

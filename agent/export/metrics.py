@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's own metrics, and the log line of each applied plan: the reconciler's journal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of /metrics: the agent's registry, and the totals of connections, which may be megabytes."""
 
 from __future__ import annotations

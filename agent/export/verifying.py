@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of the node that `sluice verify --all` checks in addition to the pods, one row each.
 
 A row has the shape of a pod's: `result` is ok, drift (`differences` or `error` say what is wrong) or unknown (it could

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The account that an agent keeps: which pods are counted, their totals, and the last of their connections.
 
 Joins one collector to the API and the metrics. Records are decoded on request only, since most are never read.

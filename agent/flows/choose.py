@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the collector of this node: eBPF where it runs, else sock_diag."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of the collectors: by eBPF, or by sock_diag without it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Identifies the workload behind an address: pods of this node, and peers from a file or Kubernetes. Pure."""
 
 from __future__ import annotations

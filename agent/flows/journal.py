@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The connection log: one line of JSON per ended connection, written by a thread of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The totals of connections by label sets, bounded in number. Pure: the clock is an argument.
 
 A connection is counted once, when it is opened or has failed to. Nothing here grows with their number.

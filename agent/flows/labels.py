@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Label sets of the metrics of connections, written once and kept: a scrape only joins them. Pure."""
 
 from __future__ import annotations

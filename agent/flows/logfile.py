@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file of lines that is rotated by size: `name`, `name.1`, ...; the oldest is removed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads peers_file again whenever it changes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The last connections that ended, numbered, so that a follower learns how many it missed. Pure."""
 
 from __future__ import annotations

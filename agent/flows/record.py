@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One connection of an enrolled pod, from its own socket's point of view. Pure values, and their form as JSON.
 
 The numbers of the enums are those of bpf/account.h.

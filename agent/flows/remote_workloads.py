@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peers file: workloads behind addresses of other nodes, where there is no API server. Parsing is pure.
 
 workloads:

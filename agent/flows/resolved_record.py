@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A connection with the names of both its ends: one record, as it is logged, listed and followed. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the records that are kept when not all are. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the endpoint that the node chose for a service's address, in conntrack while it has the connection."""
 
 from __future__ import annotations

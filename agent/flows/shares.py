@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits how many entries one pod may have in the maps that all pods share, so that one pod cannot fill them.
 
 The programs count the entries that a pod adds. They do not see what the agent removes, so the entries of a pod that has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's binary in the runtime's directory: always the newest, always complete, removed when no pod needs it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """CNI configurations as a runtime reads them, and our entry in them: wrapped, inserted, removed. Pure.
 
 Facts: ConfFiles, ConfFromBytes, ConfListFromBytes and ConfListFromConf in libcni/conf.go of containernetworking/cni.

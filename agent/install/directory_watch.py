@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Waits for changes in directories, which may be removed, created again or be links."""
 
 from __future__ import annotations

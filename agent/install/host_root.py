@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths of the host, seen from a container: below the directory where the host's file system is mounted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps the plugin and its configuration in place while other programs rewrite the directory.
 
 Nothing is removed when the agent ends: the installation must outlive the agent and a reboot of the node.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """istio-cni's entry in CNI configurations, and which of them are its own. Pure.
 
 Forms (docs/design/istio-cni.md, 1.10): chained, an entry in the primary's own list; owned, a list of istio-cni's with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runtime's directory of configurations: read completely, changed in single atomic steps."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan for a runtime's directory of configurations, as a value: empty when the directory is right. Pure.
 
 Each action is one atomic change, and after each of them the first list in the directory works.

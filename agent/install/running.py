@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the node's container runtime and its command line in /proc."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the directories in which the container runtime reads CNI configurations and plugins, each with a reason."""
 
 from __future__ import annotations

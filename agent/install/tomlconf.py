@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CNI directories in configurations of container runtimes. Pure: the texts of the files come as arguments.
 
 Facts: containerd's docs/cri/config.md and containerd-config.toml(5); crio.conf(5) and crio.conf.d(5).

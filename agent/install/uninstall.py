@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes our plugin from a node's CNI in steps; the node works after each of them.
 
 First the configurations stop naming the plugin, then the other files go, and the binary last: a runtime that finds the

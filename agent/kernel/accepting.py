@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accepts connections. A failed accept is retried and logged once a minute; the number of connections is limited."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The client's end of the admin socket: asks the agent of a node. Loaded by commands, never by the daemon."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The only place that starts processes: an argument list, bounded time, no shell."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A file that may be replaced or edited at any time: read again when it has changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's grace period: the wait for packets that are in the hooks of netfilter while rules change.
 
 Rules of two mechanisms are on hooks of their own, which a packet passes one after the other. A processor may be taken

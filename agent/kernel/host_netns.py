@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's own network namespace as host mechanisms use it, and the sockets that stay open in it.
 
 It is the namespace that the agent itself runs in, and a type of its own: what programs a pod takes a PodNetns,

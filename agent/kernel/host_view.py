@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Netfilter in the host's own namespace, read passively: no table is made, no module loaded, no process started.
 
 Detection that made the table which it then detected chose differently after every start (istio 61020). So nf_tables

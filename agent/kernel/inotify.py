@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events in directories; inotify(7), linux/inotify.h."""
 
 from __future__ import annotations

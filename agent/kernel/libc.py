@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The C library of this process, for calls that Python does not have, and the error of the call that failed last."""
 
 from __future__ import annotations

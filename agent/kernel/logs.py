@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Log format of the daemons: nothing that a pod controls can look like a log record of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Network namespaces: enter, open something, leave at once; never the host's.
 
 `setns` moves one thread. A descriptor opened inside keeps that namespace for its life and can be used from

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pod's namespace as backends use it: the handle, and the sockets that stay open in it.
 
 They are opened in one entry and kept for the pod's life: entering costs as much as asking, closing an nf_tables

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads from /proc the processes of this node that are in a network namespace of their own.
 
 Read from the node's PID namespace (hostPID: true): there a cgroup's path is the kernel's word, for any cgroup

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Another process, held by a pidfd: a number comes to mean another process in time, the descriptor never does."""
 
 from __future__ import annotations

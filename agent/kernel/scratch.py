@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A network namespace for one call: for trying what the kernel can do without leaving anything behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A link in a scratch namespace, so that packets can leave and come: one end is the pod's, the other is read raw.
 
 A veth pair with both ends inside and without neighbour discovery: what goes out at one end is there at the other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads and writes numbers in /proc/sys of the current network namespace. Containers usually mount it read-only."""
 
 from __future__ import annotations

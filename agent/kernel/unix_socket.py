@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listening unix sockets that only root may use, and who is at the other end; one agent per directory."""
 
 from __future__ import annotations

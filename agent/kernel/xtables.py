@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Legacy xtables: a namespace's tables as the kernel lays them out, by socket options and without a process.
 
 linux/netfilter_ipv4/ip_tables.h and linux/netfilter_ipv6/ip6_tables.h, which number their options alike. Asking

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the load generator's records with those of the ztunnels. Pure.
 
 A connection that succeeded and that no ztunnel relayed outbound has escaped. The records are matched at the far end:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a CNI chain as a container runtime does: the lab's stand-in for containerd and its libcni.
 
 ADD calls the plugins in order, each with the result of the previous one; a failure is followed by DEL at once. DEL runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared by the parts of the demo: its claims, the windows in which faults are made, and their accounts."""
 
 from __future__ import annotations

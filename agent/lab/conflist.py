@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The input of CNI plugins from a container runtime, as pure values: configuration list, stdin, environment.
 
 Facts: CNI specification 1.1.0, sections 2 (environment) and 3 (deriving the execution configuration).

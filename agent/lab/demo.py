@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make demo`: the main job on one machine, with real traffic; each claim is checked when it is made.
 
 It shows the pods and the paths of their traffic; then, under continuous traffic, it makes the usual faults on purpose.

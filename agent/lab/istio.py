@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Istio's ztunnel on a lab's node in place of the embedded one: its environment and its local file. Pure.
 
 There is no istiod and, unless the environment has FAKE_CA (a build with the feature "testing") or CA_ADDRESS, no CA:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole lab: bring it up and down, find it from another process, and run commands in its pods."""
 
 from __future__ import annotations

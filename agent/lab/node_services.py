@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of a node: `sluice agent` and `sluice ztunnel`, in the node's network namespace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nodes as network namespaces on one segment: `up` creates them, `down` removes everything with the prefix.
 
     <prefix>-lan: br0 ── node1 ══ eth0 :<prefix>-node1 ── veth of each pod (made by the CNI plugin)

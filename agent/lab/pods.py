@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The life of a pod, as a container runtime manages it: namespace, CNI ADD, programs, and their removal."""
 
 from __future__ import annotations

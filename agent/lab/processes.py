@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's long-lived processes: a file per process, so that another process can end them later.
 
 A pid alone may be reused by another process; together with the start time it may not. Every wait for an end is on a

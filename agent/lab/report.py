@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of the demo: compares the agents' own account with the records of the lab."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ends and starts the agents and ztunnels of all nodes, as an upgrade or a crash does."""
 
 from __future__ import annotations

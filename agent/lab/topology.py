@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a lab: nodes, pods, addresses, names and paths, as plain values without effects."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continuous traffic from a pod, and the account of its connections."""
 
 from __future__ import annotations

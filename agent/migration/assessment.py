@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Assesses a node's facts: obstacles and notes for the operator, each with what to do. Pure."""
 
 from __future__ import annotations

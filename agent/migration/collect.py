@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects the facts of one node; it only reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings of istio-cni and their equivalents in Sluice, also printed in docs/migrating.md. Pure.
 
 istio-cni's names are those of its environment or, if a setting has none there, of its Helm values

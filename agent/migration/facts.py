@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's state of istio-cni and of Sluice, as values."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """istio-cni's entries in a directory of CNI configurations, and the configurations without them. Pure."""
 
 from __future__ import annotations

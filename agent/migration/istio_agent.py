@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects istio-cni's agent on this node. Separate from `collect`, which the daemon does not load."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The steps that take a node over from istio-cni and hand it back, each one atomic change to a file. Pure.
 
 Before, between and after the steps the list that a runtime uses has an entry of istio-cni or of Sluice: an enrolled pod

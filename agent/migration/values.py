@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """istio-cni's settings from YAML documents: Helm values, its ConfigMap or its DaemonSet. Pure.
 
 All get the names of `equivalents.TABLE`. Values that do not concern the node agent are skipped.

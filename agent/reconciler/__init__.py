@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Takes due pods: read, plan, apply, read again, publish to ztunnel, report. Knows only backends.base."""

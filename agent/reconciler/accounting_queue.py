@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs deferred accounting work on a thread of its own: no pod's capture or repair waits for it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the canary's probes of newly enrolled pods in tasks of their own, so that no pass waits for one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Capture of one pod: apply the chosen layers, wait for packets under way, then clear the retired layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Claims each pod's addresses in the exemption of the node's probes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converges one pod: every layer is read, planned, applied and read again until nothing is left to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel work for one pod, on a worker thread: its namespace is found, noted and brought to the desired state."""
 
 from __future__ import annotations

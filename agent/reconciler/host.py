@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's own loop: maintains the exemption of the node's probes when other programs flush or reload rules.
 
 Level-triggered as the pods' loop is: claims, notifications and the timer only make a pass due. Rules are never removed

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converges the host, as converge.settle does a pod: every layer is read, planned, applied and read again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interfaces that the reconciler uses; the composition root passes the real parts, tests pass fakes."""
 
 from __future__ import annotations

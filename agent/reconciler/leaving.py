@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The end of capture in a running pod: no new connections, then ztunnel's connections end, then the rules go."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reconcile loop: level-triggered, one pass per pod at a time; the failure of one pod never stops another.
 
 A pass compares the pod with what `decide` wants and applies the difference. Events only mark pods as due, so a lost or

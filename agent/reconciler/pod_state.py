@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state that the loop keeps of one pod between passes."""
 
 from __future__ import annotations

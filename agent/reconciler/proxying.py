@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Publishes pods to ztunnel and verifies that its listeners are there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes all of Sluice without knowing which backend programmed it: every layer is read.
 
 The path is that of any removal (converge, host_converge); a failure is reported and stops nothing else.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes the node's state of pods that ended unnoticed, found by the cookies of their namespaces."""
 
 from __future__ import annotations

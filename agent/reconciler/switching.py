@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A switch between capture by translation (NAT) and by socket (eBPF) that breaks no connection.
 
 The new way works in a pod before the old one is removed. Connections that exist at that time are listed, right before

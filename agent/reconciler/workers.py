@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Worker threads that take waiting work in batches.
 
 Dispatching each pod's kernel work separately costs more than the work: two threads then take turns at the interpreter

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sources of facts about pods: CNI calls, Kubernetes, the static file, and running pods."""

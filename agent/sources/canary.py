@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe canary: connects from the node to a pod that was just enrolled, as the kubelet will.
 
 It shows that the node reaches the pod and bypasses ztunnel, before a failing kubelet probe restarts the pod.

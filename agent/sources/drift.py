@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detects drift by the kernel's notifications of nf_tables and rtnetlink in every captured pod's namespace.
 
 A notification wakes the pod's reconciliation and names the process that made the change. The agent's own changes are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Totals of pods' traffic that is neither TCP nor captured DNS, kept across changes of the rules that count it.
 
 A replaced rule counts from zero again: totals are sums of differences, read in passes over a pod, at most once in

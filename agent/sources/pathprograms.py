@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names BPF programs and tc filters of others in a pod's packet path: any of them may make traffic bypass ztunnel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tracks the connections of a pod that are older than a change, read from the kernel while there are any.
 
 One sock_diag socket per pod, and only from `begin` until the last such connection has ended.

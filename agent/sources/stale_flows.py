@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries in a pod's conntrack whose TCP connection has ended unseen, and their removal.
 
 Without rules that need it the kernel does not call conntrack in a namespace (nf_ct_netns_put). Entries stay, and do not

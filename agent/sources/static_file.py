@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feeds the static file into the pod table, again whenever it changes."""
 
 from __future__ import annotations

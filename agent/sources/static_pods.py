@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The static file: pods that no CNI call announces, and marks for pods that one does. Parsing is pure.
 
 pods:

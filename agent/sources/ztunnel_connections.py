@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the connections that ztunnel proxies for a pod, as sockets of the pod's namespace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that ztunnel listens in a pod, that no process of the pod uses its ports, and that connections reach it.
 
 ztunnel may have lost a pod that it acknowledged (P03), and other programs' rules may take a connection first.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZDS messages as protobuf bytes (package istio.workload.zds), coded here because the protobuf library costs 10 MB.
 
 Proto3 as specified: defaults are not written, the last value of a field wins, repeated embedded messages merge

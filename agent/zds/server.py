@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's end of ZDS: ztunnel connects and gets every pod, then each change, one message at a time.
 
 There are no request ids, so a late acknowledgement would count as that of the next message. Therefore a connection that

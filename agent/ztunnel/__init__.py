@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded ztunnel: a separate process that carries the captured connections of this node's pods.
 
 app starts and ends it; client speaks ZDS with the agent; workloads holds the pods and workload one pod's listeners;

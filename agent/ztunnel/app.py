@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ztunnel process: its parts joined, and its end.
 
 On SIGTERM another instance normally runs already and gets all new connections (see listeners). This one accepts for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ztunnel's side of ZDS: connects, sends hello, does what the agent asks, and reconnects.
 
 Running pods continue whether the agent runs or not. A message that is not ZDS gets an error as its answer, and the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One proxied TCP connection: its destination is found, connected, relayed and recorded.
 
 `client` is the accepted socket, `server` the one that ztunnel opens. Outbound, the server is anywhere; inbound, it is

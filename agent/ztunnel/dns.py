@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured UDP to port 53: forwards each datagram to the resolver that the pod asked, and all answers back, unchanged.
 
 A flow is the traffic of one client port to one resolver. It has one upstream socket for its whole life, as in a pod

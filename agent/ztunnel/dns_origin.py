@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the resolver of a query in pods that are redirected by eBPF, from the agent's map `resolvers`.
 
 The agent pins the map under its bpf_dir; without it, or without libbpf, the resolver is unknown.

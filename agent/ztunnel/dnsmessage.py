@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a DNS message that a relay needs (RFC 1035, 4.1). Pure."""
 
 from __future__ import annotations

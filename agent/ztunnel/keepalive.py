@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keepalive for an application: it speaks with ztunnel, so only ztunnel can detect that the far end is gone.
 
 All sockets of ztunnel probe with the default of the pod's kernel (tcp_keepalive_time). If an application's socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The listeners of ztunnel inside a pod, and how two ztunnels share them during a restart.
 
 The old and the new instance listen on the same ports by SO_REUSEPORT. Closing a listener resets the connections in its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The original destination of a captured connection, and addresses as text."""
 
 from __future__ import annotations

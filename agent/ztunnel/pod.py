@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The context that all connections of one pod share."""
 
 from __future__ import annotations

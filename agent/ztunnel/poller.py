@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readiness and deadlines for thousands of sockets, at one system call per socket.
 
 asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every change of interest. Here a socket is

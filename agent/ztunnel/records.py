@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes one JSON line per connection and per DNS query, in batches, without delaying traffic.
 
 Lines are held for at most FLUSH_SECONDS. A pipe with a slow reader is written only as far as it has room, in pieces

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One direction of a connection: moves bytes from one socket to another without loss.
 
 Short exchanges are copied once through a buffer. A read that fills the buffer is a stream, and from then on bytes move

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets made inside a pod's namespace, marked as ztunnel's, ready to connect.
 
 Entering a namespace costs more than creating a socket, so each entry creates a few. A pod that opens no connections

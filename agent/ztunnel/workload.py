@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pod of ztunnel: its namespace, its listeners and their connections."""
 
 from __future__ import annotations

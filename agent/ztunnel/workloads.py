@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pods of this ztunnel, kept in step with the agent's messages: the duties of a ZDS receiver.
 
 If a pod cannot be started, the request is refused (the agent marks the pod pending) and retried every RETRY_SECONDS:

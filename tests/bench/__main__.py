@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make bench`: prints medians in three tables, with the aims that were met or missed."""
 
 from __future__ import annotations

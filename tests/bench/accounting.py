@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the accounting of connections costs, as a ratio in one run: the same pod with and without it, turn by turn.
 
 Client and listener are those of the benchmark of the data path, whose listener stands for ztunnel's end: `connect`

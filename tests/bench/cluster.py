@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole agent in a large cluster: `python -m tests.bench.cluster` (root). 20,000 pods at a simulated API server.
 
 Start to ready, memory, CPU while nothing happens, and from a label's change to the pod's capture.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """100 pods at once through a real containerd: the runtime alone and with Sluice, in turns; and 100 ADDs of ours alone.
 
 On two cores the runtime itself (a shim and runc twice for each pod) takes seconds for so many; what we add is the

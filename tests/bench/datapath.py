@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a captured connection costs, as a ratio to one that is not: set-up, latency, throughput, CPU.
 
 Client and listener are the same two C programs for each mechanism, and both are in the pod: the listener stands for

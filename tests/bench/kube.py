@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What following Kubernetes costs a node: `python -m tests.bench.kube`. No root; some 40 s, most of them idle.
 
 An API server process with 20,000 pods, 250 of them on the node; the agent's followers in a process of their own.

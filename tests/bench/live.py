@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a reading costs while very many connections live: `python -m tests.bench.live 100000` (root).
 
 They are held by processes of their own, PER each, since one may not open that many files.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Samples, their summary, and the one table in which all of them are printed."""
 
 from __future__ import annotations

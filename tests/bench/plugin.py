@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin alone, against an agent that answers at once; and a whole ADD with agent and ztunnel."""
 
 from __future__ import annotations

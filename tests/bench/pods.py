@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Namespaces by the thousand for the benchmarks of rules: held by a descriptor, gone with this process."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real agent with many pods: repair after a foreign change, what its sweeps cost, and many ADDs at once."""
 
 from __future__ import annotations

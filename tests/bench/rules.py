@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Milliseconds of one process for one pod's rules, over each mechanism and from one pod to a thousand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What /metrics costs with a full tally, and that the tally does not grow: `python -m tests.bench.scrape` (no root).
 
 The page is asked over a socket, as Prometheus does it, while the loop also ticks every millisecond: how late the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether a socket whose peer is reached through sk_msg still behaves as a TCP socket: why there is no shortcut.
 
 `python -m tests.bench.shortcut` (root) does the same to a loopback connection without and with a program that moves its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`make soak`: thousands of enrolments and their ends; open descriptors and memory before, between and after."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent with many pods: from start to ready, and its memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nft as other Debian releases ship it, with the C library of that release: downloaded by apt, never installed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P33: what we write is read, listed, loaded again and deleted by the nft of every release, without a crash."""
 
 from __future__ import annotations

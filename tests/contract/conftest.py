@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The real `sluice-cni` and an agent that is not: what the wire carries is what these tests are about."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a container runtime sees of `sluice-cni`, and what the agent sees of it."""
 
 from __future__ import annotations

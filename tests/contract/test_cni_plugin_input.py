@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sluice-cni` makes of a configuration or an environment that it cannot use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import contracts of pyproject.toml name every package and every pure module of the tree."""
 
 from __future__ import annotations

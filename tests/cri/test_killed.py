@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent killed at every step of an ADD: the runtime tries again, a later try succeeds, and nothing is left.
 
 No switch in the product: it is stopped and killed by what can be seen of it from outside.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods of a real containerd: captured with real traffic from its annotation on, and gone without a trace."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Power failure and boot, in every order of primary CNI, pods and agent: no enrolled pod ever runs uncaptured."""
 
 from __future__ import annotations

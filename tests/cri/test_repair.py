@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods that a runtime started with no Sluice in its chain: the agent finds and captures them, without a restart."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods replaced one after another under traffic: no connection fails, since rules stay while a container runs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uninstalling, interrupted after every step, leaves a node on which a real runtime makes and removes pods."""
 
 from __future__ import annotations

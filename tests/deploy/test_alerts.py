@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every alert fires when it should, and only then; and has a section in docs/runbooks.md that can be followed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every value of the chart reaches the process or the object that it is for; what is misspelt is refused."""
 
 from __future__ import annotations

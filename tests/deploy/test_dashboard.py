@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dashboard is what build.py makes, can be laid out and asked, and no metric is forgotten."""
 
 from __future__ import annotations

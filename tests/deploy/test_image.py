@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built image in containers as the chart describes them: its capabilities, mounts and read-only root, run by runc.
 
 `deploy/image/build` makes the image; without it these are skipped, or fail with SLUICE_IMAGE=required. The node is a

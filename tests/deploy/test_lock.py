@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the image has of the lock: what the agent runs with, hashed, and nothing else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the chart renders is valid by Kubernetes' own schemas; the plain manifests are what it renders."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/metrics.md has every metric of the code, with its type, labels and meaning; SLUICE_GOLDEN=write puts them in."""
 
 from __future__ import annotations

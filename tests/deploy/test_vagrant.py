@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Vagrantfile is valid in both flavours for both providers, and hands the scripts what they ask for.
 
 Vagrant is Debian's with libvirt's provider, fetched and unpacked by `vagrant/vm/vagrant --fetch`; where it cannot be,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands of the documents, run as they are written, where they say that they are run."""
 
 from __future__ import annotations

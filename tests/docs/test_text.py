@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the documents say is there: commands and their options, targets, files, sections."""
 
 from __future__ import annotations

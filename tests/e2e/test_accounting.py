@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The account as an operator sees it: status, connections, log and metrics of a real agent, over its restarts."""
 
 from __future__ import annotations

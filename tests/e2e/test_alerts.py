@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Everything goes wrong on a node, on purpose; a real Prometheus with the shipped rules tells it, and its end.
 
 The rules are the shipped ones with durations a hundred times shorter (support.prometheus.hastened), else to the letter.

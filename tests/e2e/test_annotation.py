@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row 0: istiod reaches a pod as its annotation says, so a pod that stays captured shows `enabled` and nothing else."""
 
 from __future__ import annotations

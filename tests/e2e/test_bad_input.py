@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What runtimes, operators and chance may hand to a live agent: a clear error, and nobody else is concerned."""
 
 from __future__ import annotations

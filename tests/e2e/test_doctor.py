@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An on-call person's way from "it does not work" to the cause, with `sluice doctor` and `explain` alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent with backend ebpf, ztunnel and plugin together: switched, ended, killed, and without what it needs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod that runs is enrolled and set free under load: no connection fails, in either direction."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice explain` as on-call reads it: the first three lines name the cause, whatever it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice explain` in a cluster: what it advises is what enrols the pod, and what the cluster knows is told."""
 
 from __future__ import annotations

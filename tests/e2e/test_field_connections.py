@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Field problems of connections and of the agent's life, with the real agent; each test is named after its row."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Field problems of namespaces and the CNI path, with the real agent; each test is named after its row."""
 
 from __future__ import annotations

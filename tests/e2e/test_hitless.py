@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever happens to the agents, no connection of an enrolled pod escapes or fails."""
 
 from __future__ import annotations

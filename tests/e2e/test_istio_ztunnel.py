@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Istio's own ztunnel on a node without Kubernetes (docs/ztunnel-without-kubernetes.md).
 
 Runs where SLUICE_REAL_ZTUNNEL names a binary.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole agent with an API server in its node: labels and annotations decide, live, and nothing starts unseen."""
 
 from __future__ import annotations

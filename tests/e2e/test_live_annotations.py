@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P60a: what a pod's annotations leave out is left out at once, with the real agent and real connections."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of /metrics and the shipped alerts in the hands of a real Prometheus; a leak is made, and it tells."""
 
 from __future__ import annotations

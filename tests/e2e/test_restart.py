@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's end and return: rules stay, pods are found again, what ended meanwhile is forgotten."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the agent shows and leaves in the file system, and what the plugin does while it is away."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A ztunnel that misbehaves in the middle of an ADD: the ADD fails in bounded time, the pod fails closed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sanitized build of `sluice-cni`, a process per example, fed with what runtimes and agents should not say."""
 
 from __future__ import annotations

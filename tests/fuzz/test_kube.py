@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever an API server sends, it is understood, left out or refused by an error of ours; nothing else happens."""
 
 from __future__ import annotations

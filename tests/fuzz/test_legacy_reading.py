@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever bytes stand for a table of legacy xtables, reading them ends in tags or in a KernelError."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever bytes arrive, netlink parsing ends without an error and yields nothing that was not there."""
 
 from __future__ import annotations

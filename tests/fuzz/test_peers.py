@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a peers file holds, it is understood or refused with its name; nothing else happens."""
 
 from __future__ import annotations

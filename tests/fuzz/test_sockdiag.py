@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever sock_diag answers, decoding ends without an error, and what was written is read back."""
 
 from __future__ import annotations

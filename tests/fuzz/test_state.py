@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever a state file holds, loading yields the other notes and never raises."""
 
 from __future__ import annotations

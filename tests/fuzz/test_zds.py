@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever arrives, a ZDS decoder gives a message or ProtocolError; what was encoded decodes to itself."""
 
 from __future__ import annotations

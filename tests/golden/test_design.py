@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares the table of docs/design/rules.md, written independently of the renderer, with the rendered rules."""
 
 from __future__ import annotations

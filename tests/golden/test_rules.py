@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules of every variant as text. SLUICE_GOLDEN=write writes them anew; read the difference then."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is generated from the code is as the code is. SLUICE_GOLDEN=write writes it anew; read the difference then."""
 
 from __future__ import annotations

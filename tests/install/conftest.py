@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node whose files are real, and everybody's to rewrite."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reboots in every order, and every end that an agent can come to: what is installed stays, and stays first."""
 
 from __future__ import annotations

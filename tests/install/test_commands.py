@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice install` and `sluice uninstall` on a node's files."""
 
 from __future__ import annotations

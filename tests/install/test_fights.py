@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Another program that wants the same files otherwise: ever more slowly, told once, and never for ever."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P20: the directories of each platform, from what its own runtime says. In hosts: root, proc, what is expected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whoever rewrites the directory, and however: what the runtime reads first has our entry and the primary's newest."""
 
 from __future__ import annotations

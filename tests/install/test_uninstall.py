@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Uninstalling, stopped after every step: pods are added and deleted by the real plugins in real namespaces."""
 
 from __future__ import annotations

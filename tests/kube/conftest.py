@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An API server in a thread for each test; its CA and certificate are made once."""
 
 from __future__ import annotations

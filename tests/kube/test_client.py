@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections are few and kept, requests are not sent twice, and errors say what failed."""
 
 from __future__ import annotations

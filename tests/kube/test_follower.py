@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever the API server does in between, what a follower has told in the end is what the server holds."""
 
 from __future__ import annotations

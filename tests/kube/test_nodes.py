@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P05: the startup taint goes and comes back, and no other taint is ever touched."""
 
 from __future__ import annotations

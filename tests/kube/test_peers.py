@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of a whole cluster, by Tables with metadata alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random changes and faults over real connections: in the end the state told is the server's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who may ask is the API server's to say, and without its answer nobody may."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice uncapture --annotations` against an API server: no pod of the node that is not captured says that it is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bpf/account.h says in C what agent/flows says in Python: compared by BTF, and by what the programs' maps are like."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every byte is accounted for: what records and totals say equals what the applications counted themselves.
 
 A worker on either side of each connection, and between the two a line beside it, by which one tells the other what it

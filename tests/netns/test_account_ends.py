@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a connection ended, and who ended it, as the application's own socket has seen it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What becomes of every connection is told: captured, or exempt, and why."""
 
 from __future__ import annotations

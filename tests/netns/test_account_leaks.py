@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leaks, made on purpose, are told; what failed or was hardly begun is not taken for one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cannot be told is counted, the rest is told: full maps, programs taken away, agents that come and go."""
 
 from __future__ import annotations

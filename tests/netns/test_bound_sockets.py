@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets that are bound to an interface are captured by rules as any other: the embedded ztunnel, real packets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wrapper of libbpf on the real kernel: loading, pins, links to cgroups, namespaces and interfaces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF maps, and the filesystems that eBPF needs, on the real kernel."""
 
 from __future__ import annotations

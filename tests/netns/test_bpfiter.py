@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Iterators on the real kernel: over maps and over what is stored with sockets, in more than one piece, and pinned."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe canary between a node and a pod, with the rules of both written by hand."""
 
 from __future__ import annotations

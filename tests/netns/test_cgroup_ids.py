@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cgroups by their id, which is all that map ztunnels keeps where process ids are those of another namespace."""
 
 from __future__ import annotations

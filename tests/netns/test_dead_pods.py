@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which cookies belong to nobody any more: of no pod that is known, and of no namespace that lives."""
 
 from __future__ import annotations

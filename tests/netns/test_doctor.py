@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sluice doctor` sees is really there: rules, listeners, programs and ports that the test makes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A real containerd whose directory is removed and made again: it is blind, and `sluice doctor` sees that (P26)."""
 
 from __future__ import annotations

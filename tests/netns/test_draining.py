@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Captured by NAT, with real packets: what connections need that were captured once nothing new is to be."""
 
 from __future__ import annotations

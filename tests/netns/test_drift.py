@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Drift as the kernel tells it: real changes by others wake the pod, are named, seen and repaired; noise does not."""
 
 from __future__ import annotations

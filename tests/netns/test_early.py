@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an earlier agent noted is put right at the first moment of a start, by notes and record alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The object files pass the verifier, and bpf/abi.h says in C what the agent says in Python: compared by BTF."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pod could try against the eBPF backend gains nothing, and every way out of the programs is counted."""
 
 from __future__ import annotations

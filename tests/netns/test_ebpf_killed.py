@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An agent that is killed at any point leaves a node that the next one puts right; meanwhile nothing escapes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What applications and ztunnel see at their sockets in a pod that eBPF programs redirect: real sockets, both ends."""
 
 from __future__ import annotations

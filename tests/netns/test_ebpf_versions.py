@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps of another version: the new agent makes its own beside them, and the old ones go when every pod has moved."""
 
 from __future__ import annotations

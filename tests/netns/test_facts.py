@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a namespace is like, as it changes: addresses, lo, and IPv6, of which nothing is asked where there is none."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accounting without eBPF on real packets: what it tells equals what the applications counted themselves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pod's conntrack remembers a captured connection that one side has ended as long as the other may answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handing pods back to istio-cni: its exact rules, nothing of ours, and no connection beside ztunnel meanwhile."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whatever replaces a rule set, no connection of the pod escapes or fails, and transfers keep all their bytes."""
 
 from __future__ import annotations

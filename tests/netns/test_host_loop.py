@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's loop in a namespace that plays the host: what somebody flushes or reloads is back at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's probes reach an enrolled pod with the probe address, and nothing that is merely forwarded does.
 
 With real connections: a namespace plays the host, routes between pods and an outside client,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab itself, without agents: real namespaces, real CNI plugins, real packets between two nodes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The legacy variant of iptables in real namespaces: read by socket options, checked by iptables-legacy-save."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The legacy tables as python-iptables reads them: the wanted rules, in order, and the tags that we read."""
 
 from __future__ import annotations

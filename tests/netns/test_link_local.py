@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An IPv6 address of the link is reached from an enrolled pod as from a plain one: ztunnel is not told which link."""
 
 from __future__ import annotations

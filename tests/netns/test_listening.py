@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P03: ztunnel's listeners are seen in the pod, whichever way they are bound, and those of others are not."""
 
 from __future__ import annotations

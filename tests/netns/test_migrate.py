@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice migrate` on a node with istio-cni's files and rules in pods: there, every step of the way, and back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A new connection of the pod is said to go astray exactly when something of others leads it away from ztunnel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections from before a pod's enrolment: found, survive the rules, and are gone from the list when they end.
 
 The rules here are a short form of docs/design/rules.md: redirection, and before it the rule that lets packets pass

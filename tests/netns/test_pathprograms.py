@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs of others in a pod's packet path are named by where they are attached; ours are not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod's sockets by state and its ephemeral ports, against what was opened."""
 
 from __future__ import annotations

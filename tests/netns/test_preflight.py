@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing without traces, naming what is missing, and a self-test that fails when packets are not captured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ztunnel carries is found in the pod's namespace and reset at both ends."""
 
 from __future__ import annotations

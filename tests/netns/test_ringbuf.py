@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ring buffers on the real kernel: order, padding, wrapping around, a full ring, and what is still being written."""
 
 from __future__ import annotations

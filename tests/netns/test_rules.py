@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules in a real namespace, over both backends: applied, read back, damaged, repaired, switched, removed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which namespace is a pod's when nobody announced it: real processes, cgroups, mounts and addresses, and decoys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Foreign rules before ours: what is told of them is what they do to real packets."""
 
 from __future__ import annotations

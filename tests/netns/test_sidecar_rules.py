@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sidecar's chain bears the name of one of ours: it is neither emptied nor removed, and where it is needed the pod is
 refused."""
 

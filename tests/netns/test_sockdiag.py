@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What sock_diag tells of a namespace, against `ss`; every kind of socket, exact lookups, many sockets."""
 
 from __future__ import annotations

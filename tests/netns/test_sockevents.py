@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notifications of the end of sockets: what they count, against what the sockets did; and what gets lost is told."""
 
 from __future__ import annotations

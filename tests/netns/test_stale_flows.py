@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A connection that ended while the pod had no rules leaves nothing in conntrack that a new connection would join.
 
 Without rules the kernel does not call conntrack in the namespace, and the entry does not see the end.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of the pod has ztunnel's ports: it gets nothing of what rules would redirect, and nothing escapes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DNS in a captured pod: source ports that the application and ztunnel share, and pods that are DNS servers."""
 
 from __future__ import annotations

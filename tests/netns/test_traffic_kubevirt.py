@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods that are virtual machines (KubeVirt): what reaches the machine, and where its own traffic goes."""
 
 from __future__ import annotations

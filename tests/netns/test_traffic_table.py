@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One traffic table, run with real packets over every mechanism: who gets each connection and each datagram.
 
 A pod between a node, a second network and a virtual machine (support.traffic.world). On the proxy's ports, and at

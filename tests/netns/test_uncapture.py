@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice uncapture --all`: no agent, no API server, no state; whatever is there of ours goes, and nothing else.
 
 Every call is restricted to namespaces that the test made (--netns); the search of the whole node is only looked at.

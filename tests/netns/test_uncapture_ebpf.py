@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What backend ebpf leaves in the kernel, taken away or handed over by commands that need no agent; and preflight."""
 
 from __future__ import annotations

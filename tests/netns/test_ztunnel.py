@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded ztunnel against real packets: a pod with its rules, a peer, and an agent that speaks ZDS."""
 
 from __future__ import annotations

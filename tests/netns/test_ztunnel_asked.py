@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DNS that reaches ztunnel without conntrack: the agent's map tells which resolver was asked."""
 
 from __future__ import annotations

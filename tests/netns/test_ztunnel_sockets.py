@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ztunnel's listeners in a pod are told from the pod's own, and fetched from ztunnel itself; its cgroup."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules as istio-cni leaves them in a pod that runs and has traffic: adopted in one step that no connection notices."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The archive of tools/dist: the same bytes each time, all that a node needs, and a program that knows its version."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guided script to its end, over three containerd nodes in namespaces; its page in docs is of the guide of now."""
 
 from __future__ import annotations

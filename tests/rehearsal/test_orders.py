@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A reboot imitated: runtime, primary CNI, pods, ztunnel and agent begin in several orders; `sluice verify --all` says
 at each step what is: 2 while no agent runs, 1 without a ztunnel, 0 as soon as both are there. tests/cri/test_reboot.py
 shows that no pod runs uncaptured in any order."""

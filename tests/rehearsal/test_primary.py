@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The primary CNI's configuration is rewritten in each way known from docs/field-problems.md.
 
 First the agent can only look: `sluice verify --all` must say what is wrong. Then it may repair, and all must be right.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice verify --all` is wrong exactly when something is wrong: 0, then 1 for each fault made by hand, then 0 again.
 
 Faults that the agent repairs at once would prove nothing here: each of these stays until it is put right.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backend ebpf: a program of the node that somebody detached is told of each captured pod, and by nothing else."""
 
 from __future__ import annotations

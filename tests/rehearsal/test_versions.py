@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The version before this one, this one, and back, under traffic: no connection fails or escapes, and nothing counts as
 a repair, for rules and notes of each are read by the other. Each version has its own rules in the end."""
 

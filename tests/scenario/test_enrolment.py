@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Enrolment: older connections, the node's probes, the canary's verdict, and somebody who fights back."""
 
 from __future__ import annotations

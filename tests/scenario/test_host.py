@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's loop against mechanisms that fail: retried, told of, and nobody kept waiting."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Races of forgetting and waiting in the reconciler's loop, beside the step scripts of test_reconciler."""
 
 from __future__ import annotations

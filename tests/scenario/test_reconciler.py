@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop as step scripts over a kernel that keeps state and refuses plans made from another one."""
 
 from __future__ import annotations

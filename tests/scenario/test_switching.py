@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes between capture by translation and by socket; and what the node holds of pods that are gone."""
 
 from __future__ import annotations

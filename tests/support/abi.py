@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a header of bpf/ defines, as the compiler laid it out, read from BTF; and every small change of that header."""
 
 from __future__ import annotations

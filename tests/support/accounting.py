@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A captured pod whose connections are accounted for by eBPF, and applications that count for themselves.
 
 This process is ztunnel. Applications are forked children: what this process opened would count as ztunnel's own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small Kubernetes API server that speaks the real protocol and goes wrong when told to.
 
 In a thread: ApiServer(directory).start(); as a process of its own: ApiProcess(directory, pods=20000, on_node=250).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes wrong, how often and where: given to the API server of the tests beforehand."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of the tests' API server: a CA and a certificate by openssl, credentials as the kubelet lays them out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A follower under test beside an API server: what it was told, and whether that is what the server holds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API server of the tests as a conversation: HTTP/1.1 by h11, lists, watches, patches and reviews."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API server in a node's network namespace, for an agent that lives there."""
 
 from __future__ import annotations

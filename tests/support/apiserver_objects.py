@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Objects as a real API server holds them, with the bulk that nobody here looks at."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the API server of the tests holds: objects, their versions, and a history that can be compacted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How objects are shown: as they are, as PartialObjectMetadata, as rows of a Table; and what a refusal looks like."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Applications for tests: processes of their own in a pod, which count for themselves what they do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bpffs of the test's own with the small objects of support/bpf in it, laid out as the agent lays out its own."""
 
 from __future__ import annotations

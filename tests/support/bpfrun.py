@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a program of type syscall once, as BPF_PROG_TEST_RUN does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bpftool as an independent reader of programs, maps, links and BTF."""
 
 from __future__ import annotations

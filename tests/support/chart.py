@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chart: rendered by the real Helm, its settings read as the agent reads them, its objects checked by schemas.
 
 Helm and the schemas of Kubernetes' API are fetched by deploy/manifests/fetch; a helm on the PATH is taken where that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The built image, and containers of it run by runc as a kubelet with containerd would have them run.
 
 The pod's spec is the rendered chart's; "the host" is a directory and namespaces of the test's. What containerd's CRI

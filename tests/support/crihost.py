@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A machine of its own for a container runtime: network and mount namespace, /run, /etc, /opt and /var/lib.
 
 Inside, every path is the one of a real node, and what is written there lies below /run/<prefix>: `disk` outlives a

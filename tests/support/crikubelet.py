@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kubelet does about its node's pods, as a runtime sees it: makes them, again and again until they run."""
 
 from __future__ import annotations

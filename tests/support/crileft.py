@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pods leave on a node that nobody cleans: each function names what it finds."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node with a real containerd, and with agent and ztunnel beside it; pods as the kubelet makes them.
 
 The node's own root has the paths of a real node (see crihost), so agent, plugin and ztunnel run with their defaults.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods as the kubelet tells a runtime of them, and what the runtime made of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The shipped dashboard and the list of metrics, as tests ask for them."""
 
 from __future__ import annotations

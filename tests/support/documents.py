@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents: their blocks of commands, with where each is said to be run, and the commands within their text.
 
 A block of shell commands has a line `<!-- run: WHERE -->` before it, or is in a document that has one place for all:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's part of the eBPF backend for tests: a bpffs of its own, and this process as its ztunnel."""
 
 from __future__ import annotations

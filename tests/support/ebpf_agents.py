@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Agents one after the other on one node with eBPF: each with handles of its own, some killed in the middle of it."""
 
 from __future__ import annotations

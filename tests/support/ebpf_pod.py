@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod that the eBPF backend captures, its peer, and this process as its ztunnel with real listeners."""
 
 from __future__ import annotations

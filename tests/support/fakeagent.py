@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An agent's admin socket that answers as it is told, for tests of the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What became of one connection of an accounted pod, outward or inward; and that there was no other."""
 
 from __future__ import annotations

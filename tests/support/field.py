@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests named after field problems need beside a node: the static file, metrics, long streams, other ADDs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that hold sockets for a test: ztunnels, or what a pod itself runs."""
 
 from __future__ import annotations

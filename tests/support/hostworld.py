@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node in small: a namespace that plays the host, two pods and an outside client that it routes between."""
 
 from __future__ import annotations

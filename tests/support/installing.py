@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node's directories as real files, a runtime that reads them as libcni does, and what rewrites them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """istio-cni's rules for the same pod, written by hand from docs/design/istio-cni.md (2.3, 2.4 and 2.6), not rendered.
 
 Knows the variants that istio-cni has: DNS capture, bypass of inbound capture, virtual interfaces; always IPv4 and IPv6.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How istio-cni's agent installs its entry into a directory of CNI configurations, as a model over files by name.
 
 Modelled on checkValidCNIConfig, createCNIConfigFile and Cleanup (docs/design/istio-cni.md, 1.10): the first list that

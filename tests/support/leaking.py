@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A leak on purpose: by rules of its own, for which it needs CAP_NET_ADMIN, a pod gives its packets ztunnel's mark."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An independent reader of legacy tables: python-iptables, in a process of its own.
 
 It keeps tables across namespaces, knows REDIRECT only for the first family that a process asks for, and hangs with two

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod under load, and what became of each connection: captured, escaped or failed.
 
 Two clients open connections without pause, one in the pod to a server outside and one outside to a server in the pod,

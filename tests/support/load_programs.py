@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load of tests.support.load, as one process of its own with a child per server, client and transfer.
 
 Started with the paths of the pod's and of the outside's namespace and the descriptor of the shared counts; ends at the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A node with one real agent, pods made by hand, the real plugin, and a ztunnel that is real or misbehaves.
 
 Pods hang on the node by a veth pair each; a server on the node tells each client which peer it saw. All of it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rule sets as former releases wrote them (tests/data/older/RELEASE), put into a pod as their agents did.
 
 A file's sections begin with the program that reads them: `# ip`, `# nft -f`, `# iptables-nft-restore --noflush`.

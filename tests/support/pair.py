@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two namespaces joined by a veth pair: a pod, and a node that is also the pod's way out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's Prometheus in a namespace, with the rules that are shipped; and GET over sockets made there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One node with Sluice as an archive of tools/dist installs it, what may go wrong with it, what it says of itself."""
 
 from __future__ import annotations

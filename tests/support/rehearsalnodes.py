@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Three machines in namespaces: network, mounts, processes and host name of their own, each with a containerd, wired so
 that pods reach one another across them, as in the Vagrant lab.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod's namespace for tests of rules: made, entered by handle, dumped, removed; and both choices of backend."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small imitation of systemctl for nodes that are namespaces: reads the real unit files, of them what ours use.
 
 `systemctl start|stop|restart|enable|disable|is-active|is-enabled|status|daemon-reload|reboot`, --now and -q. A

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Virtual machines on a segment of their own: qemu without hardware's help, bridge and taps in a network namespace.
 
     <prefix>-lan: br0 192.168.56.1 ── tap1 ══ eth0: server 192.168.56.11

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod under a real DriftWatcher, and what is asked of the kernel for it."""
 
 from __future__ import annotations

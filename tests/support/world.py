@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A kernel and surroundings that keep state, for step scripts of the reconciler; and a script's frame."""
 
 from __future__ import annotations

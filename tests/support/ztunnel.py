@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod and a peer in namespaces, the pod's redirection rules, a small agent for ZDS, a real ztunnel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lab's standalone flavour in virtual machines: the scripts that Vagrant runs, then the guided script over ssh."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bpf/abi.h in Python. Pure; a test compares both by BTF."""
 
 from __future__ import annotations

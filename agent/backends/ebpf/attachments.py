@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs and their links in one place, the node's or a pod's: read, compared, made. The same for both."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The eBPF backend: one pod's entries in the node's maps, its programs and the listeners of its ztunnel."""
 
 from __future__ import annotations

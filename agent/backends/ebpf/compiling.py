@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles intent to map entries: one pod's Redirect and its namespace's topology, as the programs read them. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters of the programs: each pod's non-TCP traffic, and every way out of every program."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs that there are, by object file, and what each is attached to."""
 
 from __future__ import annotations

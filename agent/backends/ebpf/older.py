@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds pre-existing connections: those that should be captured and are not, since they began earlier. Pure."""
 
 from __future__ import annotations

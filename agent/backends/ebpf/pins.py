@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths of all pins: what a dead agent leaves, and a new one finds.
 
     <root>/v1/maps/NAME

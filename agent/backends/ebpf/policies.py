@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of pods' policies in map `policies`: of the programs that capture, and of those that account."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The node's part of the eBPF backend: programs on the root cgroup, and the map of ztunnel's processes.
 
 Made with the first pod that is captured. It stays when a pod goes, and goes when none has been captured for a while:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trials of the eBPF backend's requirements: each feature on its own, nothing left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One pod's state in the kernel, and what has to change in it. Values; `steps` is pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Throw-away layers for the functional self-test: programs and maps of their own, and this process as ztunnel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ztunnel's processes, and the sockets of theirs that listen in a pod.
 
 What the pod itself opens on these ports is never taken for ztunnel's: a socket counts when a process holds it that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods on a branch interface of AWS (security groups for pods): the way of probes and of their replies.
 
 Such a pod's packets are routed by rules of their own, "iif DEVICE lookup T", where T leads to the virtual network

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Claims of pods to addresses, as pods come and go in any order. Pure.
 
 While a pod terminates its address may be another's already, and events overtake one another (weave 2632, istio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes the probe exemption in its former forms: iptables rules of either variant, and the ipset sets they match.
 
 Earlier versions wrote these forms, and istio-cni does. Nothing here makes them; the layers go after one release.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The former exemption in the host's nat tables, from nf_tables messages and from entries of legacy xtables. Pure."""
 
 from __future__ import annotations

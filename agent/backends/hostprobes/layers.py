@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layers of each mechanism of the host, in the order of application, and those to be cleaned away."""
 
 from __future__ import annotations

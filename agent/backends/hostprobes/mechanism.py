@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interface of all mechanisms of the probe exemption: the five verbs, for the host instead of a pod."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HostProbes as nf_tables: the printed script, the batch of messages, and the state to compare with. Pure.
 
 "Of a process on this node" is expressed by `meta skuid != 4294967295`: the kernel's nft_meta_get_eval_skugid gives up

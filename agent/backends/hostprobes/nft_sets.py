@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sets of addresses in nf_tables: the commands that make and change them, and dumps of them. Pure.
 
 A set's element keeps the comment it was first given when it is added again (seen with nft 1.0.6 on 6.18): another

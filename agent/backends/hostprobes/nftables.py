@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe exemption in a table of our own: rules and sets changed in one transaction, owned where the kernel can."""
 
 from __future__ import annotations

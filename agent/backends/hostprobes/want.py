@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HostProbes: the pods that the node connects to from the probe address; and what to change. Pure."""
 
 from __future__ import annotations

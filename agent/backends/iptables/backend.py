@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The iptables backend (nf_tables variant): at most one process per family and change, none to compare.
 
 While a namespace has no IPv6 its IPv6 tables are neither read nor written: rules made before stay as they are.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables and base chains: made by us when missing, marked as ours, dropped once empty. Pure.
 
 iptables-restore would make them too, but then their owner would be unknown later, and removal would

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Differences between desired and actual rules, in words, for both variants of iptables. Pure."""
 
 from __future__ import annotations

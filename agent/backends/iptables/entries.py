@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Entries of a legacy xtables table: struct ipt_entry and ip6t_entry as a 64-bit kernel lays them out. Pure.
 
 linux/netfilter_ipv4/ip_tables.h, linux/netfilter_ipv6/ip6_tables.h, linux/netfilter/x_tables.h.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The iptables backend, legacy variant: reads by socket options, writes by iptables-legacy-restore.
 
 Unlike nf_tables, legacy xtables has no way to remove a table or a base chain, nor to know what they were before: after

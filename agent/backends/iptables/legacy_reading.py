@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of legacy xtables, as the kernel hands them out, as tags per chain. Pure.
 
 A table holds its base chains, each from its hook entry to its underflow (the policy); then every chain that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nf_tables dumps of the ip and ip6 tables that iptables-nft writes, as tags per chain. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Redirect as iptables rules, per family and table, and the scripts that make them so. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Digests of rules, learned from what the kernel held just after they were applied. No IO.
 
 A tag names a rule and all before it, so under the same tags a chain must hold the same bytes for ever. A rule with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps of all that nf_tables holds in a namespace, taken apart once for all namespaces that hold the same. Pure.
 
 The pods of a node have the same few sets of rules, and each is read again and again. Dumps of equal rules differ in

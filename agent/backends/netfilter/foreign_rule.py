@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A foreign rule as far as it matters to Sluice's: its effects, its selectors, and its text. Pure.
 
 No full printer: an expression that it does not know is shown by its name. Numbers are of linux/netfilter/nf_tables.h.

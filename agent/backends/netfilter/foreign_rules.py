@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Foreign rules before Sluice's that may take their traffic, in words. Pure. They are reported and never touched.
 
 Netfilter calls base chains by priority, and of equal ones that registered last comes first (nf_hook_entries_grow; NAT

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parts of nf_tables messages that both netfilter backends use: iptables-nft writes nf_tables too. Pure."""
 
 from __future__ import annotations

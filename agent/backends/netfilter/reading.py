@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads what nf_tables holds in a pod's namespace, or knows that it is what was read last.
 
 The generation belongs to the namespace and to all families: nftables of either family and iptables-nft. Every

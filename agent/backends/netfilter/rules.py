@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Redirect as netfilter rules: chains of matches and one action each, in a closed vocabulary. Pure.
 
 Shared by the nftables and iptables backends; each of them only writes these values in its own language.

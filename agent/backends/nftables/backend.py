@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The nftables backend: reads a pod's tables, replaces them in one transaction, owns them where it can."""
 
 from __future__ import annotations

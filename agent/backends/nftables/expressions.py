@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each word of netfilter's vocabulary as nf_tables expressions: printed text and message bytes. Pure.
 
 Text is what `nft list` prints; bytes are NFTA_LIST_ELEMs (linux/netfilter/nf_tables.h). Registers: 1 for

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nf_tables dumps as the state that is compared. Pure: a rule set in, tables out."""
 
 from __future__ import annotations

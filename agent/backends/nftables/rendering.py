@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A Redirect as nf_tables: the printed script, the batch of messages, and the state to compare with. Pure.
 
 All three come from one walk over the rules, once per variant.

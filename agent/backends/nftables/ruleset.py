@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The form in which both sides are compared: the tables of one pod, desired or read, rules as digests. Pure."""
 
 from __future__ import annotations

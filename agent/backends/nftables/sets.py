@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anonymous sets: what a rule compares a field with when any of several values may match. Pure.
 
 They belong to their rule and are constant: the elements cannot change unless the rule is replaced, so the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exclusions of a pod's traffic from capture: ports, networks, users, interfaces. Values and their parsing. Pure.
 
 All of it comes from annotations, which a pod's author writes: anything that is not exactly right is refused here,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Netfilter as the host's own network namespace uses it, read without changing anything. Pure."""
 
 from __future__ import annotations

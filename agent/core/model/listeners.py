@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listeners in a pod: ztunnel, others on its ports, and the application that a probe may try. Pure."""
 
 from __future__ import annotations

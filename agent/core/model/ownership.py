@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Owners of state found under the names that all mesh agents share."""
 
 from __future__ import annotations

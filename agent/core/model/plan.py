@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plan: what has to change in one target. The contract between thinking and doing.
 
 It prints as the mechanism's own script; that text is what dry run, log, golden tests and apply share.

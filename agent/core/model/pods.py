@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pods as the agent knows them, merged from all sources. Pure: events in, affected UIDs out."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections from before a pod's enrolment, which run on outside of ztunnel. Pure.
 
 conntrack takes the first packet that it sees of a flow for the flow's beginning, also in mid-stream

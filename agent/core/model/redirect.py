@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Redirect: what one pod's traffic must do; the contract between policy and kernel."""
 
 from __future__ import annotations

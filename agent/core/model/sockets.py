@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod's TCP sockets as the kernel lists them, and which of them are ends of captured connections. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """State of each pod, for people, metrics and the CNI plugin's answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chained tags: each rule's comment holds a hash of the tag before it and of the rule's own text.
 
 So the list of tags of a chain identifies its rules and their order, and drift is "the list of tags differs":

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Topology of a pod's network namespace: its interfaces, addresses and routes. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warns of containers or virtual machines within a pod with traffic that the rules do not capture. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe canary's judgement: did a connection from the node reach the pod's application, and on which way. Pure.
 
 The node's probes must bypass ztunnel: the node gives them the probe address as their source, and the pod's rules let

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backoff of verification and repair while another process keeps changing a pod's rules. Pure: `now` is an argument.
 
 Drift is repaired at once. Drift that returns again and again is a conflict with another program: two programs that

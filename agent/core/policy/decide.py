@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy: is this pod captured, how, and why. Every rule of labels and annotations is here or in `considered`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts that decide whether a pod is captured, in the order in which they are considered. Pure.
 
 `desired.decide` takes the first fact that says something, and `sluice explain` shows them all: they cannot disagree.

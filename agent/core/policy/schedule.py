@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedule of the targets: due at once when woken, later after a failure, regularly for verification.
 
 Pure: `now` is an argument (seconds of any clock that does not go back), randomness is passed in.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Label selectors as Kubernetes has them, and the pairs of them that say which pods are enrolled. Pure.
 
 Source: apimachinery/pkg/apis/meta/v1, LabelSelector and LabelSelectorAsSelector. An empty selector matches everything.

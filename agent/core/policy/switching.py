@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A change between capture by translation (NAT) and by socket (eBPF) in a pod that keeps its connections. Pure.
 
 A translated connection is lost once translation stops: conntrack knows where its packets go, but translates them only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Netlink messages and attributes as bytes. Pure.
 
 Header: length u32, type u16, flags u16, sequence u32, port u32, in host order; attributes: length u16,

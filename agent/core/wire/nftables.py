@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nf_tables messages: numbers of linux/netfilter/nf_tables.h and nfnetlink.h by name, and a command of a batch. Pure.
 
 A test compares the numbers with the headers. Integers in nf_tables messages are in network order (unpack_be).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A TCP SYN as an IP packet, and what a packet's first bytes say: for tests that look at the wire. Pure.
 
 RFC 791, 8200, 9293. Only headers without options and extensions are made; of others nothing is known.

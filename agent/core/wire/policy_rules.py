@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy rules (ip rule) as the kernel dumps them, with any selectors. Pure.
 
 Names and numbers are of linux/fib_rules.h.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages of rtnetlink that are sent and read here, and the numbers in them by name. Pure.
 
 Names and numbers are of linux/rtnetlink.h, fib_rules.h, if_link.h and if_addr.h; a test compares them with the headers.

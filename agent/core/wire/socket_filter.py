@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Socket filters as the kernel takes them: classic BPF, struct sock_filter of linux/filter.h. Pure."""
 
 from __future__ import annotations

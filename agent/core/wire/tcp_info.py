@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel's counts of one TCP connection (struct tcp_info of linux/tcp.h), and the payload among them. Pure."""
 
 from __future__ import annotations

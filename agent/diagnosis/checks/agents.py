@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the agent itself: it responds, its state is intact, it loses no records. Pure."""
 
 from __future__ import annotations

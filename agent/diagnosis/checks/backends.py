@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the backend: which one, what the kernel lacks for it, one rule set per pod. Pure."""
 
 from __future__ import annotations

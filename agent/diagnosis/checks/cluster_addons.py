@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of foreign components that interfere: socket load balancers, SELinux and AppArmor. Pure."""
 
 from __future__ import annotations

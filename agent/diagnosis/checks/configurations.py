@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the CNI installation: Sluice's list first, the plugin installed, other writers. Pure."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the node's own namespace: Sluice's rules, misplaced rules, programs that flush them. Pure."""
 
 from __future__ import annotations

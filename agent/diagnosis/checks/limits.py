@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the node's limits: notification queues, connection tracking, ports in use. Pure."""
 
 from __future__ import annotations

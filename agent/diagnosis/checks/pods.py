@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of the pods: captured as desired, no foreign rules before Sluice's, ports and sockets. Pure."""
 
 from __future__ import annotations

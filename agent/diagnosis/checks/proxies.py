@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks of ztunnel: connected, once, and listening in each captured pod. Pure."""
 
 from __future__ import annotations

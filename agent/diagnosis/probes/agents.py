@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes the agent: its answers, the resources of its process, the content of its directories."""
 
 from __future__ import annotations

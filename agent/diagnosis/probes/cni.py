@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes the runtime's directories as the installer reads them, and whether the plugin there can run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes the node's network namespace: its tables, the probe exemption, misplaced rules of pods, the agent's port."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes the other programs of the node and its kernel settings."""
 
 from __future__ import annotations

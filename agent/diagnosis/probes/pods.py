@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes pods' network namespaces without an agent: owners of rules, listeners, the state of lo."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes foreign BPF programs that run when a process of the node connects or sends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Probes SELinux and AppArmor: their state, and denials of Sluice in the logs of the kernel and the audit daemon."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tries the kernel's features, as preflight does, for the choice in use or the one that would be made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The collector with eBPF: totals are made in the kernel, and read; ended connections come by a ring buffer."""
 
 from __future__ import annotations

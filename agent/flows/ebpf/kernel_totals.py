@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the growth of the totals that the programs keep. The kernel keeps them when the agent ends.
 
 The exported part is noted in another map: a new agent's counters begin at zero, as a process's do, with the part that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Connections that the application ended before ztunnel's end was made, which then never was.
 
 They stay undecided: they had no answer, or they would be leaked. A reset can overtake the packets that make ztunnel's

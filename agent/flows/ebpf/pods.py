@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The accounted pods: their entries and rules in the maps, and the programs that watch their interfaces."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The programs that account for connections on this node: on the root cgroup, iterators, and their maps.
 
 Some of them reserve ztunnel's ports and mark for ztunnel (bpf/reserve.bpf.c): they need the same maps.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accounting for connections without eBPF: by sock_diag in each enrolled pod.
 
 The kernel reports every end of a socket, with its last counts; dumps show live sockets, their owners, and facts that

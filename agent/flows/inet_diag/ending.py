@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Derives a connection's payload, how it ended and which end closed it from its last counts. Pure.
 
 At the end the kernel reports the counts, but neither the reason nor whether the peer's FIN is among the bytes received.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One socket of a pod, tracked from dump to dump until its end."""
 
 from __future__ import annotations

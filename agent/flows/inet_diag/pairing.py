@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the sockets of one namespace that are the two ends of one connection. Pure.
 
 REDIRECT changes the destination of packets and keeps their source. So the application's socket shows the original

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The connections of one pod, from dumps of its sockets and reports of their ends. Pure: the clock is an argument.
 
 ztunnel's end, in the same namespace, shows the fate of a connection. The two ends end in either order, so an ended

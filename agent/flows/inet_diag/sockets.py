@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counts a pod's sockets by state, and its ephemeral ports in use. From one dump, unpacked in bulk.
 
 A dump of a pod with many connections is mostly TIME_WAIT, tens of thousands of messages of one length.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The totals of connections since the last reading, by peer, and their quality. Pure; forgets what it returns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decides why a connection of a pod is exempt, if it is: the decisions of bpf/pod.h, in their order. Pure.
 
 Where netfilter rules check in another order the outcome is the same, but the reason may differ.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the sockets that ztunnel connected upstream for accepted connections, where no dump saw them. Pure.
 
 At its end a socket shows neither mark nor process. But ztunnel relays: for each captured connection it makes one with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The filesystems that eBPF needs: bpffs, which holds the pins, and the hierarchy of cgroup v2."""
 
 from __future__ import annotations

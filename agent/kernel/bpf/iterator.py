@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF iterators: a program that the kernel calls for each element of a map, and what it writes (bpf_iter.c).
 
 Links are pinned and replaced as other links are (bpflink). Each read starts the walk again.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Debian's libbpf.so.1 by ctypes: its functions by name, its errors as negative numbers, its messages as text.
 
 Opened at first use, so that an agent which never uses eBPF does not need it. bpf/bpf.h and bpf/libbpf.h of 1.1.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF links: what keeps a program attached for as long as a descriptor or a pin of the link is there.
 
 A pin is removed by unlinking it, which detaches when no descriptor is left.

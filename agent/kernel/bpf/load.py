@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading one BPF object file: its maps shared with other objects by pins, its programs pinned."""
 
 from __future__ import annotations

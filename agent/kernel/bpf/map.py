@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF maps by their pins. Keys and values are bytes of exactly the map's sizes."""
 
 from __future__ import annotations

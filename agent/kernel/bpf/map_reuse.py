@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pinned maps of one directory, kept open: opening one costs more than most of what is asked of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """BPF programs in the kernel, from any loader; reads, and attaches nothing (bpf(2))."""
 
 from __future__ import annotations

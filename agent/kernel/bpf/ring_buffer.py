@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The consumer's end of a BPF ring buffer, by mmap (kernel/bpf/ringbuf.c, Documentation/bpf/ringbuf.rst).
 
 The first page holds the consumer's position and is writable; then come, read-only, the producer's page and the data,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pinned BPF objects and what the kernel says of them (linux/bpf.h). Descriptors are the caller's to close."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conntrack's entries: where a redirected flow was going, and which TCP flows there are (ctnetlink).
 
 Numbers are those of linux/netfilter/nfnetlink_conntrack.h and nf_conntrack_tcp.h. The kernel keeps the destination of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ipset over nfnetlink: reads hash:ip sets and destroys them.
 
 Numbers of linux/netfilter/ipset/ip_set.h and net/netfilter/ipset/ip_set_core.c.

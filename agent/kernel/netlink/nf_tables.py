@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """nf_tables over nfnetlink: dumps, the generation, and batches that commit in one transaction.
 
 A batch carries the generation it was made

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multicast notifications of one namespace, and whether what was learned before them still holds.
 
 The event loop reads them; a worker asks at any time whether anything was notified since it looked. That is sound

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy rules, routes and addresses over rtnetlink: only what capture needs of them.
 
 Bodies and numbers are in agent.core.wire.rtnetlink.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TCP sockets of one namespace over sock_diag (linux/sock_diag.h, linux/inet_diag.h).
 
 A dump is no snapshot: a socket that others in its hash bucket move under the reader may be missed or come twice

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notifications of the end of TCP sockets, with their last counts (sock_diag_broadcast_destroy).
 
 A notification shows the socket as it was when its last reference went: no mark, no user, no inode. A socket that goes

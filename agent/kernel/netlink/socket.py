@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A netlink socket that asks and waits for its answers."""
 
 from __future__ import annotations

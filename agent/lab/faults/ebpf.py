@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of the eBPF backend: programs detached without the agent, and switches of backend to and from eBPF.
 
 The kernel does not announce a detachment: the agent finds it when it verifies, every verify_seconds or on request.

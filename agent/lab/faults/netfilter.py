@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults of the netfilter backends: all rules of a pod are flushed under each of them."""
 
 from __future__ import annotations

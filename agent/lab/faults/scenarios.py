@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second half of the demo: continuous traffic, and the usual faults made on purpose."""
 
 from __future__ import annotations

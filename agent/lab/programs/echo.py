@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A TCP server for many short connections: sends each client the address that it sees of it.
 
 A client sends one line and gets `peer=ADDRESS:PORT`; for the line `bulk N` N bytes follow. The server closes first, so

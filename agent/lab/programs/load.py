@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Load generator: opens new TCP connections at a set rate to several targets in turn; records each one.
 
 Open loop: a slow answer does not delay the next connection, so that a stall shows. The number in flight is bounded; a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small HTTP server: answers every GET with the pod's name and the client's address as it sees it."""
 
 from __future__ import annotations

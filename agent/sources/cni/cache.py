@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds running pods that are unknown to the agent in the runtime's cache: they were started by a CNI configuration
 without the plugin, or the agent's notes are lost.
 

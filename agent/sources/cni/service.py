@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handles the CNI plugin's requests: the effect of each verb on the pod table."""
 
 from __future__ import annotations

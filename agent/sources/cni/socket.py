@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The unix socket for the plugin: receives frames and the namespace's descriptor, sends one answer."""
 
 from __future__ import annotations

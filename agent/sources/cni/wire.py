@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wire between `sluice-cni` and the agent, without IO: bytes to a checked request, an answer to bytes.
 
 A unix stream carries one request and one answer, each a frame: four bytes of length, big-endian, and that

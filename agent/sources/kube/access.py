@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The API server's address, the agent's token and the CA, from files that are replaced at run time.
 
 The kubelet swaps a symbolic link when it renews a token (an hour of life, renewed after 80 % of it) or the CA.

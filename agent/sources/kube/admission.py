@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Holds a CNI ADD until the pod's labels are known, which are in the API alone."""
 
 from __future__ import annotations

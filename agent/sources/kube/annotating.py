@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps each pod's annotation ambient.istio.io/redirection as its state is: istiod decides by it how pods are reached.
 
 Level-triggered: compares the annotation, as last seen in the API, with the desired one. With `enabled` all nodes send

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """HTTP/1.1 with the API server: h11 parses; connections are kept, one request at a time on each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports in the cluster that no ztunnel is connected here: a condition of the agent's pod, and an Event on the node.
 
 The agent is ready all the same, for ztunnel may be installed after it; but pods of enrolled namespaces do not start.

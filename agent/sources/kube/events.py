@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes Kubernetes Events on pods: failures of their capture, for their owners."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Follows one collection of the API server: lists it, watches it, and updates a sink."""
 
 from __future__ import annotations

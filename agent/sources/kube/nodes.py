@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Removes and adds one taint of the node; others are never touched, even if they change meanwhile."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kubernetes' objects as the few values that are kept of them. Pure; nothing that an object holds raises.
 
 Source: k8s.io/api/core/v1. Other parts of an object are dropped here, so that they take no memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists and watches as the Kubernetes API has them: what is asked next, and what an answer means. Pure.
 
 Time and randomness are arguments. Sources: kubernetes.io/docs/reference/using-api/api-concepts, client-go's reflector.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reviews the permissions of a token: TokenReview, then SubjectAccessReview. Any failure denies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Feeds this node's pods and all namespaces from Kubernetes into the pod table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The startup taint: taken from the node once no pod can start uncaptured, and put back, if wanted, while one can.
 
 A ztunnel is no condition: without one an enrolled pod does not start. And ztunnel itself may need what waits for the

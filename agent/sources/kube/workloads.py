@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names behind the addresses of a whole cluster: its pods and services by metadata and the address that a Table shows.
 
 A Table has a pod's first address alone, and no service account: nothing else of 20,000 pods is fetched or kept.

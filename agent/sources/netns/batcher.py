@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Searches the namespaces of pods that no CNI call announced in batches: one read of /proc serves all waiting pods."""
 
 from __future__ import annotations

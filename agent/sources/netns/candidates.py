@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists the network namespaces of this node from /proc and mounts, with the owners of the processes in each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the owner of a process by its cgroup: the pod's UID, or the container's id where no pod is named. Pure.
 
 Paths as the kubelet's two drivers and the runtimes make them, in version 1, version 2 and both:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the network namespaces of this node without an agent: by pins, names and processes.
 
 Readable facts in the run directory are used, but none is required.

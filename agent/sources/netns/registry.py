@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each pod's namespace: found, proven to be that pod's, kept open and pinned.
 
 Found by the descriptor that the CNI plugin handed over, by our own pin, or by the path that a source gave.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the network namespaces of pods that no CNI call announced: the agent came later, or ADD never reached it.
 
 A process is assigned to a pod by its cgroup. Of several namespaces, the pod's is chosen by its addresses, then by a

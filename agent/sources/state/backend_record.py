@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records the backends that an earlier start chose: <run_dir>/backend.json, so that a restart chooses the same.
 
 It is only a hint: a damaged record is logged and ignored, one from another kernel is not followed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps a note of each pod on disk, so that a later process finds the pod without any other source.
 
 <run_dir>/pods/<uid>.json holds the facts, <run_dir>/netns/<uid> pins the namespace. The namespace's cookie is

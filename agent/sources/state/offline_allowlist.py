@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small files next to the socket that let the plugin start pods without capture while the agent is down."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Both ends of the benchmark of the data path: a listener that stands for ztunnel's end, and a client.
  *
  *   traffic listen MARK CPU ask|trust PORT...     says "ready" when it listens

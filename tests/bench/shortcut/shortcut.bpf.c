@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Both ends of IPv4 connections to port 15001 in one SOCKHASH; what one end sends goes into the other's queue. */
 #include <linux/bpf.h>
 #include <bpf/bpf_endian.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the installer makes of the lists that CNI projects install: each in net.d, the result in own and insert.
 
 SLUICE_GOLDEN=write writes the results anew.

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* The verifier refuses this: what a lookup found may be nothing. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

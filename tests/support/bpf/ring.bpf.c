@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Records in a ring buffer when a test asks for them, and one that is held open for as long as it wants. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* One of each kind that the wrapper of libbpf has to load, pin, attach and read. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

@@ -1,3 +1,4 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /* Iterators: what is in a hash map, and what is stored with sockets. */
 #include <linux/bpf.h>
 #include <bpf/bpf_helpers.h>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who got a connection or a datagram: asked of the listeners, which also answer."""
 
 from __future__ import annotations

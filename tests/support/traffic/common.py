@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for what istio-cni does too; its rule sets must have the same effect."""
 
 from __future__ import annotations

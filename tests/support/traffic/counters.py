@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the rules beside TCP have counted in a pod, read with each mechanism's own tool."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A KubeVirt pod: the machine hangs on a bridge, k6t-eth0, and the pod masquerades for it (nf_tables).
 
 PLAIN is what virt-launcher sets up for the masquerade binding; AMBIENT is its layout for ambient meshes (proposed by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows for what istio-cni cannot do: exclusions, resolvers, one family, traffic beside TCP, preservation."""
 
 from __future__ import annotations

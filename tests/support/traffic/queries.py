@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DNS queries by the thousand, from the application and from ztunnel, out of the same source ports."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row of the traffic table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sends what a row says and tells its fate: sockets in the pod, crafted packets from everywhere else."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One mechanism's pods, put into one variant after the other: live, as the agent would change them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The traffic table as it is printed: a line for each row, a column for each mechanism."""
 
 from __future__ import annotations

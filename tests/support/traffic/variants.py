@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The variants of capture that the traffic table has rows for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The traffic table's world: a pod between a node, a second network and a virtual machine, with listeners everywhere.
 
 vm ── k6t0 ┌─────┐ eth0 ── peer (the node: resolvers, services, the probe addresses, networks behind it)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The first step of a start loads only what repairs noted pods: what it loads delays the repair."""
 
 from __future__ import annotations

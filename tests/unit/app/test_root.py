@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the agent cannot start with is one clear line."""
 
 from __future__ import annotations

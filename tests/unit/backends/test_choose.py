@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice: what is tried, in which order and no further; what sticks; what is said when nothing works."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long conntrack is made to remember connections, and how the pod's own values come back."""
 
 from __future__ import annotations

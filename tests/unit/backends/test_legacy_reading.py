@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes that a kernel handed out, read as iptables-legacy-save reads them; and what must never pass as ours."""
 
 from __future__ import annotations

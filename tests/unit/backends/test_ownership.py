@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose rules are, told from what was read: ours from istio-cni's, which have the same names."""
 
 from __future__ import annotations

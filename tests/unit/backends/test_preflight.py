@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The needs of each choice, under masks of what a kernel lacks; nothing here touches a kernel."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where capture puts its policy rule and route, and what of a namespace it takes for its own."""
 
 from __future__ import annotations

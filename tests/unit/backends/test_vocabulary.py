@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pure parts of the backends: what every rule must have, tags, digests, scripts, the choice."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command as a user types it, against an agent that answers as it is told, or is not there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Completion in real shells, with an agent that answers, is slow, lies or is not there."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice connections` as a user sees it."""
 
 from __future__ import annotations

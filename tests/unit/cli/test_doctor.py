@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How `sluice doctor` shows what it found, and whose settings it goes by."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice explain` as a user reads it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the command line says to mistakes, of itself, and with which exit codes; for every command that there is."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings as a user gives them: file, environment, flags, each mistake with its place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`sluice uncapture --all`, with a node that has nothing: what it leaves of an installation. Packets: tests/netns."""
 
 from __future__ import annotations

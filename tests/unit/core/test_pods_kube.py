@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pod table with Kubernetes: facts of both sides, in whatever order they come and go."""
 
 from __future__ import annotations

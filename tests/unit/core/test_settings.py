@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settings: every kind of value, and every mistake with its place."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Status, Plan, Redirect, tags and tables of text: small values that others build on."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bundle: redacted at its only door, bounded, the same bytes for the same contents, root's alone."""
 
 from __future__ import annotations

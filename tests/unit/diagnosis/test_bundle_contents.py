@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which programs a report starts: the image has them all, but for the node's journal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each check: right where all is right, and told of with cause and remedy where it is not."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runtime's directories as real files: what the installer would do, the binary, and the runtime's watches."""
 
 from __future__ import annotations

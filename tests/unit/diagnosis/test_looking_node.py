@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What else runs on a node and what was refused to us, from a /proc and files of the test's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Secrets that were planted never survive, in whatever form; what helps to understand a node does."""
 
 from __future__ import annotations

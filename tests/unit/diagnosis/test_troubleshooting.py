@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/troubleshooting.md and the checks hold together; SLUICE_GOLDEN=write writes its generated table anew."""
 
 from __future__ import annotations

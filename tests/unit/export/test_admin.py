@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths, health, metrics and the JSON of the admin API, over the reconciler with a kernel that keeps state."""
 
 from __future__ import annotations

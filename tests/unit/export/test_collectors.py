@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the metrics of the agent's condition count, and what they leave out."""
 
 from __future__ import annotations

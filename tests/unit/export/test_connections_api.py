@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GET /v1/connections: what there is, and long polling for what comes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `sluice explain` is told: the facts that decided, options with their places, what surrounds the pod, advice."""
 
 from __future__ import annotations

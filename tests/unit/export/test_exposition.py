@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of the families, read by the parsers of Prometheus' own library: every value comes back."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTTP server with clients that behave in every way; real sockets."""
 
 from __future__ import annotations

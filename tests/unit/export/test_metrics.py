@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The journal's log: a pod that fails again and again does not fill it."""
 
 from __future__ import annotations

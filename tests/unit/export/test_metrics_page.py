@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The page of /metrics through the HTTP server: one document of two parts, for many askers at once."""
 
 from __future__ import annotations

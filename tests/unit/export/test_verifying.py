@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of `sluice verify --all` besides the pods': each is right, wrong or unknown for a reason that it names."""
 
 from __future__ import annotations

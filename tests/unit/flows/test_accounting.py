@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose connections they are, also of pods that have gone: known for a while, and not for ever."""
 
 from __future__ import annotations

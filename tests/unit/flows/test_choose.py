@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of the account a kernel can give, where it is older than what watches interfaces."""
 
 from __future__ import annotations

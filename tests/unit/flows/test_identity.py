@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who a pod is by its labels, and who an address is: this node's pods before anybody else's word."""
 
 from __future__ import annotations

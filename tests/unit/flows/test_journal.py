@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The log of connections: lines, rotation, sampling, and a disk or reader that does not take them."""
 
 from __future__ import annotations

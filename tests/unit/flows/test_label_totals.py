@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tally: which label set a connection counts in, and that nothing is lost where sets are bounded or expire."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The buffer of records that ended: numbers, losses, and who is told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peers file: every key, what follows from labels, and every mistake with its line and key."""
 
 from __future__ import annotations

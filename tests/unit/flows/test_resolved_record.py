@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records: who is at both ends, and their form; and which are kept when not all are."""
 
 from __future__ import annotations

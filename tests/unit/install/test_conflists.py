@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is taken for a configuration, and what is made of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's links are followed below where its file system is mounted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which file is the primary one, and what is done when nothing is as it should be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any directory, however it came about: installing settles, uninstalling leaves nothing of ours, no step breaks it."""
 
 from __future__ import annotations

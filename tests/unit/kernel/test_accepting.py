@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Limits of connections: who counts as one, and what is logged how often."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The host's view from directories laid out as hosts have them; nothing is asked of this machine's kernel."""
 
 from __future__ import annotations

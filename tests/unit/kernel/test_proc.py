@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which process holds a socket, as /proc tells."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes by pidfd: what a live one shows, and that an ended one shows nothing."""
 
 from __future__ import annotations

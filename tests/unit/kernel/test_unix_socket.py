@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listening unix sockets: their mode, and that they come back when somebody removes them."""
 
 from __future__ import annotations

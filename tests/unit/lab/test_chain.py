@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runtime's part of CNI, against plugins that are a few lines of shell: they log the call, keep stdin."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Findings: what is in the way, what a person should know, and that each comes with what to do."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What istio-cni's settings are here, from every form in which a person has them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How istio-cni's agent shows on a node."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Steps from istio-cni to Sluice and back, over directories as they are found; looked at after each of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the node itself holds goes at the end of an uninstallation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workers' queue: who waits comes first, whatever is being done."""
 
 from __future__ import annotations

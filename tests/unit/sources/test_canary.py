@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a pod is due for its probe. What a probe does is shown in tests/netns."""
 
 from __future__ import annotations

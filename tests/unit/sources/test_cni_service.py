@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each CNI verb does to the pod table and answers, over a reconciler and namespaces that keep notes."""
 
 from __future__ import annotations

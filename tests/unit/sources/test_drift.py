@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which notifications concern a captured pod."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pod of which nothing is found is awaited while Kubernetes has it, and gone when Kubernetes has it no more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is read when, forgotten when, and noted; over a kernel of the test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The static file as it changes: what is listed is enrolled, what is no longer is set free, mistakes change nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P25 for our own files: whoever reads a note while it is rewritten reads one whole note."""
 
 from __future__ import annotations

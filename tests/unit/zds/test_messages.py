@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ZDS on the wire: bytes as protoc's encoders make them, and what proto3 says about reading."""
 
 from __future__ import annotations

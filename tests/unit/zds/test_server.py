@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's end of ZDS with ztunnels that behave in every way; real sockets, one event loop."""
 
 from __future__ import annotations

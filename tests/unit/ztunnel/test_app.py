@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file by which a rollout knows that a ztunnel may replace the one before it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Flows of one pod to its resolvers: which of them make room, what they record, and what a failure answers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The agent's map of resolvers: its bytes, and that the pin which is there now is the one that is asked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is a query, what is an answer, and the answer that says that a resolver failed."""
 
 from __future__ import annotations

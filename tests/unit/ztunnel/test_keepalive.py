@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When the far end is probed, by what is seen of the application's timer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Addresses: as the kernel gives them, as they are compared, as they are printed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events once per edge, errors unasked, and deadlines in order."""
 
 from __future__ import annotations

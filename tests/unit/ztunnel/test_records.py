@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Records reach a file or pipe as whole lines, and never hold up or fail the writer."""
 
 from __future__ import annotations

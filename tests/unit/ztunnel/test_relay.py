@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One direction of the relay over socket pairs: order, back-pressure, end, failure."""
 
 from __future__ import annotations

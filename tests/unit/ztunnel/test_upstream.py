@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sockets towards a server: how many are counted, and when another port is tried."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a receiver of ZDS does with each message, with started pods that are only remembered."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What goes into the maps comes out of them the same."""
 
 from __future__ import annotations

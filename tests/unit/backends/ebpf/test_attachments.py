@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs and links: what is not as wanted, and what is done about it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From intent and wiring to map entries: exactly what was asked for, told apart by its id."""
 
 from __future__ import annotations

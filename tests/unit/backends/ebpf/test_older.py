@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which older connections are ended: what would have been captured, and nothing else."""
 
 from __future__ import annotations

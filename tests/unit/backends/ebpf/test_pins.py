@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is pinned, by looking; also where nothing can be."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plan for one pod: in an order in which nothing escapes, and nothing when all is right."""
 
 from __future__ import annotations

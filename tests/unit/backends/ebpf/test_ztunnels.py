@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Listeners of other processes on ztunnel's ports: who holds one is looked up once, not at each look."""
 
 from __future__ import annotations

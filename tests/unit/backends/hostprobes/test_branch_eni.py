@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which policy rules a branch interface needs: pure."""
 
 from __future__ import annotations

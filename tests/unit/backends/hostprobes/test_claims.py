@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Address reuse in every order, and nothing pruned on incomplete data: pure."""
 
 from __future__ import annotations

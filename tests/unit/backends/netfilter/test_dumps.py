@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps that differ in nothing of substance are one; others are not; and no bytes break the readers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exclusions from annotations: merged, checked, and refused as a whole when anything in them is wrong."""
 
 from __future__ import annotations

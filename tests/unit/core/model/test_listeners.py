@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a pod's application can be probed."""
 
 from __future__ import annotations

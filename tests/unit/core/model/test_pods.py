@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pod table: what sources say, merged, and who has to be looked at again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which connections are outside of ztunnel, and which are not: captured, ztunnel's own, the pod's with itself."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What people are told of containers within a pod."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the sockets of a pod say about a connection from the node."""
 
 from __future__ import annotations

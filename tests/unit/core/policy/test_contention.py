@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Repairs are free until they come too often, then ever rarer, and free again after some quiet."""
 
 from __future__ import annotations

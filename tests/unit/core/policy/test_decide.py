@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy: each rule of enrolment, each exclusion with its reason, each annotation."""
 
 from __future__ import annotations

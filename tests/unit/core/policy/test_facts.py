@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The facts that decide: in their order, the first that says something counts, and what is shown is what decided."""
 
 from __future__ import annotations

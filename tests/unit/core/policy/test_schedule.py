@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Due times: at once when woken, later and later after failures, regularly otherwise; never twice at once."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which connections a change between NAT and eBPF has to think of."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named numbers of netlink messages are those of the kernel's headers, asked of a C compiler."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Policy rules of every form from the bytes that the kernel dumps."""
 
 from __future__ import annotations

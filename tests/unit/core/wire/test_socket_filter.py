@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The filter as an interpreter of classic BPF sees it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the programs hand over, read: records, keys and totals; the layout itself is compared with C in tests/netns."""
 
 from __future__ import annotations

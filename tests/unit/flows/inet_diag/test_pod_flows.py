@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fates of connections of which no dump showed a socket, only the notification of its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why a connection is exempt: the table of bpf/pod.h, one reason after the other."""
 
 from __future__ import annotations

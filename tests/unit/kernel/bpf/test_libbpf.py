@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is left of libbpf's messages, and a machine without libbpf."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One socket's answer decoded, and what is asked of the kernel."""
 
 from __future__ import annotations

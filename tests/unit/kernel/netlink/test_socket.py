@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dumps that change while they are read, again and again."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What libcni remembers of sandboxes: who runs, should be captured and was never announced."""
 
 from __future__ import annotations

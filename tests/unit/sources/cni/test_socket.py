@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plugin's socket with callers that behave in every way; after each, no descriptor is left."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are swapped while we run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P09: a pod that is or may be enrolled does not start while that cannot be told; one that is not, does."""
 
 from __future__ import annotations

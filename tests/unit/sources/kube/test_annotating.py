@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The annotation follows the state, whatever the API server does meanwhile."""
 
 from __future__ import annotations

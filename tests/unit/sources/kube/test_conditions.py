@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Who looks at the cluster alone sees that a node has no ztunnel; a short absence is not worth a word."""
 
 from __future__ import annotations

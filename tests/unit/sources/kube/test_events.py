@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Events on pods: told once, counted after that, never in the way."""
 
 from __future__ import annotations

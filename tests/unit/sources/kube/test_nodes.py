@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a taint is written, and the patches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is asked next, when, and what counts as an answer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Kubernetes says reaches the table, whatever was missed."""
 
 from __future__ import annotations

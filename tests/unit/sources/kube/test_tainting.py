@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """P05: the taint goes when capture works, and not before; it comes back only if the setting says so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Places and their names, event by event."""
 
 from __future__ import annotations

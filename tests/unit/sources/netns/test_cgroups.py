@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whose a process is by its cgroup, in the words of every driver and runtime, and of those who forge them."""
 
 from __future__ import annotations

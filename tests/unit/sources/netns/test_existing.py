@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run directory is believed of, without an agent and without changing anything."""
 
 from __future__ import annotations

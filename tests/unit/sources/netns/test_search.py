@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The search over a /proc of plain files, for what cannot be had from a kernel at will; the rest is in tests/netns."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The record of the last choice: it survives, and a damaged one is nobody's trouble."""
 
 from __future__ import annotations

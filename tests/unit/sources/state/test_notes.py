@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notes on disk: they survive, and a damaged one is set aside without harm to the others."""
 
 from __future__ import annotations

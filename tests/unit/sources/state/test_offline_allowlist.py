@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files that let the plugin pass pods while the agent is away."""
 
 from __future__ import annotations
