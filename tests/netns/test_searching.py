@@ -190,7 +190,7 @@ def test_p53_a_decoy_with_the_pods_address_loses_to_the_mount_and_else_neither_i
     group = node.cgroup(f"kubepods/pod{uid}/{'b' * 64}")
     node.process(group, decoy)
     node.process(group, where)
-    with pytest.raises(ForeignNetnsError, match="cannot tell"):
+    with pytest.raises(ForeignNetnsError, match="cannot decide"):
         node.find(uid, ADDRESS)
     node.mount(where, "cni-1")
     assert node.find(uid, ADDRESS).netns.id.inode == inode(where)
@@ -279,7 +279,7 @@ def test_p53_a_mount_with_the_address_is_not_taken_while_another_pod_lives_in_it
 def test_two_mounts_with_the_address_are_not_guessed_between(node: Node, uid: str) -> None:
     for name in ("cni-1", "cni-2"):
         node.mount(node.netns(ADDRESS), name)
-    with pytest.raises(ForeignNetnsError, match=r"cni-1 and .*cni-2 hold an address"):
+    with pytest.raises(ForeignNetnsError, match=r"cni-1 and .*cni-2 have an address"):
         node.find(uid, ADDRESS)
 
 

@@ -40,7 +40,7 @@ def test_a_sidecars_chain_is_left_alone_and_the_pod_refused(pod: Pod, choice: st
     variant = "legacy" if choice == "iptables-legacy" else "nft"
     run([f"iptables-{variant}-restore"], stdin=SIDECAR.format(jump=jump), netns=pod.path)
     before = pod.dump()
-    with pytest.raises(KernelError, match="chain ISTIO_OUTPUT of table nat is somebody else's"):
+    with pytest.raises(KernelError, match="chain ISTIO_OUTPUT of table nat is foreign"):
         settle(pod.target, Redirect(), layers(choice))
     settle(pod.target, Redirect(), layers("nftables"), layers(choice)[-1:])  # the other backend is left behind
     assert "-A ISTIO_OUTPUT -j ISTIO_REDIRECT" in pod.sh(f"iptables-{variant}-save -t nat")

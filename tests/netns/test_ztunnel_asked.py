@@ -98,4 +98,4 @@ def test_one_pods_queries_say_nothing_of_anothers(lab: Lab, bpf_dir: Path) -> No
         asking.bind(("127.0.0.1", 0))
         remembers.update(encode(lab.peer.netns.id.cookie, asking.getsockname()[1]), value(PEER4))
         asking.sendto(QUERY, ("127.0.0.1", DNS_PORT))
-        assert "which resolver was asked" in lab.ztunnel.wait_record(kind="dns", close="error")["error"]
+        assert "knows the resolver that was asked" in lab.ztunnel.wait_record(kind="dns", close="error")["error"]
