@@ -311,7 +311,7 @@ def test_a_fight_is_named_and_not_joined(here: Node) -> None:
     foe = subprocess.Popen(["nsenter", f"--net={pod.netns}", "sh", "-c", script], start_new_session=True)
     try:
         until(lambda: metric(here, "sluice_contended_total") == 1, "the fight is counted")
-        named = re.search(rf"pod {pod.key}: (\S+)\[\d+\] repeatedly reverts repairs", here.log)
+        named = re.search(rf"pod {pod.key}: rule conflict: (\S+)\[\d+\] repeatedly reverts repairs", here.log)
         assert named and named[1] == "nft", here.log[-2000:]
         passes, commits = metric(here, PASSES), generation(pod)
         until(lambda: generation(pod) - commits > 300, "the other one goes on")
