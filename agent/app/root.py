@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import gc
 import logging
-import os
 import random
 import resource
 import signal
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from agent.app.wiring import (
     Journals,
     agent_condition,
+    bind,
     build_accounting,
     choose_mechanisms,
     explain_context,
@@ -33,7 +33,7 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
-from agent.core.errors import KernelError, SettingsError
+from agent.core.errors import KernelError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.policy.decide import decide
 from agent.core.policy.switching import carried
@@ -213,7 +213,7 @@ class Agent:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         claim(Path(self.settings.run_dir))
         if self.settings.metrics_address:
-            self._listener = _bound(self.settings.metrics_address)
+            self._listener = bind(self.settings.metrics_address)
         self._restore()
         if self.kubernetes is None:
             self.exempt.write()
@@ -306,7 +306,7 @@ class Agent:
 
     def _parts(self) -> list[Any]:
         cni = CniSocket(self.settings.cni_socket, self.cni, self.metrics.cni)
-        verification_parts = [
+        parts = [
             self.reconciler.run(),
             self.host.run(),
             self._zds(),
@@ -315,16 +315,16 @@ class Agent:
             self._ready(),
         ]
         if self._listener:
-            verification_parts.append(HttpServer(self.admin.public).serve(self._listener))
+            parts.append(HttpServer(self.admin.public).serve(self._listener))
         if self.settings.static_pods:
-            verification_parts.append(self.static.run())
+            parts.append(self.static.run())
         if self.accounting:
-            verification_parts.append(self.accounting.run(self.namespaces.dead))
+            parts.append(self.accounting.run(self.namespaces.dead))
         if self.installer:
-            verification_parts.append(self.installer.run())
+            parts.append(self.installer.run())
         if self.kubernetes:
-            verification_parts += [*self.kubernetes.parts(), self.exempt.run()]
-        return verification_parts
+            parts += [*self.kubernetes.parts(), self.exempt.run()]
+        return parts
 
     async def _ready(self) -> None:
         await self.static.load()  # also none: pods that an earlier process took from one are set free
@@ -372,28 +372,14 @@ class Agent:
             self.reconciler.wake(pod.uid)
 
 
-def _bound(address: str) -> socket.socket:
-    """Binds the address. Raises SettingsError: on the host's network another process may have the port."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    try:
-        family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(place[:2], family=family)
-    except OSError as error:
-        raise SettingsError(
-            f"metrics_address {address}: {os.strerror(error.errno or 0)}; "
-            "set another one, or stop the process that has it"
-        ) from None
-
-
 def main(settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> int:
     """Runs the agent; `places` has the origin of each setting. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
-    # Five descriptors per pod: its namespace, its nf_tables and route sockets and those for notifications of each;
-    # and one more while connections from before its enrolment are left.
+    # Six descriptors per pod: its namespace, its nf_tables, route and sock_diag sockets, and those for notifications of
+    # the first two; and one more while connections from before its enrolment are left.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.preflight import examine, lacking
 from agent.backends.registry import mechanisms
 from agent.backends.selftest import selftest_choice
+from agent.core.errors import SettingsError
 from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod, PodTable
 from agent.core.policy.canary import ProbeResult
@@ -107,9 +109,9 @@ def agent_condition(
 ) -> Condition:
     """Returns the present condition. `about` are labels in addition to those of the choice of backends."""
     found = [(pod, reconciler.status(pod.uid)) for pod in table]
-    choose_mechanisms = {"setting": settings.backend, "backend": choice.name, "host_probes": host.mechanism}
+    chosen = {"setting": settings.backend, "backend": choice.name, "host_probes": host.mechanism}
     return Condition(
-        about={**about, **choose_mechanisms},
+        about={**about, **chosen},
         ready=ready,
         exempt=None if host.mechanism == "off" else host.ok and not host.error,
         period=settings.verify_seconds,
@@ -198,3 +200,17 @@ def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> Cho
         new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
         backend_record.save(settings.run_dir, new)
     return ChosenMechanisms(choice, (host, why), support)
+
+
+def bind(address: str) -> socket.socket:
+    """Listens on metrics_address. Raises SettingsError: on the host's network another process may have the port."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(place[:2], family=family)
+    except OSError as error:
+        raise SettingsError(
+            f"metrics_address {address}: {os.strerror(error.errno or 0)}; "
+            "set another one, or stop the process that has it"
+        ) from None

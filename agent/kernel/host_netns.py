@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from agent.core.wire.netlink import messages, unpack_be, unpack_text
-from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN, Gen, fields
-from agent.kernel import exec
+from agent.core.wire.netlink import messages
+from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
+from agent.kernel import sysctl
 from agent.kernel.netlink.ipset import IpsetSocket
-from agent.kernel.netlink.nf_tables import NftSocket
+from agent.kernel.netlink.nf_tables import NftSocket, committer
 from agent.kernel.netlink.routes import RouteSocket
 from agent.kernel.netlink.socket import NetlinkSocket
 
@@ -71,7 +70,7 @@ class HostNetns:
         return result
 
     def has_ipv6(self) -> bool:
-        return self.call(_has_ipv6)
+        return self.call(sysctl.has_ipv6)
 
     def changed(self) -> str:
         """Reads all waiting notifications: who changed nf_tables last, as "nft[4711]"; "" when it was only us."""
@@ -80,7 +79,7 @@ class HostNetns:
             while True:
                 for message in messages(self.events.socket.recv(1 << 16)):
                     if message.kind == NEWGEN and message.port != self.nft.port:
-                        cause = _culprit(message.body) or cause
+                        cause = committer(message.body) or cause
         except BlockingIOError:
             return cause
         except OSError:
@@ -103,19 +102,3 @@ def _open() -> _Sockets:
         events.socket.setblocking(False)
         undo.pop_all()
     return _Sockets(nft, route, ipset, events)
-
-
-def _has_ipv6() -> bool:
-    with contextlib.suppress(OSError), Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").open("rb", 0) as file:
-        return file.read(1) == b"0"
-    return False
-
-
-def _culprit(body: bytes) -> str:
-    """Names the committer by NFTA_GEN_PROC_PID and NFTA_GEN_PROC_NAME; "" when it was a program that we started."""
-    parts = fields(body)
-    pid = unpack_be(parts.get(Gen.PROC_PID))
-    if exec.is_ours(pid):
-        return ""
-    name = unpack_text(parts.get(Gen.PROC_NAME))
-    return f"{name or 'unknown'}[{pid}]"

@@ -8,7 +8,6 @@ socket after a change waits some 20 ms for the kernel's readers, and tables that
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from agent.core.model.topology import PodTopology
 from agent.core.wire import socket_filter
 from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
 from agent.core.wire.rtnetlink import LOOPBACK_INDEX
+from agent.kernel import sysctl
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.notifications import NotificationMark, Notifications
 from agent.kernel.netlink.routes import GROUPS, MOST_ROUTES, Address, RouteSocket
@@ -77,7 +77,7 @@ class PodNetns:
 
     @property
     def diag(self) -> SockDiag:
-        """Returns the socket for sock_diag, opened late: most namespaces are never asked for their TCP sockets."""
+        """Returns the socket for sock_diag, opened at its first use: not every namespace needs one."""
         if self._diag is None:
             self._diag = self.netns.call(SockDiag)
         return self._diag
@@ -96,7 +96,7 @@ class PodNetns:
             return self._facts[1]
         mark = self.route_events.mark()
         up = self.route.lo_is_up()
-        ipv6 = self.netns.call(_has_ipv6)
+        ipv6 = self.netns.call(sysctl.has_ipv6)
         found = _facts(self.route.held_addresses(), up=up, ipv6=ipv6)
         # No notification is of disable_ipv6 itself. While lo is up, setting it takes ::1 away and clearing it brings
         # ::1 back, which is notified. Where that cannot be seen the answer does not last.
@@ -156,30 +156,8 @@ def _open() -> _Sockets:
     return _Sockets(nft, route, events, route_events)
 
 
-def _has_ipv6() -> bool:
-    # /proc/sys/net shows the namespace of the thread that opens the file.
-    try:
-        fd = os.open("/proc/sys/net/ipv6/conf/lo/disable_ipv6", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return os.read(fd, 1) == b"0"
-    finally:
-        os.close(fd)
-
-
 def _forwards() -> bool:
-    for switch in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
-        try:
-            fd = os.open(f"/proc/sys/net/{switch}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue  # no such family
-        try:
-            if os.read(fd, 1) != b"0":
-                return True
-        finally:
-            os.close(fd)
-    return False
+    return any(sysctl.read(f"net/{switch}") for switch in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"))
 
 
 def _facts(held: tuple[Address, ...], *, up: bool, ipv6: bool) -> NetnsFacts:

@@ -29,6 +29,11 @@ def read(name: str) -> int | None:
         os.close(fd)
 
 
+def has_ipv6() -> bool:
+    """True if the namespace has IPv6 and lo may use it."""
+    return read("net/ipv6/conf/lo/disable_ipv6") == 0
+
+
 def write(name: str, value: int) -> None:
     """Raises KernelError."""
     try:

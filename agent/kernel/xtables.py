@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 
 from agent.core.errors import KernelError
 from agent.core.wire.netlink import unpack_int
+from agent.kernel import sysctl
 from agent.kernel.libc import libc
 
 # For the legacy programs: the lock is the network namespace itself, as a file. One on the node would make pods wait for
@@ -29,7 +30,6 @@ _GET_INFO, _GET_ENTRIES = 64, 65
 _LEVEL = {4: socket.IPPROTO_IP, 6: socket.IPPROTO_IPV6}
 # Of the thread: /proc/net is that of the process's first thread, which is never in a pod's namespace.
 _NAMES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
-_LO_WITHOUT_IPV6 = "/proc/sys/net/ipv6/conf/lo/disable_ipv6"
 _INFO_SIZE = 84  # struct ipt_getinfo; its last four bytes are the size of the entries
 _MOST = 1 << 21  # bytes of a table's entries: some ten thousand rules
 _HEAD = 40  # struct ipt_get_entries before its entries: name, size, and alignment
@@ -41,7 +41,7 @@ _getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_
 
 def families() -> tuple[int, ...]:
     """4, and 6 where lo may use IPv6; inside the namespace."""
-    return (4, 6) if _contents(_LO_WITHOUT_IPV6)[:1] == b"0" else (4,)
+    return (4, 6) if sysctl.has_ipv6() else (4,)
 
 
 def read(wanted: Collection[str], known: Collection[Key]) -> dict[int, dict[str, Raw]]:

@@ -15,10 +15,10 @@ from pathlib import Path
 from agent.core import names
 from agent.core.text import printable
 from agent.core.wire import netlink
-from agent.core.wire.netlink import Message, unpack_be, unpack_int, unpack_text
-from agent.core.wire.nftables import NEWGEN, Gen, fields
+from agent.core.wire.netlink import Message, unpack_int
+from agent.core.wire.nftables import NEWGEN
 from agent.core.wire.rtnetlink import IFINFOMSG, LOOPBACK_INDEX, RTMSG, Rta, Rtm, Table
-from agent.kernel import exec
+from agent.kernel.netlink.nf_tables import committer
 from agent.kernel.pod_netns import PodNetns
 
 _MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port above all process ids
@@ -64,7 +64,7 @@ class DriftWatcher:
     def _rules_changed(self, uid: str, target: PodNetns) -> None:
         taken, lost = target.events.take()
         foreign = (one for one in taken if one.kind == NEWGEN and one.port != target.nft.port)
-        cause = next(filter(None, map(_committer, foreign)), "unknown" if lost else "")
+        cause = next(filter(None, (committer(one.body) for one in foreign)), "unknown" if lost else "")
         if cause:
             self._wake(uid, cause)
 
@@ -93,16 +93,6 @@ def concerns(message: Message, wiring: bool = False) -> bool:
         number = unpack_int(parts.get(Rta.TABLE)) or RTMSG.unpack_from(message.body)[4]
         return number in (names.ROUTE_TABLE, *names.SPARE_TABLES) or (wiring and number == Table.MAIN)
     return False
-
-
-def _committer(message: Message) -> str:
-    """Returns the committer, like "nft[4711]"; "" for a program that the agent started."""
-    parts = fields(message.body)
-    pid = unpack_be(parts.get(Gen.PROC_PID))
-    if exec.is_ours(pid):
-        return ""
-    name = printable(unpack_text(parts.get(Gen.PROC_NAME)))
-    return f"{name or 'unknown'}[{pid}]"
 
 
 def _requester(port: int, target: PodNetns) -> str:

@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
 from agent.backends.iptables.entries import XtEntry, entries, places
-from agent.backends.netfilter.messages import comment, text
-from agent.core.names import TAG_PREFIX
+from agent.backends.netfilter.messages import comment, expressions, rule_comment, text
+from agent.core.model.tags import TAG
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attributes, unpack_be
 
@@ -21,8 +20,6 @@ BASE: Final = "POSTROUTING"
 TABLE: Final = "nat"
 WORD = {4: "ip", 6: "ip6"}
 MARK = "sluice"  # comment of the table and of the base chain, where we made them
-# What is of another form is not ours and must not get into a script.
-_TAG = re.compile(TAG_PREFIX + "[0-9a-f]{12}")
 _INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
 _POSTROUTING = 4
 
@@ -53,7 +50,7 @@ def nft_held(
     for message in rules:
         parts = wire.fields(message.body)
         if text(parts.get(wire.Rule.TABLE)) == TABLE and text(parts.get(wire.Rule.CHAIN)) in held:
-            held[text(parts.get(wire.Rule.CHAIN))].append((_nft_jump(parts), _nft_tag(parts)))
+            held[text(parts.get(wire.Rule.CHAIN))].append((_nft_jump(parts), _tag(rule_comment(parts))))
     idle = base is not None and comment(base.get(wire.Chain.USERDATA, b"")) == MARK and not held[BASE]
     alone = unpack_be(table.get(wire.Table.USE)) == (base is not None)  # counts chains
     bare = comment(table.get(wire.Table.USERDATA, b"")) == MARK and alone and (base is None or idle)
@@ -84,23 +81,8 @@ def _made(rules: tuple[XtEntry, ...]) -> tuple[str, ...] | None:
     return tuple(_tag(rule.comment) for rule in (held[:-1] if foot else held))
 
 
-def _expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, bytes]]]:
-    for _, element in attributes(rule.get(wire.Rule.EXPRESSIONS, b"")):
-        parts = dict(attributes(element))
-        yield text(parts.get(wire.Expr.NAME)), dict(attributes(parts.get(wire.Expr.DATA, b"")))
-
-
-def _nft_tag(rule: Mapping[int, bytes]) -> str:
-    """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
-    found = comment(rule.get(wire.Rule.USERDATA, b""))
-    for name, data in _expressions(rule):
-        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
-            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
-    return _tag(found)
-
-
 def _nft_jump(rule: Mapping[int, bytes]) -> str:
-    for name, data in _expressions(rule):
+    for name, data in expressions(rule):
         if name == "immediate":
             for _, verdict in attributes(data.get(wire.Immediate.DATA, b"")):
                 return text(dict(attributes(verdict)).get(wire.Verdict.CHAIN))
@@ -108,4 +90,5 @@ def _nft_jump(rule: Mapping[int, bytes]) -> str:
 
 
 def _tag(words: str | None) -> str:
-    return words if words and _TAG.fullmatch(words) else ""
+    """Returns the tag; "" for text of another form, which is not ours and must not get into a script."""
+    return words if words and TAG.fullmatch(words) else ""

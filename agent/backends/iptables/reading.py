@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
-from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.messages import comment, expressions, rule_comment, text
 from agent.core.model import tags
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attributes, unpack_be
@@ -82,7 +82,7 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
 
 def _leads_on(rule: dict[int, bytes]) -> bool:
     """True if a rule goes on in another chain."""
-    verdicts = (_verdict(data) for name, data in _expressions(rule) if name == "immediate")
+    verdicts = (_verdict(data) for name, data in expressions(rule) if name == "immediate")
     return any(wire.Verdict.CHAIN in verdict for verdict in verdicts)
 
 
@@ -91,25 +91,15 @@ def _verdict(immediate: dict[int, bytes]) -> dict[int, bytes]:
     return dict(attributes(held.get(wire.Data.VERDICT, b"")))
 
 
-def _expressions(rule: dict[int, bytes]) -> Iterable[tuple[str, dict[int, bytes]]]:
-    for _, element in attributes(rule.get(wire.Rule.EXPRESSIONS, b"")):
-        parts = dict(attributes(element))
-        yield text(parts.get(wire.Expr.NAME)), dict(attributes(parts.get(wire.Expr.DATA, b"")))
-
-
 def _tag(rule: dict[int, bytes]) -> str:
-    """iptables 1.8.9 keeps a comment as a match with 256 bytes of text, others as the rule's user data."""
-    found = comment(rule.get(wire.Rule.USERDATA, b""))
-    for name, data in _expressions(rule):
-        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
-            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
+    found = rule_comment(rule)
     return found if tags.TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
 
 
 def _jump_target(rule: dict[int, bytes]) -> str:
     """Returns the target of a rule that does nothing but jump; with another match it is foreign and stays."""
     target = ""
-    for name, data in _expressions(rule):
+    for name, data in expressions(rule):
         if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
             continue
         if name == "immediate":

@@ -137,8 +137,8 @@ def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, RuleEffect]]], wit
     verbs = ", ".join(sorted(frozenset().union(*(verbs for verbs, _ in taking))))
     where = f"chain {_WORDS[base.family]} {base.table} {base.name}" + (" before our jump" if here else "")
     count = f"{len(taking)} rule{'s' * (len(taking) != 1)}"
-    describe = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
-    return _Suspect(base.family, base.table, base.kind == "nat", base.priority, here, describe)
+    words = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
+    return _Suspect(base.family, base.table, base.kind == "nat", base.priority, here, words)
 
 
 def _jump(held: list[tuple[str, RuleEffect]]) -> int:
@@ -162,8 +162,8 @@ def _taking(
         elif what.chain and what.chain not in seen:
             there = rules.get((base.family, base.table, what.chain), [])
             # To return from there only leads back.
-            for found, describe in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
-                yield found, f"{what}: {describe}"
+            for found, words in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
+                yield found, f"{what}: {words}"
 
 
 def _chain(body: bytes) -> _Chain:

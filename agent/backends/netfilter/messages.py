@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 from agent.backends.netfilter import rules
 from agent.backends.netfilter.rules import Hook, Table
 from agent.core.text import printable
@@ -28,6 +30,22 @@ def hook_and_priority(place: bytes) -> tuple[int, int]:
     parts = dict(attributes(place))
     priority = int.from_bytes(parts.get(wire.Hook.PRIORITY, b""), signed=True)
     return unpack_be(parts.get(wire.Hook.HOOKNUM)), priority
+
+
+def expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, bytes]]]:
+    """Yields (name, attributes) of each expression of a rule, from the rule's attributes."""
+    for _, element in attributes(rule.get(wire.Rule.EXPRESSIONS, b"")):
+        parts = dict(attributes(element))
+        yield text(parts.get(wire.Expr.NAME)), dict(attributes(parts.get(wire.Expr.DATA, b"")))
+
+
+def rule_comment(rule: Mapping[int, bytes]) -> str:
+    """Returns iptables' comment: 1.8.9 keeps it as a match with 256 bytes of text, others as the rule's user data."""
+    found = comment(rule.get(wire.Rule.USERDATA, b""))
+    for name, data in expressions(rule):
+        if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
+            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
+    return found
 
 
 def comment_data(words: str) -> bytes:

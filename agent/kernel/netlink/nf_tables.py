@@ -13,6 +13,7 @@ import struct
 from collections.abc import Sequence
 
 from agent.core.errors import KernelError
+from agent.core.text import printable
 from agent.core.wire.netlink import (
     HEADER,
     NLM_F_ACK,
@@ -25,6 +26,7 @@ from agent.core.wire.netlink import (
     message,
     messages,
     unpack_be,
+    unpack_text,
 )
 from agent.core.wire.nftables import (
     BATCH_BEGIN,
@@ -38,6 +40,7 @@ from agent.core.wire.nftables import (
     Gen,
     fields,
 )
+from agent.kernel import exec
 from agent.kernel.netlink.socket import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
 
 _LENGTH = struct.Struct("=I")  # the first field of nlmsghdr
@@ -161,3 +164,12 @@ def _last(datagram: bytes) -> tuple[int, int]:
         offset = at
         at += max(HEADER.size, (length_at(datagram, at)[0] + 3) & ~3)
     return offset, HEADER.unpack_from(datagram, offset)[1]
+
+
+def committer(body: bytes) -> str:
+    """Returns who committed a NEWGEN notification, like "nft[4711]"; "" for a program that the agent started."""
+    parts = fields(body)
+    pid = unpack_be(parts.get(Gen.PROC_PID))
+    if exec.is_ours(pid):
+        return ""
+    return f"{printable(unpack_text(parts.get(Gen.PROC_NAME))) or 'unknown'}[{pid}]"

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from agent.app.root import _bound
+from agent.app.wiring import bind
 from agent.core.errors import SettingsError
 
 
@@ -15,10 +15,10 @@ def test_p60i_a_port_that_is_taken_is_a_hard_error_that_names_the_setting() -> N
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(SettingsError, match=f"metrics_address {address}: Address already in use; set another one"):
-            _bound(address)
-    _bound(address).close()
+            bind(address)
+    bind(address).close()
 
 
 def test_an_address_that_is_not_the_nodes_is_named_too() -> None:
     with pytest.raises(SettingsError, match=r"metrics_address 192\.0\.2\.1:15014: Cannot assign requested address"):
-        _bound("192.0.2.1:15014")
+        bind("192.0.2.1:15014")
