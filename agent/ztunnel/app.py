@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ztunnel process: its parts joined, and its end.
 
-On SIGTERM another instance normally runs already and gets all new connections (see listeners). This one accepts for
+On SIGTERM another instance normally runs already and gets all new connections (see pod_sockets). This one accepts for
 OVERLAP_SECONDS more, for handshakes that started with it, then closes its listeners, drains its connections and ends.
 While the agent is away the other instance cannot have got its pods yet: then this one continues until the other listens
 in all of them, for `drain_seconds` at most. A second signal ends it at once.
@@ -21,14 +21,14 @@ from pathlib import Path
 from agent.core import names
 from agent.core.errors import KernelError
 from agent.kernel import logs
-from agent.ztunnel.client import ZdsClient
-from agent.ztunnel.dns_origin import BPF_DIR, Asked
-from agent.ztunnel.keepalive import LOOK_SECONDS
-from agent.ztunnel.pod import Engine
-from agent.ztunnel.poller import Deadlines, Poller
-from agent.ztunnel.records import RecordWriter
-from agent.ztunnel.workload import PodListener
+from agent.ztunnel.dns.dns_origin import BPF_DIR, Asked
+from agent.ztunnel.relay.keepalive import LOOK_SECONDS
+from agent.ztunnel.relay.pod_context import Engine
+from agent.ztunnel.relay.pod_listener import PodListener
+from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import Workloads
+from agent.ztunnel.zds_client import ZdsClient
 
 OVERLAP_SECONDS = 1.0
 ANSWERED_SECONDS = 2.0  # a second answer may still come

@@ -20,7 +20,7 @@ from agent.core import names
 from agent.core.errors import CommandError
 from agent.kernel.bpf import load
 from agent.kernel.bpf.map import Map
-from agent.ztunnel import dns_origin
+from agent.ztunnel.dns import dns_origin
 
 pytestmark = pytest.mark.root
 HEADER = BPF / "abi.h"

@@ -53,7 +53,7 @@ from agent.kernel.bpf.map import Map
 from agent.kernel.exec import start
 from agent.kernel.process import Process
 from agent.reconciler.converge import settle
-from agent.ztunnel import dns_origin
+from agent.ztunnel.dns import dns_origin
 
 pytestmark = pytest.mark.root
 TCP_FASTOPEN, TCP_FASTOPEN_CONNECT, MSG_FASTOPEN = 23, 30, 0x20000000  # linux/tcp.h, linux/socket.h

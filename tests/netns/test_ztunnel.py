@@ -36,7 +36,7 @@ from support.ztunnel import (
 from agent.kernel.exec import run
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add, Delete, Keep, SnapshotSent
-from agent.ztunnel import dnsmessage
+from agent.ztunnel.dns import dnsmessage
 
 pytestmark = pytest.mark.root
 STREAM = 64 << 20

@@ -13,7 +13,7 @@ from support.ztunnel import PEER4, RESOLVER4, RESOLVER6, Lab, labs
 from agent.core.names import DNS_PORT
 from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
-from agent.ztunnel.dns_origin import encode
+from agent.ztunnel.dns.dns_origin import encode
 
 pytestmark = pytest.mark.root
 QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"

@@ -7,8 +7,8 @@ import asyncio
 import socket
 import struct
 
-from agent.ztunnel import poller
-from agent.ztunnel.poller import Deadlines, Poller
+from agent.ztunnel.relay import poller
+from agent.ztunnel.relay.poller import Deadlines, Poller
 
 
 def test_a_reset_is_told_to_one_who_does_not_read() -> None:

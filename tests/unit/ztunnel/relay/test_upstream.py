@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from agent.ztunnel import upstream
-from agent.ztunnel.upstream import Upstream
+from agent.ztunnel.relay import upstream
+from agent.ztunnel.relay.upstream import Upstream
 
 THERE = ("127.0.0.1", 80)
 

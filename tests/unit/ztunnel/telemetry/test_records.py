@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.ztunnel import records as module
-from agent.ztunnel.records import Record, RecordWriter
+from agent.ztunnel.telemetry import records as module
+from agent.ztunnel.telemetry.records import Record, RecordWriter
 
 ONE = Record(
     0.25,

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agent.core import names
-from agent.ztunnel.upstream import IP_TRANSPARENT, marked
+from agent.ztunnel.relay.upstream import IP_TRANSPARENT, marked
 
 BACKLOG = 4096
 SO_ATTACH_REUSEPORT_CBPF = 51  # asm-generic/socket.h

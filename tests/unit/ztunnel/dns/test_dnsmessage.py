@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.ztunnel.dnsmessage import failure, is_answer, question
+from agent.ztunnel.dns.dnsmessage import failure, is_answer, question
 
 ASKED = b"\x12\x34\1\x10\0\1\0\0\0\0\0\0\3www\4test\0\0\x1c\0\1"
 OPTIONS = b"\0\0\x29\4\xd0\0\0\0\0\0\0"  # EDNS

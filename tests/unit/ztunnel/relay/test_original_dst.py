@@ -9,7 +9,7 @@ import pytest
 
 from agent.core.wire.netlink import attribute, nested
 from agent.kernel.netlink import conntrack
-from agent.ztunnel import original_dst
+from agent.ztunnel.relay import original_dst
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import stat
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from agent.ztunnel.original_dst import Address, text
+from agent.ztunnel.relay.original_dst import Address, text
 
 FLUSH_SECONDS = 0.1
 HELD_BYTES = 16 << 20

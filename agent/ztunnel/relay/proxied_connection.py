@@ -17,11 +17,11 @@ from enum import Enum
 
 from agent.core.errors import SluiceError
 from agent.core.model.sockets import is_loopback
-from agent.ztunnel import keepalive, original_dst, poller
-from agent.ztunnel.original_dst import Address
-from agent.ztunnel.pod import Ends, PodContext, now
-from agent.ztunnel.relay import Half
-from agent.ztunnel.upstream import reset
+from agent.ztunnel.relay import keepalive, original_dst, poller
+from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.pod_context import Ends, PodContext, now
+from agent.ztunnel.relay.splice import Half
+from agent.ztunnel.relay.upstream import reset
 
 _CLOSE = {
     errno.ECONNREFUSED: "refused",

@@ -13,8 +13,8 @@ import pytest
 
 from agent.core.errors import KernelError
 from agent.kernel.netns import SO_NETNS_COOKIE
-from agent.ztunnel import dns, dns_origin
-from agent.ztunnel.dns_origin import Asked, decode, encode
+from agent.ztunnel.dns import dns_origin, forwarding
+from agent.ztunnel.dns.dns_origin import Asked, decode, encode
 
 CLIENT = ("10.0.0.2", 0x1234)
 V4 = bytes(10) + b"\xff\xff\x0a\x00\x00\x35" + b"\x00\x35" + bytes(6)
@@ -147,7 +147,7 @@ def test_who_is_asked_for_the_resolver(
 ) -> None:
     remembers = Answers(ebpf)
     pod: Any = SimpleNamespace(engine=SimpleNamespace(asked=remembers))
-    resolver = dns.Resolver(pod, Answers(conntrack))  # type: ignore[arg-type]
+    resolver = forwarding.Resolver(pod, Answers(conntrack))  # type: ignore[arg-type]
     answer, own = resolver.original(listener, CLIENT)
     assert answer == found and own == (found is not None and found == conntrack)
     assert remembers.asked == asks
@@ -156,4 +156,4 @@ def test_who_is_asked_for_the_resolver(
 def test_conntracks_own_words_when_nobody_knows(listener: socket.socket) -> None:
     pod: Any = SimpleNamespace(engine=SimpleNamespace(asked=Answers(None)))
     with pytest.raises(KernelError, match="not supported"):
-        dns.Resolver(pod, Answers(FAILED)).original(listener, CLIENT)  # type: ignore[arg-type]
+        forwarding.Resolver(pod, Answers(FAILED)).original(listener, CLIENT)  # type: ignore[arg-type]

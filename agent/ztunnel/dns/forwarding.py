@@ -22,10 +22,11 @@ from typing import NamedTuple
 from agent.core import names
 from agent.core.errors import KernelError, SluiceError
 from agent.kernel.netlink.conntrack import Conntrack
-from agent.ztunnel import dnsmessage, poller
-from agent.ztunnel.original_dst import Address
-from agent.ztunnel.pod import PodContext, now
-from agent.ztunnel.upstream import keep_source
+from agent.ztunnel.dns import dnsmessage
+from agent.ztunnel.relay import poller
+from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.pod_context import PodContext, now
+from agent.ztunnel.relay.upstream import keep_source
 
 MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes room, if possible an idle one
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
@@ -38,7 +39,7 @@ _KNOWN = {errno.ECONNREFUSED: "refused"}
 
 
 class Waiting(NamedTuple):
-    """A query without an answer. `began` is from pod.now; `question` is the message up to the end of its question."""
+    """A query without an answer. `began` is from `now`; `question` is the message up to the end of its question."""
 
     began: tuple[float, float]
     size: int

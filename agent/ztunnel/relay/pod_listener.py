@@ -14,11 +14,11 @@ from agent.kernel.netlink.conntrack import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add
-from agent.ztunnel.connection import ProxiedConnection, RelayDirection
-from agent.ztunnel.dns import Resolver
-from agent.ztunnel.listeners import Listeners, listen
-from agent.ztunnel.pod import Engine, PodContext
-from agent.ztunnel.upstream import Upstream
+from agent.ztunnel.dns.forwarding import Resolver
+from agent.ztunnel.relay.pod_context import Engine, PodContext
+from agent.ztunnel.relay.pod_sockets import Listeners, listen
+from agent.ztunnel.relay.proxied_connection import ProxiedConnection, RelayDirection
+from agent.ztunnel.relay.upstream import Upstream
 
 _ACCEPTED = 4  # connections accepted at one wake-up: the other pods wait while a flood is served
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)

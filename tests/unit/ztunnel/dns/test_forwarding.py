@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent.ztunnel import dns
+from agent.ztunnel.dns import forwarding
 
 QUERY = b"\0\1\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"
 ANSWER = b"\0\1\x81\x80" + QUERY[4:]
@@ -36,7 +36,7 @@ class World:
             record=lambda kind, *rest: self.said.append((kind, rest[6])),
         )
         found = SimpleNamespace(original_destination=lambda *_: self.server.getsockname(), close=lambda: None)
-        self.resolver = dns.Resolver(self.pod, found)  # type: ignore[arg-type]
+        self.resolver = forwarding.Resolver(self.pod, found)  # type: ignore[arg-type]
 
     def take(self, *_: object) -> socket.socket:
         fresh = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -61,7 +61,7 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(dns, "MOST", 2)
+    monkeypatch.setattr(forwarding, "MOST", 2)
     return World()
 
 

@@ -10,11 +10,11 @@ from typing import Protocol
 from agent.core.model.sockets import Endpoint
 from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.sock_diag import SockDiag
-from agent.ztunnel.dns_origin import Asked
-from agent.ztunnel.original_dst import Address
-from agent.ztunnel.poller import Deadlines, Poller
-from agent.ztunnel.records import Record, RecordWriter
-from agent.ztunnel.upstream import Upstream
+from agent.ztunnel.dns.dns_origin import Asked
+from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.relay.upstream import Upstream
+from agent.ztunnel.telemetry.records import Record, RecordWriter
 
 Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.core.errors import KernelError
-from agent.ztunnel import keepalive
+from agent.ztunnel.relay import keepalive
 
 APP, FAR, HERE = ("10.0.0.2", 40000), ("10.0.0.9", 80), ("127.0.0.1", 15001)
 

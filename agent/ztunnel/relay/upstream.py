@@ -25,7 +25,7 @@ from pathlib import Path
 
 from agent.core import names
 from agent.kernel.netns import Netns
-from agent.ztunnel.original_dst import Address
+from agent.ztunnel.relay.original_dst import Address
 
 BATCH = 16
 FIRST_PORT, LAST_PORT = 1024, 32767

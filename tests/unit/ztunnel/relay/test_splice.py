@@ -8,8 +8,8 @@ import socket
 
 import pytest
 
-from agent.ztunnel import relay
-from agent.ztunnel.relay import Half
+from agent.ztunnel.relay import splice
+from agent.ztunnel.relay.splice import Half
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_full_sink_stops_reading_and_loses_nothing(ends) -> None:  # type: ignor
             pass
         while half.pump():
             pass
-        assert half.buffered <= relay.PIPE_SIZE
+        assert half.buffered <= splice.PIPE_SIZE
         try:
             while True:
                 got += receiver.recv(30000)
