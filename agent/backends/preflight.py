@@ -96,8 +96,14 @@ def _try(need: Need, bpf_dir: str) -> None:
                 raise SluiceError("the kernel has no IPv6, or it is switched off")
         case PolicyRuleRequirement(family):
             with contextlib.closing(RouteSocket()) as route:
-                mark = (names.CONNECTION_MARK, names.MARK_MASK)
-                route.change(LookupRule(family, names.RULE_PREFERENCE, *mark, names.ROUTE_TABLE), add=True)
+                rule = LookupRule(
+                    family,
+                    names.RULE_PREFERENCE,
+                    mark=names.CONNECTION_MARK,
+                    mask=names.MARK_MASK,
+                    table=names.ROUTE_TABLE,
+                )
+                route.change(rule, add=True)
         case Transaction(commands):
             with contextlib.closing(NftSocket()) as nft:
                 nft.commit(f"try {need.name}", commands, None)

@@ -73,14 +73,16 @@ def _for_bound(family: int, preference: int, table: int, interfaces: Sequence[in
     for interface in interfaces:
         yield LocalRoute(family, table, interface=interface)
     if interfaces:
-        yield LookupRule(family, preference, 0, 0, table, names.ROUTING_PROTOCOL, names.LOOPBACK[family])
+        yield LookupRule(family, preference, table=table, protocol=names.ROUTING_PROTOCOL, to=names.LOOPBACK[family])
 
 
 def _rule(family: int, preference: int, table: int) -> LookupRule:
     # The usual one as the existing agents write it: the kernel takes one of another protocol for another rule.
     known = (preference, table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
     protocol = 0 if known else names.ROUTING_PROTOCOL
-    return LookupRule(family, preference, names.CONNECTION_MARK, names.MARK_MASK, table, protocol)
+    return LookupRule(
+        family, preference, mark=names.CONNECTION_MARK, mask=names.MARK_MASK, table=table, protocol=protocol
+    )
 
 
 def _ours(rule: FibRule) -> LookupRule | None:
@@ -89,7 +91,9 @@ def _ours(rule: FibRule) -> LookupRule | None:
         return None
     made = rule.protocol == names.ROUTING_PROTOCOL
     usual = (rule.preference, rule.table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
-    one = LookupRule(rule.family, rule.preference, rule.mark, rule.mask, rule.table, rule.protocol)
+    one = LookupRule(
+        rule.family, rule.preference, mark=rule.mark, mask=rule.mask, table=rule.table, protocol=rule.protocol
+    )
     marked = (rule.mark, rule.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
     to = names.LOOPBACK[rule.family]
     if rule.plain and marked and (made or usual):

@@ -8,7 +8,7 @@ chart are generated from that.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,7 @@ class Setting:
 
     name: str
     default: Any
+    _: KW_ONLY
     topic: str
     kind: Kind
     help: str
@@ -76,7 +77,7 @@ def _map_size(word: str) -> str:
     return f"{name}={int(number)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Every setting with its default."""
 

@@ -194,7 +194,11 @@ class NodeFacts:
     left: Left = field(default_factory=Left)
     cni: Cni = field(default_factory=lambda: Cni("off", "", "", "", ""))
     pods: PodsFacts = field(default_factory=PodsFacts)
-    host: NetworkFacts = field(default_factory=lambda: NetworkFacts(HostView("", True, InKernel.UNKNOWN, (), ())))
+    host: NetworkFacts = field(
+        default_factory=lambda: NetworkFacts(
+            HostView(release="", ipv6=True, nf_tables=InKernel.UNKNOWN, nft=(), legacy=())
+        )
+    )
     preflight: Preflight = field(default_factory=lambda: Preflight("", ""))
     sockets: tuple[AttachedProgram, ...] = ()
     node: HostFacts = field(default_factory=HostFacts)

@@ -53,7 +53,13 @@ def legacy_tables(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
     found = xtables.read(sorted({name for names in listed.values() for name in names}), set())
     return tuple(
         # num_entries stands at byte 76 of struct ipt_getinfo.
-        HostTable(word, name, True, name == "nat", struct.unpack_from("=I", raw[0], 76)[0] - _LEGACY.get(name, 1))
+        HostTable(
+            word,
+            name,
+            xtables=True,
+            nat=name == "nat",
+            rules=struct.unpack_from("=I", raw[0], 76)[0] - _LEGACY.get(name, 1),
+        )
         for word, family in (("ip", 4), ("ip6", 6))
         for name, raw in sorted(found[family].items())
         if name in listed.get(word, ())
@@ -92,14 +98,14 @@ def read_host_view(
     if used is Variant.UNKNOWN:
         remarks.append(f"iptables is {programs['iptables']}, which may be of either variant")
     return HostView(
-        release,
-        (root / "proc/thread-self/net/if_inet6").exists(),  # missing without IPv6 and with ipv6.disable=1
-        state,
-        tables,
-        old,
-        tuple(programs.items()),
-        used,
-        tuple(remarks),
+        release=release,
+        ipv6=(root / "proc/thread-self/net/if_inet6").exists(),  # missing without IPv6 and with ipv6.disable=1
+        nf_tables=state,
+        nft=tables,
+        legacy=old,
+        programs=tuple(programs.items()),
+        iptables=used,
+        remarks=tuple(remarks),
     )
 
 
@@ -161,9 +167,9 @@ def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[Host
             HostTable(
                 _FAMILY.get(family, str(family)),
                 name,
-                family in NFPROTO.values() and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
-                any(unpack_text(chain.get(Chain.TYPE)) == "nat" for chain in base),
-                sum(unpack_be(chain.get(Chain.USE)) for chain in base),  # its rules
+                xtables=family in NFPROTO.values() and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
+                nat=any(unpack_text(chain.get(Chain.TYPE)) == "nat" for chain in base),
+                rules=sum(unpack_be(chain.get(Chain.USE)) for chain in base),  # its rules
             )
         )
     return tuple(found)

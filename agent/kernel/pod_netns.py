@@ -118,7 +118,14 @@ class PodNetns:
         forwards = len(links) > 1 and self.netns.call(_forwards)
         cut = any(len(routes) == MOST_ROUTES for routes in held)
         elsewhere = cut or any(rule.elsewhere for rule in self.route.rules(ipv6=ipv6))
-        found = PodTopology(links, addresses, sum(held, ()), forwards, self.facts().loopback4, elsewhere)
+        found = PodTopology(
+            links,
+            addresses=addresses,
+            routes=sum(held, ()),
+            forwards=forwards,
+            loopback4=self.facts().loopback4,
+            elsewhere=elsewhere,
+        )
         self._wiring = (mark, found)
         return found
 

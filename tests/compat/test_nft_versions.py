@@ -28,12 +28,12 @@ VARIANTS = {
     "everything": Redirect(
         dns_to=("192.0.2.53", "2001:db8::53"),
         exclude=Exclusions(
-            ((22, 22), (8000, 9000)),
-            ((9090, 9090),),
-            ("198.51.100.0/24", "2001:db8::/32"),
-            ("192.0.2.0/24",),
-            ((0, 0), (1000, 2000)),
-            ("net1",),
+            outbound_ports=((22, 22), (8000, 9000)),
+            inbound_ports=((9090, 9090),),
+            outbound_networks=("198.51.100.0/24", "2001:db8::/32"),
+            inbound_networks=("192.0.2.0/24",),
+            users=((0, 0), (1000, 2000)),
+            interfaces=("net1",),
         ),
         refuse_non_tcp=True,
         preserve=True,

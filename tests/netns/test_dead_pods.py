@@ -38,7 +38,7 @@ def test_only_what_is_known_by_nobody_and_does_not_live_is_dead(tmp_path: Path) 
 def test_an_open_namespace_is_a_pods(tmp_path: Path) -> None:
     held = NamespaceRegistry(Notes(str(tmp_path)))
     with made("slu-tt-open") as one:
-        known = held.resolve(Pod("u-1", "shop", "web", str(one.path)))
+        known = held.resolve(Pod("u-1", "shop", "web", netns_path=str(one.path)))
         cookie = known.netns.id.cookie
         assert held.opened("u-1") is known and held.opened("u-2") is None and held.dead([cookie]) == frozenset()
         one.sh(f"ip netns del {one.name}")

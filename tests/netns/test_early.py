@@ -56,7 +56,9 @@ def test_rules_are_back(
     state = Notes(settings.run_dir)
     if record:
         backend_record.save(settings.run_dir, record)
-    pod = Pod("u1", "shop", "web", str(netns), annotations={"istio.io/dataplane-mode": "ambient"}, source="cni")
+    pod = Pod(
+        "u1", "shop", "web", netns_path=str(netns), annotations={"istio.io/dataplane-mode": "ambient"}, source="cni"
+    )
     with Netns.open(netns) as inside:
         state.save(Note(pod, captured, inside.id))
     try:
@@ -78,7 +80,9 @@ def test_ebpf_programs_are_attached_again(tmp_path: Path) -> None:
         backend_record.save(settings.run_dir, replace(RECORD, backend="ebpf"))
         state = Notes(settings.run_dir)
         marks = {"istio.io/dataplane-mode": "ambient"}
-        pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
+        pod = Pod(
+            "u1", "shop", "web", netns_path=str(node.pod.path), addresses=(POD[4],), annotations=marks, source="cni"
+        )
         state.save(Note(pod, True, node.pod.target.netns.id))
         for link in (node.node.pins.node.link("connect4"), node.node.pins.pod(node.pod.cookie).link("lookup")):
             run(["bpftool", "link", "detach", "id", str(bpftool.shown("link", "show", "pinned", str(link))["id"])])
@@ -109,7 +113,9 @@ def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
         other.remove()
         state = Notes(settings.run_dir)
         marks = {"istio.io/dataplane-mode": "ambient"}
-        pod = Pod("u1", "shop", "web", str(node.pod.path), (POD[4],), annotations=marks, source="cni")
+        pod = Pod(
+            "u1", "shop", "web", netns_path=str(node.pod.path), addresses=(POD[4],), annotations=marks, source="cni"
+        )
         state.save(Note(pod, True, node.pod.target.netns.id))
         try:
             mend(settings, state)
@@ -126,7 +132,9 @@ def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_pa
     many = ",".join(f"tap{number}" for number in range(300))
     marks = {"istio.io/dataplane-mode": "ambient", "istio.io/reroute-virtual-interfaces": many}
     with Netns.open(netns) as inside:
-        state.save(Note(Pod("u1", "shop", "web", str(netns), annotations=marks, source="cni"), True, inside.id))
+        state.save(
+            Note(Pod("u1", "shop", "web", netns_path=str(netns), annotations=marks, source="cni"), True, inside.id)
+        )
     try:
         mend(settings, state)
         assert run(["nft", "-s", "list", "ruleset"], netns=netns).stdout == ""
@@ -140,7 +148,9 @@ def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
     state = Notes(settings.run_dir)
     state.pods.mkdir()
     (state.pods / "bad.json").write_text("{")
-    gone = Pod("u2", "shop", "gone", "/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"})
+    gone = Pod(
+        "u2", "shop", "gone", netns_path="/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"}
+    )
     state.save(Note(gone, True, None))
     mend(settings, state)
     assert state.damaged == ["bad.json"]

@@ -29,7 +29,14 @@ pytestmark = pytest.mark.root
 WANT, NO_DNS = Redirect(), Redirect(dns=False)
 ROUNDS = 3
 # None of them is about a port or network of the load.
-EXCLUDED = Exclusions(((9000, 9009),), ((9443, 9443),), ("192.0.2.0/24",), ("2001:db8::/32",), ((12, 12),), ("eth7",))
+EXCLUDED = Exclusions(
+    outbound_ports=((9000, 9009),),
+    inbound_ports=((9443, 9443),),
+    outbound_networks=("192.0.2.0/24",),
+    inbound_networks=("2001:db8::/32",),
+    users=((12, 12),),
+    interfaces=("eth7",),
+)
 VARIANTS = (
     ("DNS off", NO_DNS),
     ("DNS on", WANT),

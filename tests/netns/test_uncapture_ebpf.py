@@ -60,7 +60,9 @@ def capture(node: EbpfNode, pod: Pod, run_dir: Path | None = None, uid: str = "u
     settle(pod.target, WANT, node.layers)
     if run_dir is not None:
         state, said = Notes(str(run_dir)), {"istio.io/dataplane-mode": "ambient"}
-        state.save(Note(Facts(uid, "shop", "web", str(pod.path), annotations=said), True, pod.target.netns.id))
+        state.save(
+            Note(Facts(uid, "shop", "web", netns_path=str(pod.path), annotations=said), True, pod.target.netns.id)
+        )
         pod.target.netns.pin(state.pin(uid))
     pod.reopen()
 

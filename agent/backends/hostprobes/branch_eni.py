@@ -56,7 +56,7 @@ def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
 
 
 def _ours(family: int, preference: int, table: int, *, iif: str = "", to: str = "") -> LookupRule:
-    return LookupRule(family, preference, 0, 0, table, names.ROUTING_PROTOCOL, to, iif)
+    return LookupRule(family, preference, table=table, protocol=names.ROUTING_PROTOCOL, to=to, iif=iif)
 
 
 def _of_pod(rule: LookupRule) -> bool:

@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[0-9]{1,10}")
 MOST = 256  # entries per list: an annotation must not make a rule set without bounds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Exclusions:
     """Sorted, merged, without overlaps, so that equal intents are equal values. Networks as ipaddress writes them."""
 

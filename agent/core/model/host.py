@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 
 
@@ -35,12 +35,13 @@ class HostTable:
 
     family: str
     name: str
+    _: KW_ONLY
     xtables: bool
     nat: bool
     rules: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostView:
     """`nft` and `legacy` are None where it could not be known what is there; () is known to be nothing.
 

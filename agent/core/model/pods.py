@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from agent.core import names
 from agent.core.errors import NetnsError, PodGoneError, SettingsError
@@ -30,6 +30,7 @@ class Pod:
     uid: str
     namespace: str
     name: str
+    _: KW_ONLY
     netns_path: str = ""
     addresses: tuple[str, ...] = ()
     resolvers: tuple[str, ...] = ()
@@ -86,6 +87,7 @@ class KubePod:
     uid: str
     namespace: str
     name: str
+    _: KW_ONLY
     api_uid: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
     annotations: Mapping[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from agent.core import names
 from agent.core.model.exclusions import NOTHING, Exclusions
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Redirect:
     """The intent for one pod. Holds nothing of the pod itself, so all pods of a variant share one value.
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -27,6 +27,7 @@ class Status:
     """
 
     state: State
+    _: KW_ONLY
     reason: str = ""
     backend: str = ""
     error: str = ""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 Address = IPv4Address | IPv6Address
@@ -17,6 +17,7 @@ class Link:
 
     index: int
     name: str
+    _: KW_ONLY
     ethernet: bool = True
     bridge: bool = False
     up: bool = True
@@ -38,6 +39,7 @@ class PodTopology:
     other routes than `routes`, in tables to which policy rules lead, or since there are too many to read."""
 
     links: tuple[Link, ...] = ()
+    _: KW_ONLY
     addresses: tuple[Address, ...] = ()
     routes: tuple[Route, ...] = ()
     forwards: bool = False

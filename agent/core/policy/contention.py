@@ -21,7 +21,7 @@ SLOW = 0.5  # a pause follows kernel work of more than so many seconds, so many 
 SHARE = 5
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Contention:
     """One pod's recent repairs, times in seconds of any clock that does not go back.
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 
 from agent.core import names
@@ -39,6 +39,7 @@ class Fact:
     origin: Origin
     key: str
     value: str = ""
+    _: KW_ONLY
     enrols: bool | None = None
     reason: str = ""
     note: str = ""
@@ -79,7 +80,7 @@ def _never(pod: Pod, settings: Settings) -> Iterator[Fact]:
     """Yields the facts that count independent of the pod's labels."""
 
     def fact(origin: Origin, key: str, value: str, excludes: bool, reason: str) -> Fact:
-        return Fact(origin, key, value, False if excludes else None, reason if excludes else "")
+        return Fact(origin, key, value, enrols=False if excludes else None, reason=reason if excludes else "")
 
     yield fact(Origin.POD, "host network", _word(pod.host_network), pod.host_network, "it shares the host's network")
     sidecar = names.SIDECAR_STATUS in pod.annotations
@@ -122,13 +123,17 @@ def _said(pod: Pod) -> Iterator[Fact]:
         elif origin is Origin.ANNOTATION and pod.labels.get(key):
             yield Fact(origin, key, found, note="not asked, for the label is set")
         else:
-            yield Fact(origin, key, found, own, reason, "" if reason else "not a word that counts")
+            yield Fact(origin, key, found, enrols=own, reason=reason, note="" if reason else "not a word that counts")
     value = pod.namespace_labels.get(key, "")
     reason = f"namespace {pod.namespace} says {key}=ambient" if value == "ambient" else f"{_UNSET} {key}=ambient"
     if own is None:
-        yield Fact(Origin.NAMESPACE, key, value, chosen, reason, "" if chosen else "nothing enrols it")
+        yield Fact(
+            Origin.NAMESPACE, key, value, enrols=chosen, reason=reason, note="" if chosen else "nothing enrols it"
+        )
     else:
-        yield Fact(Origin.NAMESPACE, key, value, value == "ambient" or None, reason if value == "ambient" else "")
+        yield Fact(
+            Origin.NAMESPACE, key, value, enrols=value == "ambient" or None, reason=reason if value == "ambient" else ""
+        )
 
 
 def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
@@ -143,10 +148,17 @@ def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
             yield from (_required(origin, requirement, found, number) for requirement in requirements)
         fits = one.matches(labels, pod.namespace_labels)
         reason = f"the setting {key} has: {one}" if fits else ""
-        yield Fact(Origin.SETTING, f"{key}[{number}]", str(one), fits or None, reason, "" if fits else "does not fit")
+        yield Fact(
+            Origin.SETTING,
+            f"{key}[{number}]",
+            str(one),
+            enrols=fits or None,
+            reason=reason,
+            note="" if fits else "does not fit",
+        )
     if not any(_fits(one, pod) for one in selectors):
         shown = f"{len(selectors)} selectors"
-        yield Fact(Origin.SETTING, key, shown, False, f"nothing in the setting {key} fits")
+        yield Fact(Origin.SETTING, key, shown, enrols=False, reason=f"nothing in the setting {key} fits")
 
 
 def _fits(selector: Selector, pod: Pod) -> bool:

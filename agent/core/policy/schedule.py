@@ -7,7 +7,7 @@ Pure: `now` is an argument (seconds of any clock that does not go back), randomn
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 FIRST_RETRY, LAST_RETRY = 0.1, 30.0  # seconds
 # Verifications begin at this many moments of a period: what is due together shares a turn of the worker, and to be
@@ -18,6 +18,7 @@ MOMENTS = 16
 @dataclass(slots=True)
 class _Entry:
     due: float
+    _: KW_ONLY
     failures: int = 0
     running: bool = False
     woken: float | None = None  # while running: when to look again, for that pass may not have seen it

@@ -14,7 +14,7 @@ TCP, UDP = 6, 17
 SYN, RST, ACK = 2, 4, 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
     """`flags` are those of TCP, 0 for UDP."""
 
@@ -54,7 +54,14 @@ def parse(data: bytes) -> Packet | None:
     addresses = [str(ipaddress.ip_address(part)) for part in (data[first:middle], data[middle:last])]
     ports = struct.unpack_from("!HH", data, size)
     flags = data[size + 13] if protocol == TCP else 0
-    return Packet(protocol, addresses[0], ports[0], addresses[1], ports[1], flags)
+    return Packet(
+        protocol=protocol,
+        source=addresses[0],
+        source_port=ports[0],
+        destination=addresses[1],
+        destination_port=ports[1],
+        flags=flags,
+    )
 
 
 def _checksum(data: bytes) -> int:

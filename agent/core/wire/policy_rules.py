@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 from agent.core import names
@@ -35,6 +35,7 @@ class FibRule:
 
     family: int
     preference: int
+    _: KW_ONLY
     action: int
     table: int
     mark: int = 0
@@ -105,7 +106,7 @@ def by_interface_or_destination(rule: FibRule) -> LookupRule | None:
     to = rule.others[0].removeprefix("to ") if len(rule.others) == 1 and rule.others[0].startswith("to ") else ""
     if bool(rule.iif) == bool(to) or "/" in to or len(rule.others) > bool(to):
         return None
-    return LookupRule(rule.family, rule.preference, 0, 0, rule.table, rule.protocol, to, rule.iif)
+    return LookupRule(rule.family, rule.preference, table=rule.table, protocol=rule.protocol, to=to, iif=rule.iif)
 
 
 def _others(header: tuple[int, ...], parts: Mapping[int, bytes]) -> Iterator[str]:

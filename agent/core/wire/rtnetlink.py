@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import IntEnum
 
 from agent.core import names
@@ -166,8 +166,9 @@ class LookupRule:
 
     family: int
     preference: int
-    mark: int
-    mask: int
+    _: KW_ONLY
+    mark: int = 0
+    mask: int = 0
     table: int
     protocol: int = 0
     to: str = ""

@@ -123,7 +123,16 @@ class RouteSocket(NetlinkSocket):
             xdp = unpack_int(dict(parse(parts.get(Ifla.XDP, b""))).get(LinkXdp.PROG_ID))
             if index != LOOPBACK_INDEX:
                 name = unpack_text(parts.get(Ifla.IFNAME))
-                found.append(Link(index, name, kind == _ETHERNET, made == "bridge", bool(flags & _IFF_UP), xdp))
+                found.append(
+                    Link(
+                        index,
+                        name,
+                        ethernet=kind == _ETHERNET,
+                        bridge=made == "bridge",
+                        up=bool(flags & _IFF_UP),
+                        xdp=xdp,
+                    )
+                )
         return tuple(found)
 
     def classified(self) -> frozenset[int]:

@@ -15,9 +15,11 @@ from agent.core.errors import SettingsError
 from agent.core.model.host import HostTable, HostView, InKernel, Variant
 
 BOTH = (("iptables-nft-restore", "/x"), ("iptables-legacy-restore", "/x"))
-NEITHER = HostView("6.1", True, InKernel.LOADED, (), (), BOTH, Variant.NFT)
-MODERN = replace(NEITHER, nft=(HostTable("ip", "nat", True, True, 4),))
-LEGACY = replace(NEITHER, legacy=(HostTable("ip", "nat", True, True, 3),), iptables=Variant.LEGACY)
+NEITHER = HostView(
+    release="6.1", ipv6=True, nf_tables=InKernel.LOADED, nft=(), legacy=(), programs=BOTH, iptables=Variant.NFT
+)
+MODERN = replace(NEITHER, nft=(HostTable("ip", "nat", xtables=True, nat=True, rules=4),))
+LEGACY = replace(NEITHER, legacy=(HostTable("ip", "nat", xtables=True, nat=True, rules=3),), iptables=Variant.LEGACY)
 MIXED = replace(MODERN, legacy=LEGACY.legacy)
 OLD = Recorded("iptables", "it was the first", "nftables", "", "6.1", 1.0)
 

@@ -15,19 +15,19 @@ from agent.core.model.redirect import Redirect
 from agent.core.wire.policy_rules import FibRule
 from agent.core.wire.rtnetlink import Action, LocalRoute, LookupRule
 
-MARKED = names.CONNECTION_MARK, names.MARK_MASK
+MARKED = {"mark": names.CONNECTION_MARK, "mask": names.MARK_MASK}
 OURS, SPARE = names.ROUTING_PROTOCOL, names.SPARE_TABLES[0]
 KERNEL = (
-    FibRule(4, 0, Action.TO_TBL, 255),
-    FibRule(4, 32766, Action.TO_TBL, 254),
-    FibRule(4, 32767, Action.TO_TBL, 253),
+    FibRule(4, 0, action=Action.TO_TBL, table=255),
+    FibRule(4, 32766, action=Action.TO_TBL, table=254),
+    FibRule(4, 32767, action=Action.TO_TBL, table=253),
 )
 ROUTE, RULE = usual(4)
-USUAL = FibRule(4, 32764, Action.TO_TBL, 100, *MARKED)
+USUAL = FibRule(4, 32764, action=Action.TO_TBL, table=100, **MARKED)
 
 
 def theirs(preference: int, table: int, **more: object) -> FibRule:
-    return replace(FibRule(4, preference, Action.TO_TBL, table), **more)  # type: ignore[arg-type]
+    return replace(FibRule(4, preference, action=Action.TO_TBL, table=table), **more)  # type: ignore[arg-type]
 
 
 def routes(**held: LocalRoute | None) -> dict[int, list[LocalRoute | None]]:
@@ -36,7 +36,7 @@ def routes(**held: LocalRoute | None) -> dict[int, list[LocalRoute | None]]:
 
 
 def moved(preference: int, table: int) -> tuple[LocalRoute, LookupRule]:
-    return LocalRoute(4, table), LookupRule(4, preference, *MARKED, table, OURS)
+    return LocalRoute(4, table), LookupRule(4, preference, **MARKED, table=table, protocol=OURS)
 
 
 def test_an_empty_namespace_gets_the_usual_form() -> None:
@@ -48,7 +48,7 @@ def test_an_empty_namespace_gets_the_usual_form() -> None:
 def test_the_usual_form_is_kept_whoever_made_it(protocol: int) -> None:
     route, rule = LocalRoute(4, 100, protocol), replace(USUAL, protocol=protocol)
     found = place(4, (rule, *KERNEL), routes(t100=route))
-    assert found.wanted == found.held == (route, LookupRule(4, 32764, *MARKED, 100, protocol))
+    assert found.wanted == found.held == (route, LookupRule(4, 32764, **MARKED, table=100, protocol=protocol))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_table_of_somebody_else_is_neither_taken_nor_emptied(
     found = place(4, (*rules, *KERNEL), routes(**held))
     below = 29999 if rules and not rules[0].mask else 32764
     assert found.held == () and found.wanted == moved(below, SPARE)
-    made = (*rules, FibRule(4, below, Action.TO_TBL, SPARE, *MARKED, protocol=OURS), *KERNEL)
+    made = (*rules, FibRule(4, below, action=Action.TO_TBL, table=SPARE, **MARKED, protocol=OURS), *KERNEL)
     again = place(4, made, routes(**held, **{f"t{SPARE}": LocalRoute(4, SPARE)}))
     assert again.held == again.wanted == found.wanted, "a fresh process finds it again"
     gone = place(4, made, routes(**{f"t{SPARE}": LocalRoute(4, SPARE)}))
@@ -90,7 +90,7 @@ def test_who_comes_into_our_table_later_makes_us_move_without_touching_theirs() 
     [
         (theirs(100, 200, others=("from 10.0.0.1",)), 99),
         (theirs(32763, 51820, mark=0xCA6C, mask=0xFFFFFFFF, inverted=True), 32762),
-        (FibRule(4, 100, 2, 0), 99),  # goto
+        (FibRule(4, 100, action=2, table=0), 99),  # goto
         (theirs(32764, 200), 32763),
         (theirs(32764, 200, iif="eth0"), 32763),  # takes nothing of ours, but the number
         (theirs(100, 200, mark=5, mask=0xFFF), 32764),
@@ -117,8 +117,8 @@ def test_without_a_free_table_the_pod_is_refused_and_what_is_ours_can_go() -> No
 
 
 FOR_BOUND = tuple(LocalRoute(4, 100, interface=index) for index in (2, 5))
-TO_LOOPBACK = LookupRule(4, 32764, 0, 0, 100, OURS, "127.0.0.0/8")
-LED = FibRule(4, 32764, Action.TO_TBL, 100, others=("to 127.0.0.0/8",), protocol=OURS)
+TO_LOOPBACK = LookupRule(4, 32764, table=100, protocol=OURS, to="127.0.0.0/8")
+LED = FibRule(4, 32764, action=Action.TO_TBL, table=100, others=("to 127.0.0.0/8",), protocol=OURS)
 
 
 def test_interfaces_that_sockets_may_be_bound_to_have_a_route_each() -> None:

@@ -19,7 +19,9 @@ texts = st.lists(st.text(max_size=10), min_size=1, max_size=5)
 
 
 def test_a_status_can_be_written_as_json() -> None:
-    status = Status(State.PENDING, "because", "nftables", "no ztunnel", 1.5, 2, verified=7.0)
+    status = Status(
+        State.PENDING, reason="because", backend="nftables", error="no ztunnel", retry=1.5, repairs=2, verified=7.0
+    )
     assert json.loads(json.dumps(status.as_dict())) == {
         "state": "pending",
         "reason": "because",

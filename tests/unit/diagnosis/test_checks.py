@@ -33,9 +33,17 @@ from agent.diagnosis.registry import CHECKS
 from agent.install import planning
 from agent.install.planning import View, Write
 
-NFT = (HostTable("ip", "nat", True, True, 4),)
-LEGACY = (HostTable("ip", "nat", True, True, 3),)
-VIEW = HostView("6.18", True, InKernel.LOADED, NFT, (), (("iptables", "x"),), Variant.NFT)
+NFT = (HostTable("ip", "nat", xtables=True, nat=True, rules=4),)
+LEGACY = (HostTable("ip", "nat", xtables=True, nat=True, rules=3),)
+VIEW = HostView(
+    release="6.18",
+    ipv6=True,
+    nf_tables=InKernel.LOADED,
+    nft=NFT,
+    legacy=(),
+    programs=(("iptables", "x"),),
+    iptables=Variant.NFT,
+)
 ROW = {"namespace": "shop", "name": "web", "uid": "u1", "state": "enabled", "reason": "labelled", "error": "",
        "probe": "probe from the node on 10.0.0.2:80: ok"}  # fmt: skip
 RIGHT = {"namespace": "shop", "name": "web", "state": "enabled", "result": "ok", "differences": [], "error": ""}

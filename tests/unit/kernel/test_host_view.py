@@ -14,7 +14,7 @@ from agent.core.model.host import HostTable, HostView, InKernel, Variant
 from agent.kernel import host_view
 
 RELEASE = "6.1.0-9-amd64"
-CHAINED = HostTable("ip", "nat", True, True, 2)
+CHAINED = HostTable("ip", "nat", xtables=True, nat=True, rules=2)
 
 
 class Host:
@@ -58,7 +58,11 @@ class Host:
 
         def legacy(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
             self.asked += [f"{family} {name}" for family, names in listed.items() for name in names]
-            return tuple(HostTable(f, name, True, name == "nat", 1) for f, names in listed.items() for name in names)
+            return tuple(
+                HostTable(f, name, xtables=True, nat=name == "nat", rules=1)
+                for f, names in listed.items()
+                for name in names
+            )
 
         before = self.files()
         view = host_view.read_host_view(self.root, RELEASE, nft=nft, legacy=legacy)
@@ -117,7 +121,7 @@ def test_neither(host: Host) -> None:
 def test_firewalld_has_tables_but_none_of_iptables(host: Host) -> None:
     host.file("sys/module/nf_tables/initstate")
     host.program("usr/sbin/nft")
-    host.tables = (HostTable("inet", "firewalld", False, True, 40),)
+    host.tables = (HostTable("inet", "firewalld", xtables=False, nat=True, rules=40),)
     view = host.look()
     assert view.xtables_rules(Variant.NFT) == 0 and view.has("nft") and view.nft == host.tables
 

@@ -156,7 +156,7 @@ def test_without_kubernetes_an_annotation_names_the_service_account(one: Any, sa
 def test_add_of_a_pod_that_the_static_file_lists_takes_its_place(one: Any) -> None:
     bench = Bench()
     bench.table.mark({"shop/web": PodMark({"istio.io/dataplane-mode": "ambient"})})
-    bench.table.seen(Pod("static.shop.web", "shop", "web", "/n", source="static"))
+    bench.table.seen(Pod("static.shop.web", "shop", "web", netns_path="/n", source="static"))
     assert bench.do("ADD", netns=one, runtimeConfig={}) == OK
     assert bench.reconciler.told == [("wake", "static.shop.web"), ("settled", "u-1")]
     assert [pod.uid for pod in bench.table] == ["u-1"]

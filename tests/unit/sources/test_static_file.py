@@ -168,12 +168,12 @@ def test_marks_enrol_pods_that_the_plugin_brings(tmp_path: Path) -> None:
 
 def test_a_listed_pod_that_the_cni_plugin_brought_is_marked_and_not_there_twice(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    bench.table.seen(Pod("u-1", "shop", "web", "/run/netns/cni-1", source="cni"))
+    bench.table.seen(Pod("u-1", "shop", "web", netns_path="/run/netns/cni-1", source="cni"))
     assert bench.load(WEB) == [("wake", "u-1", True)]
     assert (bench.uids, bench.read()) == ({"u-1"}, [])
     bench.table.gone("u-1")
     assert bench.read() == [("wake", "static.shop.web", True)] and bench.read() == []
-    bench.table.seen(Pod("u-2", "shop", "web", "/run/netns/cni-2", source="cni"))
+    bench.table.seen(Pod("u-2", "shop", "web", netns_path="/run/netns/cni-2", source="cni"))
     assert bench.load() == [("wake", "u-2", False)] and bench.uids == {"u-2"}
     bench.table.gone("u-2")
     assert not bench.uids and bench.read() == []
@@ -182,7 +182,7 @@ def test_a_listed_pod_that_the_cni_plugin_brought_is_marked_and_not_there_twice(
 def test_without_a_file_what_an_earlier_process_took_from_one_is_set_free(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     ambient = {"istio.io/dataplane-mode": "ambient"}
-    listed = Pod("static.shop.web", "shop", "web", "/n", annotations=ambient, source="static")
+    listed = Pod("static.shop.web", "shop", "web", netns_path="/n", annotations=ambient, source="static")
     bench.table.restored(listed)
     bench.table.restored(Pod("u-1", "shop", "db").marked(PodMark(ambient)))
     bench.source = StaticFile("", bench.table, bench.reconciler)

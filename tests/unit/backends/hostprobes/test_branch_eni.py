@@ -13,10 +13,10 @@ from agent.core.wire.rtnetlink import LookupRule
 
 OURS = names.ROUTING_PROTOCOL
 IP, IP6 = "10.0.0.1", "fd00::1"
-FOUND = LookupRule(4, 10, 0, 0, 101, iif="vlan1", protocol=0)
+FOUND = LookupRule(4, 10, table=101, iif="vlan1", protocol=0)
 BACK, THERE = (
-    LookupRule(4, 9, 0, 0, 255, iif="vlan1", protocol=OURS),
-    LookupRule(4, 512, 0, 0, 101, to=IP, protocol=OURS),
+    LookupRule(4, 9, table=255, iif="vlan1", protocol=OURS),
+    LookupRule(4, 512, table=101, to=IP, protocol=OURS),
 )
 
 
@@ -39,18 +39,18 @@ def test_a_rule_by_device_whose_table_knows_the_pod_on_that_device() -> None:
 
 def test_rules_of_everybody_and_our_own_are_nobodys_branch() -> None:
     for table in (0, 254, 255):
-        rule = LookupRule(4, 10, 0, 0, table, iif="vlan1", protocol=0)
+        rule = LookupRule(4, 10, table=table, iif="vlan1", protocol=0)
         assert wanted(want(IP), have(rule, routes={(4, table): {IP: "vlan1"}})) == ()
     assert wanted(want(IP), have(replace(FOUND, protocol=OURS))) == ()
-    assert wanted(want(IP), have(LookupRule(4, 0, 0, 0, 101, iif="vlan1", protocol=0))) == (), "nothing comes before 0"
+    assert wanted(want(IP), have(LookupRule(4, 0, table=101, iif="vlan1", protocol=0))) == (), "nothing comes before 0"
 
 
 def test_ipv6_has_rules_of_its_own() -> None:
-    rule = LookupRule(6, 10, 0, 0, 101, iif="vlan1", protocol=0)
+    rule = LookupRule(6, 10, table=101, iif="vlan1", protocol=0)
     routes = {(6, 101): {IP6: "vlan1"}}
     assert wanted(want(IP6), have(rule, routes=routes)) == (
-        LookupRule(6, 9, 0, 0, 255, iif="vlan1", protocol=OURS),
-        LookupRule(6, 512, 0, 0, 101, to=IP6, protocol=OURS),
+        LookupRule(6, 9, table=255, iif="vlan1", protocol=OURS),
+        LookupRule(6, 512, table=101, to=IP6, protocol=OURS),
     )
     assert "ip -6 rule add to fd00::1 lookup 101 pref 512" in str(
         BranchEni().plan(want(IP6), have(rule, routes=routes))

@@ -75,7 +75,14 @@ def test_the_sidecars_annotations_count_only_where_the_setting_says_so_and_ours_
         "traffic.sidecar.istio.io/excludeInterfaces": "net1",
     }
     assert parsed(theirs) == (Exclusions(), [])
-    every = Exclusions(((80, 80),), ((22, 22),), ("10.0.0.0/8",), (), (), ("net1",))
+    every = Exclusions(
+        outbound_ports=((80, 80),),
+        inbound_ports=((22, 22),),
+        outbound_networks=("10.0.0.0/8",),
+        inbound_networks=(),
+        users=(),
+        interfaces=("net1",),
+    )
     assert parsed(theirs, sidecar=True) == (every, [])
     both = {**theirs, "traffic.sluice.io/exclude-outbound-ports": "443"}
     assert parsed(both, sidecar=True)[0].outbound_ports == ((443, 443),)

@@ -111,8 +111,8 @@ def test_a_mark_gives_labels_and_a_service_account_but_kubernetes_knows_the_acco
 
 @pytest.mark.parametrize("first", ["static", "cni"])
 def test_a_pod_of_the_static_file_that_another_source_brings_is_one_pod(first: str) -> None:
-    listed = Pod("static.shop.web", "shop", "web", "/n", annotations={MODE: "ambient"}, source="static")
-    announced, table = Pod("u1", "shop", "web", "/run/netns/cni", source="cni"), PodTable()
+    listed = Pod("static.shop.web", "shop", "web", netns_path="/n", annotations={MODE: "ambient"}, source="static")
+    announced, table = Pod("u1", "shop", "web", netns_path="/run/netns/cni", source="cni"), PodTable()
     table.mark({"shop/web": MARK})
     for pod in (listed, announced) if first == "static" else (announced, listed):
         changed = table.seen(pod)

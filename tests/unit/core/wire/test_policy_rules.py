@@ -32,7 +32,7 @@ def body(
 
 def test_ours_selects_by_its_mark_alone() -> None:
     rule = parse(body({**MARKED, 14: b"\xff\xff\xff\xff", 21: b"\3"}))
-    assert rule == FibRule(4, 32764, 1, 100, 0x111, 0xFFF, protocol=3) and rule.plain
+    assert rule == FibRule(4, 32764, action=1, table=100, mark=0x111, mask=0xFFF, protocol=3) and rule.plain
 
 
 @pytest.mark.parametrize(
@@ -69,23 +69,26 @@ def test_any_bytes(family: int, rest: bytes) -> None:
 
 
 def test_a_jump_is_printed_with_its_target() -> None:
-    assert str(FibRule(4, 700, Action.GOTO, 0, goto=32764)) == "goto 32764"
+    assert str(FibRule(4, 700, action=Action.GOTO, table=0, goto=32764)) == "goto 32764"
 
 
 @pytest.mark.parametrize(
     ("rule", "found"),
     [
-        (FibRule(4, 10, 1, 101, iif="vlan1"), LookupRule(4, 10, 0, 0, 101, iif="vlan1")),
-        (FibRule(6, 9, 1, 101, others=("to fd00::1",)), LookupRule(6, 9, 0, 0, 101, to="fd00::1")),
-        (FibRule(4, 9, 1, 101, others=("to 10.0.0.0/8",)), None),
-        (FibRule(4, 9, 1, 101, others=("from 10.0.0.1",)), None),
-        (FibRule(4, 9, 1, 101, iif="vlan1", others=("to 10.0.0.1",)), None),
-        (FibRule(4, 9, 1, 101, iif="vlan1", others=("ipproto tcp",)), None),
-        (FibRule(4, 9, 1, 101, iif="vlan1", mark=1, mask=1), None),
-        (FibRule(4, 9, 1, 101, iif="vlan1", oif="eth0"), None),
-        (FibRule(4, 9, 1, 101, iif="vlan1", inverted=True), None),
-        (FibRule(4, 9, 6, 0, iif="vlan1"), None),
-        (FibRule(4, 9, 1, 101), None),
+        (FibRule(4, 10, action=1, table=101, iif="vlan1"), LookupRule(4, 10, table=101, iif="vlan1")),
+        (
+            FibRule(6, 9, action=1, table=101, others=("to fd00::1",)),
+            LookupRule(6, 9, table=101, to="fd00::1"),
+        ),
+        (FibRule(4, 9, action=1, table=101, others=("to 10.0.0.0/8",)), None),
+        (FibRule(4, 9, action=1, table=101, others=("from 10.0.0.1",)), None),
+        (FibRule(4, 9, action=1, table=101, iif="vlan1", others=("to 10.0.0.1",)), None),
+        (FibRule(4, 9, action=1, table=101, iif="vlan1", others=("ipproto tcp",)), None),
+        (FibRule(4, 9, action=1, table=101, iif="vlan1", mark=1, mask=1), None),
+        (FibRule(4, 9, action=1, table=101, iif="vlan1", oif="eth0"), None),
+        (FibRule(4, 9, action=1, table=101, iif="vlan1", inverted=True), None),
+        (FibRule(4, 9, action=6, table=0, iif="vlan1"), None),
+        (FibRule(4, 9, action=1, table=101), None),
     ],
 )
 def test_rules_by_interface_or_destination_alone(rule: FibRule, found: LookupRule | None) -> None:

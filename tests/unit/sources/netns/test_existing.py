@@ -20,7 +20,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_notes_and_pins_are_read_and_nothing_is_changed(tmp_path: Path) -> None:
-    Notes(str(tmp_path)).save(Note(Pod("uid-1", "shop", "web", "/run/netns/web"), True, NetnsId(4, 5, 6)))
+    Notes(str(tmp_path)).save(Note(Pod("uid-1", "shop", "web", netns_path="/run/netns/web"), True, NetnsId(4, 5, 6)))
     Notes(str(tmp_path)).save(Note(Pod("uid-2", "shop", "api"), False, None))
     (tmp_path / "netns").mkdir()
     for name in ("uid-1", "uid-3"):
