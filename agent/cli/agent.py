@@ -14,13 +14,9 @@ from agent.kernel import logs
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("agent", help="run the node agent", description=_ABOUT)
+    parser = subparsers.add_parser("agent", help="run the node agent")
     from_user.add_options(parser)
     parser.set_defaults(run=run)
-
-
-_ABOUT = """Runs the node agent: it learns of pods from the CNI plugin, Kubernetes and the static file, programs their
-network namespaces, hands them to ztunnel and repairs drift. SIGTERM leaves every rule in place."""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ import platform
 import signal
 from typing import Any
 
-from agent.cli import client, output
+from agent.cli import options
 from agent.core.errors import SluiceError
+from agent.kernel.admin_socket import ask
 
 _PATIENCE = 1.0  # seconds that a shell is kept waiting for names
 
@@ -18,17 +19,15 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("help", help="the help of a command")
     parser.add_argument("words", metavar="COMMAND", nargs="*", help="as in explain, or lab up")
     parser = subparsers.add_parser("version", help="the version of this program")
-    output.add_option(parser)
-    parser.set_defaults(run=_version)
+    options.finish(parser, _version, options.output)
     parser = subparsers.add_parser("completion", help="what makes a shell complete commands, options and pods")
     parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish", "pods"), help="bash, zsh or fish")
-    client.add_option(parser)
-    parser.set_defaults(run=_completion)
+    options.finish(parser, _completion, options.run_dir)
 
 
 def _version(args: argparse.Namespace) -> int:
     value = {"version": args.version_text, "python": platform.python_version(), "kernel": platform.release()}
-    output.emit(args.output, value, f"sluice {args.version_text}")
+    options.emit(args.output, value, f"sluice {args.version_text}")
     return 0
 
 
@@ -51,7 +50,7 @@ def _pods(run_dir: str) -> list[str]:
     signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
     try:
-        rows = client.ask(run_dir, "/v1/pods")
+        rows = ask(run_dir, "/v1/pods")
         return [f"{row['namespace']}/{row['name']}" for row in rows]
     except SluiceError:
         return []

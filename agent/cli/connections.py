@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import yaml
 
-from agent.cli import client, output
+from agent.cli import options
 from agent.core.text import printable, table
+from agent.kernel.admin_socket import ask
 
 _HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
@@ -30,9 +31,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "-n", dest="count", metavar="N", type=_count, default=20, help="show N that ended (default: %(default)s)"
     )
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.run_dir, options.output)
 
 
 def _count(text: str) -> int:
@@ -44,13 +43,13 @@ def _count(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     query = {key: value for key, value in (("pod", args.pod), ("fate", args.fate)) if value}
     first = {"live": "false"} if args.follow else {}
-    answer = client.ask(args.run_dir, "/v1/connections", limit=str(args.count), **query, **first)
+    answer = ask(args.run_dir, "/v1/connections", limit=str(args.count), **query, **first)
     if args.follow:
         _follow(args, query, answer)
     now = time.time()
     rows = [_cells(row, _ago(now - row["closed"])) for row in answer["ended"]]
     rows += [_cells(row, "") for row in sorted(answer["live"], key=lambda row: row["opened"])]
-    output.emit(args.output, answer, table(_HEADER, rows) if rows else "No connections.")
+    options.emit(args.output, answer, table(_HEADER, rows) if rows else "No connections.")
     return 0
 
 
@@ -64,7 +63,7 @@ def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> 
         for row in answer["ended"]:
             _print(args.output, row)
         sys.stdout.flush()
-        answer = client.ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(_WAIT), **query)
+        answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(_WAIT), **query)
 
 
 def _print(form: str, row: Row) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,9 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from agent import __version__
-from agent.cli import client, output
+from agent.cli import options
 from agent.cli.effective_settings import in_force
-from agent.core.errors import SluiceError
 from agent.core.text import table
 from agent.diagnosis.collect import collect
 from agent.diagnosis.facts import NodeFacts
@@ -31,21 +29,19 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("checks", metavar="CHECK", nargs="*", help="these alone (default: all)")
     parser.add_argument("--list", action="store_true", help="list the checks and what each is about; run none")
-    parser.add_argument("--config", default="", metavar="FILE", help="settings (default: those of the running agent)")
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.config(parser)
+    options.finish(parser, _run, options.run_dir, options.output)
 
 
 def _run(args: argparse.Namespace) -> int:
     checks = chosen(args.checks)
     if args.list:
-        rows = [{"check": one.id, "about": one.about, "problems": list(one.problems)} for one in checks]
+        rows = [{"check": one.id, "about": one.about, "problems": one.problems} for one in checks]
         lines = [(row["check"], row["about"], ",".join(row["problems"])) for row in rows]
-        output.emit(args.output, rows, table(("CHECK", "ABOUT", "FIELD PROBLEMS"), lines))
+        options.emit(args.output, rows, table(("CHECK", "ABOUT", "FIELD PROBLEMS"), lines))
         return 0
     facts, findings = diagnose(args.run_dir, args.config, checks)
-    output.emit(args.output, value(facts, findings), text(findings))
+    options.emit(args.output, value(facts, findings), text(findings))
     return exit_code(findings)
 
 
@@ -53,8 +49,7 @@ def diagnose(
     run_dir: str, config: str = "", checks: Sequence[Check] = CHECKS
 ) -> tuple[NodeFacts, tuple[CheckResult, ...]]:
     """Runs the checks. Raises SettingsError for invalid settings, SluiceError without root."""
-    if os.geteuid() != 0:
-        raise SluiceError("this reads processes and network namespaces of the node; run it as root")
+    options.require_root("this reads processes and network namespaces of the node")
     settings, source = in_force(run_dir, config)
     facts = collect(settings, source, {name for one in checks for name in one.needs})
     return facts, examine_all(checks, facts)
@@ -69,10 +64,7 @@ def value(facts: NodeFacts, findings: Sequence[CheckResult]) -> dict[str, Any]:
         "agent": facts.left.why or "answers",
         "settings": facts.source,
         "summary": {verdict.value: counts[verdict.value] for verdict in CheckVerdict},
-        "checks": [
-            {**asdict(one), "problems": list(one.problems), "verdict": one.verdict.value, "section": one.section}
-            for one in findings
-        ],
+        "checks": [{**asdict(one), "section": one.section} for one in findings],
     }
 
 

@@ -7,8 +7,9 @@ import argparse
 import time
 from typing import Any
 
-from agent.cli import client, output
+from agent.cli import options
 from agent.core.text import pairs, table
+from agent.kernel.admin_socket import ask
 
 Answer = dict[str, Any]
 Rows = list[tuple[str, object]]
@@ -17,15 +18,13 @@ Rows = list[tuple[str, object]]
 def register(subparsers: Any) -> None:
     text = "why a pod is captured or not, what holds in the kernel, and what to do"
     parser = subparsers.add_parser("explain", help=text)
-    client.add_pod(parser)
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.pod(parser)
+    options.finish(parser, _run, options.run_dir, options.output)
 
 
 def _run(args: argparse.Namespace) -> int:
-    answer = client.ask(args.run_dir, "/v1/explain", pod=client.pod(args))
-    output.emit(args.output, answer, explained(answer, time.time()))
+    answer = ask(args.run_dir, "/v1/explain", pod=options.pod_name(args))
+    options.emit(args.output, answer, explained(answer, time.time()))
     return 0
 
 

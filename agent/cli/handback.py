@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from agent.backends.base import Backend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers
 from agent.backends.registry import mechanisms
-from agent.cli import output
+from agent.cli import options
 from agent.cli import settings as from_user
 from agent.cli.uncapture import forget_account, hold, leftovers
 from agent.core.errors import KernelError, SluiceError, StaleError
@@ -49,12 +48,8 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--all", action="store_true", required=True, help="every captured pod of this node")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be changed")
-    parser.add_argument(
-        "--netns", action="append", default=[], metavar="PATH", help="only these namespaces, nothing else of the node"
-    )
-    output.add_option(parser)
-    from_user.add_options(parser)
-    parser.set_defaults(run=_run)
+    options.netns(parser)
+    options.finish(parser, _run, options.output, from_user.add_options)
 
 
 @dataclass(slots=True)
@@ -71,8 +66,7 @@ class Row:
 
 def _run(args: argparse.Namespace) -> int:
     settings = from_user.load(args)
-    if os.geteuid() != 0:
-        raise SluiceError("sluice handback enters network namespaces; run it as root")
+    options.require_root("sluice handback enters network namespaces")
     problems: list[str] = []
     with hold(settings.run_dir, "handback"):
         rows = list(_pods(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run))
@@ -80,16 +74,12 @@ def _run(args: argparse.Namespace) -> int:
             if not args.dry_run and not problems and all(row.result == "handed back" for row in rows):
                 leftovers(Pins.of(settings.bpf_dir), dry_run=False)
             rows += _host(dry_run=args.dry_run)
-    value = {"pods": [{**asdict(row), **_lists(row)} for row in rows], "problems": problems}
+    value = {"pods": [asdict(row) for row in rows], "problems": problems}
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
     words = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
     scripts = [f"# {row.netns}\n{script}" for row in rows if args.dry_run for script in row.scripts]
-    output.emit(args.output, value, "\n".join([words, *(f"cannot examine: {one}" for one in problems), *scripts]))
+    options.emit(args.output, value, "\n".join([words, *(f"cannot examine: {one}" for one in problems), *scripts]))
     return 1 if problems or any(row.result == "not handed back" for row in rows) else 0
-
-
-def _lists(row: Row) -> dict[str, list[str]]:
-    return {"scripts": list(row.scripts), "remarks": list(row.remarks)}
 
 
 def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run: bool) -> Iterator[Row]:

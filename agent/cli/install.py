@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from agent.cli import output
+from agent.cli import options
 from agent.cli import settings as from_user
 from agent.core.text import pairs
 from agent.install.installer import Installer, Look, mode
@@ -21,9 +21,7 @@ def register(subparsers: Any) -> None:
         "install", help="put the CNI plugin and its configuration in place; exit 1 if they are not"
     )
     parser.add_argument("--check", action="store_true", help="change nothing, only report")
-    output.add_option(parser)
-    from_user.add_options(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.output, from_user.add_options)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -35,7 +33,7 @@ def _run(args: argparse.Namespace) -> int:
         installer.step()
     look = installer.look()
     value = _value(installer, look)
-    output.emit(args.output, value, _text(value))
+    options.emit(args.output, value, _text(value))
     return 0 if value["installed"] else 1
 
 
@@ -50,7 +48,7 @@ def _value(installer: Installer, look: Look) -> dict[str, Any]:
         "primary": look.verdict.primary,
         "todo": [*(["install the plugin"] if look.binary else []), *map(str, look.verdict.actions)],
         "error": installer.error or look.error or look.verdict.error,
-        "remarks": list(look.verdict.remarks),
+        "remarks": look.verdict.remarks,
     }
 
 

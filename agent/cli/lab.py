@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.errors import SluiceError
+from agent.core.text import table
 from agent.kernel.exec import start
 from agent.lab.demo import demo
 from agent.lab.lab import Lab, check_machine, down
@@ -87,13 +88,16 @@ def _exec(args: argparse.Namespace) -> int:
 
 
 def _pods(args: argparse.Namespace) -> int:
-    lab = Lab.from_state(args.prefix)
-    rows = [("POD", "NODE", "ENROLLED", "IPV4", "IPV6", "PROGRAMS")]
-    for pod in lab.pods.up().values():
-        spec = pod.spec
-        enrolled = "yes" if spec.enrolled else "no"
-        rows.append((spec.ref, spec.node, enrolled, pod.ipv4, pod.ipv6, ",".join(spec.programs) or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    rows = [
+        (
+            pod.spec.ref,
+            pod.spec.node,
+            "yes" if pod.spec.enrolled else "no",
+            pod.ipv4,
+            pod.ipv6,
+            ",".join(pod.spec.programs),
+        )
+        for pod in Lab.from_state(args.prefix).pods.up().values()
+    ]
+    print(table(("POD", "NODE", "ENROLLED", "IPV4", "IPV6", "PROGRAMS"), rows))
     return 0

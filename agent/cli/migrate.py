@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 
 import yaml
 
-from agent.cli import handback, output
+from agent.cli import handback, options
 from agent.cli import settings as from_user
 from agent.cli.uncapture import hold
-from agent.core.errors import SettingsError, SluiceError
+from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.core.text import table
 from agent.install.binary import Binary
@@ -55,9 +54,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--netns", action="append", default=[], metavar="PATH", help="look at these namespaces alone, not at the host's"
     )
-    output.add_option(parser)
-    from_user.add_options(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.output, from_user.add_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +83,7 @@ class _Node:
 
 def _run(args: argparse.Namespace) -> int:
     settings = from_user.load(args)
-    if os.geteuid() != 0:
-        raise SluiceError("sluice migrate enters network namespaces; run it as root")
+    options.require_root("sluice migrate enters network namespaces")
     how = "insert" if mode(settings) == "insert" else "own"
     node = _Node(args, settings, plugin_entry(settings), how)
     return _check(node) if args.check else _take_over(node) if args.take_over else _back(node)
@@ -223,4 +219,4 @@ def _tell(
     lines += [f"to do: {step}" for step in todo]
     if made and node.args.check:
         lines += ["", "# istio-cni's settings as ours:", yaml.safe_dump(made, sort_keys=True).rstrip()]
-    output.emit(node.args.output, value, "\n".join(lines))
+    options.emit(node.args.output, value, "\n".join(lines))

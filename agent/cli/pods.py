@@ -8,29 +8,24 @@ import time
 from collections import Counter
 from typing import Any
 
-from agent.cli import client, output
+from agent.cli import options
 from agent.cli.explain import ago
 from agent.core.text import pairs, table
+from agent.kernel.admin_socket import ask
 
 _NAMED = 3  # pods in one line; `sluice verify --all` has all of them
 
 
 def register(subparsers: Any) -> None:
-    _add(subparsers, "status", _status, "the agent of this node")
-    parser = _add(subparsers, "pods", _pods, "this node's pods and their state")
+    parser = subparsers.add_parser("status", help="the agent of this node")
+    options.finish(parser, _status, options.run_dir, options.output)
+    parser = subparsers.add_parser("pods", help="this node's pods and their state")
+    options.finish(parser, _pods, options.run_dir, options.output)
     parser.add_argument("-n", "--namespace", metavar="NAMESPACE", default="", help="only those of this namespace")
 
 
-def _add(subparsers: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = subparsers.add_parser(name, help=text)
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _status(args: argparse.Namespace) -> int:
-    answer = client.ask(args.run_dir, "/v1/status")
+    answer = ask(args.run_dir, "/v1/status")
     rows = [
         ("Node", answer["node"]),
         ("Version", answer["version"]),
@@ -52,7 +47,7 @@ def _status(args: argparse.Namespace) -> int:
         rows.append(("Exits", ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in causes)))
     if answer["damaged_state_files"]:
         rows.append(("Damaged state", ", ".join(answer["damaged_state_files"])))
-    output.emit(args.output, answer, pairs(rows))
+    options.emit(args.output, answer, pairs(rows))
     return 0
 
 
@@ -90,7 +85,7 @@ def _probes(answer: Any) -> str:
 
 
 def _pods(args: argparse.Namespace) -> int:
-    answer = client.ask(args.run_dir, "/v1/pods")
+    answer = ask(args.run_dir, "/v1/pods")
     answer = [row for row in answer if args.namespace in ("", row["namespace"])]
     rows = [
         (
@@ -106,7 +101,7 @@ def _pods(args: argparse.Namespace) -> int:
         for row in answer
     ]
     header = ("NAMESPACE", "NAME", "STATE", "BACKEND", "REPAIRS", "VERIFIED", "ADDRESSES", "REASON")
-    output.emit(args.output, answer, table(header, rows) if rows else f"No pods{_of(args.namespace)} on this node.")
+    options.emit(args.output, answer, table(header, rows) if rows else f"No pods{_of(args.namespace)} on this node.")
     return 0
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -17,8 +16,8 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.preflight import Feature
 from agent.backends.registry import mechanisms
 from agent.backends.selftest import selftest_choice
-from agent.cli import client, output
-from agent.core.errors import SettingsError, SluiceError
+from agent.cli import options
+from agent.core.errors import SettingsError
 from agent.core.model.host import HostTable, HostView
 from agent.core.settings import BACKENDS
 from agent.core.text import pairs, table
@@ -33,10 +32,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="as the setting (default: auto)")
     parser.add_argument("--no-ipv6", action="store_true", help="as the setting ipv6: false")
-    client.add_option(parser)
-    client.add_bpf_dir(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.run_dir, options.bpf_dir, options.output)
 
 
 class _Tried:
@@ -66,8 +62,7 @@ class _Tried:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if os.geteuid() != 0:
-        raise SluiceError("sluice preflight creates network namespaces for its trials; run it as root")
+    options.require_root("sluice preflight creates network namespaces for its trials")
     view = host_view.read_host_view()
     tried = _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
     choice = None
@@ -79,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
         problem = str(error)
     features = tried.features()
     value = _value(view, choice, problem, tried, features)
-    output.emit(args.output, value, _text(view, value, features))
+    options.emit(args.output, value, _text(view, value, features))
     wanted = {choice.name} if choice else set(LAYERS)
     broken = any(one.lacking and wanted & set(one.needed_by) for one in features)
     return 1 if choice is None or broken else 0
@@ -94,8 +89,8 @@ def _value(
         "reason": choice.reason if choice else problem,
         "host_probes": host[0],
         "host_probes_reason": host[1],
-        "selftest": {name: list(found) for name, found in tried.findings.items()},
-        "features": [{**asdict(one), "needed_by": list(one.needed_by)} for one in features],
+        "selftest": tried.findings,
+        "features": [asdict(one) for one in features],
         "host": {
             "release": view.release,
             "ipv6": view.ipv6,
@@ -104,7 +99,7 @@ def _value(
             "programs": dict(view.programs),
             "tables": None if view.nft is None else [asdict(one) for one in view.nft],
             "legacy_tables": None if view.legacy is None else [asdict(one) for one in view.legacy],
-            "remarks": list(view.remarks),
+            "remarks": view.remarks,
         },
     }
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from agent.cli import client, doctor, output
+from agent.cli import doctor, options
 from agent.core.text import table
 from agent.diagnosis.bundle import Bundle, safe
 from agent.diagnosis.bundle_contents import gather
@@ -31,10 +31,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--addresses", choices=("plain", "hashed"), default="plain", help="hashed: replace each by the same word"
     )
-    parser.add_argument("--config", default="", metavar="FILE", help="settings (default: those of the running agent)")
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.config(parser)
+    options.finish(parser, _run, options.run_dir, options.output)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -55,5 +53,5 @@ def _run(args: argparse.Namespace) -> int:
     if bundle.missing:
         lines += ["", table(("NOT TAKEN", "WHY"), sorted(bundle.missing.items()))]
     lines += ["", f"Read it before you send it: tar -xzf {path}; MANIFEST lists what is in it."]
-    output.emit(args.output, value, "\n".join(lines))
+    options.emit(args.output, value, "\n".join(lines))
     return 0

@@ -12,7 +12,7 @@ from agent.backends.ebpf import state
 from agent.backends.iptables import rendering as xtables
 from agent.backends.nftables import rendering as nftables
 from agent.backends.routing import RoutingBackend, RoutingState
-from agent.cli import output
+from agent.cli import options
 from agent.core.errors import SettingsError
 from agent.core.model.exclusions import exclusions
 from agent.core.model.redirect import Redirect
@@ -33,8 +33,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--annotation", action="append", default=[], metavar="KEY=VALUE", help="such as a pod's traffic.sluice.io/..."
     )
-    output.add_option(parser)
-    parser.set_defaults(run=_render)
+    options.finish(parser, _render, options.output)
 
 
 def _render(args: argparse.Namespace) -> int:
@@ -53,7 +52,7 @@ def _render(args: argparse.Namespace) -> int:
     if warnings:
         raise SettingsError("; ".join(warnings))
     scripts = render(args.backend, redirect)
-    output.emit(args.output, scripts, "\n".join(f"# {name}\n{text}" for name, text in scripts.items()))
+    options.emit(args.output, scripts, "\n".join(f"# {name}\n{text}" for name, text in scripts.items()))
     return 0
 
 

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from agent.backends import ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.registry import mechanisms
-from agent.cli import annotation, client, output
+from agent.cli import annotation, options
 from agent.core.errors import KernelError, SluiceError
 from agent.core.model.ownership import Owner
 from agent.core.text import table
@@ -42,9 +42,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--all", action="store_true", required=True, help="every namespace that holds something")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be removed; an agent may run")
     parser.add_argument("--foreign", action="store_true", help="also remove what another agent has programmed in pods")
-    parser.add_argument(
-        "--netns", action="append", default=[], metavar="PATH", help="only these namespaces, nothing else of the node"
-    )
+    options.netns(parser)
     parser.add_argument(
         "--annotations",
         action="store_true",
@@ -56,10 +54,7 @@ def register(subparsers: Any) -> None:
         default=os.environ.get("SLUICE_CONFIG", ""),
         help="for --annotations: the agent's settings, which say where the API server is (or $SLUICE_CONFIG)",
     )
-    client.add_option(parser)
-    client.add_bpf_dir(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.run_dir, options.bpf_dir, options.output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +70,14 @@ class Row:
         return self.removal.result != REMAINS and not self.removal.errors
 
     def as_dict(self) -> dict[str, Any]:
-        one = self.removal
-        return {
-            "netns": self.netns,
-            "pod": (self.pod.name or self.pod.uid) if self.pod else "",
-            "found": one.found.value,
-            "layers": list(one.layers),
-            "result": one.result,
-            "scripts": list(one.scripts),
-            "errors": list(one.errors),
-        }
+        pod = (self.pod.name or self.pod.uid) if self.pod else ""
+        return {"netns": self.netns, "pod": pod, **asdict(self.removal), "found": self.removal.found.value}
 
 
 def _run(args: argparse.Namespace) -> int:
     if args.annotations and args.netns:
         raise SluiceError("--annotations is for all pods of the node, --netns for some; give one of them")
-    if os.geteuid() != 0:
-        raise SluiceError("sluice uncapture enters network namespaces; run it as root")
+    options.require_root("sluice uncapture enters network namespaces")
     with contextlib.nullcontext() if args.dry_run else hold(args.run_dir, "uncapture"):
         return _all(args)
 
@@ -116,7 +102,7 @@ def _all(args: argparse.Namespace) -> int:
         captured = [row for row in rows if row.removal.result in (LEFT, REMAINS) and row.netns not in (_HOST, _NODE)]
         remarks = annotation.take_back(args.config, [one.pod.uid if one.pod else "" for one in captured], problems)
     value = {"namespaces": [row.as_dict() for row in rows], "problems": problems, "remarks": remarks}
-    output.emit(args.output, value, _text(value, dry_run=args.dry_run))
+    options.emit(args.output, value, _text(value, dry_run=args.dry_run))
     return 0 if not problems and all(row.right for row in rows) else 1
 
 

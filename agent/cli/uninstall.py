@@ -10,7 +10,7 @@ import argparse
 import signal
 from typing import Any
 
-from agent.cli import output
+from agent.cli import options
 from agent.cli import settings as from_user
 from agent.cli.uncapture import hold
 from agent.core.errors import SluiceError
@@ -33,9 +33,7 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="afterwards wait for SIGTERM, for use as the only command of a DaemonSet's pod",
     )
-    output.add_option(parser)
-    from_user.add_options(parser)
-    parser.set_defaults(run=_run)
+    options.finish(parser, _run, options.output, from_user.add_options)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -49,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         with hold(settings.run_dir, "uninstall"):
             _do(todo, value)
-    output.emit(args.output, value, _text(value, dry_run=args.dry_run))
+    options.emit(args.output, value, _text(value, dry_run=args.dry_run))
     if args.wait and not value["errors"]:
         signal.sigwait({signal.SIGTERM, signal.SIGINT})
     return 1 if value["errors"] else 0

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from agent.cli import client, output
+from agent.cli import options
 from agent.core.errors import SluiceError
 from agent.core.text import table
+from agent.kernel.admin_socket import ask
 
 
 def register(subparsers: Any) -> None:
@@ -16,23 +17,19 @@ def register(subparsers: Any) -> None:
     parser.add_argument("pod", metavar="POD", nargs="?", help="namespace/name, a unique name, or a UID")
     parser.add_argument("--all", action="store_true", help="every pod of this node, and what its capture relies on")
     parser.add_argument("--repair", action="store_true", help="repair what differs, then compare again")
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_verify)
+    options.finish(parser, _verify, options.run_dir, options.output)
     parser = subparsers.add_parser(
         "diff", help="what a repair would change in a pod, as a script; exit 1 if anything differs"
     )
     parser.add_argument("pod", metavar="POD")
-    client.add_option(parser)
-    output.add_option(parser)
-    parser.set_defaults(run=_diff)
+    options.finish(parser, _diff, options.run_dir, options.output)
 
 
 def _verify(args: argparse.Namespace) -> int:
     if bool(args.pod) == args.all:
         raise SluiceError("verify: name one POD, or give --all")
     query = {"all": "true"} if args.all else {"pod": args.pod}
-    rows = client.ask(args.run_dir, "/v1/verify", "POST" if args.repair else "GET", **query)
+    rows = ask(args.run_dir, "/v1/verify", "POST" if args.repair else "GET", **query)
     header = ("NAMESPACE", "NAME", "STATE", "RESULT", "DETAILS")
     lines = [
         (
@@ -44,17 +41,17 @@ def _verify(args: argparse.Namespace) -> int:
         )
         for row in rows
     ]
-    output.emit(args.output, rows, table(header, lines) if lines else "No pods on this node.")
+    options.emit(args.output, rows, table(header, lines) if lines else "No pods on this node.")
     results = {row["result"] for row in rows}
     return 2 if "unknown" in results else 1 if "drift" in results else 0
 
 
 def _diff(args: argparse.Namespace) -> int:
-    (row,) = client.ask(args.run_dir, "/v1/verify", pod=args.pod)
+    (row,) = ask(args.run_dir, "/v1/verify", pod=args.pod)
     if row["error"] and row["result"] == "unknown":
         raise SluiceError(row["error"])
     lines = [f"# {line}" for line in row["differences"]]
     lines += [script for script in row["scripts"].values() if script]
     if lines or args.output != "table":
-        output.emit(args.output, row, "\n".join(lines))
+        options.emit(args.output, row, "\n".join(lines))
     return 1 if row["differences"] else 0

@@ -13,7 +13,7 @@ import yaml
 from support.fakeagent import FakeAgent
 
 from agent.__main__ import main
-from agent.cli import output
+from agent.cli import options
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_rules_need_no_agent(backend: str, capsys: pytest.CaptureFixture[str]) -
 def test_forms(capsys: pytest.CaptureFixture[str]) -> None:
     wanted_by = {"json": '{\n  "b": 1,\n  "a": [\n    2\n  ]\n}\n', "yaml": "b: 1\na:\n- 2\n", "table": "T\n"}
     for form, wanted in wanted_by.items():
-        output.emit(form, {"b": 1, "a": [2]}, "T")
+        options.emit(form, {"b": 1, "a": [2]}, "T")
         assert capsys.readouterr().out == wanted
 
 

@@ -62,7 +62,7 @@ class Agent:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     def inside(agent: Agent, *argv: str) -> int:
-        monkeypatch.setattr(connections.client, "ask", agent)
+        monkeypatch.setattr(connections, "ask", agent)
         monkeypatch.setattr(connections.time, "time", lambda: 10_000.0)
         return main(["connections", "--run-dir", "/r", *argv])
 

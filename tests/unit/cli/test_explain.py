@@ -208,7 +208,7 @@ def test_which_pod_is_asked_for(
         found.append(query["pod"])
         return captured()
 
-    monkeypatch.setattr(explain.client, "ask", ask)
+    monkeypatch.setattr(explain, "ask", ask)
     assert main(["explain", *argv]) == 0
     assert found == [asked] and capsys.readouterr().out.startswith("Pod:       shop/web")
 
