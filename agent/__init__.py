@@ -8,7 +8,7 @@ holds, and leave as one atomic change:
 
 core        pure values and decisions: pods, Redirect, desired, Plan, schedule, status, settings, names
 kernel      IO without decisions, a file per mechanism: namespaces, netlink, processes
-backends    the mechanisms that make a Redirect true in a namespace, five verbs each
+backends    the mechanisms that make a Redirect true in a namespace, four verbs each
 sources     where pods come from (CNI plugin, static file, state on disk) and what wakes the reconciler
 zds         how pods are handed to ztunnel
 reconciler  takes due pods: read, plan, apply, read again, publish, report

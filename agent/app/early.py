@@ -87,7 +87,7 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
                 continue
             for plan in done.applied:
                 if plan.differences:
-                    log.info("pod %s: %s applied: %s", note.pod.key, plan.backend, "; ".join(plan.differences[:3]))
+                    log.info("pod %s: %s applied: %s", note.pod.key, plan.layer, "; ".join(plan.differences[:3]))
 
 
 @contextmanager

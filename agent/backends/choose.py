@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agent.backends.base import Backend, Support
+from agent.backends.base import PodLayer, Support
 from agent.core.errors import SettingsError
 from agent.core.model.host import HostView, InKernel, Variant
 
@@ -39,8 +39,8 @@ class Choice:
 
     name: str
     reason: str
-    active: tuple[Backend, ...]
-    retired: tuple[Backend, ...]
+    active: tuple[PodLayer, ...]
+    retired: tuple[PodLayer, ...]
     workers: int = 1
     by_socket: bool = False
 
@@ -66,13 +66,13 @@ class Trials:
     """
 
     probe: Callable[[str], Support]
-    test: Callable[[Sequence[Backend]], Sequence[str]] = lambda layers: ()
+    test: Callable[[Sequence[PodLayer]], Sequence[str]] = lambda layers: ()
     explain: Callable[[str], Sequence[str]] = lambda name: ()
 
 
 def choose(
     setting: str,
-    backends: Mapping[str, Backend],
+    backends: Mapping[str, PodLayer],
     trials: Trials,
     view: HostView | None = None,
     recorded: Recorded | None = None,
@@ -137,7 +137,7 @@ def choose_host(setting: str, view: HostView) -> tuple[str, str]:
     return "nftables", words
 
 
-def _problem(name: str, backends: Mapping[str, Backend], trials: Trials, tried: dict[str, Support]) -> str:
+def _problem(name: str, backends: Mapping[str, PodLayer], trials: Trials, tried: dict[str, Support]) -> str:
     for layer in LAYERS[name]:
         if layer not in backends:
             return f"there is no {layer} in this build"

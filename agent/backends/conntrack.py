@@ -72,9 +72,6 @@ class ConntrackBackend:
     def probe(self) -> Support:
         return Support(True)
 
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
-
     def read(self, target: PodNetns) -> ConntrackState:
         until, seconds = self._seen.get(target, (0.0, ()))
         # A namespace gets its timeouts with the kernel's module; its loading is not notified either.

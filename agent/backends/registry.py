@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.core import names
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def mechanisms(
     pins: Pins | None = None,
     ztunnels: Ztunnels | None = None,
     sizes: Mapping[str, int] = MappingProxyType({}),
-) -> dict[str, Backend]:
+) -> dict[str, PodLayer]:
     """Fresh ones of these `layers`; none is probed yet. Only their modules are imported: a start's first step is short.
 
     Without `ipv6` none of them needs IPv6 of the node. `pins`: where eBPF's are, by default where an agent has them by
@@ -42,7 +42,7 @@ def mechanisms(
     return {backend.name: backend for backend in made}
 
 
-def _netfilter(layer: str, *, ipv6: bool) -> Backend:
+def _netfilter(layer: str, *, ipv6: bool) -> PodLayer:
     if layer == "nftables":
         from agent.backends.nftables.backend import NftablesBackend
 

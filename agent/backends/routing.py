@@ -3,7 +3,7 @@
 ztunnel's sockets that speak with a client's address. With every mechanism they deliver what a socket that is bound to
 an interface sends to ztunnel.
 
-A layer of its own, with the same five verbs, so that a switch between mechanisms leaves it alone, or removes no more
+A layer of its own, with the same four verbs, so that a switch between mechanisms leaves it alone, or removes no more
 than what is for marks. `routeplaces` says where they stand and how ours are known.
 """
 
@@ -67,9 +67,6 @@ class RoutingBackend:
         except KernelError as error:
             return Support(False, f"policy routing is refused ({error}); it needs CONFIG_IP_MULTIPLE_TABLES")
         return Support(True)
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
 
     def read(self, target: PodNetns) -> RoutingState:
         """Returns the last read while no notification says otherwise."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from time import monotonic
 
-from agent.backends.base import Backend, lasting
+from agent.backends.base import PodLayer, lasting
 from agent.backends.ebpf import trial
 from agent.backends.ebpf.pins import Pins
 from agent.core import names
@@ -60,7 +60,7 @@ class _Place:
     listening: Callable[[], None]  # called once a socket listens: some mechanisms have to know it
 
 
-def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True) -> tuple[str, ...]:
+def selftest(active: Sequence[PodLayer], *, ipv6: bool = True, marks: bool = True) -> tuple[str, ...]:
     """Returns the failures with these layers, () when all succeeded; IPv6 is tried where the namespace has it.
 
     `marks` as of Redirect.
@@ -76,7 +76,7 @@ def selftest(active: Sequence[Backend], *, ipv6: bool = True, marks: bool = True
         return (f"the self-test could not be done: {error}",)
 
 
-def selftest_choice(layers: Sequence[Backend], pins: Pins, *, ipv6: bool = True) -> tuple[str, ...]:
+def selftest_choice(layers: Sequence[PodLayer], pins: Pins, *, ipv6: bool = True) -> tuple[str, ...]:
     """The same with the layers of a choice. Of those that hold their state in the node others are tried in their place,
     with a state of their own next to `pins`. Raises KernelError when they cannot be made.
     """
@@ -86,7 +86,7 @@ def selftest_choice(layers: Sequence[Backend], pins: Pins, *, ipv6: bool = True)
         return selftest(throw_away, ipv6=ipv6, marks=False)
 
 
-def _run(active: Sequence[Backend], target: PodNetns, want: Redirect) -> Iterator[str]:
+def _run(active: Sequence[PodLayer], target: PodNetns, want: Redirect) -> Iterator[str]:
     families = (4, 6) if want.ipv6 else (4,)
     target.netns.call(lambda: scratch_link.make(families))
     with contextlib.closing(target.netns.call(Wire)) as wire:
@@ -101,13 +101,12 @@ def _run(active: Sequence[Backend], target: PodNetns, want: Redirect) -> Iterato
             yield from (words for place in places for words in _observe(place, captured=False))
 
 
-def _settle(active: Sequence[Backend], target: PodNetns, want: Redirect | None) -> None:
+def _settle(active: Sequence[PodLayer], target: PodNetns, want: Redirect | None) -> None:
     for backend in active if want else reversed(active):
         for _ in range(_PASSES):
-            for unit, wanted in backend.targets({target: want}).items():
-                plan = backend.plan(wanted, backend.read(unit))
-                with contextlib.suppress(StaleError):
-                    backend.apply(unit, plan)
+            plan = backend.plan(want, backend.read(target))
+            with contextlib.suppress(StaleError):
+                backend.apply(target, plan)
             if not plan:
                 break
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.backends import istio_handback, ownership
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers
 from agent.backends.registry import mechanisms
@@ -154,7 +154,7 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     return True
 
 
-def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
+def strip(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
     """Converts correct rules of Sluice to istio-cni's, and verifies them. Raises SluiceError. Returns the scripts."""
     done: list[str] = []
     for _ in range(PASSES):
@@ -167,7 +167,7 @@ def strip(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
     raise KernelError(f"hand back {layer.name}", 0, "another process keeps changing it")
 
 
-def _dry(target: PodNetns, layer: Backend, want: Redirect) -> tuple[str, ...]:
+def _dry(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
     repair = str(layer.plan(want, layer.read(target)))
     plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
     return tuple(words for words in (repair, str(plan)) if words)

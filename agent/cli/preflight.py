@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from agent.backends import preflight
-from agent.backends.base import Backend, Support
+from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS, Choice, Trials, choose, choose_host
 from agent.backends.ebpf.pins import Pins
 from agent.backends.preflight import Feature
@@ -49,7 +49,7 @@ class _Tried:
         self.support[layer] = self.backends[layer].probe()
         return self.support[layer]
 
-    def test(self, layers: Sequence[Backend]) -> tuple[str, ...]:
+    def test(self, layers: Sequence[PodLayer]) -> tuple[str, ...]:
         name = next(name for name, members in LAYERS.items() if members[-1] == layers[-1].name)
         self.findings[name] = selftest_choice(layers, self.pins, ipv6=self.ipv6)
         return self.findings[name]

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.kernel.grace import await_packets
@@ -26,7 +26,7 @@ class Capturing:
         self,
         enrolment: Enrolment,
         workers: Workers,
-        retired: tuple[Backend, ...],
+        retired: tuple[PodLayer, ...],
         wait: Callable[[], None] | None = None,
     ) -> None:
         """Layers in `retired` may still hold rules. `wait` replaces kernel.grace.await_packets."""

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from agent.backends.base import Backend, Lasting, lasting
+from agent.backends.base import Lasting, PodLayer, lasting
 from agent.backends.choose import Choice
 from agent.core.errors import KernelError, PodEndingError, SluiceError
 from agent.core.model.listeners import PortListeners
@@ -105,7 +105,7 @@ class Enrolment:
         """Returns True if the pod is running and not captured, or `leaving`. Does not block."""
         return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
 
-    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool = False) -> Enrolled:
+    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[PodLayer, ...], *, leaving: bool = False) -> Enrolled:
         """Applies `redirect`. Rules of the `retired` layers stay until `retire`.
 
         `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied by then stays.
@@ -115,7 +115,7 @@ class Enrolment:
             return self._enrol(pod, target, redirect, retired, leaving=leaving)
 
     def _enrol(
-        self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[Backend, ...], *, leaving: bool
+        self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[PodLayer, ...], *, leaving: bool
     ) -> Enrolled:
         first = leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is being created has no process yet: no connection can begin while rules are applied.
@@ -186,7 +186,7 @@ class Enrolment:
         uid: str,
         target: PodNetns,
         want: Redirect,
-        retired: tuple[Backend, ...] = (),
+        retired: tuple[PodLayer, ...] = (),
         switch: SwitchState = NO_SWITCH,
     ) -> tuple[Redirect, Settled, Wants]:
         """Returns the want of the active layers, what was done, and the work that is left in the retired layers."""

@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+from agent.backends.base import Layer
 from agent.backends.hostprobes.claims import Claims
-from agent.backends.hostprobes.mechanism import HostMechanism
 from agent.backends.hostprobes.want import HostProbes
 from agent.core.policy.schedule import Schedule
 from agent.core.settings import Settings
 from agent.kernel.host_netns import HostNetns
-from agent.reconciler.host_converge import HostApplied, settle, verify
+from agent.reconciler.converge import Applied, settle_each, verify
 
 T = TypeVar("T")
 SPACING = 0.1  # seconds between two passes that notifications cause: kube-proxy changes rules all the time
@@ -74,8 +74,8 @@ class HostLoop:
         self,
         settings: Settings,
         mechanism: str,
-        active: Sequence[HostMechanism],
-        retired: Sequence[HostMechanism],
+        active: Sequence[Layer[HostNetns, HostProbes]],
+        retired: Sequence[Layer[HostNetns, HostProbes]],
         target: HostNetns,
         journal: HostJournal,
         random: Callable[[], float],
@@ -144,10 +144,6 @@ class HostLoop:
             for waiter in self._pending.waiters:
                 waiter.cancel()
 
-    def remove(self) -> list[HostApplied]:
-        """Removes all rules, to uninstall. Blocking; only while `run` does not run. Raises SluiceError."""
-        return settle(self._target, None, self._active, self._retired)
-
     async def inspect(self) -> dict[str, tuple[tuple[str, ...], str]]:
         """Returns the drift per layer: (differences, repair script); changes nothing. Raises SluiceError."""
         want = self._want()
@@ -202,10 +198,11 @@ class HostLoop:
             if not waiter.done():
                 waiter.set_result(self.status)
 
-    async def _work(self, want: HostProbes) -> list[HostApplied]:
-        done = await self._run(lambda: settle(self._target, self._here(want), self._active, self._retired))
+    async def _work(self, want: HostProbes) -> list[Applied]:
+        wants = [*((layer, self._here(want)) for layer in self._active), *((layer, None) for layer in self._retired)]
+        done = await self._run(lambda: settle_each(self._target, wants))
         self._retired = ()
-        return done
+        return done.applied
 
     def _here(self, want: HostProbes) -> HostProbes:
         return want.within(ipv6=self._target.has_ipv6())
@@ -213,7 +210,7 @@ class HostLoop:
     async def _run(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
-    def _note(self, want: HostProbes, cause: str, done: list[HostApplied], seconds: float) -> None:
+    def _note(self, want: HostProbes, cause: str, done: list[Applied], seconds: float) -> None:
         drifted = self._last == want
         self._last = want
         for applied in done:

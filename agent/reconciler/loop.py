@@ -307,7 +307,7 @@ class Reconciler:
         started = time.monotonic()
         entry.want, done = await entry.work(self._workers, lambda: self._enrolment.again(pod, enrolled, want))
         for plan in done.applied:
-            self._journal.applied(pod, plan.backend, plan.differences, time.monotonic() - started, "")
+            self._journal.applied(pod, plan.layer, plan.differences, time.monotonic() - started, "")
 
     def _probed(self, pod: Pod, entry: PodState, result: ProbeResult) -> None:
         """Handles the result of the canary."""

@@ -102,10 +102,10 @@ class PodState:
         cause = (cause or "unknown") if drifted else ""
         for plan in done.applied:
             if drifted and plan.differences:
-                self.repairs.append(Repair(time.time(), plan.backend, plan.differences, cause, seconds))
+                self.repairs.append(Repair(time.time(), plan.layer, plan.differences, cause, seconds))
                 if self.contention.repaired(time.monotonic()):
                     journal.contended(pod, cause, done.remarks)
-            journal.applied(pod, plan.backend, plan.differences, seconds, cause if plan.differences else "")
+            journal.applied(pod, plan.layer, plan.differences, seconds, cause if plan.differences else "")
 
     def captured(self, enrolled: Enrolled, decision: Decision, cause: str) -> None:
         """Takes over the result of a pass that applied the rules; `cause` made it necessary, "" for none."""

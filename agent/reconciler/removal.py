@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Removes all of Sluice without knowing which backend programmed it: every layer is read.
 
-The path is that of any removal (converge, host_converge); a failure is reported and stops nothing else.
+The path is that of any removal (converge); a failure is reported and stops nothing else.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from agent.backends.base import Backend, lasting
-from agent.backends.hostprobes.mechanism import HostMechanism
+from agent.backends.base import Layer, PodLayer, lasting
+from agent.backends.hostprobes.want import HostProbes
 from agent.core.errors import SluiceError
 from agent.core.model.ownership import Owner, owner_of
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
-from agent.reconciler import host_converge
-from agent.reconciler.converge import Settled, settle, settle_unit
+from agent.reconciler.converge import Settled, settle, settle_layer
 
 Identify = Callable[[str, Any], Owner]  # from a layer's name and its state (backends.ownership)
 REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
@@ -37,7 +36,7 @@ class Removal:
 
 def uncapture(
     target: PodNetns,
-    layers: Sequence[Backend],
+    layers: Sequence[PodLayer],
     identify: Identify,
     *,
     noted: bool,
@@ -72,7 +71,7 @@ def uncapture(
 
 
 def uncapture_host(
-    target: HostNetns, layers: Sequence[HostMechanism], identify: Identify, *, dry_run: bool = False
+    target: HostNetns, layers: Sequence[Layer[HostNetns, HostProbes]], identify: Identify, *, dry_run: bool = False
 ) -> Removal | None:
     """Removes the exemption of the node's probes. Sets go with the last rules that use them, even another agent's."""
     errors: list[str] = []
@@ -92,14 +91,14 @@ def uncapture_host(
     done: list[str] = []
     for layer in due:
         try:
-            done += [one.script for one in host_converge.settle(target, None, (layer,))]
+            done += [one.script for one in settle(target, None, (layer,)).applied]
         except SluiceError as error:
             errors.append(str(error))
     left = _left(target, due)
     return Removal(Owner.SLUICE, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
 
 
-def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Removal | None:
+def uncapture_left(layers: Sequence[PodLayer], *, dry_run: bool = False) -> Removal | None:
     """Removes the node's state of all pods, dead or alive, after the namespaces of live pods were cleaned.
 
     Only Sluice makes such state. Backwards, as `uncapture`: the node's own state goes last.
@@ -114,7 +113,7 @@ def uncapture_left(layers: Sequence[Backend], *, dry_run: bool = False) -> Remov
                 if dry_run:
                     done.append(str(plan))
                     continue
-                settle_unit(layer, unit, None, settled)
+                settle_layer(layer, unit, None, settled)
                 done += [one.script for one in settled.applied]
                 left += [f"{layer.name}: {line}" for line in layer.plan(None, layer.read(unit)).differences]
         except SluiceError as error:
@@ -136,7 +135,7 @@ def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str,
     return found
 
 
-def _step_by_step(target: PodNetns, layer: Backend, done: list[str]) -> None:
+def _step_by_step(target: PodNetns, layer: PodLayer, done: list[str]) -> None:
     """Applies each step of the plan separately: a failing step must not prevent the others."""
     try:
         plan = layer.plan(None, layer.read(target))

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from agent.backends.base import Lasting
-from agent.reconciler.converge import Settled, settle_unit
+from agent.reconciler.converge import Settled, settle_layer
 
 log = logging.getLogger("sluice.sweep")
 
@@ -38,7 +38,7 @@ class Sweep:
             self._last[layer.name] = orphans
             for unit in orphans:
                 if unit in last:
-                    settle_unit(layer, unit, None, done)
+                    settle_layer(layer, unit, None, done)
         return done
 
 
@@ -47,7 +47,7 @@ async def repeat(work: Callable[[], Awaitable[Settled]], seconds: float) -> None
     while True:
         try:
             for plan in (await work()).applied:
-                log.info("%s: removed leftovers of an ended pod: %s", plan.backend, "; ".join(plan.differences))
+                log.info("%s: removed leftovers of an ended pod: %s", plan.layer, "; ".join(plan.differences))
         except Exception as error:  # noqa: BLE001 - no failure may end the sweeps
             log.warning("cleanup of ended pods failed: %s", error)
         await asyncio.sleep(seconds)

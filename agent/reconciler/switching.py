@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from agent.backends.base import Backend, lasting
+from agent.backends.base import PodLayer, lasting
 from agent.backends.choose import Choice
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
@@ -20,7 +20,7 @@ from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.converge import verify_each
 from agent.reconciler.interfaces import PreexistingConnections
 
-Wants = list[tuple[Backend, Redirect | None]]  # a want per layer, in the order of application
+Wants = list[tuple[PodLayer, Redirect | None]]  # a want per layer, in the order of application
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Switching:
         self._choice = choice
         self._connections = connections
 
-    def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[Backend]) -> SwitchState:
+    def begin(self, uid: str, target: PodNetns, want: Redirect, retired: Sequence[PodLayer]) -> SwitchState:
         """Begins or continues a switch; call it before any change. Raises KernelError."""
         if self._connections is None:
             return SwitchState()
@@ -69,7 +69,7 @@ class Switching:
         self,
         target: PodNetns,
         want: Redirect,
-        retired: Sequence[Backend],
+        retired: Sequence[PodLayer],
         *,
         switching: bool,
         forwards: bool,
@@ -105,14 +105,14 @@ class Switching:
         if self._connections:
             self._connections.forget(uid)
 
-    def _captures(self, target: PodNetns, layer: Backend, want: Redirect) -> bool:
+    def _captures(self, target: PodNetns, layer: PodLayer, want: Redirect) -> bool:
         """Returns True if a retired layer captures; False if it only drains, because an earlier process began."""
         if not _holds(target, layer):
             return False
         return not self._choice.by_socket or bool(verify_each(target, [(layer, _drained(want))]))
 
 
-def _holds(target: PodNetns, layer: Backend) -> bool:
+def _holds(target: PodNetns, layer: PodLayer) -> bool:
     return bool(verify_each(target, [(layer, None)]))
 
 

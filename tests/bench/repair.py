@@ -14,7 +14,7 @@ from pathlib import Path
 from support.field import metric
 from support.node import PLUGIN, Node, NodePod, node, until
 
-from agent.backends.base import Backend as Layer
+from agent.backends.base import PodLayer as Layer
 from agent.core.model.redirect import Redirect
 from agent.kernel.exec import start
 from agent.kernel.netns import Netns

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from agent.backends.base import Backend, Support
+from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS
 from agent.backends.registry import mechanisms
 from agent.core.model.plan import Plan
@@ -43,14 +43,11 @@ VERBS: Mapping[str, tuple[float | None, float | None]] = {
 class Watched:
     """A layer that adds up the seconds of its `apply`."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: PodLayer) -> None:
         self.name, self.seconds, self._backend = backend.name, 0.0, backend
 
     def probe(self) -> Support:
         return self._backend.probe()
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return self._backend.targets(desired)
 
     def read(self, target: PodNetns) -> Any:
         return self._backend.read(target)
@@ -142,7 +139,7 @@ def _add(matrix: Matrix, choice: str, count: int, verb: str, values: Sequence[fl
     matrix.add(choice, verb, count, values)
 
 
-def _known(targets: Sequence[PodNetns], used: Sequence[Backend]) -> None:
+def _known(targets: Sequence[PodNetns], used: Sequence[PodLayer]) -> None:
     """As in an agent after a while: what the kernel told was taken by the event loop, and a pass came after it."""
     for target in targets:
         for told in (target.events, target.route_events):
@@ -150,7 +147,7 @@ def _known(targets: Sequence[PodNetns], used: Sequence[Backend]) -> None:
         _right(target, used)
 
 
-def _right(target: PodNetns, used: Sequence[Backend]) -> None:
+def _right(target: PodNetns, used: Sequence[PodLayer]) -> None:
     found = verify(target, WANT, used)
     if found:
         raise RuntimeError(f"rules are not as applied: {found}")

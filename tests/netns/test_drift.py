@@ -77,7 +77,7 @@ def test_damage_wakes_the_pod_names_the_culprit_and_is_repaired(pod: Pod, choice
         assert causes and re.fullmatch(cause, causes[0]), causes
         fresh = unowned(choice)  # has seen nothing before
         damaged = verify(pod.target, WANT, fresh)
-        assert {plan.backend for plan in settle(pod.target, WANT, used).applied} == set(damaged)
+        assert {plan.layer for plan in settle(pod.target, WANT, used).applied} == set(damaged)
         assert verify(pod.target, WANT, unowned(choice)) == {}
         assert damaged or damage in HARMLESS[choice]
 

@@ -111,7 +111,7 @@ def test_p36_without_ipv6_nothing_of_ipv6_is_asked_for_and_when_it_comes_it_is_c
         settle(pod.target, WANT.within(ipv6=False), used)  # known from here on
         causes = await watched.sh(f"{SYSCTL}.all.disable_ipv6=0")
         assert causes == ["kernel"] and pod.target.has_ipv6()
-        assert "routing" in [plan.backend for plan in settle(pod.target, WANT, used).applied]
+        assert "routing" in [plan.layer for plan in settle(pod.target, WANT, used).applied]
         assert verify(pod.target, WANT, layers(choice)) == {}
 
     watch(pod, script)

@@ -13,8 +13,8 @@ from support.hostworld import PROBE, World, active, want, world
 
 from agent.backends.hostprobes.claims import Claims
 from agent.core.settings import Settings
+from agent.reconciler.converge import settle
 from agent.reconciler.host import HostLoop
-from agent.reconciler.host_converge import settle
 
 pytestmark = pytest.mark.root
 A = "uid-a"
@@ -106,7 +106,7 @@ def test_our_own_changes_wake_nobody_and_others_are_named(node: World) -> None:
     layers, claims = active(), Claims()
     for number in range(3):
         claims.claim(f"uid-{number}", [f"192.0.2.{number + 1}"])
-        assert settle(node.target, want(claims), layers)
+        assert settle(node.target, want(claims), layers).applied
         assert node.target.changed() == ""
     node.host.sh("nft add table inet other; nft delete table inet other")
     assert node.target.changed().startswith("nft[")
@@ -141,14 +141,13 @@ def test_p13_a_new_agent_takes_nobodys_entry_before_all_have_claimed(node: World
 def test_what_ends_is_left_as_it_is_and_removed_when_asked(node: World) -> None:
     before = node.dump()
 
-    async def main() -> HostLoop:
+    async def main() -> None:
         async with running(node) as (loop, _):
             loop.claim(A, node.a.both)
             await loop.settled()
             assert await loop.inspect() == {}
-            return loop
 
-    loop = asyncio.run(main())
+    asyncio.run(main())
     assert node.host.connect(node.a.address(4)) == PROBE[4]
-    loop.remove()
+    settle(node.target, None, active())
     assert node.dump() == before

@@ -22,8 +22,7 @@ from agent.core.errors import CommandError, StaleError
 from agent.core.model.redirect import Redirect
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
-from agent.reconciler.converge import settle as settle_pod
-from agent.reconciler.host_converge import settle, verify
+from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
 FOREIGN = """
@@ -77,7 +76,7 @@ def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_t
 def test_a_captured_pod_answers_its_nodes_probes_and_refuses_others_without_a_proxy(node: World) -> None:
     pod = PodNetns(Netns.open(node.a.path))
     try:
-        settle_pod(pod, Redirect(), pod_layers("nftables"))
+        settle(pod, Redirect(), pod_layers("nftables"))
         with pytest.raises(CommandError, match="refused"):
             node.host.connect(node.a.address(4))
         settle(node.target, want(claimed((A, node.a.both))), active())
@@ -94,16 +93,16 @@ def test_what_is_applied_is_read_back_applied_once_and_removed_without_a_trace(n
     # Legacy xtables cannot lose a table again, so there it is there before.
     node.host.sh(foreign or "iptables-legacy -t nat -L >/dev/null; ip6tables-legacy -t nat -L >/dev/null")
     before, claims = node.dump(), claimed((A, node.a.both), ("uid-b", node.b.both))
-    assert settle(node.target, want(claims), active())
+    assert settle(node.target, want(claims), active()).applied
     assert node.members() == {**dict.fromkeys(node.a.both, A), **dict.fromkeys(node.b.both, "uid-b")}
     assert wrong(node, claims) == []
     held = node.dump(), node.target.nft.generation()
-    assert settle(node.target, want(claims), active()) == []
+    assert settle(node.target, want(claims), active()).applied == []
     assert (node.dump(), node.target.nft.generation()) == held
     node.reopen()
     settle(node.target, None, active())
     assert node.dump() == before
-    assert settle(node.target, None, active()) == []
+    assert settle(node.target, None, active()).applied == []
 
 
 DAMAGE = [
@@ -194,7 +193,7 @@ def test_p12_owned_tables_survive_a_flush_and_the_death_of_their_agent(node: Wor
     assert node.dump() == before
     node.reopen()
     assert node.host.connect(node.a.address(4)) == PROBE[4]
-    (taken,) = settle(node.target, want(claims), active(owned=True))
+    (taken,) = settle(node.target, want(claims), active(owned=True)).applied
     assert taken.script.startswith("# take over the ownership") and not taken.differences
     claims.claim("uid-b", node.b.both)
     settle(node.target, want(claims), active(owned=True))
@@ -284,7 +283,7 @@ def test_p42_branch_eni(node: World, family: int) -> None:
     assert "9: from all iif p1 lookup local" in shown and f"512: from all to {pod} lookup 101" in shown
     assert shown.count("512:") == 1 and shown.count("9: from all") == 1, "no other pod or device gets one"
     assert node.host.connect(pod) == PROBE[family]
-    assert settle(node.target, want(claims), active()) == []
+    assert settle(node.target, want(claims), active()).applied == []
     # A pod whose addresses are not told keeps them; one that has gone does not.
     node.host.sh(f"{ip} rule del pref 512")
     settle(node.target, want(claims), active())

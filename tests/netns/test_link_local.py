@@ -12,7 +12,7 @@ from support.ebpf import EbpfNode
 from support.pair import pair
 from support.rules import CHOICES, layers
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.reconciler.converge import settle
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.root
 
 
 @contextlib.contextmanager
-def mechanism(choice: str) -> Iterator[tuple[Backend, ...]]:
+def mechanism(choice: str) -> Iterator[tuple[PodLayer, ...]]:
     if choice != "ebpf":
         yield layers(choice)
         return

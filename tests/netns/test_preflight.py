@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from support.rules import pod as made
 
 from agent.__main__ import main
 from agent.backends import preflight
-from agent.backends.base import Backend, Support
+from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
 from agent.backends.ebpf import trial
 from agent.backends.nftables.rendering import OWNED
@@ -50,7 +50,7 @@ def host() -> Iterator[Pod]:
         yield one
 
 
-def layers(name: str) -> list[Backend]:
+def layers(name: str) -> list[PodLayer]:
     backends = mechanisms()
     return [backends[layer] for layer in LAYERS[name]]
 
@@ -210,14 +210,11 @@ def test_a_refusal_is_reported_in_its_own_words(trial: Any, monkeypatch: pytest.
 class Sabotaged:
     """A layer that does its work; then a script spoils it, or `want` is exchanged before it begins."""
 
-    def __init__(self, layer: Backend, script: str = "", always: Redirect | None = None) -> None:
+    def __init__(self, layer: PodLayer, script: str = "", always: Redirect | None = None) -> None:
         self.layer, self.script, self.always, self.name = layer, script, always, layer.name
 
     def probe(self) -> Support:
         return self.layer.probe()
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
 
     def read(self, target: PodNetns) -> Any:
         return self.layer.read(target)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 from support.ebpf_pod import PEER, POD, Namespace, accepted, carries, pair, waiting
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.backends.choose import LAYERS
 from agent.backends.registry import mechanisms
 from agent.core.model.exclusions import Exclusions
@@ -41,7 +41,7 @@ def connect(one: Namespace, kind: str, host: str, port: int) -> socket.socket:
 @pytest.mark.parametrize("backend", ["nftables", "iptables", "iptables-legacy"])
 def test_it_gets_nothing_and_nothing_escapes(pods: tuple[Namespace, Namespace], backend: str) -> None:
     pod, peer = pods
-    layers: list[Backend] = list(mechanisms(LAYERS[backend]).values())
+    layers: list[PodLayer] = list(mechanisms(LAYERS[backend]).values())
     with contextlib.ExitStack() as made:
         made.callback(settle, pod.target, None, layers)
         thieves = [made.enter_context(pod.listen(port)) for port in (15001, 15006, 15053)]

@@ -31,7 +31,6 @@ from agent.core.model.redirect import Redirect
 from agent.kernel.exec import start
 from agent.kernel.netns import unpin
 from agent.kernel.unix_socket import claim
-from agent.reconciler import host_converge
 from agent.reconciler.converge import settle, verify
 from agent.reconciler.removal import LEFT, REMOVED, uncapture_host
 from agent.sources.netns import existing
@@ -366,7 +365,7 @@ def exempt(node: World, mechanism: str, *, owned: bool = False) -> None:
     if mechanism != "nftables":
         return make_former(node, mechanism)
     want = host_want(claimed(("uid-a", node.a.both), ("uid-b", node.b.both)))
-    host_converge.settle(node.target, want, active(owned=owned))
+    settle(node.target, want, active(owned=owned))
     node.reopen()
 
 

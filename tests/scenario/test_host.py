@@ -18,8 +18,8 @@ from agent.backends.hostprobes.want import HostProbes
 from agent.core.errors import KernelError, StaleError
 from agent.core.model.plan import Plan, Step
 from agent.core.settings import Settings
+from agent.reconciler.converge import PASSES, settle
 from agent.reconciler.host import HostLoop
-from agent.reconciler.host_converge import PASSES, settle
 
 
 class Host:
@@ -54,9 +54,6 @@ class Fake:
 
     def probe(self) -> Support:
         return Support(True)
-
-    def targets(self, desired: Any) -> Any:
-        return desired
 
     def read(self, target: Any) -> Any:
         return self.held
@@ -163,7 +160,7 @@ def test_layers_are_removed_backwards_and_retired_ones_once(host: Any) -> None:
 def test_a_race_is_looked_at_again_and_one_without_end_is_an_error(host: Any) -> None:
     fake, want = Fake(), HostProbes({}, "192.0.2.1", "2001:db8::1")
     fake.errors = [StaleError("apply", 85, "changed")] * (PASSES - 2)
-    assert len(settle(host, want, (fake,))) == 1
+    assert len(settle(host, want, (fake,)).applied) == 1
     fake.held, fake.errors = object(), [StaleError("apply", 85, "changed")] * PASSES
     with pytest.raises(KernelError, match="changed again"):
         settle(host, want, (fake,))

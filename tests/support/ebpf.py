@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import NodeTarget, ProgramsBackend
@@ -32,7 +32,7 @@ class EbpfNode:
             self.ztunnels.arrived(Process(os.getpid(), os.pidfd_open(os.getpid())))
         self.programs = ProgramsBackend(self.pins, self.ztunnels)
         self.pods = EbpfBackend(self.pins, self.ztunnels)
-        self.layers: tuple[Backend, ...] = (RoutingBackend(), self.programs, self.pods)
+        self.layers: tuple[PodLayer, ...] = (RoutingBackend(), self.programs, self.pods)
 
     def close(self) -> None:
         with contextlib.suppress(FileNotFoundError):

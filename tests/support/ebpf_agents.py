@@ -26,7 +26,7 @@ from agent.kernel.bpf import libbpf
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
-from agent.reconciler.converge import Settled, settle, settle_each, settle_unit, verify_each
+from agent.reconciler.converge import Settled, settle, settle_each, settle_layer, verify_each
 
 # What changes anything in the kernel: calls of libbpf, and of a Path on bpffs.
 CALLS = ("bpf_object__load", "bpf_obj_pin", "bpf_link_create", "bpf_link_update", "bpf_map_update_elem",
@@ -57,7 +57,7 @@ class Agent:
         """What nobody owns, as the agent does it again and again."""
         done = Settled()
         for orphan in self.pods.orphans(known):
-            settle_unit(self.pods, orphan, None, done)
+            settle_layer(self.pods, orphan, None, done)
 
     def remove_programs(self) -> None:
         settle_each(NodeTarget(), [(self.programs, None)])  # type: ignore[arg-type]

@@ -13,8 +13,7 @@ from pathlib import Path
 from support.node import PORT, Server
 
 from agent.backends.hostprobes.claims import Claims
-from agent.backends.hostprobes.layers import layers
-from agent.backends.hostprobes.mechanism import HostMechanism
+from agent.backends.hostprobes.layers import HostLayer, layers
 from agent.backends.hostprobes.nftables import NftHostProbes
 from agent.backends.hostprobes.want import HostProbes
 from agent.core.names import PROBE_IPV4, PROBE_IPV6
@@ -28,7 +27,7 @@ NOBODY = 65534
 _numbers = itertools.count()
 
 
-def active(*, owned: bool = False) -> tuple[HostMechanism, ...]:
+def active(*, owned: bool = False) -> tuple[HostLayer, ...]:
     """Fresh layers. Owned tables cannot be damaged, so they are shown by themselves."""
     made, _ = layers("nftables")
     for layer in made:

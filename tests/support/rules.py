@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.backends.conntrack import ConntrackBackend
 from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.iptables.legacy import IptablesLegacyBackend
@@ -22,7 +22,7 @@ from agent.kernel.pod_netns import PodNetns
 CHOICES = ("nftables", "iptables", "iptables-legacy")
 
 
-def layers(name: str) -> tuple[Backend, ...]:
+def layers(name: str) -> tuple[PodLayer, ...]:
     """The layers of one choice; nftables with owned tables where the kernel has them."""
     nftables = NftablesBackend()
     assert nftables.probe().ok

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,9 +85,6 @@ class Backend:
 
     def probe(self) -> Support:
         return Support(True)
-
-    def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
-        return desired
 
     def read(self, target: Any) -> tuple[Redirect | str | None, int]:
         self.reads += 1

@@ -68,9 +68,6 @@ class EbpfBackend:
     def probe(self) -> Support:
         return support(self.pins)
 
-    def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
-        return desired
-
     def orphans(self, known: Iterable[PodNetns]) -> list[Gone | Stray]:
         """Pods of which we have something, but that are not among `known`. Raises KernelError."""
         mine = {target.netns.id.cookie for target in known}

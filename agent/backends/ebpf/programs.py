@@ -93,9 +93,6 @@ class ProgramsBackend:
     def probe(self) -> Support:
         return support(self.pins)
 
-    def targets(self, desired: Mapping[Any, Redirect | None]) -> Mapping[Any, Redirect | None]:
-        return desired
-
     def orphans(self, known: Iterable[PodNetns]) -> list[NodeTarget | Former]:
         """Yields the node itself when nothing of any pod is left and no ztunnel waits for pods. Raises KernelError."""
         former = [Former(path) for path in self.pins.others()]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from agent.backends.base import Backend
+from agent.backends.base import PodLayer
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import ProgramsBackend
@@ -17,7 +17,7 @@ from agent.kernel.process import Process
 
 
 @contextmanager
-def layers(pins: Pins) -> Iterator[tuple[Backend, ...]]:
+def layers(pins: Pins) -> Iterator[tuple[PodLayer, ...]]:
     """Lasts as long as a `with`; captured pods are not affected, since maps say which pods the programs handle.
 
     Raises KernelError.

@@ -71,9 +71,6 @@ class BranchEni:
     def probe(self) -> Support:
         return Support(True)
 
-    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
-        return desired
-
     def read(self, target: HostNetns) -> BranchState:
         found = map(by_interface_or_destination, target.route.rules(ipv6=True))
         rules = tuple(rule for rule in found if rule is not None)

@@ -57,16 +57,13 @@ class FormerState:
 
 
 class _FormerRules:
-    """The five verbs over chain ISTIO_POSTRT; a variant brings the programs and the reading of tables."""
+    """The four verbs over chain ISTIO_POSTRT; a variant brings the programs and the reading of tables."""
 
     name = ""
     programs: ClassVar[Mapping[int, Sequence[str]]]
 
     def probe(self) -> Support:
         return Support(True)
-
-    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
-        return desired
 
     def read(self, target: HostNetns) -> FormerState:
         raise NotImplementedError
@@ -121,15 +118,12 @@ class FormerLegacyRules(_FormerRules):
 
 
 class FormerSets:
-    """The five verbs over the two sets. They come before the rules: a set that a rule refers to cannot be destroyed."""
+    """The four verbs over the two sets. They come before the rules: a set that a rule refers to cannot be destroyed."""
 
     name = "ipset"
 
     def probe(self) -> Support:
         return Support(True)
-
-    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
-        return desired
 
     def read(self, target: HostNetns) -> tuple[IpSet, ...]:
         return former_sets(target.ipset)

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from agent.backends.base import Layer
 from agent.backends.hostprobes.branch_eni import BranchEni
 from agent.backends.hostprobes.former import FormerLegacyRules, FormerNftVariantRules, FormerSets
-from agent.backends.hostprobes.mechanism import HostMechanism
 from agent.backends.hostprobes.nftables import NftHostProbes
+from agent.backends.hostprobes.want import HostProbes
+from agent.kernel.host_netns import HostNetns
+
+HostLayer = Layer[HostNetns, HostProbes]
 
 # "off" is a choice: what was there before is removed.
 LAYERS: Mapping[str, tuple[str, ...]] = {
@@ -17,9 +21,9 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def layers(choice: str) -> tuple[tuple[HostMechanism, ...], tuple[HostMechanism, ...]]:
+def layers(choice: str) -> tuple[tuple[HostLayer, ...], tuple[HostLayer, ...]]:
     """Returns (active, retired) fresh layers of a choice, both in the order of their passes. None is probed."""
-    made: tuple[HostMechanism, ...] = (
+    made: tuple[HostLayer, ...] = (
         FormerSets(),
         NftHostProbes(),
         FormerNftVariantRules(),

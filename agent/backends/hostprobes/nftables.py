@@ -60,9 +60,6 @@ class NftHostProbes:
             return Support(False, f"the kernel refused the table of the node's probes ({error}); {needs}")
         return Support(True, remarks=("the table is owned" if self.owned else "this kernel has no owned tables",))
 
-    def targets(self, desired: Mapping[HostNetns, HostProbes | None]) -> Mapping[HostNetns, HostProbes | None]:
-        return desired
-
     def read(self, target: HostNetns) -> HostNftState:
         return read(target.nft)
 

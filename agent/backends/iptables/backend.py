@@ -7,7 +7,6 @@ While a namespace has no IPv6 its IPv6 tables are neither read nor written: rule
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -72,9 +71,6 @@ class IptablesBackend:
         except (CommandError, KernelError) as error:
             return Support(False, f"the kernel refused our rules ({error}); it needs nft_compat and xt modules")
         return Support(True)
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
 
     def read(self, target: PodNetns) -> XtSeen:
         return self._reader.read(target)

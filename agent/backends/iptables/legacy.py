@@ -13,7 +13,6 @@ While a namespace has no IPv6 its IPv6 tables are neither read nor written: rule
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -83,9 +82,6 @@ class IptablesLegacyBackend:
             needs = "ip_tables, ip6_tables, the tables raw, mangle, nat of both, and xt modules"
             return Support(False, f"the kernel refused our rules ({error}); it needs {needs}")
         return Support(True)
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
 
     def read(self, target: PodNetns) -> LegacyState:
         last = self._last.get(target)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from agent.backends.base import Support
@@ -56,9 +55,6 @@ class NftablesBackend:
             return Support(False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2")
         remark = "tables are owned" if self.owned else "this kernel has no owned tables (needs 6.9)"
         return Support(True, remarks=(remark,))
-
-    def targets(self, desired: Mapping[PodNetns, Redirect | None]) -> Mapping[PodNetns, Redirect | None]:
-        return desired
 
     def read(self, target: PodNetns) -> NftState:
         return self._reader.read(target)
