@@ -66,12 +66,20 @@ struct handshake {
 	__u32 server;
 };
 
-/* Where a connection of ztunnel's was to go. Value of map onward, key of map returned. */
+/* Where a connection of ztunnel's was to go. Value of map onward, key of map returns. */
 struct destination {
 	__u64 pod;
 	struct address address;
 	__u16 port;
 	__u16 none[3];
+};
+
+/* Map returns. */
+struct returns {
+	__u64 first; /* when the present second began */
+	__u64 refused; /* when there were too many in one second last; 0: never */
+	__u32 count; /* in the present second */
+	__u32 none;
 };
 
 /* In the storage of a socket. */

@@ -177,7 +177,15 @@ static __always_inline void came_back(const struct handshake *key, __u32 port)
 		return;
 	struct destination to = *own;
 	__u64 now = bpf_ktime_get_ns();
-	bpf_map_update_elem(&returned, &to, &now, BPF_ANY);
+	struct returns one = {.first = now, .count = 1}, *found = bpf_map_lookup_elem(&returns, &to);
+	if (!found) {
+		bpf_map_update_elem(&returns, &to, &one, BPF_ANY);
+	} else if (now - found->first >= RETURNED_NS) {
+		found->first = now;
+		found->count = 1;
+	} else if (__sync_fetch_and_add(&found->count, 1) + 1 >= RETURNS) {
+		found->refused = now;
+	}
 }
 
 /* The process that speaks for a client to the application is ztunnel, or the connection was not captured. */

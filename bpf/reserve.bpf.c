@@ -32,11 +32,11 @@ static __always_inline int binding(struct bpf_sock_addr *ctx)
 	return is_reserved(ctx->protocol, ctx->user_port) ? is_allowed(ctx) : 1;
 }
 
-static __always_inline int returns(struct bpf_sock_addr *ctx, const struct address *to)
+static __always_inline int comes_back(struct bpf_sock_addr *ctx, const struct address *to)
 {
 	struct destination key = {.pod = bpf_get_netns_cookie(ctx), .address = *to, .port = ctx->user_port};
-	__u64 *last = bpf_map_lookup_elem(&returned, &key);
-	return last && bpf_ktime_get_ns() - *last < RETURNED_NS;
+	struct returns *found = bpf_map_lookup_elem(&returns, &key);
+	return found && found->refused && bpf_ktime_get_ns() - found->refused < RETURNED_NS;
 }
 
 static __always_inline int connecting(struct bpf_sock_addr *ctx, struct address to)
@@ -44,7 +44,7 @@ static __always_inline int connecting(struct bpf_sock_addr *ctx, struct address 
 	struct bpf_sock *sk = ctx->sk;
 	if (!sk || (sk->mark & MARK_MASK) != ZTUNNEL_MARK)
 		return 1;
-	return is_allowed(ctx) && !(ctx->protocol == IPPROTO_TCP && returns(ctx, &to));
+	return is_allowed(ctx) && !(ctx->protocol == IPPROTO_TCP && comes_back(ctx, &to));
 }
 
 SEC("cgroup/bind4") int ports4(struct bpf_sock_addr *ctx)

@@ -67,9 +67,9 @@ class Collector(Protocol):
         """Returns (namespace cookie, message) of pods that lately exceeded their share of the maps."""
 
     def returned(self, cookie: int) -> Endpoint | None:
-        """Returns one destination to which ztunnel connected from this pod in the last minute and reached itself.
+        """Returns one destination that was refused to ztunnel in this pod in the last minute.
 
-        None also where that cannot be seen.
+        ztunnel connected there repeatedly, and reached itself each time. None also where that cannot be seen.
         """
 
     def close(self) -> None:

@@ -103,6 +103,7 @@ def check_shares(types: Types) -> None:
 def check_destinations(types: Types) -> None:
     key = types.pack("destination", pod=BIG, address=address(ip_address(REMOTE)), port=b"\x12\x34")
     assert (abi.owner(key), abi.destination(key)) == (BIG, (REMOTE, 0x1234))
+    assert abi.refused(types.pack("returns", first=BIG, refused=BIG + 1, count=8)) == BIG + 1
 
 
 def check_enums(types: Types) -> None:
@@ -180,7 +181,7 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
     "begun": ("handshake", "begun"),
     "spoken": ("handshake", 4),
     "onward": ("handshake", "destination"),
-    "returned": ("destination", 8),
+    "returns": ("destination", "returns"),
     "late": ("handshake", "record"),
     "tallies": ("tally_key", "tally"),
     "shares": ("share_key", "share"),

@@ -33,6 +33,7 @@ QUALITY_KEY: Final = struct.Struct("=QI4x")
 SHARE_KEY: Final = struct.Struct("=QI4x")
 SHARE: Final = struct.Struct("=QQ")
 DESTINATION: Final = struct.Struct("=Q16s2s6x")
+RETURNS: Final = struct.Struct("=QQI4x")
 _RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
 QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
 _NOBODY = 0xFFFFFFFF
@@ -142,7 +143,7 @@ def share(value: bytes) -> Share:
 
 
 def owner(key: bytes) -> int:
-    """Decodes the pod from a key of `tallies`, `begun` or `returned`, all of which begin with it."""
+    """Decodes the pod from a key of `tallies`, `begun` or `returns`, all of which begin with it."""
     return unpack_int(key[:8])
 
 
@@ -153,9 +154,15 @@ def pod_of(key: bytes) -> int:
 
 
 def destination(key: bytes) -> Endpoint:
-    """Decodes the destination from a key of map `returned`, which begins with the pod."""
+    """Decodes the destination from a key of map `returns`, which begins with the pod."""
     _, remote, port = DESTINATION.unpack(key)
     return _endpoint(remote, port)
+
+
+def refused(value: bytes) -> int:
+    """Decodes when a destination of map `returns` was last refused (CLOCK_MONOTONIC, nanoseconds); 0: never."""
+    last: int = RETURNS.unpack(value)[1]
+    return last
 
 
 def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:

@@ -139,9 +139,9 @@ class EbpfCollector:
             return list(self._shares.crowded())
 
     def returned(self, cookie: int) -> Endpoint | None:
-        since = time.monotonic_ns() - _LATELY
-        for key, last in self._maps["returned"].items():
-            if abi.owner(key) == cookie and unpack_int(last) > since:
+        since = max(0, time.monotonic_ns() - _LATELY)
+        for key, value in self._maps["returns"].items():
+            if abi.owner(key) == cookie and abi.refused(value) > since:
                 return abi.destination(key)
         return None
 
