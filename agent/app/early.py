@@ -81,7 +81,7 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
                 target = namespaces.resolve(note.pod)
                 if any(layer.waits(target) for layer in lasting(choice.active)):
                     continue  # it may be captured by rules still, in a change to eBPF
-                done = enrolment.enrol(note.pod, decision.redirect, ()).done
+                done = enrolment.enrol(note.pod, decision.redirect, (), first=False).done
             except SluiceError as error:
                 log.info("pod %s: early repair skipped: %s", note.pod.key, error)
                 continue

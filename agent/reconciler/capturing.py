@@ -37,13 +37,15 @@ class Capturing:
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None  # has not begun, so it serves every pod that asks now
 
-    async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Enrolled:
-        """Applies `redirect` and clears retired layers. Raises SluiceError; the next pass goes on from there."""
+    async def step(self, pod: Pod, entry: PodState, redirect: Redirect, *, first: bool) -> Enrolled:
+        """Applies `redirect` and clears retired layers. Raises SluiceError; the next pass goes on from there.
+
+        `first`: no rules capture the pod yet.
+        """
         retired = () if time.monotonic() - entry.cleaned < BELIEVED else self._retired
         enrol = self._enrolment.enrol
         retire = self._enrolment.retire
-        leaving = bool(entry.leaving)
-        enrolled = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, leaving=leaving))
+        enrolled = await entry.work(self._workers, lambda: enrol(pod, redirect, retired, first=first))
         if enrolled.to_retire:
             await self._passed()
             applied = enrolled

@@ -17,6 +17,7 @@ from agent.core.model.preexisting import report
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
 from agent.core.policy.bridges import bridged, several
+from agent.core.policy.phases import Event, Phase
 from agent.kernel.pod_netns import NetnsFacts, PodNetns
 from agent.reconciler.converge import Settled, due, in_the_way, settle, settle_each, verify, verify_each
 from agent.reconciler.interfaces import (
@@ -35,7 +36,7 @@ log = logging.getLogger("sluice.enrolment")
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """The result of a pass that captured a pod. `first`: the pod was not captured before.
+    """The result of a pass that captured a pod.
 
     `preexisting` counts its connections that are older than the enrolment. `switch` is that between NAT and eBPF.
     `deferred`: accounting work is pending that must not delay the pod. `stale`: the next pass looks for stale flows.
@@ -48,21 +49,19 @@ class Enrolled:
     addresses: tuple[str, ...]
     preexisting: int
     notes: tuple[str, ...]
-    first: bool
     switch: SwitchState
     deferred: bool
     stale: bool
     to_retire: Wants = field(default_factory=list)
 
     @property
-    def switching(self) -> bool:
-        """True while the layers that captured the pod before still drain."""
-        return bool(self.switch)
-
-    @property
-    def waiting(self) -> bool:
-        """True while the layers that captured the pod before capture on."""
-        return self.switch.waiting
+    def event(self) -> Event:
+        """The event of the pod's phase."""
+        if self.switch.waiting:
+            return Event.POSTPONED
+        if self.switch:
+            return Event.SWITCHED
+        return Event.PRESERVED if self.preexisting else Event.CAPTURED
 
 
 class Enrolment:
@@ -101,23 +100,18 @@ class Enrolment:
         """Returns the addresses in the pod's namespace."""
         return self._namespaces.resolve(pod).addresses()
 
-    def runs(self, pod: Pod, *, leaving: bool) -> bool:
-        """Returns True if the pod is running and not captured, or `leaving`. Does not block."""
-        return (leaving or not self._namespaces.was_captured(pod.uid)) and not self._namespaces.is_new(pod)
-
-    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[PodLayer, ...], *, leaving: bool = False) -> Enrolled:
+    def enrol(self, pod: Pod, redirect: Redirect, retired: tuple[PodLayer, ...], *, first: bool) -> Enrolled:
         """Applies `redirect`. Rules of the `retired` layers stay until `retire`.
 
-        `leaving`: capture of the pod was about to end. Raises SluiceError; what was applied by then stays.
+        `first`: no rules capture the pod yet. Raises SluiceError; what was applied by then stays.
         """
         target = self._namespaces.resolve(pod)
         with self._running(pod, target):
-            return self._enrol(pod, target, redirect, retired, leaving=leaving)
+            return self._enrol(pod, target, redirect, retired, first=first)
 
     def _enrol(
-        self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[PodLayer, ...], *, leaving: bool
+        self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[PodLayer, ...], *, first: bool
     ) -> Enrolled:
-        first = leaving or not self._namespaces.was_captured(pod.uid)
         # A pod whose sandbox is being created has no process yet: no connection can begin while rules are applied.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
@@ -159,7 +153,6 @@ class Enrolment:
             addresses=facts.addresses,
             preexisting=len(left),
             notes=tuple(remarks),
-            first=first,
             switch=switch,
             deferred=deferred,
             stale=stale,
@@ -247,24 +240,31 @@ class Enrolment:
         pod: Pod,
         redirect: Redirect | None,
         *,
-        leaving: Redirect | None,
+        phase: Phase,
         preserve: bool,
-        switching: bool,
         foreign: bool = False,
     ) -> dict[str, tuple[tuple[str, ...], str]]:
         """Returns the drift per layer: (differences, repair script); changes nothing.
 
-        `leaving`: how a pod that is leaving was captured. `foreign` as in Reconciler.inspect.
+        `redirect` is how the pod is captured in this phase, `preserve` says that pre-existing connections run on.
+        `foreign` as in Reconciler.inspect.
         """
         target = self._namespaces.resolve(pod)
         retired = self._choice.retired
-        if leaving is not None:
-            return verify_each(target, self._switching.leaving(target, _within(leaving, target.facts())[0]))
         if redirect is None:
             return verify(target, None, self._choice.active, retired)
+        want, _ = _within(redirect, target.facts())
+        if phase.drains:
+            return verify_each(target, self._switching.leaving(target, want))
         listeners = self._listening.heard(target) if self._listening else PortListeners()
-        want = self._adapted(replace(_within(redirect, target.facts())[0], preserve=preserve), listeners)
-        want, wants = self._switching.wants(target, want, retired, switching=switching, forwards=self._forwards(target))
+        want, wants = self._switching.wants(
+            target,
+            self._adapted(replace(want, preserve=preserve), listeners),
+            retired,
+            switching=phase in (Phase.POSTPONED, Phase.DRAINING),
+            forwards=self._forwards(target),
+            waiting=phase is Phase.POSTPONED,
+        )
         if self._non_tcp:
             self._non_tcp.count(pod.uid, target, want, now=True)
         drift = verify_each(target, wants)

@@ -8,7 +8,6 @@ and added again, and no packet is dropped meanwhile; a failed pass is retried wi
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from agent.core.policy.schedule import Schedule
 from agent.core.settings import Settings
 from agent.kernel.host_netns import HostNetns
 from agent.reconciler.converge import Applied, settle_each, verify
+from agent.reconciler.workers import resolve, woken
 
 T = TypeVar("T")
 SPACING = 0.1  # seconds between two passes that notifications cause: kube-proxy changes rules all the time
@@ -133,11 +133,7 @@ class HostLoop:
                 self._wakeup.clear()
                 if self._schedule.take(time.monotonic(), 1):
                     await self._pass()
-                due = self._schedule.next_due()
-                timeout = None if due is None else max(0.0, due - time.monotonic())
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):  # wait_for may swallow the cancellation (cpython#86296)
-                        await self._wakeup.wait()
+                await woken(self._wakeup, self._schedule.next_due())
         finally:
             loop.remove_reader(self._target.events.socket)
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -194,9 +190,7 @@ class HostLoop:
             members=len(want.members),
             unknown=len(want.unknown),
         )
-        for waiter in pending.waiters:
-            if not waiter.done():
-                waiter.set_result(self.status)
+        resolve(pending.waiters, self.status)
 
     async def _work(self, want: HostProbes) -> list[Applied]:
         wants = [*((layer, self._here(want)) for layer in self._active), *((layer, None) for layer in self._retired)]

@@ -4,21 +4,19 @@
 from __future__ import annotations
 
 import time
-from typing import Final
 
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
+from agent.core.policy.phases import Event
 from agent.reconciler.converge import Settled
 from agent.reconciler.enrolment import Enrolment
 from agent.reconciler.pod_state import PodState
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.workers import Workers
 
-SECONDS: Final = 30.0  # for which ztunnel may keep its connections
-
 
 class Leaving:
-    """Takes one step per pass, until `PodState.leaving` is 0 again."""
+    """Takes one step per pass, until the pod's phase is UNCAPTURED."""
 
     def __init__(self, enrolment: Enrolment, proxying: Proxying, workers: Workers) -> None:
         self._enrolment = enrolment
@@ -27,14 +25,14 @@ class Leaving:
 
     async def step(self, pod: Pod, entry: PodState, redirect: Redirect) -> Settled:
         """Takes the next step; `redirect` is how the pod was captured. Raises SluiceError."""
-        now = time.monotonic()
+        before = entry.phase
         done, proxied = await entry.work(self._workers, lambda: self._enrolment.leave(pod, redirect))
-        if not entry.leaving:
-            entry.leaving = now + SECONDS
+        entry.happened(Event.STOPPED)
+        if entry.phase is not before:
             return done  # pauses at least once: the answer to a DNS query may be under way
-        if proxied and now < entry.leaving:
+        if proxied and not entry.current.expired(time.monotonic()):
             return done
         await self._proxying.withdraw(pod.uid)  # ztunnel closes its connections; while rules exist both ends notice
         done = await entry.work(self._workers, lambda: self._enrolment.unenrol(pod))
-        entry.leaving = 0.0
+        entry.happened(Event.REMOVED)
         return done

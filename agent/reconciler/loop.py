@@ -3,13 +3,12 @@
 
 A pass compares the pod with what `decide` wants and applies the difference. Events only mark pods as due, so a lost or
 doubled event costs a comparison, never a wrong rule. A pass enrols (`_enrol`), excludes (`_exclude`) or releases
-(`_release`) its pod.
+(`_release`) its pod, and what it did changes the pod's phase (core.policy.phases).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.policy.decide import Decision, intent
+from agent.core.policy.phases import Event, Phase
 from agent.core.policy.schedule import Schedule
 from agent.core.settings import Settings
 from agent.reconciler import interfaces
@@ -31,11 +31,11 @@ from agent.reconciler.capturing import Capturing
 from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.leaving import Leaving
-from agent.reconciler.pod_state import PodState, Repair, resolve
+from agent.reconciler.pod_state import PodState, Repair
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
-from agent.reconciler.workers import Workers
+from agent.reconciler.workers import Workers, resolve, woken
 
 PASSES = 64  # at a time: a pass that waits for ztunnel holds no worker, so many may be under way
 
@@ -116,11 +116,7 @@ class Reconciler:
                     task = asyncio.create_task(self._pass(uid), name=f"pass {uid}")
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-                due = self._schedule.next_due()
-                timeout = None if due is None else max(0.0, due - time.monotonic())
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):  # wait_for may swallow the cancellation (cpython#86296)
-                        await self._wakeup.wait()
+                await woken(self._wakeup, self._schedule.next_due())
         finally:
             for task in tasks:
                 task.cancel()
@@ -154,7 +150,7 @@ class Reconciler:
     def _entry(self, uid: str) -> PodState:
         if uid not in self._entries:
             self._unseen.add(uid)
-            self._entries[uid] = PodState()
+            self._entries[uid] = PodState(self.choice.name)
         return self._entries[uid]
 
     async def settled(self, uid: str) -> Status:
@@ -173,7 +169,7 @@ class Reconciler:
         entry = self._entries.get(uid)
         if entry is not None and self.choice.by_socket:
             await self.settled(uid)
-        elif entry is not None and (self._proxying.verifies or entry.patience):
+        elif entry is not None and (self._proxying.verifies or entry.phase.awaits_ztunnel):
             self.wake(uid)
         elif entry is not None and entry.status.state is State.PENDING:
             entry.status = replace(entry.status, state=State.ENABLED, error="", retry=None)
@@ -220,37 +216,39 @@ class Reconciler:
     async def _reconcile(self, pod: Pod, entry: PodState) -> bool:
         """Applies the decision on the pod and reports its status. Returns False if the pass must be retried."""
         decision = entry.decision(pod, self.settings)
+        if self._namespaces.was_captured(pod.uid):
+            entry.happened(Event.NOTED)
         try:
             if decision.refused:
                 raise SettingsError(decision.refused)
             if decision.redirect is None:
                 await self._exclude(pod, entry, decision)
             elif decision.redirect == entry.refused:
-                await self._exclude(pod, entry, decision, f"rolled back, for the {entry.status.probe}")
+                await self._exclude(pod, entry, decision, SluiceError(f"rolled back, for the {entry.status.probe}"))
             else:
                 entry.refused = None
                 return await self._enrol(pod, entry, decision, decision.redirect)
             return True
         except PodGoneError as error:
             # No event announced its end, as when the agent was down. Waiters must not see the previous status.
-            entry.report(State.FAILED, decision, self.choice.name, error)
+            entry.report(State.FAILED, decision, error)
             self._journal.failed(pod, error)
             self.table.lost(pod.uid)
             await self._release(pod.uid)
             return True
         except PodEndingError as error:
-            if decision.redirect is None:
-                entry.leaving = 0.0  # starts over if the pod runs after all
-                entry.report(State.EXCLUDED, decision, self.choice.name, leaving=False)
+            entry.happened(Event.ENDED)
+            if not decision.enrolled:
+                entry.report(State.EXCLUDED, decision)
             entry.status = replace(entry.status, notes=(str(error),))
             return True
         except ZtunnelError as error:
-            entry.report(State.WAITING if entry.patience else State.PENDING, decision, self.choice.name, error)
+            entry.report(State.WAITING if entry.phase.awaits_ztunnel else State.PENDING, decision, error)
             return isinstance(error, NoZtunnelError)
         except Exception as error:  # noqa: BLE001 - no failure of one pod may stop another
             if entry.status.error == str(error):
                 error.__notes__ = []  # the refused script is in the log already
-            entry.report(State.FAILED, decision, self.choice.name, error)
+            entry.report(State.FAILED, decision, error)
             self._journal.failed(pod, error)
         return False
 
@@ -260,7 +258,7 @@ class Reconciler:
         if entry.status.state is not State.ENABLED:
             # ztunnel keeps pods that another agent published, or this one before a restart.
             listens = await self._proxying.listens(entry, enrolled.target)
-            entry.report(State.ENABLED if listens else State.PENDING, decision, self.choice.name)
+            entry.report(State.ENABLED if listens else State.PENDING, decision)
             self._unseen.discard(pod.uid)
             self._progress.set()
         opens = entry.status.state is State.PENDING  # ztunnel opens its sockets when the pod is published
@@ -268,11 +266,11 @@ class Reconciler:
             entry.status = replace(entry.status, notes=(*entry.status.notes, note))
             return False  # no event reports when these listeners close
         want = self._enrolment.adapted(enrolled)
-        if ((opens or enrolled.waiting) and self.choice.by_socket) or want != enrolled.want:
+        if ((opens or entry.phase is Phase.POSTPONED) and self.choice.by_socket) or want != enrolled.want:
             await self._adapt(pod, entry, enrolled, want)
-            if enrolled.waiting:  # now the retired layers can go
+            if entry.phase is Phase.POSTPONED:  # now the retired layers can go
                 self.wake(pod.uid)
-        entry.report(State.ENABLED, decision, self.choice.name)
+        entry.report(State.ENABLED, decision)
         self._canaries.enrolled(pod, enrolled, lambda result: self._probed(pod, entry, result))
         return True
 
@@ -280,22 +278,24 @@ class Reconciler:
         """Applies the rules: after ztunnel listens in a running pod, and after the node's probes of it are exempt."""
         cause, noticed = entry.take_cause()
         started = noticed or time.monotonic()
-        if self._enrolment.runs(pod, leaving=bool(entry.leaving)):
+        new = self._namespaces.is_new(pod)
+        first = not entry.phase.captures
+        if first and not new:
+            entry.happened(Event.AWAITED)
             target = await entry.work(self._workers, lambda: self._namespaces.resolve(pod))
             await self._proxying.first(pod, entry, target)
         exempt = await self._claims.exempt(
             pod,
             lambda: entry.work(self._workers, lambda: self._enrolment.addresses(pod)),
-            new=self._namespaces.is_new(pod),
+            new=new,
         )
-        enrolled = await self._capturing.step(pod, entry, redirect)
-        entry.patience = 0.0
-        entry.leaving = 0.0
+        enrolled = await self._capturing.step(pod, entry, redirect, first=first)
+        entry.happened(enrolled.event)
         if exempt is not None:
             await exempt
         self._watcher.watch(pod.uid, enrolled.target)
         self._claims.claim(pod, enrolled.addresses)
-        self._canaries.captured(pod.uid, first=enrolled.first)
+        self._canaries.captured(pod.uid, first=first)
         entry.record(self._journal, pod, enrolled.want, enrolled.done, cause, time.monotonic() - started)
         entry.captured(enrolled, decision, cause)
         if self._accounting and not enrolled.deferred:
@@ -320,27 +320,26 @@ class Reconciler:
             entry.refused = entry.decision(pod, self.settings).redirect
             self.wake(pod.uid)
 
-    async def _exclude(self, pod: Pod, entry: PodState, decision: Decision, rolled_back: str = "") -> None:
+    async def _exclude(self, pod: Pod, entry: PodState, decision: Decision, error: SluiceError | None = None) -> None:
         """Removes only rules that this agent applied: another agent may manage an excluded pod."""
         entry.take_cause()  # it concerns rules that are not repaired any more
         if self._accounting:
             self._accounting.forget(pod.uid)
-        if self._namespaces.was_captured(pod.uid):
+        if entry.phase.has_rules:
             started = time.monotonic()
             done = await self._leaving.step(pod, entry, intent(pod, self.settings).redirect or Redirect())
             entry.record(self._journal, pod, None, done, "", time.monotonic() - started)
-        elif entry.patience:  # published, but without rules yet
+        elif entry.phase is Phase.WAITING:  # published, but without rules yet
             await self._proxying.withdraw(pod.uid)
-        if not entry.leaving:
+            entry.happened(Event.REMOVED)
+        if entry.phase is Phase.UNCAPTURED:
             self._watcher.unwatch(pod.uid)
             self._claims.release(pod.uid)
             self._canaries.forget(pod.uid)
             await entry.work(self._workers, lambda: self._enrolment.forget(pod))
         entry.excluded()
-        error = SluiceError(rolled_back) if rolled_back else None
         state = State.FAILED if error else State.EXCLUDED
-        leaving = bool(entry.leaving)
-        entry.report(state, decision, self.choice.name, error, outside=0, leaving=leaving, notes=decision.warnings)
+        entry.report(state, decision, error, outside=0, notes=decision.warnings)
 
     async def _release(self, uid: str) -> None:
         """Lets go of a pod that is gone."""
@@ -357,7 +356,7 @@ class Reconciler:
             del self._entries[uid]
             resolve(entry.waiters, Status(State.FAILED, error="the pod is gone"))
         else:  # the same pod is back in another namespace: its old state does not count
-            self._entries[uid] = PodState(waiters=entry.waiters)
+            self._entries[uid] = PodState(self.choice.name, waiters=entry.waiters)
             self.wake(uid)
         resolve(self._gone.pop(uid, []), None)
 
@@ -383,19 +382,17 @@ class Reconciler:
         With `foreign` also other programs' rules that take traffic before Sluice's.
         """
         entry = self._entries.get(pod.uid, PodState())  # it may have been forgotten meanwhile
-        decision = entry.decision(pod, self.settings)
-        if decision.redirect is None and not self._namespaces.was_captured(pod.uid):
+        if not entry.decision(pod, self.settings).enrolled and not self._namespaces.was_captured(pod.uid):
             return {}
-        redirect = None if decision.redirect == entry.refused else decision.redirect
-        preserve = entry.want is not None and entry.want.preserve
-        leaving = intent(pod, self.settings).redirect if entry.leaving else None
         async with entry.lock:
+            phase = entry.phase
+            preserve = bool(entry.status.outside)
+            redirect = entry.standing(pod, self.settings)
             compare = self._enrolment.compare
-            switching = entry.switching
             drift = await self._workers.run(
-                lambda: compare(pod, redirect, leaving=leaving, preserve=preserve, switching=switching, foreign=foreign)
+                lambda: compare(pod, redirect, phase=phase, preserve=preserve, foreign=foreign)
             )
-        if not leaving and any(layer.name in drift for layer in self.choice.retired):
+        if not phase.drains and any(layer.name in drift for layer in self.choice.retired):
             entry.cleaned = -inf  # a pass does not read the retired layers each time
             self.wake(pod.uid)
         return drift

@@ -15,7 +15,8 @@ from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
 from agent.core.policy.contention import Contention
-from agent.core.policy.decide import Decision, decide
+from agent.core.policy.decide import Decision, decide, intent
+from agent.core.policy.phases import CurrentPhase, Event, Phase
 from agent.core.settings import Settings
 from agent.reconciler.converge import Settled
 from agent.reconciler.enrolment import Enrolled
@@ -40,25 +41,32 @@ class Repair:
 
 @dataclass(slots=True)
 class PodState:
-    """One pod between its passes. `patience` and `leaving` are deadlines on the monotonic clock, 0.0 for none."""
+    """One pod between its passes: its phase, and data that may accompany every phase."""
 
+    backend: str = ""  # of this agent
+    current: CurrentPhase = field(default_factory=CurrentPhase)
     status: Status = field(default_factory=lambda: Status(State.WAITING))
     want: Redirect | None = None  # of the last pass that succeeded
     cleaned: float = -inf  # when nothing was left of retired layers, on the monotonic clock
-    switching: bool = False  # after a switch between NAT and eBPF the old way still drains
     deferred: bool = False  # work is pending that must not delay the pod
     cause: str = ""  # the process that changed something, from the watcher
     noticed: float = 0.0
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     contention: Contention = field(default_factory=Contention)
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
-    patience: float = 0.0  # until when a running pod without rules waits for ztunnel
-    leaving: float = 0.0  # until when ztunnel may keep the connections of a pod that is no longer captured
     awaited: bool = False  # a caller waits for the running pass
-    refused: Redirect | None = None  # an intent that was rolled back: not retried until it changes
+    refused: Redirect | None = None  # an intent that was rolled back: not retried until it changes, in any phase
     # One thread at a time may use a namespace's sockets: held around kernel work, not while ztunnel is awaited.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     decided: tuple[Pod, Decision] | None = None  # the last decision: most passes are over an unchanged pod
+
+    @property
+    def phase(self) -> Phase:
+        return self.current.phase
+
+    def happened(self, event: Event) -> None:
+        """Changes the phase. Raises ValueError for an event that cannot happen in it."""
+        self.current = self.current.after(event, time.monotonic())
 
     def decision(self, pod: Pod, settings: Settings) -> Decision:
         """Returns the desired state of the pod; `settings` never change while the agent runs.
@@ -75,18 +83,24 @@ class PodState:
             self.decided = pod, decision
         return self.decided[1]
 
-    def report(
-        self, state: State, decision: Decision, backend: str, error: Exception | None = None, **changes: Any
-    ) -> None:
+    def standing(self, pod: Pod, settings: Settings) -> Redirect | None:
+        """Returns how the pod is captured, or was before it left; None if no rules should stand."""
+        if self.phase.drains:
+            return intent(pod, settings).redirect or Redirect()
+        redirect = self.decision(pod, settings).redirect
+        return None if redirect == self.refused else redirect
+
+    def report(self, state: State, decision: Decision, error: Exception | None = None, **changes: Any) -> None:
         """Sets the status during or after a pass; `changes` are further fields of it."""
         self.status = replace(
             self.status,
             state=state,
             reason=decision.reason,
-            backend=backend if state is not State.EXCLUDED else "",
+            backend=self.backend if state is not State.EXCLUDED else "",
             error="" if error is None else str(error),
             retry=None,
             repairs=len(self.repairs),
+            leaving=self.phase is Phase.LEAVING,
             verified=time.time() if state in (State.ENABLED, State.PENDING) else self.status.verified,
             **changes,
         )
@@ -109,29 +123,27 @@ class PodState:
 
     def captured(self, enrolled: Enrolled, decision: Decision, cause: str) -> None:
         """Takes over the result of a pass that applied the rules; `cause` made it necessary, "" for none."""
-        if enrolled.switching or cause:  # the change may be rules of a retired layer
+        if enrolled.switch or cause:  # the change may be rules of a retired layer
             self.cleaned = -inf
         self.want = enrolled.want
-        self.switching = enrolled.switching and not enrolled.waiting
         self.deferred = enrolled.deferred or enrolled.stale or bool(cause)
         notes = (*decision.warnings, *enrolled.notes)
-        self.status = replace(self.status, outside=enrolled.preexisting, leaving=False, notes=notes)
+        self.status = replace(self.status, outside=enrolled.preexisting, notes=notes)
 
     def excluded(self) -> None:
-        """Drops what a captured pod needs; `leaving` stays until its rules are gone."""
+        """Drops the data that only a captured pod needs."""
         self.want = None
         self.cleaned = -inf
-        self.switching = False
         self.deferred = False
-        self.patience = 0.0
 
     def again(self, started: float, now: float, *, probed: bool) -> float | None:
         """Returns when the next pass is due because something in the pod is about to end; None if nothing is.
 
         The last pass ran from `started` to `now`, all on the monotonic clock. `probed`: the pod's canary is due.
         """
-        limits = [min(max(limit, now), now + SOON) for limit in (self.leaving, self.patience) if limit > started]
-        if self.status.outside or self.switching or self.deferred or probed:
+        until = self.current.until
+        limits = [min(max(until, now), now + SOON)] if until is not None and until > started else []
+        if self.phase.ends_soon or self.deferred or probed:
             limits.append(now + max(SOON, self.contention.pause(now)))
         return min(limits, default=None)
 
@@ -159,10 +171,3 @@ class PodState:
         self.cause = ""
         self.noticed = 0.0
         return taken
-
-
-def resolve(waiters: list[asyncio.Future[T]], result: T) -> None:
-    """Hands `result` to the waiters that have not given up."""
-    for waiter in waiters:
-        if not waiter.done():  # done: its caller had no more time
-            waiter.set_result(result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
 
 from agent.core import names
 from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
@@ -15,8 +14,6 @@ from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.interfaces import ZtunnelPorts, ZtunnelPublisher
 from agent.reconciler.pod_state import PodState
 from agent.reconciler.workers import Workers
-
-PATIENCE: Final = 30.0  # seconds without a ztunnel; Istio's comes back within 15
 
 
 class Proxying:
@@ -33,19 +30,18 @@ class Proxying:
         self.withdraw = publisher.withdraw
 
     async def first(self, pod: Pod, entry: PodState, target: PodNetns) -> None:
-        """Returns when ztunnel listens in a running pod, or after PATIENCE seconds; only then rules may be applied.
+        """Returns when ztunnel listens in a running pod, or its deadline has passed; only then rules may be applied.
 
         So no connection is refused while ztunnel starts in the pod. Raises ZtunnelError until then. Returns at once
         where the pod holds a port of ztunnel (Redirect.blocked): otherwise the pod could prevent its capture.
         """
-        now = time.monotonic()
-        entry.patience = entry.patience or now + PATIENCE
+        expired = entry.current.expired(time.monotonic())
         try:
             await self.serve(pod, entry, target)
         except TakenPortError:
             return
         except ZtunnelError:
-            if now < entry.patience:
+            if not expired:
                 raise
 
     async def serve(self, pod: Pod, entry: PodState, target: PodNetns) -> str:

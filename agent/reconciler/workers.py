@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker threads that take waiting work in batches.
+"""Worker threads that take waiting work in batches, and the waits of the loops that feed them.
 
 Dispatching each pod's kernel work separately costs more than the work: two threads then take turns at the interpreter
 for every system call. During a batch the event loop sleeps until all of it is done.
@@ -8,6 +8,8 @@ for every system call. During a batch the event loop sleeps until all of it is d
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,3 +83,18 @@ class Workers:
             self._pool.submit(self._work, loop)
         else:
             self._idle += 1
+
+
+async def woken(wakeup: asyncio.Event, due: float | None) -> None:
+    """Returns when `wakeup` is set, or at `due` on the monotonic clock."""
+    timeout = None if due is None else max(0.0, due - time.monotonic())
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout):  # wait_for may swallow the cancellation (cpython#86296)
+            await wakeup.wait()
+
+
+def resolve(waiters: list[asyncio.Future[T]], result: T) -> None:
+    """Hands `result` to the waiters that have not given up."""
+    for waiter in waiters:
+        if not waiter.done():  # done: its caller had no more time
+            waiter.set_result(result)

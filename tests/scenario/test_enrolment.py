@@ -15,8 +15,8 @@ from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.core.policy.phases import LIMITS, Phase
 from agent.kernel.pod_netns import NetnsFacts
-from agent.reconciler import leaving, proxying
 
 FAILED = ProbeResult(ProbeVerdict.FAILED, ("10.0.0.2", 80), "No route to host")
 
@@ -240,7 +240,7 @@ def test_a_pod_that_runs_waits_for_a_ztunnel_without_rules_but_not_for_ever(monk
         await world.reconciler.acknowledged("web")
         await until(world, State.ENABLED)
         world.publisher.connected = False
-        monkeypatch.setattr(proxying, "PATIENCE", 0.0)
+        monkeypatch.setitem(LIMITS, Phase.WAITING, 0.0)
         (status,) = await world.settle(running("db"))
         assert status.state is State.PENDING and held(world, "db"), "captured, and refused"
 
@@ -280,7 +280,7 @@ def test_what_ztunnel_still_carries_in_the_end_is_reset_while_rules_are_there(mo
         await world.settle(pod())
         world.proxied.carries.add("web")
         world.kernel.log.clear()
-        monkeypatch.setattr(leaving, "SECONDS", 0.0)
+        monkeypatch.setitem(LIMITS, Phase.LEAVING, 0.0)
         await world.let_go(pod(enrolled=False))
         log = world.kernel.log
         assert log.index("withdraw web") < log.index("reset web") < log.index("rules clear web")

@@ -363,5 +363,6 @@ def test_while_no_ztunnel_is_there_the_old_way_stays_as_it_was() -> None:
         assert status.state is State.PENDING
         old = held(world, "old")
         assert old is not None and not old.draining and held(world, "rules") is None
+        assert await world.reconciler.inspect(WEB) == {}, "what is postponed is no drift"
 
     play(script, by_socket=True)

@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
+from agent.core.policy.phases import CurrentPhase, Phase
 from agent.reconciler.converge import Applied, Settled
 from agent.reconciler.pod_state import SOON, PodState
 
@@ -28,16 +29,16 @@ def test_a_drift_that_nobody_told_of_is_one() -> None:
 
 
 def test_each_limit_has_a_pass_after_it() -> None:
-    """Also one that was reached during the pass, or lies behind another one."""
+    """Also one that was reached during the pass."""
     entry = PodState()
     assert entry.again(10.0, 11.0, probed=False) is None
     assert entry.again(10.0, 11.0, probed=True) == 11.0 + SOON
-    entry.patience = 40.0
+    entry.current = CurrentPhase(Phase.WAITING, 40.0)
     assert entry.again(10.0, 11.0, probed=False) == 11.0 + SOON
     assert entry.again(38.0, 39.0, probed=False) == 40.0
     assert entry.again(39.5, 40.5, probed=False) == 40.5
     assert entry.again(40.5, 41.0, probed=False) is None, "what failed then is tried again later and later"
-    entry.leaving = 20.0
+    entry.current = CurrentPhase(Phase.PRESERVING)
     assert entry.again(30.0, 31.0, probed=False) == 31.0 + SOON
 
 
