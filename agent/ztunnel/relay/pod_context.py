@@ -49,7 +49,8 @@ class Live(Protocol):
 class PodContext:
     """One pod. `name` is namespace/name; `diag` reads its sockets; `live` has its connections and pending queries.
 
-    `connecting` has the ends of ztunnel's own connections, by which it recognises one that is redirected to it.
+    `connecting` has the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
+    often that has happened on behalf of one application's connection.
     """
 
     uid: str
@@ -58,7 +59,7 @@ class PodContext:
     upstream: Upstream
     diag: SockDiag
     live: set[Live] = field(default_factory=set)
-    connecting: set[Ends] = field(default_factory=set)
+    connecting: dict[Ends, int] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)
 
     def record(

@@ -33,6 +33,8 @@ _CLOSE = {
 # Errors that refuse the client's address, not the connection: the application then sees ztunnel's; the record says so.
 _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
 
+# Once may be chance: its port has met an entry of conntrack that outlived an application's connection.
+_MOST_RETURNS = 1
 _ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod overwrites its mark"
 
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
@@ -97,24 +99,27 @@ class ProxiedConnection:
         if original_dst.is_own(destination, self._client):
             self._end("refused", "the destination is a port of ztunnel itself")
             return
-        if own and self._came_back(destination):
+        returns = self._returns(destination) if own else 0
+        if returns > _MOST_RETURNS:
             self._end("refused", _ITSELF)
             self._pod.warnings.log(f"pod {self._pod.name}: {_ITSELF}")
             return
         self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
         self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
-        self._pod.connecting.add(self._ends)
+        self._pod.connecting[self._ends] = returns
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
 
-    def _came_back(self, destination: Address) -> bool:
-        """Returns True if the client is a socket of ztunnel.
+    def _returns(self, destination: Address) -> int:
+        """Returns how often the connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
 
         Both ends are compared, because the kernel gives one local port to several sockets. A connection that rules
         redirect within the pod arrives at a loopback address.
         """
-        ends = (self._source[:2], destination[:2])
-        return ends in self._pod.connecting and is_loopback(original_dst.plain(self._client.getsockname())[0])
+        before = self._pod.connecting.get((self._source[:2], destination[:2]))
+        if before is None or not is_loopback(original_dst.plain(self._client.getsockname())[0]):
+            return 0
+        return before + 1
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
         upstream = self._pod.upstream
@@ -230,7 +235,7 @@ class ProxiedConnection:
             self._pod.upstream.release(self._destination)
         self._pod.live.discard(self)
         if self._ends is not None:
-            self._pod.connecting.discard(self._ends)
+            self._pod.connecting.pop(self._ends, None)
         self._pod.record(
             "tcp", self._direction.value, self._began, self._source, self._destination,
             self._up.moved if self._up else 0, self._down.moved if self._down else 0,
