@@ -70,6 +70,13 @@ def test_only_commands_and_lab_may_import_pyroute2_and_psutil() -> None:
     }
 
 
+def test_only_ztunnel_commands_and_lab_may_import_libraries_of_ztunnel() -> None:
+    """Importing cryptography and h2 costs memory that the daemon has no use for."""
+    allowed = {"agent.__main__", "agent.cli", "agent.diagnosis", "agent.lab", "agent.ztunnel"}
+    contract = "The daemon and what it imports load no library of ztunnel"
+    assert sources(contract) == TOP - allowed | {"agent.cli.agent"}
+
+
 def test_the_packages_of_backends_do_not_know_one_another() -> None:
     """But hostprobes, which writes nf_tables with what the nftables backend has, and netfilter, which both share."""
     named = {one for one in CONTRACTS["Backends do not know one another"]["modules"] if one in _packages("backends")}

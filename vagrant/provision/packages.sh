@@ -6,7 +6,7 @@
 set -eu
 fail() { echo "packages: $*" >&2; exit 1; }
 runtime="containerd runc containernetworking-plugins busybox-static"
-sluice="python3 python3-yaml python3-h11 python3-psutil python3-pyroute2 libbpf1 nftables iptables ipset iproute2 util-linux kmod procps"
+sluice="python3 python3-yaml python3-h11 python3-h2 python3-cryptography python3-psutil python3-pyroute2 libbpf1 nftables iptables ipset iproute2 util-linux kmod procps"
 lab="python3-grpcio curl ca-certificates"  # pods over CRI, and looking around
 packages="$runtime $sluice $lab"
 if [ "${1:-}" = --list ]; then echo "$packages" | tr ' ' '\n'; exit; fi
