@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZDS messages as protobuf bytes (package istio.workload.zds), coded here because the protobuf library costs 10 MB.
+"""ZDS messages as protobuf bytes (package istio.workload.zds).
 
-Proto3 as specified: defaults are not written, the last value of a field wins, repeated embedded messages merge
-(which is the same as parsing them joined), unknown fields are skipped. Groups are refused.
+Repeated embedded messages merge, which is the same as parsing them joined.
 Field numbers are those of docs/design/interfaces.md, "ZDS"; a message is at most MAX_MESSAGE bytes.
 """
 
@@ -13,10 +12,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.core.errors import ProtocolError
+from agent.core.wire import protobuf
+from agent.core.wire.protobuf import embedded, text
 
 MAX_MESSAGE: Final = 1024
 VERSION: Final = 1
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +70,18 @@ def encode(message: Message) -> bytes:
     """Encodes the message in its outer message. Raises ProtocolError beyond MAX_MESSAGE."""
     match message:
         case Hello(version):
-            data = (_key(1, _VARINT) + _varint(version)) if version else b""
+            data = protobuf.number(1, version)
         case Add(uid, name, namespace, account):
-            pod = _text(1, name) + _text(2, namespace) + _text(3, account)
-            data = _embedded(1, _text(1, uid) + _embedded(2, pod))
+            pod = text(1, name) + text(2, namespace) + text(3, account)
+            data = embedded(1, text(1, uid) + embedded(2, pod))
         case Delete(uid):
-            data = _embedded(2, _text(2, uid))
+            data = embedded(2, text(2, uid))
         case SnapshotSent():
-            data = _embedded(3, b"")
+            data = embedded(3, b"")
         case Keep(uid):
-            data = _embedded(5, _text(1, uid))
+            data = embedded(5, text(1, uid))
         case Ack(error):
-            data = _embedded(1, _text(1, error))
+            data = embedded(1, text(1, error))
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"ZDS message of {len(data)} bytes, at most {MAX_MESSAGE} are allowed")
     return data
@@ -154,62 +154,9 @@ def _bytes(value: int | bytes, name: str) -> bytes:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yields (number, value) of each field: an int for a varint, otherwise the raw bytes."""
     if len(data) > MAX_MESSAGE:
         raise ProtocolError(f"ZDS message of {len(data)} bytes, at most {MAX_MESSAGE} are allowed")
-    at = 0
-    while at < len(data):
-        key, at = _read_varint(data, at)
-        number, wire = key >> 3, key & 7
-        if not 0 < number < 1 << 29:
-            raise ProtocolError(f"ZDS: field number {number} is not possible")
-        if wire == _VARINT:
-            value, at = _read_varint(data, at)
-            yield number, value
-            continue
-        if wire == _BYTES:
-            length, at = _read_varint(data, at)
-        elif wire in (_FIXED64, _FIXED32):
-            length = 8 if wire == _FIXED64 else 4
-        else:
-            raise ProtocolError(f"ZDS: wire type {wire} in field {number}")
-        if at + length > len(data):
-            raise ProtocolError(f"ZDS: field {number} is cut off")
-        yield number, data[at : at + length]
-        at += length
-
-
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            raise ProtocolError("ZDS: message is cut off in a number")
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            if value >> 64:
-                break
-            return value, at
-    raise ProtocolError("ZDS: number beyond 64 bits")
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _key(number: int, wire: int) -> bytes:
-    return _varint(number << 3 | wire)
-
-
-def _embedded(number: int, body: bytes) -> bytes:
-    return _key(number, _BYTES) + _varint(len(body)) + body
-
-
-def _text(number: int, text: str) -> bytes:
-    return _embedded(number, text.encode()) if text else b""
+    try:
+        yield from protobuf.fields(data)
+    except ProtocolError as error:
+        raise ProtocolError(f"ZDS: {error}") from None
