@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The labels of Istio's TCP metrics, in its order, and the fields of an access log line that come from them. Pure.
+
+What is not known is `unknown`. The principal of a source is set only where mutual TLS has proven it. An inbound source
+that no control plane describes is known by its baggage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from agent.ztunnel.mesh.baggage import Baggage
+from agent.ztunnel.mesh.mesh_model import Service, Workload
+from agent.ztunnel.tls.spiffe import SpiffeId
+
+UNKNOWN: Final = "unknown"
+_END: Final = (
+    "workload",
+    "canonical_service",
+    "canonical_revision",
+    "workload_namespace",
+    "principal",
+    "app",
+    "version",
+    "cluster",
+)
+_SERVICE: Final = ("destination_service", "destination_service_namespace", "destination_service_name")
+NAMES: Final = (
+    "reporter",
+    *(f"source_{name}" for name in _END),
+    *_SERVICE,
+    *(f"destination_{name}" for name in _END),
+    "request_protocol",
+    "response_flags",
+    "connection_security_policy",
+)
+LOCALITY_NAMES: Final = ("source_region", "source_zone", "destination_region", "destination_zone")
+_FLAGS_AT: Final = NAMES.index("response_flags")
+
+
+class Reporter(Enum):
+    """Which end counts the connection."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class ResponseFlag(Enum):
+    """Why a connection failed."""
+
+    NONE = "-"
+    DENIED = "DENY"
+    CONNECT = "CONNECT"
+    TLS_FAILURE = "TLS_FAILURE"
+    H2_HANDSHAKE = "H2_HANDSHAKE_FAILURE"
+    NETWORK_POLICY = "NETWORK_POLICY"
+    IDENTITY = "IDENTITY_ERROR"
+    REVOKED = "CERT_REVOKED"
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where nobody knows."""
+
+    workload: str = ""
+    service: str = ""
+    revision: str = ""
+    namespace: str = ""
+    principal: str = ""
+    app: str = ""
+    cluster: str = ""
+    region: str = ""
+    zone: str = ""
+
+    def values(self) -> tuple[str, ...]:
+        """Returns the values of the eight labels of an end."""
+        return (
+            self.workload,
+            self.service,
+            self.revision,
+            self.namespace,
+            self.principal,
+            self.app,
+            self.revision,
+            self.cluster,
+        )
+
+
+def party(workload: Workload | None, said: Baggage | None, proven: SpiffeId | None) -> Party | None:
+    """Returns one end, by the control plane if it knows the workload, else by baggage; None if nothing is known.
+
+    `proven` is the identity of mutual TLS.
+    """
+    principal = str(proven) if proven else ""
+    if workload is not None:
+        return Party(
+            workload=workload.workload_name,
+            service=workload.canonical_name,
+            revision=workload.canonical_revision,
+            namespace=workload.namespace,
+            principal=principal,
+            app=workload.canonical_name,
+            cluster=workload.cluster_id,
+            region=workload.locality.region,
+            zone=workload.locality.zone,
+        )
+    if said is None and proven is None:
+        return None
+    said = said or Baggage()
+    return Party(
+        workload=said.workload_name,
+        service=said.service_name,
+        revision=said.revision,
+        # A peer may say anything in baggage, but its identity is certain.
+        namespace=said.namespace or (proven.namespace if proven else ""),
+        principal=principal,
+        app=said.workload_name,
+        cluster=said.cluster_id,
+        region=said.region,
+        zone=said.zone,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficLabels:
+    """The label values of one connection, in the order of NAMES; `locality` is () if neither end is known."""
+
+    values: tuple[str, ...]
+    locality: tuple[str, ...] = ()
+
+    def with_flag(self, flag: ResponseFlag) -> TrafficLabels:
+        values = self.values
+        return TrafficLabels((*values[:_FLAGS_AT], flag.value, *values[_FLAGS_AT + 1 :]), self.locality)
+
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Returns (name, value) in the order in which they are shown."""
+        return (*zip(NAMES, self.values, strict=True), *zip(LOCALITY_NAMES, self.locality, strict=bool(self.locality)))
+
+
+def labels(
+    reporter: Reporter, source: Party | None, destination: Party | None, service: Service | None, *, mutual_tls: bool
+) -> TrafficLabels:
+    """Returns the labels of a connection that has not failed."""
+    from_end = source or Party()
+    to_end = destination or Party()
+    meant = (service.hostname, service.namespace, service.name) if service else ("", "", "")
+    values = (
+        reporter.value,
+        *from_end.values(),
+        *meant,
+        *to_end.values(),
+        "tcp",
+        ResponseFlag.NONE.value,
+        "mutual_tls" if mutual_tls else UNKNOWN,
+    )
+    locality: tuple[str, ...] = ()
+    if source or destination:
+        locality = (from_end.region, from_end.zone, to_end.region, to_end.zone)
+    return TrafficLabels(tuple(value or UNKNOWN for value in values), tuple(value or UNKNOWN for value in locality))
