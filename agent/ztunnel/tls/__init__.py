@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Identities, certificates and what is checked of a peer's."""

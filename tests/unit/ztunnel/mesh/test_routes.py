@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where connections go in a small mesh: specification, section 3."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from agent.ztunnel.mesh import authorization, baggage, routes
+from agent.ztunnel.mesh.mesh_model import Workload
+from agent.ztunnel.mesh.routes import RouteError, Transport
+from agent.ztunnel.tls.spiffe import SpiffeId, parse
+from tests.unit.ztunnel.mesh.meshes import store
+
+
+def client() -> Workload:
+    found = store().workload_of_pod("shop", "web", "web")
+    assert found is not None
+    return found
+
+
+def route(ip: str, port: int = 80) -> routes.Route:
+    return routes.outbound(store(), client(), "", "10.0.0.1", (ip, port), lambda weights: 0)
+
+
+def test_a_service_goes_by_hbone_to_its_healthy_endpoint() -> None:
+    found = route("10.1.0.2")
+    assert (found.transport, found.address, found.authority) == (
+        Transport.HBONE, ("10.0.0.2", 15008), "10.0.0.2:8080",
+    )  # fmt: skip
+    assert [str(one) for one in found.identities] == [
+        "spiffe://cluster.local/ns/shop/sa/also",
+        "spiffe://cluster.local/ns/shop/sa/db",
+    ]
+
+
+def test_a_workload_without_hbone_is_spoken_to_in_plain() -> None:
+    assert route("10.0.0.3", 9).transport is Transport.PLAIN
+    assert route("192.0.2.1").address == ("192.0.2.1", 80)
+
+
+def test_a_service_without_endpoint_is_an_error_and_not_a_way_around() -> None:
+    with pytest.raises(RouteError, match="no healthy upstream"):
+        route("10.1.0.5")
+    with pytest.raises(RouteError, match="no healthy upstream"):
+        route("10.1.0.2", 81)
+
+
+def test_a_waypoint_gets_the_address_that_the_client_meant() -> None:
+    found = route("10.1.0.6")
+    assert (found.address, found.authority) == (("10.0.0.9", 15008), "10.1.0.6:80")
+    assert [one.service_account for one in found.identities] == ["gate"]
+
+
+def test_another_network_is_reached_through_its_gateway_by_host_name() -> None:
+    found = route("10.1.0.4")
+    assert found.transport is Transport.DOUBLE_HBONE
+    assert (found.address, found.authority) == (("10.0.0.9", 15008), "far.shop.svc.cluster.local:80")
+    assert [one.service_account for one in found.inner_identities] == ["far"]
+
+
+def test_inbound_takes_its_own_address_and_its_services_and_nothing_else() -> None:
+    mesh = store()
+    pod = mesh.workload_of_pod("shop", "db", "db")
+    assert pod is not None
+    assert routes.inbound(mesh, pod, "10.0.0.2", "", "10.0.0.2", 8080).address == ("10.0.0.2", 8080)
+    named = routes.inbound(mesh, pod, "10.0.0.2", "", "db.shop.svc.cluster.local", 80)
+    assert named.address == ("10.0.0.2", 8080)
+    with pytest.raises(routes.Mismatch):
+        routes.inbound(mesh, pod, "10.0.0.2", "", "10.0.0.3", 8080)
+    with pytest.raises(RouteError, match="own"):
+        routes.inbound(mesh, pod, "10.0.0.2", "", "10.0.0.2", 15006)
+    with pytest.raises(RouteError, match="no port 81"):
+        routes.inbound(mesh, pod, "10.0.0.2", "", "db.shop.svc.cluster.local", 81)
+
+
+@pytest.mark.parametrize(
+    ("account", "port", "allowed"), [("web", 8080, True), ("web", 22, False), ("other", 8080, False), ("", 8080, False)]
+)
+def test_policies_decide_by_identity_and_port(account: str, port: int, allowed: bool) -> None:
+    mesh = store()
+    pod = mesh.workload_of_pod("shop", "db", "db")
+    assert pod is not None
+    policies, unknown = mesh.policies_for(pod)
+    identity = SpiffeId("cluster.local", "shop", account) if account else None
+    asked = authorization.PolicyConnection(ip_address("10.0.0.1"), ip_address("10.0.0.2"), port, identity)
+    assert authorization.decide(policies, asked).allowed is allowed
+    assert unknown == []
+
+
+def test_baggage_in_order_and_back() -> None:
+    header = baggage.header(client())
+    assert header == (
+        "k8s.cluster.name=c1,k8s.namespace.name=shop,k8s.deployment.name=web,service.name=web,service.version=v1,"
+        "cloud.region=eu,cloud.availability_zone=eu-1"
+    )
+    said = baggage.parse(header)
+    assert (said.workload_name, said.workload_type, said.zone) == ("web", "deployment", "eu-1")
+
+
+@pytest.mark.parametrize(
+    "uri", ["spiffe://td/ns/a", "http://td/ns/a/sa/b", "spiffe://td/ns/a/sa/b/c", "spiffe://td/sa/a/ns/b"]
+)
+def test_other_uris_are_no_identity(uri: str) -> None:
+    assert parse(uri) is None
