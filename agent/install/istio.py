@@ -34,11 +34,11 @@ def form(conf: Conf, every: Sequence[Conf]) -> str:
 
     `every`: all configurations of the directory except our own lists.
     """
-    rest = [one["type"] for one in conf.plugins if one["type"] != ISTIO]
+    rest = [kind for kind in _types(conf) if kind != ISTIO]  # without our entry, which may have been inserted
     if not rest:
         return ALONE
     others = [other for other in every if other is not conf and not mentions(other.network)]
-    wraps = any(_types(other) == [one for one in rest if one != CNI_TYPE] for other in others)
+    wraps = any(_types(other) == rest for other in others)
     return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
 
 
