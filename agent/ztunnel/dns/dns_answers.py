@@ -76,7 +76,7 @@ def query(message: bytes) -> Query | None:
 
 
 def _edns_size(rest: bytes, additional: int) -> int | None:
-    """Returns the size of an OPT record, 0 if there is none, None for records that only the resolver understands."""
+    """Returns the size of an OPT record, 0 without one, None for records that only the resolver understands."""
     if not additional and not rest:
         return 0
     if additional != 1 or len(rest) < 11 or rest[0]:
@@ -88,7 +88,7 @@ def _edns_size(rest: bytes, additional: int) -> int | None:
 def answer(
     store: MeshStore, client: Workload, asked: Query, domain: str, shuffle: Shuffle, *, udp: bool
 ) -> bytes | None:
-    """Returns the answer for `client`; None if the resolver is to be asked. `domain` is that of the cluster."""
+    """Returns the answer for `client`; None for a name of the resolver. `domain` is that of the cluster."""
     match = _find(store, client, asked.name, domain)
     if match is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `baggage` header of HBONE, with which both ends tell each other about their workload. Pure.
+"""The `baggage` header of HBONE, with which each end describes its workload. Pure.
 
 The keys and their order are those of Istio's ztunnel; empty values are left out. What a peer sends is hostile: it is
 bounded and never raises.

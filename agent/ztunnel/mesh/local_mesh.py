@@ -87,7 +87,7 @@ for _rule in StringRule:
 
 
 class _Reader:
-    """Reads a mapping and knows its place. `end` refuses keys that nobody has read."""
+    """Reads a mapping and knows its place. `end` refuses keys that were not read."""
 
     def __init__(self, value: object, place: str) -> None:
         if not isinstance(value, Mapping):
@@ -134,7 +134,7 @@ class _Reader:
         for each in kind:
             if each.value.lower() == text.lower():
                 return each
-        raise self.fail(key, f"is none of {', '.join(each.value for each in kind)}")
+        raise self.fail(key, f"is not one of {', '.join(each.value for each in kind)}")
 
     def values(self, key: str, convert: Callable[[Any], T]) -> tuple[T, ...]:
         """Returns a list of scalars, converted; `convert` raises ValueError with the reason."""
@@ -290,7 +290,7 @@ def _families(reader: _Reader) -> IpFamilies | None:
     try:
         return IpFamilies[text.upper()]
     except KeyError:
-        raise reader.fail("ipFamilies", "is none of Dual, IPv4, IPv6") from None
+        raise reader.fail("ipFamilies", "is not one of Dual, IPv4, IPv6") from None
 
 
 def _policy(reader: _Reader) -> Authorization:
@@ -336,7 +336,7 @@ def _string_match(value: object) -> StringMatch:
     if value == StringRule.PRESENCE.value:
         return StringMatch(StringRule.PRESENCE)
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise ValueError("is none of Exact, Prefix, Suffix, Presence")
+        raise ValueError("is not one of Exact, Prefix, Suffix, Presence")
     ((rule, pattern),) = value.items()
     return StringMatch(StringRule(rule), str(pattern or ""))
 

@@ -44,7 +44,7 @@ class MeshStore:
     """The current state. One thread."""
 
     def __init__(self, preferred_namespace: str = "") -> None:
-        """Takes the namespace whose services come before others with the same host name in DNS."""
+        """Takes the namespace that is preferred among services with the same host name in DNS."""
         self.preferred_namespace = preferred_namespace
         self.workloads: dict[str, Workload] = {}  # by uid
         self.services: dict[str, Service] = {}  # by namespace/hostname
@@ -191,7 +191,7 @@ class MeshStore:
         return None
 
     def policies_for(self, workload: Workload) -> tuple[list[Authorization], list[str]]:
-        """Returns (policies that select the workload, names of policies that it needs and nobody has sent)."""
+        """Returns (policies that select the workload, names of policies that it needs and that are not known)."""
         selected = [
             policy
             for policy in self.policies.values()

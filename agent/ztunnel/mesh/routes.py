@@ -49,8 +49,8 @@ class Transport(Enum):
 class Route:
     """The next hop of an outbound connection.
 
-    `authority` is what CONNECT asks for; `identities` whom the next hop must be, `inner_identities` whom the end of the
-    inner tunnel must be. `workload` is the next hop if it is known, `service` what the client meant.
+    `authority` is what CONNECT asks for; `identities` are those that the next hop may have, `inner_identities`
+    those of the end of the inner tunnel. `workload` is the next hop if it is known, `service` what the client meant.
     """
 
     transport: Transport
@@ -140,7 +140,7 @@ class _Outbound:
     def _gateway(self, gateway: Gateway, purpose: Purpose) -> _Upstream:
         """Returns an instance of a waypoint or gateway."""
         destination = gateway.destination
-        # A gateway that is given by its address keeps that one, whatever the family of the client.
+        # A gateway that is given by its address keeps that one for a client of any family.
         wanted = destination.ip if isinstance(destination, NetworkAddress) else self.target[0]
         match self.store.gateway(gateway):
             case Service() as service:
@@ -218,9 +218,9 @@ def _service_identities(service: Service | None) -> tuple[SpiffeId, ...]:
 
 
 def _address(workload: Workload, wanted: str, families: IpFamilies | None) -> str:
-    """Returns the address to connect to: the wanted one, else one of its family; "" if there is none.
+    """Returns the address to connect to: the wanted one, else one of its family; "" if it has none.
 
-    Raises RouteError if the workload is known by a host name alone, which nobody resolves here.
+    Raises RouteError if the workload is known by a host name alone, which is not resolved here.
     """
     if wanted in workload.addresses:
         return wanted

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The labels of Istio's TCP metrics, in its order, and the fields of an access log line that come from them. Pure.
 
-What is not known is `unknown`. The principal of a source is set only where mutual TLS has proven it. An inbound source
+A missing value is `unknown`. The principal of a source is set only where mutual TLS has proven it. An inbound source
 that no control plane describes is known by its baggage.
 """
 
@@ -62,7 +62,7 @@ class ResponseFlag(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Party:
-    """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where nobody knows."""
+    """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where it is not known."""
 
     workload: str = ""
     service: str = ""

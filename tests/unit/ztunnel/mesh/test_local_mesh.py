@@ -16,7 +16,7 @@ from tests.unit.ztunnel.mesh.meshes import FILE
         ("10.0.0.2]", "10.0.0.1]", "address /10.0.0.1 occurs twice"),
         ("[10.0.0.3]", "[10.0.0.300]", r"workloads\[2\]\.workloadIps\[0\]: '10\.0\.0\.300'"),
         ("hboneMtlsPort: 15008}\n", "hboneMtlsPort: 70000}\n", r"networkGateway\.hboneMtlsPort: is no number"),
-        ("action: Deny", "action: Audit", r"policies\[1\]\.action: is none of Allow, Deny"),
+        ("action: Deny", "action: Audit", r"policies\[1\]\.action: is not one of Allow, Deny"),
         ("!Exact", "!Regex", "no YAML"),
         ("uid: c1//v1/Pod/shop/db", "uid: c1//v1/Pod/shop/web", "workload c1//v1/Pod/shop/web occurs twice"),
         ("  services: {}\n", "", r"workloads\[0\]\.services: is missing"),
