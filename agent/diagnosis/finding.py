@@ -31,6 +31,9 @@ class CheckLine:
     remedy: str = ""
 
 
+Judge = Callable[[NodeFacts], Iterator[CheckLine]]
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """A check. `judge` yields nothing where `fine` holds. `needs` names the groups of facts that it requires.
@@ -43,7 +46,12 @@ class Check:
     problems: tuple[str, ...]
     needs: tuple[str, ...]
     fine: str
-    judge: Callable[[NodeFacts], Iterator[CheckLine]]
+    judge: Judge
+
+
+def check(id: str, about: str, problems: str = "", needs: str = "", fine: str = "") -> Callable[[Judge], Check]:
+    """Makes a Check of a function. `problems` and `needs` are words, with spaces between them."""
+    return lambda judge: Check(id, about, tuple(problems.split()), tuple(needs.split()), fine, judge)
 
 
 @dataclass(frozen=True, slots=True)

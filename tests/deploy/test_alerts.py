@@ -15,7 +15,7 @@ import yaml
 from support.prometheus import RULES, hastened, program, rules
 
 from agent.__main__ import parser
-from agent.diagnosis.registry import chosen
+from agent.diagnosis.checks import chosen
 from agent.kernel.exec import run
 
 CASES = RULES.with_name("sluice.rules.test.yaml")

@@ -22,10 +22,10 @@ from support.rules import layers, pod
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.settings import Settings
+from agent.diagnosis.checks import CHECKS
 from agent.diagnosis.facts import NodeFacts
 from agent.diagnosis.finding import CheckResult, CheckVerdict, examine
 from agent.diagnosis.probes import hosts, pods, programs
-from agent.diagnosis.registry import CHECKS
 from agent.kernel.bpf import bpffs, link, load, syscall
 from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.exec import run

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from agent import __version__
 from agent.diagnosis.facts import NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import log, restart, start
 
 _MEMORY = 150 << 20  # bytes; what an agent of 250 pods may take (P60h)
@@ -15,6 +15,7 @@ _PER_POD = 6  # descriptors (agent.app.root.main)
 _LEAST = 128  # descriptors of an agent without pods
 
 
+@check("agent", "the agent runs, responds and is ready", problems="P02 P18", needs="cni")
 def _agent(facts: NodeFacts) -> Iterator[CheckLine]:
     left = facts.left
     if not left.why:
@@ -38,6 +39,7 @@ def _agent(facts: NodeFacts) -> Iterator[CheckLine]:
     yield wrong(left.why, f"no agent runs: {', '.join(what)}", f"{start(facts)}; {log(facts)}")
 
 
+@check("agent-version", "the running agent is the installed one", problems="P58", needs="agent")
 def _version(facts: NodeFacts) -> Iterator[CheckLine]:
     running = facts.agent.status["version"]
     if running == __version__:
@@ -50,6 +52,7 @@ def _version(facts: NodeFacts) -> Iterator[CheckLine]:
     )
 
 
+@check("agent-state", "no note of a pod is damaged", problems="P29", fine="all notes of pods can be read")
 def _state(facts: NodeFacts) -> Iterator[CheckLine]:
     damaged = dict.fromkeys((*facts.left.damaged, *facts.agent.status.get("damaged_state_files", ())))
     if damaged:
@@ -60,28 +63,7 @@ def _state(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
-def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
-    said = facts.agent.status.get("kubernetes", "not set")
-    if said in ("ok", "not set"):
-        yield ok(
-            "no API server is configured" if said == "not set" else "the API server responds, and all pods are known"
-        )
-        return
-    yield wrong(
-        said,
-        "labels in the API server decide enrolment: without it, pods that may be enrolled do not start",
-        "check kube_server, the token file and the agent's ClusterRole; sluice status",
-    )
-
-
-def _static(facts: NodeFacts) -> Iterator[CheckLine]:
-    said = facts.agent.status.get("static_pods", "not set")
-    if said in ("ok", "not set"):
-        yield ok("no file is configured" if said == "not set" else f"{facts.settings.static_pods} is read")
-        return
-    yield wrong(said, "the file of static pods is invalid; its previous content stays in force", "repair the file")
-
-
+@check("agent-resources", "descriptors and memory of the agent", problems="P29 P40 P41 P60h P60m", needs="agent")
 def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
     agent = facts.agent
     if not agent.pid:
@@ -111,16 +93,31 @@ def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"process {agent.pid}: {agent.resident >> 20} MiB, {agent.descriptors} of {room} descriptors")
 
 
-def _records(facts: NodeFacts) -> Iterator[CheckLine]:
-    lost = {name: count for name, count in facts.agent.losses.items() if count}
-    if lost:
-        yield warning(
-            "lost: " + ", ".join(f"{count} {name}" for name, count in lost.items()),
-            "more connections ended at once than could be read in time: totals are right, single records are missing",
-            "set bpf_sizes: records=16777216, and restart the agent",
+@check("kubernetes", "the agent reaches the API server", problems="P09 P14", needs="agent")
+def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
+    said = facts.agent.status.get("kubernetes", "not set")
+    if said in ("ok", "not set"):
+        yield ok(
+            "no API server is configured" if said == "not set" else "the API server responds, and all pods are known"
         )
+        return
+    yield wrong(
+        said,
+        "labels in the API server decide enrolment: without it, pods that may be enrolled do not start",
+        "check kube_server, the token file and the agent's ClusterRole; sluice status",
+    )
 
 
+@check("static-pods", "the file of static pods is valid", needs="agent")
+def _static(facts: NodeFacts) -> Iterator[CheckLine]:
+    said = facts.agent.status.get("static_pods", "not set")
+    if said in ("ok", "not set"):
+        yield ok("no file is configured" if said == "not set" else f"{facts.settings.static_pods} is read")
+        return
+    yield wrong(said, "the file of static pods is invalid; its previous content stays in force", "repair the file")
+
+
+@check("leaks", "no connection of an enrolled pod bypassed ztunnel", problems="P02 P05", needs="agent")
 def _fates(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.status.get("connections", [])
     leaked = [row for row in rows if row["fate"] == "leaked" and row["connections"]]
@@ -136,27 +133,12 @@ def _fates(facts: NodeFacts) -> Iterator[CheckLine]:
     yield ok(f"{counted} connections counted, none leaked" if counted else "no connection counted yet")
 
 
-CHECKS = (
-    Check("agent", "the agent runs, responds and is ready", ("P02", "P18"), ("cni",), "", _agent),
-    Check("agent-version", "the running agent is the installed one", ("P58",), ("agent",), "", _version),
-    Check(
-        "agent-state",
-        "no note of a pod is damaged",
-        ("P29",),
-        (),
-        "all notes of pods can be read",
-        _state,
-    ),
-    Check(
-        "agent-resources",
-        "descriptors and memory of the agent",
-        ("P29", "P40", "P41", "P60h", "P60m"),
-        ("agent",),
-        "",
-        _resources,
-    ),
-    Check("kubernetes", "the agent reaches the API server", ("P09", "P14"), ("agent",), "", _kubernetes),
-    Check("static-pods", "the file of static pods is valid", (), ("agent",), "", _static),
-    Check("leaks", "no connection of an enrolled pod bypassed ztunnel", ("P02", "P05"), ("agent",), "", _fates),
-    Check("records", "no record of a connection was lost", ("P60e",), ("agent",), "no record was lost", _records),
-)
+@check("records", "no record of a connection was lost", problems="P60e", needs="agent", fine="no record was lost")
+def _records(facts: NodeFacts) -> Iterator[CheckLine]:
+    lost = {name: count for name, count in facts.agent.losses.items() if count}
+    if lost:
+        yield warning(
+            "lost: " + ", ".join(f"{count} {name}" for name, count in lost.items()),
+            "more connections ended at once than could be read in time: totals are right, single records are missing",
+            "set bpf_sizes: records=16777216, and restart the agent",
+        )

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from agent.core.model.host import Variant
 from agent.diagnosis.facts import NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import restart
 
 
+@check("backend", "which backend captures, and why", problems="P30 P31 P60o", needs="host")
 def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
     status = facts.agent.status
     left = facts.left
@@ -37,6 +38,7 @@ def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{name}: {reason}")
 
 
+@check("preflight", "the kernel supports the backend", problems="P31 P34 P36 P60o", needs="preflight")
 def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
     found = facts.preflight
     if not found.choice:
@@ -57,6 +59,7 @@ def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{found.choice}: {len(found.features)} features, and packets are captured in a self-test")
 
 
+@check("host-tables", "the host uses one variant of iptables", problems="P30 P31 P39", needs="host")
 def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
     view = facts.host.view
     modern, legacy = view.xtables_rules(Variant.NFT), view.xtables_rules(Variant.LEGACY)
@@ -82,6 +85,7 @@ def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
     yield ok(f"iptables: {used.value}; {modern} rules of iptables-nft, {legacy} legacy ones")
 
 
+@check("rule-sets", "one rule set in each pod", problems="P30 P32 P58", needs="pods")
 def _rule_sets(facts: NodeFacts) -> Iterator[CheckLine]:
     count = 0
     for pod in (*facts.pods.noted, *facts.pods.others):
@@ -110,18 +114,3 @@ def _rule_sets(facts: NodeFacts) -> Iterator[CheckLine]:
             )
     if not any(pod.others or len(pod.ours) > 1 for pod in (*facts.pods.noted, *facts.pods.others)):
         yield ok(f"{count} namespaces with rules, one rule set in each")
-
-
-CHECKS = (
-    Check("backend", "which backend captures, and why", ("P30", "P31", "P60o"), ("host",), "", _backend),
-    Check(
-        "preflight",
-        "the kernel supports the backend",
-        ("P31", "P34", "P36", "P60o"),
-        ("preflight",),
-        "",
-        _preflight,
-    ),
-    Check("host-tables", "the host uses one variant of iptables", ("P30", "P31", "P39"), ("host",), "", _host_tables),
-    Check("rule-sets", "one rule set in each pod", ("P30", "P32", "P58"), ("pods",), "", _rule_sets),
-)

@@ -6,12 +6,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.diagnosis.facts import AttachedProgram, NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 
 _CILIUM = ("cil_sock", "sock4_", "sock6_")
 _CALICO = ("calico_", "cali_")
 
 
+@check(
+    "socket-balancer",
+    "no other CNI replaces addresses at connect",
+    problems="P43 P60n",
+    needs="sockets node",
+    fine="no foreign program on the root cgroup changes connections",
+)
 def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
     taking = [one for one in facts.sockets if one.hook.startswith(("connect", "sendmsg"))]
     values = facts.node.cilium
@@ -48,6 +55,7 @@ def _whose(programs: list[AttachedProgram]) -> str:
     )
 
 
+@check("security", "SELinux and AppArmor let Sluice work", problems="P60j", needs="security")
 def _security(facts: NodeFacts) -> Iterator[CheckLine]:
     found = facts.security
     for line in found.denials:
@@ -78,16 +86,3 @@ def _security(facts: NodeFacts) -> Iterator[CheckLine]:
         return
     state = found.selinux or "off"
     yield ok(f"SELinux {state}, AppArmor {'on' if found.apparmor else 'off'}, no denial of Sluice in the kernel's log")
-
-
-CHECKS = (
-    Check(
-        "socket-balancer",
-        "no other CNI replaces addresses at connect",
-        ("P43", "P60n"),
-        ("sockets", "node"),
-        "no foreign program on the root cgroup changes connections",
-        _balancer,
-    ),
-    Check("security", "SELinux and AppArmor let Sluice work", ("P60j",), ("security",), "", _security),
-)

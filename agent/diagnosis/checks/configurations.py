@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.diagnosis.facts import Listed, NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 
 _USUAL = "the default: no"  # prefix of the reason if no runtime's configuration was found (install.runtime)
 # Type of a primary plugin -> its product, and how it behaves next to other lists.
@@ -26,6 +26,12 @@ _PRIMARY = {
 _RENAMED = (".cilium_bak", ".cilium_backup")
 
 
+@check(
+    "cni-configuration",
+    "Sluice's list is the first that the runtime uses",
+    problems="P01 P04 P07 P08 P19 P25 P27",
+    needs="cni",
+)
 def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     ours = [one.name for one in cni.files if one.ours]
@@ -67,6 +73,13 @@ def _writer(listed: Listed) -> str:
     return next((_PRIMARY[one][0] for one in listed.types if one in _PRIMARY), "another program")
 
 
+@check(
+    "cni-primary",
+    "one primary network, and no program renames lists",
+    problems="P01 P07 P24",
+    needs="cni",
+    fine="no conflict over the directory",
+)
 def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     for name in cni.view.files:
@@ -97,6 +110,7 @@ def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"one primary list; {rewrites[0]}; the agent restores Sluice's")
 
 
+@check("cni-directories", "where the runtime reads lists and plugins", problems="P20", needs="cni")
 def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     words = (
@@ -112,6 +126,7 @@ def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(words)
 
 
+@check("cni-plugin", "the plugin is installed and can run", problems="P19 P21 P60j", needs="cni")
 def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if cni.managed == "off" and not any(one.ours for one in cni.files):
@@ -133,6 +148,7 @@ def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{cni.plugins}/sluice-cni is installed, is Sluice's and runs")
 
 
+@check("cni-runtime", "the runtime sees changes of its directory", problems="P26", needs="cni")
 def _runtime(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if not cni.runtime:
@@ -149,6 +165,9 @@ def _runtime(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
+@check(
+    "istio-cni", "no other mesh agent on this node", problems="P24 P30", needs="cni", fine="istio-cni is not installed"
+)
 def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     chained = [one.name for one in cni.files if "istio-cni" in one.types]
@@ -160,29 +179,3 @@ def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
         "istio-cni's agent runs on the same node: both program pods, and the last one wins",
         "sluice migrate --check",
     )
-
-
-CHECKS = (
-    Check(
-        "cni-configuration",
-        "Sluice's list is the first that the runtime uses",
-        ("P01", "P04", "P07", "P08", "P19", "P25", "P27"),
-        ("cni",),
-        "",
-        _configuration,
-    ),
-    Check(
-        "cni-primary",
-        "one primary network, and no program renames lists",
-        ("P01", "P07", "P24"),
-        ("cni",),
-        "no conflict over the directory",
-        _primaries,
-    ),
-    Check("cni-directories", "where the runtime reads lists and plugins", ("P20",), ("cni",), "", _directories),
-    Check("cni-plugin", "the plugin is installed and can run", ("P19", "P21", "P60j"), ("cni",), "", _plugin),
-    Check("cni-runtime", "the runtime sees changes of its directory", ("P26",), ("cni",), "", _runtime),
-    Check(
-        "istio-cni", "no other mesh agent on this node", ("P24", "P30"), ("cni",), "istio-cni is not installed", _istio
-    ),
-)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from agent.diagnosis.facts import NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import start
 
 _FLUSHES = {
@@ -17,6 +17,13 @@ _FLUSHES = {
 }
 
 
+@check(
+    "host-rules",
+    "no rules of pods in the node's own namespace",
+    problems="P10 P53",
+    needs="host",
+    fine="no rules of pods in the node's own namespace",
+)
 def _pod_rules(facts: NodeFacts) -> Iterator[CheckLine]:
     if facts.host.pod_rules:
         yield wrong(
@@ -26,6 +33,7 @@ def _pod_rules(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
+@check("probe-exemption", "the node's probes bypass ztunnel", problems="P12 P13 P35", needs="host")
 def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
     said: Mapping[str, object] = facts.agent.status.get("host_probes", {})
     reason = facts.agent.status.get("host_probes_reason", "")
@@ -55,6 +63,7 @@ def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
         yield unknown("no agent and no captured pod: no exemption needed")
 
 
+@check("firewall", "programs that flush the host's rules", problems="P12", needs="node", fine="none is active")
 def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
     mechanism = facts.agent.status.get("host_probes", {}).get("mechanism", "")
     for name in facts.node.firewalls:
@@ -65,22 +74,13 @@ def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
-def _ipv6(facts: NodeFacts) -> Iterator[CheckLine]:
-    if facts.node.ipv6_off or not facts.host.view.ipv6:
-        how = "ipv6.disable=1 on the kernel's command line" if facts.node.ipv6_off else "the kernel has no IPv6"
-        if facts.settings.ipv6:
-            yield ok(f"{how}: pods are captured for IPv4 only; IPv6 is not programmed")
-        return
-    if not facts.settings.ipv6:
-        with_ipv6 = [pod.name for pod in facts.pods.noted if pod.ipv6 and any(":" in one for one in pod.addresses)]
-        if with_ipv6:
-            yield wrong(
-                f"ipv6 is false, and {len(with_ipv6)} pods have addresses of IPv6 ({with_ipv6[0]})",
-                "their IPv6 traffic is not captured",
-                "set ipv6: true, and restart the agent",
-            )
-
-
+@check(
+    "probe-path",
+    "other data paths that divert the node's probes",
+    problems="P42 P43 P45",
+    needs="node",
+    fine="none known",
+)
 def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
     """Reports what diverts the node's probes, in addition to the canary; alone only where it always does."""
     values = facts.node.cilium
@@ -98,6 +98,13 @@ def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
+@check(
+    "reverse-path",
+    "filters that drop replies to probes",
+    problems="P42",
+    needs="node host",
+    fine="no such filter is visible here",
+)
 def _filters(facts: NodeFacts) -> Iterator[CheckLine]:
     values = facts.node.sysctls
     strict = [name for name in ("all", "default") if values.get(f"net.ipv4.conf.{name}.rp_filter") == "1"]
@@ -109,32 +116,18 @@ def _filters(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
-CHECKS = (
-    Check(
-        "host-rules",
-        "no rules of pods in the node's own namespace",
-        ("P10", "P53"),
-        ("host",),
-        "no rules of pods in the node's own namespace",
-        _pod_rules,
-    ),
-    Check("probe-exemption", "the node's probes bypass ztunnel", ("P12", "P13", "P35"), ("host",), "", _exemption),
-    Check("firewall", "programs that flush the host's rules", ("P12",), ("node",), "none is active", _firewall),
-    Check(
-        "probe-path",
-        "other data paths that divert the node's probes",
-        ("P42", "P43", "P45"),
-        ("node",),
-        "none known",
-        _paths,
-    ),
-    Check(
-        "reverse-path",
-        "filters that drop replies to probes",
-        ("P42",),
-        ("node", "host"),
-        "no such filter is visible here",
-        _filters,
-    ),
-    Check("ipv6", "IPv6 of the node and the setting agree", ("P36", "P37"), ("host",), "IPv6 is on", _ipv6),
-)
+@check("ipv6", "IPv6 of the node and the setting agree", problems="P36 P37", needs="host", fine="IPv6 is on")
+def _ipv6(facts: NodeFacts) -> Iterator[CheckLine]:
+    if facts.node.ipv6_off or not facts.host.view.ipv6:
+        how = "ipv6.disable=1 on the kernel's command line" if facts.node.ipv6_off else "the kernel has no IPv6"
+        if facts.settings.ipv6:
+            yield ok(f"{how}: pods are captured for IPv4 only; IPv6 is not programmed")
+        return
+    if not facts.settings.ipv6:
+        with_ipv6 = [pod.name for pod in facts.pods.noted if pod.ipv6 and any(":" in one for one in pod.addresses)]
+        if with_ipv6:
+            yield wrong(
+                f"ipv6 is false, and {len(with_ipv6)} pods have addresses of IPv6 ({with_ipv6[0]})",
+                "their IPv6 traffic is not captured",
+                "set ipv6: true, and restart the agent",
+            )

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from agent.diagnosis.facts import NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 
 _INSTANCES, _WATCHES = "fs.inotify.max_user_instances", "fs.inotify.max_user_watches"
 _COUNT, _MOST = "net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max"
 _FULL = 0.8
 
 
+@check("inotify", "file event queues are available", problems="P07 P60m", needs="node")
 def _inotify(facts: NodeFacts) -> Iterator[CheckLine]:
     node = facts.node
     raise_it = f"sysctl -w {_INSTANCES}=8192 {_WATCHES}=524288, and in /etc/sysctl.d"
@@ -31,6 +32,7 @@ def _inotify(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{node.inotify_used} of {most} queues of file events are in use")
 
 
+@check("conntrack", "connection tracking has room", needs="node")
 def _conntrack(facts: NodeFacts) -> Iterator[CheckLine]:
     count, most = (_number(facts.node.sysctls, name) for name in (_COUNT, _MOST))
     if not most:
@@ -45,6 +47,7 @@ def _conntrack(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{count} of {most} entries in use")
 
 
+@check("metrics-port", "no other process has the agent's port", problems="P60i", needs="host")
 def _port(facts: NodeFacts) -> Iterator[CheckLine]:
     address = facts.settings.metrics_address
     host = facts.host
@@ -69,10 +72,3 @@ def _port(facts: NodeFacts) -> Iterator[CheckLine]:
 def _number(values: Mapping[str, str], name: str) -> int:
     word = values.get(name, "")
     return int(word) if word.isdecimal() else 0
-
-
-CHECKS = (
-    Check("inotify", "file event queues are available", ("P07", "P60m"), ("node",), "", _inotify),
-    Check("conntrack", "connection tracking has room", (), ("node",), "", _conntrack),
-    Check("metrics-port", "no other process has the agent's port", ("P60i",), ("host",), "", _port),
-)

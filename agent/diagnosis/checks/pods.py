@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.diagnosis.facts import NodeFacts, PodFacts, Row
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
@@ -21,6 +21,7 @@ def _key(row: Row) -> str:
     return f"{row['namespace']}/{row['name']}" if row["namespace"] else str(row["name"])
 
 
+@check("pods", "each enrolled pod is captured", problems="P02 P05 P06 P54 P56 P60d", needs="agent")
 def _states(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.pods
     for row in rows:
@@ -44,6 +45,7 @@ def _states(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no pods here")
 
 
+@check("pod-rules", "rules are in the right namespaces", problems="P02 P56", needs="pods")
 def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
     """Reports the state of the namespaces, with or without an agent."""
     noted = facts.pods.noted
@@ -68,6 +70,7 @@ def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{len(right)} captured pods, with rules in each")
 
 
+@check("pods-verified", "the kernel has the desired state", problems="P02 P58", needs="agent")
 def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = [row for row in facts.agent.verify if row["name"] not in _SEEN_BY_OTHERS]
     for row in rows:
@@ -85,6 +88,13 @@ def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
     yield ok(f"{len(rows)} verified")
 
 
+@check(
+    "foreign-rules",
+    "no foreign rules in a pod come before Sluice's",
+    problems="P60b P60p",
+    needs="pods",
+    fine="no foreign rules before Sluice's",
+)
 def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in (*facts.pods.noted, *facts.pods.others):
         if not pod.ours:
@@ -97,6 +107,13 @@ def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
             )
 
 
+@check(
+    "probe-canary",
+    "the node's connections reach the pods",
+    problems="P37 P42 P43 P44 P45",
+    needs="agent",
+    fine="each probed pod was reached",
+)
 def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
     seen = 0
     for row in facts.agent.pods:
@@ -116,6 +133,7 @@ def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
         yield unknown("no pod that listens on a port was enrolled since the agent's start")
 
 
+@check("pod-runtimes", "no pod with a network stack of its own", problems="P11", needs="agent", fine="none known")
 def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
     shims = facts.node.shims
     excluded = [one for one in facts.agent.pods if "runtime" in one["reason"] and one["state"] == "excluded"]
@@ -134,6 +152,13 @@ def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
+@check(
+    "pod-ports",
+    "pods do not listen where outgoing connections take ports",
+    problems="P60g",
+    needs="pods",
+    fine="no port in that range",
+)
 def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         if pod.ports and pod.captured:
@@ -146,6 +171,7 @@ def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
             )
 
 
+@check("pod-sockets", "sockets do not pile up", problems="P60f", needs="pods", fine="no pod has many leftover sockets")
 def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         waiting = pod.states.get("CLOSE_WAIT", 0)
@@ -167,50 +193,3 @@ def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
 
 def _outgoing(pod: PodFacts) -> int:
     return sum(count for state, count in pod.states.items() if state != "LISTEN")
-
-
-CHECKS = (
-    Check(
-        "pods",
-        "each enrolled pod is captured",
-        ("P02", "P05", "P06", "P54", "P56", "P60d"),
-        ("agent",),
-        "",
-        _states,
-    ),
-    Check("pod-rules", "rules are in the right namespaces", ("P02", "P56"), ("pods",), "", _bare),
-    Check("pods-verified", "the kernel has the desired state", ("P02", "P58"), ("agent",), "", _verified),
-    Check(
-        "foreign-rules",
-        "no foreign rules in a pod come before Sluice's",
-        ("P60b", "P60p"),
-        ("pods",),
-        "no foreign rules before Sluice's",
-        _foreign,
-    ),
-    Check(
-        "probe-canary",
-        "the node's connections reach the pods",
-        ("P37", "P42", "P43", "P44", "P45"),
-        ("agent",),
-        "each probed pod was reached",
-        _canary,
-    ),
-    Check("pod-runtimes", "no pod with a network stack of its own", ("P11",), ("agent",), "none known", _runtimes),
-    Check(
-        "pod-ports",
-        "pods do not listen where outgoing connections take ports",
-        ("P60g",),
-        ("pods",),
-        "no port in that range",
-        _listens,
-    ),
-    Check(
-        "pod-sockets",
-        "sockets do not pile up",
-        ("P60f",),
-        ("pods",),
-        "no pod has many leftover sockets",
-        _sockets,
-    ),
-)

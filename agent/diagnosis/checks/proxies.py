@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from agent.core.names import DNS_PORT
 from agent.diagnosis.facts import NodeFacts
-from agent.diagnosis.finding import Check, CheckLine, ok, unknown, warning, wrong
+from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.remedies import restart, ztunnel
 
 
+@check("ztunnel", "one ztunnel is connected and has every pod", problems="P03 P16 P17")
 def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
     path = facts.settings.zds_socket
     left = facts.left
@@ -46,6 +47,13 @@ def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"one is connected to {path}, and has every pod")
 
 
+@check(
+    "ztunnel-listening",
+    "ztunnel listens in each captured pod",
+    problems="P03 P11 P38",
+    needs="pods",
+    fine="no captured pod",
+)
 def _listening(facts: NodeFacts) -> Iterator[CheckLine]:
     captured = [pod for pod in facts.pods.noted if pod.captured and not pod.error]
     for pod in captured:
@@ -61,6 +69,13 @@ def _listening(facts: NodeFacts) -> Iterator[CheckLine]:
         yield ok(f"{len(captured)} captured pods; ztunnel listens in each on {ports}")
 
 
+@check(
+    "pod-loopback",
+    "lo of each captured pod has its addresses",
+    problems="P36 P38",
+    needs="pods",
+    fine="lo is up in each, with its addresses",
+)
 def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         if pod.error or not pod.captured:
@@ -87,31 +102,3 @@ def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
 
 def _first(addresses: tuple[str, ...]) -> str:
     return next(one for one in addresses if ":" in one)
-
-
-CHECKS = (
-    Check(
-        "ztunnel",
-        "one ztunnel is connected and has every pod",
-        ("P03", "P16", "P17"),
-        (),
-        "",
-        _connected,
-    ),
-    Check(
-        "ztunnel-listening",
-        "ztunnel listens in each captured pod",
-        ("P03", "P11", "P38"),
-        ("pods",),
-        "no captured pod",
-        _listening,
-    ),
-    Check(
-        "pod-loopback",
-        "lo of each captured pod has its addresses",
-        ("P36", "P38"),
-        ("pods",),
-        "lo is up in each, with its addresses",
-        _loopback,
-    ),
-)

@@ -15,9 +15,9 @@ import yaml
 from agent.__main__ import main
 from agent.cli import doctor, effective_settings
 from agent.core.errors import SettingsError
+from agent.diagnosis.checks import CHECKS
 from agent.diagnosis.facts import Left, NodeFacts
 from agent.diagnosis.finding import CheckResult, CheckVerdict
-from agent.diagnosis.registry import CHECKS
 
 
 def finding(check: str, verdict: CheckVerdict, found: str, cause: str = "", remedy: str = "") -> CheckResult:

@@ -14,6 +14,7 @@ from agent.__main__ import _GROUPS as COMMANDS
 from agent.backends.preflight import Feature
 from agent.core.model.host import HostTable, HostView, InKernel, Variant
 from agent.core.settings import Settings
+from agent.diagnosis.checks import CHECKS
 from agent.diagnosis.facts import (
     AgentFacts,
     AttachedProgram,
@@ -29,7 +30,6 @@ from agent.diagnosis.facts import (
     Security,
 )
 from agent.diagnosis.finding import CheckResult, CheckVerdict, examine, examine_all, exit_code
-from agent.diagnosis.registry import CHECKS
 from agent.install import planning
 from agent.install.planning import View, Write
 

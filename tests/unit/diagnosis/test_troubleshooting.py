@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from agent.__main__ import _GROUPS
-from agent.diagnosis.registry import CHECKS
+from agent.diagnosis.checks import CHECKS
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "troubleshooting.md"
 BEGIN, END = "<!-- checks -->\n", "<!-- end -->\n"
