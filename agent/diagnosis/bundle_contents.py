@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from agent.diagnosis import network
 from agent.diagnosis.bundle import MOST, Bundle, safe
 from agent.diagnosis.facts import NodeFacts
 from agent.install.host_root import HostRoot
-from agent.kernel import exec
+from agent.kernel import exec, xtables
 from agent.kernel.admin_socket import ask
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf import query as bpfquery
@@ -44,18 +44,13 @@ IN_POD: Mapping[str, Sequence[str]] = {
     "iptables-legacy": ("iptables-legacy-save",),
     "ip6tables-legacy": ("ip6tables-legacy-save",),
 }
+_FORMER = ("-t", former_reading.TABLE, "-S", former_reading.CHAIN)
 # Of the host only Sluice's rules, by the mechanism that made them: its other tables are foreign, and a program of the
 # other variant would create tables.
 EXEMPTION: Mapping[str, Sequence[Sequence[str]]] = {
     "nftables": (("nft", "-s", "list", "table", "inet", nft_rendering.TABLE),),
-    "iptables": tuple(
-        (f"{program}-nft", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
-        for program in ("iptables", "ip6tables")
-    ),
-    "iptables-legacy": tuple(
-        (f"{program}-legacy", "-t", former_reading.TABLE, "-S", former_reading.CHAIN)
-        for program in ("iptables", "ip6tables")
-    ),
+    "iptables": tuple((f"{program}-nft", *_FORMER) for program in ("iptables", "ip6tables")),
+    "iptables-legacy": tuple((f"{program}-legacy", *_FORMER) for program in ("iptables", "ip6tables")),
 }
 _NETWORK_IN_POD = ("rules", "rules6", "routes", "routes6", "addresses")
 _NETWORK_ON_HOST = ("rules", "rules6", "addresses", "neighbours")
@@ -64,7 +59,7 @@ _SOCKETS = (
     *("UNREAD", "UNACKED", "SENT", "RECEIVED", "RETRANSMITS", "RTT µs"),
 )
 JOURNAL = ("journalctl", "-u", "sluice", "-u", "sluice-ztunnel", "-n", "5000", "--no-pager", "-o", "short-iso")
-_LEGACY = {"iptables-legacy": "ip_tables_names", "ip6tables-legacy": "ip6_tables_names"}
+_LEGACY = {"iptables-legacy": 4, "ip6tables-legacy": 6}  # by family: the programs would create missing tables
 
 
 def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod: str = "") -> None:
@@ -117,10 +112,10 @@ def _agent(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
     bundle.value("agent/pods.json", chosen if pod else list(facts.agent.pods))
     bundle.value("agent/verify.json", list(facts.agent.verify))
     query = {"limit": _RECORDS, **({"pod": pod} if pod else {})}
-    _try(bundle, "agent/connections.json", lambda: ask(run_dir, "/v1/connections", **query))
+    _try(bundle, "agent/connections.json", partial(ask, run_dir, "/v1/connections", **query))
     for row in chosen:
         name = f"pods/{safe(row['namespace'])}_{safe(row['name'])}"
-        _try(bundle, f"{name}/explain.json", lambda uid=row["uid"]: ask(run_dir, "/v1/explain", pod=uid))  # type: ignore[misc]
+        _try(bundle, f"{name}/explain.json", partial(ask, run_dir, "/v1/explain", pod=row["uid"]))
 
 
 def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -178,11 +173,11 @@ def _pods(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
             for title, argv in IN_POD.items():
                 if title == "nft" and facts.host.view.nft is None:
                     bundle.lacks(f"{name}/{title}.txt", f"nf_tables: {facts.host.view.nf_tables.value}")
-                elif title not in _LEGACY or netns.call(lambda at=_LEGACY[title]: _any(at)):  # type: ignore[misc]
+                elif title not in _LEGACY or netns.call(partial(xtables.listed, _LEGACY[title])):
                     _command(bundle, f"{name}/{title}.txt", argv, netns)
             for kind in _NETWORK_IN_POD:
                 _try(bundle, f"{name}/{kind}.txt", partial(netns.call, partial(network.show, kind)))
-            _try(bundle, f"{name}/sockets.txt", lambda at=netns: _sockets(at))  # type: ignore[misc]
+            _try(bundle, f"{name}/sockets.txt", partial(_sockets, netns))
 
 
 def _sets() -> list[dict[str, Any]]:
@@ -207,13 +202,6 @@ def _socket(one: TcpSocket, counted: TcpReport | None) -> tuple[object, ...]:
     return (*names, counted.unread, counted.unacked, info.sent, info.received, info.retransmitted, info.rtt)
 
 
-def _any(tables: str) -> bool:
-    """Returns whether legacy tables exist: the program that shows them would create them."""
-    with contextlib.suppress(OSError):
-        return bool(Path("/proc/thread-self/net", tables).read_text().strip())
-    return False
-
-
 def _log(bundle: Bundle, facts: NodeFacts) -> None:
     """Adds the agent's output if it is a file, else the journal's."""
     written = Path("/proc", str(facts.agent.pid), "fd/2")
@@ -235,13 +223,10 @@ def _command(bundle: Bundle, name: str, argv: Sequence[str], within: Netns | Non
         bundle.lacks(name, str(error))
         return
     if done.returncode and not done.stdout:
-        bundle.lacks(name, f"{' '.join(argv)}: {_first(done.stderr.splitlines()) or f'exit {done.returncode}'}")
+        why = next(filter(str.strip, done.stderr.splitlines()), f"exit {done.returncode}")
+        bundle.lacks(name, f"{' '.join(argv)}: {why}")
     else:
         bundle.text(name, f"# {' '.join(argv)}\n{done.stdout}")
-
-
-def _first(lines: Iterable[str]) -> str:
-    return next((line for line in lines if line.strip()), "")
 
 
 def _file(bundle: Bundle, name: str, path: Path, *, structured: bool = False) -> None:

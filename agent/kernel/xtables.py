@@ -83,18 +83,18 @@ def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Co
     """A table stays for the life of its namespace, so one that was there needs no looking up."""
     if all((family, name) in known for name in wanted):
         return wanted
-    listed = _contents(_NAMES[family]).decode().split()
-    return [name for name in wanted if name in listed]
+    there = listed(family)
+    return [name for name in wanted if name in there]
 
 
-def _contents(path: str) -> bytes:
-    """Reads at most a page; nothing where the file, and so the module behind it, is missing."""
+def listed(family: int) -> list[str]:
+    """Returns the tables of the namespace; none where the file, and so the module behind it, is missing."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(_NAMES[family], os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return b""
+        return []
     try:
-        return os.read(fd, 4096)
+        return os.read(fd, 4096).decode().split()
     finally:
         os.close(fd)
 

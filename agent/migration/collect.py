@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from agent.backends import ownership
@@ -17,20 +18,18 @@ from agent.backends.registry import mechanisms
 from agent.core.errors import SluiceError
 from agent.core.model.ownership import Owner, owner_of
 from agent.core.settings import Settings
-from agent.core.wire.netlink import unpack_text
-from agent.core.wire.nftables import GETCHAIN, Chain, fields
 from agent.install import runtime
 from agent.install.conflists import ISTIO
 from agent.install.host_root import HostRoot
 from agent.install.istio import mentions
 from agent.install.netdir import NetDir
-from agent.kernel import exec
+from agent.kernel import exec, xtables
 from agent.kernel.admin_socket import ask
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
 from agent.migration import istio
 from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
-from agent.migration.istio_agent import RUN_DIR, theirs_runs
+from agent.migration.istio_agent import theirs_runs
 from agent.sources.netns import existing
 
 _CACHE = "/var/lib/cni/results"  # libcni.CacheDir; only CRI-O deletes pods by the lists in it
@@ -49,8 +48,6 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
     where = runtime.find(settings, host, proc)
     view = NetDir(host, where.conf.path).view()
     places = list(only)
-    entries = [place.entry for place in istio.places(view)]
-    run_dirs = dict.fromkeys([*(str(one.get("cni_agent_run_dir") or RUN_DIR) for one in entries), RUN_DIR])
     why, ztunnels = _ours(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"
     return MigrationFacts(
@@ -58,7 +55,7 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
         where.bin.path,
         view,
         binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
-        agent=theirs_runs(host, run_dirs, proc),
+        agent=theirs_runs(host, istio.run_dirs(view), proc),
         ours=why,
         ztunnels=ztunnels,
         socket=Path(settings.zds_socket).exists(),
@@ -106,22 +103,12 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
 
 def has_sidecar(target: PodNetns) -> bool:
     """Searches nf_tables, which has the chains of iptables-nft too, and the tables of legacy iptables if they exist."""
-    for message in target.nft.dump(GETCHAIN, 0):
-        parts = fields(message.body)
-        table, chain = unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))
-        if table == _TABLE or chain in _CHAINS:
-            return True
-    if "nat" not in target.netns.call(_legacy_tables):  # reading the table would create it
+    if any(table == _TABLE or chain in _CHAINS for table, chain in target.nft.chains()):
+        return True
+    if "nat" not in target.netns.call(partial(xtables.listed, 4)):  # reading the table would create it
         return False
     saved = exec.run(["iptables-legacy-save", "-t", "nat"], within=target.netns, check=False).stdout
     return any(f":{chain} " in saved for chain in _CHAINS)
-
-
-def _legacy_tables() -> list[str]:
-    try:
-        return Path("/proc/thread-self/net/ip_tables_names").read_text().split()
-    except OSError:
-        return []
 
 
 def _host(problems: list[str]) -> str:

@@ -13,6 +13,7 @@ from agent.install import conflists
 from agent.install.conflists import ISTIO, Conf, Json
 from agent.install.istio import entry, form, mentions
 from agent.install.planning import View
+from agent.migration.istio_agent import RUN_DIR
 
 # Kept by a take-over under names that no runtime reads: a whole file, or one from before its entry was removed.
 FILE: Final = f"{conflists.MIGRATED}file-"
@@ -49,6 +50,12 @@ def places(view: View) -> list[IstioConf]:
     """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
     return [IstioConf(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
+
+
+def run_dirs(view: View) -> list[str]:
+    """Returns the directories of istio-cni's agent that its entries name, and its default one."""
+    named = (str(place.entry.get("cni_agent_run_dir") or RUN_DIR) for place in places(view))
+    return list(dict.fromkeys((*named, RUN_DIR)))
 
 
 def without(value: Any) -> Any:

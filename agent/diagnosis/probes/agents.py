@@ -17,6 +17,7 @@ from agent.diagnosis.facts import AgentFacts, Left
 from agent.kernel.admin_socket import ask
 from agent.kernel.unix_socket import peer
 from agent.sources.netns import existing
+from agent.sources.state import backend_record
 
 
 def process(run_dir: str) -> tuple[int, str]:
@@ -57,10 +58,7 @@ def probe(settings: Settings, pid: int, why: str) -> AgentFacts:
 
 def leftovers(settings: Settings) -> Left:
     """Reads the directories without asking a process. The caller sets `why`."""
-    backend = release = ""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(Path(settings.run_dir, "backend.json").read_bytes())
-        backend, release = str(kept["backend"]), str(kept["release"])
+    record = backend_record.load(settings.run_dir)
     folder = Path(settings.run_dir, "pods")
     damaged = [path.name for path in sorted(folder.glob("*.damaged"))]
     for path in sorted(folder.glob("*.json")):
@@ -69,7 +67,13 @@ def leftovers(settings: Settings) -> Left:
         except (OSError, ValueError, TypeError, KeyError):
             damaged.append(path.name)
     noted = sum(one.captured for one in existing.known(settings.run_dir))
-    return Left("", backend, release, tuple(damaged), noted, _kind(Path(settings.zds_socket)))
+    return Left(
+        backend=record.backend if record else "",
+        release=record.release if record else "",
+        damaged=tuple(damaged),
+        noted=noted,
+        zds=_kind(Path(settings.zds_socket)),
+    )
 
 
 def _kind(path: Path) -> str:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,15 @@ from agent.core.errors import CommandError, SettingsError
 from agent.core.names import CNI_TYPE
 from agent.core.settings import Settings
 from agent.diagnosis.facts import Cni, Listed
+from agent.diagnosis.probes import inotify_queues, read
 from agent.install import conflists
 from agent.install.host_root import HostRoot
 from agent.install.installer import Installer, mode
 from agent.install.netdir import NetDir
-from agent.install.planning import View
 from agent.install.running import Running
 from agent.kernel import exec
-from agent.migration.istio_agent import RUN_DIR, theirs_runs
+from agent.migration.istio import run_dirs
+from agent.migration.istio_agent import theirs_runs
 
 
 def probe(settings: Settings, proc: Path) -> Cni:
@@ -45,7 +45,7 @@ def probe(settings: Settings, proc: Path) -> Cni:
         _runs(binary, settings) if wanted else "",
         f"{places.runtime.name} (process {places.runtime.pid})" if places.runtime else "",
         _watched(places.runtime, host.path(places.conf.path), proc) if places.runtime else None,
-        theirs_runs(host, _run_dirs(view), proc),
+        theirs_runs(host, run_dirs(view), proc),
     )
 
 
@@ -79,32 +79,17 @@ def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
 
     An inode of another file system may have the same number: then this wrongly says that it is watched.
     """
-    held = set[int]()
-    queues = 0
     process = proc / str(runtime.pid)
     try:
         inode = directory.stat().st_ino
-        for path in (process / "fd").iterdir():
-            with contextlib.suppress(OSError):
-                if str(path.readlink()) == "anon_inode:inotify":
-                    queues += 1
-                    held |= _inodes((process / "fdinfo" / path.name).read_text())
-    except (OSError, ValueError, KeyError):
+        queues = inotify_queues(process)
+        held = [_inodes(read(process / "fdinfo" / path.name)) for path in queues]
+    except (OSError, ValueError):
         return None
-    return inode in held if queues else None
+    return any(inode in one for one in held) if queues else None
 
 
 def _inodes(fdinfo: str) -> set[int]:
     """Returns the inodes that a queue watches: none if all of them were removed."""
     lines = [line.split() for line in fdinfo.splitlines() if line.startswith("inotify ")]
     return {int(word.removeprefix("ino:"), 16) for words in lines for word in words if word.startswith("ino:")}
-
-
-def _run_dirs(view: View) -> tuple[str, ...]:
-    """Returns the directories of istio-cni's agent named in its entries."""
-    found = [RUN_DIR]
-    for name in conflists.readable(view.files):
-        with contextlib.suppress(SettingsError):
-            plugins = conflists.parse(name, view.files[name]).plugins
-            found += [str(one["cni_agent_run_dir"]) for one in plugins if one.get("cni_agent_run_dir")]
-    return tuple(dict.fromkeys(found))

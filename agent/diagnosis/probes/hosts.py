@@ -17,8 +17,6 @@ from agent.core.model.host import HostView
 from agent.core.model.ownership import Owner
 from agent.core.model.sockets import text
 from agent.core.settings import Settings
-from agent.core.wire.netlink import unpack_text
-from agent.core.wire.nftables import GETCHAIN, Chain, fields
 from agent.diagnosis.facts import NetworkFacts
 from agent.kernel import exec, host_view
 from agent.kernel.host_netns import HostNetns
@@ -44,9 +42,7 @@ def probe(settings: Settings, agent: int) -> NetworkFacts:
 def _pod_rules(view: HostView) -> Iterator[str]:
     if view.nft:
         with contextlib.closing(NftSocket()) as nft:
-            for message in nft.dump(GETCHAIN, 0):
-                parts = fields(message.body)
-                table, chain = unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))
+            for table, chain in nft.chains():
                 if table in _POD_TABLES or chain in _POD_CHAINS:
                     yield f"chain {chain} of table {table}"
     if view.legacy and any(one.name == "nat" for one in view.legacy) and view.has("iptables-legacy-restore"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from agent.core.errors import KernelError
 from agent.core.settings import Settings
 from agent.diagnosis.facts import HostFacts
+from agent.diagnosis.probes import inotify_queues, read
 from agent.install.host_root import HostRoot
 from agent.kernel.inotify import Inotify
 
@@ -50,9 +51,9 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
         "ipv6.disable=1" in (proc / "cmdline").read_text().split(),
         programs,
         tuple(_firewalls(programs, HostRoot(settings.host_root))),
-        {name: value for name in _SYSCTLS if (value := _read(proc / "sys" / name.replace(".", "/")))},
+        {name: value for name in _SYSCTLS if (value := read(proc / "sys" / name.replace(".", "/")))},
         _keys(proc / str(cilium) / _CILIUM) if cilium else {},
-        bool(calico) and b"FELIX_BPFENABLED=true" in _environment(proc / str(calico)),
+        bool(calico) and "FELIX_BPFENABLED=true" in read(proc / str(calico) / "environ"),
         words,
         _queues(proc),
         shims,
@@ -63,18 +64,18 @@ def _running(proc: Path) -> tuple[Mapping[str, int], tuple[str, ...]]:
     programs = dict[str, int]()
     shims = dict[str, None]()
     for path in proc.glob("[0-9]*"):
-        word = _read(path / "comm")
+        word = read(path / "comm")
         if word in _PROGRAMS:
             programs.setdefault(word, int(path.name))
         elif word.startswith(("containerd-shim", "runsc")):  # cut to 15 characters
-            command = _read(path / "cmdline").split("\0")[0].rpartition("/")[2]
+            command = read(path / "cmdline").split("\0")[0].rpartition("/")[2]
             shims |= dict.fromkeys([command] if command.startswith(_SHIMS) else [])
     return programs, tuple(sorted(shims))
 
 
 def _firewalls(programs: Iterable[str], host: HostRoot) -> Iterable[str]:
     yield from (name for name in ("firewalld", "kube-router") if name in programs)
-    if "enabled=yes" in _read(host.path("/etc/ufw/ufw.conf")).lower().split():
+    if "enabled=yes" in read(host.path("/etc/ufw/ufw.conf")).lower().split():
         yield "ufw"
     with contextlib.suppress(OSError):
         if (host.path("/etc/systemd/system/sysinit.target.wants") / "nftables.service").is_symlink():
@@ -82,13 +83,7 @@ def _firewalls(programs: Iterable[str], host: HostRoot) -> Iterable[str]:
 
 
 def _keys(folder: Path) -> Mapping[str, str]:
-    return {key: value for key in _KEYS if (value := _read(folder / key))}
-
-
-def _environment(process: Path) -> bytes:
-    with contextlib.suppress(OSError):
-        return (process / "environ").read_bytes()
-    return b""
+    return {key: value for key in _KEYS if (value := read(folder / key))}
 
 
 def _inotify() -> str:
@@ -105,14 +100,5 @@ def _queues(proc: Path) -> int:
     for path in proc.glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if path.stat().st_uid == 0:
-                for one in (path / "fd").iterdir():
-                    with contextlib.suppress(OSError):
-                        count += str(one.readlink()) == "anon_inode:inotify"
+                count += len(inotify_queues(path))
     return count
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -16,6 +16,7 @@ from agent.core.model.ownership import Owner
 from agent.core.model.sockets import TcpState
 from agent.core.settings import Settings
 from agent.diagnosis.facts import PodFacts, PodsFacts
+from agent.diagnosis.probes import read
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
@@ -119,17 +120,11 @@ def _sockets(target: PodNetns, low_high: tuple[int, int]) -> tuple[dict[str, int
 
 def _reserved() -> frozenset[int]:
     """Parses ports and ranges as in "8080,9000-9009" (Documentation/networking/ip-sysctl.rst)."""
-    try:
-        ends = [word.partition("-")[::2] for word in _RESERVED.read_text().strip().split(",") if word]
-        return frozenset(port for low, high in ends for port in range(int(low), int(high or low) + 1))
-    except (OSError, ValueError):
-        return frozenset()
+    ends = [word.partition("-")[::2] for word in read(_RESERVED).split(",") if word]
+    return frozenset(port for low, high in ends for port in range(int(low), int(high or low) + 1))
 
 
 def _range() -> tuple[int, int]:
     # /proc/sys/net shows the namespace of the thread that opens the file.
-    try:
-        low, high = _RANGE.read_text().split()
-        return int(low), int(high)
-    except (OSError, ValueError):
-        return 32768, 60999
+    low, high = map(int, read(_RANGE).split() or (32768, 60999))
+    return low, high

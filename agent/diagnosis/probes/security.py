@@ -10,6 +10,7 @@ from pathlib import Path
 
 from agent.core.settings import Settings
 from agent.diagnosis.facts import Security
+from agent.diagnosis.probes import read
 from agent.install.host_root import HostRoot
 
 _ENFORCE = Path("/sys/fs/selinux/enforce")
@@ -28,12 +29,12 @@ def probe(settings: Settings, agent: int, proc: Path = Path("/proc")) -> Securit
         lines = []
         unread = f"/dev/kmsg: {error.strerror}"
     lines += _audit_log(HostRoot(settings.host_root))
-    enforce = _read(_ENFORCE)
+    enforce = read(_ENFORCE)
     denials = dict.fromkeys(line for line in lines if is_denial(line))
     return Security(
         "enforcing" if enforce == "1" else "permissive" if enforce else "",
-        _read(_APPARMOR) == "Y",
-        _read(proc / (str(agent) if agent else "self") / "attr/current").rstrip("\0"),
+        read(_APPARMOR) == "Y",
+        read(proc / (str(agent) if agent else "self") / "attr/current").rstrip("\0"),
         tuple(denials)[-_MOST:],
         unread if not lines else "",
     )
@@ -66,10 +67,3 @@ def _audit_log(host: HostRoot) -> list[str]:
         file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
         return file.read().decode(errors="replace").splitlines()
     return []
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

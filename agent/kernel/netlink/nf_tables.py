@@ -32,10 +32,12 @@ from agent.core.wire.nftables import (
     BATCH_BEGIN,
     BATCH_END,
     BATCH_GENID,
+    GETCHAIN,
     GETGEN,
     NETLINK_NETFILTER,
     NFGENMSG,
     SUBSYSTEM,
+    Chain,
     Command,
     Gen,
     fields,
@@ -112,6 +114,11 @@ class NftSocket(NetlinkSocket):
             if error.errno == errno.ENOENT:
                 return []
             raise
+
+    def chains(self) -> list[tuple[str, str]]:
+        """Returns (table, chain) of each chain in the namespace."""
+        found = (fields(one.body) for one in self.dump(GETCHAIN, 0))
+        return [(unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))) for parts in found]
 
     def commit(self, operation: str, commands: Sequence[Command], generation: int | None) -> None:
         """Sends all commands as one transaction.
