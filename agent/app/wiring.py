@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agent.backends.base import Support
-from agent.backends.choose import Choice, Recorded, Trials, choose, choose_host
+from agent.backends.choose import Choice, Recorded, choose, choose_host
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.backends.preflight import examine, lacking
-from agent.backends.registry import mechanisms
-from agent.backends.selftest import selftest_choice
+from agent.backends.trials import KernelTrials
 from agent.core.errors import SettingsError
 from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod, PodTable
@@ -181,25 +179,14 @@ class ChosenMechanisms:
 def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> ChosenMechanisms:
     """Chooses the backend; a restart chooses the same. Raises SettingsError if no allowed one works."""
     view = host_view.read_host_view()
-    support = dict[str, Support]()
-    backends = mechanisms(ipv6=settings.ipv6, pins=pins, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)
-
-    def probe(layer: str) -> Support:
-        support[layer] = backends[layer].probe()
-        return support[layer]
-
-    trials = Trials(
-        probe,
-        lambda layers: selftest_choice(layers, pins, ipv6=settings.ipv6),
-        lambda name: lacking(examine(name, ipv6=settings.ipv6)),
-    )
+    tried = KernelTrials(pins, ipv6=settings.ipv6, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)
     old = backend_record.load(settings.run_dir)
-    choice = choose(settings.backend, backends, trials, view, old)
+    choice = choose(settings.backend, tried.backends, tried.trials, view, old)
     host, why = choose_host(settings.host_probes, view)
     if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
         new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
         backend_record.save(settings.run_dir, new)
-    return ChosenMechanisms(choice, (host, why), support)
+    return ChosenMechanisms(choice, (host, why), tried.support)
 
 
 def bind(address: str) -> socket.socket:

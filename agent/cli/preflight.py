@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
-from agent.backends import preflight
-from agent.backends.base import PodLayer, Support
-from agent.backends.choose import LAYERS, Choice, Trials, choose, choose_host
+from agent.backends.choose import LAYERS, Choice, choose, choose_host
 from agent.backends.ebpf.pins import Pins
-from agent.backends.preflight import Feature
-from agent.backends.registry import mechanisms
-from agent.backends.selftest import selftest_choice
+from agent.backends.preflight import Feature, merge
+from agent.backends.trials import KernelTrials
 from agent.cli import options
 from agent.core.errors import SettingsError
 from agent.core.model.host import HostTable, HostView
@@ -35,44 +30,20 @@ def register(subparsers: Any) -> None:
     options.finish(parser, _run, options.run_dir, options.bpf_dir, options.output)
 
 
-class _Tried:
-    """Records the trials of the choice. Beyond those only eBPF is shown: the rest might load modules."""
-
-    def __init__(self, ipv6: bool, pins: Pins) -> None:
-        self.ipv6 = ipv6
-        self.pins = pins
-        self.backends = mechanisms(ipv6=ipv6, pins=pins)
-        self.support: dict[str, Support] = {}
-        self.findings: dict[str, tuple[str, ...]] = {}
-
-    def probe(self, layer: str) -> Support:
-        self.support[layer] = self.backends[layer].probe()
-        return self.support[layer]
-
-    def test(self, layers: Sequence[PodLayer]) -> tuple[str, ...]:
-        name = next(name for name, members in LAYERS.items() if members[-1] == layers[-1].name)
-        self.findings[name] = selftest_choice(layers, self.pins, ipv6=self.ipv6)
-        return self.findings[name]
-
-    def features(self) -> tuple[Feature, ...]:
-        """Returns the features of the choices with probed layers, and of eBPF."""
-        names = [name for name, layers in LAYERS.items() if layers[-1] in self.support or name == "ebpf"]
-        attempt = partial(preflight.attempt, bpf_dir=str(self.pins.root))
-        return preflight.merge(*(preflight.examine(name, ipv6=self.ipv6, attempt=attempt) for name in names))
-
-
 def _run(args: argparse.Namespace) -> int:
     options.require_root("sluice preflight creates network namespaces for its trials")
     view = host_view.read_host_view()
-    tried = _Tried(not args.no_ipv6, Pins.of(args.bpf_dir))
+    tried = KernelTrials(Pins.of(args.bpf_dir), ipv6=not args.no_ipv6)
     choice = None
     problem = ""
     try:
-        trials = Trials(tried.probe, tried.test)
+        trials = replace(tried.trials, explain=lambda _: ())  # the table of features says it
         choice = choose(args.backend, tried.backends, trials, view, backend_record.load(args.run_dir))
     except SettingsError as error:
         problem = str(error)
-    features = tried.features()
+    # Of the layers that were not tried only those of eBPF are: the rest might load modules.
+    names = [name for name, layers in LAYERS.items() if layers[-1] in tried.support or name == "ebpf"]
+    features = merge(*map(tried.features, names))
     value = _value(view, choice, problem, tried, features)
     options.emit(args.output, value, _text(view, value, features))
     wanted = {choice.name} if choice else set(LAYERS)
@@ -81,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _value(
-    view: HostView, choice: Choice | None, problem: str, tried: _Tried, features: tuple[Feature, ...]
+    view: HostView, choice: Choice | None, problem: str, tried: KernelTrials, features: tuple[Feature, ...]
 ) -> dict[str, Any]:
     host = choose_host("auto", view) if choice else ("", "")
     return {

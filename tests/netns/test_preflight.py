@@ -311,7 +311,7 @@ def test_the_command_shows_all_of_it_and_needs_no_agent(host: Pod, tmp_path: Pat
 def test_the_command_exits_with_one_when_no_packet_is_captured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("agent.cli.preflight.selftest_choice", lambda layers, pins, ipv6: selftest([], ipv6=ipv6))
+    monkeypatch.setattr("agent.backends.trials.selftest_choice", lambda layers, pins, ipv6: selftest([], ipv6=ipv6))
     assert main(["preflight", "--backend", "nftables", "--run-dir", str(tmp_path)]) == 1
     assert f"{_FOUR} with the rules" in capsys.readouterr().out
 
