@@ -42,7 +42,3 @@ class HostRoot:
                 done = []
             todo += [one for one in reversed(target.split("/")) if one not in ("", ".")]
         return self.root.joinpath(*done)
-
-    def host(self, path: Path) -> str:
-        """Returns the host's name for a path of this process."""
-        return "/" + str(path.relative_to(self.root)) if self.root != Path("/") else str(path)

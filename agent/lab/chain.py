@@ -12,13 +12,13 @@ import contextlib
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from agent.core.errors import SluiceError
 from agent.kernel.exec import run
-from agent.lab.conflist import IFNAME, Attachment, Json, at_least, environment, plugin_input
+from agent.lab.conflist import IFNAME, Attachment, Json, environment, plugin_input
 
 REPO: Final = Path(__file__).resolve().parents[2]
 CNI_PATH: Final = (REPO / "cni_plugin", Path("/usr/lib/cni"))
@@ -86,39 +86,6 @@ class CniChain:
             raise first
         self._cached(attachment).unlink(missing_ok=True)
 
-    def check(self, attachment: Attachment) -> None:
-        """Calls CHECK. Raises ChainError when a plugin finds its work undone."""
-        network = self._network()
-        result = self.result(attachment)
-        if not at_least(network["cniVersion"], "0.4.0"):
-            return
-        for plugin in network["plugins"]:
-            self._call("CHECK", plugin, plugin_input(network, plugin, attachment, result), attachment)
-
-    def status(self) -> bool:
-        """Calls STATUS; returns False if the version lacks it. Raises ChainError when a plugin is not ready."""
-        network = self._network()
-        asked = at_least(network["cniVersion"], "1.1.0")
-        for plugin in network["plugins"] if asked else ():
-            self._call("STATUS", plugin, plugin_input(network, plugin, None, None), None)
-        return asked
-
-    def collect(self, valid: Iterable[Attachment]) -> bool:
-        """Calls DEL for each cached attachment that is not `valid`, then GC; returns False if the version lacks GC."""
-        valid = list(valid)
-        known = {attachment.container_id for attachment in valid}
-        for path in sorted(self.cache.glob("*.json")):
-            stale = Attachment(**json.loads(path.read_text())["attachment"])
-            if stale.container_id not in known:
-                self.delete(stale)
-        network = self._network()
-        asked = at_least(network["cniVersion"], "1.1.0")
-        named = [{"containerID": attachment.container_id, "ifname": IFNAME} for attachment in valid]
-        for plugin in network["plugins"] if asked else ():
-            stdin = plugin_input(network, plugin, None, None, {"cni.dev/valid-attachments": named})
-            self._call("GC", plugin, stdin, None)
-        return asked
-
     def result(self, attachment: Attachment) -> Json | None:
         """Returns the cached result of ADD; None before it and after DEL."""
         try:
@@ -135,7 +102,7 @@ class CniChain:
         network: Json = json.loads(self.config.read_text())
         return network
 
-    def _call(self, verb: str, plugin: Json, stdin: Json, attachment: Attachment | None) -> Json | None:
+    def _call(self, verb: str, plugin: Json, stdin: Json, attachment: Attachment) -> Json | None:
         program = self._find(plugin["type"], verb)
         variables = environment(verb, self.path, attachment, self._random)
         done = run([str(program)], stdin=json.dumps(stdin), netns=self.netns, env=variables, check=False)

@@ -63,34 +63,23 @@ def address_dir(spec: LabSpec, node: str) -> Path:
     return spec.node_dir(node) / "cni" / "host-local" / "lab"
 
 
-def plugin_input(
-    network: Json,
-    plugin: Json,
-    attachment: Attachment | None,
-    previous: Json | None,
-    extra: Json | None = None,
-) -> Json:
+def plugin_input(network: Json, plugin: Json, attachment: Attachment, previous: Json | None) -> Json:
     """Returns the execution configuration of one plugin, which it reads on stdin.
 
     `capabilities` are the plugin's requests to the runtime: they are removed, and the supported ones become
-    `runtimeConfig`. `extra` holds the keys of single verbs, such as cni.dev/valid-attachments.
+    `runtimeConfig`.
     """
     config = {key: value for key, value in plugin.items() if key != "capabilities"}
-    config |= {"cniVersion": network["cniVersion"], "name": network["name"], **(extra or {})}
-    if attachment is not None and plugin.get("capabilities", {}).get(ANNOTATIONS):
+    config |= {"cniVersion": network["cniVersion"], "name": network["name"]}
+    if plugin.get("capabilities", {}).get(ANNOTATIONS):
         config["runtimeConfig"] = {ANNOTATIONS: dict(attachment.annotations)}
     if previous is not None:
         config["prevResult"] = previous
     return config
 
 
-def environment(
-    verb: str, path: Sequence[Path], attachment: Attachment | None, shuffle: random.Random
-) -> dict[str, str]:
+def environment(verb: str, path: Sequence[Path], attachment: Attachment, shuffle: random.Random) -> dict[str, str]:
     """Returns the variables of one call. CNI_ARGS are in random order, because runtimes build them from maps."""
-    variables = {"CNI_COMMAND": verb, "CNI_PATH": ":".join(map(str, path))}
-    if attachment is None:
-        return variables
     args = [
         "IgnoreUnknown=1",
         f"K8S_POD_NAMESPACE={attachment.namespace}",
@@ -99,14 +88,11 @@ def environment(
         f"K8S_POD_UID={attachment.uid}",
     ]
     shuffle.shuffle(args)
-    return variables | {
+    return {
+        "CNI_COMMAND": verb,
+        "CNI_PATH": ":".join(map(str, path)),
         "CNI_CONTAINERID": attachment.container_id,
         "CNI_NETNS": attachment.netns,
         "CNI_IFNAME": IFNAME,
         "CNI_ARGS": ";".join(args),
     }
-
-
-def at_least(version: str, wanted: str) -> bool:
-    """Compares versions of the specification: CHECK came with 0.4.0, GC and STATUS with 1.1.0."""
-    return [int(part) for part in version.split(".")] >= [int(part) for part in wanted.split(".")]

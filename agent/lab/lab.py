@@ -21,9 +21,9 @@ from agent.kernel.exec import PATH, run
 from agent.lab import istio, nodes
 from agent.lab.chain import CNI_PATH
 from agent.lab.node_services import LabBackend, NodeProcesses
-from agent.lab.pods import LabPod, LabPods
+from agent.lab.pods import LabPods
 from agent.lab.processes import Children, end, start_time
-from agent.lab.topology import LabSpec, PodProgram, PodSpec
+from agent.lab.topology import LabSpec, PodProgram
 
 _NEEDED: Final = {
     "nsenter": "util-linux",
@@ -116,21 +116,6 @@ class Lab:
         for node in self.nodes.values():
             (node.directory / istio.LOCAL_FILE).write_text(text)
 
-    def down(self) -> None:
-        down(self.spec.prefix)
-
-    def add_pod(self, spec: PodSpec) -> LabPod:
-        """Creates a removed pod again; it gets new ids and perhaps new addresses."""
-        pod = self.pods.create(spec)
-        self._reload_dns()
-        self.pods.start(pod)
-        return pod
-
-    def remove_pod(self, ref: str) -> None:
-        """Removes a pod as a runtime does, with DEL twice. Raises ChainError when a plugin failed."""
-        self.pods.remove(self.spec.pod(ref))
-        self._reload_dns()
-
     @property
     def resolver(self) -> str:
         """The IPv4 address of the lab's DNS server."""
@@ -150,13 +135,6 @@ class Lab:
     def ask(self, node: str, path: str, method: str = "GET", **query: str) -> Any:
         """Asks the node's agent over its admin socket and returns the JSON of the answer. Raises SluiceError."""
         return admin_socket.ask(str(self.spec.node_dir(node)), path, method, **query)
-
-    def _reload_dns(self) -> None:
-        self.pods.write_names()
-        for pod in self.pods.up().values():
-            child = self.children.get(f"{pod.spec.key}.{PodProgram.DNS}")
-            if child is not None and child.alive:
-                os.kill(child.pid, signal.SIGHUP)  # makes it read its hosts file again
 
 
 def down(prefix: str) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -72,7 +71,7 @@ class NodeProcesses:
         return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
 
     def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
-        await_ready(child, lambda: ready(self.directory / "agent.sock"), seconds, "ready")
+        await_ready(child, lambda: ready(self.directory), seconds, "ready")
 
     def await_ztunnel(self, agent: Child) -> None:
         """Waits until a ztunnel has connected to the agent, which refuses pods before; ztunnel retries each second."""
@@ -122,18 +121,8 @@ def settings(spec: LabSpec, node: str, backend: LabBackend) -> dict[str, Any]:
     }
 
 
-def ready(path: Path) -> bool:
-    """Returns True if the agent's admin socket answers GET /readyz with 200."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as admin:
-        admin.settimeout(2)
-        admin.connect(str(path))
-        admin.sendall(b"GET /readyz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")
-        answer = b""
-        while b"\r\n" not in answer:
-            data = admin.recv(4096)
-            if not data:
-                return False
-            answer += data
-        status_line = answer.split(maxsplit=2)
-        return len(status_line) > 1 and status_line[1] == b"200"
+def ready(run_dir: Path) -> bool:
+    """Returns True if the agent that runs on the directory can capture pods."""
+    with contextlib.suppress(SluiceError):  # it does not answer yet
+        return bool(ask(str(run_dir), "/v1/status")["ready"])
     return False

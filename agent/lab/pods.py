@@ -10,14 +10,14 @@ import secrets
 import sys
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from agent.core.errors import SluiceError
 from agent.lab import nodes
-from agent.lab.chain import ChainError, CniChain
+from agent.lab.chain import CniChain
 from agent.lab.conflist import Attachment, Json, conflist
 from agent.lab.processes import Child, Children, await_ready, listening
 from agent.lab.topology import DOMAIN, PORTS, LabSpec, PodProgram, PodSpec
@@ -89,28 +89,6 @@ class LabPods:
         full = f"{pod.spec.key}.{name}"
         log = self.spec.node_dir(pod.spec.node) / f"{full}.log"
         return self._children.start(full, argv, self.spec.netns_path(pod.spec.key), log)
-
-    def remove(self, spec: PodSpec) -> None:
-        """Ends the programs, calls DEL, removes the namespace, calls DEL again as runtimes do. The pod may be missing.
-
-        Raises ChainError when a DEL failed, after everything else is removed.
-        """
-        for child in self._children.all():
-            if child.name.startswith(f"{spec.key}."):
-                self._children.end(child.name)
-        pod = self.get(spec)
-        failure = None
-        steps = [pod.attachment, replace(pod.attachment, netns="")] if pod else []
-        for attachment in steps:
-            try:
-                self.chain(spec.node).delete(attachment)
-            except ChainError as error:
-                failure = failure or error
-            nodes.remove_namespace(self.spec.netns_name(spec.key))
-        nodes.remove_namespace(self.spec.netns_name(spec.key))
-        self._file(spec).unlink(missing_ok=True)
-        if failure is not None:
-            raise failure
 
     def get(self, spec: PodSpec) -> LabPod | None:
         """Returns the pod, or None if it is not up."""

@@ -47,7 +47,7 @@ def lab() -> Iterator[Lab]:
     try:
         yield made
     finally:
-        made.down()
+        down(PREFIX)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def lab() -> Iterator[Lab]:
     try:
         yield lab
     finally:
-        lab.down()
+        down(PREFIX)
 
 
 def targets(lab: Lab, *refs: str) -> list[str]:
@@ -116,25 +116,6 @@ def test_traffic_that_is_stopped_loses_no_record_and_without_ztunnels_all_of_it_
     result = account(records, [])
     assert result.opened > 0
     assert (result.failed, result.errors, result.escaped) == (0, {}, result.opened)
-
-
-def test_a_pod_comes_and_goes_as_under_a_runtime(lab: Lab) -> None:
-    spec = lab.spec.pod("legacy/batch")
-    before, directory = lab.pods.require("batch"), address_dir(lab.spec, "node2")
-    child = lab.children.get(f"{spec.key}.echo")
-    assert child is not None and child.alive
-    assert (directory / before.ipv4).exists() and (directory / before.ipv6).exists()
-    lab.pods.chain("node2").check(before.attachment)
-    lab.remove_pod("batch")
-    assert not child.alive
-    assert not (directory / before.ipv4).exists() and not (directory / before.ipv6).exists()
-    assert not lab.spec.netns_path(spec.key).exists()
-    lab.remove_pod("batch")
-    after = lab.add_pod(spec)
-    assert after.attachment.uid != before.attachment.uid
-    assert (
-        lab.exec("client", ["dig", "+short", f"@{lab.resolver}", "batch.legacy.lab.test"]).stdout.strip() == after.ipv4
-    )
 
 
 def test_a_refused_add_leaves_no_pod(lab: Lab) -> None:

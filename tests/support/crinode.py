@@ -127,7 +127,7 @@ class CriNode:
         return child
 
     def await_agent(self, child: Child) -> None:
-        await_ready(child, lambda: ready(self.path("/run/sluice/agent.sock")), SECONDS, "ready")
+        await_ready(child, lambda: ready(self.path("/run/sluice")), SECONDS, "ready")
         ztunnel = self.children.get("node1.ztunnel")
         if ztunnel is not None and ztunnel.alive:
             self.await_ztunnel()

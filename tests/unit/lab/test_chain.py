@@ -106,31 +106,3 @@ def test_a_missing_plugin_is_named(bench: Bench) -> None:
     (bench.directory / "second").unlink()
     with pytest.raises(ChainError, match="no such plugin"):
         bench.chain.add(POD)
-
-
-def test_check_runs_in_order_with_the_cached_result(bench: Bench) -> None:
-    bench.chain.add(POD)
-    bench.calls()
-    bench.chain.check(POD)
-    assert bench.calls() == ["CHECK first", "CHECK second"]
-    assert bench.stdin("first")["prevResult"] == RESULT
-
-
-def test_status_and_gc_exist_from_version_1_1(bench: Bench) -> None:
-    bench.chain.add(POD)
-    bench.calls()
-    assert not bench.chain.status()
-    assert not bench.chain.collect([POD])
-    bench.version("1.1.0")
-    assert bench.chain.status()
-    assert bench.chain.collect([POD])
-    assert bench.calls() == ["STATUS first", "STATUS second", "GC first", "GC second"]
-    assert bench.stdin("second")["cni.dev/valid-attachments"] == [{"containerID": "c1", "ifname": "eth0"}]
-
-
-def test_gc_deletes_what_is_no_longer_valid_in_any_version(bench: Bench) -> None:
-    bench.chain.add(POD)
-    bench.calls()
-    bench.chain.collect([])
-    assert bench.calls() == ["DEL second", "DEL first"]
-    assert bench.chain.result(POD) is None

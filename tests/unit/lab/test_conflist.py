@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import random
 
-from agent.lab.conflist import ANNOTATIONS, Attachment, at_least, conflist, environment, plugin_input
+from agent.lab.conflist import ANNOTATIONS, Attachment, conflist, environment, plugin_input
 from agent.lab.topology import default_spec
 
 POD = Attachment("c" * 64, "/run/netns/slux-shop-web", "shop", "web", "uid-1", {"a": "b"})
@@ -49,11 +49,3 @@ def test_environment_names_the_pod_and_shuffles_its_args() -> None:
             }
         )
     }
-
-
-def test_verbs_without_a_container_carry_none() -> None:
-    assert environment("STATUS", [], None, random.Random(0)).keys() == {"CNI_COMMAND", "CNI_PATH"}
-
-
-def test_versions_compare_by_number() -> None:
-    assert at_least("1.1.0", "1.1.0") and at_least("1.10.0", "1.9.0") and not at_least("1.0.0", "1.1.0")

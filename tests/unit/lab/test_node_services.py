@@ -25,20 +25,20 @@ def test_the_agent_accepts_the_settings_that_the_lab_writes(backend: LabBackend)
 @pytest.mark.parametrize(
     ("answer", "is_ready"),
     [
-        (b"HTTP/1.1 200 OK\r\n\r\nok", True),
-        (b"HTTP/1.1 503 Service Unavailable\r\n\r\nno ztunnel", False),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"ready": true}', True),
+        (b'HTTP/1.1 200 OK\r\n\r\n{"ready": false}', False),
         (b"HTTP/1.1 2", False),
         (b"\r\n", False),
         (b"", False),
     ],
 )
-def test_ready_means_200_on_the_admin_socket(tmp_path: Path, answer: bytes, is_ready: bool) -> None:
+def test_ready_is_what_the_status_says(tmp_path: Path, answer: bytes, is_ready: bool) -> None:
     path = tmp_path / "agent.sock"
 
     def serve() -> None:
         peer, _ = server.accept()
         with peer:
-            assert peer.recv(4096).startswith(b"GET /readyz HTTP/1.1\r\n")
+            assert peer.recv(4096).startswith(b"GET /v1/status HTTP/1.1\r\n")
             peer.sendall(answer)
 
     with socket.socket(socket.AF_UNIX) as server:
@@ -46,12 +46,12 @@ def test_ready_means_200_on_the_admin_socket(tmp_path: Path, answer: bytes, is_r
         server.listen()
         thread = threading.Thread(target=serve)
         thread.start()
-        assert ready(path) is is_ready
+        assert ready(tmp_path) is is_ready
         thread.join()
 
 
 def test_no_agent_yet_or_no_longer_is_not_ready(tmp_path: Path) -> None:
-    assert not ready(tmp_path / "agent.sock")
+    assert not ready(tmp_path)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "agent.sock"))
-    assert not ready(tmp_path / "agent.sock"), "a killed agent leaves its socket's file"
+    assert not ready(tmp_path), "a killed agent leaves its socket's file"
