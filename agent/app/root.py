@@ -157,9 +157,9 @@ class Agent:
             self.node,
             self.non_tcp,
             self.records,
+            explain_context(self.zds, self.namespaces, listening, self.host, places),
             self.kubernetes.review if self.kubernetes else None,
             verification_parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
-            explain_context(self.zds, self.namespaces, listening, self.host, places),
         )
         self._listener: socket.socket | None = None
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.backends.ebpf.counting import exits
 from agent.backends.ebpf.pins import Pins
@@ -14,13 +14,16 @@ from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.export.connections_api import ConnectionsApi
-from agent.export.debug import Answering, Debug, Reviewing
+from agent.export.debug import Answering, Debug
 from agent.export.explaining import ExplainContext, Explaining
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.verifying import Part, Row, row
 from agent.reconciler.loop import Reconciler
 from agent.sources.non_tcp import NonTcpCounter
+
+if TYPE_CHECKING:
+    from agent.sources.kube.review import Review
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +40,10 @@ class Admin:
     readiness: Callable[[], tuple[str, str]]
     node: Callable[[], Mapping[str, Any]]
     non_tcp: NonTcpCounter
-    records: ConnectionsApi | None = None
-    review: Reviewing | None = None
+    records: ConnectionsApi
+    around: ExplainContext
+    review: Review | None = None
     parts: Sequence[Part] = ()
-    around: ExplainContext | None = None
 
     async def public(self, request: Request) -> Response:
         """Serves /metrics, /healthz and /readyz, safe for anyone on the network; and /debug/ for authorised callers."""
@@ -59,9 +62,7 @@ class Admin:
         return Response.text("no such path; there are /metrics, /healthz and /readyz", 404)
 
     async def _debug(self, request: Request) -> Response:
-        of_pod: dict[str, Answering] = {"explain": self._explain}
-        if self.records is not None:
-            of_pod["connections"] = self.records.connections
+        of_pod: dict[str, Answering] = {"explain": self._explain, "connections": self.records.connections}
         return await Debug(self.table, self.review, {"pods": self._pods}, of_pod)(request)
 
     async def private(self, request: Request) -> Response:
@@ -72,9 +73,8 @@ class Admin:
             ("GET", "/v1/explain"): self._explain,
             ("GET", "/v1/verify"): self._verify,
             ("POST", "/v1/verify"): self._verify,
+            ("GET", "/v1/connections"): self.records.connections,
         }
-        if self.records is not None:
-            handlers["GET", "/v1/connections"] = self.records.connections
         handler = handlers.get((request.method, request.path))
         if handler is None:
             return await self.public(request)
@@ -99,7 +99,7 @@ class Admin:
             "pods": states,
             "foreign_rules": sorted(foreign),
             "exits": self._exits(),
-            "connections": await self.records.totals() if self.records else [],
+            "connections": await self.records.totals(),
         }
 
     def _exits(self) -> dict[str, int]:

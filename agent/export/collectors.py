@@ -1,16 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collectors of the agent's condition, and of its connections to the node and the cluster."""
+"""Metrics that are read at each scrape: the agent's condition, its pods, and its connections to node and cluster."""
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agent.backends.ebpf.abi import ExitCause
+from agent.backends.non_tcp import Counts
+from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
+from agent.core.model.sockets import TcpState
 from agent.core.model.status import State, Status
+from agent.flows.inet_diag.sockets import PodSockets
+
+log = logging.getLogger("sluice.reconciler")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +52,51 @@ def age(statuses: Iterable[Status], now: float) -> float | None:
     return max(0.0, now - min(times)) if times else None
 
 
-class ConditionCollector(Collector):
-    """Reads the condition at each scrape; None means that there is no agent."""
+class ScrapeCollector(Collector):
+    """Collects what `families` yields, at each scrape."""
 
-    def __init__(self, condition: Callable[[], Condition | None]) -> None:
-        self._condition = condition
+    def __init__(self, families: Callable[[], Iterable[Metric]]) -> None:
+        self._families = families
 
     def describe(self) -> Iterator[Metric]:
         """Returns nothing: otherwise the registry would collect at registration, before the agent is complete."""
         return iter(())
 
-    def collect(self) -> Iterator[Metric]:
-        if (found := self._condition()) is None:
-            return
-        info = GaugeMetricFamily(
-            "sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(found.about)
-        )
-        info.add_metric(list(found.about.values()), 1)
-        yield info
-        yield GaugeMetricFamily(
-            "sluice_ready", "1 if the agent can capture new pods, as /readyz reports.", value=found.ready
-        )
-        if found.exempt is not None:
-            what = "1 if the node's probes of captured pods are exempt."
-            yield GaugeMetricFamily("sluice_probes_exempt", what, value=found.exempt)
-        what = "Setting verify_seconds: the interval at which each captured pod is verified."
-        yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=found.period)
-        if found.age is not None:
-            what = "Seconds since the oldest successful verification of any captured pod."
-            yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=found.age)
-        what = "Pods that should be captured but are not; 1 for each."
-        pods = GaugeMetricFamily("sluice_pod_uncaptured", what, labels=["namespace", "pod", "state"])
-        for pod, state in found.uncaptured:
-            pods.add_metric([pod.namespace, pod.name, state.value], 1)
-        yield pods
-        what = (
-            "Foreign chains and policy rules that precede Sluice's in a captured pod and may divert its traffic; 1 more"
-            " while ztunnel's own connections are captured again."
-        )
-        rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
-        for pod, count in found.foreign:
-            rules.add_metric([pod.namespace, pod.name], count)
-        yield rules
+    def collect(self) -> Iterable[Metric]:
+        return self._families()
+
+
+def condition_metrics(found: Condition | None) -> Iterator[Metric]:
+    """Yields nothing for None, which means that there is no agent."""
+    if found is None:
+        return
+    info = GaugeMetricFamily("sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(found.about))
+    info.add_metric(list(found.about.values()), 1)
+    yield info
+    yield GaugeMetricFamily(
+        "sluice_ready", "1 if the agent can capture new pods, as /readyz reports.", value=found.ready
+    )
+    if found.exempt is not None:
+        what = "1 if the node's probes of captured pods are exempt."
+        yield GaugeMetricFamily("sluice_probes_exempt", what, value=found.exempt)
+    what = "Setting verify_seconds: the interval at which each captured pod is verified."
+    yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=found.period)
+    if found.age is not None:
+        what = "Seconds since the oldest successful verification of any captured pod."
+        yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=found.age)
+    what = "Pods that should be captured but are not; 1 for each."
+    pods = GaugeMetricFamily("sluice_pod_uncaptured", what, labels=["namespace", "pod", "state"])
+    for pod, state in found.uncaptured:
+        pods.add_metric([pod.namespace, pod.name, state.value], 1)
+    yield pods
+    what = (
+        "Foreign chains and policy rules that precede Sluice's in a captured pod and may divert its traffic; 1 more"
+        " while ztunnel's own connections are captured again."
+    )
+    rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
+    for pod, count in found.foreign:
+        rules.add_metric([pod.namespace, pod.name], count)
+    yield rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,36 +116,83 @@ class Cluster:
     fought: bool = False
 
 
-class ClusterCollector(Collector):
-    """Reads the state at each scrape."""
+def cluster_metrics(found: Cluster) -> Iterator[Metric]:
+    if found.synced is not None:
+        what = "Lists, watches, events, bookmarks and failures of each followed collection of the API server."
+        family = CounterMetricFamily("sluice_kube_follow", what, labels=["path", "what"])
+        for path, counts in sorted(found.follows.items()):
+            for word, count in counts.items():
+                family.add_metric([path, word], count)
+        yield family
+        what = "1 if a collection of the API server is followed; 0 from a failed attempt to the next success."
+        gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
+        for path, well in sorted(found.following.items()):
+            gauge.add_metric([path], well)
+        yield gauge
+        what = "1 if this node's pods and all namespaces are known from the API server."
+        yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
+        what = "Kubernetes Events about pods that could not be written."
+        yield CounterMetricFamily("sluice_kube_events_lost", what, value=found.events_lost)
+    if found.installed is not None:
+        what = "1 if the CNI plugin and its configuration are in place."
+        yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
+        what = "CNI configurations written; keeps growing if another program overwrites them."
+        yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
+        what = "1 while another program repeatedly reverts the CNI installation, and for a minute after the last time."
+        yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)
 
-    def __init__(self, cluster: Callable[[], Cluster]) -> None:
-        self._cluster = cluster
 
-    def collect(self) -> Iterator[Metric]:
-        found = self._cluster()
-        if found.synced is not None:
-            what = "Lists, watches, events, bookmarks and failures of each followed collection of the API server."
-            family = CounterMetricFamily("sluice_kube_follow", what, labels=["path", "what"])
-            for path, counts in sorted(found.follows.items()):
-                for word, count in counts.items():
-                    family.add_metric([path, word], count)
-            yield family
-            what = "1 if a collection of the API server is followed; 0 from a failed attempt to the next success."
-            gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
-            for path, well in sorted(found.following.items()):
-                gauge.add_metric([path], well)
-            yield gauge
-            what = "1 if this node's pods and all namespaces are known from the API server."
-            yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
-            what = "Kubernetes Events about pods that could not be written."
-            yield CounterMetricFamily("sluice_kube_events_lost", what, value=found.events_lost)
-        if found.installed is not None:
-            what = "1 if the CNI plugin and its configuration are in place."
-            yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
-            what = "CNI configurations written; keeps growing if another program overwrites them."
-            yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
-            what = (
-                "1 while another program repeatedly reverts the CNI installation, and for a minute after the last time."
-            )
-            yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)
+def pod_metrics(states: Iterable[State]) -> Iterator[Metric]:
+    family = GaugeMetricFamily("sluice_pods", "Pods on this node by state.", labels=["state"])
+    found = Counter(states)
+    for state in State:
+        family.add_metric([state.value], found[state])
+    yield family
+
+
+def non_tcp_metrics(found: Iterable[tuple[Pod, Mapping[str, Counts]]]) -> Iterator[Metric]:
+    """Yields a series per pod and direction with any traffic that is not TCP."""
+    labels = ["namespace", "pod", "direction"]
+    what = "that are neither TCP nor captured DNS; the setting non_tcp passes or refuses them"
+    packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods {what}.", labels=labels)
+    octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods {what}.", labels=labels)
+    for pod, totals in found:
+        for direction, counts in totals.items():
+            if counts.packets:
+                packets.add_metric([pod.namespace, pod.name, direction], counts.packets)
+                octets.add_metric([pod.namespace, pod.name, direction], counts.bytes)
+    yield from (packets, octets)
+
+
+def exit_metrics(exits: Callable[[], Mapping[ExitCause, int]]) -> Iterator[Metric]:
+    """Yields every exit of the eBPF programs; nothing if they cannot be read."""
+    help = "Decisions of the eBPF programs, by cause."
+    family = CounterMetricFamily("sluice_ebpf_exits", help, labels=["cause"])
+    try:
+        found = exits()
+    except KernelError as error:  # as while they are being removed
+        log.warning("cannot read the counters of the eBPF programs: %s", error)
+        return
+    for cause, count in found.items():
+        family.add_metric([cause.name.lower()], count)
+    if found:
+        yield family
+
+
+def socket_metrics(sockets: Iterable[tuple[Pod, PodSockets]]) -> Iterator[Metric]:
+    """Yields sockets of each pod by state, and its use of ephemeral ports."""
+    labels = ["namespace", "pod"]
+    what = "TCP sockets in pods by state, including ztunnel's."
+    states = GaugeMetricFamily("sluice_sockets", what, labels=[*labels, "state"])
+    what = "Local ports that a pod may use for outbound connections."
+    ports = GaugeMetricFamily("sluice_ephemeral_ports", what, labels=labels)
+    what = "Of these, the ports in use towards the peer with most connections."
+    used = GaugeMetricFamily("sluice_ephemeral_ports_used", what, labels=labels)
+    for pod, found in sockets:
+        for state in TcpState:
+            if state in found.states or state is TcpState.CLOSE_WAIT:
+                count = found.states.get(state, 0)
+                states.add_metric([pod.namespace, pod.name, state.name.lower()], count)
+        ports.add_metric([pod.namespace, pod.name], found.ephemeral.size)
+        used.add_metric([pod.namespace, pod.name], found.ephemeral.towards)
+    yield from (states, ports, used)

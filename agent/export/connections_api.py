@@ -6,11 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
 from agent.export.http import Request
+from agent.flows.accounting import Accounting
 from agent.flows.recent import Recent
 from agent.flows.record import Fate
 from agent.flows.resolved_record import ResolvedRecord
@@ -19,28 +20,6 @@ _MOST = 500  # records in one answer to a follower: it asks again for the next
 _LONGEST = 30  # seconds that it may be kept waiting
 _FATES = tuple(fate.word for fate in Fate)
 Keep = Callable[[ResolvedRecord], bool]
-
-
-class Accounting(Protocol):
-    """The account of connections. `recent` is only changed on the event loop's thread."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def recent(self) -> Recent[Any, ResolvedRecord]: ...
-
-    async def look(self) -> None:
-        """Adds to `recent` what has ended until now. Raises KernelError."""
-
-    def live(self, pod: Pod | None) -> list[dict[str, Any]]:
-        """Returns connections of that pod, or of all, as Named.as_dict() does. Blocks; called on a worker thread."""
-
-    def losses(self) -> Mapping[str, int]:
-        """Returns lost records by cause. Blocks."""
-
-    def totals(self) -> list[dict[str, Any]]:
-        """Returns the totals by fate. Blocks."""
 
 
 class ConnectionsApi:

@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
 from agent.export.http import Request, Response
 
+if TYPE_CHECKING:
+    from agent.sources.kube.review import Review  # with TLS and all: only where there is a cluster
+
 Answering = Callable[[Request], Awaitable[Any]]
 _BEARER = "bearer "
-
-
-class Reviewing(Protocol):
-    """Asks the API server for the identity and permissions of a token (TokenReview, SubjectAccessReview)."""
-
-    async def allowed(self, token: str, verb: str, namespace: str | None = None, resource: str = "pods") -> bool:
-        """Returns whether the token may do it. `namespace` None: in all of them.
-
-        Returns False for an invalid token, and if the API server cannot be asked.
-        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +26,7 @@ class Debug:
     """Answers by path below /debug/: `rows` have a namespace each, `of_pod` is about the one pod in the query."""
 
     table: PodTable
-    review: Reviewing | None
+    review: Review | None
     rows: Mapping[str, Answering]
     of_pod: Mapping[str, Answering]
 
@@ -48,7 +41,7 @@ class Debug:
         except SluiceError as error:
             return Response.json({"error": str(error)}, 400)
 
-    async def _answer(self, request: Request, token: str, review: Reviewing) -> Response:
+    async def _answer(self, request: Request, token: str, review: Review) -> Response:
         may = _Scope(token, review)
         name = request.path.removeprefix("/debug/")
         if (rows := self.rows.get(name)) is not None:
@@ -70,7 +63,7 @@ class Debug:
 @dataclass(frozen=True, slots=True)
 class _Scope:
     token: str
-    review: Reviewing
+    review: Review
 
     async def among(self, namespaces: set[str]) -> set[str]:
         """Returns the namespaces in which the caller may list pods."""

@@ -56,15 +56,15 @@ class ExplainContext:
 
 @dataclass(frozen=True, slots=True)
 class Explaining:
-    """Answers GET /v1/explain. `node` describes the node; without `around` parts of the answer are null."""
+    """Answers GET /v1/explain. `node` describes the node."""
 
     settings: Settings
     table: PodTable
     reconciler: Reconciler
     non_tcp: NonTcpCounter
     node: Callable[[], Mapping[str, Any]]
-    records: ConnectionsApi | None = None
-    around: ExplainContext | None = None
+    records: ConnectionsApi
+    around: ExplainContext
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Explains the pod. Raises SluiceError if no pod, or more than one, has that name."""
@@ -85,7 +85,7 @@ class Explaining:
             "decision": "enrolled" if decision.enrolled else "excluded",
             "considered": _considered(pod, self.settings),
             "redirect": asdict(decision.redirect) if decision.redirect else None,
-            "netns": pod.netns_path or (self.around.place(pod.uid) if self.around else ""),
+            "netns": pod.netns_path or self.around.place(pod.uid),
             "source": pod.source,
             "container_id": pod.container_id,
             "in_kernel": "unknown" if error else "drifted" if rules else "as wanted",
@@ -112,9 +112,6 @@ class Explaining:
         return self.settings.kube_server not in ("", "none")
 
     def _place(self, setting: str) -> str:
-        if self.around is None:
-            same = getattr(self.settings, setting) == getattr(Settings(), setting)
-            return "default" if same else "set"
         return self.around.places.get(setting, "default")
 
     def _facts(self, pod: Pod) -> list[dict[str, Any]]:
@@ -172,7 +169,7 @@ class Explaining:
         return {"key": names.REDIRECTION, "value": known.annotations.get(names.REDIRECTION, "")} if known else None
 
     def _exemption(self, pod: Pod, decision: Decision) -> dict[str, Any] | None:
-        if self.around is None or not decision.enrolled:
+        if not decision.enrolled:
             return None
         status = self.around.host()
         exempt = list(self.around.exempt(pod.uid))
@@ -188,8 +185,7 @@ class Explaining:
             "foreign": None,
             "error": "",
         }
-        if (around := self.around) is None:
-            return answer
+        around = self.around
         if add := around.sent(pod.uid):
             answer["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
         try:
@@ -204,8 +200,6 @@ class Explaining:
 
     async def _programs(self, pod: Pod) -> list[str]:
         """Lists foreign programs on the pod's packet path, one line each."""
-        if self.around is None:
-            return []
         try:
             return list(await asyncio.to_thread(self.around.programs, pod.uid))
         except (SluiceError, OSError) as error:
@@ -214,8 +208,6 @@ class Explaining:
     async def _connections(self, pod: Pod) -> dict[str, Any]:
         """Summarises the last connections by direction, fate and reason, and lists those that look wrong."""
         nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "cut": None, "wrong": []}
-        if self.records is None:
-            return nothing
         query = {"pod": pod.uid, "limit": str(_COUNTED)}
         try:
             answer = await self.records.connections(Request("GET", "/v1/connections", query))

@@ -5,23 +5,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter as Count
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
-from prometheus_client.registry import Collector
 
 from agent.backends.ebpf.abi import ExitCause
 from agent.backends.non_tcp import Counts
-from agent.core.errors import KernelError
 from agent.core.model.pods import Pod, without_sandbox
-from agent.core.model.sockets import TcpState
 from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
-from agent.export.collectors import Cluster, ClusterCollector, Condition, ConditionCollector
+from agent.export.collectors import (
+    Cluster,
+    Condition,
+    ScrapeCollector,
+    cluster_metrics,
+    condition_metrics,
+    exit_metrics,
+    non_tcp_metrics,
+    pod_metrics,
+    socket_metrics,
+)
 from agent.export.metrics_page import ConnectionMetrics, Page
 from agent.flows.inet_diag.sockets import PodSockets
 
@@ -31,88 +36,6 @@ log = logging.getLogger("sluice.reconciler")
 _QUIET = 60.0  # seconds until the same failure of the same pod is logged again
 _FAILING = 1024  # pods of which that is known
 _SHOWN = 3  # differences in one log line; `sluice explain` has all of them
-
-
-class _Pods(Collector):
-    """Collects sluice_pods{state} at each scrape."""
-
-    def __init__(self, states: Callable[[], Iterable[State]]) -> None:
-        self._states = states
-
-    def collect(self) -> Iterator[Metric]:
-        family = GaugeMetricFamily("sluice_pods", "Pods on this node by state.", labels=["state"])
-        found = Count(self._states())
-        for state in State:
-            family.add_metric([state.value], found[state])
-        yield family
-
-
-class _NonTcp(Collector):
-    """Collects non-TCP traffic of pods; a series per pod and direction with any."""
-
-    def __init__(self, totals: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]]) -> None:
-        self._totals = totals
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["namespace", "pod", "direction"]
-        what = "that are neither TCP nor captured DNS; the setting non_tcp passes or refuses them"
-        packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods {what}.", labels=labels)
-        octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods {what}.", labels=labels)
-        for pod, totals in self._totals():
-            for direction, counts in totals.items():
-                if counts.packets:
-                    packets.add_metric([pod.namespace, pod.name, direction], counts.packets)
-                    octets.add_metric([pod.namespace, pod.name, direction], counts.bytes)
-        yield from (packets, octets)
-
-
-class _Exits(Collector):
-    """Collects every exit of the eBPF programs at each scrape."""
-
-    def __init__(self, exits: Callable[[], Mapping[ExitCause, int]]) -> None:
-        self._exits = exits
-
-    def collect(self) -> Iterator[Metric]:
-        help = "Decisions of the eBPF programs, by cause."
-        family = CounterMetricFamily("sluice_ebpf_exits", help, labels=["cause"])
-        try:
-            found = self._exits()
-        except KernelError as error:  # as while they are being removed
-            log.warning("cannot read the counters of the eBPF programs: %s", error)
-            return
-        for cause, count in found.items():
-            family.add_metric([cause.name.lower()], count)
-        if found:
-            yield family
-
-
-class _Sockets(Collector):
-    """Collects sockets of each pod by state, and its use of ephemeral ports."""
-
-    def __init__(self, sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]]) -> None:
-        self._sockets = sockets
-
-    def collect(self) -> Iterator[Metric]:
-        labels = ["namespace", "pod"]
-        states = GaugeMetricFamily(
-            "sluice_sockets", "TCP sockets in pods by state, including ztunnel's.", labels=[*labels, "state"]
-        )
-        ports = GaugeMetricFamily(
-            "sluice_ephemeral_ports", "Local ports that a pod may use for outbound connections.", labels=labels
-        )
-        used = GaugeMetricFamily(
-            "sluice_ephemeral_ports_used",
-            "Of these, the ports in use towards the peer with most connections.",
-            labels=labels,
-        )
-        for pod, found in self._sockets():
-            for state in TcpState:
-                if state in found.states or state is TcpState.CLOSE_WAIT:
-                    count = found.states.get(state, 0)
-                    states.add_metric([pod.namespace, pod.name, state.name.lower()], count)
-            ports.add_metric([pod.namespace, pod.name], found.ephemeral.size)
-            used.add_metric([pod.namespace, pod.name], found.ephemeral.towards)
-        yield from (states, ports, used)
 
 
 class Metrics:
@@ -133,12 +56,12 @@ class Metrics:
         self.registry = r = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
-        r.register(_Pods(states))
-        r.register(_NonTcp(non_tcp))
-        r.register(_Exits(exits))
-        r.register(_Sockets(sockets))
-        r.register(ClusterCollector(cluster))
-        r.register(ConditionCollector(condition))
+        r.register(ScrapeCollector(lambda: pod_metrics(states())))
+        r.register(ScrapeCollector(lambda: non_tcp_metrics(non_tcp())))
+        r.register(ScrapeCollector(lambda: exit_metrics(exits)))
+        r.register(ScrapeCollector(lambda: socket_metrics(sockets())))
+        r.register(ScrapeCollector(lambda: cluster_metrics(cluster())))
+        r.register(ScrapeCollector(lambda: condition_metrics(condition())))
         self.drift = Counter(
             "sluice_drift_total", "Drifted rule sets that were repaired.", ["backend", "kind"], registry=r
         )
@@ -175,12 +98,9 @@ class Metrics:
         self.cni_seconds.labels(verb).observe(seconds)
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
-        self.applied_total.labels(layer).inc()
-        if cause:
-            self.drift.labels(layer, "changed").inc()
-        by = f" after a change by {cause}" if cause else ""
         level = logging.INFO if differences else logging.DEBUG  # not worth a line per pod at each start
-        log.log(level, "pod %s: %s applied in %.1f ms%s: %s", pod.key, layer, seconds * 1e3, by, _words(differences))
+        self._count(layer, cause)
+        log.log(level, "pod %s: %s applied %s", pod.key, layer, _words(differences, seconds, cause))
 
     def failed(self, pod: Pod, error: Exception) -> None:
         if not without_sandbox(pod, error):
@@ -206,11 +126,13 @@ class Metrics:
         log.log(logging.INFO if finding.verdict is ProbeVerdict.OK else logging.WARNING, "pod %s: %s", pod.key, finding)
 
     def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
-        self.applied_total.labels(f"host-{layer}").inc()
+        self._count(f"host-{layer}", cause)
+        log.info("node: %s applied %s", layer, _words(differences, seconds, cause))
+
+    def _count(self, layer: str, cause: str) -> None:
+        self.applied_total.labels(layer).inc()
         if cause:
-            self.drift.labels(f"host-{layer}", "changed").inc()
-        by = f" after a change by {cause}" if cause else ""
-        log.info("node: %s applied in %.1f ms%s: %s", layer, seconds * 1e3, by, _words(differences))
+            self.drift.labels(layer, "changed").inc()
 
     def host_failed(self, error: Exception) -> None:
         self.failures.inc()
@@ -220,6 +142,8 @@ class Metrics:
         self.reconcile.observe(seconds)
 
 
-def _words(differences: tuple[str, ...]) -> str:
+def _words(differences: tuple[str, ...], seconds: float, cause: str) -> str:
+    by = f" after a change by {cause}" if cause else ""
     shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
-    return "; ".join(shown) or "took over table ownership or removed empty tables"
+    words = "; ".join(shown) or "took over table ownership or removed empty tables"
+    return f"in {seconds * 1e3:.1f} ms{by}: {words}"

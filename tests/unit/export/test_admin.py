@@ -9,12 +9,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families as parsed
+from support.surroundings import Surroundings
 from support.world import World, play, pod
 
 from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
 from agent.core.model.status import State
 from agent.export.admin import Admin
+from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.sources.non_tcp import NonTcpCounter
@@ -28,7 +30,8 @@ class Bench:
         self.metrics = Metrics(lambda: [State.ENABLED, State.ENABLED, State.FAILED], lambda: 2)
         self.admin = Admin(
             world.reconciler.settings, world.table, world.reconciler, self.metrics, lambda: self.ready,
-            lambda: {"node": "n1"}, NonTcpCounter("nftables"),
+            lambda: {"node": "n1"}, NonTcpCounter("nftables"), ConnectionsApi(None, world.table),
+            Surroundings().around({}),
         )  # fmt: skip
 
     async def ask(self, path: str, method: str = "GET", **query: str) -> Any:

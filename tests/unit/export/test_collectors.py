@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from agent.core.model.pods import Pod
 from agent.core.model.status import State, Status
-from agent.export.collectors import Condition, ConditionCollector, age, uncaptured
+from agent.export.collectors import Condition, age, condition_metrics, uncaptured
 
 A, B, C, D, E = (Pod(f"u{name}", "shop", name) for name in "abcde")
 
 
 def samples(found: Condition | None) -> dict[str, float]:
-    families = ConditionCollector(lambda: found).collect()
+    families = condition_metrics(found)
     return {f"{s.name}{sorted(s.labels.items()) or ''}": s.value for family in families for s in family.samples}
 
 

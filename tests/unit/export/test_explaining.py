@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.surroundings import Surroundings
 from support.world import AMBIENT, World, play, pod
 
 from agent.core.errors import KernelError, SluiceError
@@ -16,38 +17,12 @@ from agent.core.model.pods import KubeNamespace, KubePod, Pod
 from agent.core.policy.facts import considered
 from agent.core.settings import Settings
 from agent.export.advice import advise
-from agent.export.explaining import ExplainContext, Explaining
+from agent.export.explaining import Explaining
 from agent.export.http import Request
 from agent.reconciler.host import HostStatus
 from agent.sources.non_tcp import NonTcpCounter
-from agent.zds.messages import Add
 
 CLUSTER = "https://10.96.0.1"
-
-
-class Surroundings:
-    """Everything is right until a script says otherwise."""
-
-    def __init__(self) -> None:
-        self.acknowledged, self.heard, self.failure = True, PortListeners(), False
-        self.host = HostStatus("nftables", ok=True, members=1)
-
-    def ask_heard(self, uid: str) -> PortListeners | None:
-        if self.failure:
-            raise KernelError("sock_diag", 12, "no memory")
-        return self.heard
-
-    def around(self, places: Mapping[str, str]) -> ExplainContext:
-        return ExplainContext(
-            lambda uid: self.acknowledged,
-            lambda uid: Add(uid, "web", "shop", "robot"),
-            self.ask_heard,
-            lambda: self.host,
-            lambda uid: ("10.0.0.2",),
-            lambda uid: "/proc/7/ns/net",
-            lambda uid: ("BPF program pass (number 7) is attached to eth0 (XDP)",),
-            places,
-        )
 
 
 class Records:
@@ -287,22 +262,6 @@ def test_a_pod_that_is_not_here_in_a_cluster() -> None:
         assert "Kubernetes has shop/starting here, but it has ended" in await bench.refused("shop/starting")
 
     on_bench(script, kube_server=CLUSTER)
-
-
-def test_without_surroundings_it_says_what_it_can() -> None:
-    async def inside(world: World) -> None:
-        await world.settle(pod())
-        settings = replace(world.reconciler.settings, ipv6=False)
-        made = Explaining(settings, world.table, world.reconciler, NonTcpCounter("nftables"), lambda: {})
-        told = await made(Request("GET", "/v1/explain", {"pod": "web"}))
-        assert (told["ztunnel"]["acknowledged"], told["exemption"], told["connections"]["collector"]) == (
-            None,
-            None,
-            "off",
-        )
-        assert {one["option"]: one["place"] for one in told["options"]}["ipv6"] == "set"
-
-    play(inside)
 
 
 def test_every_reason_to_be_excluded_has_its_advice() -> None:

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent knows around a pod, for the admin API without an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from agent.core.errors import KernelError
+from agent.core.model.listeners import PortListeners
+from agent.export.explaining import ExplainContext
+from agent.reconciler.host import HostStatus
+from agent.zds.messages import Add
+
+
+class Surroundings:
+    """Everything is right until a script says otherwise."""
+
+    def __init__(self) -> None:
+        self.acknowledged, self.heard, self.failure = True, PortListeners(), False
+        self.host = HostStatus("nftables", ok=True, members=1)
+
+    def ask_heard(self, uid: str) -> PortListeners | None:
+        if self.failure:
+            raise KernelError("sock_diag", 12, "no memory")
+        return self.heard
+
+    def around(self, places: Mapping[str, str]) -> ExplainContext:
+        return ExplainContext(
+            lambda uid: self.acknowledged,
+            lambda uid: Add(uid, "web", "shop", "robot"),
+            self.ask_heard,
+            lambda: self.host,
+            lambda uid: ("10.0.0.2",),
+            lambda uid: "/proc/7/ns/net",
+            lambda uid: ("BPF program pass (number 7) is attached to eth0 (XDP)",),
+            places,
+        )
