@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from agent.backends.base import lasting
@@ -36,7 +35,8 @@ def mend(settings: Settings, state: Notes) -> None:
     try:
         choice = _choice(settings)
         if choice is not None:
-            with _claimed(settings.run_dir):
+            with ExitStack() as held:  # the directory: no other agent may run there
+                held.callback(os.close, claim(Path(settings.run_dir)))
                 _mend(settings, state, choice)
     except Exception as error:  # noqa: BLE001 - as above
         log.info("early repair skipped, captured pods wait for their first pass: %s", error)
@@ -88,13 +88,3 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
             for plan in done.applied:
                 if plan.differences:
                     log.info("pod %s: %s applied: %s", note.pod.key, plan.layer, "; ".join(plan.differences[:3]))
-
-
-@contextmanager
-def _claimed(run_dir: str) -> Iterator[None]:
-    """Holds the directory. Raises SluiceError while another agent runs there."""
-    lock = claim(Path(run_dir))
-    try:
-        yield
-    finally:
-        os.close(lock)

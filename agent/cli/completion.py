@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import platform
-import signal
 from typing import Any
 
 from agent.cli import options
@@ -43,16 +42,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 def _pods(run_dir: str) -> list[str]:
     """Returns the pods of this node; none if the agent does not answer in time."""
-
-    def late(*_: object) -> None:
-        raise SluiceError("no answer in time")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, _PATIENCE)
     try:
-        rows = ask(run_dir, "/v1/pods")
-        return [f"{row['namespace']}/{row['name']}" for row in rows]
+        return [f"{row['namespace']}/{row['name']}" for row in ask(run_dir, "/v1/pods", "GET", _PATIENCE)]
     except SluiceError:
         return []
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -109,18 +109,14 @@ def _all(args: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def hold(run_dir: str, command: str) -> Iterator[None]:
     """Ensures that no agent runs on the directory or starts on it meanwhile. Raises SluiceError."""
-    if not Path(run_dir).is_dir():
+    with contextlib.ExitStack() as held:
+        try:
+            if Path(run_dir).is_dir():
+                held.callback(os.close, claim(Path(run_dir)))
+        except SluiceError:
+            words = f"an agent runs on {run_dir} and would put everything back; stop it first, then run this again"
+            raise SluiceError(f"{command}: {words}") from None
         yield
-        return
-    try:
-        lock = claim(Path(run_dir))
-    except SluiceError:
-        words = f"an agent runs on {run_dir} and would put everything back; stop it first, then run this again"
-        raise SluiceError(f"{command}: {words}") from None
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def remove(

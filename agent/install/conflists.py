@@ -191,20 +191,20 @@ def _chained(network: Json, entry: Json) -> Json:
     return chained
 
 
-def stripped(value: Any) -> Any:
-    """Removes our entries at any depth: Multus keeps whole lists among its delegates."""
+def stripped(value: Any, plugin: str = CNI_TYPE) -> Any:
+    """Removes the entries of a plugin, ours, at any depth: Multus keeps whole lists among its delegates."""
     if isinstance(value, dict):
-        return {key: stripped(one) for key, one in value.items()}
+        return {key: stripped(one, plugin) for key, one in value.items()}
     if isinstance(value, list):
-        return [stripped(one) for one in value if not (isinstance(one, dict) and one.get("type") == CNI_TYPE)]
+        return [stripped(one, plugin) for one in value if not (isinstance(one, dict) and one.get("type") == plugin)]
     return value
 
 
-def mentions(value: Any) -> bool:
-    """Returns True if the value contains our entry, at any depth."""
+def mentions(value: Any, plugin: str = CNI_TYPE) -> bool:
+    """Returns True if the value contains an entry of the plugin, ours, at any depth."""
     if isinstance(value, dict):
-        return value.get("type") == CNI_TYPE or any(map(mentions, value.values()))
-    return isinstance(value, list) and any(map(mentions, value))
+        return value.get("type") == plugin or any(mentions(one, plugin) for one in value.values())
+    return isinstance(value, list) and any(mentions(one, plugin) for one in value)
 
 
 def origin(conf: Conf) -> str:

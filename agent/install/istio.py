@@ -8,9 +8,10 @@ the primary's plugins (02-istio-cni.conflist); alone, a file with its entry only
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 from agent.core.names import CNI_TYPE
+from agent.install import conflists
 from agent.install.conflists import ISTIO, Conf, Json
 
 CHAINED: Final = "chained"
@@ -22,13 +23,6 @@ def entry(conf: Conf) -> Json:
     return next((one for one in conf.plugins if one["type"] == ISTIO), {})
 
 
-def mentions(value: Any) -> bool:
-    """Returns True if the value contains an entry of istio-cni, at any depth."""
-    if isinstance(value, dict):
-        return value.get("type") == ISTIO or any(map(mentions, value.values()))
-    return isinstance(value, list) and any(map(mentions, value))
-
-
 def form(conf: Conf, every: Sequence[Conf]) -> str:
     """Returns CHAINED, OWNED or ALONE for a configuration with istio-cni's entry.
 
@@ -37,7 +31,7 @@ def form(conf: Conf, every: Sequence[Conf]) -> str:
     rest = [kind for kind in _types(conf) if kind != ISTIO]  # without our entry, which may have been inserted
     if not rest:
         return ALONE
-    others = [other for other in every if other is not conf and not mentions(other.network)]
+    others = [other for other in every if other is not conf and not conflists.mentions(other.network, ISTIO)]
     wraps = any(_types(other) == rest for other in others)
     return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
 

@@ -13,8 +13,8 @@ from agent.core.errors import SluiceError
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=60)
+    def __init__(self, path: str, seconds: float) -> None:
+        super().__init__("localhost", timeout=seconds)
         self._path = path
 
     def connect(self) -> None:
@@ -23,10 +23,13 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(run_dir: str, path: str, method: str = "GET", **query: str) -> Any:
-    """Returns the agent's answer, JSON. Raises SluiceError with its words, or why it cannot be reached."""
+def ask(run_dir: str, path: str, method: str = "GET", seconds: float = 60, /, **query: str) -> Any:
+    """Returns the agent's answer, JSON. Raises SluiceError with its words, or why it cannot be reached.
+
+    `seconds`: how long to wait for any part of the answer.
+    """
     place = f"{run_dir}/agent.sock"
-    connection = _UnixConnection(place)
+    connection = _UnixConnection(place, seconds)
     try:
         connection.request(method, f"{path}?{urlencode(query)}" if query else path)
         response = connection.getresponse()

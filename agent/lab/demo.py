@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from agent.core.text import pairs, table
@@ -102,7 +102,7 @@ def _connections(lab: Lab, check: Checks) -> None:
     calls = [_http(lab, source, target, family) for source, target, _ in _CALLS for family in (4, 6)]
     bulk = _iperf(lab)
     expected = sum(2 * len(ends) for _, _, ends in _CALLS) + 4  # iperf3 opens two connections
-    records = _await_records(lab, lambda found: len(found) >= expected)
+    records = still(partial(_records, lab), lambda found: len(found) >= expected)
     rows = [_row(lab, call, _ends(lab, call, records)) for call in (*calls, bulk)]
     header = ("SOURCE", "DESTINATION", "ADDRESS", "CAPTURED", "SENT", "RECEIVED", "MS")
     print(table(header, rows))
@@ -173,7 +173,7 @@ def _dns(lab: Lab, check: Checks) -> None:
         "UDP": lab.exec("shop/client", ["dig", "+short", "+tries=1", "+time=3", server, name]).stdout.split(),
         "TCP": lab.exec("shop/client", ["dig", "+short", "+tcp", "+time=3", server, name]).stdout.split(),
     }
-    records = [r for r in _await_records(lab, lambda found: len(_queries(found)) >= 2) if r in _queries([r])]
+    records = [r for r in still(partial(_records, lab), lambda found: len(_queries(found)) >= 2) if r in _queries([r])]
     header = ("SOURCE", "RESOLVER", "KIND", "SENT", "RECEIVED")
     rows = [
         (f"{r['pod']} {r['source'].rpartition(':')[0]}", _named(lab, r["destination"]), r["kind"],
@@ -190,12 +190,8 @@ def _queries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in records if r["destination"].endswith(":53")]
 
 
-def _await_records(lab: Lab, enough: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
-    """Returns all records of both nodes, once `enough` of them are written or no more come."""
-    return still(lambda: _records(lab), enough)
-
-
 def _records(lab: Lab) -> list[dict[str, Any]]:
+    """Returns the ztunnels' records of both nodes, as far as they are written."""
     found = []
     for node in lab.spec.nodes:
         text = (lab.spec.node_dir(node) / "ztunnel.jsonl").read_text()
@@ -209,7 +205,7 @@ def _probe(lab: Lab, check: Checks) -> None:
     before = len(_arrived(lab, address))
     run(["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"], netns=lab.spec.netns_path("node1"))
     lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
-    _await_records(lab, lambda found: len(_arrived(lab, address, found)) > before)
+    still(partial(_records, lab), lambda found: len(_arrived(lab, address, found)) > before)
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
     status = lab.ask("node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")

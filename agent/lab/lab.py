@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import FrameType
@@ -83,7 +84,7 @@ class Lab:
     def _build(self, agents: bool, sluice: bool, backend: LabBackend, progress: Callable[[str], None]) -> None:
         progress(f"{len(self.spec.nodes)} nodes: network namespaces on one segment")
         nodes.up(self.spec)
-        (self.spec.run_dir / "state.json").write_text(json.dumps(self.spec.to_json(), indent=2) + "\n")
+        (self.spec.run_dir / "state.json").write_text(json.dumps(asdict(self.spec), indent=2) + "\n")
         self.pods.write_chains(sluice=sluice)
         if agents:
             progress(f"an agent (backend {backend}) and a ztunnel on each node")

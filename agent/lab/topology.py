@@ -128,23 +128,10 @@ class LabSpec:
         number = self.nodes.index(node) + 1
         return f"10.244.{number}.0/24", f"fd00:10:244:{number:x}::/64"
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "prefix": self.prefix,
-            "nodes": list(self.nodes),
-            "pods": [
-                {"node": p.node, "namespace": p.namespace, "name": p.name, "enrolled": p.enrolled,
-                 "programs": [str(program) for program in p.programs]}
-                for p in self.pods
-            ],
-        }  # fmt: skip
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LabSpec:
-        pods = tuple(
-            PodSpec(p["node"], p["namespace"], p["name"], p["enrolled"], tuple(map(PodProgram, p["programs"])))
-            for p in data["pods"]
-        )
+        """Returns the lab of a dictionary as `dataclasses.asdict` makes it, read back from JSON."""
+        pods = tuple(PodSpec(**{**pod, "programs": tuple(map(PodProgram, pod["programs"]))}) for pod in data["pods"])
         return cls(data["prefix"], tuple(data["nodes"]), pods)
 
 

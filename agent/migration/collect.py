@@ -18,10 +18,9 @@ from agent.backends.registry import mechanisms
 from agent.core.errors import SluiceError
 from agent.core.model.ownership import Owner, owner_of
 from agent.core.settings import Settings
-from agent.install import runtime
+from agent.install import conflists, runtime
 from agent.install.conflists import ISTIO
 from agent.install.host_root import HostRoot
-from agent.install.istio import mentions
 from agent.install.netdir import NetDir
 from agent.kernel import exec, xtables
 from agent.kernel.admin_socket import ask
@@ -81,7 +80,7 @@ def _cached(folder: Path) -> int:
         for place in sorted(folder.iterdir()):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, binascii.Error):
                 kept = json.loads(place.read_bytes())
-                found += mentions(json.loads(base64.b64decode(kept["config"])))
+                found += conflists.mentions(json.loads(base64.b64decode(kept["config"])), ISTIO)
     return found
 
 

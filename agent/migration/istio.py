@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install import conflists
 from agent.install.conflists import ISTIO, Conf, Json
-from agent.install.istio import entry, form, mentions
+from agent.install.istio import entry, form
 from agent.install.planning import View
 from agent.migration.istio_agent import RUN_DIR
 
@@ -49,22 +49,15 @@ def picked(view: View) -> Conf | None:
 def places(view: View) -> list[IstioConf]:
     """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
-    return [IstioConf(conf, form(conf, every), entry(conf)) for conf in every if mentions(conf.network)]
+    return [
+        IstioConf(conf, form(conf, every), entry(conf)) for conf in every if conflists.mentions(conf.network, ISTIO)
+    ]
 
 
 def run_dirs(view: View) -> list[str]:
     """Returns the directories of istio-cni's agent that its entries name, and its default one."""
     named = (str(place.entry.get("cni_agent_run_dir") or RUN_DIR) for place in places(view))
     return list(dict.fromkeys((*named, RUN_DIR)))
-
-
-def without(value: Any) -> Any:
-    """Removes istio-cni's entries at any depth."""
-    if isinstance(value, dict):
-        return {key: without(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [without(one) for one in value if not (isinstance(one, dict) and one.get("type") == ISTIO)]
-    return value
 
 
 def added(network: Json, entry: Json) -> Json:

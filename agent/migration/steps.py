@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from agent.core.errors import SettingsError
 from agent.install import conflists, planning
-from agent.install.conflists import Conf, Json
-from agent.install.istio import CHAINED, mentions
+from agent.install.conflists import ISTIO, Conf, Json
+from agent.install.istio import CHAINED
 from agent.install.istio import entry as entry_of
 from agent.install.planning import Action, Remove, Rename, View, Write
 from agent.migration import istio
@@ -65,7 +65,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
 
 def _unfinished(view: View) -> str:
     found = istio.picked(view)
-    if found is None or not conflists.mentions(found.network) or mentions(found.network):
+    if found is None or not conflists.mentions(found.network) or conflists.mentions(found.network, ISTIO):
         name = found.name if found else "nothing"
         return f"cannot remove istio-cni: only {name} would remain; is there a primary CNI plugin?"
     return ""
@@ -77,7 +77,7 @@ def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
         return [MigrationStep(Rename(name, FILE + name + KEPT), f"keep istio-cni's own file ({place.form})")]
     kept = ENTRY + name + KEPT
     data = place.conf.data
-    network = istio.without(place.conf.network)
+    network = conflists.stripped(place.conf.network, ISTIO)
     clean = conflists.encode(network["plugins"][0] if place.conf.single else network)
     keep = (
         () if view.files.get(kept) == data else (MigrationStep(Write(kept, data, like=name), f"{name} as it is now"),)
@@ -94,7 +94,7 @@ def back(view: View, wished: str) -> Steps:
     verdict = planning.removal(after(view, steps), wished)
     steps += [MigrationStep(action, "remove our entry") for action in verdict.actions]
     found = istio.picked(after(view, steps))
-    if found is None or not mentions(found.network):
+    if found is None or not conflists.mentions(found.network, ISTIO):
         name = found.name if found else "no configuration"
         words = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
         return Steps(error=f"{words}; install istio-cni first, so that its agent writes the entry, then run this again")
@@ -120,7 +120,7 @@ def taken(view: View) -> str:
 
 def _added(conf: Conf) -> Json:
     """Returns istio-cni's entry if its agent added it behind ours; an entry that we wrap comes before ours."""
-    return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == conflists.ISTIO else {}
+    return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == ISTIO else {}
 
 
 def _moved(view: View) -> list[MigrationStep]:
@@ -128,7 +128,7 @@ def _moved(view: View) -> list[MigrationStep]:
     confs = istio.confs(view)
     entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
-    if not entry or primary is None or mentions(primary.network):
+    if not entry or primary is None or conflists.mentions(primary.network, ISTIO):
         return []
     data = conflists.encode(istio.added(primary.network, entry))
     name = f"{primary.stem}.conflist"
@@ -149,14 +149,14 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
         old = conflists.parse(name, view.files[kept])
     except SettingsError:
         return [done]
-    if name in there and mentions(there[name].network):
+    if name in there and conflists.mentions(there[name].network, ISTIO):
         return [done]  # its agent has restored it
     primary = there.get(name) or next(iter(there.values()), None)
-    rest = istio.without(old.network)
+    rest = conflists.stripped(old.network, ISTIO)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
         return [MigrationStep(Rename(kept, name), "istio-cni's entry as it was")]
     entry = entry_of(old)
-    if not entry or primary.single or mentions(primary.network):
+    if not entry or primary.single or conflists.mentions(primary.network, ISTIO):
         return [done]
     target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)
     data = conflists.encode(istio.added(network, entry))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_addresses_and_paths_follow_from_prefix_and_node() -> None:
 
 def test_survives_the_state_file() -> None:
     spec = default_spec("slux")
-    assert LabSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert LabSpec.from_json(json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
 
 
 @pytest.mark.parametrize("prefix", ["sluice", "cni", "slu", "slu-lab", "slu/../lock", "", "SLUX", "slu12345678901"])

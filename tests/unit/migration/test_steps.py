@@ -12,8 +12,7 @@ from support.istioinstaller import IstioInstaller, Waits, picked
 
 from agent.core.settings import Settings
 from agent.install import conflists, planning
-from agent.install.conflists import plugin_entry
-from agent.install.istio import mentions
+from agent.install.conflists import ISTIO, plugin_entry
 from agent.install.planning import InstallPlan, View
 from agent.migration import istio
 from agent.migration.steps import Steps, after, back, take_over, taken, until_istio_cni
@@ -58,7 +57,7 @@ NODES = {
 def guarded(view: View) -> bool:
     """Whoever the runtime picks has one of the two in it: captured, or refused."""
     conf = istio.picked(view)
-    return conf is not None and (mentions(conf.network) or conflists.mentions(conf.network))
+    return conf is not None and (conflists.mentions(conf.network, ISTIO) or conflists.mentions(conf.network))
 
 
 def states(view: View, steps: Steps) -> Iterator[View]:
@@ -87,15 +86,19 @@ def test_after_each_step_of_taking_over_a_pod_is_captured_or_refused(node: View,
         assert guarded(state), sorted(state.files)
     end = after(node, steps.steps)
     conf = istio.picked(end)
-    assert conf is not None and conflists.mentions(conf.network) and not mentions(conf.network)
+    assert conf is not None and conflists.mentions(conf.network) and not conflists.mentions(conf.network, ISTIO)
     assert not istio.places(end)
 
 
 def ours_is_next(view: View) -> bool:
     """Ours is used, with istio-cni's entry in it, or as soon as istio-cni's own lists have gone."""
     conf = istio.picked(view)
-    assert conf is not None and mentions(conf.network)
-    theirs = {conf.name for conf in istio.confs(view) if not conflists.is_own(conf) and mentions(conf.network)}
+    assert conf is not None and conflists.mentions(conf.network, ISTIO)
+    theirs = {
+        conf.name
+        for conf in istio.confs(view)
+        if not conflists.is_own(conf) and conflists.mentions(conf.network, ISTIO)
+    }
     rest = istio.picked(View({name: data for name, data in view.files.items() if name not in theirs}))
     return conflists.mentions(conf.network) or (rest is not None and conflists.mentions(rest.network))
 
@@ -148,7 +151,7 @@ def test_after_its_agent_has_cleaned_up_itself_ours_follows() -> None:
     files = {name: data for name, data in beside.files.items() if name != "02-istio-cni.conflist"}
     end = done(View(files))
     conf = istio.picked(end)
-    assert conf is not None and conf.name == WISHED and not mentions(conf.network)
+    assert conf is not None and conf.name == WISHED and not conflists.mentions(conf.network, ISTIO)
     assert set(end.files) == {WISHED, "10-kindnet.conflist"}
 
 
