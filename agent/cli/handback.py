@@ -68,18 +68,27 @@ def _run(args: argparse.Namespace) -> int:
     settings = from_user.load(args)
     options.require_root("sluice handback enters network namespaces")
     problems: list[str] = []
-    with hold(settings.run_dir, "handback"):
-        rows = list(_pods(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run))
-        if not args.netns:
-            if not args.dry_run and not problems and all(row.result == "handed back" for row in rows):
-                leftovers(Pins.of(settings.bpf_dir), dry_run=False)
-            rows += _host(dry_run=args.dry_run)
+    rows = hand_back_all(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run)
     value = {"pods": [asdict(row) for row in rows], "problems": problems}
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
     words = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
     scripts = [f"# {row.netns}\n{script}" for row in rows if args.dry_run for script in row.scripts]
     options.emit(args.output, value, "\n".join([words, *(f"cannot examine: {one}" for one in problems), *scripts]))
     return 1 if problems or any(row.result == "not handed back" for row in rows) else 0
+
+
+def hand_back_all(settings: Settings, only: list[Path], problems: list[str], *, dry_run: bool) -> list[Row]:
+    """Hands back the namespaces in `only`, or all of the node and the node itself. Raises SluiceError before the first.
+
+    Adds to `problems` why a namespace cannot be examined.
+    """
+    with hold(settings.run_dir, "handback"):
+        rows = list(_pods(settings, only, problems, dry_run=dry_run))
+        if not only:
+            if not dry_run and not problems and all(row.result == "handed back" for row in rows):
+                leftovers(Pins.of(settings.bpf_dir), dry_run=False)
+            rows += _host(dry_run=dry_run)
+    return rows
 
 
 def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run: bool) -> Iterator[Row]:

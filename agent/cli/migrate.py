@@ -7,9 +7,6 @@ Exit 0 it can be done, or is done; 1 an obstacle or a step is left, with what to
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +32,7 @@ from agent.migration.collect import collect
 from agent.migration.facts import MigrationFacts
 from agent.migration.steps import MigrationStep, Steps
 
+Plan = Callable[[View], Steps]
 _MOST = 64  # steps; a whole change takes about ten
 
 
@@ -51,9 +49,7 @@ def register(subparsers: Any) -> None:
         "--accept", action="append", default=[], metavar="SUBJECT", help="go on in spite of obstacles of this subject"
     )
     parser.add_argument("--dry-run", action="store_true", help="only show the steps")
-    parser.add_argument(
-        "--netns", action="append", default=[], metavar="PATH", help="look at these namespaces alone, not at the host's"
-    )
+    options.netns(parser, "look at these namespaces alone, not at the host's")
     options.finish(parser, _run, options.output, from_user.add_options)
 
 
@@ -66,9 +62,12 @@ class _Node:
     entry: Json
     mode: str
 
+    @property
+    def netns(self) -> list[Path]:
+        return [Path(path) for path in self.args.netns]
+
     def look(self) -> MigrationFacts:
-        found = collect(self.settings, [Path(path) for path in self.args.netns])
-        return replace(found, settings=_values(self.args.values))
+        return replace(collect(self.settings, self.netns), settings=_values(self.args.values))
 
     def directory(self, facts: MigrationFacts) -> NetDir:
         return NetDir(HostRoot(self.settings.host_root), facts.directory)
@@ -86,23 +85,16 @@ def _run(args: argparse.Namespace) -> int:
     options.require_root("sluice migrate enters network namespaces")
     how = "insert" if mode(settings) == "insert" else "own"
     node = _Node(args, settings, plugin_entry(settings), how)
-    return _check(node) if args.check else _take_over(node) if args.take_over else _back(node)
-
-
-def _check(node: _Node) -> int:
     facts = node.look()
     findings = node.judge(facts)
-    _tell(node, facts, findings, _take_over_steps(node, facts)(facts.view).steps)
-    return 1 if _hindered(findings) else 0
-
-
-def _take_over(node: _Node) -> int:
-    facts = node.look()
-    findings = node.judge(facts)
-    plan = _take_over_steps(node, facts)
-    if _hindered(findings) or node.args.dry_run:
+    plan = _back_steps(node, facts) if args.back else _take_over_steps(node, facts)
+    if args.check or args.dry_run or _hindered(findings):
         _tell(node, facts, findings, plan(facts.view).steps)
         return 1 if _hindered(findings) else 0
+    return _back(node, facts, plan) if args.back else _take_over(node, facts, plan)
+
+
+def _take_over(node: _Node, facts: MigrationFacts, plan: Plan) -> int:
     binary = Binary(HostRoot(node.settings.host_root), node.settings.cni_plugin, facts.plugins)
     if not binary.right():
         binary.install()
@@ -113,60 +105,49 @@ def _take_over(node: _Node) -> int:
     return 1 if any(one.level == OBSTACLE or one.subject == LEFT for one in findings) else 0
 
 
-def _take_over_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
-    """Plans the steps. While istio-cni's agent runs, its own entry stays: it would restore it."""
-    wished = node.settings.cni_conf_name
-    aside = not facts.agent
-    return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
-
-
-def _back(node: _Node) -> int:
+def _back(node: _Node, before: MigrationFacts, plan: Plan) -> int:
     """Converts pods first, while neither agent runs: istio-cni's agent then finds its own rules and changes nothing."""
-    facts = node.look()
-    findings = node.judge(facts)
-    plan = _back_steps(node, facts)
-    if _hindered(findings) or node.args.dry_run:
-        _tell(node, facts, findings, plan(facts.view).steps)
-        return 1 if _hindered(findings) else 0
-    handed = _hand_back(node.args)
+    handed = _hand_back(node)
     done: tuple[MigrationStep, ...] = ()
     with hold(node.settings.run_dir, "migrate"):
         if not _hindered(handed):
-            done = _carry_out(node.directory(facts), plan)
-    before = facts
+            done = _carry_out(node.directory(before), plan)
     facts = node.look()
     findings = (*handed, *node.judge(facts), *assessment.leftovers_of_back(before, facts))
     _tell(node, facts, findings, (), done)
     return 1 if any(one.level in (NOTE, OBSTACLE) for one in findings) else 0
 
 
-def _back_steps(node: _Node, facts: MigrationFacts) -> Callable[[View], Steps]:
+def _hand_back(node: _Node) -> tuple[MigrationFinding, ...]:
+    """Does what `sluice handback --all` does; returns the result of each pod."""
+    problems: list[str] = []
+    rows = handback.hand_back_all(node.settings, node.netns, problems, dry_run=False)
+    failed = [MigrationFinding("pods", OBSTACLE, words, "see sluice handback --all") for words in problems]
+    return (*failed, *map(_handed, rows))
+
+
+def _handed(row: handback.Row) -> MigrationFinding:
+    words = "; ".join([f"{row.pod or row.netns}: {row.result}", *row.remarks])
+    if row.result == "handed back":
+        return MigrationFinding("pods", FINE, words)
+    return MigrationFinding("pods", OBSTACLE, words, "put right what it says, then run this again")
+
+
+def _take_over_steps(node: _Node, facts: MigrationFacts) -> Plan:
+    """Plans the steps. While istio-cni's agent runs, its own entry stays: it would restore it."""
+    wished = node.settings.cni_conf_name
+    aside = not facts.agent
+    return lambda view: steps.take_over(view, node.entry, wished, mode=node.mode, aside=aside)
+
+
+def _back_steps(node: _Node, facts: MigrationFacts) -> Plan:
     wished = node.settings.cni_conf_name
     if facts.binary and not steps.back(facts.view, wished).error:
         return lambda view: steps.back(view, wished)
     return lambda view: steps.until_istio_cni(view, node.entry, wished)
 
 
-def _hand_back(args: argparse.Namespace) -> tuple[MigrationFinding, ...]:
-    """Does what `sluice handback --all` does; returns the result of each pod."""
-    commands = argparse.ArgumentParser().add_subparsers()
-    handback.register(commands)
-    said = argparse.Namespace(**{**vars(args), "all": True, "output": "json"})
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        commands.choices["handback"].get_default("run")(said)
-    answer = json.loads(printed.getvalue())
-    problems = [MigrationFinding("pods", OBSTACLE, words, "see sluice handback --all") for words in answer["problems"]]
-    return (*problems, *(_handed(row) for row in answer["pods"]))
-
-
-def _handed(row: dict[str, Any]) -> MigrationFinding:
-    words = "; ".join([f"{row['pod'] or row['netns']}: {row['result']}", *row["remarks"]])
-    if row["result"] == "handed back":
-        return MigrationFinding("pods", FINE, words)
-    return MigrationFinding("pods", OBSTACLE, words, "put right what it says, then run this again")
-
-
-def _carry_out(directory: NetDir, plan: Callable[[View], Steps]) -> tuple[MigrationStep, ...]:
+def _carry_out(directory: NetDir, plan: Plan) -> tuple[MigrationStep, ...]:
     """Executes one step at a time, each planned from the actual state. Raises SluiceError; completed steps stay."""
     done: list[MigrationStep] = []
     while True:

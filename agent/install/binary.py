@@ -7,16 +7,15 @@ import base64
 import contextlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install.conflists import MOST
 from agent.install.host_root import HostRoot
-from agent.install.netdir import failed, read
+from agent.install.netdir import failed, opened, read, replace_file
 
-_TEMPORARY = f".{CNI_TYPE}-"
+_TEMPORARY = ".sluice-*"  # also those of older agents
 RESULTS = "/var/lib/cni/results"  # libcni's CacheDir: what runtimes keep of each ADD and pass to DEL
 _LARGEST = 64 << 20
 
@@ -72,21 +71,10 @@ class Binary:
             raise failed(str(self.source), error, "cni_plugin") from error
         if not 0 < len(data) < _LARGEST:
             raise SettingsError(f"{self.source}: not the CNI plugin ({len(data)} bytes); set cni_plugin")
-        directory = self.path.parent
         try:
-            self._sweep(directory)
-            descriptor, temporary = tempfile.mkstemp(prefix=_TEMPORARY, dir=directory)
-            try:
-                with os.fdopen(descriptor, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fchmod(descriptor, 0o755)
-                    os.fsync(descriptor)
-                os.replace(temporary, self.path)  # noqa: PTH105
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            _sync(directory)
+            self._sweep(self.path.parent)
+            with opened(self.path.parent) as directory:
+                replace_file(directory, CNI_TYPE, data, mode=0o755)
         except OSError as error:
             raise failed(f"{self.directory}/{CNI_TYPE}", error, "cni_bin_dir") from error
 
@@ -95,8 +83,8 @@ class Binary:
         try:
             self._sweep(self.path.parent)
             self.path.unlink(missing_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                _sync(self.path.parent)
+            with contextlib.suppress(FileNotFoundError), opened(self.path.parent):
+                pass  # what was removed is on disk
         except OSError as error:
             raise failed(f"{self.directory}/{CNI_TYPE}", error, "cni_bin_dir") from error
 
@@ -125,7 +113,7 @@ class Binary:
 
     @staticmethod
     def _sweep(directory: Path) -> None:
-        for path in directory.glob(f"{_TEMPORARY}*"):
+        for path in directory.glob(_TEMPORARY):
             path.unlink(missing_ok=True)
 
 
@@ -143,11 +131,3 @@ def _has_entry(path: Path) -> bool:
 
 def _version(status: os.stat_result) -> tuple[int, ...]:
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from agent.core.errors import SettingsError
@@ -88,17 +89,13 @@ class NetDir:
 
     def apply(self, action: Action) -> None:
         """Does one atomic change, on disk on return. Raises SettingsError, which names the setting to change."""
+        what = self.directory
         try:
-            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with opened(self.path) as directory:
+                what = f"{self.directory}/{action.name}"
+                _apply(action, directory)
         except OSError as error:
-            raise failed(self.directory, error, "cni_conf_dir") from error
-        try:
-            _apply(action, directory)
-            os.fsync(directory)
-        except OSError as error:
-            raise failed(f"{self.directory}/{action.name}", error, "cni_conf_dir") from error
-        finally:
-            os.close(directory)
+            raise failed(what, error, "cni_conf_dir") from error
 
     def sweep(self) -> None:
         """Removes temporary files that a crash left."""
@@ -125,10 +122,21 @@ def read(path: Path) -> bytes:
         return file.read(MOST + 1)
 
 
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Yields a descriptor of the directory; changes within the block are on disk after it. Raises OSError."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield directory
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
 def _apply(action: Action, directory: int) -> None:
     match action:
         case Write(name, data, like):
-            _write(directory, name, data, like or name)
+            replace_file(directory, name, data, like=like or name)
         case Rename(name, to):
             os.rename(name, to, src_dir_fd=directory, dst_dir_fd=directory)
         case Remove(name):
@@ -136,8 +144,11 @@ def _apply(action: Action, directory: int) -> None:
                 os.unlink(name, dir_fd=directory)
 
 
-def _write(directory: int, name: str, data: bytes, like: str) -> None:
-    """Replaces the file atomically: a reader sees the old content or the new. A link is replaced, not its target."""
+def replace_file(directory: int, name: str, data: bytes, *, like: str = "", mode: int = 0o600) -> None:
+    """Replaces the file atomically: a reader sees the old content or the new. A link is replaced, not its target.
+
+    Mode and owner are those of the file `like`, if it exists.
+    """
     temporary = f"{_TEMPORARY}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=directory)
@@ -145,7 +156,9 @@ def _write(directory: int, name: str, data: bytes, like: str) -> None:
     descriptor = os.open(temporary, flags, 0o600, dir_fd=directory)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            _copy_mode(descriptor, directory, like)
+            os.fchmod(descriptor, mode)
+            if like:
+                _copy_mode(descriptor, directory, like)
             file.write(data)
             file.flush()
             os.fsync(descriptor)
