@@ -17,6 +17,7 @@ import resource
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.core import names
 from agent.core.errors import KernelError
@@ -29,6 +30,11 @@ from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import Workloads
 from agent.ztunnel.zds_client import ZdsClient
+
+if TYPE_CHECKING:
+    from agent.ztunnel.hbone.next_hop import Router
+    from agent.ztunnel.hbone.tunnels import HboneTunnels
+    from agent.ztunnel.tls.spiffe import SpiffeId
 
 OVERLAP_SECONDS = 1.0
 ANSWERED_SECONDS = 2.0  # a second answer may still come
@@ -43,7 +49,8 @@ class ZtunnelSettings:
 
     `records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how many open
     connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
-    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
+    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none. `identities`: where certificates come from
+    (development:DIRECTORY or files:DIRECTORY), "" for no mesh.
     """
 
     zds_socket: str = names.ZDS_SOCKET
@@ -54,14 +61,18 @@ class ZtunnelSettings:
     bpf_dir: str = BPF_DIR
     share: int = 16384
     ready_file: str = ""
+    identities: str = ""
 
 
-def main(settings: ZtunnelSettings) -> int:
-    """Runs until SIGTERM or SIGINT. Returns the exit code."""
+def main(settings: ZtunnelSettings, router: Router | None = None) -> int:
+    """Runs until SIGTERM or SIGINT. Returns the exit code. Raises SluiceError.
+
+    `router` has the decisions of the mesh; without one all connections go on in plain.
+    """
     logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return asyncio.run(_serve(settings))
+    return asyncio.run(_serve(settings, router))
 
 
 def _share(most: int) -> int:
@@ -92,13 +103,15 @@ class _Ending:
                 await self.urgent.wait()
 
 
-async def _serve(settings: ZtunnelSettings) -> int:
+async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
     loop = asyncio.get_running_loop()
     ending = _Ending(loop)
+    poller = Poller(loop)
+    tunnels = None if router is None else _tunnels(settings, poller, router)
     engine = Engine(
-        Poller(loop), Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
+        poller, Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
         Deadlines(loop, ANSWERED_SECONDS), Deadlines(loop, LOOK_SECONDS),
-        RecordWriter(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share),
+        RecordWriter(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share), tunnels,
     )  # fmt: skip
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)
@@ -119,6 +132,8 @@ async def _serve(settings: ZtunnelSettings) -> int:
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
+    if tunnels is not None:
+        tunnels.stop()
     for part in (
         engine.connects,
         engine.queries,
@@ -130,6 +145,24 @@ async def _serve(settings: ZtunnelSettings) -> int:
     ):
         part.close()
     return 1 if failed else 0
+
+
+def _tunnels(settings: ZtunnelSettings, poller: Poller, router: Router) -> HboneTunnels:
+    """Raises SluiceError. Its modules are loaded here, because a node without a mesh needs none of them."""
+    from agent.ztunnel.hbone.tunnels import HboneTunnels
+    from agent.ztunnel.tls.contexts import ContextStore, CredentialsError
+    from agent.ztunnel.tls.sources import credentials_source
+
+    issue = credentials_source(settings.identities)
+
+    def ask(identity: SpiffeId) -> None:
+        try:
+            contexts.put(issue(identity))
+        except CredentialsError as error:
+            log.error("%s", error)
+
+    contexts = ContextStore(ask)
+    return HboneTunnels(poller, contexts, router)
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from agent.core.errors import SluiceError
 from agent.core.model.sockets import Endpoint
 from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.sock_diag import SockDiag
+from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.poller import Deadlines, Poller
@@ -19,13 +22,44 @@ from agent.ztunnel.telemetry.records import Record, RecordWriter
 Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 
 
+class RefusedError(SluiceError):
+    """A connection has no way to go, or is not permitted."""
+
+
+class Tunnels(Protocol):
+    """HBONE, on a node that has a mesh."""
+
+    def start(self, pod: PodContext) -> None:
+        """Prepares for the pod. The other methods are for pods that have been started."""
+
+    def outbound(
+        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: tuple[float, float]
+    ) -> Address | None:
+        """Returns where a captured connection goes without a tunnel; None if it has one, which owns `client` then.
+
+        Raises RefusedError.
+        """
+
+    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> None:
+        """Raises RefusedError if a captured inbound connection without a tunnel may not pass."""
+
+    def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
+        """Takes over a connection to the port of HBONE, `client` being non-blocking."""
+
+    def drain(self, pod: PodContext) -> None:
+        """Lets the peers open new streams with another instance."""
+
+    def close(self, pod: PodContext) -> None:
+        """Ends all sessions of the pod."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
     """The parts that all pods share.
 
     `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
     the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
-    connections and flows one pod may have.
+    connections and flows one pod may have. `tunnels` is None without a mesh: then everything goes on in plain.
     """
 
     poller: Poller
@@ -36,6 +70,7 @@ class Engine:
     records: RecordWriter
     asked: Asked
     share: int
+    tunnels: Tunnels | None = None
 
 
 class Live(Protocol):
@@ -47,9 +82,10 @@ class Live(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PodContext:
-    """One pod. `name` is namespace/name; `diag` reads its sockets; `live` has its connections and pending queries.
+    """One pod. `name` is namespace/name.
 
-    `connecting` has the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
+    `diag` reads its sockets; `add` is how the agent named it; `live` has its connections and pending queries;
+    `connecting` the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
     often that has happened on behalf of one application's connection.
     """
 
@@ -58,6 +94,7 @@ class PodContext:
     engine: Engine
     upstream: Upstream
     diag: SockDiag
+    add: Add
     live: set[Live] = field(default_factory=set)
     connecting: dict[Ends, int] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)

@@ -32,9 +32,11 @@ class PodListener:
         """Takes over `netns`, unless it fails. Raises OSError or a SluiceError."""
         self.netns = netns
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
-        conntrack, diag, self._listeners = netns.call(_open)
-        self.pod = PodContext(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag)
+        conntrack, diag, self._listeners = netns.call(lambda: _open(hbone=engine.tunnels is not None))
+        self.pod = PodContext(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag, add)
         self._resolver = Resolver(self.pod, conntrack)
+        if engine.tunnels is not None:
+            engine.tunnels.start(self.pod)
         self._accepting: set[socket.socket] = set()
         self._crowded = Seldom()
         self._watch(self._listeners)
@@ -51,17 +53,21 @@ class PodListener:
         return len(self.pod.diag.listening({names.OUTBOUND_PORT})) > 1
 
     def stop_listening(self) -> None:
-        """Stops new connections. The UDP listeners stay: pending answers must come from them."""
+        """Stops new connections and streams. The UDP listeners stay: pending answers must come from them."""
         for listener in self._accepting:
             self._loop.remove_reader(listener.fileno())
             listener.close()
         self._accepting.clear()
+        if self.pod.engine.tunnels is not None:
+            self.pod.engine.tunnels.drain(self.pod)
 
     def close(self) -> None:
         """Resets open connections and releases all resources, the namespace included."""
         self.stop_listening()
         for under_way in tuple(self.pod.live):
             under_way.abort()
+        if self.pod.engine.tunnels is not None:
+            self.pod.engine.tunnels.close(self.pod)
         for listener in self._listeners.dns_udp:
             self._loop.remove_reader(listener.fileno())
             listener.close()
@@ -83,6 +89,9 @@ class PodListener:
                     return
                 continue  # that client has closed
             client.setblocking(False)
+            if listener is self._listeners.hbone and self.pod.engine.tunnels is not None:
+                self.pod.engine.tunnels.accept(self.pod, client, peer)
+                continue
             taken = ProxiedConnection(
                 self.pod, RelayDirection.INBOUND if inbound else RelayDirection.OUTBOUND, client, peer
             )
@@ -103,12 +112,12 @@ class PodListener:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
 
-def _open() -> tuple[Conntrack, SockDiag, Listeners]:
+def _open(*, hbone: bool) -> tuple[Conntrack, SockDiag, Listeners]:
     with contextlib.ExitStack() as opened:
         conntrack = Conntrack()
         opened.callback(conntrack.close)
         diag = SockDiag()
         opened.callback(diag.close)
-        listeners = listen()
+        listeners = listen(hbone=hbone)
         opened.pop_all()
         return conntrack, diag, listeners

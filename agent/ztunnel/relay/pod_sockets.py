@@ -29,22 +29,27 @@ _RETURN_1 = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 1))  # struct sock
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """All bound sockets of one pod. `dns_*` has one for each loopback address of the pod."""
+    """All bound sockets of one pod.
+
+    `dns_*` has one for each loopback address of the pod; `hbone` is None without a mesh.
+    """
 
     outbound: socket.socket
     inbound: socket.socket
     dns_tcp: tuple[socket.socket, ...]
     dns_udp: tuple[socket.socket, ...]
+    hbone: socket.socket | None
 
     def every_tcp(self) -> tuple[socket.socket, ...]:
-        return (self.outbound, self.inbound, *self.dns_tcp)
+        return (self.outbound, self.inbound, *((self.hbone,) if self.hbone else ()), *self.dns_tcp)
 
 
-def listen() -> Listeners:
+def listen(*, hbone: bool) -> Listeners:
     """Opens the listeners; call it inside the pod's namespace. Raises OSError, and leaves no socket open then."""
     with contextlib.ExitStack() as opened:
         outbound = opened.enter_context(_dual_stack(names.OUTBOUND_PORT))
         inbound = opened.enter_context(_dual_stack(names.INBOUND_PORT))
+        tunnels = opened.enter_context(_dual_stack(names.HBONE_PORT)) if hbone else None
         dns: dict[int, list[socket.socket]] = {socket.SOCK_STREAM: [], socket.SOCK_DGRAM: []}
         for kind, bound in dns.items():
             v4 = _bound(socket.AF_INET, kind, "127.0.0.1", names.DNS_PORT)
@@ -52,7 +57,7 @@ def listen() -> Listeners:
             with _without_ipv6():
                 v6 = _bound(socket.AF_INET6, kind, "::1", names.DNS_PORT)
                 bound.append(opened.enter_context(v6))
-        listeners = Listeners(outbound, inbound, tuple(dns[socket.SOCK_STREAM]), tuple(dns[socket.SOCK_DGRAM]))
+        listeners = Listeners(outbound, inbound, tuple(dns[socket.SOCK_STREAM]), tuple(dns[socket.SOCK_DGRAM]), tunnels)
         opened.pop_all()
         return listeners
 

@@ -5,8 +5,8 @@ asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every cha
 registered once, edge-triggered, for all events, and asyncio watches the epoll descriptor itself. A reset is seen even
 while no read is pending, because the kernel always reports errors.
 
-Nothing may be registered while a batch of events runs: a descriptor closed in the batch could come back as
-another socket and get its predecessor's events. Accepting is therefore left to asyncio's own readers.
+A descriptor closed while a batch of events runs may come back as another socket in the same batch: what is registered
+meanwhile gets no event of that batch, which would be its predecessor's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Poller:
         self.loop = loop
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
+        self._fresh: set[int] = set()  # registered since the batch began
         loop.add_reader(self._epoll.fileno(), self._run)
 
     def add(self, fd: int, handler: Handler) -> None:
@@ -43,6 +44,7 @@ class Poller:
             fd, select.EPOLLIN | select.EPOLLPRI | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
         )
         self._handlers[fd] = handler
+        self._fresh.add(fd)
 
     def remove(self, fd: int) -> None:
         """Removes the handler; call it right before closing `fd`, which removes it from the kernel's set."""
@@ -54,9 +56,11 @@ class Poller:
 
     def _run(self) -> None:
         handlers = self._handlers
+        fresh = self._fresh
+        fresh.clear()
         for fd, mask in self._epoll.poll(0, _EVENTS):
             handler = handlers.get(fd)
-            if handler is None:
+            if handler is None or fd in fresh:
                 continue
             try:
                 handler(mask)

@@ -19,7 +19,7 @@ from agent.core.errors import SluiceError
 from agent.core.model.sockets import is_loopback
 from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
-from agent.ztunnel.relay.pod_context import Ends, PodContext, now
+from agent.ztunnel.relay.pod_context import Ends, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
 from agent.ztunnel.relay.upstream import reset
 
@@ -30,9 +30,6 @@ _CLOSE = {
     errno.EPIPE: "reset",
     errno.ENOTCONN: "reset",
 }
-# Errors that refuse the client's address, not the connection: the application then sees ztunnel's; the record says so.
-_NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
-
 # Once may be chance: its port has met an entry of conntrack that outlived an application's connection.
 _MOST_RETURNS = 1
 _ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod overwrites its mark"
@@ -76,6 +73,8 @@ class ProxiedConnection:
             self._connect()
         except OSError as error:
             self._fail(error)
+        except RefusedError as error:
+            self._end("refused", str(error))
         except SluiceError as error:
             self._end("error", str(error))
 
@@ -104,11 +103,27 @@ class ProxiedConnection:
             self._end("refused", _ITSELF)
             self._pod.warnings.log(f"pod {self._pod.name}: {_ITSELF}")
             return
+        onward = destination if returns else self._onward(destination)
+        if onward is None:  # it has a tunnel
+            self._done = True
+            self._pod.live.discard(self)
+            return
+        self._destination = destination = onward
         self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
         self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
         self._pod.connecting[self._ends] = returns
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
+
+    def _onward(self, destination: Address) -> Address | None:
+        """Returns where the connection goes in plain; None if a tunnel has taken it over. Raises RefusedError."""
+        tunnels = self._pod.engine.tunnels
+        if tunnels is None:
+            return destination
+        if self._direction is RelayDirection.OUTBOUND:
+            return tunnels.outbound(self._pod, self._client, self._source, destination, self._began)
+        tunnels.inbound_plain(self._pod, self._source, destination)
+        return destination
 
     def _returns(self, destination: Address) -> int:
         """Returns how often the connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
@@ -122,16 +137,10 @@ class ProxiedConnection:
         return before + 1
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
-        upstream = self._pod.upstream
         if self._direction is RelayDirection.INBOUND:
-            try:
-                return upstream.connect_as(self._source, destination)
-            except OSError as error:
-                if error.errno not in _NO_SOURCE:
-                    raise
-                self._note = f"source address not preserved: {error.strerror}"
-            return upstream.connect(destination)
-        return upstream.connect(destination, source)
+            connecting, self._note = self._pod.upstream.connect_for(self._source, destination)
+            return connecting
+        return self._pod.upstream.connect(destination, source)
 
     def _follow_keepalive(self) -> None:
         """Probes the far end as the application probes its own peer, which is ztunnel."""

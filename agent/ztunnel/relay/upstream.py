@@ -35,6 +35,8 @@ CROWDED = 16  # connections to one server count as many from that part of the ep
 RESERVED = range(600, 1024)  # as bindresvport(3) takes them
 IP_TRANSPARENT, IPV6_TRANSPARENT = 19, 75  # linux/in.h, linux/in6.h
 IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: the port is chosen at connect, by destination
+# Errors that refuse the client's address, not the connection: the application then sees ztunnel's.
+_NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
 _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
@@ -108,6 +110,18 @@ class Upstream:
                 if error.errno not in _TAKEN:
                     raise
         raise OSError(errno.EADDRNOTAVAIL, f"no port free for {source[0]} in {TRIES} tries")
+
+    def connect_for(self, source: Address, destination: Address) -> tuple[socket.socket, str]:
+        """Connects like `connect_as`, but with ztunnel's address if the kernel refuses the client's.
+
+        The second value says why then; otherwise it is "". Raises OSError or NetnsError.
+        """
+        try:
+            return self.connect_as(source, destination), ""
+        except OSError as error:
+            if error.errno not in _NO_SOURCE:
+                raise
+            return self.connect(destination), f"source address not preserved: {error.strerror}"
 
     def _hold(self, destination: Address, connecting: socket.socket) -> socket.socket:
         self._held[destination] = self._held.get(destination, 0) + 1

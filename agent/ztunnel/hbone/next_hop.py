@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The questions that HBONE asks the mesh for each connection, and the possible answers. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent.ztunnel.hbone.connect_request import ConnectRequest
+from agent.ztunnel.tls.spiffe import SpiffeId
+
+Address = tuple[str, int] | tuple[str, int, int, int]  # as in original_dst
+Fields = tuple[tuple[str, str], ...]  # of a header
+
+
+@dataclass(frozen=True, slots=True)
+class PodIdentity:
+    """A pod of this node as the agent names it."""
+
+    uid: str
+    namespace: str
+    name: str
+    service_account: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainHop:
+    """The connection goes on without a tunnel."""
+
+    address: Address
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunnelHop:
+    """The connection goes through a stream to `address`.
+
+    The peer must have one of `identities`. `inner` is set if the stream leads to a gateway (double HBONE): the CONNECT
+    and the identities of the session within the stream.
+    """
+
+    address: Address
+    authority: str
+    source: SpiffeId
+    identities: frozenset[str]
+    fields: Fields = ()
+    inner: InnerHop | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerHop:
+    """The end of a tunnel within a tunnel."""
+
+    authority: str
+    identities: frozenset[str]
+    fields: Fields = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NoHop:
+    """There is no way, or it is not permitted. `status` is that of HTTP towards an HBONE client."""
+
+    reason: str
+    status: int = 503
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InboundRequest:
+    """A CONNECT that arrived for `pod`. `local` is the address at which it arrived, `peer` the client's."""
+
+    pod: PodIdentity
+    peer: Address
+    peer_identity: SpiffeId
+    local: Address
+    connect: ConnectRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """An inbound stream is connected to `address` in the pod; `fields` are those of the response.
+
+    `first` is what the application gets before the stream's bytes (PROXY protocol).
+    """
+
+    address: Address
+    fields: Fields = ()
+    first: bytes = b""
+
+
+class Router(Protocol):
+    """The decisions of the mesh. None of the methods waits or raises."""
+
+    def identity(self, pod: PodIdentity) -> SpiffeId:
+        """Returns who the pod is in mutual TLS."""
+
+    def outbound(self, pod: PodIdentity, source: Address, destination: Address) -> PlainHop | TunnelHop | NoHop:
+        """Decides about a captured connection of the pod."""
+
+    def inbound(self, request: InboundRequest) -> Admission | NoHop:
+        """Decides about a stream that arrived by HBONE."""
+
+    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
+        """Returns why a captured inbound connection without TLS is refused; None if it may pass."""

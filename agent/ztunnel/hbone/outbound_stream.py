@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A captured outbound connection that goes on as a stream of HBONE."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Protocol
+
+from agent.ztunnel.hbone import connect_request
+from agent.ztunnel.hbone.frames import ErrorCode, reset_text
+from agent.ztunnel.hbone.next_hop import Address, TunnelHop
+from agent.ztunnel.hbone.pool import SessionKey
+from agent.ztunnel.hbone.session_core import Headers, first
+from agent.ztunnel.hbone.stream_relay import StreamRelay
+from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.relay import original_dst
+from agent.ztunnel.relay.pod_context import PodContext
+from agent.ztunnel.relay.upstream import reset
+
+_TRIES = 3  # sessions: a stream that was not processed may be asked for again
+
+
+class SessionSource(Protocol):
+    """Finds and makes sessions."""
+
+    engine: SessionEngine
+
+    def seek(self, key: SessionKey, user: OutboundStream) -> None:
+        """Calls `session_ready` or `session_failed` of the user, at once or later."""
+
+    def leave(self, key: SessionKey, user: OutboundStream) -> None:
+        """The user does not wait any more."""
+
+
+class OutboundStream:
+    """Belongs to `pod.live` from `open` until it is recorded."""
+
+    def __init__(
+        self, pod: PodContext, sessions: SessionSource, hop: TunnelHop, client: socket.socket, *,
+        source: Address, destination: Address, began: tuple[float, float],
+    ) -> None:  # fmt: skip
+        """Takes over `client`, the application's connection, non-blocking and in no poller."""
+        self._pod = pod
+        self._sessions = sessions
+        self._hop = hop
+        self._key = SessionKey(hop.source, hop.identities, hop.address, source[0])
+        self._client = client
+        self._source = source
+        self._destination = destination
+        self._began = began
+        self._session: TlsSession | None = None
+        self._relay: StreamRelay | None = None
+        self._stream = 0
+        self._tries = 0
+        self._answered = False
+        self._done = False
+
+    def open(self) -> None:
+        """Asks for a session. A failure is recorded and resets the client, and is never raised."""
+        self._pod.live.add(self)
+        self._pod.engine.connects.add(self)
+        self._seek()
+
+    def _seek(self) -> None:
+        self._tries += 1
+        self._sessions.seek(self._key, self)
+
+    def session_ready(self, session: TlsSession) -> None:
+        self._session = session
+        self._stream = session.request(connect_request.request(self._hop.authority, self._hop.fields), self)
+        self._relay = StreamRelay(self._sessions.engine, session, self._stream, self, self._relayed)
+
+    def session_failed(self, why: str) -> None:
+        self._end("timeout" if "timed out" in why else "error", why)
+
+    def expire(self) -> None:
+        if not self._done and not self._answered:
+            self._end("timeout", "connect timed out")
+
+    def abort(self) -> None:
+        self._end("drained", "")
+
+    # The stream (see StreamUser)
+
+    def answered(self, headers: Headers) -> None:
+        status = first(headers, b":status") or b""
+        if status != b"200":
+            self._end("refused", f"http status: {status.decode('latin-1')}")
+            return
+        self._answered = True
+        self._pod.engine.connects.settle(self)
+        if self._relay is not None:
+            try:
+                self._relay.connect(self._client)
+                if not self._done:
+                    self._pod.engine.poller.add(self._client.fileno(), self._relay.event)
+            except OSError as error:
+                self._relayed(error, "")
+
+    def arrived(self, payload: memoryview) -> None:
+        if self._relay is not None:
+            self._relay.arrived(payload)
+
+    def peer_ended(self) -> None:
+        if not self._answered:
+            self._end("error", "the stream ended without an answer")
+        elif self._relay is not None:
+            self._relay.peer_ended()
+
+    def peer_reset(self, code: int) -> None:
+        if code == ErrorCode.REFUSED_STREAM and not self._answered and self._tries < _TRIES:
+            self._seek()
+        else:
+            self._end("reset", reset_text(code))
+
+    def may_send(self) -> None:
+        if self._relay is not None:
+            self._relay.may_send()
+
+    def session_lost(self, why: str) -> None:
+        self._end("error", why)
+
+    def _relayed(self, error: OSError | None, why: str) -> None:
+        if error is not None:
+            self._end("reset", os.strerror(error.errno) if error.errno else "")
+        else:
+            self._end("error" if why else "fin", why)
+
+    def _end(self, close: str, error: str) -> None:
+        if self._done:
+            return
+        self._done = True
+        if self._relay is not None:
+            self._relay.fail(error)
+        else:
+            self._sessions.leave(self._key, self)
+        self._pod.engine.poller.remove(self._client.fileno())
+        if close == "fin":
+            self._client.close()
+        else:
+            reset(self._client)
+        self._pod.engine.connects.settle(self)
+        self._pod.live.discard(self)
+        relay = self._relay
+        self._pod.record(
+            "hbone", "outbound", self._began, self._source, self._destination, relay.sent if relay else 0,
+            relay.received if relay else 0, close, error, original_dst.plain(self._hop.address),
+        )  # fmt: skip

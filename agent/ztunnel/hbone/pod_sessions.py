@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The HBONE sessions of one pod: those that it opens, pooled, and those that arrive."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from functools import partial
+from typing import Any, Protocol
+
+from agent.core.errors import SluiceError
+from agent.ztunnel.hbone import connect_request
+from agent.ztunnel.hbone.inbound_stream import InboundStream
+from agent.ztunnel.hbone.next_hop import InboundRequest, NoHop, PodIdentity, Router
+from agent.ztunnel.hbone.pool import Pool, SessionKey
+from agent.ztunnel.hbone.session_core import Headers
+from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.relay.original_dst import Address, plain
+from agent.ztunnel.relay.pod_context import Ends, PodContext
+from agent.ztunnel.tls.contexts import ContextStore
+from agent.ztunnel.tls.peer_checks import check_server, client_identity
+from agent.ztunnel.tls.spiffe import SpiffeId
+
+log = logging.getLogger(__name__)
+
+
+class SessionUser(Protocol):
+    """A stream that waits for a session of the pool."""
+
+    def session_ready(self, session: TlsSession) -> None:
+        """Takes the session, which has room for a stream."""
+
+    def session_failed(self, why: str) -> None:
+        """No session could be made."""
+
+
+class PodSessions:
+    """Made when the pod starts; `close` ends all sessions."""
+
+    def __init__(self, pod: PodContext, engine: SessionEngine, contexts: ContextStore, router: Router) -> None:
+        self.engine = engine
+        self.pod = pod
+        self.contexts = contexts
+        self.router = router
+        self.identity = PodIdentity(pod.uid, pod.add.namespace, pod.add.name, pod.add.service_account)
+        self.arrived: set[TlsSession] = set()
+        self._pool: Pool[TlsSession, SessionUser] = Pool()
+        contexts.get(router.identity(self.identity))  # so that they are there when the first client comes
+
+    # Outbound
+
+    def seek(self, key: SessionKey, user: SessionUser) -> None:
+        """Calls `session_ready` or `session_failed` of the user, at once or later."""
+        session = self._pool.find(key)
+        if session is not None:
+            user.session_ready(session)
+        elif self._pool.wait(key, user):
+            self._make(key)
+
+    def leave(self, key: SessionKey, user: SessionUser) -> None:
+        """Takes back `seek`."""
+        self._pool.leave(key, user)
+
+    def _make(self, key: SessionKey) -> None:
+        contexts = self.contexts.get(key.source)
+        if contexts is None:
+            self.contexts.wait(key.source, partial(self._make, key))
+            return
+        try:
+            connecting = self.pod.upstream.connect(key.address, (key.source_ip, 0, *key.address[2:]))
+        except (OSError, SluiceError) as error:
+            self._failed(key, str(getattr(error, "strerror", None) or error))
+            return
+        owner = _Opened(self, key, (plain(connecting.getsockname())[:2], key.address[:2]))
+        session = TlsSession(self.engine, owner, connecting, contexts.client, client=True)
+        try:
+            session.start()
+        except OSError as error:  # out of memory
+            session.close(why=error.strerror or str(error))
+
+    def made(self, key: SessionKey, session: TlsSession) -> None:
+        """Serves those that wait for the session."""
+        users, more = self._pool.made(key, session)
+        for user in users:
+            user.session_ready(session)
+        if more:
+            if users:
+                self._make(key)
+            else:
+                self._failed(key, "the peer takes no streams")
+
+    def ended(self, key: SessionKey, session: TlsSession, why: str, *, was_made: bool) -> None:
+        self.pod.upstream.release(key.address)
+        if was_made:
+            self._pool.ended(key, session)
+        else:
+            self._failed(key, why)
+
+    def _failed(self, key: SessionKey, why: str) -> None:
+        for user in self._pool.failed(key):
+            user.session_failed(why)
+
+    # Inbound
+
+    def accept(self, client: socket.socket, peer: Address) -> None:
+        """Takes over an accepted, non-blocking connection."""
+        contexts = self.contexts.get(self.router.identity(self.identity))
+        if contexts is None or len(self.arrived) >= self.pod.engine.share:
+            client.close()
+            self.pod.warnings.log(
+                f"pod {self.pod.name}: HBONE connection from {peer[0]} refused: "
+                + ("no certificate yet" if contexts is None else f"{self.pod.engine.share} sessions are open")
+            )
+            return
+        session = TlsSession(self.engine, _Arrived(self, plain(peer), plain(client.getsockname())), client,
+                             contexts.server, client=False)  # fmt: skip
+        self.arrived.add(session)
+        try:
+            session.start()
+        except OSError as error:  # out of memory
+            session.close(why=error.strerror or str(error))
+
+    # End
+
+    def drain(self) -> None:
+        """Asks the peers to open new streams with another instance."""
+        for session in tuple(self.arrived):
+            session.drain()
+
+    def close(self) -> None:
+        for session in (*self.arrived, *self._pool.sessions()):
+            session.close(why="drained")
+
+
+class _Opened:
+    """The owner of a session that this pod opens."""
+
+    def __init__(self, sessions: PodSessions, key: SessionKey, ends: Ends) -> None:
+        self._sessions = sessions
+        self._key = key
+        self._ends = ends
+        self._made = False
+        sessions.pod.connecting[ends] = 0
+
+    def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
+        check_server(certificate, self._key.identities)
+        self._made = True
+        self._sessions.made(self._key, session)
+
+    def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
+        """Servers open no streams: h2 refuses them."""
+
+    def closed(self, session: TlsSession, why: str) -> None:
+        self._sessions.pod.connecting.pop(self._ends, None)
+        self._sessions.ended(self._key, session, why, was_made=self._made)
+
+
+class _Arrived:
+    """The owner of a session that a client opened."""
+
+    def __init__(self, sessions: PodSessions, peer: Address, local: Address) -> None:
+        self._sessions = sessions
+        self._peer = peer
+        self._local = local
+        self._identity: SpiffeId | None = None
+
+    def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
+        own = self._sessions.router.identity(self._sessions.identity)
+        self._identity = client_identity(certificate, own.trust_domain)
+
+    def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
+        assert self._identity is not None
+        request = connect_request.parse(headers)
+        if request is None:
+            session.answer(stream, connect_request.response(400), end=True)
+            return
+        sessions = self._sessions
+        decision = sessions.router.inbound(InboundRequest(
+            pod=sessions.identity, peer=self._peer, peer_identity=self._identity, local=self._local, connect=request,
+        ))  # fmt: skip
+        if isinstance(decision, NoHop):
+            session.answer(stream, connect_request.response(decision.status), end=True)
+            return
+        user = InboundStream(sessions.pod, sessions.engine, session, stream, peer=self._peer, admission=decision)
+        session.adopt(stream, user)
+        user.open()
+
+    def closed(self, session: TlsSession, why: str) -> None:
+        self._sessions.arrived.discard(session)
+        if self._identity is None:
+            log.info("pod %s: HBONE session of %s refused: %s", self._sessions.pod.name, self._peer[0], why)

@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTTP/2 session: bytes in, events and bytes out. Pure; the caller passes the time.
+
+The h2 library has the header blocks, SETTINGS, PING, RST_STREAM and the states of streams. DATA and WINDOW_UPDATE never
+enter it (see frames), so the windows are kept here; it sees the end of a stream as an empty DATA frame. GOAWAY does not
+enter it either: it takes one as the end of all streams, but those that are open go on.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final, NamedTuple
+
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.events import (
+    Event,
+    PingAckReceived,
+    RemoteSettingsChanged,
+    RequestReceived,
+    ResponseReceived,
+    StreamEnded,
+    StreamReset,
+)
+from h2.exceptions import H2Error
+from h2.settings import SettingCodes, Settings
+
+from agent.ztunnel.hbone import frames, limits
+from agent.ztunnel.hbone.frames import Data, ErrorCode, Frame, FrameSplitter, Http2Error
+
+Headers = list[tuple[bytes, bytes]]
+
+_LARGEST_STREAM: Final = (1 << 31) - 1
+_LAST_NEW_STREAM: Final = (1 << 30) + 1  # then another session is made: stream numbers are not reused
+_PING: Final = b"sluice\0\0"
+_CREDIT: Final = 4  # WINDOW_UPDATE is sent when a quarter of a window has been taken
+
+
+class Opened(NamedTuple):
+    """The client opened a stream."""
+
+    stream: int
+    headers: Headers
+
+
+class Answered(NamedTuple):
+    """The server answered a request."""
+
+    stream: int
+    headers: Headers
+
+
+class Ended(NamedTuple):
+    """The peer sends no more bytes on this stream."""
+
+    stream: int
+
+
+class Reset(NamedTuple):
+    """The peer has reset the stream."""
+
+    stream: int
+    code: int
+
+
+class GoneAway(NamedTuple):
+    """The peer takes no more streams, and none above `last` was processed."""
+
+    last: int
+    code: int
+
+
+Happening = Data | Opened | Answered | Ended | Reset | GoneAway
+
+
+class _Budget:
+    """A token bucket."""
+
+    __slots__ = ("_left", "_most", "_per_second", "_since")
+
+    def __init__(self, most: int, per_second: int, now: float) -> None:
+        self._left = float(most)
+        self._most = most
+        self._per_second = per_second
+        self._since = now
+
+    def spend(self, now: float) -> bool:
+        """Takes one; returns False if none is left."""
+        self._left = min(self._most, self._left + (now - self._since) * self._per_second) - 1
+        self._since = now
+        return self._left >= 0
+
+    def add(self, count: float) -> None:
+        self._left = min(self._most, self._left + count)
+
+
+class _Stream:
+    """The windows of one stream. `held`: received bytes that the application has not taken."""
+
+    __slots__ = ("answered", "credit", "held", "local_end", "receive_window", "remote_end", "send_window")
+
+    def __init__(self, send_window: int) -> None:
+        self.send_window = send_window
+        self.receive_window = limits.STREAM_WINDOW
+        self.held = 0
+        self.credit = 0  # taken, and not yet announced
+        self.answered = False
+        self.local_end = False
+        self.remote_end = False
+
+
+class SessionCore:
+    """`output` has the bytes to send, in order. The caller empties it after each call that may add to it."""
+
+    def __init__(self, *, client: bool, now: float) -> None:
+        """Starts the session: `output` has the preface and the settings."""
+        self.client = client
+        self.output: list[bytes] = []
+        self.ping_answered = True
+        self.window_opened = False  # since the caller last cleared it: streams that wait may send
+        self.gone = False  # the peer has sent GOAWAY, or this end has
+        self._splitter = FrameSplitter(preface=not client)
+        self._streams: dict[int, _Stream] = {}
+        self._send_window = frames.INITIAL_WINDOW
+        self._receive_window = frames.INITIAL_WINDOW
+        self._credit = limits.CONNECTION_WINDOW - frames.INITIAL_WINDOW
+        self._initial_window = frames.INITIAL_WINDOW  # of the peer, for new streams
+        self._last_remote = 0
+        self._idle = _Budget(limits.IDLE_FRAMES, limits.IDLE_FRAMES_PER_SECOND, now)
+        self._early = _Budget(limits.EARLY_RESETS, limits.EARLY_RESETS_PER_SECOND, now)
+        # h2 takes a CONNECT without :scheme and :path for malformed, so connect_request validates them.
+        self._h2 = H2Connection(H2Configuration(
+            client_side=client, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False,
+            validate_inbound_headers=False, normalize_inbound_headers=False,
+        ))  # fmt: skip
+        self._h2.local_settings = Settings(client=client, initial_values=_settings(client))
+        self._h2.max_inbound_frame_size = limits.MAX_FRAME
+        self._h2.decoder.max_header_list_size = self._h2.local_settings[SettingCodes.MAX_HEADER_LIST_SIZE]
+        self._h2.initiate_connection()
+        if not client:
+            self._h2.receive_data(frames.PREFACE)  # the splitter takes the client's
+        self._collect()
+        self._grant()
+
+    # What the peer sends
+
+    def receive(self, view: memoryview, now: float) -> Iterator[Happening]:
+        """Yields what has happened, in order; payloads are parts of `view`. Raises Http2Error: close with its code."""
+        for frame in self._splitter.split(view):
+            if isinstance(frame, Data):
+                if self._receive_data(frame, now):
+                    if frame.payload:
+                        yield frame
+                    if frame.ended:
+                        yield from self._pass_on(frames.end_of_stream(frame.stream), now)
+                continue
+            match frame.kind:
+                case frames.WINDOW_UPDATE:
+                    self._open_window(frame, now)
+                case frames.GOAWAY:
+                    yield self._go_away(frame)
+                case frames.HEADERS | frames.CONTINUATION:
+                    yield from self._pass_on(frame.raw, now)
+                case _:
+                    self._spend(now)
+                    yield from self._pass_on(frame.raw, now)
+
+    def _receive_data(self, frame: Data, now: float) -> bool:
+        """Charges the windows; returns False if the stream is closed: its last bytes are dropped."""
+        if not frame.charged:
+            self._spend(now)
+        self._receive_window -= frame.charged
+        if self._receive_window < 0:
+            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, "the window of the connection is exceeded")
+        stream = self._streams.get(frame.stream)
+        if stream is None:
+            if self._is_idle(frame.stream):
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, f"DATA on the idle stream {frame.stream}")
+            self._credit += frame.charged
+            self._grant()
+            return False
+        if stream.remote_end:
+            raise Http2Error(ErrorCode.STREAM_CLOSED, f"DATA after the end of stream {frame.stream}")
+        stream.receive_window -= frame.charged
+        if stream.receive_window < 0:
+            raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, f"the window of stream {frame.stream} is exceeded")
+        stream.held += frame.charged
+        if padding := frame.charged - len(frame.payload):
+            self.taken(frame.stream, padding)
+        return True
+
+    def _is_idle(self, number: int) -> bool:
+        if number % 2 == self.client:
+            return number > self._h2.highest_outbound_stream_id
+        return number > self._last_remote
+
+    def _open_window(self, frame: Frame, now: float) -> None:
+        self._spend(now)
+        if len(frame.raw) != frames.HEADER_SIZE + 4:
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "WINDOW_UPDATE of another size")
+        increment = int.from_bytes(frame.payload, "big") & frames.LARGEST_WINDOW
+        stream = self._streams.get(frame.stream)
+        if not increment or (frame.stream and stream is None and self._is_idle(frame.stream)):
+            raise Http2Error(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of nothing, or of an idle stream")
+        if not frame.stream:
+            self._send_window = _widen(self._send_window, increment)
+        elif stream is not None:
+            stream.send_window = _widen(stream.send_window, increment)
+        self.window_opened = True
+
+    def _go_away(self, frame: Frame) -> GoneAway:
+        if len(frame.raw) < frames.HEADER_SIZE + 8:
+            raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY of another size")
+        self.gone = True
+        last, code = struct.unpack_from(">LL", frame.raw, frames.HEADER_SIZE)
+        return GoneAway(last & _LARGEST_STREAM, code)
+
+    def _pass_on(self, raw: bytes, now: float) -> Iterator[Happening]:
+        """Lets h2 process frames. Yields what follows. Raises Http2Error."""
+        try:
+            events = self._h2.receive_data(raw)
+        except H2Error as error:
+            self._h2.clear_outbound_data_buffer()  # its own GOAWAY: `close` sends one
+            code = getattr(error, "error_code", ErrorCodes.PROTOCOL_ERROR)
+            raise Http2Error(ErrorCode(code), str(error) or type(error).__name__) from None
+        self._collect()
+        for event in events:
+            yield from self._translate(event, now)
+
+    def _translate(self, event: Event, now: float) -> Iterator[Happening]:
+        match event:
+            case RequestReceived():
+                self._last_remote = event.stream_id
+                self._streams[event.stream_id] = _Stream(self._initial_window)
+                yield Opened(event.stream_id, list(event.headers))
+            case ResponseReceived() if event.stream_id in self._streams:
+                self._streams[event.stream_id].answered = True
+                yield Answered(event.stream_id, list(event.headers))
+            case StreamEnded() if event.stream_id in self._streams:
+                self._streams[event.stream_id].remote_end = True
+                yield Ended(event.stream_id)
+                self._forget_ended(event.stream_id)
+            case StreamReset() if event.stream_id in self._streams:
+                if not self._forget(event.stream_id).answered and not self.client and not self._early.spend(now):
+                    raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many streams are reset at once")
+                yield Reset(event.stream_id, int(event.error_code or 0))
+            case RemoteSettingsChanged():
+                self._follow_settings(event)
+            case PingAckReceived():
+                self.ping_answered = True
+
+    def _follow_settings(self, event: RemoteSettingsChanged) -> None:
+        changed = event.changed_settings.get(SettingCodes.INITIAL_WINDOW_SIZE)
+        if changed is not None:
+            difference = changed.new_value - self._initial_window
+            self._initial_window = changed.new_value
+            for stream in self._streams.values():
+                stream.send_window = _widen(stream.send_window, difference)
+        self.window_opened = True
+
+    def _spend(self, now: float) -> None:
+        if not self._idle.spend(now):
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+
+    # What this end sends
+
+    @property
+    def open_streams(self) -> int:
+        return len(self._streams)
+
+    @property
+    def most_streams(self) -> int:
+        """Returns how many streams this end, a client, may have open; 0 if it may open no more."""
+        if self.gone or self._h2.highest_outbound_stream_id >= _LAST_NEW_STREAM:
+            return 0
+        return min(limits.POOLED_STREAMS, self._h2.remote_settings.max_concurrent_streams)
+
+    def open(self, headers: Headers) -> int:
+        """Sends a request; returns the stream's number. Call it only below `most_streams`."""
+        number: int = self._h2.get_next_available_stream_id()
+        self._h2.send_headers(number, headers)
+        self._streams[number] = _Stream(self._initial_window)
+        self._collect()
+        return number
+
+    def answer(self, number: int, headers: Headers, *, end: bool = False) -> None:
+        """Answers a request; with `end` the stream ends, and what the client still sends is dropped."""
+        stream = self._streams[number]
+        stream.answered = True
+        self._h2.send_headers(number, headers, end_stream=end)
+        self._collect()
+        if end:
+            stream.local_end = True
+            if not stream.remote_end:
+                self.reset(number, ErrorCode.NO_ERROR)  # RFC 9113, 8.1
+            self._forget_ended(number)
+
+    def room(self, number: int) -> int:
+        """Returns how many bytes one DATA frame of the stream may have now; 0 or less if it must wait."""
+        stream = self._streams.get(number)
+        if stream is None or stream.local_end:
+            return 0
+        return min(self._send_window, stream.send_window, self._h2.max_outbound_frame_size)
+
+    def sent(self, number: int, count: int) -> None:
+        """Notes a DATA frame that the caller has sent (see frames.write_data_header)."""
+        self._send_window -= count
+        self._streams[number].send_window -= count
+        self._idle.add(count / limits.BYTES_PER_IDLE_FRAME)
+
+    def taken(self, number: int, count: int) -> None:
+        """Notes that the application has taken `count` received bytes: the peer may send as many again."""
+        stream = self._streams.get(number)
+        if stream is None:  # what was held is credited
+            return
+        stream.held -= count
+        if stream.local_end and stream.remote_end and not stream.held:
+            self._forget(number)
+        stream.credit += count
+        if stream.credit >= limits.STREAM_WINDOW // _CREDIT and not stream.remote_end:
+            self.output.append(frames.window_update(number, stream.credit))
+            stream.receive_window += stream.credit
+            stream.credit = 0
+        self._credit += count
+        if self._credit >= limits.CONNECTION_WINDOW // _CREDIT:
+            self._grant()
+
+    def _grant(self) -> None:
+        if self._credit:
+            self.output.append(frames.window_update(0, self._credit))
+            self._receive_window += self._credit
+            self._credit = 0
+
+    def end(self, number: int) -> None:
+        """Sends the end of the stream."""
+        self._streams[number].local_end = True
+        self._h2.end_stream(number)
+        self._collect()
+        self._forget_ended(number)
+
+    def reset(self, number: int, code: ErrorCode) -> None:
+        """Gives up the stream, which is reset unless both ends have ended it."""
+        if number in self._streams:
+            stream = self._forget(number)
+            if not (stream.local_end and stream.remote_end):
+                self._h2.reset_stream(number, ErrorCodes(code))
+                self._collect()
+
+    def ping(self) -> None:
+        """Sends a PING; `ping_answered` is False until its answer comes."""
+        self.ping_answered = False
+        self._h2.ping(_PING)
+        self._collect()
+
+    def drain(self) -> None:
+        """Asks the client to open no more streams; those that are under way are still served."""
+        self.output.append(frames.goaway(_LARGEST_STREAM, ErrorCode.NO_ERROR))
+
+    def close(self, code: ErrorCode) -> None:
+        """Sends the last GOAWAY. Nothing may be sent after it."""
+        self.gone = True
+        self.output.append(frames.goaway(self._last_remote, code))
+
+    def _forget_ended(self, number: int) -> None:
+        stream = self._streams.get(number)
+        if stream is not None and stream.local_end and stream.remote_end and not stream.held:
+            self._forget(number)
+
+    def _forget(self, number: int) -> _Stream:
+        stream = self._streams.pop(number)
+        self._credit += stream.held
+        if self._credit >= limits.CONNECTION_WINDOW // _CREDIT:
+            self._grant()
+        return stream
+
+    def _collect(self) -> None:
+        if made := self._h2.data_to_send():
+            self.output.append(made)
+
+
+def _settings(client: bool) -> dict[SettingCodes, int]:
+    values = {
+        SettingCodes.INITIAL_WINDOW_SIZE: limits.STREAM_WINDOW,
+        SettingCodes.MAX_FRAME_SIZE: limits.MAX_FRAME,
+        SettingCodes.MAX_HEADER_LIST_SIZE: limits.MAX_RESPONSE_HEADERS if client else limits.MAX_REQUEST_HEADERS,
+    }
+    if client:
+        values[SettingCodes.ENABLE_PUSH] = 0
+    else:
+        values[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.STREAMS_PER_SESSION
+    return values
+
+
+def _widen(window: int, increment: int) -> int:
+    if window + increment > frames.LARGEST_WINDOW:
+        raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, "a window of more than 31 bits")
+    return window + increment
+
+
+def first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
+    """Returns the value of the first header with this name."""
+    return next((value for key, value in headers if key == name), None)

@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection of HBONE: a socket, TLS and HTTP/2 in it, and the users of its streams."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agent.core.errors import SluiceError
+from agent.ztunnel.hbone import frames, limits
+from agent.ztunnel.hbone.frames import ErrorCode, Http2Error
+from agent.ztunnel.hbone.session_core import Answered, Ended, GoneAway, Headers, Opened, Reset, SessionCore
+from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
+from agent.ztunnel.hbone.work_buffers import SIZE, WorkBuffers
+from agent.ztunnel.relay import poller
+from agent.ztunnel.relay.poller import Deadlines, Poller
+
+_ROUNDS = 4  # of reading, then others get their turn
+_PING_ROUNDS = round(limits.PING_TIMEOUT_SECONDS / limits.PING_SECONDS)
+_IDLE_ROUNDS = round(limits.IDLE_SESSION_SECONDS / limits.PING_SECONDS)
+
+
+class StreamUser(Protocol):
+    """One end of a stream. After `peer_reset` or `session_lost` the stream does not exist any more."""
+
+    def answered(self, headers: Headers) -> None:
+        """The server has answered the request."""
+
+    def arrived(self, payload: memoryview) -> None:
+        """Takes bytes, which are valid during this call; `TlsSession.taken` lets the peer send more."""
+
+    def peer_ended(self) -> None:
+        """The peer sends no more bytes."""
+
+    def peer_reset(self, code: int) -> None:
+        """The peer has reset the stream, or refused it (REFUSED_STREAM)."""
+
+    def may_send(self) -> None:
+        """There may be room again, after `TlsSession.wait`."""
+
+    def session_lost(self, why: str) -> None:
+        """The session has ended, and with it the stream."""
+
+
+class SessionOwner(Protocol):
+    """The maker of a session, which outlives it."""
+
+    def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
+        """The handshake is complete. Raises SluiceError if the peer is not accepted."""
+
+    def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
+        """A client asks for a stream, which `TlsSession.adopt` takes or `answer` refuses."""
+
+    def closed(self, session: TlsSession, why: str) -> None:
+        """The session has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEngine:
+    """The parts that all sessions of an event loop share. `shakes` and `pings` have the times of limits."""
+
+    poller: Poller
+    buffers: WorkBuffers
+    shakes: Deadlines
+    pings: Deadlines
+
+
+class _Tick:
+    """The session's place among `pings`."""
+
+    __slots__ = ("_session",)
+
+    def __init__(self, session: TlsSession) -> None:
+        self._session = session
+
+    def expire(self) -> None:
+        self._session.tick()
+
+
+class TlsSession:
+    """Owns the socket. `open` is True from the end of the handshake to the end of the session."""
+
+    __slots__ = (
+        "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_owner", "_pending", "_ping_rounds",
+        "_reading", "_socket", "_tick", "_users", "_waiting", "closed", "open",
+    )  # fmt: skip
+
+    def __init__(
+        self, engine: SessionEngine, owner: SessionOwner, connected: socket.socket, context: ssl.SSLContext,
+        *, client: bool,
+    ) -> None:  # fmt: skip
+        """Takes over a non-blocking socket: of a client one that connects, of a server an accepted one."""
+        self.open = False
+        self.closed = False
+        self._engine = engine
+        self._owner = owner
+        self._socket = connected
+        self._codec = TlsCodec(context, client=client)
+        self._core = SessionCore(client=client, now=engine.poller.loop.time())
+        self._connecting = client
+        self._pending: memoryview | bytes = b""  # records that the socket did not take
+        self._users: dict[int, StreamUser] = {}
+        self._waiting: dict[StreamUser, None] = {}
+        self._reading = False
+        self._heard = True  # since the last tick
+        self._ping_rounds = 0
+        self._idle_rounds = 0
+        self._tick = _Tick(self)
+
+    def start(self) -> None:
+        """Raises OSError: out of memory."""
+        self._engine.shakes.add(self)
+        self._engine.poller.add(self._socket.fileno(), self._event)
+
+    # Streams
+
+    @property
+    def room_for_streams(self) -> int:
+        """Returns how many more streams this end, a client, may open."""
+        return 0 if self.closed else self._core.most_streams - self._core.open_streams
+
+    @property
+    def used(self) -> bool:
+        return bool(self._users)
+
+    def request(self, headers: Headers, user: StreamUser) -> int:
+        """Opens a stream; returns its number."""
+        stream = self._core.open(headers)
+        self._users[stream] = user
+        self._write_out()
+        return stream
+
+    def adopt(self, stream: int, user: StreamUser) -> None:
+        """Sets the user of a stream that a client has opened."""
+        self._users[stream] = user
+
+    def answer(self, stream: int, headers: Headers, *, end: bool = False) -> None:
+        self._core.answer(stream, headers, end=end)
+        if end:
+            self._users.pop(stream, None)
+        self._write_out()
+
+    def room(self, stream: int) -> int:
+        """Returns how many bytes the stream may send now; 0 if it must `wait`."""
+        if len(self._pending) + self._codec.outgoing.pending >= limits.FULL_OUTPUT:
+            return 0
+        return max(self._core.room(stream), 0)
+
+    def wait(self, user: StreamUser) -> None:
+        """Calls `may_send` when there may be room."""
+        self._waiting[user] = None
+
+    def send(self, stream: int, count: int) -> None:
+        """Sends `count` bytes, at most `room`, which are in the frame buffer of the engine."""
+        buffers = self._engine.buffers
+        self._encrypt_output()
+        frames.write_data_header(buffers.frame, count, stream)
+        self._core.sent(stream, count)
+        self._encrypt(buffers.frame_view[: frames.HEADER_SIZE + count])
+        self._flush()
+
+    def taken(self, stream: int, count: int) -> None:
+        """Notes that the application has taken received bytes."""
+        self._core.taken(stream, count)
+        if self._core.output and not self._reading:
+            self._write_out()
+
+    def end(self, stream: int) -> None:
+        """Sends the end of the stream."""
+        self._core.end(stream)
+        self._write_out()
+
+    def release(self, user: StreamUser, stream: int, code: ErrorCode = ErrorCode.CANCEL) -> None:
+        """Gives the stream up; it is reset if it has not ended."""
+        self._waiting.pop(user, None)
+        if self._users.pop(stream, None) is not None and not self.closed:
+            self._core.reset(stream, code)
+            self._write_out()
+            self._end_if_drained()
+
+    # End of the session
+
+    def drain(self) -> None:
+        """Asks the client to open no more streams here. The session ends with its last stream."""
+        if self.open:
+            self._core.drain()
+            self._core.gone = True
+            self._write_out()
+        self._end_if_drained()
+
+    def close(self, code: ErrorCode = ErrorCode.NO_ERROR, why: str = "closed") -> None:
+        """Ends the session; its streams are lost."""
+        if self.closed:
+            return
+        if self.open:
+            self._core.close(code)
+            self._encrypt_output()
+            self._codec.close()
+            self._flush()
+        self._lose(why)
+
+    def expire(self) -> None:
+        """Ends a session that has not finished its handshake in time."""
+        if not self.open:
+            self._lose("connect timed out" if self._connecting else "the TLS handshake timed out")
+
+    def tick(self) -> None:
+        """Checks that the peer is there, every PING_SECONDS."""
+        if self.closed:
+            return
+        self._idle_rounds = 0 if self._users else self._idle_rounds + 1
+        self._ping_rounds = 0 if self._heard or self._core.ping_answered else self._ping_rounds + 1
+        if self._ping_rounds >= _PING_ROUNDS:
+            self.close(why="HBONE ping timeout")
+        elif self._core.client and self._idle_rounds > _IDLE_ROUNDS:
+            self.close(why="not used any more")
+        else:
+            self._engine.pings.add(self._tick)
+            if not self._heard and self._core.ping_answered:
+                self._core.ping()
+                self._write_out()
+            self._heard = False
+
+    def _end_if_drained(self) -> None:
+        if self._core.gone and not self._users:
+            self.close()
+
+    def _lose(self, why: str) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self.open = False
+        self._engine.shakes.settle(self)
+        self._engine.pings.settle(self._tick)
+        self._engine.poller.remove(self._socket.fileno())
+        self._socket.close()
+        users = list(self._users.values())
+        self._users.clear()
+        self._waiting.clear()
+        self._owner.closed(self, why)
+        for user in users:
+            user.session_lost(why)
+
+    # Events of the socket
+
+    def _event(self, mask: int) -> None:
+        if self._connecting and mask & (poller.WRITE | poller.END):
+            failed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if failed:
+                self._lose(os.strerror(failed))
+                return
+            self._connecting = False
+            self._guard(self._shake_hands)
+        if mask & poller.READ and not self.closed:
+            self._guard(self._read, bool(mask & poller.END))
+        if mask & poller.WRITE and not self.closed:
+            self._guard(self._write_more)
+
+    def _guard(self, step: Any, *arguments: bool) -> None:
+        """Runs a step; an error in it ends the session."""
+        try:
+            step(*arguments)
+        except Http2Error as error:
+            self.close(error.code, str(error))
+        except OSError as error:
+            self._lose(os.strerror(error.errno) if error.errno else str(error))
+        except SluiceError as error:
+            self._abandon(str(error))
+
+    def _abandon(self, why: str) -> None:
+        """Ends a session after an error of TLS: an alert may be waiting to be sent."""
+        if not self.closed:
+            self._flush()
+        self._lose(why)
+
+    def _shake_hands(self) -> None:
+        done = self._codec.shake_hands()
+        if not done:
+            self._flush()
+            return
+        self._owner.authenticate(self, self._codec.peer_certificate())
+        if not self.closed:
+            self.open = True
+            self._engine.shakes.settle(self)
+            self._engine.pings.add(self._tick)
+            self._write_out()
+
+    def _read(self, ended: bool = False) -> None:
+        if self.closed:
+            return
+        records = self._engine.buffers.records
+        for _ in range(_ROUNDS):
+            try:
+                count = self._socket.recv_into(records)
+            except BlockingIOError:
+                break
+            if not count:
+                raise ConnectionResetError(errno.ECONNRESET, "closed by the peer")
+            self._heard = True
+            self._codec.feed(records[:count])
+            if not self.open:
+                self._shake_hands()
+            if self.open:
+                self._process()
+            if self.closed:
+                return
+            if count < SIZE and not ended:
+                break
+        else:
+            self._engine.poller.loop.call_soon(self._guard, self._read, ended)
+        self._write_out()
+        if self._core.window_opened:
+            self._wake()
+
+    def _process(self) -> None:
+        now = self._engine.poller.loop.time()
+        self._reading = True
+        try:
+            for view in self._codec.decrypt(self._engine.buffers.plain):
+                for happening in self._core.receive(view, now):
+                    self._dispatch(happening)
+                    if self.closed:
+                        return
+        finally:
+            self._reading = False
+
+    def _dispatch(self, happening: Any) -> None:
+        match happening:
+            case frames.Data(stream, payload):
+                if (user := self._users.get(stream)) is not None:
+                    user.arrived(payload)
+                else:
+                    self._core.taken(stream, len(payload))
+            case Opened(stream, headers):
+                self._owner.opened(self, stream, headers)
+            case Answered(stream, headers):
+                if (user := self._users.get(stream)) is not None:
+                    user.answered(headers)
+            case Ended(stream):
+                if (user := self._users.get(stream)) is not None:
+                    user.peer_ended()
+            case Reset(stream, code):
+                self._dismiss(stream, code)
+            case GoneAway(last, _):
+                for stream in [number for number in self._users if number > last]:
+                    self._core.reset(stream, ErrorCode.CANCEL)
+                    self._dismiss(stream, ErrorCode.REFUSED_STREAM)
+                self._end_if_drained()
+
+    def _dismiss(self, stream: int, code: int) -> None:
+        user = self._users.pop(stream, None)
+        if user is not None:
+            self._waiting.pop(user, None)
+            user.peer_reset(code)
+            self._end_if_drained()
+
+    # Output
+
+    def _write_out(self) -> None:
+        """Sends what the core has produced. While input is processed, this waits for its end."""
+        if self._reading or not self.open:
+            return
+        self._encrypt_output()
+        self._flush()
+        if len(self._pending) + self._codec.outgoing.pending > limits.MAX_OUTPUT:
+            self._lose("the peer reads no answers")
+
+    def _encrypt_output(self) -> None:
+        if self._core.output:
+            made = b"".join(self._core.output)
+            self._core.output.clear()
+            self._encrypt(made)
+
+    def _encrypt(self, data: memoryview | bytes) -> None:
+        if not self.closed:
+            try:
+                self._codec.encrypt(data)
+            except TlsError as error:
+                self._lose(str(error))
+
+    def _flush(self) -> None:
+        """Sends records until the socket is full. An error of the socket is left to its next event."""
+        try:
+            while self._pending or self._codec.outgoing.pending:
+                data = self._pending or memoryview(self._codec.outgoing.read())
+                self._pending = data
+                self._pending = data[self._socket.send(data) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._pending = b""
+            self._codec.outgoing.read()
+
+    def _write_more(self) -> None:
+        if self._pending or self._codec.outgoing.pending:
+            self._flush()
+        if self._waiting:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._core.window_opened = False
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        for user in waiting:
+            if self.closed:
+                return
+            user.may_send()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HBONE of all pods of one event loop."""
+
+from __future__ import annotations
+
+import socket
+
+from agent.ztunnel.hbone import limits
+from agent.ztunnel.hbone.next_hop import NoHop, PlainHop, Router
+from agent.ztunnel.hbone.outbound_stream import OutboundStream
+from agent.ztunnel.hbone.pod_sessions import PodSessions
+from agent.ztunnel.hbone.tls_session import SessionEngine
+from agent.ztunnel.hbone.work_buffers import WorkBuffers
+from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.pod_context import PodContext, RefusedError
+from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.tls.contexts import ContextStore
+
+
+class HboneTunnels:
+    """Implements pod_context.Tunnels. For one thread."""
+
+    def __init__(self, poller: Poller, contexts: ContextStore, router: Router) -> None:
+        self._engine = SessionEngine(
+            poller, WorkBuffers(), Deadlines(poller.loop, limits.HANDSHAKE_SECONDS),
+            Deadlines(poller.loop, limits.PING_SECONDS),
+        )  # fmt: skip
+        self._contexts = contexts
+        self._router = router
+        self._pods: dict[str, PodSessions] = {}
+
+    def start(self, pod: PodContext) -> None:
+        self._pods[pod.uid] = PodSessions(pod, self._engine, self._contexts, self._router)
+
+    def outbound(
+        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: tuple[float, float]
+    ) -> Address | None:
+        sessions = self._pods[pod.uid]
+        hop = self._router.outbound(sessions.identity, source, destination)
+        if isinstance(hop, NoHop):
+            raise RefusedError(hop.reason)
+        if isinstance(hop, PlainHop):
+            return hop.address
+        OutboundStream(pod, sessions, hop, client, source=source, destination=destination, began=began).open()
+        return None
+
+    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> None:
+        refused = self._router.inbound_plain(self._pods[pod.uid].identity, source, destination)
+        if refused is not None:
+            raise RefusedError(refused.reason)
+
+    def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
+        self._pods[pod.uid].accept(client, peer)
+
+    def drain(self, pod: PodContext) -> None:
+        self._pods[pod.uid].drain()
+
+    def close(self, pod: PodContext) -> None:
+        if sessions := self._pods.pop(pod.uid, None):
+            sessions.close()
+
+    def stop(self) -> None:
+        """Ends the timers; call it after the last pod is closed."""
+        self._engine.shakes.close()
+        self._engine.pings.close()

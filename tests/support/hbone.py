@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two pods on two nodes in one mesh: each has its own agent's end of ZDS and its own real ztunnel."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from support.ztunnel import NFT, PEER4, PEER6, POD4, POD6, Agent, Place, Ztunnel, places
+
+from agent.kernel.exec import run, start
+from agent.zds.messages import Add, SnapshotSent
+from agent.ztunnel.hbone.next_hop import (
+    Address,
+    Admission,
+    InboundRequest,
+    NoHop,
+    PlainHop,
+    PodIdentity,
+    TunnelHop,
+)
+from agent.ztunnel.tls.spiffe import SpiffeId
+
+HBONE_PORT = 15008
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass
+class SmallMesh:
+    """A router that knows pods by their addresses. `refused`: ports to which nobody may connect."""
+
+    accounts: dict[str, str] = field(default_factory=lambda: {POD4: "web", POD6: "web", PEER4: "shop", PEER6: "shop"})
+    refused: frozenset[int] = frozenset()
+    trust_domain: str = "cluster.local"
+    expected: str = ""  # the identity that every server must have
+
+    def identity(self, pod: PodIdentity) -> SpiffeId:
+        return SpiffeId(self.trust_domain, pod.namespace, pod.service_account)
+
+    def outbound(self, pod: PodIdentity, source: Address, destination: Address) -> PlainHop | TunnelHop | NoHop:
+        account = self.accounts.get(destination[0])
+        if account is None:
+            return PlainHop(destination)
+        host, port = destination[:2]
+        return TunnelHop(
+            address=(host, HBONE_PORT) if len(destination) == 2 else (host, HBONE_PORT, 0, 0),
+            authority=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+            source=self.identity(pod),
+            identities=frozenset({self.expected or str(SpiffeId(self.trust_domain, "demo", account))}),
+            fields=(("forwarded", f'for="{source[0]}:{source[1]}"'),),
+        )
+
+    def inbound(self, request: InboundRequest) -> Admission | NoHop:
+        connect = request.connect
+        if connect.host != request.local[0]:
+            return NoHop("another pod's address", 400)
+        if connect.port in self.refused:
+            return NoHop("policy", 401)
+        return Admission(
+            address=(connect.host, connect.port, *request.local[2:]),  # type: ignore[arg-type]
+            fields=(("baggage", "k8s.namespace.name=demo"),),
+        )
+
+    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
+        return None
+
+
+class MeshZtunnel(Ztunnel):
+    """The real process with a SmallMesh."""
+
+    def __init__(
+        self, socket_path: Path, records: Path, authority: Path, *, drain: float = 5.0, mesh: str = ""
+    ) -> None:
+        self.path = records
+        code = (
+            f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n"
+            "from agent.ztunnel.app import ZtunnelSettings, main\nfrom support.hbone import SmallMesh\n"
+            f"settings = ZtunnelSettings({str(socket_path)!r}, {str(records)!r}, {drain},"
+            f" identities='development:{authority}')\n"
+            f"sys.exit(main(settings, SmallMesh({mesh})))"
+        )
+        with Path(f"{records}.err").open("ab") as errors:
+            self.process: subprocess.Popen[bytes] = start([sys.executable, "-c", code], stderr=errors)
+
+
+class Node:
+    """A node with one pod."""
+
+    def __init__(self, pod: Place, account: str, folder: Path, made: contextlib.ExitStack) -> None:
+        self.pod, self.account, self.folder, self._made = pod, account, folder, made
+        folder.mkdir()
+        self.agent = Agent(folder / "zds.sock")
+        made.callback(self.agent.close)
+        self.ztunnel: Ztunnel
+
+    def start(
+        self, name: str = "records", *, drain: float = 5.0, mesh: str = "", authority: Path | None = None
+    ) -> Ztunnel:
+        self.ztunnel = MeshZtunnel(
+            self.agent.path, self.folder / name, authority or self.folder.parent / "ca", drain=drain, mesh=mesh
+        )
+        self._made.callback(self.ztunnel.close)
+        self.agent.accept()
+        assert (
+            self.agent.ask(Add(f"uid-{self.account}", self.account, "demo", self.account), (self.pod.netns.fd,)) == ""
+        )
+        assert self.agent.ask(SnapshotSent()) == ""
+        return self.ztunnel
+
+
+@contextlib.contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
+    """(web at POD4 and POD6, shop at PEER4 and PEER6), both captured; no ztunnel has been started."""
+    with contextlib.ExitStack() as made:
+        web, shop = made.enter_context(places())
+        for family, everything in (("-4", "0.0.0.0/0"), ("-6", "::/0")):
+            shop.ip(family, "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
+            shop.ip(family, "route", "add", "local", everything, "dev", "lo", "table", "100")
+        run(["nft", "-f", "-"], stdin=NFT, netns=shop.path)
+        yield Node(web, "web", folder / "web", made), Node(shop, "shop", folder / "shop", made)
