@@ -6,7 +6,6 @@ Earlier versions wrote these forms, and istio-cni does. Nothing here makes them;
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
             if not tables:
                 held[family] = Held()
                 continue
-            chains = {name: _chain(nft, protocol, name) for name in (BASE, CHAIN)}
+            chains = {name: nft.dump(GETCHAIN, protocol, _place(wire.Chain.NAME, name), 0) for name in (BASE, CHAIN)}
             there = [name for name, found in chains.items() if found]
             rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(wire.Rule.CHAIN, name))]
             base = [wire.fields(message.body) for message in chains[BASE]]
@@ -187,15 +186,3 @@ def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
 
 def _place(kind: int, chain: str) -> bytes:
     return attribute(wire.Chain.TABLE, TABLE) + attribute(kind, chain)
-
-
-def _chain(nft: NftSocket, protocol: int, name: str) -> list[Message]:
-    """Returns one chain's message, none when the chain does not exist."""
-    try:
-        return nft.request(
-            "read nf_tables", GETCHAIN, 0, wire.NFGENMSG.pack(protocol, 0, 0) + _place(wire.Chain.NAME, name)
-        )
-    except KernelError as error:
-        if error.errno == errno.ENOENT:
-            return []
-        raise

@@ -138,19 +138,11 @@ class Conntrack:
         found = fields(flow.body)
         zone = [attribute(Cta.ZONE, found[Cta.ZONE])] if Cta.ZONE in found else []
         names = nested(Cta.TUPLE_ORIG, found[Cta.TUPLE_ORIG]) + attribute(Cta.ID, found[Cta.ID]) + b"".join(zone)
-        try:
-            self._netlink.request("conntrack delete", CT_DELETE, 0, flow.body[: NFGENMSG.size] + names)
-        except KernelError as error:
-            if error.errno != errno.ENOENT:
-                raise
+        body = flow.body[: NFGENMSG.size] + names
+        self._netlink.request("conntrack delete", CT_DELETE, 0, body, fine=(errno.ENOENT,))
 
     def _get(self, request: bytes) -> bytes | None:
-        try:
-            answers = self._netlink.request("conntrack lookup", CT_GET, 0, request)
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
+        answers = self._netlink.request("conntrack lookup", CT_GET, 0, request, fine=(errno.ENOENT,))
         return answers[0].body if answers else None
 
     def close(self) -> None:

@@ -61,12 +61,9 @@ class IpsetSocket(NetlinkSocket):
 
     def read(self, name: str) -> IpSet | None:
         """Returns the set with all members; None when it does not exist."""
-        try:
-            answers = self._ask("read", LIST, name, NLM_F_DUMP)
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return None
-            raise
+        answers = self._ask("read", LIST, name, NLM_F_DUMP)
+        if not answers:
+            return None
         kind = ""
         family = 4
         members = dict[str, str]()
@@ -87,8 +84,6 @@ class IpsetSocket(NetlinkSocket):
                 self._ask("destroy", DESTROY, name, 0)
                 return
             except KernelError as error:
-                if error.errno == errno.ENOENT:
-                    return
                 if error.errno != _REFERENCED:
                     raise
                 if time.monotonic() > deadline:
@@ -98,7 +93,8 @@ class IpsetSocket(NetlinkSocket):
     def _ask(self, verb: str, kind: int, name: str, flags: int) -> list[bytes]:
         body = NFGENMSG.pack(socket.AF_INET, 0, 0)
         body += attribute(Attribute.PROTOCOL, bytes([_PROTOCOL])) + attribute(Attribute.SETNAME, name)
-        return [answer.body for answer in self.request(f"{verb} set {name}", kind, flags, body)]
+        answers = self.request(f"{verb} set {name}", kind, flags, body, fine=(errno.ENOENT,))
+        return [answer.body for answer in answers]
 
 
 def _member(element: bytes) -> tuple[str, str]:

@@ -98,22 +98,16 @@ class NftSocket(NetlinkSocket):
 
     def get(self, kind: int, family: int, body: bytes) -> bytes:
         """Returns one table or chain, as in a dump; empty when it does not exist."""
-        try:
-            found = self.request("read nf_tables", kind, 0, NFGENMSG.pack(family, 0, 0) + body)
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return b""
-            raise
+        found = self.dump(kind, family, body, 0)
         return b"".join(message(one.kind, 0, one.sequence, one.body) for one in found)
 
-    def dump(self, kind: int, family: int, body: bytes = b"") -> list[Message]:
-        """Dumps tables, chains or rules of a family; a table that does not exist dumps as nothing."""
-        try:
-            return self.request("read nf_tables", kind, NLM_F_DUMP, NFGENMSG.pack(family, 0, 0) + body)
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return []
-            raise
+    def dump(self, kind: int, family: int, body: bytes = b"", flags: int = NLM_F_DUMP) -> list[Message]:
+        """Dumps tables, chains or rules of a family, with `flags` 0 reads the one that `body` names.
+
+        What does not exist is read as nothing.
+        """
+        request = NFGENMSG.pack(family, 0, 0) + body
+        return self.request("read nf_tables", kind, flags, request, fine=(errno.ENOENT,))
 
     def chains(self) -> list[tuple[str, str]]:
         """Returns (table, chain) of each chain in the namespace."""

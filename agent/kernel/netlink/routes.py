@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.core.errors import KernelError
 from agent.core.model.topology import Link, Route
 from agent.core.wire import policy_rules
 from agent.core.wire.netlink import NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, attribute, pack_u32, unpack_int, unpack_text
@@ -84,12 +83,7 @@ class RouteSocket(NetlinkSocket):
         """True if lo is there and up. Answered under the kernel's RTNL lock, which all who change addresses, links
         or IPv4 routes hold from before they notify to the end: after this answer, what was notified before is done."""
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, 0, 0) + _WITHOUT_STATS
-        try:
-            answers = self.request("read lo", Rtm.GETLINK, 0, body)
-        except KernelError as error:
-            if error.errno == errno.ENODEV:
-                return False
-            raise
+        answers = self.request("read lo", Rtm.GETLINK, 0, body, fine=(errno.ENODEV,))
         return any(IFINFOMSG.unpack_from(answer.body)[3] & _IFF_UP for answer in answers)
 
     def raise_lo(self) -> None:
@@ -193,17 +187,8 @@ class RouteSocket(NetlinkSocket):
         fine: tuple[int, ...] = (errno.EEXIST,) if add else (errno.ENOENT, errno.ESRCH)
         if isinstance(item, LocalRoute) and item.interface != LOOPBACK_INDEX:
             fine += _UNREACHED
-        try:
-            self.request(f"ip {command(item, add=add)}", kind, flags, body)
-        except KernelError as error:
-            if error.errno not in fine:
-                raise
+        self.request(f"ip {command(item, add=add)}", kind, flags, body, fine=fine)
 
     def _dump(self, operation: str, kind: int, body: bytes, most: int = sys.maxsize) -> list[bytes]:
-        try:
-            return [answer.body for answer in self.request(operation, kind, NLM_F_DUMP, body, most)]
-        except KernelError as error:
-            # No such table; or a kernel without this family.
-            if error.errno in (errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
-                return []
-            raise
+        absent = (errno.ENOENT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP)  # the table, or this family in the kernel
+        return [one.body for one in self.request(operation, kind, NLM_F_DUMP, body, most=most, fine=absent)]

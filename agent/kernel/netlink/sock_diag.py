@@ -154,12 +154,8 @@ class SockDiag(NetlinkSocket):
 
         False is not sure where programs at sk_lookup have a say. Raises KernelError.
         """
-        try:
-            answers = self.request(_WHAT, _BY_FAMILY, 0, encode((_LOOPBACK, port), (_LOOPBACK, 1)))
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return False
-            raise
+        request = encode((_LOOPBACK, port), (_LOOPBACK, 1))
+        answers = self.request(_WHAT, _BY_FAMILY, 0, request, fine=(errno.ENOENT,))
         found = (decode(answer.body) for answer in answers)
         return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in found)
 
@@ -178,13 +174,7 @@ class SockDiag(NetlinkSocket):
         return None
 
     def _between(self, local: Endpoint, remote: Endpoint) -> Iterator[tuple[TcpSocket, bytes]]:
-        try:
-            answers = self.request(_WHAT, _BY_FAMILY, 0, encode(local, remote))
-        except KernelError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise
-        for answer in answers:
+        for answer in self.request(_WHAT, _BY_FAMILY, 0, encode(local, remote), fine=(errno.ENOENT,)):
             one = decode(answer.body)
             # The kernel's lookup falls back to the listener that would take the connection.
             if one and (one.local, one.remote) == (local, remote):
@@ -192,14 +182,14 @@ class SockDiag(NetlinkSocket):
 
     def destroy(self, one: TcpSocket) -> None:
         """Resets a connection; one that has ended is fine. Raises KernelError."""
+        what = "end a connection"
         try:
-            self.request("end a connection", _DESTROY, 0, encode(one.local, one.remote, one.cookie))
+            self.request(what, _DESTROY, 0, encode(one.local, one.remote, one.cookie), fine=(errno.ENOENT,))
         except KernelError as error:
-            if error.errno == errno.EOPNOTSUPP:
-                words = "not supported by this kernel (CONFIG_INET_DIAG_DESTROY); or set preserve_connections: true"
-                raise KernelError("end a connection", error.errno, words) from None
-            if error.errno != errno.ENOENT:
+            if error.errno != errno.EOPNOTSUPP:
                 raise
+            words = "not supported by this kernel (CONFIG_INET_DIAG_DESTROY); or set preserve_connections: true"
+            raise KernelError(what, error.errno, words) from None
 
     def _dump(self, kind: int, body: bytes) -> list[TcpSocket]:
         found = (decode(answer.body) for answer in self.request(_WHAT, kind, NLM_F_DUMP, body))

@@ -11,7 +11,7 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from agent.core.errors import KernelError, StaleError
 from agent.core.wire.netlink import (
@@ -75,11 +75,20 @@ class NetlinkSocket:
     def next_sequence(self) -> int:
         return next(self._sequence) & 0xFFFFFFFF
 
-    def request(self, operation: str, kind: int, flags: int, body: bytes, most: int = sys.maxsize) -> list[Message]:
+    def request(
+        self,
+        operation: str,
+        kind: int,
+        flags: int,
+        body: bytes,
+        *,
+        most: int = sys.maxsize,
+        fine: Container[int] = (),
+    ) -> list[Message]:
         """Sends one request and returns the first `most` messages of its answer, without the final acknowledgement.
 
         All of a dump is received. One that changed meanwhile is requested again. Raises KernelError in the kernel's
-        words.
+        words, unless the error's number is in `fine`, such as ENOENT: then the answer is empty.
         """
         answers: list[Message] = []
         for _ in range(3 if self.torn else 20):
@@ -88,7 +97,7 @@ class NetlinkSocket:
             self.socket.send(message(kind, NLM_F_REQUEST | flags | final, sequence, body))
             answers = []
             changed = 0
-            for answer in self._answers(operation, sequence):
+            for answer in self._answers(operation, sequence, fine):
                 changed |= answer.flags & NLM_F_DUMP_INTR
                 if len(answers) < most:
                     answers.append(answer)
@@ -98,7 +107,7 @@ class NetlinkSocket:
             return answers
         raise StaleError(operation, errno.EINTR, "kept changing while it was read")
 
-    def _answers(self, operation: str, sequence: int) -> Iterator[Message]:
+    def _answers(self, operation: str, sequence: int, fine: Container[int]) -> Iterator[Message]:
         while True:
             for answer in messages(self.receive(operation)):
                 if answer.sequence != sequence:
@@ -106,7 +115,7 @@ class NetlinkSocket:
                 if answer.kind == NLMSG_DONE:
                     return
                 if answer.kind == NLMSG_ERROR:
-                    raise_for(operation, answer)
+                    raise_for(operation, answer, fine)
                     return
                 yield answer
 
@@ -129,10 +138,10 @@ class NetlinkSocket:
         self.socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
-def raise_for(operation: str, answer: Message) -> None:
+def raise_for(operation: str, answer: Message, fine: Container[int] = ()) -> None:
     """Turns a negative acknowledgement into KernelError, with the kernel's extended text when it sent one."""
     number = -struct.unpack_from("=i", answer.body)[0]
-    if not number:
+    if not number or number in fine:
         return
     words = os.strerror(number)
     if answer.flags & 0x200:  # NLM_F_ACK_TLVS: error code, the request's header, then attributes
