@@ -6,11 +6,12 @@ from __future__ import annotations
 import os
 import subprocess
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 from agent.core.errors import CommandError
+from agent.kernel.netns import Netns
 
 # Debian keeps nft and iptables in sbin, which is not on the PATH of every service manager.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -24,18 +25,12 @@ def is_ours(pid: int) -> bool:
     return pid in _recent
 
 
-class Enterable(Protocol):
-    """Something one thread can be inside of for a moment, such as kernel.netns.Netns."""
-
-    def call(self, function: Callable[[], subprocess.Popen[str]]) -> subprocess.Popen[str]: ...
-
-
 def run(
     argv: Sequence[str],
     *,
     stdin: str = "",
     netns: str | Path | None = None,
-    within: Enterable | None = None,
+    within: Netns | None = None,
     env: Mapping[str, str] | None = None,
     seconds: float = 30,
     check: bool = True,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from agent.core.wire.netlink import messages
 from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
@@ -19,55 +18,28 @@ from agent.kernel.netlink.ipset import IpsetSocket
 from agent.kernel.netlink.nf_tables import NftSocket, committer
 from agent.kernel.netlink.routes import RouteSocket
 from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netns import Netns
 
 T = TypeVar("T")
 
 
-class Door(Protocol):
-    """Something one thread can be inside of for a moment; tests bring a kernel.netns.Netns that plays the host."""
-
-    def call(self, function: Callable[[], Any]) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Sockets:
-    nft: NftSocket
-    route: RouteSocket
-    ipset: IpsetSocket
-    events: NetlinkSocket
-
-
 class HostNetns:
-    """Sockets of the node's namespace. Not for two threads at once, but for `events` and `changed`."""
+    """Sockets of the node's namespace. Not for two threads at once, but for `events` and `changed`.
 
-    def __init__(self, door: Door | None = None) -> None:
-        """Opens sockets behind `door`, else in the calling thread's namespace. Raises OSError when they are refused."""
+    `events`: notifications of nf_tables changes; not blocking.
+    """
+
+    def __init__(self, door: Netns | None = None) -> None:
+        """Opens sockets behind `door`, in tests a namespace that plays the host; else in the calling thread's.
+
+        Raises OSError when they are refused.
+        """
         self.door = door
-        self._sockets: _Sockets = self.call(_open)
-
-    @property
-    def nft(self) -> NftSocket:
-        return self._sockets.nft
-
-    @property
-    def route(self) -> RouteSocket:
-        return self._sockets.route
-
-    @property
-    def ipset(self) -> IpsetSocket:
-        return self._sockets.ipset
-
-    @property
-    def events(self) -> NetlinkSocket:
-        """Notifications of nf_tables changes; not blocking."""
-        return self._sockets.events
+        self.nft, self.route, self.ipset, self.events = self.call(_open)
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs `function` in the node's namespace, on this thread."""
-        if self.door is None:
-            return function()
-        result: T = self.door.call(function)
-        return result
+        return function() if self.door is None else self.door.call(function)
 
     def has_ipv6(self) -> bool:
         return self.call(sysctl.has_ipv6)
@@ -90,15 +62,12 @@ class HostNetns:
             one.close()
 
 
-def _open() -> _Sockets:
+def _open() -> tuple[NftSocket, RouteSocket, IpsetSocket, NetlinkSocket]:
     with contextlib.ExitStack() as undo:
-        nft = NftSocket()
-        undo.callback(nft.close)
-        route = RouteSocket()
-        undo.callback(route.close)
-        ipset = IpsetSocket()
-        undo.callback(ipset.close)
+        nft = undo.enter_context(contextlib.closing(NftSocket()))
+        route = undo.enter_context(contextlib.closing(RouteSocket()))
+        ipset = undo.enter_context(contextlib.closing(IpsetSocket()))
         events = NetlinkSocket(NETLINK_NETFILTER, groups=[GROUP_NFTABLES])
         events.socket.setblocking(False)
         undo.pop_all()
-    return _Sockets(nft, route, ipset, events)
+    return nft, route, ipset, events

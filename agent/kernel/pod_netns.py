@@ -151,13 +151,13 @@ class PodNetns:
 
 def _open() -> _Sockets:
     with contextlib.ExitStack() as undo:
-        nft = NftSocket()
-        undo.callback(nft.close)
-        route = RouteSocket()
-        undo.callback(route.close)
+        nft = undo.enter_context(contextlib.closing(NftSocket()))
+        route = undo.enter_context(contextlib.closing(RouteSocket()))
         # Of the datagrams of a transaction, one for each object, the last one is enough.
-        events = Notifications(NETLINK_NETFILTER, [GROUP_NFTABLES], only=socket_filter.only(NEWGEN))
-        undo.callback(events.close)
+        rules_only = socket_filter.only(NEWGEN)
+        events = undo.enter_context(
+            contextlib.closing(Notifications(NETLINK_NETFILTER, [GROUP_NFTABLES], only=rules_only))
+        )
         route_events = Notifications(socket.NETLINK_ROUTE, GROUPS)
         undo.pop_all()
     return _Sockets(nft, route, events, route_events)
