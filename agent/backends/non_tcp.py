@@ -12,13 +12,13 @@ from agent.backends.ebpf import counting as ebpf
 from agent.backends.ebpf.pins import Pins
 from agent.backends.iptables import entries
 from agent.backends.iptables import rendering as xtables
-from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.messages import expressions, rule_comment
 from agent.backends.netfilter.rules import Hook, Table
 from agent.backends.nftables import rendering as nftables
 from agent.core import names
 from agent.core.model.redirect import Redirect
 from agent.core.wire import nftables as wire
-from agent.core.wire.netlink import attribute, attributes, unpack_be
+from agent.core.wire.netlink import attribute, unpack_be
 from agent.core.wire.nftables import GETRULE, NFPROTO, NFPROTO_INET
 from agent.kernel import xtables as sockopts
 from agent.kernel.pod_netns import PodNetns
@@ -89,19 +89,8 @@ def _nft_rules(
     for chain in chains:
         place = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, chain)
         for message in target.nft.dump(GETRULE, protocol, place):
-            parts = wire.fields(message.body)
-            tag = comment(parts.get(wire.Rule.USERDATA, b""))
-            packets = 0
-            size = 0
-            if tag and tag not in wanted:
-                continue
-            for _, element in attributes(parts.get(wire.Rule.EXPRESSIONS, b"")):
-                expression = dict(attributes(element))
-                data = dict(attributes(expression.get(wire.Expr.DATA, b"")))
-                match text(expression.get(wire.Expr.NAME)):
-                    case "counter":
-                        size = unpack_be(data.get(wire.Counter.BYTES))
-                        packets = unpack_be(data.get(wire.Counter.PACKETS))
-                    case "match" if text(data.get(wire.XtMatch.NAME)) == "comment":
-                        tag = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
-            yield tag, packets, size
+            rule = wire.fields(message.body)
+            tag = rule_comment(rule)
+            for name, data in expressions(rule) if tag in wanted else ():
+                if name == "counter":
+                    yield tag, unpack_be(data.get(wire.Counter.PACKETS)), unpack_be(data.get(wire.Counter.BYTES))

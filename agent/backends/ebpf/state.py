@@ -10,7 +10,7 @@ from typing import Any
 from agent.backends.ebpf import objects
 from agent.backends.ebpf.abi import LISTENER_SLOTS, PodFlag, PodValue, Prefix
 from agent.backends.ebpf.attachments import Attached, Change, Detach, Unpin, steps
-from agent.backends.ebpf.compiling import entries, policy
+from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.objects import BpfProgram
 from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.ztunnels import Listener, Role
@@ -163,8 +163,3 @@ def describe(pod: PodValue) -> str:
     flags = " ".join(flag.name.lower().replace("_", "-") for flag in PodFlag if flag in pod.flags and flag.name)
     own = ", ".join(str(address) for address in (pod.own4, pod.own6) if address) or "no address"
     return f"{flags or 'nothing'}; {own}" + (f"; policy {pod.policy:016x}" if pod.policy else "")
-
-
-def is_whole(pod: PodValue, prefixes: frozenset[Prefix], cookie: int) -> bool:
-    """True if the prefixes are those that the entry was made for."""
-    return policy(cookie, sorted(prefixes)) == pod.policy

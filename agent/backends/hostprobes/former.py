@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from agent.backends.base import Support
-from agent.backends.hostprobes.former_reading import BASE, CHAIN, TABLE, WORD, Held, legacy_held, nft_held
+from agent.backends.hostprobes.former_reading import BASE, CHAIN, TABLE, Held, legacy_held, nft_held
 from agent.backends.hostprobes.want import SETS, HostProbes
-from agent.backends.netfilter.messages import text
+from agent.backends.iptables.bases import WORD, Payload, Restore
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.wire import nftables as wire
@@ -34,17 +34,6 @@ from agent.kernel.netlink.ipset import IpSet, IpsetSocket
 from agent.kernel.netlink.nf_tables import NftSocket
 
 _IPSET = Path("/sys/module/ip_set")  # also of a kernel that has it built in: it has a parameter
-
-
-@dataclass(frozen=True, slots=True)
-class Restore:
-    """Input of one iptables-restore --noflush."""
-
-    family: int
-    script: str
-
-
-Payload = Restore | tuple[Command, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +140,7 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
         seen = list[Message]()
         held = dict[int, Held]()
         for family, protocol in NFPROTO.items():
-            tables = [
-                m for m in nft.dump(GETTABLE, protocol) if text(wire.fields(m.body).get(wire.Table.NAME)) == TABLE
-            ]
+            tables = nft.dump(GETTABLE, protocol, attribute(wire.Table.NAME, TABLE), 0)
             if not tables:
                 held[family] = Held()
                 continue

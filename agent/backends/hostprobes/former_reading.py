@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Final
 
 from agent.backends.iptables.entries import XtEntry, entries, places
+from agent.backends.iptables.reading import MARK
 from agent.backends.netfilter.messages import comment, expressions, rule_comment, text
 from agent.core.model.tags import TAG
 from agent.core.wire import nftables as wire
@@ -18,8 +19,6 @@ from agent.core.wire.netlink import Message, attributes, unpack_be
 CHAIN: Final = "ISTIO_POSTRT"
 BASE: Final = "POSTROUTING"
 TABLE: Final = "nat"
-WORD = {4: "ip", 6: "ip6"}
-MARK = "sluice"  # comment of the table and of the base chain, where we made them
 _INFO = struct.Struct("=32sI5I5III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
 _POSTROUTING = 4
 

@@ -16,12 +16,13 @@ from agent.backends.hostprobes import nft_sets
 from agent.backends.hostprobes.want import SETS, HostProbes
 from agent.backends.netfilter.messages import comment_data
 from agent.backends.nftables.expressions import COUNTER, compare, expression, immediate, meta, payload
+from agent.backends.nftables.rendering import table_command
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core import names
 from agent.core.model import tags
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
-from agent.core.wire.nftables import DELTABLE, NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO, NFPROTO_INET, Command
+from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NFPROTO, NFPROTO_INET, Command
 
 TABLE: Final = names.NFT_TABLE_PREFIX + "nat"
 CHAIN: Final = "postrouting"
@@ -34,7 +35,7 @@ _MAP_IPS = 1  # NF_NAT_RANGE_MAP_IPS: what the kernel makes of a given address, 
 
 def commands(want: HostProbes, flags: int, members: Mapping[int, Mapping[str, str]]) -> Iterator[Command]:
     """Makes the table from nothing; `members` per family are those that its sets begin with."""
-    yield table_command(flags)
+    yield table_command(TABLE, flags)
     for family in want.families:
         yield nft_sets.create(TABLE, family)
     hook = nested(wire.Chain.HOOK, attribute(wire.Hook.HOOKNUM, _HOOK), attribute(wire.Hook.PRIORITY, _PRIORITY))
@@ -64,15 +65,6 @@ def state(want: HostProbes) -> TableState:
     """Returns the state that has to be read back, sets left out."""
     rules = tuple((tag, digest(encoded)) for (_, encoded), tag in zip(_rules(want), _tags(want), strict=True))
     return TableState(TABLE, (Chain(CHAIN, rules, "nat", _HOOK, _PRIORITY),))
-
-
-def table_command(flags: int) -> Command:
-    body = attribute(wire.Table.NAME, TABLE) + attribute(wire.Table.FLAGS, flags)
-    return Command(NEWTABLE, NLM_F_CREATE, NFPROTO_INET, body)
-
-
-def delete_command() -> Command:
-    return Command(DELTABLE, 0, NFPROTO_INET, attribute(wire.Table.NAME, TABLE))
 
 
 def _rules(want: HostProbes) -> list[tuple[str, bytes]]:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -12,9 +13,10 @@ from agent.backends.hostprobes import nft_rendering, nft_sets
 from agent.backends.hostprobes.nft_rendering import TABLE
 from agent.backends.hostprobes.nft_sets import SetState
 from agent.backends.hostprobes.want import SETS, HostProbes, change, settled
-from agent.backends.netfilter.messages import text
+from agent.backends.netfilter import dumps
 from agent.backends.nftables import reading
-from agent.backends.nftables.rendering import OWNED
+from agent.backends.nftables.backend import NftPlan, try_owned
+from agent.backends.nftables.rendering import OWNED, delete_commands, table_command
 from agent.backends.nftables.ruleset import TableState, differences
 from agent.core import names
 from agent.core.errors import KernelError
@@ -26,7 +28,6 @@ from agent.kernel import scratch
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.netlink.nf_tables import NftSocket
 
-NftPlan = Plan[tuple[Command, ...]]
 _NO_MEMBERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -53,7 +54,7 @@ class NftHostProbes:
 
     def probe(self) -> Support:
         try:
-            self.owned = scratch.call(_try_owned)
+            self.owned = scratch.call(try_owned)
             scratch.call(lambda: _commit_sample(self._flags))
         except KernelError as error:
             needs = "it needs nf_tables, inet nat and nft_meta, 5.2"
@@ -83,7 +84,7 @@ class NftHostProbes:
             words += [one.words(name)] if one else []
         if have.table and self.owned and have.table.flags & OWNED == TableFlag.PERSIST:
             lines.insert(0, f"# take over the ownership of table inet {TABLE}")
-            commands.insert(0, nft_rendering.table_command(self._flags))
+            commands.insert(0, table_command(TABLE, self._flags))
         steps = (Step("\n".join(lines), tuple(commands)),) if commands else ()
         return Plan(steps, tuple(words), have.generation)
 
@@ -94,10 +95,8 @@ class NftHostProbes:
     def _removal(self, have: HostNftState) -> NftPlan:
         if have.table is None:
             return Plan(seen=have.generation)
-        commands: tuple[Command, ...] = (nft_rendering.delete_command(),)
-        return Plan(
-            (Step(f"delete table inet {TABLE}", commands),), (f"table inet {TABLE} is not wanted",), have.generation
-        )
+        step = Step(f"delete table inet {TABLE}", tuple(delete_commands((TABLE,))))
+        return Plan((step,), (f"table inet {TABLE} is not wanted",), have.generation)
 
     def _wrong(self, want: HostProbes, have: HostNftState) -> Iterator[str]:
         yield from differences((nft_rendering.state(want),), (have.table,) if have.table else ())
@@ -135,50 +134,23 @@ def read(nft: NftSocket) -> HostNftState:
     of_table = attribute(wire.Chain.TABLE, TABLE)
     for _ in range(20):
         generation = nft.generation()
-        tables = [
-            m for m in nft.dump(GETTABLE, NFPROTO_INET) if text(wire.fields(m.body).get(wire.Table.NAME)) == TABLE
-        ]
-        rest: list[list[Message]] = [[], [], [], []]
-        if tables:
-            chains = [m for m in nft.dump(GETCHAIN, NFPROTO_INET) if _table_name(m) == TABLE]
-            sets = nft.dump(GETSET, NFPROTO_INET, of_table)
-            elements = list[Message]()
-            for state in nft_sets.states(sets, ()):
-                elements += nft.dump(GETSETELEM, NFPROTO_INET, of_table + attribute(wire.SetElemList.SET, state.name))
-            rest = [chains, nft.dump(GETRULE, NFPROTO_INET, of_table), sets, elements]
-        if _of_one_generation(generation, (tables, *rest)):
-            found = reading.tables(tables, rest[0], rest[1])
-            return HostNftState(found[0] if found else None, nft_sets.states(rest[2], rest[3]), generation)
+        table = nft.get(GETTABLE, NFPROTO_INET, attribute(wire.Table.NAME, TABLE))
+        if not table:
+            return HostNftState(None, (), generation)
+        chains, _ = nft.dumped(GETCHAIN, NFPROTO_INET)
+        rules, _ = nft.dumped(GETRULE, NFPROTO_INET, of_table)
+        sets = nft.dump(GETSET, NFPROTO_INET, of_table)
+        elements = list[Message]()
+        for state in nft_sets.states(sets, ()):
+            elements += nft.dump(GETSETELEM, NFPROTO_INET, of_table + attribute(wire.SetElemList.SET, state.name))
+        if nft.generation() == generation:
+            (found,) = reading.table_states(dumps.ruleset(table, chains, rules))
+            return HostNftState(found, nft_sets.states(sets, elements), generation)
     raise KernelError("read nf_tables of the host", 0, "another process keeps changing the rules while they are read")
-
-
-def _table_name(message: Message) -> str:
-    """Returns the name in a message of a table, or the table's in one of a chain: both have it first."""
-    return text(wire.fields(message.body).get(wire.Chain.TABLE))
-
-
-def _of_one_generation(generation: int, dumps: Iterable[Iterable[Message]]) -> bool:
-    """Compares the low half of the generation, which each message of a dump carries."""
-    low = generation.to_bytes(4)[2:]
-    return all(message.body[2:4] == low for dump in dumps for message in dump)
-
-
-def _try_owned() -> bool:
-    nft = NftSocket()
-    try:
-        nft.commit("try table flags", [nft_rendering.table_command(OWNED)], None)
-        return True
-    except KernelError:
-        return False
-    finally:
-        nft.close()
 
 
 def _commit_sample(flags: int) -> None:
     sample = HostProbes({"192.0.2.1": "a", "2001:db8::1": "b"}, names.PROBE_IPV4, names.PROBE_IPV6)
-    nft = NftSocket()
-    try:
-        members = {family: sample.of(family) for family in sample.families}
+    members = {family: sample.of(family) for family in sample.families}
+    with contextlib.closing(NftSocket()) as nft:
         nft.commit("try the rules", list(nft_rendering.commands(sample, flags, members)), None)
-    finally:
-        nft.close()

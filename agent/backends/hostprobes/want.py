@@ -62,12 +62,12 @@ class SetChange:
         return f"set {name}: " + ", ".join(f"{len(part)} addresses {word}" for part, word in counts if part)
 
 
-def change(want: HostProbes, family: int, have: Mapping[str, str], *, owners: bool = True) -> SetChange:
-    """`have`: address -> UID or ""; `owners` is False for a set without owners of its entries."""
+def change(want: HostProbes, family: int, have: Mapping[str, str]) -> SetChange:
+    """`have`: address -> UID or ""."""
     wanted = want.of(family)
     return SetChange(
         {address: uid for address, uid in wanted.items() if address not in have},
-        {address: uid for address, uid in wanted.items() if owners and have.get(address, uid) != uid},
+        {address: uid for address, uid in wanted.items() if have.get(address, uid) != uid},
         tuple(address for address, owner in sorted(have.items()) if address not in wanted and not want.keeps(owner)),
     )
 

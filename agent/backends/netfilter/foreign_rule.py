@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from agent.backends.netfilter.messages import text
+from agent.backends.netfilter.messages import expressions, text
 from agent.core import names
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import attributes, unpack_be, unpack_int
@@ -75,14 +75,11 @@ class _Value:
         return self.name == "mark" and not (~self.mask | self.xor) & names.MARK_MASK
 
 
-def effect(expressions: bytes) -> RuleEffect:
-    """Parses NFTA_RULE_EXPRESSIONS."""
+def effect(rule: Mapping[int, bytes]) -> RuleEffect:
+    """Parses the attributes of a rule."""
     found = RuleEffect()
     registers = dict[int, _Value]()
-    for _, element in attributes(expressions):
-        parts = dict(attributes(element))
-        name = text(parts.get(wire.Expr.NAME))
-        data = dict(attributes(parts.get(wire.Expr.DATA, b"")))
+    for name, data in expressions(rule):
         known = _EXPRESSIONS.get(name)
         if known is not None:
             known(found, registers, data)

@@ -112,8 +112,7 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
     found: dict[Place, list[tuple[str, RuleEffect]]] = {}
     for message in content.rules:
         parts = wire.fields(message.body)
-        expressions = parts.get(wire.Rule.EXPRESSIONS, b"")
-        what = effect(expressions)
+        what = effect(parts)
         note = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
         tag = note if tags.TAG.fullmatch(note) else ""
         place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
@@ -190,12 +189,11 @@ def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:
         if rule.action in _LEADS_AWAY
         and rule.table != _LOCAL
         and not rule.oif
-        and (rule.inverted or (rule.iif in ("", "lo") and not (rule.mark ^ names.CONNECTION_MARK) & _bits(rule)))
+        and (
+            rule.inverted
+            or (rule.iif in ("", "lo") and not (rule.mark ^ names.CONNECTION_MARK) & rule.mask & names.MARK_MASK)
+        )
     )
-
-
-def _bits(rule: FibRule) -> int:
-    return rule.mask & names.MARK_MASK
 
 
 def describe(rule: FibRule) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from agent.backends.base import Support
@@ -49,7 +50,7 @@ class NftablesBackend:
 
     def probe(self) -> Support:
         try:
-            self.owned = scratch.call(_try_owned)
+            self.owned = scratch.call(try_owned)
             scratch.call(lambda: _commit_sample(self.owned, self._ipv6))
         except KernelError as error:
             return Support(False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2")
@@ -99,24 +100,20 @@ def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> NftStat
     return NftState(reading.table_states(ruleset), generation, target.nft.port, remarks)
 
 
-def _try_owned() -> bool:
-    nft = NftSocket()
+def try_owned() -> bool:
+    """Returns True if the kernel takes owned tables. In a scratch namespace."""
     try:
-        nft.commit("try table flags", [table_command(TABLES[0], OWNED)], None)
-        return True
+        with contextlib.closing(NftSocket()) as nft:
+            nft.commit("try table flags", [table_command(TABLES[0], OWNED)], None)
     except KernelError:
         return False
-    finally:
-        nft.close()
+    return True
 
 
 def _commit_sample(owned: bool, ipv6: bool) -> None:
     """Tries every expression that any variant uses, in a namespace of its own."""
     sample = Redirect(virtual_interfaces=("lo",))
-    nft = NftSocket()
-    try:
+    with contextlib.closing(NftSocket()) as nft:
         nft.commit("try the rules without IPv6", render(replace(sample, ipv6=False), owned).commands, None)
         if ipv6:
             nft.commit("try the rules", [*delete_commands(TABLES), *render(sample, owned).commands], None)
-    finally:
-        nft.close()

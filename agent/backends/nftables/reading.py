@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -11,7 +11,7 @@ from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
 from agent.backends.netfilter.messages import comment, hook_and_priority, text
 from agent.backends.netfilter.rules import Hook
 from agent.backends.nftables.rendering import CHAINS, TABLES
-from agent.backends.nftables.ruleset import Chain, TableState, digest, without_counts
+from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core.names import TAG_PREFIX
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, unpack_be
@@ -50,21 +50,6 @@ def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
 def _ours(content: Content) -> dict[str, tuple[Chain, ...]]:
     inet = ([m for m in part if m.body[0] == NFPROTO_INET] for part in (content.chains, content.rules))
     return _chains(*inet)
-
-
-def tables(
-    table_dump: Sequence[Message], chain_dump: Iterable[Message], rule_dump: Iterable[Message]
-) -> tuple[TableState, ...]:
-    """Parses dumps of one family: tables with their chains and rules, by name; those of other tables are left out."""
-    heads = [wire.fields(message.body) for message in table_dump]
-    blanked = (replace(message, body=without_counts(message.body)) for message in rule_dump)
-    chains = _chains(chain_dump, blanked)
-    found = []
-    for head in heads:
-        name = text(head.get(wire.Table.NAME))
-        flags, owner = (unpack_be(head.get(kind)) for kind in (wire.Table.FLAGS, wire.Table.OWNER))
-        found.append(TableState(name, chains.get(name, ()), flags, owner))
-    return tuple(sorted(found, key=lambda table: table.name))
 
 
 def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict[str, tuple[Chain, ...]]:

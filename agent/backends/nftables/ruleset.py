@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,10 +24,6 @@ _COMPARED: dict[str, frozenset[int]] = {
     "lookup": frozenset({wire.Lookup.SREG}),  # the set's name and number are the kernel's
     "counter": frozenset(),
 }
-# A counter as the kernel dumps it: name, then two attributes of eight bytes. Blanked only so that equal rules
-# are equal keys of a cache.
-_COUNTS = re.compile(rb"(counter\0[\x1c\x00]{2}\x02[\x00\x80]\x0c\x00\x01\x00).{8}(\x0c\x00\x02\x00).{8}", re.DOTALL)
-_NO_COUNTS = rb"\g<1>" + bytes(8) + rb"\g<2>" + bytes(8)
 _NESTED = {
     ("cmp", wire.Cmp.DATA),
     ("bitwise", wire.Bitwise.MASK),
@@ -97,11 +92,6 @@ def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, st
     if foreign:
         parts.append(f"{foreign} rules that are not wanted")
     return ", ".join(parts) or "rules altered or in another order"
-
-
-def without_counts(message: bytes) -> bytes:
-    """Returns the same bytes with every counter at zero."""
-    return _COUNTS.sub(_NO_COUNTS, message)
 
 
 def digest(expressions: bytes) -> str:

@@ -73,7 +73,8 @@ class NftSocket(NetlinkSocket):
     def dumped(self, kind: int, family: int = 0, body: bytes = b"", most: int = 1 << 30) -> tuple[bytes, bool]:
         """Dumps tables, chains or rules, of all families by default: the messages as they come, in a row.
 
-        Also whether that is all: what is beyond `most` bytes is received, but not kept.
+        Also whether that is all: what is beyond `most` bytes is received, but not kept. A table that does not exist
+        dumps as nothing.
         Not for a namespace that may change meanwhile, unless the generation is compared afterwards.
         """
         operation = "read nf_tables"
@@ -87,7 +88,8 @@ class NftSocket(NetlinkSocket):
             if answered != sequence:
                 continue  # a late answer to a request that was given up
             if kind == NLMSG_ERROR:
-                raise_for(operation, next(messages(data)))
+                raise_for(operation, next(messages(data)), (errno.ENOENT,))
+                return b"", True
             offset, kind = _last(data)
             size += len(data)
             if size <= most:

@@ -17,6 +17,7 @@ from agent.backends.netfilter.foreign_rule import effect
 from agent.backends.nftables import expressions, reading
 from agent.backends.nftables.rendering import TABLES, render
 from agent.core.model.redirect import Redirect
+from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import HEADER, attribute
 from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NEWTABLE, NFPROTO_INET, NFPROTO_IPV4
 
@@ -98,7 +99,7 @@ def test_our_own_rules_cast_no_shadow() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_expressions(data: bytes) -> None:
-    assert isinstance(str(effect(data)), str)
+    assert isinstance(str(effect({wire.Rule.EXPRESSIONS: data})), str)
 
 
 _names = st.sampled_from(["meta", "ct", "payload", "bitwise", "cmp", "immediate", "nat", "match", "target", "x"])
@@ -107,7 +108,7 @@ _names = st.sampled_from(["meta", "ct", "payload", "bitwise", "cmp", "immediate"
 @given(st.lists(st.tuples(_names, st.lists(st.tuples(st.integers(1, 8), st.binary(max_size=24))))))
 def test_any_attributes_of_known_expressions(parts: list[tuple[str, list[tuple[int, bytes]]]]) -> None:
     data = b"".join(expressions.expression(name, *(attribute(*one) for one in inner)) for name, inner in parts)
-    assert isinstance(effect(data).elsewhere, bool)
+    assert isinstance(effect({wire.Rule.EXPRESSIONS: data}).elsewhere, bool)
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300), st.binary(max_size=300))
