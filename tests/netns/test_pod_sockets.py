@@ -62,10 +62,9 @@ def test_states_and_ports(nodes: Pair, counts: SocketCounts) -> None:
         found = when(nodes, counts, {
             TcpState.LISTEN: 1, TcpState.TIME_WAIT: 30, TcpState.ESTABLISHED: 6, TcpState.CLOSE_WAIT: 1,
         })  # fmt: skip
-        assert (found.total, found.close_wait, found.time_wait) == (38, 1, 30)
         ports = found.ephemeral
         assert (ports.first, ports.last, ports.towards, ports.remote) == (40000, 40999, 31, (HOST4, 7000))
-        assert 31 <= ports.used <= 36 and ports.share == 0.031  # a port may serve two peers
+        assert 31 <= ports.used <= 36  # a port may serve two peers
         assert half.getsockname()[1] in range(ports.first, ports.last + 1)
 
 
@@ -77,7 +76,7 @@ def test_all_are_counted_when_ports_run_out(nodes: Pair, counts: SocketCounts) -
         with pytest.raises(OSError, match="assign"):
             nodes.pod.connect(HOST4, 7000)
         found = counts.read(nodes.target).ephemeral
-        assert (found.used, found.towards, found.share) == (100, 100, 1.0)
+        assert (found.used, found.towards, found.size) == (100, 100, 100)
 
 
 def test_rows_are_those_of_the_slow_dump(nodes: Pair) -> None:

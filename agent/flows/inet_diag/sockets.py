@@ -35,11 +35,6 @@ class Ephemeral:
     def size(self) -> int:
         return max(0, self.last - self.first + 1)
 
-    @property
-    def share(self) -> float:
-        """The share of ports in use towards that remote endpoint, 0 to 1."""
-        return self.towards / self.size if self.size else 0.0
-
 
 @dataclass(frozen=True, slots=True)
 class PodSockets:
@@ -47,19 +42,6 @@ class PodSockets:
 
     states: Mapping[TcpState, int]
     ephemeral: Ephemeral
-
-    @property
-    def total(self) -> int:
-        return sum(self.states.values())
-
-    @property
-    def close_wait(self) -> int:
-        """Sockets that the peer has closed, but not the application: many, for long, are a leak in it."""
-        return self.states.get(TcpState.CLOSE_WAIT, 0)
-
-    @property
-    def time_wait(self) -> int:
-        return self.states.get(TcpState.TIME_WAIT, 0)
 
 
 class SocketCounts:

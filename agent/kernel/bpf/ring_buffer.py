@@ -65,10 +65,6 @@ class RingBuffer:
     def fileno(self) -> int:
         return self._map.fd
 
-    def available(self) -> int:
-        """Bytes that are not consumed yet, headers and what is still being written included."""
-        return self._producer[0] - self._consumer[0]
-
     def take(self, size: int) -> bytes:
         """Consumes all records up to the first one that is still being written: their payloads of `size` bytes, joined.
 
@@ -108,12 +104,6 @@ class RingBuffer:
                 mapping.close()
         self._page = self._data = None
         self._map.close()
-
-    def __enter__(self) -> RingBuffer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _leading(lengths: list[int], size: int) -> int:

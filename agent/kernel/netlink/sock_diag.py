@@ -70,16 +70,11 @@ _STATES: Final = {int(state): state for state in TcpState}
 class SockDiag(NetlinkSocket):
     """Make it inside the namespace that it is to ask; usable from anywhere afterwards. One thread."""
 
-    def __init__(self, *, ipv6: bool = True) -> None:
-        """`ipv6` False where the kernel has no IPv6 at all: with IPv6 merely switched off in a namespace, sockets
-        of family 6 still carry IPv4."""
+    def __init__(self) -> None:
         super().__init__(NETLINK_SOCK_DIAG)
-        self.ipv6 = ipv6
 
     def sockets(self, family: int, states: Iterable[TcpState] = _ALL) -> list[TcpSocket]:
         """Returns all sockets of one family (4 or 6) in one of `states`. Raises KernelError."""
-        if family == 6 and not self.ipv6:
-            return []
         number = AF_INET6 if family == 6 else AF_INET
         return self._dump(_BY_FAMILY, _REQUEST.pack(number, IPPROTO_TCP, 0, 0, _bits(states)) + bytes(48))
 
@@ -90,9 +85,8 @@ class SockDiag(NetlinkSocket):
         sockets instead of twice, and that is most of what a dump of few sockets costs.
         """
         states = tuple(states)
-        if self.ipv6:
-            with contextlib.suppress(KernelError):  # should a kernel not know it any more
-                return self._dump(_GETSOCK, _OLD_REQUEST.pack(0, _bits(states)))
+        with contextlib.suppress(KernelError):  # should a kernel not know it any more
+            return self._dump(_GETSOCK, _OLD_REQUEST.pack(0, _bits(states)))
         return self.sockets(4, states) + self.sockets(6, states)
 
     def reports(self, states: Iterable[TcpState]) -> tuple[list[TcpReport], dict[bytes, TcpState]]:

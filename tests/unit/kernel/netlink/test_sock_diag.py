@@ -80,25 +80,19 @@ def test_a_lookup_asks_for_exactly_these_endpoints(family: int, host: str) -> No
 class Asked(SockDiag):
     """Remembers requests and answers each with the same body, or raises; `refused` kinds it does not know."""
 
-    def __init__(self, reply: bytes | KernelError = b"", refused: tuple[int, ...] = (), **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, reply: bytes | KernelError = b"", refused: tuple[int, ...] = ()) -> None:
+        super().__init__()
         self.reply, self.refused, self.asked = reply, refused, list[tuple[int, bytes]]()
 
-    def request(self, operation: str, kind: int, flags: int, body: bytes) -> list[Message]:
+    def request(self, operation: str, kind: int, flags: int, body: bytes, **options: Any) -> list[Message]:
         if kind in self.refused:
             raise KernelError("x", 95, "not supported")
         self.asked.append((kind, body))
         if isinstance(self.reply, KernelError):
+            if self.reply.errno in options["fine"]:
+                return []
             raise self.reply
         return [Message(20, 0, 0, 0, self.reply)]
-
-
-def test_no_request_of_family_6_when_ipv6_is_off() -> None:
-    with contextlib.closing(Asked(V4, ipv6=False)) as diag:
-        assert diag.sockets(6) == []
-        assert len(diag.both((TcpState.LISTEN,))) == 1
-        ((kind, body),) = diag.asked
-        assert (kind, body[0], struct.unpack_from("=I", body, 4)[0]) == (20, 2, 1 << 10)
 
 
 def test_both_families_come_with_one_request() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
 from types import SimpleNamespace
@@ -24,8 +24,8 @@ from agent.kernel.pod_netns import PodNetns
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     answered = NetlinkSocket._answers
 
-    def answers(sock: NetlinkSocket, operation: str, sequence: int) -> Iterator[Message]:
-        found = list(answered(sock, operation, sequence)) or [Message(0, 0, sequence, 0, b"")]
+    def answers(sock: NetlinkSocket, operation: str, sequence: int, fine: Container[int]) -> Iterator[Message]:
+        found = list(answered(sock, operation, sequence, fine)) or [Message(0, 0, sequence, 0, b"")]
         return (replace(one, flags=one.flags | NLM_F_DUMP_INTR) for one in found)
 
     monkeypatch.setattr(NetlinkSocket, "_answers", answers)
@@ -47,7 +47,7 @@ def test_elsewhere_it_is_an_error() -> None:
 def test_a_dump_is_received_whole_but_no_more_than_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[int] = []
 
-    def endless(sock: NetlinkSocket, operation: str, sequence: int) -> Iterator[Message]:
+    def endless(sock: NetlinkSocket, operation: str, sequence: int, fine: Container[int]) -> Iterator[Message]:
         for number in range(10_000):
             received.append(number)
             yield Message(24, 0, sequence, 0, bytes((2, 0, 0, 0, 254, 0, 0, 0)) + bytes(4))  # RTM_NEWROUTE, main table
