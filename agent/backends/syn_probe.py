@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from agent.core import names
 from agent.core.errors import KernelError
+from agent.core.model.exclusions import within
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpState, text
 from agent.core.wire import packet
@@ -41,7 +42,7 @@ def led_astray(target: PodNetns, want: Redirect, *, by_socket: bool = False) -> 
 
     `by_socket`: backend ebpf captures.
     """
-    if want.draining or any(first <= _ROOT <= last for first, last in want.exclude.users) or want.exclude.interfaces:
+    if want.draining or within(_ROOT, want.exclude.users) or want.exclude.interfaces:
         return ()
     return tuple(words for family in (4, 6) if (words := _family(target, want, family, by_socket)))
 
@@ -77,7 +78,7 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
 def _excluded(want: Redirect, service: Endpoint) -> bool:
     exclude = want.exclude
     address = ipaddress.ip_address(service[0])
-    return any(first <= service[1] <= last for first, last in exclude.outbound_ports) or any(
+    return within(service[1], exclude.outbound_ports) or any(
         address in ipaddress.ip_network(one) for one in exclude.outbound_networks
     )
 

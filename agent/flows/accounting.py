@@ -18,13 +18,14 @@ from agent.core.errors import KernelError
 from agent.core.model.plan import Foreign
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
+from agent.core.model.sockets import text
 from agent.flows.collector import Collector
 from agent.flows.identity import Who
 from agent.flows.inet_diag.sockets import PodSockets, SocketCounts
 from agent.flows.journal import ConnectionJournal
 from agent.flows.peers_file import PeersFile
 from agent.flows.recent import Recent
-from agent.flows.record import Connection, Delta, Fate, Quality, endpoint
+from agent.flows.record import Connection, Delta, Fate, Quality
 from agent.flows.resolved_record import ResolvedRecord, named
 from agent.flows.service_backends import Endpoints
 from agent.kernel.pod_netns import PodNetns
@@ -114,7 +115,7 @@ class Accounting:
             destination = self.collector.returned(target.netns.id.cookie)
         except KernelError:  # the next verification of the account logs why
             destination = None
-        return (Foreign(_RETURNED.format(endpoint(destination))),) if destination else ()
+        return (Foreign(_RETURNED.format(text(destination))),) if destination else ()
 
     def release(self, uid: str, target: PodNetns | None = None) -> None:
         """Ends the account of a pod; never fails. Its name is kept for records that are not read yet.

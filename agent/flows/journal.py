@@ -13,12 +13,13 @@ from threading import Condition, Thread
 from typing import Final
 
 from agent.flows.logfile import LogFile
+from agent.flows.record import Connection, Fate
 from agent.flows.resolved_record import ResolvedRecord
-from agent.flows.sampling import sampled
 
 log = logging.getLogger("sluice.journal")
 _WAITING: Final = 65536  # records; more are lost while the disk or the reader is slow
 _AT_ONCE: Final = 256  # in one write
+_GOLDEN: Final = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio: scatters numbers that follow each other
 _QUIET: Final = 60.0  # seconds between two warnings: a disk that is almost full may take every other write
 _SECONDS: Final = 5.0  # to write waiting records at the end
 
@@ -96,6 +97,17 @@ class ConnectionJournal:
         if self._broken:
             log.info("connection log %s is written again; %d records were lost", self._file.name, self._broken)
             self._broken = 0
+
+
+def sampled(connection: Connection, one_in: int) -> bool:
+    """Returns True for one of `one_in`, always the same ones by socket cookie, and for all that leaked or failed.
+
+    Cookies are given in sequence: without the scattering both sockets of a connection within the node, or all those
+    of one program, might be always or never among them.
+    """
+    if one_in == 1 or connection.failed or connection.fate is Fate.LEAKED:
+        return True
+    return (connection.socket * _GOLDEN >> 32 & 0xFFFFFFFF) % one_in == 0
 
 
 def _line(record: ResolvedRecord) -> bytes:

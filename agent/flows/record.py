@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from agent.core.model.sockets import Endpoint
+from agent.core.model.sockets import Endpoint, text
 
 
 class _Word(IntEnum):
@@ -118,9 +118,9 @@ class Connection:
             "direction": self.direction.word,
             "fate": self.fate.word,
             "reason": self.reason.word if self.reason else "",
-            "local": endpoint(self.local),
-            "remote": endpoint(self.remote),
-            "peer": endpoint(self.peer) if self.peer else "",
+            "local": text(self.local),
+            "remote": text(self.remote),
+            "peer": text(self.peer) if self.peer else "",
             "opened": round(self.opened, 6),
             "closed": None if self.closed is None else round(self.closed, 6),
             "duration": None if self.closed is None else round(max(0.0, self.closed - self.opened), 6),
@@ -138,12 +138,6 @@ class Connection:
             "command": self.command,
             "socket": self.socket,
         }
-
-
-def endpoint(of: Endpoint) -> str:
-    """Returns address:port, with IPv6 in brackets."""
-    address, port = of
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 @dataclass(frozen=True, slots=True)

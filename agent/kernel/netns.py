@@ -62,6 +62,10 @@ class NetnsId:
     inode: int
     cookie: int
 
+    def same(self, other: NetnsId) -> bool:
+        """Compares the cookies if both are known."""
+        return self.cookie == other.cookie if self.cookie and other.cookie else self == other
+
 
 class Netns:
     """An open handle on one pod's network namespace. Keeps the namespace alive until `close`."""

@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
 
 from agent.core.model.listeners import probed
 from agent.core.model.sockets import Endpoint, TcpSocket, TcpState
@@ -27,10 +26,8 @@ PAUSE = 0.2
 WINDOW = 60.0  # seconds after the enrolment to wait for a pod's first listener
 
 
-class Run(Protocol):
-    """Runs kernel work without blocking the event loop."""
-
-    def __call__(self, function: Callable[[], list[TcpSocket]], /) -> Awaitable[list[TcpSocket]]: ...
+# Runs kernel work without blocking the event loop.
+Run = Callable[[Callable[[], list[TcpSocket]]], Awaitable[list[TcpSocket]]]
 
 
 class _View:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from ipaddress import ip_address, ip_network
 
 from agent.core import names
-from agent.core.model.exclusions import Range
+from agent.core.model.exclusions import within
 from agent.core.model.preexisting import candidates
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
@@ -31,16 +31,12 @@ def _meant(redirect: Redirect, wiring: PodTopology, one: TcpSocket, inbound: boo
     if inbound:
         if redirect.ingress_only or one.local[1] == names.HBONE_PORT:
             return False
-        return not (_in(one.local[1], exclude.inbound_ports) or _within(peer, exclude.inbound_networks))
+        return not (within(one.local[1], exclude.inbound_ports) or _within(peer, exclude.inbound_networks))
     return not (
-        _in(one.remote[1], exclude.outbound_ports)
+        within(one.remote[1], exclude.outbound_ports)
         or _within(peer, exclude.outbound_networks)
-        or _in(one.uid, exclude.users)
+        or within(one.uid, exclude.users)
     )
-
-
-def _in(number: int, ranges: Iterable[Range]) -> bool:
-    return any(first <= number <= last for first, last in ranges)
 
 
 def _within(address: Address, networks: Iterable[str]) -> bool:

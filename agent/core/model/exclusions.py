@@ -61,6 +61,10 @@ def merged(found: Iterable[Range]) -> tuple[Range, ...]:
     return tuple(result)
 
 
+def within(number: int, ranges: Iterable[Range]) -> bool:
+    return any(first <= number <= last for first, last in ranges)
+
+
 def ports(text: str) -> tuple[Range, ...]:
     return ranges(text, 65535, 1)
 

@@ -61,7 +61,6 @@ class EbpfCollector:
         """
         self.programs = programs
         self._ztunnels = ztunnels
-        self._by_socket = by_socket
         self._clock = clock
         pins: Pins = programs.pins
         self._pods = AccountedPods(pins, watching and not by_socket, programs.sizes)

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from agent.backends.ebpf import abi, attachments, objects, policies
 from agent.backends.ebpf.abi import PodFlag, PodValue
@@ -75,7 +76,7 @@ class AccountedPods:
                 step.payload,
                 self.pins,
                 place,
-                lambda program, link, descriptor: attachments.attach_tcx(target.netns, program, link, descriptor),
+                partial(attachments.attach_tcx, target.netns),
                 self.sizes,
                 struct.pack("=Q", cookie),
             )

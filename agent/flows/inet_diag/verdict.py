@@ -11,7 +11,7 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
 from agent.core import names
-from agent.core.model.exclusions import Range
+from agent.core.model.exclusions import Range, within
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import Endpoint
 from agent.core.model.topology import Network, PodTopology
@@ -91,7 +91,7 @@ class Verdicts:
         exclude = self.redirect.exclude
         if self._excluded and self._interface(address) in self._excluded:
             return Reason.EXCLUDED_INTERFACE
-        if user >= 0 and _within(user, exclude.users):
+        if user >= 0 and within(user, exclude.users):
             return Reason.EXCLUDED_USER
         return _listed(address, port, self._to, exclude.outbound_ports)
 
@@ -104,11 +104,7 @@ class Verdicts:
 def _listed(address: str, port: int, networks: tuple[Network, ...], ports: tuple[Range, ...]) -> Reason | None:
     if networks and any(_contains(network, ip_address(address)) for network in networks):
         return Reason.EXCLUDED_NETWORK
-    return Reason.EXCLUDED_PORT if _within(port, ports) else None
-
-
-def _within(number: int, ranges: Iterable[Range]) -> bool:
-    return any(first <= number <= last for first, last in ranges)
+    return Reason.EXCLUDED_PORT if within(port, ports) else None
 
 
 def _contains(network: Network, address: IPv4Address | IPv6Address) -> bool:

@@ -5,27 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
-from typing import Any, Protocol
 
 from agent.core.errors import KubeError
 from agent.core.model.pods import KubePod, Pod, PodTable
 from agent.core.policy.decide import enrols_namespace, exempt
 from agent.core.settings import Settings
 from agent.sources.kube import objects
+from agent.sources.kube.client import Client
 
 log = logging.getLogger("sluice.kube")
 _WATCH = 0.2  # seconds for the watch to deliver a pod that the kubelet knows already
 
 
-class Getting(Protocol):
-    async def get(self, path: str) -> Mapping[str, Any]: ...
-
-
 class Admission:
     """Fails closed: a pod that is or may be enrolled does not start before that is known."""
 
-    def __init__(self, client: Getting, table: PodTable, settings: Settings) -> None:
+    def __init__(self, client: Client, table: PodTable, settings: Settings) -> None:
         self._client = client
         self._table = table
         self._settings = settings

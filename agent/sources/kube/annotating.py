@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from agent.core import names
 from agent.core.errors import KubeError
@@ -21,6 +21,7 @@ from agent.core.model.status import State
 from agent.core.policy.contention import Contention
 from agent.core.policy.schedule import Schedule
 from agent.sources.kube import objects
+from agent.sources.kube.client import Client
 
 log = logging.getLogger("sluice.kube")
 _AT_ONCE = 4  # patches under way
@@ -29,18 +30,6 @@ _AT_ONCE = 4  # patches under way
 HOLD = 60.0
 ENABLED, PENDING = "enabled", "pending"
 MERGE_PATCH = "application/merge-patch+json"
-
-
-class Sending(Protocol):
-    """The API server, as far as something is written there."""
-
-    async def send(self, method: str, path: str, body: Any, content_type: str = ...) -> Mapping[str, Any]: ...
-
-
-class Asking(Sending, Protocol):
-    """The same, with reading."""
-
-    async def get(self, path: str, query: Mapping[str, str] | None = ...) -> Mapping[str, Any]: ...
 
 
 @dataclass(slots=True)
@@ -57,7 +46,7 @@ class Annotator:
 
     def __init__(
         self,
-        client: Sending,
+        client: Client,
         table: PodTable,
         state: Callable[[str], State],
         captured: Callable[[str], bool],
@@ -223,7 +212,7 @@ class Annotator:
         return None
 
 
-async def take_back(client: Asking, node: str, keep: Collection[str]) -> list[str]:
+async def take_back(client: Client, node: str, keep: Collection[str]) -> list[str]:
     """Removes the annotation from the node's pods except those with UIDs in `keep`. Returns the pods' names.
 
     Raises KubeError; what was removed until then stays removed, so it may be called again.

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.core.errors import KubeError
 from agent.core.model.pods import KubePod, PodTable
-from agent.sources.kube.annotating import Sending
+from agent.sources.kube.client import Client
 
 log = logging.getLogger("sluice.kube")
 CONDITION = "sluice.io/ztunnel-connected"
@@ -35,7 +35,7 @@ class ZtunnelCondition:
 
     def __init__(
         self,
-        client: Sending,
+        client: Client,
         table: PodTable,
         namespace: str,
         connected: Callable[[], bool],

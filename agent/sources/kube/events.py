@@ -15,7 +15,7 @@ from agent.core.errors import KubeError
 from agent.core.model.pods import Pod, PodTable, without_sandbox
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.text import printable
-from agent.sources.kube.annotating import Sending
+from agent.sources.kube.client import Client
 
 log = logging.getLogger("sluice.kube")
 EVERY = 300.0  # seconds in which one kind of event is written once per pod; repetitions are counted
@@ -46,7 +46,7 @@ class About:
 class Events:
     """Writes events; `report` never blocks and never fails. Also the reconciler's journal, for pods' owners."""
 
-    def __init__(self, client: Sending, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
+    def __init__(self, client: Client, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
         """`passed` is called with each pod that had a pass."""
         self.lost = 0
         self._client = client

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 from agent.core.errors import KubeError
-from agent.sources.kube.nodes import Taint
+from agent.sources.kube.nodes import KubeNode, Taint
 
 log = logging.getLogger("sluice.kube")
 _EVERY = 1.0  # seconds between two checks
@@ -21,18 +20,10 @@ _PAUSE = 10.0  # the same, after the API server refused or did not answer
 _STEADY = 10.0  # seconds that something is lacking before the taint comes back
 
 
-class Tainted(Protocol):
-    """This node, at the API server. Raises KubeError."""
-
-    async def remove(self, taint: Taint) -> bool: ...
-
-    async def add(self, taint: Taint) -> bool: ...
-
-
 class Tainting:
     """Keeps the taint. `lacking` returns why a pod that starts now might run uncaptured; "" if none can."""
 
-    def __init__(self, node: Tainted, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
+    def __init__(self, node: KubeNode, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
         self.error = ""
         self._node = node
         self._taint = taint

@@ -16,9 +16,9 @@ from typing import Any
 from agent.core.errors import NetnsError, SluiceError
 from agent.core.model.pods import UID
 from agent.kernel.netns import Netns, NetnsId
+from agent.sources.netns.search import NETNS_DIRS
 from agent.sources.state.notes import Notes
 
-_NAMED = ("/run/netns", "/var/run/netns")
 _PROC = "/proc/[0-9]*/ns/net"
 
 
@@ -42,7 +42,7 @@ def known(run_dir: str) -> tuple[ExistingNetns, ...]:
 
 def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
     """Returns paths to namespaces of this node; many lead to the same one."""
-    named = [path for folder in _NAMED for path in sorted(Path(folder).glob("*"))]
+    named = [path for folder in NETNS_DIRS for path in sorted(Path(folder).glob("*"))]
     noted = [Path(one.path) for one in known if one.path]
     return (*_pins(run_dir), *noted, *named, *sorted(Path("/").glob(_PROC.lstrip("/"))))
 
@@ -84,9 +84,7 @@ def forget(run_dir: str, uids: Iterable[str]) -> None:
 
 def _is(netns: Netns, run_dir: str, one: ExistingNetns) -> bool:
     if one.netns is not None:
-        mine = netns.id
-        noted = one.netns
-        return mine.cookie == noted.cookie if mine.cookie and noted.cookie else mine == noted
+        return netns.id.same(one.netns)
     with contextlib.suppress(OSError):
         status = Path(run_dir, "netns", one.uid).stat()
         return (status.st_dev, status.st_ino) == (netns.id.device, netns.id.inode)

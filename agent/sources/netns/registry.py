@@ -55,7 +55,7 @@ class NamespaceRegistry:
         opened = ((pod, target.netns.id) for pod, target in list(self._open.items()))
         noted = ((pod, note.netns) for pod, note in list(self._notes.items()) if note.captured and note.netns)
         for pod, held in (*opened, *noted):
-            if pod != uid and _same(held, netns.id):
+            if pod != uid and held.same(netns.id):
                 netns.close()
                 raise ForeignNetnsError(f"{netns.origin} is the network namespace of pod {pod}; not touching it")
 
@@ -171,7 +171,7 @@ class NamespaceRegistry:
                 if path != pin:
                     problems.append(error)
                 continue
-            if wanted is None or _same(netns.id, wanted):
+            if wanted is None or netns.id.same(wanted):
                 if path == pin:
                     self._pinned.add(pod.uid)
                 return netns
@@ -185,7 +185,7 @@ class NamespaceRegistry:
                     raise
                 problems.append(error)
             else:
-                if wanted is None or _same(netns.id, wanted):
+                if wanted is None or netns.id.same(wanted):
                     self._paths[pod.uid] = Path(netns.origin)
                     return netns
                 netns.close()
@@ -204,13 +204,9 @@ class NamespaceRegistry:
             return not search.lives(target.netns.id)
         try:
             with Netns.open(pod.netns_path) as there:
-                return not _same(there.id, target.netns.id)
+                return not there.id.same(target.netns.id)
         except NetnsError:
             return True
-
-
-def _same(left: NetnsId, right: NetnsId) -> bool:
-    return left.cookie == right.cookie if left.cookie and right.cookie else left == right
 
 
 def _holds(target: PodNetns, pod: Pod) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
 from agent.backends.choose import Recorded
+from agent.sources.state.notes import replace_file
 
 log = logging.getLogger("sluice.recorded")
 _VERSION = 1
@@ -39,15 +39,10 @@ def load(run_dir: str) -> Recorded | None:
 
 
 def save(run_dir: str, recorded: Recorded) -> None:
-    """Writes to a temporary name and renames, so that it is never half written. Raises OSError."""
+    """Raises OSError."""
     path = _path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(".new")
-    content = json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(content)
-    # No fsync: /run is memory, and no pod of the record survives a reboot.
-    temporary.replace(path)
+    replace_file(path, json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True))
 
 
 def forget(run_dir: str) -> None:

@@ -41,7 +41,7 @@ class Note:
 
 
 class Notes:
-    """Reads and writes notes. Files are written to a temporary name and renamed, so that none is half written."""
+    """Reads and writes notes."""
 
     def __init__(self, run_dir: str) -> None:
         self.pods = Path(run_dir) / "pods"
@@ -95,16 +95,23 @@ class Notes:
         content = json.dumps(_encode(note), indent=1, sort_keys=True)
         if path.exists() and path.read_bytes() == content.encode():
             return
-        temporary = path.with_suffix(".new")
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(content)
-        # No fsync: /run is memory, and after a reboot the namespaces are gone too.
-        temporary.replace(path)
+        replace_file(path, content)
 
     def remove(self, uid: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             (self.pods / f"{uid}.json").unlink()
         unpin(self.pin(uid))
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Writes to a temporary name and renames, so that the file is never half written. Raises OSError.
+
+    No fsync: the run directory is memory, and no pod or namespace survives a reboot.
+    """
+    temporary = path.with_suffix(".new")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(content)
+    temporary.replace(path)
 
 
 def _encode(note: Note) -> dict[str, Any]:

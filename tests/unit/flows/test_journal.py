@@ -17,11 +17,10 @@ import pytest
 
 from agent.flows import journal as module
 from agent.flows import logfile
-from agent.flows.journal import ConnectionJournal
+from agent.flows.journal import ConnectionJournal, sampled
 from agent.flows.logfile import LogFile
 from agent.flows.record import Connection, Direction, Fate, Reason
 from agent.flows.resolved_record import ResolvedRecord
-from agent.flows.sampling import sampled
 
 NAMED = ResolvedRecord(
     Connection(

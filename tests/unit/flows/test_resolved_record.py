@@ -10,9 +10,9 @@ import pytest
 
 from agent.core.model.pods import Pod
 from agent.flows.identity import Service, Who, Workload
+from agent.flows.journal import sampled
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 from agent.flows.resolved_record import ResolvedRecord, named
-from agent.flows.sampling import sampled
 
 POD = Pod("u1", "shop", "web-7", addresses=("10.0.0.1",), labels={"service.istio.io/workload-name": "web"})
 OUT = Connection(
