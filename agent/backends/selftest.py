@@ -20,8 +20,10 @@ from enum import Enum
 from time import monotonic
 
 from agent.backends.base import PodLayer, lasting
-from agent.backends.ebpf import trial
+from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.programs import ProgramsBackend
+from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core import names
 from agent.core.errors import SluiceError, StaleError
 from agent.core.model.redirect import Redirect
@@ -29,8 +31,10 @@ from agent.core.wire import packet
 from agent.core.wire.packet import ACK, RST, SYN, TCP, UDP, Packet
 from agent.core.wire.rtnetlink import AF
 from agent.kernel import scratch, scratch_link
+from agent.kernel.bpf import bpffs
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.kernel.process import Process
 from agent.kernel.scratch_link import LOCAL, REMOTE, Wire
 
 _PASSES = 5  # as in a pod
@@ -82,8 +86,26 @@ def selftest_choice(layers: Sequence[PodLayer], pins: Pins, *, ipv6: bool = True
     """
     if not lasting(layers):
         return selftest(layers, ipv6=ipv6)
-    with trial.layers(pins) as throw_away:
-        return selftest(throw_away, ipv6=ipv6, marks=False)
+    with throw_away(pins) as made:
+        return selftest(made, ipv6=ipv6, marks=False)
+
+
+@contextlib.contextmanager
+def throw_away(pins: Pins) -> Iterator[tuple[PodLayer, ...]]:
+    """Yields eBPF layers with programs and maps of their own, and this process as ztunnel.
+
+    Captured pods are not affected, since maps say which pods the programs handle. Raises KernelError.
+    """
+    ztunnels = Ztunnels()
+    place = pins.within(f"test-{os.getpid()}")
+    ztunnels.arrived(Process(os.getpid(), os.pidfd_open(os.getpid())))
+    bpffs.mount(pins.mount)
+    try:
+        yield ProgramsBackend(place, ztunnels), EbpfBackend(place, ztunnels)
+    finally:
+        for process in ztunnels.processes():
+            process.close()
+        bpffs.remove_tree(place.root)
 
 
 def _run(active: Sequence[PodLayer], target: PodNetns, want: Redirect) -> Iterator[str]:

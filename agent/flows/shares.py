@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from agent.flows.ebpf import abi
 from agent.flows.ebpf.abi import Share, Shared
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 
 _PART, _LEAST = 8, 256  # one pod may have an eighth of a map's entries, but at least 256
 _QUIET = 60.0  # seconds between two messages about one pod

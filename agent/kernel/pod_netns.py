@@ -12,7 +12,7 @@ import socket
 from dataclasses import dataclass
 
 from agent.core.model.topology import PodTopology
-from agent.core.wire import socket_filter
+from agent.core.wire.netlink import type_filter
 from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
 from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel import sysctl
@@ -154,7 +154,7 @@ def _open() -> _Sockets:
         nft = undo.enter_context(contextlib.closing(NftSocket()))
         route = undo.enter_context(contextlib.closing(RouteSocket()))
         # Of the datagrams of a transaction, one for each object, the last one is enough.
-        rules_only = socket_filter.only(NEWGEN)
+        rules_only = type_filter(NEWGEN)
         events = undo.enter_context(
             contextlib.closing(Notifications(NETLINK_NETFILTER, [GROUP_NFTABLES], only=rules_only))
         )

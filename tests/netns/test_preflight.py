@@ -20,12 +20,11 @@ from agent.__main__ import main
 from agent.backends import preflight
 from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
-from agent.backends.ebpf import trial
 from agent.backends.nftables.rendering import OWNED
 from agent.backends.preflight import attempt, examine, lacking
 from agent.backends.registry import mechanisms
 from agent.backends.requirements import Need, Printed, ProgramRequirement, Restored, Transaction
-from agent.backends.selftest import selftest, selftest_choice
+from agent.backends.selftest import selftest, selftest_choice, throw_away
 from agent.core.errors import SettingsError
 from agent.core.model.host import HostView, InKernel
 from agent.core.model.redirect import Redirect
@@ -268,9 +267,9 @@ def test_the_self_test_fails_when_rules_stay(name: str) -> None:
 def test_the_self_test_fails_when_map_entries_stay_or_a_program_is_detached() -> None:
     node = EbpfNode()
     try:
-        with trial.layers(node.pins) as (programs, pods):
+        with throw_away(node.pins) as (programs, pods):
             assert STAYS in selftest([programs, Sabotaged(pods, always=Redirect(marks=False))], marks=False)
-        with trial.layers(node.pins) as (programs, pods):
+        with throw_away(node.pins) as (programs, pods):
             links = f"{node.pins.root}/test-{os.getpid()}/v1/links"
             found = selftest([programs, Sabotaged(pods, f"bpftool link detach pinned {links}/connect4")], marks=False)
             assert "IPv4: an outbound connection was seen nowhere with the rules" in found, "refused, not passed"

@@ -40,7 +40,7 @@ from agent.flows.ebpf.collector import EbpfCollector
 from agent.flows.ebpf.programs import Programs
 from agent.flows.record import Connection, Delta, Quality
 from agent.kernel.bpf import bpffs
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 from agent.reconciler.converge import settle
 
 MODES = ("nftables", "iptables", "ebpf")

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from agent.backends.base import Support
-from agent.backends.ebpf import abi, attachments, policies, state
+from agent.backends.ebpf import abi, attachments, state
 from agent.backends.ebpf.abi import PodValue, Prefix
 from agent.backends.ebpf.objects import LOOKUP, POD, BpfProgram
 from agent.backends.ebpf.older import older
@@ -27,7 +27,7 @@ from agent.core.model.topology import PodTopology
 from agent.core.wire.netlink import unpack_int
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf import link as bpflink
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 
@@ -127,9 +127,9 @@ class EbpfBackend:
     def _do(self, target: Target, cookie: int, change: PodChange) -> None:
         match change:
             case state.PutPolicy(number, prefixes):
-                policies.put(self._maps, number, prefixes)
+                put_policy(self._maps, number, prefixes)
             case state.DropPolicy(number):
-                policies.drop(self._maps, number)
+                drop_policy(self._maps, number)
             case state.PutPod(pod):
                 self._maps["pods"].update(abi.cookie(cookie), pod.encode())
             case state.DropPod():
@@ -181,6 +181,20 @@ class EbpfBackend:
 
 def _cookie(target: PodNetns | Gone) -> int:
     return target.cookie if isinstance(target, Gone) else target.netns.id.cookie
+
+
+def put_policy(maps: Maps, policy: int, prefixes: Iterable[Prefix]) -> None:
+    """Adds a policy's entries to map `policies`: of the programs that capture, or that account. Raises KernelError."""
+    for one in prefixes:
+        maps["policies"].update(one.key(policy), one.encode())
+
+
+def drop_policy(maps: Maps, policy: int) -> None:
+    """Removes all entries of a policy. Raises KernelError."""
+    policies = maps["policies"]
+    for key, value in policies.items():
+        if abi.prefix(key, value)[0] == policy:
+            policies.delete(key)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,9 @@ NLM_F_DUMP_INTR = 0x10
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NLA_F_NESTED = 0x8000
 _TYPE_MASK = 0x3FFF
+_FILTER_INSTRUCTION = struct.Struct("=HBBI")  # code, jump if true, jump if false, operand
+_LOAD_HALF, _EQUAL, _RETURN = 0x28, 0x15, 0x06  # BPF_LD|BPF_H|BPF_ABS, BPF_JMP|BPF_JEQ|BPF_K, BPF_RET|BPF_K
+_TYPE_OFFSET = 4  # of nlmsg_type in struct nlmsghdr
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +98,19 @@ def messages(datagram: bytes) -> Iterator[Message]:
             return
         yield Message(kind, flags, sequence, port, datagram[offset + HEADER.size : offset + length])
         offset += (length + 3) & ~3
+
+
+def type_filter(kind: int) -> bytes:
+    """Returns a socket filter that lets in only datagrams with a first message of type `kind`.
+
+    Classic BPF, struct sock_filter of linux/filter.h.
+    """
+    seen = int.from_bytes(struct.pack("=H", kind))  # the filter loads in network order what was written in the host's
+    return b"".join(
+        (
+            _FILTER_INSTRUCTION.pack(_LOAD_HALF, 0, 0, _TYPE_OFFSET),
+            _FILTER_INSTRUCTION.pack(_EQUAL, 0, 1, seen),
+            _FILTER_INSTRUCTION.pack(_RETURN, 0, 0, 0xFFFFFFFF),
+            _FILTER_INSTRUCTION.pack(_RETURN, 0, 0, 0),
+        )
+    )

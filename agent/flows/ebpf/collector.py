@@ -32,7 +32,7 @@ from agent.flows.inet_diag.collector import DiagCollector
 from agent.flows.record import Connection, Delta, Quality
 from agent.flows.shares import Shares
 from agent.kernel.bpf import iterator, syscall
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 from agent.kernel.bpf.ring_buffer import RingBuffer
 from agent.kernel.pod_netns import PodNetns
 

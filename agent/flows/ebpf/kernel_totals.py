@@ -19,7 +19,7 @@ from agent.flows.collector import Sort
 from agent.flows.ebpf import abi
 from agent.flows.ebpf.abi import CounterValue
 from agent.flows.record import Delta
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 
 IDLE = 600.0  # seconds
 _NOTHING = CounterValue()

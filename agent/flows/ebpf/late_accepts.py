@@ -14,7 +14,7 @@ from collections.abc import Callable
 from agent.flows.ebpf import abi
 from agent.flows.ebpf.kernel_totals import KernelTotals
 from agent.flows.record import Connection, Delta
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 
 WAIT = 1.0  # seconds; ztunnel's end is made within milliseconds, or never
 

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from agent.backends.ebpf import abi, attachments, objects, policies
+from agent.backends.ebpf import abi, attachments, objects
 from agent.backends.ebpf.abi import PodFlag, PodValue
+from agent.backends.ebpf.backend import drop_policy, put_policy
 from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.pins import Pins
 from agent.core.model.redirect import Redirect
 from agent.kernel.bpf import bpffs
-from agent.kernel.bpf.map_reuse import Maps
+from agent.kernel.bpf.map import Maps
 from agent.kernel.pod_netns import PodNetns
 
 _KEPT = PodFlag.CAPTURED | PodFlag.KNOWN
@@ -50,10 +51,10 @@ class AccountedPods:
         flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
         made = replace(made, pod=replace(made.pod, flags=made.pod.flags | flags))
         if old != made.pod:
-            policies.put(self._maps, made.pod.policy, made.prefixes)
+            put_policy(self._maps, made.pod.policy, made.prefixes)
             self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
             if old is not None and old.policy not in (0, made.pod.policy):
-                policies.drop(self._maps, old.policy)
+                drop_policy(self._maps, old.policy)
         return old is not None
 
     def watch(self, target: PodNetns) -> None:
@@ -91,7 +92,7 @@ class AccountedPods:
         self._maps["pods"].delete(abi.cookie(cookie))
         bpffs.remove_tree(self.pins.pod(cookie).path)
         if old is not None and old.policy:
-            policies.drop(self._maps, old.policy)
+            drop_policy(self._maps, old.policy)
 
     def doubt(self) -> None:
         """Clears KNOWN in all pods, so that ztunnel's ports and mark are refused to no process. Raises KernelError."""

@@ -7,6 +7,7 @@ import errno
 import os
 import struct
 import sys
+import threading
 from ctypes import byref, c_uint32, create_string_buffer
 from functools import cache
 from pathlib import Path
@@ -167,6 +168,36 @@ class Map:
 
     def _check(self, operation: str, result: int) -> None:
         libbpf.check(f"map {self.name}: {operation}", result)
+
+
+class Maps:
+    """The pinned maps of one directory, for several threads; a map that was re-created under its name is opened again.
+
+    They are kept open: opening one costs more than most of what is asked of it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = str(directory)
+        self._open: dict[str, tuple[int, Map]] = {}
+        self._turn = threading.Lock()
+
+    def exist(self) -> bool:
+        """True if any map exists."""
+        return os.path.exists(f"{self.directory}/pods")  # noqa: PTH110 - for each pod again and again
+
+    def __getitem__(self, name: str) -> Map:
+        """Not to be closed. Raises KernelError, ENOENT without a pin of that name."""
+        path = f"{self.directory}/{name}"
+        try:
+            inode = os.stat(path).st_ino  # noqa: PTH116 - as above
+        except FileNotFoundError:
+            inode = 0
+        with self._turn:
+            held = self._open.get(name)
+            if held is None or held[0] != inode:
+                # The old one is closed after its last use.
+                held = self._open[name] = inode, Map.open(Path(path))
+            return held[1]
 
 
 def map_id(fd: int) -> int:

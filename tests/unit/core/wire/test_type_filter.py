@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import struct
 
-from agent.core.wire.netlink import message
+from agent.core.wire.netlink import message, type_filter
 from agent.core.wire.nftables import NEWGEN, NEWRULE
-from agent.core.wire.socket_filter import only
 
 
 def passes(program: bytes, packet: bytes) -> bool:
@@ -28,6 +27,6 @@ def passes(program: bytes, packet: bytes) -> bool:
 
 def test_only_messages_of_the_type_pass() -> None:
     for kind in (NEWGEN, 3, 0x1234):
-        assert passes(only(kind), message(kind, 0, 1, b"body"))
-        assert not passes(only(kind), message(NEWRULE, 0, 1, b"body"))
-        assert not passes(only(kind), message(kind ^ 0x0100, 0, 1, b"body"))
+        assert passes(type_filter(kind), message(kind, 0, 1, b"body"))
+        assert not passes(type_filter(kind), message(NEWRULE, 0, 1, b"body"))
+        assert not passes(type_filter(kind), message(kind ^ 0x0100, 0, 1, b"body"))
