@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.core.errors import ForeignNetnsError, HostNetnsError, NetnsError
+from agent.core.errors import ForeignNetnsError, HostNetnsError, NetnsError, SluiceError
+from agent.core.model.pods import Pod
 from agent.kernel import exec
 from agent.kernel.bpf.bpffs import cgroup_root
 from agent.kernel.netns import Netns, unpin
 from agent.kernel.proc import started
 from agent.sources.netns import search as searching
-from agent.sources.netns.search import Found, Wanted, find, search
+from agent.sources.netns.search import NETNS_DIRS, search
 
 pytestmark = pytest.mark.root
 ADDRESS, OTHER = "198.18.200.7", "198.18.200.8"
@@ -90,10 +91,21 @@ class Node:
     def pod(self, uid: str, netns: Path | None) -> int:
         return self.process(self.cgroup(f"kubepods/besteffort/pod{uid}/{'a' * 64}"), netns)
 
-    def find(self, uid: str, *addresses: str, containers: tuple[str, ...] = ()) -> Found:
-        found = find(uid, containers, addresses, [str(self.mounts)])
-        self._undo.callback(found.netns.close)
+    def find(self, uid: str, *addresses: str, containers: tuple[str, ...] = ()) -> Netns:
+        found = find(wanted(uid, *addresses, containers=containers), str(self.mounts))
+        self._undo.callback(found.close)
         return found
+
+
+def wanted(uid: str, *addresses: str, containers: tuple[str, ...] = ()) -> Pod:
+    return Pod(uid, "", "", addresses=addresses, containers=containers)
+
+
+def find(pod: Pod, *places: str) -> Netns:
+    found = search([pod], places or NETNS_DIRS)[pod.uid]
+    if isinstance(found, SluiceError):
+        raise found
+    return found
 
 
 _WAITING = ("sh", "-c", "echo here; read line")
@@ -123,8 +135,7 @@ def test_p54_the_namespace_of_a_pods_process_is_found(node: Node, uid: str, know
     where = node.netns(ADDRESS)
     pid = node.pod(uid, where)
     found = node.find(uid, *[ADDRESS] * known)
-    assert found.netns.id.inode == inode(where) and found.path == f"/proc/{pid}/ns/net"
-    assert (ADDRESS in found.how) == known and str(pid) in found.how
+    assert found.id.inode == inode(where) and found.origin == f"/proc/{pid}/ns/net"
 
 
 def test_p54_a_mount_is_preferred_for_the_path_since_it_outlives_processes(node: Node, uid: str) -> None:
@@ -132,7 +143,7 @@ def test_p54_a_mount_is_preferred_for_the_path_since_it_outlives_processes(node:
     node.pod(uid, where)
     place = node.mount(where, "cni-1")
     found = node.find(uid, ADDRESS)
-    assert found.path == str(place) and found.netns.id.inode == inode(where)
+    assert found.origin == str(place) and found.id.inode == inode(where)
 
 
 CGROUPS = [
@@ -152,8 +163,8 @@ def test_p54_every_form_of_cgroup_is_known(node: Node, uid: str, form: str) -> N
     container = "c0" * 32
     group = node.cgroup(form.format(uid=uid, slice=uid.replace("-", "_"), id=container))
     node.process(group, where)
-    assert node.find(uid, ADDRESS, containers=(container,)).netns.id.inode == inode(where)
-    assert node.find(uid, containers=(container,)).netns.id.inode == inode(where)
+    assert node.find(uid, ADDRESS, containers=(container,)).id.inode == inode(where)
+    assert node.find(uid, containers=(container,)).id.inode == inode(where)
 
 
 def test_p53_a_namespace_that_a_process_of_the_pod_made_for_itself_is_not_taken(node: Node, uid: str) -> None:
@@ -162,7 +173,7 @@ def test_p53_a_namespace_that_a_process_of_the_pod_made_for_itself_is_not_taken(
     decoy = node.process(group, where, "unshare", "-n", *_WAITING)  # older than what is in the pod's
     node.process(group, where)
     assert inode(f"/proc/{decoy}/ns/net") != inode(where)
-    assert node.find(uid, ADDRESS).netns.id.inode == inode(where)
+    assert node.find(uid, ADDRESS).id.inode == inode(where)
 
 
 def test_p53_with_no_address_known_the_oldest_process_tells(node: Node, uid: str) -> None:
@@ -173,7 +184,7 @@ def test_p53_with_no_address_known_the_oldest_process_tells(node: Node, uid: str
         pass
     decoys = [node.process(group, where, "unshare", "-n", *_WAITING) for _ in range(3)]
     assert len({inode(f"/proc/{pid}/ns/net") for pid in decoys} | {inode(where)}) == 4
-    assert node.find(uid).netns.id.inode == inode(where)
+    assert node.find(uid).id.inode == inode(where)
 
 
 def test_p53_with_no_address_known_the_runtimes_mount_tells_before_age(node: Node, uid: str) -> None:
@@ -182,7 +193,7 @@ def test_p53_with_no_address_known_the_runtimes_mount_tells_before_age(node: Nod
     group = node.cgroup(f"kubepods/pod{uid}/{'b' * 64}")
     node.process(group, where, "unshare", "-n", *_WAITING)
     node.process(group, where)
-    assert node.find(uid).netns.id.inode == inode(where)
+    assert node.find(uid).id.inode == inode(where)
 
 
 def test_p53_a_decoy_with_the_pods_address_loses_to_the_mount_and_else_neither_is_taken(node: Node, uid: str) -> None:
@@ -193,7 +204,7 @@ def test_p53_a_decoy_with_the_pods_address_loses_to_the_mount_and_else_neither_i
     with pytest.raises(ForeignNetnsError, match="cannot decide"):
         node.find(uid, ADDRESS)
     node.mount(where, "cni-1")
-    assert node.find(uid, ADDRESS).netns.id.inode == inode(where)
+    assert node.find(uid, ADDRESS).id.inode == inode(where)
 
 
 def test_p53_a_pod_whose_namespaces_hold_none_of_its_addresses_has_none(node: Node, uid: str) -> None:
@@ -209,7 +220,7 @@ def test_p53_what_stands_further_down_in_a_cgroups_path_is_not_believed(node: No
     for addresses in ((ADDRESS,), ()):
         with pytest.raises(NetnsError, match="no process"):
             node.find(uid, *addresses)
-        assert node.find(forger, *addresses).netns.id.inode == inode(where)
+        assert node.find(forger, *addresses).id.inode == inode(where)
 
 
 def test_p53_a_process_in_a_cgroup_namespace_cannot_hide_its_pod(node: Node, uid: str) -> None:
@@ -217,7 +228,7 @@ def test_p53_a_process_in_a_cgroup_namespace_cannot_hide_its_pod(node: Node, uid
     group = node.cgroup(f"kubepods/pod{uid}/{'b' * 64}")
     pid = node.process(group, where, "unshare", "-C", *_WAITING)
     assert inode(f"/proc/{pid}/ns/cgroup") != inode("/proc/self/ns/cgroup")
-    assert node.find(uid).netns.id.inode == inode(where)
+    assert node.find(uid).id.inode == inode(where)
 
 
 def test_p53_processes_in_the_hosts_namespace_are_passed_over(node: Node, uid: str) -> None:
@@ -230,7 +241,7 @@ def test_p53_processes_in_the_hosts_namespace_are_passed_over(node: Node, uid: s
             node.find(uid, *addresses)
     node.process(group, where)
     for addresses in ((ADDRESS,), ()):
-        assert node.find(uid, *addresses).netns.id.inode == inode(where)
+        assert node.find(uid, *addresses).id.inode == inode(where)
 
 
 def test_p53_a_process_of_the_pod_in_another_pods_namespace_leads_nowhere(node: Node, uid: str) -> None:
@@ -243,8 +254,8 @@ def test_p53_a_process_of_the_pod_in_another_pods_namespace_leads_nowhere(node: 
             node.find(uid, *addresses)
     mine = node.netns(ADDRESS)
     node.pod(uid, mine)
-    assert node.find(uid, ADDRESS).netns.id.inode == node.find(uid).netns.id.inode == inode(mine)
-    assert node.find(neighbour, OTHER).netns.id.inode == inode(theirs)
+    assert node.find(uid, ADDRESS).id.inode == node.find(uid).id.inode == inode(mine)
+    assert node.find(neighbour, OTHER).id.inode == inode(theirs)
 
 
 def test_p54_with_the_pause_process_gone_any_other_one_tells(node: Node, uid: str) -> None:
@@ -255,11 +266,11 @@ def test_p54_with_the_pause_process_gone_any_other_one_tells(node: Node, uid: st
     pid = node.process(group, where)
     os.kill(pid, 9)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert node.find(uid, ADDRESS).path == str(place), "none at all: a mount that holds the address"
+    assert node.find(uid, ADDRESS).origin == str(place), "none at all: a mount that holds the address"
     with pytest.raises(NetnsError, match="no process"):
         node.find(uid)  # nothing proves that the mount is this pod's
-    later = node.process(group, where)
-    assert f"process {later}" in node.find(uid).how
+    node.process(group, where)
+    assert node.find(uid).id.inode == inode(where)
 
 
 def test_p53_a_mount_with_the_address_is_not_taken_while_another_pod_lives_in_it(node: Node, uid: str) -> None:
@@ -286,7 +297,7 @@ def test_two_mounts_with_the_address_are_not_guessed_between(node: Node, uid: st
 def test_ipv6_addresses_are_compared_as_addresses(node: Node, uid: str) -> None:
     where = node.netns("fd00:198:18::7")
     node.pod(uid, where)
-    assert node.find(uid, "FD00:198:18:0::7", "203.0.113.1").netns.id.inode == inode(where)
+    assert node.find(uid, "FD00:198:18:0::7", "203.0.113.1").id.inode == inode(where)
 
 
 def test_many_pods_are_answered_by_one_look_and_no_descriptor_stays(node: Node) -> None:
@@ -294,16 +305,16 @@ def test_many_pods_are_answered_by_one_look_and_no_descriptor_stays(node: Node) 
     places = [node.netns(f"198.18.201.{number}") for number in range(4)]
     for uid, place in zip(uids, places, strict=True):
         node.pod(uid, place)
-    wanted = [Wanted(uid, (), (f"198.18.201.{number}",)) for number, uid in enumerate(uids)]
-    wanted[3] = Wanted(uids[3], (), ("198.18.201.77",))
+    pods = [wanted(uid, f"198.18.201.{number}") for number, uid in enumerate(uids)]
+    pods[3] = wanted(uids[3], "198.18.201.77")
     before = descriptors()
-    answers = search([*wanted, Wanted(str(uuid.uuid4()))], [str(node.mounts)])
-    found = [answer for answer in answers.values() if isinstance(answer, Found)]
-    assert [one.netns.id.inode for one in found] == [inode(place) for place in places[:3]]
-    assert [type(answer) for answer in answers.values()] == [Found, Found, Found, ForeignNetnsError, NetnsError]
+    answers = search([*pods, wanted(str(uuid.uuid4()))], [str(node.mounts)])
+    found = [answer for answer in answers.values() if isinstance(answer, Netns)]
+    assert [one.id.inode for one in found] == [inode(place) for place in places[:3]]
+    assert [type(answer) for answer in answers.values()] == [Netns, Netns, Netns, ForeignNetnsError, NetnsError]
     assert len(descriptors()) == len(before) + 3
     for one in found:
-        one.netns.close()
+        one.close()
     assert descriptors() == before
 
 
@@ -311,7 +322,7 @@ def test_p53_what_two_pods_would_get_neither_gets(node: Node) -> None:
     node.mount(node.netns(ADDRESS), "cni-1")
     uids = sorted(str(uuid.uuid4()) for _ in range(2))
     before = descriptors()
-    answers = search([Wanted(uid, (), (ADDRESS,)) for uid in uids], [str(node.mounts)])
+    answers = search([wanted(uid, ADDRESS) for uid in uids], [str(node.mounts)])
     for uid in uids:
         assert isinstance(answers[uid], ForeignNetnsError) and " and ".join(uids) in str(answers[uid])
     assert descriptors() == before
@@ -322,15 +333,15 @@ def test_a_path_that_was_unmounted_or_is_none_is_passed_over(node: Node, uid: st
     pid = node.pod(uid, where)
     (node.mounts / "cni-0").touch()
     (node.mounts / "cni-1").symlink_to("/nowhere")
-    found = find(uid, (), (ADDRESS,), [str(node.mounts), str(node.mounts / "cni-0"), "/nowhere"])
-    found.netns.close()
-    assert found.path == f"/proc/{pid}/ns/net"
+    found = find(wanted(uid, ADDRESS), str(node.mounts), str(node.mounts / "cni-0"), "/nowhere")
+    found.close()
+    assert found.origin == f"/proc/{pid}/ns/net"
 
 
 def test_the_default_places_are_those_of_the_runtimes(node: Node, uid: str) -> None:
     assert searching.NETNS_DIRS == ("/run/netns", "/var/run/netns")
     where = node.netns(ADDRESS)
     node.pod(uid, where)
-    found = find(uid, (), (ADDRESS,))
-    found.netns.close()
-    assert found.path == str(where)
+    found = find(wanted(uid, ADDRESS))
+    found.close()
+    assert found.origin == str(where)

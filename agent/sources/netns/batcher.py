@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from agent.core.errors import NetnsError, SluiceError
 from agent.core.model.pods import Pod
 from agent.kernel.netns import Netns
-from agent.sources.netns.search import Found, Wanted, search
+from agent.sources.netns.search import search
 
 
 class SearchBatcher:
@@ -17,36 +17,32 @@ class SearchBatcher:
 
     def __init__(self, waiting: Callable[[], Iterable[Pod]]) -> None:
         self._waiting = waiting
-        self._found: dict[str, Found] = {}
+        self._found: dict[str, Netns] = {}
         self._lock = threading.Lock()
 
     def find(self, pod: Pod) -> Netns:
         """Returns the pod's namespace, for the caller to close. Raises SluiceError."""
         with self._lock:
             if (found := self._found.pop(pod.uid, None)) is not None:
-                return found.netns
+                return found
             answers = self._search({pod.uid: pod, **{one.uid: one for one in self._waiting()}})
         answer = answers.get(pod.uid)
-        if isinstance(answer, Found):
-            return answer.netns
+        if isinstance(answer, Netns):
+            return answer
         raise answer or NetnsError(f"pod {pod.key}: its network namespace was not searched for")
 
     def close(self) -> None:
         with self._lock:
             self._drop()
 
-    def _search(self, pods: Mapping[str, Pod]) -> Mapping[str, Found | SluiceError]:
+    def _search(self, pods: Mapping[str, Pod]) -> Mapping[str, Netns | SluiceError]:
         """Searches; results for other pods are kept until their turn or the next search."""
         self._drop()
-        answers = dict(search(_wanted(pod) for pod in pods.values()))
+        answers = search(list(pods.values()))
         asked = next(iter(pods))
-        self._found = {uid: one for uid, one in answers.items() if isinstance(one, Found) and uid != asked}
+        self._found = {uid: one for uid, one in answers.items() if isinstance(one, Netns) and uid != asked}
         return answers
 
     def _drop(self) -> None:
         while self._found:
-            self._found.popitem()[1].netns.close()
-
-
-def _wanted(pod: Pod) -> Wanted:
-    return Wanted(pod.uid, pod.containers, pod.addresses)
+            self._found.popitem()[1].close()

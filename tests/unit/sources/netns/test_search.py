@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from agent.core.errors import ForeignNetnsError, HostNetnsError, KernelError, NetnsError
+from agent.core.model.pods import Pod
 from agent.kernel import proc
-from agent.sources.netns.search import Wanted, search
+from agent.sources.netns.search import search
 
 UID, OTHER = "5f0e7a52-41dd-4b0c-9d0e-3a6a3a0d9b11", "11111111-2222-3333-4444-555555555555"
 
@@ -36,7 +37,7 @@ class Proc:
         (place / "stat").write_text(f"{pid} (a) b) R {' '.join(['0'] * 18)} {started} 0\n")
 
     def why(self, *addresses: str, uid: str = UID) -> Exception:
-        answer = search([Wanted(uid, (), addresses)], ["/nowhere"], str(self.folder))[uid]
+        answer = search([Pod(uid, "", "", addresses=addresses)], ["/nowhere"], str(self.folder))[uid]
         assert isinstance(answer, Exception)
         return answer
 
@@ -60,7 +61,7 @@ def test_a_process_is_read_as_proc_shows_it(node: Proc) -> None:
 def test_p53_without_an_address_two_that_are_equally_old_are_not_guessed_between(node: Proc) -> None:
     for pid in ("70", "71"):
         node.add(pid, pid, f"/kubepods/pod{UID}/x")
-    answer = search([Wanted(UID)], [], str(node.folder))[UID]
+    answer = search([Pod(UID, "", "")], [], str(node.folder))[UID]
     assert isinstance(answer, ForeignNetnsError) and "equally old" in str(answer)
 
 
@@ -107,4 +108,4 @@ def test_a_pod_that_is_not_here_is_told_so(node: Proc) -> None:
 
 def test_without_our_own_namespace_nothing_is_searched(tmp_path: Path) -> None:
     with pytest.raises(KernelError, match="self/ns/net"):
-        search([Wanted(UID)], [], str(tmp_path))
+        search([Pod(UID, "", "")], [], str(tmp_path))
