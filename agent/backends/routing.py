@@ -96,7 +96,7 @@ class RoutingBackend:
         due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
         differences = tuple(f"ip {command(c.item, add=c.add)} is due" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
-        return Plan(_steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
+        return Plan(steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 
     def apply(self, target: PodNetns, plan: Plan[RouteChange]) -> None:
         self._last.pop(target, None)
@@ -107,10 +107,10 @@ class RoutingBackend:
 def plain(have: RoutingState) -> Plan[RouteChange]:
     """Removes what the existing ambient agents do not have."""
     held = [item for place in have.places.values() for item in place.held if route_places.is_for_bound(item)]
-    return Plan(_steps([RouteChange(item, False) for item in reversed(held)]))
+    return Plan(steps([RouteChange(item, False) for item in reversed(held)]))
 
 
-def _steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
+def steps(changes: Sequence[RouteChange]) -> tuple[Step[RouteChange], ...]:
     return tuple(Step(f"ip {command(c.item, add=c.add)}", c) for c in changes)
 
 

@@ -33,7 +33,7 @@ def attach(node: BpfNode, program: str, name: str, attacher: Callable[[int], int
     with opened(node.program(program)) as fd:
         link = attacher(fd)
     try:
-        bpflink.pin(link, node.link(name))
+        syscall.pin(link, node.link(name))
     finally:
         os.close(link)
 

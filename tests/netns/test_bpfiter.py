@@ -14,8 +14,7 @@ import pytest
 from support.bpfnode import U64, BpfNode, bpf_node, key, opened
 
 from agent.core.errors import KernelError
-from agent.kernel.bpf import iterator, load
-from agent.kernel.bpf import link as bpflink
+from agent.kernel.bpf import iterator, load, syscall
 from agent.kernel.bpf.map import Map
 
 pytestmark = pytest.mark.root
@@ -34,7 +33,7 @@ def attach(node: BpfNode, program: str, table: Map) -> Path:
     with opened(node.program(program)) as fd:
         link = iterator.attach(fd, table.fd)
     try:
-        bpflink.pin(link, node.link(program))
+        syscall.pin(link, node.link(program))
     finally:
         os.close(link)
     return node.link(program)

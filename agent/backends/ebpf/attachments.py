@@ -147,7 +147,7 @@ def _attach(change: Attach, program: int, place: PinDirectory, attach: Callable[
         _closed(syscall.get(place.link(change.link)), lambda link: bpflink.update(link, program))
     else:
         made = attach(change.program, change.link, program)
-        _closed(made, lambda link: bpflink.pin(link, place.link(change.link)))
+        _closed(made, lambda link: syscall.pin(link, place.link(change.link)))
 
 
 def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:

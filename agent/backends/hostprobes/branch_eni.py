@@ -17,10 +17,11 @@ from typing import Final
 
 from agent.backends.base import Support
 from agent.backends.hostprobes.want import HostProbes
+from agent.backends.routing import RouteChange, steps
 from agent.core import names
-from agent.core.model.plan import Plan, Step
+from agent.core.model.plan import Plan
 from agent.core.wire.policy_rules import by_interface_or_destination
-from agent.core.wire.rtnetlink import LookupRule, Table, command
+from agent.core.wire.rtnetlink import LookupRule, Table
 from agent.kernel.host_netns import HostNetns
 
 TO_POD_PRIORITY: Final = 512
@@ -33,15 +34,6 @@ class BranchState:
 
     rules: tuple[LookupRule, ...]
     routes: Mapping[tuple[int, int], Mapping[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class RuleChange:
-    rule: LookupRule
-    add: bool
-
-    def __str__(self) -> str:
-        return f"ip {command(self.rule, add=self.add)}"
 
 
 def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
@@ -79,20 +71,21 @@ class BranchEni:
         numbers = target.call(lambda: {_index(name): name for name in devices})
         return BranchState(rules, {place: dict(_routes(target, *place, numbers)) for place in tables})
 
-    def plan(self, want: HostProbes | None, have: BranchState) -> Plan[RuleChange]:
+    def plan(self, want: HostProbes | None, have: BranchState) -> Plan[RouteChange]:
         due = wanted(want, have) if want else ()
         there = {replace(rule, protocol=names.ROUTING_PROTOCOL) for rule in have.rules}
-        changes = [RuleChange(rule, True) for rule in due if rule not in there]
+        changes = [RouteChange(rule, True) for rule in due if rule not in there]
         mine = [rule for rule in have.rules if rule.ours]
         if want is None or want.complete:
             # The way to the pod goes before the way back; a pod with unknown addresses keeps both.
             gone = [rule for rule in mine if rule not in due and not (want and want.unknown)]
-            changes += [RuleChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
-        return Plan(tuple(Step(str(one), one) for one in changes), tuple(f"{one} is due" for one in changes))
+            changes += [RouteChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
+        due_steps = steps(changes)
+        return Plan(due_steps, tuple(f"{step.text} is due" for step in due_steps))
 
-    def apply(self, target: HostNetns, plan: Plan[RuleChange]) -> None:
+    def apply(self, target: HostNetns, plan: Plan[RouteChange]) -> None:
         for step in plan.steps:
-            target.route.change(step.payload.rule, add=step.payload.add)
+            target.route.change(step.payload.item, add=step.payload.add)
 
 
 def _routes(target: HostNetns, family: int, table: int, devices: Mapping[int, str]) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,6 @@ from agent.core.wire.netlink import NLM_F_CREATE, Message, attribute, attributes
 from agent.core.wire.nftables import DELSETELEM, NEWSET, NEWSETELEM, NFPROTO_INET, Command
 
 TYPE = {4: (7, 4, "ipv4_addr"), 6: (8, 16, "ipv6_addr")}  # nft's datatype number, length of a key, nft's name
-FAMILY = {name: family for family, name in SETS.items()}
 _PER_MESSAGE = 200  # elements; an attribute holds 64 kB, and an element with its comment may take 200 bytes
 
 

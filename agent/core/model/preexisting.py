@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, is_loopback, taken
+from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, in_order, taken
 
 NAMED = 5  # connections that a line of text names
 Select = Callable[[Sequence[TcpSocket]], tuple[TcpSocket, ...]]  # of all connections of a pod, see CONNECTED
@@ -45,14 +45,12 @@ def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Sel
 def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
     """Returns the pod's connections to other endpoints that are not captured, each once, in a stable order."""
     captured = taken(sockets)
-    found = {one.cookie: one for one in sockets if one.cookie not in captured and _with_others(one)}
-    return tuple(sorted(found.values(), key=lambda one: (one.local, one.remote, one.cookie)))
+    found = {one.cookie: one for one in sockets if one.cookie not in captured and _uncaptured(one)}
+    return in_order(found.values())
 
 
-def _with_others(one: TcpSocket) -> bool:
-    if one.state not in CONNECTED or one.of_ztunnel or one.local[1] in CAPTURE_PORTS:
-        return False
-    return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
+def _uncaptured(one: TcpSocket) -> bool:
+    return one.state in CONNECTED and not one.of_ztunnel and one.local[1] not in CAPTURE_PORTS and one.with_others
 
 
 def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: str = "still outside") -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -71,6 +71,11 @@ class TcpSocket:
     def of_ztunnel(self) -> bool:
         return self.mark is not None and self.mark & names.MARK_MASK == names.ZTUNNEL_MARK
 
+    @property
+    def with_others(self) -> bool:
+        """True if neither end is a loopback address."""
+        return not is_loopback(self.local[0]) and not is_loopback(self.remote[0])
+
     def __str__(self) -> str:
         """Returns both ends; the pod's comes first, whichever end opened the connection."""
         return f"{text(self.local)} -> {text(self.remote)}"
@@ -83,6 +88,11 @@ def text(endpoint: Endpoint) -> str:
 
 def is_loopback(address: str) -> bool:
     return address.startswith("127.") or address == "::1"
+
+
+def in_order(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
+    """Returns the same sockets in a stable order."""
+    return tuple(sorted(sockets, key=lambda one: (one.local, one.remote, one.cookie)))
 
 
 def taken(sockets: Sequence[TcpSocket]) -> frozenset[int]:

@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from agent.core import names
 from agent.core.model.pods import Pod, mode
-from agent.core.policy.selectors import DEFAULT, Requirement, Selector
+from agent.core.policy.selectors import DEFAULT, Requirement
 from agent.core.settings import Settings
 
 _UNSET = "neither the pod nor its namespace says"
@@ -127,13 +127,11 @@ def _said(pod: Pod) -> Iterator[Fact]:
     value = pod.namespace_labels.get(key, "")
     reason = f"namespace {pod.namespace} says {key}=ambient" if value == "ambient" else f"{_UNSET} {key}=ambient"
     if own is None:
-        yield Fact(
-            Origin.NAMESPACE, key, value, enrols=chosen, reason=reason, note="" if chosen else "nothing enrols it"
-        )
+        note = "" if chosen else "nothing enrols it"
+        yield Fact(Origin.NAMESPACE, key, value, enrols=chosen, reason=reason, note=note)
     else:
-        yield Fact(
-            Origin.NAMESPACE, key, value, enrols=value == "ambient" or None, reason=reason if value == "ambient" else ""
-        )
+        enrols = value == "ambient"
+        yield Fact(Origin.NAMESPACE, key, value, enrols=enrols or None, reason=reason if enrols else "")
 
 
 def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
@@ -156,13 +154,9 @@ def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
             reason=reason,
             note="" if fits else "does not fit",
         )
-    if not any(_fits(one, pod) for one in selectors):
+    if not any(one.matches(labels, pod.namespace_labels) for one in selectors):
         shown = f"{len(selectors)} selectors"
         yield Fact(Origin.SETTING, key, shown, enrols=False, reason=f"nothing in the setting {key} fits")
-
-
-def _fits(selector: Selector, pod: Pod) -> bool:
-    return selector.matches(labels_of(pod), pod.namespace_labels)
 
 
 def _required(origin: Origin, one: Requirement, labels: Mapping[str, str], number: int) -> Fact:

@@ -13,7 +13,7 @@ from typing import Final
 
 from agent.core import names
 from agent.core.model.preexisting import Select, report
-from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, OPENING, TcpSocket, is_loopback, taken
+from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, OPENING, TcpSocket, in_order, taken
 
 _REDIRECTED: Final = CAPTURE_PORTS - {names.HBONE_PORT}
 
@@ -27,7 +27,7 @@ def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
     served = {one.remote for one in ends if one.local[1] in _REDIRECTED}
     of_ztunnel = {pair for one in ends if one.of_ztunnel for pair in ((one.local, one.remote), (one.remote, one.local))}
     pairs = {(one.remote, one.local) for one in ends}
-    return _sorted(
+    return in_order(
         one
         for one in ends
         if one.local[1] in _REDIRECTED
@@ -38,8 +38,8 @@ def proxied(sockets: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
 
 def translated(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
     """Returns connections that rules have proxied, and handshakes: their first packet may have met the rules."""
-    opening = (one for one in sockets if one.state in OPENING and not one.of_ztunnel and _with_others(one))
-    return _sorted({one.cookie: one for one in (*proxied(sockets), *opening)}.values())
+    opening = (one for one in sockets if one.state in OPENING and not one.of_ztunnel and one.with_others)
+    return in_order({one.cookie: one for one in (*proxied(sockets), *opening)}.values())
 
 
 def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
@@ -48,10 +48,10 @@ def unknown(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
     Not the pod's connections with itself, nor those of other ztunnels with ours, which no rule touches.
     """
     here = taken(sockets)
-    return _sorted(
+    return in_order(
         one
         for one in sockets
-        if one.state in CONNECTED and one.cookie not in here and _with_others(one) and one.local[1] != names.HBONE_PORT
+        if one.state in CONNECTED and one.cookie not in here and one.with_others and one.local[1] != names.HBONE_PORT
     )
 
 
@@ -64,11 +64,3 @@ def summary(connections: Sequence[TcpSocket], backend: str) -> str:
     """Returns one line for people, "" for none, after a change to `backend`."""
     of_pod = [one for one in connections if not one.of_ztunnel and one.local[1] not in CAPTURE_PORTS]
     return report(of_pod or connections, f"the change to {backend}", "carried on as before")
-
-
-def _with_others(one: TcpSocket) -> bool:
-    return not is_loopback(one.local[0]) and not is_loopback(one.remote[0])
-
-
-def _sorted(found: Iterable[TcpSocket]) -> tuple[TcpSocket, ...]:
-    return tuple(sorted(found, key=lambda one: (one.local, one.remote, one.cookie)))

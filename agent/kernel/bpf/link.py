@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """BPF links: what keeps a program attached for as long as a descriptor or a pin of the link is there.
 
-A pin is removed by unlinking it, which detaches when no descriptor is left.
+A pin is removed by unlinking it, or by another link that is pinned in its place; that detaches when no descriptor is
+left.
 """
 
 from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from agent.kernel.bpf import libbpf, syscall
@@ -45,11 +45,6 @@ def attach_tcx(program_fd: int, ifindex: int, attach_type: AttachType) -> int:
     The kernel looks for the interface in the calling thread's namespace (tcx_link_attach): call it inside.
     """
     return _attach(f"interface {ifindex}", program_fd, ifindex, attach_type)
-
-
-def pin(link_fd: int, path: Path) -> None:
-    """Pins in place of an earlier one, which is so detached. Makes directories. Raises KernelError."""
-    syscall.pin(link_fd, path)
 
 
 def info(link_fd: int) -> LinkInfo:
