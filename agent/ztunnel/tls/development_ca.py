@@ -15,9 +15,11 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from agent.ztunnel.tls.contexts import Credentials, CredentialsError
+from agent.ztunnel.tls.keys import key_pem
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 CA_FILE: Final = "development-ca.pem"  # key and certificate
@@ -50,6 +52,10 @@ class DevelopmentCa:
     def issue(self, identity: SpiffeId) -> Credentials:
         """Returns a new key and certificate of the identity."""
         key = ec.generate_private_key(ec.SECP256R1())
+        return Credentials(identity, key_pem(key), self.sign(identity, key.public_key()), roots=self.roots)
+
+    def sign(self, identity: SpiffeId, key: CertificatePublicKeyTypes) -> bytes:
+        """Returns a certificate as PEM."""
         usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
         names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))])
         certificate = (
@@ -59,7 +65,7 @@ class DevelopmentCa:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .sign(self._key, hashes.SHA256())
         )
-        return Credentials(identity, _pem(key), certificate.public_bytes(serialization.Encoding.PEM), roots=self.roots)
+        return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _create(directory: Path) -> None:
@@ -67,28 +73,28 @@ def _create(directory: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Sluice development CA")])
     root = (
-        _builder(name, name, key, _ROOT_LIFETIME)
+        _builder(name, name, key.public_key(), _ROOT_LIFETIME)
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .add_extension(_ca_usage(), critical=True)
         .sign(key, hashes.SHA256())
     )
     fresh = directory / f".{CA_FILE}.{os.getpid()}"
     fresh.touch(mode=0o600)
-    fresh.write_bytes(_pem(key) + root.public_bytes(serialization.Encoding.PEM))
+    fresh.write_bytes(key_pem(key) + root.public_bytes(serialization.Encoding.PEM))
     with contextlib.suppress(FileExistsError):
         os.link(fresh, directory / CA_FILE)
     fresh.unlink()
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, lifetime: timedelta
+    subject: x509.Name, issuer: x509.Name, key: CertificatePublicKeyTypes, lifetime: timedelta
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
-        .public_key(key.public_key())
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCK_SKEW)
         .not_valid_after(now + lifetime)
@@ -100,9 +106,3 @@ def _ca_usage() -> x509.KeyUsage:
         digital_signature=True, key_cert_sign=True, crl_sign=True, content_commitment=False, key_encipherment=False,
         data_encipherment=False, key_agreement=False, encipher_only=False, decipher_only=False,
     )  # fmt: skip
-
-
-def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and certificates as PEM, and what is read from a certificate before it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from agent.ztunnel.tls.contexts import Credentials, CredentialsError
+from agent.ztunnel.tls.spiffe import parse
+
+__all__ = ["Encoding", "Validity", "key_pem", "validity"]
+
+
+@dataclass(frozen=True, slots=True)
+class Validity:
+    """Seconds since 1970."""
+
+    begin: float
+    end: float
+
+    @property
+    def half(self) -> float:
+        """Returns the time for renewal."""
+        return (self.begin + self.end) / 2
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def validity(credentials: Credentials) -> Validity:
+    """Checks that the certificate belongs to the key and the identity, and returns its validity.
+
+    Raises CredentialsError: a CA that answers with another identity's certificate is not believed.
+    """
+    try:
+        certificate = x509.load_pem_x509_certificate(credentials.chain)
+        key = load_pem_private_key(credentials.key, None)
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, TypeError, x509.ExtensionNotFound) as error:
+        raise CredentialsError(f"the certificate of {credentials.identity} cannot be read: {error}") from None
+    identities = [parse(uri) for uri in names.get_values_for_type(x509.UniformResourceIdentifier)]
+    if credentials.identity not in identities:
+        found = ", ".join(str(one) for one in identities if one) or "no SPIFFE identity"
+        raise CredentialsError(f"the certificate for {credentials.identity} is of {found}")
+    if not isinstance(key, ec.EllipticCurvePrivateKey) and not hasattr(key, "public_key"):
+        raise CredentialsError(f"the key of {credentials.identity} is of an unknown kind")
+    if _public(key.public_key()) != _public(certificate.public_key()):
+        raise CredentialsError(f"the certificate of {credentials.identity} belongs to another key")
+    return Validity(_seconds(certificate, "not_valid_before"), _seconds(certificate, "not_valid_after"))
+
+
+def _public(key: object) -> bytes:
+    from cryptography.hazmat.primitives.serialization import PublicFormat
+
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined, no-any-return]
+
+
+def _seconds(certificate: x509.Certificate, name: str) -> float:
+    from datetime import UTC
+
+    # Debian 12's cryptography has only the form without a time zone, newer ones warn about it.
+    found = getattr(certificate, f"{name}_utc", None)
+    return float((found or getattr(certificate, name).replace(tzinfo=UTC)).timestamp())
