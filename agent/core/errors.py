@@ -40,6 +40,16 @@ class KernelError(SluiceError):
         self.errno = errno
 
 
+class TeardownError(KernelError):
+    """The kernel refused an operation of a captured pod as it does while a sandbox is removed. It may be just that."""
+
+    def __init__(self, refused: KernelError) -> None:
+        SluiceError.__init__(self, str(refused))
+        self.errno = refused.errno
+        for note in getattr(refused, "__notes__", ()):
+            self.add_note(note)
+
+
 class StaleError(KernelError):
     """The rule set changed between reading and applying; reading again and retrying is right."""
 

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from agent.backends.base import Lasting, PodLayer, lasting
 from agent.backends.choose import Choice
-from agent.core.errors import KernelError, PodEndingError, SluiceError
+from agent.core.errors import KernelError, PodEndingError, SluiceError, TeardownError
 from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod
 from agent.core.model.preexisting import report
@@ -32,6 +33,8 @@ from agent.reconciler.interfaces import (
 from agent.reconciler.switching import NO_SWITCH, Switching, SwitchState, Wants
 
 log = logging.getLogger("sluice.enrolment")
+# What the kernel answers for an interface that is down or gone, and for its files in /proc/sys.
+TEARDOWN = frozenset({errno.ENETDOWN, errno.ENODEV, errno.ENXIO, errno.ENOENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,8 @@ class Enrolment:
 
         Raises SluiceError; the next pass then finds what is left.
         """
-        done = settle_each(enrolled.target, enrolled.to_retire)
+        with self._running(pod, enrolled.target):
+            done = settle_each(enrolled.target, enrolled.to_retire)
         switch = enrolled.switch
         if switch.begun:
             switch = self._switching.applied(pod.uid, enrolled.target, switch)
@@ -233,7 +237,8 @@ class Enrolment:
                 self._proxied.reset(target)
             except SluiceError as error:
                 log.warning("pod %s: cannot reset connections through ztunnel, they may hang: %s", pod.key, error)
-        return settle(target, None, self._choice.active, self._choice.retired)
+        with self._running(pod, target):
+            return settle(target, None, self._choice.active, self._choice.retired)
 
     def compare(
         self,
@@ -324,12 +329,16 @@ class Enrolment:
 
     @contextlib.contextmanager
     def _running(self, pod: Pod, target: PodNetns) -> Iterator[None]:
-        """Wraps changes: raises PodEndingError for a failure that is due to a sandbox that has begun to end."""
+        """Wraps changes: raises PodEndingError for a failure in a sandbox that has begun to end.
+
+        Raises TeardownError if that is not certain: a process may outlive the interfaces by a moment.
+        """
         try:
             yield
-        except KernelError:
-            self._facts(pod, target)
-            raise
+        except KernelError as error:
+            if self._facts(pod, target).up and error.errno not in TEARDOWN:
+                raise
+            raise TeardownError(error) from error
 
     def _forwards(self, target: PodNetns) -> bool:
         """Returns whether the pod forwards packets. Matters only to eBPF: rules see forwarded packets, too."""

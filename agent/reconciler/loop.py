@@ -12,6 +12,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from math import inf
 
 from agent.backends.choose import Choice
@@ -246,6 +247,8 @@ class Reconciler:
             entry.report(State.WAITING if entry.phase.awaits_ztunnel else State.PENDING, decision, error)
             return isinstance(error, NoZtunnelError)
         except Exception as error:  # noqa: BLE001 - no failure of one pod may stop another
+            if entry.tolerates(error):
+                return True
             if entry.status.error == str(error):
                 error.__notes__ = []  # the refused script is in the log already
             entry.report(State.FAILED, decision, error)
@@ -338,8 +341,7 @@ class Reconciler:
             self._canaries.forget(pod.uid)
             await entry.work(self._workers, lambda: self._enrolment.forget(pod))
         entry.excluded()
-        state = State.FAILED if error else State.EXCLUDED
-        entry.report(state, decision, error, outside=0, notes=decision.warnings)
+        entry.report(State.FAILED if error else State.EXCLUDED, decision, error, outside=0, notes=decision.warnings)
 
     async def _release(self, uid: str) -> None:
         """Lets go of a pod that is gone."""
@@ -388,10 +390,8 @@ class Reconciler:
             phase = entry.phase
             preserve = bool(entry.status.outside)
             redirect = entry.standing(pod, self.settings)
-            compare = self._enrolment.compare
-            drift = await self._workers.run(
-                lambda: compare(pod, redirect, phase=phase, preserve=preserve, foreign=foreign)
-            )
+            compare = partial(self._enrolment.compare, phase=phase, preserve=preserve, foreign=foreign)
+            drift = await self._workers.run(lambda: compare(pod, redirect))
         if not phase.drains and any(layer.name in drift for layer in self.choice.retired):
             entry.cleaned = -inf  # a pass does not read the retired layers each time
             self.wake(pod.uid)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, TypeVar
 
+from agent.core.errors import ForeignNetnsError, TeardownError
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
@@ -24,6 +25,8 @@ from agent.reconciler.interfaces import Journal
 from agent.reconciler.workers import Workers
 
 T = TypeVar("T")
+TEARDOWN_SECONDS = 5.0  # for which a failure that the end of the sandbox explains is not reported
+TEARDOWN_RETRY = 1.0
 SOON = 2.0  # seconds until the next pass over a pod in which something is about to end
 BELIEVED = 300.0  # seconds; another agent may program a retired layer, and legacy tables send no notifications
 
@@ -51,6 +54,7 @@ class PodState:
     deferred: bool = False  # work is pending that must not delay the pod
     cause: str = ""  # the process that changed something, from the watcher
     noticed: float = 0.0
+    tolerated: float | None = None  # until when such failures are not reported, in any phase that has rules
     repairs: deque[Repair] = field(default_factory=lambda: deque(maxlen=20))
     contention: Contention = field(default_factory=Contention)
     waiters: list[asyncio.Future[Status]] = field(default_factory=list)
@@ -90,8 +94,19 @@ class PodState:
         redirect = self.decision(pod, settings).redirect
         return None if redirect == self.refused else redirect
 
+    def tolerates(self, error: Exception) -> bool:
+        """Returns True if the end of the sandbox may explain the failure, and this has not lasted for too long."""
+        if not self.phase.has_rules or not isinstance(error, TeardownError | ForeignNetnsError):
+            return False
+        now = time.monotonic()
+        if self.tolerated is None:
+            self.tolerated = now + TEARDOWN_SECONDS
+        return now < self.tolerated
+
     def report(self, state: State, decision: Decision, error: Exception | None = None, **changes: Any) -> None:
         """Sets the status during or after a pass; `changes` are further fields of it."""
+        if state is not State.FAILED:
+            self.tolerated = None
         self.status = replace(
             self.status,
             state=state,
@@ -141,8 +156,8 @@ class PodState:
 
         The last pass ran from `started` to `now`, all on the monotonic clock. `probed`: the pod's canary is due.
         """
-        until = self.current.until
-        limits = [min(max(until, now), now + SOON)] if until is not None and until > started else []
+        waits = ((self.current.until, SOON), (self.tolerated, TEARDOWN_RETRY))
+        limits = [min(max(until, now), now + pause) for until, pause in waits if until is not None and until > started]
         if self.phase.ends_soon or self.deferred or probed:
             limits.append(now + max(SOON, self.contention.pause(now)))
         return min(limits, default=None)

@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import pytest
 from support.world import Accounting, World, play, pod
 
-from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State
 
@@ -255,61 +253,5 @@ def test_what_another_agent_programs_in_a_retired_layer_later_goes_too(noticed: 
         while "old clear web" not in world.kernel.log:
             await world.reconciler.progressed()
         assert world.held("rules", "web") is not None and not await world.reconciler.inspect(world.table.get("web"))
-
-    play(script)
-
-
-def test_lo_is_brought_up_in_a_sandbox_that_is_just_being_made() -> None:
-    async def script(world: World) -> None:
-        world.namespaces.resolve(pod()).up = False
-        (status,) = await world.settle(pod())
-        assert status.state is State.ENABLED and world.target("web").up
-
-    play(script)
-
-
-def test_a_sandbox_that_ends_is_neither_repaired_nor_told_of() -> None:
-    async def script(world: World) -> None:
-        await world.settle(pod())
-        target = world.target("web")
-        target.up = target.occupied = False
-        world.kernel.damage("routing", target)  # lo takes its routes along
-        world.kernel.log.clear()
-        world.reconciler.wake("web", "loopback[7]")
-        status = await world.reconciler.settled("web")
-        assert status.state is State.ENABLED and "is ending" in status.notes[0]
-        (status,) = await world.settle(pod(terminal=True))
-        assert status.state is State.EXCLUDED
-        assert world.kernel.log == [] and world.journal.errors == [] and world.reconciler.repairs("web") == []
-        target.up = True
-        assert (await world.reconciler.settled("web")).leaving, "it runs after all"
-
-    play(script)
-
-
-def test_a_sandbox_that_ends_while_it_is_repaired_has_not_failed() -> None:
-    async def script(world: World) -> None:
-        def end(target: Any) -> None:
-            target.up = target.occupied = False
-            raise KernelError("ip -6 route add", 100, "Network is down")
-
-        await world.settle(pod())
-        world.kernel.damage("routing", world.target("web"))
-        world.routing.before_apply = end
-        status = await world.reconciler.settled("web")
-        assert status.state is State.ENABLED and "is ending" in status.notes[0]
-        assert world.journal.errors == []
-
-    play(script)
-
-
-def test_lo_that_the_pod_took_down_itself_is_told() -> None:
-    async def script(world: World) -> None:
-        await world.settle(pod())
-        target = world.target("web")
-        target.up = False
-        world.kernel.damage("routing", target)
-        world.routing.failures = [KernelError("ip route", 100, "Network is down")]
-        assert (await world.reconciler.settled("web")).state is State.FAILED
 
     play(script)
