@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -295,8 +296,12 @@ def test_lo_may_come_late_and_goes_first(here: CriNode, web: str) -> None:
         client = here.client(pod)
         assert here.captured(pod, client, web)
         before = failures(here)
-        here.remove(pod)
-        assert failures(here) == before, "the end of a sandbox is no drift"
+        with subprocess.Popen(["nsenter", f"--net={here.path(pod.netns)}", "sleep", "600"]) as outlives:
+            try:
+                here.remove(pod)
+            finally:
+                outlives.kill()
+        assert failures(here) == before, "the end of a sandbox is no drift, also while a process is left in it"
     finally:
         plugin.unlink()
         plugin.symlink_to("/usr/lib/cni/loopback")
