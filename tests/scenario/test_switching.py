@@ -14,6 +14,7 @@ from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State
+from agent.reconciler import pod_state
 from agent.reconciler.loop import Reconciler
 
 WEB = replace(pod(), source="static")
@@ -78,8 +79,11 @@ def test_rules_drain_while_connections_last_that_they_translate_and_then_go() ->
 
 
 @pytest.mark.parametrize("by_socket", [None, True, False])
-def test_the_old_way_goes_a_grace_period_after_the_new_one_came_and_many_pods_share_it(by_socket: bool | None) -> None:
+def test_the_old_way_goes_a_grace_period_after_the_new_one_came_and_many_pods_share_it(
+    by_socket: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A packet may have passed the new way's hook before the rules came, and not met the old way's yet."""
+    monkeypatch.setattr(pod_state, "SOON", 3600.0)  # a second pass of the first pods has a grace period of its own
     pods = [replace(pod(f"p{number}"), source="static") for number in range(20)]
 
     async def script(world: World) -> None:
