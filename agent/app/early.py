@@ -56,7 +56,7 @@ def _choice(settings: Settings) -> Choice | None:
 
         pins = Pins.of(settings.bpf_dir)
     layers = mechanisms(LAYERS[old.backend], ipv6=settings.ipv6, pins=pins, sizes=settings.bpf_map_sizes)
-    return Choice(old.backend, old.reason, tuple(layers.values()), (), by_socket=by_socket)
+    return Choice(name=old.backend, reason=old.reason, active=tuple(layers.values()), retired=(), by_socket=by_socket)
 
 
 def _mend(settings: Settings, state: Notes, choice: Choice) -> None:

@@ -184,7 +184,14 @@ def choose_mechanisms(settings: Settings, pins: Pins, ztunnels: Ztunnels) -> Cho
     choice = choose(settings.backend, tried.backends, tried.trials, view, old)
     host, why = choose_host(settings.host_probes, view)
     if not old or (old.backend, old.host, old.release) != (choice.name, host, view.release):
-        new = Recorded(choice.name, choice.reason, host, why, view.release, time.time())
+        new = Recorded(
+            backend=choice.name,
+            reason=choice.reason,
+            host=host,
+            host_reason=why,
+            release=view.release,
+            time=time.time(),
+        )
         backend_record.save(settings.run_dir, new)
     return ChosenMechanisms(choice, (host, why), tried.support)
 

@@ -27,7 +27,7 @@ _FORMER = ("iptables", "iptables-legacy")  # mechanisms of the probe exemption o
 WORKERS: Mapping[str, int] = {"nftables": 1, "iptables": 4, "iptables-legacy": 4, "ebpf": 4}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
     """`active` layers in order of application; `retired` ones get want=None once per pod.
 
@@ -45,7 +45,7 @@ class Choice:
     by_socket: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recorded:
     """The choice of an earlier start, under the kernel `release`; `time` in seconds since 1970."""
 
@@ -90,7 +90,14 @@ def choose(
             words = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
             active = tuple(backends[layer] for layer in LAYERS[name])
             retired = tuple(b for b in reversed(list(backends.values())) if b not in active)
-            return Choice(name, "; ".join(words), active, retired, WORKERS[name], name == "ebpf")
+            return Choice(
+                name=name,
+                reason="; ".join(words),
+                active=active,
+                retired=retired,
+                workers=WORKERS[name],
+                by_socket=name == "ebpf",
+            )
         problems[name] = problem
     details = " | ".join(f"{name}: {'; '.join(trials.explain(name)) or why}" for name, why in problems.items())
     raise SettingsError(f"no backend can be used (setting backend={setting}), nothing was changed: {details}")

@@ -35,7 +35,7 @@ from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.routes import RouteSocket
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
     """One need, tried. `words` are the kernel's when it refused; `without` is set where it is optional."""
 
@@ -69,7 +69,9 @@ def examine(choice: str, *, ipv6: bool = True, attempt: Callable[[Need], str] = 
             continue  # it would only say the same again
         words = attempt(need)
         remedy = need.remedy.replace("{release}", os.uname().release) if words else ""
-        found[need.name] = Feature(need.name, (choice,), not words, words, remedy, need.without)
+        found[need.name] = Feature(
+            name=need.name, needed_by=(choice,), present=not words, words=words, remedy=remedy, without=need.without
+        )
     return tuple(found.values())
 
 
@@ -84,7 +86,9 @@ def merge(*examined: tuple[Feature, ...]) -> tuple[Feature, ...]:
     for one in (one for features in examined for one in features):
         before = found.get(one.name)
         by = (*before.needed_by, *one.needed_by) if before else one.needed_by
-        found[one.name] = Feature(one.name, by, one.present, one.words, one.remedy, one.without)
+        found[one.name] = Feature(
+            name=one.name, needed_by=by, present=one.present, words=one.words, remedy=one.remedy, without=one.without
+        )
     return tuple(found.values())
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from agent.backends.netfilter.messages import base_chain
 from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
@@ -83,6 +83,7 @@ class Need:
 
     name: str
     trial: Trial
+    _: KW_ONLY
     remedy: str
     without: str = ""
     behind: str = ""
@@ -112,7 +113,7 @@ def _ebpf() -> Iterator[Need]:
         ("sk_lookup", kernel.format("5.9")),
         ("tcx", kernel.format("6.6")),
     ):
-        yield Need(name, Ebpf(name), remedy)
+        yield Need(name, Ebpf(name), remedy=remedy)
 
 
 def modules(module: str, symbol: str) -> str:
@@ -126,24 +127,24 @@ def modules(module: str, symbol: str) -> str:
 
 def _common(ipv6: bool) -> Iterator[Need]:
     rules = "a kernel with CONFIG_{}, which every distribution's has"
-    yield Need("policy routing", PolicyRuleRequirement(4), rules.format("IP_MULTIPLE_TABLES"))
+    yield Need("policy routing", PolicyRuleRequirement(4), remedy=rules.format("IP_MULTIPLE_TABLES"))
     if ipv6:
-        yield Need("IPv6", HasIpv6(), "boot without ipv6.disable=1", "pods are captured for IPv4 alone")
+        yield Need("IPv6", HasIpv6(), remedy="boot without ipv6.disable=1", without="pods are captured for IPv4 alone")
         remedy = rules.format("IPV6_MULTIPLE_TABLES") + "; or set ipv6: false"
-        yield Need("IPv6 policy routing", PolicyRuleRequirement(6), remedy, behind="IPv6")
+        yield Need("IPv6 policy routing", PolicyRuleRequirement(6), remedy=remedy, behind="IPv6")
 
 
 def _nftables() -> Iterator[Need]:
     table = table_command(_TABLE, 0)
     owned = table_command(_TABLE, OWNED)
     remedy = modules("nf_tables", "NF_TABLES and CONFIG_NF_TABLES_INET")
-    yield Need("nf_tables, inet", Transaction((table,)), remedy)
+    yield Need("nf_tables, inet", Transaction((table,)), remedy=remedy)
     tcp, udp = Match(Field.PROTOCOL, "tcp"), Match(Field.PROTOCOL, "udp")
     nat, mangle, raw = (Table.NAT, Hook.OUTPUT), (Table.MANGLE, Hook.PREROUTING), (Table.RAW, Hook.OUTPUT)
     for name, rule, module, symbol in (
         (
             "inet nat, redirect",
-            Rule(*nat, (tcp,), RuleAction.REDIRECT, 15001),
+            Rule(*nat, (tcp,), RuleAction.REDIRECT, value=15001),
             "nft_redir",
             "NFT_NAT and CONFIG_NFT_REDIR",
         ),
@@ -156,13 +157,13 @@ def _nftables() -> Iterator[Need]:
         ("ct mark", Rule(*mangle, (), RuleAction.SET_CONNECTION_MARK), "nft_ct", "NFT_CT and CONFIG_NF_CONNTRACK_MARK"),
         (
             "ct zone",
-            Rule(*raw, (udp,), RuleAction.ORIGINAL_ZONE, 1),
+            Rule(*raw, (udp,), RuleAction.ORIGINAL_ZONE, value=1),
             "nft_ct",
             "NFT_CT and CONFIG_NF_CONNTRACK_ZONES",
         ),
     ):
         commands = (table, *_rule(rule.table, rule.hook, expressions.rule(rule)[1]))
-        yield Need(name, Transaction(commands), modules(module, symbol), behind="nf_tables, inet")
+        yield Need(name, Transaction(commands), remedy=modules(module, symbol), behind="nf_tables, inet")
     user = meta(wire.MetaKey.SKUID) + compare(bytes(4))
     flags = payload(wire.PayloadBase.TRANSPORT_HEADER, 13, 1) + compare(b"\x02")
     refuse = expression(
@@ -205,13 +206,14 @@ def _nftables() -> Iterator[Need]:
             "non_tcp: refuse cannot be used",
         ),
     ):
-        yield Need(name, Transaction(commands), words, loss, "nf_tables, inet")
+        yield Need(name, Transaction(commands), remedy=words, without=loss, behind="nf_tables, inet")
     yield Need(
         "owned tables in nft",
         Printed(OWNED),
-        "a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
-        "while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; `nft -j` breaks off",
-        "owned tables",
+        remedy="a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
+        without="while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; "
+        "`nft -j` breaks off",
+        behind="owned tables",
     )
 
 
@@ -258,7 +260,7 @@ def _iptables(choice: str, ipv6: bool) -> Iterator[Need]:
         word = f"IPv{family}"
         package = "install the package iptables, 1.8 or newer (Alpine splits off iptables-legacy)"
         behind = "IPv6" if family == 6 else ""
-        yield Need(f"program {program}", ProgramRequirement(program), package, behind=behind)
+        yield Need(f"program {program}", ProgramRequirement(program), remedy=package, behind=behind)
         for table in ("nat", "mangle", "raw"):
             if choice == "iptables":
                 remedy = modules("nft_compat", "NF_TABLES and CONFIG_NFT_COMPAT")
@@ -266,8 +268,14 @@ def _iptables(choice: str, ipv6: bool) -> Iterator[Need]:
                 six = "6" if family == 6 else ""
                 remedy = modules(f"ip{six}table_{table}", f"IP{six}_NF_{table.upper()} and its _LEGACY")
             script = f"*{table}\n-A OUTPUT -j ACCEPT\nCOMMIT\n"
-            yield Need(f"{word} table {table}", Restored(program, script), remedy, behind=f"program {program}")
+            yield Need(f"{word} table {table}", Restored(program, script), remedy=remedy, behind=f"program {program}")
         for name, table, rule, module, symbol, without in _EXTENSIONS:
             remedy = modules(module, f"NETFILTER_{symbol}" if symbol == "XTABLES" else f"NETFILTER_XT_{symbol}")
             script = f"*{table}\n-A {rule}\nCOMMIT\n"
-            yield Need(f"{word} {name}", Restored(program, script), remedy, without, f"{word} table {table}")
+            yield Need(
+                f"{word} {name}",
+                Restored(program, script),
+                remedy=remedy,
+                without=without,
+                behind=f"{word} table {table}",
+            )

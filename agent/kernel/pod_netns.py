@@ -31,7 +31,7 @@ class _Sockets:
     route_events: Notifications
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetnsFacts:
     """Facts of a namespace: whether it has IPv6, its addresses without loopback and link-local ones, whether lo is
     up, and whether it then has 127.0.0.1 and ::1."""
@@ -170,4 +170,10 @@ def _forwards() -> bool:
 def _facts(held: tuple[Address, ...], *, up: bool, ipv6: bool) -> NetnsFacts:
     lo = {str(one.address) for one in held if one.index == LOOPBACK_INDEX} if up else set()
     others = (one.address for one in held if not one.address.is_loopback and not one.address.is_link_local)
-    return NetnsFacts(ipv6, tuple(str(one) for one in others), "127.0.0.1" in lo, "::1" in lo, up)
+    return NetnsFacts(
+        ipv6=ipv6,
+        addresses=tuple(str(one) for one in others),
+        loopback4="127.0.0.1" in lo,
+        loopback6="::1" in lo,
+        up=up,
+    )

@@ -24,7 +24,9 @@ from agent.sources.state import backend_record
 from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root
-RECORD = Recorded("nftables", "it works", "off", "", os.uname().release, 0.0)
+RECORD = Recorded(
+    backend="nftables", reason="it works", host="off", host_reason="", release=os.uname().release, time=0.0
+)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def check(types: Types) -> None:
 def check_pods(types: Types) -> None:
     addresses = {name: ip_address(f"fd00::{n}") for n, name in enumerate(("own6", "link6", "probe6"), 1)}
     addresses |= {name: ip_address(f"10.0.0.{n}") for n, name in enumerate(("own4", "probe4"), 1)}
-    pod = PodValue(PodFlag.IPV6 | PodFlag.LOOPBACK4, 0x123, 0x1122334455667788, **addresses)
+    pod = PodValue(flags=PodFlag.IPV6 | PodFlag.LOOPBACK4, has=0x123, policy=0x1122334455667788, **addresses)
     packed = {name: abi.address(value) for name, value in addresses.items()}
     made = types.pack("pod", flags=int(pod.flags), has=0x123, policy=pod.policy, **packed)
     assert (pod.encode(), PodValue.decode(made)) == (made, pod)

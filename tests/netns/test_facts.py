@@ -34,14 +34,32 @@ def pod() -> Iterator[Pod]:
 
 
 FACTS = [
-    ("", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
-    (f"{SYSCTL}.lo.disable_ipv6=1", NetnsFacts(False, ("10.9.0.2", "fd09::2"), True, False)),
-    (f"{SYSCTL}.all.disable_ipv6=1", NetnsFacts(False, ("10.9.0.2",), True, False)),
-    (f"{SYSCTL}.lo.disable_ipv6=1; {SYSCTL}.lo.disable_ipv6=0", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
-    ("ip addr del ::1/128 dev lo", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, False)),
-    ("ip addr del 127.0.0.1/8 dev lo; ip addr del 10.9.0.2/24 dev eth0", NetnsFacts(True, ("fd09::2",), False, True)),
-    ("ip link set lo down", NetnsFacts(True, ("10.9.0.2", "fd09::2"), False, False, up=False)),
-    ("ip link set lo down; ip link set lo up", NetnsFacts(True, ("10.9.0.2", "fd09::2"), True, True)),
+    ("", NetnsFacts(ipv6=True, addresses=("10.9.0.2", "fd09::2"), loopback4=True, loopback6=True)),
+    (
+        f"{SYSCTL}.lo.disable_ipv6=1",
+        NetnsFacts(ipv6=False, addresses=("10.9.0.2", "fd09::2"), loopback4=True, loopback6=False),
+    ),
+    (f"{SYSCTL}.all.disable_ipv6=1", NetnsFacts(ipv6=False, addresses=("10.9.0.2",), loopback4=True, loopback6=False)),
+    (
+        f"{SYSCTL}.lo.disable_ipv6=1; {SYSCTL}.lo.disable_ipv6=0",
+        NetnsFacts(ipv6=True, addresses=("10.9.0.2", "fd09::2"), loopback4=True, loopback6=True),
+    ),
+    (
+        "ip addr del ::1/128 dev lo",
+        NetnsFacts(ipv6=True, addresses=("10.9.0.2", "fd09::2"), loopback4=True, loopback6=False),
+    ),
+    (
+        "ip addr del 127.0.0.1/8 dev lo; ip addr del 10.9.0.2/24 dev eth0",
+        NetnsFacts(ipv6=True, addresses=("fd09::2",), loopback4=False, loopback6=True),
+    ),
+    (
+        "ip link set lo down",
+        NetnsFacts(ipv6=True, addresses=("10.9.0.2", "fd09::2"), loopback4=False, loopback6=False, up=False),
+    ),
+    (
+        "ip link set lo down; ip link set lo up",
+        NetnsFacts(ipv6=True, addresses=("10.9.0.2", "fd09::2"), loopback4=True, loopback6=True),
+    ),
 ]
 
 

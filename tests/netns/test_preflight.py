@@ -71,8 +71,16 @@ def start(host: Pod, setting: str = "auto", run_dir: str = "") -> Choice:
     trials = Trials(lambda layer: backends[layer].probe(), selftest)
     choice = choose(setting, backends, trials, view, old)
     if run_dir:
-        by_host = choose_host("auto", view)
-        backend_record.save(run_dir, Recorded(choice.name, choice.reason, *by_host, view.release, 1.0))
+        host, host_reason = choose_host("auto", view)
+        new = Recorded(
+            backend=choice.name,
+            reason=choice.reason,
+            host=host,
+            host_reason=host_reason,
+            release=view.release,
+            time=1.0,
+        )
+        backend_record.save(run_dir, new)
     return choice
 
 
@@ -186,7 +194,7 @@ def test_an_nft_that_cannot_read_what_it_prints_is_named(
     assert "nft --check" in one.words + "nft --check" * read
     program.unlink()
     monkeypatch.setattr(exec, "PATH", str(tmp_path))
-    assert attempt(Need("x", Printed(OWNED), "do")) == "", "without nft nothing is printed"
+    assert attempt(Need("x", Printed(OWNED), remedy="do")) == "", "without nft nothing is printed"
 
 
 @pytest.mark.parametrize(
@@ -199,9 +207,9 @@ def test_an_nft_that_cannot_read_what_it_prints_is_named(
     ],
 )
 def test_a_refusal_is_reported_in_its_own_words(trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = attempt(Need("x", trial, "do"))
+    words = attempt(Need("x", trial, remedy="do"))
     assert len(words) > 10
-    monkeypatch.setattr(preflight, "needs", lambda choice, ipv6: (Need("x", trial, "do for {release}"),))
+    monkeypatch.setattr(preflight, "needs", lambda choice, ipv6: (Need("x", trial, remedy="do for {release}"),))
     (line,) = lacking(examine("nftables"))
     assert line.startswith("x is missing") and "do for " in line and "{" not in line
 

@@ -158,7 +158,7 @@ def test_layers_are_removed_backwards_and_retired_ones_once(host: Any) -> None:
 
 
 def test_a_race_is_looked_at_again_and_one_without_end_is_an_error(host: Any) -> None:
-    fake, want = Fake(), HostProbes({}, "192.0.2.1", "2001:db8::1")
+    fake, want = Fake(), HostProbes({}, probe_ipv4="192.0.2.1", probe_ipv6="2001:db8::1")
     fake.errors = [StaleError("apply", 85, "changed")] * (PASSES - 2)
     assert len(settle(host, want, (fake,)).applied) == 1
     fake.held, fake.errors = object(), [StaleError("apply", 85, "changed")] * PASSES

@@ -379,7 +379,14 @@ class World:
             kinds = (Lasting, Backend) if by_socket else (Backend, Lasting)
             self.rules, self.old = (kind(n, self.kernel) for kind, n in zip(kinds, ("rules", "old"), strict=True))
         workers = 1 if accounting else 4
-        choice = Choice("rules", "test", (self.routing, self.rules), (self.old,), workers, bool(by_socket))
+        choice = Choice(
+            name="rules",
+            reason="test",
+            active=(self.routing, self.rules),
+            retired=(self.old,),
+            workers=workers,
+            by_socket=bool(by_socket),
+        )
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
             Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,

@@ -99,7 +99,7 @@ class ExitCause(IntEnum):
 _WIDTHS = {PolicyKind.PORT_OUT: 16, PolicyKind.PORT_IN: 16, PolicyKind.USER: 32}  # of what is no address, in bits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PodValue:
     """struct pod. `policy` is the id of the prefixes that count for it, `has` their kinds; 0 for none."""
 
@@ -122,7 +122,17 @@ class PodValue:
         if len(data) != _POD.size:
             raise ValueError(f"{len(data)} bytes are no pod")
         flags, has, policy, *parts = _POD.unpack(data)
-        return cls(PodFlag(flags), has, policy, *(parse(part) for part in parts))
+        own4, own6, link6, probe4, probe6 = map(parse, parts)
+        return cls(
+            flags=PodFlag(flags),
+            has=has,
+            policy=policy,
+            own4=own4,
+            own6=own6,
+            link6=link6,
+            probe4=probe4,
+            probe6=probe6,
+        )
 
 
 @dataclass(frozen=True, slots=True, order=True)

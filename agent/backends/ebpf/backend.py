@@ -7,7 +7,7 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,6 +57,7 @@ class EbpfBackend:
     pins: Pins
     ztunnels: Ztunnels
     sizes: Mapping[str, int] = field(default_factory=dict)
+    _: KW_ONLY
     name: str = "ebpf"
     outlives: bool = True
     _maps: Maps = field(init=False)
@@ -99,9 +100,26 @@ class EbpfBackend:
         listening = self._listening(cookie)
         (pod, prefixes) = self._entry(cookie)
         if not isinstance(target, PodNetns):
-            return PodEntries(cookie, PodTopology(), pod, prefixes, attached, listening, left=left)
+            return PodEntries(
+                cookie,
+                wiring=PodTopology(),
+                pod=pod,
+                prefixes=prefixes,
+                attached=attached,
+                listening=listening,
+                left=left,
+            )
         offered = self._offers(target, listening)
-        return PodEntries(cookie, target.wiring(), pod, prefixes, attached, listening, offered, left=left)
+        return PodEntries(
+            cookie,
+            wiring=target.wiring(),
+            pod=pod,
+            prefixes=prefixes,
+            attached=attached,
+            listening=listening,
+            offered=offered,
+            left=left,
+        )
 
     def _offers(self, target: PodNetns, listening: Mapping[tuple[Role, int], int]) -> Offered:
         """Returns the listeners of the last search while the same processes run and their listeners exist."""

@@ -41,14 +41,14 @@ def entries(redirect: Redirect, wiring: PodTopology, cookie: int) -> Entries:
     for one in prefixes:
         has |= 1 << one.kind
     pod = PodValue(
-        _flags(redirect, wiring),
-        has,
-        policy(cookie, prefixes),
-        own4,
-        own6,
-        link6,
-        ip_address(redirect.probe_ipv4),
-        ip_address(redirect.probe_ipv6),
+        flags=_flags(redirect, wiring),
+        has=has,
+        policy=policy(cookie, prefixes),
+        own4=own4,
+        own6=own6,
+        link6=link6,
+        probe4=ip_address(redirect.probe_ipv4),
+        probe6=ip_address(redirect.probe_ipv6),
     )
     return Entries(pod, prefixes, tuple(sorted(link.index for link in wiring.links)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -52,6 +52,7 @@ class NodeState:
     """
 
     attached: Attached
+    _: KW_ONLY
     admitted: frozenset[ZtunnelKey] = frozenset()
     running: frozenset[ZtunnelKey] = frozenset()
     ended: frozenset[ZtunnelKey] = frozenset()
@@ -86,6 +87,7 @@ class ProgramsBackend:
     pins: Pins
     ztunnels: Ztunnels
     sizes: Mapping[str, int] = field(default_factory=dict)
+    _: KW_ONLY
     name: str = "ebpf-programs"
     outlives: bool = True
     _turn: Lock = field(default_factory=Lock, init=False)
@@ -123,7 +125,7 @@ class ProgramsBackend:
         with Map.open(self.pins.maps / "ztunnels") as ztunnels:
             admitted = frozenset(abi.unztunnel(key) for key, _ in ztunnels.items())
         ended = frozenset(one for one in admitted - running if not lives(one))
-        return NodeState(attached, admitted, running, ended)
+        return NodeState(attached, admitted=admitted, running=running, ended=ended)
 
     def plan(self, want: Redirect | None, have: NodeState) -> Plan[NodeChange]:
         if want is None:

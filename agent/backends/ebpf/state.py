@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from agent.backends.ebpf import objects
@@ -30,6 +30,7 @@ class PodEntries:
     """
 
     cookie: int
+    _: KW_ONLY
     wiring: PodTopology = field(default_factory=PodTopology)
     pod: PodValue | None = None
     prefixes: frozenset[Prefix] = frozenset()

@@ -60,7 +60,9 @@ class Claims:
         """Returns what the host has to hold; `complete` says that all enrolled pods have claimed."""
         members = MappingProxyType({address: on[-1] for address, on in sorted(self._on.items())})
         unknown = frozenset(uid for uid, addresses in self._of.items() if not addresses)
-        return HostProbes(members, probe_ipv4, probe_ipv6, ipv6, unknown, complete)
+        return HostProbes(
+            members, probe_ipv4=probe_ipv4, probe_ipv6=probe_ipv6, ipv6=ipv6, unknown=unknown, complete=complete
+        )
 
 
 def usable(addresses: Iterable[str]) -> tuple[str, ...]:

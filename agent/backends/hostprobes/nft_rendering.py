@@ -64,7 +64,7 @@ def script(want: HostProbes, members: Mapping[int, Mapping[str, str]]) -> str:
 def state(want: HostProbes) -> TableState:
     """Returns the state that has to be read back, sets left out."""
     rules = tuple((tag, digest(encoded)) for (_, encoded), tag in zip(_rules(want), _tags(want), strict=True))
-    return TableState(TABLE, (Chain(CHAIN, rules, "nat", _HOOK, _PRIORITY),))
+    return TableState(TABLE, (Chain(CHAIN, rules, kind="nat", hook=_HOOK, priority=_PRIORITY),))
 
 
 def _rules(want: HostProbes) -> list[tuple[str, bytes]]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Final
 
 SETS: Final = {4: "istio-inpod-probes-v4", 6: "istio-inpod-probes-v6"}
@@ -19,6 +19,7 @@ class HostProbes:
     """
 
     members: Mapping[str, str]
+    _: KW_ONLY
     probe_ipv4: str
     probe_ipv6: str
     ipv6: bool = True

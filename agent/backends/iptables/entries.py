@@ -20,7 +20,7 @@ _ERROR_NAME = 30  # XT_FUNCTION_MAXNAMELEN
 _NO_COUNT = bytes(16)  # xt_counters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Form:
     """Offsets: flags with their goto bit, end of the addresses, sizes (two u16), counters, matches and target."""
 
@@ -32,10 +32,13 @@ class _Form:
     parts: int
 
 
-_FORMS = {4: _Form(82, 2, 84, 88, 96, 112), 6: _Form(131, 4, 136, 140, 152, 168)}
+_FORMS = {
+    4: _Form(flags=82, goto=2, addresses=84, sizes=88, counters=96, parts=112),
+    6: _Form(flags=131, goto=4, addresses=136, sizes=140, counters=152, parts=168),
+}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class XtEntry:
     """`head` names the chain that begins after this entry, `jump` the chain that it jumps to.
 
@@ -128,7 +131,15 @@ def _entry(
     hashed += f"jump {jump}".encode() if leads else data[parts_end:]
     plain = not any(data[: form.addresses]) and all(name == "comment" for name, _ in matches)
     returns = target.verdict == _RETURN
-    return XtEntry(begin, head, jump, plain, returns, comment, blake2b(hashed, digest_size=16).digest())
+    return XtEntry(
+        offset=begin,
+        head=head,
+        jump=jump,
+        plain=plain,
+        returns=returns,
+        comment=comment,
+        digest=blake2b(hashed, digest_size=16).digest(),
+    )
 
 
 def _target(form: _Form, data: bytes) -> _Target:

@@ -24,7 +24,7 @@ _NAME = re.compile("[A-Za-z0-9_.][A-Za-z0-9_.-]*")
 _INFO = struct.Struct("=32s11III")  # ipt_getinfo: name; valid hooks, hook entries, underflows; entries; size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
     """A table and, parallel to its chains, a digest of what each rule does; and the bytes that say so."""
 
@@ -64,8 +64,8 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in ours)
     digests = tuple(tuple(rule.digest for rule in held) for _, held in ours)
     layout = without_counts(family, len(data), at)
-    table = XtTable(tagged, tuple(sorted(_jumps(chains))), tuple(sorted(bases))).without(taken)
-    return Found(table, digests, info, layout, layout.unpack(data))
+    table = XtTable(tagged, tuple(sorted(_jumps(chains))), bases=tuple(sorted(bases))).without(taken)
+    return Found(table=table, digests=digests, info=info, layout=layout, parts=layout.unpack(data))
 
 
 def _jumps(chains: Mapping[str, list[XtEntry]]) -> Iterator[tuple[str, str, str]]:

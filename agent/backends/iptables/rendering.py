@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -34,6 +34,7 @@ class XtTable:
 
     chains: tuple[tuple[str, tuple[str, ...]], ...] = ()
     jumps: tuple[tuple[str, str, str], ...] = ()
+    _: KW_ONLY
     bases: tuple[str, ...] = ()
     idle: tuple[str, ...] = ()
     marked: bool = False

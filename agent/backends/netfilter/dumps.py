@@ -35,7 +35,7 @@ class ChainRef:
     shared: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """One table. `handle` grows with each table made in the namespace; `owner` is a netlink port, 0 for none."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from agent.backends.netfilter.messages import expressions, text
 from agent.core import names
@@ -31,7 +31,7 @@ _VERBS = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "q
 _SILENT = frozenset({"counter", "log"})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class RuleEffect:
     """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
     goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
@@ -65,6 +65,7 @@ class _Value:
     """
 
     name: str = ""
+    _: KW_ONLY
     data: bytes = b""
     size: int = 0
     mask: int = 0xFFFFFFFF
@@ -129,7 +130,9 @@ def _bitwise(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int,
         for kind in (wire.Bitwise.MASK, wire.Bitwise.XOR)
     )
     source = registers.get(unpack_be(data.get(wire.Bitwise.SREG)), _Value("?"))
-    registers[unpack_be(data.get(wire.Bitwise.DREG))] = _Value(source.name, b"", source.size, mask, xor)
+    registers[unpack_be(data.get(wire.Bitwise.DREG))] = _Value(
+        source.name, data=b"", size=source.size, mask=mask, xor=xor
+    )
 
 
 def _compare(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:

@@ -10,7 +10,7 @@ taken for the later one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import Content, Head, Ruleset
@@ -40,7 +40,7 @@ _LOCAL = 255
 _NOT_READ = "the pod has more rules than can be read, or changes them all the time: what comes before ours is not known"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Suspect:
     """A base chain with rules that may take our traffic; `here` if they come before our jump in the same chain."""
 
@@ -57,6 +57,7 @@ class _Chain:
     family: int
     table: str
     name: str
+    _: KW_ONLY
     kind: str = ""
     hook: int = -1
     priority: int = 0
@@ -137,7 +138,9 @@ def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, RuleEffect]]], wit
     where = f"chain {_WORDS[base.family]} {base.table} {base.name}" + (" before our jump" if here else "")
     count = f"{len(taking)} rule{'s' * (len(taking) != 1)}"
     words = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
-    return _Suspect(base.family, base.table, base.kind == "nat", base.priority, here, words)
+    return _Suspect(
+        family=base.family, table=base.table, nat=base.kind == "nat", priority=base.priority, here=here, words=words
+    )
 
 
 def _jump(held: list[tuple[str, RuleEffect]]) -> int:
@@ -174,7 +177,7 @@ def _chain(body: bytes) -> _Chain:
         return _Chain(family, table, name)
     hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
     drops = unpack_be(parts.get(wire.Chain.POLICY, b"\0\0\0\1")) == wire.VerdictCode.DROP
-    return _Chain(family, table, name, text(parts.get(wire.Chain.TYPE)), hook, priority, drops)
+    return _Chain(family, table, name, kind=text(parts.get(wire.Chain.TYPE)), hook=hook, priority=priority, drops=drops)
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:

@@ -8,7 +8,7 @@ Order and effect are those of docs/design/rules.md, "In the pod".
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import Enum
 
 from agent.core import names
@@ -85,6 +85,7 @@ class Rule:
     hook: Hook
     matches: tuple[Match, ...]
     verb: RuleAction
+    _: KW_ONLY
     value: int = 0
     family: int | None = None
 
@@ -225,7 +226,7 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
     for interface in redirect.virtual_interfaces:
         arriving = Match(Field.IN_INTERFACE, interface)
         yield from _destinations(redirect, *nat, ("tcp",), arriving)
-        yield Rule(*nat, (arriving, _TCP), RuleAction.REDIRECT, names.OUTBOUND_PORT)
+        yield Rule(*nat, (arriving, _TCP), RuleAction.REDIRECT, value=names.OUTBOUND_PORT)
         yield Rule(*nat, (arriving, _TCP), RuleAction.RETURN)
     if redirect.ingress_only:
         return
@@ -239,7 +240,7 @@ def _nat_prerouting(redirect: Redirect) -> Iterator[Rule]:
             *((Match(Field.DESTINATION_PORT, names.HBONE_PORT, negated=True),) if redirect.hbone else ()),
             _NOT_FROM_ZTUNNEL,
         )
-        yield Rule(*nat, plain, RuleAction.REDIRECT, names.INBOUND_PORT, family)
+        yield Rule(*nat, plain, RuleAction.REDIRECT, value=names.INBOUND_PORT, family=family)
 
 
 def _nat_output(redirect: Redirect, *, link_local: bool) -> Iterator[Rule]:
@@ -258,7 +259,9 @@ def _nat_output(redirect: Redirect, *, link_local: bool) -> Iterator[Rule]:
     if redirect.ipv6 and link_local:
         yield Rule(*nat, (_TCP, Match(Field.DESTINATION, names.LINK_LOCAL)), RuleAction.RETURN, family=6)
     for family, match in outward.items():
-        yield Rule(*nat, (match, _TCP, _NOT_FROM_ZTUNNEL), RuleAction.REDIRECT, names.OUTBOUND_PORT, family)
+        yield Rule(
+            *nat, (match, _TCP, _NOT_FROM_ZTUNNEL), RuleAction.REDIRECT, value=names.OUTBOUND_PORT, family=family
+        )
 
 
 def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
@@ -266,12 +269,12 @@ def _dns(redirect: Redirect, outward: dict[int, Match]) -> Iterator[Rule]:
     port = Match(Field.DESTINATION_PORT, 53)
     for family, to in _resolvers(redirect):
         udp = (*to, _OFF_LO, _UDP, port, _NOT_FROM_ZTUNNEL)
-        yield Rule(*nat, udp, RuleAction.REDIRECT, names.DNS_PORT, family)
+        yield Rule(*nat, udp, RuleAction.REDIRECT, value=names.DNS_PORT, family=family)
     for family, match in outward.items():
         for wanted, to in _resolvers(redirect):
             if wanted in (None, family):
                 tcp = (*(to or (match,)), _TCP, port, _NOT_FROM_ZTUNNEL)
-                yield Rule(*nat, tcp, RuleAction.REDIRECT, names.DNS_PORT, family)
+                yield Rule(*nat, tcp, RuleAction.REDIRECT, value=names.DNS_PORT, family=family)
 
 
 def _resolvers(redirect: Redirect) -> Iterator[tuple[int | None, tuple[Match, ...]]]:
@@ -322,8 +325,8 @@ def _raw(*, plain: bool) -> Iterator[Rule]:
     """
     ours = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)
     if not plain:
-        yield Rule(Table.RAW, Hook.OUTPUT, (_OFF_LO, *ours), RuleAction.ORIGINAL_ZONE, names.DNS_ZONE)
+        yield Rule(Table.RAW, Hook.OUTPUT, (_OFF_LO, *ours), RuleAction.ORIGINAL_ZONE, value=names.DNS_ZONE)
         return
-    yield Rule(Table.RAW, Hook.OUTPUT, ours, RuleAction.ZONE, names.DNS_ZONE)
+    yield Rule(Table.RAW, Hook.OUTPUT, ours, RuleAction.ZONE, value=names.DNS_ZONE)
     answers = (_UDP, Match(Field.SOURCE_PORT, 53), _NOT_FROM_ZTUNNEL)
-    yield Rule(Table.RAW, Hook.PREROUTING, answers, RuleAction.ZONE, names.DNS_ZONE)
+    yield Rule(Table.RAW, Hook.PREROUTING, answers, RuleAction.ZONE, value=names.DNS_ZONE)

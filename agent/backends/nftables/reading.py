@@ -84,4 +84,4 @@ def _chain(body: bytes) -> tuple[str, Chain]:
         return table, Chain(name, ())
     hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
     accepts = unpack_be(parts.get(wire.Chain.POLICY)) == wire.VerdictCode.ACCEPT
-    return table, Chain(name, (), text(parts.get(wire.Chain.TYPE)), hook, priority, accepts)
+    return table, Chain(name, (), kind=text(parts.get(wire.Chain.TYPE)), hook=hook, priority=priority, accepts=accepts)

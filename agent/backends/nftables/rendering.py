@@ -96,7 +96,7 @@ def _table(
         commands.append(_chain_command(name, hook.value, base_chain(table, hook)))
         jump = _Line(hook.value, f"jump {CHAINS[hook]}", expressions.verdict(VerdictCode.JUMP, CHAINS[hook]))
         tagged = _write(name, [jump], lines, later, plain)
-        chains.append(Chain(hook.value, tagged, kind, HOOK_NUMBER[hook], priority))
+        chains.append(Chain(hook.value, tagged, kind=kind, hook=HOOK_NUMBER[hook], priority=priority))
     for hook in Hook:
         lines.append(f"\tchain {CHAINS[hook]} {{")
         commands.append(_chain_command(name, CHAINS[hook]))

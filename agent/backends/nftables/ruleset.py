@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from hashlib import blake2b
 
 from agent.core.wire import nftables as wire
@@ -38,6 +38,7 @@ class Chain:
 
     name: str
     rules: tuple[tuple[str, str], ...]
+    _: KW_ONLY
     kind: str = ""
     hook: int = -1
     priority: int = 0

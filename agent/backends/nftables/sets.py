@@ -24,7 +24,7 @@ _END = attribute(wire.SetElem.FLAGS, wire.SET_ELEM_INTERVAL_END)
 _BIG_ENDIAN = bytes([0, 4, 2, 0, 0, 0])  # NFTNL_UDATA_SET_KEYBYTEORDER
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AnonymousSet:
     """`intervals` are (first, last) as numbers of `length` bytes; `number` ties it to its rule in one batch."""
 
@@ -83,4 +83,6 @@ def anonymous(field: Field, values: tuple[Any, ...], number: int) -> AnonymousSe
             words = [str(first) if first == last else f"{first}-{last}" for first, last in values]
         case _:
             raise ValueError(f"{field} takes one value")
-    return AnonymousSet(number, kind, length, intervals, "{ " + ", ".join(words) + " }")
+    return AnonymousSet(
+        number=number, kind=kind, length=length, intervals=intervals, text="{ " + ", ".join(words) + " }"
+    )

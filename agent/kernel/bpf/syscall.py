@@ -43,7 +43,7 @@ class AttachType(IntEnum):
     TCX_EGRESS = 47
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramInfo:
     """`tag`: 16 hexadecimal digits, the kernel's hash of the instructions. `maps`: ids of the maps that it uses."""
 
@@ -96,4 +96,4 @@ def program_info(fd: int) -> ProgramInfo:
     given = _PROGRAM.pack(0, 0, b"", 0, 0, _MOST_MAPS, ctypes.addressof(maps), b"")
     raw = info("read BPF program", fd, given, size=_PROGRAM.size)
     kind, number, tag, _, _, count, _, name = _PROGRAM.unpack(raw)
-    return ProgramInfo(number, name.rstrip(b"\0").decode(), tag.hex(), kind, tuple(maps[:count]))
+    return ProgramInfo(id=number, name=name.rstrip(b"\0").decode(), tag=tag.hex(), type=kind, maps=tuple(maps[:count]))

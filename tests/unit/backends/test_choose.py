@@ -21,7 +21,7 @@ NEITHER = HostView(
 MODERN = replace(NEITHER, nft=(HostTable("ip", "nat", xtables=True, nat=True, rules=4),))
 LEGACY = replace(NEITHER, legacy=(HostTable("ip", "nat", xtables=True, nat=True, rules=3),), iptables=Variant.LEGACY)
 MIXED = replace(MODERN, legacy=LEGACY.legacy)
-OLD = Recorded("iptables", "it was the first", "nftables", "", "6.1", 1.0)
+OLD = Recorded(backend="iptables", reason="it was the first", host="nftables", host_reason="", release="6.1", time=1.0)
 
 
 class Named:

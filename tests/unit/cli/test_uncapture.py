@@ -17,7 +17,7 @@ from agent.core.model.ownership import Owner
 from agent.reconciler.removal import REMAINS, REMOVED, Removal
 from agent.sources.state import backend_record
 
-RECORD = Recorded("ebpf", "asked for", "ebpf", "as the pods", "6.18", 1.0)
+RECORD = Recorded(backend="ebpf", reason="asked for", host="ebpf", host_reason="as the pods", release="6.18", time=1.0)
 
 
 class Host:

@@ -74,7 +74,7 @@ GOOD = NodeFacts(
     CNI,
     PodsFacts((POD,)),
     NetworkFacts(VIEW, ("nftables",), (), "the agent on 0.0.0.0:15014", True),
-    Preflight("nftables", "in use", (Feature("nf_tables", ("nftables",), True),)),
+    Preflight("nftables", "in use", (Feature(name="nf_tables", needed_by=("nftables",), present=True),)),
     (),
     HostFacts(sysctls=SYSCTLS),
     Security(),
@@ -128,7 +128,16 @@ def sockets(*found: AttachedProgram) -> NodeFacts:
 
 
 def feature(**changes: Any) -> NodeFacts:
-    made = replace(Feature("meta mark", ("nftables",), False, "Operation not supported", "modprobe x"), **changes)
+    made = replace(
+        Feature(
+            name="meta mark",
+            needed_by=("nftables",),
+            present=False,
+            words="Operation not supported",
+            remedy="modprobe x",
+        ),
+        **changes,
+    )
     return replace(GOOD, preflight=replace(GOOD.preflight, features=(made,)))
 
 

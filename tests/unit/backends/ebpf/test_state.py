@@ -64,7 +64,16 @@ def synced(redirect: Redirect, **changes: Any) -> PodEntries:
     offered = {Role.OUTBOUND: (listener(11),), Role.INBOUND: (listener(12),)}
     listening = {(Role.OUTBOUND, 0): 11, (Role.INBOUND, 0): 12}
     attached = Attached(ids, links)
-    have = PodEntries(COOKIE, WIRING, want.pod, frozenset(want.prefixes), attached, listening, offered, left=True)
+    have = PodEntries(
+        COOKIE,
+        wiring=WIRING,
+        pod=want.pod,
+        prefixes=frozenset(want.prefixes),
+        attached=attached,
+        listening=listening,
+        offered=offered,
+        left=True,
+    )
     return replace(have, **changes)
 
 
@@ -84,15 +93,15 @@ def test_nothing_is_done_when_all_is_right(want: Redirect) -> None:
 
 def test_enrolment_ends_with_the_entry_and_with_what_is_older() -> None:
     """Everything that serves a captured connection is there before the first one is captured."""
-    have = PodEntries(COOKIE, WIRING, offered=synced(PORTS).offered)
+    have = PodEntries(COOKIE, wiring=WIRING, offered=synced(PORTS).offered)
     order = kinds(PORTS, have)
     assert order == [PutPolicy, Load, Load, Attach, Attach, Attach, Listen, Listen, PutPod, EndOlder]
     assert "its map entry is missing" in plan(PORTS, have).differences
 
 
 def test_older_connections_run_on_where_they_are_to() -> None:
-    assert EndOlder in kinds(PLAIN, PodEntries(COOKIE, WIRING))
-    assert EndOlder not in kinds(replace(PLAIN, preserve=True), PodEntries(COOKIE, WIRING))
+    assert EndOlder in kinds(PLAIN, PodEntries(COOKIE, wiring=WIRING))
+    assert EndOlder not in kinds(replace(PLAIN, preserve=True), PodEntries(COOKIE, wiring=WIRING))
     assert EndOlder not in kinds(PORTS, synced(PLAIN)), "a change captures nothing anew"
 
 
@@ -172,7 +181,7 @@ def test_counters_go_when_nobody_counts_any_more_and_before_the_last_that_tells_
 
 
 def test_the_plan_is_text_for_people() -> None:
-    text = str(plan(PORTS, PodEntries(COOKIE, WIRING, offered=synced(PORTS).offered)))
+    text = str(plan(PORTS, PodEntries(COOKIE, wiring=WIRING, offered=synced(PORTS).offered)))
     for part in ("map policies:", "bpftool prog loadall lookup.bpf.o", "map pods: 99 =", "10.0.0.5", "socket 11"):
         assert part in text
     assert state.describe(entries(PLAIN, PodTopology(routes=ROUTES), COOKIE).pod).endswith("no address")

@@ -63,8 +63,10 @@ def test_what_is_there_already_is_not_added_and_only_ours_is_removed() -> None:
     assert not plan(want(IP), have(FOUND, theirs, ours))
     gone = str(plan(want(), have(FOUND, theirs, ours, replace(THERE, protocol=OURS))))
     assert gone == "", "a pod without addresses keeps what it has"
-    released = HostProbes({}, "192.0.2.1", "2001:db8::1")
+    released = HostProbes({}, probe_ipv4="192.0.2.1", probe_ipv6="2001:db8::1")
     lines = str(plan(released, have(FOUND, theirs, ours, replace(THERE, protocol=OURS)))).splitlines()
     assert lines == [f"ip rule del {THERE}", f"ip rule del {BACK}"]
     assert str(plan(None, have(FOUND, theirs, ours))) == f"ip rule del {BACK}"
-    assert not plan(HostProbes({}, "", "", complete=False), have(FOUND, ours)), "not all pods have been seen"
+    assert not plan(HostProbes({}, probe_ipv4="", probe_ipv6="", complete=False), have(FOUND, ours)), (
+        "not all pods have been seen"
+    )

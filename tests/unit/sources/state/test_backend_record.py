@@ -13,7 +13,14 @@ import pytest
 from agent.backends.choose import Recorded
 from agent.sources.state import backend_record
 
-ONE = Recorded("iptables", "as the host", "iptables-legacy", "3 rules", "6.1", 1700000000.5)
+ONE = Recorded(
+    backend="iptables",
+    reason="as the host",
+    host="iptables-legacy",
+    host_reason="3 rules",
+    release="6.1",
+    time=1700000000.5,
+)
 
 
 def test_a_round_trip(tmp_path: Path) -> None:
