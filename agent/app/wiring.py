@@ -163,7 +163,17 @@ def build_accounting(
     node = settings.node_name or socket.gethostname()
     shown = ConnectionMetrics(tally, lambda: made.losses(), lambda: made.refresh())
     peers = PeersFile(settings.peers_file, who) if settings.peers_file else None
-    made = Accounting(collector, table, who, node, shown.add, reason, journal, settings.verify_seconds, peers)
+    made = Accounting(
+        collector=collector,
+        table=table,
+        who=who,
+        node=node,
+        add=shown.add,
+        reason=reason,
+        journal=journal,
+        verify_seconds=settings.verify_seconds,
+        peers=peers,
+    )
     return made, shown
 
 

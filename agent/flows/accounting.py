@@ -50,6 +50,7 @@ class Accounting:
 
     def __init__(
         self,
+        *,
         collector: Collector,
         table: PodTable,
         who: Who,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from agent.core.model.pods import Pod
 
@@ -24,6 +24,7 @@ class Workload:
 
     name: str = ""
     namespace: str = ""
+    _: KW_ONLY
     service_account: str = ""
     app: str = ""
     version: str = ""

@@ -7,7 +7,7 @@ A connection is counted once, when it is opened or has failed to. Nothing here g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
 from agent.core.model.pods import Pod
@@ -74,6 +74,7 @@ class Snapshot(NamedTuple):
 @dataclass(slots=True)
 class _TrafficRow:
     labels: str
+    _: KW_ONLY
     seen: float = 0.0
     opened: int = 0
     closed: int = 0
@@ -90,12 +91,20 @@ class _TrafficRow:
         self.received += delta.sent if outbound else delta.received
 
     def frozen(self) -> TrafficTotals:
-        return TrafficTotals(self.labels, self.opened, self.closed, self.failed, self.sent, self.received)
+        return TrafficTotals(
+            labels=self.labels,
+            opened=self.opened,
+            closed=self.closed,
+            failed=self.failed,
+            sent=self.sent,
+            received=self.received,
+        )
 
 
 @dataclass(slots=True)
 class _FatedRow:
     labels: str
+    _: KW_ONLY
     seen: float = 0.0
     count: int = 0
     socket: int = 0
@@ -108,6 +117,7 @@ class _FatedRow:
 @dataclass(slots=True)
 class _MeasuredRow:
     labels: str
+    _: KW_ONLY
     seen: float = 0.0
     rtt: list[int] = field(default_factory=lambda: [0] * (len(RTT_BOUNDS) + 1))
     rtt_sum: float = 0.0
@@ -124,7 +134,12 @@ class _MeasuredRow:
 
     def frozen(self) -> Measured:
         return Measured(
-            self.labels, tuple(self.rtt), self.rtt_sum, tuple(self.duration), self.duration_sum, self.retransmitted
+            labels=self.labels,
+            rtt=tuple(self.rtt),
+            rtt_sum=self.rtt_sum,
+            duration=tuple(self.duration),
+            duration_sum=self.duration_sum,
+            retransmitted=self.retransmitted,
         )
 
 
@@ -145,6 +160,7 @@ class _Rows(Generic[_Key, _Row]):
         cap: int,
         make: Callable[[str], _Row],
         text: Callable[[_Key], str],
+        *,
         rest: Callable[[_Key], _Key],
         owned: Callable[[_Key], _Key] | None = None,
     ) -> None:
@@ -204,14 +220,14 @@ class LabelTotals:
             cap,
             _TrafficRow,
             lambda key: labels.traffic(*key, who.trust_domain),
-            lambda key: (key[0], *labels.REST),
-            lambda key: (*key[:2], *labels.REST[1:]),
+            rest=lambda key: (key[0], *labels.REST),
+            owned=lambda key: (*key[:2], *labels.REST[1:]),
         )
         self._fates: _Rows[_Fates, _FatedRow] = _Rows(
-            cap, _FatedRow, lambda key: labels.fated(*key), lambda key: (_REST, _REST, *key[2:])
+            cap, _FatedRow, lambda key: labels.fated(*key), rest=lambda key: (_REST, _REST, *key[2:])
         )
         self._measured: _Rows[_Owner, _MeasuredRow] = _Rows(
-            cap, _MeasuredRow, lambda key: labels.owner(*key), lambda key: (_REST, _REST, key[2])
+            cap, _MeasuredRow, lambda key: labels.owner(*key), rest=lambda key: (_REST, _REST, key[2])
         )
 
     def add(

@@ -23,7 +23,17 @@ _SERVICE = ("service", "service_namespace", "service_name")
 
 
 # The peers of the one set per reporter that takes the overflow.
-REST = (Workload(*(OVERFLOW,) * 8), Workload(*(OVERFLOW,) * 8), Service(*(OVERFLOW,) * 3))
+_ANY = Workload(
+    OVERFLOW,
+    OVERFLOW,
+    service_account=OVERFLOW,
+    app=OVERFLOW,
+    version=OVERFLOW,
+    cluster=OVERFLOW,
+    canonical_service=OVERFLOW,
+    canonical_revision=OVERFLOW,
+)
+REST = (_ANY, _ANY, Service(OVERFLOW, OVERFLOW, OVERFLOW))
 _NAMES = (
     "reporter",
     *(f"source_{name}" for name in _END),

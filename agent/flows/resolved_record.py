@@ -12,7 +12,7 @@ from agent.flows.identity import Who, pod_workload
 from agent.flows.record import Connection, Direction, Fate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedRecord:
     """A connection with names. `pod`, `namespace` and `workload` are of the end that saw it; "" is unknown."""
 
@@ -49,12 +49,12 @@ def named(connection: Connection, pod: Pod | None, who: Who, node: str) -> Resol
     if workload is None and peer and connection.fate is not Fate.CAPTURED:  # of a captured one that is ztunnel
         workload = who.workload(peer[0])
     return ResolvedRecord(
-        connection,
-        node,
-        pod.name if pod else "",
-        pod.namespace if pod else "",
-        pod_workload(pod, who.cluster).name if pod else "",
-        workload.name if workload else "",
-        workload.namespace if workload else service.namespace if service else "",
-        service.name if service else "",
+        connection=connection,
+        node=node,
+        pod=pod.name if pod else "",
+        namespace=pod.namespace if pod else "",
+        workload=pod_workload(pod, who.cluster).name if pod else "",
+        remote_workload=workload.name if workload else "",
+        remote_namespace=workload.namespace if workload else service.namespace if service else "",
+        remote_service=service.name if service else "",
     )

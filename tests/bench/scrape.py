@@ -47,10 +47,18 @@ def a_who(peers: int) -> Who:
     who = Who()
     who.know_pods(_PODS.values())
     workloads = {
-        _address(n): Workload(f"payments-{n}", "payments", f"payments-{n}", f"payments-{n}", "v1", "Kubernetes",
-                              f"payments-{n}", "v1")
+        _address(n): Workload(
+            f"payments-{n}",
+            "payments",
+            service_account=f"payments-{n}",
+            app=f"payments-{n}",
+            version="v1",
+            cluster="Kubernetes",
+            canonical_service=f"payments-{n}",
+            canonical_revision="v1",
+        )
         for n in range(peers)
-    }  # fmt: skip
+    }
     services = {
         (_address(n), 8443): Service(f"payments-{n}.payments.svc.cluster.local", f"payments-{n}", "payments")
         for n in range(peers)
@@ -66,8 +74,8 @@ def _address(n: int) -> str:
 def _deltas(count: int, peers: int, dice: random.Random) -> Iterator[Delta]:
     for _ in range(count):
         yield Delta(
-            dice.randrange(PODS), dice.choice(list(Direction)), Fate.CAPTURED, Reason.NONE,
-            _address(dice.randrange(peers)), 8443, opened=1, closed=1, sent=dice.randrange(1 << 20),
+            pod=dice.randrange(PODS), direction=dice.choice(list(Direction)), fate=Fate.CAPTURED, reason=Reason.NONE,
+            remote=_address(dice.randrange(peers)), port=8443, opened=1, closed=1, sent=dice.randrange(1 << 20),
             received=dice.randrange(1 << 30), socket=1,
         )  # fmt: skip
 
@@ -75,14 +83,36 @@ def _deltas(count: int, peers: int, dice: random.Random) -> Iterator[Delta]:
 def full() -> LabelTotals:
     tally = LabelTotals(a_who(SETS // PODS), SETS)
     every = [
-        Delta(pod, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, _address(peer), 8443, opened=1000 + pod, closed=900,
-              failed=0, sent=123456789 * pod, received=987654321 * peer, socket=pod + 1)
-        for pod in range(PODS) for peer in range(SETS // PODS)
-    ]  # fmt: skip
+        Delta(
+            pod=pod,
+            direction=Direction.OUTBOUND,
+            fate=Fate.CAPTURED,
+            reason=Reason.NONE,
+            remote=_address(peer),
+            port=8443,
+            opened=1000 + pod,
+            closed=900,
+            failed=0,
+            sent=123456789 * pod,
+            received=987654321 * peer,
+            socket=pod + 1,
+        )
+        for pod in range(PODS)
+        for peer in range(SETS // PODS)
+    ]
     quality = [
-        Quality(pod, way, (9,) * (len(RTT_BOUNDS) + 1), 1.5, (9,) * (len(DURATION_BOUNDS) + 1), 99.5, 3)
-        for pod in range(PODS) for way in Direction
-    ]  # fmt: skip
+        Quality(
+            pod=pod,
+            direction=way,
+            rtt=(9,) * (len(RTT_BOUNDS) + 1),
+            rtt_sum=1.5,
+            duration=(9,) * (len(DURATION_BOUNDS) + 1),
+            duration_sum=99.5,
+            retransmitted=3,
+        )
+        for pod in range(PODS)
+        for way in Direction
+    ]
     tally.add(every, quality, _PODS.get, time.time())
     return tally
 

@@ -25,7 +25,7 @@ from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason
 
-POD, WEB, OUT = Pod("u", "shop", "web"), Workload("web", "shop", "robot"), Direction.OUTBOUND
+POD, WEB, OUT = Pod("u", "shop", "web"), Workload("web", "shop", service_account="robot"), Direction.OUTBOUND
 # Heading -> what the names of its metrics begin with; the first that fits has it.
 GROUPS = {
     "Connections": ("sluice_connections", "istio_tcp_", "sluice_tcp_", "sluice_records_", "sluice_metrics_"),
@@ -56,9 +56,18 @@ def everything() -> list[Metric]:
     metrics.probed(POD, ProbeResult(ProbeVerdict.OK))
     labels = owner("shop", "web", OUT)
     found = Snapshot(
-        [TrafficTotals(traffic(OUT, WEB, WEB, None, "td"), 1, 1, 1, 1, 1)],
+        [TrafficTotals(labels=traffic(OUT, WEB, WEB, None, "td"), opened=1, closed=1, failed=1, sent=1, received=1)],
         [Fated(fated("shop", "web", OUT, Fate.CAPTURED, Reason.NONE), 1, 0, 0.0)],
-        [Measured(labels, (1,) * (len(RTT_BOUNDS) + 1), 1.0, (1,) * (len(DURATION_BOUNDS) + 1), 1.0, 1)],
+        [
+            Measured(
+                labels=labels,
+                rtt=(1,) * (len(RTT_BOUNDS) + 1),
+                rtt_sum=1.0,
+                duration=(1,) * (len(DURATION_BOUNDS) + 1),
+                duration_sum=1.0,
+                retransmitted=1,
+            )
+        ],
         {"traffic": 1},
     )
     parts = exposition.connections(found, [("record", 1)], openmetrics=False)

@@ -51,11 +51,29 @@ def check_records(types: Types) -> None:
     )  # fmt: skip
     opened, closed = ((numbers[name] + 7) / 1e9 for name in ("opened", "closed"))
     wanted = Connection(
-        numbers["pod"], numbers["socket"], Direction.INBOUND, Fate.LEAKED, Reason.RAW, (LOCAL, 0x1234),
-        (REMOTE, 0x1235), opened, closed, (PEER, 0x1236), True, numbers["sent"], numbers["received"],
-        numbers["segments_out"], numbers["segments_in"], numbers["retransmitted"], numbers["rtt"] / 1e6,
-        How.UNKNOWN, Closer.REMOTE, numbers["user"], numbers["process"], "a name",
-    )  # fmt: skip
+        pod=numbers["pod"],
+        socket=numbers["socket"],
+        direction=Direction.INBOUND,
+        fate=Fate.LEAKED,
+        reason=Reason.RAW,
+        local=(LOCAL, 0x1234),
+        remote=(REMOTE, 0x1235),
+        opened=opened,
+        closed=closed,
+        peer=(PEER, 0x1236),
+        established=True,
+        sent=numbers["sent"],
+        received=numbers["received"],
+        segments_out=numbers["segments_out"],
+        segments_in=numbers["segments_in"],
+        retransmitted=numbers["retransmitted"],
+        rtt=numbers["rtt"] / 1e6,
+        how=How.UNKNOWN,
+        closer=Closer.REMOTE,
+        user=numbers["user"],
+        process=numbers["process"],
+        command="a name",
+    )
     assert list(abi.connections(made + made, 7)) == [wanted, wanted]
 
 
@@ -84,9 +102,29 @@ def check_qualities(types: Types) -> None:
 
     key = types.pack("quality_key", pod=BIG, direction=1)
     counts = tuple(range(5, 5 + len(RTT_BOUNDS) + 1))
-    assert abi.quality(key, value(5), None) == Quality(BIG, Direction.INBOUND, counts, 5.0, counts, 10.0, 8, 9, 10)
+    assert abi.quality(key, value(5), None) == Quality(
+        pod=BIG,
+        direction=Direction.INBOUND,
+        rtt=counts,
+        rtt_sum=5.0,
+        duration=counts,
+        duration_sum=10.0,
+        retransmitted=8,
+        segments_out=9,
+        segments_in=10,
+    )
     ones = (1,) * len(counts)
-    assert abi.quality(key, value(6), value(5)) == Quality(BIG, Direction.INBOUND, ones, 1.0, ones, 2.0, 1, 1, 1)
+    assert abi.quality(key, value(6), value(5)) == Quality(
+        pod=BIG,
+        direction=Direction.INBOUND,
+        rtt=ones,
+        rtt_sum=1.0,
+        duration=ones,
+        duration_sum=2.0,
+        retransmitted=1,
+        segments_out=1,
+        segments_in=1,
+    )
     assert types.enums["buckets"] == {"BOUNDS": len(RTT_BOUNDS), "BUCKETS": len(DURATION_BOUNDS) + 1}
 
 

@@ -88,28 +88,28 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
     (local, remote, peer, pod, socket, opened, closed, sent, received, out, into, again, rtt, user, process, command,
      local_port, remote_port, peer_port, direction, fate, reason, how, closer, established) = fields  # fmt: skip
     return Connection(
-        pod,
-        socket,
-        Direction(direction),
-        Fate(fate),
-        Reason(reason),
-        _endpoint(local, local_port),
-        _endpoint(remote, remote_port),
-        _seconds(opened, epoch),
-        _seconds(closed, epoch) if closed else None,
-        _endpoint(peer, peer_port) if any(peer_port) else None,
-        bool(established),
-        sent,
-        received,
-        out,
-        into,
-        again,
-        rtt / 1e6 if rtt else None,
-        How(how),
-        Closer(closer),
-        -1 if user == _NOBODY else user,
-        process,
-        printable(command.partition(b"\0")[0].decode(errors="replace")),
+        pod=pod,
+        socket=socket,
+        direction=Direction(direction),
+        fate=Fate(fate),
+        reason=Reason(reason),
+        local=_endpoint(local, local_port),
+        remote=_endpoint(remote, remote_port),
+        opened=_seconds(opened, epoch),
+        closed=_seconds(closed, epoch) if closed else None,
+        peer=_endpoint(peer, peer_port) if any(peer_port) else None,
+        established=bool(established),
+        sent=sent,
+        received=received,
+        segments_out=out,
+        segments_in=into,
+        retransmitted=again,
+        rtt=rtt / 1e6 if rtt else None,
+        how=How(how),
+        closer=Closer(closer),
+        user=-1 if user == _NOBODY else user,
+        process=process,
+        command=printable(command.partition(b"\0")[0].decode(errors="replace")),
     )
 
 
@@ -173,7 +173,18 @@ def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
         values = tuple(now - then for now, then in zip(values, QUALITY.unpack(old), strict=True))
     rtt, rest = values[:_RTT], values[_RTT:]
     duration, more = rest[1 : 1 + _DURATION], rest[1 + _DURATION :]
-    return Quality(pod, Direction(direction), rtt, rest[0] / 1e6, duration, more[0] / 1e6, *more[1:])
+    duration_us, retransmitted, segments_out, segments_in = more
+    return Quality(
+        pod=pod,
+        direction=Direction(direction),
+        rtt=rtt,
+        rtt_sum=rest[0] / 1e6,
+        duration=duration,
+        duration_sum=duration_us / 1e6,
+        retransmitted=retransmitted,
+        segments_out=segments_out,
+        segments_in=segments_in,
+    )
 
 
 @lru_cache(16384)

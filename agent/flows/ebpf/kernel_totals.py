@@ -98,10 +98,19 @@ class KernelTotals:
 def _delta(key: bytes, now: CounterValue, before: CounterValue) -> Delta:
     pod, direction, fate, reason, remote, port = abi.tally_key(key)
     return Delta(
-        pod, direction, fate, reason, remote, port,
-        now.opened - before.opened, now.closed - before.closed, now.failed - before.failed,
-        _signed(now.sent - before.sent), _signed(now.received - before.received), now.socket,
-    )  # fmt: skip
+        pod=pod,
+        direction=direction,
+        fate=fate,
+        reason=reason,
+        remote=remote,
+        port=port,
+        opened=now.opened - before.opened,
+        closed=now.closed - before.closed,
+        failed=now.failed - before.failed,
+        sent=_signed(now.sent - before.sent),
+        received=_signed(now.received - before.received),
+        socket=now.socket,
+    )
 
 
 def _signed(number: int) -> int:

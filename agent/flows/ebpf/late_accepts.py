@@ -54,9 +54,18 @@ class Late:
             self._maps["begun"].delete(key)
             address, port = found.remote
             delta = Delta(
-                found.pod, found.direction, found.fate, found.reason, address, port,
-                opened=1, closed=1, sent=found.sent, received=found.received, socket=found.socket,
-            )  # fmt: skip
+                pod=found.pod,
+                direction=found.direction,
+                fate=found.fate,
+                reason=found.reason,
+                remote=address,
+                port=port,
+                opened=1,
+                closed=1,
+                sent=found.sent,
+                received=found.received,
+                socket=found.socket,
+            )
             self._tallies.add(delta)
             self._records.append(found)
             self._deltas.append(delta)

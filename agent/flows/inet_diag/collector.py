@@ -225,7 +225,11 @@ class DiagCollector:
             raise
         netns = target.netns.id
         flows = PodFlows(
-            netns.cookie, verdicts, self._held, lambda found: self._foreign(found, netns), captured=captured
+            netns.cookie,
+            verdicts=verdicts,
+            held=self._held,
+            foreign=lambda found: self._foreign(found, netns),
+            captured=captured,
         )
         pod = _Pod(flows, events, diag)
         try:

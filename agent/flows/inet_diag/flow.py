@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
 from agent.core.model.sockets import CAPTURE_PORTS, Endpoint, TcpState
@@ -28,6 +28,7 @@ class TrackedFlow:
     cookie: int
     local: Endpoint
     remote: Endpoint
+    _: KW_ONLY
     opened: float
     verdicts: Verdicts
     preexisting: bool
@@ -171,7 +172,24 @@ class TrackedFlow:
         sent, received = self.payload(peer.info if peer else None)
         address = peer.local if peer and peer.local[1] in CAPTURE_PORTS and peer.local != self.remote else None
         return Connection(
-            pod, self.cookie, self.direction, self.fate, self.reason, self.local, self.remote, self.opened, self.closed,
-            address, established, sent, received, info.segments_out, info.segments_in, info.retransmitted,
-            info.rtt / 1e6 if info.rtt else None, how, closer, self.user,
-        )  # fmt: skip
+            pod=pod,
+            socket=self.cookie,
+            direction=self.direction,
+            fate=self.fate,
+            reason=self.reason,
+            local=self.local,
+            remote=self.remote,
+            opened=self.opened,
+            closed=self.closed,
+            peer=address,
+            established=established,
+            sent=sent,
+            received=received,
+            segments_out=info.segments_out,
+            segments_in=info.segments_in,
+            retransmitted=info.retransmitted,
+            rtt=info.rtt / 1e6 if info.rtt else None,
+            how=how,
+            closer=closer,
+            user=self.user,
+        )

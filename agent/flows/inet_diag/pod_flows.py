@@ -50,10 +50,10 @@ class PodFlows:
     def __init__(
         self,
         pod: int,
+        *,
         verdicts: Verdicts,
         held: Callable[[Collection[int]], Collection[int]],
         foreign: Callable[[Sequence[TcpSocket]], Collection[int]] = lambda sockets: (),
-        *,
         captured: bool,
     ) -> None:
         self.pod = pod
@@ -230,7 +230,15 @@ class PodFlows:
 
     def _add(self, report: TcpReport, now: float) -> TrackedFlow:
         one = report.socket
-        flow = TrackedFlow(one.cookie, one.local, one.remote, now, self.verdicts, not self.captured, report)
+        flow = TrackedFlow(
+            one.cookie,
+            one.local,
+            one.remote,
+            opened=now,
+            verdicts=self.verdicts,
+            preexisting=not self.captured,
+            report=report,
+        )
         flow.shared = one.local[1] in self._shared
         self._flows[flow.cookie] = self._pending[flow.cookie] = flow
         self._mirrors.add(flow.cookie, flow.local, flow.remote)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from socket import AF_INET6, ntohs
 from typing import Final
 
@@ -27,6 +27,7 @@ class Ephemeral:
 
     first: int
     last: int
+    _: KW_ONLY
     used: int = 0
     towards: int = 0
     remote: Endpoint | None = None
@@ -83,7 +84,9 @@ def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
     most = max(ports, key=lambda key: len(ports[key]))
     to, remote, family = most
     towards = (address(6 if family == AF_INET6 else 4, to), ntohs(remote))
-    return PodSockets(known, Ephemeral(first, last, len(set().union(*ports.values())), len(ports[most]), towards))
+    return PodSockets(
+        known, Ephemeral(first, last, used=len(set().union(*ports.values())), towards=len(ports[most]), remote=towards)
+    )
 
 
 def _port_range() -> tuple[int, int]:

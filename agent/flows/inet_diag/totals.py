@@ -11,7 +11,7 @@ from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Connection, Delta, D
 _Key = tuple[Direction, Fate, Reason, str, int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Tally:
     opened: int = 0
     closed: int = 0
@@ -21,7 +21,7 @@ class _Tally:
     socket: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Measures:
     rtt: list[int] = field(default_factory=lambda: [0] * (len(RTT_BOUNDS) + 1))
     duration: list[int] = field(default_factory=lambda: [0] * (len(DURATION_BOUNDS) + 1))
@@ -82,13 +82,33 @@ class Sums:
         self._tallies = {}
         self._measures = {}
         deltas = [
-            Delta(self._pod, *key, one.opened, one.closed, one.failed, one.sent, one.received, one.socket)
-            for key, one in tallies.items()
+            Delta(
+                pod=self._pod,
+                direction=direction,
+                fate=fate,
+                reason=reason,
+                remote=remote,
+                port=port,
+                opened=one.opened,
+                closed=one.closed,
+                failed=one.failed,
+                sent=one.sent,
+                received=one.received,
+                socket=one.socket,
+            )
+            for (direction, fate, reason, remote, port), one in tallies.items()
         ]
         return deltas, [
             Quality(
-                self._pod, direction, tuple(one.rtt), one.rtt_sum, tuple(one.duration), one.duration_sum,
-                one.retransmitted, one.segments_out, one.segments_in,
+                pod=self._pod,
+                direction=direction,
+                rtt=tuple(one.rtt),
+                rtt_sum=one.rtt_sum,
+                duration=tuple(one.duration),
+                duration_sum=one.duration_sum,
+                retransmitted=one.retransmitted,
+                segments_out=one.segments_out,
+                segments_in=one.segments_in,
             )
             for direction, one in measures.items()
-        ]  # fmt: skip
+        ]

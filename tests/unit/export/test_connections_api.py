@@ -19,13 +19,22 @@ from agent.flows.record import Connection, Direction, Fate, Reason
 from agent.flows.resolved_record import ResolvedRecord
 
 OPEN = Connection(
-    1, 0, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 4000), ("10.0.0.2", 80), opened=1.0
+    pod=1,
+    socket=0,
+    direction=Direction.OUTBOUND,
+    fate=Fate.CAPTURED,
+    reason=Reason.NONE,
+    local=("10.0.0.1", 4000),
+    remote=("10.0.0.2", 80),
+    opened=1.0,
 )
 WEB, API = Pod("u1", "shop", "web"), Pod("u2", "shop", "api")
 
 
 def record(socket: int, pod: str = "web", fate: Fate = Fate.CAPTURED, namespace: str = "shop") -> ResolvedRecord:
-    return ResolvedRecord(replace(OPEN, socket=socket, fate=fate, closed=2.0), "n1", pod, namespace)
+    return ResolvedRecord(
+        connection=replace(OPEN, socket=socket, fate=fate, closed=2.0), node="n1", pod=pod, namespace=namespace
+    )
 
 
 class Account:

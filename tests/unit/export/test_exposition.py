@@ -17,7 +17,7 @@ from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason
 
 OUT = Direction.OUTBOUND
-WEB = Workload("web", "shop", "robot")
+WEB = Workload("web", "shop", service_account="robot")
 RTT = tuple(range(len(RTT_BOUNDS) + 1))
 DURATION = tuple(range(10, len(DURATION_BOUNDS) + 11))
 
@@ -26,12 +26,26 @@ def snapshot(name: str = "db") -> Snapshot:
     opened = traffic(OUT, WEB, Workload(name, name), Service(name, name, name), "td")
     failed = traffic(OUT, WEB, None, None, "td")
     return Snapshot(
-        [TrafficTotals(opened, 3, 2, 0, 2**53 + 1, 7), TrafficTotals(failed, 0, 0, 4, 0, 0)],
-        [Fated(fated("shop", name, OUT, Fate.LEAKED, Reason.RAW), 5, 77, 1700000000.1239),
-         Fated(fated("shop", name, OUT, Fate.CAPTURED, Reason.NONE), 6, 0, 0.0)],
-        [Measured(owner("shop", name, OUT), RTT, 1.25, DURATION, 99.5, 8)],
+        [
+            TrafficTotals(labels=opened, opened=3, closed=2, failed=0, sent=2**53 + 1, received=7),
+            TrafficTotals(labels=failed, opened=0, closed=0, failed=4, sent=0, received=0),
+        ],
+        [
+            Fated(fated("shop", name, OUT, Fate.LEAKED, Reason.RAW), 5, 77, 1700000000.1239),
+            Fated(fated("shop", name, OUT, Fate.CAPTURED, Reason.NONE), 6, 0, 0.0),
+        ],
+        [
+            Measured(
+                labels=owner("shop", name, OUT),
+                rtt=RTT,
+                rtt_sum=1.25,
+                duration=DURATION,
+                duration_sum=99.5,
+                retransmitted=8,
+            )
+        ],
         {"traffic": 1},
-    )  # fmt: skip
+    )
 
 
 def families(openmetrics: bool, name: str = "db") -> dict[str, Metric]:

@@ -38,7 +38,16 @@ def connections(number: int = 1, losses: Mapping[str, int] | None = None) -> Con
 
 
 def delta(pod: int) -> Delta:
-    return Delta(pod, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, "192.0.2.1", 80, opened=2, socket=4)
+    return Delta(
+        pod=pod,
+        direction=Direction.OUTBOUND,
+        fate=Fate.CAPTURED,
+        reason=Reason.NONE,
+        remote="192.0.2.1",
+        port=80,
+        opened=2,
+        socket=4,
+    )
 
 
 def asked(headers: Mapping[str, str]) -> Request:

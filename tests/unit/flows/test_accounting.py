@@ -29,7 +29,7 @@ class Collector:
 
 def made() -> tuple[Accounting, Collector]:
     collector = Collector()
-    return Accounting(collector, PodTable(), Who(), "n1", lambda *_: None), collector  # type: ignore[arg-type]
+    return Accounting(collector=collector, table=PodTable(), who=Who(), node="n1", add=lambda *_: None), collector  # type: ignore[arg-type]
 
 
 def target(cookie: int) -> Any:

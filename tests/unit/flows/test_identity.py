@@ -59,7 +59,16 @@ def test_canonical_service_and_revision(labels: dict[str, str], service: str, re
 
 def test_everything_of_a_pod() -> None:
     found = pod_workload(Pod("u", "shop", "web-0", service_account="robot"), "c1")
-    assert found == Workload("web-0", "shop", "robot", "web-0", "latest", "c1", "web-0", "latest")
+    assert found == Workload(
+        "web-0",
+        "shop",
+        service_account="robot",
+        app="web-0",
+        version="latest",
+        cluster="c1",
+        canonical_service="web-0",
+        canonical_revision="latest",
+    )
     assert found.pod == "web-0"
     assert found.principal("td") == "spiffe://td/ns/shop/sa/robot"
     assert Workload(namespace="shop").principal("td") == Workload(service_account="robot").principal("td") == ""

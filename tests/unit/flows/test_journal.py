@@ -23,12 +23,22 @@ from agent.flows.record import Connection, Direction, Fate, Reason
 from agent.flows.resolved_record import ResolvedRecord
 
 NAMED = ResolvedRecord(
-    Connection(
-        1, 0, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 40000), ("10.0.0.2", 80),
-        opened=1.0, closed=2.0,
+    connection=Connection(
+        pod=1,
+        socket=0,
+        direction=Direction.OUTBOUND,
+        fate=Fate.CAPTURED,
+        reason=Reason.NONE,
+        local=("10.0.0.1", 40000),
+        remote=("10.0.0.2", 80),
+        opened=1.0,
+        closed=2.0,
     ),
-    "n1", "web", "shop", "web",
-)  # fmt: skip
+    node="n1",
+    pod="web",
+    namespace="shop",
+    workload="web",
+)
 
 
 def records(first: int, count: int, **facts: Any) -> list[ResolvedRecord]:

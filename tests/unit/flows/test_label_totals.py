@@ -21,7 +21,17 @@ PODS = {
     number: Pod("u", "shop", f"web-{number}", addresses=(f"10.0.0.{number}",), service_account="robot")
     for number in range(1, 9)
 }
-DB = Workload("db", "data", "keeper", "dbapp", "v9", "east", "dbsvc", "r9", pod="db-0")
+DB = Workload(
+    "db",
+    "data",
+    service_account="keeper",
+    app="dbapp",
+    version="v9",
+    cluster="east",
+    canonical_service="dbsvc",
+    canonical_revision="r9",
+    pod="db-0",
+)
 DB_SERVICE = Service("db.data.svc", "db", "data")
 
 
@@ -40,7 +50,7 @@ def delta(
     port: int = 5432,
     **counts: int,
 ) -> Delta:
-    return Delta(pod, direction, fate, reason, remote, port, **counts)
+    return Delta(pod=pod, direction=direction, fate=fate, reason=reason, remote=remote, port=port, **counts)
 
 
 def add(tally: LabelTotals, *deltas: Delta, now: float = 0.0, qualities: Iterable[Quality] = ()) -> None:
@@ -147,7 +157,9 @@ def test_the_fate_names_the_workload_and_its_latest_socket() -> None:
 def quality(pod: int = 1, direction: Direction = OUT, bucket: int = 0) -> Quality:
     rtt = tuple(int(i == bucket) for i in range(len(RTT_BOUNDS) + 1))
     duration = tuple(int(i == bucket) for i in range(len(DURATION_BOUNDS) + 1))
-    return Quality(pod, direction, rtt, 0.5, duration, 2.0, 3)
+    return Quality(
+        pod=pod, direction=direction, rtt=rtt, rtt_sum=0.5, duration=duration, duration_sum=2.0, retransmitted=3
+    )
 
 
 def test_quality_adds_up_by_workload_and_direction() -> None:

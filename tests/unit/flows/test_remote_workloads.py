@@ -28,7 +28,16 @@ services:
 
 def test_every_key() -> None:
     found = parse(FULL, "f")
-    web = Workload("web", "shop", "robot", "shopfront", "v2", "east", "front", "v2")
+    web = Workload(
+        "web",
+        "shop",
+        service_account="robot",
+        app="shopfront",
+        version="v2",
+        cluster="east",
+        canonical_service="front",
+        canonical_revision="v2",
+    )
     assert found.workloads == {"10.0.1.5": web, "fd00::5": web}
     assert found.workloads["fd00::5"].pod == "web-6d4cf56db6-x2x9p"
     web_service, rest = Service("web.example", "web", "shop"), Service("rest.shop.svc.cluster.local", "rest", "shop")
@@ -43,7 +52,14 @@ def test_every_key() -> None:
 def test_what_is_missing_follows_as_for_a_pod() -> None:
     text = "workloads: [{addresses: [10.0.1.5], namespace: shop, name: db-1, labels: {app: db}}]"
     assert parse(text, "f", "west").workloads["10.0.1.5"] == Workload(
-        "db-1", "shop", "", "db", "latest", "west", "db", "latest"
+        "db-1",
+        "shop",
+        service_account="",
+        app="db",
+        version="latest",
+        cluster="west",
+        canonical_service="db",
+        canonical_revision="latest",
     )
 
 

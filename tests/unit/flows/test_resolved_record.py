@@ -16,10 +16,25 @@ from agent.flows.resolved_record import ResolvedRecord, named
 
 POD = Pod("u1", "shop", "web-7", addresses=("10.0.0.1",), labels={"service.istio.io/workload-name": "web"})
 OUT = Connection(
-    1, 99, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 40000), ("10.96.0.1", 80),
-    opened=1000.25, closed=1002.75, peer=("127.0.0.1", 15001), sent=10, received=20, rtt=0.0001, how=How.FIN,
-    closer=Closer.REMOTE, user=1000, process=7, command="curl",
-)  # fmt: skip
+    pod=1,
+    socket=99,
+    direction=Direction.OUTBOUND,
+    fate=Fate.CAPTURED,
+    reason=Reason.NONE,
+    local=("10.0.0.1", 40000),
+    remote=("10.96.0.1", 80),
+    opened=1000.25,
+    closed=1002.75,
+    peer=("127.0.0.1", 15001),
+    sent=10,
+    received=20,
+    rtt=0.0001,
+    how=How.FIN,
+    closer=Closer.REMOTE,
+    user=1000,
+    process=7,
+    command="curl",
+)
 
 
 @pytest.fixture
@@ -63,7 +78,16 @@ def test_names_of_the_other_end(who: Who) -> None:
 
 
 def test_a_pod_that_is_forgotten(who: Who) -> None:
-    assert named(OUT, None, who, "n1") == ResolvedRecord(OUT, "n1", "", "", "", "", "bank", "api")
+    assert named(OUT, None, who, "n1") == ResolvedRecord(
+        connection=OUT,
+        node="n1",
+        pod="",
+        namespace="",
+        workload="",
+        remote_workload="",
+        remote_namespace="bank",
+        remote_service="api",
+    )
 
 
 @pytest.mark.parametrize("one_in", [2, 10, 100])

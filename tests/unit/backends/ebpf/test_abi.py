@@ -20,7 +20,19 @@ _flags = st.sets(st.sampled_from(PodFlag)).map(lambda found: PodFlag(sum(found))
 _bytes = st.binary(min_size=16, max_size=16)
 
 
-@given(st.builds(PodValue, _flags, U32, U64, _maybe, _maybe, _maybe, _maybe, _maybe))
+@given(
+    st.builds(
+        PodValue,
+        flags=_flags,
+        has=U32,
+        policy=U64,
+        own4=_maybe,
+        own6=_maybe,
+        link6=_maybe,
+        probe4=_maybe,
+        probe6=_maybe,
+    )
+)
 def test_pods(pod: PodValue) -> None:
     assert PodValue.decode(pod.encode()) == pod
     assert len(pod.encode()) == 96

@@ -35,9 +35,29 @@ def one(**given: Any) -> Connection:
 
 def test_a_connection_that_lives() -> None:
     assert one() == Connection(
-        7, 9, Direction.OUTBOUND, Fate.CAPTURED, Reason.NONE, ("10.0.0.1", 40000), ("10.0.0.2", 80), 1_700_000_001.5,
-        None, None, True, 1, 2, 3, 4, 5, 0.00025, How.OPEN, Closer.NONE, 1000, 42, "curl",
-    )  # fmt: skip
+        pod=7,
+        socket=9,
+        direction=Direction.OUTBOUND,
+        fate=Fate.CAPTURED,
+        reason=Reason.NONE,
+        local=("10.0.0.1", 40000),
+        remote=("10.0.0.2", 80),
+        opened=1_700_000_001.5,
+        closed=None,
+        peer=None,
+        established=True,
+        sent=1,
+        received=2,
+        segments_out=3,
+        segments_in=4,
+        retransmitted=5,
+        rtt=0.00025,
+        how=How.OPEN,
+        closer=Closer.NONE,
+        user=1000,
+        process=42,
+        command="curl",
+    )
 
 
 def test_what_was_never_measured_or_known_is_none() -> None:

@@ -20,7 +20,7 @@ OWN, CLIENT, SERVER = "10.0.0.2", ("10.9.9.9", 5555), ("10.9.9.10", 80)
 
 def flows() -> PodFlows:
     wiring = PodTopology(addresses=(ip_address(OWN),))
-    return PodFlows(1, Verdicts(Redirect(), wiring), lambda inodes: (), captured=True)
+    return PodFlows(1, verdicts=Verdicts(Redirect(), wiring), held=lambda inodes: (), captured=True)
 
 
 def end(cookie: int, local: Endpoint, remote: Endpoint, *, acked: int = 5, unacked: int = 0) -> TcpReport:
@@ -83,7 +83,10 @@ def test_ztunnel_is_asked_once_for_all_sockets_of_a_dump() -> None:
     """For a socket that it has closed meanwhile, all of its descriptors are read."""
     asked = list[set[int]]()
     made = PodFlows(
-        1, Verdicts(Redirect(), PodTopology()), lambda inodes: (asked.append({*inodes}), {7})[1], captured=True
+        1,
+        verdicts=Verdicts(Redirect(), PodTopology()),
+        held=lambda inodes: (asked.append({*inodes}), {7})[1],
+        captured=True,
     )
     ours = [
         TcpReport(
