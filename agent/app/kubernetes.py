@@ -58,12 +58,12 @@ class Kubernetes:
         self._exempt = exempt
         self.admission = Admission(client, table, settings)
         self.annotator = Annotator(
-            client,
-            table,
-            state,
-            captured,
-            settings.verify_seconds,
-            random.random,
+            client=client,
+            table=table,
+            state=state,
+            captured=captured,
+            period=settings.verify_seconds,
+            random=random.random,
             known=lambda: met() and not self.missing,
             others=lambda: _others(settings.host_root),
             fought=lambda uid, words: self.events.fought(uid, words),
@@ -72,7 +72,13 @@ class Kubernetes:
         self.source = pods = source.PodSink(table, wake, captured, self._looked)
         namespaces = source.NamespaceSink(table, wake, exempt.update)
         self.review = Review(client)
-        self.condition = ZtunnelCondition(client, table, settings.own_namespace, connected, self.events.report_node)
+        self.condition = ZtunnelCondition(
+            client=client,
+            table=table,
+            namespace=settings.own_namespace,
+            connected=connected,
+            report=self.events.report_node,
+        )
         self.tainting = None
         if settings.startup_taint:
             taint = Taint.parse(settings.startup_taint)
@@ -80,8 +86,10 @@ class Kubernetes:
             self.tainting = Tainting(KubeNode(client, node), taint, lacking, returns=returns)
         self.peers = _peers(client, who) if settings.kube_peers else None
         here = {"fieldSelector": f"spec.nodeName={node}"}
-        self.pods = Follower(client, "/api/v1/pods", here, objects.pod, pods, random.random)
-        self.namespaces = Follower(client, "/api/v1/namespaces", {}, objects.namespace, namespaces, random.random)
+        self.pods = Follower(client, "/api/v1/pods", query=here, decode=objects.pod, sink=pods, random=random.random)
+        self.namespaces = Follower(
+            client, "/api/v1/namespaces", query={}, decode=objects.namespace, sink=namespaces, random=random.random
+        )
 
     def _looked(self, uid: str) -> None:
         """Handles a change of this pod at the API server."""
@@ -143,4 +151,6 @@ def _peers(client: Client, who: Who) -> ClusterWorkloads[Workload, Service]:
     def service(namespace: str, name: str) -> Service:
         return Service(f"{name}.{namespace}.svc.{_DOMAIN}", name, namespace)
 
-    return ClusterWorkloads(client, who.know_peers, workload, service, random.random)
+    return ClusterWorkloads(
+        client=client, know=who.know_peers, workload=workload, service=service, random=random.random
+    )

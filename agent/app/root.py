@@ -98,11 +98,11 @@ class Agent:
         self.namespaces = NamespaceRegistry(self.state, self.unannounced)
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause), wiring=self.choice.by_socket)
         self.zds = ZdsServer(
-            settings.zds_socket,
-            settings.ack_seconds,
-            self._ztunnel_acknowledged,
-            self._ztunnel_left,
-            self._ztunnel_arrived,
+            path=settings.zds_socket,
+            seconds=settings.ack_seconds,
+            acknowledged=self._ztunnel_acknowledged,
+            left=self._ztunnel_left,
+            arrived=self._ztunnel_arrived,
         )
         self.who = Who(settings.cluster, settings.trust_domain)
         self.kubernetes = self._kubernetes()
@@ -145,7 +145,14 @@ class Agent:
             stale=None if self.choice.by_socket else StaleFlows(),
         )
         admission = self.kubernetes.admission if self.kubernetes else None
-        self.cni = CniService(settings, self.table, self.reconciler, self.namespaces, self.readiness, admission)
+        self.cni = CniService(
+            settings=settings,
+            table=self.table,
+            reconciler=self.reconciler,
+            namespaces=self.namespaces,
+            readiness=self.readiness,
+            admission=admission,
+        )
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.records = ConnectionsApi(self.accounting, self.table)
         self.admin = Admin(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """An option: `flags` as typed; `value` names its argument, "" for none; `choices` are its few possible values.
 
@@ -31,7 +31,7 @@ class Positional:
     optional: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
     """A command: `words` as in ("lab", "up"), () for the program; `about` is its line in lists."""
 
@@ -66,7 +66,9 @@ def command_tree(parser: argparse.ArgumentParser, words: tuple[str, ...] = (), a
             name = str(action.metavar or action.dest)
             optional = action.nargs in ("?", "*", argparse.REMAINDER)
             positionals.append(Positional(name, _choices(action), _help(action), optional))
-    return Command(words, about, tuple(options), tuple(positionals), tuple(commands))
+    return Command(
+        words=words, about=about, options=tuple(options), positionals=tuple(positionals), commands=tuple(commands)
+    )
 
 
 def _option(action: argparse.Action, *, setting: bool) -> Option:
@@ -75,7 +77,9 @@ def _option(action: argparse.Action, *, setting: bool) -> Option:
     if action.nargs != 0:
         value = str(action.metavar or ("|".join(choices) if choices else action.dest.upper()))
     flags = tuple(action.option_strings)
-    return Option(flags, value, choices, _help(action), action.required, setting)
+    return Option(
+        flags=flags, value=value, choices=choices, help=_help(action), required=action.required, setting=setting
+    )
 
 
 def _choices(action: argparse.Action) -> tuple[str, ...]:

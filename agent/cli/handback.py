@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Row:
 
     netns: str
     pod: str
+    _: KW_ONLY
     mechanism: str = ""
     result: str = "not handed back"
     scripts: tuple[str, ...] = ()
@@ -124,7 +125,14 @@ def _host(*, dry_run: bool) -> Iterator[Row]:
         return
     result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
     note = "probe exemption removed: until istio-cni creates its own, probes are captured"
-    yield Row("host", "", ",".join(found.layers), result, found.scripts, (note, *found.errors))
+    yield Row(
+        "host",
+        "",
+        mechanism=",".join(found.layers),
+        result=result,
+        scripts=found.scripts,
+        remarks=(note, *found.errors),
+    )
 
 
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:

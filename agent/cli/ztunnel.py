@@ -35,6 +35,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _run(args: argparse.Namespace) -> int:
     made = ZtunnelSettings(
-        args.zds_socket, args.records, args.drain_seconds, bpf_dir=args.bpf_dir, ready_file=args.ready_file
+        zds_socket=args.zds_socket,
+        records=args.records,
+        drain_seconds=args.drain_seconds,
+        bpf_dir=args.bpf_dir,
+        ready_file=args.ready_file,
     )
     return main(made)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Bundle:
 
     root: str
     salt: str = ""
+    _: KW_ONLY
     files: dict[str, bytes] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from agent.backends.preflight import Feature
@@ -23,6 +23,7 @@ class AgentFacts:
     """
 
     status: Row
+    _: KW_ONLY
     pods: tuple[Row, ...] = ()
     verify: tuple[Row, ...] = ()
     losses: Mapping[str, int] = field(default_factory=dict)
@@ -32,7 +33,7 @@ class AgentFacts:
     most_descriptors: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
     """The content of the agent's directories, with or without an agent. `why` it does not answer, "" if it does.
 
@@ -56,7 +57,7 @@ class Listed:
     ours: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cni:
     """The CNI installation. `managed`: own, insert or off.
 
@@ -89,6 +90,7 @@ class PodFacts:
 
     name: str
     place: str
+    _: KW_ONLY
     captured: bool
     ours: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -123,6 +125,7 @@ class NetworkFacts:
     """
 
     view: HostView
+    _: KW_ONLY
     probes: tuple[str, ...] = ()
     pod_rules: tuple[str, ...] = ()
     port: str = ""
@@ -151,7 +154,7 @@ class AttachedProgram:
     id: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
     """The node. `programs`: name and pid of programs that matter to Sluice; `firewalls` are enabled in files.
 
@@ -170,7 +173,7 @@ class HostFacts:
     shims: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Security:
     """SELinux and AppArmor. `denials`: lines of the kernel.
 
@@ -190,9 +193,12 @@ class NodeFacts:
 
     settings: Settings = field(default_factory=Settings)
     source: str = ""  # where the settings are from
+    _: KW_ONLY
     agent: AgentFacts = field(default_factory=lambda: AgentFacts({}))
     left: Left = field(default_factory=Left)
-    cni: Cni = field(default_factory=lambda: Cni("off", "", "", "", ""))
+    cni: Cni = field(
+        default_factory=lambda: Cni(managed="off", directory="", directory_reason="", plugins="", plugins_reason="")
+    )
     pods: PodsFacts = field(default_factory=PodsFacts)
     host: NetworkFacts = field(
         default_factory=lambda: NetworkFacts(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 
 from agent.diagnosis.facts import NodeFacts
@@ -43,6 +43,7 @@ class Check:
 
     id: str
     about: str
+    _: KW_ONLY
     problems: tuple[str, ...]
     needs: tuple[str, ...]
     fine: str
@@ -51,10 +52,12 @@ class Check:
 
 def check(id: str, about: str, problems: str = "", needs: str = "", fine: str = "") -> Callable[[Judge], Check]:
     """Makes a Check of a function. `problems` and `needs` are words, with spaces between them."""
-    return lambda judge: Check(id, about, tuple(problems.split()), tuple(needs.split()), fine, judge)
+    return lambda judge: Check(
+        id, about, problems=tuple(problems.split()), needs=tuple(needs.split()), fine=fine, judge=judge
+    )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckResult:
     """One finding of a check, as it is shown."""
 
@@ -95,7 +98,14 @@ def examine(check: Check, facts: NodeFacts) -> tuple[CheckResult, ...]:
     said = [unknown("; ".join(missing))] if missing else list(check.judge(facts)) or [ok(check.fine)]
     said = [one for one in said if one.verdict is not CheckVerdict.OK] or said
     return tuple(
-        CheckResult(check.id, check.problems, one.verdict, _line(one.found), _line(one.cause), one.remedy)
+        CheckResult(
+            check=check.id,
+            problems=check.problems,
+            verdict=one.verdict,
+            found=_line(one.found),
+            cause=_line(one.cause),
+            remedy=one.remedy,
+        )
         for one in said
     )
 

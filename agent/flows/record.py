@@ -73,7 +73,7 @@ class Closer(_Word):
     REMOTE = 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
     """`pod` is the cookie of its network namespace, `socket` the socket's. Times are seconds since the epoch.
 
@@ -140,7 +140,7 @@ class Connection:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """The counts since the last reading of one pod's connections with one remote address and service port.
 
@@ -167,7 +167,7 @@ RTT_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 
 DURATION_BOUNDS = (0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 1800.0, 3600.0, 86400.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
     """The measurements since the last reading of one pod's ended connections.
 

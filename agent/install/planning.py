@@ -7,7 +7,7 @@ Each action is one atomic change, and after each of them the first list in the d
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
@@ -77,6 +77,7 @@ class InstallPlan:
     """
 
     actions: tuple[Action, ...] = ()
+    _: KW_ONLY
     file: str = ""
     primary: str = ""
     error: str = ""
@@ -87,7 +88,7 @@ class InstallPlan:
         return bool(self.file) and not self.actions and not self.error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sorted:
     """The directory's configurations by kind, each kind in the runtime's order."""
 
@@ -130,7 +131,7 @@ def sort(view: View, wished: str) -> Sorted:
             bad[name] = f"{name}: it has no plugin except {CNI_TYPE}"
     bad.pop(wished, None)
     own, inserted, copies, others = map(tuple, groups.values())
-    return Sorted(own, inserted, copies, others, bad)
+    return Sorted(own=own, inserted=inserted, copies=copies, others=others, bad=bad)
 
 
 def _group(conf: Conf, wished: str) -> str:
@@ -162,14 +163,16 @@ def own(view: View, entry: Json, wished: str) -> InstallPlan:
     actions += [Remove(conf.name) for conf in found.own if conf.name != file]
     for conf in found.inserted:
         actions += _restored(view, conf)
-    return InstallPlan(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, wished))
+    return InstallPlan(tuple(actions), file=file, primary=primary.name, remarks=_remarks(found, primary, file, wished))
 
 
 def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> InstallPlan:
     """Keeps our list and updates only the entry, which may be from an older agent."""
     data = conflists.rewrap(current, entry)
     actions = () if data == current.data else (Write(current.name, data),)
-    return InstallPlan(actions, current.name, current.wraps, error, (remark,) if remark else ())
+    return InstallPlan(
+        actions, file=current.name, primary=current.wraps, error=error, remarks=(remark,) if remark else ()
+    )
 
 
 def insert(view: View, entry: Json, wished: str) -> InstallPlan:
@@ -195,7 +198,7 @@ def insert(view: View, entry: Json, wished: str) -> InstallPlan:
     actions += [Remove(conf.name) for conf in found.own]
     for conf in found.inserted:
         actions += () if conf.name == file else _restored(view, conf)
-    return InstallPlan(tuple(actions), file, primary.name, remarks=_remarks(found, primary, file, file))
+    return InstallPlan(tuple(actions), file=file, primary=primary.name, remarks=_remarks(found, primary, file, file))
 
 
 def removal(view: View, wished: str) -> InstallPlan:

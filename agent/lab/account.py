@@ -29,7 +29,7 @@ Key = tuple[str, str]
 Relays = dict[Key, list["ZtunnelRecord"]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadRecord:
     """One connection as its client saw it; `time` is Unix seconds of the opening, addresses are in `normal` form."""
 
@@ -42,7 +42,7 @@ class LoadRecord:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ZtunnelRecord:
     """One connection that a ztunnel relayed; `direction` is outbound or inbound, addresses are in `normal` form.
 
@@ -59,7 +59,7 @@ class ZtunnelRecord:
     arrived: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
     """Figures of one run or one window. `errors` counts the failed connections by reason.
 

@@ -27,7 +27,7 @@ CNI_PATH: Final = (REPO / "cni_plugin", Path("/usr/lib/cni"))
 class ChainError(SluiceError):
     """A plugin failed. `code` is CNI's, or -1 when the plugin did not answer with an error as specified."""
 
-    def __init__(self, plugin: str, verb: str, code: int, msg: str, details: str) -> None:
+    def __init__(self, plugin: str, verb: str, *, msg: str, code: int = -1, details: str = "") -> None:
         super().__init__(f"{plugin} {verb}: {msg} (CNI error {code}){': ' + details if details else ''}")
         self.plugin = plugin
         self.verb = verb
@@ -44,6 +44,7 @@ class CniChain:
         config: Path,
         cache: Path,
         netns: Path | None,
+        *,
         path: Sequence[Path] = CNI_PATH,
         seed: int | None = None,
     ) -> None:
@@ -66,7 +67,7 @@ class CniChain:
                 self.delete(attachment)
             raise
         if result is None:
-            raise ChainError(network["name"], "ADD", -1, "the last plugin printed no result", "")
+            raise ChainError(network["name"], "ADD", msg="the last plugin printed no result")
         self.cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         kept = {"attachment": dataclasses.asdict(attachment), "result": result}
         self._cached(attachment).write_text(json.dumps(kept))
@@ -110,17 +111,19 @@ class CniChain:
         if done.returncode:
             if not isinstance(answer, dict) or "code" not in answer:
                 output = (done.stderr or done.stdout).strip() or f"exit {done.returncode} without output"
-                raise ChainError(plugin["type"], verb, -1, output, "")
-            raise ChainError(plugin["type"], verb, answer["code"], answer.get("msg", ""), answer.get("details", ""))
+                raise ChainError(plugin["type"], verb, msg=output)
+            raise ChainError(
+                plugin["type"], verb, code=answer["code"], msg=answer.get("msg", ""), details=answer.get("details", "")
+            )
         if done.stdout.strip() and not isinstance(answer, dict):
-            raise ChainError(plugin["type"], verb, -1, "stdout is not a JSON object", done.stdout[:200])
+            raise ChainError(plugin["type"], verb, msg="stdout is not a JSON object", details=done.stdout[:200])
         return answer if isinstance(answer, dict) else None
 
     def _find(self, kind: str, verb: str) -> Path:
         for directory in self.path:
             if (directory / kind).is_file():
                 return directory / kind
-        raise ChainError(kind, verb, -1, f"no such plugin in {':'.join(map(str, self.path))}", "")
+        raise ChainError(kind, verb, msg=f"no such plugin in {':'.join(map(str, self.path))}")
 
 
 def _parse(text: str) -> Any:

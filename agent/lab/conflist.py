@@ -22,7 +22,7 @@ CNI_VERSION: Final = "1.0.0"
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Attachment:
     """One container's interface, as the runtime knows it."""
 

@@ -85,7 +85,7 @@ _CALLS = (
 _CURL = "%{size_request} %{size_header} %{size_download} %{time_total}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
     """One connection as its client saw it: bytes by direction and seconds."""
 
@@ -125,7 +125,14 @@ def _http(lab: Lab, source: str, target: str, family: int) -> _Call:
     address = lab.pods.require(target).address(PodProgram.WEB, family)
     argv = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "-w", _CURL, f"http://{address}/"]
     sent, head, body, seconds = lab.exec(source, argv).stdout.split()
-    return _Call(source, target, address, int(sent), int(head) + int(body), float(seconds))
+    return _Call(
+        source=source,
+        target=target,
+        address=address,
+        sent=int(sent),
+        received=int(head) + int(body),
+        seconds=float(seconds),
+    )
 
 
 def _iperf(lab: Lab) -> _Call:
@@ -133,7 +140,14 @@ def _iperf(lab: Lab) -> _Call:
     output = json.loads(lab.exec("shop/client", ["iperf3", "-c", pod.ipv4, "-t", "1", "-J"]).stdout)
     total = output["end"]["sum_received"]
     address = pod.address(PodProgram.IPERF)
-    return _Call("shop/client", "shop/db", address, total["bytes"], 0, total["seconds"])
+    return _Call(
+        source="shop/client",
+        target="shop/db",
+        address=address,
+        sent=total["bytes"],
+        received=0,
+        seconds=total["seconds"],
+    )
 
 
 def _ends(lab: Lab, call: _Call, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

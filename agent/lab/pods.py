@@ -62,7 +62,12 @@ class LabPods:
         name = self.spec.netns_name(spec.key)
         path = self.spec.netns_path(spec.key)
         attachment = Attachment(
-            secrets.token_hex(32), str(path), spec.namespace, spec.name, str(uuid.uuid4()), spec.annotations
+            container_id=secrets.token_hex(32),
+            netns=str(path),
+            namespace=spec.namespace,
+            name=spec.name,
+            uid=str(uuid.uuid4()),
+            annotations=spec.annotations,
         )
         try:
             nodes.add_namespace(name, nodes.NO_DAD)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -42,6 +42,7 @@ class PodSpec:
     node: str
     namespace: str
     name: str
+    _: KW_ONLY
     enrolled: bool = False
     programs: tuple[PodProgram, ...] = ()
 

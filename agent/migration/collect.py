@@ -50,9 +50,9 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
     why, ztunnels = _ours(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"
     return MigrationFacts(
-        where.conf.path,
-        where.bin.path,
-        view,
+        directory=where.conf.path,
+        plugins=where.bin.path,
+        view=view,
         binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
         agent=theirs_runs(host, istio.run_dirs(view), proc),
         ours=why,

@@ -8,7 +8,7 @@ istio-cni's names are those of its environment or, if a setting has none there, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any
 
 import yaml
@@ -34,6 +34,7 @@ class Equivalent:
 
     env: str
     helm: str
+    _: KW_ONLY
     ours: str = ""
     words: str = ""
     plain: tuple[str, ...] = ()
@@ -45,58 +46,105 @@ class Equivalent:
 
 TABLE = (
     Equivalent("AMBIENT_ENABLED", "ambient.enabled", words="always; sidecars are not programmed", plain=("true",)),
-    Equivalent("AMBIENT_ENABLEMENT_SELECTOR", "ambient.enablementSelectors", "enablement_selectors"),
-    Equivalent("EXCLUDE_NAMESPACES", "excludeNamespaces", "exclude_namespaces"),
-    Equivalent("AMBIENT_DNS_CAPTURE", "ambient.dnsCapture", "dns_capture"),
-    Equivalent("AMBIENT_IPV6", "ambient.ipv6", "ipv6"),
-    Equivalent("NATIVE_NFTABLES", "global.nativeNftables", "backend", "true: nftables; false: auto"),
-    Equivalent("FORCE_IPTABLES_BINARY", "env.FORCE_IPTABLES_BINARY", "backend",
-               "legacy: iptables-legacy; nft: iptables"),
-    Equivalent("HOST_PROBE_SNAT_IP", "env.HOST_PROBE_SNAT_IP", "probe_ipv4"),
-    Equivalent("HOST_PROBE_SNAT_IPV6", "env.HOST_PROBE_SNAT_IPV6", "probe_ipv6"),
-    Equivalent("ZTUNNEL_UDS_ADDRESS", "env.ZTUNNEL_UDS_ADDRESS", "zds_socket"),
-    Equivalent("MONITORING_PORT", "env.MONITORING_PORT", "metrics_address", "0.0.0.0: and the port"),
-    Equivalent("", "logging.level", "log_level", "the default scope's, if there are several"),
-    Equivalent("", "cniBinDir", "cni_bin_dir", "usually not needed: found in the runtime's own configuration"),
-    Equivalent("", "cniConfDir", "cni_conf_dir", "usually not needed: found in the runtime's own configuration"),
-    Equivalent("CNI_CONF_NAME", "cniConfFileName",
-               words="not needed: the primary configuration is detected"),
-    Equivalent("CHAINED_CNI_PLUGIN", "chained", words="always chained, in Sluice's own list around the primary one",
-               plain=("true",)),
-    Equivalent("ISTIO_OWNED_CNI_CONFIG", "istioOwnedCNIConfig", words="always: cni_install own is the default",
-               plain=("true", "false")),
+    Equivalent("AMBIENT_ENABLEMENT_SELECTOR", "ambient.enablementSelectors", ours="enablement_selectors"),
+    Equivalent("EXCLUDE_NAMESPACES", "excludeNamespaces", ours="exclude_namespaces"),
+    Equivalent("AMBIENT_DNS_CAPTURE", "ambient.dnsCapture", ours="dns_capture"),
+    Equivalent("AMBIENT_IPV6", "ambient.ipv6", ours="ipv6"),
+    Equivalent("NATIVE_NFTABLES", "global.nativeNftables", ours="backend", words="true: nftables; false: auto"),
+    Equivalent(
+        "FORCE_IPTABLES_BINARY",
+        "env.FORCE_IPTABLES_BINARY",
+        ours="backend",
+        words="legacy: iptables-legacy; nft: iptables",
+    ),
+    Equivalent("HOST_PROBE_SNAT_IP", "env.HOST_PROBE_SNAT_IP", ours="probe_ipv4"),
+    Equivalent("HOST_PROBE_SNAT_IPV6", "env.HOST_PROBE_SNAT_IPV6", ours="probe_ipv6"),
+    Equivalent("ZTUNNEL_UDS_ADDRESS", "env.ZTUNNEL_UDS_ADDRESS", ours="zds_socket"),
+    Equivalent("MONITORING_PORT", "env.MONITORING_PORT", ours="metrics_address", words="0.0.0.0: and the port"),
+    Equivalent("", "logging.level", ours="log_level", words="the default scope's, if there are several"),
+    Equivalent(
+        "", "cniBinDir", ours="cni_bin_dir", words="usually not needed: found in the runtime's own configuration"
+    ),
+    Equivalent(
+        "", "cniConfDir", ours="cni_conf_dir", words="usually not needed: found in the runtime's own configuration"
+    ),
+    Equivalent("CNI_CONF_NAME", "cniConfFileName", words="not needed: the primary configuration is detected"),
+    Equivalent(
+        "CHAINED_CNI_PLUGIN",
+        "chained",
+        words="always chained, in Sluice's own list around the primary one",
+        plain=("true",),
+    ),
+    Equivalent(
+        "ISTIO_OWNED_CNI_CONFIG",
+        "istioOwnedCNIConfig",
+        words="always: cni_install own is the default",
+        plain=("true", "false"),
+    ),
     Equivalent("ISTIO_OWNED_CNI_CONFIG_FILENAME", "istioOwnedCNIConfigFileName", words="cni_conf_name, if at all"),
     Equivalent("", "provider", words="not needed: with Multus its own configuration is wrapped", plain=("default",)),
-    Equivalent("AMBIENT_RECONCILE_POD_RULES_ON_STARTUP", "ambient.reconcileIptablesOnStartup",
-               words="always, and every verify_seconds", plain=("true",)),
-    Equivalent("ENABLE_AMBIENT_DETECTION_RETRY", "ambient.enableAmbientDetectionRetry",
-               words="always: a pod that cannot be looked up is refused, see offline_pods", plain=("true",)),
-    Equivalent("AMBIENT_DISABLE_SAFE_UPGRADE", "env.AMBIENT_DISABLE_SAFE_UPGRADE",
-               words="nothing is removed when the agent ends; sluice uninstall does", plain=("false",)),
-    Equivalent("AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE", "env.AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE",
-               words="always, where the node has branch interfaces", plain=("true",)),
+    Equivalent(
+        "AMBIENT_RECONCILE_POD_RULES_ON_STARTUP",
+        "ambient.reconcileIptablesOnStartup",
+        words="always, and every verify_seconds",
+        plain=("true",),
+    ),
+    Equivalent(
+        "ENABLE_AMBIENT_DETECTION_RETRY",
+        "ambient.enableAmbientDetectionRetry",
+        words="always: a pod that cannot be looked up is refused, see offline_pods",
+        plain=("true",),
+    ),
+    Equivalent(
+        "AMBIENT_DISABLE_SAFE_UPGRADE",
+        "env.AMBIENT_DISABLE_SAFE_UPGRADE",
+        words="nothing is removed when the agent ends; sluice uninstall does",
+        plain=("false",),
+    ),
+    Equivalent(
+        "AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE",
+        "env.AMBIENT_ENABLE_AWS_BRANCH_ENI_PROBE",
+        words="always, where the node has branch interfaces",
+        plain=("true",),
+    ),
     Equivalent("", "ambient.shareHostNetworkNamespace", words="always", plain=("true", "false")),
-    Equivalent("REPAIR_ENABLED", "repair.enabled",
-               words="none: repair is for sidecars; pods are captured late without it", plain=("true",)),
+    Equivalent(
+        "REPAIR_ENABLED",
+        "repair.enabled",
+        words="none: repair is for sidecars; pods are captured late without it",
+        plain=("true",),
+    ),
     Equivalent("REPAIR_REPAIR_PODS", "repair.repairPods", words=_SIDECARS, plain=("true", "false")),
     Equivalent("REPAIR_DELETE_PODS", "repair.deletePods", words=_SIDECARS, plain=("false",)),
     Equivalent("REPAIR_LABEL_PODS", "repair.labelPods", words=_SIDECARS, plain=("false",)),
     Equivalent("REPAIR_INIT_CONTAINER_NAME", "repair.initContainerName", words=_SIDECARS, plain=("istio-validation",)),
-    Equivalent("REPAIR_BROKEN_POD_LABEL_KEY", "repair.brokenPodLabelKey", words=_SIDECARS,
-               plain=("cni.istio.io/uninitialized",)),
+    Equivalent(
+        "REPAIR_BROKEN_POD_LABEL_KEY",
+        "repair.brokenPodLabelKey",
+        words=_SIDECARS,
+        plain=("cni.istio.io/uninitialized",),
+    ),
     Equivalent("REPAIR_BROKEN_POD_LABEL_VALUE", "repair.brokenPodLabelValue", words=_SIDECARS, plain=("true",)),
     Equivalent("", "cniNetnsDir", words="the chart's netnsDirs, a list", plain=("/var/run/netns",)),
     Equivalent("", "global.platform", words="the chart's platform"),
     Equivalent("", "global.logAsJson", words="none: the log is text", plain=("false",)),
-    Equivalent("SYSTEM_NAMESPACE", "env.SYSTEM_NAMESPACE", "exempt_pods", "its ztunnel-*"),
-    Equivalent("CNI_CONF_GROUP_READ", "env.CNI_CONF_GROUP_READ",
-               words="none: only root can read Sluice's list, and the primary's keeps its mode", plain=("false",)),
+    Equivalent("SYSTEM_NAMESPACE", "env.SYSTEM_NAMESPACE", ours="exempt_pods", words="its ztunnel-*"),
+    Equivalent(
+        "CNI_CONF_GROUP_READ",
+        "env.CNI_CONF_GROUP_READ",
+        words="none: only root can read Sluice's list, and the primary's keeps its mode",
+        plain=("false",),
+    ),
     Equivalent("KUBECONFIG_MODE", "env.KUBECONFIG_MODE", words=_NO_API),
     Equivalent("KUBE_CA_FILE", "env.KUBE_CA_FILE", words=_NO_API),
     Equivalent("SKIP_TLS_VERIFY", "env.SKIP_TLS_VERIFY", words=_NO_API, plain=("false",)),
-    Equivalent("AMBIENT_USE_SCOPED_XTABLES_LOCKING", "env.AMBIENT_USE_SCOPED_XTABLES_LOCKING",
-               words="always: each pod's own lock", plain=("true",)),
-)  # fmt: skip
+    Equivalent(
+        "AMBIENT_USE_SCOPED_XTABLES_LOCKING",
+        "env.AMBIENT_USE_SCOPED_XTABLES_LOCKING",
+        words="always: each pod's own lock",
+        plain=("true",),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)

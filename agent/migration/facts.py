@@ -23,7 +23,7 @@ class Programmed:
     pod: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MigrationFacts:
     """The facts of one node. `directory` and `plugins` are the runtime's, as paths of the host.
 

@@ -117,6 +117,7 @@ class ZdsServer:
 
     def __init__(
         self,
+        *,
         path: str,
         seconds: float,
         acknowledged: Callable[[str], Awaitable[None]],

@@ -43,7 +43,7 @@ _LOOK_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ZtunnelSettings:
     """Settings of the process; times are in seconds.
 
@@ -109,10 +109,16 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
     poller = Poller(loop)
     tunnels = None if router is None else _tunnels(settings, poller, router)
     engine = Engine(
-        poller, Deadlines(loop, settings.connect_seconds), Deadlines(loop, settings.dns_seconds),
-        Deadlines(loop, ANSWERED_SECONDS), Deadlines(loop, LOOK_SECONDS),
-        RecordWriter(loop, settings.records), Asked(settings.bpf_dir), _share(settings.share), tunnels,
-    )  # fmt: skip
+        poller=poller,
+        connects=Deadlines(loop, settings.connect_seconds),
+        queries=Deadlines(loop, settings.dns_seconds),
+        answered=Deadlines(loop, ANSWERED_SECONDS),
+        aged=Deadlines(loop, LOOK_SECONDS),
+        records=RecordWriter(loop, settings.records),
+        asked=Asked(settings.bpf_dir),
+        share=_share(settings.share),
+        tunnels=tunnels,
+    )
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)
     agent = asyncio.create_task(client.run())

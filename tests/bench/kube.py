@@ -61,15 +61,19 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
     before, started = memory(os.getpid())["rss"], time.monotonic()
     client, known, spaces, who = Client(Access(url, token_file, ca_file)), Known(), Known(), Who()
     here = {"fieldSelector": "spec.nodeName=node1"}
-    pods = Follower(client, "/api/v1/pods", here, objects.pod, known, random.random)
-    namespaces = Follower(client, "/api/v1/namespaces", {}, objects.namespace, spaces, random.random)
+    pods = Follower(client, "/api/v1/pods", query=here, decode=objects.pod, sink=known, random=random.random)
+    namespaces = Follower(
+        client, "/api/v1/namespaces", query={}, decode=objects.namespace, sink=spaces, random=random.random
+    )
     running = [asyncio.create_task(one.run()) for one in (pods, namespaces)]
     await pods.synced.wait()
     await namespaces.synced.wait()
     found: dict[str, Any] = {"own pods known, s": time.monotonic() - started, "own pods": len(known.pods)}
     if peers:
         started, spent = time.monotonic(), time.process_time()
-        names = ClusterWorkloads(client, who.know_peers, _workload, _service, random.random)
+        names = ClusterWorkloads(
+            client=client, know=who.know_peers, workload=_workload, service=_service, random=random.random
+        )
         running.append(asyncio.create_task(names.run()))
         longest = 0.0
         while not names.synced:

@@ -15,7 +15,7 @@ from agent.core.model.pods import Pod
 from agent.kernel.netns import NetnsId
 from agent.sources.state.notes import Note, Notes
 
-GOOD = Note(Pod("good", "shop", "good"), True, NetnsId(1, 2, 3))
+GOOD = Note(Pod("good", "shop", "good"), captured=True, netns=NetnsId(1, 2, 3))
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -57,7 +57,13 @@ def test_a_note_with_flipped_bytes(data: st.DataObject) -> None:
     """The other notes are read when a true note rots."""
     with tempfile.TemporaryDirectory() as folder:
         state = Notes(folder)
-        state.save(Note(Pod("bad", "shop", "web", addresses=("10.0.0.1",), labels={"a": "b"}), True, NetnsId(1, 2, 3)))
+        state.save(
+            Note(
+                Pod("bad", "shop", "web", addresses=("10.0.0.1",), labels={"a": "b"}),
+                captured=True,
+                netns=NetnsId(1, 2, 3),
+            )
+        )
         content = bytearray((state.pods / "bad.json").read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -39,7 +39,7 @@ class Runtime:
         loaded = self.node.root / "loaded"
         loaded.write_text(json.dumps(network or self.network()))
         path = (self.node.bin, PLUGINS)
-        return CniChain(loaded, self.node.root / "cache", Path("/run/netns") / f"{self.prefix}-node", path)
+        return CniChain(loaded, self.node.root / "cache", Path("/run/netns") / f"{self.prefix}-node", path=path)
 
     def network(self) -> dict[str, Any]:
         return runtime_loads(self.node.conf)[0]
@@ -47,7 +47,14 @@ class Runtime:
     def pod(self, namespace: str) -> Attachment:
         name = f"{self.prefix}-{next(_numbers)}"
         run(["ip", "netns", "add", name])
-        return Attachment(f"c{name}", f"/run/netns/{name}", namespace, "web", name, {})
+        return Attachment(
+            container_id=f"c{name}",
+            netns=f"/run/netns/{name}",
+            namespace=namespace,
+            name="web",
+            uid=name,
+            annotations={},
+        )
 
     def remember(self, network: dict[str, Any], pod: Attachment) -> None:
         """As libcni caches an ADD."""

@@ -45,7 +45,9 @@ def knowing(server: ApiServer, act: Callable[[Who, Callable[..., Awaitable[None]
                     news.clear()
 
         client = Client(Access(server.url, server.token_file, server.ca_file))
-        peers = ClusterWorkloads(client, know, workload, named, random.random, QUICK, every=0.1)
+        peers = ClusterWorkloads(
+            client=client, know=know, workload=workload, service=named, random=random.random, pace=QUICK, every=0.1
+        )
         running = asyncio.create_task(peers.run())
         await act(who, until)
         for follower in peers.followers:

@@ -19,7 +19,7 @@ NOBODYS = 2**63
 
 def test_only_what_is_known_by_nobody_and_does_not_live_is_dead(tmp_path: Path) -> None:
     held = NamespaceRegistry(Notes(str(tmp_path)))
-    held.restore(Note(Pod("u-1", "shop", "web"), True, NetnsId(1, 2, NOBODYS + 1)))
+    held.restore(Note(Pod("u-1", "shop", "web"), captured=True, netns=NetnsId(1, 2, NOBODYS + 1)))
     with made("slu-tt-dead") as one, made("slu-tt-gone") as other:
         cookie, gone = one.target.netns.id.cookie, other.target.netns.id.cookie
         assert held.dead([NOBODYS, NOBODYS + 1, cookie]) == {NOBODYS}, "one is noted, one lives"

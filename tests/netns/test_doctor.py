@@ -57,7 +57,7 @@ class World:
         self.inside, self.backend = inside, backend
         self.settings = Settings(run_dir=str(run_dir), ztunnel_ports=("15001", "15006"), bpf_dir=str(run_dir / "bpf"))
         known = Pod("uid-doctor", "shop", "web", netns_path=str(inside.path))
-        Notes(str(run_dir)).save(Note(known, True, inside.target.netns.id))
+        Notes(str(run_dir)).save(Note(known, captured=True, netns=inside.target.netns.id))
         self.apply(backend)
 
     def apply(self, backend: str) -> None:
@@ -244,7 +244,7 @@ def test_a_report_without_an_agent_holds_rules_and_no_secret(one: World, tmp_pat
     )
     (conf / "20-half.conflist").write_text(f'{{"name": "half", "password": "{SECRET}", "plug')
     known = Pod("uid-doctor", "shop", "web", netns_path=str(one.inside.path), annotations={"example.com/note": SECRET})
-    Notes(str(run_dir)).save(Note(known, True, one.inside.target.netns.id))
+    Notes(str(run_dir)).save(Note(known, captured=True, netns=one.inside.target.netns.id))
     (tmp_path / "sluice.yaml").write_text(f"cni_conf_dir: {conf}\ncni_bin_dir: {conf}\ntrust_domain: td\n")
     out = tmp_path / "report.tar.gz"
     argv = ["report", "--run-dir", str(run_dir), "--config", str(tmp_path / "sluice.yaml"), "--file", str(out)]

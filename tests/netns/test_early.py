@@ -62,7 +62,7 @@ def test_rules_are_back(
         "u1", "shop", "web", netns_path=str(netns), annotations={"istio.io/dataplane-mode": "ambient"}, source="cni"
     )
     with Netns.open(netns) as inside:
-        state.save(Note(pod, captured, inside.id))
+        state.save(Note(pod, captured=captured, netns=inside.id))
     try:
         mend(settings, state)
         shown = run(["nft", "-s", "list", "ruleset"], netns=netns).stdout
@@ -85,7 +85,7 @@ def test_ebpf_programs_are_attached_again(tmp_path: Path) -> None:
         pod = Pod(
             "u1", "shop", "web", netns_path=str(node.pod.path), addresses=(POD[4],), annotations=marks, source="cni"
         )
-        state.save(Note(pod, True, node.pod.target.netns.id))
+        state.save(Note(pod, captured=True, netns=node.pod.target.netns.id))
         for link in (node.node.pins.node.link("connect4"), node.node.pins.pod(node.pod.cookie).link("lookup")):
             run(["bpftool", "link", "detach", "id", str(bpftool.shown("link", "show", "pinned", str(link))["id"])])
         try:
@@ -118,7 +118,7 @@ def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
         pod = Pod(
             "u1", "shop", "web", netns_path=str(node.pod.path), addresses=(POD[4],), annotations=marks, source="cni"
         )
-        state.save(Note(pod, True, node.pod.target.netns.id))
+        state.save(Note(pod, captured=True, netns=node.pod.target.netns.id))
         try:
             mend(settings, state)
             assert not other.wrong(None), "nothing of the pod was made"
@@ -135,7 +135,11 @@ def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_pa
     marks = {"istio.io/dataplane-mode": "ambient", "istio.io/reroute-virtual-interfaces": many}
     with Netns.open(netns) as inside:
         state.save(
-            Note(Pod("u1", "shop", "web", netns_path=str(netns), annotations=marks, source="cni"), True, inside.id)
+            Note(
+                Pod("u1", "shop", "web", netns_path=str(netns), annotations=marks, source="cni"),
+                captured=True,
+                netns=inside.id,
+            )
         )
     try:
         mend(settings, state)
@@ -153,6 +157,6 @@ def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
     gone = Pod(
         "u2", "shop", "gone", netns_path="/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"}
     )
-    state.save(Note(gone, True, None))
+    state.save(Note(gone, captured=True, netns=None))
     mend(settings, state)
     assert state.damaged == ["bad.json"]

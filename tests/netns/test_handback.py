@@ -95,7 +95,7 @@ def capture(pod: Pod, choice: str, want: Redirect, run_dir: Path, **annotations:
     said = {"istio.io/dataplane-mode": "ambient", **annotations}
     facts = Facts("uid-1", "shop", "web", netns_path=str(pod.path), annotations=said)
     state = Notes(str(run_dir))
-    state.save(Note(facts, True, pod.target.netns.id))
+    state.save(Note(facts, captured=True, netns=pod.target.netns.id))
     pod.target.netns.pin(state.pin("uid-1"))
     pod.reopen()
 

@@ -37,9 +37,16 @@ class Scene:
         self.namespaces = NamespaceRegistry(Notes(str(state)))
         self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause))
         self.reconciler = Reconciler(
-            Settings(run_dir=str(state), verify_seconds=3600.0), self.table, Choice(choice, "", layers(choice), ()),
-            self.namespaces, Publisher(Kernel()), self.drift, self.journal, lambda: 0.5, preexisting=Outside(),
-        )  # fmt: skip
+            settings=Settings(run_dir=str(state), verify_seconds=3600.0),
+            table=self.table,
+            choice=Choice(name=choice, reason="", active=layers(choice), retired=()),
+            namespaces=self.namespaces,
+            publisher=Publisher(Kernel()),
+            watcher=self.drift,
+            journal=self.journal,
+            random=lambda: 0.5,
+            preexisting=Outside(),
+        )
         annotations = {"istio.io/dataplane-mode": "ambient"}
         pod = Pod("web", "shop", "web", netns_path=str(inside.path), annotations=annotations, source="cni")
         self.table.seen(pod)

@@ -83,7 +83,9 @@ def capture(pod: Pod, choice: str, run_dir: Path | None = None, want: Redirect =
     settle(pod.target, want, layers(choice))
     if run_dir is not None:
         state = Notes(str(run_dir))
-        state.save(Note(Facts("uid-1", "shop", "web", netns_path=str(pod.path)), True, pod.target.netns.id))
+        state.save(
+            Note(Facts("uid-1", "shop", "web", netns_path=str(pod.path)), captured=True, netns=pod.target.netns.id)
+        )
         pod.target.netns.pin(state.pin("uid-1"))
     pod.reopen()
 

@@ -61,7 +61,11 @@ def capture(node: EbpfNode, pod: Pod, run_dir: Path | None = None, uid: str = "u
     if run_dir is not None:
         state, said = Notes(str(run_dir)), {"istio.io/dataplane-mode": "ambient"}
         state.save(
-            Note(Facts(uid, "shop", "web", netns_path=str(pod.path), annotations=said), True, pod.target.netns.id)
+            Note(
+                Facts(uid, "shop", "web", netns_path=str(pod.path), annotations=said),
+                captured=True,
+                netns=pod.target.netns.id,
+            )
         )
         pod.target.netns.pin(state.pin(uid))
     pod.reopen()
@@ -171,7 +175,9 @@ def test_a_pod_is_handed_back_as_one_of_nftables_would_be(
     with made("slu-ue-nft") as other:
         settle(other.target, WANT, layers("nftables"))
         said = {"istio.io/dataplane-mode": "ambient"}
-        Notes(str(tmp_path)).save(Note(Facts("uid-2", "shop", "db", annotations=said), True, other.target.netns.id))
+        Notes(str(tmp_path)).save(
+            Note(Facts("uid-2", "shop", "db", annotations=said), captured=True, netns=other.target.netns.id)
+        )
         other.reopen()
         assert main(["handback", "--all", *where, "--netns", str(other.path)]) == 0
         assert rules(pod) == rules(other)

@@ -53,7 +53,9 @@ class Following:
     def __init__(self, server: ApiServer, pace: Pace = QUICK, query: Mapping[str, str] = HERE) -> None:
         self.server, self.told, self._query = server, Told(), query
         self.client = Client(Access(server.url, server.token_file, server.ca_file), seconds=1)
-        self.follower = Follower(self.client, PODS, query, objects.pod, self.told, random.random, pace=pace)
+        self.follower = Follower(
+            self.client, PODS, query=query, decode=objects.pod, sink=self.told, random=random.random, pace=pace
+        )
 
     def expected(self) -> dict[str, KubePod]:
         found = [one for one in self.server.objects("pods") if matches(one, self._query.get("fieldSelector", ""))]

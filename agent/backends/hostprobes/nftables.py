@@ -150,7 +150,9 @@ def read(nft: NftSocket) -> HostNftState:
 
 
 def _commit_sample(flags: int) -> None:
-    sample = HostProbes({"192.0.2.1": "a", "2001:db8::1": "b"}, names.PROBE_IPV4, names.PROBE_IPV6)
+    sample = HostProbes(
+        {"192.0.2.1": "a", "2001:db8::1": "b"}, probe_ipv4=names.PROBE_IPV4, probe_ipv6=names.PROBE_IPV6
+    )
     members = {family: sample.of(family) for family in sample.families}
     with contextlib.closing(NftSocket()) as nft:
         nft.commit("try the rules", list(nft_rendering.commands(sample, flags, members)), None)

@@ -46,13 +46,13 @@ def probe(settings: Settings, pid: int, why: str) -> AgentFacts:
     resident, descriptors, most = _figures(pid) if pid else (0, 0, 0)
     return AgentFacts(
         status,
-        tuple(ask(settings.run_dir, "/v1/pods")),
-        tuple(ask(settings.run_dir, "/v1/verify", all="true")),
-        losses,
-        pid if descriptors else 0,
-        resident,
-        descriptors,
-        most,
+        pods=tuple(ask(settings.run_dir, "/v1/pods")),
+        verify=tuple(ask(settings.run_dir, "/v1/verify", all="true")),
+        losses=losses,
+        pid=pid if descriptors else 0,
+        resident=resident,
+        descriptors=descriptors,
+        most_descriptors=most,
     )
 
 

@@ -35,17 +35,20 @@ def probe(settings: Settings, proc: Path) -> Cni:
     binary = host.path(f"{places.bin.path}/{CNI_TYPE}")
     wanted = managed != "off" or any(one.ours for one in files)
     return Cni(
-        managed,
-        *(places.conf.path, places.conf.reason, places.bin.path, places.bin.reason),
-        files,
-        view,
-        seen.verdict,
-        seen.error,
-        _plugin(binary, settings, differs=seen.binary) if wanted else "",
-        _runs(binary, settings) if wanted else "",
-        f"{places.runtime.name} (process {places.runtime.pid})" if places.runtime else "",
-        _watched(places.runtime, host.path(places.conf.path), proc) if places.runtime else None,
-        theirs_runs(host, run_dirs(view), proc),
+        managed=managed,
+        directory=places.conf.path,
+        directory_reason=places.conf.reason,
+        plugins=places.bin.path,
+        plugins_reason=places.bin.reason,
+        files=files,
+        view=view,
+        verdict=seen.verdict,
+        error=seen.error,
+        plugin=_plugin(binary, settings, differs=seen.binary) if wanted else "",
+        runs=_runs(binary, settings) if wanted else "",
+        runtime=f"{places.runtime.name} (process {places.runtime.pid})" if places.runtime else "",
+        watched=_watched(places.runtime, host.path(places.conf.path), proc) if places.runtime else None,
+        istio=theirs_runs(host, run_dirs(view), proc),
     )
 
 

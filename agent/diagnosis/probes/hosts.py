@@ -36,7 +36,7 @@ def probe(settings: Settings, agent: int) -> NetworkFacts:
                 if ownership.host_layer_owner(layer.name, layer.read(target)) is not Owner.NONE:
                     made.append(layer.name)
     port, ours = _port(settings.metrics_address, agent)
-    return NetworkFacts(view, tuple(made), tuple(_pod_rules(view)), port, ours)
+    return NetworkFacts(view, probes=tuple(made), pod_rules=tuple(_pod_rules(view)), port=port, port_ours=ours)
 
 
 def _pod_rules(view: HostView) -> Iterator[str]:

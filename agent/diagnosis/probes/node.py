@@ -47,16 +47,16 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
     cilium, calico = programs.get("cilium-agent"), programs.get("calico-node")
     words = _inotify()
     return HostFacts(
-        whole(proc),
-        "ipv6.disable=1" in (proc / "cmdline").read_text().split(),
-        programs,
-        tuple(_firewalls(programs, HostRoot(settings.host_root))),
-        {name: value for name in _SYSCTLS if (value := read(proc / "sys" / name.replace(".", "/")))},
-        _keys(proc / str(cilium) / _CILIUM) if cilium else {},
-        bool(calico) and "FELIX_BPFENABLED=true" in read(proc / str(calico) / "environ"),
-        words,
-        _queues(proc),
-        shims,
+        whole=whole(proc),
+        ipv6_off="ipv6.disable=1" in (proc / "cmdline").read_text().split(),
+        programs=programs,
+        firewalls=tuple(_firewalls(programs, HostRoot(settings.host_root))),
+        sysctls={name: value for name in _SYSCTLS if (value := read(proc / "sys" / name.replace(".", "/")))},
+        cilium=_keys(proc / str(cilium) / _CILIUM) if cilium else {},
+        felix_bpf=bool(calico) and "FELIX_BPFENABLED=true" in read(proc / str(calico) / "environ"),
+        inotify=words,
+        inotify_used=_queues(proc),
+        shims=shims,
     )
 
 

@@ -48,7 +48,7 @@ def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
     for one in known:
         if one.captured and one.uid not in met:
             words = "its network namespace is not there any more"
-            noted.append(PodFacts(one.name or one.uid, one.path, True, error=words))
+            noted.append(PodFacts(one.name or one.uid, one.path, captured=True, error=words))
     return PodsFacts(tuple(sorted(noted, key=lambda one: one.name)), tuple(others), tuple(problems))
 
 
@@ -70,20 +70,24 @@ def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: 
             low_high = target.netns.call(_range)
             states, ports = _sockets(target, low_high)
             return PodFacts(
-                *(name, place, captured, ours, others),
-                has_sidecar(target),
-                foreign,
-                silent,
-                facts.ipv6,
-                facts.loopback4,
-                facts.loopback6,
-                facts.addresses,
-                low_high,
-                ports,
-                states,
+                name,
+                place,
+                captured=captured,
+                ours=ours,
+                others=others,
+                sidecar=has_sidecar(target),
+                foreign=foreign,
+                silent=silent,
+                ipv6=facts.ipv6,
+                loopback4=facts.loopback4,
+                loopback6=facts.loopback6,
+                addresses=facts.addresses,
+                range=low_high,
+                ports=ports,
+                states=states,
             )
         except (SluiceError, OSError) as error:
-            return PodFacts(name, place, captured, error=str(error))
+            return PodFacts(name, place, captured=captured, error=str(error))
 
 
 def _layers(

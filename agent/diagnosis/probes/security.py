@@ -32,11 +32,11 @@ def probe(settings: Settings, agent: int, proc: Path = Path("/proc")) -> Securit
     enforce = read(_ENFORCE)
     denials = dict.fromkeys(line for line in lines if is_denial(line))
     return Security(
-        "enforcing" if enforce == "1" else "permissive" if enforce else "",
-        read(_APPARMOR) == "Y",
-        read(proc / (str(agent) if agent else "self") / "attr/current").rstrip("\0"),
-        tuple(denials)[-_MOST:],
-        unread if not lines else "",
+        selinux="enforcing" if enforce == "1" else "permissive" if enforce else "",
+        apparmor=read(_APPARMOR) == "Y",
+        context=read(proc / (str(agent) if agent else "self") / "attr/current").rstrip("\0"),
+        denials=tuple(denials)[-_MOST:],
+        unread=unread if not lines else "",
     )
 
 

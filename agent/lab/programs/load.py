@@ -37,7 +37,7 @@ def parse_target(text: str) -> Target:
     return host, int(port)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class LoadConnection:
     """A connection. `time` is Unix, `began` monotonic, both in seconds. `fd` is -1 when it is done."""
 
@@ -93,7 +93,9 @@ class LoadGenerator:
             return
         family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        connection = LoadConnection(sock, sock.fileno(), shown(target), time.time(), time.monotonic())
+        connection = LoadConnection(
+            sock=sock, fd=sock.fileno(), target=shown(target), time=time.time(), began=time.monotonic()
+        )
         self.opened += 1
         self._flying[connection.fd] = connection
         self._oldest.append(connection)

@@ -43,6 +43,7 @@ class CniService:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         table: PodTable,
         reconciler: Inspecting,

@@ -15,7 +15,7 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from typing import Any, Final, NoReturn
 
@@ -74,6 +74,7 @@ class CniRequest:
 
     verb: CniVerb
     container_id: str
+    _: KW_ONLY
     ifname: str
     netns: str
     args: Mapping[str, str]

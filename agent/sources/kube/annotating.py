@@ -46,13 +46,13 @@ class Annotator:
 
     def __init__(
         self,
+        *,
         client: Client,
         table: PodTable,
         state: Callable[[str], State],
         captured: Callable[[str], bool],
         period: float,
         random: Callable[[], float],
-        *,
         known: Callable[[], bool],
         others: Callable[[], str],
         fought: Callable[[str, str], None],

@@ -35,6 +35,7 @@ class ZtunnelCondition:
 
     def __init__(
         self,
+        *,
         client: Client,
         table: PodTable,
         namespace: str,

@@ -31,7 +31,7 @@ class Sink(Protocol[C]):
     def removed(self, object: C, /) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Since:
     """Counters since the start."""
 
@@ -49,6 +49,7 @@ class Follower(Generic[T]):
         self,
         client: Client,
         path: str,
+        *,
         query: Mapping[str, str],
         decode: Callable[[Json], T | None],
         sink: Sink[T],

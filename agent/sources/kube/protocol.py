@@ -229,7 +229,7 @@ def version(value: Json) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
     """Seconds, but `page`: objects asked for at once."""
 

@@ -88,6 +88,7 @@ class ClusterWorkloads(Generic[W, S]):
 
     def __init__(
         self,
+        *,
         client: Client,
         know: Callable[[Mapping[str, W], Mapping[tuple[str, int], S]], None],
         workload: Callable[[str, str, Mapping[str, str]], W],
@@ -123,9 +124,26 @@ class ClusterWorkloads(Generic[W, S]):
     async def run(self) -> None:
         """Runs until cancelled."""
         query = {"fieldSelector": await self._selector()}
-        more = (self._random, TABLE, self._pace)
-        pods = Follower(self._client, PODS, query, lambda row: pod(row, self._workload), self.pods, *more)
-        services = Follower(self._client, SERVICES, {}, lambda row: service(row, self._service), self.services, *more)
+        pods = Follower(
+            self._client,
+            PODS,
+            query=query,
+            decode=lambda row: pod(row, self._workload),
+            sink=self.pods,
+            random=self._random,
+            accept=TABLE,
+            pace=self._pace,
+        )
+        services = Follower(
+            self._client,
+            SERVICES,
+            query={},
+            decode=lambda row: service(row, self._service),
+            sink=self.services,
+            random=self._random,
+            accept=TABLE,
+            pace=self._pace,
+        )
         self.followers = [pods, services]
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(pods.run())

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from agent.core.errors import NetnsError, SluiceError
@@ -25,6 +25,7 @@ class Candidate:
 
     key: NsKey
     proc: str
+    _: KW_ONLY
     owners: dict[str, list[ProcessSeen]] = field(default_factory=dict)
     mount: str = ""
     _netns: Netns | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class ExistingNetns:
 
     uid: str
     name: str
+    _: KW_ONLY
     captured: bool
     netns: NetnsId | None
     path: str
@@ -37,7 +38,7 @@ def known(run_dir: str) -> tuple[ExistingNetns, ...]:
     """Reads all notes, and pins without a readable note. Changes nothing; unreadable notes are left out."""
     notes = {note.uid: note for note in map(_note, sorted(Path(run_dir, "pods").glob("*.json"))) if note}
     bare = [pin.name for pin in _pins(run_dir) if pin.name not in notes]
-    return (*notes.values(), *(ExistingNetns(uid, "", True, None, "") for uid in bare))
+    return (*notes.values(), *(ExistingNetns(uid, "", captured=True, netns=None, path="") for uid in bare))
 
 
 def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
@@ -102,6 +103,8 @@ def _note(path: Path) -> ExistingNetns | None:
         numbers = data["netns"] and [int(data["netns"][field.name]) for field in fields(NetnsId)]
         netns = NetnsId(*numbers) if numbers else None
         words = f"{pod['namespace']}/{pod['name']}"
-        return ExistingNetns(path.stem, words, bool(data["captured"]), netns, str(pod.get("netns_path", "")))
+        return ExistingNetns(
+            path.stem, words, captured=bool(data["captured"]), netns=netns, path=str(pod.get("netns_path", ""))
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

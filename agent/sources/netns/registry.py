@@ -117,7 +117,13 @@ class NamespaceRegistry:
         self, pod: Pod, *, captured: bool, preexisting: tuple[int, ...] = (), preswitch: tuple[int, ...] = ()
     ) -> None:
         target = self._open.get(pod.uid)
-        note = Note(pod, captured, target.netns.id if target else None, preexisting, preswitch)
+        note = Note(
+            pod,
+            captured=captured,
+            netns=target.netns.id if target else None,
+            preexisting=preexisting,
+            preswitch=preswitch,
+        )
         if captured and target is not None and pod.uid not in self._pinned:
             target.netns.pin(self._state.pin(pod.uid))
             self._pinned.add(pod.uid)

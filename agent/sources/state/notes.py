@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Note:
     """
 
     pod: Pod
+    _: KW_ONLY
     captured: bool
     netns: NetnsId | None
     preexisting: tuple[int, ...] = ()
@@ -145,7 +146,13 @@ def _decode(data: dict[str, Any]) -> Note:
     facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     preexisting, preswitch = (_cookies(data, name) for name in ("outside", "carried"))
     facts["unmarked"] = _mark(data.get("unmarked"))  # absent from older notes
-    return Note(Pod(**facts), bool(data["captured"]), _netns(data["netns"]), preexisting, preswitch)
+    return Note(
+        Pod(**facts),
+        captured=bool(data["captured"]),
+        netns=_netns(data["netns"]),
+        preexisting=preexisting,
+        preswitch=preswitch,
+    )
 
 
 def _mark(given: object) -> PodMark | None:

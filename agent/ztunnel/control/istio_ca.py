@@ -32,8 +32,8 @@ class IstioCa:
 
     def __init__(
         self,
-        address: str,
         *,
+        address: str,
         roots: str,
         other_name: str = "",
         token_file: Path,

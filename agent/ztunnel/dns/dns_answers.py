@@ -30,7 +30,7 @@ Labels = tuple[str, ...]
 Shuffle = Callable[[list[str]], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
     """A query for addresses. `edns` is the size that the client takes by UDP, 0 without EDNS."""
 
@@ -72,7 +72,7 @@ def query(message: bytes) -> Query | None:
         return None
     if kind not in (_A, _AAAA) or family != _INTERNET or edns is None:
         return None
-    return Query(number, flags, tuple(labels), kind, message[_NAME_AT:end], edns)
+    return Query(number=number, flags=flags, name=tuple(labels), kind=kind, question=message[_NAME_AT:end], edns=edns)
 
 
 def _edns_size(rest: bytes, additional: int) -> int | None:

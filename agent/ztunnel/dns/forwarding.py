@@ -84,7 +84,9 @@ class Resolver:
             return
         # `text` and `take` recognise an IPv6 address by its four parts.
         target: Address = (found[0], found[1], 0, 0) if ":" in found[0] else found
-        flow = self.flows.pop((client, target), None) or DnsFlow(self, listener, client, target, own=own)
+        flow = self.flows.pop((client, target), None) or DnsFlow(
+            self, listener=listener, client=client, target=target, own=own
+        )
         self.flows[client, target] = flow
         flow.send(datagram)
         most = min(MOST, self.pod.engine.share)
@@ -141,7 +143,7 @@ class DnsFlow:
     )  # fmt: skip
 
     def __init__(
-        self, resolver: Resolver, listener: socket.socket, client: Address, target: Address, *, own: bool
+        self, resolver: Resolver, *, listener: socket.socket, client: Address, target: Address, own: bool
     ) -> None:
         """Takes `own`: True if the resolver must see the client's address."""
         self._resolver = resolver

@@ -26,7 +26,7 @@ class InboundStream:
     """Belongs to `pod.live` from `open` until it is recorded."""
 
     def __init__(
-        self, pod: PodContext, engine: SessionEngine, session: TlsSession, stream: int, *, peer: Address,
+        self, *, pod: PodContext, engine: SessionEngine, session: TlsSession, stream: int, peer: Address,
         admission: Admission,
     ) -> None:  # fmt: skip
         self._pod = pod
@@ -35,7 +35,7 @@ class InboundStream:
         self._peer = peer
         self._admission = admission
         self._application: socket.socket | None = None
-        self._relay = StreamRelay(engine, session, stream, self, self._relayed)
+        self._relay = StreamRelay(engine=engine, session=session, stream=stream, user=self, done=self._relayed)
         self._ends: Ends | None = None
         self._answered = False
         self._began = now()

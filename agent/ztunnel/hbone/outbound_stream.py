@@ -37,7 +37,7 @@ class OutboundStream:
     """Belongs to `pod.live` from `open` until it is recorded."""
 
     def __init__(
-        self, pod: PodContext, sessions: SessionSource, hop: TunnelHop, client: socket.socket, *,
+        self, *, pod: PodContext, sessions: SessionSource, hop: TunnelHop, client: socket.socket,
         source: Address, destination: Address, began: tuple[float, float],
     ) -> None:  # fmt: skip
         """Takes over `client`, the application's connection, non-blocking and in no poller."""
@@ -69,7 +69,9 @@ class OutboundStream:
     def session_ready(self, session: TlsSession) -> None:
         self._session = session
         self._stream = session.request(connect_request.request(self._hop.authority, self._hop.fields), self)
-        self._relay = StreamRelay(self._sessions.engine, session, self._stream, self, self._relayed)
+        self._relay = StreamRelay(
+            engine=self._sessions.engine, session=session, stream=self._stream, user=self, done=self._relayed
+        )
 
     def session_failed(self, why: str) -> None:
         self._end("timeout" if "timed out" in why else "error", why)

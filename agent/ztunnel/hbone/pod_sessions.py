@@ -72,7 +72,9 @@ class PodSessions:
             self._failed(key, str(getattr(error, "strerror", None) or error))
             return
         owner = _Opened(self, key, (plain(connecting.getsockname())[:2], key.address[:2]))
-        session = TlsSession(self.engine, owner, connecting, contexts.client, client=True)
+        session = TlsSession(
+            engine=self.engine, owner=owner, connected=connecting, context=contexts.client, client=True
+        )
         try:
             session.start()
         except OSError as error:  # out of memory
@@ -112,8 +114,13 @@ class PodSessions:
                 + ("no certificate yet" if contexts is None else f"{self.pod.engine.share} sessions are open")
             )
             return
-        session = TlsSession(self.engine, _Arrived(self, plain(peer), plain(client.getsockname())), client,
-                             contexts.server, client=False)  # fmt: skip
+        session = TlsSession(
+            engine=self.engine,
+            owner=_Arrived(self, plain(peer), plain(client.getsockname())),
+            connected=client,
+            context=contexts.server,
+            client=False,
+        )
         self.arrived.add(session)
         try:
             session.start()
@@ -181,7 +188,14 @@ class _Arrived:
         if isinstance(decision, NoHop):
             session.answer(stream, connect_request.response(decision.status), end=True)
             return
-        user = InboundStream(sessions.pod, sessions.engine, session, stream, peer=self._peer, admission=decision)
+        user = InboundStream(
+            pod=sessions.pod,
+            engine=sessions.engine,
+            session=session,
+            stream=stream,
+            peer=self._peer,
+            admission=decision,
+        )
         session.adopt(stream, user)
         user.open()
 

@@ -28,7 +28,9 @@ class StreamRelay:
         "_session", "_shut", "_stream", "_user", "received", "sent",
     )  # fmt: skip
 
-    def __init__(self, engine: SessionEngine, session: TlsSession, stream: int, user: StreamUser, done: Done) -> None:
+    def __init__(
+        self, *, engine: SessionEngine, session: TlsSession, stream: int, user: StreamUser, done: Done
+    ) -> None:
         self._engine = engine
         self._session = session
         self._stream = stream

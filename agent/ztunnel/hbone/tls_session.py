@@ -90,8 +90,8 @@ class TlsSession:
     )  # fmt: skip
 
     def __init__(
-        self, engine: SessionEngine, owner: SessionOwner, connected: socket.socket, context: ssl.SSLContext,
-        *, client: bool,
+        self, *, engine: SessionEngine, owner: SessionOwner, connected: socket.socket, context: ssl.SSLContext,
+        client: bool,
     ) -> None:  # fmt: skip
         """Takes over a non-blocking socket: of a client one that connects, of a server an accepted one."""
         self.open = False

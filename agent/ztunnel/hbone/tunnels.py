@@ -41,7 +41,9 @@ class HboneTunnels:
             raise RefusedError(hop.reason)
         if isinstance(hop, PlainHop):
             return hop.address
-        OutboundStream(pod, sessions, hop, client, source=source, destination=destination, began=began).open()
+        OutboundStream(
+            pod=pod, sessions=sessions, hop=hop, client=client, source=source, destination=destination, began=began
+        ).open()
         return None
 
     def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> None:

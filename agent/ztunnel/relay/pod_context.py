@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Protocol
 
 from agent.core.errors import SluiceError
@@ -53,7 +53,7 @@ class Tunnels(Protocol):
         """Ends all sessions of the pod."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """The parts that all pods share.
 
@@ -91,6 +91,7 @@ class PodContext:
 
     uid: str
     name: str
+    _: KW_ONLY
     engine: Engine
     upstream: Upstream
     diag: SockDiag
@@ -113,10 +114,23 @@ class PodContext:
         via: Address | None = None,
     ) -> None:
         """Records a connection or query; `began` is the result of `now` at its start."""
-        self.engine.records.add(Record(
-            began[0], kind, direction, self.name, self.uid, source, destination, sent, received,
-            time.monotonic() - began[1], close, error, via,
-        ))  # fmt: skip
+        self.engine.records.add(
+            Record(
+                started=began[0],
+                kind=kind,
+                direction=direction,
+                pod=self.name,
+                uid=self.uid,
+                source=source,
+                destination=destination,
+                sent=sent,
+                received=received,
+                seconds=time.monotonic() - began[1],
+                close=close,
+                error=error,
+                via=via,
+            )
+        )
 
 
 def now() -> tuple[float, float]:

@@ -33,7 +33,9 @@ class PodListener:
         self.netns = netns
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
         conntrack, diag, self._listeners = netns.call(lambda: _open(hbone=engine.tunnels is not None))
-        self.pod = PodContext(add.uid, f"{add.namespace}/{add.name}", engine, Upstream(netns), diag, add)
+        self.pod = PodContext(
+            add.uid, f"{add.namespace}/{add.name}", engine=engine, upstream=Upstream(netns), diag=diag, add=add
+        )
         self._resolver = Resolver(self.pod, conntrack)
         if engine.tunnels is not None:
             engine.tunnels.start(self.pod)

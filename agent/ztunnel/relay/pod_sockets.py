@@ -27,7 +27,7 @@ _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 _RETURN_1 = array.array("B", struct.pack("=HBBI", 0x06, 0, 0, 1))  # struct sock_filter: BPF_RET | BPF_K, 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Listeners:
     """All bound sockets of one pod.
 
@@ -57,7 +57,13 @@ def listen(*, hbone: bool) -> Listeners:
             with _without_ipv6():
                 v6 = _bound(socket.AF_INET6, kind, "::1", names.DNS_PORT)
                 bound.append(opened.enter_context(v6))
-        listeners = Listeners(outbound, inbound, tuple(dns[socket.SOCK_STREAM]), tuple(dns[socket.SOCK_DGRAM]), tunnels)
+        listeners = Listeners(
+            outbound=outbound,
+            inbound=inbound,
+            dns_tcp=tuple(dns[socket.SOCK_STREAM]),
+            dns_udp=tuple(dns[socket.SOCK_DGRAM]),
+            hbone=tunnels,
+        )
         opened.pop_all()
         return listeners
 

@@ -60,7 +60,7 @@ class ResponseFlag(Enum):
     REVOKED = "CERT_REVOKED"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Party:
     """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where it is not known."""
 

@@ -38,7 +38,7 @@ class CertificateState(Enum):
     UNAVAILABLE = "Unavailable"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Held:
     credentials: Credentials | None = None
     validity: Validity | None = None
@@ -47,7 +47,7 @@ class _Held:
     requested: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateStatus:
     """What is known of an identity's certificate; `error` is that of the last request."""
 
@@ -102,7 +102,9 @@ class Certificates:
         state = CertificateState.AVAILABLE if self._valid(held) else CertificateState.REQUESTED
         if held.error and state is not CertificateState.AVAILABLE:
             state = CertificateState.UNAVAILABLE
-        return CertificateStatus(identity, state, held.credentials, held.validity, held.error)
+        return CertificateStatus(
+            identity=identity, state=state, credentials=held.credentials, validity=held.validity, error=held.error
+        )
 
     async def close(self) -> None:
         """Ends requests and timers."""

@@ -21,7 +21,7 @@ from agent.diagnosis.finding import CheckResult, CheckVerdict
 
 
 def finding(check: str, verdict: CheckVerdict, found: str, cause: str = "", remedy: str = "") -> CheckResult:
-    return CheckResult(check, ("P01",), verdict, found, cause, remedy)
+    return CheckResult(check=check, problems=("P01",), verdict=verdict, found=found, cause=cause, remedy=remedy)
 
 
 FOUND = (
@@ -54,7 +54,7 @@ def test_what_could_not_be_seen_comes_last_by_its_reason_and_then_the_sum() -> N
 
 
 def test_json_has_all_of_it() -> None:
-    value = json.loads(json.dumps(doctor.value(NodeFacts(left=Left("away"), source="defaults"), FOUND)))
+    value = json.loads(json.dumps(doctor.value(NodeFacts(left=Left(why="away"), source="defaults"), FOUND)))
     assert value["summary"] == {"ok": 1, "unknown": 3, "warning": 1, "wrong": 8}
     assert (value["agent"], value["settings"]) == ("away", "defaults")
     assert len(value["checks"]) == len(FOUND)

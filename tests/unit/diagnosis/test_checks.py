@@ -54,14 +54,21 @@ STATUS: dict[str, Any] = {
     "connections": [{"direction": "outbound", "fate": "captured", "reason": "", "connections": 9}],
     "damaged_state_files": [],
 }  # fmt: skip
-POD = PodFacts("shop/web", "/run/sluice/netns/u1", True, ("nftables",), addresses=("10.0.0.2", "fd00::2"))
+POD = PodFacts("shop/web", "/run/sluice/netns/u1", captured=True, ours=("nftables",), addresses=("10.0.0.2", "fd00::2"))
 OURS = Listed("02-sluice.conflist", ("ptp", "sluice-cni"), True)
 ISTIOS = Listed("02-istio-cni.conflist", ("ptp", "istio-cni"))
 PRIMARY = Listed("10-kindnet.conflist", ("ptp", "portmap"))
 CNI = Cni(
-    "own", "/etc/cni/net.d", "containerd says so", "/opt/cni/bin", "containerd says so", (OURS, PRIMARY),
-    verdict=planning.InstallPlan(file=OURS.name, primary=PRIMARY.name), runtime="containerd (process 7)", watched=True,
-)  # fmt: skip
+    managed="own",
+    directory="/etc/cni/net.d",
+    directory_reason="containerd says so",
+    plugins="/opt/cni/bin",
+    plugins_reason="containerd says so",
+    files=(OURS, PRIMARY),
+    verdict=planning.InstallPlan(file=OURS.name, primary=PRIMARY.name),
+    runtime="containerd (process 7)",
+    watched=True,
+)
 SYSCTLS = {
     "fs.inotify.max_user_instances": "128", "fs.inotify.max_user_watches": "9",
     "net.netfilter.nf_conntrack_count": "5", "net.netfilter.nf_conntrack_max": "1000",
@@ -69,15 +76,24 @@ SYSCTLS = {
 GOOD = NodeFacts(
     Settings(),
     "defaults",
-    AgentFacts(STATUS, (ROW,), (RIGHT,), {"records": 0}, 7, 50 << 20, 44, 20000),
-    Left("", "nftables", "6.18", (), 1, "socket"),
-    CNI,
-    PodsFacts((POD,)),
-    NetworkFacts(VIEW, ("nftables",), (), "the agent on 0.0.0.0:15014", True),
-    Preflight("nftables", "in use", (Feature(name="nf_tables", needed_by=("nftables",), present=True),)),
-    (),
-    HostFacts(sysctls=SYSCTLS),
-    Security(),
+    agent=AgentFacts(
+        STATUS,
+        pods=(ROW,),
+        verify=(RIGHT,),
+        losses={"records": 0},
+        pid=7,
+        resident=50 << 20,
+        descriptors=44,
+        most_descriptors=20000,
+    ),
+    left=Left(why="", backend="nftables", release="6.18", damaged=(), noted=1, zds="socket"),
+    cni=CNI,
+    pods=PodsFacts((POD,)),
+    host=NetworkFacts(VIEW, probes=("nftables",), pod_rules=(), port="the agent on 0.0.0.0:15014", port_ours=True),
+    preflight=Preflight("nftables", "in use", (Feature(name="nf_tables", needed_by=("nftables",), present=True),)),
+    sockets=(),
+    node=HostFacts(sysctls=SYSCTLS),
+    security=Security(),
 )
 AWAY = replace(
     GOOD,
@@ -148,7 +164,17 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("agent", "not ready", status(ready=False, problem="the CNI plugin is not installed"), WRONG, "not installed"),
     ("agent", "degraded", status(problem="no ztunnel is connected"), WARNING, "no ztunnel"),
     ("agent", "away, pods wait", AWAY, WRONG, "Connection refused"),
-    ("agent", "never here", replace(AWAY, cni=Cni("off", "", "", "", ""), left=Left("away")), UNKNOWN, "nothing of"),
+    (
+        "agent",
+        "never here",
+        replace(
+            AWAY,
+            cni=Cni(managed="off", directory="", directory_reason="", plugins="", plugins_reason=""),
+            left=Left(why="away"),
+        ),
+        UNKNOWN,
+        "nothing of",
+    ),
     ("agent-version", "an older one runs", status(version="0.0.1"), WARNING, "the agent is 0.0.1"),
     ("agent-version", "away", AWAY, UNKNOWN, "cannot ask"),
     ("agent-state", "damaged", replace(GOOD, left=replace(GOOD.left, damaged=("u.damaged",))), WRONG, "u.damaged"),
@@ -188,7 +214,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("cni-runtime", "none", cni(runtime=""), UNKNOWN, "no container runtime"),
     ("istio-cni", "it runs", cni(istio="process 9, install-cni"), WARNING, "install-cni"),
     ("istio-cni", "chained", cni(files=(Listed("10-x.conflist", ("ptp", "istio-cni")),)), WARNING, "10-x.conflist"),
-    ("backend", "not chosen", replace(AWAY, left=Left("away")), UNKNOWN, "no backend"),
+    ("backend", "not chosen", replace(AWAY, left=Left(why="away")), UNKNOWN, "no backend"),
     ("backend", "record differs", replace(GOOD, left=replace(GOOD.left, backend="iptables")), WARNING, "on disk"),
     ("backend", "not as set", settings(backend="ebpf"), WARNING, "nftables"),
     ("backend", "new kernel", replace(GOOD, left=replace(GOOD.left, release="6.1")), WARNING, "6.1"),
@@ -305,7 +331,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
         "not affected",
     ),
     ("socket-balancer", "replacement", node(cilium={"kube-proxy-replacement": "true"}), WARNING, "kube-proxy"),
-    ("security", "AVC", replace(GOOD, security=Security("enforcing", denials=(AVC,))), WRONG, "avc: denied"),
+    ("security", "AVC", replace(GOOD, security=Security(selinux="enforcing", denials=(AVC,))), WRONG, "avc: denied"),
     (
         "security",
         "AppArmor",
@@ -316,7 +342,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     (
         "security",
         "confined",
-        replace(GOOD, security=Security("enforcing", context="container_t")),
+        replace(GOOD, security=Security(selinux="enforcing", context="container_t")),
         WARNING,
         "container_t",
     ),

@@ -52,7 +52,7 @@ def installation(installer: FakeInstaller) -> Part:
 def test_installation() -> None:
     right = InstallPlan(file="02-sluice.conflist", primary="10-lab.conflist", remarks=("good to know",))
     assert said(installation(FakeInstaller(Look(verdict=right)))) == ("own", "ok", "")
-    lacking = FakeInstaller(Look(binary=True, verdict=InstallPlan((Remove("x"),), "02-sluice.conflist")))
+    lacking = FakeInstaller(Look(binary=True, verdict=InstallPlan((Remove("x"),), file="02-sluice.conflist")))
     assert said(installation(lacking)) == ("own", "drift", "cni: install the plugin; cni: remove x")
     assert lacking.steps == 0
     assert said(installation(lacking), repair=True) == ("own", "ok", "")

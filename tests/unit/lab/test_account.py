@@ -16,22 +16,38 @@ EARLIER = -2.0  # too far off load()'s time to be matched without the ports
 
 def load(port: int, *, time: float = 1.0, ok: bool = True, error: str = "", target: str = TARGET) -> LoadRecord:
     """The server saw the proxy, on a port of its own that goes with the client's."""
-    return LoadRecord(time, f"10.244.1.3:{port}", target, ok, error, f"10.244.1.3:{port + 10000}" if ok else "")
+    return LoadRecord(
+        time=time,
+        source=f"10.244.1.3:{port}",
+        target=target,
+        ok=ok,
+        error=error,
+        seen_peer=f"10.244.1.3:{port + 10000}" if ok else "",
+    )
 
 
 def out(port: int, destination: str = TARGET, *, time: float = EARLIER) -> ZtunnelRecord:
-    return ZtunnelRecord("outbound", f"10.244.1.3:{port}", destination, "", time, f"10.244.1.3:{port + 10000}")
+    return ZtunnelRecord(
+        direction="outbound",
+        source=f"10.244.1.3:{port}",
+        destination=destination,
+        error="",
+        time=time,
+        via=f"10.244.1.3:{port + 10000}",
+    )
 
 
 def test_an_enrolled_servers_proxy_is_followed_back_to_the_clients() -> None:
-    arrived = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", EARLIER, "10.244.1.3:777")
-    seen = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:777")
+    arrived = ZtunnelRecord(
+        direction="inbound", source="10.244.1.3:10001", destination=TARGET, error="", time=EARLIER, via="10.244.1.3:777"
+    )
+    seen = LoadRecord(time=1.0, source="10.244.1.3:1", target=TARGET, ok=True, error="", seen_peer="10.244.1.3:777")
     assert account([seen], [out(1), arrived]).escaped == 0
     assert account([seen], [arrived]).escaped == 1, "captured only at the server's end"
 
 
 def test_a_port_that_conntrack_changed_is_made_up_for_by_time() -> None:
-    changed = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:777")
+    changed = LoadRecord(time=1.0, source="10.244.1.3:1", target=TARGET, ok=True, error="", seen_peer="10.244.1.3:777")
     assert account([changed], [out(5, time=1.2)]).escaped == 0
     assert account([changed], [out(5, time=9.0)]).escaped == 1
     assert account([changed, changed], [out(5, time=1.2)]).escaped == 1, "no relay serves two"
@@ -49,14 +65,21 @@ def test_peer_and_target_must_both_match() -> None:
 
 
 def test_an_inbound_record_does_not_excuse_an_escape() -> None:
-    inbound = ZtunnelRecord("inbound", "10.244.1.3:1", TARGET)
+    inbound = ZtunnelRecord(direction="inbound", source="10.244.1.3:1", destination=TARGET)
     result = account([load(1)], [inbound])
     assert (result.escaped, result.missed_inbound) == (1, 0)
 
 
 def arrived(port: int, *, time: float = EARLIER) -> ZtunnelRecord:
     """What the server's proxy wrote of out(port)."""
-    return ZtunnelRecord("inbound", f"10.244.1.3:{port + 10000}", TARGET, "", time, f"10.244.1.3:{port + 10000}")
+    return ZtunnelRecord(
+        direction="inbound",
+        source=f"10.244.1.3:{port + 10000}",
+        destination=TARGET,
+        error="",
+        time=time,
+        via=f"10.244.1.3:{port + 10000}",
+    )
 
 
 def test_what_went_out_through_a_proxy_and_came_in_through_none_is_missed_inbound() -> None:
@@ -98,10 +121,16 @@ def test_whoever_escaped_is_blamed_and_not_who_had_the_same_port_later() -> None
 
 def test_a_server_that_captured_what_escaped_is_no_proxy_of_a_later_one() -> None:
     """The escaped client's port is, later, the one from which a proxy speaks."""
-    earlier = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", 1, "10.244.1.3:700")
-    later = ZtunnelRecord("inbound", "10.244.1.3:10001", TARGET, "", 60, "10.244.1.3:701")
-    escaped = LoadRecord(1, "10.244.1.3:10001", TARGET, True, "", "10.244.1.3:700")
-    captured = LoadRecord(60, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:701")
+    earlier = ZtunnelRecord(
+        direction="inbound", source="10.244.1.3:10001", destination=TARGET, error="", time=1, via="10.244.1.3:700"
+    )
+    later = ZtunnelRecord(
+        direction="inbound", source="10.244.1.3:10001", destination=TARGET, error="", time=60, via="10.244.1.3:701"
+    )
+    escaped = LoadRecord(
+        time=1, source="10.244.1.3:10001", target=TARGET, ok=True, error="", seen_peer="10.244.1.3:700"
+    )
+    captured = LoadRecord(time=60, source="10.244.1.3:1", target=TARGET, ok=True, error="", seen_peer="10.244.1.3:701")
     result = account([escaped, captured], [earlier, later, out(1, time=60)])
     assert [record.time for record in result.examples] == [1]
 
@@ -112,7 +141,7 @@ def test_a_failed_connection_does_not_use_up_the_relay_of_one_that_succeeded() -
 
 
 def test_one_that_escaped_does_not_take_the_relay_of_one_that_failed_beside_it() -> None:
-    escaped = LoadRecord(1.0, "10.244.1.3:1", TARGET, True, "", "10.244.1.3:1")
+    escaped = LoadRecord(time=1.0, source="10.244.1.3:1", target=TARGET, ok=True, error="", seen_peer="10.244.1.3:1")
     failed = load(2, time=1.1, ok=False, error="Connection reset by peer")
     result = account([escaped, failed], [out(2, time=1.1)])
     assert (result.escaped, result.captured_outbound) == (1, 1)
@@ -162,7 +191,9 @@ def test_reads_lines_and_passes_over_what_a_kill_cut_short() -> None:
         "seconds": 0.1,
     }
     lines = [json.dumps(good), json.dumps({"summary": 1}), "[1]", json.dumps(good)[:30]]
-    assert list(read_load(lines)) == [LoadRecord(5.0, "[fd00::1]:7", "[fd00::2]:80", True, seconds=0.1)]
+    assert list(read_load(lines)) == [
+        LoadRecord(time=5.0, source="[fd00::1]:7", target="[fd00::2]:80", ok=True, seconds=0.1)
+    ]
 
 
 def test_reads_the_ztunnels_tcp_records() -> None:

@@ -13,7 +13,9 @@ import pytest
 from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment
 
-POD = Attachment("c1", "/run/netns/slux-shop-web", "shop", "web", "uid-1", {})
+POD = Attachment(
+    container_id="c1", netns="/run/netns/slux-shop-web", namespace="shop", name="web", uid="uid-1", annotations={}
+)
 RESULT = {"cniVersion": "1.0.0", "ips": [{"address": "10.0.0.1/24"}]}
 
 
@@ -25,7 +27,7 @@ class Bench:
         self.version("1.0.0")
         for name in ("first", "second"):
             self.plugin(name, f"echo '{json.dumps(RESULT)}'")
-        self.chain = CniChain(directory / "conflist", directory / "cache", None, [directory])
+        self.chain = CniChain(directory / "conflist", directory / "cache", None, path=[directory])
 
     def version(self, version: str) -> None:
         plugins = [{"type": "first"}, {"type": "second"}]

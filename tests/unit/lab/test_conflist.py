@@ -6,7 +6,14 @@ import random
 from agent.lab.conflist import ANNOTATIONS, Attachment, conflist, environment, plugin_input
 from agent.lab.topology import default_spec
 
-POD = Attachment("c" * 64, "/run/netns/slux-shop-web", "shop", "web", "uid-1", {"a": "b"})
+POD = Attachment(
+    container_id="c" * 64,
+    netns="/run/netns/slux-shop-web",
+    namespace="shop",
+    name="web",
+    uid="uid-1",
+    annotations={"a": "b"},
+)
 
 
 def test_the_list_is_ptp_with_both_families_and_sluice_behind_it() -> None:

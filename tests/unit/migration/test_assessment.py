@@ -28,9 +28,13 @@ def lists(*plugins: Any) -> bytes:
 
 ISTIO = {"type": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}
 NODE = MigrationFacts(
-    "/etc/cni/net.d", "/opt/cni/bin", View({"10-k8s.conflist": lists(), "02-istio-cni.conflist": lists(ISTIO)}),
-    binary=True, ztunnels=1, programmed=(Programmed("/run/netns/a", ISTIO_CNI), Programmed("/run/netns/b", SLUICE)),
-)  # fmt: skip
+    directory="/etc/cni/net.d",
+    plugins="/opt/cni/bin",
+    view=View({"10-k8s.conflist": lists(), "02-istio-cni.conflist": lists(ISTIO)}),
+    binary=True,
+    ztunnels=1,
+    programmed=(Programmed("/run/netns/a", ISTIO_CNI), Programmed("/run/netns/b", SLUICE)),
+)
 
 
 def judged(facts: MigrationFacts, mode: str = "own", here: Settings = HERE) -> list[MigrationFinding]:

@@ -95,7 +95,9 @@ env: {}
 
 
 def test_the_defaults_of_its_chart_are_ours_where_its_directories_are_the_runtimes() -> None:
-    facts = MigrationFacts("/etc/cni/net.d", "/opt/cni/bin", View(), settings=read(yaml.safe_load_all(CHART)))
+    facts = MigrationFacts(
+        directory="/etc/cni/net.d", plugins="/opt/cni/bin", view=View(), settings=read(yaml.safe_load_all(CHART))
+    )
     found = translated_of(facts)
     assert differences(found, Settings()) == found.remarks == ()
 

@@ -85,11 +85,11 @@ class Bench:
         self.table, self.ready, self.namespaces = PodTable(), ("", ""), {}
         self.reconciler = Reconciling(self.table)
         self.service = CniService(
-            Settings(**settings),
-            self.table,
-            self.reconciler,
-            SimpleNamespace(id=lambda uid: getattr(self.namespaces.get(uid), "id", None), adopt=self._adopt),  # type: ignore[arg-type]
-            lambda: self.ready,
+            settings=Settings(**settings),
+            table=self.table,
+            reconciler=self.reconciler,
+            namespaces=SimpleNamespace(id=lambda uid: getattr(self.namespaces.get(uid), "id", None), adopt=self._adopt),  # type: ignore[arg-type]
+            readiness=lambda: self.ready,
         )
 
     def _adopt(self, uid: str, netns: FakeNetns) -> None:
@@ -245,7 +245,7 @@ def test_add_without_or_with_a_wrong_namespace_is_refused(one: Any, monkeypatch:
 
 def test_without_kubernetes_the_container_is_the_pod(one: Any) -> None:
     bench = Bench()
-    request = wire.CniRequest(wire.CniVerb.ADD, "c" * 200, "eth0", "/n", {}, {})
+    request = wire.CniRequest(wire.CniVerb.ADD, "c" * 200, ifname="eth0", netns="/n", args={}, config={})
     assert asyncio.run(bench.service.handle(request, os.dup(one.fileno()))) == OK
     (pod,) = bench.table
     assert (pod.uid, pod.namespace, pod.name) == ("c" * 128, "default", "c" * 200)

@@ -35,7 +35,9 @@ def read_on(path: Path, end: socket.socket) -> None:
 
 def test_p25_a_reader_never_sees_a_torn_note(tmp_path: Path) -> None:
     state = Notes(str(tmp_path))
-    short, long = (Note(Pod("u-1", "shop", "web", annotations={"a": "x" * size}), True, None) for size in (1, 9000))
+    short, long = (
+        Note(Pod("u-1", "shop", "web", annotations={"a": "x" * size}), captured=True, netns=None) for size in (1, 9000)
+    )
     state.save(short)
     ours, theirs = socket.socketpair()
     reader = os.fork()

@@ -99,7 +99,12 @@ class Bench:
         self.changed: list[str | None] = []
         self._progress = asyncio.Event()
         self.acting: asyncio.Event | None = None  # until it is set, what follows from an acknowledgement is not done
-        self.server = ZdsServer(str(folder / "zds.sock"), seconds, self._acknowledged, lambda: self._note(None))
+        self.server = ZdsServer(
+            path=str(folder / "zds.sock"),
+            seconds=seconds,
+            acknowledged=self._acknowledged,
+            left=lambda: self._note(None),
+        )
         self.files: dict[str, Any] = {}
 
     async def _acknowledged(self, uid: str) -> None:

@@ -39,10 +39,10 @@ def test_add() -> None:
     assert got == CniRequest(
         CniVerb.ADD,
         "c0ffee",
-        "eth0",
-        "/run/netns/pod",
-        {"K8S_POD_UID": "u-1", "IgnoreUnknown": "1", "K8S_POD_NAMESPACE": "shop", "K8S_POD_NAME": "web-0"},
-        config,
+        ifname="eth0",
+        netns="/run/netns/pod",
+        args={"K8S_POD_UID": "u-1", "IgnoreUnknown": "1", "K8S_POD_NAMESPACE": "shop", "K8S_POD_NAME": "web-0"},
+        config=config,
     )
     assert (got.pod_namespace, got.pod_name, got.pod_uid) == ("shop", "web-0", "u-1")
     assert got.annotations == {"istio.io/dataplane-mode": "ambient"}
@@ -86,7 +86,7 @@ def test_second_del() -> None:
 def test_del_with_something_bad_keeps_the_container_id(changes: dict[str, object]) -> None:
     with pytest.raises(ProtocolError):
         parse(**changes)
-    assert parse(verb="DEL", **changes) == CniRequest(CniVerb.DEL, "c0ffee", "", "", {}, {})
+    assert parse(verb="DEL", **changes) == CniRequest(CniVerb.DEL, "c0ffee", ifname="", netns="", args={}, config={})
 
 
 def test_gc() -> None:

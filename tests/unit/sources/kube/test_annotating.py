@@ -48,10 +48,17 @@ class World:
         self.table, self.state, self.captured = PodTable(), State.WAITING, True
         self.api, self.known, self.other, self.fights = Api(self.table), True, "", list[str]()
         self.annotator = Annotator(
-            self.api, self.table, lambda _: self.state, lambda _: self.captured, 1000.0, lambda: 0.5,
-            known=lambda: self.known, others=lambda: self.other, fought=lambda uid, words: self.fights.append(words),
+            client=self.api,
+            table=self.table,
+            state=lambda _: self.state,
+            captured=lambda _: self.captured,
+            period=1000.0,
+            random=lambda: 0.5,
+            known=lambda: self.known,
+            others=lambda: self.other,
+            fought=lambda uid, words: self.fights.append(words),
             hold=hold,
-        )  # fmt: skip
+        )
 
     async def sent(self, count: int) -> None:
         while len(self.api.sent) < count:

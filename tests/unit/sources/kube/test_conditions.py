@@ -22,7 +22,11 @@ class World:
         self.table, self.connected, self.failing = PodTable(), False, False
         self.events, self.sent = list[str](), list[tuple[str, Any]]()
         self.condition = ZtunnelCondition(
-            self, self.table, namespace, lambda: self.connected, lambda reason, words: self.events.append(reason)
+            client=self,
+            table=self.table,
+            namespace=namespace,
+            connected=lambda: self.connected,
+            report=lambda reason, words: self.events.append(reason),
         )
 
     async def send(self, method: str, path: str, body: Any, content_type: str = "") -> Mapping[str, Any]:

@@ -20,16 +20,18 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_notes_and_pins_are_read_and_nothing_is_changed(tmp_path: Path) -> None:
-    Notes(str(tmp_path)).save(Note(Pod("uid-1", "shop", "web", netns_path="/run/netns/web"), True, NetnsId(4, 5, 6)))
-    Notes(str(tmp_path)).save(Note(Pod("uid-2", "shop", "api"), False, None))
+    Notes(str(tmp_path)).save(
+        Note(Pod("uid-1", "shop", "web", netns_path="/run/netns/web"), captured=True, netns=NetnsId(4, 5, 6))
+    )
+    Notes(str(tmp_path)).save(Note(Pod("uid-2", "shop", "api"), captured=False, netns=None))
     (tmp_path / "netns").mkdir()
     for name in ("uid-1", "uid-3"):
         (tmp_path / "netns" / name).touch()
     before = tree(tmp_path)
     assert existing.known(str(tmp_path)) == (
-        ExistingNetns("uid-1", "shop/web", True, NetnsId(4, 5, 6), "/run/netns/web"),
-        ExistingNetns("uid-2", "shop/api", False, None, ""),
-        ExistingNetns("uid-3", "", True, None, ""),
+        ExistingNetns("uid-1", "shop/web", captured=True, netns=NetnsId(4, 5, 6), path="/run/netns/web"),
+        ExistingNetns("uid-2", "shop/api", captured=False, netns=None, path=""),
+        ExistingNetns("uid-3", "", captured=True, netns=None, path=""),
     )
     assert tree(tmp_path) == before
 

@@ -34,8 +34,8 @@ FULL = Pod(
     source="cni",
 )
 NOTES = [
-    Note(FULL, True, NetnsId(4, 4026532000, 2**63 + 1), (1, 2**63), (3,)),
-    Note(Pod("u-2", "shop", "db").marked(PodMark({"a": "b"}, {"c": "d"}, "robot")), False, None),
+    Note(FULL, captured=True, netns=NetnsId(4, 4026532000, 2**63 + 1), preexisting=(1, 2**63), preswitch=(3,)),
+    Note(Pod("u-2", "shop", "db").marked(PodMark({"a": "b"}, {"c": "d"}, "robot")), captured=False, netns=None),
 ]
 
 
@@ -63,7 +63,7 @@ def test_an_unchanged_note_is_not_written_again(state: Notes) -> None:
 def test_a_change_replaces_the_file_in_one_step(state: Notes, tmp_path: Path) -> None:
     path = state.pods / "u-2.json"
     with path.open() as reader:  # somebody who reads while it is written has the old note, whole
-        state.save(Note(NOTES[1].pod, True, NetnsId(1, 2, 3)))
+        state.save(Note(NOTES[1].pod, captured=True, netns=NetnsId(1, 2, 3)))
         assert json.loads(reader.read())["captured"] is False
     assert [note.captured for note in Notes(str(tmp_path)).load()] == [True, True]
 
@@ -72,7 +72,7 @@ def test_an_interrupted_write_leaves_the_old_note(state: Notes, tmp_path: Path) 
     (state.pods / "u-2.new").write_text('{"version": 1, "capt')
     again = Notes(str(tmp_path))
     assert list(again.load()) == NOTES and again.damaged == []
-    again.save(Note(NOTES[1].pod, True, None))
+    again.save(Note(NOTES[1].pod, captured=True, netns=None))
     assert not (state.pods / "u-2.new").exists()
 
 
@@ -154,4 +154,4 @@ def test_a_full_directory_is_said_with_its_path(state: Notes, tmp_path: Path, mo
 
     monkeypatch.setattr("agent.sources.state.notes.os.open", full)
     with pytest.raises(SluiceError, match=f"cannot write a note in {tmp_path}.*: No space left on device"):
-        state.save(Note(FULL, False, None))
+        state.save(Note(FULL, captured=False, netns=None))

@@ -37,7 +37,7 @@ def plane(ca: DevelopmentCa) -> Iterator[tuple[ControlPlane, str]]:
 
 
 def istio(address: str, token: Path) -> IstioCa:
-    return IstioCa(address, roots="", token_file=token, cluster_id="c1", lifetime=86400, headers={"x-lab": "1"})
+    return IstioCa(address=address, roots="", token_file=token, cluster_id="c1", lifetime=86400, headers={"x-lab": "1"})
 
 
 def test_a_request_names_the_identity_and_carries_the_current_token(

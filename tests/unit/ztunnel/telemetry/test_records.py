@@ -15,19 +15,19 @@ from agent.ztunnel.telemetry import records as module
 from agent.ztunnel.telemetry.records import Record, RecordWriter
 
 ONE = Record(
-    0.25,
-    "tcp",
-    "outbound",
-    "shop/web",
-    "u",
-    ("10.0.0.1", 5),
-    ("fd00::1", 80, 0, 0),
-    3,
-    4,
-    0.5,
-    "fin",
-    "",
-    ("10.0.0.1", 6),
+    started=0.25,
+    kind="tcp",
+    direction="outbound",
+    pod="shop/web",
+    uid="u",
+    source=("10.0.0.1", 5),
+    destination=("fd00::1", 80, 0, 0),
+    sent=3,
+    received=4,
+    seconds=0.5,
+    close="fin",
+    error="",
+    via=("10.0.0.1", 6),
 )
 
 
