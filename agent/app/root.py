@@ -111,14 +111,14 @@ class Agent:
         self.accounting = made[0] if made else None
         self.connections = made[1] if made else None
         self.metrics = Metrics(
-            lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
-            lambda: self.zds.connections,
-            lambda: [(pod, self.non_tcp.totals(pod.uid)) for pod in self.table],
-            lambda: exits(self.pins) if self.choice.by_socket else {},
-            self.connections,
-            self.accounting.sockets if self.accounting else tuple,
-            self._cluster,
-            self._condition,
+            states=lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
+            ztunnels=lambda: self.zds.connections,
+            non_tcp=lambda: [(pod, self.non_tcp.totals(pod.uid)) for pod in self.table],
+            exits=lambda: exits(self.pins) if self.choice.by_socket else {},
+            connections=self.connections,
+            sockets=self.accounting.sockets if self.accounting else tuple,
+            cluster=self._cluster,
+            condition=self._condition,
         )
         self.preexisting = PreexistingConnections()
         self.preswitch = PreexistingConnections(carried(by_socket=self.choice.by_socket))
@@ -156,17 +156,19 @@ class Agent:
         self.static = StaticFile(settings.static_pods, self.table, self.reconciler)
         self.records = ConnectionsApi(self.accounting, self.table)
         self.admin = Admin(
-            settings,
-            self.table,
-            self.reconciler,
-            self.metrics,
-            self.readiness,
-            self.node,
-            self.non_tcp,
-            self.records,
-            explain_context(self.zds, self.namespaces, listening, self.host, places),
-            self.kubernetes.review if self.kubernetes else None,
-            verification_parts(settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host),
+            settings=settings,
+            table=self.table,
+            reconciler=self.reconciler,
+            metrics=self.metrics,
+            readiness=self.readiness,
+            node=self.node,
+            non_tcp=self.non_tcp,
+            records=self.records,
+            around=explain_context(self.zds, self.namespaces, listening, self.host, places),
+            review=self.kubernetes.review if self.kubernetes else None,
+            parts=verification_parts(
+                settings, self.table, self.kubernetes, self.static, self.installer, self.zds, self.host
+            ),
         )
         self._listener: socket.socket | None = None
         self._synced = asyncio.Event()  # once set it stays so: a new pod is no reason to be unready

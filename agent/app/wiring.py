@@ -67,7 +67,16 @@ def explain_context(
         target = namespaces.opened(uid)
         return () if target is None else pathprograms.others(target)
 
-    return ExplainContext(zds.acknowledged, zds.sent, heard, lambda: host.status, host.claimed, place, programs, places)
+    return ExplainContext(
+        acknowledged=zds.acknowledged,
+        sent=zds.sent,
+        heard=heard,
+        host=lambda: host.status,
+        exempt=host.claimed,
+        place=place,
+        programs=programs,
+        places=places,
+    )
 
 
 def verification_parts(

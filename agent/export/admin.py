@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agent.sources.kube.review import Review
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     """Answers requests about one agent.
 
@@ -121,7 +121,13 @@ class Admin:
     @property
     def _explain(self) -> Explaining:
         return Explaining(
-            self.settings, self.table, self.reconciler, self.non_tcp, self.node, self.records, self.around
+            settings=self.settings,
+            table=self.table,
+            reconciler=self.reconciler,
+            non_tcp=self.non_tcp,
+            node=self.node,
+            records=self.records,
+            around=self.around,
         )
 
     async def _verify(self, request: Request) -> list[dict[str, Any]]:

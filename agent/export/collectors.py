@@ -22,7 +22,7 @@ from agent.flows.inet_diag.sockets import PodSockets
 log = logging.getLogger("sluice.reconciler")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """The agent's condition. `about`: labels of sluice_agent_info.
 
@@ -99,7 +99,7 @@ def condition_metrics(found: Condition | None) -> Iterator[Metric]:
     yield rules
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
     """State of the API server's collections and the CNI installation; None is for what this node does not do.
 

@@ -33,7 +33,7 @@ _PROXY, _FOREIGN = "ztunnel", "foreign"  # of an inspection: listeners that are 
 Found = dict[str, tuple[tuple[str, ...], str]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainContext:
     """State around a pod in addition to its rules; asked by UID.
 
@@ -54,7 +54,7 @@ class ExplainContext:
     places: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Explaining:
     """Answers GET /v1/explain. `node` describes the node."""
 

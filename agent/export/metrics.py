@@ -43,6 +43,7 @@ class Metrics:
 
     def __init__(
         self,
+        *,
         states: Callable[[], Iterable[State]],
         ztunnels: Callable[[], int],
         non_tcp: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,

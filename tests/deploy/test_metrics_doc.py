@@ -42,14 +42,24 @@ def everything() -> list[Metric]:
     """A page on which each metric has a sample."""
     about = dict.fromkeys(dashboard.ABOUT, "x")
     metrics = Metrics(
-        lambda: [State.ENABLED],
-        lambda: 1,
-        lambda: [(POD, {"outbound": Counts(1, 1)})],
-        lambda: {next(iter(ExitCause)): 1},
-        None,
-        lambda: [(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))],
-        lambda: Cluster({"/api/v1/pods": {"lists": 1}}, {"/api/v1/pods": True}, synced=True, installed=True),
-        lambda: Condition(about, True, True, 30.0, [(POD, State.FAILED)], [(POD, 1)], 1.0),
+        states=lambda: [State.ENABLED],
+        ztunnels=lambda: 1,
+        non_tcp=lambda: [(POD, {"outbound": Counts(1, 1)})],
+        exits=lambda: {next(iter(ExitCause)): 1},
+        connections=None,
+        sockets=lambda: [(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))],
+        cluster=lambda: Cluster(
+            follows={"/api/v1/pods": {"lists": 1}}, following={"/api/v1/pods": True}, synced=True, installed=True
+        ),
+        condition=lambda: Condition(
+            about=about,
+            ready=True,
+            exempt=True,
+            period=30.0,
+            uncaptured=[(POD, State.FAILED)],
+            foreign=[(POD, 1)],
+            age=1.0,
+        ),
     )
     metrics.cni("ADD", 0, 0.1)
     metrics.applied(POD, "nftables", ("x",), 0.1, "nft[1]")

@@ -26,12 +26,12 @@ class Surroundings:
 
     def around(self, places: Mapping[str, str]) -> ExplainContext:
         return ExplainContext(
-            lambda uid: self.acknowledged,
-            lambda uid: Add(uid, "web", "shop", "robot"),
-            self.ask_heard,
-            lambda: self.host,
-            lambda uid: ("10.0.0.2",),
-            lambda uid: "/proc/7/ns/net",
-            lambda uid: ("BPF program pass (number 7) is attached to eth0 (XDP)",),
-            places,
+            acknowledged=lambda uid: self.acknowledged,
+            sent=lambda uid: Add(uid, "web", "shop", "robot"),
+            heard=self.ask_heard,
+            host=lambda: self.host,
+            exempt=lambda uid: ("10.0.0.2",),
+            place=lambda uid: "/proc/7/ns/net",
+            programs=lambda uid: ("BPF program pass (number 7) is attached to eth0 (XDP)",),
+            places=places,
         )

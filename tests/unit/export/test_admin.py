@@ -27,12 +27,18 @@ Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 class Bench:
     def __init__(self, world: World) -> None:
         self.world, self.ready = world, ("", "")
-        self.metrics = Metrics(lambda: [State.ENABLED, State.ENABLED, State.FAILED], lambda: 2)
+        self.metrics = Metrics(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
         self.admin = Admin(
-            world.reconciler.settings, world.table, world.reconciler, self.metrics, lambda: self.ready,
-            lambda: {"node": "n1"}, NonTcpCounter("nftables"), ConnectionsApi(None, world.table),
-            Surroundings().around({}),
-        )  # fmt: skip
+            settings=world.reconciler.settings,
+            table=world.table,
+            reconciler=world.reconciler,
+            metrics=self.metrics,
+            readiness=lambda: self.ready,
+            node=lambda: {"node": "n1"},
+            non_tcp=NonTcpCounter("nftables"),
+            records=ConnectionsApi(None, world.table),
+            around=Surroundings().around({}),
+        )
 
     async def ask(self, path: str, method: str = "GET", **query: str) -> Any:
         response = await self.admin.private(Request(method, path, query))
@@ -75,7 +81,7 @@ def test_public_paths() -> None:
 
 
 def test_metrics_parse_and_count_what_happened() -> None:
-    metrics = Metrics(lambda: [State.ENABLED, State.ENABLED, State.FAILED], lambda: 2)
+    metrics = Metrics(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
     metrics.cni("ADD", 11, 0.02)
     metrics.applied(Pod("u", "shop", "web"), "nftables", ("a",), 0.001, "nft[1]")
     metrics.applied(Pod("u", "shop", "web"), "nftables", (), 0.001, "")

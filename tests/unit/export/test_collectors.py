@@ -33,9 +33,13 @@ def test_age_is_of_the_captured_pod_that_was_verified_longest_ago() -> None:
 
 def test_what_there_is_not_has_no_sample() -> None:
     assert samples(None) == {}
-    least = samples(Condition({"node": "n"}, period=30.0))
+    least = samples(Condition(about={"node": "n"}, period=30.0))
     assert least == {"sluice_agent_info[('node', 'n')]": 1, "sluice_ready": 0, "sluice_verify_period_seconds": 30.0}
-    whole = samples(Condition({}, True, False, 30.0, [(B, State.FAILED)], [(C, 2)], 7.5))
+    whole = samples(
+        Condition(
+            about={}, ready=True, exempt=False, period=30.0, uncaptured=[(B, State.FAILED)], foreign=[(C, 2)], age=7.5
+        )
+    )
     assert (
         whole.items() >= {"sluice_ready": 1, "sluice_probes_exempt": 0, "sluice_verification_age_seconds": 7.5}.items()
     )

@@ -47,9 +47,14 @@ class Bench:
         self.world, self.surroundings, self.records = world, Surroundings(), Records(connection())
         self.node: dict[str, Any] = {"node": "n1", "ztunnel_connections": 1}
         self.explaining = Explaining(
-            settings, world.table, world.reconciler, NonTcpCounter("nftables"), lambda: self.node,
-            self.records, self.surroundings.around(places),  # type: ignore[arg-type]
-        )  # fmt: skip
+            settings=settings,
+            table=world.table,
+            reconciler=world.reconciler,
+            non_tcp=NonTcpCounter("nftables"),
+            node=lambda: self.node,
+            records=self.records,
+            around=self.surroundings.around(places),  # type: ignore[arg-type]
+        )
 
     async def __call__(self, name: str = "shop/web") -> dict[str, Any]:
         return await self.explaining(Request("GET", "/v1/explain", {"pod": name}))
