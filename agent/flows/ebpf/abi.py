@@ -37,6 +37,12 @@ RETURNS: Final = struct.Struct("=QQI4x")
 _RTT, _DURATION = len(RTT_BOUNDS) + 1, len(DURATION_BOUNDS) + 1
 QUALITY: Final = struct.Struct(f"={_RTT}QQ{_DURATION}QQQQQ")
 _NOBODY = 0xFFFFFFFF
+# Mappings, since Fate(number) takes 20 times as long (0.8 us against 0.04), and a record has five such numbers.
+_DIRECTIONS: Final = {one.value: one for one in Direction}
+_FATES: Final = {one.value: one for one in Fate}
+_REASONS: Final = {one.value: one for one in Reason}
+_HOWS: Final = {one.value: one for one in How}
+_CLOSERS: Final = {one.value: one for one in Closer}
 
 
 class Loss(IntEnum):
@@ -90,9 +96,9 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
     return Connection(
         pod=pod,
         socket=socket,
-        direction=Direction(direction),
-        fate=Fate(fate),
-        reason=Reason(reason),
+        direction=_DIRECTIONS[direction],
+        fate=_FATES[fate],
+        reason=_REASONS[reason],
         local=_endpoint(local, local_port),
         remote=_endpoint(remote, remote_port),
         opened=_seconds(opened, epoch),
@@ -105,8 +111,8 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
         segments_in=into,
         retransmitted=again,
         rtt=rtt / 1e6 if rtt else None,
-        how=How(how),
-        closer=Closer(closer),
+        how=_HOWS[how],
+        closer=_CLOSERS[closer],
         user=-1 if user == _NOBODY else user,
         process=process,
         command=printable(command.partition(b"\0")[0].decode(errors="replace")),
@@ -116,7 +122,7 @@ def _connection(fields: tuple[Any, ...], epoch: int) -> Connection:
 def tally_key(data: bytes) -> tuple[int, Direction, Fate, Reason, str, int]:
     """Decodes (pod, direction, fate, reason, remote address, port of the service)."""
     pod, remote, port, direction, fate, reason = TALLY_KEY.unpack(data)
-    return pod, Direction(direction), Fate(fate), Reason(reason), address(remote), _port(port)
+    return pod, _DIRECTIONS[direction], _FATES[fate], _REASONS[reason], address(remote), _port(port)
 
 
 def sort_key(direction: Direction, fate: Fate, reason: Reason) -> bytes:
