@@ -124,7 +124,7 @@ def _tables(ruleset: Ruleset, family: int) -> dict[str, XtTable]:
 def _family(content: Content, protocol: int, tables: tuple[tuple[str, str], ...]) -> dict[str, XtTable]:
     """Returns the tables of one family, given by name and comment, with what they hold."""
     heads = [
-        Message(0, 0, 0, 0, wire.NFGENMSG.pack(protocol, 0, 0) + name + comment)
+        Message(kind=0, flags=0, sequence=0, port=0, body=wire.NFGENMSG.pack(protocol, 0, 0) + name + comment)
         for name, comment in (
             (attribute(wire.Table.NAME, name), attribute(wire.Table.USERDATA, comment_data(words)))
             for name, words in tables

@@ -14,6 +14,7 @@ from agent.core.model.sockets import TcpSocket, TcpState
 _INFO: Final = struct.Struct("=2xBB40xI4xII8xI28xI16xQQII8xI44xQQ")
 
 
+# By position: it is what _INFO unpacks.
 @dataclass(frozen=True, slots=True)
 class TcpInfo:
     """Ages of the last data and acknowledgements are in milliseconds, `rtt` in microseconds.
@@ -49,7 +50,7 @@ class TcpInfo:
         return self.acked - self.unique
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TcpReport:
     """One socket and its counts, in a dump or at its destruction: then in state CLOSE, without user, inode and mark.
 

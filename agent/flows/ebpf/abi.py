@@ -72,6 +72,7 @@ class Share:
         return SHARE.pack(self.taken, self.refused)
 
 
+# By position: it is what TALLY unpacks.
 @dataclass(frozen=True, slots=True)
 class CounterValue:
     """struct tally, since the map was made."""

@@ -79,7 +79,14 @@ class KernelTotals:
 
     def add(self, delta: Delta) -> None:
         """Adds counts that no program has made."""
-        tally = CounterValue(delta.opened, delta.closed, delta.failed, delta.sent, delta.received, delta.socket)
+        tally = CounterValue(
+            opened=delta.opened,
+            closed=delta.closed,
+            failed=delta.failed,
+            sent=delta.sent,
+            received=delta.received,
+            socket=delta.socket,
+        )
         self._keep(abi.sort_key(delta.direction, delta.fate, delta.reason), tally)
 
     def _retire(self, key: bytes, last: CounterValue) -> None:

@@ -242,7 +242,9 @@ def report(body: bytes) -> TcpReport | None:
         return None
     info = next((payload for kind, payload in attributes(body[_ANSWER.size :]) if kind == _INFO), b"")
     unread, unacked = _QUEUES.unpack_from(body)
-    return TcpReport(one, body[_ENDS], unread, unacked, tcp_info.decode(info) or tcp_info.NOTHING)
+    return TcpReport(
+        socket=one, ends=body[_ENDS], unread=unread, unacked=unacked, info=tcp_info.decode(info) or tcp_info.NOTHING
+    )
 
 
 def _attributes(body: bytes) -> tuple[int | None, bool]:

@@ -25,7 +25,9 @@ def flows() -> PodFlows:
 
 def end(cookie: int, local: Endpoint, remote: Endpoint, *, acked: int = 5, unacked: int = 0) -> TcpReport:
     info = replace(NOTHING, acked=acked, sent=4, segments_out=5, segments_in=5)
-    return TcpReport(TcpSocket(4, local, remote, TcpState.CLOSE, cookie), bytes(36), 0, unacked, info)
+    return TcpReport(
+        socket=TcpSocket(4, local, remote, TcpState.CLOSE, cookie), ends=bytes(36), unread=0, unacked=unacked, info=info
+    )
 
 
 def test_ztunnels_end_that_reset_itself_is_known_by_what_is_left_of_it() -> None:
@@ -90,11 +92,16 @@ def test_ztunnel_is_asked_once_for_all_sockets_of_a_dump() -> None:
     )
     ours = [
         TcpReport(
-            TcpSocket(4, (OWN, 40000 + inode), SERVER, TcpState.ESTABLISHED, inode, inode=inode, mark=ZTUNNEL_MARK),
-            bytes(36), 0, 0, NOTHING,
+            socket=TcpSocket(
+                4, (OWN, 40000 + inode), SERVER, TcpState.ESTABLISHED, inode, inode=inode, mark=ZTUNNEL_MARK
+            ),
+            ends=bytes(36),
+            unread=0,
+            unacked=0,
+            info=NOTHING,
         )
         for inode in (7, 8, 9)
-    ]  # fmt: skip
+    ]
     for now in (1.0, 2.0):
         made.dumped(iter(ours), {}, now)
     assert asked == [{7, 8, 9}, {8, 9}], "what is known to be ztunnel's is not asked for again"
