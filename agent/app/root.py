@@ -209,7 +209,15 @@ class Agent:
         name = self.host_choice[0]
         active, retired = layers(name)
         self.support |= {f"host {layer.name}": layer.probe() for layer in active}
-        return HostLoop(self.settings, name, active, retired, HostNetns(), self.metrics, random.random)
+        return HostLoop(
+            settings=self.settings,
+            mechanism=name,
+            active=active,
+            retired=retired,
+            target=HostNetns(),
+            journal=self.metrics,
+            random=random.random,
+        )
 
     def _canary(self) -> ProbeCanary | None:
         off = "off" in (self.settings.probe_canary, self.host_choice[0])

@@ -159,13 +159,13 @@ def leftovers(pins: Pins, *, dry_run: bool) -> list[Row]:
         rows = [Row(_NODE, None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
     if pins.accounting.root.exists():
         root = pins.accounting.root
-        would = Removal(Owner.SLUICE, WOULD, ("accounting",), (f"rm -r {root}",))
+        would = Removal(Owner.SLUICE, WOULD, ("accounting",), scripts=(f"rm -r {root}",))
         rows.append(Row(_NODE, None, would if dry_run else _directory(root, "accounting")))
     return rows
 
 
 def _directory(root: Path, layer: str, errors: tuple[str, ...] = ()) -> Removal:
-    done = Removal(Owner.SLUICE, REMOVED, (layer,), (f"rm -r {root}",))
+    done = Removal(Owner.SLUICE, REMOVED, (layer,), scripts=(f"rm -r {root}",))
     try:
         bpffs.remove_tree(root)
     except SluiceError as error:

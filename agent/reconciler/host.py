@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from agent.backends.base import Layer
@@ -47,6 +47,7 @@ class HostStatus:
     """
 
     mechanism: str
+    _: KW_ONLY
     ok: bool = False
     error: str = ""
     retry: float | None = None
@@ -72,6 +73,7 @@ class HostLoop:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         mechanism: str,
         active: Sequence[Layer[HostNetns, HostProbes]],

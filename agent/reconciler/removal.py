@@ -7,7 +7,7 @@ The path is that of any removal (converge); a failure is reported and stops noth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from agent.backends.base import Layer, PodLayer, lasting
@@ -30,6 +30,7 @@ class Removal:
     found: Owner
     result: str
     layers: tuple[str, ...]
+    _: KW_ONLY
     scripts: tuple[str, ...] = ()
     errors: tuple[str, ...] = ()
 
@@ -58,7 +59,7 @@ def uncapture(
         return Removal(found, LEFT, names, errors=tuple(errors))
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
-        return Removal(found, WOULD, names, scripts, tuple(errors))
+        return Removal(found, WOULD, names, scripts=scripts, errors=tuple(errors))
     done: list[str] = []
     for layer in due:
         try:
@@ -67,7 +68,7 @@ def uncapture(
             errors.append(str(error))
             _step_by_step(target, layer, done)
     left = _left(target, due)
-    return Removal(found, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+    return Removal(found, REMAINS if left or errors else REMOVED, names, scripts=tuple(done), errors=(*errors, *left))
 
 
 def uncapture_host(
@@ -87,7 +88,7 @@ def uncapture_host(
     names = tuple(layer.name for layer in due)
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
-        return Removal(Owner.SLUICE, WOULD, names, scripts, tuple(errors))
+        return Removal(Owner.SLUICE, WOULD, names, scripts=scripts, errors=tuple(errors))
     done: list[str] = []
     for layer in due:
         try:
@@ -95,7 +96,9 @@ def uncapture_host(
         except SluiceError as error:
             errors.append(str(error))
     left = _left(target, due)
-    return Removal(Owner.SLUICE, REMAINS if left or errors else REMOVED, names, tuple(done), (*errors, *left))
+    return Removal(
+        Owner.SLUICE, REMAINS if left or errors else REMOVED, names, scripts=tuple(done), errors=(*errors, *left)
+    )
 
 
 def uncapture_left(layers: Sequence[PodLayer], *, dry_run: bool = False) -> Removal | None:
@@ -121,7 +124,7 @@ def uncapture_left(layers: Sequence[PodLayer], *, dry_run: bool = False) -> Remo
     if not (due or errors):
         return None
     result = REMAINS if left or errors else WOULD if dry_run else REMOVED
-    return Removal(Owner.SLUICE, result, tuple(due), tuple(done), (*errors, *left))
+    return Removal(Owner.SLUICE, result, tuple(due), scripts=tuple(done), errors=(*errors, *left))
 
 
 def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:

@@ -51,7 +51,15 @@ async def running(
     """A loop that looks again only when it is told to, unless `verify_seconds` says otherwise."""
     settings, journal = Settings(verify_seconds=verify_seconds), Journal()
     layers = active(owned=owned)
-    loop = HostLoop(settings, "nftables", layers, (), node.target, journal, random.random)
+    loop = HostLoop(
+        settings=settings,
+        mechanism="nftables",
+        active=layers,
+        retired=(),
+        target=node.target,
+        journal=journal,
+        random=random.random,
+    )
     task = asyncio.create_task(loop.run())
     try:
         yield loop, journal

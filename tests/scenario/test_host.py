@@ -91,7 +91,15 @@ def host() -> Iterator[Any]:
 @contextlib.asynccontextmanager
 async def running(host: Any, *layers: Any, retired: tuple[Any, ...] = ()) -> Any:
     settings = Settings(verify_seconds=3600)
-    loop = HostLoop(settings, "fake", layers, retired, host, journal := Journal(), lambda: 0.0)
+    loop = HostLoop(
+        settings=settings,
+        mechanism="fake",
+        active=layers,
+        retired=retired,
+        target=host,
+        journal=(journal := Journal()),
+        random=lambda: 0.0,
+    )
     task = asyncio.create_task(loop.run())
     try:
         yield loop, journal
