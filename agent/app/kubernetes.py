@@ -12,22 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from agent.core.model.pods import Pod, PodTable
-from agent.core.model.status import State
 from agent.core.settings import Settings
 from agent.flows.identity import Service, Who, Workload, pod_workload
+from agent.reconciler.loop import Reconciler
 from agent.sources.kube import objects, source
 from agent.sources.kube.access import Access
 from agent.sources.kube.admission import Admission
 from agent.sources.kube.annotating import Annotator
 from agent.sources.kube.client import Client
 from agent.sources.kube.conditions import ZtunnelCondition
-from agent.sources.kube.events import Events
+from agent.sources.kube.events import EventJournal, Events
 from agent.sources.kube.follower import Follower
 from agent.sources.kube.nodes import KubeNode, Taint
 from agent.sources.kube.review import Review
 from agent.sources.kube.tainting import Tainting
 from agent.sources.kube.workloads import ClusterWorkloads
+from agent.sources.netns.registry import NamespaceRegistry
 from agent.sources.state.offline_allowlist import OfflineAllowlist
+from agent.zds.server import ZdsServer
 
 _DOMAIN = "cluster.local"
 _PATIENCE = 5.0  # seconds that a start waits for an API server that does not answer
@@ -40,79 +42,96 @@ class Kubernetes:
         self,
         settings: Settings,
         node: str,
+        *,
         table: PodTable,
-        state: Callable[[str], State],
-        wake: Callable[[str], None],
-        captured: Callable[[str], bool],
+        namespaces: NamespaceRegistry,
+        reconciler: Reconciler,
+        zds: ZdsServer,
         exempt: OfflineAllowlist,
         who: Who,
-        lacking: Callable[[], str],
-        connected: Callable[[], bool],
-        met: Callable[[], bool],
     ) -> None:
-        """`lacking`: why a pod that starts now might run uncaptured, "" if it cannot.
-
-        `connected`: a ztunnel is connected; `met`: one has been since this agent started.
-        """
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
-        self._exempt = exempt
+        self._pods_known = asyncio.Event()
+        self._namespaces_known = asyncio.Event()
         self.admission = Admission(client, table, settings)
+        self.review = Review(client)
+        self.events = Events(client, table, node)
         self.annotator = Annotator(
             client=client,
             table=table,
-            state=state,
-            captured=captured,
+            state=lambda uid: reconciler.status(uid).state,
+            captured=namespaces.was_captured,
             period=settings.verify_seconds,
             random=random.random,
-            known=lambda: met() and not self.missing,
+            known=lambda: zds.met and self.known,
             others=lambda: _others(settings.host_root),
-            fought=lambda uid, words: self.events.fought(uid, words),
+            fought=self.events.fought,
         )
-        self.events = Events(client, table, node, self.annotator.look)
-        self.source = pods = source.PodSink(table, wake, captured, self._looked)
-        namespaces = source.NamespaceSink(table, wake, exempt.update)
-        self.review = Review(client)
+        self.journal = EventJournal(self.events, self.annotator.look)
         self.condition = ZtunnelCondition(
             client=client,
             table=table,
             namespace=settings.own_namespace,
-            connected=connected,
+            connected=lambda: bool(zds.connections),
             report=self.events.report_node,
         )
         self.tainting = None
         if settings.startup_taint:
             taint = Taint.parse(settings.startup_taint)
-            returns = settings.startup_taint_returns
-            self.tainting = Tainting(KubeNode(client, node), taint, lacking, returns=returns)
+            self.tainting = Tainting(KubeNode(client, node), taint, returns=settings.startup_taint_returns)
         self.peers = _peers(client, who) if settings.kube_peers else None
-        here = {"fieldSelector": f"spec.nodeName={node}"}
-        self.pods = Follower(client, "/api/v1/pods", query=here, decode=objects.pod, sink=pods, random=random.random)
+
+        def changed(uid: str) -> None:
+            self.annotator.look(uid)
+            exempt.update()
+
+        self.source = source.PodSink(table, reconciler.wake, namespaces.was_captured, changed)
+        self.pods = Follower(
+            client,
+            "/api/v1/pods",
+            query={"fieldSelector": f"spec.nodeName={node}"},
+            decode=objects.pod,
+            sink=self.source,
+            random=random.random,
+            synced=self._pods_known,
+        )
         self.namespaces = Follower(
-            client, "/api/v1/namespaces", query={}, decode=objects.namespace, sink=namespaces, random=random.random
+            client,
+            "/api/v1/namespaces",
+            query={},
+            decode=objects.namespace,
+            sink=source.NamespaceSink(table, reconciler.wake, exempt.update),
+            random=random.random,
+            synced=self._namespaces_known,
         )
 
-    def _looked(self, uid: str) -> None:
-        """Handles a change of this pod at the API server."""
-        self.annotator.look(uid)
-        self._exempt.update()
-
-    def parts(self) -> list[Coroutine[Any, Any, None]]:
-        more = [part.run() for part in (self.tainting, self.peers) if part is not None]
-        more += [self.annotator.run(), self.events.run(), self.condition.run()]
-        return [self.pods.run(), self.namespaces.run(), *more]
+    def parts(self, lacking: Callable[[], str]) -> list[Coroutine[Any, Any, None]]:
+        """Returns what has to run. `lacking`: why a pod that starts now might run uncaptured, "" if it cannot."""
+        parts = [self.pods.run(), self.namespaces.run()]
+        parts += [self.annotator.run(), self.events.run(), self.condition.run()]
+        if self.peers:
+            parts.append(self.peers.run())
+        if self.tainting:
+            parts.append(self.tainting.run(lacking))
+        return parts
 
     async def settle(self) -> None:
         """Returns when pods and namespaces are known, or when the time for the API server is over."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PATIENCE):
-                await self.namespaces.synced.wait()
-                await self.pods.synced.wait()
+                await self._namespaces_known.wait()
+                await self._pods_known.wait()
+
+    @property
+    def known(self) -> bool:
+        """True once this node's pods and all namespaces are known."""
+        return self._pods_known.is_set() and self._namespaces_known.is_set()
 
     @property
     def missing(self) -> str:
         """Why pods are not known yet; "" once they are."""
-        known = self.pods.synced.is_set() and self.namespaces.synced.is_set()
-        return "" if known else f"this node's pods are not known from Kubernetes yet: {self.error or 'listing them'}"
+        words = f"this node's pods are not known from Kubernetes yet: {self.error or 'listing them'}"
+        return "" if self.known else words
 
     @property
     def error(self) -> str:

@@ -41,28 +41,11 @@ _SHOWN = 3  # differences in one log line; `sluice explain` has all of them
 class Metrics:
     """All metrics, under one registry."""
 
-    def __init__(
-        self,
-        *,
-        states: Callable[[], Iterable[State]],
-        ztunnels: Callable[[], int],
-        non_tcp: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
-        exits: Callable[[], Mapping[ExitCause, int]] = dict,
-        connections: ConnectionMetrics | None = None,
-        sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
-        cluster: Callable[[], Cluster] = Cluster,
-        condition: Callable[[], Condition | None] = lambda: None,
-    ) -> None:
+    def __init__(self, connections: ConnectionMetrics | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each, of little value
         self.registry = r = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=r)
         GCCollector(registry=r)
-        r.register(ScrapeCollector(lambda: pod_metrics(states())))
-        r.register(ScrapeCollector(lambda: non_tcp_metrics(non_tcp())))
-        r.register(ScrapeCollector(lambda: exit_metrics(exits)))
-        r.register(ScrapeCollector(lambda: socket_metrics(sockets())))
-        r.register(ScrapeCollector(lambda: cluster_metrics(cluster())))
-        r.register(ScrapeCollector(lambda: condition_metrics(condition())))
         self.drift = Counter(
             "sluice_drift_total", "Drifted rule sets that were repaired.", ["backend", "kind"], registry=r
         )
@@ -90,9 +73,31 @@ class Metrics:
         self.cni_seconds = Histogram(
             "sluice_cni_seconds", "Time to answer the CNI plugin.", ["verb"], buckets=buckets, registry=r
         )
-        sessions = Gauge("sluice_ztunnel_connections", "Live connections from ztunnel (ZDS).", registry=r)
-        sessions.set_function(ztunnels)
         self.page = Page(r, connections)
+
+    def collect(
+        self,
+        *,
+        states: Callable[[], Iterable[State]],
+        ztunnels: Callable[[], int],
+        non_tcp: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
+        exits: Callable[[], Mapping[ExitCause, int]] = dict,
+        sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
+        cluster: Callable[[], Cluster] = Cluster,
+        condition: Callable[[], Condition | None] = lambda: None,
+    ) -> None:
+        """Adds what the agent's other parts are asked for at each scrape. Called once."""
+        for families in (
+            lambda: pod_metrics(states()),
+            lambda: non_tcp_metrics(non_tcp()),
+            lambda: exit_metrics(exits),
+            lambda: socket_metrics(sockets()),
+            lambda: cluster_metrics(cluster()),
+            lambda: condition_metrics(condition()),
+        ):
+            self.registry.register(ScrapeCollector(families))
+        sessions = Gauge("sluice_ztunnel_connections", "Live connections from ztunnel (ZDS).", registry=self.registry)
+        sessions.set_function(ztunnels)
 
     def cni(self, verb: str, code: int, seconds: float) -> None:
         self.cni_requests.labels(verb, str(code)).inc()

@@ -16,7 +16,7 @@ from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod
 from agent.export import exposition
 from agent.export.http import Request, Response
-from agent.flows.label_totals import LabelTotals
+from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import Delta, Quality
 
 log = logging.getLogger("sluice.metrics")
@@ -24,22 +24,11 @@ _PAUSE = 4  # a page that took so long is followed by a pause of so many times a
 _LONGEST = 3.0
 
 
-class ConnectionMetrics:
-    """Totals of connections, shared by the threads that add to them and those that render them.
+class SharedTotals:
+    """Totals of connections, shared by the threads that add to them and those that render them."""
 
-    `losses` is cumulative, by cause; `refresh` adds the newest counts, and is called before rendering. Both may raise
-    SluiceError.
-    """
-
-    def __init__(
-        self,
-        tally: LabelTotals,
-        losses: Callable[[], Mapping[str, int]] = dict,
-        refresh: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._tally = tally
-        self._losses = losses
-        self._refresh = refresh
+    def __init__(self, totals: LabelTotals) -> None:
+        self._totals = totals
         self._lock = threading.Lock()
 
     def add(
@@ -51,7 +40,29 @@ class ConnectionMetrics:
     ) -> None:
         """Adds counts as LabelTotals.add does; from any thread. Only waits for a copy of the numbers."""
         with self._lock:
-            self._tally.add(deltas, qualities, identify, now)
+            self._totals.add(deltas, qualities, identify, now)
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            return self._totals.snapshot()
+
+
+class ConnectionMetrics:
+    """Renders the totals of connections.
+
+    `losses` is cumulative, by cause; `refresh` adds the newest counts, and is called before rendering. Both may raise
+    SluiceError.
+    """
+
+    def __init__(
+        self,
+        totals: SharedTotals,
+        losses: Callable[[], Mapping[str, int]] = dict,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._totals = totals
+        self._losses = losses
+        self._refresh = refresh
 
     def render(self, openmetrics: bool) -> Iterator[bytes]:
         """Yields the families one by one, without "# EOF"; from any thread."""
@@ -61,9 +72,7 @@ class ConnectionMetrics:
             losses = self._losses()
         except SluiceError as error:  # what was known before is still true
             log.warning("cannot read connection counters: %s", error)
-        with self._lock:
-            found = self._tally.snapshot()
-        yield from exposition.connections(found, losses.items(), openmetrics=openmetrics)
+        yield from exposition.connections(self._totals.snapshot(), losses.items(), openmetrics=openmetrics)
 
 
 class Page:

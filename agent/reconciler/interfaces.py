@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from agent.core.model.listeners import PortListeners
@@ -161,7 +161,8 @@ class ZtunnelConnections(Protocol):
 class DriftWatcher(Protocol):
     """Notices changes in a pod's namespace and wakes the reconciler."""
 
-    def watch(self, uid: str, target: PodNetns) -> None: ...
+    def watch(self, uid: str, target: PodNetns, wake: Callable[[str, str], None]) -> None:
+        """Calls `wake` with the UID and the cause of each change."""
 
     def unwatch(self, uid: str) -> None: ...
 

@@ -296,7 +296,7 @@ class Reconciler:
         entry.happened(enrolled.event)
         if exempt is not None:
             await exempt
-        self._watcher.watch(pod.uid, enrolled.target)
+        self._watcher.watch(pod.uid, enrolled.target, self.wake)
         self._claims.claim(pod, enrolled.addresses)
         self._canaries.captured(pod.uid, first=first)
         entry.record(self._journal, pod, enrolled.want, enrolled.done, cause, time.monotonic() - started)

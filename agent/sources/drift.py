@@ -21,6 +21,7 @@ from agent.core.wire.rtnetlink import IFINFOMSG, LOOPBACK_INDEX, RTMSG, Rta, Rtm
 from agent.kernel.netlink.nf_tables import committer
 from agent.kernel.pod_netns import PodNetns
 
+Wake = Callable[[str, str], None]  # of a UID and the cause
 _MOST_PIDS = 1 << 22  # PID_MAX_LIMIT; a process's second socket has a port above all process ids
 _RULE = (Rtm.NEWRULE, Rtm.DELRULE)
 _ADDRESS = (Rtm.NEWADDR, Rtm.DELADDR)
@@ -31,23 +32,22 @@ _LINK = (Rtm.NEWLINK, Rtm.DELLINK)
 class DriftWatcher:
     """Reads every captured pod's notifications. All methods belong to the event loop's thread."""
 
-    def __init__(self, wake: Callable[[str, str], None], *, wiring: bool = False) -> None:
-        """Calls `wake(uid, cause)`; cause is like "nft[4711]", "process 4711" (of which no more is known), "kernel".
-
-        `wiring`: the programmed state depends on the interfaces and the routes of the main table, as eBPF's does.
-        """
-        self._wake = wake
+    def __init__(self, *, wiring: bool = False) -> None:
+        """`wiring`: the programmed state depends on interfaces and routes of the main table, as eBPF's does."""
         self._wiring = wiring
         self._watched: dict[str, PodNetns] = {}
 
-    def watch(self, uid: str, target: PodNetns) -> None:
-        """Watches the pod; notifications since the namespace was opened wake it at once."""
+    def watch(self, uid: str, target: PodNetns, wake: Wake) -> None:
+        """Watches the pod; notifications since the namespace was opened wake it at once.
+
+        Calls `wake(uid, cause)`; cause is like "nft[4711]", "process 4711" (of which no more is known), "kernel".
+        """
         if self._watched.get(uid) is target:
             return
         self.unwatch(uid)
         loop = asyncio.get_running_loop()
-        loop.add_reader(target.events.socket, self._rules_changed, uid, target)
-        loop.add_reader(target.route_events.socket, self._routes_changed, uid, target)
+        loop.add_reader(target.events.socket, self._rules_changed, uid, target, wake)
+        loop.add_reader(target.route_events.socket, self._routes_changed, uid, target, wake)
         self._watched[uid] = target
 
     def unwatch(self, uid: str) -> None:
@@ -61,20 +61,20 @@ class DriftWatcher:
         for uid in list(self._watched):
             self.unwatch(uid)
 
-    def _rules_changed(self, uid: str, target: PodNetns) -> None:
+    def _rules_changed(self, uid: str, target: PodNetns, wake: Wake) -> None:
         taken, lost = target.events.take()
         foreign = (one for one in taken if one.kind == NEWGEN and one.port != target.nft.port)
         cause = next(filter(None, (committer(one.body) for one in foreign)), "unknown" if lost else "")
         if cause:
-            self._wake(uid, cause)
+            wake(uid, cause)
 
-    def _routes_changed(self, uid: str, target: PodNetns) -> None:
+    def _routes_changed(self, uid: str, target: PodNetns, wake: Wake) -> None:
         taken, lost = target.route_events.take()
         foreign = [one for one in taken if one.port != target.route.port and concerns(one, self._wiring)]
         # Prefer the process that made the change over follow-up events from the kernel.
         port = next((one.port for one in foreign if one.port), 0)
         if foreign or lost:
-            self._wake(uid, _requester(port, target) if foreign else "unknown")
+            wake(uid, _requester(port, target) if foreign else "unknown")
 
 
 def concerns(message: Message, wiring: bool = False) -> bool:

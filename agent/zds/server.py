@@ -13,8 +13,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from agent.core.errors import KernelError, NoZtunnelError, ProtocolError, ZtunnelError
 from agent.core.model.pods import Pod
@@ -112,29 +113,26 @@ class ZdsConnection:
                 self._answer.set_exception(ZtunnelError("ztunnel disconnected"))
 
 
+class ZtunnelObserver(Protocol):
+    """Acts on ztunnels that come and go."""
+
+    def arrived(self, process: Process) -> None:
+        """Called with the process of each ztunnel before it gets pods; owns that process then."""
+
+    async def acknowledged(self, uid: str) -> None:
+        """Called with each UID that a new ztunnel acknowledged. Its snapshot waits for the end of the call."""
+
+    def left(self) -> None:
+        """Called when a ztunnel has disconnected."""
+
+
 class ZdsServer:
     """Sends additions to the newest connection and deletions to all: two ztunnels run during a rolling upgrade."""
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        seconds: float,
-        acknowledged: Callable[[str], Awaitable[None]],
-        left: Callable[[], None],
-        arrived: Callable[[Process], None] | None = None,
-    ) -> None:
-        """Takes three callbacks.
-
-        `acknowledged` is called with each UID that a new ztunnel acknowledged. Its snapshot ends when these calls have
-        returned, and waits at most `seconds` for each. `left` is called when a ztunnel has disconnected. `arrived` is
-        called with the process of each ztunnel before it gets pods, and owns that process then.
-        """
+    def __init__(self, path: str, seconds: float) -> None:
+        """`seconds`: the time that a ztunnel has for an answer, and the observer for each acknowledgement."""
         self.path = path
         self.seconds = seconds
-        self._arrived = arrived
-        self._acknowledged = acknowledged
-        self._left = left
         self._offers: dict[str, Offer] = {}
         self._expected: set[str] = set()
         self._connections: list[ZdsConnection] = []  # newest last
@@ -169,9 +167,9 @@ class ZdsServer:
         offer = self._offers.get(uid)
         return offer.add if offer else None
 
-    async def serve(self) -> None:
+    async def serve(self, observer: ZtunnelObserver) -> None:
         """Serves until cancelled."""
-        await serve(self.path, socket.SOCK_SEQPACKET, self._serve_one)
+        await serve(self.path, socket.SOCK_SEQPACKET, partial(self._serve_one, observer))
 
     def expect(self, uid: str) -> None:
         """Keeps a pod that the previous agent captured: no ztunnel may drop it before this agent has inspected it."""
@@ -211,7 +209,7 @@ class ZdsServer:
         if self._offers.get(uid) == offer:  # otherwise it was withdrawn meanwhile, and its removal waits for this call
             connection.acked[uid] = offer
 
-    async def _serve_one(self, sock: socket.socket) -> None:
+    async def _serve_one(self, observer: ZtunnelObserver, sock: socket.socket) -> None:
         pid, uid = peer(sock)
         connection = ZdsConnection(sock, self.seconds, pid)
         reader: asyncio.Task[None] | None = None
@@ -219,12 +217,12 @@ class ZdsServer:
             if uid not in (0, os.geteuid()):
                 raise ProtocolError(f"it runs as user {uid}; only root may be ztunnel")
             await connection.hello()
-            self._introduce(sock, pid)
+            _introduce(observer, sock, pid)
             self._connections.append(connection)
             self.met = True
             log.info("ztunnel connected: pid %d", pid)
             reader = asyncio.create_task(connection.read())
-            await asyncio.gather(reader, self._snapshot(connection))
+            await asyncio.gather(reader, self._snapshot(connection, observer))
             log.info("ztunnel disconnected: pid %d", pid)
         except (ProtocolError, OSError) as error:
             log.warning("ztunnel connection dropped: pid %d: %s", pid, error)
@@ -238,23 +236,9 @@ class ZdsServer:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._alone = time.time()
-                self._left()
+                observer.left()
 
-    def _introduce(self, sock: socket.socket, pid: int) -> None:
-        if self._arrived is None:
-            return
-        try:
-            process = Process.of_peer(sock)
-        except KernelError as error:  # its pods still get ztunnel: not every backend needs the process
-            log.warning("cannot identify ztunnel process: pid %d: %s", pid, error)
-            return
-        try:
-            self._arrived(process)
-        except BaseException:
-            process.close()
-            raise
-
-    async def _snapshot(self, connection: ZdsConnection) -> None:
+    async def _snapshot(self, connection: ZdsConnection, observer: ZtunnelObserver) -> None:
         """Names every pod, and sends SnapshotSent when the agent has acted on each acknowledgement.
 
         Until then Istio's ztunnel is not ready, so a rollout does not end the previous one.
@@ -276,16 +260,16 @@ class ZdsServer:
                         log.warning("ztunnel did not accept pod %s/%s: %s", offer.add.namespace, offer.add.name, error)
                         continue
                     connection.settling.add(uid)
-                    settling.create_task(self._settle(connection, uid))
+                    settling.create_task(self._settle(connection, observer, uid))
             await connection.ask(SnapshotSent())
             log.info("ztunnel has all pods: pid %d, %d pods", connection.pid, len(connection.acked))
         except ZtunnelError as error:
             log.warning("snapshot incomplete: %s", error)
 
-    async def _settle(self, connection: ZdsConnection, uid: str) -> None:
+    async def _settle(self, connection: ZdsConnection, observer: ZtunnelObserver, uid: str) -> None:
         try:
             async with asyncio.timeout(self.seconds):
-                await self._acknowledged(uid)
+                await observer.acknowledged(uid)
         except TimeoutError:
             log.warning(
                 "rules not verified within %g s: pod %s, acknowledged by ztunnel (pid %d)",
@@ -295,3 +279,16 @@ class ZdsServer:
             )
         finally:
             connection.settling.discard(uid)
+
+
+def _introduce(observer: ZtunnelObserver, sock: socket.socket, pid: int) -> None:
+    try:
+        process = Process.of_peer(sock)
+    except KernelError as error:  # its pods still get ztunnel: not every backend needs the process
+        log.warning("cannot identify ztunnel process: pid %d: %s", pid, error)
+        return
+    try:
+        observer.arrived(process)
+    except BaseException:
+        process.close()
+        raise

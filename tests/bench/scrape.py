@@ -26,7 +26,7 @@ from agent.core.model.pods import Pod
 from agent.core.text import table
 from agent.export import exposition
 from agent.export.http import HttpServer, Request, Response
-from agent.export.metrics_page import ConnectionMetrics, Page
+from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
 from agent.flows.identity import Service, Who, Workload
 from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
@@ -157,7 +157,7 @@ async def _scrapes(
 ) -> tuple[list[float], list[float]]:
     ask = f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept-Encoding: {coding}\r\n\r\n".encode()
     times, latest = [], []
-    page = Page(CollectorRegistry(), ConnectionMetrics(tally))
+    page = Page(CollectorRegistry(), ConnectionMetrics(SharedTotals(tally)))
 
     async def answer(request: Request) -> Response:
         return await page(request) if request.path == "/metrics" else Response.text("nothing")

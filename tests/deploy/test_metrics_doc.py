@@ -41,12 +41,12 @@ GROUPS = {
 def everything() -> list[Metric]:
     """A page on which each metric has a sample."""
     about = dict.fromkeys(dashboard.ABOUT, "x")
-    metrics = Metrics(
+    metrics = Metrics()
+    metrics.collect(
         states=lambda: [State.ENABLED],
         ztunnels=lambda: 1,
         non_tcp=lambda: [(POD, {"outbound": Counts(1, 1)})],
         exits=lambda: {next(iter(ExitCause)): 1},
-        connections=None,
         sockets=lambda: [(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))],
         cluster=lambda: Cluster(
             follows={"/api/v1/pods": {"lists": 1}}, following={"/api/v1/pods": True}, synced=True, installed=True

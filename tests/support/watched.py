@@ -14,7 +14,7 @@ from agent.kernel import exec
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.socket import NetlinkSocket
 from agent.kernel.pod_netns import PodNetns
-from agent.sources.drift import DriftWatcher
+from agent.sources.drift import DriftWatcher, Wake
 
 SECONDS = 20
 SYSCTL = "sysctl -qw net.ipv6.conf"
@@ -33,16 +33,16 @@ def prepare(pod: Pod) -> None:
 class Reading(DriftWatcher):
     """Says when it has read something."""
 
-    def __init__(self, wake: Callable[[str, str], None]) -> None:
-        super().__init__(wake)
+    def __init__(self) -> None:
+        super().__init__()
         self.read = asyncio.Event()
 
-    def _rules_changed(self, uid: str, target: PodNetns) -> None:
-        super()._rules_changed(uid, target)
+    def _rules_changed(self, uid: str, target: PodNetns, wake: Wake) -> None:
+        super()._rules_changed(uid, target, wake)
         self.read.set()
 
-    def _routes_changed(self, uid: str, target: PodNetns) -> None:
-        super()._routes_changed(uid, target)
+    def _routes_changed(self, uid: str, target: PodNetns, wake: Wake) -> None:
+        super()._routes_changed(uid, target, wake)
         self.read.set()
 
 
@@ -51,8 +51,8 @@ class Watched:
 
     def __init__(self, pod: Pod) -> None:
         self.pod, self.causes = pod, list[str]()
-        self.watcher = Reading(lambda uid, cause: self.causes.append(cause))
-        self.watcher.watch("uid", pod.target)
+        self.watcher = Reading()
+        self.watcher.watch("uid", pod.target, lambda uid, cause: self.causes.append(cause))
 
     async def sh(self, script: str) -> list[str]:
         """The causes that the script woke the pod with. The kernel notifies before a program's call returns."""

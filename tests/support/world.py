@@ -327,7 +327,7 @@ class Watcher:
     def __init__(self) -> None:
         self.watched: set[str] = set()
 
-    def watch(self, uid: str, target: Any) -> None:
+    def watch(self, uid: str, target: Any, wake: Any) -> None:
         self.watched.add(uid)
 
     def unwatch(self, uid: str) -> None:

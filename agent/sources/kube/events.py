@@ -44,43 +44,20 @@ class About:
 
 
 class Events:
-    """Writes events; `report` never blocks and never fails. Also the reconciler's journal, for pods' owners."""
+    """Writes events; `report` never blocks and never fails."""
 
-    def __init__(self, client: Client, table: PodTable, node: str, passed: Callable[[str], None]) -> None:
-        """`passed` is called with each pod that had a pass."""
+    def __init__(self, client: Client, table: PodTable, node: str) -> None:
         self.lost = 0
         self._client = client
         self._table = table
         self._node = node
-        self._passed = passed
         self._waiting: asyncio.Queue[tuple[About, str, str]] = asyncio.Queue(_MOST)
         self._kinds: dict[tuple[str, str], _Kind] = {}
-
-    def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
-        if cause:
-            what = "; ".join(differences[:3])
-            self.report(
-                pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}"
-            )
-
-    def failed(self, pod: Pod, error: Exception) -> None:
-        if not without_sandbox(pod, error):
-            self.report(pod, "CaptureFailed", str(error))
-
-    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
-        self.report(pod, "CaptureContended", f"{cause} repeatedly reverts the rules of capture; {'; '.join(remarks)}")
 
     def fought(self, uid: str, words: str) -> None:
         """Reports that another program writes the pod's annotation."""
         if (pod := self._table.get(uid)) is not None:
             self.report(pod, "AnnotationContended", words)
-
-    def probed(self, pod: Pod, result: ProbeResult) -> None:
-        if result.verdict is not ProbeVerdict.OK:
-            self.report(pod, "CaptureProbeFailed", str(result))
-
-    def passed(self, pod: Pod, seconds: float) -> None:
-        self._passed(pod.uid)
 
     def report(self, pod: Pod, reason: str, words: str) -> None:
         if (kube := self._table.kube(pod.uid)) is not None:
@@ -115,6 +92,38 @@ class Events:
             except KubeError as error:
                 self.lost += 1
                 log.warning("%s %s: event %s not written: %s", about.kind.lower(), about.key, reason, error)
+
+
+class EventJournal:
+    """The reconciler's journal for pods' owners: failures and repairs as events."""
+
+    def __init__(self, events: Events, passed: Callable[[str], None]) -> None:
+        """`passed` is called with the UID of each pod that had a pass."""
+        self._events = events
+        self._passed = passed
+
+    def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        if cause:
+            what = "; ".join(differences[:3])
+            self._events.report(
+                pod, "CaptureRepaired", f"{cause} changed {layer}, repaired after {seconds * 1e3:.0f} ms: {what}"
+            )
+
+    def failed(self, pod: Pod, error: Exception) -> None:
+        if not without_sandbox(pod, error):
+            self._events.report(pod, "CaptureFailed", str(error))
+
+    def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        self._events.report(
+            pod, "CaptureContended", f"{cause} repeatedly reverts the rules of capture; {'; '.join(remarks)}"
+        )
+
+    def probed(self, pod: Pod, result: ProbeResult) -> None:
+        if result.verdict is not ProbeVerdict.OK:
+            self._events.report(pod, "CaptureProbeFailed", str(result))
+
+    def passed(self, pod: Pod, seconds: float) -> None:
+        self._passed(pod.uid)
 
 
 def event(about: About, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:

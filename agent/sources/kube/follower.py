@@ -56,11 +56,12 @@ class Follower(Generic[T]):
         random: Callable[[], float],
         accept: str = JSON,
         pace: Pace = Pace(),  # noqa: B008 (frozen)
+        synced: asyncio.Event | None = None,
     ) -> None:
         """`query`: fieldSelector and the like. `decode`: None for what is no usable object; a Table's rows come one by
         one (protocol.Rows). `random`: uniform in [0, 1)."""
         self.path = path
-        self.synced = asyncio.Event()
+        self.synced = synced or asyncio.Event()
         self.error = ""
         self.since = Since()
         self._client = client

@@ -21,25 +21,26 @@ _STEADY = 10.0  # seconds that something is lacking before the taint comes back
 
 
 class Tainting:
-    """Keeps the taint. `lacking` returns why a pod that starts now might run uncaptured; "" if none can."""
+    """Keeps the taint."""
 
-    def __init__(self, node: KubeNode, taint: Taint, lacking: Callable[[], str], *, returns: bool) -> None:
+    def __init__(self, node: KubeNode, taint: Taint, *, returns: bool) -> None:
         self.error = ""
         self._node = node
         self._taint = taint
-        self._lacking = lacking
         self._returns = returns
         self._taken: bool | None = None  # not known before the first time
         self._lacks = 0.0
 
-    async def run(self) -> None:
-        """Runs until cancelled. When the agent ends, the taint stays as it is: rules stay, too."""
+    async def run(self, lacking: Callable[[], str]) -> None:
+        """Runs until cancelled. When the agent ends, the taint stays as it is: rules stay, too.
+
+        `lacking` returns why a pod that starts now might run uncaptured; "" if none can.
+        """
         while True:
-            await self.look()
+            await self.look(lacking())
             await asyncio.sleep(_PAUSE if self.error else _EVERY)
 
-    async def look(self) -> None:
-        lacking = self._lacking()
+    async def look(self, lacking: str) -> None:
         self._lacks = self._lacks + _EVERY if lacking else 0.0
         try:
             if not lacking and self._taken is not True:

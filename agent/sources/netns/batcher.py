@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 from agent.core.errors import NetnsError, SluiceError
 from agent.core.model.pods import Pod
@@ -13,19 +13,23 @@ from agent.sources.netns.search import search
 
 
 class SearchBatcher:
-    """Blocking; for worker threads. `waiting` returns the pods to search for together with the next one."""
+    """Blocking; for worker threads. `unannounced` returns the pods that may have to be searched for."""
 
-    def __init__(self, waiting: Callable[[], Iterable[Pod]]) -> None:
-        self._waiting = waiting
+    def __init__(self, unannounced: Callable[[], Iterable[Pod]]) -> None:
+        self._unannounced = unannounced
         self._found: dict[str, Netns] = {}
         self._lock = threading.Lock()
 
-    def find(self, pod: Pod) -> Netns:
-        """Returns the pod's namespace, for the caller to close. Raises SluiceError."""
+    def find(self, pod: Pod, known: Container[str]) -> Netns:
+        """Returns the pod's namespace, for the caller to close. Raises SluiceError.
+
+        `known` has the UIDs of the pods that need no search; the others are searched for together with this one.
+        """
         with self._lock:
             if (found := self._found.pop(pod.uid, None)) is not None:
                 return found
-            answers = self._search({pod.uid: pod, **{one.uid: one for one in self._waiting()}})
+            waiting = {one.uid: one for one in self._unannounced() if one.uid not in known}
+            answers = self._search({pod.uid: pod, **waiting})
         answer = answers.get(pod.uid)
         if isinstance(answer, Netns):
             return answer

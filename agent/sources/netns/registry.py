@@ -185,7 +185,7 @@ class NamespaceRegistry:
             problems.append(NetnsError(f"{path}: is another network namespace by now"))
         if not pod.netns_path and self._unannounced is not None:
             try:
-                netns = self._unannounced.find(pod)
+                netns = self._unannounced.find(pod, self._open.keys())
             except NetnsError as error:
                 if type(error) is not NetnsError:  # a namespace was found, but not proven to be the pod's
                     raise

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from agent.app.wiring import bind
+from agent.app.parts import bind
 from agent.core.errors import SettingsError
 
 

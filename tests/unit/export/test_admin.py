@@ -27,7 +27,7 @@ Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 class Bench:
     def __init__(self, world: World) -> None:
         self.world, self.ready = world, ("", "")
-        self.metrics = Metrics(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
+        self.metrics = Metrics()
         self.admin = Admin(
             settings=world.reconciler.settings,
             table=world.table,
@@ -81,7 +81,8 @@ def test_public_paths() -> None:
 
 
 def test_metrics_parse_and_count_what_happened() -> None:
-    metrics = Metrics(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
+    metrics = Metrics()
+    metrics.collect(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
     metrics.cni("ADD", 11, 0.02)
     metrics.applied(Pod("u", "shop", "web"), "nftables", ("a",), 0.001, "nft[1]")
     metrics.applied(Pod("u", "shop", "web"), "nftables", (), 0.001, "")

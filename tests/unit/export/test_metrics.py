@@ -17,7 +17,7 @@ def test_a_failure_that_repeats_is_logged_once_a_minute_and_counted_each_time(
 ) -> None:
     now = 100.0
     monkeypatch.setattr("agent.export.metrics.time.monotonic", lambda: now)
-    metrics = Metrics(states=tuple, ztunnels=lambda: 0)
+    metrics = Metrics()
     with caplog.at_level(logging.ERROR):
         for uid in ("a", "a", "b", "a"):
             metrics.failed(Pod(uid, "shop", uid), KernelError("read", 1, "refused"))
@@ -30,7 +30,7 @@ def test_a_failure_that_repeats_is_logged_once_a_minute_and_counted_each_time(
 
 def test_a_pod_without_a_sandbox_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     """After a reboot its sandbox is about to be made anew; and a pod may have ended before that was announced."""
-    metrics = Metrics(states=tuple, ztunnels=lambda: 0)
+    metrics = Metrics()
     with caplog.at_level(logging.INFO):
         metrics.failed(Pod("a", "shop", "a", source="kube"), NetnsError("nothing of it is here"))
         metrics.failed(Pod("b", "shop", "b", source="kube"), ForeignNetnsError("it is another one's"))

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 
 from agent.core.model.pods import Pod
 from agent.export.http import HttpServer, Request, Response, takes_gzip
-from agent.export.metrics_page import ConnectionMetrics, Page
+from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
 from agent.flows.identity import Who
 from agent.flows.label_totals import LabelTotals
 from agent.flows.record import Delta, Direction, Fate, Reason
@@ -32,9 +32,9 @@ def a_registry() -> CollectorRegistry:
 
 
 def connections(number: int = 1, losses: Mapping[str, int] | None = None) -> ConnectionMetrics:
-    found = ConnectionMetrics(LabelTotals(Who()), lambda: losses or {})
-    found.add([delta(pod) for pod in range(number)], [], lambda n: Pod("u", "shop", f"web-{n}"), 5.0)
-    return found
+    totals = SharedTotals(LabelTotals(Who()))
+    totals.add([delta(pod) for pod in range(number)], [], lambda n: Pod("u", "shop", f"web-{n}"), 5.0)
+    return ConnectionMetrics(totals, lambda: losses or {})
 
 
 def delta(pod: int) -> Delta:
@@ -83,7 +83,7 @@ class Held(ConnectionMetrics):
     """Rendering waits until it is told to go on, or a test has failed."""
 
     def __init__(self) -> None:
-        super().__init__(LabelTotals(Who()))
+        super().__init__(SharedTotals(LabelTotals(Who())))
         self.entered, self.go, self.times = threading.Event(), threading.Event(), 0
 
     def render(self, openmetrics: bool) -> Iterator[bytes]:
@@ -132,7 +132,7 @@ def test_a_page_that_fails_is_tried_anew() -> None:
             raise ZeroDivisionError
 
     async def run() -> None:
-        page = Page(a_registry(), Broken(LabelTotals(Who())))
+        page = Page(a_registry(), Broken(SharedTotals(LabelTotals(Who()))))
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await page(asked({}))
@@ -141,20 +141,21 @@ def test_a_page_that_fails_is_tried_anew() -> None:
 
 
 def test_adding_from_other_threads_while_pages_are_written() -> None:
-    shared = connections(0)
+    totals = SharedTotals(LabelTotals(Who()))
+    shown = ConnectionMetrics(totals)
 
     def work(base: int) -> None:
         for n in range(200):
-            shared.add([delta(base + n)], [], lambda pod: Pod("u", "shop", f"web-{pod}"), float(n))
+            totals.add([delta(base + n)], [], lambda pod: Pod("u", "shop", f"web-{pod}"), float(n))
 
     threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        b"".join(shared.render(True))
+        b"".join(shown.render(True))
     for thread in threads:
         thread.join()
-    (family,) = (f for f in parse_plain(b"".join(shared.render(False)).decode()) if f.name == "sluice_connections")
+    (family,) = (f for f in parse_plain(b"".join(shown.render(False)).decode()) if f.name == "sluice_connections")
     assert sum(sample.value for sample in family.samples) == 2 * 600
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ class Nothing(SearchBatcher):
     def __init__(self) -> None:
         super().__init__(tuple)
 
-    def find(self, pod: Pod) -> Netns:
+    def find(self, pod: Pod, known: Container[str]) -> Netns:
         raise NetnsError("nothing of it is here")
 
 

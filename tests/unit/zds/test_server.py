@@ -99,15 +99,16 @@ class Bench:
         self.changed: list[str | None] = []
         self._progress = asyncio.Event()
         self.acting: asyncio.Event | None = None  # until it is set, what follows from an acknowledgement is not done
-        self.server = ZdsServer(
-            path=str(folder / "zds.sock"),
-            seconds=seconds,
-            acknowledged=self._acknowledged,
-            left=lambda: self._note(None),
-        )
+        self.server = ZdsServer(str(folder / "zds.sock"), seconds)
         self.files: dict[str, Any] = {}
 
-    async def _acknowledged(self, uid: str) -> None:
+    def arrived(self, process: Process) -> None:
+        process.close()
+
+    def left(self) -> None:
+        self._note(None)
+
+    async def acknowledged(self, uid: str) -> None:
         self._note(uid)
         if self.acting is not None:
             await self.acting.wait()
@@ -160,7 +161,7 @@ def bench(seconds: float = LATE) -> Callable[[Callable[[Bench], Awaitable[None]]
 
 @contextlib.asynccontextmanager
 async def serving(made: Bench) -> AsyncIterator[Bench]:
-    task = asyncio.create_task(made.server.serve())
+    task = asyncio.create_task(made.server.serve(made))
     await asyncio.sleep(0)
     try:
         yield made
@@ -450,8 +451,8 @@ def test_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def met(made: Bench, arrived: Callable[[Process], None]) -> None:
-    """The bench's server, but with somebody who wants ztunnel's processes; not serving yet."""
-    made.server._arrived = arrived
+    """From now on the bench takes the processes of ztunnels so."""
+    made.arrived = arrived  # type: ignore[method-assign]
 
 
 @bench()
@@ -507,7 +508,7 @@ async def test_descriptors_of_processes_are_not_left_behind(made: Bench) -> None
     before = sum("pidfd" in place for place in open_files())
     met(made, fail)
     assert await visit() == before
-    made.server._arrived = None
+    met(made, Process.close)
     assert await visit() == before
 
 

@@ -14,7 +14,7 @@ from agent.core.errors import KernelError, KubeError, NetnsError
 from agent.core.model.pods import KubePod, Pod, PodTable
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.sources.kube import events
-from agent.sources.kube.events import Events
+from agent.sources.kube.events import EventJournal, Events
 
 POD = Pod("u1", "shop", "web")
 KUBE = KubePod("u1", "shop", "web", api_uid="a1")
@@ -53,14 +53,15 @@ def written(made: Events, api: Api, count: int) -> list[Any]:
 
 def test_what_owners_of_pods_have_to_know_is_an_event_on_the_pod(table: PodTable) -> None:
     api, looked = Api(), list[str]()
-    made = Events(api, table, "node-1", looked.append)
-    made.applied(POD, "nftables", ("a chain is gone",), 0.003, "nft[12]")
-    made.applied(POD, "nftables", ("at first",), 0.003, "")  # no repair
-    made.failed(POD, KernelError("setns", 1, "not permitted"))
-    made.failed(replace(POD, source="kube"), NetnsError("nothing of it is here"))
-    made.contended(POD, "iptables[3]", ("foreign",))
-    made.probed(POD, ProbeResult(ProbeVerdict.OK))
-    made.passed(POD, 0.1)
+    made = Events(api, table, "node-1")
+    journal = EventJournal(made, looked.append)
+    journal.applied(POD, "nftables", ("a chain is gone",), 0.003, "nft[12]")
+    journal.applied(POD, "nftables", ("at first",), 0.003, "")  # no repair
+    journal.failed(POD, KernelError("setns", 1, "not permitted"))
+    journal.failed(replace(POD, source="kube"), NetnsError("nothing of it is here"))
+    journal.contended(POD, "iptables[3]", ("foreign",))
+    journal.probed(POD, ProbeResult(ProbeVerdict.OK))
+    journal.passed(POD, 0.1)
     bodies = written(made, api, 3)
     assert [body["reason"] for body in bodies] == ["CaptureRepaired", "CaptureFailed", "CaptureContended"]
     assert bodies[0]["message"] == "nft[12] changed nftables, repaired after 3 ms: a chain is gone"
@@ -80,7 +81,7 @@ def test_the_same_kind_is_told_once_in_a_while_and_the_rest_is_counted(
     now = [100.0]
     monkeypatch.setattr(events.time, "monotonic", lambda: now[0])
     api = Api()
-    made = Events(api, table, "node-1", lambda _: None)
+    made = Events(api, table, "node-1")
     for _ in range(5):
         made.report(POD, "CaptureFailed", "no")
     now[0] += events.EVERY
@@ -90,7 +91,7 @@ def test_the_same_kind_is_told_once_in_a_while_and_the_rest_is_counted(
 
 def test_more_than_can_wait_and_what_the_api_refuses_is_counted_as_lost(table: PodTable) -> None:
     api = Api()
-    made = Events(api, table, "node-1", lambda _: None)
+    made = Events(api, table, "node-1")
     for number in range(events._MOST + 5):
         made.report(POD, f"Reason{number}", "x" * 5000)
     assert made.lost == 5
@@ -101,14 +102,14 @@ def test_more_than_can_wait_and_what_the_api_refuses_is_counted_as_lost(table: P
 
 
 def test_a_pod_that_kubernetes_does_not_know_has_no_events(table: PodTable) -> None:
-    made = Events(Api(), table, "node-1", lambda _: None)
+    made = Events(Api(), table, "node-1")
     made.report(Pod("other", "shop", "other"), "CaptureFailed", "no")
     assert made._waiting.empty()
 
 
 def test_an_event_on_the_node_is_where_kubectl_describe_looks_for_it(table: PodTable) -> None:
     api = Api()
-    made = Events(api, table, "node-1", lambda _: None)
+    made = Events(api, table, "node-1")
     made.report_node("ZtunnelMissing", "no ztunnel is connected")
     (body,) = written(made, api, 1)
     assert api.sent[0][1] == "/api/v1/namespaces/default/events" and body["metadata"]["namespace"] == "default"

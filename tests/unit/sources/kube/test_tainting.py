@@ -35,12 +35,12 @@ class Node:
 class World:
     def __init__(self, *, returns: bool) -> None:
         self.node, self.lacking = Node(), "no ztunnel is connected"
-        self.tainting = Tainting(self.node, TAINT, lambda: self.lacking, returns=returns)
+        self.tainting = Tainting(self.node, TAINT, returns=returns)
 
     def look(self, times: int = 1) -> bool:
         async def run() -> None:
             for _ in range(times):
-                await self.tainting.look()
+                await self.tainting.look(self.lacking)
 
         asyncio.run(run())
         return self.node.tainted
