@@ -63,11 +63,11 @@ def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
     preexisting = PreexistingConnections()
     with closing(NamespaceRegistry(state)) as namespaces, closing(preexisting):
         enrolment = Enrolment(
-            choice,
-            namespaces,
-            preexisting,
-            Switching(choice, None),
-            None,
+            choice=choice,
+            namespaces=namespaces,
+            preexisting=preexisting,
+            switching=Switching(choice, None),
+            non_tcp=None,
             listening=ZtunnelPorts(map(int, settings.ztunnel_ports)),  # the rules depend on it (Redirect.hbone)
             preserve=settings.preserve_connections,
         )

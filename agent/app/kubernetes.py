@@ -40,9 +40,9 @@ class Kubernetes:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         node: str,
-        *,
         table: PodTable,
         namespaces: NamespaceRegistry,
         reconciler: Reconciler,

@@ -37,7 +37,7 @@ log = logging.getLogger("sluice.enrolment")
 TEARDOWN = frozenset({errno.ENETDOWN, errno.ENODEV, errno.ENXIO, errno.ENOENT})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolled:
     """The result of a pass that captured a pod.
 
@@ -72,6 +72,7 @@ class Enrolment:
 
     def __init__(
         self,
+        *,
         choice: Choice,
         namespaces: NamespaceRegistry,
         preexisting: PreexistingConnections,
@@ -81,7 +82,6 @@ class Enrolment:
         listening: ZtunnelPorts | None = None,
         proxied: ZtunnelConnections | None = None,
         stale: StaleFlows | None = None,
-        *,
         preserve: bool,
     ) -> None:
         """With `preserve` pre-existing connections of a newly enrolled pod run on.

@@ -46,6 +46,7 @@ class Reconciler:
 
     def __init__(
         self,
+        *,
         settings: Settings,
         table: PodTable,
         choice: Choice,
@@ -54,7 +55,6 @@ class Reconciler:
         watcher: interfaces.DriftWatcher,
         journal: interfaces.Journal,
         random: Callable[[], float],
-        *,
         preexisting: interfaces.PreexistingConnections,
         preswitch: interfaces.PreexistingConnections | None = None,
         host: interfaces.HostLoop | None = None,
@@ -80,15 +80,15 @@ class Reconciler:
         self._claims = Claims(host)
         self._canaries = Canaries(canary)
         self._enrolment = Enrolment(
-            choice,
-            namespaces,
-            preexisting,
-            Switching(choice, preswitch),
-            non_tcp,
-            accounting,
-            listening,
-            proxied,
-            stale,
+            choice=choice,
+            namespaces=namespaces,
+            preexisting=preexisting,
+            switching=Switching(choice, preswitch),
+            non_tcp=non_tcp,
+            accounting=accounting,
+            listening=listening,
+            proxied=proxied,
+            stale=stale,
             preserve=settings.preserve_connections,
         )
         self._schedule = Schedule(settings.verify_seconds, random)
@@ -151,7 +151,7 @@ class Reconciler:
     def _entry(self, uid: str) -> PodState:
         if uid not in self._entries:
             self._unseen.add(uid)
-            self._entries[uid] = PodState(self.choice.name)
+            self._entries[uid] = PodState(backend=self.choice.name)
         return self._entries[uid]
 
     async def settled(self, uid: str) -> Status:
@@ -358,7 +358,7 @@ class Reconciler:
             del self._entries[uid]
             resolve(entry.waiters, Status(State.FAILED, error="the pod is gone"))
         else:  # the same pod is back in another namespace: its old state does not count
-            self._entries[uid] = PodState(self.choice.name, waiters=entry.waiters)
+            self._entries[uid] = PodState(backend=self.choice.name, waiters=entry.waiters)
             self.wake(uid)
         resolve(self._gone.pop(uid, []), None)
 

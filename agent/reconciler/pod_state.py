@@ -31,7 +31,7 @@ SOON = 2.0  # seconds until the next pass over a pod in which something is about
 BELIEVED = 300.0  # seconds; another agent may program a retired layer, and legacy tables send no notifications
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Repair:
     """One drift that was found and repaired. `seconds` run from the notification to the applied plan."""
 
@@ -42,7 +42,7 @@ class Repair:
     seconds: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class PodState:
     """One pod between its passes: its phase, and data that may accompany every phase."""
 
@@ -131,7 +131,11 @@ class PodState:
         cause = (cause or "unknown") if drifted else ""
         for plan in done.applied:
             if drifted and plan.differences:
-                self.repairs.append(Repair(time.time(), plan.layer, plan.differences, cause, seconds))
+                self.repairs.append(
+                    Repair(
+                        time=time.time(), layer=plan.layer, differences=plan.differences, cause=cause, seconds=seconds
+                    )
+                )
                 if self.contention.repaired(time.monotonic()):
                     journal.contended(pod, cause, done.remarks)
             journal.applied(pod, plan.layer, plan.differences, seconds, cause if plan.differences else "")

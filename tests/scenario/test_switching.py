@@ -39,10 +39,18 @@ def restarted(world: World) -> Reconciler:
     old = world.reconciler
     world.carried.known = {uid: set(noted) for uid, noted in world.namespaces.carried.items()}
     made = Reconciler(
-        old.settings, world.table, old.choice, world.namespaces, world.publisher, world.watcher, world.journal,
-        lambda: 0.5, preexisting=world.outside, preswitch=world.carried,
+        settings=old.settings,
+        table=world.table,
+        choice=old.choice,
+        namespaces=world.namespaces,
+        publisher=world.publisher,
+        watcher=world.watcher,
+        journal=world.journal,
+        random=lambda: 0.5,
+        preexisting=world.outside,
+        preswitch=world.carried,
         await_packets=world.await_packets,
-    )  # fmt: skip
+    )
     for one in world.table:
         made.wake(one.uid)
     return made

@@ -389,12 +389,23 @@ class World:
         )
         # Verification by the timer is out of the way: every pass here has a cause in the script.
         self.reconciler = Reconciler(
-            Settings(**{"verify_seconds": 3600.0, **settings}), self.table, choice, self.namespaces,
-            self.publisher, self.watcher, self.journal, lambda: 0.5, preexisting=self.outside, preswitch=self.carried,
-            host=self.host if exempt else None, canary=self.canary if exempt else None, accounting=accounting,
-            listening=self.listening if listens else None, proxied=self.proxied,
+            settings=Settings(**{"verify_seconds": 3600.0, **settings}),
+            table=self.table,
+            choice=choice,
+            namespaces=self.namespaces,
+            publisher=self.publisher,
+            watcher=self.watcher,
+            journal=self.journal,
+            random=lambda: 0.5,
+            preexisting=self.outside,
+            preswitch=self.carried,
+            host=self.host if exempt else None,
+            canary=self.canary if exempt else None,
+            accounting=accounting,
+            listening=self.listening if listens else None,
+            proxied=self.proxied,
             await_packets=self.await_packets,
-        )  # fmt: skip
+        )
 
     def await_packets(self) -> None:
         """In place of the kernel's grace period."""

@@ -57,3 +57,24 @@ def test_unlike_things_are_not_packed(house: ModuleType, tmp_path: Path) -> None
         "a, b = b, a\nleft, right = 0, 1\nname, size = 'x', 4\nself.x, self.y = x, y\nfirst, second = f(1), f(2)\n"
     )
     assert [line for _, line, _ in house.packed(tmp_path)] == [3, 4]
+
+
+def test_constructors_with_many_fields_take_keywords(house: ModuleType) -> None:
+    assert house.positional(REPO) == [], "take keywords, or give the reason: # By position: …"
+
+
+def test_constructors_by_position_are_found(house: ModuleType, tmp_path: Path) -> None:
+    fields = "".join(f"    {name}: int\n" for name in "abcde")
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "example.py").write_text(
+        f"@dataclass\nclass Value:\n{fields}"
+        f"@dataclass(kw_only=True)\nclass Named:\n{fields}"
+        f"@dataclass\nclass Half:\n    z: int\n    _: KW_ONLY\n{fields}"
+        f"# By position: it is unpacked.\n@dataclass\nclass Unpacked:\n{fields}"
+        f"class Row(NamedTuple):\n{fields}"
+        "class Part:\n    def __init__(self, a, b, c, d, e): ...\n"
+        "class Other:\n    def __init__(self, a, *, b, c, d, e): ...\n"
+        "Row(1, 2, 3, 4, 5)\nRow(a=1, b=2, c=3, d=4, e=5)\nUnpacked(1, 2, 3, 4, 5)\n"
+    )
+    found = [text for _, _, text in house.positional(tmp_path)]
+    assert found == ["Value takes 5", "Part takes 5", "Row is given 5"]
