@@ -233,10 +233,13 @@ class SessionCore:
         match event:
             case RequestReceived():
                 self._last_remote = event.stream_id
-                self._streams[event.stream_id] = _Stream(self._initial_window)
+                opened = self._streams[event.stream_id] = _Stream(self._initial_window)
+                opened.remote_end = event.stream_ended is not None
                 yield Opened(event.stream_id, list(event.headers))
             case ResponseReceived() if event.stream_id in self._streams:
-                self._streams[event.stream_id].answered = True
+                answered = self._streams[event.stream_id]
+                answered.answered = True
+                answered.remote_end = event.stream_ended is not None
                 yield Answered(event.stream_id, list(event.headers))
             case StreamEnded() if event.stream_id in self._streams:
                 self._streams[event.stream_id].remote_end = True
