@@ -8,6 +8,7 @@ from contextlib import closing
 
 import pytest
 from support.ebpf import EbpfNode
+from support.node import until
 from support.pair import POD4, Pair
 from support.pair import pair as made
 from support.rules import CHOICES, layers
@@ -109,7 +110,8 @@ def test_with_ebpf_a_socket_tells_and_nothing_is_sent(nodes: Pair) -> None:
             run(["nft", "delete table ip theirs"], netns=nodes.pod.path)
             assert line.startswith(WHAT + said)
         bpffs.remove_tree(node.pins.node.link("connect4"))
-        assert led_astray(nodes.target, want, by_socket=True) == (WHAT + "leave the pod uncaptured",)
+        found = until(lambda: led_astray(nodes.target, want, by_socket=True), "the kernel has detached the program")
+        assert found == (WHAT + "leave the pod uncaptured",)
         run(["sysctl", "-qw", "net.ipv4.tcp_fastopen=0"], netns=nodes.pod.path)
         assert led_astray(nodes.target, want, by_socket=True) == (), "it cannot be tested"
         run(["sysctl", "-qw", "net.ipv4.tcp_fastopen=1"], netns=nodes.pod.path)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BPF links: what keeps a program attached for as long as a descriptor or a pin of the link is there.
 
-A pin is removed by unlinking it, or by another link that is pinned in its place; that detaches when no descriptor is
-left.
+A pin is removed by unlinking it, or by another link that is pinned in its place. That detaches when no descriptor is
+left, but not at once: the kernel frees the link after a grace period of RCU (bpf_free_inode), and calls the program
+some milliseconds longer.
 """
 
 from __future__ import annotations
