@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
-/* What the programs that account for connections and the agent both read: agent/flows/ebpf/abi.py, compared by BTF in the tests.
+/* What the programs that account for connections and the agent both read: agent/flows/ebpf/account_abi.py, compared by BTF in the tests.
  *
  * As in abi.h: addresses are 16 bytes in network order, ports are in network order, no padding without a name. Times are
  * those of CLOCK_MONOTONIC, in nanoseconds. Bytes are of payload.

@@ -21,8 +21,8 @@ from agent.core.settings import Settings
 from agent.kernel.unix_socket import claim
 from agent.reconciler.enrolment import Enrolment
 from agent.reconciler.switching import Switching
-from agent.sources.netns.registry import NamespaceRegistry
-from agent.sources.preexisting import PreexistingConnections
+from agent.sources.netns.namespace_registry import NamespaceRegistry
+from agent.sources.preexisting_connections import PreexistingConnections
 from agent.sources.state import backend_record
 from agent.sources.state.notes import Notes
 from agent.sources.ztunnel_ports import ZtunnelPorts

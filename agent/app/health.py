@@ -15,7 +15,7 @@ from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.export.collectors import Cluster, Condition, age, uncaptured
 from agent.flows.accounting import Accounting
-from agent.reconciler.host import HostLoop
+from agent.reconciler.host_loop import HostLoop
 from agent.reconciler.loop import Reconciler
 from agent.sources.state.notes import Notes
 from agent.sources.static_file import StaticFile

@@ -19,15 +19,15 @@ from agent.sources.kube import objects, source
 from agent.sources.kube.access import Access
 from agent.sources.kube.admission import Admission
 from agent.sources.kube.annotating import Annotator
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
+from agent.sources.kube.cluster_workloads import ClusterWorkloads
 from agent.sources.kube.conditions import ZtunnelCondition
 from agent.sources.kube.events import EventJournal, Events
 from agent.sources.kube.follower import Follower
-from agent.sources.kube.nodes import KubeNode, Taint
+from agent.sources.kube.node_taints import KubeNode, Taint
 from agent.sources.kube.review import Review
 from agent.sources.kube.tainting import Tainting
-from agent.sources.kube.workloads import ClusterWorkloads
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state.offline_allowlist import OfflineAllowlist
 from agent.zds.server import ZdsServer
 

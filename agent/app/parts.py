@@ -18,15 +18,15 @@ from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.backends.hostprobes.layers import layers
 from agent.backends.trials import KernelTrials
 from agent.core.errors import SettingsError
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod, PodTable
+from agent.core.model.port_listeners import PortListeners
 from agent.core.policy.canary import ProbeResult
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.export import verifying
 from agent.export.explaining import ExplainContext
 from agent.export.metrics_page import ConnectionMetrics, SharedTotals
-from agent.flows import choose as collectors
+from agent.flows import collector_choice as collectors
 from agent.flows.accounting import Accounting
 from agent.flows.identity import Who
 from agent.flows.journal import ConnectionJournal
@@ -36,11 +36,11 @@ from agent.flows.peers_file import PeersFile
 from agent.install.host_root import HostRoot
 from agent.kernel import host_view
 from agent.kernel.host_netns import HostNetns
-from agent.reconciler.host import HostJournal, HostLoop
+from agent.reconciler.host_loop import HostJournal, HostLoop
 from agent.reconciler.interfaces import Journal
 from agent.sources import pathprograms
 from agent.sources.cni import cache
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state import backend_record
 from agent.sources.static_file import StaticFile
 from agent.sources.ztunnel_ports import ZtunnelPorts
@@ -169,7 +169,7 @@ def build_account(settings: Settings, table: PodTable, who: Who, node: str, mech
 def explain_context(
     zds: ZdsServer, namespaces: NamespaceRegistry, listening: ZtunnelPorts, host: HostLoop, places: Mapping[str, str]
 ) -> ExplainContext:
-    """Builds the context of explain. `places` as in agent.cli.settings.places."""
+    """Builds the context of explain. `places` as in agent.cli.settings_sources.places."""
 
     def heard(uid: str) -> PortListeners | None:
         target = namespaces.opened(uid)

@@ -32,8 +32,8 @@ from agent.app.parts import (
 from agent.app.ztunnel_registration import ZtunnelRegistration
 from agent.backends.ebpf.counting import exits
 from agent.core.model.pods import Pod, PodTable
+from agent.core.policy.backend_switch import carried
 from agent.core.policy.decide import decide
-from agent.core.policy.switching import carried
 from agent.core.settings import Settings
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
@@ -42,14 +42,14 @@ from agent.export.metrics import Metrics
 from agent.flows.identity import Who
 from agent.kernel.unix_socket import claim, listen
 from agent.reconciler.loop import Reconciler
-from agent.sources.canary import ProbeCanary
 from agent.sources.cni.service import CniService
 from agent.sources.cni.socket import CniSocket
 from agent.sources.drift import DriftWatcher
 from agent.sources.netns.batcher import SearchBatcher
-from agent.sources.netns.registry import NamespaceRegistry
-from agent.sources.non_tcp import NonTcpCounter
-from agent.sources.preexisting import PreexistingConnections
+from agent.sources.netns.namespace_registry import NamespaceRegistry
+from agent.sources.non_tcp_totals import NonTcpCounter
+from agent.sources.preexisting_connections import PreexistingConnections
+from agent.sources.probe_canary import ProbeCanary
 from agent.sources.stale_flows import StaleFlows
 from agent.sources.state.notes import Notes
 from agent.sources.state.offline_allowlist import OfflineAllowlist

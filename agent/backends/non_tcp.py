@@ -12,7 +12,7 @@ from agent.backends.ebpf import counting as ebpf
 from agent.backends.ebpf.pins import Pins
 from agent.backends.iptables import entries
 from agent.backends.iptables import rendering as xtables
-from agent.backends.netfilter.messages import expressions, rule_comment
+from agent.backends.netfilter.message_parts import expressions, rule_comment
 from agent.backends.netfilter.rules import Hook, Table
 from agent.backends.nftables import rendering as nftables
 from agent.core import names

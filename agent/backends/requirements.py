@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 
-from agent.backends.netfilter.messages import base_chain
+from agent.backends.netfilter.message_parts import base_chain
 from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
 from agent.backends.nftables import expressions
 from agent.backends.nftables.expressions import compare, expression, meta, payload

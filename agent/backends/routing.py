@@ -25,7 +25,7 @@ from agent.core.model.redirect import Redirect
 from agent.core.wire.rtnetlink import Item, command
 from agent.kernel import scratch
 from agent.kernel.netlink.notifications import NotificationMark
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.pod_netns import PodNetns
 
 _MOST_INTERFACES = 32  # of a pod that get a route: it may have any number

@@ -25,8 +25,8 @@ from agent.core.model.sockets import TcpState, text
 from agent.core.wire import packet
 from agent.core.wire.netlink import unpack_int
 from agent.core.wire.rtnetlink import AF
-from agent.kernel.netlink import conntrack
-from agent.kernel.netlink.conntrack import Endpoint, NewFlows
+from agent.kernel.netlink import ctnetlink
+from agent.kernel.netlink.ctnetlink import Endpoint, NewFlows
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 
@@ -58,7 +58,7 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
         if place == service and by_socket:
             return f"{what} would leave the pod uncaptured"
         # Without conntrack nothing translates, and it need not be loaded for a look.
-        tracked = place == service or target.netns.call(conntrack.is_loaded)
+        tracked = place == service or target.netns.call(ctnetlink.is_loaded)
         flow = target.netns.call(lambda: _send(own if place == service else source, place)) if tracked else None
     except (OSError, KernelError):
         return ""  # there is no route, a rule refused it, or the kernel does not say

@@ -8,10 +8,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from agent.backends import preflight
+from agent.backends import kernel_features
 from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS, Trials
-from agent.backends.preflight import Feature
+from agent.backends.kernel_features import Feature
 from agent.backends.registry import mechanisms
 from agent.backends.selftest import selftest_choice
 
@@ -39,7 +39,7 @@ class KernelTrials:
 
     @property
     def trials(self) -> Trials:
-        return Trials(self.probe, self.test, lambda choice: preflight.lacking(self.features(choice)))
+        return Trials(self.probe, self.test, lambda choice: kernel_features.lacking(self.features(choice)))
 
     def probe(self, layer: str) -> Support:
         self.support[layer] = self.backends[layer].probe()
@@ -52,5 +52,5 @@ class KernelTrials:
 
     def features(self, choice: str) -> tuple[Feature, ...]:
         """Tries every need of the choice. Loads modules as programming a pod would."""
-        attempt = partial(preflight.attempt, bpf_dir=str(self._pins.root))
-        return preflight.examine(choice, ipv6=self._ipv6, attempt=attempt)
+        attempt = partial(kernel_features.attempt, bpf_dir=str(self._pins.root))
+        return kernel_features.examine(choice, ipv6=self._ipv6, attempt=attempt)

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 
-from agent.cli import settings as from_user
+from agent.cli import settings_sources
 from agent.core import names
 from agent.core.errors import KubeError, SettingsError
 from agent.core.settings import Settings
@@ -29,7 +29,7 @@ def take_back(config: str, captured: Collection[str], problems: list[str]) -> li
     """
     given = argparse.Namespace(**{field.name: None for field in fields(Settings)} | {"config": config})
     try:
-        settings = from_user.load(given)
+        settings = settings_sources.load(given)
         if settings.kube_server in ("", "none"):
             return []
         if other := theirs_runs(HostRoot(settings.host_root), [RUN_DIR], Path("/proc")):
@@ -51,7 +51,7 @@ def take_back(config: str, captured: Collection[str], problems: list[str]) -> li
 async def _take_back(settings: Settings, captured: Collection[str]) -> list[str]:
     from agent.sources.kube import annotating  # with TLS and all: only where there is a cluster
     from agent.sources.kube.access import Access
-    from agent.sources.kube.client import Client
+    from agent.sources.kube.api_client import Client
 
     client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
     try:

@@ -16,8 +16,8 @@ from agent.cli.effective_settings import in_force
 from agent.core.text import table
 from agent.diagnosis.checks import CHECKS, chosen
 from agent.diagnosis.collect import collect
-from agent.diagnosis.facts import NodeFacts
 from agent.diagnosis.finding import Check, CheckResult, CheckVerdict, examine_all, exit_code
+from agent.diagnosis.node_facts import NodeFacts
 
 _MOST = 5  # rows of one cause that are shown
 

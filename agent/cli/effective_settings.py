@@ -9,7 +9,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
-from agent.cli import settings as from_user
+from agent.cli import settings_sources
 from agent.core.settings import Settings
 from agent.diagnosis.probes.agents import process
 
@@ -33,7 +33,7 @@ def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tupl
         args.config = config or os.environ.get("SLUICE_CONFIG", "") or usual
         source = args.config or "defaults"
     args.run_dir = run_dir
-    return from_user.load(args, variables), source
+    return settings_sources.load(args, variables), source
 
 
 def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
@@ -45,7 +45,7 @@ def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
     except OSError:
         return None
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    from_user.add_options(parser)
+    settings_sources.add_options(parser)
     after = words[len(words) - words[::-1].index("agent") :] if "agent" in words else words
     with contextlib.suppress(argparse.ArgumentError):
         args, _ = parser.parse_known_args(after)

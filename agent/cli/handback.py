@@ -13,13 +13,12 @@ from dataclasses import KW_ONLY, asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent.backends import istio_handback, ownership
+from agent.backends import istio_handback, layer_ownership
 from agent.backends.base import PodLayer
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers
 from agent.backends.registry import mechanisms
-from agent.cli import options
-from agent.cli import settings as from_user
+from agent.cli import options, settings_sources
 from agent.cli.uncapture import forget_account, hold, leftovers
 from agent.core.errors import KernelError, SluiceError, StaleError
 from agent.core.model.ownership import Owner
@@ -49,7 +48,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--all", action="store_true", required=True, help="every captured pod of this node")
     parser.add_argument("--dry-run", action="store_true", help="only show what would be changed")
     options.netns(parser)
-    options.finish(parser, _run, options.output, from_user.add_options)
+    options.finish(parser, _run, options.output, settings_sources.add_options)
 
 
 @dataclass(slots=True)
@@ -66,7 +65,7 @@ class Row:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = from_user.load(args)
+    settings = settings_sources.load(args)
     options.require_root("sluice handback enters network namespaces")
     problems: list[str] = []
     rows = hand_back_all(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run)
@@ -120,7 +119,7 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
 def _host(*, dry_run: bool) -> Iterator[Row]:
     """Removes the exemption of the node's probes: istio-cni creates its own, and fails if a chain of Sluice exists."""
     with contextlib.closing(HostNetns()) as host:
-        found = uncapture_host(host, layers("off")[1], ownership.host_layer_owner, dry_run=dry_run)
+        found = uncapture_host(host, layers("off")[1], layer_ownership.host_layer_owner, dry_run=dry_run)
     if found is None or found.result == LEFT:
         return
     result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
@@ -138,7 +137,7 @@ def _host(*, dry_run: bool) -> Iterator[Row]:
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
     """Returns whether anything of Sluice was there; fills in the row. Raises SluiceError; earlier work stays."""
     made = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
-    ours = [n for n in _NETFILTER if ownership.layer_owner(n, made[n].read(target)) is Owner.SLUICE]
+    ours = [n for n in _NETFILTER if layer_ownership.layer_owner(n, made[n].read(target)) is Owner.SLUICE]
     captured = note is not None and note.captured
     if not ours and not captured:
         return False

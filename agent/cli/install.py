@@ -10,8 +10,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from agent.cli import options
-from agent.cli import settings as from_user
+from agent.cli import options, settings_sources
 from agent.core.text import pairs
 from agent.install.installer import Installer, Look, mode
 
@@ -21,11 +20,11 @@ def register(subparsers: Any) -> None:
         "install", help="put the CNI plugin and its configuration in place; exit 1 if they are not"
     )
     parser.add_argument("--check", action="store_true", help="change nothing, only report")
-    options.finish(parser, _run, options.output, from_user.add_options)
+    options.finish(parser, _run, options.output, settings_sources.add_options)
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = from_user.load(args)
+    settings = settings_sources.load(args)
     if mode(settings) == "off" and settings.cni_install == "auto":
         settings = replace(settings, cni_install="own")  # running this command asks for it
     installer = Installer(settings)

@@ -12,8 +12,8 @@ from agent.core.text import table
 from agent.kernel.exec import start
 from agent.lab.demo import demo
 from agent.lab.lab import Lab, check_machine, down
+from agent.lab.lab_spec import DEFAULT_PREFIX, DOMAIN, default_spec
 from agent.lab.node_services import LabBackend
-from agent.lab.topology import DEFAULT_PREFIX, DOMAIN, default_spec
 
 
 def register(subparsers: Any) -> None:

@@ -14,8 +14,7 @@ from typing import Any
 
 import yaml
 
-from agent.cli import handback, options
-from agent.cli import settings as from_user
+from agent.cli import handback, options, settings_sources
 from agent.cli.uncapture import hold
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
@@ -29,7 +28,7 @@ from agent.install.planning import View
 from agent.migration import assessment, steps, values
 from agent.migration.assessment import FINE, LEFT, NOTE, OBSTACLE, MigrationFinding
 from agent.migration.collect import collect
-from agent.migration.facts import MigrationFacts
+from agent.migration.migration_facts import MigrationFacts
 from agent.migration.steps import MigrationStep, Steps
 
 Plan = Callable[[View], Steps]
@@ -50,7 +49,7 @@ def register(subparsers: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="only show the steps")
     options.netns(parser, "look at these namespaces alone, not at the host's")
-    options.finish(parser, _run, options.output, from_user.add_options)
+    options.finish(parser, _run, options.output, settings_sources.add_options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class _Node:
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = from_user.load(args)
+    settings = settings_sources.load(args)
     options.require_root("sluice migrate enters network namespaces")
     how = "insert" if mode(settings) == "insert" else "own"
     node = _Node(args, settings, plugin_entry(settings), how)

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent.backends.choose import LAYERS, Choice, choose, choose_host
 from agent.backends.ebpf.pins import Pins
-from agent.backends.preflight import Feature, merge
+from agent.backends.kernel_features import Feature, merge
 from agent.backends.trials import KernelTrials
 from agent.cli import options
 from agent.core.errors import SettingsError

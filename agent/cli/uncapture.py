@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.registry import mechanisms
@@ -22,7 +22,7 @@ from agent.cli import annotation, options
 from agent.core.errors import KernelError, SluiceError
 from agent.core.model.ownership import Owner
 from agent.core.text import table
-from agent.flows.ebpf.pods import AccountedPods
+from agent.flows.ebpf.accounted_pods import AccountedPods
 from agent.kernel.bpf import bpffs
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
@@ -90,7 +90,7 @@ def _all(args: argparse.Namespace) -> int:
     if not args.netns:
         rows += leftovers(Pins.of(args.bpf_dir), dry_run=args.dry_run)
         with contextlib.closing(HostNetns()) as host:
-            found = uncapture_host(host, host_layers("off")[1], ownership.host_layer_owner, dry_run=args.dry_run)
+            found = uncapture_host(host, host_layers("off")[1], layer_ownership.host_layer_owner, dry_run=args.dry_run)
         rows += [Row(_HOST, None, found)] if found else []
     if not args.dry_run:
         stay = {row.pod.uid for row in rows if row.pod and not row.right}
@@ -132,7 +132,7 @@ def remove(
         with contextlib.closing(PodNetns(netns)) as target:
             noted = bool(pod and pod.captured)
             removal = uncapture(
-                target, layers, ownership.layer_owner, noted=noted, foreign=args.foreign, dry_run=args.dry_run
+                target, layers, layer_ownership.layer_owner, noted=noted, foreign=args.foreign, dry_run=args.dry_run
             )
             if removal and removal.result == REMOVED:
                 forget_account(Pins.of(args.bpf_dir), target, problems)

@@ -10,11 +10,10 @@ import argparse
 import signal
 from typing import Any
 
-from agent.cli import options
-from agent.cli import settings as from_user
+from agent.cli import options, settings_sources
 from agent.cli.uncapture import hold
 from agent.core.errors import SluiceError
-from agent.install.uninstall import Uninstall
+from agent.install.uninstall_steps import Uninstall
 
 
 def register(subparsers: Any) -> None:
@@ -33,11 +32,11 @@ def register(subparsers: Any) -> None:
         action="store_true",
         help="afterwards wait for SIGTERM, for use as the only command of a DaemonSet's pod",
     )
-    options.finish(parser, _run, options.output, from_user.add_options)
+    options.finish(parser, _run, options.output, settings_sources.add_options)
 
 
 def _run(args: argparse.Namespace) -> int:
-    settings = from_user.load(args)
+    settings = settings_sources.load(args)
     if args.wait:  # before anything is done, so that no signal is lost
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     todo = Uninstall(settings, args.binary)

@@ -24,7 +24,7 @@ from agent.core.text import table
 from agent.core.wire.tcp_info import TcpReport
 from agent.diagnosis import network
 from agent.diagnosis.bundle import MOST, Bundle, safe
-from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.node_facts import NodeFacts
 from agent.install.host_root import HostRoot
 from agent.kernel import exec, xtables
 from agent.kernel.admin_socket import ask

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 
-from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.node_facts import NodeFacts
 
 DOCS = "docs/troubleshooting.md"
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from agent.diagnosis.facts import NodeFacts
+from agent.diagnosis.node_facts import NodeFacts
 
 _AGENTS = "-l app.kubernetes.io/name=sluice,app.kubernetes.io/component=agent"
 

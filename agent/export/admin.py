@@ -20,7 +20,7 @@ from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.verifying import Part, Row, row
 from agent.reconciler.loop import Reconciler
-from agent.sources.non_tcp import NonTcpCounter
+from agent.sources.non_tcp_totals import NonTcpCounter
 
 if TYPE_CHECKING:
     from agent.sources.kube.review import Review

@@ -17,7 +17,7 @@ from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
 from agent.core.model.sockets import TcpState
 from agent.core.model.status import State, Status
-from agent.flows.inet_diag.sockets import PodSockets
+from agent.flows.inet_diag.socket_counts import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
 

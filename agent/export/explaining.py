@@ -13,17 +13,17 @@ from typing import Any
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.core.model.exclusions import PREFIXES
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod, PodTable, mode
+from agent.core.model.port_listeners import PortListeners
 from agent.core.policy.decide import Decision, decide, enrols_namespace, options
 from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import PATIENCE, advise
 from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request
-from agent.reconciler.host import HostStatus
+from agent.reconciler.host_loop import HostStatus
 from agent.reconciler.loop import Reconciler
-from agent.sources.non_tcp import NonTcpCounter
+from agent.sources.non_tcp_totals import NonTcpCounter
 from agent.zds.messages import Add
 
 _COUNTED = 500  # ended connections that the answer summarises

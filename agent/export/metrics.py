@@ -28,7 +28,7 @@ from agent.export.collectors import (
     socket_metrics,
 )
 from agent.export.metrics_page import ConnectionMetrics, Page
-from agent.flows.inet_diag.sockets import PodSockets
+from agent.flows.inet_diag.socket_counts import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
 

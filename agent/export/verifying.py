@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from agent.core.errors import SluiceError
-from agent.reconciler.host import HostLoop
+from agent.reconciler.host_loop import HostLoop
 from agent.sources.cni.cache import CachedSandbox
 from agent.zds.server import ZdsServer
 

@@ -21,7 +21,7 @@ from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import text
 from agent.flows.collector import Collector
 from agent.flows.identity import Who
-from agent.flows.inet_diag.sockets import PodSockets, SocketCounts
+from agent.flows.inet_diag.socket_counts import PodSockets, SocketCounts
 from agent.flows.journal import ConnectionJournal
 from agent.flows.peers_file import PeersFile
 from agent.flows.recent import Recent

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from agent.core.errors import KernelError
 from agent.flows.record import Connection, Direction, Fate
-from agent.kernel.netlink.conntrack import Conntrack
+from agent.kernel.netlink.ctnetlink import Conntrack
 
 
 class Endpoints:

@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
-from agent.flows.ebpf import abi
-from agent.flows.ebpf.abi import Share, Shared
+from agent.flows.ebpf import account_abi
+from agent.flows.ebpf.account_abi import Share, Shared
 from agent.kernel.bpf.map import Maps
 
 _PART, _LEAST = 8, 256  # one pod may have an eighth of a map's entries, but at least 256
@@ -39,11 +39,11 @@ class Shares:
         """Sets the shares by the sizes that the maps have."""
         for of, name in _MAPS.items():
             most = max(_LEAST, self._maps[name].max_entries // _PART)
-            self._maps["shares"].update(abi.share_key(0, of), Share(most).encode())
+            self._maps["shares"].update(account_abi.share_key(0, of), Share(most).encode())
 
     def crowded(self) -> Iterator[tuple[int, str]]:
         """Yields (pod, message) for each pod with refused entries since its last message, at most once a minute."""
-        held = {abi.shared(key): (key, abi.share(value)) for key, value in self._maps["shares"].items()}
+        held = {account_abi.shared(key): (key, account_abi.share(value)) for key, value in self._maps["shares"].items()}
         counted: dict[Shared, Counter[int]] = {}
         for (pod, of), (key, share) in held.items():
             most = held[0, of][1].taken if (0, of) in held else 0
@@ -51,7 +51,7 @@ class Shares:
                 continue
             if share.taken > most // 2:
                 if of not in counted:  # once for all pods: one system call per entry
-                    counted[of] = Counter(map(abi.owner, self._maps[_MAPS[of]].keys()))
+                    counted[of] = Counter(map(account_abi.owner, self._maps[_MAPS[of]].keys()))
                 self._correct(key, share, counted[of][pod])
             before, when = self._reported.get((pod, of), (0, 0.0))
             if share.refused > before and self._clock() >= when + _QUIET:
@@ -64,7 +64,7 @@ class Shares:
 
     def sweep(self, known: Collection[int]) -> None:
         """Removes the shares of pods that no longer exist."""
-        for key, (pod, of) in ((key, abi.shared(key)) for key, _ in self._maps["shares"].items()):
+        for key, (pod, of) in ((key, account_abi.shared(key)) for key, _ in self._maps["shares"].items()):
             if pod and pod not in known:
                 self._maps["shares"].delete(key)
                 self._reported.pop((pod, of), None)

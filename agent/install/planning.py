@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
-from agent.install import conflists, istio
+from agent.install import conflists, istio_entry
 from agent.install.conflists import ISTIO, MIGRATED, ORIGINAL, Conf, Json, kept_name
 
 
@@ -106,7 +106,7 @@ class Sorted:
     def theirs(self) -> list[Conf]:
         """istio-cni's own lists. Its agent rewrites its list as long as another one comes first, so ours follows it
         and takes over when it is removed."""
-        return istio.owned(self.foreign)
+        return istio_entry.owned(self.foreign)
 
     @property
     def later(self) -> list[Conf]:

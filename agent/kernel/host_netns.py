@@ -15,9 +15,9 @@ from agent.core.wire.netlink import messages
 from agent.core.wire.nftables import GROUP_NFTABLES, NETLINK_NETFILTER, NEWGEN
 from agent.kernel import sysctl
 from agent.kernel.netlink.ipset import IpsetSocket
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 from agent.kernel.netlink.nf_tables import NftSocket, committer
-from agent.kernel.netlink.routes import RouteSocket
-from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.netns import Netns
 
 T = TypeVar("T")

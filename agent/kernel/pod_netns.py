@@ -18,7 +18,7 @@ from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel import sysctl
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netlink.notifications import NotificationMark, Notifications
-from agent.kernel.netlink.routes import GROUPS, MOST_ROUTES, Address, RouteSocket
+from agent.kernel.netlink.route_socket import GROUPS, MOST_ROUTES, Address, RouteSocket
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 

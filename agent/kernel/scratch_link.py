@@ -27,7 +27,7 @@ from agent.core.wire.rtnetlink import (
     Scope,
     Table,
 )
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 
 # A pod of the documentation's networks (RFC 5737, 3849), and what it talks to.
 LOCAL = {4: "198.51.100.2", 6: "2001:db8:1::2"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from agent.lab.topology import LabSpec
+from agent.lab.lab_spec import LabSpec
 
 ANNOTATIONS: Final = "io.kubernetes.cri.pod-annotations"
 IFNAME: Final = "eth0"

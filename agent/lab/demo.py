@@ -17,11 +17,11 @@ from agent.core.text import pairs, table
 from agent.kernel.exec import run
 from agent.lab import nodes
 from agent.lab.checks import Checks
+from agent.lab.demo_report import report
 from agent.lab.faults import scenarios
 from agent.lab.lab import Lab, down, interruptible
+from agent.lab.lab_spec import PodProgram, default_spec
 from agent.lab.node_services import LabBackend
-from agent.lab.report import report
-from agent.lab.topology import PodProgram, default_spec
 from agent.lab.traffic import still
 
 

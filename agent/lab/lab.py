@@ -19,12 +19,12 @@ from typing import Any, Final
 from agent.core.errors import SluiceError
 from agent.kernel import admin_socket
 from agent.kernel.exec import PATH, run
-from agent.lab import istio, nodes
+from agent.lab import istio_ztunnel, nodes
 from agent.lab.chain import CNI_PATH
+from agent.lab.lab_pods import LabPods
+from agent.lab.lab_spec import LabSpec, PodProgram
 from agent.lab.node_services import LabBackend, NodeProcesses
-from agent.lab.pods import LabPods
 from agent.lab.processes import Children, end, start_time
-from agent.lab.topology import LabSpec, PodProgram
 
 _NEEDED: Final = {
     "nsenter": "util-linux",
@@ -90,7 +90,7 @@ class Lab:
             progress(f"an agent (backend {backend}) and a ztunnel on each node")
             self._write_workloads()
             for node in self.nodes.values():
-                node.configure(backend, **(istio.SETTINGS if self._ztunnel else {}))
+                node.configure(backend, **(istio_ztunnel.SETTINGS if self._ztunnel else {}))
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
                 node.confirm(backend)
@@ -111,11 +111,11 @@ class Lab:
         if self._ztunnel is None:
             return
         up = self.pods.up()
-        hbone = istio.has_certificates(os.environ)
+        hbone = istio_ztunnel.has_certificates(os.environ)
         addresses = {ref: (pod.ipv4, pod.ipv6) for ref, pod in up.items()}
-        text = istio.workloads(((spec, addresses.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
+        text = istio_ztunnel.workloads(((spec, addresses.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
         for node in self.nodes.values():
-            (node.directory / istio.LOCAL_FILE).write_text(text)
+            (node.directory / istio_ztunnel.LOCAL_FILE).write_text(text)
 
     @property
     def resolver(self) -> str:

@@ -13,9 +13,9 @@ import yaml
 
 from agent.core.errors import SluiceError
 from agent.kernel.admin_socket import ask
-from agent.lab import istio
+from agent.lab import istio_ztunnel
+from agent.lab.lab_spec import LabSpec
 from agent.lab.processes import Child, Children, await_ready
-from agent.lab.topology import LabSpec
 
 READY_SECONDS: Final = 20.0  # generous: the machine may be busy, and this is not a measurement
 
@@ -61,7 +61,7 @@ class NodeProcesses:
         """Starts ztunnel and returns at once; it is ready when the agent is. `options`: those of `sluice ztunnel`."""
         log = self.directory / f"{name}.log"
         if self._ztunnel is not None:
-            env = istio.environment(self.directory, self.node)
+            env = istio_ztunnel.environment(self.directory, self.node)
             return self._children.start(f"{self.node}.{name}", [str(self._ztunnel)], self._netns, log, env)
         argv = [
             sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),

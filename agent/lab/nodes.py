@@ -24,7 +24,7 @@ from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
-from agent.lab.topology import BPFFS, LabSpec
+from agent.lab.lab_spec import BPFFS, LabSpec
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute  # its import takes up to half a second, which `sluice --help` need not wait for

@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 from agent.core.errors import SluiceError
 from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account, read_load, read_ztunnel
 from agent.lab.lab import Lab
-from agent.lab.pods import LabPod
+from agent.lab.lab_pods import LabPod
 from agent.lab.processes import await_ready
 
 RATE: Final = 250.0  # new connections per second
@@ -37,7 +37,7 @@ class LabTraffic:
 
     def start(self) -> None:
         """Starts traffic and waits for the first connections. Raises SluiceError if they do not come."""
-        argv = [sys.executable, "-m", "agent.lab.programs.load", "--rate", str(self._rate)]
+        argv = [sys.executable, "-m", "agent.lab.programs.load_generator", "--rate", str(self._rate)]
         self.records.unlink(missing_ok=True)
         child = self._lab.pods.run(self._pod, self._name, [*argv, "--out", str(self.records), *self._targets])
         await_ready(child, lambda: _size(self.records) > 0, 20, "making connections")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 from agent.core.settings import Settings
 from agent.install.conflists import ISTIO, Json
-from agent.migration import istio, values
+from agent.migration import istio_confs, values
 from agent.migration.equivalents import Translated, differences, translate
-from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts
+from agent.migration.migration_facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts
 from agent.migration.steps import back, take_over, taken
 
 FINE, NOTE, OBSTACLE, ACCEPTED = "fine", "note", "obstacle", "accepted"
@@ -84,7 +84,7 @@ def leftovers_of_back(before: MigrationFacts, facts: MigrationFacts) -> tuple[Mi
 def leftovers(facts: MigrationFacts) -> tuple[MigrationFinding, ...]:
     """Returns what the take-over has not reached, from facts read after it."""
     found = []
-    if istio.places(facts.view):
+    if istio_confs.places(facts.view):
         words = "istio-cni's entry is still in place: its agent runs and would restore it"
         found.append(MigrationFinding(LEFT, NOTE, words, "remove its DaemonSet from this node, then run this again"))
     if theirs := facts.by(ISTIO_CNI):
@@ -109,7 +109,7 @@ def _problem(words: str) -> MigrationFinding:
 
 
 def _configuration(facts: MigrationFacts, entry: Json, here: Settings, mode: str) -> Iterator[MigrationFinding]:
-    places = istio.places(facts.view)
+    places = istio_confs.places(facts.view)
     for place in places:
         if not place.entry:
             words = f"{place.conf.name} has istio-cni among its delegates; Multus may write it again"
@@ -151,7 +151,7 @@ def _agents(facts: MigrationFacts) -> Iterator[MigrationFinding]:
 
 def _binary(facts: MigrationFacts) -> Iterator[MigrationFinding]:
     place = f"{facts.plugins}/{ISTIO}"
-    named = bool(istio.places(facts.view))
+    named = bool(istio_confs.places(facts.view))
     if facts.binary:
         words = f"{place} stays, for pods that were started with it" if facts.cached else f"{place} is there"
         yield MigrationFinding("binary", NOTE if facts.cached else FINE, words)
@@ -199,7 +199,7 @@ def translated_of(facts: MigrationFacts) -> Translated:
     """
     found = dict(facts.settings)
     if not found:
-        for place in istio.places(facts.view):
+        for place in istio_confs.places(facts.view):
             found |= values.of_entry(place.entry)
     there = {"cni_conf_dir": facts.directory, "cni_bin_dir": facts.plugins}
     translated = translate(found)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.registry import mechanisms
@@ -26,9 +26,9 @@ from agent.kernel import exec, xtables
 from agent.kernel.admin_socket import ask
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
-from agent.migration import istio
-from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
+from agent.migration import istio_confs
 from agent.migration.istio_agent import theirs_runs
+from agent.migration.migration_facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
 from agent.sources.netns import existing
 
 _CACHE = "/var/lib/cni/results"  # libcni.CacheDir; only CRI-O deletes pods by the lists in it
@@ -54,7 +54,7 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
         plugins=where.bin.path,
         view=view,
         binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
-        agent=theirs_runs(host, istio.run_dirs(view), proc),
+        agent=theirs_runs(host, istio_confs.run_dirs(view), proc),
         ours=why,
         ztunnels=ztunnels,
         socket=Path(settings.zds_socket).exists(),
@@ -91,7 +91,9 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
         pod = existing.pod(netns, settings.run_dir, known)
         with contextlib.closing(PodNetns(netns)) as target:
             try:
-                found = owner_of(ownership.layer_owner(name, layer.read(target)) for name, layer in layers.items())
+                found = owner_of(
+                    layer_ownership.layer_owner(name, layer.read(target)) for name, layer in layers.items()
+                )
                 by = SIDECAR if has_sidecar(target) else _BY.get(found, "")
             except SluiceError as error:
                 problems.append(f"{netns.origin}: {error}")
@@ -114,8 +116,8 @@ def _host(problems: list[str]) -> str:
     try:
         with contextlib.closing(HostNetns()) as target:
             _, layers = host_layers("off")
-            found = {one.name: ownership.host_layer_owner(one.name, one.read(target)) for one in layers}
-            return _BY.get(ownership.host_owner(found), "")
+            found = {one.name: layer_ownership.host_layer_owner(one.name, one.read(target)) for one in layers}
+            return _BY.get(layer_ownership.host_owner(found), "")
     except (SluiceError, OSError) as error:
         problems.append(f"the host's rules: {error}")
         return ""

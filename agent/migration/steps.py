@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from agent.core.errors import SettingsError
 from agent.install import conflists, planning
 from agent.install.conflists import ISTIO, Conf, Json
-from agent.install.istio import CHAINED
-from agent.install.istio import entry as entry_of
+from agent.install.istio_entry import CHAINED
+from agent.install.istio_entry import entry as entry_of
 from agent.install.planning import Action, Remove, Rename, View, Write
-from agent.migration import istio
-from agent.migration.istio import ENTRY, FILE, KEPT, IstioConf
+from agent.migration import istio_confs
+from agent.migration.istio_confs import ENTRY, FILE, KEPT, IstioConf
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     `mode` is own or insert: the final form of our entry.
     """
     last = planning.insert if mode == "insert" else planning.own
-    places = istio.places(view)
+    places = istio_confs.places(view)
     first = planning.own if places and aside else last
     verdict = first(view, entry, wished)
     if verdict.error:
@@ -54,7 +54,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     steps = [MigrationStep(action, why) for action in verdict.actions]
     if not places or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
-    for place in istio.places(after(view, steps)):
+    for place in istio_confs.places(after(view, steps)):
         steps += _aside(after(view, steps), place)
     verdict = last(after(view, steps), entry, wished)
     steps += [MigrationStep(action, "our entry without istio-cni's") for action in verdict.actions]
@@ -64,7 +64,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
 
 
 def _unfinished(view: View) -> str:
-    found = istio.picked(view)
+    found = istio_confs.picked(view)
     if found is None or not conflists.mentions(found.network) or conflists.mentions(found.network, ISTIO):
         name = found.name if found else "nothing"
         return f"cannot remove istio-cni: only {name} would remain; is there a primary CNI plugin?"
@@ -88,12 +88,12 @@ def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
 def back(view: View, wished: str) -> Steps:
     """Plans a hand-back: istio-cni's files as they were or as they would be today; then ours are removed."""
     steps: list[MigrationStep] = []
-    for kept, kind, name in istio.other_entries(view):
+    for kept, kind, name in istio_confs.other_entries(view):
         steps += _restored(after(view, steps), kept, kind, name)
     steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
     steps += [MigrationStep(action, "remove our entry") for action in verdict.actions]
-    found = istio.picked(after(view, steps))
+    found = istio_confs.picked(after(view, steps))
     if found is None or not conflists.mentions(found.network, ISTIO):
         name = found.name if found else "no configuration"
         words = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
@@ -114,7 +114,7 @@ def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
 
 def taken(view: View) -> str:
     """Returns the list of Sluice that istio-cni's agent uses as the primary one; "" for none."""
-    found = (conf.entry for conf in istio.confs(view) if _added(conf))
+    found = (conf.entry for conf in istio_confs.confs(view) if _added(conf))
     return next((str(ours["file"]) for ours in found if ours and "wraps" in ours), "")
 
 
@@ -125,12 +125,12 @@ def _added(conf: Conf) -> Json:
 
 def _moved(view: View) -> list[MigrationStep]:
     """Moves an entry that istio-cni's agent added to our list into the primary's list: ours is removed next."""
-    confs = istio.confs(view)
+    confs = istio_confs.confs(view)
     entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
     if not entry or primary is None or conflists.mentions(primary.network, ISTIO):
         return []
-    data = conflists.encode(istio.added(primary.network, entry))
+    data = conflists.encode(istio_confs.added(primary.network, entry))
     name = f"{primary.stem}.conflist"
     steps = [
         MigrationStep(Write(name, data, like=primary.name), "move istio-cni's entry from our list to the primary's")
@@ -144,7 +144,7 @@ def _moved(view: View) -> list[MigrationStep]:
 
 def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep]:
     done = MigrationStep(Remove(kept), "no longer needed")
-    there = {conf.name: conf for conf in istio.confs(view) if not conflists.is_own(conf)}
+    there = {conf.name: conf for conf in istio_confs.confs(view) if not conflists.is_own(conf)}
     try:
         old = conflists.parse(name, view.files[kept])
     except SettingsError:
@@ -159,7 +159,7 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
     if not entry or primary.single or conflists.mentions(primary.network, ISTIO):
         return [done]
     target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)
-    data = conflists.encode(istio.added(network, entry))
+    data = conflists.encode(istio_confs.added(network, entry))
     return [MigrationStep(Write(target, data, like=primary.name), "istio-cni's entry after today's plugins"), done]
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from agent.backends.base import Lasting, PodLayer, lasting
 from agent.backends.choose import Choice
 from agent.core.errors import KernelError, PodEndingError, SluiceError, TeardownError
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod
+from agent.core.model.port_listeners import PortListeners
 from agent.core.model.preexisting import report
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod
+from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
 from agent.core.policy.canary import ProbeResult

@@ -29,10 +29,10 @@ from agent.reconciler import interfaces
 from agent.reconciler.accounting_queue import AccountingQueue
 from agent.reconciler.canaries import Canaries
 from agent.reconciler.capturing import Capturing
-from agent.reconciler.claims import Claims
 from agent.reconciler.enrolment import Enrolled, Enrolment
 from agent.reconciler.leaving import Leaving
 from agent.reconciler.pod_state import PodState, Repair
+from agent.reconciler.probe_exemption import ProbeExemption
 from agent.reconciler.proxying import Proxying
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
@@ -77,7 +77,7 @@ class Reconciler:
         self._namespaces = namespaces
         self._watcher = watcher
         self._journal = journal
-        self._claims = Claims(host)
+        self._claims = ProbeExemption(host)
         self._canaries = Canaries(canary)
         self._enrolment = Enrolment(
             choice=choice,

@@ -8,8 +8,8 @@ import time
 
 from agent.core import names
 from agent.core.errors import SilentZtunnelError, TakenPortError, ZtunnelError
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import Pod
+from agent.core.model.port_listeners import PortListeners
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.interfaces import ZtunnelPorts, ZtunnelPublisher
 from agent.reconciler.pod_state import PodState

@@ -18,7 +18,7 @@ from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.converge import Settled, settle, settle_layer
 
-Identify = Callable[[str, Any], Owner]  # from a layer's name and its state (backends.ownership)
+Identify = Callable[[str, Any], Owner]  # from a layer's name and its state (backends.layer_ownership)
 REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "remains"
 
 

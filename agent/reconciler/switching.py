@@ -2,8 +2,8 @@
 """A switch between capture by translation (NAT) and by socket (eBPF) that breaks no connection.
 
 The new way works in a pod before the old one is removed. Connections that exist at that time are listed, right before
-and right after (core.policy.switching). Until they have ended, old rules drain and new rules preserve. Later ones are
-not listed, so a switch ends under any load.
+and right after (core.policy.backend_switch). Until they have ended, old rules drain and new rules preserve. Later
+ones are not listed, so a switch ends under any load.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from agent.backends.base import PodLayer, lasting
 from agent.backends.choose import Choice
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
-from agent.core.policy.switching import summary
+from agent.core.policy.backend_switch import summary
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.converge import verify_each
 from agent.reconciler.interfaces import PreexistingConnections

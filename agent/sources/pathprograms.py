@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.core.text import printable
 from agent.kernel import proc
 from agent.kernel.bpf import bpffs, query
 from agent.kernel.bpf.syscall import AttachType, ProgramInfo
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.pod_netns import PodNetns
 
 _SOCKETS = (
@@ -23,7 +23,7 @@ _SOCKETS = (
 )
 _PACKETS = (AttachType.TCX_INGRESS, AttachType.TCX_EGRESS)
 _MOST = 16  # that are named, of each kind
-_OURS = {one.name[:15] for one in (*objects.NODE, *objects.POD, *objects.ACCOUNTING)}
+_OURS = {one.name[:15] for one in (*object_files.NODE, *object_files.POD, *object_files.ACCOUNTING)}
 
 
 def others(target: PodNetns) -> tuple[str, ...]:

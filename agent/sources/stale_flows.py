@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 from agent.core.errors import KernelError
 from agent.core.model.sockets import CONNECTED, Endpoint
 from agent.kernel import sysctl
-from agent.kernel.netlink.conntrack import Conntrack
+from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 

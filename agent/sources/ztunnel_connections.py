@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 
 from agent.core.model.sockets import CONNECTED, TcpSocket
-from agent.core.policy.switching import proxied
+from agent.core.policy.backend_switch import proxied
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 

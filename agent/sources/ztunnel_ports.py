@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from agent.backends import syn_probe
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.model.listeners import PortListeners
+from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, text
 from agent.core.names import HBONE_PORT

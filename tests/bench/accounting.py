@@ -31,8 +31,8 @@ from agent.core.errors import SluiceError
 from agent.core.model.redirect import Redirect
 from agent.core.names import OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.core.text import table
+from agent.flows.ebpf.account_programs import Programs
 from agent.flows.ebpf.collector import EbpfCollector
-from agent.flows.ebpf.programs import Programs
 from agent.kernel.exec import run, start
 from agent.lab.lab import check_machine, interruptible
 from agent.reconciler.converge import settle

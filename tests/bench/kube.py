@@ -28,9 +28,9 @@ from agent.core.text import table
 from agent.flows.identity import Service, Who, pod_workload
 from agent.sources.kube import objects
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
+from agent.sources.kube.cluster_workloads import ClusterWorkloads
 from agent.sources.kube.follower import Follower
-from agent.sources.kube.workloads import ClusterWorkloads
 from tests.bench.measure import memory
 
 PODS, ON_NODE, SERVICES = 20_000, 250, 2_000

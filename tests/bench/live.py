@@ -23,8 +23,8 @@ from support.rules import layers
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.model.exclusions import Exclusions
 from agent.core.model.redirect import Redirect
+from agent.flows.ebpf.account_programs import Programs
 from agent.flows.ebpf.collector import EbpfCollector
-from agent.flows.ebpf.programs import Programs
 from agent.lab.lab import interruptible
 from agent.reconciler.converge import settle
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.root
 # One step in a process of its own, which then ends as if it had been killed; prints nothing when none is left.
 STEP = f"""
 from agent.core.settings import Settings
-from agent.install.uninstall import Uninstall
+from agent.install.uninstall_steps import Uninstall
 for step in Uninstall(Settings(cni_install="own", cni_plugin={str(PLUGIN)!r})).steps():
     step.do()
     print(step.words)

@@ -20,7 +20,7 @@ from agent.export import exposition
 from agent.export.collectors import Cluster, Condition
 from agent.export.metrics import Metrics
 from agent.flows.identity import Workload
-from agent.flows.inet_diag.sockets import Ephemeral, PodSockets
+from agent.flows.inet_diag.socket_counts import Ephemeral, PodSockets
 from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.node import REPO, SECONDS, FakeZtunnel, Node, NodePod, node, until
 
-from agent.backends.ebpf import abi, objects
+from agent.backends.ebpf import abi, object_files
 from agent.backends.ebpf.pins import Pins
 from agent.core.errors import SluiceError
 from agent.kernel.bpf import bpffs
@@ -25,8 +25,8 @@ from agent.kernel.netlink.sock_diag import cookies
 from agent.kernel.netns import Netns
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
+from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec
 from agent.lab.node_services import LabBackend
-from agent.lab.topology import LabSpec, PodProgram, PodSpec
 from agent.lab.traffic import LabTraffic, relayed, settled
 from agent.zds.messages import Ack, Add, Message, Request, SnapshotSent
 
@@ -149,7 +149,7 @@ def test_a_lab_is_removed_with_its_pins_also_when_its_records_are_missing() -> N
     pins = Pins.of(str(spec.bpf_dir("node1")))
     bpffs.mount(pins.mount)
     named = {"connect4": pins.node.path / "connect4", "connect6": pins.node.path / "connect6"}
-    bpfload.load(objects.path("connect"), pins.maps, named)
+    bpfload.load(object_files.path("connect"), pins.maps, named)
     other = Lab(spec)
     try:
         with pytest.raises(SluiceError, match="exists already"):

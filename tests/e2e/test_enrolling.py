@@ -13,8 +13,8 @@ from support.node import until
 
 from agent.lab.account import LoadRecord
 from agent.lab.lab import Lab, down
+from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec
 from agent.lab.node_services import LabBackend
-from agent.lab.topology import LabSpec, PodProgram, PodSpec
 from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root

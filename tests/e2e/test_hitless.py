@@ -17,8 +17,8 @@ from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.lab.account import account
 from agent.lab.lab import Lab, down
+from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec
 from agent.lab.node_services import READY_SECONDS, LabBackend, NodeProcesses
-from agent.lab.topology import LabSpec, PodProgram, PodSpec
 from agent.lab.traffic import LabTraffic, relayed, settled
 
 pytestmark = pytest.mark.root

@@ -16,9 +16,9 @@ from support.leaking import marking
 from support.node import PORT, REAL, Node, NodePod, node, until
 
 from agent.kernel.exec import run
-from agent.lab import istio
+from agent.lab import istio_ztunnel
+from agent.lab.lab_spec import PodSpec
 from agent.lab.node_services import LabBackend, NodeProcesses
-from agent.lab.topology import PodSpec
 
 pytestmark = [
     pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's"),
@@ -31,8 +31,8 @@ def here(request: pytest.FixtureRequest) -> Iterator[tuple[Node, NodePod, NodePo
     with node("sluez") as made:
         known, stranger = made.pod("known"), made.pod("stranger")
         spec = PodSpec("node1", known.namespace, known.name, enrolled=True)
-        text = istio.workloads([(spec, (known.ipv4, known.ipv6))], hbone=False)
-        (made.run_dir / istio.LOCAL_FILE).write_text(text)
+        text = istio_ztunnel.workloads([(spec, (known.ipv4, known.ipv6))], hbone=False)
+        (made.run_dir / istio_ztunnel.LOCAL_FILE).write_text(text)
         made.processes = NodeProcesses(made.spec, "node1", made.children, Path(REAL))
         made.start(request.param, ztunnel_ports=["15001", "15006", "15008"])
         made.processes.start_ztunnel()

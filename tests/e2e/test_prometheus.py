@@ -23,7 +23,7 @@ from support.prometheus import Prometheus, get, program, prometheus
 
 from agent.kernel.exec import run
 from agent.lab.lab import Lab, down
-from agent.lab.topology import PORTS, LabSpec, PodProgram, PodSpec
+from agent.lab.lab_spec import PORTS, LabSpec, PodProgram, PodSpec
 from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root

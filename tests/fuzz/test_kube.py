@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from agent.core.errors import KubeError, ProtocolError
 from agent.core.model.pods import UID, KubePod
-from agent.sources.kube import nodes, objects, protocol, workloads
+from agent.sources.kube import cluster_workloads, node_taints, objects, protocol
 from agent.sources.kube.protocol import Lines, Listing, Rows
 
 KEYS = [
@@ -75,9 +75,9 @@ def test_any_row_and_node(value: Any) -> None:
     if not isinstance(value, dict):
         return
     for row in [value, *Rows().unfold(value), *Rows().unfold({**value, "kind": "Table", "rows": [value]})]:
-        workloads.pod(row, lambda *words: words)
-        workloads.service(row, lambda *words: words)
-    nodes.removal(value, nodes.Taint("a"))
+        cluster_workloads.pod(row, lambda *words: words)
+        cluster_workloads.service(row, lambda *words: words)
+    node_taints.removal(value, node_taints.Taint("a"))
     assert isinstance(protocol.version(value), str)
 
 

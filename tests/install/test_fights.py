@@ -80,7 +80,7 @@ def test_a_primary_that_changes_often_is_no_fight(node: Node) -> None:
 
 
 def test_what_cilium_made_of_ours_goes_with_the_rest(node: Node) -> None:
-    from agent.install.uninstall import Uninstall
+    from agent.install.uninstall_steps import Uninstall
 
     node.write(NAME, text(CALICO))
     node.installer().step()

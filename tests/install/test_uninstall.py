@@ -18,7 +18,7 @@ import pytest
 from support.installing import NOBODY, Node, runtime_loads, types
 
 from agent.core.errors import SettingsError
-from agent.install.uninstall import Uninstall
+from agent.install.uninstall_steps import Uninstall
 from agent.kernel.exec import run
 from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment

@@ -14,7 +14,7 @@ from support.apiserver_objects import pod
 
 from agent.core.errors import KubeError
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 MERGE_PATCH = "application/merge-patch+json"
 NODES, POD = "/api/v1/nodes", "/api/v1/namespaces/shop/pods/web-1"

@@ -13,7 +13,7 @@ from support.apiserver_objects import namespace, pod
 
 from agent.core.errors import KubeError
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 REQUEST_FAULTS: list[dict[str, Any]] = [
     {"kind": "status", "code": 500},

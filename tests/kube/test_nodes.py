@@ -12,8 +12,8 @@ from support.apiserver_objects import Json, node
 
 from agent.core.errors import KubeError
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
-from agent.sources.kube.nodes import KubeNode, Taint
+from agent.sources.kube.api_client import Client
+from agent.sources.kube.node_taints import KubeNode, Taint
 
 OURS = Taint("sluice.io/agent-not-ready")
 OTHERS: list[Json] = [

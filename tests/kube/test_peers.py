@@ -14,8 +14,8 @@ from support.apiserver_objects import pod, service
 from agent.core.model.pods import Pod
 from agent.flows.identity import Service, Who, Workload, pod_workload
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
-from agent.sources.kube.workloads import ClusterWorkloads
+from agent.sources.kube.api_client import Client
+from agent.sources.kube.cluster_workloads import ClusterWorkloads
 
 
 def workload(namespace: str, name: str, labels: Mapping[str, str]) -> Workload:

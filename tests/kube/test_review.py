@@ -11,7 +11,7 @@ import pytest
 from support.apiserver import ApiServer
 
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 from agent.sources.kube.review import Review
 
 USER = {"username": "jane", "uid": "7", "groups": ["dev", "system:authenticated"], "extra": {"scope": ["a"]}}

@@ -16,18 +16,18 @@ import pytest
 from support.abi import BPF, Types, mutations, types_in, types_of
 from support.bpfnode import bpf_node
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.abi import address
 from agent.core.errors import CommandError
-from agent.flows.ebpf import abi, collector
-from agent.flows.ebpf.abi import CounterValue, Loss, Share, Shared
+from agent.flows.ebpf import account_abi, collector
+from agent.flows.ebpf.account_abi import CounterValue, Loss, Share, Shared
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Closer, Connection, Direction, Fate, How, Quality, Reason
 from agent.kernel.bpf import load
 from agent.kernel.bpf.map import Map
 
 pytestmark = pytest.mark.root
 HEADER = BPF / "account.h"
-OBJECTS = sorted({one.object for one in objects.ACCOUNTING})
+OBJECTS = sorted({one.object for one in object_files.ACCOUNTING})
 LOCAL, REMOTE, PEER = "10.1.2.3", "fd00::1:2:3", "127.9.8.7"
 BIG = 0x1122334455667788
 
@@ -74,7 +74,7 @@ def check_records(types: Types) -> None:
         process=numbers["process"],
         command="a name",
     )
-    assert list(abi.connections(made + made, 7)) == [wanted, wanted]
+    assert list(account_abi.connections(made + made, 7)) == [wanted, wanted]
 
 
 def check_tallies(types: Types) -> None:
@@ -82,12 +82,12 @@ def check_tallies(types: Types) -> None:
         "tally_key", pod=BIG, remote=address(ip_address(REMOTE)), port=b"\x12\x34", direction=1, fate=2, reason=5
     )
     wanted = BIG, Direction.INBOUND, Fate.EXEMPT, Reason.EXCLUDED_USER, REMOTE, 0x1234
-    assert abi.tally_key(key) == wanted
+    assert account_abi.tally_key(key) == wanted
     sort = types.pack("tally_key", pod=0, remote=bytes(16), port=b"\0\0", direction=1, fate=2, reason=5)
-    assert abi.sort_key(*wanted[1:4]) == sort
+    assert account_abi.sort_key(*wanted[1:4]) == sort
     counts = {name: BIG + n for n, name in enumerate(("opened", "closed", "failed", "sent", "received", "socket"))}
-    assert abi.tally(types.pack("tally", **counts)) == CounterValue(**counts)
-    assert abi.TALLY.pack(*counts.values()) == types.pack("tally", **counts)
+    assert account_abi.tally(types.pack("tally", **counts)) == CounterValue(**counts)
+    assert account_abi.TALLY.pack(*counts.values()) == types.pack("tally", **counts)
     assert [one.name for one in fields(CounterValue)] == [*types.structs["tally"][1]]
 
 
@@ -102,7 +102,7 @@ def check_qualities(types: Types) -> None:
 
     key = types.pack("quality_key", pod=BIG, direction=1)
     counts = tuple(range(5, 5 + len(RTT_BOUNDS) + 1))
-    assert abi.quality(key, value(5), None) == Quality(
+    assert account_abi.quality(key, value(5), None) == Quality(
         pod=BIG,
         direction=Direction.INBOUND,
         rtt=counts,
@@ -114,7 +114,7 @@ def check_qualities(types: Types) -> None:
         segments_in=10,
     )
     ones = (1,) * len(counts)
-    assert abi.quality(key, value(6), value(5)) == Quality(
+    assert account_abi.quality(key, value(6), value(5)) == Quality(
         pod=BIG,
         direction=Direction.INBOUND,
         rtt=ones,
@@ -130,18 +130,18 @@ def check_qualities(types: Types) -> None:
 
 def check_shares(types: Types) -> None:
     key = types.pack("share_key", pod=BIG, of=1)
-    assert abi.share_key(BIG, Shared.HANDSHAKES) == key and abi.shared(key) == (BIG, Shared.HANDSHAKES)
+    assert account_abi.share_key(BIG, Shared.HANDSHAKES) == key and account_abi.shared(key) == (BIG, Shared.HANDSHAKES)
     value = types.pack("share", taken=BIG, refused=7)
-    assert abi.share(value) == Share(BIG, 7) and Share(BIG, 7).encode() == value
+    assert account_abi.share(value) == Share(BIG, 7) and Share(BIG, 7).encode() == value
     for name in ("tally_key", "handshake"):
         assert types.structs[name][1]["pod"] == (0, 8)
-    assert abi.owner(types.pack("handshake", pod=BIG, client=1, server=2)) == BIG
+    assert account_abi.owner(types.pack("handshake", pod=BIG, client=1, server=2)) == BIG
 
 
 def check_destinations(types: Types) -> None:
     key = types.pack("destination", pod=BIG, address=address(ip_address(REMOTE)), port=b"\x12\x34")
-    assert (abi.owner(key), abi.destination(key)) == (BIG, (REMOTE, 0x1234))
-    assert abi.refused(types.pack("returns", first=BIG, refused=BIG + 1, count=8)) == BIG + 1
+    assert (account_abi.owner(key), account_abi.destination(key)) == (BIG, (REMOTE, 0x1234))
+    assert account_abi.refused(types.pack("returns", first=BIG, refused=BIG + 1, count=8)) == BIG + 1
 
 
 def check_enums(types: Types) -> None:
@@ -195,9 +195,9 @@ def test_the_buckets_have_the_same_bounds(name: str, bounds: tuple[float, ...]) 
 
 @pytest.mark.parametrize("name", OBJECTS)
 def test_what_the_programs_were_built_with_are_those_headers(types: Types, shared: Types, name: str) -> None:
-    found, wanted = types_in(objects.path(name)).structs, {**shared.structs, **types.structs}
+    found, wanted = types_in(object_files.path(name)).structs, {**shared.structs, **types.structs}
     mine = found.keys() & wanted.keys()
-    assert ({"pod"} if name == objects.RESERVE[0].object else {"record", "account", "tally", "pod"}) <= mine
+    assert ({"pod"} if name == object_files.RESERVE[0].object else {"record", "account", "tally", "pod"}) <= mine
     assert {each: found[each] for each in mine} == {each: wanted[each] for each in mine}
 
 
@@ -239,9 +239,9 @@ def test_every_object_passes_the_verifier_and_its_maps_have_those_sizes(
     structs = {**shared.structs, **types.structs}
     with bpf_node(tmp_path) as node:
         for name in OBJECTS:
-            wanted = tuple(one.name for one in objects.ACCOUNTING if one.object == name)
-            constants = struct.pack("=Q", 7) if name == objects.WATCH.object else b""
-            loaded = load.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
+            wanted = tuple(one.name for one in object_files.ACCOUNTING if one.object == name)
+            constants = struct.pack("=Q", 7) if name == object_files.WATCH.object else b""
+            loaded = load.load(object_files.path(name), node.maps, lambda each: node.program(each), {}, constants)
             assert sorted(loaded) == sorted(wanted)
         assert {path.name for path in node.maps.iterdir()} == {*MAPS}
         for name, pair in MAPS.items():

@@ -38,7 +38,7 @@ from support.fates import (
 from support.leaking import marking
 from support.node import until
 
-from agent.core.model.listeners import ZTUNNEL_PORTS
+from agent.core.model.port_listeners import ZTUNNEL_PORTS
 from agent.core.model.sockets import CAPTURE_PORTS
 from agent.core.names import DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.flows.record import Closer, Connection, Fate, How, Reason

@@ -14,15 +14,15 @@ from support.ebpf_pod import APP, CAPTURE, FREE, PEER, accepted, waiting
 from support.node import until
 
 from agent.backends.ebpf.pins import Pins
-from agent.flows.ebpf import abi
-from agent.flows.ebpf.abi import Share, Shared
+from agent.flows.ebpf import account_abi
+from agent.flows.ebpf.account_abi import Share, Shared
 from agent.flows.record import Direction, Fate, Reason
 from agent.kernel.bpf import bpffs
 from agent.kernel.exec import run
 
 pytestmark = pytest.mark.root
 OUT = Direction.OUTBOUND
-STRIDE = abi.RECORD.size + 8
+STRIDE = account_abi.RECORD.size + 8
 
 
 @pytest.fixture(params=["nftables", "ebpf"])
@@ -102,7 +102,7 @@ def test_whether_ztunnel_took_it_may_be_lost(mode: str) -> None:
 
 
 def allowed(account: Account, of: Shared, most: int) -> None:
-    account.maps["shares"].update(abi.share_key(0, of), Share(most).encode())
+    account.maps["shares"].update(account_abi.share_key(0, of), Share(most).encode())
 
 
 def test_a_pod_takes_no_more_than_its_share_of_the_peers_and_is_named() -> None:
@@ -131,8 +131,8 @@ def test_a_pod_takes_no_more_than_its_share_of_the_handshakes_and_gives_it_back(
         account.records(20)
         ((pod, words),) = account.collector.crowded()
         assert pod == account.pod.target.netns.id.cookie and "wait for ztunnel" in words
-        key = abi.share_key(pod, Shared.HANDSHAKES)
-        assert abi.share(account.maps["shares"].lookup(key) or b"").taken == 0
+        key = account_abi.share_key(pod, Shared.HANDSHAKES)
+        assert account_abi.share(account.maps["shares"].lookup(key) or b"").taken == 0
         account.collector.sweep(lambda cookies: cookies)
         assert account.maps["shares"].lookup(key) is None, "a pod that is gone is forgotten"
 

@@ -14,7 +14,7 @@ from agent.backends.non_tcp import INBOUND, OUTBOUND, Counts
 from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.reconciler.converge import settle
-from agent.sources.non_tcp import NonTcpCounter
+from agent.sources.non_tcp_totals import NonTcpCounter
 
 pytestmark = pytest.mark.root
 SEND = """

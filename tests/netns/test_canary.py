@@ -19,7 +19,7 @@ from agent.core import names
 from agent.core.errors import NetnsError
 from agent.core.model.sockets import TcpSocket
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
-from agent.sources.canary import TRIES, ProbeCanary
+from agent.sources.probe_canary import TRIES, ProbeCanary
 
 pytestmark = pytest.mark.root
 SNAT = f"""

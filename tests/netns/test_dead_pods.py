@@ -10,7 +10,7 @@ from support.rules import pod as made
 
 from agent.core.model.pods import Pod
 from agent.kernel.netns import NetnsId, unpin
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state.notes import Note, Notes
 
 pytestmark = pytest.mark.root

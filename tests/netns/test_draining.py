@@ -16,9 +16,9 @@ from support.rules import CHOICES, layers
 from support.ztunnel import SECONDS, Place
 
 from agent.core.model.redirect import Redirect
-from agent.core.policy.switching import summary, translated, unknown
+from agent.core.policy.backend_switch import summary, translated, unknown
 from agent.reconciler.converge import settle, verify
-from agent.sources.preexisting import PreexistingConnections
+from agent.sources.preexisting_connections import PreexistingConnections
 
 pytestmark = pytest.mark.root
 WANT = Redirect()

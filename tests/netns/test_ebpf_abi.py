@@ -13,7 +13,7 @@ import pytest
 from support.abi import BPF, Types, mutations, types_in, types_of
 from support.bpfnode import bpf_node
 
-from agent.backends.ebpf import abi, objects, ztunnels
+from agent.backends.ebpf import abi, object_files, ztunnels
 from agent.backends.ebpf.abi import ExitCause, InterfaceRole, PodFlag, PodValue, PolicyKind, Prefix
 from agent.backends.ebpf.ztunnels import Role
 from agent.core import names
@@ -117,10 +117,10 @@ def test_c_and_python_say_the_same(types: Types, part: Any) -> None:
     part(types)
 
 
-@pytest.mark.parametrize("name", sorted({one.object for one in (*objects.NODE, *objects.POD)}))
+@pytest.mark.parametrize("name", sorted({one.object for one in (*object_files.NODE, *object_files.POD)}))
 def test_what_the_programs_were_built_with_is_that_header(types: Types, name: str) -> None:
     """The object file has its own copy of every struct: the one that counts on the node."""
-    found = types_in(objects.path(name)).structs
+    found = types_in(object_files.path(name)).structs
     mine = found.keys() & types.structs.keys()
     assert "pod" in mine or name == "events"
     assert {each: found[each] for each in mine} == {each: types.structs[each] for each in mine}
@@ -148,14 +148,14 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
 
 def test_every_object_passes_the_verifier_and_its_maps_have_those_sizes(tmp_path: Path, types: Types) -> None:
     with bpf_node(tmp_path) as node:
-        everything = {one.object for one in (*objects.NODE, *objects.POD)}
-        others = {one.object for one in objects.ACCOUNTING}  # see test_account_abi
-        built = {path.name.removesuffix(".bpf.o") for path in objects.DIRECTORY.glob("*.bpf.o")}
+        everything = {one.object for one in (*object_files.NODE, *object_files.POD)}
+        others = {one.object for one in object_files.ACCOUNTING}  # see test_account_abi
+        built = {path.name.removesuffix(".bpf.o") for path in object_files.DIRECTORY.glob("*.bpf.o")}
         assert built == everything | others
         for name in sorted(everything):
-            wanted = tuple(one.name for one in (*objects.NODE, *objects.POD) if one.object == name)
-            constants = struct.pack("=Q", 7) if name in {one.object for one in objects.POD} else b""
-            loaded = load.load(objects.path(name), node.maps, lambda each: node.program(each), {}, constants)
+            wanted = tuple(one.name for one in (*object_files.NODE, *object_files.POD) if one.object == name)
+            constants = struct.pack("=Q", 7) if name in {one.object for one in object_files.POD} else b""
+            loaded = load.load(object_files.path(name), node.maps, lambda each: node.program(each), {}, constants)
             assert sorted(loaded) == sorted(wanted)
         assert {path.name for path in node.maps.iterdir()} == {*MAPS}
         for name, pair in MAPS.items():

@@ -32,7 +32,7 @@ from support.ebpf_pod import (
 )
 from support.node import until
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.programs import NodeTarget
 from agent.core.errors import StaleError
@@ -63,7 +63,7 @@ def nothing_waits(node: Stage) -> Iterator[None]:
 def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
     yield other_build(tmp_path / "objects", monkeypatch)
     monkeypatch.undo()
-    objects.digest.cache_clear()
+    object_files.digest.cache_clear()
 
 
 def captured(node: Stage) -> None:
@@ -270,7 +270,7 @@ def test_an_upgrade(node: Stage, builds: Callable[[bool], None], back: bool) -> 
 
     def check(now: Agent) -> None:
         enrolled(CAPTURE)(now)
-        mine = {pin(program) for program in (*objects.NODE, *objects.POD)}
+        mine = {pin(program) for program in (*object_files.NODE, *object_files.POD)}
         names = {path.name for path in now.pins.root.glob("v1/**/programs/*")}
         assert names == mine, "programs of another build are pinned"
         if not back:

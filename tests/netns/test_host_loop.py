@@ -14,7 +14,7 @@ from support.hostworld import PROBE, World, active, want, world
 from agent.backends.hostprobes.claims import Claims
 from agent.core.settings import Settings
 from agent.reconciler.converge import settle
-from agent.reconciler.host import HostLoop
+from agent.reconciler.host_loop import HostLoop
 
 pytestmark = pytest.mark.root
 A = "uid-a"

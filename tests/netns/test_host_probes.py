@@ -16,7 +16,7 @@ from support.rules import layers as pod_layers
 
 from agent.backends.hostprobes.claims import Claims
 from agent.backends.hostprobes.layers import layers
-from agent.backends.hostprobes.nftables import NftHostProbes
+from agent.backends.hostprobes.nft_layer import NftHostProbes
 from agent.backends.hostprobes.want import SETS
 from agent.core.errors import CommandError, StaleError
 from agent.core.model.redirect import Redirect

@@ -21,8 +21,8 @@ from agent.lab import nodes
 from agent.lab.account import account
 from agent.lab.conflist import address_dir
 from agent.lab.lab import Lab, down
+from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec, default_spec
 from agent.lab.processes import await_ready
-from agent.lab.topology import LabSpec, PodProgram, PodSpec, default_spec
 from agent.lab.traffic import LabTraffic
 
 pytestmark = pytest.mark.root
@@ -60,7 +60,7 @@ def running(pids: list[int]) -> list[int]:
 def test_pods_reach_each_other_and_see_the_right_peer(lab: Lab, server: str) -> None:
     client, records = lab.pods.require("client"), lab.spec.run_dir / "few.jsonl"
     records.unlink(missing_ok=True)
-    argv = [sys.executable, "-m", "agent.lab.programs.load", "--rate", "50", "--seconds", "0.2"]
+    argv = [sys.executable, "-m", "agent.lab.programs.load_generator", "--rate", "50", "--seconds", "0.2"]
     lab.exec("client", [*argv, "--out", str(records), *targets(lab, server)])
     seen = [json.loads(line) for line in records.read_text().splitlines()]
     assert {record["target"] for record in seen} == set(targets(lab, server))
@@ -100,7 +100,7 @@ def test_dns_answers_for_every_pod_in_both_families(lab: Lab) -> None:
 
 def test_load_of_250_connections_a_second_has_no_failures(lab: Lab) -> None:
     records = lab.spec.run_dir / "many.jsonl"
-    argv = [sys.executable, "-m", "agent.lab.programs.load", "--rate", "250", "--seconds", "3"]
+    argv = [sys.executable, "-m", "agent.lab.programs.load_generator", "--rate", "250", "--seconds", "3"]
     told = lab.exec("client", [*argv, "--out", str(records), *targets(lab, "shop/web", "shop/db")]).stdout
     summary = json.loads(told)
     assert (summary["opened"], summary["ok"], summary["skipped"]) == (750, 750, 0)

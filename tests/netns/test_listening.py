@@ -13,7 +13,7 @@ import pytest
 from support.holders import Holder
 
 from agent.backends.ebpf.ztunnels import Ztunnels
-from agent.core.model.listeners import PortListeners
+from agent.core.model.port_listeners import PortListeners
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns

@@ -26,7 +26,7 @@ from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import Action
 from agent.kernel.exec import run
-from agent.migration.istio import picked
+from agent.migration.istio_confs import picked
 
 pytestmark = pytest.mark.root
 ISTIO = {"type": "istio-cni", "name": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}

@@ -22,7 +22,7 @@ from agent.core.wire.nftables import GETCHAIN, GETTABLE
 from agent.kernel import scratch
 from agent.kernel.exec import run
 from agent.kernel.netlink.nf_tables import NftSocket
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.netlink.sock_diag import SockDiag
 
 pytestmark = pytest.mark.root

@@ -18,7 +18,7 @@ from support.ztunnel import SECONDS
 
 from agent.core.model.preexisting import report
 from agent.core.model.sockets import OPENING, TcpSocket, TcpState
-from agent.sources.preexisting import PreexistingConnections
+from agent.sources.preexisting_connections import PreexistingConnections
 
 pytestmark = pytest.mark.root
 PRESERVE = "tcp flags & (fin|syn|rst|ack) != syn accept"

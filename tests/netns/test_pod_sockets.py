@@ -13,7 +13,7 @@ from support.node import until
 from support.pair import HOST4, HOST6, POD4, Pair, pair, stream
 
 from agent.core.model.sockets import TcpState
-from agent.flows.inet_diag.sockets import PodSockets, SocketCounts
+from agent.flows.inet_diag.socket_counts import PodSockets, SocketCounts
 from agent.kernel.exec import run
 from agent.kernel.netlink.sock_diag import SockDiag
 

@@ -17,11 +17,11 @@ from support.rules import Pod
 from support.rules import pod as made
 
 from agent.__main__ import main
-from agent.backends import preflight
+from agent.backends import kernel_features
 from agent.backends.base import PodLayer, Support
 from agent.backends.choose import LAYERS, Choice, Recorded, Trials, candidates, choose, choose_host
+from agent.backends.kernel_features import attempt, examine, lacking
 from agent.backends.nftables.rendering import OWNED
-from agent.backends.preflight import attempt, examine, lacking
 from agent.backends.registry import mechanisms
 from agent.backends.requirements import Need, Printed, ProgramRequirement, Restored, Transaction
 from agent.backends.selftest import selftest, selftest_choice, throw_away
@@ -209,7 +209,7 @@ def test_an_nft_that_cannot_read_what_it_prints_is_named(
 def test_a_refusal_is_reported_in_its_own_words(trial: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     words = attempt(Need("x", trial, remedy="do"))
     assert len(words) > 10
-    monkeypatch.setattr(preflight, "needs", lambda choice, ipv6: (Need("x", trial, remedy="do for {release}"),))
+    monkeypatch.setattr(kernel_features, "needs", lambda choice, ipv6: (Need("x", trial, remedy="do for {release}"),))
     (line,) = lacking(examine("nftables"))
     assert line.startswith("x is missing") and "do for " in line and "{" not in line
 

@@ -11,7 +11,7 @@ import pytest
 from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
-from agent.backends.netfilter import reading
+from agent.backends.netfilter import ruleset_reader
 from agent.backends.nftables.backend import NftablesBackend
 from agent.core.errors import HostNetnsError, NetnsError, StaleError
 from agent.core.model.redirect import Redirect
@@ -112,7 +112,7 @@ def test_a_pod_whose_own_rules_cannot_be_read_is_captured_and_repaired_all_the_s
         numbers = count()
         monkeypatch.setattr(NftSocket, "generation", lambda _: next(numbers))
     else:
-        monkeypatch.setattr(reading, "WHOLE", 8)
+        monkeypatch.setattr(ruleset_reader, "WHOLE", 8)
     done = settle(pod.target, WANT, used)
     assert any("is not known" in remark for remark in done.remarks)
     assert not verify(pod.target, WANT, used)

@@ -19,7 +19,7 @@ from support.rules import layers
 from support.ztunnel import SECONDS
 
 from agent.core.model.redirect import Redirect
-from agent.kernel.netlink.conntrack import Conntrack, TcpFlow
+from agent.kernel.netlink.ctnetlink import Conntrack, TcpFlow
 from agent.reconciler.converge import settle
 from agent.sources import stale_flows
 from agent.sources.stale_flows import StaleFlows

@@ -23,7 +23,7 @@ from agent.core.settings import Settings
 from agent.reconciler import pod_state
 from agent.reconciler.loop import Reconciler
 from agent.sources.drift import DriftWatcher
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state.notes import Notes
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("choice", CHOICES)]

@@ -24,7 +24,7 @@ from support.rules import CHOICES, Pod, layers
 from support.rules import pod as made
 
 from agent.__main__ import main
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.core.model.pods import Pod as Facts
 from agent.core.model.redirect import Redirect
@@ -381,12 +381,12 @@ def test_the_hosts_exemption_goes_whatever_made_it(node: World, mechanism: str) 
     exempt(node, mechanism, owned=mechanism == "nftables")
     exempted = node.dump()
     assert exempted != before
-    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner, dry_run=True)
+    removal = uncapture_host(node.target, host_layers("off")[1], layer_ownership.host_layer_owner, dry_run=True)
     assert removal is not None and removal.scripts and node.dump() == exempted
-    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
+    removal = uncapture_host(node.target, host_layers("off")[1], layer_ownership.host_layer_owner)
     assert removal is not None and removal.result == REMOVED
     assert node.dump() == before
-    assert uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner) is None
+    assert uncapture_host(node.target, host_layers("off")[1], layer_ownership.host_layer_owner) is None
 
 
 @pytest.mark.parametrize(("mechanism", "damage"), [(name, one) for name in HOST_DAMAGE for one in HOST_DAMAGE[name]])
@@ -395,7 +395,7 @@ def test_a_half_removed_exemption_goes_all_the_same(node: World, mechanism: str,
     before = node.dump()
     exempt(node, mechanism)
     node.host.sh(damage)
-    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
+    removal = uncapture_host(node.target, host_layers("off")[1], layer_ownership.host_layer_owner)
     if mechanism == "nftables":  # nothing of ours is left to be told by
         assert removal is not None and removal.result == LEFT
         return
@@ -412,6 +412,6 @@ def test_the_exemption_of_istio_cni_is_left_alone(node: World) -> None:
         " --match-set istio-inpod-probes-v4 dst -j SNAT --to-source 169.254.7.127"
     )
     before = node.dump()
-    removal = uncapture_host(node.target, host_layers("off")[1], ownership.host_layer_owner)
+    removal = uncapture_host(node.target, host_layers("off")[1], layer_ownership.host_layer_owner)
     assert removal is not None and removal.result == LEFT
     assert node.dump() == before

@@ -18,7 +18,7 @@ from support.rules import Pod, layers
 from support.rules import pod as made
 
 from agent.__main__ import main
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.cli.uncapture import leftovers
 from agent.core.model.pods import Pod as Facts
 from agent.core.model.redirect import Redirect
@@ -145,7 +145,7 @@ def test_at_last_nothing_of_the_node_is_left_whatever_made_it(node: EbpfNode, po
     for name in ("v0", "try-4711"):
         (node.pins.root / name).mkdir()
         named = {"lookup": node.pins.root / name / "lookup"}
-        load.load(objects.path("lookup"), node.pins.root / name / "maps", named, {}, bytes(8))
+        load.load(object_files.path("lookup"), node.pins.root / name / "maps", named, {}, bytes(8))
     (row,) = leftovers(node.pins, dry_run=True)
     assert row.removal.result == "would be removed" and node.pins.root.exists()
     assert ids <= programs()

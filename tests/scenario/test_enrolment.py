@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 from support.world import Accounting, Target, World, play, pod
 
-from agent.core.model.listeners import PortListeners
 from agent.core.model.plan import Foreign
 from agent.core.model.pods import Pod
+from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict

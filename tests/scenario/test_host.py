@@ -19,7 +19,7 @@ from agent.core.errors import KernelError, StaleError
 from agent.core.model.plan import Plan, Step
 from agent.core.settings import Settings
 from agent.reconciler.converge import PASSES, settle
-from agent.reconciler.host import HostLoop
+from agent.reconciler.host_loop import HostLoop
 
 
 class Host:

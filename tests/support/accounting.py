@@ -36,8 +36,8 @@ from support.rules import layers
 from agent.backends.ebpf.pins import Pins
 from agent.core.model.redirect import Redirect
 from agent.core.names import ZTUNNEL_MARK
+from agent.flows.ebpf.account_programs import Programs
 from agent.flows.ebpf.collector import EbpfCollector
-from agent.flows.ebpf.programs import Programs
 from agent.flows.record import Connection, Delta, Quality
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf.map import Maps

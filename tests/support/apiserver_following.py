@@ -15,7 +15,7 @@ from support.apiserver_store import matches
 from agent.core.model.pods import KubePod
 from agent.sources.kube import objects
 from agent.sources.kube.access import Access
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 from agent.sources.kube.follower import Follower
 from agent.sources.kube.protocol import Pace
 

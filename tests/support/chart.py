@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.cli import settings as from_user
+from agent.cli import settings_sources
 from agent.core import names
 from agent.core.setting_types import Choice, Whole
 from agent.core.settings import DECLARED, Settings, build
@@ -90,7 +90,7 @@ def settings(objects: list[dict[str, Any]], directory: Path) -> Settings:
     """What the agent makes of the ConfigMap, by its own code. Raises SettingsError."""
     path = directory / "sluice.yaml"
     path.write_text(only(objects, "ConfigMap")["data"]["sluice.yaml"])
-    return build(from_user._file(str(path)))
+    return build(settings_sources._file(str(path)))
 
 
 def leaves(schema: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

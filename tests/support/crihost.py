@@ -24,8 +24,8 @@ from agent.core.errors import SluiceError
 from agent.kernel import exec
 from agent.kernel.exec import run
 from agent.lab import nodes
+from agent.lab.lab_spec import LabSpec
 from agent.lab.processes import Children, await_ready, end, start_time
-from agent.lab.topology import LabSpec
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = Path("/usr/lib/cni")  # Debian's containernetworking-plugins

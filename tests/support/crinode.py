@@ -26,9 +26,9 @@ from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.lab import nodes
 from agent.lab.lab import down
+from agent.lab.lab_spec import LabSpec
 from agent.lab.node_services import LabBackend, ready
 from agent.lab.processes import Child, Children, await_ready, start_time
-from agent.lab.topology import LabSpec
 
 SUBNET = "10.98.0.0/16"
 PORT = 8080

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.ebpf_pod import Stage
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.backend import EbpfBackend
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import NodeTarget, ProgramsBackend
@@ -136,13 +136,13 @@ def _counting(change: Any, passed: Callable[[], None]) -> Any:
 
 def other_build(at: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """Objects that do the same and have other digests: what it returns switches between builds, True is the new."""
-    shutil.copytree(objects.DIRECTORY, at)
+    shutil.copytree(object_files.DIRECTORY, at)
     for one in at.glob("*.bpf.o"):
         one.write_bytes(one.read_bytes() + b"\0")
-    old = objects.DIRECTORY
+    old = object_files.DIRECTORY
 
     def switch(new: bool) -> None:
-        monkeypatch.setattr(objects, "DIRECTORY", at if new else old)
-        objects.digest.cache_clear()
+        monkeypatch.setattr(object_files, "DIRECTORY", at if new else old)
+        object_files.digest.cache_clear()
 
     return switch

@@ -14,7 +14,7 @@ from support.node import PORT, Server
 
 from agent.backends.hostprobes.claims import Claims
 from agent.backends.hostprobes.layers import HostLayer, layers
-from agent.backends.hostprobes.nftables import NftHostProbes
+from agent.backends.hostprobes.nft_layer import NftHostProbes
 from agent.backends.hostprobes.want import HostProbes
 from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run

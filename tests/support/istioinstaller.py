@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.install.conflists import readable
 from agent.install.planning import View
-from agent.migration import istio
+from agent.migration import istio_confs
 
 ENTRY = {"type": "istio-cni", "name": "istio-cni", "ambient_enabled": True, "exclude_namespaces": ["kube-system"]}
 
@@ -47,7 +47,7 @@ class IstioInstaller:
             files[self.file] = json.dumps(network).encode()
 
     def _right(self, files: dict[str, bytes]) -> bool:
-        names = [conf.name for conf in istio.confs(View(files)) if not conf.name.endswith(".json")]
+        names = [conf.name for conf in istio_confs.confs(View(files)) if not conf.name.endswith(".json")]
         if not names:
             return True
         first = names[0]
@@ -91,5 +91,5 @@ class IstioInstaller:
 
 def picked(files: dict[str, bytes]) -> list[str]:
     """The plugins of the list that a runtime uses."""
-    conf = istio.picked(View({name: files[name] for name in readable(files)}))
+    conf = istio_confs.picked(View({name: files[name] for name in readable(files)}))
     return [one["type"] for one in conf.plugins] if conf else []

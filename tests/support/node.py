@@ -29,11 +29,11 @@ from agent.core.names import DATAPLANE_MODE
 from agent.kernel import admin_socket
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
-from agent.lab import istio, nodes
+from agent.lab import istio_ztunnel, nodes
 from agent.lab.lab import down
+from agent.lab.lab_spec import LabSpec, PodSpec
 from agent.lab.node_services import LabBackend, NodeProcesses, settings
 from agent.lab.processes import Children
-from agent.lab.topology import LabSpec, PodSpec
 from agent.zds.messages import Ack, Add, Delete, Hello, Message, Request, SnapshotSent, decode_request, encode
 
 REPO = Path(__file__).resolve().parents[2]
@@ -221,7 +221,7 @@ class Node:
                 (PodSpec("node1", *key.split("/"), enrolled=True), (f"192.0.2.{number}",))
                 for number, key in enumerate(pods, 1)
             ]
-            (self.run_dir / istio.LOCAL_FILE).write_text(istio.workloads(listed, hbone=False))
+            (self.run_dir / istio_ztunnel.LOCAL_FILE).write_text(istio_ztunnel.workloads(listed, hbone=False))
             self.processes = NodeProcesses(self.spec, "node1", self.children, Path(REAL))
 
     def configure(self, backend: LabBackend = LabBackend.NFTABLES, **changes: Any) -> None:

@@ -28,8 +28,8 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
 from agent.lab.lab import down
+from agent.lab.lab_spec import LabSpec
 from agent.lab.processes import Children, await_ready
-from agent.lab.topology import LabSpec
 
 NAMES = ("server", "worker1", "worker2")
 PROVISION = REPO / "vagrant/provision"

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from agent.core.errors import KernelError
-from agent.core.model.listeners import PortListeners
+from agent.core.model.port_listeners import PortListeners
 from agent.export.explaining import ExplainContext
-from agent.reconciler.host import HostStatus
+from agent.reconciler.host_loop import HostStatus
 from agent.zds.messages import Add
 
 

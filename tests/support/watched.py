@@ -11,8 +11,8 @@ import pytest
 from support.rules import Pod
 
 from agent.kernel import exec
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 from agent.kernel.netlink.nf_tables import NftSocket
-from agent.kernel.netlink.socket import NetlinkSocket
 from agent.kernel.pod_netns import PodNetns
 from agent.sources.drift import DriftWatcher, Wake
 

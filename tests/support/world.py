@@ -13,9 +13,9 @@ from typing import Any
 from agent.backends.base import Support
 from agent.backends.choose import Choice
 from agent.core.errors import KernelError, PodGoneError, StaleError, ZtunnelError
-from agent.core.model.listeners import PortListeners
 from agent.core.model.plan import Plan, Step
 from agent.core.model.pods import Pod, PodTable
+from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket, TcpState
 from agent.core.model.topology import PodTopology

@@ -51,6 +51,25 @@ def test_words_are_found_as_whole_words(house: ModuleType, tmp_path: Path, line:
     assert [word for _, _, word in house.words(tmp_path)] == words
 
 
+def test_a_module_name_occurs_once(house: ModuleType) -> None:
+    assert house.module_names(REPO) == [], "rename one of them to the noun that a stranger would search for"
+
+
+def test_kept_names_are_still_used_more_than_once(house: ModuleType) -> None:
+    missing = [f"{package}/{name}.py" for name, packages in house.KEPT_NAMES.items() for package in packages]
+    assert [path for path in missing if not (REPO / path).is_file()] == []
+
+
+def test_a_kept_name_is_kept_only_in_its_packages(house: ModuleType, tmp_path: Path) -> None:
+    for package in ("agent/cli", "agent/lab", "agent/zds"):
+        (tmp_path / package).mkdir(parents=True)
+    (tmp_path / "agent/cli/lab.py").touch()
+    (tmp_path / "agent/lab/lab.py").touch()
+    assert house.module_names(tmp_path) == []
+    (tmp_path / "agent/zds/lab.py").touch()
+    assert house.module_names(tmp_path) == [("lab", 3, "agent/cli, agent/lab, agent/zds")]
+
+
 def test_unlike_things_are_not_packed(house: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "agent").mkdir()
     (tmp_path / "agent" / "example.py").write_text(

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-from agent.backends.ebpf import objects
-from agent.backends.ebpf.objects import BpfProgram
+from agent.backends.ebpf import object_files
+from agent.backends.ebpf.object_files import BpfProgram
 from agent.backends.ebpf.pins import PinDirectory, Pins, pin
 from agent.core.errors import KernelError
 from agent.core.model.plan import Step
@@ -131,9 +131,9 @@ def do(
     Raises KernelError.
     """
     if isinstance(change, Load):
-        every = (*objects.NODE, *objects.POD, *objects.ACCOUNTING)
+        every = (*object_files.NODE, *object_files.POD, *object_files.ACCOUNTING)
         named = {one.name: place.program(one) for one in every if one.object == change.object}
-        load.load(objects.path(change.object), pins.maps, named, sizes, constants, elsewhere)
+        load.load(object_files.path(change.object), pins.maps, named, sizes, constants, elsewhere)
     elif isinstance(change, Attach):
         _closed(syscall.get(place.program(change.program)), lambda fd: _attach(change, fd, place, attach))
     elif isinstance(change, Detach):

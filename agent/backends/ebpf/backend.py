@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments, state
 from agent.backends.ebpf.abi import PodValue, Prefix
-from agent.backends.ebpf.objects import LOOKUP, POD, BpfProgram
+from agent.backends.ebpf.feature_trials import support
+from agent.backends.ebpf.object_files import LOOKUP, POD, BpfProgram
 from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.requirements import support
 from agent.backends.ebpf.state import PodChange, PodEntries
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
 from agent.core.model.plan import Plan

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.abi import VERSION
-from agent.backends.ebpf.objects import BpfProgram
+from agent.backends.ebpf.object_files import BpfProgram
 
 _VERSION = f"v{VERSION}"
 
@@ -85,7 +85,7 @@ class Pins:
 
 def pin(program: BpfProgram) -> str:
     """Returns the name of a program's pin."""
-    return f"{program.name}@{objects.digest(program.object)}"
+    return f"{program.name}@{object_files.digest(program.object)}"
 
 
 def _inodes(directory: str) -> dict[str, int]:

@@ -17,9 +17,9 @@ from typing import Any
 from agent.backends.base import Support
 from agent.backends.ebpf import abi, attachments
 from agent.backends.ebpf.attachments import Attached, Change
-from agent.backends.ebpf.objects import NODE
+from agent.backends.ebpf.feature_trials import support
+from agent.backends.ebpf.object_files import NODE
 from agent.backends.ebpf.pins import Pins
-from agent.backends.ebpf.requirements import support
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
 from agent.core.model.plan import Plan, Step

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.abi import LISTENER_SLOTS, PodFlag, PodValue, Prefix
 from agent.backends.ebpf.attachments import Attached, Change, Detach, Unpin, steps
 from agent.backends.ebpf.compiling import entries
-from agent.backends.ebpf.objects import BpfProgram
+from agent.backends.ebpf.object_files import BpfProgram
 from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.ztunnels import Listener, Role
 from agent.core.model.plan import Plan, Step
@@ -141,7 +141,7 @@ def _removal(have: PodEntries) -> Iterator[_Correction]:
         yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
     for name in have.attached.old:
         yield Step(f"unpin {name}", Unpin(name)), ""
-    for program in objects.POD:
+    for program in object_files.POD:
         if program.name in have.attached.ids:
             yield Step(f"unpin {pin(program)}", Unpin(pin(program))), f"program {program.name} is not wanted"
     for role, slot in have.listening:
@@ -153,9 +153,9 @@ def _removal(have: PodEntries) -> Iterator[_Correction]:
 
 
 def _links(indexes: tuple[int, ...]) -> dict[str, BpfProgram]:
-    found = {"lookup": objects.LOOKUP}
+    found = {"lookup": object_files.LOOKUP}
     for index in indexes:
-        found |= {f"ingress-{index}": objects.INGRESS, f"egress-{index}": objects.EGRESS}
+        found |= {f"ingress-{index}": object_files.INGRESS, f"egress-{index}": object_files.EGRESS}
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from agent.backends.base import Layer
 from agent.backends.hostprobes.branch_eni import BranchEni
 from agent.backends.hostprobes.former import FormerLegacyRules, FormerNftVariantRules, FormerSets
-from agent.backends.hostprobes.nftables import NftHostProbes
+from agent.backends.hostprobes.nft_layer import NftHostProbes
 from agent.backends.hostprobes.want import HostProbes
 from agent.kernel.host_netns import HostNetns
 

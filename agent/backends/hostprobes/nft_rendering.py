@@ -14,7 +14,7 @@ from typing import Final
 
 from agent.backends.hostprobes import nft_sets
 from agent.backends.hostprobes.want import SETS, HostProbes
-from agent.backends.netfilter.messages import comment_data
+from agent.backends.netfilter.message_parts import comment_data
 from agent.backends.nftables.expressions import COUNTER, compare, expression, immediate, meta, payload
 from agent.backends.nftables.rendering import table_command
 from agent.backends.nftables.ruleset import Chain, TableState, digest

@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import islice
 
 from agent.backends.hostprobes.want import SETS
-from agent.backends.netfilter.messages import comment, comment_data, text
+from agent.backends.netfilter.message_parts import comment, comment_data, text
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_CREATE, Message, attribute, attributes, nested, unpack_be
 from agent.core.wire.nftables import DELSETELEM, NEWSET, NEWSETELEM, NFPROTO_INET, Command

@@ -19,9 +19,9 @@ from agent.backends.iptables.reading import XtState
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.netfilter import foreign_rules
 from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
-from agent.backends.netfilter.messages import comment_data
-from agent.backends.netfilter.reading import Reader
+from agent.backends.netfilter.message_parts import comment_data
 from agent.backends.netfilter.rules import Hook, Table
+from agent.backends.netfilter.ruleset_reader import Reader
 from agent.core.errors import CommandError, KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from agent.backends.iptables import rendering
 from agent.backends.iptables.reading import MARK, XtState
 from agent.backends.netfilter import rules
-from agent.backends.netfilter.messages import base_chain, comment_data
+from agent.backends.netfilter.message_parts import base_chain, comment_data
 from agent.backends.netfilter.rules import Hook, Table
 from agent.core.model.plan import Step
 from agent.core.model.redirect import Redirect

@@ -26,7 +26,7 @@ from agent.backends.iptables.rendering import XtTable
 from agent.backends.iptables.rule_digests import RuleDigests
 from agent.backends.netfilter import foreign_rules
 from agent.backends.netfilter.dumps import Ruleset
-from agent.backends.netfilter.reading import Reader
+from agent.backends.netfilter.ruleset_reader import Reader
 from agent.core.errors import CommandError, KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect

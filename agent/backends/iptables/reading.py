@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
-from agent.backends.netfilter.messages import comment, expressions, rule_comment, text
+from agent.backends.netfilter.message_parts import comment, expressions, rule_comment, text
 from agent.core.model import tags
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attributes, unpack_be

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.backends.netfilter.messages import comment, text
+from agent.backends.netfilter.message_parts import comment, text
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import HEADER, Message, messages, unpack_be
 from agent.core.wire.nftables import NEWCHAIN, NEWTABLE

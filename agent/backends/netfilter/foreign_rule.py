@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
-from agent.backends.netfilter.messages import expressions, text
+from agent.backends.netfilter.message_parts import expressions, text
 from agent.core import names
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import attributes, unpack_be, unpack_int

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from agent.backends.netfilter.dumps import Content, Head, Ruleset
 from agent.backends.netfilter.foreign_rule import RuleEffect, effect
-from agent.backends.netfilter.messages import HOOK_NUMBER, comment, hook_and_priority, text
+from agent.backends.netfilter.message_parts import HOOK_NUMBER, comment, hook_and_priority, text
 from agent.backends.netfilter.rules import BASE, Hook, Table
 from agent.core import names
 from agent.core.model import tags

@@ -9,8 +9,8 @@ from dataclasses import replace
 from agent.backends.base import Support
 from agent.backends.netfilter import foreign_rules
 from agent.backends.netfilter.dumps import Ruleset
-from agent.backends.netfilter.reading import Reader
 from agent.backends.netfilter.rules import Table
+from agent.backends.netfilter.ruleset_reader import Reader
 from agent.backends.nftables import reading
 from agent.backends.nftables.reading import NftState
 from agent.backends.nftables.rendering import (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
-from agent.backends.netfilter.messages import comment, hook_and_priority, text
+from agent.backends.netfilter.message_parts import comment, hook_and_priority, text
 from agent.backends.netfilter.rules import Hook
 from agent.backends.nftables.rendering import CHAINS, TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest

@@ -13,7 +13,7 @@ from itertools import count
 
 from agent.backends import istio_form
 from agent.backends.netfilter import rules as netfilter
-from agent.backends.netfilter.messages import HOOK_NUMBER, base_chain, comment_data
+from agent.backends.netfilter.message_parts import HOOK_NUMBER, base_chain, comment_data
 from agent.backends.netfilter.rules import Hook, Table
 from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, digest

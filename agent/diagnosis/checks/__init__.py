@@ -4,10 +4,19 @@
 from __future__ import annotations
 
 from agent.core.errors import SettingsError
-from agent.diagnosis.checks import agents, backends, cluster_addons, configurations, hosts, limits, pods, proxies
+from agent.diagnosis.checks import (
+    agents,
+    backends,
+    cluster_addons,
+    configurations,
+    hosts,
+    pods,
+    proxies,
+    resource_limits,
+)
 from agent.diagnosis.finding import Check
 
-_MODULES = (agents, configurations, backends, hosts, proxies, pods, cluster_addons, limits)
+_MODULES = (agents, configurations, backends, hosts, proxies, pods, cluster_addons, resource_limits)
 CHECKS = tuple(one for module in _MODULES for one in vars(module).values() if isinstance(one, Check))
 
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent import __version__
-from agent.diagnosis.facts import NodeFacts
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import NodeFacts
 from agent.diagnosis.remedies import log, restart, start
 
 _MEMORY = 150 << 20  # bytes; what an agent of 250 pods may take (P60h)

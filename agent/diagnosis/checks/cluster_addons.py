@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.diagnosis.facts import AttachedProgram, NodeFacts
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import AttachedProgram, NodeFacts
 
 _CILIUM = ("cil_sock", "sock4_", "sock6_")
 _CALICO = ("calico_", "cali_")

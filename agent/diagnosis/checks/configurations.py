@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.diagnosis.facts import Listed, NodeFacts
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import Listed, NodeFacts
 
 _USUAL = "the default: no"  # prefix of the reason if no runtime's configuration was found (install.runtime)
 # Type of a primary plugin -> its product, and how it behaves next to other lists.

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from agent.diagnosis.facts import NodeFacts
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import NodeFacts
 from agent.diagnosis.remedies import start
 
 _FLUSHES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.diagnosis.facts import NodeFacts, PodFacts, Row
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import NodeFacts, PodFacts, Row
 from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.core.names import DNS_PORT
-from agent.diagnosis.facts import NodeFacts
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
+from agent.diagnosis.node_facts import NodeFacts
 from agent.diagnosis.remedies import restart, ztunnel
 
 

@@ -13,7 +13,7 @@ import psutil
 
 from agent.core.errors import SluiceError
 from agent.core.settings import Settings
-from agent.diagnosis.facts import AgentFacts, Left
+from agent.diagnosis.node_facts import AgentFacts, Left
 from agent.kernel.admin_socket import ask
 from agent.kernel.unix_socket import peer
 from agent.sources.netns import existing

@@ -10,7 +10,7 @@ from pathlib import Path
 from agent.core.errors import CommandError, SettingsError
 from agent.core.names import CNI_TYPE
 from agent.core.settings import Settings
-from agent.diagnosis.facts import Cni, Listed
+from agent.diagnosis.node_facts import Cni, Listed
 from agent.diagnosis.probes import inotify_queues, read
 from agent.install import conflists
 from agent.install.host_root import HostRoot
@@ -18,8 +18,8 @@ from agent.install.installer import Installer, mode
 from agent.install.netdir import NetDir
 from agent.install.running import Running
 from agent.kernel import exec
-from agent.migration.istio import run_dirs
 from agent.migration.istio_agent import theirs_runs
+from agent.migration.istio_confs import run_dirs
 
 
 def probe(settings: Settings, proc: Path) -> Cni:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.hostprobes.layers import layers
 from agent.backends.hostprobes.nft_rendering import TABLE
 from agent.core import names
@@ -17,7 +17,7 @@ from agent.core.model.host import HostView
 from agent.core.model.ownership import Owner
 from agent.core.model.sockets import text
 from agent.core.settings import Settings
-from agent.diagnosis.facts import NetworkFacts
+from agent.diagnosis.node_facts import NetworkFacts
 from agent.kernel import exec, host_view
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.netlink.nf_tables import NftSocket
@@ -33,7 +33,7 @@ def probe(settings: Settings, agent: int) -> NetworkFacts:
         made = []
         for layer in layers("off")[1]:
             with contextlib.suppress(KernelError):  # a mechanism that this kernel has not
-                if ownership.host_layer_owner(layer.name, layer.read(target)) is not Owner.NONE:
+                if layer_ownership.host_layer_owner(layer.name, layer.read(target)) is not Owner.NONE:
                     made.append(layer.name)
     port, ours = _port(settings.metrics_address, agent)
     return NetworkFacts(view, probes=tuple(made), pod_rules=tuple(_pod_rules(view)), port=port, port_ours=ours)

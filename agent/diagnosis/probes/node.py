@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.core.errors import KernelError
 from agent.core.settings import Settings
-from agent.diagnosis.facts import HostFacts
+from agent.diagnosis.node_facts import HostFacts
 from agent.diagnosis.probes import inotify_queues, read
 from agent.install.host_root import HostRoot
 from agent.kernel.inotify import Inotify

@@ -8,14 +8,14 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.registry import mechanisms
 from agent.core.errors import KernelError, SluiceError
 from agent.core.model.ownership import Owner
 from agent.core.model.sockets import TcpState
 from agent.core.settings import Settings
-from agent.diagnosis.facts import PodFacts, PodsFacts
+from agent.diagnosis.node_facts import PodFacts, PodsFacts
 from agent.diagnosis.probes import read
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
@@ -103,7 +103,7 @@ def _layers(
             if name == backend:
                 raise
             continue  # a mechanism that this kernel has not
-        owner = ownership.layer_owner(name, have)
+        owner = layer_ownership.layer_owner(name, have)
         if owner in found:
             found[owner].append(name)
         if owner is Owner.SLUICE or name == "routing":

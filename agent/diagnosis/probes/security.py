@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from agent.core.settings import Settings
-from agent.diagnosis.facts import Security
+from agent.diagnosis.node_facts import Security
 from agent.diagnosis.probes import read
 from agent.install.host_root import HostRoot
 

@@ -8,7 +8,7 @@ from agent.backends.ebpf.pins import Pins
 from agent.backends.trials import KernelTrials
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
-from agent.diagnosis.facts import Preflight
+from agent.diagnosis.node_facts import Preflight
 from agent.kernel import host_view
 from agent.sources.state import backend_record
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from agent.backends.ebpf import objects
+from agent.backends.ebpf import object_files
 from agent.backends.ebpf.backend import opened
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
@@ -23,11 +23,11 @@ from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import Endpoint
 from agent.core.wire.netlink import pack_u32, pack_u64, unpack_int
 from agent.flows.collector import Sort
-from agent.flows.ebpf import abi
+from agent.flows.ebpf import account_abi
+from agent.flows.ebpf.account_programs import Programs
+from agent.flows.ebpf.accounted_pods import AccountedPods
 from agent.flows.ebpf.kernel_totals import KernelTotals
 from agent.flows.ebpf.late_accepts import Late
-from agent.flows.ebpf.pods import AccountedPods
-from agent.flows.ebpf.programs import Programs
 from agent.flows.inet_diag.collector import DiagCollector
 from agent.flows.record import Connection, Delta, Quality
 from agent.flows.shares import Shares
@@ -91,7 +91,7 @@ class EbpfCollector:
             self._woken.register(self._ring, select.EPOLLIN | select.EPOLLET)
             # An earlier agent has exported the present values; the growth since then is never exported.
             self._qualities = dict(self._maps["qualities"].items())
-            self._gone = {abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
+            self._gone = {account_abi.pod_of(key) for key in self._qualities} - self._pods.cookies()
             self.admit()
         return wrong
 
@@ -140,13 +140,13 @@ class EbpfCollector:
     def returned(self, cookie: int) -> Endpoint | None:
         since = max(0, time.monotonic_ns() - _LATELY)
         for key, value in self._maps["returns"].items():
-            if abi.owner(key) == cookie and abi.refused(value) > since:
-                return abi.destination(key)
+            if account_abi.owner(key) == cookie and account_abi.refused(value) > since:
+                return account_abi.destination(key)
         return None
 
     def refresh(self) -> tuple[list[Delta], list[Quality]]:
         with self._refreshing:
-            with self._iterator(objects.REFRESH) as link:
+            with self._iterator(object_files.REFRESH) as link:
                 iterator.read(link)
             deltas, qualities = self._preexisting.refresh()
             return [*deltas, *self._late.deltas(), *self._tallies.added()], [*qualities, *self._new_qualities()]
@@ -159,11 +159,11 @@ class EbpfCollector:
         return [*self._preexisting.live(pod), *self._listed(pod)]
 
     def _listed(self, pod: int | None) -> list[Connection]:
-        with self._listing, self._iterator(objects.LIST) as link:
+        with self._listing, self._iterator(object_files.LIST) as link:
             self._maps["chosen"].update(bytes(4), pack_u64(pod or 0))
             data = iterator.read(link)
         # Between two buffers the kernel may go over a socket again (bpfiter.read).
-        return list({one.socket: one for one in abi.connections(data, _epoch())}.values())
+        return list({one.socket: one for one in account_abi.connections(data, _epoch())}.values())
 
     def _counted(self, pod: int) -> set[int]:
         """The cookies of the sockets that the programs count."""
@@ -171,12 +171,12 @@ class EbpfCollector:
         with self._listing:
             self._maps["chosen"].update(bytes(4), pack_u64(pod))
             for name in ("accounts", "owners"):
-                with self._iterator(objects.KNOWN, name) as link:
+                with self._iterator(object_files.KNOWN, name) as link:
                     found.update(one for (one,) in _COOKIE.iter_unpack(iterator.read(link)))
         return found
 
     def records(self) -> Sequence[Any]:
-        size = abi.RECORD.size
+        size = account_abi.RECORD.size
         with self._taking:
             data = b"" if self._ring is None else self._ring.take(size)
         return [
@@ -186,7 +186,7 @@ class EbpfCollector:
         ]
 
     def connection(self, record: Any) -> Connection:
-        return record if isinstance(record, Connection) else next(abi.connections(record, _epoch()))
+        return record if isinstance(record, Connection) else next(account_abi.connections(record, _epoch()))
 
     async def arrived(self, seconds: float) -> None:
         """Returns early when a quarter of the ring buffer is full: then the programs wake the reader."""
@@ -215,7 +215,7 @@ class EbpfCollector:
         counts = self._maps["losses"]
         found = {
             loss.name.lower(): sum(unpack_int(value) for value in counts.lookup_percpu(pack_u32(loss)))
-            for loss in abi.Loss
+            for loss in account_abi.Loss
         }
         found |= self._preexisting.losses()
         found["record"] += self._ring.skipped if self._ring else 0
@@ -260,14 +260,14 @@ class EbpfCollector:
             old = self._qualities.get(key)
             if old != value:
                 self._qualities[key] = value
-                yield abi.quality(key, value, old)
-            elif abi.pod_of(key) in self._gone:  # nothing has ended there since the last reading
+                yield account_abi.quality(key, value, old)
+            elif account_abi.pod_of(key) in self._gone:  # nothing has ended there since the last reading
                 self._maps["qualities"].delete(key)
                 del self._qualities[key]
-        self._gone &= {abi.pod_of(key) for key in self._qualities}
+        self._gone &= {account_abi.pod_of(key) for key in self._qualities}
 
     @contextmanager
-    def _iterator(self, program: objects.BpfProgram, over: str = "accounts") -> Iterator[int]:
+    def _iterator(self, program: object_files.BpfProgram, over: str = "accounts") -> Iterator[int]:
         """A link of this process's own: nothing is attached by it unless it is read."""
         loaded = syscall.get(self.programs.pins.node.program(program))
         try:

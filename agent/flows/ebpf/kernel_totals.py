@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass
 
 from agent.core.errors import KernelError
 from agent.flows.collector import Sort
-from agent.flows.ebpf import abi
-from agent.flows.ebpf.abi import CounterValue
+from agent.flows.ebpf import account_abi
+from agent.flows.ebpf.account_abi import CounterValue
 from agent.flows.record import Delta
 from agent.kernel.bpf.map import Maps
 
@@ -56,26 +56,26 @@ class KernelTotals:
             if (last := self._maps[name].take(key)) is not None:
                 seen = self._seen[key]
                 if last != seen.tally:
-                    yield _delta(key, abi.tally(last), abi.tally(seen.tally))
-                self._retire(key, abi.tally(last))
+                    yield _delta(key, account_abi.tally(last), account_abi.tally(seen.tally))
+                self._retire(key, account_abi.tally(last))
 
     def totals(self) -> Mapping[Sort, int]:
         """Counts connections that were opened, or failed."""
         found = Counter[Sort]()
         for name in ("tallies", "rest", "former"):
             for key, value in self._maps[name].items():
-                _, direction, fate, reason, _, _ = abi.tally_key(key)
-                tally = abi.tally(value)
+                _, direction, fate, reason, _, _ = account_abi.tally_key(key)
+                tally = account_abi.tally(value)
                 found[direction, fate, reason] += tally.opened + tally.failed
         return found
 
     def _export(self, key: bytes, value: bytes, seen: _Seen | None, now: float) -> Delta:
         assert self._seen is not None
-        before = abi.tally(seen.tally) if seen else _NOTHING
+        before = account_abi.tally(seen.tally) if seen else _NOTHING
         self._seen[key] = _Seen(value, now)
         with suppress(KernelError):  # the map is full: the next agent will export this once more
             self._maps["exported"].update(key, value)
-        return _delta(key, abi.tally(value), before)
+        return _delta(key, account_abi.tally(value), before)
 
     def add(self, delta: Delta) -> None:
         """Adds counts that no program has made."""
@@ -87,23 +87,23 @@ class KernelTotals:
             received=delta.received,
             socket=delta.socket,
         )
-        self._keep(abi.sort_key(delta.direction, delta.fate, delta.reason), tally)
+        self._keep(account_abi.sort_key(delta.direction, delta.fate, delta.reason), tally)
 
     def _retire(self, key: bytes, last: CounterValue) -> None:
         assert self._seen is not None
-        _, direction, fate, reason, _, _ = abi.tally_key(key)
-        self._keep(abi.sort_key(direction, fate, reason), last)
+        _, direction, fate, reason, _, _ = account_abi.tally_key(key)
+        self._keep(account_abi.sort_key(direction, fate, reason), last)
         self._maps["exported"].delete(key)
         del self._seen[key]
 
     def _keep(self, key: bytes, more: CounterValue) -> None:
         before = self._maps["former"].lookup(key)
-        sums = zip(astuple(more), astuple(abi.tally(before) if before else _NOTHING), strict=True)
-        self._maps["former"].update(key, abi.TALLY.pack(*((a + b) % (1 << 64) for a, b in sums)))
+        sums = zip(astuple(more), astuple(account_abi.tally(before) if before else _NOTHING), strict=True)
+        self._maps["former"].update(key, account_abi.TALLY.pack(*((a + b) % (1 << 64) for a, b in sums)))
 
 
 def _delta(key: bytes, now: CounterValue, before: CounterValue) -> Delta:
-    pod, direction, fate, reason, remote, port = abi.tally_key(key)
+    pod, direction, fate, reason, remote, port = account_abi.tally_key(key)
     return Delta(
         pod=pod,
         direction=direction,

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from agent.flows.ebpf import abi
+from agent.flows.ebpf import account_abi
 from agent.flows.ebpf.kernel_totals import KernelTotals
 from agent.flows.record import Connection, Delta
 from agent.kernel.bpf.map import Maps
@@ -48,7 +48,7 @@ class Late:
         if self._maps["late"].is_empty():
             return
         for key, value in self._maps["late"].items():
-            found = next(abi.connections(value, self._epoch()))
+            found = next(account_abi.connections(value, self._epoch()))
             if time.time() - (found.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:
                 continue
             self._maps["begun"].delete(key)

@@ -17,7 +17,7 @@ from enum import IntEnum
 from agent.core.errors import KernelError
 from agent.core.wire.netlink import NLM_F_DUMP, attribute, attributes, unpack_text
 from agent.core.wire.nftables import NETLINK_NETFILTER, NFGENMSG, fields
-from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 
 _SUBSYSTEM = 6 << 8  # NFNL_SUBSYS_IPSET
 DESTROY, LIST = _SUBSYSTEM | 3, _SUBSYSTEM | 7

@@ -43,7 +43,7 @@ from agent.core.wire.nftables import (
     fields,
 )
 from agent.kernel import exec
-from agent.kernel.netlink.socket import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
+from agent.kernel.netlink.netlink_socket import SO_RCVBUFFORCE, SO_SNDBUFFORCE, NetlinkSocket, raise_for
 
 _LENGTH = struct.Struct("=I")  # the first field of nlmsghdr
 

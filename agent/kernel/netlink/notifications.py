@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from agent.core.wire.netlink import Message, messages
-from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 
 BELIEVED: Final = 300.0  # seconds: however quiet it is, everything is read again now and then
 

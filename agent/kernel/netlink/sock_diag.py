@@ -30,7 +30,7 @@ from agent.core.wire.netlink import (
     message,
 )
 from agent.core.wire.tcp_info import TcpReport
-from agent.kernel.netlink.socket import NetlinkSocket, raise_for
+from agent.kernel.netlink.netlink_socket import NetlinkSocket, raise_for
 from agent.kernel.netns import SO_NETNS_COOKIE
 
 NETLINK_SOCK_DIAG = 4

@@ -12,8 +12,8 @@ from typing import Final
 
 from agent.core.wire.netlink import HEADER
 from agent.core.wire.tcp_info import TcpReport
+from agent.kernel.netlink.netlink_socket import SO_RCVBUFFORCE, NetlinkSocket
 from agent.kernel.netlink.sock_diag import NETLINK_SOCK_DIAG, report
-from agent.kernel.netlink.socket import SO_RCVBUFFORCE, NetlinkSocket
 
 _GROUPS: Final = (1, 3)  # SKNLGRP_INET_TCP_DESTROY, SKNLGRP_INET6_TCP_DESTROY
 BUFFER: Final = 32 << 20  # bytes; the kernel doubles it, and counts some 1300 for each socket

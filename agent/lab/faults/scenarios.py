@@ -14,8 +14,8 @@ from agent.lab.checks import CALM, Accounts, Checks
 from agent.lab.faults.ebpf import Detaching
 from agent.lab.faults.netfilter import Flushing
 from agent.lab.lab import Lab
+from agent.lab.lab_spec import PodProgram
 from agent.lab.node_services import LabBackend
-from agent.lab.topology import PodProgram
 from agent.lab.traffic import LabTraffic, relayed, settled
 
 LEAST_RATE = 200

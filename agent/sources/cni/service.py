@@ -19,7 +19,7 @@ from agent.core.settings import Settings
 from agent.kernel.netns import Netns
 from agent.sources.cni import wire
 from agent.sources.cni.wire import CniReply, CniRequest, CniVerb
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.static_file import Reconciling
 
 log = logging.getLogger("sluice.cni")

@@ -11,7 +11,7 @@ from agent.core.model.pods import KubePod, Pod, PodTable
 from agent.core.policy.decide import enrols_namespace, exempt
 from agent.core.settings import Settings
 from agent.sources.kube import objects
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 log = logging.getLogger("sluice.kube")
 _WATCH = 0.2  # seconds for the watch to deliver a pod that the kubelet knows already

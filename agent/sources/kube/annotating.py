@@ -21,7 +21,7 @@ from agent.core.model.status import State
 from agent.core.policy.contention import Contention
 from agent.core.policy.schedule import Schedule
 from agent.sources.kube import objects
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 log = logging.getLogger("sluice.kube")
 _AT_ONCE = 4  # patches under way

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent.core.errors import KubeError
 from agent.core.model.pods import KubePod, PodTable
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 log = logging.getLogger("sluice.kube")
 CONDITION = "sluice.io/ztunnel-connected"

@@ -15,7 +15,7 @@ from agent.core.errors import KubeError
 from agent.core.model.pods import Pod, PodTable, without_sandbox
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.text import printable
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 log = logging.getLogger("sluice.kube")
 EVERY = 300.0  # seconds in which one kind of event is written once per pod; repetitions are counted

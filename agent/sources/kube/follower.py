@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 
 from agent.core.errors import KubeError, ProtocolError
 from agent.sources.kube import protocol
-from agent.sources.kube.client import JSON, Client
+from agent.sources.kube.api_client import JSON, Client
 from agent.sources.kube.protocol import Course, Json, Lines, Listing, Pace, Rows, WatchVerb
 
 log = logging.getLogger("sluice.kube")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.core.errors import KubeError
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 log = logging.getLogger("sluice.kube")
 TOKENS = "/apis/authentication.k8s.io/v1/tokenreviews"

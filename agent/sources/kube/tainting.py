@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 
 from agent.core.errors import KubeError
-from agent.sources.kube.nodes import KubeNode, Taint
+from agent.sources.kube.node_taints import KubeNode, Taint
 
 log = logging.getLogger("sluice.kube")
 _EVERY = 1.0  # seconds between two checks

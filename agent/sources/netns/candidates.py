@@ -11,7 +11,7 @@ from pathlib import Path
 
 from agent.core.errors import NetnsError, SluiceError
 from agent.kernel import proc as processes
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.netns import Netns
 from agent.kernel.proc import NsKey, ProcessSeen
 from agent.sources.netns import cgroups

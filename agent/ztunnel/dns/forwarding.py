@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from agent.core import names
 from agent.core.errors import KernelError, SluiceError
-from agent.kernel.netlink.conntrack import Conntrack
+from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.ztunnel.dns import dnsmessage
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.original_dst import Address

@@ -10,7 +10,7 @@ import socket
 
 from agent.core import names
 from agent.kernel.accepting import Seldom
-from agent.kernel.netlink.conntrack import Conntrack
+from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add

@@ -14,8 +14,8 @@ from support.traffic.world import ADDRESSES, WAIT, World
 
 from agent.core.names import DNS_PORT, ZTUNNEL_MARK
 from agent.core.wire.netlink import NLM_F_DUMP, attributes
-from agent.kernel.netlink.conntrack import NETLINK_NETFILTER
-from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netlink.ctnetlink import NETLINK_NETFILTER
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 from agent.kernel.netns import Netns
 
 APPLICATION, ZTUNNEL = b"application", b"ztunnel"

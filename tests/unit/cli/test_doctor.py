@@ -16,8 +16,8 @@ from agent.__main__ import main
 from agent.cli import doctor, effective_settings
 from agent.core.errors import SettingsError
 from agent.diagnosis.checks import CHECKS
-from agent.diagnosis.facts import Left, NodeFacts
 from agent.diagnosis.finding import CheckResult, CheckVerdict
+from agent.diagnosis.node_facts import Left, NodeFacts
 
 
 def finding(check: str, verdict: CheckVerdict, found: str, cause: str = "", remedy: str = "") -> CheckResult:

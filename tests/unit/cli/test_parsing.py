@@ -198,4 +198,4 @@ def test_a_command_loads_its_own_module_alone() -> None:
         "print(*(m for m in sys.modules if m.startswith(('agent.cli.', 'agent.lab', 'difflib'))))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == {"agent.cli.agent", "agent.cli.parsing", "agent.cli.settings"}
+    assert set(done.stdout.split()) == {"agent.cli.agent", "agent.cli.parsing", "agent.cli.settings_sources"}

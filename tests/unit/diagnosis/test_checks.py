@@ -11,11 +11,12 @@ import pytest
 
 from agent import __version__
 from agent.__main__ import _GROUPS as COMMANDS
-from agent.backends.preflight import Feature
+from agent.backends.kernel_features import Feature
 from agent.core.model.host import HostTable, HostView, InKernel, Variant
 from agent.core.settings import Settings
 from agent.diagnosis.checks import CHECKS
-from agent.diagnosis.facts import (
+from agent.diagnosis.finding import CheckResult, CheckVerdict, examine, examine_all, exit_code
+from agent.diagnosis.node_facts import (
     AgentFacts,
     AttachedProgram,
     Cni,
@@ -29,7 +30,6 @@ from agent.diagnosis.facts import (
     Preflight,
     Security,
 )
-from agent.diagnosis.finding import CheckResult, CheckVerdict, examine, examine_all, exit_code
 from agent.install import planning
 from agent.install.planning import View, Write
 

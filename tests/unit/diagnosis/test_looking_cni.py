@@ -14,8 +14,8 @@ from support.installing import CALICO, NOBODY, text
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
 from agent.diagnosis.checks import CHECKS
-from agent.diagnosis.facts import Cni, NodeFacts
 from agent.diagnosis.finding import CheckResult, CheckVerdict, examine
+from agent.diagnosis.node_facts import Cni, NodeFacts
 from agent.diagnosis.probes import cni as looks
 from agent.install.installer import Installer
 from agent.install.running import Running

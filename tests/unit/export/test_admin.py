@@ -19,7 +19,7 @@ from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
-from agent.sources.non_tcp import NonTcpCounter
+from agent.sources.non_tcp_totals import NonTcpCounter
 
 Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 

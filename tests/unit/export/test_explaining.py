@@ -12,15 +12,15 @@ from support.surroundings import Surroundings
 from support.world import AMBIENT, World, play, pod
 
 from agent.core.errors import KernelError, SluiceError
-from agent.core.model.listeners import PortListeners
 from agent.core.model.pods import KubeNamespace, KubePod, Pod
+from agent.core.model.port_listeners import PortListeners
 from agent.core.policy.facts import considered
 from agent.core.settings import Settings
 from agent.export.advice import advise
 from agent.export.explaining import Explaining
 from agent.export.http import Request
-from agent.reconciler.host import HostStatus
-from agent.sources.non_tcp import NonTcpCounter
+from agent.reconciler.host_loop import HostStatus
+from agent.sources.non_tcp_totals import NonTcpCounter
 
 CLUSTER = "https://10.96.0.1"
 

@@ -14,7 +14,7 @@ from support.installing import apply
 
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
-from agent.install import conflists, istio, planning
+from agent.install import conflists, istio_entry, planning
 from agent.install.conflists import plugin_entry
 from agent.install.planning import InstallPlan, View
 
@@ -78,7 +78,8 @@ def test_installing_settles_and_ours_is_first(files: dict[str, bytes], mode: str
     assert verdict.actions == ()
     if verdict.error:
         return
-    theirs = istio.owned([conf for conf in valid(files) if not conflists.is_own(conf)])  # istio-cni keeps them in front
+    # istio-cni keeps these in front.
+    theirs = istio_entry.owned([conf for conf in valid(files) if not conflists.is_own(conf)])
     first = next(conf for conf in valid(files) if conf not in theirs)
     assert first.name == verdict.file
     assert first.plugins[-1]["type"] == "sluice-cni"

@@ -4,7 +4,7 @@ from __future__ import annotations
 import random
 
 from agent.lab.conflist import ANNOTATIONS, Attachment, conflist, environment, plugin_input
-from agent.lab.topology import default_spec
+from agent.lab.lab_spec import default_spec
 
 POD = Attachment(
     container_id="c" * 64,

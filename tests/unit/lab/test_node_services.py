@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent.core import settings as core
+from agent.lab.lab_spec import LabSpec
 from agent.lab.node_services import LabBackend, ready, settings
-from agent.lab.topology import LabSpec
 
 
 @pytest.mark.parametrize("backend", LabBackend)

@@ -15,7 +15,7 @@ from agent.install.conflists import plugin_entry
 from agent.install.planning import View, own
 from agent.migration import assessment
 from agent.migration.assessment import ACCEPTED, LEFT, NOTE, OBSTACLE, MigrationFinding
-from agent.migration.facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
+from agent.migration.migration_facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
 from agent.migration.steps import after, take_over
 
 HERE, PTP = Settings(), {"type": "ptp"}

@@ -16,7 +16,7 @@ from agent.core.settings import DECLARED, Settings, build
 from agent.install.planning import View
 from agent.migration.assessment import translated_of
 from agent.migration.equivalents import TABLE, differences, translate
-from agent.migration.facts import MigrationFacts
+from agent.migration.migration_facts import MigrationFacts
 from agent.migration.values import of_entry, read
 
 ALL = {

@@ -14,7 +14,7 @@ from agent.core.settings import Settings
 from agent.install import conflists, planning
 from agent.install.conflists import ISTIO, plugin_entry
 from agent.install.planning import InstallPlan, View
-from agent.migration import istio
+from agent.migration import istio_confs
 from agent.migration.steps import Steps, after, back, take_over, taken, until_istio_cni
 
 ENTRY = plugin_entry(Settings())
@@ -56,7 +56,7 @@ NODES = {
 
 def guarded(view: View) -> bool:
     """Whoever the runtime picks has one of the two in it: captured, or refused."""
-    conf = istio.picked(view)
+    conf = istio_confs.picked(view)
     return conf is not None and (conflists.mentions(conf.network, ISTIO) or conflists.mentions(conf.network))
 
 
@@ -74,7 +74,7 @@ def done(view: View, mode: str = "own") -> View:
 @pytest.fixture(params=NODES)
 def node(request: pytest.FixtureRequest) -> View:
     view = View(NODES[str(request.param)])
-    assert guarded(view) and istio.places(view)
+    assert guarded(view) and istio_confs.places(view)
     return view
 
 
@@ -85,21 +85,21 @@ def test_after_each_step_of_taking_over_a_pod_is_captured_or_refused(node: View,
     for state in states(node, steps):
         assert guarded(state), sorted(state.files)
     end = after(node, steps.steps)
-    conf = istio.picked(end)
+    conf = istio_confs.picked(end)
     assert conf is not None and conflists.mentions(conf.network) and not conflists.mentions(conf.network, ISTIO)
-    assert not istio.places(end)
+    assert not istio_confs.places(end)
 
 
 def ours_is_next(view: View) -> bool:
     """Ours is used, with istio-cni's entry in it, or as soon as istio-cni's own lists have gone."""
-    conf = istio.picked(view)
+    conf = istio_confs.picked(view)
     assert conf is not None and conflists.mentions(conf.network, ISTIO)
     theirs = {
         conf.name
-        for conf in istio.confs(view)
+        for conf in istio_confs.confs(view)
         if not conflists.is_own(conf) and conflists.mentions(conf.network, ISTIO)
     }
-    rest = istio.picked(View({name: data for name, data in view.files.items() if name not in theirs}))
+    rest = istio_confs.picked(View({name: data for name, data in view.files.items() if name not in theirs}))
     return conflists.mentions(conf.network) or (rest is not None and conflists.mentions(rest.network))
 
 
@@ -131,7 +131,7 @@ def test_back_gives_the_same_bytes_and_is_captured_or_refused_after_each_step(no
         assert not again.error and after(state, again.steps).files == after(end, steps.steps).files
     found, before = dict(after(end, steps.steps).files), dict(node.files)
     if before == NODES["owned-and-out-of-date"]:
-        conf = istio.picked(View(found))
+        conf = istio_confs.picked(View(found))
         assert conf is not None and [one["type"] for one in conf.plugins] == ["calico", "istio-cni"]
         before["02-istio-cni.conflist"] = found["02-istio-cni.conflist"]
     assert found == before
@@ -150,7 +150,7 @@ def test_after_its_agent_has_cleaned_up_itself_ours_follows() -> None:
     beside = after(View(NODES["owned"]), take_over(View(NODES["owned"]), ENTRY, WISHED, aside=False).steps)
     files = {name: data for name, data in beside.files.items() if name != "02-istio-cni.conflist"}
     end = done(View(files))
-    conf = istio.picked(end)
+    conf = istio_confs.picked(end)
     assert conf is not None and conf.name == WISHED and not conflists.mentions(conf.network, ISTIO)
     assert set(end.files) == {WISHED, "10-kindnet.conflist"}
 
@@ -166,13 +166,15 @@ def test_what_istio_cnis_agent_makes_of_our_list_is_no_hindrance() -> None:
         steps = take_over(View(files), ENTRY, WISHED)
         assert not steps.error and all(map(guarded, states(View(files), steps)))
         end = after(View(files), steps.steps)
-        conf = istio.picked(end)
+        conf = istio_confs.picked(end)
         assert conf is not None and conf.name == WISHED and [one["type"] for one in conf.plugins][2:] == ["sluice-cni"]
-        assert not istio.places(end)
+        assert not istio_confs.places(end)
         again = back(end, WISHED)
         assert not again.error and all(map(guarded, states(end, again)))
         left = after(end, again.steps)
-        assert not any(conflists.mentions(conf.network) for conf in istio.confs(left)) and istio.places(left)
+        assert not any(conflists.mentions(conf.network) for conf in istio_confs.confs(left)) and istio_confs.places(
+            left
+        )
 
 
 def test_what_the_primary_has_changed_meanwhile_stays_when_istio_cni_comes_back() -> None:
@@ -182,7 +184,7 @@ def test_what_the_primary_has_changed_meanwhile_stays_when_istio_cni_comes_back(
         view = replace(end, files={**end.files, "10-kindnet.conflist": newer})
         steps = back(view, WISHED)
         assert not steps.error and all(map(guarded, states(view, steps)))
-        conf = istio.picked(after(view, steps.steps))
+        conf = istio_confs.picked(after(view, steps.steps))
         assert conf is not None
         assert [one["type"] for one in conf.plugins] == ["ptp", "portmap", "bandwidth", "istio-cni"]
         assert not [name for name in after(view, steps.steps).files if "sluice" in name]

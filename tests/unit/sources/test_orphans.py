@@ -13,7 +13,7 @@ from agent.core.errors import NetnsError, PodGoneError
 from agent.core.model.pods import Pod
 from agent.kernel.netns import Netns
 from agent.sources.netns.batcher import SearchBatcher
-from agent.sources.netns.registry import NamespaceRegistry
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state.notes import Notes
 
 POD = Pod("u1", "shop", "web", source="kube")

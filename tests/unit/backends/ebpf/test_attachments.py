@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.backends.ebpf.attachments import Attach, Attached, Detach, Load, Unpin, steps
-from agent.backends.ebpf.objects import EGRESS, INGRESS, LOOKUP, NODE, POD, BpfProgram
+from agent.backends.ebpf.object_files import EGRESS, INGRESS, LOOKUP, NODE, POD, BpfProgram
 from agent.kernel.bpf.link import LinkInfo
 
 WANT: Mapping[str, BpfProgram] = {"lookup": LOOKUP, "ingress-2": INGRESS, "egress-2": EGRESS}

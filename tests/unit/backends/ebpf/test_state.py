@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from agent.backends.ebpf import objects, state
+from agent.backends.ebpf import object_files, state
 from agent.backends.ebpf.attachments import Attach, Attached, Detach, Load, Unpin
 from agent.backends.ebpf.compiling import entries
-from agent.backends.ebpf.objects import POD, BpfProgram
+from agent.backends.ebpf.object_files import POD, BpfProgram
 from agent.backends.ebpf.state import (
     DropCounters,
     DropPins,
@@ -38,13 +38,17 @@ ROUTES = tuple(Route(ip_network(default), 2, 0) for default in ("0.0.0.0/0", "::
 WIRING = PodTopology(links=(Link(2, "eth0"),), addresses=(ip_address("10.0.0.5"),), routes=ROUTES)
 PLAIN, PORTS = Redirect(), Redirect(exclude=Exclusions(outbound_ports=((80, 82),)))
 NETWORKS = Redirect(exclude=Exclusions(outbound_networks=("10.0.0.0/8",)))
-LINKS: dict[str, BpfProgram] = {"lookup": objects.LOOKUP, "ingress-2": objects.INGRESS, "egress-2": objects.EGRESS}
+LINKS: dict[str, BpfProgram] = {
+    "lookup": object_files.LOOKUP,
+    "ingress-2": object_files.INGRESS,
+    "egress-2": object_files.EGRESS,
+}
 
 
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the objects are built here or not."""
-    monkeypatch.setattr(objects, "digest", lambda name: f"of-{name}")
+    monkeypatch.setattr(object_files, "digest", lambda name: f"of-{name}")
 
 
 def listener(cookie: int) -> Listener:

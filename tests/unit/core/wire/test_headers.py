@@ -9,7 +9,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from agent.core.wire import nftables, rtnetlink
-from agent.kernel.netlink import conntrack, ipset
+from agent.kernel.netlink import ctnetlink, ipset
 
 PREFIXES: dict[type[IntEnum], str] = {
     rtnetlink.Rtm: "RTM_",
@@ -58,13 +58,13 @@ PREFIXES: dict[type[IntEnum], str] = {
     nftables.Reject: "NFTA_REJECT_",
     nftables.XtMatch: "NFTA_MATCH_",
     nftables.XtTarget: "NFTA_TARGET_",
-    conntrack.Cta: "CTA_",
-    conntrack.Tuple: "CTA_TUPLE_",
-    conntrack.Ip: "CTA_IP_",
-    conntrack.Proto: "CTA_PROTO_",
-    conntrack.ProtoInfo: "CTA_PROTOINFO_",
-    conntrack.ProtoInfoTcp: "CTA_PROTOINFO_TCP_",
-    conntrack.TcpConntrack: "TCP_CONNTRACK_",
+    ctnetlink.Cta: "CTA_",
+    ctnetlink.Tuple: "CTA_TUPLE_",
+    ctnetlink.Ip: "CTA_IP_",
+    ctnetlink.Proto: "CTA_PROTO_",
+    ctnetlink.ProtoInfo: "CTA_PROTOINFO_",
+    ctnetlink.ProtoInfoTcp: "CTA_PROTOINFO_TCP_",
+    ctnetlink.TcpConntrack: "TCP_CONNTRACK_",
     ipset.Attribute: "IPSET_ATTR_",
     ipset.MemberAttribute: "IPSET_ATTR_",
 }
@@ -84,8 +84,8 @@ CONSTANTS = {
     "NFT_BYTEORDER_HTON": nftables.BYTEORDER_HTON,
     "NFT_REJECT_ICMPX_UNREACH": nftables.REJECT_ICMPX_UNREACH,
     "NFT_REJECT_ICMPX_ADMIN_PROHIBITED": nftables.ICMPX_ADMIN_PROHIBITED,
-    "NFNLGRP_CONNTRACK_NEW": conntrack.GROUP_NEW,
-    "(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET)": conntrack.CT_GET,
+    "NFNLGRP_CONNTRACK_NEW": ctnetlink.GROUP_NEW,
+    "(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET)": ctnetlink.CT_GET,
     "(NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_DESTROY)": ipset.DESTROY,
     "(NFNL_SUBSYS_IPSET << 8 | IPSET_CMD_LIST)": ipset.LIST,
     **{

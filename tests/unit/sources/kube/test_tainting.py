@@ -7,7 +7,7 @@ import asyncio
 
 from agent.core.errors import KubeError
 from agent.sources.kube import tainting
-from agent.sources.kube.nodes import Taint
+from agent.sources.kube.node_taints import Taint
 from agent.sources.kube.tainting import Tainting
 
 TAINT = Taint.parse("sluice.io/not-ready")

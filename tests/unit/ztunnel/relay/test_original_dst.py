@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from agent.core.wire.netlink import attribute, nested
-from agent.kernel.netlink import conntrack
+from agent.kernel.netlink import ctnetlink
 from agent.ztunnel.relay import original_dst
 
 
@@ -42,7 +42,7 @@ def test_ports_of_our_own_only_count_in_this_pod() -> None:
 
 
 def test_conntrack_question_is_the_reply_tuple() -> None:
-    body = conntrack.encode(socket.IPPROTO_UDP, ("127.0.0.1", 15053), ("10.0.0.2", 4660))
+    body = ctnetlink.encode(socket.IPPROTO_UDP, ("127.0.0.1", 15053), ("10.0.0.2", 4660))
     assert body == bytes.fromhex(
         "02000000 3400 0280"
         "1400 0180 0800 0100 7f000001 0800 0200 0a000002"
@@ -56,6 +56,6 @@ def test_conntrack_answer(kind: int, host: str) -> None:
     packed = socket.inet_pton(family, host)
     addresses = nested(1, attribute(kind, bytes(len(packed))), attribute(kind + 1, packed))
     ports = nested(2, attribute(1, b"\x11"), attribute(2, b"\0\1"), attribute(3, b"\0\x35"))
-    assert conntrack.decode(bytes(4) + nested(1, addresses, ports)) == (host, 53)
-    assert conntrack.decode(bytes(4) + nested(1, addresses)) is None
-    assert conntrack.decode(b"\0\0\0\0\xff\xff\1\0") is None
+    assert ctnetlink.decode(bytes(4) + nested(1, addresses, ports)) == (host, 53)
+    assert ctnetlink.decode(bytes(4) + nested(1, addresses)) is None
+    assert ctnetlink.decode(b"\0\0\0\0\xff\xff\1\0") is None

@@ -10,8 +10,8 @@ import pytest
 from agent.core.errors import KernelError
 from agent.core.model.sockets import TcpSocket, TcpState
 from agent.kernel.pod_netns import PodNetns
-from agent.sources import preexisting
-from agent.sources.preexisting import PreexistingConnections
+from agent.sources import preexisting_connections
+from agent.sources.preexisting_connections import PreexistingConnections
 
 ONE, TWO, THREE = (
     TcpSocket(4, ("10.0.0.1", 40000 + n), ("10.0.0.2", 80), TcpState.ESTABLISHED, cookie=n) for n in (1, 2, 3)
@@ -27,7 +27,7 @@ class Kernel:
         self.netns = self
 
     def call(self, function: object) -> Kernel:
-        assert function is preexisting.SockDiag
+        assert function is preexisting_connections.SockDiag
         self.open, self.opened = self.open + 1, self.opened + 1
         return self
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.backends.ebpf import requirements as ebpf
+from agent.backends.ebpf import feature_trials as ebpf
 from agent.backends.nftables.rendering import table_command
 from agent.backends.requirements import (
     Ebpf,
@@ -32,7 +32,7 @@ from agent.core.errors import SluiceError
 from agent.core.wire.rtnetlink import LookupRule
 from agent.kernel import exec, proc, scratch, xtables
 from agent.kernel.netlink.nf_tables import NftSocket
-from agent.kernel.netlink.routes import RouteSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,8 +21,8 @@ from agent.core.errors import KernelError
 from agent.core.wire.netlink import ATTRIBUTE, NLA_F_NESTED, NLM_F_DUMP, attribute, attributes, nested
 from agent.core.wire.nftables import NETLINK_NETFILTER, NFGENMSG, fields
 from agent.kernel import sysctl
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
 from agent.kernel.netlink.notifications import Notifications
-from agent.kernel.netlink.socket import NetlinkSocket
 
 CT_GET = 1 << 8 | 1  # NFNL_SUBSYS_CTNETLINK, IPCTNL_MSGCT_GET
 CT_DELETE = 1 << 8 | 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from agent.core.model.sockets import CONNECTED, TcpSocket, TcpState
-from agent.core.policy.switching import carried, summary, translated, unknown
+from agent.core.policy.backend_switch import carried, summary, translated, unknown
 
 POD, PEER = "10.0.0.1", "10.0.0.2"
 _cookies = itertools.count(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from agent.backends.preflight import Feature
+from agent.backends.kernel_features import Feature
 from agent.core.model.host import HostView, InKernel
 from agent.core.settings import Settings
 from agent.install.planning import InstallPlan, View

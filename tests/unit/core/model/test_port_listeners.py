@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent.core.model.listeners import probed
+from agent.core.model.port_listeners import probed
 from agent.core.model.sockets import TcpSocket, TcpState
 
 POD4, POD6 = "10.0.0.1", "fd00::1"

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from agent.backends.base import Support
-from agent.backends.ebpf import attachments, objects
-from agent.backends.ebpf.objects import INGRESS, LOOKUP, NODE, BpfProgram
+from agent.backends.ebpf import attachments, object_files
+from agent.backends.ebpf.object_files import INGRESS, LOOKUP, NODE, BpfProgram
 from agent.backends.ebpf.pins import PinDirectory, Pins
 from agent.core.errors import KernelError, SluiceError
 from agent.core.names import BPF_DIR
@@ -37,14 +37,14 @@ def support(pins: Pins) -> Support:
 
 
 def _runs(pins: Pins) -> bool:
-    if objects.missing() or not pins.node.path.exists():
+    if object_files.missing() or not pins.node.path.exists():
         return False
     have = attachments.read(pins.node, NODE)
     return not any(True for _ in attachments.steps({one.name: one for one in NODE}, have))
 
 
 def _objects(pins: Pins) -> None:
-    if lacking := objects.missing():
+    if lacking := object_files.missing():
         raise SluiceError(f"this installation has no {', '.join(lacking)}.bpf.o")
 
 
@@ -79,8 +79,8 @@ def _own_namespace() -> int:
 
 
 def _load(place: PinDirectory, name: str) -> None:
-    named = {one.name: place.program(one) for one in (*objects.NODE, *objects.POD) if one.object == name}
-    load.load(objects.path(name), place.path / "maps", named)
+    named = {one.name: place.program(one) for one in (*object_files.NODE, *object_files.POD) if one.object == name}
+    load.load(object_files.path(name), place.path / "maps", named)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
-from agent.sources.canary import WINDOW, ProbeCanary
+from agent.sources.probe_canary import WINDOW, ProbeCanary
 
 
 class Clock:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from agent.backends.netfilter.messages import text
+from agent.backends.netfilter.message_parts import text
 
 
 def test_a_name_of_a_pods_own_table_is_shown_in_one_line_without_escapes() -> None:

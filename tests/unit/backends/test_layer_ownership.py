@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from agent.backends import ownership
+from agent.backends import layer_ownership
 from agent.backends.hostprobes.former_reading import Held
 from agent.backends.iptables import rendering as xtables
 from agent.backends.iptables.rendering import XtTable
@@ -25,16 +25,16 @@ def test_nftables_are_ours_by_a_tag_or_an_owner() -> None:
         (True, True, Owner.SLUICE),
     ):
         have = SimpleNamespace(tables=nftables.render(WANT, owned, plain).tables)
-        assert ownership.layer_owner("nftables", have) is expected
-    assert ownership.tables_owner(()) is Owner.NONE
+        assert layer_ownership.layer_owner("nftables", have) is expected
+    assert layer_ownership.tables_owner(()) is Owner.NONE
 
 
 @pytest.mark.parametrize("layer", ["iptables", "iptables-legacy"])
 def test_iptables_are_ours_by_one_tag_of_either_family(layer: str) -> None:
     ours, theirs = xtables.render(WANT, 4).tables, xtables.render(WANT, 6, plain=True).tables
-    assert ownership.layer_owner(layer, SimpleNamespace(families={4: ours, 6: theirs})) is Owner.SLUICE
-    assert ownership.layer_owner(layer, SimpleNamespace(families={4: {}, 6: theirs})) is Owner.FOREIGN
-    assert ownership.layer_owner(layer, SimpleNamespace(families={4: {}, 6: {}})) is Owner.NONE
+    assert layer_ownership.layer_owner(layer, SimpleNamespace(families={4: ours, 6: theirs})) is Owner.SLUICE
+    assert layer_ownership.layer_owner(layer, SimpleNamespace(families={4: {}, 6: theirs})) is Owner.FOREIGN
+    assert layer_ownership.layer_owner(layer, SimpleNamespace(families={4: {}, 6: {}})) is Owner.NONE
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_iptables_are_ours_by_one_tag_of_either_family(layer: str) -> None:
     ],
 )
 def test_what_is_left_of_a_table(table: XtTable, expected: Owner) -> None:
-    assert ownership.families_owner({4: {"nat": table}}) is expected
+    assert layer_ownership.families_owner({4: {"nat": table}}) is expected
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_what_is_left_of_a_table(table: XtTable, expected: Owner) -> None:
     ],
 )
 def test_the_hosts_chain(held: Held, expected: Owner) -> None:
-    assert ownership.held_owner((Held(), held)) is expected
+    assert layer_ownership.held_owner((Held(), held)) is expected
 
 
 def test_the_whole_is_ours_as_soon_as_a_part_is() -> None:
@@ -88,7 +88,7 @@ def test_the_plain_form_has_the_same_redirections() -> None:
 
 def test_sets_are_whose_rules_refer_to_them() -> None:
     sets = {"ipset": Owner.SLUICE}
-    assert ownership.host_owner(sets) is Owner.SLUICE
+    assert layer_ownership.host_owner(sets) is Owner.SLUICE
     for of_rules in (Owner.SLUICE, Owner.FOREIGN):
-        assert ownership.host_owner({**sets, "iptables": of_rules, "nftables": Owner.NONE}) is of_rules
-    assert ownership.host_owner({"iptables": Owner.NONE}) is Owner.NONE
+        assert layer_ownership.host_owner({**sets, "iptables": of_rules, "nftables": Owner.NONE}) is of_rules
+    assert layer_ownership.host_owner({"iptables": Owner.NONE}) is Owner.NONE

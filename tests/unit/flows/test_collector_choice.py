@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from agent.backends.ebpf import requirements
+from agent.backends.ebpf import feature_trials
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError
 from agent.core.settings import Settings
-from agent.flows import choose
+from agent.flows import collector_choice
 
 PINS = Pins.of("/sys/fs/bpf/slu-none")
 
@@ -40,8 +40,8 @@ def test_interfaces_are_watched_where_tcx_is(
             raise KernelError("attach BPF program to interface 1 (tcx_ingress)", 22, "Invalid argument")
 
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release=release))
-    monkeypatch.setattr(requirements, "attempt", attempt)
-    found, without = choose._watching(PINS)
+    monkeypatch.setattr(feature_trials, "attempt", attempt)
+    found, without = collector_choice._watching(PINS)
     assert (found, len(attempts)) == (watching, tried)
     assert ("Linux 6.6" in without) == (not watching)
     assert attempts in ([], [("tcx", "/sys/fs/bpf/slu-none")])
@@ -54,12 +54,12 @@ def test_programs_that_nobody_tells_of_new_ztunnels_go(
     def start(_: object) -> None:
         raise KernelError("load BPF program", 1, "Operation not permitted")
 
-    monkeypatch.setattr(choose.EbpfCollector, "start", start)
+    monkeypatch.setattr(collector_choice.EbpfCollector, "start", start)
     pins = Pins.of(str(tmp_path / "sluice"))
     links = pins.accounting.node.path / "links"
     links.mkdir(parents=True)
     (links / "ports4").touch()
-    found, _ = choose.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
+    found, _ = collector_choice.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
     assert (found.name if found else "", pins.accounting.root.exists()) == (name, False)
-    monkeypatch.setattr(choose.Programs, "remove", lambda _: pytest.fail("there is nothing"))
-    choose.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)
+    monkeypatch.setattr(collector_choice.Programs, "remove", lambda _: pytest.fail("there is nothing"))
+    collector_choice.choose(Settings(accounting=setting), pins, Ztunnels(), by_socket=True)

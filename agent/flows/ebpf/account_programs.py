@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf import abi, attachments, object_files
 from agent.backends.ebpf.attachments import Attach, Change, Load
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import lives
@@ -25,9 +25,10 @@ from agent.kernel.bpf import bpffs, syscall
 from agent.kernel.bpf.map import Map
 
 SHARED = "memories"
-_READERS = (objects.ACCOUNT, objects.REFRESH, objects.LIST)  # of the destinations that backend ebpf remembers
-_NODE = (objects.ACCOUNT, *objects.ITERATORS, *objects.RESERVE)
-_LINKS = {"account": objects.ACCOUNT} | {one.name: one for one in objects.RESERVE}
+# These read the destinations that backend ebpf remembers.
+_READERS = (object_files.ACCOUNT, object_files.REFRESH, object_files.LIST)
+_NODE = (object_files.ACCOUNT, *object_files.ITERATORS, *object_files.RESERVE)
+_LINKS = {"account": object_files.ACCOUNT} | {one.name: one for one in object_files.RESERVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Programs:
 
     def settle(self) -> tuple[str, ...]:
         """Loads and attaches all programs; returns the drift. Raises KernelError."""
-        if lacking := objects.missing(objects.ACCOUNTING):
+        if lacking := object_files.missing(object_files.ACCOUNTING):
             raise KernelError("account by eBPF", 2, f"this installation has no {', '.join(lacking)}.bpf.o")
         bpffs.mount(self.pins.mount)
         done = self.plan(self.read())
@@ -108,14 +109,14 @@ def _changes(have: AccountState) -> Iterator[tuple[Step[Any], str]]:
     if not have.bound:
         for name in sorted(named):
             yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"{name}.bpf.o sees other destinations"
-    elif any(program.name not in have.attached.ids for program in objects.ITERATORS):
-        name = objects.REFRESH.object
+    elif any(program.name not in have.attached.ids for program in object_files.ITERATORS):
+        name = object_files.REFRESH.object
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
     found = list(attachments.steps(_LINKS, have.attached))
     yield from found
     attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in found)
     if not have.bound and not attached:
-        step: Step[Change] = Step("replace the program of account", Attach("account", objects.ACCOUNT, swap=True))
+        step: Step[Change] = Step("replace the program of account", Attach("account", object_files.ACCOUNT, swap=True))
         yield step, ""
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.flows.ebpf import abi
+from agent.flows.ebpf import account_abi
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Closer, Connection, Direction, Fate, How, Reason
 
 IPV4 = bytes(10) + b"\xff\xff"
@@ -25,11 +25,11 @@ def record(**given: Any) -> bytes:
         "remote_port": b"\0\x50", "peer_port": b"\0\0", "direction": 0, "fate": 1,
         "reason": 0, "how": 0, "closer": 0, "established": 1,
     }  # fmt: skip
-    return abi.RECORD.pack(*(fields | given).values())
+    return account_abi.RECORD.pack(*(fields | given).values())
 
 
 def one(**given: Any) -> Connection:
-    (found,) = abi.connections(record(**given), EPOCH)
+    (found,) = account_abi.connections(record(**given), EPOCH)
     return found
 
 
@@ -78,9 +78,9 @@ def test_names_of_commands_need_not_be_text() -> None:
 
 def test_records_come_one_after_the_other_and_only_whole() -> None:
     data = b"".join(record(socket=number) for number in range(5))
-    assert [each.socket for each in abi.connections(data, EPOCH)] == list(range(5))
+    assert [each.socket for each in account_abi.connections(data, EPOCH)] == list(range(5))
     with pytest.raises(struct.error):
-        list(abi.connections(data[:-1], EPOCH))
+        list(account_abi.connections(data[:-1], EPOCH))
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_records_come_one_after_the_other_and_only_whole() -> None:
     [(bytes(16), ""), (IPV4 + bytes((192, 0, 2, 1)), "192.0.2.1"), (bytes.fromhex("fd77" + "0" * 27 + "1"), "fd77::1")],
 )
 def test_addresses(data: bytes, text: str) -> None:
-    assert abi.address(data) == text
+    assert account_abi.address(data) == text
 
 
 @given(st.sampled_from(Direction), st.sampled_from(Fate), st.sampled_from(Reason))
 def test_a_key_of_a_sort_names_no_pod_and_no_peer(direction: Direction, fate: Fate, reason: Reason) -> None:
-    assert abi.tally_key(abi.sort_key(direction, fate, reason)) == (0, direction, fate, reason, "", 0)
+    assert account_abi.tally_key(account_abi.sort_key(direction, fate, reason)) == (0, direction, fate, reason, "", 0)
 
 
 def test_a_quality_is_what_was_added() -> None:
@@ -101,11 +101,11 @@ def test_a_quality_is_what_was_added() -> None:
         buckets = [[0] * (len(bounds) + 1) for bounds in (RTT_BOUNDS, DURATION_BOUNDS)]
         for counts, (bucket, count) in zip(buckets, (rtt, duration), strict=True):
             counts[bucket] = count
-        return abi.QUALITY.pack(*buckets[0], rest[0], *buckets[1], *rest[1:])
+        return account_abi.QUALITY.pack(*buckets[0], rest[0], *buckets[1], *rest[1:])
 
-    key = abi.QUALITY_KEY.pack(7, 1)
+    key = account_abi.QUALITY_KEY.pack(7, 1)
     before, now = value((2, 3), (12, 4), 600, 9_000_000, 1, 10, 20), value((2, 5), (12, 4), 1000, 9_500_000, 1, 12, 25)
-    whole, added = abi.quality(key, before, None), abi.quality(key, now, before)
+    whole, added = account_abi.quality(key, before, None), account_abi.quality(key, now, before)
     assert (whole.pod, whole.direction, whole.rtt[2], whole.duration[12]) == (7, Direction.INBOUND, 3, 4)
     assert (whole.rtt_sum, whole.duration_sum, whole.segments_in) == (0.0006, 9.0, 20)
     assert (added.rtt[2], sum(added.rtt), sum(added.duration)) == (2, 2, 0)

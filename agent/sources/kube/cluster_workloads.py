@@ -14,7 +14,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from agent.core.errors import KubeError
 from agent.core.model.pods import LABEL, UID
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 from agent.sources.kube.follower import Follower
 from agent.sources.kube.objects import address, texts
 from agent.sources.kube.protocol import TABLE, Json, Pace

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.cli import settings as from_user
+from agent.cli import settings_sources
 from agent.core.errors import SettingsError
 from agent.core.settings import DECLARED, Settings
 
@@ -23,8 +23,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(*argv: str) -> Settings:
     parser = argparse.ArgumentParser()
-    from_user.add_options(parser)
-    return from_user.load(parser.parse_args(argv))
+    settings_sources.add_options(parser)
+    return settings_sources.load(parser.parse_args(argv))
 
 
 def test_nothing_given() -> None:
@@ -88,9 +88,9 @@ def test_where_settings_come_from_and_what_their_flags_take(tmp_path: Path, monk
     file.write_text("backend: nftables\nipv6: false\nnode_name: x\n")
     monkeypatch.setenv("SLUICE_IPV6", "true")
     parser = argparse.ArgumentParser()
-    from_user.add_options(parser)
+    settings_sources.add_options(parser)
     args = parser.parse_args(["--config", str(file), "--backend", "ebpf"])
-    assert from_user.places(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
+    assert settings_sources.places(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
     takes = {
         key: DECLARED[key].kind.takes for key in ("ipv6", "offline_pods", "run_dir", "exempt_pods", "verify_seconds")
     }

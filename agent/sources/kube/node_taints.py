@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.core.errors import KubeError, SettingsError
-from agent.sources.kube.client import Client
+from agent.sources.kube.api_client import Client
 
 JSON_PATCH = "application/json-patch+json"
 _TRIES = 5

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from agent.core.model.listeners import probed
+from agent.core.model.port_listeners import probed
 from agent.core.model.sockets import Endpoint, TcpSocket, TcpState
 from agent.core.policy.canary import ProbeResult, ProbeVerdict, judge
 from agent.kernel.netlink.sock_diag import SockDiag

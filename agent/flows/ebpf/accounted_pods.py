@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from agent.backends.ebpf import abi, attachments, objects
+from agent.backends.ebpf import abi, attachments, object_files
 from agent.backends.ebpf.abi import PodFlag, PodValue
 from agent.backends.ebpf.backend import drop_policy, put_policy
 from agent.backends.ebpf.compiling import entries
@@ -71,8 +71,8 @@ class AccountedPods:
         if seen == indices and now - when < _BELIEVED:
             return
         place = self.pins.pod(cookie)
-        links = {f"watch-{index}": objects.WATCH for index in indices}
-        for step, _ in list(attachments.steps(links, attachments.read(place, (objects.WATCH,)))):
+        links = {f"watch-{index}": object_files.WATCH for index in indices}
+        for step, _ in list(attachments.steps(links, attachments.read(place, (object_files.WATCH,)))):
             attachments.do(
                 step.payload,
                 self.pins,

@@ -11,7 +11,7 @@ from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install import conflists
 from agent.install.conflists import ISTIO, Conf, Json
-from agent.install.istio import entry, form
+from agent.install.istio_entry import entry, form
 from agent.install.planning import View
 from agent.migration.istio_agent import RUN_DIR
 

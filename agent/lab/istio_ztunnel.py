@@ -14,7 +14,7 @@ from typing import Any, Final
 import yaml
 
 from agent.core.names import DEFAULT_ACCOUNT
-from agent.lab.topology import PodSpec
+from agent.lab.lab_spec import PodSpec
 
 LOCAL_FILE = "workloads.yaml"  # in a node's directory; read once, when ztunnel starts
 # Settings of the agent. Istio's ztunnel asks the node's resolver, which knows no name of the lab.

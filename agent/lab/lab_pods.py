@@ -19,8 +19,8 @@ from agent.core.errors import SluiceError
 from agent.lab import nodes
 from agent.lab.chain import CniChain
 from agent.lab.conflist import Attachment, Json, conflist
+from agent.lab.lab_spec import DOMAIN, PORTS, LabSpec, PodProgram, PodSpec
 from agent.lab.processes import Child, Children, await_ready, listening
-from agent.lab.topology import DOMAIN, PORTS, LabSpec, PodProgram, PodSpec
 
 START_SECONDS: Final = 20.0  # for a program to listen; generous, since the machine may be busy
 

@@ -15,8 +15,8 @@ import pytest
 from agent.core.errors import StaleError
 from agent.core.model.topology import Route
 from agent.core.wire.netlink import NLM_F_DUMP, NLM_F_DUMP_INTR, Message
-from agent.kernel.netlink.routes import RouteSocket
-from agent.kernel.netlink.socket import NetlinkSocket
+from agent.kernel.netlink.netlink_socket import NetlinkSocket
+from agent.kernel.netlink.route_socket import RouteSocket
 from agent.kernel.pod_netns import PodNetns
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.errors import SettingsError
-from agent.sources.kube.nodes import Taint, addition, removal
+from agent.sources.kube.node_taints import Taint, addition, removal
 
 
 def test_p05_taints_as_kubectl_writes_them() -> None:

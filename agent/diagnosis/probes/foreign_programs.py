@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.backends.ebpf.objects import NODE, RESERVE
-from agent.diagnosis.facts import AttachedProgram
+from agent.backends.ebpf.object_files import NODE, RESERVE
+from agent.diagnosis.node_facts import AttachedProgram
 from agent.kernel.bpf import bpffs, query
 from agent.kernel.bpf.syscall import AttachType
 

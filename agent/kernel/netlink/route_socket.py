@@ -43,7 +43,7 @@ from agent.core.wire.rtnetlink import (
     command,
     encode,
 )
-from agent.kernel.netlink.socket import SOL_NETLINK, NetlinkSocket
+from agent.kernel.netlink.netlink_socket import SOL_NETLINK, NetlinkSocket
 
 GROUPS = tuple(Group)  # what a pod's namespace is watched for
 _IFF_UP = 1

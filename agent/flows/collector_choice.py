@@ -7,14 +7,14 @@ import logging
 import os
 import re
 
-from agent.backends.ebpf import requirements
+from agent.backends.ebpf import feature_trials
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, SettingsError, SluiceError
 from agent.core.settings import Settings
 from agent.flows.collector import Collector
+from agent.flows.ebpf.account_programs import SHARED, Programs
 from agent.flows.ebpf.collector import EbpfCollector
-from agent.flows.ebpf.programs import SHARED, Programs
 from agent.flows.inet_diag.collector import DiagCollector
 
 log = logging.getLogger("sluice.accounting")
@@ -62,7 +62,7 @@ def _watching(pins: Pins) -> tuple[bool, str]:
     if version >= _TCX_SINCE:
         return True, ""
     try:
-        requirements.attempt("tcx", str(pins.root))
+        feature_trials.attempt("tcx", str(pins.root))
     except SluiceError:
         return False, "; except crafted packets and unanswered SYNs, which need tcx (Linux 6.6)"
     return True, ""

@@ -12,7 +12,7 @@ from agent.reconciler.interfaces import HostLoop
 Exempting = asyncio.Future[object] | None
 
 
-class Claims:
+class ProbeExemption:
     """Passes changed claims to the host loop. Without a host loop no probe is exempt."""
 
     def __init__(self, host: HostLoop | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from agent.backends.choose import LAYERS
-from agent.backends.preflight import Feature, examine, lacking, merge
+from agent.backends.kernel_features import Feature, examine, lacking, merge
 from agent.backends.requirements import Need, PolicyRuleRequirement, ProgramRequirement, Restored, needs
 
 

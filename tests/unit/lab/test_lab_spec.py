@@ -9,7 +9,7 @@ import pytest
 
 from agent.core.errors import SettingsError
 from agent.core.names import DATAPLANE_MODE
-from agent.lab.topology import LabSpec, PodProgram, PodSpec, default_spec
+from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec, default_spec
 
 
 def test_default_lab_has_three_pods_enrolled_and_one_excluded_on_two_nodes() -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.sources.kube.workloads import NamedObject, Places, pod, service
+from agent.sources.kube.cluster_workloads import NamedObject, Places, pod, service
 
 one = st.builds(
     NamedObject, st.sampled_from("abcd"), st.lists(st.sampled_from("123"), unique=True).map(tuple), st.integers(0, 2)
