@@ -35,7 +35,7 @@ class Scene:
     def __init__(self, inside: NetnsPod, state: Path, choice: str) -> None:
         self.inside, self.journal, self.table = inside, Journal(), PodTable()
         self.namespaces = NamespaceRegistry(Notes(str(state)))
-        self.drift = DriftWatcher(lambda uid, cause: self.reconciler.wake(uid, cause))
+        self.drift = DriftWatcher()
         self.reconciler = Reconciler(
             settings=Settings(run_dir=str(state), verify_seconds=3600.0),
             table=self.table,
