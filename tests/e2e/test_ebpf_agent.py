@@ -55,7 +55,7 @@ def lab() -> Iterator[Lab]:
     try:
         yield lab
     finally:
-        lab.down()
+        down(PREFIX)
 
 
 def transfer(lab: Lab, source: str, target: str, family: int) -> socket.socket:

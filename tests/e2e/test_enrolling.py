@@ -35,7 +35,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
         node.await_ztunnel(node.start_agent())
         yield lab
     finally:
-        lab.down()
+        down(PREFIX)
 
 
 def mark(lab: Lab, mode: str, state: str) -> None:

@@ -40,7 +40,7 @@ def lab() -> Iterator[Lab]:
     try:
         yield lab
     finally:
-        lab.down()
+        down(PREFIX)
 
 
 def restart(node: NodeProcesses) -> None:

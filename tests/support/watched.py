@@ -94,10 +94,10 @@ class Spy:
         self.programs: list[str] = []
         request, dumped, commit, run = NetlinkSocket.request, NftSocket.dumped, NftSocket.commit, exec.run
 
-        def spied_request(sock: Any, operation: str, kind: int, flags: int, body: bytes, *more: int) -> Any:
+        def spied_request(sock: Any, operation: str, kind: int, flags: int, body: bytes, **options: Any) -> Any:
             self.asked.append(operation)
             self.families.append(body[0])
-            return request(sock, operation, kind, flags, body, *more)
+            return request(sock, operation, kind, flags, body, **options)
 
         def spied_dump(sock: Any, kind: int, *rest: Any, **most: Any) -> tuple[bytes, bool]:
             self.asked.append("dump")
