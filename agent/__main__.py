@@ -57,7 +57,7 @@ _SECTIONS = (
 
 
 def parser(command: str = "") -> argparse.ArgumentParser:
-    """With the group of one command, or with all of them."""
+    """Returns the parser of one command's group, or of all of them."""
     top = ProgramParser(_SECTIONS, _ABOUT, prog="sluice")
     top.add_argument("--version", action="version", version=f"sluice {__version__}")
     top.set_defaults(version_text=__version__, whole=parser)

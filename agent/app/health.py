@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent reports of itself: for /readyz, `sluice status` and the metrics."""
+"""The agent's report of its own state: for /readyz, `sluice status` and the metrics."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Layer(Protocol[Target_contra, Want_contra]):
     name: str
 
     def probe(self) -> Support:
-        """Can this node do it. Tries in a namespace of its own and leaves nothing behind."""
+        """Tries whether this node supports the layer, in a namespace of its own. Leaves nothing behind."""
 
     def read(self, target: Target_contra) -> Any:
         """Returns Sluice's state in the kernel; makes nothing and loads nothing. Raises KernelError."""

@@ -81,7 +81,7 @@ class ConntrackBackend:
         return ConntrackState(seconds, self._refused.get(target, ""))
 
     def plan(self, want: Redirect | None, have: ConntrackState) -> Plan[TimeoutChange]:
-        """`want` None puts the pod's own values back."""
+        """Returns the changes; for `want` None those that restore the pod's own values."""
         changes = tuple(
             TimeoutChange(name, due)
             for name, seconds in have.seconds

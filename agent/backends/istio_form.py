@@ -18,8 +18,10 @@ _PORTS = frozenset({Field.SOURCE_PORT, Field.DESTINATION_PORT})
 
 
 def nftables(rule: Rule) -> Rule:
-    """Interface, protocol, address, port, mark; a protocol that has a port stands before it, and with an interface
-    the mark comes first."""
+    """Returns the rule with its matches in the order of istio-cni: interface, protocol, address, port, mark.
+
+    A protocol that has a port stands before it, and with an interface the mark comes first.
+    """
     fields = {match.field for match in rule.matches}
     has_port, mark_first = bool(fields & _PORTS), bool(fields & _INTERFACES and fields & _PORTS)
 

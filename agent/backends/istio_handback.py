@@ -85,7 +85,7 @@ def _nftables(want: Redirect, have: Any) -> Plan[Any]:
 
 
 def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], places: Places) -> str:
-    """Input of iptables-restore --noflush; each table is one transaction."""
+    """Returns the input of iptables-restore --noflush; each table is one transaction."""
     plain = xtables.render(want, family, plain=True)
     lines = list[str]()
     for table in (table.value for table in ORDER if table.value in plain.tables):

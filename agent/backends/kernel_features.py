@@ -48,12 +48,12 @@ class Feature:
 
     @property
     def lacking(self) -> bool:
-        """Missing, and nothing works without it."""
+        """True if it is missing and nothing works without it."""
         return not self.present and not self.without
 
 
 def attempt(need: Need, bpf_dir: str = names.BPF_DIR) -> str:
-    """ "" when it works, else the kernel's or the program's own words."""
+    """Returns "" if it works, otherwise the error text of the kernel or the program."""
     try:
         scratch.call(lambda: _try(need, bpf_dir))
     except (SluiceError, OSError) as error:
@@ -81,7 +81,7 @@ def lacking(features: Iterable[Feature]) -> tuple[str, ...]:
 
 
 def merge(*examined: tuple[Feature, ...]) -> tuple[Feature, ...]:
-    """Several choices in one list; what they share stands once."""
+    """Merges the features of several choices; each stands once."""
     found: dict[str, Feature] = {}
     for one in (one for features in examined for one in features):
         before = found.get(one.name)
@@ -123,7 +123,7 @@ def _try(need: Need, bpf_dir: str) -> None:
 
 
 def _print(flags: int) -> None:
-    """The nft of an image says nothing of the node's."""
+    """Tries printing by the kernel: the nft of an image says nothing of the node's."""
     if shutil.which("nft", path=exec.PATH) is None or proc.in_container():
         return
     with contextlib.closing(NftSocket()) as nft:

@@ -31,7 +31,7 @@ def layer_owner(name: str, have: Any) -> Owner:
 
 
 def tables_owner(tables: Iterable[TableState]) -> Owner:
-    """nf_tables: istio-cni writes no comments, and none of its tables has an owner."""
+    """Returns the owner of nf_tables: istio-cni writes no comments, and its tables have no owner."""
     found = tuple(tables)
     tagged = any(tag for table in found for chain in table.chains for tag, _ in chain.rules)
     if tagged or any(table.flags & OWNED for table in found):
@@ -74,8 +74,10 @@ def host_layer_owner(name: str, have: Any) -> Owner:
 
 
 def host_owner(parts: Mapping[str, Owner]) -> Owner:
-    """Combines the answers of the exemption's layers. Sets of ipset belong to the rules that refer to them:
-    they count only where there are no rules."""
+    """Combines the answers of the exemption's layers.
+
+    Sets of ipset belong to the rules that refer to them: they count only where there are no rules.
+    """
     rules = owner_of(one for name, one in parts.items() if name != "ipset")
     return parts.get("ipset", rules) if rules is Owner.NONE else rules
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A captured pod's traffic that bypasses ztunnel: neither TCP nor captured DNS, counted by the last rules
-of our mangle chains. Reading the counters changes nothing, and is no part of comparing.
+"""Counters of a captured pod's traffic that bypasses ztunnel: neither TCP nor captured DNS.
+
+The last rules of Sluice's mangle chains count it. To read the counters changes nothing; they are not compared.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = Non
 
 
 def _tags(backend: str, want: Redirect) -> dict[str, str]:
-    """Tag of each counting rule -> direction: the last of its chain, one for each family."""
+    """Returns tag of each counting rule -> direction: the last rule of its chain, one for each family."""
     families = [family for family, on in ((4, want.ipv4), (6, want.ipv6)) if on]
     found: dict[str, str] = {}
     for hook, direction in _DIRECTION.items():

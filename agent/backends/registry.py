@@ -25,7 +25,7 @@ def mechanisms(
     ztunnels: Ztunnels | None = None,
     sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, PodLayer]:
-    """Fresh ones of these `layers`; none is probed yet. Only their modules are imported: a start's first step is short.
+    """Makes these `layers`; none is probed yet. Imports only their modules: a start's first step is short.
 
     Without `ipv6` none of them needs IPv6 of the node. `pins`: where eBPF's are, by default where an agent has them by
     default; `ztunnels`: the processes that are known; `sizes`: of its maps, by name.

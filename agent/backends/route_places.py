@@ -120,7 +120,7 @@ def _free(routes: Sequence[LocalRoute | None], is_ours: Callable[[LocalRoute | N
 
 
 def _preference(ours: Sequence[LookupRule], others: Sequence[FibRule], first: int) -> int:
-    """Below `first`: our rule's own if it is low enough, else the next unused one, else the usual one."""
+    """Picks one below `first`: that of Sluice's rule if low enough, else the next unused one, else the usual one."""
     for rule in ours:
         if rule.mask and rule.preference < first:
             return rule.preference

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policy rules and local routes of a pod. With packet marks (Redirect.marks), they deliver replies to those of
-ztunnel's sockets that speak with a client's address. With every mechanism they deliver what a socket that is bound to
-an interface sends to ztunnel.
+"""The policy rules and local routes of a pod.
 
-A layer of its own, with the same four verbs, so that a switch between mechanisms leaves it alone, or removes no more
-than what is for marks. `routeplaces` says where they stand and how ours are known.
+With packet marks (Redirect.marks) they deliver replies to those of ztunnel's sockets that use a client's address. With
+every mechanism they deliver packets to ztunnel from a socket that is bound to an interface.
+
+A layer of its own, with the same four verbs: a switch between mechanisms leaves it alone, or removes only the part for
+marks. `route_places` chooses tables and preferences and recognises Sluice's rules.
 """
 
 from __future__ import annotations

@@ -81,8 +81,10 @@ def selftest(active: Sequence[PodLayer], *, ipv6: bool = True, marks: bool = Tru
 
 
 def selftest_choice(layers: Sequence[PodLayer], pins: Pins, *, ipv6: bool = True) -> tuple[str, ...]:
-    """The same with the layers of a choice. Of those that hold their state in the node others are tried in their place,
-    with a state of their own next to `pins`. Raises KernelError when they cannot be made.
+    """Runs the self-test with the layers of a choice.
+
+    In place of layers that hold their state in the node, it tries others with a state of their own next to `pins`.
+    Raises KernelError if those cannot be made.
     """
     if not lasting(layers):
         return selftest(layers, ipv6=ipv6)

@@ -114,7 +114,7 @@ def _send(own: str, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
 
 @contextlib.contextmanager
 def _port(family: int, own: str) -> Iterator[int]:
-    """A port that is reserved for the duration, so that no connection of the pod uses it."""
+    """Reserves a port for the duration, so that no connection of the pod uses it."""
     with socket.socket(family, _STREAM) as holder:
         holder.bind((own, 0))
         yield holder.getsockname()[1]

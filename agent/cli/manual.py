@@ -30,12 +30,12 @@ class Page:
 
     @property
     def description(self) -> str:
-        """Above the options."""
+        """The text above the options."""
         return "\n\n".join(fill(one, WIDTH) for one in self.paragraphs)
 
     @property
     def epilog(self) -> str:
-        """Below the options."""
+        """The text below the options."""
         text = []
         if self.examples:
             width = max(map(len, self.examples))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    """Escapes what a terminal or a log would take for more than a character: \\x1b, \\n, \\u202e.
+    r"""Escapes what a terminal or a log would take for more than a character: \x1b, \n, \u202e.
 
     For names that a pod controls: of processes, interfaces, tables, chains. Surrogates (bytes that were no UTF-8) too.
     """

@@ -30,7 +30,7 @@ class YamlMapping:
         return error(self.values.get(key, self.node), self.place, key, words)
 
     def text(self, key: str) -> str:
-        """ "" without the key."""
+        """Returns the text of the key; "" without the key."""
         return scalar(self.values[key], self.place, key) if key in self.values else ""
 
     def items(self, key: str) -> list[yaml.Node]:
@@ -98,7 +98,7 @@ def scalar(node: yaml.Node, place: str, key: str) -> str:
 
 
 def _printable(text: str) -> bool:
-    """Neither a path nor a message can carry a zero byte or an unpaired surrogate, which YAML can write."""
+    """True without zero bytes and unpaired surrogates: YAML can write them, a path or a message cannot carry them."""
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

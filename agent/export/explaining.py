@@ -284,8 +284,10 @@ def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _is_cut(row: Mapping[str, Any]) -> bool:
-    """Returns whether ztunnel ended it before the application got a byte: by a reset, or after waiting for the
-    workload."""
+    """Returns whether ztunnel ended it before the application got a byte.
+
+    ztunnel does so by a reset, or after waiting for the workload.
+    """
     if row["closed_by"] != "remote" or row["received_bytes"]:
         return False
     return bool(row["close"] == "reset" or PATIENCE <= row["duration"] < 2 * PATIENCE)

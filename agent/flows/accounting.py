@@ -61,7 +61,7 @@ class Accounting:
         verify_seconds: float = 30.0,
         peers: PeersFile | None = None,
     ) -> None:
-        """`add` takes the results of refresh(), as LabelTotals.add; `reason` says why this collector was chosen."""
+        """Takes `add` for the results of refresh(), as LabelTotals.add; `reason`: why this collector was chosen."""
         self.collector = collector
         self.reason = reason
         self.recent = Recent[Any, ResolvedRecord](self._named)

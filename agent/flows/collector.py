@@ -42,8 +42,10 @@ class Collector(Protocol):
         """Returns the counts since the last call, including those of live connections."""
 
     def totals(self) -> Mapping[Sort, int]:
-        """Returns connections, opened or failed, as of the last refresh(), since the account began; with eBPF that
-        outlives agents."""
+        """Returns connections, opened or failed, from the begin of the account to the last refresh().
+
+        With eBPF the account outlives agents.
+        """
 
     def live(self, pod: int | None = None) -> list[Connection]:
         """Returns the live connections, of one pod or of all."""

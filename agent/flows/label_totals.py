@@ -208,9 +208,11 @@ class _Rows(Generic[_Key, _Row]):
 
 
 class LabelTotals:
-    """Totals by label set. `cap` bounds the rows of each of the three kinds; traffic and quality expire `ttl` seconds
-    after their last change. Fates never expire, so their sums cover all connections ever: there are as many as pods had
-    workloads, and beyond the cap they lose the workload, not the fate.
+    """Totals by label set.
+
+    `cap` bounds the rows of each of the three kinds; traffic and quality expire `ttl` seconds after their last change.
+    Fates never expire, so their sums cover all connections ever: there are as many as pods had workloads, and beyond
+    the cap they lose the workload, not the fate.
     """
 
     def __init__(self, who: Who, cap: int = 5000, ttl: float = 900.0) -> None:

@@ -38,8 +38,10 @@ class RemoteWorkloads:
 
 
 def parse(text: str, place: str, cluster: str = "") -> RemoteWorkloads:
-    """`cluster` is that of workloads which name none. Raises SettingsError as "place:line: key: what is wrong"; one
-    error refuses the whole file."""
+    """Parses a file of remote workloads; `cluster` is that of workloads which name none.
+
+    Raises SettingsError as "place:line: key: what is wrong"; one error refuses the whole file.
+    """
     top = document(text, place, {"workloads", "services"})
     if top is None:
         return RemoteWorkloads()

@@ -104,8 +104,11 @@ class Sorted:
 
     @property
     def theirs(self) -> list[Conf]:
-        """istio-cni's own lists. Its agent rewrites its list as long as another one comes first, so ours follows it
-        and takes over when it is removed."""
+        """The lists of istio-cni.
+
+        Its agent rewrites its list as long as another one comes first, so Sluice's follows it and takes over when it
+        is removed.
+        """
         return istio_entry.owned(self.foreign)
 
     @property

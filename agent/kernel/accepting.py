@@ -57,7 +57,7 @@ async def accept(listener: socket.socket, seldom: Seldom) -> tuple[socket.socket
 
 
 def reset_at_close(sock: Any) -> None:
-    """Closing discards what is still to be sent, so the kernel keeps nothing of the connection."""
+    """Makes close() discard unsent data, so the kernel keeps nothing of the connection."""
     with contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
@@ -72,7 +72,7 @@ class Limits:
         self._full = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE
 
     def refusal(self, sock: socket.socket, key: str) -> str:
-        """Why this connection is refused; "" if it is not. For the node's own, such as kubelet, only `each` applies."""
+        """Returns why this connection is refused, or "". For the node's own, such as kubelet, only `each` applies."""
         if self._held[key] >= self._each:
             return f"{key or 'root'} has {self._each} connections, and more are not allowed"
         if key == host(sock.getsockname()):
@@ -133,7 +133,7 @@ async def strangers(listener: socket.socket, limits: Limits, handle: Handle) -> 
 
 
 async def serve(path: str, kind: int, handle: Handle) -> None:
-    """Each connection in a task of its own, which closes it; until cancelled. The socket file stays behind.
+    """Serves each connection in a task of its own, which closes it, until cancelled. The socket file stays behind.
 
     A file that another program removes is made again: istio-cni's agent unlinks ztunnel's socket at its end, also when
     it is ours by then (net.UnixListener.Close). One that is another socket by now is left alone.
@@ -149,7 +149,7 @@ async def serve(path: str, kind: int, handle: Handle) -> None:
 
 
 async def _accept_all(listener: socket.socket, handle: Handle, tasks: asyncio.TaskGroup) -> None:
-    """Only root connects here, so connections beyond the limit wait in the queue and are not refused."""
+    """Accepts connections. Only root connects here, so those beyond the limit wait in the queue and are not refused."""
     room = asyncio.Semaphore(_AT_ONCE)
     broken = Seldom(logging.ERROR)
 

@@ -103,7 +103,7 @@ def _inside(argv: Sequence[str], netns: str | Path | None) -> list[str]:
 
 
 def _environment(extra: Mapping[str, str | None] | None) -> dict[str, str]:
-    """This process's environment with `extra`; None removes a variable."""
+    """Returns the environment of this process with `extra`; None removes a variable."""
     path = f"{os.environ.get('PATH', '')}:{PATH}"
     made: dict[str, str | None] = {**os.environ, "PATH": path, "LC_ALL": "C", **(extra or {})}
     return {name: value for name, value in made.items() if value is not None}

@@ -159,7 +159,7 @@ def _check_type(fd: int, origin: str) -> None:
 
 
 def _refuse_host(status: os.stat_result, origin: str) -> None:
-    """The guard at the lowest call: the namespace of this process and that of process 1 are the node's."""
+    """Guards the lowest call: the namespace of this process and that of process 1 are the node's."""
     for host in ("/proc/self/ns/net", "/proc/1/ns/net"):
         try:
             mine = Path(host).stat()

@@ -33,8 +33,10 @@ class _Sockets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetnsFacts:
-    """Facts of a namespace: whether it has IPv6, its addresses without loopback and link-local ones, whether lo is
-    up, and whether it then has 127.0.0.1 and ::1."""
+    """Facts of a namespace: whether it has IPv6, and its addresses without loopback and link-local ones.
+
+    Also whether lo is up, and whether it then has 127.0.0.1 and ::1.
+    """
 
     ipv6: bool
     addresses: tuple[str, ...]
@@ -63,7 +65,7 @@ class PodNetns:
 
     @property
     def events(self) -> Notifications:
-        """Each new generation of nf_tables in this namespace."""
+        """The socket that receives each new generation of nf_tables in this namespace."""
         return self._sockets.events
 
     @property
@@ -104,7 +106,7 @@ class PodNetns:
         return found
 
     def wiring(self) -> PodTopology:
-        """Interfaces, addresses and routes, as last read while no notification says otherwise.
+        """Returns interfaces, addresses and routes, as last read while no notification says otherwise.
 
         Forwarding is switched on without a notification, and so may be seen late: as a rule before there are links.
         """

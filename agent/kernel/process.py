@@ -162,7 +162,7 @@ class Process:
 
 
 def _opened(pid: int, sock: socket.socket) -> int:
-    """Opens, before 6.5, the process that has the number now, if the other end is still open. Raises OSError.
+    """Opens, for kernels before 6.5, the process with this number now, if the other end is open. Raises OSError.
 
     A peer that ended before, with its end in the hands of another process, would not be noticed.
     """

@@ -44,7 +44,7 @@ _PREFIX, _WHOLE = {4: 24, 6: 64}, {4: 32, 6: 128}
 
 
 def make(families: tuple[int, ...]) -> None:
-    """lo and the pair up, an address and a default route of each family. In a namespace that has only lo."""
+    """Sets lo and a pair up, with an address and a default route of each family, in a namespace that has only lo."""
     with contextlib.closing(RouteSocket()) as route:
         peer = IFINFOMSG.pack(0, 0, 0, 0, 0) + attribute(Ifla.IFNAME, _WIRE)
         data = nested(LinkInfo.DATA, attribute(_VETH_PEER, peer))

@@ -16,7 +16,7 @@ _CLOEXEC, _CREATE = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC; FSCONFIG_CMD_CRE
 
 
 def read(name: str) -> int | None:
-    """`name` is a path below /proc/sys. None where this kernel or this namespace does not have it."""
+    """Returns the value of `name`, a path below /proc/sys; None where this kernel or namespace does not have it."""
     try:
         fd = os.open(f"/proc/sys/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

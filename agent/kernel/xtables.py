@@ -40,12 +40,12 @@ _getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_
 
 
 def families() -> tuple[int, ...]:
-    """4, and 6 where lo may use IPv6; inside the namespace."""
+    """Returns 4, and 6 where lo may use IPv6; call it inside the namespace."""
     return (4, 6) if sysctl.has_ipv6() else (4,)
 
 
 def read(wanted: Collection[str], known: Collection[Key]) -> dict[int, dict[str, Raw]]:
-    """Per family those of the `wanted` tables that are there; 6 has none if lo has no IPv6. Inside the namespace.
+    """Reads the present ones of the `wanted` tables by family; 6 has none if lo has no IPv6. Call it in the namespace.
 
     `known` are tables that an earlier read of the same namespace found: they are there still. Raises KernelError.
     """
@@ -80,7 +80,7 @@ def _read(wanted: Collection[str], known: Collection[Key], infos: Mapping[Key, b
 
 
 def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Collection[str]:
-    """A table stays for the life of its namespace, so one that was there needs no looking up."""
+    """Returns the present tables. One stays for the life of its namespace, so a known one needs no looking up."""
     if all((family, name) in known for name in wanted):
         return wanted
     there = listed(family)

@@ -84,7 +84,7 @@ class Enrolment:
         stale: StaleFlows | None = None,
         preserve: bool,
     ) -> None:
-        """With `preserve` pre-existing connections of a newly enrolled pod run on.
+        """Takes `preserve`: pre-existing connections of a newly enrolled pod run on.
 
         Without `proxied` ztunnel's connections are unknown: they may hang when the rules are removed.
         """
@@ -203,7 +203,7 @@ class Enrolment:
         return self._adapted(enrolled.want, self._listening.last(enrolled.target))
 
     def _adapted(self, want: Redirect, listeners: PortListeners) -> Redirect:
-        """Only rules redirect to a port; programs know ztunnel's sockets (Choice.by_socket)."""
+        """Adapts ports for rules: only they redirect to a port; programs know ztunnel's sockets (Choice.by_socket)."""
         return replace(want, hbone=listeners.hbone, blocked=bool(listeners.taken) and not self._choice.by_socket)
 
     def again(self, pod: Pod, enrolled: Enrolled, want: Redirect) -> tuple[Redirect, Settled]:

@@ -82,7 +82,7 @@ class HostLoop:
         journal: HostJournal,
         random: Callable[[], float],
     ) -> None:
-        """`active` layers in order of application, removed backwards; `retired` ones are removed once, in order."""
+        """Takes `active` layers in order of application, removed backwards; removes `retired` ones once, in order."""
         self.settings = settings
         self.status = HostStatus(mechanism)
         self._active = tuple(active)

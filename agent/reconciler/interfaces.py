@@ -79,7 +79,7 @@ class Accounting(Protocol):
     """Accounts for each pod's connections; blocking, and never fails: capture does not depend on it."""
 
     def enrol(self, pod: Pod, target: PodNetns, want: Redirect, *, captured: bool, fresh: bool = False) -> bool:
-        """Called before `want` is applied (`captured` False) and after. Returns True to be called again soon."""
+        """Accounts for the pod; called before `want` is applied (`captured` False) and after. True: call again soon."""
 
     def watch(self, pod: Pod, target: PodNetns) -> None:
         """Does the rest after `enrol` has returned False; takes long, so no pod may wait for it."""
@@ -94,7 +94,7 @@ class StaleFlows(Protocol):
     """Removes conntrack entries that have missed the end of their connection; blocking, and never fails."""
 
     def forget(self, target: PodNetns, *, changed: bool) -> bool:
-        """With the rules in place; `changed` if they were not before. True when it has to be called again soon."""
+        """Deletes stale flows, with the rules in place. `changed`: they were not before. True: call again soon."""
 
 
 class HostLoop(Protocol):

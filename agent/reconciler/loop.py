@@ -66,7 +66,7 @@ class Reconciler:
         stale: interfaces.StaleFlows | None = None,
         await_packets: Callable[[], None] | None = None,
     ) -> None:
-        """Without `host` the node's probes are not exempt; without `canary` no probe is tried.
+        """Takes the parts. Without `host` the node's probes are not exempt; without `canary` no probe is tried.
 
         Without `listening` an acknowledgement of ztunnel is enough. `preswitch` knows the connections that are older
         than a switch between NAT and eBPF; without it such a switch breaks them.

@@ -24,8 +24,10 @@ REMOVED, WOULD, LEFT, REMAINS = "removed", "would be removed", "left alone", "re
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """The result for one namespace: `found` is the owner of its rules, `layers` those with rules, `scripts` what was
-    applied or would be, `errors` the failures."""
+    """The result for one namespace: `found` is the owner of its rules, `layers` those with rules.
+
+    `scripts` are those that were applied or would be, `errors` the failures.
+    """
 
     found: Owner
     result: str

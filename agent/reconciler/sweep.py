@@ -18,7 +18,7 @@ class Sweep:
     """Removes such state in each call. Blocking; one call at a time."""
 
     def __init__(self, layers: Iterable[Lasting], dead: Callable[[Collection[int]], Collection[int]]) -> None:
-        """`dead` picks the cookies that belong to no pod and to no live namespace."""
+        """Takes `dead`, which picks the cookies that belong to no pod and to no live namespace."""
         self._layers = tuple(layers)
         self._dead = dead
         self._last: dict[str, list[Any]] = {}

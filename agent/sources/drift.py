@@ -33,7 +33,7 @@ class DriftWatcher:
     """Reads every captured pod's notifications. All methods belong to the event loop's thread."""
 
     def __init__(self, *, wiring: bool = False) -> None:
-        """`wiring`: the programmed state depends on interfaces and routes of the main table, as eBPF's does."""
+        """Takes `wiring`: the programmed state depends on interfaces and routes of the main table, as eBPF's does."""
         self._wiring = wiring
         self._watched: dict[str, PodNetns] = {}
 

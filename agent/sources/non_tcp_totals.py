@@ -33,7 +33,7 @@ class NonTcpCounter:
     """Counts by pod UID. `count` is for worker threads, one pod at a time each; `totals` for any thread."""
 
     def __init__(self, backend: str, clock: Callable[[], float] = time.monotonic, pins: Pins | None = None) -> None:
-        """`pins`: the paths of backend ebpf's maps."""
+        """Takes `pins`: the paths of backend ebpf's maps."""
         self._backend = backend
         self._clock = clock
         self._pins = pins

@@ -43,7 +43,7 @@ class PreexistingConnections:
     """Tracks by pod UID. For worker threads, one pod at a time each; `as_note` and `restore` for any thread."""
 
     def __init__(self, select: Select = candidates) -> None:
-        """`select` picks the connections that the change affects; by default those not proxied by ztunnel."""
+        """Takes `select`, which picks the affected connections; by default those not proxied by ztunnel."""
         self._select = select
         self._pods: dict[str, _Pod] = {}
 

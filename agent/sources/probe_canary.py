@@ -59,7 +59,7 @@ class ProbeCanary:
         timeout: float = TIMEOUT,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`make` opens the socket that connects, in the namespace that counts as the node's."""
+        """Takes `make`, which opens the socket that connects, in the namespace that counts as the node's."""
         self._probe = {4: probe_ipv4, 6: probe_ipv6}
         self._run = run
         self._make = make

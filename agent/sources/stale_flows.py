@@ -49,7 +49,7 @@ class StaleFlows:
         self._awaited: WeakKeyDictionary[PodNetns, _Awaited] = WeakKeyDictionary()
 
     def forget(self, target: PodNetns, *, changed: bool) -> bool:
-        """Call it when the rules are in place; `changed` if they were not. True when it has to be called again soon."""
+        """Deletes stale flows, with the rules in place. `changed`: they were not before. True: call again soon."""
         awaited = self._awaited.pop(target, None)
         if not changed and awaited is None:
             return False
@@ -73,7 +73,7 @@ class StaleFlows:
 
 
 def _forget(addresses: frozenset[str]) -> frozenset[int]:
-    """In the current namespace, which has these addresses: deletes stale entries, and returns the others."""
+    """Deletes stale entries of the current namespace, which has these addresses, and returns the others."""
     if not sysctl.read(_COUNT):
         return frozenset()
     left = set()

@@ -24,7 +24,7 @@ class ZtunnelPorts:
     """Reads the listeners in the pod's namespace; blocking, one thread per pod."""
 
     def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
-        """`ports` are expected in each pod. Every listener counts as ztunnel's while none of `ztunnels` is known."""
+        """Takes the `ports` expected in each pod. A listener counts as ztunnel's while none of `ztunnels` is known."""
         self._ports = frozenset(ports)
         self._ztunnels = ztunnels
         self._last: WeakKeyDictionary[PodNetns, PortListeners] = WeakKeyDictionary()

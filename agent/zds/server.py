@@ -117,20 +117,20 @@ class ZtunnelObserver(Protocol):
     """Acts on ztunnels that come and go."""
 
     def arrived(self, process: Process) -> None:
-        """Called with the process of each ztunnel before it gets pods; owns that process then."""
+        """Takes over the process of each ztunnel, before it gets pods."""
 
     async def acknowledged(self, uid: str) -> None:
-        """Called with each UID that a new ztunnel acknowledged. Its snapshot waits for the end of the call."""
+        """Takes each UID that a new ztunnel acknowledged. Its snapshot waits for the end of the call."""
 
     def left(self) -> None:
-        """Called when a ztunnel has disconnected."""
+        """Handles the end of a ztunnel's connection."""
 
 
 class ZdsServer:
     """Sends additions to the newest connection and deletions to all: two ztunnels run during a rolling upgrade."""
 
     def __init__(self, path: str, seconds: float) -> None:
-        """`seconds`: the time that a ztunnel has for an answer, and the observer for each acknowledgement."""
+        """Takes `seconds`: the time that a ztunnel has for an answer, and the observer for each acknowledgement."""
         self.path = path
         self.seconds = seconds
         self._offers: dict[str, Offer] = {}

@@ -47,8 +47,10 @@ def kept(here: CriNode) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
 def test_p01_p04_p08_reboot_without_drain(made: CriNode, order: tuple[str, ...]) -> None:
-    """The list with our plugin outlives the power failure and the primary's rewriting: an enrolled pod starts captured,
-    or not yet. What the primary wrote is in our list soon after."""
+    """The list with Sluice's plugin survives the power failure and the primary's rewriting.
+
+    An enrolled pod starts captured, or not yet. The primary's changes are in Sluice's list soon after.
+    """
     here, before = made, kept(made)
     pods = [CriPod("one"), CriPod("two")]
     for pod in pods:

@@ -342,7 +342,7 @@ def test_each_capability_is_needed(node: Node, backend: str, capability: str, wo
 
 
 def enter(descriptor: int) -> None:
-    """This thread, for good."""
+    """Moves the thread, for good."""
     if ctypes.CDLL(None, use_errno=True).setns(descriptor, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
 

@@ -43,8 +43,10 @@ def primary_boots(node: Node, how: random.Random) -> None:
 
 @pytest.mark.parametrize("mode", ["own"])
 def test_p01_boot_orders(node: Node, mode: str) -> None:
-    """A hundred reboots: {primary, pods, agent} in every order. From the first installation on there is no moment at
-    which a runtime's first list lacks our entry, as pods start at all moments: the reader never stops.
+    """A hundred reboots: {primary, pods, agent} in every order.
+
+    From the first installation on there is no moment at which a runtime's first list lacks Sluice's entry. Pods start
+    at all moments: the reader never stops.
     """
     node.write(NAME, text(CALICO))
     node.installer(cni_install=mode).step()

@@ -79,7 +79,7 @@ def cgroup() -> Iterator[Path]:
 
 
 def connect(inside: Pod, cgroup: Path) -> None:
-    """One connect() from that cgroup to a port where nobody listens."""
+    """Connects once, from that cgroup, to a port without a listener."""
     dial = HANDSHAKE.format(port=9)
     run(["bash", "-c", f"echo $$ > {cgroup}/cgroup.procs && ! {dial}"], netns=inside.path)
 

@@ -46,8 +46,11 @@ def family(request: pytest.FixtureRequest) -> int:
 
 @dataclass(frozen=True)
 class Captured:
-    """Connections as (one end, other end): of the application with ztunnel, of a client with ztunnel, and of ztunnel
-    with the application in the client's name. And a query that was asked and not answered yet."""
+    """Connections as (one end, other end), and a query without an answer yet.
+
+    They are of the application with ztunnel, of a client with ztunnel, and of ztunnel with the application in the
+    client's name.
+    """
 
     outbound: tuple[socket.socket, socket.socket]
     inbound: tuple[socket.socket, socket.socket]

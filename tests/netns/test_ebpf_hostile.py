@@ -151,7 +151,7 @@ def process(where: Path, script: str, *argv: object) -> Iterator[Running]:
 
 
 def dial(space: Namespace, kind: str, host: dict[int, str], port: int = APP) -> str:
-    """ "connected", or the error's name."""
+    """Returns "connected", or the error's name."""
     with space.make(kind) as sock:
         try:
             sock.connect((written(kind, host[family(kind)]), port))

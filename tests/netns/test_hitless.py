@@ -202,8 +202,9 @@ def test_an_upgrade_and_the_way_back_are_hitless(here: Place, release: str, old:
 
 
 def unowned(dump: str) -> list[str]:
-    """Returns the dump table by table, without flags, which nft 1.0.6 cannot write, empty lines, and what only we set:
-    timeouts, and routes and rules for sockets that are bound to an interface.
+    """Returns the dump table by table, without empty lines, and without flags, which nft 1.0.6 cannot write.
+
+    It also lacks state that only Sluice sets: timeouts, and routes and rules for sockets bound to an interface.
     """
     bound = r"local default dev .* metric .*|.*from all to (127\.0\.0\.0/8|::1) lookup .*"
     text = re.sub(rf"^(\s*(flags .*)?|/proc/sys/.*|{bound})\n", "", dump, flags=re.MULTILINE)

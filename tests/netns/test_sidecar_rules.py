@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sidecar's chain bears the name of one of ours: it is neither emptied nor removed, and where it is needed the pod is
-refused."""
+"""A sidecar's chain has the name of one of Sluice's: it is neither emptied nor removed.
+
+Where Sluice needs the name, the pod is refused.
+"""
 
 from __future__ import annotations
 

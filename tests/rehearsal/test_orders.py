@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reboot imitated: runtime, primary CNI, pods, ztunnel and agent begin in several orders; `sluice verify --all` says
-at each step what is: 2 while no agent runs, 1 without a ztunnel, 0 as soon as both are there. tests/cri/test_reboot.py
-shows that no pod runs uncaptured in any order."""
+"""Imitates a reboot: runtime, primary CNI, pods, ztunnel and agent begin in several orders.
+
+`sluice verify --all` reports the state at each step: 2 while no agent runs, 1 without a ztunnel, 0 as soon as both are
+there. tests/cri/test_reboot.py shows that no pod runs uncaptured in any order.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The version before this one, this one, and back, under traffic: no connection fails or escapes, and nothing counts as
-a repair, for rules and notes of each are read by the other. Each version has its own rules in the end."""
+"""The version before this one, this one, and back, under traffic: no connection fails or escapes.
+
+Nothing counts as a repair, because each version reads the rules and notes of the other. Each has its own rules in the
+end.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,9 @@ def here() -> Iterator[Node]:
 
 
 def rules(here: Node) -> str:
-    """Returns the client's rules and routes without counters, and without what an older version leaves:
-    the route and the rule for sockets that are bound to an interface.
+    """Returns the client's rules and routes without counters, and without leftovers of an older version.
+
+    Those are the route and the rule for sockets that are bound to an interface.
     """
     shown = here.on(f"nsenter --net={here.netns(CLIENT)} sh -c 'nft -s list ruleset; ip rule; ip route show table 100'")
     return re.sub(r"^(local default dev .* metric .*|.*from all to 127\.0\.0\.0/8 lookup .*)\n", "", shown, flags=re.M)

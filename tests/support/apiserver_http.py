@@ -277,7 +277,7 @@ class _Place:
 
     @classmethod
     def of(cls, path: str) -> _Place | None:
-        """/api/v1/[namespaces/NS/]RESOURCE[/NAME[/status]]"""
+        """Parses /api/v1/[namespaces/NS/]RESOURCE[/NAME[/status]]."""
         words = path.removeprefix("/api/v1/").split("/")
         namespace = ""
         if words[0] == "namespaces" and len(words) > 2 and words[2] in KINDS:

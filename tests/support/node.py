@@ -388,10 +388,10 @@ Answer = Callable[[Request], Message | bytes | None]
 
 
 class FakeZtunnel(threading.Thread):
-    """Speaks ZDS, listens in the pods as ztunnel does, takes no traffic. `answer` tells what to reply: a message, raw
-    bytes, or None for silence.
+    """Speaks ZDS, listens in the pods as ztunnel does, takes no traffic.
 
-    An `answer` that raises ConnectionError ends the connection at that point.
+    `answer` returns the reply: a message, raw bytes, or None for silence. An `answer` that raises
+    ConnectionError ends the connection at that point.
     """
 
     def __init__(

@@ -52,8 +52,11 @@ def rules() -> list[dict[str, Any]]:
 
 
 def hastened(text: str, by: int) -> str:
-    """Rules of which each duration is `by` times shorter, and nothing else is changed: those of `for`, of ranges and
-    offsets (15m -> 9000ms for 100), and seconds that are written as minutes (15 * 60 -> 15 * 0.6)."""
+    """Returns rules with each duration `by` times shorter; nothing else is changed.
+
+    Durations are those of `for`, of ranges and offsets (15m -> 9000ms for 100), and seconds that are written as minutes
+    (15 * 60 -> 15 * 0.6).
+    """
     units = {"s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
     def shorter(found: re.Match[str]) -> str:

@@ -131,8 +131,7 @@ class Node:
         return found
 
     def left_alone(self) -> bool:
-        """Whether nobody looks at the pods for a long time now: a new one is looked at again, every two seconds, until
-        its probe was seen to get through."""
+        """True if no pod was verified lately: a new one is verified every two seconds until its probe gets through."""
         rows = self.pods()
         return all(row["probe"] and time.time() - row["verified"] > 4 for row in rows)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three machines in namespaces: network, mounts, processes and host name of their own, each with a containerd, wired so
-that pods reach one another across them, as in the Vagrant lab.
+"""Three machines in namespaces, wired so that pods reach one another across them, as in the Vagrant lab.
+
+Each has network, mounts, processes and host name of its own, and a containerd.
 
     server 192.0.2.1 (pods 10.244.1.0/24), worker1 192.0.2.2 (10.244.2.0/24), worker2 192.0.2.3 (10.244.3.0/24)
 

@@ -364,9 +364,11 @@ class World:
         self, *, exempt: bool = False, by_socket: bool | None = None, accounting: Accounting | None = None,
         listens: bool = False, **settings: Any,
     ) -> None:  # fmt: skip
-        """`listens`: it is looked at whether ztunnel does. `exempt`: the node's probes are, and a canary tries them.
-        `by_socket`: of the rules, and the old ones are of the other kind; None when they are alike. With `accounting`
-        there is one worker, as with nftables."""
+        """Takes `listens`: listeners of ztunnel are verified; `exempt`: the node's probes are, and a canary tries them.
+
+        `by_socket`: kind of the new rules, and the old ones are of the other kind; None when they are alike. With
+        `accounting` there is one worker, as with nftables.
+        """
         self.kernel = Kernel()
         self.routing, self.rules, self.old = (Backend(n, self.kernel) for n in ("routing", "rules", "old"))
         self.table = PodTable()

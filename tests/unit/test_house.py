@@ -51,6 +51,28 @@ def test_words_are_found_as_whole_words(house: ModuleType, tmp_path: Path, line:
     assert [word for _, _, word in house.words(tmp_path)] == words
 
 
+def test_docstrings_are_sentences_of_their_own(house: ModuleType) -> None:
+    assert house.fragments(REPO) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "fragments"),
+    [
+        ('def f():\n    """Returns the size."""\n', 0),
+        ('def f():\n    """True if it exists."""\n', 0),
+        ('def f():\n    """The size."""\n', 1),
+        ('def f():\n    """"" without a name."""\n', 1),
+        ('async def f():\n    """With the lock held."""\n', 1),
+        ('class C:\n    """A pod."""\n\n    @property\n    def size(self):\n        """The size."""\n', 0),
+        ('class C:\n    """Of a pod."""\n', 1),
+    ],
+)
+def test_a_fragment_is_no_sentence(house: ModuleType, tmp_path: Path, code: str, fragments: int) -> None:
+    (tmp_path / "agent").mkdir()
+    (tmp_path / "agent" / "example.py").write_text(code)
+    assert len(house.fragments(tmp_path)) == fragments
+
+
 def test_a_module_name_occurs_once(house: ModuleType) -> None:
     assert house.module_names(REPO) == [], "rename one of them to the noun that a stranger would search for"
 

@@ -22,7 +22,7 @@ PATIENCE = 600  # seconds that one step of the guide may take on an emulated cor
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """This version, and the one before; of $SLUICE_ARCHIVES, where they have been made already."""
+    """Archives of this version and the one before, from $SLUICE_ARCHIVES if they have been made already."""
     if ready := os.environ.get("SLUICE_ARCHIVES"):
         made = Path(ready)
     else:

@@ -173,7 +173,7 @@ def prefix(key: bytes, value: bytes) -> tuple[int, Prefix]:
 
 
 def address(one: Address | None) -> bytes:
-    """16 bytes, IPv4 as ::ffff:a.b.c.d; zeros for none."""
+    """Returns 16 bytes, IPv4 as ::ffff:a.b.c.d; zeros for none."""
     if one is None:
         return bytes(ADDRESS)
     return one.packed if one.version == 6 else _IPV4 + one.packed
@@ -211,7 +211,7 @@ def listener(cookie: int, role: int, slot: int) -> bytes:
 
 
 def non_tcp_key(cookie: int, direction: int) -> bytes:
-    """`direction`: 0 outbound, 1 inbound."""
+    """Encodes the key of a pod's counter; `direction`: 0 outbound, 1 inbound."""
     return _BESIDE.pack(cookie, direction, 0)
 
 

@@ -124,7 +124,7 @@ def do(
     constants: bytes = b"",
     elsewhere: Mapping[str, Path] = _NOWHERE,
 ) -> None:
-    """`attach(program, link, descriptor)` makes a link of the place's kind and returns its descriptor.
+    """Makes one change. `attach(program, link, descriptor)` makes a link and returns its descriptor.
 
     `elsewhere`: pins of maps that are not with the others.
 

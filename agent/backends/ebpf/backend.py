@@ -217,7 +217,7 @@ def drop_policy(maps: Maps, policy: int) -> None:
 
 @contextlib.contextmanager
 def opened(listener: Listener) -> Iterator[int]:
-    """A descriptor of ztunnel's socket for a moment. Raises StaleError when it has closed it."""
+    """Opens a descriptor of ztunnel's socket for a moment. Raises StaleError if ztunnel has closed it."""
     descriptor = listener.open()
     try:
         yield descriptor

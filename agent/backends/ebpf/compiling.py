@@ -32,7 +32,7 @@ class Entries:
 
 @lru_cache(1024)  # most passes are over a pod that is as it was, and both backend and account ask
 def entries(redirect: Redirect, wiring: PodTopology, cookie: int) -> Entries:
-    """`cookie` is the namespace's; two pods never share prefixes, so that each can be changed alone."""
+    """Compiles a pod's entries; `cookie` is the namespace's. Pods never share prefixes: each can be changed alone."""
     own4 = wiring.own(4)
     own6 = wiring.own(6)
     link6 = wiring.link_local()
@@ -111,8 +111,10 @@ def _prefixes(redirect: Redirect, wiring: PodTopology, primary: set[Any]) -> Ite
 
 
 def _ways(redirect: Redirect, wiring: PodTopology) -> dict[Network, int]:
-    """Network -> interface, 0 for an unreachable one. {} if every captured family has a default route, or if the pod
-    may have other routes than those that were read."""
+    """Returns network -> interface, 0 for an unreachable one.
+
+    {} if every captured family has a default route, or if the pod may have other routes than those that were read.
+    """
     found = wiring.by_network()
     captured = [default for default, on in ((_ALL4, redirect.ipv4), (_ALL6, redirect.ipv6)) if on]
     if wiring.elsewhere or all(found.get(default) for default in captured):

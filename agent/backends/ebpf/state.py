@@ -121,7 +121,7 @@ def _changes(redirect: Redirect, have: PodEntries) -> Iterator[_Correction]:
 
 
 def _listeners(have: PodEntries) -> Iterator[_Correction]:
-    """Only adds: a closed socket leaves the map automatically, and one that is hidden now may still serve."""
+    """Yields additions only: a closed socket leaves the map automatically, and one that is hidden may still serve."""
     for role, offered in have.offered.items():
         for slot, listener in enumerate(offered[:LISTENER_SLOTS]):
             if have.listening.get((role, slot)) != listener.cookie:
@@ -130,7 +130,7 @@ def _listeners(have: PodEntries) -> Iterator[_Correction]:
 
 
 def _removal(have: PodEntries) -> Iterator[_Correction]:
-    """New connections are let alone first; what serves them goes after."""
+    """Yields the end of captures first, then the removal of the entries that serve captured connections."""
     if have.stray:
         yield Step(f"map policies: drop {have.stray:016x}", DropPolicy(have.stray)), "prefixes that no pod has"
     if have.pod is not None:

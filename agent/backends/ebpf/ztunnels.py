@@ -131,12 +131,12 @@ class Ztunnels:
             process.close()
 
     def listened(self) -> None:
-        """A ztunnel has opened its sockets in a pod: what was found of listeners before is out of date."""
+        """Records that a ztunnel has opened its sockets in a pod: listeners that were found before are out of date."""
         with self._turn:
             self._changed()
 
     def version(self) -> int:
-        """Another number whenever a process has come, opened its sockets in a pod, or ended."""
+        """Returns a number that changes when a process has come, opened its sockets in a pod, or ended."""
         self._alive()
         return self._version
 
@@ -182,7 +182,7 @@ class Ztunnels:
         return [Listener(one, target.netns.id.cookie, holder) for one, holder in self._held(sockets)]
 
     def foreign(self, sockets: Sequence[TcpSocket], netns: NetnsId) -> dict[int, str]:
-        """Cookie -> holder, as "nginx[4711]", of listeners that a process of the pod holds and no ztunnel does.
+        """Returns cookie -> holder, as "nginx[4711]", of listeners that a process of the pod holds and no ztunnel does.
 
         Empty while no ztunnel is known. A listener that no process of the pod holds is taken for that of a ztunnel that
         has not connected yet. The answer is kept until a ztunnel comes or ends: to find it, all descriptors of ztunnel

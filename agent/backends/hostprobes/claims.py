@@ -66,7 +66,7 @@ class Claims:
 
 
 def usable(addresses: Iterable[str]) -> tuple[str, ...]:
-    """Sorted, as the ipaddress module writes them; IPv4 in the form of IPv6 as IPv4. No loopback, no link-local."""
+    """Returns them sorted, as module ipaddress writes them, mapped IPv4 as IPv4, without loopback and link-local."""
     found = set()
     for text in addresses:
         try:

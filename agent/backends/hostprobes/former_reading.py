@@ -44,7 +44,7 @@ class Held:
 def nft_held(
     table: Mapping[int, bytes], base: Mapping[int, bytes] | None, chain: bool, rules: Iterable[Message]
 ) -> Held:
-    """`table` and `base` are attributes of nat and its POSTROUTING; `rules` may be those of other chains too."""
+    """Takes `table` and `base`: the attributes of nat and its POSTROUTING. `rules` may be those of other chains too."""
     held: dict[str, list[tuple[str, str]]] = {BASE: [], CHAIN: []}
     for message in rules:
         parts = wire.fields(message.body)

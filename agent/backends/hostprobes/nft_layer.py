@@ -130,7 +130,7 @@ def _wrong_sets(want: HostProbes, have: HostNftState) -> Iterator[str]:
 
 
 def read(nft: NftSocket) -> HostNftState:
-    """Only our table is asked for: a node may have thousands of rules besides."""
+    """Reads only Sluice's table: a node may have thousands of other rules."""
     of_table = attribute(wire.Chain.TABLE, TABLE)
     for _ in range(20):
         generation = nft.generation()

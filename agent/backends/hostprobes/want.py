@@ -58,13 +58,13 @@ class SetChange:
         return bool(self.added or self.renamed or self.removed)
 
     def words(self, name: str) -> str:
-        """Such as "set NAME: 2 addresses missing, 1 not wanted"."""
+        """Describes the change, as "set NAME: 2 addresses missing, 1 not wanted"."""
         counts = ((self.added, "missing"), (self.renamed, "of another owner"), (self.removed, "not wanted"))
         return f"set {name}: " + ", ".join(f"{len(part)} addresses {word}" for part, word in counts if part)
 
 
 def change(want: HostProbes, family: int, have: Mapping[str, str]) -> SetChange:
-    """`have`: address -> UID or ""."""
+    """Compares with `have`: address -> UID or ""."""
     wanted = want.of(family)
     return SetChange(
         {address: uid for address, uid in wanted.items() if address not in have},

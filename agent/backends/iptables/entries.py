@@ -153,7 +153,7 @@ def _target(form: _Form, data: bytes) -> _Target:
 
 
 def _parts(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and data of each match, or of the target."""
+    """Yields name and data of each match, or of the target."""
     place = 0
     while place < len(data):
         if place + _PART.size > len(data):

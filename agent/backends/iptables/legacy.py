@@ -144,7 +144,7 @@ def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
 
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:
-    """--wait without a number sleeps until the lock is free; only another agent in the same pod can hold it."""
+    """Runs iptables-restore. --wait without a number sleeps until the lock is free; only another agent can hold it."""
     within = target.netns if target else None
     command = [_PROGRAM[step.family], "--noflush", "--wait"]
     exec.run(command, stdin=step.script, within=within, env=xtables.LOCK, seconds=10)

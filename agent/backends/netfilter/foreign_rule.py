@@ -33,9 +33,11 @@ _SILENT = frozenset({"counter", "log"})
 
 @dataclass(slots=True, kw_only=True)
 class RuleEffect:
-    """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return; `chain` that it
-    goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
-    `comment` is that of iptables."""
+    """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return.
+
+    `chain` is the one that it goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
+    `comment` is that of iptables.
+    """
 
     verbs: set[str] = field(default_factory=set)
     chain: str = ""

@@ -95,7 +95,7 @@ def _before(one: _Suspect, head: Head | None, ours: Head | None) -> bool:
 
 @lru_cache(maxsize=64)
 def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
-    """`within`: our jumps are in base chains of iptables, and rules before them count with any verdict."""
+    """Lists suspects. `within`: Sluice's jumps are in iptables' base chains; earlier rules count with any verdict."""
     bases = [one for one in map(_chain, (message.body for message in content.chains)) if one.hook in _HOOKS]
     bases = [one for one in bases if one.family in _WORDS and one.priority <= _NAT_PRIORITY]
     bases = [one for one in bases if not (one.family == NFPROTO_INET and one.table in _OURS)]
@@ -181,7 +181,7 @@ def _chain(body: bytes) -> _Chain:
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:
-    """Policy rules that a reply of the pod to ztunnel, marked as such, may match if they come before ours.
+    """Returns policy rules that a marked reply of the pod to ztunnel may match if they come before Sluice's.
 
     It is sent from within, so its incoming interface is lo; what is looked up for an outgoing interface is not routed
     by marks. A table that is empty today may be filled tomorrow.

@@ -49,7 +49,7 @@ def rule_comment(rule: Mapping[int, bytes]) -> str:
 
 
 def comment_data(words: str) -> bytes:
-    """User data that holds a comment; the kernel only keeps it: type 0, length, text with its zero byte."""
+    """Encodes a comment as user data, which the kernel only keeps: type 0, length, text with its zero byte."""
     return bytes([0, len(words) + 1]) + words.encode() + b"\0"
 
 

@@ -286,7 +286,7 @@ def _resolvers(redirect: Redirect) -> Iterator[tuple[int | None, tuple[Match, ..
 
 
 def _inbound_exclusions(redirect: Redirect, table: Table, hook: Hook, protocols: tuple[str, ...]) -> Iterator[Rule]:
-    """Returned, not accepted: what comes after our jump is as it would be without us."""
+    """Yields rules that return and do not accept: what follows Sluice's jump stays as it would be without Sluice."""
     for family, sources in _by_family(redirect, redirect.exclude.inbound_networks):
         yield Rule(table, hook, (Match(Field.SOURCE, sources),), RuleAction.RETURN, family=family)
     yield from _ports(redirect.exclude.inbound_ports, table, hook, protocols)
@@ -318,7 +318,7 @@ def _ports(
 
 
 def _raw(*, plain: bool) -> Iterator[Rule]:
-    """ztunnel's queries have a conntrack zone of their own: a client may ask the same resolver from the same port.
+    """Puts ztunnel's queries into a conntrack zone: a client may ask the same resolver from the same port.
 
     Only packets that go as the query went: answers are known by their flow, not by a port. A DNS server's client
     may ask from port 53, and ztunnel answers a client at port 53, by lo. `plain`: as istio-cni, by ports.

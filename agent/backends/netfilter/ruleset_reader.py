@@ -49,8 +49,10 @@ class Reader(Generic[H]):
     """One backend's view of each namespace; forgets a namespace with its PodNetns."""
 
     def __init__(self, view: Callable[[Ruleset, int | None, PodNetns], H], own: Sequence[ChainRef]) -> None:
-        """`view` makes a backend's Have from (rule set, its generation, the namespace); the generation is None if it
-        changed during the read. `own`: the chains that the backend needs."""
+        """Takes `view`, which makes a backend's state from (rule set, its generation, the namespace).
+
+        The generation is None if it changed during the read. `own`: the chains that the backend needs.
+        """
         self._view = view
         self._own = own
         self._last: WeakKeyDictionary[PodNetns, _Last[H]] = WeakKeyDictionary()
@@ -108,7 +110,7 @@ def _whole(nft: NftSocket) -> Ruleset | None:
 
 
 def _ours(nft: NftSocket, own: Sequence[ChainRef]) -> Ruleset:
-    """Our chains, by name. One with too many rules is read as empty, which is never what we wrote."""
+    """Reads Sluice's chains by name. One with too many rules is read as empty, which Sluice never writes."""
     tables = dict.fromkeys((one.family, one.table) for one in own)
     heads = {(family, name): nft.get(GETTABLE, family, attribute(wire.Table.NAME, name)) for family, name in tables}
     chains, rules = [], []

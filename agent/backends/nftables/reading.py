@@ -36,7 +36,7 @@ class NftState:
 
 
 def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
-    """Our tables in a pod with their chains and rules, by name."""
+    """Returns Sluice's tables in a pod with their chains and rules, by name."""
     chains = _ours(ruleset.content)
     found = (
         TableState(head.name, chains.get(head.name, ()), head.flags, head.owner)

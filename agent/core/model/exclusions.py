@@ -37,7 +37,7 @@ NOTHING = Exclusions()
 
 
 def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
-    """ "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the invalid part."""
+    """Parses "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the invalid part."""
     found: list[Range] = []
     for part in _parts(text):
         first, sign, last = part.replace(":", "-").partition("-")
@@ -51,7 +51,7 @@ def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
 
 
 def merged(found: Iterable[Range]) -> tuple[Range, ...]:
-    """Sorted; ranges that overlap or touch become one."""
+    """Sorts them; ranges that overlap or touch become one."""
     result: list[Range] = []
     for first, last in sorted(found):
         if result and first <= result[-1][1] + 1:
@@ -74,7 +74,7 @@ def users(text: str) -> tuple[Range, ...]:
 
 
 def networks(text: str) -> tuple[str, ...]:
-    """ "10.0.0.0/8, fd00::/8, 192.0.2.1". Raises ValueError, naming the invalid part."""
+    """Parses "10.0.0.0/8, fd00::/8, 192.0.2.1". Raises ValueError, naming the invalid part."""
     found: dict[int, list[Any]] = {4: [], 6: []}
     for part in _parts(text):
         try:

@@ -195,7 +195,7 @@ class PodTable:
         return pod
 
     def lost(self, uid: str) -> None:
-        """The namespace that it was announced with is gone. One that runs all the same is in another one by now."""
+        """Forgets the pod's announced namespace, which is gone. A pod that still runs is in another one by now."""
         self._pods.pop(uid, None)
         self._merge([uid])
 
@@ -295,8 +295,10 @@ def _with(pod: Pod, kube: KubePod) -> Pod:
 
 
 def without_sandbox(pod: Pod, error: Exception) -> bool:
-    """True if there is nothing to capture: the pod has ended, or it runs only according to Kubernetes (after a reboot,
-    until its sandbox is made again)."""
+    """True if there is nothing to capture: the pod has ended, or it runs only according to Kubernetes.
+
+    The latter is the case after a reboot, until its sandbox is made again.
+    """
     return isinstance(error, PodGoneError) or (pod.source == "kube" and type(error) is NetnsError)
 
 

@@ -35,8 +35,11 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class PodTopology:
-    """`addresses`: in the kernel's order. `forwards`: between interfaces other than lo. `elsewhere`: the pod may have
-    other routes than `routes`, in tables to which policy rules lead, or since there are too many to read."""
+    """Interfaces, addresses and routes of a pod.
+
+    `addresses`: in the kernel's order. `forwards`: between interfaces other than lo. `elsewhere`: the pod may have
+    other routes than `routes`, in tables to which policy rules lead, or because there are too many to read.
+    """
 
     links: tuple[Link, ...] = ()
     _: KW_ONLY
@@ -58,11 +61,11 @@ class PodTopology:
         return next((a for a in usable if not a.is_link_local), fallback)
 
     def link_local(self) -> Address | None:
-        """The first of IPv6."""
+        """Returns the first link-local address of IPv6."""
         return next((a for a in self.addresses if a.version == 6 and a.is_link_local), None)
 
     def by_network(self) -> dict[Network, int]:
-        """Network -> interface, of the route that counts where several lead to the same one."""
+        """Returns network -> interface, of the route that counts where several lead to the same one."""
         found: dict[Network, int] = {}
         for route in sorted(self.routes, key=lambda route: route.metric):
             found.setdefault(route.network, route.index)

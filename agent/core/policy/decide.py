@@ -69,7 +69,7 @@ def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
 
 
 def _too_much(redirect: Redirect) -> str:
-    """Why a pod's annotations cannot be honoured; "" if they can.
+    """Returns why a pod's annotations cannot be honoured; "" if they can.
 
     To ignore some of the interfaces would capture the traffic of the pod's guests wrongly. There are rules for each
     pair of an interface and an excluded destination.

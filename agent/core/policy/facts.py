@@ -59,7 +59,7 @@ def considered(pod: Pod, settings: Settings) -> Iterator[Fact]:
 
 
 def exempt(namespace: str, name: str, settings: Settings) -> bool:
-    """Named by the settings as one that is never captured; all that has to be known is in a CNI call."""
+    """True if the settings name the pod as never captured; a CNI call has all that has to be known."""
     if namespace in settings.exclude_namespaces or namespace == settings.own_namespace:
         return True
     return bool(_exempting(f"{namespace}/{name}", settings))

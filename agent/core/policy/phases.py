@@ -21,7 +21,7 @@ from typing import Final
 
 
 class Phase(Enum):
-    """What stands in a pod, and what its next pass waits for."""
+    """State of the rules in a pod, and the event that its next pass waits for."""
 
     UNCAPTURED = "no rules of Sluice"
     WAITING = "a running pod without rules: ztunnel first, so that no connection is refused"
@@ -59,7 +59,7 @@ class Phase(Enum):
 
 
 class Event(Enum):
-    """What a pass found or did."""
+    """Result of a pass: an observation or a change."""
 
     NOTED = "the pod's note says that rules may stand: of an earlier agent, or of a pass that failed halfway"
     AWAITED = "a pass over an enrolled pod that runs and is not captured"

@@ -29,13 +29,13 @@ class Schedule:
     """Keys with due times. A key that runs is not handed out again until `ended`."""
 
     def __init__(self, period: float, random: Callable[[], float]) -> None:
-        """`period`: seconds between verifications; `random`: uniform in [0, 1)."""
+        """Takes `period`: seconds between verifications; `random`: uniform in [0, 1)."""
         self.period = period
         self._random = random
         self._entries: dict[str, _Entry] = {}
 
     def wake(self, key: str, now: float) -> None:
-        """Due at `now`, which may lie ahead, or earlier if it is so already."""
+        """Makes the pod due at `now`, which may lie ahead, or earlier if it is so already."""
         entry = self._entries.setdefault(key, _Entry(now))
         entry.due = min(entry.due, now)
         entry.dropped = False

@@ -65,7 +65,7 @@ def parse(data: bytes) -> Packet | None:
 
 
 def _checksum(data: bytes) -> int:
-    """RFC 1071; `data` is of even length."""
+    """Returns the checksum of RFC 1071; `data` is of even length."""
     total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)

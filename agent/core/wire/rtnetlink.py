@@ -158,8 +158,10 @@ class Scope(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class LookupRule:
-    """ip rule: packets are looked up in `table` if their mark is `mark` under `mask`, if they go to the network or
-    address `to`, or if they come in by the interface `iif`.
+    """A policy rule (ip rule): packets that match are looked up in `table`.
+
+    They match if their mark is `mark` under `mask`, if they go to the network or address `to`, or if they come in by
+    the interface `iif`.
 
     `protocol`: who made it (rt_protos); 0: none is set.
     """
@@ -200,7 +202,7 @@ class LocalRoute:
 
     @property
     def metric(self) -> int:
-        """0: the kernel's default (IPv6: 1024). No two routes of IPv4 may have the same."""
+        """The metric, 0 for the kernel's default (IPv6: 1024). No two routes of IPv4 may have the same."""
         return 0 if self.interface == LOOPBACK_INDEX else _FIRST_METRIC + self.interface
 
     def __str__(self) -> str:

@@ -55,7 +55,7 @@ class EbpfCollector:
         watching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`by_socket`: backend ebpf captures; its own guard drops traffic that would bypass ztunnel.
+        """Takes `by_socket`: backend ebpf captures; its own guard drops traffic that would bypass ztunnel.
 
         `watching`: otherwise packets that bypass all rules are watched at the pods' interfaces, which needs tcx.
         """
@@ -166,7 +166,7 @@ class EbpfCollector:
         return list({one.socket: one for one in account_abi.connections(data, _epoch())}.values())
 
     def _counted(self, pod: int) -> set[int]:
-        """The cookies of the sockets that the programs count."""
+        """Returns the cookies of the sockets that the programs count."""
         found = set[int]()
         with self._listing:
             self._maps["chosen"].update(bytes(4), pack_u64(pod))
@@ -268,7 +268,7 @@ class EbpfCollector:
 
     @contextmanager
     def _iterator(self, program: object_files.BpfProgram, over: str = "accounts") -> Iterator[int]:
-        """A link of this process's own: nothing is attached by it unless it is read."""
+        """Makes a link of this process's own: it attaches nothing unless it is read."""
         loaded = syscall.get(self.programs.pins.node.program(program))
         try:
             link = iterator.attach(loaded, self._maps[over].fd)

@@ -121,5 +121,5 @@ def _delta(key: bytes, now: CounterValue, before: CounterValue) -> Delta:
 
 
 def _signed(number: int) -> int:
-    """A byte that was counted too early (a FIN) is taken back by adding 2^64 - 1 in the kernel."""
+    """Returns the signed number: the kernel takes back a byte that was counted too early (a FIN) by adding 2^64 - 1."""
     return number if -(1 << 63) <= number < 1 << 63 else number - (1 << 64) * (1 if number > 0 else -1)

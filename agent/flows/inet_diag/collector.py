@@ -61,9 +61,11 @@ class DiagCollector:
         foreign: Callable[[Sequence[TcpSocket], NetnsId], Collection[int]] = lambda sockets, netns: (),
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`held` picks the inodes of sockets that ztunnel's process holds. A mark alone proves nothing: with the
-        default any socket with ztunnel's mark counts as an application that forges it. `foreign` picks the listeners
-        of the pod's own processes, by cookie."""
+        """Takes `held`, which picks the inodes of sockets that ztunnel's process holds.
+
+        A mark alone proves nothing: with the default any socket with ztunnel's mark counts as an application that
+        forges it. `foreign` picks the listeners of the pod's own processes, by cookie.
+        """
         self._held = held
         self._foreign = foreign
         self._clock = clock
@@ -83,7 +85,7 @@ class DiagCollector:
         fresh: bool = False,
         besides: Callable[[], Collection[int]] | None = None,
     ) -> bool:
-        """Begins, or takes over a change. For the thread that owns `target`. Raises KernelError or NetnsError.
+        """Begins, or takes over a change. Runs in the thread that owns `target`. Raises KernelError or NetnsError.
 
         With `besides` only existing connections are followed, until they end, except the sockets with the cookies that
         it returns. Those, and all later ones, are counted elsewhere.
@@ -192,8 +194,11 @@ class DiagCollector:
         return None
 
     def losses(self) -> Mapping[str, int]:
-        """Returns `notifications`: how often some were lost (the kernel does not count them); `endings`: connections
-        that only a dump showed to have ended. Those that began and ended meanwhile are not known at all."""
+        """Returns the losses by kind.
+
+        `notifications`: how often some were lost (the kernel does not count them). `endings`: connections that only a
+        dump showed to have ended. Those that began and ended in between are not known at all.
+        """
         with self._lock:
             return dict(self._losses)
 

@@ -64,8 +64,11 @@ class TrackedFlow:
 
     @property
     def severed(self) -> bool:
-        """True if it was cut off before any dump showed its owner. It may be an upstream connection of ztunnel: those
-        end like this, too, and their byte counts can no longer be compared."""
+        """True if it was cut off before any dump showed its owner.
+
+        It may be an upstream connection of ztunnel: those also end like this, and their byte counts can no longer be
+        compared.
+        """
         cut = self.closed is not None and not ending.finished(self.report.info, self.active)
         return cut and self.user < 0 and (self.active or self.report.disconnected)
 

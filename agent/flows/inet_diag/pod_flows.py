@@ -29,9 +29,11 @@ HOLD: Final = 2.0  # seconds
 
 
 class _Stage(Enum):
-    """The stages of a pass over all undecided connections: each handles what the previous one left over, so that no
-    connection is judged before its other end is reported. The value: the delay of a stage after the end of a
-    connection, in parts of HOLD."""
+    """The stages of a pass over all undecided connections: each handles what the previous one left over.
+
+    So no connection is judged before its other end is reported. The value is the delay of a stage after the end of a
+    connection, in parts of HOLD.
+    """
 
     MIRRORS = 0.0
     STRAYS = 0.5
@@ -319,8 +321,11 @@ class PodFlows:
         return None
 
     def _disconnected_mirror(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """Finds ztunnel's socket towards an application, after ztunnel has reset it: only its port and the
-        application's address are left. It is ztunnel's: no other process in the pod uses a foreign source address."""
+        """Finds ztunnel's socket towards an application, after ztunnel has reset it.
+
+        Only its port and the application's address are left. It is ztunnel's: no other process in the pod uses a
+        foreign source address.
+        """
         if self.verdicts.own(flow.remote[0]):
             return None
         ends = flow.local[0], flow.remote[1]
@@ -331,8 +336,10 @@ class PodFlows:
         return None
 
     def _by_stray(self, flow: TrackedFlow, due: float) -> bool:
-        """Finds a connection that ztunnel accepted with another port and the same payload. One that ended after `due`
-        is no stray yet: the application's end may be reported next."""
+        """Finds a connection that ztunnel accepted with another port and the same payload.
+
+        One that ended after `due` is not a stray yet: the application's end may be reported next.
+        """
         for one in self._strays.values():
             known = one.looks >= LOOKS if one.closed is None else one.looked and one.closed <= due
             if known and not self._mirrors.sharing(one.remote) and carried_alike(flow, one):

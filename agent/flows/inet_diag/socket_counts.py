@@ -22,8 +22,11 @@ _RANGE: Final = "/proc/sys/net/ipv4/ip_local_port_range"  # of both families
 
 @dataclass(frozen=True, slots=True)
 class Ephemeral:
-    """Local ports from `first` to `last`, both included. `used` are distinct ones in use at all, `towards` those
-    towards the one remote endpoint that takes most of them, `remote`: a connect there fails when they reach `size`."""
+    """Local ports from `first` to `last`, both included.
+
+    `used` are distinct ones in use at all, `towards` those towards `remote`, the remote endpoint that takes most of
+    them: a connect there fails when they reach `size`.
+    """
 
     first: int
     last: int

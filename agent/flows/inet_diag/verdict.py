@@ -25,8 +25,10 @@ _DNS = 53
 
 
 class Verdicts:
-    """Decides for one pod, while neither its Redirect nor its wiring change. The interface of a connection is inferred
-    from the routes of the main table, in both directions."""
+    """Decides for one pod, while neither its Redirect nor its topology change.
+
+    The interface of a connection is inferred from the routes of the main table, in both directions.
+    """
 
     def __init__(self, redirect: Redirect, wiring: PodTopology) -> None:
         self.redirect = redirect

@@ -108,7 +108,7 @@ def close(obj: int) -> None:
 
 @contextmanager
 def messages() -> Iterator[list[str]]:
-    """The warnings of what is called inside, on this thread."""
+    """Collects the warnings of libbpf calls inside, on this thread."""
     collected: list[str] = []
     _collecting.messages = collected
     try:
@@ -149,7 +149,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _listen(level: int, form: int, arguments: int) -> int:
-    """libbpf_print_fn_t. Nothing reaches the standard error; messages that are not collected are dropped."""
+    """Takes messages (libbpf_print_fn_t). Nothing reaches the standard error; those not collected are dropped."""
     collected: list[str] | None = getattr(_collecting, "messages", None)
     if level == _WARN and collected is not None:
         # Measured first, on a copy: formatting uses a va_list up. A verifier's log may be megabytes.

@@ -186,7 +186,7 @@ class Maps:
         return os.path.exists(f"{self.directory}/pods")  # noqa: PTH110 - for each pod again and again
 
     def __getitem__(self, name: str) -> Map:
-        """Not to be closed. Raises KernelError, ENOENT without a pin of that name."""
+        """Returns a map that the caller must not close. Raises KernelError, ENOENT without a pin of that name."""
         path = f"{self.directory}/{name}"
         try:
             inode = os.stat(path).st_ino  # noqa: PTH116 - as above
@@ -218,7 +218,7 @@ def _padded(size: int) -> int:
 
 @cache
 def _cpus() -> int:
-    """Possible CPUs, of which offline ones have a value too."""
+    """Returns the number of possible CPUs, of which offline ones also have a value."""
     ranges = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
     ends = [(int(first), int(last or first)) for first, _, last in (each.partition("-") for each in ranges)]
     return sum(last - first + 1 for first, last in ends)

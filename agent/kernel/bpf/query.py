@@ -32,7 +32,7 @@ def attached(cgroup: Path, hook: AttachType) -> tuple[ProgramInfo, ...]:
 
 
 def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
-    """`target`: a descriptor of a cgroup or a network namespace, or the index of an interface in the calling thread's.
+    """Lists programs at `target`: a descriptor of a cgroup or network namespace, or the index of an interface.
 
     `words` name it in an error. Raises KernelError.
     """

@@ -66,7 +66,7 @@ def get(path: Path) -> int:
 
 
 def pin(fd: int, path: Path) -> None:
-    """Pins, at once in place of what was pinned there before. Makes directories. Raises KernelError.
+    """Pins atomically in place of an earlier pin. Makes directories. Raises KernelError.
 
     bpffs reserves names with a dot (kernel/bpf/inode.c, bpf_lookup), so the name for the time between has none.
     """
@@ -83,7 +83,7 @@ def pin(fd: int, path: Path) -> None:
 
 
 def info(operation: str, fd: int, given: bytes, *, size: int) -> bytes:
-    """BPF_OBJ_GET_INFO_BY_FD: `size` bytes, the first of them sent as `given`. Raises KernelError."""
+    """Returns `size` bytes of BPF_OBJ_GET_INFO_BY_FD, the first of them sent as `given`. Raises KernelError."""
     buffer = ctypes.create_string_buffer(given, size)
     length = ctypes.c_uint32(size)
     libbpf.check(operation, libbpf.ask("bpf_obj_get_info_by_fd", fd, buffer, ctypes.byref(length)))

@@ -127,14 +127,14 @@ class Conntrack:
         return None if body is None else decode(body, Cta.TUPLE_REPLY)
 
     def open_flows(self) -> Iterator[TcpFlow]:
-        """The namespace's TCP entries, except those of connections that have ended. Raises KernelError."""
+        """Yields the namespace's TCP entries, except those of connections that have ended. Raises KernelError."""
         for answer in self._netlink.request("conntrack dump", CT_GET, NLM_F_DUMP, NFGENMSG.pack(0, 0, 0)):
             # Most have ended; to decode them takes seconds of a busy pod's entries.
             if _ENDED.search(answer.body) is None and (one := decode_tcp(answer.body)) is not None:
                 yield one
 
     def delete(self, flow: TcpFlow) -> None:
-        """One that is gone already is fine. Raises KernelError."""
+        """Deletes an entry; one that is gone already is fine. Raises KernelError."""
         found = fields(flow.body)
         zone = [attribute(Cta.ZONE, found[Cta.ZONE])] if Cta.ZONE in found else []
         names = nested(Cta.TUPLE_ORIG, found[Cta.TUPLE_ORIG]) + attribute(Cta.ID, found[Cta.ID]) + b"".join(zone)
@@ -206,7 +206,7 @@ def decode(body: bytes, way: Cta = Cta.TUPLE_ORIG, *, destination: bool = False)
 
 
 def decode_tcp(body: bytes) -> TcpFlow | None:
-    """None for other protocols and for a connection that has ended (TcpConntrack)."""
+    """Returns None for other protocols and for a connection that has ended (TcpConntrack)."""
     found = fields(body)
     tcp = dict(attributes(found.get(Cta.PROTOINFO, b""))).get(ProtoInfo.TCP, b"")
     state = dict(attributes(tcp)).get(ProtoInfoTcp.STATE, b"")
@@ -219,7 +219,7 @@ def decode_tcp(body: bytes) -> TcpFlow | None:
 
 
 def _ends(data: bytes) -> tuple[Endpoint, Endpoint] | None:
-    """Source and destination of one direction."""
+    """Returns source and destination of one direction."""
     found = dict(attributes(data))
     addresses, ports = (dict(attributes(found.get(kind, b""))) for kind in (Tuple.IP, Tuple.PROTO))
     for family, kinds in _ADDRESSES.items():

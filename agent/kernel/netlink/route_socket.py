@@ -80,14 +80,17 @@ class RouteSocket(NetlinkSocket):
             self.socket.setsockopt(SOL_NETLINK, _GET_STRICT_CHK, 1)
 
     def lo_is_up(self) -> bool:
-        """True if lo is there and up. Answered under the kernel's RTNL lock, which all who change addresses, links
-        or IPv4 routes hold from before they notify to the end: after this answer, what was notified before is done."""
+        """True if lo is there and up.
+
+        The kernel answers under its RTNL lock. A change of addresses, links or IPv4 routes holds this lock from before
+        the notification to the end: after this answer, changes that were notified before are done.
+        """
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, 0, 0) + _WITHOUT_STATS
         answers = self.request("read lo", Rtm.GETLINK, 0, body, fine=(errno.ENODEV,))
         return any(IFINFOMSG.unpack_from(answer.body)[3] & _IFF_UP for answer in answers)
 
     def raise_lo(self) -> None:
-        """ip link set lo up; fine when it is. Raises KernelError."""
+        """Sets lo up; fine if it is up already. Raises KernelError."""
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, LOOPBACK_INDEX, _IFF_UP, _IFF_UP)
         self.request("ip link set lo up", Rtm.NEWLINK, 0, body)
 

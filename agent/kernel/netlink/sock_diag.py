@@ -90,8 +90,10 @@ class SockDiag(NetlinkSocket):
         return self.sockets(4, states) + self.sockets(6, states)
 
     def reports(self, states: Iterable[TcpState]) -> tuple[list[TcpReport], dict[bytes, TcpState]]:
-        """Sockets of both families with their counts; and by TcpReport.ends those that are nothing but a timer any
-        more: in TIME_WAIT, or in FIN_WAIT2 while the peer's FIN is awaited (inet_twsk_diag_fill). Raises KernelError.
+        """Returns sockets of both families with their counts, and by TcpReport.ends those that are only a timer.
+
+        The latter are in TIME_WAIT, or in FIN_WAIT2 while the peer's FIN is awaited (inet_twsk_diag_fill). Raises
+        KernelError.
 
         The cookie of a timer is the socket's only if that was requested before (sock_gen_cookie).
         """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds running pods that are unknown to the agent in the runtime's cache: they were started by a CNI configuration
-without the plugin, or the agent's notes are lost.
+"""Finds running pods that are unknown to the agent in the runtime's cache.
+
+A CNI configuration without the plugin started them, or the agent's notes are lost.
 
 libcni caches its calls per sandbox for DEL (libcni/api.go, `cachedInfo`): the configuration list of that time and the
 arguments from the runtime. Only running pods count: after a power failure entries of others are left.

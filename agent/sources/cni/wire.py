@@ -126,7 +126,7 @@ class CniRequest:
 
     @property
     def valid_attachments(self) -> tuple[tuple[str, str], ...]:
-        """GC: container id and interface of everything that still lives; empty for other verbs."""
+        """The container id and interface of all live attachments (GC); empty for other verbs."""
         if self.verb is not CniVerb.GC:
             return ()
         place = f"config.{ATTACHMENTS}"
@@ -146,7 +146,7 @@ class CniReply:
     details: str = ""
 
     def encode(self) -> bytes:
-        """The framed answer; texts are cut to what the plugin reads, the end of `details` first."""
+        """Returns the framed answer; texts are cut to what the plugin reads, the end of `details` first."""
         if self.code == OK:
             return frame(b'{"code":0}')
         msg = self.msg[:4096]
@@ -157,7 +157,7 @@ class CniReply:
 
 
 def frame(payload: bytes) -> bytes:
-    """Header and payload. Raises ProtocolError when the payload is larger than MAX_REQUEST."""
+    """Returns header and payload. Raises ProtocolError if the payload is larger than MAX_REQUEST."""
     if len(payload) > MAX_REQUEST:
         raise ProtocolError(f"frame: {len(payload)} bytes are more than {MAX_REQUEST}")
     return HEADER.pack(len(payload)) + payload
@@ -219,7 +219,7 @@ def _reply_body(code: int, msg: str, details: str) -> bytes:
 
 
 def _args(raw: str) -> dict[str, str]:
-    """CNI_ARGS as a mapping. The order varies from call to call; of a key given twice the last counts."""
+    """Returns CNI_ARGS as a mapping. The order varies from call to call; of a key given twice the last counts."""
     pairs = [pair for pair in raw.split(";") if pair]
     if any("=" not in pair for pair in pairs):
         raise ProtocolError("args: not of the form KEY=VALUE;KEY=VALUE")
@@ -236,7 +236,7 @@ def _netns(value: object, *, needed: bool) -> str:
 
 
 def _text(value: object, place: str) -> str:
-    """A string that can be written out again; JSON's escapes allow unpaired surrogates, UTF-8 does not."""
+    """Returns a string that can be written out again; JSON's escapes allow unpaired surrogates, UTF-8 does not."""
     if not isinstance(value, str):
         raise ProtocolError(f"{place}: not a string")
     try:

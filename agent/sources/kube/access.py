@@ -21,7 +21,7 @@ class Access:
     """The token goes to https alone. Files are looked at with every request: one stat() each."""
 
     def __init__(self, server: str, token_file: str, ca_file: str) -> None:
-        """`server`: a URL like https://10.96.0.1:443 or https://[fd00::1]:6443; without https nothing secret is sent.
+        """Takes `server`, as https://10.96.0.1:443 or https://[fd00::1]:6443; without https no secret is sent.
 
         Raises KubeError if it is invalid.
         """

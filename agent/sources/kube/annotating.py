@@ -58,7 +58,7 @@ class Annotator:
         fought: Callable[[str, str], None],
         hold: float = HOLD,
     ) -> None:
-        """`period`: seconds after which a pod is tried again that the API server did not know, or not as the same.
+        """Takes `period`: seconds until a pod is tried again that the API server did not know, or not as the same.
 
         Nothing is written until `known()`: pods and namespaces are known, and a ztunnel has been connected. `others`
         says how another agent of the mesh shows on this node, or ""; it may block. `fought` is called with a pod's UID
@@ -197,7 +197,7 @@ class Annotator:
         return pod, want
 
     def _wanted(self, uid: str) -> str | None:
-        """ "" for no annotation; None while nothing is known yet."""
+        """Returns the value, "" for no annotation; None while nothing is known yet."""
         if (pod := self._table.kube(uid)) is not None and pod.ended:
             return ""  # its sandbox may be gone before the API server says so, or after
         match self._state(uid):
@@ -244,5 +244,5 @@ def _path(pod: KubePod) -> str:
 
 
 def _patch(pod: KubePod, want: str) -> dict[str, Any]:
-    """The object's UID is a precondition: a pod of a StatefulSet comes again under its name."""
+    """Returns a patch with the object's UID as a precondition: a pod of a StatefulSet comes again under its name."""
     return {"metadata": {"uid": pod.api_uid, "annotations": {names.REDIRECTION: want or None}}}

@@ -31,8 +31,10 @@ class Client:
     """Raises KubeError alone: `status` 0 when the server was not reached or its answer broke off."""
 
     def __init__(self, access: Access, seconds: float = 30.0, idle: float = 30.0) -> None:
-        """`seconds`: for a whole request, of a stream for its head. `idle`: after which a connection is closed; the
-        API server does it after 90 (server/config.go, IdleTimeout)."""
+        """Takes `seconds` for a request, of a stream for its head; `idle` seconds after which a connection is closed.
+
+        The API server closes it after 90 s (server/config.go, IdleTimeout).
+        """
         self._access = access
         self._seconds = seconds
         self._keeping = idle
@@ -52,7 +54,7 @@ class Client:
     async def stream(
         self, path: str, query: Mapping[str, str], accept: str = JSON, quiet: float = 30.0
     ) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-        """The body of a GET as it comes, entered once the server has answered 200.
+        """Yields the body of a GET as it comes, entered once the server has answered 200.
 
         Raises KubeError also within: when no byte came for `quiet` seconds, or the answer breaks off.
         """
@@ -86,7 +88,7 @@ class Client:
     async def _pieces(
         self, method: str, target: str, body: bytes | None, head: Mapping[str, str], quiet: float
     ) -> AsyncGenerator[bytes, None]:
-        """An empty one for the head, then the body's. Raises KubeError for any status but 2xx."""
+        """Yields an empty piece for the head, then the body's. Raises KubeError for any status but 2xx."""
         tried = ""
         while True:
             token = self._access.token()
@@ -252,7 +254,7 @@ class _Connection:
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """A server that vanished is noticed after some 30 s, also on a watch on which nothing is said."""
+    """Sets keepalive: a server that vanished is noticed after some 30 s, also on a silent watch."""
     for level, option, value in (
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),

@@ -97,7 +97,7 @@ class ClusterWorkloads(Generic[W, S]):
         pace: Pace = Pace(),  # noqa: B008 (frozen)
         every: float = 1.0,
     ) -> None:
-        """`workload` of namespace, name and labels; `service` of namespace and name; `random`: uniform in [0, 1).
+        """Takes `workload` of namespace, name and labels; `service` of namespace and name; `random`: uniform in [0, 1).
 
         `every`: seconds between two tellings, at least, since each copies both mappings.
         """
@@ -212,7 +212,7 @@ def _cell(row: Json, column: str) -> str:
 
 
 def _completed(row: Json) -> bool:
-    """A row's condition for phases Succeeded and Failed (printers/internalversion/printers.go, printPod)."""
+    """True for a row in phase Succeeded or Failed (printers/internalversion/printers.go, printPod)."""
     conditions = row.get("conditions")
     listed = conditions if isinstance(conditions, list) else []
     return any(isinstance(one, dict) and one.get("type") == "Completed" for one in listed)

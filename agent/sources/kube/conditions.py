@@ -42,7 +42,7 @@ class ZtunnelCondition:
         connected: Callable[[], bool],
         report: Callable[[str, str], None],
     ) -> None:
-        """`namespace`: that of the agent's own pod, "" outside a pod."""
+        """Takes `namespace`: that of the agent's own pod, "" outside a pod."""
         self._client = client
         self._table = table
         self._namespace = namespace

@@ -98,7 +98,7 @@ class EventJournal:
     """The reconciler's journal for pods' owners: failures and repairs as events."""
 
     def __init__(self, events: Events, passed: Callable[[str], None]) -> None:
-        """`passed` is called with the UID of each pod that had a pass."""
+        """Takes `passed`, which is called with the UID of each pod that had a pass."""
         self._events = events
         self._passed = passed
 

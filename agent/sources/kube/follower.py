@@ -58,8 +58,10 @@ class Follower(Generic[T]):
         pace: Pace = Pace(),  # noqa: B008 (frozen)
         synced: asyncio.Event | None = None,
     ) -> None:
-        """`query`: fieldSelector and the like. `decode`: None for what is no usable object; a Table's rows come one by
-        one (protocol.Rows). `random`: uniform in [0, 1)."""
+        """Takes `query`: fieldSelector and the like; `random`: uniform in [0, 1).
+
+        `decode` returns None for an unusable object; a Table's rows come one by one (protocol.Rows).
+        """
         self.path = path
         self.synced = synced or asyncio.Event()
         self.error = ""

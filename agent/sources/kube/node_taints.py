@@ -27,7 +27,7 @@ class Taint:
 
     @classmethod
     def parse(cls, text: str) -> Taint:
-        """KEY[=VALUE][:EFFECT], as kubectl and --register-with-taints write it. Raises SettingsError."""
+        """Parses KEY[=VALUE][:EFFECT], as kubectl and --register-with-taints write it. Raises SettingsError."""
         match = _TAINT.fullmatch(text)
         if match is None or (match[3] or "NoSchedule") not in _EFFECTS:
             raise SettingsError(f"taint {text!r}: KEY, KEY:EFFECT or KEY=VALUE:EFFECT; {', '.join(_EFFECTS)}")
@@ -52,11 +52,11 @@ class KubeNode:
         return bool(_where(_taints(await self._client.get(self._path)), taint))
 
     async def remove(self, taint: Taint) -> bool:
-        """False: it was not there. Raises KubeError, also when others change the taints again and again."""
+        """Removes it. Returns False if it was absent. Raises KubeError, also if the taints change repeatedly."""
         return await self._edit(taint, there=False)
 
     async def add(self, taint: Taint) -> bool:
-        """False: it was there. Raises KubeError like `remove`."""
+        """Adds it. Returns False if it was present. Raises KubeError like `remove`."""
         return await self._edit(taint, there=True)
 
     async def _edit(self, taint: Taint, *, there: bool) -> bool:
@@ -77,7 +77,7 @@ class KubeNode:
 
 
 def removal(node: Mapping[str, Any], taint: Taint) -> list[dict[str, Any]]:
-    """JSON patch; each entry is tested to be ours before it goes, the last one first. Empty: nothing to do."""
+    """Returns a JSON patch that tests each entry before it removes it, the last one first. Empty: nothing to do."""
     taints = _taints(node)
     operations = list[dict[str, Any]]()
     for at in reversed(_where(taints, taint)):
@@ -87,7 +87,7 @@ def removal(node: Mapping[str, Any], taint: Taint) -> list[dict[str, Any]]:
 
 
 def addition(node: Mapping[str, Any], taint: Taint) -> list[dict[str, Any]]:
-    """JSON patch, only for the taints, or for a node without any the version, that were read."""
+    """Returns a JSON patch, only for the taints that were read, or for a node without any the version."""
     taints = _taints(node)
     if _where(taints, taint):
         return []

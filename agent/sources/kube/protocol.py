@@ -74,7 +74,7 @@ class Rows:
         }
 
     def unfold(self, value: Json) -> list[Json]:
-        """The objects of one event: itself, or the rows of a Table."""
+        """Returns the objects of one event: itself, or the rows of a Table."""
         if value.get("kind") != "Table":
             return [value]
         self.headed(value.get("columnDefinitions"))
@@ -101,7 +101,7 @@ class Listing:
         self._whole = False
 
     def feed(self, data: bytes) -> list[Json]:
-        """The objects that are complete by now. Raises ProtocolError for what is no list."""
+        """Returns the objects that are complete by now. Raises ProtocolError if it is not a list."""
         try:
             self._text = self._text[self._at :] + self._utf8.decode(data)
         except UnicodeDecodeError:
@@ -123,7 +123,7 @@ class Listing:
         return version, more if isinstance(more, str) else ""
 
     def _step(self, found: list[Json]) -> bool:
-        """One token or value; False when more bytes are needed."""
+        """Reads one token or value. Returns False if more bytes are needed."""
         sign = self._peek()
         if not sign:
             return False
@@ -221,7 +221,7 @@ def event(line: bytes) -> tuple[WatchVerb, Json]:
 
 
 def version(value: Json) -> str:
-    """The collection's version once this object is known; of a Table its own or its row's. "" when it has none."""
+    """Returns the collection's version at this object; of a Table its own or its row's. "" if it has none."""
     for metadata in (value.get("metadata"), *(one.get("metadata") for one in Rows().unfold(value))):
         found = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         if isinstance(found, str) and found:

@@ -18,8 +18,11 @@ class PodSink:
         captured: Callable[[str], bool],
         annotated: Callable[[str], None],
     ) -> None:
-        """`wake` is called for pods that need a pass, also after they have left the table, `annotated` for each with a
-        possibly changed annotation; `captured`: whether a pod may have rules of Sluice."""
+        """Takes `wake`, which is called for pods that need a pass, also after they have left the table.
+
+        `annotated` is called for each with a possibly changed annotation; `captured`: whether a pod may have rules of
+        Sluice.
+        """
         self._table = table
         self._wake = wake
         self._captured = captured

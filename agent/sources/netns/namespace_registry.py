@@ -25,7 +25,7 @@ class NamespaceRegistry:
     """Keeps open namespaces by UID. For worker threads, one pod at a time each."""
 
     def __init__(self, state: Notes, unannounced: SearchBatcher | None = None) -> None:
-        """Without `unannounced` a pod that comes without a namespace is not found."""
+        """Takes `unannounced`; without it a pod that comes without a namespace is not found."""
         self._state = state
         self._unannounced = unannounced
         self._open: dict[str, PodNetns] = {}

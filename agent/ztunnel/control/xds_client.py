@@ -48,7 +48,7 @@ class Termination(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Who asks: `identity` is ztunnel~IP~POD.NAMESPACE~DOMAIN, `metadata` what istiod selects by."""
+    """Sender of requests: `identity` is ztunnel~IP~POD.NAMESPACE~DOMAIN, `metadata` what istiod selects by."""
 
     identity: str
     metadata: Mapping[str, str]

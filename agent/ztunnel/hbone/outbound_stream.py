@@ -30,7 +30,7 @@ class SessionSource(Protocol):
         """Calls `session_ready` or `session_failed` of the user, at once or later."""
 
     def leave(self, key: SessionKey, user: OutboundStream) -> None:
-        """The user does not wait any more."""
+        """Removes the user from those that wait."""
 
 
 class OutboundStream:

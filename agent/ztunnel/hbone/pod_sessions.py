@@ -31,7 +31,7 @@ class SessionUser(Protocol):
         """Takes the session, which has room for a stream."""
 
     def session_failed(self, why: str) -> None:
-        """No session could be made."""
+        """Ends the stream: no session could be made."""
 
 
 class PodSessions:

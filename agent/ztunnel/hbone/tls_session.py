@@ -28,35 +28,35 @@ class StreamUser(Protocol):
     """One end of a stream. After `peer_reset` or `session_lost` the stream does not exist any more."""
 
     def answered(self, headers: Headers) -> None:
-        """The server has answered the request."""
+        """Takes the server's answer to the request."""
 
     def arrived(self, payload: memoryview) -> None:
         """Takes bytes, which are valid during this call; `TlsSession.taken` lets the peer send more."""
 
     def peer_ended(self) -> None:
-        """The peer sends no more bytes."""
+        """Handles the end of the peer's bytes."""
 
     def peer_reset(self, code: int) -> None:
-        """The peer has reset the stream, or refused it (REFUSED_STREAM)."""
+        """Handles a reset by the peer, or its refusal of the stream (REFUSED_STREAM)."""
 
     def may_send(self) -> None:
-        """There may be room again, after `TlsSession.wait`."""
+        """Resumes sending: there may be room again, after `TlsSession.wait`."""
 
     def session_lost(self, why: str) -> None:
-        """The session has ended, and with it the stream."""
+        """Handles the end of the session, and with it of the stream."""
 
 
 class SessionOwner(Protocol):
     """The maker of a session, which outlives it."""
 
     def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
-        """The handshake is complete. Raises SluiceError if the peer is not accepted."""
+        """Checks the peer after the handshake. Raises SluiceError if the peer is not accepted."""
 
     def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
-        """A client asks for a stream, which `TlsSession.adopt` takes or `answer` refuses."""
+        """Handles a client's request for a stream: `TlsSession.adopt` takes it, `answer` refuses it."""
 
     def closed(self, session: TlsSession, why: str) -> None:
-        """The session has ended."""
+        """Handles the end of the session."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a connection is allowed: Istio's AuthorizationPolicy at layer 4. Pure.
+"""Allows or denies connections: Istio's AuthorizationPolicy at layer 4. Pure.
 
 Any matching DENY refuses; else any matching ALLOW allows; else a connection is allowed unless there is an ALLOW policy.
 An empty list of rules never matches, neither does an empty match; an empty clause always does. A connection without

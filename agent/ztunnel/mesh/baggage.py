@@ -19,7 +19,7 @@ _KINDS: Final = ("deployment", "cronjob", "pod", "job")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Baggage:
-    """What a peer says of its workload; "" where it says nothing."""
+    """A peer's description of its workload; "" for a missing field."""
 
     cluster_id: str = ""
     namespace: str = ""

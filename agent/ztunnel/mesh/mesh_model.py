@@ -56,14 +56,14 @@ class Locality:
 
 
 class WorkloadProtocol(StrEnum):
-    """How a workload is spoken to."""
+    """Protocol to a workload."""
 
     TCP = "TCP"
     HBONE = "HBONE"
 
 
 class TunnelProtocol(StrEnum):
-    """What is in front of the bytes that an application tunnel gets."""
+    """Header in front of the bytes that an application tunnel gets."""
 
     NONE = "NONE"
     PROXY = "PROXY"
@@ -114,7 +114,7 @@ class Workload:
 
 
 class BalancingMode(StrEnum):
-    """How strictly the scopes of a load balancer hold."""
+    """Strictness of the scopes of a load balancer."""
 
     STANDARD = "Standard"  # the scopes do not matter
     STRICT = "Strict"  # every scope must match
@@ -123,7 +123,7 @@ class BalancingMode(StrEnum):
 
 
 class BalancingScope(StrEnum):
-    """What a client and an endpoint have in common."""
+    """Locality that a client and an endpoint have in common."""
 
     REGION = "Region"
     ZONE = "Zone"
@@ -176,7 +176,7 @@ class Service:
 
 
 class StringRule(StrEnum):
-    """How a pattern is compared."""
+    """Kind of comparison with a pattern."""
 
     EXACT = "Exact"
     PREFIX = "Prefix"
@@ -209,7 +209,7 @@ class ServiceAccountMatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What a connection must have: each field that is not empty needs one match. All are lists of alternatives."""
+    """Conditions on a connection: each field that is not empty needs one match. All are lists of alternatives."""
 
     namespaces: tuple[StringMatch, ...] = ()
     service_accounts: tuple[ServiceAccountMatch, ...] = ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a connection goes: outbound to a workload, a waypoint or a gateway; inbound to a port of the pod. Pure.
+"""Decides the route of a connection: outbound to a workload, waypoint or gateway; inbound to a port of the pod. Pure.
 
 The outbound decision has the order of Istio's ztunnel: the waypoint of the service, an endpoint of the service or the
 workload with the address, the gateway of its network, the waypoint of the workload, the workload itself.
@@ -38,7 +38,7 @@ class RouteError(SluiceError):
 
 
 class Transport(Enum):
-    """How the bytes travel."""
+    """Transport of the bytes."""
 
     PLAIN = "plain"
     HBONE = "hbone"
@@ -241,7 +241,7 @@ def _reachable(upstream: _Upstream) -> Socket:
 
 @dataclass(frozen=True, slots=True)
 class Inbound:
-    """Where an accepted HBONE stream goes.
+    """Destination of an accepted HBONE stream.
 
     `address` is a port of the pod. `tunnel` is set if the application wants a header, and `tunnel_target` is what it
     says. `services` are those that the client may have meant.

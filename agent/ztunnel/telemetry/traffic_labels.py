@@ -41,7 +41,7 @@ _FLAGS_AT: Final = NAMES.index("response_flags")
 
 
 class Reporter(Enum):
-    """Which end counts the connection."""
+    """The end that counts the connection."""
 
     SOURCE = "source"
     DESTINATION = "destination"

@@ -49,7 +49,7 @@ class _Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateStatus:
-    """What is known of an identity's certificate; `error` is that of the last request."""
+    """State of an identity's certificate; `error` is that of the last request."""
 
     identity: SpiffeId
     state: CertificateState

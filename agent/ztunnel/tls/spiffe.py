@@ -10,7 +10,7 @@ _SCHEME = "spiffe://"
 
 @dataclass(frozen=True, slots=True)
 class SpiffeId:
-    """Who a workload is."""
+    """Identity of a workload."""
 
     trust_domain: str
     namespace: str

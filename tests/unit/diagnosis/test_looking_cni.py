@@ -145,7 +145,7 @@ def test_what_cannot_be_read_is_raised(place: Place) -> None:
 
 
 def test_p26_a_runtime_that_watches_a_directory_that_is_gone(tmp_path: Path) -> None:
-    """This process in the part of containerd: fsnotify's queue is an inotify queue like ours."""
+    """The test plays containerd: fsnotify's queue is an inotify queue like ours."""
     directory, runtime, proc = tmp_path / "net.d", Running(os.getpid(), "containerd"), Path("/proc")
     directory.mkdir()
     queue = Inotify()

@@ -14,7 +14,7 @@ from agent.ztunnel.relay.splice import Half
 
 @pytest.fixture
 def ends():  # type: ignore[no-untyped-def]
-    """(sender, half, receiver)"""
+    """Returns (sender, half, receiver)."""
     sender, source = socket.socketpair()
     sink, receiver = socket.socketpair()
     for one in (sender, source, sink, receiver):
