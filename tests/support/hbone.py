@@ -79,8 +79,8 @@ class MeshZtunnel(Ztunnel):
         code = (
             f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n"
             "from agent.ztunnel.app import ZtunnelSettings, main\nfrom support.hbone import SmallMesh\n"
-            f"settings = ZtunnelSettings({str(socket_path)!r}, {str(records)!r}, {drain},"
-            f" identities='development:{authority}')\n"
+            f"settings = ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
+            f" drain_seconds={drain}, identities='development:{authority}')\n"
             f"sys.exit(main(settings, SmallMesh({mesh})))"
         )
         with Path(f"{records}.err").open("ab") as errors:
@@ -92,7 +92,7 @@ class Node:
 
     def __init__(self, pod: Place, account: str, folder: Path, made: contextlib.ExitStack) -> None:
         self.pod, self.account, self.folder, self._made = pod, account, folder, made
-        folder.mkdir()
+        folder.mkdir(parents=True)
         self.agent = Agent(folder / "zds.sock")
         made.callback(self.agent.close)
         self.ztunnel: Ztunnel

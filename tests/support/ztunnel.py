@@ -183,7 +183,8 @@ class Ztunnel:
         self.path = records
         code = (
             "import sys\nfrom agent.ztunnel.app import ZtunnelSettings, main\n"
-            f"sys.exit(main(ZtunnelSettings({str(socket_path)!r}, {str(records)!r}, {drain}, {settings})))"
+            f"sys.exit(main(ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
+            f" drain_seconds={drain}, {settings})))"
         )
         with Path(f"{records}.err").open("ab") as errors:
             self.process: subprocess.Popen[bytes] = start([sys.executable, "-c", code], stderr=errors)

@@ -270,6 +270,9 @@ class TlsSession:
             self._lose(os.strerror(error.errno) if error.errno else str(error))
         except SluiceError as error:
             self._abandon(str(error))
+        except BaseException:
+            self._lose("a defect of ztunnel")  # bytes may be lost
+            raise
 
     def _abandon(self, why: str) -> None:
         """Ends a session after an error of TLS: an alert may be waiting to be sent."""

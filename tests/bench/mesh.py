@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the way through two ztunnels costs, as ratios in one run: direct, relayed in plain, and by HBONE.
+
+Each way has two pods in two network namespaces and two ztunnels of one worker each; `direct` has no rules. The rounds
+of the ways alternate, so that what else the machine does meets all of them. The client and the listener are those of
+the benchmark of the data path (traffic.c).
+
+    python -m tests.bench.mesh [--rounds N] [--megabytes N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, as pytest has it
+
+from support.hbone import two_nodes
+from support.ztunnel import PEER4, Place, places
+
+from agent.core.text import table
+from agent.kernel.exec import run, start
+from agent.lab.lab import check_machine, interruptible
+from tests.bench.datapath import SOURCE
+from tests.bench.measure import cpu, memory
+
+PORTS = tuple(range(8080, 8088))
+DIRECT, PLAIN, HBONE = "direct", "plain relay", "HBONE"
+
+
+@dataclass
+class Way:
+    """Two pods and the ztunnels between them."""
+
+    name: str
+    client: Place
+    server: Place
+    ztunnels: tuple[int, ...]
+    listeners: dict[int, int] = field(default_factory=dict)  # port to process
+
+    def cpu(self) -> float:
+        return sum(map(cpu, self.ztunnels))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One round: what the client printed, and the seconds of CPU of both ztunnels."""
+
+    figures: tuple[float, ...]
+    ztunnels: float
+
+
+def client(traffic: Path, way: Way, kind: str, port: int, count: int) -> subprocess.Popen[bytes]:
+    argv = [
+        str(traffic),
+        kind,
+        str(port % (os.cpu_count() or 1)),
+        str(way.listeners[port]),
+        PEER4,
+        str(port),
+        str(count),
+    ]
+    return start(argv, netns=way.client.path, stdout=subprocess.PIPE)
+
+
+def sample(traffic: Path, way: Way, kind: str, count: int, parallel: int = 1) -> Sample:
+    """Runs `parallel` clients at once; their first figures are added."""
+    before = way.cpu()
+    clients = [client(traffic, way, kind, port, count) for port in PORTS[:parallel]]
+    printed = [[float(word) for word in one.communicate()[0].split()] for one in clients]
+    if any(one.returncode for one in clients):
+        raise RuntimeError(f"{way.name}: a client failed")
+    first = sum(figures[0] for figures in printed)
+    return Sample((first, *printed[0][1:]), way.cpu() - before)
+
+
+@contextlib.contextmanager
+def ways(folder: Path, traffic: Path, wanted: Sequence[str]) -> Iterator[list[Way]]:
+    with contextlib.ExitStack() as made:
+        found = []
+        for name in wanted:
+            if name == DIRECT:
+                one, other = made.enter_context(places())
+                run(["nft", "flush", "ruleset"], netns=one.path)
+                way = Way(name, one, other, ())
+            else:
+                nodes = made.enter_context(two_nodes(folder / name.replace(" ", "-")))
+                for node in nodes:
+                    node.start(mesh="" if name == HBONE else "accounts={}")
+                way = Way(name, nodes[0].pod, nodes[1].pod, tuple(node.ztunnel.process.pid for node in nodes))
+            for port in PORTS:
+                argv = [str(traffic), "listen", "0", str((port + 1) % (os.cpu_count() or 1)), "trust", str(port)]
+                listener = start(argv, netns=way.server.path, stdout=subprocess.PIPE)
+                made.callback(listener.wait)
+                made.callback(listener.kill)
+                assert listener.stdout and listener.stdout.readline() == b"ready\n"
+                way.listeners[port] = listener.pid
+            found.append(way)
+        yield found
+
+
+Convert = Callable[[Sample], float]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`parallel` clients of one kind, each with `count`; `figures` are what is printed of a sample."""
+
+    name: str
+    kind: str
+    count: int
+    parallel: int
+    figures: Sequence[tuple[str, Convert]]
+
+
+def measures(megabytes: int, connections: int, requests: int) -> list[Measure]:
+    found = []
+    for name, count, parallel in (("one stream", megabytes, 1), ("eight streams", megabytes // 4, 8)):
+        gigabytes = count * parallel / 1000
+        figures = [
+            ("Gbit/s", lambda one: one.figures[0] * 8 / 1e9),
+            ("s of CPU per GB", lambda one, gigabytes=gigabytes: one.ztunnels / gigabytes),
+        ]
+        found.append(Measure(name, "stream", count, parallel, figures))
+    connecting = [
+        ("per s", lambda one: 1e9 / one.figures[2]),
+        ("ms of CPU each", lambda one: one.ztunnels * 1e3 / connections),
+    ]
+    asking = [
+        ("p50 us", lambda one: one.figures[0] / 1e3),
+        ("us of CPU each", lambda one: one.ztunnels * 1e6 / (requests * 1.1)),  # a tenth more warms up
+    ]
+    found.append(Measure("new connections", "connect", connections, 1, connecting))
+    found.append(Measure("small requests", "request", requests, 1, asking))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.mesh", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--connections", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--only", default="", help="measures whose name contains this")
+    parser.add_argument("--ways", default=",".join((DIRECT, PLAIN, HBONE)))
+    parser.add_argument("--json", default="")
+    args = parser.parse_args()
+    check_machine()
+    wanted = args.ways.split(",")
+    rows: list[tuple[object, ...]] = []
+    with tempfile.TemporaryDirectory() as name, interruptible():
+        traffic = Path(name) / "traffic"
+        run(["cc", "-O2", "-o", str(traffic), str(SOURCE)])
+        with ways(Path(name), traffic, wanted) as found:
+            idle = {way.name: [memory(pid)["pss"] for pid in way.ztunnels] for way in found}
+            for measure in measures(args.megabytes, args.connections, args.requests):
+                if args.only not in measure.name:
+                    continue
+                samples: dict[str, list[Sample]] = {way.name: [] for way in found}
+                for number in range(args.rounds + 1):
+                    for way in found:
+                        one = sample(traffic, way, measure.kind, measure.count, measure.parallel)
+                        if number:  # the first one warms the pool
+                            samples[way.name].append(one)
+                for unit, convert in measure.figures:
+                    medians = {way: statistics.median(map(convert, taken)) for way, taken in samples.items()}
+                    rows.append((measure.name, unit, *(f"{medians[way]:.4g}" for way in wanted)))
+            rows.append(("memory of a ztunnel", "MB, idle", *(f"{max(idle[way], default=0):.1f}" for way in wanted)))
+            after = {way.name: [memory(pid)["pss"] for pid in way.ztunnels] for way in found}
+            rows.append(("memory of a ztunnel", "MB, then", *(f"{max(after[way], default=0):.1f}" for way in wanted)))
+    print(
+        f"Linux {os.uname().release}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, medians of {args.rounds}"
+    )
+    print(table(("WHAT", "UNIT", *wanted), rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
