@@ -9,7 +9,7 @@ from pathlib import Path
 from agent.core.errors import SettingsError
 from agent.flows import remote_workloads
 from agent.flows.identity import Who
-from agent.kernel.file_watch import WatchedFile
+from agent.kernel.files import WatchedFile
 
 log = logging.getLogger("sluice.peers")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agent.core.errors import KernelError
 from agent.core.text import printable
+from agent.kernel.files import Descriptor, read_small
 from agent.kernel.netns import NetnsId
 
 NsKey = tuple[int, int]  # device and inode, which identify a namespace as long as it lives
@@ -103,10 +104,9 @@ def socket_inode(target: str) -> int:
 def cgroup(pid: int, proc: str = "/proc") -> str:
     """Returns the text of /proc/PID/cgroup; "" when the process has ended or hides it."""
     try:
-        fd = os.open(f"{proc}/{pid}/cgroup", os.O_RDONLY | os.O_CLOEXEC)
+        return read_small(f"{proc}/{pid}/cgroup").decode(errors="replace")
     except OSError:
         return ""
-    return _text(fd)
 
 
 def in_hosts(proc: str = "/proc") -> Iterable[tuple[int, str]]:
@@ -158,27 +158,17 @@ def _socket(descriptor: str) -> int:
 def _look(proc: str, pid: int, leave_out: Iterable[NsKey]) -> ProcessSeen | None:
     # While this descriptor is open its files are this process's and no later one's: they fail once it has ended.
     try:
-        directory = os.open(f"{proc}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        opened = os.open(f"{proc}/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None
-    try:
-        status = os.stat("ns/net", dir_fd=directory)
-        key = (status.st_dev, status.st_ino)
-        if key in leave_out:
+    with Descriptor(opened) as directory:
+        try:
+            status = os.stat("ns/net", dir_fd=directory)
+            key = (status.st_dev, status.st_ino)
+            if key in leave_out:
+                return None
+            return ProcessSeen(pid, key, read_small("cgroup", directory=directory).decode(errors="replace"))
+        except PermissionError:
+            raise
+        except OSError:
             return None
-        return ProcessSeen(pid, key, _text(os.open("cgroup", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)))
-    except PermissionError:
-        raise
-    except OSError:
-        return None
-    finally:
-        os.close(directory)
-
-
-def _text(fd: int) -> str:
-    try:
-        return os.read(fd, 1 << 16).decode(errors="replace")
-    except OSError:
-        return ""
-    finally:
-        os.close(fd)

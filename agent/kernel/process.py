@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 
 from agent.core.errors import KernelError
 from agent.kernel.bpf.bpffs import cgroup_id
+from agent.kernel.files import Descriptor, read_small
 from agent.kernel.libc import libc
 from agent.kernel.proc import parse_stat, socket_inode
 from agent.kernel.unix_socket import peer
@@ -143,13 +144,10 @@ class Process:
         """
         what = f"read /proc/{self.pid}"
         try:
-            directory = os.open(f"/proc/{self.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with Descriptor(os.open(f"/proc/{self.pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
                 if not self.alive():  # while it lives no other process has its number, and the directory stays its own
                     raise ProcessLookupError(errno.ESRCH, "")
                 return function(directory)
-            finally:
-                os.close(directory)
         except OSError as error:
             number = errno.ESRCH if error.errno in _ENDED else error.errno or 0
             raise KernelError(what, number, _words(number)) from error
@@ -178,8 +176,7 @@ def _opened(pid: int, sock: socket.socket) -> int:
 def _sockets(wanted: Collection[int], known: Collection[int], directory: int) -> dict[int, int]:
     found: dict[int, int] = {}
     missing, order = set(wanted), set(known)
-    table = os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-    try:
+    with Descriptor(os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)) as table:
         numbers = map(int, os.listdir(table))  # noqa: PTH208 - a Path has no descriptor of its directory
         for number in sorted(numbers, key=order.__contains__):
             try:
@@ -191,18 +188,12 @@ def _sockets(wanted: Collection[int], known: Collection[int], directory: int) ->
                 missing.discard(inode)
                 if wanted and not missing:
                     break
-    finally:
-        os.close(table)
     return found
 
 
 def _started(directory: int) -> int:
     """Returns when the process started, in ticks since boot."""
-    stat = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    try:
-        return parse_stat(os.read(stat, 4096))[1]
-    finally:
-        os.close(stat)
+    return parse_stat(read_small("stat", directory=directory))[1]
 
 
 def _words(number: int | None) -> str:

@@ -9,6 +9,7 @@ import functools
 import os
 
 from agent.core.errors import KernelError
+from agent.kernel.files import Descriptor, read_small
 from agent.kernel.libc import libc
 
 _FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same numbers on every architecture
@@ -18,15 +19,9 @@ _CLOEXEC, _CREATE = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC; FSCONFIG_CMD_CRE
 def read(name: str) -> int | None:
     """Returns the value of `name`, a path below /proc/sys; None where this kernel or namespace does not have it."""
     try:
-        fd = os.open(f"/proc/sys/{name}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return int(os.read(fd, 32))
+        return int(read_small(f"/proc/sys/{name}", 32))
     except (OSError, ValueError):
         return None
-    finally:
-        os.close(fd)
 
 
 def has_ipv6() -> bool:
@@ -43,10 +38,8 @@ def write(name: str, value: int) -> None:
             if error.errno != errno.EROFS:
                 raise
             fd = os.open(f"sys/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=_own_proc())
-        try:
+        with Descriptor(fd):
             os.write(fd, str(value).encode())
-        finally:
-            os.close(fd)
     except OSError as error:
         raise KernelError(f"write {value} to /proc/sys/{name}", error.errno or 0, error.strerror or "") from error
 
@@ -54,12 +47,9 @@ def write(name: str, value: int) -> None:
 @functools.cache
 def _own_proc() -> int:
     """Returns a detached, writable mount of proc that only this process has. Raises OSError."""
-    context = _call(_FSOPEN, b"proc", _CLOEXEC)
-    try:
+    with Descriptor(_call(_FSOPEN, b"proc", _CLOEXEC)) as context:
         _call(_FSCONFIG, context, _CREATE, None, None, 0)
         return _call(_FSMOUNT, context, _CLOEXEC, 0)
-    finally:
-        os.close(context)
 
 
 def _call(number: int, *arguments: int | bytes | None) -> int:

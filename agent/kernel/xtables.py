@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping
 from agent.core.errors import KernelError
 from agent.core.wire.netlink import unpack_int
 from agent.kernel import sysctl
+from agent.kernel.files import read_small
 from agent.kernel.libc import libc
 
 # For the legacy programs: the lock is the network namespace itself, as a file. One on the node would make pods wait for
@@ -90,13 +91,9 @@ def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Co
 def listed(family: int) -> list[str]:
     """Returns the tables of the namespace; none where the file, and so the module behind it, is missing."""
     try:
-        fd = os.open(_NAMES[family], os.O_RDONLY | os.O_CLOEXEC)
+        return read_small(_NAMES[family], 4096).decode().split()
     except OSError:
         return []
-    try:
-        return os.read(fd, 4096).decode().split()
-    finally:
-        os.close(fd)
 
 
 def _table(fd: int, family: int, name: str, info: bytes | None) -> Raw:

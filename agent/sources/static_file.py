@@ -14,7 +14,7 @@ from agent.core import names
 from agent.core.errors import SettingsError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.status import State, Status
-from agent.kernel.file_watch import WatchedFile
+from agent.kernel.files import WatchedFile
 from agent.sources.static_pods import StaticPods, parse
 
 log = logging.getLogger("sluice.static")

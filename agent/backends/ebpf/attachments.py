@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, TypeVar
+from typing import Final
 
 from agent.backends.ebpf import object_files
 from agent.backends.ebpf.object_files import BpfProgram
@@ -21,9 +21,9 @@ from agent.core.model.plan import Step
 from agent.kernel.bpf import bpffs, load, syscall
 from agent.kernel.bpf import link as bpflink
 from agent.kernel.bpf.link import LinkInfo
+from agent.kernel.files import Descriptor
 from agent.kernel.netns import Netns
 
-T = TypeVar("T")
 _NOWHERE: Final = MappingProxyType[str, Path]({})
 # tcx takes a program once only, and the kernel frees the link that a killed agent had not pinned yet a moment later.
 _TRIES = 50
@@ -83,7 +83,8 @@ def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
     links = {}
     for name in place.links():
         if (fd := syscall.find(f"{place.path}/links/{name}")) is not None:
-            links[name] = _closed(fd, bpflink.info)
+            with Descriptor(fd):
+                links[name] = bpflink.info(fd)
     old = tuple(name for name in pinned if name not in mine.values())
     return Attached({name: number for name, number in found.items() if number}, links, old)
 
@@ -91,8 +92,10 @@ def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
 @lru_cache(4096)
 def _number(path: str, inode: int) -> int:
     """Returns the kernel's number of a pinned program; 0 when its pin has just gone."""
-    fd = syscall.find(path)
-    return 0 if fd is None else _closed(fd, syscall.program_info).id
+    if (fd := syscall.find(path)) is None:
+        return 0
+    with Descriptor(fd):
+        return syscall.program_info(fd).id
 
 
 def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step[Change], str]]:
@@ -135,7 +138,8 @@ def do(
         named = {one.name: place.program(one) for one in every if one.object == change.object}
         load.load(object_files.path(change.object), pins.maps, named, sizes, constants, elsewhere)
     elif isinstance(change, Attach):
-        _closed(syscall.get(place.program(change.program)), lambda fd: _attach(change, fd, place, attach))
+        with Descriptor(syscall.get(place.program(change.program))) as program:
+            _attach(change, program, place, attach)
     elif isinstance(change, Detach):
         bpffs.remove_tree(place.link(change.link))
     else:
@@ -144,10 +148,11 @@ def do(
 
 def _attach(change: Attach, program: int, place: PinDirectory, attach: Callable[[BpfProgram, str, int], int]) -> None:
     if change.swap:
-        _closed(syscall.get(place.link(change.link)), lambda link: bpflink.update(link, program))
+        with Descriptor(syscall.get(place.link(change.link))) as link:
+            bpflink.update(link, program)
     else:
-        made = attach(change.program, change.link, program)
-        _closed(made, lambda link: syscall.pin(link, place.link(change.link)))
+        with Descriptor(attach(change.program, change.link, program)) as link:
+            syscall.pin(link, place.link(change.link))
 
 
 def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:
@@ -165,15 +170,5 @@ def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) ->
 
 def attach_cgroup(program: BpfProgram, _: str, descriptor: int) -> int:
     """Attaches to the root of all cgroups. Raises KernelError."""
-    cgroup = os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with Descriptor(os.open(bpffs.cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as cgroup:
         return bpflink.attach_cgroup(descriptor, cgroup, program.attach)
-    finally:
-        os.close(cgroup)
-
-
-def _closed(fd: int, use: Callable[[int], T]) -> T:
-    try:
-        return use(fd)
-    finally:
-        os.close(fd)

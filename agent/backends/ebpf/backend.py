@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,6 +27,7 @@ from agent.core.wire.netlink import unpack_int
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf import link as bpflink
 from agent.kernel.bpf.map import Maps
+from agent.kernel.files import Descriptor
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.pod_netns import PodNetns
 
@@ -153,7 +153,7 @@ class EbpfBackend:
             case state.DropPod():
                 self._maps["pods"].delete(abi.cookie(cookie))
             case state.Listen(role, slot, listener):
-                with opened(listener) as held:
+                with Descriptor(listener.open()) as held:
                     self._maps["listeners"].update_fd(abi.listener(cookie, role, slot), held)
             case state.Unlisten(role, slot):
                 self._maps["listeners"].delete(abi.listener(cookie, role, slot))
@@ -213,16 +213,6 @@ def drop_policy(maps: Maps, policy: int) -> None:
     for key, value in policies.items():
         if abi.prefix(key, value)[0] == policy:
             policies.delete(key)
-
-
-@contextlib.contextmanager
-def opened(listener: Listener) -> Iterator[int]:
-    """Opens a descriptor of ztunnel's socket for a moment. Raises StaleError if ztunnel has closed it."""
-    descriptor = listener.open()
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _end_older(target: Target, redirect: Redirect, wiring: PodTopology) -> None:

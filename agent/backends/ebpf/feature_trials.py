@@ -16,6 +16,7 @@ from agent.core.errors import KernelError, SluiceError
 from agent.core.names import BPF_DIR
 from agent.kernel import scratch
 from agent.kernel.bpf import bpffs, libbpf, link, load, syscall
+from agent.kernel.files import Descriptor
 
 _LOOPBACK = 1
 
@@ -67,11 +68,8 @@ def _tcx(pins: Pins) -> None:
 def _in_scratch(pins: Pins, program: BpfProgram, attach: Callable[[int], int]) -> None:
     with _place(pins) as place:
         _load(place, program.object)
-        descriptor = syscall.get(place.program(program))
-        try:
+        with Descriptor(syscall.get(place.program(program))) as descriptor:
             os.close(scratch.call(lambda: attach(descriptor)))
-        finally:
-            os.close(descriptor)
 
 
 def _own_namespace() -> int:

@@ -9,7 +9,6 @@ but the storage in which that backend keeps an application's destinations is one
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.kernel.bpf import bpffs, syscall
 from agent.kernel.bpf.map import Map
+from agent.kernel.files import Descriptor
 
 SHARED = "memories"
 # These read the destinations that backend ebpf remembers.
@@ -94,9 +94,8 @@ class Programs:
             return False
         with Map(held, SHARED) as destinations:
             for program in _READERS:
-                if (fd := syscall.find(self.pins.node.program(program))) is not None and destinations.id not in _maps(
-                    fd
-                ):
+                fd = syscall.find(self.pins.node.program(program))
+                if fd is not None and destinations.id not in _maps(fd):
                     return False
         return True
 
@@ -121,7 +120,5 @@ def _changes(have: AccountState) -> Iterator[tuple[Step[Any], str]]:
 
 
 def _maps(program: int) -> tuple[int, ...]:
-    try:
+    with Descriptor(program):
         return syscall.program_info(program).maps
-    finally:
-        os.close(program)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import select
 import struct
 import threading
@@ -15,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from agent.backends.ebpf import object_files
-from agent.backends.ebpf.backend import opened
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
@@ -34,6 +32,7 @@ from agent.flows.shares import Shares
 from agent.kernel.bpf import iterator, syscall
 from agent.kernel.bpf.map import Maps
 from agent.kernel.bpf.ring_buffer import RingBuffer
+from agent.kernel.files import Descriptor
 from agent.kernel.pod_netns import PodNetns
 
 _COOKIE = struct.Struct("=Q")
@@ -248,7 +247,7 @@ class EbpfCollector:
         if self._owned.get(cookie) != version:
             try:
                 for one in self._ztunnels.every(target):
-                    with opened(one) as held:
+                    with Descriptor(one.open()) as held:
                         self._maps["owners"].update(pack_u32(held), _ZTUNNEL)
             except StaleError:  # it has just closed one
                 return False
@@ -269,15 +268,10 @@ class EbpfCollector:
     @contextmanager
     def _iterator(self, program: object_files.BpfProgram, over: str = "accounts") -> Iterator[int]:
         """Makes a link of this process's own: it attaches nothing unless it is read."""
-        loaded = syscall.get(self.programs.pins.node.program(program))
-        try:
-            link = iterator.attach(loaded, self._maps[over].fd)
-        finally:
-            os.close(loaded)
-        try:
+        with Descriptor(syscall.get(self.programs.pins.node.program(program))) as loaded:
+            made = iterator.attach(loaded, self._maps[over].fd)
+        with Descriptor(made) as link:
             yield link
-        finally:
-            os.close(link)
 
 
 def _epoch() -> int:

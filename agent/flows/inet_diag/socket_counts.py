@@ -6,7 +6,6 @@ A dump of a pod with many connections is mostly TIME_WAIT, tens of thousands of 
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -14,6 +13,7 @@ from socket import AF_INET6, ntohs
 from typing import Final
 
 from agent.core.model.sockets import Endpoint, TcpState
+from agent.kernel.files import read_small
 from agent.kernel.netlink.sock_diag import Row, SockDiag, address
 from agent.kernel.pod_netns import PodNetns
 
@@ -94,9 +94,5 @@ def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
 
 def _port_range() -> tuple[int, int]:
     """Reads the range of the calling thread's namespace."""
-    fd = os.open(_RANGE, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        first, last = os.read(fd, 64).split()
-    finally:
-        os.close(fd)
+    first, last = read_small(_RANGE).split()
     return int(first), int(last)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.core.errors import KernelError
+from agent.kernel.files import Descriptor
 from agent.kernel.libc import last_error, libc
 
 BPF_FS_MAGIC = 0xCAFE4A11  # linux/magic.h
@@ -82,12 +83,10 @@ def cgroup_exists(number: int) -> bool:
         root = os.open(cgroup_root(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (KernelError, OSError):
         return True
-    try:
+    with Descriptor(root):
         handle = _Handle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, number)
         found = libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
         failed = ctypes.get_errno()
-    finally:
-        os.close(root)
     if found >= 0:
         os.close(found)
     return found >= 0 or failed != errno.ESTALE

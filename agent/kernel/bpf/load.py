@@ -14,6 +14,7 @@ from typing import Final
 from agent.core.errors import KernelError
 from agent.kernel.bpf import libbpf, syscall
 from agent.kernel.bpf.map import Map, map_id
+from agent.kernel.files import Descriptor
 
 _NONE: Final = MappingProxyType[str, int]({})
 _NOWHERE: Final = MappingProxyType[str, Path]({})
@@ -103,10 +104,8 @@ def _same(path: Path, new: syscall.ProgramInfo, shared: set[int]) -> bool:
     """Compares maps too: the same instructions may be pinned on maps without pins, which no other program sees."""
     if (fd := syscall.find(path)) is None:
         return False
-    try:
+    with Descriptor(fd):
         old = syscall.program_info(fd)
-    finally:
-        os.close(fd)
     return (old.tag, shared.intersection(old.maps)) == (new.tag, shared.intersection(new.maps))
 
 

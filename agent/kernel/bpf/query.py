@@ -12,6 +12,7 @@ from pathlib import Path
 from agent.core.errors import KernelError
 from agent.kernel.bpf import libbpf, syscall
 from agent.kernel.bpf.syscall import AttachType, ProgramInfo
+from agent.kernel.files import Descriptor
 
 _MOST = 64  # BPF_CGROUP_MAX_PROGS, programs of one hook on one cgroup
 
@@ -25,10 +26,8 @@ def attached(cgroup: Path, hook: AttachType) -> tuple[ProgramInfo, ...]:
         fd = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise KernelError(f"open {cgroup}", error.errno or 0, error.strerror or "") from error
-    try:
+    with Descriptor(fd):
         return at(fd, hook, str(cgroup))
-    finally:
-        os.close(fd)
 
 
 def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
@@ -60,7 +59,5 @@ def program(number: int) -> ProgramInfo | None:
     if fd == -errno.ENOENT:
         return None
     libbpf.check(f"open BPF program {number}", fd)
-    try:
+    with Descriptor(fd):
         return syscall.program_info(fd)
-    finally:
-        os.close(fd)

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from agent.core.errors import KubeError
-from agent.kernel.file_watch import WatchedFile
+from agent.kernel.files import WatchedFile
 
 _TOKEN = re.compile(r"[!-~]{1,65536}")  # it becomes a line of the request's head
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from agent.backends.choose import Recorded
-from agent.sources.state.notes import replace_file
+from agent.sources.state.notes import replace_text
 
 log = logging.getLogger("sluice.recorded")
 _VERSION = 1
@@ -42,7 +42,7 @@ def save(run_dir: str, recorded: Recorded) -> None:
     """Raises OSError."""
     path = _path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    replace_file(path, json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True))
+    replace_text(path, json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True))
 
 
 def forget(run_dir: str) -> None:

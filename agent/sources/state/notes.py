@@ -96,7 +96,7 @@ class Notes:
         content = json.dumps(_encode(note), indent=1, sort_keys=True)
         if path.exists() and path.read_bytes() == content.encode():
             return
-        replace_file(path, content)
+        replace_text(path, content)
 
     def remove(self, uid: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -104,7 +104,7 @@ class Notes:
         unpin(self.pin(uid))
 
 
-def replace_file(path: Path, content: str) -> None:
+def replace_text(path: Path, content: str) -> None:
     """Writes to a temporary name and renames, so that the file is never half written. Raises OSError.
 
     No fsync: the run directory is memory, and no pod or namespace survives a reboot.
