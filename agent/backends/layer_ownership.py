@@ -6,7 +6,7 @@ Ours carry tags, marks or an owner. Policy rules and routes have no room for the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from agent.backends.ebpf import state
@@ -40,19 +40,23 @@ def tables_owner(tables: Iterable[TableState]) -> Owner:
 
 
 def families_owner(families: Mapping[int, Mapping[str, XtTable]]) -> Owner:
-    """Determines the owner of iptables rules of either variant.
+    """Determines the owner of iptables rules of either variant."""
+    tables = [table for family in families.values() for table in family.values()]
+    chains = [held for table in tables for _, held in table.chains]
+    tags = [*(tag for held in chains for tag in held), *(tag for table in tables for _, _, tag in table.jumps)]
+    return _tagged(tags, bool(chains) or any(table.idle or (table.marked and table.bare) for table in tables))
+
+
+def _tagged(tags: Collection[str], left: bool) -> Owner:
+    """Decides by the tags of rules and jumps. `left`: there are chains.
 
     Chains that hold nothing and that nothing leads to have no effect: if no other rule is there they are what was left
     of a removal, and go.
     """
-    tables = [table for family in families.values() for table in family.values()]
-    chains = [held for table in tables for _, held in table.chains]
-    tags = [*(tag for held in chains for tag in held), *(tag for table in tables for _, _, tag in table.jumps)]
     if any(tags):
         return Owner.SLUICE
     if tags:
         return Owner.FOREIGN
-    left = chains or any(table.idle or (table.marked and table.bare) for table in tables)
     return Owner.SLUICE if left else Owner.NONE
 
 
@@ -83,12 +87,7 @@ def host_owner(parts: Mapping[str, Owner]) -> Owner:
 
 
 def held_owner(families: Iterable[Held]) -> Owner:
-    """Determines the owner of the chain in the node's nat table and of the jumps to it, as `families_owner` does."""
+    """Determines the owner of the chain in the node's nat table and of the jumps to it."""
     held = tuple(families)
     tags = [tag for one in held for tag in (*(one.chain or ()), *one.jumps)]
-    if any(tags):
-        return Owner.SLUICE
-    if tags:
-        return Owner.FOREIGN
-    left = any(one.chain is not None or one.idle or one.bare for one in held)
-    return Owner.SLUICE if left else Owner.NONE
+    return _tagged(tags, any(one.chain is not None or one.idle or one.bare for one in held))

@@ -10,18 +10,17 @@ taken for the later one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import Content, Head, Ruleset
 from agent.backends.netfilter.foreign_rule import RuleEffect, effect
-from agent.backends.netfilter.message_parts import HOOK_NUMBER, comment, hook_and_priority, text
+from agent.backends.netfilter.message_parts import HOOK_NUMBER, ChainHead, chain_head, comment, text
 from agent.backends.netfilter.rules import BASE, Hook, Table
 from agent.core import names
 from agent.core.model import tags
 from agent.core.model.plan import Foreign
 from agent.core.wire import nftables as wire
-from agent.core.wire.netlink import unpack_be
 from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
 from agent.core.wire.policy_rules import FibRule
 from agent.core.wire.rtnetlink import Action
@@ -50,18 +49,6 @@ class _Suspect:
     priority: int
     here: bool
     words: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    family: int
-    table: str
-    name: str
-    _: KW_ONLY
-    kind: str = ""
-    hook: int = -1
-    priority: int = 0
-    drops: bool = False
 
 
 def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[str, ...]:
@@ -96,7 +83,7 @@ def _before(one: _Suspect, head: Head | None, ours: Head | None) -> bool:
 @lru_cache(maxsize=64)
 def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
     """Lists suspects. `within`: Sluice's jumps are in iptables' base chains; earlier rules count with any verdict."""
-    bases = [one for one in map(_chain, (message.body for message in content.chains)) if one.hook in _HOOKS]
+    bases = [one for one in (chain_head(message.body) for message in content.chains) if one.hook in _HOOKS]
     bases = [one for one in bases if one.family in _WORDS and one.priority <= _NAT_PRIORITY]
     bases = [one for one in bases if not (one.family == NFPROTO_INET and one.table in _OURS)]
     if not bases:
@@ -121,7 +108,7 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
     return found
 
 
-def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, RuleEffect]]], within: bool) -> _Suspect | None:
+def _suspect(base: ChainHead, rules: dict[Place, list[tuple[str, RuleEffect]]], within: bool) -> _Suspect | None:
     place = base.family, base.table, base.name
     held = rules.get(place, [])
     here = within and base.family != NFPROTO_INET and (base.table, base.name) in _XT_BASES
@@ -130,7 +117,7 @@ def _suspect(base: _Chain, rules: dict[Place, list[tuple[str, RuleEffect]]], wit
         takes = takes | _ENDS
         held = held[: _jump(held)]
     taking = list(_taking(base, held, rules, takes, frozenset({base.name})))
-    if base.drops and not here:
+    if not base.accepts and not here:
         taking.append((frozenset({"drop"}), "policy drop"))
     if not taking:
         return None
@@ -148,7 +135,7 @@ def _jump(held: list[tuple[str, RuleEffect]]) -> int:
 
 
 def _taking(
-    base: _Chain,
+    base: ChainHead,
     held: list[tuple[str, RuleEffect]],
     rules: dict[Place, list[tuple[str, RuleEffect]]],
     takes: frozenset[str],
@@ -166,18 +153,6 @@ def _taking(
             # To return from there only leads back.
             for found, words in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
                 yield found, f"{what}: {words}"
-
-
-def _chain(body: bytes) -> _Chain:
-    parts = wire.fields(body)
-    family = body[0]
-    table = text(parts.get(wire.Chain.TABLE))
-    name = text(parts.get(wire.Chain.NAME))
-    if wire.Chain.HOOK not in parts:
-        return _Chain(family, table, name)
-    hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
-    drops = unpack_be(parts.get(wire.Chain.POLICY, b"\0\0\0\1")) == wire.VerdictCode.DROP
-    return _Chain(family, table, name, kind=text(parts.get(wire.Chain.TYPE)), hook=hook, priority=priority, drops=drops)
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import lru_cache
 
 from agent.backends.netfilter import rules
 from agent.backends.netfilter.rules import Hook, Table
@@ -25,11 +27,36 @@ def base_chain(table: Table, hook: Hook) -> bytes:
     return place + attribute(wire.Chain.TYPE, kind) + attribute(wire.Chain.POLICY, wire.VerdictCode.ACCEPT)
 
 
-def hook_and_priority(place: bytes) -> tuple[int, int]:
-    """Returns (hook number, priority) of a base chain, from NFTA_CHAIN_HOOK."""
-    parts = dict(attributes(place))
-    priority = int.from_bytes(parts.get(wire.Hook.PRIORITY, b""), signed=True)
-    return unpack_be(parts.get(wire.Hook.HOOKNUM)), priority
+@dataclass(frozen=True, slots=True)
+class ChainHead:
+    """A chain without its rules. `kind`, `hook` and `priority` are empty for a regular chain, which has no policy."""
+
+    family: int
+    table: str
+    name: str
+    _: KW_ONLY
+    kind: str = ""
+    hook: int = -1
+    priority: int = 0
+    accepts: bool = True
+
+
+@lru_cache(maxsize=1024)
+def chain_head(body: bytes) -> ChainHead:
+    """Parses a chain message."""
+    parts = wire.fields(body)
+    names = text(parts.get(wire.Chain.TABLE)), text(parts.get(wire.Chain.NAME))
+    if wire.Chain.HOOK not in parts:
+        return ChainHead(body[0], *names)
+    place = dict(attributes(parts[wire.Chain.HOOK]))
+    return ChainHead(
+        body[0],
+        *names,
+        kind=text(parts.get(wire.Chain.TYPE)),
+        hook=unpack_be(place.get(wire.Hook.HOOKNUM)),
+        priority=int.from_bytes(place.get(wire.Hook.PRIORITY, b""), signed=True),
+        accepts=unpack_be(parts.get(wire.Chain.POLICY)) == wire.VerdictCode.ACCEPT,
+    )
 
 
 def expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, bytes]]]:

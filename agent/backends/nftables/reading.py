@@ -4,17 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from agent.backends.netfilter.dumps import ChainRef, Content, Ruleset
-from agent.backends.netfilter.message_parts import comment, hook_and_priority, text
+from agent.backends.netfilter.message_parts import chain_head, comment, text
 from agent.backends.netfilter.rules import Hook
 from agent.backends.nftables.rendering import CHAINS, TABLES
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core.names import TAG_PREFIX
 from agent.core.wire import nftables as wire
-from agent.core.wire.netlink import Message, unpack_be
+from agent.core.wire.netlink import Message
 from agent.core.wire.nftables import NFPROTO_INET
 
 PLACES = tuple(
@@ -60,9 +60,12 @@ def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict
         rules.setdefault((table, chain), []).append((tag, what))
     chains: dict[str, list[Chain]] = {}
     for message in chain_dump:
-        table, bare = _chain(message.body)
-        chains.setdefault(table, []).append(replace(bare, rules=tuple(rules.get((table, bare.name), ()))))
-    return {table: tuple(sorted(held, key=lambda chain: chain.name)) for table, held in chains.items()}
+        one = chain_head(message.body)
+        held = tuple(rules.get((one.table, one.name), ()))
+        chains.setdefault(one.table, []).append(
+            Chain(one.name, held, kind=one.kind, hook=one.hook, priority=one.priority, accepts=one.accepts)
+        )
+    return {table: tuple(sorted(found, key=lambda chain: chain.name)) for table, found in chains.items()}
 
 
 # Namespaces that differ in rules of others have ours in common: what a message says is worked out once.
@@ -73,15 +76,3 @@ def _rule(body: bytes) -> tuple[str, str, str, str]:
     tag = comment(parts.get(wire.Rule.USERDATA, b""))
     table, chain = text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
     return table, chain, tag if tag.startswith(TAG_PREFIX) else "", digest(parts.get(wire.Rule.EXPRESSIONS, b""))
-
-
-@lru_cache(maxsize=1024)
-def _chain(body: bytes) -> tuple[str, Chain]:
-    """Returns (table, chain without its rules) of a chain message."""
-    parts = wire.fields(body)
-    table, name = text(parts.get(wire.Chain.TABLE)), text(parts.get(wire.Chain.NAME))
-    if wire.Chain.HOOK not in parts:
-        return table, Chain(name, ())
-    hook, priority = hook_and_priority(parts[wire.Chain.HOOK])
-    accepts = unpack_be(parts.get(wire.Chain.POLICY)) == wire.VerdictCode.ACCEPT
-    return table, Chain(name, (), kind=text(parts.get(wire.Chain.TYPE)), hook=hook, priority=priority, accepts=accepts)
