@@ -23,9 +23,9 @@ from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
 from agent.kernel import sysctl
+from agent.kernel.netlink.notifications import BELIEVED
 from agent.kernel.pod_netns import PodNetns
 
-BELIEVED: Final = 300.0
 _PREFIX: Final = "net/netfilter/nf_conntrack_tcp_timeout_"
 # Both sides may be silent as long as the sockets live: at least the five days of an established connection. Raised, it
 # is 11.6 days or more; the kernel's limit is 24 days at 1000 ticks a second.

@@ -27,12 +27,12 @@ from agent.core.wire.netlink import unpack_int
 from agent.core.wire.rtnetlink import AF
 from agent.kernel.netlink import ctnetlink
 from agent.kernel.netlink.ctnetlink import Endpoint, NewFlows
-from agent.kernel.netlink.sock_diag import SockDiag
+from agent.kernel.netlink.sock_diag import SO_COOKIE, SockDiag
 from agent.kernel.pod_netns import PodNetns
 
 # Reserved for documentation (RFC 5737, 3849).
 SERVICE = {4: ("192.0.2.1", 80), 6: ("2001:db8::1", 80)}
-_FASTOPEN_CONNECT, _FASTOPEN_NO_COOKIE, _COOKIE = 30, 34, 57  # linux/tcp.h; SO_COOKIE of asm-generic/socket.h
+_FASTOPEN_CONNECT, _FASTOPEN_NO_COOKIE = 30, 34  # linux/tcp.h
 _STREAM = socket.SOCK_STREAM | socket.SOCK_CLOEXEC
 _ROOT = 0  # the user who sends it
 
@@ -95,7 +95,7 @@ def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
                 raise
             return "", service
         one.connect(service)
-        cookie = unpack_int(one.getsockopt(socket.SOL_SOCKET, _COOKIE, 8))
+        cookie = unpack_int(one.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
         found = [row for row in diag.sockets(version, (TcpState.SYN_SENT,)) if row.cookie == cookie]
         if not found:
             raise OSError("the socket is not listed")

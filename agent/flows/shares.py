@@ -31,9 +31,8 @@ class Shares:
     def __init__(self, maps: Maps, clock: Callable[[], float] = time.monotonic) -> None:
         self._maps = maps
         self._clock = clock
-        self._reported: dict[
-            tuple[int, Shared], tuple[int, float]
-        ] = {}  # refused at the last message, and when that was
+        # Refused at the last message, and when that was.
+        self._reported: dict[tuple[int, Shared], tuple[int, float]] = {}
 
     def allow(self) -> None:
         """Sets the shares by the sizes that the maps have."""

@@ -76,7 +76,6 @@ def start(
     stdin: int | IO[Any] = subprocess.DEVNULL,
     stdout: int | IO[Any] = subprocess.DEVNULL,
     stderr: int | IO[Any] = subprocess.DEVNULL,
-    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Starts a program that stays, in a session of its own, and returns at once; end it by its pid.
 
@@ -91,7 +90,6 @@ def start(
             stderr=stderr,
             env=_environment(env),
             start_new_session=True,
-            pass_fds=pass_fds,
         )
     except OSError as error:
         raise CommandError(f"{full[0]}: {error.strerror}") from error

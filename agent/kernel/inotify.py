@@ -12,7 +12,6 @@ from typing import Final
 from agent.kernel.libc import last_error, libc
 
 MODIFY: Final = 0x2
-ATTRIB: Final = 0x4
 CLOSE_WRITE: Final = 0x8
 MOVED_FROM: Final = 0x40
 MOVED_TO: Final = 0x80
@@ -20,8 +19,6 @@ CREATE: Final = 0x100
 DELETE: Final = 0x200
 DELETE_SELF: Final = 0x400
 MOVE_SELF: Final = 0x800
-Q_OVERFLOW: Final = 0x4000  # some events were lost
-IGNORED: Final = 0x8000  # the watch is gone, with its directory
 ONLYDIR: Final = 0x1000000
 CHANGES: Final = MODIFY | CLOSE_WRITE | MOVED_FROM | MOVED_TO | CREATE | DELETE | DELETE_SELF | MOVE_SELF
 
@@ -30,7 +27,7 @@ _EVENT = struct.Struct("@iIII")  # struct inotify_event: wd, mask, cookie, len
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """`watch` is what `add` returned, -1 for Q_OVERFLOW; `name` is empty for the directory itself."""
+    """`watch` is what `add` returned, -1 if events were lost; `name` is empty for the directory itself."""
 
     watch: int
     mask: int

@@ -10,19 +10,17 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 VERSION = 1  # of the maps: one that an older program would misread gets a new number, and so a new directory
 ADDRESS = 16
-LISTENER_SLOTS = 2
+LISTENER_SLOTS = 2  # of one role in one pod: an old and a new ztunnel overlap
 Address = IPv4Address | IPv6Address
 
 _POD = struct.Struct("=IIQ16s16s16s16s16s")
 _POLICY_KEY = struct.Struct("=IIQ16s")
 _POLICY_VALUE = struct.Struct("=II")
-_ZTUNNEL = struct.Struct("=QII")
-_LISTENER = struct.Struct("=QII")
-_BESIDE = struct.Struct("=QII")
+_KEY = struct.Struct("=QII")  # of maps ztunnels, listeners and beside
 _TRAFFIC = struct.Struct("=QQ")
 _COOKIE = struct.Struct("=Q")
 _IPV4 = bytes(10) + b"\xff\xff"  # what IPv4 addresses begin with
-_MAPPED = 96  # bits of it
+MAPPED = 96  # bits of it, before an IPv4 address in ::ffff:a.b.c.d
 _EXACT = 96  # bits of kind and policy, which every key of the policies begins with
 
 
@@ -155,8 +153,8 @@ class Prefix:
             last = first + (1 << (width - self.bits)) - 1
             return f"{name} {first}" + (f"-{last}" if last > first else "")
         # ::/0 has IPv4 in it, which a prefix of its own then takes out.
-        four = self.bits >= _MAPPED and self.value[:12] == _IPV4
-        text = f"{ip_address(self.value[12:] if four else self.value)}/{self.bits - _MAPPED if four else self.bits}"
+        four = self.bits >= MAPPED and self.value[:12] == _IPV4
+        text = f"{ip_address(self.value[12:] if four else self.value)}/{self.bits - MAPPED if four else self.bits}"
         return f"{name} {text}" + ("" if self.verdict else " not")
 
     def key(self, policy: int) -> bytes:
@@ -197,22 +195,22 @@ def uncookie(data: bytes) -> int:
 
 
 def ztunnel(cgroup: int, tgid: int) -> bytes:
-    return _ZTUNNEL.pack(cgroup, tgid, 0)
+    return _KEY.pack(cgroup, tgid, 0)
 
 
 def unztunnel(data: bytes) -> tuple[int, int]:
     """Returns (cgroup id, tgid)."""
-    cgroup, tgid, _ = _ZTUNNEL.unpack(data)
+    cgroup, tgid, _ = _KEY.unpack(data)
     return cgroup, tgid
 
 
 def listener(cookie: int, role: int, slot: int) -> bytes:
-    return _LISTENER.pack(cookie, role, slot)
+    return _KEY.pack(cookie, role, slot)
 
 
 def non_tcp_key(cookie: int, direction: int) -> bytes:
     """Encodes the key of a pod's counter; `direction`: 0 outbound, 1 inbound."""
-    return _BESIDE.pack(cookie, direction, 0)
+    return _KEY.pack(cookie, direction, 0)
 
 
 def traffic(data: bytes) -> tuple[int, int]:

@@ -11,12 +11,11 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 from agent.backends.ebpf import abi
-from agent.backends.ebpf.abi import InterfaceRole, PodFlag, PodValue, PolicyKind, Prefix
+from agent.backends.ebpf.abi import MAPPED, InterfaceRole, PodFlag, PodValue, PolicyKind, Prefix
 from agent.core.model.exclusions import Range
 from agent.core.model.redirect import Redirect
 from agent.core.model.topology import Network, PodTopology
 
-_MAPPED = 96  # bits before an IPv4 address in ::ffff:a.b.c.d
 _ALL4, _ALL6 = ip_network("0.0.0.0/0"), ip_network("::/0")
 _NETWORKS = (PolicyKind.TO, PolicyKind.FROM, PolicyKind.ROUTE)
 
@@ -125,14 +124,14 @@ def _ways(redirect: Redirect, wiring: PodTopology) -> dict[Network, int]:
 def _apart(found: set[Prefix]) -> set[Prefix]:
     """Keeps IPv4 out of IPv6 networks as wide as ::/0, which have ::ffff:0:0/96 in them."""
     ipv4 = abi.address(IPv4Address(0))
-    wide = {one.kind for one in found if one.kind in _NETWORKS and one.bits < _MAPPED and not any(one.value)}
-    taken = {one.kind for one in found if (one.value, one.bits) == (ipv4, _MAPPED)}
-    return found | {Prefix(kind, ipv4, _MAPPED, 0) for kind in wide - taken}
+    wide = {one.kind for one in found if one.kind in _NETWORKS and one.bits < MAPPED and not any(one.value)}
+    taken = {one.kind for one in found if (one.value, one.bits) == (ipv4, MAPPED)}
+    return found | {Prefix(kind, ipv4, MAPPED, 0) for kind in wide - taken}
 
 
 def _network(kind: PolicyKind, network: Any, verdict: int = 1) -> Prefix:
     address: IPv4Address | IPv6Address = network.network_address
-    return Prefix(kind, abi.address(address), network.prefixlen + (_MAPPED if address.version == 4 else 0), verdict)
+    return Prefix(kind, abi.address(address), network.prefixlen + (MAPPED if address.version == 4 else 0), verdict)
 
 
 def _number(kind: PolicyKind, first: int, bits: int, width: int, verdict: int = 1) -> Prefix:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
+from agent.backends.ebpf.abi import LISTENER_SLOTS
 from agent.core import names
 from agent.core.errors import KernelError, StaleError
 from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket
@@ -27,7 +28,6 @@ from agent.kernel.pod_netns import PodNetns
 from agent.kernel.process import Process
 
 _MOST_OTHERS: Final = 4096  # listeners of other processes that are remembered
-SLOTS: Final = 2  # listeners of one role in one pod: an old and a new ztunnel overlap
 ROOT_CGROUP: Final = 1  # its id, in every hierarchy of version 2
 _GONE: Final = (errno.ESRCH, errno.EBADF)
 
@@ -168,12 +168,12 @@ class Ztunnels:
         return found
 
     def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
-        """Returns the listeners that capture, those of the newest process first, at most SLOTS for each role.
+        """Returns the listeners that capture, those of the newest process first, at most LISTENER_SLOTS for each role.
 
         Raises KernelError when they cannot be read.
         """
         every = self.every(target)
-        return {role: [one for one in every if one.socket.local[1] == role.port][:SLOTS] for role in Role}
+        return {role: [one for one in every if one.socket.local[1] == role.port][:LISTENER_SLOTS] for role in Role}
 
     def every(self, target: PodNetns) -> list[Listener]:
         """Returns all TCP listeners of ztunnel in this pod, those of the newest process first. Raises KernelError."""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from agent.backends.base import Layer
 from agent.backends.hostprobes.branch_eni import BranchEni
 from agent.backends.hostprobes.former import FormerLegacyRules, FormerNftVariantRules, FormerSets
@@ -14,22 +12,12 @@ from agent.kernel.host_netns import HostNetns
 
 HostLayer = Layer[HostNetns, HostProbes]
 
-# "off" is a choice: what was there before is removed.
-LAYERS: Mapping[str, tuple[str, ...]] = {
-    "nftables": ("nftables", "branch-eni"),
-    "off": (),
-}
-
 
 def layers(choice: str) -> tuple[tuple[HostLayer, ...], tuple[HostLayer, ...]]:
-    """Returns (active, retired) fresh layers of a choice, both in the order of their passes. None is probed."""
-    made: tuple[HostLayer, ...] = (
-        FormerSets(),
-        NftHostProbes(),
-        FormerNftVariantRules(),
-        FormerLegacyRules(),
-        BranchEni(),
-    )
-    by_name = {layer.name: layer for layer in made}
-    active = tuple(by_name[name] for name in LAYERS[choice])
-    return active, tuple(layer for layer in reversed(made) if layer not in active)
+    """Returns (active, retired) fresh layers of choice "nftables" or "off", in the order of their passes.
+
+    None is probed. A set comes after the rules that refer to it.
+    """
+    active: tuple[HostLayer, ...] = (NftHostProbes(), BranchEni())
+    former: tuple[HostLayer, ...] = (FormerLegacyRules(), FormerNftVariantRules(), FormerSets())
+    return ((), (*reversed(active), *former)) if choice == "off" else (active, former)

@@ -17,10 +17,10 @@ from agent.backends.ebpf.pins import Pins
 from agent.core.model.redirect import Redirect
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf.map import Maps
+from agent.kernel.netlink.notifications import BELIEVED
 from agent.kernel.pod_netns import PodNetns
 
 _KEPT = PodFlag.CAPTURED | PodFlag.KNOWN
-_BELIEVED = 300.0  # seconds: reading the attachments costs more than the rest of a pass over an unchanged pod
 
 
 @dataclass(slots=True)
@@ -31,9 +31,8 @@ class AccountedPods:
     watching: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
     _maps: Maps = field(init=False)
-    _watched: dict[int, tuple[tuple[int, ...], float]] = field(
-        default_factory=dict
-    )  # interfaces, and when they were read
+    # Interfaces, and when they were read.
+    _watched: dict[int, tuple[tuple[int, ...], float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._maps = Maps(self.pins.maps)
@@ -67,9 +66,9 @@ class AccountedPods:
         cookie = target.netns.id.cookie
         indices = tuple(link.index for link in target.wiring().links)
         now = time.monotonic()
-        seen, when = self._watched.get(cookie, ((), -_BELIEVED))
-        if seen == indices and now - when < _BELIEVED:
-            return
+        seen, when = self._watched.get(cookie, ((), -BELIEVED))
+        if seen == indices and now - when < BELIEVED:
+            return  # reading the attachments costs more than the rest of a pass over an unchanged pod
         place = self.pins.pod(cookie)
         links = {f"watch-{index}": object_files.WATCH for index in indices}
         for step, _ in list(attachments.steps(links, attachments.read(place, (object_files.WATCH,)))):

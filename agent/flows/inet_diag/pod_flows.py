@@ -70,9 +70,7 @@ class PodFlows:
         self._pending: dict[int, TrackedFlow] = {}  # live ones of unknown fate, and what has ended
         self._unlooked: list[TrackedFlow] = []  # ended since the last dump
         self._lost: list[TrackedFlow] = []  # pending ones that were reset before any dump; mostly empty
-        self._finished: deque[tuple[float, TrackedFlow]] = (
-            deque()
-        )  # ended and reported, but other flows may look them up
+        self._finished = deque[tuple[float, TrackedFlow]]()  # ended and reported, but other flows may look them up
         self._mirrors = Mirrors()
         self._strays: dict[int, TrackedFlow] = {}  # accepted by ztunnel, while the application's socket is unknown
         self._onward = Onward()

@@ -20,9 +20,8 @@ class Onward:
     def __init__(self) -> None:
         # By the remote address alone: a socket that was reset has lost its remote port. "" where it is hidden.
         self._ended: dict[str, dict[int, Connection]] = {}
-        self._known: dict[
-            str, dict[int, TrackedFlow]
-        ] = {}  # certainly ztunnel's, for a connection that has not ended yet
+        # Certainly ztunnel's, for a connection that has not ended yet.
+        self._known: dict[str, dict[int, TrackedFlow]] = {}
 
     def ended(self, flow: TrackedFlow, record: Connection) -> None:
         if not flow.mirror or not flow.active:
@@ -80,9 +79,7 @@ def _fits(flow: TrackedFlow, record: Connection, *, loosely: bool) -> bool:
     if known and flow.remote[1] != record.remote[1]:
         return False
     if record.how is not How.FIN or not ending.finished(info, True):
-        return (
-            record.how is not How.FIN
-        )  # a connection cut off on one side is cut off on the other; its counts may differ
+        return record.how is not How.FIN  # cut off on one side, it is cut off on the other; its counts may differ
     sent, received = flow.payload()
     return sent == record.sent and (record.received <= info.received if loosely else record.received == received)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from agent.core.model.pods import Pod
 from agent.core.names import CNI_TYPE
 from agent.kernel import proc as processes
+from agent.sources.cni.wire import ANNOTATIONS
 from agent.sources.netns import cgroups
 
 RESULTS = "/var/lib/cni/results"  # libcni's CacheDir
-ANNOTATIONS = "io.kubernetes.cri.pod-annotations"  # containerd's and CRI-O's capability
 _MOST = 1 << 20
 
 

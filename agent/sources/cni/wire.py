@@ -26,14 +26,10 @@ HEADER: Final = struct.Struct(">I")
 MAX_REQUEST: Final = 1024 * 1024 + 64 * 1024  # bytes of JSON, as in cni_plugin/wire.h
 MAX_REPLY: Final = 64 * 1024
 
-# Codes of the CNI specification 1.1.0.
+# Codes of the CNI specification 1.1.0 that the agent answers; the plugin has others.
 OK: Final = 0
-INCOMPATIBLE_VERSION: Final = 1
-UNSUPPORTED_FIELD: Final = 2
 UNKNOWN_CONTAINER: Final = 3
 INVALID_ENVIRONMENT: Final = 4
-IO_FAILURE: Final = 5
-UNDECODABLE: Final = 6
 INVALID_CONFIG: Final = 7
 TRY_AGAIN_LATER: Final = 11
 NOT_AVAILABLE: Final = 50
