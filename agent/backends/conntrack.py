@@ -60,7 +60,7 @@ class ConntrackState:
 
 
 class ConntrackBackend:
-    """Five verbs over the namespace's sysctls. A pod with sysctls that cannot be set is captured all the same."""
+    """Four verbs over the namespace's sysctls. A pod with sysctls that cannot be set is captured all the same."""
 
     name = "conntrack"
     outlives = False

@@ -54,7 +54,7 @@ class RoutingState:
 
 
 class RoutingBackend:
-    """Five verbs over rtnetlink. While a namespace has no IPv6, nothing of IPv6 is read or changed."""
+    """Four verbs over rtnetlink. While a namespace has no IPv6, nothing of IPv6 is read or changed."""
 
     name = "routing"
     outlives = False

@@ -52,7 +52,7 @@ Offered = Mapping[Role, tuple[Listener, ...]]
 
 @dataclass(slots=True)
 class EbpfBackend:
-    """Five verbs over one pod at a time. `sizes`: entries of maps that are made now, by name."""
+    """Four verbs over one pod at a time. `sizes`: entries of maps that are made now, by name."""
 
     pins: Pins
     ztunnels: Ztunnels

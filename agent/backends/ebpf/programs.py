@@ -82,7 +82,7 @@ NodeChange = Change | Admit | Dismiss | RemoveAll
 
 @dataclass(slots=True)
 class ProgramsBackend:
-    """Five verbs; for every pod the target is the node."""
+    """Four verbs; for every pod the target is the node."""
 
     pins: Pins
     ztunnels: Ztunnels

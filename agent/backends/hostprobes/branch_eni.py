@@ -56,7 +56,7 @@ def _of_pod(rule: LookupRule) -> bool:
 
 
 class BranchEni:
-    """Five verbs over policy rules. Sluice's carry a protocol number; an equal foreign rule serves as well."""
+    """Four verbs over policy rules. Sluice's carry a protocol number; an equal foreign rule serves as well."""
 
     name = "branch-eni"
 

@@ -45,7 +45,7 @@ class HostNftState:
 
 
 class NftHostProbes:
-    """Five verbs. `owned`: the table carries OWNER and PERSIST; `probe` finds out if it can."""
+    """Four verbs. `owned`: the table carries OWNER and PERSIST; `probe` finds out if it can."""
 
     name = "nftables"
 

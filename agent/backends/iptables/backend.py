@@ -49,7 +49,7 @@ class XtSeen:
 
 
 class IptablesBackend:
-    """Five verbs over iptables-restore; reads the same tables through nfnetlink.
+    """Four verbs over iptables-restore; reads the same tables through nfnetlink.
 
     `ipv6` False: no pod will need IPv6, and what the node lacks of it is ignored. What is left of IPv6 rules in a
     namespace that has IPv6 is removed all the same.

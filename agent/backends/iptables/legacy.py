@@ -60,7 +60,7 @@ class _Last:
 
 
 class IptablesLegacyBackend:
-    """Five verbs over iptables-legacy-restore."""
+    """Four verbs over iptables-legacy-restore."""
 
     name = "iptables-legacy"
     outlives = False

@@ -35,7 +35,7 @@ NftPlan = Plan[tuple[Command, ...]]
 
 
 class NftablesBackend:
-    """Five verbs over nf_tables. `owned`: tables carry OWNER and PERSIST; `probe` finds out if they can.
+    """Four verbs over nf_tables. `owned`: tables carry OWNER and PERSIST; `probe` finds out if they can.
 
     `ipv6` False: no pod will need IPv6, and what the kernel lacks of it is ignored.
     """
