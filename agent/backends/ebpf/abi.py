@@ -16,7 +16,7 @@ Address = IPv4Address | IPv6Address
 _POD = struct.Struct("=IIQ16s16s16s16s16s")
 _POLICY_KEY = struct.Struct("=IIQ16s")
 _POLICY_VALUE = struct.Struct("=II")
-_KEY = struct.Struct("=QII")  # of maps ztunnels, listeners and beside
+_KEY = struct.Struct("=QII")  # of ztunnels, of listeners and of traffic that is not TCP
 _TRAFFIC = struct.Struct("=QQ")
 _COOKIE = struct.Struct("=Q")
 _IPV4 = bytes(10) + b"\xff\xff"  # what IPv4 addresses begin with
