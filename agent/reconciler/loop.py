@@ -16,7 +16,7 @@ from functools import partial
 from math import inf
 
 from agent.backends.choose import Choice
-from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, SettingsError, SluiceError, ZtunnelError
+from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, SluiceError, ZtunnelError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
@@ -221,7 +221,7 @@ class Reconciler:
             entry.happened(Event.NOTED)
         try:
             if decision.refused:
-                raise SettingsError(decision.refused)
+                raise entry.refusal(decision)
             if decision.redirect is None:
                 await self._exclude(pod, entry, decision)
             elif decision.redirect == entry.refused:

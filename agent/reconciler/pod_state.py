@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, TypeVar
 
-from agent.core.errors import ForeignNetnsError, TeardownError
+from agent.core.errors import ForeignNetnsError, SettingsError, TeardownError
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
@@ -86,6 +86,12 @@ class PodState:
                 decision = replace(decision, redirect=previous.redirect, warnings=warnings, refused="")
             self.decided = pod, decision
         return self.decided[1]
+
+    def refusal(self, decision: Decision) -> SettingsError:
+        """Returns the error of a refused decision, with its consequence for the pod."""
+        kept = "its rules stay as they are, and are not repaired"
+        left = kept if self.phase.has_rules else "the pod is not captured"
+        return SettingsError(f"{decision.refused}: {left} until its annotations change")
 
     def standing(self, pod: Pod, settings: Settings) -> Redirect | None:
         """Returns how the pod is captured, or was before it left; None if no rules should stand."""

@@ -107,12 +107,18 @@ def test_a_pod_that_asks_for_too_much_is_refused_and_stays_captured_as_it_was() 
         world.kernel.log.clear()
         old, new = await world.settle(replace(pod("old"), annotations=many), replace(pod("new"), annotations=many))
         assert new.state is State.FAILED and "more than 256 interfaces" in new.error
+        assert new.error.endswith(": the pod is not captured until its annotations change")
         assert old.state is State.ENABLED and "more than 256 interfaces" in old.notes[0]
         asked = world.held("rules", "old")
         world.kernel.held["rules", world.namespaces.resolve(pod("old"))] = "drift"
         await world.reconciler.settled("old")
         assert world.held("rules", "old") == asked, "drift is repaired all the same"
         assert await world.reconciler.inspect(replace(pod("old"), annotations=many)) == {}
+        restored = replace(pod("restored"), annotations=many)
+        world.namespaces.remember(restored, captured=True)  # by an earlier agent
+        (status,) = await world.settle(restored)
+        assert status.error.endswith(": its rules stay as they are, and are not repaired until its annotations change")
+        assert all("restored" not in line for line in world.kernel.log)
 
     play(script)
 
