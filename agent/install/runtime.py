@@ -64,15 +64,13 @@ def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: 
 
     `known` is the runtime found before: if it still runs, only its files are read.
     """
-    given = RuntimeDirectories(settings.cni_conf_dir, (settings.cni_bin_dir,) if settings.cni_bin_dir else ())
     runtime = known if known and running.still(proc, known) else running.find(proc)
     try:
         source = _of_running(runtime, host) if runtime else _of_files(host)
     except OSError as error:  # links that lead in a circle
         source = _Source(RuntimeDirectories(), "", f"its configuration cannot be read ({error})")
-    conf = _place(given.conf_dir, "cni_conf_dir", source, source.directories.conf_dir, CONF_DIR)
-    bins = tuple(map(str, source.directories.bin_dirs))
-    bin_dir = _place(next(iter(given.bin_dirs), ""), "cni_bin_dir", source, _usable(bins, host), BIN_DIR)
+    conf = _place(settings.cni_conf_dir, "cni_conf_dir", source, source.directories.conf_dir, CONF_DIR)
+    bin_dir = _place(settings.cni_bin_dir, "cni_bin_dir", source, _usable(source.directories.bin_dirs, host), BIN_DIR)
     return Places(conf, bin_dir, runtime, source.directories.several)
 
 

@@ -170,9 +170,9 @@ def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:
                 source=normal(data["source"]),
                 target=normal(data["target"]),
                 ok=bool(data["ok"]),
-                error=str(data.get("error") or ""),
-                seen_peer=normal(data.get("seen_peer") or ""),
-                seconds=float(data.get("seconds") or 0.0),
+                error=data["error"],
+                seen_peer=normal(data["seen_peer"]),
+                seconds=data["seconds"],
             )
 
 
@@ -188,23 +188,13 @@ def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
             )
         if data.get("kind") == "tcp":
             yield ZtunnelRecord(
-                direction=str(data.get("direction", "")),
-                source=normal(str(data.get("source", ""))),
-                destination=normal(str(data.get("destination", ""))),
-                error=str(data.get("error") or ""),
-                time=_unix(data.get("time")),
-                via=normal(str(data.get("via") or "")),
+                direction=data["direction"],
+                source=normal(data["source"]),
+                destination=normal(data["destination"]),
+                error=data["error"],
+                time=datetime.fromisoformat(data["time"]).timestamp(),
+                via=normal(data["via"]),
             )
-
-
-def _unix(time: object) -> float:
-    """Converts RFC 3339 text or Unix seconds; 0 for anything else."""
-    if isinstance(time, str):
-        try:
-            return datetime.fromisoformat(time).timestamp()
-        except ValueError:
-            return 0.0
-    return float(time) if isinstance(time, int | float) else 0.0
 
 
 def normal(text: str) -> str:

@@ -188,6 +188,7 @@ def test_reads_lines_and_passes_over_what_a_kill_cut_short() -> None:
         "target": "[fd00::2]:80",
         "ok": True,
         "error": "",
+        "seen_peer": "",
         "seconds": 0.1,
     }
     lines = [json.dumps(good), json.dumps({"summary": 1}), "[1]", json.dumps(good)[:30]]
@@ -202,21 +203,16 @@ def test_reads_the_ztunnels_tcp_records() -> None:
         "direction": "outbound",
         "source": "10.0.0.1:5",
         "destination": "10.0.0.2:80",
-        "bytes": 3,
+        "error": "",
+        "time": "1970-01-01T00:01:00.500000Z",
+        "via": "10.0.0.1:6",
     }
     lines = [json.dumps(tcp), json.dumps({**tcp, "kind": "dns"}), json.dumps({**tcp, "error": "reset"}), "{"]
-    assert [record.error for record in read_ztunnel(lines)] == ["", "reset"]
+    found = list(read_ztunnel(lines))
+    assert [record.error for record in found] == ["", "reset"]
+    assert (found[0].time, found[0].via) == (60.5, "10.0.0.1:6")
 
 
 def test_a_ztunnel_that_dropped_records_cannot_prove_anything() -> None:
     with pytest.raises(SluiceError, match="dropped 7 records"):
         list(read_ztunnel(['{"kind":"lost","count":7}']))
-
-
-@pytest.mark.parametrize(
-    ("time", "seconds"),
-    [("1970-01-01T00:01:00.500000Z", 60.5), (60.5, 60.5), (None, 0.0), ("soon", 0.0)],
-)
-def test_reads_when_the_ztunnel_took_a_connection(time: object, seconds: float) -> None:
-    line = json.dumps({"kind": "tcp", "direction": "inbound", "source": "", "destination": "", "time": time})
-    assert [record.time for record in read_ztunnel([line])] == [seconds]
