@@ -15,10 +15,8 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import nodes
-from agent.lab.checks import Checks
-from agent.lab.demo_report import report
-from agent.lab.faults import scenarios
+from agent.lab import demo_faults, nodes
+from agent.lab.demo_report import Checks, report
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.lab_spec import PodProgram, default_spec
 from agent.lab.node_services import LabBackend
@@ -36,7 +34,7 @@ def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
             lab.up(backend=backend, progress=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
-            report(lab, check, scenarios.run_all(lab, check, backend))
+            report(lab, check, demo_faults.run_all(lab, check, backend))
     finally:
         down(prefix)
     _title("Afterwards")

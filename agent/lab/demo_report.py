@@ -1,19 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of the demo: compares the agents' own account with the records of the lab."""
+"""The demo's claims; and its end, which compares the agents' own account with the records of the lab."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from agent.core.text import table
-from agent.lab.checks import Accounts, Checks
+from agent.lab.account import Account
 from agent.lab.lab import Lab
 from agent.lab.traffic import relayed, still
 
+Accounts = Mapping[str, Account]  # by the window's name
 Found = Counter[tuple[str, str, str]]  # direction, fate, reason -> connections
 _ORDER = ("captured", "exempt", "leaked", "undecided")
+
+
+class Checks:
+    """Prints each claim with its result and keeps those that did not hold in `failed`."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def __call__(self, claim: str, held: bool, found: object = "") -> None:
+        print(f"  {'ok  ' if held else 'FAIL'} {claim}" + (f": {found}" if found != "" else ""))
+        if not held:
+            self.failed.append(claim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -116,6 +117,33 @@ class Lab:
         text = istio_ztunnel.workloads(((spec, addresses.get(spec.ref, ())) for spec in self.spec.pods), hbone=hbone)
         for node in self.nodes.values():
             (node.directory / istio_ztunnel.LOCAL_FILE).write_text(text)
+
+    def restart(self, *, kill: bool = False) -> None:
+        """Ends the agent of each node, or kills it as a crash does, and starts it again."""
+        for node in self.nodes.values():
+            node.kill() if kill else node.end()
+            node.start_agent()
+
+    def switch(self, backend: LabBackend) -> None:
+        """Switches all agents to the backend. Raises SluiceError when an agent chooses another one."""
+        for node in self.nodes.values():
+            node.configure(backend)
+        self.restart()
+        for node in self.nodes.values():
+            node.confirm(backend)
+
+    def upgrade_ztunnels(self) -> None:
+        """Starts a new ztunnel next to the old one of each node, which ends when the new one has taken over."""
+        for name, node in self.nodes.items():
+            node.start_ztunnel("ztunnel2")
+            deadline = time.monotonic() + 10
+            while not self._taken_over(name) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            node.end("ztunnel")
+
+    def _taken_over(self, node: str) -> bool:
+        status = self.ask(node, "/v1/status")
+        return status["ztunnel_connections"] >= 2 and not status["ztunnel_unacknowledged"]
 
     @property
     def resolver(self) -> str:
