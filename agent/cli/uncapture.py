@@ -7,10 +7,12 @@ Exit 0 nothing of Sluice is left, 1 something is left, 2 it could not start.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import socket
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,19 @@ from agent.backends import layer_ownership
 from agent.backends.ebpf.pins import Pins
 from agent.backends.hostprobes.layers import layers as host_layers
 from agent.backends.registry import mechanisms
-from agent.cli import annotation, options
-from agent.core.errors import KernelError, SluiceError
+from agent.cli import options, settings_sources
+from agent.core import names
+from agent.core.errors import KernelError, KubeError, SettingsError, SluiceError
 from agent.core.model.ownership import Owner
+from agent.core.settings import Settings
 from agent.core.text import table
 from agent.flows.ebpf.accounted_pods import AccountedPods
+from agent.install.host_root import HostRoot
 from agent.kernel.bpf import bpffs
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
 from agent.kernel.unix_socket import claim
+from agent.migration.istio_agent import RUN_DIR, theirs_runs
 from agent.reconciler.removal import LEFT, REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
 from agent.sources.netns import existing
 from agent.sources.netns.existing import ExistingNetns
@@ -100,7 +106,7 @@ def _all(args: argparse.Namespace) -> int:
     remarks = list[str]()
     if args.annotations and not args.dry_run:
         captured = [row for row in rows if row.removal.result in (LEFT, REMAINS) and row.netns not in (_HOST, _NODE)]
-        remarks = annotation.take_back(args.config, [one.pod.uid if one.pod else "" for one in captured], problems)
+        remarks = take_back_annotations(args.config, [one.pod.uid if one.pod else "" for one in captured], problems)
     value = {"namespaces": [row.as_dict() for row in rows], "problems": problems, "remarks": remarks}
     options.emit(args.output, value, _text(value, dry_run=args.dry_run))
     return 0 if not problems and all(row.right for row in rows) else 1
@@ -184,3 +190,46 @@ def _text(value: dict[str, Any], *, dry_run: bool) -> str:
     scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]
     words = table(header, lines) if lines else "Nothing of Sluice is on this node."
     return "\n".join([words, *value["remarks"], *(f"cannot examine: {one}" for one in value["problems"]), *scripts])
+
+
+_REFUSED = (401, 403)  # the role is gone, and will not come back by waiting
+_BY_HAND = f"do it by hand: kubectl annotate pods --all -A {names.REDIRECTION}-"
+
+
+def take_back_annotations(config: str, captured: Collection[str], problems: list[str]) -> list[str]:
+    """Removes the annotation of all pods of the node except the `captured` ones.
+
+    `captured` has UIDs, "" for a pod with an unknown UID; `config` is the settings file. Returns lines for people; adds
+    to `problems` what is worth another try.
+    """
+    given = argparse.Namespace(**{field.name: None for field in fields(Settings)} | {"config": config})
+    try:
+        settings = settings_sources.load(given)
+        if settings.kube_server in ("", "none"):
+            return []
+        if other := theirs_runs(HostRoot(settings.host_root), [RUN_DIR], Path("/proc")):
+            return [f"{names.REDIRECTION} stays on all pods: istio-cni's agent runs here ({other})"]
+        if "" in captured:
+            return [f"{names.REDIRECTION} stays on all pods: which of them are still captured is not known"]
+        done = asyncio.run(_take_back(settings, captured))
+    except KubeError as error:
+        if error.status in _REFUSED:
+            return [f"{names.REDIRECTION} stays on the pods: {error}; {_BY_HAND}"]
+        problems.append(f"{names.REDIRECTION}: {error}")
+        return []
+    except SettingsError as error:
+        problems.append(f"{names.REDIRECTION}: {error}")
+        return []
+    return [f"{names.REDIRECTION} taken back from {len(done)} pods"] if done else []
+
+
+async def _take_back(settings: Settings, captured: Collection[str]) -> list[str]:
+    from agent.sources.kube import annotating  # with TLS and all: only where there is a cluster
+    from agent.sources.kube.access import Access
+    from agent.sources.kube.api_client import Client
+
+    client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
+    try:
+        return await annotating.take_back(client, settings.node_name or socket.gethostname(), captured)
+    finally:
+        await client.close()

@@ -11,7 +11,7 @@ from typing import Any
 from agent.core.errors import SluiceError
 from agent.core.settings import Settings
 from agent.diagnosis.node_facts import NodeFacts
-from agent.diagnosis.probes import agents, cni, foreign_programs, hosts, node, pods, security, trying
+from agent.diagnosis.probes import agents, cni, hosts, node, pods, security, trying
 
 _HINT = "run it as root, in the node's PID namespace"
 
@@ -32,7 +32,7 @@ def collect(
         "host": lambda: hosts.probe(settings, pid),
         "preflight": lambda: trying.probe(settings, facts.agent.status.get("backend", facts.left.backend)),
         "pods": lambda: pods.probe(settings, facts.agent.status.get("backend", facts.left.backend), whole=node.whole()),
-        "sockets": lambda: foreign_programs.probe(cgroup),
+        "sockets": lambda: node.foreign_programs(cgroup),
         "node": lambda: node.probe(settings, proc),
         "security": lambda: security.probe(settings, pid, proc),
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CNI configurations as a runtime reads them, and our entry in them: wrapped, inserted, removed. Pure.
+"""CNI configurations as a runtime reads them; our entry in them: wrapped, inserted, removed; and istio-cni's. Pure.
 
 Facts: ConfFiles, ConfFromBytes, ConfListFromBytes and ConfListFromConf in libcni/conf.go of containernetworking/cni.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -20,6 +20,10 @@ Json = dict[str, Any]
 EXTENSIONS: Final = (".conf", ".conflist", ".json")  # what runtimes read; in the order of file names
 VERSIONS: Final = ("0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0")  # what sluice-cni supports, as cni_plugin/config.c
 ISTIO: Final = "istio-cni"
+# Forms of istio-cni's entry (docs/design/istio-cni.md, 1.10).
+CHAINED: Final = "chained"  # in the primary's own list
+OWNED: Final = "owned"  # in a list of istio-cni's with the primary's plugins: 02-istio-cni.conflist
+ALONE: Final = "alone"  # in a file with this entry only: YYY-istio-cni.conf, with Multus
 MIGRATED = ".sluice-istio-"  # prefix of the files in which `sluice migrate` keeps istio-cni's
 ORIGINAL, KEPT = ".sluice-original-", ".kept"  # around the name of a file as it was before our entry
 MOST: Final = 1 << 20  # bytes; sluice-cni accepts no larger configuration
@@ -254,3 +258,30 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def encode(network: Json) -> bytes:
     """Returns the network as Sluice writes it."""
     return json.dumps(network, indent=2).encode() + b"\n"
+
+
+def istio_entry(conf: Conf) -> Json:
+    """Returns istio-cni's entry; {} for none."""
+    return next((one for one in conf.plugins if one["type"] == ISTIO), {})
+
+
+def istio_form(conf: Conf, every: Sequence[Conf]) -> str:
+    """Returns CHAINED, OWNED or ALONE for a configuration with istio-cni's entry.
+
+    `every`: all configurations of the directory except our own lists.
+    """
+    rest = [kind for kind in _types(conf) if kind != ISTIO]  # without our entry, which may have been inserted
+    if not rest:
+        return ALONE
+    others = [other for other in every if other is not conf and not mentions(other.network, ISTIO)]
+    wraps = any(_types(other) == rest for other in others)
+    return OWNED if wraps or (others and ISTIO in conf.name) else CHAINED
+
+
+def istio_owned(every: Sequence[Conf]) -> list[Conf]:
+    """Returns the lists that istio-cni made around another one; its agent keeps them in front of all others."""
+    return [conf for conf in every if istio_entry(conf) and istio_form(conf, every) == OWNED]
+
+
+def _types(conf: Conf) -> list[str]:
+    return [one["type"] for one in conf.plugins if one["type"] != CNI_TYPE]

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
-from agent.install import conflists, istio_entry
+from agent.install import conflists
 from agent.install.conflists import ISTIO, MIGRATED, ORIGINAL, Conf, Json, kept_name
 
 
@@ -109,7 +109,7 @@ class Sorted:
         Its agent rewrites its list as long as another one comes first, so Sluice's follows it and takes over when it
         is removed.
         """
-        return istio_entry.owned(self.foreign)
+        return conflists.istio_owned(self.foreign)
 
     @property
     def later(self) -> list[Conf]:

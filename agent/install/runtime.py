@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the directories in which the container runtime reads CNI configurations and plugins, each with a reason."""
+"""Finds the node's container runtime in /proc, and the directories in which it reads CNI configurations and plugins."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.core.settings import Settings
-from agent.install import running, tomlconf
+from agent.install import tomlconf
 from agent.install.host_root import HostRoot
-from agent.install.running import Running
 from agent.install.tomlconf import BIN_DIR, CONF_DIR, RuntimeDirectories
 
 _CONTAINERD, _CRIO = "/etc/containerd/config.toml", "/etc/crio/crio.conf"
@@ -25,6 +25,13 @@ _USUAL = (
     ("CRI-O", _CRIO),
     ("containerd", _CONTAINERD),
 )
+# Command names, and the default socket of each; the first is used when the kubelet names no endpoint.
+RUNTIMES = {
+    "crio": "/run/crio/crio.sock",
+    "containerd": "/run/containerd/containerd.sock",
+    "cri-dockerd": "/run/cri-dockerd.sock",
+}
+_PLAIN = ("", _CONTAINERD)
 _NONE = "no configuration of a container runtime found"  # diagnosis knows the reason by its first word
 _SNAP = {"SNAP_DATA": "/var/snap/microk8s/current", "SNAP": "/snap/microk8s/current"}
 
@@ -64,7 +71,7 @@ def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: 
 
     `known` is the runtime found before: if it still runs, only its files are read.
     """
-    runtime = known if known and running.still(proc, known) else running.find(proc)
+    runtime = known if known and still_runs(proc, known) else find_running(proc)
     try:
         source = _of_running(runtime, host) if runtime else _of_files(host)
     except OSError as error:  # links that lead in a circle
@@ -170,3 +177,72 @@ def _drop_ins(host: HostRoot, directory: str) -> list[str]:
         return [f"{directory}/{name}" for name in sorted(os.listdir(host.path(directory)))]  # noqa: PTH208
     except OSError:
         return []
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    pid: int
+    name: str
+    args: tuple[str, ...] = ()
+
+    def option(self, *names: str) -> str:
+        """Returns the last value given, as "--name value" or "--name=value"; "" if it is missing."""
+        found = ""
+        for number, word in enumerate(self.args):
+            flag, equals, value = word.partition("=")
+            if flag in names:
+                found = value if equals else next(iter(self.args[number + 1 : number + 2]), "")
+        return found
+
+
+def find_running(proc: Path) -> Running | None:
+    """Returns the runtime that serves the kubelet. One inside a pod does not count: it has its own PID namespace."""
+    found = list(_processes(proc, (*RUNTIMES, "kubelet")))
+    runtimes = [one for one in found if one.name != "kubelet" and "docker/" not in one.option("-c", "--config")]
+    endpoint = next((one.option("--container-runtime-endpoint") for one in found if one.name == "kubelet"), "")
+    order = list(RUNTIMES)
+
+    def rank(one: Running) -> tuple[object, ...]:
+        plain = one.name == "containerd" and one.option("-c", "--config") in _PLAIN  # may be Docker's; k3s has another
+        return (_socket(endpoint) != _address(one), plain, order.index(one.name), one.pid)
+
+    return min(runtimes, key=rank, default=None)
+
+
+def still_runs(proc: Path, one: Running) -> bool:
+    """Returns True if the process still runs."""
+    try:
+        return _name(proc / str(one.pid)) == one.name
+    except OSError:
+        return False
+
+
+def _address(one: Running) -> str:
+    given = one.option("-a", "--address", "--listen") if one.name != "cri-dockerd" else ""
+    return _socket(given) or RUNTIMES[one.name]
+
+
+def _socket(endpoint: str) -> str:
+    path = endpoint.removeprefix("unix://")
+    return path.removeprefix("/var") if path.startswith("/var/run/") else path
+
+
+def _processes(proc: Path, names: Sequence[str]) -> Iterator[Running]:
+    ours = _pid_namespace(proc / "1")
+    for directory in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):  # ended meanwhile
+            name = _name(directory)
+            if name in names and _pid_namespace(directory) == ours:
+                arguments = (directory / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+                yield Running(int(directory.name), name, tuple(arguments[1:]))
+
+
+def _name(directory: Path) -> str:
+    return (directory / "comm").read_text(errors="replace").rstrip("\n")
+
+
+def _pid_namespace(directory: Path) -> str:
+    try:
+        return str((directory / "ns/pid").readlink())
+    except OSError:
+        return ""

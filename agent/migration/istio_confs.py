@@ -10,8 +10,7 @@ from typing import Final
 from agent.core.errors import SettingsError
 from agent.core.names import CNI_TYPE
 from agent.install import conflists
-from agent.install.conflists import ISTIO, Conf, Json
-from agent.install.istio_entry import entry, form
+from agent.install.conflists import ISTIO, Conf, Json, istio_entry, istio_form
 from agent.install.planning import View
 from agent.migration.istio_agent import RUN_DIR
 
@@ -49,9 +48,8 @@ def picked(view: View) -> Conf | None:
 def places(view: View) -> list[IstioConf]:
     """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
-    return [
-        IstioConf(conf, form(conf, every), entry(conf)) for conf in every if conflists.mentions(conf.network, ISTIO)
-    ]
+    found = [conf for conf in every if conflists.mentions(conf.network, ISTIO)]
+    return [IstioConf(conf, istio_form(conf, every), istio_entry(conf)) for conf in found]
 
 
 def run_dirs(view: View) -> list[str]:

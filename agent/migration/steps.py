@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 from agent.core.errors import SettingsError
 from agent.install import conflists, planning
-from agent.install.conflists import ISTIO, Conf, Json
-from agent.install.istio_entry import CHAINED
-from agent.install.istio_entry import entry as entry_of
+from agent.install.conflists import CHAINED, ISTIO, Conf, Json, istio_entry
 from agent.install.planning import Action, Remove, Rename, View, Write
 from agent.migration import istio_confs
 from agent.migration.istio_confs import ENTRY, FILE, KEPT, IstioConf
@@ -120,7 +118,7 @@ def taken(view: View) -> str:
 
 def _added(conf: Conf) -> Json:
     """Returns istio-cni's entry if its agent added it behind ours; an entry that we wrap comes before ours."""
-    return entry_of(conf) if conf.entry and conf.plugins[-1]["type"] == ISTIO else {}
+    return istio_entry(conf) if conf.entry and conf.plugins[-1]["type"] == ISTIO else {}
 
 
 def _moved(view: View) -> list[MigrationStep]:
@@ -155,7 +153,7 @@ def _restored(view: View, kept: str, kind: str, name: str) -> list[MigrationStep
     rest = conflists.stripped(old.network, ISTIO)
     if primary is None or not rest["plugins"] or (_says(primary, rest) and (kind == FILE or _stem(name, primary))):
         return [MigrationStep(Rename(kept, name), "istio-cni's entry as it was")]
-    entry = entry_of(old)
+    entry = istio_entry(old)
     if not entry or primary.single or conflists.mentions(primary.network, ISTIO):
         return [done]
     target, network = (name, conflists.stripped(primary.network)) if kind == FILE else (primary.name, primary.network)

@@ -10,14 +10,14 @@ import yaml
 from support import apiserver_objects as objects
 from support.apiserver import ApiServer
 
-from agent.cli import annotation
+from agent.cli import uncapture
 from agent.core.names import REDIRECTION
 
 
 @pytest.fixture
 def config(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Settings of an agent on node1, where istio-cni's agent does not run."""
-    monkeypatch.setattr(annotation, "theirs_runs", lambda *_: "")
+    monkeypatch.setattr(uncapture, "theirs_runs", lambda *_: "")
     access = {"kube_server": server.url, "kube_token_file": server.token_file, "kube_ca_file": server.ca_file}
     path = tmp_path / "sluice.yaml"
     path.write_text(yaml.safe_dump({**access, "node_name": "node1", "host_root": str(tmp_path)}))
@@ -42,15 +42,15 @@ def test_it_is_taken_from_the_nodes_pods_that_are_not_captured(server: ApiServer
     put(server, "plain")
     put(server, "elsewhere", node="node2", **{REDIRECTION: "enabled"})
     problems: list[str] = []
-    assert annotation.take_back(config, ["uid-kept"], problems) == [f"{REDIRECTION} taken back from 3 pods"]
+    assert uncapture.take_back_annotations(config, ["uid-kept"], problems) == [f"{REDIRECTION} taken back from 3 pods"]
     assert annotated(server) == {"kept", "elsewhere"} and problems == []
-    assert annotation.take_back(config, ["uid-kept"], problems) == []  # it may be repeated
+    assert uncapture.take_back_annotations(config, ["uid-kept"], problems) == []  # it may be repeated
 
 
 def test_more_pods_than_a_page_holds(server: ApiServer, config: str) -> None:
     for number in range(1001):
         put(server, f"p{number}", **({REDIRECTION: "enabled"} if number % 500 == 0 else {}))
-    assert annotation.take_back(config, [], []) == [f"{REDIRECTION} taken back from 3 pods"]
+    assert uncapture.take_back_annotations(config, [], []) == [f"{REDIRECTION} taken back from 3 pods"]
     assert annotated(server) == set()
 
 
@@ -59,23 +59,23 @@ def test_what_passes_is_tried_again_and_a_role_that_is_gone_stops_nobody(server:
     for code, told in ((500, 0), (403, 1)):
         problems: list[str] = []
         server.fault("write", "status", code=code, times=1)
-        remarks = annotation.take_back(config, [], problems)
+        remarks = uncapture.take_back_annotations(config, [], problems)
         assert (len(remarks), len(problems)) == (told, 1 - told) and str(code) in str(remarks + problems)
     server.down()
-    assert annotation.take_back(config, [], problems) == [] and len(problems) == 1
+    assert uncapture.take_back_annotations(config, [], problems) == [] and len(problems) == 1
     server.up()
-    assert annotation.take_back(config, [], []) == [f"{REDIRECTION} taken back from 1 pods"]
+    assert uncapture.take_back_annotations(config, [], []) == [f"{REDIRECTION} taken back from 1 pods"]
 
 
 def test_nothing_is_taken_while_somebody_else_may_capture(
     server: ApiServer, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(server, "one", **{REDIRECTION: "enabled"})
-    assert "not known" in annotation.take_back(config, [""], [])[0]
-    monkeypatch.setattr(annotation, "theirs_runs", lambda *_: "its socket answers")
-    assert "its socket answers" in annotation.take_back(config, [], [])[0]
+    assert "not known" in uncapture.take_back_annotations(config, [""], [])[0]
+    monkeypatch.setattr(uncapture, "theirs_runs", lambda *_: "its socket answers")
+    assert "its socket answers" in uncapture.take_back_annotations(config, [], [])[0]
     assert annotated(server) == {"one"}
 
 
 def test_without_an_api_server_there_is_nothing_to_do() -> None:
-    assert annotation.take_back("", [], []) == []
+    assert uncapture.take_back_annotations("", [], []) == []

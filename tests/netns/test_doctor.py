@@ -25,7 +25,7 @@ from agent.core.settings import Settings
 from agent.diagnosis.checks import CHECKS
 from agent.diagnosis.finding import CheckResult, CheckVerdict, examine
 from agent.diagnosis.node_facts import NodeFacts
-from agent.diagnosis.probes import foreign_programs, hosts, pods
+from agent.diagnosis.probes import hosts, node, pods
 from agent.kernel.bpf import bpffs, link, load, syscall
 from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.exec import run
@@ -217,17 +217,17 @@ def test_p60n_ciliums_programs_on_a_cgroup(tmp_path: Path) -> None:
         undo.callback(lambda: run(["umount", "--lazy", str(bpffs_at)]))
         cgroup.mkdir()
         undo.callback(cgroup.rmdir)
-        assert worst("socket-balancer", NodeFacts(sockets=foreign_programs.probe(str(cgroup))))[0] is CheckVerdict.OK
+        assert worst("socket-balancer", NodeFacts(sockets=node.foreign_programs(str(cgroup))))[0] is CheckVerdict.OK
         load.load(out, bpffs_at / "maps", lambda name: bpffs_at / "programs" / name)
         program, directory = syscall.get(bpffs_at / "programs/cil_sock4_connect"), os.open(cgroup, os.O_RDONLY)
         for descriptor in (program, directory):
             undo.callback(os.close, descriptor)
         undo.callback(os.close, link.attach_cgroup(program, directory, AttachType.CGROUP_INET4_CONNECT))
-        verdict, found = worst("socket-balancer", NodeFacts(sockets=foreign_programs.probe(str(cgroup))))
+        verdict, found = worst("socket-balancer", NodeFacts(sockets=node.foreign_programs(str(cgroup))))
         assert verdict is CheckVerdict.WARNING and found == "on the root cgroup: cil_sock4_conne (connect4)"
         assert (
             "Cilium's socket load balancer"
-            in of("socket-balancer", NodeFacts(sockets=foreign_programs.probe(str(cgroup))))[0].cause
+            in of("socket-balancer", NodeFacts(sockets=node.foreign_programs(str(cgroup))))[0].cause
         )
 
 

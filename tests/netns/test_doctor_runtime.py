@@ -11,7 +11,7 @@ import pytest
 from support.crinode import CriNode, crinode, until
 
 from agent.diagnosis.probes.cni import _watched
-from agent.install.running import Running
+from agent.install.runtime import Running
 
 pytestmark = pytest.mark.root
 

@@ -16,7 +16,7 @@ from agent.install import conflists
 from agent.install.host_root import HostRoot
 from agent.install.installer import Installer, mode
 from agent.install.netdir import NetDir
-from agent.install.running import Running
+from agent.install.runtime import Running
 from agent.kernel import exec
 from agent.migration.istio_agent import theirs_runs
 from agent.migration.istio_confs import run_dirs

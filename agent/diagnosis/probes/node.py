@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes the other programs of the node and its kernel settings."""
+"""Probes the other programs of the node, BPF programs included, and its kernel settings."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from agent.backends.ebpf.object_files import NODE, RESERVE
 from agent.core.errors import KernelError
 from agent.core.settings import Settings
-from agent.diagnosis.node_facts import HostFacts
+from agent.diagnosis.node_facts import AttachedProgram, HostFacts
 from agent.diagnosis.probes import inotify_queues, read
 from agent.install.host_root import HostRoot
+from agent.kernel.bpf import bpffs, query
+from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.inotify import Inotify
 
 _PROGRAMS = frozenset(
@@ -102,3 +105,28 @@ def _queues(proc: Path) -> int:
             if path.stat().st_uid == 0:
                 count += len(inotify_queues(path))
     return count
+
+
+# Hook as it is shown -> the kernel's.
+_HOOKS = {
+    "connect4": AttachType.CGROUP_INET4_CONNECT,
+    "connect6": AttachType.CGROUP_INET6_CONNECT,
+    "sendmsg4": AttachType.CGROUP_UDP4_SENDMSG,
+    "sendmsg6": AttachType.CGROUP_UDP6_SENDMSG,
+    "recvmsg4": AttachType.CGROUP_UDP4_RECVMSG,
+    "recvmsg6": AttachType.CGROUP_UDP6_RECVMSG,
+    "getpeername4": AttachType.CGROUP_INET4_GETPEERNAME,
+    "getpeername6": AttachType.CGROUP_INET6_GETPEERNAME,
+}
+_OURS = {(program.name, program.attach) for program in (*NODE, *RESERVE)}
+
+
+def foreign_programs(cgroup: str = "") -> tuple[AttachedProgram, ...]:
+    """Reads the root of the hierarchy, or that cgroup; Sluice's are known by name. Raises KernelError."""
+    place = Path(cgroup) if cgroup else bpffs.cgroup_root()
+    return tuple(
+        AttachedProgram(word, one.name, one.id)
+        for word, hook in _HOOKS.items()
+        for one in query.attached(place, hook)
+        if (one.name, hook) not in _OURS
+    )

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from agent.__main__ import main
-from agent.cli import doctor, effective_settings
+from agent.cli import doctor
 from agent.core.errors import SettingsError
 from agent.diagnosis.checks import CHECKS
 from agent.diagnosis.finding import CheckResult, CheckVerdict
@@ -110,8 +110,8 @@ class Process:
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("SLUICE_", "KUBERNETES_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(effective_settings, "USUAL", Path("/nonexistent"))
-    monkeypatch.setattr(effective_settings, "process", lambda run_dir: (7, ""))
+    monkeypatch.setattr(doctor, "USUAL", Path("/nonexistent"))
+    monkeypatch.setattr(doctor, "process", lambda run_dir: (7, ""))
 
 
 def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +122,7 @@ def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatc
     )  # fmt: skip
     made.write("container/etc/s.yaml", "backend: nftables\nverify_seconds: 7\n")
     monkeypatch.setenv("SLUICE_NON_TCP", "refuse")  # ours, not the agent's
-    settings, source = effective_settings.in_force("/run/x", proc=tmp_path)
+    settings, source = doctor.in_force("/run/x", proc=tmp_path)
     assert source == "the agent's process 7"
     assert (settings.backend, settings.verify_seconds, settings.ztunnel_ports) == ("iptables", 7.0, ("15001", "15006"))
     assert (settings.kube_server, settings.run_dir, settings.non_tcp) == ("https://10.0.0.1:443", "/run/x", "count")
@@ -131,19 +131,19 @@ def test_the_settings_are_those_of_the_agents_process(tmp_path: Path, monkeypatc
 def test_a_relative_file_is_the_agents_too(tmp_path: Path) -> None:
     made = Process(tmp_path, "sluice agent", SLUICE_CONFIG="s.yaml")
     made.write("home/s.yaml", "verify_seconds: 8\n")
-    assert effective_settings.in_force("/run/x", proc=tmp_path)[0].verify_seconds == 8.0
+    assert doctor.in_force("/run/x", proc=tmp_path)[0].verify_seconds == 8.0
 
 
 def test_without_a_process_its_usual_file_or_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert effective_settings.in_force("/run/x", proc=tmp_path)[1] == "defaults"  # process 7 cannot be seen
+    assert doctor.in_force("/run/x", proc=tmp_path)[1] == "defaults"  # process 7 cannot be seen
     usual = tmp_path / "sluice.yaml"
     usual.write_text("backend: ebpf\n")
-    monkeypatch.setattr(effective_settings, "USUAL", usual)
-    settings, source = effective_settings.in_force("/run/x", proc=tmp_path)
+    monkeypatch.setattr(doctor, "USUAL", usual)
+    settings, source = doctor.in_force("/run/x", proc=tmp_path)
     assert (settings.backend, source) == ("ebpf", str(usual))
     other = tmp_path / "other.yaml"
     other.write_text("backend: iptables\n")
-    assert effective_settings.in_force("/run/x", str(other), tmp_path)[0].backend == "iptables"
+    assert doctor.in_force("/run/x", str(other), tmp_path)[0].backend == "iptables"
     other.write_text("backend: spoons\n")
     with pytest.raises(SettingsError, match=r"other.yaml:1: backend"):
-        effective_settings.in_force("/run/x", str(other), tmp_path)
+        doctor.in_force("/run/x", str(other), tmp_path)

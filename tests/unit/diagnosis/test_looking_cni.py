@@ -18,7 +18,7 @@ from agent.diagnosis.finding import CheckResult, CheckVerdict, examine
 from agent.diagnosis.node_facts import Cni, NodeFacts
 from agent.diagnosis.probes import cni as looks
 from agent.install.installer import Installer
-from agent.install.running import Running
+from agent.install.runtime import Running
 from agent.kernel.inotify import Inotify
 
 PLUGIN = """#!/bin/sh

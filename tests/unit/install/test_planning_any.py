@@ -14,7 +14,7 @@ from support.installing import apply
 
 from agent.core.errors import SettingsError
 from agent.core.settings import Settings
-from agent.install import conflists, istio_entry, planning
+from agent.install import conflists, planning
 from agent.install.conflists import plugin_entry
 from agent.install.planning import InstallPlan, View
 
@@ -79,7 +79,7 @@ def test_installing_settles_and_ours_is_first(files: dict[str, bytes], mode: str
     if verdict.error:
         return
     # istio-cni keeps these in front.
-    theirs = istio_entry.owned([conf for conf in valid(files) if not conflists.is_own(conf)])
+    theirs = conflists.istio_owned([conf for conf in valid(files) if not conflists.is_own(conf)])
     first = next(conf for conf in valid(files) if conf not in theirs)
     assert first.name == verdict.file
     assert first.plugins[-1]["type"] == "sluice-cni"
