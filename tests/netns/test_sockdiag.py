@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import socket
 from collections.abc import Iterator
@@ -135,6 +136,22 @@ def test_find_is_exact(nodes: Pair, diag: SockDiag) -> None:
         assert diag.find((POD4, 7000), (there[0], there[1] - 1)) is None
         assert diag.find((POD4, 7001), there) is None  # where the kernel would name the listener
         assert diag.find((POD6, 7002), (HOST6, 9)) is None
+
+
+def test_a_keepalive_timer_that_is_late_is_still_one(nodes: Pair, diag: SockDiag) -> None:
+    """The kernel runs a timer of a second some jiffies late: it is due then."""
+    near, far = stream(nodes.pod, nodes.host, HOST4, 7000)
+    with near, far:
+        ends = near.getsockname(), near.getpeername()
+        assert diag.keepalive(*ends) == 0
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
+            near.setsockopt(socket.IPPROTO_TCP, option, 1)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        found = [diag.keepalive(*ends)]
+        while sum(later > earlier for earlier, later in itertools.pairwise(found)) < 3:  # it was set again
+            found.append(diag.keepalive(*ends) or 0)
+            assert len(found) < 1_000_000
+        assert min(found) > 0
 
 
 def test_a_socket_of_family_6_carries_ipv4_where_ipv6_is_switched_off(nodes: Pair, diag: SockDiag) -> None:

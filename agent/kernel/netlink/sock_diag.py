@@ -163,10 +163,13 @@ class SockDiag(NetlinkSocket):
         return next((one for one, _ in self._between(local, remote)), None)
 
     def keepalive(self, local: Endpoint, remote: Endpoint) -> float | None:
-        """Returns the seconds until the connection's socket probes its peer, 0: it does not; otherwise as `find`."""
+        """Returns the seconds until the connection's socket probes its peer, 0: it does not; otherwise as `find`.
+
+        A timer that is due, which the kernel may run some jiffies late, has a millisecond left.
+        """
         for _, body in self._between(local, remote):
             timer, milliseconds = _TIMER.unpack_from(body)
-            return milliseconds / 1000 if timer == _KEEPALIVE else 0
+            return max(1, milliseconds) / 1000 if timer == _KEEPALIVE else 0
         return None
 
     def _between(self, local: Endpoint, remote: Endpoint) -> Iterator[tuple[TcpSocket, bytes]]:
