@@ -4,41 +4,65 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from dataclasses import replace
 
-from agent.ztunnel.app import ZtunnelSettings, main
+from agent.ztunnel.app import main
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     defaults = ZtunnelSettings()
     parser = subparsers.add_parser("ztunnel", help="run the embedded ztunnel until it is stopped")
     parser.add_argument(
-        "--zds-socket", default=defaults.zds_socket, metavar="PATH", help="the agent's ZDS socket"
+        "--zds-socket", metavar="PATH", help=f"the agent's ZDS socket (default: {defaults.zds_socket})"
     )  # fmt: skip
     parser.add_argument(
-        "--records", default=defaults.records, metavar="PATH",
-        help="file for one JSON line per connection; - is standard output, empty for none",
+        "--records", metavar="PATH",
+        help="file for one JSON line per connection; - is standard output, empty for none"
+        f" (default: {defaults.records})",
     )  # fmt: skip
     parser.add_argument(
-        "--drain-seconds", type=float, default=defaults.drain_seconds, metavar="S",
-        help="how long connections may run on after SIGTERM (default: %(default)s)",
+        "--drain-seconds", type=float, metavar="S",
+        help=f"how long connections may run on after SIGTERM (default: {defaults.drain_seconds})",
     )  # fmt: skip
     parser.add_argument(
-        "--bpf-dir", default=defaults.bpf_dir, metavar="PATH",
-        help="the agent's bpf_dir: which resolver a query was for, in pods redirected by eBPF (default: %(default)s)",
+        "--bpf-dir", metavar="PATH",
+        help="the agent's bpf_dir: which resolver a query was for, in pods redirected by eBPF"
+        f" (default: {defaults.bpf_dir})",
     )  # fmt: skip
     parser.add_argument(
-        "--ready-file", default=defaults.ready_file, metavar="PATH",
+        "--ready-file", metavar="PATH",
         help="file to create when the agent has handed over all pods; empty for none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mesh", metavar="SOURCE",
+        help="workloads, services and policies: a file in the format of Istio's LOCAL_XDS_PATH, or https://HOST:PORT of"
+        " istiod; without one every connection goes on in plain",
+    )  # fmt: skip
+    parser.add_argument(
+        "--identities", metavar="SOURCE",
+        help="certificates: development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL",
+    )  # fmt: skip
+    parser.add_argument("--network", metavar="NAME", help="the network of this node (default: none)")
+    parser.add_argument(
+        "--trust-domain", metavar="NAME",
+        help=f"of pods that the mesh does not know yet (default: {defaults.trust_domain})",
     )  # fmt: skip
     parser.set_defaults(run=_run)
 
 
+_OPTIONS = (
+    "zds_socket", "records", "drain_seconds", "bpf_dir", "ready_file", "mesh", "identities", "network", "trust_domain",
+)  # fmt: skip
+
+
 def _run(args: argparse.Namespace) -> int:
-    made = ZtunnelSettings(
-        zds_socket=args.zds_socket,
-        records=args.records,
-        drain_seconds=args.drain_seconds,
-        bpf_dir=args.bpf_dir,
-        ready_file=args.ready_file,
-    )
-    return main(made)
+    settings, unknown = from_environment(os.environ)
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    settings = replace(settings, **given)
+    check(settings)
+    if unknown:
+        print(f"warning: not understood, and without effect: {', '.join(unknown)}", file=sys.stderr)
+    return main(settings)

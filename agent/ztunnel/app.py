@@ -15,14 +15,12 @@ import functools
 import logging
 import resource
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.core import names
 from agent.core.errors import KernelError
 from agent.kernel import logs
-from agent.ztunnel.dns.dns_origin import BPF_DIR, Asked
+from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.relay.keepalive import LOOK_SECONDS
 from agent.ztunnel.relay.pod_context import Engine
 from agent.ztunnel.relay.pod_listener import PodListener
@@ -30,11 +28,11 @@ from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import Workloads
 from agent.ztunnel.zds_client import ZdsClient
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
     from agent.ztunnel.hbone.next_hop import Router
-    from agent.ztunnel.hbone.tunnels import HboneTunnels
-    from agent.ztunnel.tls.spiffe import SpiffeId
+    from agent.ztunnel.node_mesh import NodeMesh
 
 OVERLAP_SECONDS = 1.0
 ANSWERED_SECONDS = 2.0  # a second answer may still come
@@ -43,31 +41,10 @@ _LOOK_SECONDS = 0.05
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ZtunnelSettings:
-    """Settings of the process; times are in seconds.
-
-    `records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how many open
-    connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
-    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none. `identities`: where certificates come from
-    (development:DIRECTORY or files:DIRECTORY), "" for no mesh.
-    """
-
-    zds_socket: str = names.ZDS_SOCKET
-    records: str = "-"
-    drain_seconds: float = 5.0
-    dns_seconds: float = 30.0
-    connect_seconds: float = 10.0
-    bpf_dir: str = BPF_DIR
-    share: int = 16384
-    ready_file: str = ""
-    identities: str = ""
-
-
 def main(settings: ZtunnelSettings, router: Router | None = None) -> int:
     """Runs until SIGTERM or SIGINT. Returns the exit code. Raises SluiceError.
 
-    `router` has the decisions of the mesh; without one all connections go on in plain.
+    `router` decides in place of the mesh that the settings name. Without both all connections go on in plain.
     """
     logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -107,7 +84,7 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
     loop = asyncio.get_running_loop()
     ending = _Ending(loop)
     poller = Poller(loop)
-    tunnels = None if router is None else _tunnels(settings, poller, router)
+    mesh = _node_mesh(settings, poller, router)
     engine = Engine(
         poller=poller,
         connects=Deadlines(loop, settings.connect_seconds),
@@ -117,10 +94,13 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
         records=RecordWriter(loop, settings.records),
         asked=Asked(settings.bpf_dir),
         share=_share(settings.share),
-        tunnels=tunnels,
+        tunnels=mesh.tunnels if mesh else None,
     )
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)
+    if mesh is not None:
+        mesh.start()
+        await mesh.synced()  # a pod's first connection must not meet an empty mesh
     agent = asyncio.create_task(client.run())
     ready = asyncio.create_task(_mark_ready(workloads.complete, settings.ready_file))
     asked = asyncio.create_task(ending.asked.wait())
@@ -138,8 +118,8 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
-    if tunnels is not None:
-        tunnels.stop()
+    if mesh is not None:
+        await mesh.close()
     for part in (
         engine.connects,
         engine.queries,
@@ -153,22 +133,13 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
     return 1 if failed else 0
 
 
-def _tunnels(settings: ZtunnelSettings, poller: Poller, router: Router) -> HboneTunnels:
-    """Raises SluiceError. Its modules are loaded here, because a node without a mesh needs none of them."""
-    from agent.ztunnel.hbone.tunnels import HboneTunnels
-    from agent.ztunnel.tls.contexts import ContextStore, CredentialsError
-    from agent.ztunnel.tls.sources import credentials_source
+def _node_mesh(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> NodeMesh | None:
+    """Raises SluiceError. The modules of a mesh are loaded here, because a node without one needs none of them."""
+    if router is None and not settings.mesh:
+        return None
+    from agent.ztunnel.node_mesh import NodeMesh
 
-    issue = credentials_source(settings.identities)
-
-    def ask(identity: SpiffeId) -> None:
-        try:
-            contexts.put(issue(identity))
-        except CredentialsError as error:
-            log.error("%s", error)
-
-    contexts = ContextStore(ask)
-    return HboneTunnels(poller, contexts, router)
+    return NodeMesh(settings, poller, router)
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:

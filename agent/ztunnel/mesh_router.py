@@ -155,7 +155,7 @@ class MeshRouter:
             self._log(verdict.reason, pod, peer, identity)
         return verdict
 
-    def still_allowed(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
+    def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
         """Returns why an open connection is not allowed any more, after a policy has changed; "" if it is."""
         workload = self.workload(pod)
         if workload is None:

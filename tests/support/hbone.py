@@ -68,6 +68,9 @@ class SmallMesh:
     def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
         return None
 
+    def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
+        return ""
+
 
 class MeshZtunnel(Ztunnel):
     """The real process with a SmallMesh."""
@@ -78,7 +81,8 @@ class MeshZtunnel(Ztunnel):
         self.path = records
         code = (
             f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n"
-            "from agent.ztunnel.app import ZtunnelSettings, main\nfrom support.hbone import SmallMesh\n"
+            "from agent.ztunnel.app import main\nfrom agent.ztunnel.ztunnel_settings import ZtunnelSettings\n"
+            "from support.hbone import SmallMesh\n"
             f"settings = ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
             f" drain_seconds={drain}, identities='development:{authority}')\n"
             f"sys.exit(main(settings, SmallMesh({mesh})))"
@@ -103,6 +107,15 @@ class Node:
         self.ztunnel = MeshZtunnel(
             self.agent.path, self.folder / name, authority or self.folder.parent / "ca", drain=drain, mesh=mesh
         )
+        return self._serve()
+
+    def start_with(self, mesh_file: Path) -> Ztunnel:
+        """Starts the real process with a mesh file and the development CA beside it."""
+        settings = f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}'"
+        self.ztunnel = Ztunnel(self.agent.path, self.folder / "records", settings=settings)
+        return self._serve()
+
+    def _serve(self) -> Ztunnel:
         self._made.callback(self.ztunnel.close)
         self.agent.accept()
         assert (

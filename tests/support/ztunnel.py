@@ -182,7 +182,8 @@ class Ztunnel:
     def __init__(self, socket_path: Path, records: Path, drain: float = 5.0, settings: str = "") -> None:
         self.path = records
         code = (
-            "import sys\nfrom agent.ztunnel.app import ZtunnelSettings, main\n"
+            "import sys\nfrom agent.ztunnel.app import main\n"
+            "from agent.ztunnel.ztunnel_settings import ZtunnelSettings\n"
             f"sys.exit(main(ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
             f" drain_seconds={drain}, {settings})))"
         )

@@ -7,6 +7,7 @@ ztunnel impersonate it, which the request names.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -67,6 +68,10 @@ class IstioCa:
             raise CredentialsError(f"the CA sent {len(chain)} certificates for {identity}; a root is needed as well")
         own = "".join(f"{part.strip()}\n" for part in chain[:-1])
         return Credentials(identity, key_pem(key), own.encode(), chain[-1].encode())
+
+    async def run(self) -> None:
+        """Waits until cancelled: the CA is asked when a certificate is needed."""
+        await asyncio.Event().wait()
 
     def _request(self, identity: SpiffeId, key: ec.EllipticCurvePrivateKey) -> bytes:
         name = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(str(identity))])

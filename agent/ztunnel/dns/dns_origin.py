@@ -12,11 +12,11 @@ import struct
 from pathlib import Path
 from typing import Final
 
+from agent.core import names
 from agent.core.errors import KernelError
 from agent.kernel.bpf.map import Map
 from agent.kernel.netns import SO_NETNS_COOKIE
 
-BPF_DIR: Final = "/sys/fs/bpf/sluice"
 _PIN: Final = "v1/maps/resolvers"
 # bpf/abi.h: struct query has the cookie of the namespace, then in network order the port, the protocol, and the
 # loopback address that was given to a query; struct resolver has the address, IPv4 as ::ffff:a.b.c.d, and the port
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Asked:
     """Keeps the map open. For one thread."""
 
-    def __init__(self, bpf_dir: str = BPF_DIR) -> None:
+    def __init__(self, bpf_dir: str = names.BPF_DIR) -> None:
         self._pin = Path(bpf_dir) / _PIN
         self._map: Map | None = None
         self._inode = 0  # of the pin, 0 without one: the agent may remove it and make another

@@ -15,7 +15,7 @@ from agent.ztunnel.hbone.session_core import Headers
 from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import poller
-from agent.ztunnel.relay.pod_context import Ends, PodContext, now
+from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, now
 from agent.ztunnel.relay.upstream import reset
 
 _UNREACHABLE = 503
@@ -27,12 +27,14 @@ class InboundStream:
 
     def __init__(
         self, *, pod: PodContext, engine: SessionEngine, session: TlsSession, stream: int, peer: Address,
-        admission: Admission,
+        identity: str, admission: Admission,
     ) -> None:  # fmt: skip
+        """Takes the client's address and identity, and where the stream goes."""
         self._pod = pod
         self._session = session
         self._stream = stream
         self._peer = peer
+        self._identity = identity
         self._admission = admission
         self._application: socket.socket | None = None
         self._relay = StreamRelay(engine=engine, session=session, stream=stream, user=self, done=self._relayed)
@@ -46,6 +48,7 @@ class InboundStream:
         """Starts to connect to the application. A failure is answered and recorded, never raised."""
         self._pod.live.add(self)
         address = self._admission.address
+        self._pod.inbound[self] = InboundEnds(self._peer, address, self._identity)
         try:
             if self._peer[0] == address[0]:
                 self._application = self._pod.upstream.connect(address)
@@ -66,6 +69,9 @@ class InboundStream:
 
     def abort(self) -> None:
         self._end("drained", "")
+
+    def revoke(self, why: str) -> None:
+        self._end("refused", why)
 
     def _event(self, mask: int) -> None:
         if self._answered:
@@ -138,6 +144,7 @@ class InboundStream:
         if self._ends is not None:
             self._pod.connecting.pop(self._ends, None)
         self._pod.live.discard(self)
+        self._pod.inbound.pop(self, None)
         self._pod.record(
             "hbone", "inbound", self._began, self._peer, self._admission.address, self._relay.received,
             self._relay.sent, close, "; ".join(filter(None, (error, self._note))),

@@ -100,3 +100,6 @@ class Router(Protocol):
 
     def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
         """Returns why a captured inbound connection without TLS is refused; None if it may pass."""
+
+    def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
+        """Returns why an open inbound connection is not allowed any more; "" if it is."""

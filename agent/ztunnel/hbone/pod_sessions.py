@@ -194,6 +194,7 @@ class _Arrived:
             session=session,
             stream=stream,
             peer=self._peer,
+            identity=str(self._identity),
             admission=decision,
         )
         session.adopt(stream, user)

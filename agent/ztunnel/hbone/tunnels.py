@@ -15,6 +15,7 @@ from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.tls.contexts import ContextStore
+from agent.ztunnel.tls.spiffe import parse
 
 
 class HboneTunnels:
@@ -50,6 +51,13 @@ class HboneTunnels:
         refused = self._router.inbound_plain(self._pods[pod.uid].identity, source, destination)
         if refused is not None:
             raise RefusedError(refused.reason)
+
+    def reconsider(self) -> None:
+        """Ends the inbound connections that the mesh does not allow any more; call it after a change of the mesh."""
+        for sessions in self._pods.values():
+            for connection, ends in tuple(sessions.pod.inbound.items()):
+                if why := self._router.refused_now(sessions.identity, ends.peer, ends.target, parse(ends.identity)):
+                    connection.revoke(f"{why}, after a change of policies")
 
     def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
         self._pods[pod.uid].accept(client, peer)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from agent.core.errors import SluiceError
 from agent.core.model.sockets import Endpoint
@@ -80,13 +80,29 @@ class Live(Protocol):
         """Ends it now, as drained."""
 
 
+class InboundLive(Live, Protocol):
+    """An open inbound connection of a mesh."""
+
+    def revoke(self, why: str) -> None:
+        """Ends it, because it is not allowed any more."""
+
+
+class InboundEnds(NamedTuple):
+    """The properties of an inbound connection for policies; `identity` is that of mutual TLS, "" without."""
+
+    peer: Address
+    target: Address
+    identity: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class PodContext:
     """One pod. `name` is namespace/name.
 
     `diag` reads its sockets; `add` is how the agent named it; `live` has its connections and pending queries;
     `connecting` the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
-    often that has happened on behalf of one application's connection.
+    often that has happened on behalf of one application's connection. `inbound` has the inbound connections that a
+    change of policies may end.
     """
 
     uid: str
@@ -98,6 +114,7 @@ class PodContext:
     add: Add
     live: set[Live] = field(default_factory=set)
     connecting: dict[Ends, int] = field(default_factory=dict)
+    inbound: dict[InboundLive, InboundEnds] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)
 
     def record(

@@ -19,7 +19,7 @@ from agent.core.errors import SluiceError
 from agent.core.model.sockets import is_loopback
 from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
-from agent.ztunnel.relay.pod_context import Ends, PodContext, RefusedError, now
+from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
 from agent.ztunnel.relay.upstream import reset
 
@@ -92,6 +92,10 @@ class ProxiedConnection:
         if not self._done:
             self._end("drained", "")
 
+    def revoke(self, why: str) -> None:
+        if not self._done:
+            self._end("refused", why)
+
     def _connect(self) -> None:
         destination, own = original_dst.original_destination(self._client, self._source)
         self._destination = destination
@@ -123,6 +127,7 @@ class ProxiedConnection:
         if self._direction is RelayDirection.OUTBOUND:
             return tunnels.outbound(self._pod, self._client, self._source, destination, self._began)
         tunnels.inbound_plain(self._pod, self._source, destination)
+        self._pod.inbound[self] = InboundEnds(self._source, destination)
         return destination
 
     def _returns(self, destination: Address) -> int:
@@ -243,6 +248,7 @@ class ProxiedConnection:
         if self._server is not None and self._destination is not None:
             self._pod.upstream.release(self._destination)
         self._pod.live.discard(self)
+        self._pod.inbound.pop(self, None)
         if self._ends is not None:
             self._pod.connecting.pop(self._ends, None)
         self._pod.record(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from dataclasses import replace
 from datetime import timedelta
@@ -17,8 +18,9 @@ from agent.ztunnel.tls.contexts import ContextStore, Credentials, CredentialsErr
 from agent.ztunnel.tls.development_ca import CA_FILE, DevelopmentCa
 from agent.ztunnel.tls.file_identities import FileIdentities
 from agent.ztunnel.tls.peer_checks import uris
-from agent.ztunnel.tls.sources import credentials_source
+from agent.ztunnel.tls.sources import CredentialsSource, credentials_source
 from agent.ztunnel.tls.spiffe import SpiffeId
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 WEB, SHOP = SpiffeId("td", "demo", "web"), SpiffeId("td", "demo", "shop")
 
@@ -158,12 +160,15 @@ def test_an_identity_does_not_lead_out_of_the_directory(tmp_path: Path, account:
 
 
 def test_the_setting_names_the_source(ca: DevelopmentCa, tmp_path: Path) -> None:
-    assert credentials_source(f"development:{tmp_path / 'ca'}")(WEB).roots == ca.roots
+    def source(setting: str) -> CredentialsSource:
+        return credentials_source(ZtunnelSettings(identities=setting), lambda identity: None)
+
+    assert asyncio.run(source(f"development:{tmp_path / 'ca'}").issue(WEB)).roots == ca.roots
     write(tmp_path / "files", ca.issue(WEB), own_root=True)
-    assert credentials_source(f"files:{tmp_path / 'files'}")(WEB).identity == WEB
+    assert asyncio.run(source(f"files:{tmp_path / 'files'}").issue(WEB)).identity == WEB
     for wrong in ("", "files", "files:", "vault:/x"):
         with pytest.raises(SettingsError):
-            credentials_source(wrong)
+            source(wrong)
 
 
 @pytest.mark.parametrize("content", ["", "garbage", "-----BEGIN CERTIFICATE-----\n"])

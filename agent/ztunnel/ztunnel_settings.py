@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of the embedded ztunnel, and which of Istio's environment variables stand for them. Pure.
+
+A DaemonSet that was made for Istio's image works unchanged: its variables are defaults, and options of the command come
+before them. A variable of Istio's that is not understood is named once, in a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from agent.core import names
+from agent.core.errors import SettingsError
+
+DEFAULT_TOKEN: Final = "./var/run/secrets/tokens/istio-token"
+DEFAULT_ROOTS: Final = "./var/run/secrets/istio/root-cert.pem"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZtunnelSettings:
+    """Settings of the process; times are in seconds.
+
+    `records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how many open
+    connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
+    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
+
+    `mesh`: a file, or https://HOST:PORT of istiod, "" for none: then everything goes on in plain. `identities`: where
+    certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL).
+    """
+
+    zds_socket: str = names.ZDS_SOCKET
+    records: str = "-"
+    drain_seconds: float = 5.0
+    dns_seconds: float = 30.0
+    connect_seconds: float = 10.0
+    bpf_dir: str = names.BPF_DIR
+    share: int = 16384
+    ready_file: str = ""
+    mesh: str = ""
+    identities: str = ""
+    network: str = ""
+    trust_domain: str = "cluster.local"
+    cluster_domain: str = "cluster.local"
+    cluster_id: str = "Kubernetes"
+    preferred_namespace: str = ""
+    response_baggage: bool = True
+    tunnel_to_loopback: bool = True
+    log_policies: bool = False
+    mesh_roots: str = DEFAULT_ROOTS
+    mesh_name: str = ""  # in istiod's certificate, if it is not its host
+    ca_roots: str = DEFAULT_ROOTS
+    ca_name: str = ""
+    token_file: str = DEFAULT_TOKEN
+    certificate_seconds: int = 86400
+    node_name: str = ""
+    pod_name: str = ""
+    pod_namespace: str = ""
+    pod_ip: str = ""
+    mesh_headers: Mapping[str, str] = field(default_factory=dict)
+    ca_headers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)  # for istiod
+
+
+def check(settings: ZtunnelSettings) -> None:
+    """Raises SettingsError for settings that contradict each other."""
+    if settings.mesh and not settings.identities:
+        raise SettingsError("a mesh needs identities: set --identities, or CA_ADDRESS")
+    if settings.identities and not settings.mesh:
+        raise SettingsError("identities without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+
+
+def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, list[str]]:
+    """Returns (settings, variables of Istio's that are not understood). Raises SettingsError."""
+    values: dict[str, Any] = {}
+    for variable, (name, convert) in _VARIABLES.items():
+        if text := environment.get(variable, ""):
+            try:
+                values[name] = convert(text)
+            except ValueError as error:
+                raise SettingsError(f"environment variable {variable}: {error}") from None
+    settings = ZtunnelSettings(**values)
+    if address := environment.get("CA_ADDRESS"):
+        settings = replace(settings, identities=f"istio:{address if '://' in address else f'https://{address}'}")
+    if grace := environment.get("TERMINATION_GRACE_PERIOD_SECONDS"):
+        settings = replace(settings, drain_seconds=_drain_seconds(grace))
+    return (
+        replace(
+            settings,
+            mesh_headers=_prefixed(environment, "XDS_HEADER_"),
+            ca_headers=_prefixed(environment, "CA_HEADER_"),
+            metadata=_prefixed(environment, "ISTIO_META_"),
+        ),
+        sorted(name for name in environment if name in _NOT_UNDERSTOOD and environment[name]),
+    )
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
+def _seconds(text: str) -> float:
+    """Returns the seconds of 30, 30s, 5m or 24h."""
+    unit = {"s": 1, "m": 60, "h": 3600}.get(text[-1:], 0)
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no duration, as 30s or 5m") from None
+
+
+def _drain_seconds(text: str) -> float:
+    """Returns the time for connections out of the pod's grace period, as Istio's ztunnel takes it."""
+    try:
+        grace = float(text)
+    except ValueError:
+        raise SettingsError(f"environment variable TERMINATION_GRACE_PERIOD_SECONDS: {text!r} is no number") from None
+    return grace - 5 if grace > 10 else max(grace - 1, 0.0)
+
+
+def _prefixed(environment: Mapping[str, str], prefix: str) -> dict[str, str]:
+    return {name.removeprefix(prefix): value for name, value in environment.items() if name.startswith(prefix)}
+
+
+_VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
+    "INPOD_UDS": ("zds_socket", str),
+    "XDS_ADDRESS": ("mesh", lambda text: text if "://" in text else f"https://{text}"),
+    "LOCAL_XDS_PATH": ("mesh", str),  # a file comes before istiod
+    "NETWORK": ("network", str),
+    "TRUST_DOMAIN": ("trust_domain", str),
+    "CLUSTER_DOMAIN": ("cluster_domain", str),
+    "ISTIO_META_CLUSTER_ID": ("cluster_id", str),
+    "CLUSTER_ID": ("cluster_id", str),
+    "PREFERED_SERVICE_NAMESPACE": ("preferred_namespace", str),  # spelled so
+    "ENABLE_RESPONSE_BAGGAGE": ("response_baggage", _flag),
+    "LOCALHOST_APP_TUNNEL": ("tunnel_to_loopback", _flag),
+    "AUTHZ_POLICY_INFO_LOGGING": ("log_policies", _flag),
+    "XDS_ROOT_CA": ("mesh_roots", str),
+    "ALT_XDS_HOSTNAME": ("mesh_name", str),
+    "CA_ROOT_CA": ("ca_roots", str),
+    "ALT_CA_HOSTNAME": ("ca_name", str),
+    "AUTH_TOKEN": ("token_file", str),
+    "SECRET_TTL": ("certificate_seconds", lambda text: int(_seconds(text))),
+    "CONNECTION_TERMINATION_DEADLINE": ("drain_seconds", _seconds),
+    "NODE_NAME": ("node_name", str),
+    "POD_NAME": ("pod_name", str),
+    "POD_NAMESPACE": ("pod_namespace", str),
+    "INSTANCE_IP": ("pod_ip", str),
+}
+# Variables that change what Istio's ztunnel does and this one does not follow.
+_NOT_UNDERSTOOD: Final = frozenset((
+    "COMPLIANCE_POLICY", "CRL_PATH", "ENABLE_ORIG_SRC", "ENABLE_PROXY", "FAKE_CA", "HTTP2_CONNECTION_WINDOW_SIZE",
+    "HTTP2_FRAME_SIZE", "HTTP2_STREAM_WINDOW_SIZE", "INPOD_PORT_REUSE", "IPV6_ENABLED", "KEEPALIVE_ENABLED",
+    "KEEPALIVE_INTERVAL", "KEEPALIVE_RETRIES", "KEEPALIVE_TIME", "LOCAL_XDS", "PACKET_MARK",
+    "POOL_MAX_STREAMS_PER_CONNECTION", "POOL_UNUSED_RELEASE_TIMEOUT", "PROXY_CONFIG", "PROXY_WORKLOAD_INFO",
+    "TLS12_ENABLED", "UNSTABLE_ENABLE_SOCKS5", "USER_TIMEOUT_ENABLED", "XDS_ON_DEMAND", "ZTUNNEL_WORKER_THREADS",
+))  # fmt: skip

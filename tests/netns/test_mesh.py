@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ztunnels with one mesh file: identities, policies, changes under traffic, and what the mesh does not know."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.hbone import Node, two_nodes
+from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
+
+pytestmark = pytest.mark.root
+
+VIP = "10.99.0.1"
+MESH = f"""
+workloads:
+- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{POD4}, "{POD6}"], workloadName: web, workloadType: deployment, services: {{}}}}
+- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{PEER4}, "{PEER6}"], services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
+services:
+- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+"""
+ONLY_OTHERS = """
+policies:
+- {name: others, namespace: demo, scope: Namespace, action: Allow, dryRun: false,
+   rules: [[[{principals: [!Exact cluster.local/ns/demo/sa/other]}]]]}
+"""
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    with two_nodes(tmp_path) as both:
+        both[0].pod.ip("route", "add", "default", "via", PEER4)
+        for node in both:
+            node.start_with(tmp_path / "mesh.yaml")
+        yield both
+
+
+@contextlib.contextmanager
+def connection(nodes: tuple[Node, Node], host: str, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:
+    web, shop = nodes
+    with shop.pod.listen(PEER4 if "." in host else PEER6, 8080) as listener, web.pod.connect(host, port) as client:
+        listener.settimeout(SECONDS)
+        server, _ = listener.accept()
+        server.settimeout(SECONDS)
+        with server:
+            client.sendall(b"question")
+            assert server.recv(100) == b"question"
+            yield client, server
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("host", "port"), [(PEER4, 8080), (PEER6, 8080), (VIP, 80)])
+def test_workloads_and_services_are_reached_by_hbone(nodes: tuple[Node, Node], host: str, port: int) -> None:
+    with connection(nodes, host, port) as (client, server):
+        server.sendall(b"answer")
+        assert client.recv(100) == b"answer"
+    assert nodes[1].ztunnel.wait_record(kind="hbone", direction="inbound")["error"] == ""
+
+
+def test_a_policy_refuses_new_connections_and_ends_open_ones(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    with connection(nodes, PEER4, 8080) as (client, _):
+        (tmp_path / "mesh.yaml").write_text(MESH + ONLY_OTHERS)
+        client.settimeout(SECONDS)
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    ended = nodes[1].ztunnel.wait_record(kind="hbone", direction="inbound")
+    assert "no ALLOW policy matches the connection, after a change" in ended["error"]
+
+    def refused() -> bool:
+        with nodes[0].pod.connect(PEER4, 8080) as client, contextlib.suppress(ConnectionResetError):
+            client.settimeout(SECONDS)
+            client.sendall(b"x")
+            return client.recv(1) == b""
+        return True
+
+    with nodes[1].pod.listen(PEER4, 8080):
+        _wait(refused)
+    assert (
+        "http status: 401" in nodes[0].ztunnel.wait_record(kind="hbone", direction="outbound", close="refused")["error"]
+    )
+
+
+def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH.replace("protocol: HBONE", "protokoll: HBONE"))
+    log = tmp_path / "web" / "records.err"
+    _wait(lambda: "protokoll: is not a known key; the previous mesh is kept" in log.read_text())
+    with connection(nodes, VIP, 80):
+        pass
+
+
+def test_an_address_outside_the_mesh_is_reached_in_plain(nodes: tuple[Node, Node]) -> None:
+    web, shop = nodes
+    shop.pod.ip("address", "add", "10.77.0.9/32", "dev", "lo")
+    with shop.pod.listen("10.77.0.9", 9000) as listener, web.pod.connect("10.77.0.9", 9000) as client:
+        listener.settimeout(SECONDS)
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"plain")
+            server.settimeout(SECONDS)
+            assert server.recv(10) == b"plain"
