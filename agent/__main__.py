@@ -45,7 +45,7 @@ _GROUPS = {
 
 _DAEMONS = ("agent", "ztunnel")
 
-# How help lists them; those that nobody put anywhere come last.
+# The order of commands in the help; those without a section come last.
 _SECTIONS = (
     ("What holds on this node (asks the agent)", ("status", "pods", "explain", "connections", "verify", "diff")),
     ("What is wrong with it", ("doctor", "report", "preflight")),
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sluice: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is for nobody, also when the interpreter ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest has no reader, also when the interpreter ends
         return 0
     except OSError as error:
         if words[0] in _DAEMONS:  # of a defect their logs have to have all

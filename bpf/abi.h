@@ -155,8 +155,8 @@ enum direction {
 	INBOUND,
 };
 
-/* Map beside: what is neither TCP nor captured DNS. */
-struct beside {
+/* Map beside: traffic that is neither TCP nor captured DNS. */
+struct non_tcp_key {
 	__u64 cookie;
 	__u32 direction;
 	__u32 none;

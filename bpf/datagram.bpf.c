@@ -15,19 +15,6 @@ static __always_inline int by_flow(struct bpf_sock_addr *ctx, __u64 cookie, cons
 	return bpf_map_lookup_elem(&flows, &flow) != NULL;
 }
 
-static __always_inline void note_refused(__u64 cookie)
-{
-	struct beside key = {.cookie = cookie, .direction = OUTBOUND};
-	struct traffic none = {}, *found = bpf_map_lookup_elem(&beside, &key);
-	if (!found) {
-		bpf_map_update_elem(&beside, &key, &none, BPF_NOEXIST);
-		found = bpf_map_lookup_elem(&beside, &key);
-	}
-	if (found)
-		found->packets++; /* its size is not known here */
-	count(EXIT_NOT_TCP_REFUSED);
-}
-
 /* Returns 1 and leaves `through` alone, or fills it, or returns 0 for EPERM. */
 static __always_inline int sending(struct bpf_sock_addr *ctx, const struct address *to, int bound, struct address *through,
 				   struct address *source)
@@ -46,7 +33,8 @@ static __always_inline int sending(struct bpf_sock_addr *ctx, const struct addre
 	if (answer.verdict == TO_DNS && answers_client(ctx, cookie, to))
 		answer = ANSWER(PASS, EXIT_NOT_TCP);
 	if (answer.cause == EXIT_NOT_TCP && pod->flags & POD_REFUSE && !by_flow(ctx, cookie, to)) {
-		note_refused(cookie);
+		count_non_tcp(cookie, OUTBOUND, 0); /* its size is not known here */
+		count(EXIT_NOT_TCP_REFUSED);
 		return REFUSED;
 	}
 	count(answer.cause);

@@ -52,8 +52,22 @@ struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__uint(max_entries, 16384);
-	__type(key, struct beside);
+	__type(key, struct non_tcp_key);
 	__type(value, struct traffic);
 } beside SEC(".maps");
+
+static __always_inline void count_non_tcp(__u64 cookie, __u32 direction, __u64 bytes)
+{
+	struct non_tcp_key key = {.cookie = cookie, .direction = direction};
+	struct traffic none = {}, *counts = bpf_map_lookup_elem(&beside, &key);
+	if (!counts) {
+		bpf_map_update_elem(&beside, &key, &none, BPF_NOEXIST);
+		counts = bpf_map_lookup_elem(&beside, &key);
+	}
+	if (counts) {
+		counts->packets++;
+		counts->bytes += bytes;
+	}
+}
 
 #endif

@@ -14,20 +14,6 @@
 
 const volatile __u64 own_cookie = 0;
 
-static __always_inline void note(const struct packet *p, __u32 direction)
-{
-	struct beside key = {.cookie = own_cookie, .direction = direction};
-	struct traffic none = {}, *found = bpf_map_lookup_elem(&beside, &key);
-	if (!found) {
-		bpf_map_update_elem(&beside, &key, &none, BPF_NOEXIST);
-		found = bpf_map_lookup_elem(&beside, &key);
-	}
-	if (found) {
-		found->packets++;
-		found->bytes += p->bytes;
-	}
-}
-
 static __always_inline struct flow flow_of(const struct packet *p, __u32 direction)
 {
 	struct flow flow = {
@@ -57,7 +43,7 @@ static __always_inline int pass_both_ways(const struct packet *p, __u32 directio
 
 static __always_inline int rest(const struct packet *p, const struct pod *pod, __u32 direction)
 {
-	note(p, direction);
+	count_non_tcp(own_cookie, direction, p->bytes);
 	if (!(pod->flags & POD_REFUSE))
 		return TC_NEXT;
 	count(EXIT_NOT_TCP_REFUSED);

@@ -164,7 +164,7 @@ def _connections(answer: Answer, now: float) -> str:
     if found["wrong"]:
         rows = [_wrong(one, now) for one in found["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")
-    for direction, counts in answer["beside"].items():
+    for direction, counts in answer.get("non_tcp", {}).items():
         if counts["packets"]:
             size = f"{counts['packets']} packets, {counts['bytes']} bytes"
             lines.append(f"non-TCP, {direction}: {size}, neither TCP nor captured DNS")

@@ -182,9 +182,8 @@ def _directory(root: Path, layer: str, errors: tuple[str, ...] = ()) -> Removal:
 def _text(value: dict[str, Any], *, dry_run: bool) -> str:
     rows = value["namespaces"]
     header = ("NETNS", "POD", "PROGRAMMED BY", "RESULT", "LAYERS", "DETAILS")
-    who = {"ours": "sluice", "another agent's": "another agent", "nobody's": ""}
     lines = [
-        (one["netns"], one["pod"], who[one["found"]], one["result"], ",".join(one["layers"]), "; ".join(one["errors"]))
+        (one["netns"], one["pod"], one["found"], one["result"], ",".join(one["layers"]), "; ".join(one["errors"]))
         for one in rows
     ]
     scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]

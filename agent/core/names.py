@@ -62,9 +62,10 @@ DEFAULT_ACCOUNT: Final = "default"
 
 RUN_DIR: Final = "/run/sluice"
 BPF_DIR: Final = "/sys/fs/bpf/sluice"
+NON_TCP_MAP: Final = "beside"  # the name of its pin: an upgrade continues the counts of the version before
 # The maps of bpf/maps.h and bpf/account_maps.h with sizes that are settings; `records` in bytes.
 BPF_MAPS: Final = (
-    "pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", "beside",
+    "pods", "policies", "ztunnels", "listeners", "handover", "resolvers", "flows", NON_TCP_MAP,
     "begun", "spoken", "late", "tallies", "rest", "exported", "qualities", "records",
 )  # fmt: skip
 ZDS_SOCKET: Final = "/var/run/ztunnel/ztunnel.sock"

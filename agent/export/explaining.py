@@ -92,7 +92,7 @@ class Explaining:
             "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
             "inspect_error": error,
             "foreign": list(found.get(_FOREIGN, ((), ""))[0]),
-            "beside": {direction: asdict(counts) for direction, counts in self.non_tcp.totals(pod.uid).items()},
+            "non_tcp": {direction: asdict(counts) for direction, counts in self.non_tcp.totals(pod.uid).items()},
             "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
             "node": self.node().get("node", ""),
             "decided": decision.reason,  # while `reason` is that of the last pass

@@ -115,7 +115,7 @@ class Enrolment:
     def _enrol(
         self, pod: Pod, target: PodNetns, redirect: Redirect, retired: tuple[PodLayer, ...], *, first: bool
     ) -> Enrolled:
-        # A pod whose sandbox is being created has no process yet: no connection can begin while rules are applied.
+        # While the runtime creates its sandbox, a pod has no process: no connection begins while rules are applied.
         fresh = self._namespaces.is_new(pod)
         lenient = first and self._preserve and not fresh
         facts = self._facts(pod, target)
@@ -309,7 +309,7 @@ class Enrolment:
 
     @property
     def lasting(self) -> tuple[Lasting, ...]:
-        """The layers whose state outlives a pod, in the order of removal."""
+        """The layers with state that outlives a pod, in the order of removal."""
         return lasting((*reversed(self._choice.active), *self._choice.retired))
 
     def _facts(self, pod: Pod, target: PodNetns) -> NetnsFacts:

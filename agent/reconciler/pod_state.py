@@ -75,7 +75,7 @@ class PodState:
     def decision(self, pod: Pod, settings: Settings) -> Decision:
         """Returns the desired state of the pod; `settings` never change while the agent runs.
 
-        A captured pod whose new intent is refused keeps the previous decision: it stays captured and repaired.
+        If the new intent of a captured pod is refused, it keeps the previous decision: it stays captured and repaired.
         """
         if self.decided is None or self.decided[0] != pod:
             previous = self.decided and self.decided[1]

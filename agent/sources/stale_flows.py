@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entries in a pod's conntrack whose TCP connection has ended unseen, and their removal.
+"""Removes entries of a pod's conntrack that have outlived their TCP connection.
 
 Without rules that need it the kernel does not call conntrack in a namespace (nf_ct_netns_put). Entries stay, and do not
 see their connections end. When rules come again, such an entry lasts for days. A SYN from the same ports then belongs

@@ -63,7 +63,7 @@ def check_keys(types: Types) -> None:
     assert abi.ztunnel(0x1122334455667788, 7) == types.pack("ztunnel", cgroup=0x1122334455667788, tgid=7)
     assert abi.unztunnel(types.pack("ztunnel", cgroup=9, tgid=7)) == (9, 7)
     assert abi.listener(9, 1, 2) == types.pack("listener", cookie=9, role=1, slot=2)
-    assert abi.non_tcp_key(9, 1) == types.pack("beside", cookie=9, direction=1)
+    assert abi.non_tcp_key(9, 1) == types.pack("non_tcp_key", cookie=9, direction=1)
     assert abi.traffic(types.pack("traffic", packets=5, bytes=6)) == (5, 6)
     assert abi.cookie(0x1122334455667788) == (0x1122334455667788).to_bytes(8, "little")
 
@@ -142,7 +142,7 @@ MAPS: dict[str, tuple[str | int, str | int]] = {
     "handover": ("connection", "memory"),
     "resolvers": ("query", "resolver"),
     "flows": ("flow", 4),
-    "beside": ("beside", "traffic"),
+    "beside": ("non_tcp_key", "traffic"),
 }
 
 

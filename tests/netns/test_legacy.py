@@ -218,7 +218,7 @@ def test_what_was_learned_in_one_pod_holds_in_others(pod: Pod, backend: Iptables
         assert wrong(pod, backend) == ""
         bash(pod, "iptables-legacy-save -t nat | sed 's/15001/15002/' | iptables-legacy-restore")
         assert wrong(pod, IptablesLegacyBackend()) == "", "by tags alone it looks right"
-        assert re.search(r"ISTIO_OUTPUT has \d+ rules, 1 of ours are missing", wrong(pod, backend))
+        assert re.search(r"ISTIO_OUTPUT has \d+ rules, 1 of Sluice's are missing", wrong(pod, backend))
         assert wrong(other, backend) == ""
 
 

@@ -116,7 +116,7 @@ def test_p56_uncapture_needs_no_agent_and_leaves_no_trace(
     capture(pod, choice, tmp_path if noted else None)
     assert pod.dump() != before
     (row,) = uncapture()
-    assert (row["result"], row["found"]) == ("removed", "ours")
+    assert (row["result"], row["found"]) == ("removed", "sluice")
     assert row["pod"] == ("shop/web" if noted else "")
     assert row["layers"] == [choice, "conntrack", "routing"], "redirections before the routing they rely on"
     assert pod.dump() == before
@@ -197,7 +197,7 @@ def test_what_istio_cni_programmed_is_left_alone_unless_asked_for(
     istio.apply(pod, mechanism, WANT)
     before = pod.dump()
     (row,) = uncapture()
-    assert (row["result"], row["found"]) == ("left alone", "another agent's")
+    assert (row["result"], row["found"]) == ("left alone", "another agent")
     assert pod.dump() == before
     (row,) = uncapture("--foreign")
     assert row["result"] == "removed"

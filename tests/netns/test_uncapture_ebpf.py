@@ -126,7 +126,7 @@ def test_uncapture_needs_no_agent_and_leaves_nothing_of_the_pod(
         assert (row["result"], row["layers"]) == ("would be removed", ["ebpf", "routing"])
         assert "map pods: drop" in str(row["scripts"]) and entries(node)["pods"] == 2
         (row,) = uncapture(node, pod, tmp_path, capsys)
-        assert (row["result"], row["found"], row["errors"]) == ("removed", "ours", [])
+        assert (row["result"], row["found"], row["errors"]) == ("removed", "sluice", [])
         assert pod.dump() == before
         assert entries(node) == stays, "the other pod's are still there"
         assert node.pins.pods() == (other.target.netns.id.cookie,)

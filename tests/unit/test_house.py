@@ -12,7 +12,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 # Lower a number when you have removed words; never raise one.
-CEILING = {"agent": 16, "bpf": 13, "texts": 1}
+CEILING = {"agent": 1, "bpf": 5, "texts": 0}  # the name of a pinned map, which an upgrade keeps
 
 
 def _load() -> ModuleType:

@@ -19,6 +19,7 @@ from agent.backends.ebpf.older import older
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.state import PodChange, PodEntries
 from agent.backends.ebpf.ztunnels import Listener, Role, Ztunnels
+from agent.core import names
 from agent.core.model.plan import Plan
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import CONNECTED, TcpState
@@ -163,7 +164,7 @@ class EbpfBackend:
                 _end_older(target, redirect, wiring)
             case state.DropCounters():
                 for direction in (0, 1) if self._maps.exist() else ():
-                    self._maps["beside"].delete(abi.non_tcp_key(cookie, direction))
+                    self._maps[names.NON_TCP_MAP].delete(abi.non_tcp_key(cookie, direction))
             case _:
                 constants = struct.pack("=Q", cookie)
                 attachments.do(change, self.pins, self.pins.pod(cookie), self._attacher(target), self.sizes, constants)

@@ -8,19 +8,21 @@ import struct
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import ExitCause
 from agent.backends.ebpf.pins import Pins
+from agent.core import names
 from agent.kernel.bpf.map import Map
 
 _INDEX, _COUNT = struct.Struct("=I"), struct.Struct("=Q")
 
 
 def non_tcp(pins: Pins, cookie: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns (packets, bytes) outbound and inbound of what is neither TCP nor captured DNS. Raises KernelError.
+    """Returns outbound and inbound (packets, bytes) that are neither TCP nor captured DNS. Raises KernelError.
 
     Bytes are those of IP packets; queries that are refused where they are sent count none.
     """
-    if not (pins.maps / "beside").exists():
+    path = pins.maps / names.NON_TCP_MAP
+    if not path.exists():
         return (0, 0), (0, 0)
-    with Map.open(pins.maps / "beside") as counters:
+    with Map.open(path) as counters:
         outbound, inbound = (counters.lookup_percpu(abi.non_tcp_key(cookie, direction)) for direction in (0, 1))
     return _sum(outbound), _sum(inbound)
 

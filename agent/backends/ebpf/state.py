@@ -14,6 +14,7 @@ from agent.backends.ebpf.compiling import entries
 from agent.backends.ebpf.object_files import BpfProgram
 from agent.backends.ebpf.pins import pin
 from agent.backends.ebpf.ztunnels import Listener, Role
+from agent.core import names
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
 from agent.core.model.topology import PodTopology
@@ -138,7 +139,7 @@ def _removal(have: PodEntries) -> Iterator[_Correction]:
     for link in have.attached.links:
         yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
     if have.pod is not None or have.attached.ids or have.attached.old:  # now that counting has ended
-        yield Step(f"map beside: drop {have.cookie}", DropCounters()), ""
+        yield Step(f"map {names.NON_TCP_MAP}: drop {have.cookie}", DropCounters()), ""
     for name in have.attached.old:
         yield Step(f"unpin {name}", Unpin(name)), ""
     for program in object_files.POD:

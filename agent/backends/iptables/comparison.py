@@ -38,7 +38,7 @@ def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtT
         place = f"{WORD[family]}tables -t {table}"
         left, right = dict(wanted.chains), dict(actual.chains)
         if left and not right and not actual.jumps:
-            yield f"{place}: our chains are missing"
+            yield f"{place}: Sluice's chains are missing"
             continue
         for chain in sorted({*left, *right}):
             if chain not in right:
@@ -47,6 +47,6 @@ def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtT
                 yield f"{place}: chain {chain} is not wanted"
             elif left[chain] != right[chain]:
                 missing = len(set(left[chain]) - set(right[chain]))
-                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of ours are missing"
+                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of Sluice's are missing"
         if wanted.jumps != actual.jumps:
-            yield f"{place}: {len(actual.jumps)} jumps into our chains, not the {len(wanted.jumps)} wanted"
+            yield f"{place}: {len(actual.jumps)} jumps into Sluice's chains, not the {len(wanted.jumps)} wanted"

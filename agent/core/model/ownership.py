@@ -8,9 +8,9 @@ from enum import Enum
 
 
 class Owner(Enum):
-    NONE = "nobody's"
-    SLUICE = "ours"
-    FOREIGN = "another agent's"
+    NONE = ""
+    SLUICE = "sluice"
+    FOREIGN = "another agent"
 
 
 def owner_of(parts: Iterable[Owner]) -> Owner:

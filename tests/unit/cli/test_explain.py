@@ -44,7 +44,7 @@ def captured(**changes: Any) -> dict[str, Any]:
         "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
         "decision": "enrolled", "redirect": {"dns": True}, "netns": "/run/netns/web", "source": "cni",
         "in_kernel": "as wanted", "differences": [], "inspect_error": "", "foreign": [],
-        "beside": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
+        "non_tcp": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
         "recent_repairs": [
             {"time": 9_000.0, "layer": "nftables", "differences": ["a", "b"], "cause": "nft[7]", "seconds": 0.0021},
         ],

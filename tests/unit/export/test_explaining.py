@@ -133,7 +133,7 @@ def test_old_answers_are_all_there() -> None:
         assert set(await bench()) >= {
             "namespace", "name", "uid", "addresses", "state", "reason", "backend", "error", "retry", "repairs",
             "verified", "outside", "notes", "probe", "decision", "considered", "redirect", "netns", "source",
-            "container_id", "in_kernel", "differences", "inspect_error", "foreign", "beside", "recent_repairs",
+            "container_id", "in_kernel", "differences", "inspect_error", "foreign", "non_tcp", "recent_repairs",
         }  # fmt: skip
 
     on_bench(script)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What passes beside ztunnel is counted exactly, by every mechanism, and totals outlive the rules that count."""
+"""Traffic that bypasses ztunnel is counted exactly, by every mechanism, and totals outlive the rules that count."""
 
 from __future__ import annotations
 
