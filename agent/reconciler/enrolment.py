@@ -8,6 +8,7 @@ import errno
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from agent.backends.base import Lasting, PodLayer, lasting
 from agent.backends.choose import Choice
@@ -21,16 +22,18 @@ from agent.core.policy.bridges import bridged, several
 from agent.core.policy.phases import Event, Phase
 from agent.kernel.pod_netns import NetnsFacts, PodNetns
 from agent.reconciler.converge import Settled, due, in_the_way, settle, settle_each, verify, verify_each
-from agent.reconciler.interfaces import (
-    Accounting,
-    NamespaceRegistry,
-    NonTcpCounter,
-    PreexistingConnections,
-    StaleFlows,
-    ZtunnelConnections,
-    ZtunnelPorts,
-)
 from agent.reconciler.switching import NO_SWITCH, Switching, SwitchState, Wants
+
+if TYPE_CHECKING:  # all that the first repair of a start imports delays it
+    from agent.reconciler.interfaces import (
+        Accounting,
+        NamespaceRegistry,
+        NonTcpCounter,
+        PreexistingConnections,
+        StaleFlows,
+        ZtunnelConnections,
+        ZtunnelPorts,
+    )
 
 log = logging.getLogger("sluice.enrolment")
 # What the kernel answers for an interface that is down or gone, and for its files in /proc/sys.

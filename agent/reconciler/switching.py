@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from agent.backends.base import PodLayer, lasting
 from agent.backends.choose import Choice
@@ -18,7 +19,9 @@ from agent.core.model.sockets import TcpSocket
 from agent.core.policy.backend_switch import summary
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.converge import verify_each
-from agent.reconciler.interfaces import PreexistingConnections
+
+if TYPE_CHECKING:
+    from agent.reconciler.interfaces import PreexistingConnections
 
 Wants = list[tuple[PodLayer, Redirect | None]]  # a want per layer, in the order of application
 

@@ -7,15 +7,17 @@ ztunnel may have lost a pod that it acknowledged (P03), and other programs' rule
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from agent.backends import syn_probe
-from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, text
 from agent.core.names import HBONE_PORT
 from agent.kernel.pod_netns import PodNetns
+
+if TYPE_CHECKING:
+    from agent.backends.ebpf.ztunnels import Ztunnels
 
 _SHOWN = 4  # of the pod's own listeners
 
@@ -47,6 +49,8 @@ class ZtunnelPorts:
 
     def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
         """Describes new connections of the pod that do not reach ztunnel. `by_socket`: backend ebpf captures."""
+        from agent.backends import syn_probe  # rare, and its import would delay the first repair of a start
+
         return syn_probe.led_astray(target, want, by_socket=by_socket)
 
     def _hbone(self, target: PodNetns, here: Sequence[TcpSocket], foreign: Mapping[int, str]) -> bool:

@@ -11,14 +11,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from agent.core.errors import ForeignNetnsError, NetnsError, PodGoneError
 from agent.core.model.pods import Pod
 from agent.kernel.netns import Netns, NetnsId, unpin
 from agent.kernel.pod_netns import PodNetns
-from agent.sources.netns import existing, search
-from agent.sources.netns.batcher import SearchBatcher
 from agent.sources.state.notes import Note, Notes
+
+if TYPE_CHECKING:  # the first repair of a start searches for nothing, and all that it imports delays it
+    from agent.sources.netns.batcher import SearchBatcher
 
 
 class NamespaceRegistry:
@@ -73,6 +75,8 @@ class NamespaceRegistry:
 
     def occupied(self, target: PodNetns) -> bool:
         """Returns True if a process is in the namespace. Blocking. Raises KernelError."""
+        from agent.sources.netns import search
+
         return search.lives(target.netns.id, ())
 
     def dead(self, cookies: Collection[int]) -> frozenset[int]:
@@ -80,6 +84,8 @@ class NamespaceRegistry:
 
         The latter may belong to a pod with a damaged note. Empty if some namespace is unreadable. Blocking.
         """
+        from agent.sources.netns import existing
+
         strange = frozenset(cookies) - self._cookies()
         if not strange:
             return strange
@@ -207,6 +213,8 @@ class NamespaceRegistry:
         if target.addresses():
             return False
         if not pod.netns_path:
+            from agent.sources.netns import search
+
             return not search.lives(target.netns.id)
         try:
             with Netns.open(pod.netns_path) as there:

@@ -11,12 +11,13 @@ import pytest
 
 REPO = Path(__file__).parents[3]
 OTHERS = {
-    "nftables": ("agent.backends.iptables", "agent.backends.ebpf.backend", "agent.backends.ebpf.programs"),
-    "iptables": ("agent.backends.nftables", "agent.backends.ebpf.backend", "agent.backends.ebpf.programs"),
+    "nftables": ("agent.backends.iptables", "agent.backends.ebpf"),
+    "iptables": ("agent.backends.nftables", "agent.backends.ebpf"),
     "ebpf": ("agent.backends.nftables", "agent.backends.iptables"),
 }
 LATER = ("asyncio", "concurrent", "ssl", "yaml", "prometheus_client", "http", "agent.app.root", "agent.flows",
-         "agent.zds", "agent.export", "agent.sources.kube")  # fmt: skip
+         "agent.zds", "agent.export", "agent.sources.kube", "agent.sources.netns.search", "agent.backends.syn_probe",
+         "agent.reconciler.interfaces")  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", OTHERS)
