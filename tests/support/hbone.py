@@ -117,12 +117,16 @@ class Node:
 
     def _serve(self) -> Ztunnel:
         self._made.callback(self.ztunnel.close)
+        self.announce()
+        return self.ztunnel
+
+    def announce(self) -> None:
+        """Hands the pod to the ztunnel that connects next."""
         self.agent.accept()
         assert (
             self.agent.ask(Add(f"uid-{self.account}", self.account, "demo", self.account), (self.pod.netns.fd,)) == ""
         )
         assert self.agent.ask(SnapshotSent()) == ""
-        return self.ztunnel
 
 
 @contextlib.contextmanager
