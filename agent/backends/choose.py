@@ -118,7 +118,7 @@ def candidates(setting: str, view: HostView | None, recorded: Recorded | None) -
         and (view is None or view.release == recorded.release)
     ):
         again = recorded.reason.startswith(_KEPT)
-        order[recorded.backend] = recorded.reason if again else f"{_KEPT} ({recorded.reason})"
+        order[recorded.backend] = recorded.reason if again else f"{_KEPT}: {recorded.reason}"
     order.setdefault("nftables", f"setting backend={setting}, the first that works")
     name, why = _variant(view)
     other = "iptables" if name == "iptables-legacy" else "iptables-legacy"

@@ -91,7 +91,7 @@ class ConntrackBackend:
             words = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
             return Plan(remarks=(words,) if changes and want else ())
         steps = tuple(Step(f"sysctl -w {_PREFIX}{one.name}={one.seconds}", one) for one in changes)
-        return Plan(steps, tuple(f"{step.text} is due" for step in steps))
+        return Plan(steps, tuple(f"to do: {step.text}" for step in steps))
 
     def apply(self, target: PodNetns, plan: Plan[TimeoutChange]) -> None:
         self._seen.pop(target, None)

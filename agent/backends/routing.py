@@ -95,7 +95,7 @@ class RoutingBackend:
         changes += [RouteChange(item, False) for item in reversed(held) if item not in wanted]
         # Interfaces come and go, and the kernel removes their routes: that is not reported.
         due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
-        differences = tuple(f"ip {command(c.item, add=c.add)} is due" for c in due)
+        differences = tuple(f"to do: ip {command(c.item, add=c.add)}" for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
         return Plan(steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 

@@ -108,7 +108,7 @@ def _holds(answer: Answer) -> Rows:
     """Compares desired and actual state, layer by layer; then the state of everything else that capture needs."""
     rows: Rows = [("In the kernel", answer["inspect_error"] or answer["in_kernel"])]
     for layer in answer["layers"]:
-        state = {True: "as wanted", False: "differs", None: "unknown"}[layer["in_sync"]]
+        state = {True: "as desired", False: "differs", None: "unknown"}[layer["in_sync"]]
         rows.append((f"  {layer['layer']}", state))
         rows += [("    difference", line) for line in layer["differences"]]
     if answer["redirect"] is None:
@@ -153,7 +153,7 @@ def _connections(answer: Answer, now: float) -> str:
     if found["error"] or found["collector"] == "off":
         lines = [found["error"] or "not accounted for: the setting accounting is off"]
     else:
-        lines = [f"{found['live']} live, and the last {found['ended']} that ended, by {found['collector']}"]
+        lines = [f"{found['live']} live, {found['ended']} recently ended (collector: {found['collector']})"]
     for one in found["fates"]:
         lines.append(f"{one['connections']:>6} {one['direction']} {one['fate']}{_why(one)}")
     if cut := found.get("cut"):

@@ -26,7 +26,12 @@ def register(subparsers: Any) -> None:
         "--backend", choices=demos, default=demos[0], help="backend at the start (default: %(default)s)"
     )
     parser = _command(commands, "up", _up, "build the lab and leave it running")
-    parser.add_argument("--backend", choices=[str(b) for b in LabBackend], default=str(LabBackend.NFTABLES))
+    parser.add_argument(
+        "--backend",
+        choices=[str(b) for b in LabBackend],
+        default=str(LabBackend.NFTABLES),
+        help="backend of the agents (default: %(default)s)",
+    )
     parser.add_argument(
         "--without-sluice", action="store_true", help="plain pods: neither agent nor ztunnel nor sluice-cni"
     )
@@ -34,7 +39,9 @@ def register(subparsers: Any) -> None:
     _command(commands, "down", _down, "remove the lab, also one that is half built")
     parser = _command(commands, "exec", _exec, "run a command in a pod: exec POD -- COMMAND ...")
     parser.add_argument("pod", metavar="POD", help="NAMESPACE/NAME, or NAME alone")
-    parser.add_argument("argv", metavar="COMMAND", nargs=argparse.REMAINDER)
+    parser.add_argument(
+        "argv", metavar="COMMAND", nargs=argparse.REMAINDER, help="after --: the command and its arguments"
+    )
     _command(commands, "pods", _pods, "list the lab's pods with their addresses")
 
 
@@ -52,8 +59,8 @@ def _up(args: argparse.Namespace) -> int:
     sluice = not args.without_sluice
     lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), progress=_progress)
     _pods(args)
-    _progress(f"up; names in {DOMAIN} by the resolver {lab.resolver}")
-    _progress("try: sluice lab exec shop/client -- CMD...; remove it by: sluice lab down")
+    _progress(f"up; the resolver {lab.resolver} knows the names in {DOMAIN}")
+    _progress("to run a command in a pod: sluice lab exec shop/client -- COMMAND; to remove the lab: sluice lab down")
     return 0
 
 

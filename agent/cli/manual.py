@@ -231,7 +231,7 @@ PAGES: Final[Mapping[str, Page]] = {
     "lab exec": Page(
         "Runs a command in a pod of the lab.",
         {"lab exec shop/client -- ip address": "the network as this pod sees it"},
-        {0: "the exit code of the command", 2: "there is no such pod, or no command"},
+        {0: "as the command: its exit code is that of this one", 2: "there is no such pod, or no command"},
     ),
     "lab pods": Page("Lists the pods of the lab, with addresses.", {"lab pods": ""}, {0: "listed", 2: "no lab is up"}),
     "help": Page(

@@ -38,17 +38,25 @@ _MOST = 64  # steps; a whole change takes about ten
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("migrate", help="from istio-cni to this program on this node, and back")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check", action="store_true", help="only look: what is in the way, what differs (exit 1, 0)")
-    what.add_argument("--take-over", action="store_true", help="our entry in front, then istio-cni's out of the way")
-    what.add_argument("--back", action="store_true", help="pods as istio-cni programs them, its entry, then ours goes")
+    what.add_argument("--check", action="store_true", help="only look: obstacles (exit 1), and what will differ")
+    what.add_argument(
+        "--take-over", action="store_true", help="put Sluice's entry before istio-cni's, then remove istio-cni's"
+    )
+    what.add_argument(
+        "--back", action="store_true", help="convert the pods, restore istio-cni's entry, then remove Sluice's"
+    )
     parser.add_argument(
         "--values", action="append", default=[], metavar="FILE", help="istio-cni's Helm values, ConfigMap or DaemonSet"
     )
     parser.add_argument(
-        "--accept", action="append", default=[], metavar="SUBJECT", help="go on in spite of obstacles of this subject"
+        "--accept",
+        action="append",
+        default=[],
+        metavar="SUBJECT",
+        help="continue in spite of obstacles of this subject",
     )
     parser.add_argument("--dry-run", action="store_true", help="only show the steps")
-    options.netns(parser, "look at these namespaces alone, not at the host's")
+    options.netns(parser, "look only at these namespaces, not at the host's")
     options.finish(parser, _run, options.output, settings_sources.add_options)
 
 

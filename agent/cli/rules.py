@@ -22,11 +22,15 @@ def register(subparsers: Any) -> None:
     group = subparsers.add_parser("rules", help="print rules")
     commands = group.add_subparsers(dest="rules_command", metavar="COMMAND", required=True)
     parser = commands.add_parser("render", help="print the rules of a variant as the backend's own script")
-    parser.add_argument("--backend", choices=tuple(LAYERS), required=True)
+    parser.add_argument(
+        "--backend", choices=tuple(LAYERS), required=True, help="the backend that would apply the rules"
+    )
     parser.add_argument("--no-ipv6", action="store_true", help="a pod without IPv6")
     parser.add_argument("--no-dns", action="store_true", help="without DNS capture")
     parser.add_argument("--ingress-only", action="store_true", help="inbound traffic is not captured")
-    parser.add_argument("--virtual-interface", action="append", default=[], metavar="NAME")
+    parser.add_argument(
+        "--virtual-interface", action="append", default=[], metavar="NAME", help="an interface of a virtual machine"
+    )
     parser.add_argument("--dns-to", default="", metavar="ADDRESSES", help="capture DNS towards these resolvers only")
     parser.add_argument("--refuse-non-tcp", action="store_true", help="drop what is neither TCP nor captured DNS")
     parser.add_argument("--preserve", action="store_true", help="while pre-existing connections live")

@@ -11,17 +11,19 @@ from agent.core.errors import SluiceError
 from agent.core.text import table
 from agent.kernel.admin_socket import ask
 
+_POD = "namespace/name, a unique name, or a UID"
+
 
 def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("verify", help="compare pods with the kernel; exit 0: right, 1: drift, 2: unknown")
-    parser.add_argument("pod", metavar="POD", nargs="?", help="namespace/name, a unique name, or a UID")
+    parser.add_argument("pod", metavar="POD", nargs="?", help=_POD)
     parser.add_argument("--all", action="store_true", help="every pod of this node, and what its capture relies on")
     parser.add_argument("--repair", action="store_true", help="repair what differs, then compare again")
     options.finish(parser, _verify, options.run_dir, options.output)
     parser = subparsers.add_parser(
         "diff", help="what a repair would change in a pod, as a script; exit 1 if anything differs"
     )
-    parser.add_argument("pod", metavar="POD")
+    parser.add_argument("pod", metavar="POD", help=_POD)
     options.finish(parser, _diff, options.run_dir, options.output)
 
 

@@ -88,7 +88,7 @@ class Explaining:
             "netns": pod.netns_path or self.around.place(pod.uid),
             "source": pod.source,
             "container_id": pod.container_id,
-            "in_kernel": "unknown" if error else "drifted" if rules else "as wanted",
+            "in_kernel": "unknown" if error else "drifted" if rules else "as desired",
             "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
             "inspect_error": error,
             "foreign": list(found.get(_FOREIGN, ((), ""))[0]),

@@ -38,7 +38,9 @@ def choose(settings: Settings, pins: Pins, ztunnels: Ztunnels, *, by_socket: boo
                 raise SettingsError(f"accounting: ebpf cannot be used: {error}; or set accounting: auto") from error
             why = f"eBPF cannot be used: {error}"
         else:
-            return collector, ("setting accounting" if settings.accounting == "ebpf" else "it runs here") + without
+            return collector, (
+                "setting accounting" if settings.accounting == "ebpf" else "this kernel supports it"
+            ) + without
     _remove(programs)
     return None if settings.accounting == "off" else DiagCollector(ztunnels.held, ztunnels.foreign), why
 

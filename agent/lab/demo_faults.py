@@ -201,11 +201,11 @@ class Flushing:
         """Checks the repairs. `accounts` are those of the windows in which connections may bypass the proxy."""
         nftables, plain = self._found
         if self._owned:
-            untouched = not nftables["repairs"] and nftables["in_kernel"] == "as wanted"
+            untouched = not nftables["repairs"] and nftables["in_kernel"] == "as desired"
             check("the flush did not touch our nftables tables (flags OWNER and PERSIST)", untouched)
         else:
-            check("with nftables the flush was noticed and repaired", nftables["in_kernel"] == "as wanted")
-        done = bool(plain["repairs"]) and plain["in_kernel"] == "as wanted"
+            check("with nftables the flush was noticed and repaired", nftables["in_kernel"] == "as desired")
+        done = bool(plain["repairs"]) and plain["in_kernel"] == "as desired"
         check("with iptables the flush was noticed and repaired", done)
         passed = sum(one.escaped for one in accounts.values())
         for repair in plain["repairs"]:
@@ -225,7 +225,7 @@ class Flushing:
         while True:
             answer = lab.ask(NODE, "/v1/explain", pod=POD)
             repairs = answer["recent_repairs"][noted:]
-            if (repairs and answer["in_kernel"] == "as wanted") or time.monotonic() > deadline:
+            if (repairs and answer["in_kernel"] == "as desired") or time.monotonic() > deadline:
                 self._found.append({"in_kernel": answer["in_kernel"], "repairs": repairs})
                 return
             time.sleep(0.02)

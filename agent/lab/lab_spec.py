@@ -70,7 +70,9 @@ class LabSpec:
 
     def __post_init__(self) -> None:
         if not _PREFIX.fullmatch(self.prefix) or self.prefix == "sluice":
-            raise SettingsError(f"lab prefix {self.prefix!r}: 'slu' and 1 to 9 of a-z, 0-9, but not 'sluice'")
+            raise SettingsError(
+                f"lab prefix {self.prefix!r}: must be 'slu' and 1 to 9 characters of a-z and 0-9, and not 'sluice'"
+            )
         for word in (*self.nodes, *(part for pod in self.pods for part in (pod.namespace, pod.name))):
             if not _LABEL.fullmatch(word):
                 raise SettingsError(f"lab name {word!r}: 1 to 30 of a-z, 0-9 and inner dashes")

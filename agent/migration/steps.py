@@ -48,14 +48,14 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     verdict = first(view, entry, wished)
     if verdict.error:
         return Steps(error=verdict.error, remarks=verdict.remarks)
-    why = "our entry first, next to istio-cni's" if places else "our entry"
+    why = "Sluice's entry first, next to istio-cni's" if places else "Sluice's entry"
     steps = [MigrationStep(action, why) for action in verdict.actions]
     if not places or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
     for place in istio_confs.places(after(view, steps)):
         steps += _aside(after(view, steps), place)
     verdict = last(after(view, steps), entry, wished)
-    steps += [MigrationStep(action, "our entry without istio-cni's") for action in verdict.actions]
+    steps += [MigrationStep(action, "Sluice's entry without istio-cni's") for action in verdict.actions]
     if verdict.error:
         return Steps(tuple(steps), verdict.error, verdict.remarks)
     return Steps(tuple(steps), _unfinished(after(view, steps)), verdict.remarks)
@@ -90,7 +90,7 @@ def back(view: View, wished: str) -> Steps:
         steps += _restored(after(view, steps), kept, kind, name)
     steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
-    steps += [MigrationStep(action, "remove our entry") for action in verdict.actions]
+    steps += [MigrationStep(action, "remove Sluice's entry") for action in verdict.actions]
     found = istio_confs.picked(after(view, steps))
     if found is None or not conflists.mentions(found.network, ISTIO):
         name = found.name if found else "no configuration"
@@ -106,7 +106,7 @@ def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
     if it is removed. So no list of Sluice may exist when it starts.
     """
     verdict = planning.insert(view, entry, wished)
-    why = "our entry refuses enrolled pods until istio-cni is installed"
+    why = "Sluice's entry refuses enrolled pods until istio-cni is installed"
     return Steps(tuple(MigrationStep(action, why) for action in verdict.actions), remarks=verdict.remarks)
 
 
@@ -131,7 +131,9 @@ def _moved(view: View) -> list[MigrationStep]:
     data = conflists.encode(istio_confs.added(primary.network, entry))
     name = f"{primary.stem}.conflist"
     steps = [
-        MigrationStep(Write(name, data, like=primary.name), "move istio-cni's entry from our list to the primary's")
+        MigrationStep(
+            Write(name, data, like=primary.name), "move istio-cni's entry from Sluice's list to the primary's"
+        )
     ]
     return (
         steps

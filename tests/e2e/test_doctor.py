@@ -47,7 +47,7 @@ def doctor(here: Node, *words: str) -> tuple[int, dict[str, list[dict[str, Any]]
     assert done.stderr == ""
     found: dict[str, list[dict[str, Any]]] = {}
     for row in json.loads(done.stdout)["checks"]:
-        if row["found"].startswith("owned tables in nft is missing"):
+        if row["found"].startswith("missing: owned tables in nft"):
             continue  # the nft of this machine is an old one
         if row["verdict"] != "ok" and not (row["check"] in FINE and row["verdict"] == "unknown"):
             found.setdefault(row["check"], []).append(row)

@@ -40,7 +40,7 @@ def test_p60a_exclusions_are_applied_live_and_old_connections_stay_where_they_ar
     def say(**annotations: str) -> None:
         static_file(here, listed(pod, annotations=annotations or None))
         until(lambda: shown(here, pod) == (annotations.get(OURS) or annotations.get(THEIRS, "")), "it is taken up")
-        until(lambda: here.ask("/v1/explain", pod=pod.key)["in_kernel"] == "as wanted", "it is applied")
+        until(lambda: here.ask("/v1/explain", pod=pod.key)["in_kernel"] == "as desired", "it is applied")
         enabled(here, pod)
 
     def shown(here: Node, pod: NodePod) -> str:

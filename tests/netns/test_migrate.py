@@ -191,7 +191,7 @@ def test_rules_that_istio_cni_makes_after_ours_go_while_the_agent_runs(tmp_path:
         pod = one.add(one.pod("web"))
         for family, program in zip((4, 6), LATER[mechanism], strict=True):
             run([program, "--noflush"], netns=pod.netns, stdin=istio.iptables(Redirect(), family))
-        until(lambda: all(row["result"] == "ok" for row in one.ask("/v1/verify", pod=pod.key)), "it is as wanted")
+        until(lambda: all(row["result"] == "ok" for row in one.ask("/v1/verify", pod=pod.key)), "it is as desired")
         left = "iptables-nft-save; ip6tables-nft-save; iptables-legacy-save; ip6tables-legacy-save"
         assert "ISTIO_" not in run(["sh", "-c", left], netns=pod.netns).stdout
         assert one.captured(pod)

@@ -52,6 +52,6 @@ def test_adopted_under_traffic(here: Node, mechanism: str) -> None:
     assert "ISTIO_" not in here.on(listing) and "sluice:" in here.on(listing)
     here.more(CLIENT)
     told = json.loads(here.on(f"sluice explain {CLIENT} -o json"))
-    assert told["in_kernel"] == "as wanted"
+    assert told["in_kernel"] == "as desired"
     assert here.count(CLIENT)[1] == 0
     assert here.leaked() == 0

@@ -81,7 +81,7 @@ class BranchEni:
             gone = [rule for rule in mine if rule not in due and not (want and want.unknown)]
             changes += [RouteChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
         due_steps = steps(changes)
-        return Plan(due_steps, tuple(f"{step.text} is due" for step in due_steps))
+        return Plan(due_steps, tuple(f"to do: {step.text}" for step in due_steps))
 
     def apply(self, target: HostNetns, plan: Plan[RouteChange]) -> None:
         for step in plan.steps:

@@ -67,7 +67,9 @@ def _state(facts: NodeFacts) -> Iterator[CheckLine]:
 def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
     agent = facts.agent
     if not agent.pid:
-        yield unknown("the agent's process cannot be seen from here", "run it in the node's PID namespace, as root")
+        yield unknown(
+            "the agent's process cannot be seen from here", "as root, in the node's PID namespace: sluice doctor"
+        )
         return
     expected = _LEAST + _PER_POD * len(agent.pods)
     room = agent.most_descriptors

@@ -52,9 +52,9 @@ def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
         )
     for one in found.features:
         if one.lacking:
-            yield wrong(f"{one.name} is missing ({one.words})", f"{found.choice} needs it", one.remedy)
+            yield wrong(f"missing: {one.name} ({one.words})", f"{found.choice} needs it", one.remedy)
         elif not one.present:
-            yield warning(f"{one.name} is missing ({one.words})", one.without, one.remedy)
+            yield warning(f"missing: {one.name} ({one.words})", one.without, one.remedy)
     if not found.selftest and all(one.present for one in found.features):
         yield ok(f"{found.choice}: {len(found.features)} features, and packets are captured in a self-test")
 
@@ -82,7 +82,7 @@ def _host_tables(facts: NodeFacts) -> Iterator[CheckLine]:
             "update-alternatives --config iptables",
         )
         return
-    yield ok(f"iptables: {used.value}; {modern} rules of iptables-nft, {legacy} legacy ones")
+    yield ok(f"iptables: {used.value}; {modern} rules of iptables-nft, {legacy} of legacy iptables")
 
 
 @check("rule-sets", "one rule set in each pod", problems="P30 P32 P58", needs="pods")

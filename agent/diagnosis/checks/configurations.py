@@ -15,8 +15,8 @@ _PRIMARY = {
     "cilium-cni": ("Cilium", "with cni.exclusive it renames the lists of others; set cni.exclusive=false"),
     "aws-cni": ("aws-node", "it writes its list again at each start"),
     "calico": ("Calico", "it writes its list again when its token changes"),
-    "multus": ("Multus", "it wraps the first list that it finds, which may be ours"),
-    "multus-shim": ("Multus", "it wraps the first list that it finds, which may be ours"),
+    "multus": ("Multus", "it wraps the first list that it finds, which may be Sluice's"),
+    "multus-shim": ("Multus", "it wraps the first list that it finds, which may be Sluice's"),
     "flannel": ("flannel", ""),
     "azure-vnet": ("Azure", "it writes its list again at each start"),
     "antrea": ("Antrea", ""),
@@ -78,7 +78,7 @@ def _writer(listed: Listed) -> str:
     "one primary network, and no program renames lists",
     problems="P01 P07 P24",
     needs="cni",
-    fine="no conflict over the directory",
+    fine="no second primary list, and no list was renamed",
 )
 def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
@@ -120,7 +120,7 @@ def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
         yield warning(
             words,
             "no container runtime was found to report where it reads them",
-            "set cni_conf_dir and cni_bin_dir; as root, in the node's PID namespace",
+            "set cni_conf_dir and cni_bin_dir, or, as root, in the node's PID namespace: sluice doctor",
         )
     else:
         yield ok(words)
@@ -130,7 +130,7 @@ def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
 def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if cni.managed == "off" and not any(one.ours for one in cni.files):
-        yield ok("no list names it")
+        yield ok("no CNI list names sluice-cni")
         return
     if cni.plugin:
         yield wrong(
@@ -152,7 +152,7 @@ def _plugin(facts: NodeFacts) -> Iterator[CheckLine]:
 def _runtime(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
     if not cni.runtime:
-        yield unknown("no container runtime runs here", "run it as root, in the node's PID namespace")
+        yield unknown("no container runtime is visible", "as root, in the node's PID namespace: sluice doctor")
     elif cni.watched is None:
         yield unknown(f"{cni.runtime}: its watches cannot be read", "crictl info | grep -A9 lastCNILoadStatus")
     elif cni.watched:

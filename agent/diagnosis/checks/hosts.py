@@ -63,7 +63,13 @@ def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
         yield unknown("no agent and no captured pod: no exemption needed")
 
 
-@check("firewall", "programs that flush the host's rules", problems="P12", needs="node", fine="none is active")
+@check(
+    "firewall",
+    "programs that flush the host's rules",
+    problems="P12",
+    needs="node",
+    fine=f"none of {', '.join(_FLUSHES)} is active",
+)
 def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
     mechanism = facts.agent.status.get("host_probes", {}).get("mechanism", "")
     for name in facts.node.firewalls:
@@ -79,7 +85,7 @@ def _firewall(facts: NodeFacts) -> Iterator[CheckLine]:
     "other data paths that divert the node's probes",
     problems="P42 P43 P45",
     needs="node",
-    fine="none known",
+    fine="no known setting of Cilium or Calico diverts probes",
 )
 def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
     """Reports what diverts the node's probes, in addition to the canary; alone only where it always does."""
@@ -103,7 +109,7 @@ def _paths(facts: NodeFacts) -> Iterator[CheckLine]:
     "filters that drop replies to probes",
     problems="P42",
     needs="node host",
-    fine="no such filter is visible here",
+    fine="no reverse path filter drops replies to probes",
 )
 def _filters(facts: NodeFacts) -> Iterator[CheckLine]:
     values = facts.node.sysctls

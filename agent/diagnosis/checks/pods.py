@@ -85,7 +85,8 @@ def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
             yield wrong(f"{_key(row)}: {words}", cause, explain + remedy)
         elif row["result"] == "unknown":
             yield unknown(f"{_key(row)}: {row['error']}")
-    yield ok(f"{len(rows)} verified")
+    pods = sum(not row["name"].startswith("(") for row in rows)
+    yield ok(f"{pods} pods verified")
 
 
 @check(
@@ -133,7 +134,13 @@ def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
         yield unknown("no pod that listens on a port was enrolled since the agent's start")
 
 
-@check("pod-runtimes", "no pod with a network stack of its own", problems="P11", needs="agent", fine="none known")
+@check(
+    "pod-runtimes",
+    "no pod with a network stack of its own",
+    problems="P11",
+    needs="agent",
+    fine="no captured pod is known to have a network stack of its own",
+)
 def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
     shims = facts.node.shims
     excluded = [one for one in facts.agent.pods if "runtime" in one["reason"] and one["state"] == "excluded"]
@@ -157,7 +164,7 @@ def _runtimes(facts: NodeFacts) -> Iterator[CheckLine]:
     "pods do not listen where outgoing connections take ports",
     problems="P60g",
     needs="pods",
-    fine="no port in that range",
+    fine="no captured pod listens on a port for outgoing connections",
 )
 def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:

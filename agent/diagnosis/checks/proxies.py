@@ -44,7 +44,7 @@ def _connected(facts: NodeFacts) -> Iterator[CheckLine]:
     if count and waiting:
         yield warning(f"{waiting} pods wait for ztunnel's acknowledgement", "ztunnel is busy, or hangs", ztunnel(facts))
     if count == 1 and not waiting:
-        yield ok(f"one is connected to {path}, and has every pod")
+        yield ok(f"one ztunnel is connected to {path} and has every pod")
 
 
 @check(
@@ -74,7 +74,7 @@ def _listening(facts: NodeFacts) -> Iterator[CheckLine]:
     "lo of each captured pod has its addresses",
     problems="P36 P38",
     needs="pods",
-    fine="lo is up in each, with its addresses",
+    fine="lo is up in each captured pod, with its addresses",
 )
 def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:

@@ -66,7 +66,7 @@ def _port(facts: NodeFacts) -> Iterator[CheckLine]:
             "run `sluice doctor` in the agent's network namespace (nsenter --net), else restart the agent",
         )
     else:
-        yield ok(f"{address}: {host.port or 'free'}")
+        yield ok(f"used by {host.port}" if host.port else f"{address} is free")
 
 
 def _number(values: Mapping[str, str], name: str) -> int:

@@ -108,7 +108,7 @@ def test_however_often_it_starts_it_says_once_that_the_choice_was_kept() -> None
         choice = World().choose(old=old)
         old = replace(old, reason=choice.reason)
         reasons.append(choice.reason)
-    assert reasons == [f"kept from the last start ({OLD.reason})"] * 3
+    assert reasons == [f"kept from the last start: {OLD.reason}"] * 3
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
         "host_probes_reason": "as the host", "static_pods": "not set",
         "pods": {"failed": 2, "enabled": 1}, "damaged_state_files": ["u.json"],
         "foreign_rules": ["a/a", "b/b", "c/c", "d/d"],
-        "exits": {"not_tcp": 2, "captured_outbound": 10}, "accounting": "ebpf", "accounting_reason": "it runs here",
+        "exits": {"not_tcp": 2, "captured_outbound": 10}, "accounting": "ebpf",
+        "accounting_reason": "this kernel supports it",
         "connections": [
             {"direction": "outbound", "fate": "captured", "reason": "", "connections": 5},
             {"direction": "inbound", "fate": "captured", "reason": "", "connections": 2},
@@ -133,7 +134,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     assert (said["Ready"], said["Problem"], said["Pods"]) == ("no", "starting", "1 enabled, 2 failed")
     assert said["Foreign rules"] == "before Sluice's in 4 pods: a/a, b/b, c/c, ...; `sluice verify POD` names them"
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
-    assert said["Accounting"] == "ebpf (it runs here)"
+    assert said["Accounting"] == "ebpf (this kernel supports it)"
     assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"
     assert said["  exempt"] == "4 connections (3 loopback, 1 probe)"
     assert said["Exits"] == "10 captured outbound, 2 not tcp"

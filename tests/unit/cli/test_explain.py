@@ -43,7 +43,7 @@ def captured(**changes: Any) -> dict[str, Any]:
         "leaving": False, "notes": ["lo lacks ::1"],
         "probe": "probe from the node on 10.0.0.2:80: ok", "verified": 9_995.0,
         "decision": "enrolled", "redirect": {"dns": True}, "netns": "/run/netns/web", "source": "cni",
-        "in_kernel": "as wanted", "differences": [], "inspect_error": "", "foreign": [],
+        "in_kernel": "as desired", "differences": [], "inspect_error": "", "foreign": [],
         "non_tcp": {"outbound": {"packets": 3, "bytes": 252}, "inbound": {"packets": 0, "bytes": 0}},
         "recent_repairs": [
             {"time": 9_000.0, "layer": "nftables", "differences": ["a", "b"], "cause": "nft[7]", "seconds": 0.0021},
@@ -100,9 +100,9 @@ Desired
   exclude       users=0,5-9  pod annotation x
 
 Actual
-  In the kernel:  as wanted
-    routing:      as wanted
-    nftables:     as wanted
+  In the kernel:  as desired
+    routing:      as desired
+    nftables:     as desired
   In its path:    BPF program pass (number 7) is attached to eth0 (XDP)
   ztunnel:        has the pod as shop/web, service account robot
   Listeners:      15001
@@ -111,7 +111,7 @@ Actual
   Annotation:     ambient.istio.io/redirection=enabled
 
 Connections
-  1 live, and the last 2 that ended, by ebpf
+  1 live, 2 recently ended (collector: ebpf)
        2 outbound leaked (raw)
   the last 2 of the captured ones: ended by ztunnel without a byte, after 5.0 s
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO

@@ -48,6 +48,7 @@ def test_every_command_says_what_it_does_with_examples_and_exit_codes(
     assert end.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: sluice {name(command)} ") and command.about
+    assert [one for one in (*command.options, *command.positionals) if not one.help] == []
     if not command.commands:
         page = manual.PAGES[name(command)]
         assert page.examples and page.codes and page.paragraphs[0].split()[0] in out
@@ -97,6 +98,18 @@ def test_every_example_can_be_typed(command: Command) -> None:
         assert tuple(words[: len(command.words)]) == command.words
         if words[0] != "help":
             assert parser(words[0]).parse_args(words).command == words[0]
+
+
+def test_every_command_has_a_sample() -> None:
+    """Each is the output of a command line that the parser takes."""
+    samples = {path.stem: path for path in (REPO / "docs" / "samples").glob("*.txt")}
+    assert set(samples) == {"-".join(command.words) for command in COMMANDS if not command.commands}
+    for stem, path in samples.items():
+        typed, shown = path.read_text().split("\n", 1)
+        prompt, program, *words = shlex.split(typed)
+        assert (prompt, program) == ("$", "sluice") and "-".join(words).startswith(stem)
+        assert words[0] == "help" or parser(words[0]).parse_args(words).command == words[0]
+        assert shown or stem == "lab-down"
 
 
 def test_the_program_lists_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:

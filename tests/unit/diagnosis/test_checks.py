@@ -208,7 +208,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("cni-directories", "nobody said", cni(directory_reason="the default: no configuration of"), WARNING, ""),
     ("cni-plugin", "missing", cni(plugin="/opt/cni/bin/sluice-cni is not there"), WRONG, "is not there"),
     ("cni-plugin", "noexec", cni(runs="Permission denied"), WRONG, "Permission denied"),
-    ("cni-plugin", "not wanted", cni(managed="off", files=(PRIMARY,), plugin="x"), OK, "no list names it"),
+    ("cni-plugin", "not wanted", cni(managed="off", files=(PRIMARY,), plugin="x"), OK, "no CNI list names sluice-cni"),
     ("cni-runtime", "blind", cni(watched=False), WRONG, "another directory"),
     ("cni-runtime", "hidden", cni(watched=None), UNKNOWN, "cannot be read"),
     ("cni-runtime", "none", cni(runtime=""), UNKNOWN, "no container runtime"),

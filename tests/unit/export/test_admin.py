@@ -128,7 +128,7 @@ def test_explain() -> None:
     async def script(bench: Bench) -> None:
         await bench.world.settle(pod(), pod("db", enrolled=False))
         told = await bench.ask("/v1/explain", pod="shop/web")
-        assert (told["decision"], told["in_kernel"], told["redirect"]["dns"]) == ("enrolled", "as wanted", True)
+        assert (told["decision"], told["in_kernel"], told["redirect"]["dns"]) == ("enrolled", "as desired", True)
         assert told["considered"]["pod label or annotation istio.io/dataplane-mode"] == "ambient"
         bench.world.kernel.damage("rules", bench.world.target("web"))
         told = await bench.ask("/v1/explain", pod="web")
