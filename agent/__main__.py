@@ -33,7 +33,7 @@ _GROUPS = {
     "uncapture": "uncapture",
     "handback": "handback",
     "install": "install",
-    "uninstall": "uninstall",
+    "uninstall": "install",
     "migrate": "migrate",
     "help": "completion",
     "version": "completion",

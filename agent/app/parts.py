@@ -7,8 +7,8 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from agent.backends.base import Support
@@ -19,12 +19,10 @@ from agent.backends.hostprobes.layers import layers
 from agent.backends.trials import KernelTrials
 from agent.core.errors import SettingsError
 from agent.core.model.pods import Pod, PodTable
-from agent.core.model.port_listeners import PortListeners
 from agent.core.policy.canary import ProbeResult
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.export import verifying
-from agent.export.explaining import ExplainContext
 from agent.export.metrics_page import ConnectionMetrics, SharedTotals
 from agent.flows import collector_choice as collectors
 from agent.flows.accounting import Accounting
@@ -38,12 +36,9 @@ from agent.kernel import host_view
 from agent.kernel.host_netns import HostNetns
 from agent.reconciler.host_loop import HostJournal, HostLoop
 from agent.reconciler.interfaces import Journal
-from agent.sources import pathprograms
 from agent.sources.cni import cache
-from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state import backend_record
 from agent.sources.static_file import StaticFile
-from agent.sources.ztunnel_ports import ZtunnelPorts
 from agent.zds.server import ZdsServer
 
 if TYPE_CHECKING:
@@ -166,35 +161,6 @@ def build_account(settings: Settings, table: PodTable, who: Who, node: str, mech
     return Account(accounting, ConnectionMetrics(totals, accounting.losses, accounting.refresh))
 
 
-def explain_context(
-    zds: ZdsServer, namespaces: NamespaceRegistry, listening: ZtunnelPorts, host: HostLoop, places: Mapping[str, str]
-) -> ExplainContext:
-    """Builds the context of explain. `places` as in agent.cli.settings_sources.places."""
-
-    def heard(uid: str) -> PortListeners | None:
-        target = namespaces.opened(uid)
-        return None if target is None else listening.last(target)
-
-    def place(uid: str) -> str:
-        target = namespaces.opened(uid)
-        return "" if target is None else target.netns.origin
-
-    def programs(uid: str) -> tuple[str, ...]:
-        target = namespaces.opened(uid)
-        return () if target is None else pathprograms.others(target)
-
-    return ExplainContext(
-        acknowledged=zds.acknowledged,
-        sent=zds.sent,
-        heard=heard,
-        host=lambda: host.status,
-        exempt=host.claimed,
-        place=place,
-        programs=programs,
-        places=places,
-    )
-
-
 def verification_parts(
     *,
     settings: Settings,
@@ -212,14 +178,15 @@ def verification_parts(
 
     notes = HostRoot(settings.host_root)
     return [
-        verifying.bypassing(lambda: cache.find(notes.path(cache.RESULTS), unknown)),
-        verifying.sources(
+        partial(verifying.bypassing, lambda: cache.find(notes.path(cache.RESULTS), unknown)),
+        partial(
+            verifying.sources,
             lambda: kubernetes.missing if kubernetes else "",
             lambda: static.error or (kubernetes.error if kubernetes else ""),
         ),
-        *([verifying.installation(installer)] if installer else []),
-        verifying.ztunnel(zds),
-        verifying.probes(host),
+        *([partial(verifying.installation, installer)] if installer else []),
+        partial(verifying.ztunnel, zds),
+        partial(verifying.probes, host),
     ]
 
 

@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 from collections.abc import Coroutine, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from agent.app.parts import (
     build_account,
     build_host_loop,
     choose_mechanisms,
-    explain_context,
     verification_parts,
 )
 from agent.app.ztunnel_registration import ZtunnelRegistration
@@ -35,8 +35,10 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.policy.backend_switch import carried
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
+from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
+from agent.export.explaining import ExplainContext
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.flows.identity import Who
@@ -196,18 +198,21 @@ class Agent:
                 zds=self.zds,
                 host=self.host,
             ),
-            around=explain_context(self.zds, self.namespaces, self.listening, self.host, places),
+            around=ExplainContext(
+                zds=self.zds, namespaces=self.namespaces, listening=self.listening, host=self.host, places=places
+            ),
         )
 
     def _collect_metrics(self) -> None:
+        if self.mechanisms.choice.by_socket:
+            self.metrics.collect(lambda: collectors.exit_metrics(partial(exits, self.mechanisms.pins)))
         self.metrics.collect(
-            states=lambda: [self.reconciler.status(pod.uid).state for pod in self.table],
-            ztunnels=lambda: self.zds.connections,
-            non_tcp=lambda: [(pod, self.non_tcp.totals(pod.uid)) for pod in self.table],
-            exits=lambda: exits(self.mechanisms.pins) if self.mechanisms.choice.by_socket else {},
-            sockets=self.accounting.sockets if self.accounting else tuple,
-            cluster=self.health.cluster,
-            condition=self.health.condition,
+            lambda: collectors.pod_metrics(self.reconciler.status(pod.uid).state for pod in self.table),
+            lambda: collectors.ztunnel_metrics(self.zds.connections),
+            lambda: collectors.non_tcp_metrics((pod, self.non_tcp.totals(pod.uid)) for pod in self.table),
+            lambda: collectors.socket_metrics(self.accounting.sockets() if self.accounting else ()),
+            lambda: collectors.cluster_metrics(self.health.cluster()),
+            lambda: collectors.condition_metrics(self.health.condition()),
         )
 
     async def run(self) -> None:

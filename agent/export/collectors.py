@@ -150,6 +150,11 @@ def pod_metrics(states: Iterable[State]) -> Iterator[Metric]:
     yield family
 
 
+def ztunnel_metrics(connections: int) -> Iterator[Metric]:
+    what = "Live connections from ztunnel (ZDS)."
+    yield GaugeMetricFamily("sluice_ztunnel_connections", what, value=connections)
+
+
 def non_tcp_metrics(found: Iterable[tuple[Pod, Mapping[str, Counts]]]) -> Iterator[Metric]:
     """Yields a series per pod and direction with any traffic that is not TCP."""
     labels = ["namespace", "pod", "direction"]

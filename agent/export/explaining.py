@@ -14,17 +14,20 @@ from agent.core import names
 from agent.core.errors import SluiceError
 from agent.core.model.exclusions import PREFIXES
 from agent.core.model.pods import Pod, PodTable, mode
-from agent.core.model.port_listeners import PortListeners
 from agent.core.policy.decide import Decision, decide, enrols_namespace, options
 from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import PATIENCE, advise
 from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request
-from agent.reconciler.host_loop import HostStatus
+from agent.kernel.pod_netns import PodNetns
+from agent.reconciler.host_loop import HostLoop
 from agent.reconciler.loop import Reconciler
+from agent.sources import pathprograms
+from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.non_tcp_totals import NonTcpCounter
-from agent.zds.messages import Add
+from agent.sources.ztunnel_ports import ZtunnelPorts
+from agent.zds.server import ZdsServer
 
 _COUNTED = 500  # ended connections that the answer summarises
 _SHOWN = 5  # of the leaked and failed ones
@@ -35,22 +38,15 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainContext:
-    """State around a pod in addition to its rules; asked by UID.
+    """The parts of the agent that know a pod's state in addition to its rules.
 
-    `acknowledged`: the newest ztunnel has it as it is now, under the names of `sent`. `heard` (blocking): the last
-    listeners on ztunnel's ports in it, None if its namespace is not open; raises SluiceError. `host`: how the node's
-    probes are exempt; `exempt`: the pod's addresses there. `programs` (blocking): foreign programs attached to its
-    packet path; raises SluiceError, OSError. `place`: where its network namespace was found, "" if it is not open.
     `places`: the origin of each setting that was given, as in "sluice.yaml:3"; the others are defaults.
     """
 
-    acknowledged: Callable[[str], bool]
-    sent: Callable[[str], Add | None]
-    heard: Callable[[str], PortListeners | None]
-    host: Callable[[], HostStatus]
-    exempt: Callable[[str], tuple[str, ...]]
-    place: Callable[[str], str]
-    programs: Callable[[str], tuple[str, ...]]
+    zds: ZdsServer
+    namespaces: NamespaceRegistry
+    listening: ZtunnelPorts
+    host: HostLoop
     places: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -70,8 +66,9 @@ class Explaining:
         """Explains the pod. Raises SluiceError if no pod, or more than one, has that name."""
         pod = self.one(request.query.get("pod", ""))
         found, error = await self.inspect(pod)  # alone: it uses the pod's sockets, and hears who listens
+        target = self.around.namespaces.opened(pod.uid)
         ztunnel, connections, programs = await asyncio.gather(
-            self._ztunnel(pod), self._connections(pod), self._programs(pod)
+            self._ztunnel(pod, target), self._connections(pod), self._programs(target)
         )
         rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
         decision = decide(pod, self.settings)
@@ -85,7 +82,7 @@ class Explaining:
             "decision": "enrolled" if decision.enrolled else "excluded",
             "considered": _considered(pod, self.settings),
             "redirect": asdict(decision.redirect) if decision.redirect else None,
-            "netns": pod.netns_path or self.around.place(pod.uid),
+            "netns": pod.netns_path or (target.netns.origin if target else ""),
             "source": pod.source,
             "container_id": pod.container_id,
             "in_kernel": "unknown" if error else "drifted" if rules else "as desired",
@@ -171,37 +168,35 @@ class Explaining:
     def _exemption(self, pod: Pod, decision: Decision) -> dict[str, Any] | None:
         if not decision.enrolled:
             return None
-        status = self.around.host()
-        exempt = list(self.around.exempt(pod.uid))
+        status = self.around.host.status
+        exempt = list(self.around.host.claimed(pod.uid))
         return {"mechanism": status.mechanism, "ok": status.ok, "error": status.error, "addresses": exempt}
 
-    async def _ztunnel(self, pod: Pod) -> dict[str, Any]:
-        answer = {
+    async def _ztunnel(self, pod: Pod, target: PodNetns | None) -> dict[str, Any]:
+        heard = None
+        error = ""
+        try:
+            if target is not None:
+                heard = await asyncio.to_thread(self.around.listening.last, target)
+        except (SluiceError, OSError) as failure:
+            error = str(failure)
+        add = self.around.zds.sent(pod.uid)
+        sent = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account} if add else None
+        ports = map(int, self.settings.ztunnel_ports)
+        return {
             "connections": self.node().get("ztunnel_connections"),
-            "acknowledged": None,
-            "identity": None,
-            "listening": None,
-            "silent": None,
-            "foreign": None,
-            "error": "",
+            "acknowledged": self.around.zds.acknowledged(pod.uid),
+            "identity": sent,
+            "listening": [port for port in ports if port not in heard.missing] if heard else None,
+            "silent": list(heard.missing) if heard else None,
+            "foreign": list(heard.foreign) if heard else None,
+            "error": error,
         }
-        around = self.around
-        if add := around.sent(pod.uid):
-            answer["identity"] = {"namespace": add.namespace, "name": add.name, "service_account": add.service_account}
-        try:
-            heard = await asyncio.to_thread(around.heard, pod.uid)
-        except (SluiceError, OSError) as error:
-            return {**answer, "acknowledged": around.acknowledged(pod.uid), "error": str(error)}
-        answer["acknowledged"] = around.acknowledged(pod.uid)
-        if heard is not None:
-            answer["silent"], answer["foreign"] = list(heard.missing), list(heard.foreign)
-            answer["listening"] = [port for port in map(int, self.settings.ztunnel_ports) if port not in heard.missing]
-        return answer
 
-    async def _programs(self, pod: Pod) -> list[str]:
-        """Lists foreign programs on the pod's packet path, one line each."""
+    async def _programs(self, target: PodNetns | None) -> list[str]:
+        """Lists foreign programs on the pod's packet path, one line each; none while its namespace is not open."""
         try:
-            return list(await asyncio.to_thread(self.around.programs, pod.uid))
+            return list(await asyncio.to_thread(pathprograms.others, target)) if target else []
         except (SluiceError, OSError) as error:
             return [str(error)]
 

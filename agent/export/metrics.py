@@ -5,30 +5,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import Metric
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from agent.backends.ebpf.abi import ExitCause
-from agent.backends.non_tcp import Counts
 from agent.core.model.pods import Pod, without_sandbox
-from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
-from agent.export.collectors import (
-    Cluster,
-    Condition,
-    ScrapeCollector,
-    cluster_metrics,
-    condition_metrics,
-    exit_metrics,
-    non_tcp_metrics,
-    pod_metrics,
-    socket_metrics,
-)
+from agent.export.collectors import ScrapeCollector
 from agent.export.metrics_page import ConnectionMetrics, Page
-from agent.flows.inet_diag.socket_counts import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
 
@@ -75,29 +62,10 @@ class Metrics:
         )
         self.page = Page(r, connections)
 
-    def collect(
-        self,
-        *,
-        states: Callable[[], Iterable[State]],
-        ztunnels: Callable[[], int],
-        non_tcp: Callable[[], Iterable[tuple[Pod, Mapping[str, Counts]]]] = tuple,
-        exits: Callable[[], Mapping[ExitCause, int]] = dict,
-        sockets: Callable[[], Iterable[tuple[Pod, PodSockets]]] = tuple,
-        cluster: Callable[[], Cluster] = Cluster,
-        condition: Callable[[], Condition | None] = lambda: None,
-    ) -> None:
-        """Adds what the agent's other parts are asked for at each scrape. Called once."""
-        for families in (
-            lambda: pod_metrics(states()),
-            lambda: non_tcp_metrics(non_tcp()),
-            lambda: exit_metrics(exits),
-            lambda: socket_metrics(sockets()),
-            lambda: cluster_metrics(cluster()),
-            lambda: condition_metrics(condition()),
-        ):
+    def collect(self, *readers: Callable[[], Iterable[Metric]]) -> None:
+        """Adds the families that the readers return, of agent.export.collectors, at each scrape."""
+        for families in readers:
             self.registry.register(ScrapeCollector(families))
-        sessions = Gauge("sluice_ztunnel_connections", "Live connections from ztunnel (ZDS).", registry=self.registry)
-        sessions.set_function(ztunnels)
 
     def cni(self, verb: str, code: int, seconds: float) -> None:
         self.cni_requests.labels(verb, str(code)).inc()

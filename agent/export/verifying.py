@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Found = Mapping[str, tuple[tuple[str, ...], str]]  # what differs, per layer: lines, and the script that puts it right
-Part = Callable[[bool], Awaitable[list[Row]]]  # called with whether to put right what differs first
+# A function of this module with its first arguments; called with whether to repair what differs first.
+Part = Callable[[bool], Awaitable[list[Row]]]
 
 
 def row(name: str, state: str, found: Found | None = None, error: str = "", *, unknown: bool = False) -> Row:
@@ -41,79 +42,59 @@ def lines(found: Found) -> list[str]:
     return [f"{layer}: {line}" for layer, (differences, _) in found.items() for line in differences]
 
 
-def probes(host: HostLoop) -> Part:
+async def probes(host: HostLoop, repair: bool) -> list[Row]:
     """Verifies the exemption of the node's probes."""
-
-    async def rows(repair: bool) -> list[Row]:
-        name = "(probes of the node)"
-        try:
-            if repair:
-                await host.settled()
-            return [row(name, host.status.mechanism, await host.inspect(), host.status.error)]
-        except (SluiceError, OSError) as failure:
-            return [row(name, host.status.mechanism, error=str(failure), unknown=True)]
-
-    return rows
-
-
-def installation(installer: Installer) -> Part:
-    """Verifies the plugin's binary and Sluice's list: the runtime's first, derived from the present primary CNI."""
-
-    async def rows(repair: bool) -> list[Row]:
+    name = "(probes of the node)"
+    try:
         if repair:
-            installer.step()
-        look = installer.look()
-        todo = (*(("install the plugin",) if look.binary else ()), *map(str, look.verdict.actions))
-        error = look.error or look.verdict.error or ("" if look.right or todo else "Sluice's configuration is missing")
-        found = {"cni": (todo, "")} if todo else {}
-        return [row("(CNI installation)", installer.mode, found, error, unknown=bool(look.error))]
-
-    return rows
+            await host.settled()
+        return [row(name, host.status.mechanism, await host.inspect(), host.status.error)]
+    except (SluiceError, OSError) as failure:
+        return [row(name, host.status.mechanism, error=str(failure), unknown=True)]
 
 
-def ztunnel(zds: ZdsServer) -> Part:
+async def installation(installer: Installer, repair: bool) -> list[Row]:
+    """Verifies the plugin's binary and Sluice's list: the runtime's first, derived from the present primary CNI."""
+    if repair:
+        installer.step()
+    look = installer.look()
+    todo = (*(("install the plugin",) if look.binary else ()), *map(str, look.verdict.actions))
+    error = look.error or look.verdict.error or ("" if look.right or todo else "Sluice's configuration is missing")
+    found = {"cni": (todo, "")} if todo else {}
+    return [row("(CNI installation)", installer.mode, found, error, unknown=bool(look.error))]
+
+
+async def ztunnel(zds: ZdsServer, _: bool) -> list[Row]:
     """Verifies the proxy's connection. Each pod's row says whether it listens there."""
-
-    async def rows(_: bool) -> list[Row]:
-        late = zds.unacknowledged
-        error = ""
-        if not zds.connections:
-            refused = "new pods wait, and connections of pods in which none listens are refused"
-            error = f"no ztunnel is connected to {zds.path}; start it: {refused}"
-        elif late:
-            error = f"{late} pod{'s are' if late > 1 else ' is'} not acknowledged yet"
-        return [row("(ztunnel)", f"{zds.connections} connected", error=error)]
-
-    return rows
+    late = zds.unacknowledged
+    error = ""
+    if not zds.connections:
+        refused = "new pods wait, and connections of pods in which none listens are refused"
+        error = f"no ztunnel is connected to {zds.path}; start it: {refused}"
+    elif late:
+        error = f"{late} pod{'s are' if late > 1 else ' is'} not acknowledged yet"
+    return [row("(ztunnel)", f"{zds.connections} connected", error=error)]
 
 
-def sources(missing: Callable[[], str], failing: Callable[[], str]) -> Part:
+async def sources(missing: Callable[[], str], failing: Callable[[], str], _: bool) -> list[Row]:
     """Verifies the sources of pods.
 
     `missing`: why not all pods are known; `failing`: what is out of date or not done.
     """
-
-    async def rows(_: bool) -> list[Row]:
-        words = missing()
-        return [row("(sources of pods)", "", error=words or failing(), unknown=bool(words))]
-
-    return rows
+    words = missing()
+    return [row("(sources of pods)", "", error=words or failing(), unknown=bool(words))]
 
 
-def bypassing(find: Callable[[], Iterable[CachedSandbox]]) -> Part:
+async def bypassing(find: Callable[[], Iterable[CachedSandbox]], _: bool) -> list[Row]:
     """Lists running pods that should be captured but are unknown to the agent. `find` blocks."""
-
-    async def rows(_: bool) -> list[Row]:
-        try:
-            found = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
-        except (SluiceError, OSError) as error:
-            return [row("(unannounced pods)", "", error=str(error), unknown=True)]
-        return [
-            {**row(one.pod.name, "bypassing", error=_KNOWN if one.chained else _MADE), "namespace": one.pod.namespace}
-            for one in found
-        ]
-
-    return rows
+    try:
+        found = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
+    except (SluiceError, OSError) as error:
+        return [row("(unannounced pods)", "", error=str(error), unknown=True)]
+    return [
+        {**row(one.pod.name, "bypassing", error=_KNOWN if one.chained else _MADE), "namespace": one.pod.namespace}
+        for one in found
+    ]
 
 
 _ANEW = "stop the pod so that it is re-created"

@@ -105,11 +105,8 @@ class Binary:
         count = sum(_has_entry(directory / name) for name in names)
         if not count:
             return ""
-        return (
-            f"{count} pods in {RESULTS} need it for their removal"
-            if count > 1
-            else (f"1 pod in {RESULTS} needs it for its removal")
-        )
+        needs = "pods in {} need it for their removal" if count > 1 else "pod in {} needs it for its removal"
+        return f"{count} {needs.format(RESULTS)}"
 
     @staticmethod
     def _sweep(directory: Path) -> None:

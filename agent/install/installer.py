@@ -23,7 +23,7 @@ from agent.install.directory_watch import DirectoryWatch
 from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import Action, InstallPlan, View
-from agent.install.runtime import DirectoryChoice, Places
+from agent.install.runtime import Places
 
 log = logging.getLogger("sluice.install")
 PERIOD = 1.0  # seconds between comparisons, each of which reads a handful of small files
@@ -80,17 +80,9 @@ class Installer:
         self._found_at = self._undone_at = -PEACE
 
     @property
-    def conf_dir(self) -> DirectoryChoice:
-        return self._where().conf
-
-    @property
-    def bin_dir(self) -> DirectoryChoice:
-        return self._where().bin
-
-    @property
     def file(self) -> str:
         """The host's path of the configuration with our entry; "" while it is missing."""
-        return f"{self.conf_dir.path}/{self.verdict.file}" if self.verdict.file else ""
+        return f"{self.where().conf.path}/{self.verdict.file}" if self.verdict.file else ""
 
     async def run(self) -> None:
         """Keeps the installation right until cancelled; removes nothing then. Returns at once if the mode is off."""
@@ -119,7 +111,7 @@ class Installer:
 
     def look(self) -> Look:
         """Compares the installation with the desired one and changes nothing."""
-        places = self._where()
+        places = self.where()
         try:
             missing = not self._binary(places).right()
             view = self._directory(places).view()
@@ -141,7 +133,7 @@ class Installer:
 
     def _repair(self, look: Look) -> Look:
         """Repairs drift, the binary first: a configuration never names a plugin that is missing."""
-        places = self._where()
+        places = self.where()
         now = self._clock()
         undone = self._undone(look)
         if undone:
@@ -173,7 +165,7 @@ class Installer:
 
     def _undone(self, look: Look) -> str:
         """Returns the file that must get the same content that we wrote before; a changed primary is no conflict."""
-        places = self._where()
+        places = self.where()
         for action in look.verdict.actions:
             name = f"{places.conf.path}/{action.name}"
             if isinstance(action, planning.Write) and self._written.get(name) == action.data:
@@ -188,16 +180,16 @@ class Installer:
         current = (self.error, *look.verdict.remarks)
         if current != self._reported:
             for remark in look.verdict.remarks:
-                log.warning("%s: %s", self.conf_dir.path, remark)
+                log.warning("%s: %s", self.where().conf.path, remark)
             if self.error:
                 log.error("installation incomplete: %s", self.error)
             self._reported = current
         if ready and not self.ready:
-            places = self._where()
+            places = self.where()
             log.info("installed in %s (%s), plugin in %s", self.file, places.conf.reason, places.bin.path)
         self.ready = ready
 
-    def _where(self) -> Places:
+    def where(self) -> Places:
         """Returns the directories; finds them again at intervals, because an upgrade of k3s moves its plugins."""
         now = self._clock()
         # Without a known runtime the search reads all of /proc.
@@ -228,7 +220,7 @@ class Installer:
 
     def _directories(self) -> list[Path]:
         """Returns the directories, their parents, where they are removed and created, and the targets of links."""
-        places = self._where()
+        places = self.where()
         found = dict[Path, None]()
         for directory in (places.conf.path, places.bin.path):
             try:

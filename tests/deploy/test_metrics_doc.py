@@ -16,7 +16,7 @@ from agent.core.model.pods import Pod
 from agent.core.model.sockets import TcpState
 from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
-from agent.export import exposition
+from agent.export import collectors, exposition
 from agent.export.collectors import Cluster, Condition
 from agent.export.metrics import Metrics
 from agent.flows.identity import Workload
@@ -43,22 +43,26 @@ def everything() -> list[Metric]:
     about = dict.fromkeys(dashboard.ABOUT, "x")
     metrics = Metrics()
     metrics.collect(
-        states=lambda: [State.ENABLED],
-        ztunnels=lambda: 1,
-        non_tcp=lambda: [(POD, {"outbound": Counts(1, 1)})],
-        exits=lambda: {next(iter(ExitCause)): 1},
-        sockets=lambda: [(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))],
-        cluster=lambda: Cluster(
-            follows={"/api/v1/pods": {"lists": 1}}, following={"/api/v1/pods": True}, synced=True, installed=True
+        lambda: collectors.pod_metrics([State.ENABLED]),
+        lambda: collectors.ztunnel_metrics(1),
+        lambda: collectors.non_tcp_metrics([(POD, {"outbound": Counts(1, 1)})]),
+        lambda: collectors.exit_metrics(lambda: {next(iter(ExitCause)): 1}),
+        lambda: collectors.socket_metrics([(POD, PodSockets({TcpState.ESTABLISHED: 1}, Ephemeral(10, 1)))]),
+        lambda: collectors.cluster_metrics(
+            Cluster(
+                follows={"/api/v1/pods": {"lists": 1}}, following={"/api/v1/pods": True}, synced=True, installed=True
+            )
         ),
-        condition=lambda: Condition(
-            about=about,
-            ready=True,
-            exempt=True,
-            period=30.0,
-            uncaptured=[(POD, State.FAILED)],
-            foreign=[(POD, 1)],
-            age=1.0,
+        lambda: collectors.condition_metrics(
+            Condition(
+                about=about,
+                ready=True,
+                exempt=True,
+                period=30.0,
+                uncaptured=[(POD, State.FAILED)],
+                foreign=[(POD, 1)],
+                age=1.0,
+            )
         ),
     )
     metrics.cni("ADD", 0, 0.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.installing import CALICO, Node, text, types
 
-from agent.cli import install, uninstall
+from agent.cli import install
 from agent.core.errors import SluiceError
 from agent.kernel.unix_socket import claim
 
@@ -19,7 +19,6 @@ def run(node: Node, *words: str) -> int:
     parser = argparse.ArgumentParser()
     commands = parser.add_subparsers()
     install.register(commands)
-    uninstall.register(commands)
     where = ["--host-root", str(node.root), "--cni-plugin", str(node.source), "--run-dir", str(node.root / "run")]
     # Given, or this machine's own runtime would be asked.
     where += ["--cni-conf-dir", "/etc/cni/net.d", "--cni-bin-dir", "/opt/cni/bin"]

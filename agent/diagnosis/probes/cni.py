@@ -28,8 +28,7 @@ def probe(settings: Settings, proc: Path) -> Cni:
     made = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
     seen = made.look()
     host = HostRoot(settings.host_root)
-    places = made.places
-    assert places is not None  # look() has found them
+    places = made.where()
     view = NetDir(host, places.conf.path).view()
     files = tuple(_listed(name, view.files[name]) for name in conflists.readable(view.files))
     binary = host.path(f"{places.bin.path}/{CNI_TYPE}")

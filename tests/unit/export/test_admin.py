@@ -15,6 +15,7 @@ from support.world import World, play, pod
 from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
 from agent.core.model.status import State
+from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.http import Request, Response
@@ -82,7 +83,10 @@ def test_public_paths() -> None:
 
 def test_metrics_parse_and_count_what_happened() -> None:
     metrics = Metrics()
-    metrics.collect(states=lambda: [State.ENABLED, State.ENABLED, State.FAILED], ztunnels=lambda: 2)
+    metrics.collect(
+        lambda: collectors.pod_metrics([State.ENABLED, State.ENABLED, State.FAILED]),
+        lambda: collectors.ztunnel_metrics(2),
+    )
     metrics.cni("ADD", 11, 0.02)
     metrics.applied(Pod("u", "shop", "web"), "nftables", ("a",), 0.001, "nft[1]")
     metrics.applied(Pod("u", "shop", "web"), "nftables", (), 0.001, "")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from agent.core.errors import KernelError
@@ -46,7 +47,7 @@ class FakeInstaller:
 
 
 def installation(installer: FakeInstaller) -> Part:
-    return verifying.installation(installer)  # type: ignore[arg-type]
+    return partial(verifying.installation, installer)  # type: ignore[arg-type]
 
 
 def test_installation() -> None:
@@ -70,7 +71,7 @@ class FakeZds:
 
 
 def ztunnel(connections: int, unacknowledged: int = 0) -> tuple[str, str, str]:
-    return said(verifying.ztunnel(FakeZds(connections, unacknowledged)))  # type: ignore[arg-type]
+    return said(partial(verifying.ztunnel, FakeZds(connections, unacknowledged)))  # type: ignore[arg-type]
 
 
 def test_ztunnel() -> None:
@@ -83,24 +84,24 @@ def test_ztunnel() -> None:
 
 
 def test_sources() -> None:
-    assert said(verifying.sources(lambda: "", lambda: "")) == ("", "ok", "")
-    assert said(verifying.sources(lambda: "", lambda: "pods.yaml:3: no")) == ("", "drift", "pods.yaml:3: no")
-    assert said(verifying.sources(lambda: "not synced", lambda: "x")) == ("", "unknown", "not synced")
+    assert said(partial(verifying.sources, lambda: "", lambda: "")) == ("", "ok", "")
+    assert said(partial(verifying.sources, lambda: "", lambda: "pods.yaml:3: no")) == ("", "drift", "pods.yaml:3: no")
+    assert said(partial(verifying.sources, lambda: "not synced", lambda: "x")) == ("", "unknown", "not synced")
 
 
 def test_bypassing() -> None:
     def one(name: str, *, chained: bool) -> CachedSandbox:
         return CachedSandbox("id", Pod("u", "shop", name), chained)
 
-    found = rows(verifying.bypassing(lambda: [one("b", chained=True), one("a", chained=False)]))
+    found = rows(partial(verifying.bypassing, lambda: [one("b", chained=True), one("a", chained=False)]))
     assert [(row["namespace"], row["name"], row["state"], row["result"]) for row in found] == [
         ("shop", "a", "bypassing", "drift"),
         ("shop", "b", "bypassing", "drift"),
     ]
     assert "no sluice-cni" in found[0]["error"] and "note is lost" in found[1]["error"]
-    assert rows(verifying.bypassing(list)) == []
+    assert rows(partial(verifying.bypassing, list)) == []
 
     def fails() -> Iterable[Any]:
         raise KernelError("look up /proc/self/ns/net", 13, "Permission denied")
 
-    assert said(verifying.bypassing(fails))[1] == "unknown"
+    assert said(partial(verifying.bypassing, fails))[1] == "unknown"
