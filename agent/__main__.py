@@ -39,7 +39,7 @@ _GROUPS = {
     "version": "completion",
     "completion": "completion",
     "doctor": "doctor",
-    "report": "report",
+    "report": "doctor",
 }
 
 

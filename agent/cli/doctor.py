@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sluice doctor`: what is wrong with this node, why, and which command helps. Works with and without an agent."""
+"""`sluice doctor`: what is wrong with this node, why, and which command helps. `sluice report`: one file for support.
+
+Both work with and without an agent.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import os
+import secrets
+import socket
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -17,6 +23,8 @@ from agent import __version__
 from agent.cli import options, settings_sources
 from agent.core.settings import Settings
 from agent.core.text import table
+from agent.diagnosis.bundle import Bundle, safe
+from agent.diagnosis.bundle_contents import gather
 from agent.diagnosis.checks import CHECKS, chosen
 from agent.diagnosis.collect import collect
 from agent.diagnosis.finding import Check, CheckResult, CheckVerdict, examine_all, exit_code
@@ -35,6 +43,22 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--list", action="store_true", help="list the checks and what each is about; run none")
     options.config(parser)
     options.finish(parser, _run, options.run_dir, options.output)
+    parser = subparsers.add_parser(
+        "report",
+        help="write a support bundle without secrets",
+    )
+    parser.add_argument(
+        "--file",
+        default="",
+        metavar="FILE",
+        help="file to write (default: sluice-report-NODE-TIME.tar.gz in this directory)",
+    )
+    parser.add_argument("--pod", default="", metavar="POD", help="include only this pod")
+    parser.add_argument(
+        "--addresses", choices=("plain", "hashed"), default="plain", help="hashed: replace each by the same word"
+    )
+    options.config(parser)
+    options.finish(parser, _report, options.run_dir, options.output)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -162,3 +186,25 @@ def _inside(process: Path, path: str) -> str:
 
 def _words(path: Path) -> list[str]:
     return path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+
+
+def _report(args: argparse.Namespace) -> int:
+    facts, findings = diagnose(args.run_dir, args.config)
+    node = facts.agent.status.get("node") or socket.gethostname()
+    root = f"sluice-report-{safe(node)}"
+    bundle = Bundle(root, secrets.token_hex(16) if args.addresses == "hashed" else "")
+    gather(bundle, facts, value(facts, findings), text(findings), args.pod)
+    path = Path(args.file or f"{root}-{time.strftime('%Y%m%d-%H%M%S')}.tar.gz")
+    size = bundle.write(path)
+    written = {
+        "file": str(path),
+        "bytes": size,
+        "taken": sorted(bundle.files),
+        "missing": dict(sorted(bundle.missing.items())),
+    }
+    lines = [f"{path}: {len(bundle.files)} files, {size} bytes, readable by root only"]
+    if bundle.missing:
+        lines += ["", table(("NOT TAKEN", "WHY"), sorted(bundle.missing.items()))]
+    lines += ["", f"Read it before you send it: tar -xzf {path}; MANIFEST lists what is in it."]
+    options.emit(args.output, written, "\n".join(lines))
+    return 0

@@ -101,9 +101,6 @@ def _pods(args: argparse.Namespace) -> int:
         for row in answer
     ]
     header = ("NAMESPACE", "NAME", "STATE", "BACKEND", "REPAIRS", "VERIFIED", "ADDRESSES", "REASON")
-    options.emit(args.output, answer, table(header, rows) if rows else f"No pods{_of(args.namespace)} on this node.")
+    where = f" of namespace {args.namespace}" if args.namespace else ""
+    options.emit(args.output, answer, table(header, rows) if rows else f"No pods{where} on this node.")
     return 0
-
-
-def _of(namespace: str) -> str:
-    return f" of namespace {namespace}" if namespace else ""

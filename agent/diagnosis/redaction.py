@@ -78,15 +78,11 @@ def value(given: Any, key: str = "") -> Any:
         return REMOVED
     if isinstance(given, Mapping):
         if key in ("annotations", "io.kubernetes.cri.pod-annotations"):
-            return {name: value(one) if _ours(str(name)) else REMOVED for name, one in given.items()}
+            return {name: value(one) if str(name).startswith(_OUR_KEYS) else REMOVED for name, one in given.items()}
         return {str(name): value(one, str(name)) for name, one in given.items()}
     if isinstance(given, list | tuple):
         return [value(one) for one in given]
     return text(given) if isinstance(given, str) else given
-
-
-def _ours(name: str) -> bool:
-    return name.startswith(_OUR_KEYS)
 
 
 def without_addresses(words: str, salt: str) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -175,35 +175,27 @@ class Debug:
             return Response.json({"error": str(error)}, 400)
 
     async def _answer(self, request: Request, token: str, review: Review) -> Response:
-        may = _Scope(token, review)
         name = request.path.removeprefix("/debug/")
         if (rows := self.rows.get(name)) is not None:
-            allowed = await may.among({pod.namespace for pod in self.table})
+            allowed = await _allowed(review, token, self.table)
             if not allowed:
                 return Response.text("the caller may not list pods in any namespace of this node", 403)
             return Response.json([row for row in await rows(request) if row["namespace"] in allowed])
         if (answer := self.of_pod.get(name)) is not None:
             pods = self.table.find(request.query.get("pod", ""))
-            allowed = await may.among({pod.namespace for pod in pods})
+            allowed = await _allowed(review, token, pods)
             mine = [pod for pod in pods if pod.namespace in allowed]
             if len(mine) != 1:  # a pod that the caller may not see gets the same answer as one that does not exist
                 return Response.text("no such pod on this node that the caller may list; give ?pod=namespace/name", 404)
-            return Response.json(await answer(_about(request, mine[0])))
+            query = {**request.query, "pod": mine[0].uid}
+            return Response.json(await answer(replace(request, query=query)))
         known = ", ".join(f"/debug/{path}" for path in sorted({*self.rows, *self.of_pod}))
         return Response.text(f"no such path; there are {known}", 404)
 
 
-@dataclass(frozen=True, slots=True)
-class _Scope:
-    token: str
-    review: Review
-
-    async def among(self, namespaces: set[str]) -> set[str]:
-        """Returns the namespaces in which the caller may list pods."""
-        if await self.review.allowed(self.token, "list"):
-            return namespaces
-        return {one for one in sorted(namespaces) if await self.review.allowed(self.token, "list", one)}
-
-
-def _about(request: Request, pod: Pod) -> Request:
-    return replace(request, query={**request.query, "pod": pod.uid})
+async def _allowed(review: Review, token: str, pods: Iterable[Pod]) -> set[str]:
+    """Returns the namespaces of these pods in which the caller may list pods."""
+    namespaces = {pod.namespace for pod in pods}
+    if await review.allowed(token, "list"):
+        return namespaces
+    return {one for one in sorted(namespaces) if await review.allowed(token, "list", one)}

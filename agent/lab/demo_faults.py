@@ -140,7 +140,8 @@ class Detaching:
         self._pins = Pins.of(str(lab.spec.bpf_dir(NODE)))
 
     def act(self, during: During) -> None:
-        server = self._pins.pod(self._cookie("shop/web"))
+        with Netns.open(self._lab.netns("shop/web")) as inside:
+            server = self._pins.pod(inside.id.cookie)
         for pod, place, link, owner in (
             ("shop/client", self._pins.node, "connect4", "of the node"),
             ("shop/web", server, "lookup", "of shop/web"),
@@ -161,10 +162,6 @@ class Detaching:
                 f"       put back after {after}; {passed.escaped} connections bypassed the client's proxy, "
                 f"{passed.missed_inbound} by the server's, {passed.failed} failed"
             )
-
-    def _cookie(self, ref: str) -> int:
-        with Netns.open(self._lab.netns(ref)) as inside:
-            return inside.id.cookie
 
     def _detach(self, window: str, pod: str, place: PinDirectory, link: str) -> None:
         shown = run(["bpftool", "-j", "link", "show", "pinned", str(place.link(link))]).stdout

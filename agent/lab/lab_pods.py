@@ -82,7 +82,7 @@ class LabPods:
 
     def start(self, pod: LabPod) -> None:
         """Starts the pod's programs and returns when all of them listen."""
-        started = [(program, self._start(pod, program)) for program in pod.spec.programs]
+        started = [(program, self.run(pod, program, command(program, pod, self.spec))) for program in pod.spec.programs]
         netns = self.spec.netns_path(pod.spec.key)
         for program, child in started:
             port = PORTS[program]
@@ -128,9 +128,6 @@ class LabPods:
         passing = self.spec.peers_file.with_suffix(".new")
         passing.write_text(json.dumps({"workloads": peers}, indent=1) + "\n")  # JSON is YAML, too
         passing.replace(self.spec.peers_file)
-
-    def _start(self, pod: LabPod, program: PodProgram) -> Child:
-        return self.run(pod, program, command(program, pod, self.spec))
 
     def _conflist(self, node: str) -> Path:
         return self.spec.node_dir(node) / "cni" / "10-lab.conflist"

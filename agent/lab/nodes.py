@@ -174,6 +174,5 @@ def _index(route: IPRoute, name: str) -> int:
 
 
 def _mounts_below(directory: Path) -> list[Path]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    points = [Path(line.split()[4].replace("\\040", " ")) for line in lines]
+    points = (Path(one.mountpoint) for one in psutil.disk_partitions(all=True))
     return [point for point in points if directory in point.parents]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
-from agent.diagnosis.node_facts import Listed, NodeFacts
+from agent.diagnosis.node_facts import NodeFacts
 
 _USUAL = "the default: no"  # prefix of the reason if no runtime's configuration was found (install.runtime)
 # Type of a primary plugin -> its product, and how it behaves next to other lists.
@@ -51,7 +51,7 @@ def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
         return
     if not first.ours:
         theirs = f"{first.name} ({' > '.join(first.types)})"
-        who = _writer(first)
+        who = next((_PRIMARY[one][0] for one in first.types if one in _PRIMARY), "another program")
         why = f"{who} wrote it" if ours else f"no list has Sluice's entry; {who} wrote the first one"
         remedy = "sluice install --check; sluice install, or start the agent, which maintains it"
         yield wrong(f"{cni.directory}: the runtime uses {theirs}, which does not have sluice-cni", why, remedy)
@@ -67,10 +67,6 @@ def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
     )
     if not cni.verdict.remarks:
         yield ok(f"{cni.directory}/{first.name}: {' > '.join(first.types)}")
-
-
-def _writer(listed: Listed) -> str:
-    return next((_PRIMARY[one][0] for one in listed.types if one in _PRIMARY), "another program")
 
 
 @check(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
-from agent.diagnosis.node_facts import NodeFacts, PodFacts, Row
+from agent.diagnosis.node_facts import NodeFacts, Row
 from agent.diagnosis.remedies import start
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
@@ -182,7 +182,7 @@ def _listens(facts: NodeFacts) -> Iterator[CheckLine]:
 def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in facts.pods.noted:
         waiting = pod.states.get("CLOSE_WAIT", 0)
-        used = _outgoing(pod)
+        used = sum(count for state, count in pod.states.items() if state != "LISTEN")
         room = pod.range[1] - pod.range[0] + 1
         if waiting > _MOST_WAITING:
             yield warning(
@@ -196,7 +196,3 @@ def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
                 "with none left, connections fail with EADDRNOTAVAIL",
                 "widen net.ipv4.ip_local_port_range in the pod, or let it reuse connections",
             )
-
-
-def _outgoing(pod: PodFacts) -> int:
-    return sum(count for state, count in pod.states.items() if state != "LISTEN")

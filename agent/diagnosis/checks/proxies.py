@@ -92,13 +92,9 @@ def _loopback(facts: NodeFacts) -> Iterator[CheckLine]:
                 f"ztunnel cannot bind [::1]:{DNS_PORT}: DNS of this pod is not captured",
                 "in the pod: ip -6 address add ::1/128 dev lo; or set disable_ipv6 there",
             )
-        elif not pod.ipv6 and any(":" in one for one in pod.addresses):
+        elif not pod.ipv6 and (ipv6 := [one for one in pod.addresses if ":" in one]):
             yield warning(
-                f"{pod.name}: IPv6 is off for lo, and another interface has {_first(pod.addresses)}",
+                f"{pod.name}: IPv6 is off for lo, and another interface has {ipv6[0]}",
                 "its IPv6 traffic cannot be captured",
                 "in the pod: sysctl net.ipv6.conf.lo.disable_ipv6=0",
             )
-
-
-def _first(addresses: tuple[str, ...]) -> str:
-    return next(one for one in addresses if ":" in one)

@@ -55,7 +55,7 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
         programs=programs,
         firewalls=tuple(_firewalls(programs, HostRoot(settings.host_root))),
         sysctls={name: value for name in _SYSCTLS if (value := read(proc / "sys" / name.replace(".", "/")))},
-        cilium=_keys(proc / str(cilium) / _CILIUM) if cilium else {},
+        cilium={key: value for key in _KEYS if cilium and (value := read(proc / str(cilium) / _CILIUM / key))},
         felix_bpf=bool(calico) and "FELIX_BPFENABLED=true" in read(proc / str(calico) / "environ"),
         inotify=words,
         inotify_used=_queues(proc),
@@ -83,10 +83,6 @@ def _firewalls(programs: Iterable[str], host: HostRoot) -> Iterable[str]:
     with contextlib.suppress(OSError):
         if (host.path("/etc/systemd/system/sysinit.target.wants") / "nftables.service").is_symlink():
             yield "nftables"
-
-
-def _keys(folder: Path) -> Mapping[str, str]:
-    return {key: value for key in _KEYS if (value := read(folder / key))}
 
 
 def _inotify() -> str:
