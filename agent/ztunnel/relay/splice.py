@@ -38,7 +38,12 @@ class Half:
         self.urgent = False  # there was urgent data
 
     def pump(self) -> bool:
-        """Moves bytes; returns True if there may be more: call it again soon. Raises OSError."""
+        """Moves bytes; returns True if there may be more: call it again soon. Raises OSError.
+
+        Has no effect after the end: an event may have come between a call and the next one that it asked for.
+        """
+        if self.finished:
+            return False
         for _ in range(ROUNDS):
             if self.buffered and not self._drain():
                 return False

@@ -93,3 +93,22 @@ def test_urgent_data_that_comes_with_the_end_is_not_lost() -> None:
             assert receiver.recv(10) == b"!"
             assert half.finished
             half.close()
+
+
+def test_a_call_after_the_end_changes_nothing() -> None:
+    """The sink may have ended in the meantime, too: another FIN would be an error (ENOTCONN), and a reset in the end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender, sink = socket.create_connection(server.getsockname()), socket.create_connection(server.getsockname())
+        (source, _), (receiver, _) = server.accept(), server.accept()
+    with sender, source, sink, receiver:
+        half = Half(source, sink)
+        sender.close()
+        assert source.recv(1, socket.MSG_PEEK) == b""
+        source.setblocking(False)
+        half.pump()
+        assert half.finished
+        assert receiver.recv(1) == b""
+        receiver.close()
+        assert sink.recv(1) == b""
+        assert half.pump() is False
+        half.close()
