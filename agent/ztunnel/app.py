@@ -49,7 +49,9 @@ def main(settings: ZtunnelSettings, router: Router | None = None) -> int:
     logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return asyncio.run(_serve(settings, router))
+    poller = Poller()
+    with asyncio.Runner(loop_factory=lambda: poller.loop) as runner:
+        return runner.run(_serve(settings, poller, router))
 
 
 def _share(most: int) -> int:
@@ -80,10 +82,9 @@ class _Ending:
                 await self.urgent.wait()
 
 
-async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
+async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> int:
     loop = asyncio.get_running_loop()
     ending = _Ending(loop)
-    poller = Poller(loop)
     mesh = _node_mesh(settings, poller, router)
     engine = Engine(
         poller=poller,
@@ -126,7 +127,6 @@ async def _serve(settings: ZtunnelSettings, router: Router | None) -> int:
         engine.answered,
         engine.aged,
         engine.records,
-        engine.poller,
         engine.asked,
     ):
         part.close()

@@ -69,7 +69,7 @@ def client(traffic: Path, way: Way, kind: str, port: int, count: int) -> subproc
         str(port),
         str(count),
     ]
-    return start(argv, netns=way.client.path, stdout=subprocess.PIPE)
+    return start(argv, netns=way.client.path, stdout=subprocess.PIPE, stderr=None)
 
 
 def sample(traffic: Path, way: Way, kind: str, count: int, parallel: int = 1) -> Sample:
@@ -78,7 +78,7 @@ def sample(traffic: Path, way: Way, kind: str, count: int, parallel: int = 1) ->
     clients = [client(traffic, way, kind, port, count) for port in PORTS[:parallel]]
     printed = [[float(word) for word in one.communicate()[0].split()] for one in clients]
     if any(one.returncode for one in clients):
-        raise RuntimeError(f"{way.name}: a client failed")
+        raise RuntimeError(f"{way.name}: a client failed, {kind}")
     first = sum(figures[0] for figures in printed)
     return Sample((first, *printed[0][1:]), way.cpu() - before)
 

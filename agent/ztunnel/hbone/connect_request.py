@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
+from hpack import HeaderTuple, NeverIndexedHeaderTuple
+
 Headers = list[tuple[bytes, bytes]]
 
 _MOST_HOST: Final = 255
+# Another value in each request: in the table of HPACK they would only displace what is worth an entry.
+_UNIQUE: Final = frozenset(("forwarded", "traceparent"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,10 @@ def parse_authority(text: str) -> tuple[str, int] | None:
 
 def request(authority: str, fields: tuple[tuple[str, str], ...]) -> Headers:
     """Returns the header fields of a CONNECT."""
-    named = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]
+    named = [
+        (NeverIndexedHeaderTuple if name in _UNIQUE else HeaderTuple)(name.encode("latin-1"), value.encode("latin-1"))
+        for name, value in fields
+    ]
     return [(b":method", b"CONNECT"), (b":authority", authority.encode("latin-1")), *named]
 
 

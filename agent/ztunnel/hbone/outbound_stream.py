@@ -14,7 +14,7 @@ from agent.ztunnel.hbone.pool import SessionKey
 from agent.ztunnel.hbone.session_core import Headers, first
 from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
-from agent.ztunnel.relay import original_dst
+from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.pod_context import PodContext
 from agent.ztunnel.relay.upstream import reset
 
@@ -95,6 +95,7 @@ class OutboundStream:
         if self._relay is not None:
             try:
                 self._relay.connect(self._client)
+                self._relay.event(poller.READ & ~poller.END)  # the request has usually arrived already
                 if not self._done:
                     self._pod.engine.poller.add(self._client.fileno(), self._relay.event)
             except OSError as error:

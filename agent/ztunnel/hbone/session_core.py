@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -26,6 +26,7 @@ from h2.events import (
 )
 from h2.exceptions import H2Error
 from h2.settings import SettingCodes, Settings
+from hpack import Encoder
 
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import Data, ErrorCode, Frame, FrameSplitter, Http2Error
@@ -96,6 +97,14 @@ class _Budget:
         self._left = min(self._most, self._left + count)
 
 
+class _PlainEncoder(Encoder):
+    """Encodes without Huffman's code, which both ends would pay for byte by byte in Python."""
+
+    def encode(self, headers: Any, huffman: bool = False) -> bytes:
+        """Returns the header block."""
+        return super().encode(headers, huffman=False)
+
+
 class _Stream:
     """The windows of one stream. `held`: received bytes that the application has not taken."""
 
@@ -136,6 +145,7 @@ class SessionCore:
             validate_inbound_headers=False, normalize_inbound_headers=False,
         ))  # fmt: skip
         self._h2.local_settings = Settings(client=client, initial_values=_settings(client))
+        self._h2.encoder = _PlainEncoder()
         self._h2.max_inbound_frame_size = limits.MAX_FRAME
         self._h2.decoder.max_header_list_size = self._h2.local_settings[SettingCodes.MAX_HEADER_LIST_SIZE]
         self._h2.initiate_connection()

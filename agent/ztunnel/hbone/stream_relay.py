@@ -50,14 +50,12 @@ class StreamRelay:
     def connect(self, application: socket.socket, first: bytes = b"") -> None:
         """Begins to relay; `first` is for the application, before the stream's bytes. Raises OSError.
 
-        The caller passes the socket's events on to `event`.
+        The caller passes the socket's events on to `event`, from its present state on.
         """
         self._application = application
         if first:
             application.send(first)  # the buffer of a new socket is empty
         self._deliver()
-        self._readable = True
-        self._pump()
 
     # From the stream
 

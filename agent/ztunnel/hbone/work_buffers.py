@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Final
 
 from agent.ztunnel.hbone.frames import HEADER_SIZE
+from agent.ztunnel.hbone.tls_codec import RECORD
 
 SIZE: Final = 256 << 10
 
@@ -17,7 +18,7 @@ class WorkBuffers:
 
     def __init__(self) -> None:
         self.records = memoryview(bytearray(SIZE))
-        self.plain = memoryview(bytearray(SIZE))
+        self.plain = memoryview(bytearray(SIZE + RECORD))  # so that all of `records` fits at once
         self.frame = bytearray(HEADER_SIZE + SIZE)
         self.frame_view = memoryview(self.frame)
         self.frame_payload = self.frame_view[HEADER_SIZE:]

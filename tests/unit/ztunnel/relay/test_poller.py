@@ -4,16 +4,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import struct
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.poller import Deadlines, Poller
 
 
+def play(scene: Callable[[Poller], Coroutine[Any, Any, None]]) -> None:
+    events = Poller()
+    with asyncio.Runner(loop_factory=lambda: events.loop) as runner:
+        runner.run(asyncio.wait_for(scene(events), 10))
+
+
 def test_a_reset_is_told_to_one_who_does_not_read() -> None:
-    async def scene() -> None:
-        events = Poller(asyncio.get_running_loop())
+    async def scene(events: Poller) -> None:
         masks: asyncio.Queue[int] = asyncio.Queue()
         with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
             client.connect(server.getsockname())
@@ -27,15 +37,13 @@ def test_a_reset_is_told_to_one_who_does_not_read() -> None:
                 client.close()
                 assert await masks.get() & poller.ERROR
                 events.remove(end.fileno())
-        events.close()
 
-    asyncio.run(asyncio.wait_for(scene(), 10))
+    play(scene)
 
 
 def test_many_events_of_one_pod_do_not_keep_the_loop_from_others() -> None:
-    async def scene() -> None:
-        loop = asyncio.get_running_loop()
-        events, seen, pairs = Poller(loop), list[int](), [socket.socketpair() for _ in range(64)]
+    async def scene(events: Poller) -> None:
+        seen, pairs = list[int](), [socket.socketpair() for _ in range(64)]
         for one, _ in pairs:
             events.add(one.fileno(), seen.append)
         counts = list[int]()
@@ -46,26 +54,79 @@ def test_many_events_of_one_pod_do_not_keep_the_loop_from_others() -> None:
         for pair in pairs:
             for end in pair:
                 end.close()
-        events.close()
 
-    asyncio.run(asyncio.wait_for(scene(), 10))
+    play(scene)
 
 
 def test_a_failing_handler_does_not_lose_the_others() -> None:
-    async def scene() -> None:
-        loop = asyncio.get_running_loop()
+    async def scene(events: Poller) -> None:
         complaints: list[object] = []
-        loop.set_exception_handler(lambda _, context: complaints.append(context["exception"]))
-        events, told = Poller(loop), asyncio.Event()
+        events.loop.set_exception_handler(lambda _, context: complaints.append(context["exception"]))
+        told = asyncio.Event()
         one, other = socket.socketpair()
         with one, other:
             events.add(one.fileno(), lambda mask: 1 // 0)
             events.add(other.fileno(), lambda mask: told.set())
             await told.wait()
-        events.close()
         assert isinstance(complaints[0], ZeroDivisionError)
 
-    asyncio.run(asyncio.wait_for(scene(), 10))
+    play(scene)
+
+
+def test_what_is_registered_in_a_batch_gets_no_event_of_its_predecessor() -> None:
+    """Two sockets have events; the handler of either closes both and registers new ones under their numbers."""
+
+    async def scene(events: Poller) -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        fresh: list[socket.socket] = []
+        masks: asyncio.Queue[int] = asyncio.Queue()
+
+        def replace(_: int) -> None:
+            if fresh:
+                return
+            for one, other in pairs:
+                events.remove(one.fileno())
+                one.close()
+                other.close()
+            for _ in pairs:
+                fresh.extend(socket.socketpair())
+                events.add(fresh[-2].fileno(), masks.put_nowait)
+
+        for one, other in pairs:
+            events.add(one.fileno(), replace)
+            other.send(b"x")
+        assert not [mask for mask in (await masks.get(), await masks.get()) if mask & poller.READ]
+        for one in fresh:
+            one.close()
+
+    play(scene)
+
+
+def test_asyncio_runs_on_the_poller() -> None:
+    """Streams, timers, signals and calls of other threads, next to handlers."""
+
+    async def scene(events: Poller) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.readexactly(3) * 100_000)
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"abc")
+        assert await reader.readexactly(300_000) == b"abc" * 100_000
+        writer.close()
+        server.close()
+        asked = asyncio.Event()
+        events.loop.add_signal_handler(signal.SIGUSR1, asked.set)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asked.wait()
+        assert await asyncio.to_thread(lambda: 7) == 7
+        before = time.monotonic()
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - before >= 0.01
+
+    play(scene)
 
 
 class Waiter:
