@@ -68,10 +68,12 @@ class TlsCodec:
                     yield buffer[:filled]
                 raise _failure(error) from None
             filled += count
-            if filled and (not count or filled > room):
+            # Another read would only raise SSLWantReadError, which costs more than a small record.
+            more = count and (self._incoming.pending or self._tls.pending())
+            if filled and (not more or filled > room):
                 yield buffer[:filled]
                 filled = 0
-            if not count:
+            if not more:
                 return
 
     def encrypt(self, data: memoryview | bytes) -> None:

@@ -96,7 +96,7 @@ def test_urgent_data_that_comes_with_the_end_is_not_lost() -> None:
 
 
 def test_a_call_after_the_end_changes_nothing() -> None:
-    """The sink may have ended in the meantime, too: another FIN would be an error (ENOTCONN), and a reset in the end."""
+    """The sink may have ended in the meantime, too: another FIN would be an error (ENOTCONN), and then a reset."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         sender, sink = socket.create_connection(server.getsockname()), socket.create_connection(server.getsockname())
         (source, _), (receiver, _) = server.accept(), server.accept()
