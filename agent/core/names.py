@@ -48,7 +48,7 @@ NFT_TABLE_PREFIX: Final = "istio-ambient-"  # followed by nat, mangle or raw
 NFT_PREROUTING: Final = "istio-prerouting"
 NFT_OUTPUT: Final = "istio-output"
 
-TAG_PREFIX: Final = "sluice:"  # of the comment of every rule of Sluice; see core.model.tags
+TAG_PREFIX: Final = "sluice:"  # of the comment of every rule of Sluice; see core.model.ownership
 
 # Labels and annotations (docs/design/interfaces.md).
 DATAPLANE_MODE: Final = "istio.io/dataplane-mode"

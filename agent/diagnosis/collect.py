@@ -11,7 +11,7 @@ from typing import Any
 from agent.core.errors import SluiceError
 from agent.core.settings import Settings
 from agent.diagnosis.node_facts import NodeFacts
-from agent.diagnosis.probes import agents, cni, hosts, node, pods, security, trying
+from agent.diagnosis.probes import agents, cni, hosts, node, pods, security
 
 _HINT = "run it as root, in the node's PID namespace"
 
@@ -30,7 +30,7 @@ def collect(
         "agent": lambda: agents.probe(settings, pid, why),
         "cni": lambda: cni.probe(settings, proc),
         "host": lambda: hosts.probe(settings, pid),
-        "preflight": lambda: trying.probe(settings, facts.agent.status.get("backend", facts.left.backend)),
+        "preflight": lambda: node.preflight(settings, facts.agent.status.get("backend", facts.left.backend)),
         "pods": lambda: pods.probe(settings, facts.agent.status.get("backend", facts.left.backend), whole=node.whole()),
         "sockets": lambda: node.foreign_programs(cgroup),
         "node": lambda: node.probe(settings, proc),

@@ -12,7 +12,7 @@ from typing import Final
 from agent.backends.iptables.entries import XtEntry, entries, places
 from agent.backends.iptables.reading import MARK
 from agent.backends.netfilter.message_parts import comment, expressions, rule_comment, text
-from agent.core.model.tags import TAG
+from agent.core.model.ownership import TAG
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attributes, unpack_be
 

@@ -19,7 +19,7 @@ from agent.backends.nftables.expressions import COUNTER, compare, expression, im
 from agent.backends.nftables.rendering import table_command
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.core import names
-from agent.core.model import tags
+from agent.core.model.ownership import tag_chain
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
 from agent.core.wire.nftables import NEWCHAIN, NEWRULE, NFPROTO, NFPROTO_INET, Command
@@ -72,7 +72,7 @@ def _rules(want: HostProbes) -> list[tuple[str, bytes]]:
 
 
 def _tags(want: HostProbes) -> tuple[str, ...]:
-    return tags.chain((words for words, _ in _rules(want)), f"{TABLE} {CHAIN}")
+    return tag_chain((words for words, _ in _rules(want)), f"{TABLE} {CHAIN}")
 
 
 def _rule(family: int, probe: str) -> tuple[str, bytes]:

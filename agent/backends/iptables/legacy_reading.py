@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from agent.backends.iptables.entries import XtEntry, blanked, broken, entries, places, without_counts
 from agent.backends.iptables.rendering import CHAINS, XtTable
-from agent.core.model.tags import TAG
+from agent.core.model.ownership import TAG
 
 _HOOKS = ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING")  # as linux/netfilter.h numbers them
 _OURS = tuple(sorted(CHAINS.values()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from agent.backends.iptables.rendering import CHAINS, ORDER, XtTable
 from agent.backends.netfilter.message_parts import comment, expressions, rule_comment, text
-from agent.core.model import tags
+from agent.core.model.ownership import TAG
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import Message, attributes, unpack_be
 
@@ -93,7 +93,7 @@ def _verdict(immediate: dict[int, bytes]) -> dict[int, bytes]:
 
 def _tag(rule: dict[int, bytes]) -> str:
     found = rule_comment(rule)
-    return found if tags.TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
+    return found if TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
 
 
 def _jump_target(rule: dict[int, bytes]) -> str:

@@ -13,7 +13,7 @@ from agent.backends import istio_form
 from agent.backends.netfilter import rules as netfilter
 from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
 from agent.core import names
-from agent.core.model import tags
+from agent.core.model.ownership import tag_chain
 from agent.core.model.redirect import Redirect
 
 CHAINS = {Hook.PREROUTING: names.XT_PREROUTING, Hook.OUTPUT: names.XT_OUTPUT}
@@ -74,13 +74,13 @@ def render(redirect: Redirect, family: int, plain: bool = False) -> Rendering:
         for hook in Hook:
             chain = CHAINS[hook]
             texts = [text for rule in mine if rule.hook is hook for text in arguments(rule)]
-            marks = ("",) * len(texts) if plain else tags.chain(texts, f"{family} {table.value} {chain}")
+            marks = ("",) * len(texts) if plain else tag_chain(texts, f"{family} {table.value} {chain}")
             lines[table.value, chain] = tuple(
                 f"-A {chain} {_comment(tag)}{text}" for text, tag in zip(texts, marks, strict=True)
             )
             chains.append((chain, marks))
             base = hook.name
-            (jump_tag,) = ("",) if plain else tags.chain([f"-j {chain}"], f"{family} {table.value} {base}")
+            (jump_tag,) = ("",) if plain else tag_chain([f"-j {chain}"], f"{family} {table.value} {base}")
             jumps.append((base, chain, jump_tag))
         tables[table.value] = XtTable(tuple(sorted(chains)), tuple(sorted(jumps)))
     return Rendering(tables, lines)

@@ -18,7 +18,7 @@ from agent.backends.netfilter.foreign_rule import RuleEffect, effect
 from agent.backends.netfilter.message_parts import HOOK_NUMBER, ChainHead, chain_head, comment, text
 from agent.backends.netfilter.rules import BASE, Hook, Table
 from agent.core import names
-from agent.core.model import tags
+from agent.core.model.ownership import TAG
 from agent.core.model.plan import Foreign
 from agent.core.wire import nftables as wire
 from agent.core.wire.nftables import NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
@@ -102,7 +102,7 @@ def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
         parts = wire.fields(message.body)
         what = effect(parts)
         note = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
-        tag = note if tags.TAG.fullmatch(note) else ""
+        tag = note if TAG.fullmatch(note) else ""
         place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
         found.setdefault(place, []).append((tag, what))
     return found

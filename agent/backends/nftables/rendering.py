@@ -19,7 +19,7 @@ from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, digest
 from agent.backends.nftables.sets import AnonymousSet
 from agent.core import names
-from agent.core.model import tags
+from agent.core.model.ownership import tag_chain
 from agent.core.model.redirect import Redirect
 from agent.core.wire import nftables as wire
 from agent.core.wire.netlink import NLM_F_APPEND, NLM_F_CREATE, attribute, nested
@@ -121,7 +121,7 @@ def _write(
 ) -> tuple[tuple[str, str], ...]:
     """Appends the rules of one chain, and its closing brace, to the script and to the batch."""
     chain = rules[0].chain if rules else ""
-    marks = ("",) * len(rules) if plain else tags.chain((rule.text for rule in rules), f"{table} {chain}")
+    marks = ("",) * len(rules) if plain else tag_chain((rule.text for rule in rules), f"{table} {chain}")
     for rule, tag in zip(rules, marks, strict=True):
         lines.append(f'\t\t{rule.text} comment "{tag}"' if tag else f"\t\t{rule.text}")
         body = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, rule.chain)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes the other programs of the node, BPF programs included, and its kernel settings."""
+"""Probes the other programs of the node, BPF programs included, its kernel settings, and features as preflight does."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from agent.backends.choose import LAYERS, choose
 from agent.backends.ebpf.object_files import NODE, RESERVE
-from agent.core.errors import KernelError
+from agent.backends.ebpf.pins import Pins
+from agent.backends.trials import KernelTrials
+from agent.core.errors import KernelError, SettingsError
 from agent.core.settings import Settings
-from agent.diagnosis.node_facts import AttachedProgram, HostFacts
+from agent.diagnosis.node_facts import AttachedProgram, HostFacts, Preflight
 from agent.diagnosis.probes import inotify_queues, read
 from agent.install.host_root import HostRoot
+from agent.kernel import host_view
 from agent.kernel.bpf import bpffs, query
 from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.inotify import Inotify
+from agent.sources.state import backend_record
 
 _PROGRAMS = frozenset(
     ("firewalld", "kube-router", "cilium-agent", "calico-node", "kindnetd", "aws-k8s-agent", "flanneld", "install-cni")
@@ -126,3 +131,22 @@ def foreign_programs(cgroup: str = "") -> tuple[AttachedProgram, ...]:
         for one in query.attached(place, hook)
         if (one.name, hook) not in _OURS
     )
+
+
+def preflight(settings: Settings, used: str) -> Preflight:
+    """Tries the kernel's features, for the choice in use or the one that would be made. Raises SluiceError.
+
+    Creates temporary network namespaces; loads modules as programming a pod would.
+    """
+    tried = KernelTrials(Pins.of(settings.bpf_dir), ipv6=settings.ipv6)
+    if used in LAYERS:
+        layers = [tried.backends[name] for name in LAYERS[used]]
+        missing = [f"{one.name}: {support.missing}" for one in layers if not (support := one.probe()).ok]
+        failed = missing or tried.test(layers)
+        return Preflight(used, "in use", tried.features(used), tuple(failed))
+    view, old = host_view.read_host_view(), backend_record.load(settings.run_dir)
+    try:
+        choice = choose(settings.backend, tried.backends, tried.trials, view, old)
+    except SettingsError as error:
+        return Preflight("", str(error))
+    return Preflight(choice.name, choice.reason, tried.features(choice.name))

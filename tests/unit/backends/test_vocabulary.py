@@ -15,8 +15,8 @@ from agent.backends.nftables import expressions
 from agent.backends.nftables.ruleset import Chain, TableState, differences, digest
 from agent.backends.route_places import RoutePlace, usual
 from agent.backends.routing import RoutingBackend, RoutingState
-from agent.core.model import tags
 from agent.core.model.exclusions import Exclusions
+from agent.core.model.ownership import tag_chain
 from agent.core.model.redirect import Redirect
 from agent.core.wire.netlink import attribute, nested
 
@@ -67,11 +67,11 @@ def test_p52_no_rule_lacks_its_qualifier_and_addresses_are_of_the_rules_family(r
 
 
 def test_a_tag_names_its_rule_and_everything_before_it() -> None:
-    three = tags.chain(["a", "b", "c"], "nat OUTPUT")
-    assert len(set(three)) == 3 and tags.chain(["a", "b"], "nat OUTPUT") == three[:2]
-    assert tags.chain(["a", "x", "c"], "nat OUTPUT")[2] != three[2]
-    assert tags.chain(["b", "a", "c"], "nat OUTPUT")[2] != three[2]
-    assert tags.chain(["a"], "nat PREROUTING")[0] != three[0]
+    three = tag_chain(["a", "b", "c"], "nat OUTPUT")
+    assert len(set(three)) == 3 and tag_chain(["a", "b"], "nat OUTPUT") == three[:2]
+    assert tag_chain(["a", "x", "c"], "nat OUTPUT")[2] != three[2]
+    assert tag_chain(["b", "a", "c"], "nat OUTPUT")[2] != three[2]
+    assert tag_chain(["a"], "nat PREROUTING")[0] != three[0]
 
 
 def counter(packets: int) -> bytes:

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.core.model.ownership import tag_chain
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
-from agent.core.model.tags import chain
 from agent.core.text import pairs, table
 
 texts = st.lists(st.text(max_size=10), min_size=1, max_size=5)
@@ -53,16 +53,16 @@ def test_an_intent_within_a_namespace(wanted: bool) -> None:
 
 def test_tags_are_what_earlier_versions_wrote() -> None:
     """A changed tag would make every rule in the field count as drift."""
-    assert chain(["a", "b"], "seed") == ("sluice:f0de80a2a933", "sluice:4c882957c180")
-    assert chain([], "seed") == ()
+    assert tag_chain(["a", "b"], "seed") == ("sluice:f0de80a2a933", "sluice:4c882957c180")
+    assert tag_chain([], "seed") == ()
 
 
 @given(texts, texts, st.text(max_size=5), st.text(max_size=5))
 def test_tags_tell_rules_their_order_and_their_place(one: list[str], other: list[str], seed: str, place: str) -> None:
-    assert (chain(one, seed)[-1] == chain(other, seed)[-1]) == (one == other) or "\n" in "".join(one + other)
-    assert chain(one + other, seed)[: len(one)] == chain(one, seed)
+    assert (tag_chain(one, seed)[-1] == tag_chain(other, seed)[-1]) == (one == other) or "\n" in "".join(one + other)
+    assert tag_chain(one + other, seed)[: len(one)] == tag_chain(one, seed)
     if seed != place:
-        assert not set(chain(one, seed)[:1]) & set(chain(one, place)[:1]) or "\n" in seed + place + one[0]
+        assert not set(tag_chain(one, seed)[:1]) & set(tag_chain(one, place)[:1]) or "\n" in seed + place + one[0]
 
 
 def test_columns_are_as_wide_as_their_widest_cell() -> None:
