@@ -86,8 +86,8 @@ def _choices(action: argparse.Action) -> tuple[str, ...]:
     """Returns the choices of argparse, or those that the metavar of a setting lists."""
     if action.choices is not None:
         return tuple(map(str, action.choices))
-    words = str(action.metavar or "")
-    return tuple(words.split("|")) if "|" in words else ()
+    metavar = str(action.metavar or "")
+    return tuple(metavar.split("|")) if "|" in metavar else ()
 
 
 def _help(action: argparse.Action) -> str:

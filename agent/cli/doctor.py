@@ -120,20 +120,20 @@ def _unseen(findings: Sequence[CheckResult]) -> list[str]:
         if one.verdict is CheckVerdict.UNKNOWN:
             reasons.setdefault(one.found, []).append(one)
     lines = [""] if reasons else []
-    for words, these in reasons.items():
-        lines.append(f"not checked: {', '.join(dict.fromkeys(one.check for one in these))}: {words}")
+    for reason, these in reasons.items():
+        lines.append(f"not checked: {', '.join(dict.fromkeys(one.check for one in these))}: {reason}")
         lines += [f"    do:   {one.remedy}" for one in these[:1] if one.remedy]
     return lines
 
 
 def _summary(findings: Sequence[CheckResult]) -> str:
     """Lists the checks of each verdict, the worst first; for the right ones only their number."""
-    words = []
+    parts = []
     for verdict in (CheckVerdict.WRONG, CheckVerdict.WARNING):
         checks = dict.fromkeys(one.check for one in findings if one.verdict is verdict)
-        words += [f"{verdict.value}: {', '.join(checks)}"] if checks else []
+        parts += [f"{verdict.value}: {', '.join(checks)}"] if checks else []
     right = sum(one.verdict is CheckVerdict.OK for one in findings)
-    return "; ".join([*words, f"{right} ok"])
+    return "; ".join([*parts, f"{right} ok"])
 
 
 USUAL = Path("/etc/sluice.yaml")  # of a node without Kubernetes (deploy/systemd)
@@ -162,14 +162,14 @@ def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tupl
 def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
     """Returns the process's flags and environment; None if they cannot be read."""
     try:
-        words = _words(process / "cmdline")
+        arguments = _words(process / "cmdline")
         pairs = (word.partition("=") for word in _words(process / "environ"))
         variables = {key: value for key, _, value in pairs}
     except OSError:
         return None
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     settings_sources.add_options(parser)
-    after = words[len(words) - words[::-1].index("agent") :] if "agent" in words else words
+    after = arguments[len(arguments) - arguments[::-1].index("agent") :] if "agent" in arguments else arguments
     with contextlib.suppress(argparse.ArgumentError):
         args, _ = parser.parse_known_args(after)
         args.config = _inside(process, args.config or variables.get("SLUICE_CONFIG", ""))

@@ -98,8 +98,8 @@ def _from(one: Answer) -> str:
 def _options(answer: Answer) -> str:
     rows = []
     for one in answer["options"]:
-        place = f" ({one['place']})" if one["place"] else ""
-        origin = "default" if one["origin"] == "fixed" else f"{one['origin']} {one['key']}{place}"
+        source = f" ({one['place']})" if one["place"] else ""
+        origin = "default" if one["origin"] == "fixed" else f"{one['origin']} {one['key']}{source}"
         rows.append((one["option"], word(one["value"]) or ("any" if one["option"] == "dns_to" else "none"), origin))
     return table(("OPTION", "VALUE", "FROM"), rows)
 
@@ -123,46 +123,46 @@ def _holds(answer: Answer) -> Rows:
     return rows
 
 
-def _ztunnel(found: Answer) -> str:
-    if found["connections"] == 0:
+def _ztunnel(ztunnel: Answer) -> str:
+    if ztunnel["connections"] == 0:
         return "none is connected to the agent"
-    state = {True: "has the pod", False: "does not have the pod yet", None: "unknown"}[found["acknowledged"]]
-    if (sent := found.get("identity")) is None:
+    state = {True: "has the pod", False: "does not have the pod yet", None: "unknown"}[ztunnel["acknowledged"]]
+    if (sent := ztunnel.get("identity")) is None:
         return state
     return f"{state} as {sent['namespace']}/{sent['name']}, service account {sent['service_account'] or '(none)'}"
 
 
-def _listeners(found: Answer) -> str:
-    if found["error"] or found["listening"] is None:
-        return found["error"] or "unknown"
-    there = ", ".join(map(str, found["listening"])) or "none"
-    missing = f"MISSING: {', '.join(map(str, found['silent']))}" if found["silent"] else ""
-    return "; ".join(filter(None, (there, missing, *(found["foreign"] or ()))))
+def _listeners(listeners: Answer) -> str:
+    if listeners["error"] or listeners["listening"] is None:
+        return listeners["error"] or "unknown"
+    there = ", ".join(map(str, listeners["listening"])) or "none"
+    missing = f"MISSING: {', '.join(map(str, listeners['silent']))}" if listeners["silent"] else ""
+    return "; ".join(filter(None, (there, missing, *(listeners["foreign"] or ()))))
 
 
-def _exemption(found: Answer) -> str:
-    if found["mechanism"] == "off":
+def _exemption(exemption: Answer) -> str:
+    if exemption["mechanism"] == "off":
         return "captured like any other connection (setting host_probes)"
-    state = found["error"] or ("exempt" if found["ok"] else "not examined yet")
-    return f"{state} by {found['mechanism']} for {', '.join(found['addresses']) or 'no address of it'}"
+    state = exemption["error"] or ("exempt" if exemption["ok"] else "not examined yet")
+    return f"{state} by {exemption['mechanism']} for {', '.join(exemption['addresses']) or 'no address of it'}"
 
 
 def _connections(answer: Answer, now: float) -> str:
     """Summarises connections by fate, lists those that look wrong, and counts non-TCP traffic."""
-    found = answer["connections"]
-    if found["error"] or found["collector"] == "off":
-        lines = [found["error"] or "not accounted for: the setting accounting is off"]
+    account = answer["connections"]
+    if account["error"] or account["collector"] == "off":
+        lines = [account["error"] or "not accounted for: the setting accounting is off"]
     else:
-        lines = [f"{found['live']} live, {found['ended']} recently ended (collector: {found['collector']})"]
-    for one in found["fates"]:
+        lines = [f"{account['live']} live, {account['ended']} recently ended (collector: {account['collector']})"]
+    for one in account["fates"]:
         lines.append(f"{one['connections']:>6} {one['direction']} {one['fate']}{_why(one)}")
-    if cut := found.get("cut"):
+    if cut := account.get("cut"):
         which = (
             f"the last {cut['connections']} of the captured ones" if cut["connections"] > 1 else "the last captured one"
         )
         lines.append(f"{which}: ended by ztunnel without a byte, after {cut['seconds']:.1f} s")
-    if found["wrong"]:
-        rows = [_wrong(one, now) for one in found["wrong"]]
+    if account["wrong"]:
+        rows = [_wrong(one, now) for one in account["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")
     for direction, counts in answer.get("non_tcp", {}).items():
         if counts["packets"]:

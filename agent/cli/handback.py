@@ -71,9 +71,9 @@ def _run(args: argparse.Namespace) -> int:
     rows = hand_back_all(settings, [Path(path) for path in args.netns], problems, dry_run=args.dry_run)
     value = {"pods": [asdict(row) for row in rows], "problems": problems}
     lines = [(r.netns, r.pod, r.mechanism, r.result, "; ".join(r.remarks)) for r in rows]
-    words = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
+    pods = table(("NETNS", "POD", "MECHANISM", "RESULT", "DETAILS"), lines) if rows else "No pod is captured here."
     scripts = [f"# {row.netns}\n{script}" for row in rows if args.dry_run for script in row.scripts]
-    options.emit(args.output, value, "\n".join([words, *(f"cannot examine: {one}" for one in problems), *scripts]))
+    options.emit(args.output, value, "\n".join([pods, *(f"cannot examine: {one}" for one in problems), *scripts]))
     return 1 if problems or any(row.result == "not handed back" for row in rows) else 0
 
 
@@ -95,10 +95,10 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
     """Hands back every namespace that holds something of Sluice, or that a note calls captured."""
     run_dir = settings.run_dir
     known = existing.known(run_dir)  # before State.load, which drops pins that no note belongs to
-    places = only or existing.places(run_dir, known)
-    found = list(existing.namespaces(places, problems))
+    paths = only or existing.places(run_dir, known)
+    namespaces = list(existing.namespaces(paths, problems))
     notes = {note.pod.uid: note for note in Notes(run_dir).load()} if Path(run_dir).is_dir() else {}
-    for netns in found:
+    for netns in namespaces:
         pod = existing.pod(netns, run_dir, known)
         note = notes.get(pod.uid) if pod else None
         row = Row(netns.origin, pod.name or pod.uid if pod else "")
@@ -119,33 +119,37 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
 def _host(*, dry_run: bool) -> Iterator[Row]:
     """Removes the exemption of the node's probes: istio-cni creates its own, and fails if a chain of Sluice exists."""
     with contextlib.closing(HostNetns()) as host:
-        found = uncapture_host(host, layers("off")[1], layer_ownership.host_layer_owner, dry_run=dry_run)
-    if found is None or found.result == LEFT:
+        removal = uncapture_host(host, layers("off")[1], layer_ownership.host_layer_owner, dry_run=dry_run)
+    if removal is None or removal.result == LEFT:
         return
-    result = "not handed back" if found.result == REMAINS else "would be handed back" if dry_run else "handed back"
+    result = "not handed back" if removal.result == REMAINS else "would be handed back" if dry_run else "handed back"
     note = "probe exemption removed: until istio-cni creates its own, probes are captured"
     yield Row(
         "host",
         "",
-        mechanism=",".join(found.layers),
+        mechanism=",".join(removal.layers),
         result=result,
-        scripts=found.scripts,
-        remarks=(note, *found.errors),
+        scripts=removal.scripts,
+        remarks=(note, *removal.errors),
     )
 
 
 def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings, *, dry_run: bool) -> bool:
     """Returns whether anything of Sluice was there; fills in the row. Raises SluiceError; earlier work stays."""
-    made = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
-    ours = [n for n in _NETFILTER if layer_ownership.layer_owner(n, made[n].read(target)) is Owner.SLUICE]
+    layers_by_name = mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir))
+    captured_by = [
+        n for n in _NETFILTER if layer_ownership.layer_owner(n, layers_by_name[n].read(target)) is Owner.SLUICE
+    ]
     captured = note is not None and note.captured
-    if not ours and not captured:
+    if not captured_by and not captured:
         return False
     if note is None or not captured:
         free = f"sluice uncapture --all --netns {target.netns.origin}"
         raise SluiceError(f"no note says what its rules must do; left as it is, `{free}` removes them")
     old = backend_record.load(settings.run_dir)
-    row.mechanism = ours[0] if ours else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
+    row.mechanism = (
+        captured_by[0] if captured_by else old.backend if old and old.backend in _NETFILTER else _NETFILTER[0]
+    )
     decision = decide(note.pod, settings)
     if decision.redirect is None:
         raise SluiceError(f"{decision.reason}: the settings do not want it captured; left as it is")
@@ -155,15 +159,15 @@ def hand_back(row: Row, target: PodNetns, note: Note | None, settings: Settings,
     silent = (
         ("of connections from before its enrolment, those that were silent since are cut",) if note.preexisting else ()
     )
-    entry = made["ebpf"].plan(None, made["ebpf"].read(target))
+    entry = layers_by_name["ebpf"].plan(None, layers_by_name["ebpf"].read(target))
     row.remarks = (*decision.warnings, *lost, *silent, *([_BY_SOCKET] if entry else []))
-    chosen = (made["routing"], made[row.mechanism])
+    chosen = (layers_by_name["routing"], layers_by_name[row.mechanism])
     if dry_run:
         scripts = [script for layer in chosen for script in _dry(target, layer, want)]
         row.result = "would be handed back"
         row.scripts = (*scripts, *([str(entry)] if entry else []))
         return True
-    retired = [one for one in reversed(made.values()) if one not in chosen]
+    retired = [one for one in reversed(layers_by_name.values()) if one not in chosen]
     done = [one.script for one in settle(target, want, chosen, retired).applied]
     row.scripts = (*done, *(script for layer in chosen for script in strip(target, layer, want)))
     row.result = "handed back"
@@ -186,4 +190,4 @@ def strip(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
 def _dry(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
     repair = str(layer.plan(want, layer.read(target)))
     plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
-    return tuple(words for words in (repair, str(plan)) if words)
+    return tuple(script for script in (repair, str(plan)) if script)

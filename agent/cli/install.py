@@ -78,10 +78,10 @@ def _installation_text(value: dict[str, Any]) -> str:
     rows = [
         ("Installed", "yes" if value["installed"] else "no"),
         ("Mode", value["mode"]),
-        *((key.title(), f"{place['directory']} ({place['reason']})") for key, place in where.items()),
+        *((key.title(), f"{directory['directory']} ({directory['reason']})") for key, directory in where.items()),
         ("File", f"{value['file'] or 'none'}{' around ' + value['primary'] if value['primary'] else ''}"),
-        *(("To do", words) for words in value["todo"]),
-        *(("Remark", words) for words in value["remarks"]),
+        *(("To do", line) for line in value["todo"]),
+        *(("Remark", line) for line in value["remarks"]),
         *([("Error", value["error"])] if value["error"] else []),
     ]
     return pairs(rows)

@@ -41,7 +41,7 @@ class Page:
             width = max(map(len, self.examples))
             text.append("\n".join(["examples:", *(f"  sluice {a:<{width}}  {b}" for a, b in self.examples.items())]))
         if self.codes:
-            text.append("\n".join(["exit codes:", *(f"  {code:<4}{words}" for code, words in self.codes.items())]))
+            text.append("\n".join(["exit codes:", *(f"  {code:<4}{meaning}" for code, meaning in self.codes.items())]))
         return "\n\n".join(text)
 
 

@@ -81,10 +81,10 @@ class _Node:
 
     def judge(self, facts: MigrationFacts) -> tuple[MigrationFinding, ...]:
         if self.args.back:
-            found = assessment.back_findings(facts, self.settings.cni_conf_name)
+            findings = assessment.back_findings(facts, self.settings.cni_conf_name)
         else:
-            found = assessment.take_over_findings(facts, self.entry, self.settings, self.mode)
-        return assessment.accepted(found, self.args.accept)
+            findings = assessment.take_over_findings(facts, self.entry, self.settings, self.mode)
+        return assessment.accepted(findings, self.args.accept)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -129,15 +129,15 @@ def _hand_back(node: _Node) -> tuple[MigrationFinding, ...]:
     """Does what `sluice handback --all` does; returns the result of each pod."""
     problems: list[str] = []
     rows = handback.hand_back_all(node.settings, node.netns, problems, dry_run=False)
-    failed = [MigrationFinding("pods", OBSTACLE, words, "see sluice handback --all") for words in problems]
+    failed = [MigrationFinding("pods", OBSTACLE, problem, "see sluice handback --all") for problem in problems]
     return (*failed, *map(_handed, rows))
 
 
 def _handed(row: handback.Row) -> MigrationFinding:
-    words = "; ".join([f"{row.pod or row.netns}: {row.result}", *row.remarks])
+    summary = "; ".join([f"{row.pod or row.netns}: {row.result}", *row.remarks])
     if row.result == "handed back":
-        return MigrationFinding("pods", FINE, words)
-    return MigrationFinding("pods", OBSTACLE, words, "put right what it says, then run this again")
+        return MigrationFinding("pods", FINE, summary)
+    return MigrationFinding("pods", OBSTACLE, summary, "put right what it says, then run this again")
 
 
 def _take_over_steps(node: _Node, facts: MigrationFacts) -> Plan:
@@ -158,17 +158,17 @@ def _carry_out(directory: NetDir, plan: Plan) -> tuple[MigrationStep, ...]:
     """Executes one step at a time, each planned from the actual state. Raises SluiceError; completed steps stay."""
     done: list[MigrationStep] = []
     while True:
-        found = plan(directory.view())
-        if found.error:
-            raise SettingsError(f"{directory.directory}: {found.error}")
-        if not found.steps:
+        planned = plan(directory.view())
+        if planned.error:
+            raise SettingsError(f"{directory.directory}: {planned.error}")
+        if not planned.steps:
             return tuple(done)
         if len(done) == _MOST:
             raise SettingsError(
                 f"{directory.directory}: another program keeps changing it; {done[-1]} was repeated in vain"
             )
-        directory.apply(found.steps[0].action)
-        done.append(found.steps[0])
+        directory.apply(planned.steps[0].action)
+        done.append(planned.steps[0])
 
 
 def _hindered(findings: Sequence[MigrationFinding]) -> bool:
@@ -176,15 +176,15 @@ def _hindered(findings: Sequence[MigrationFinding]) -> bool:
 
 
 def _values(files: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for name in files:
         try:
-            found |= values.read(yaml.safe_load_all(Path(name).read_text()))
+            merged |= values.read(yaml.safe_load_all(Path(name).read_text()))
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"{name}: {error.strerror if isinstance(error, OSError) else error}") from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SettingsError(f"{name}: not YAML: {getattr(error, 'problem', error)}") from None
-    return found
+    return merged
 
 
 def _tell(
@@ -194,10 +194,10 @@ def _tell(
     todo: Sequence[MigrationStep],
     done: Sequence[MigrationStep] = (),
 ) -> None:
-    made = {} if node.args.back else dict(assessment.translated_of(facts).settings)
+    settings = {} if node.args.back else dict(assessment.translated_of(facts).settings)
     value = {
         "findings": [asdict(one) for one in findings],
-        "settings": made,
+        "settings": settings,
         "todo": list(map(str, todo)),
         "done": list(map(str, done)),
     }
@@ -205,6 +205,6 @@ def _tell(
     lines = [table(("SUBJECT", "LEVEL", "FOUND", "WHAT TO DO"), rows)]
     lines += [f"done:  {step}" for step in done]
     lines += [f"to do: {step}" for step in todo]
-    if made and node.args.check:
-        lines += ["", "# istio-cni's settings as ours:", yaml.safe_dump(made, sort_keys=True).rstrip()]
+    if settings and node.args.check:
+        lines += ["", "# istio-cni's settings as ours:", yaml.safe_dump(settings, sort_keys=True).rstrip()]
     options.emit(node.args.output, value, "\n".join(lines))

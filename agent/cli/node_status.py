@@ -32,10 +32,10 @@ def _status(args: argparse.Namespace) -> int:
         ("Ready", "yes" if answer["ready"] else "no"),
         ("Problem", answer["problem"] or "none"),
         ("Backend", f"{answer['backend']} ({answer['backend_reason']})"),
-        *((f"  {name}", words) for name, words in answer["backends"].items()),
+        *((f"  {name}", text) for name, text in answer["backends"].items()),
         ("Probes", _probes(answer)),
         ("Accounting", f"{answer['accounting']} ({answer['accounting_reason']})"),
-        *((f"  {fate}", words) for fate, words in _fates(answer["connections"])),
+        *((f"  {fate}", text) for fate, text in _fates(answer["connections"])),
         ("Ztunnels", _ztunnels(answer)),
         ("Static pods", answer["static_pods"]),
         ("Pods", ", ".join(f"{count} {state}" for state, count in sorted(answer["pods"].items())) or "none"),
@@ -59,11 +59,11 @@ def _some(pods: list[str]) -> str:
 
 def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Returns the number of connections of each fate, and by reason where there is one."""
-    found: dict[str, Counter[str]] = {"captured": Counter(), "exempt": Counter(), "leaked": Counter()}
+    fates: dict[str, Counter[str]] = {"captured": Counter(), "exempt": Counter(), "leaked": Counter()}
     for row in rows:
-        found.setdefault(row["fate"], Counter())[row["reason"]] += row["connections"]
+        fates.setdefault(row["fate"], Counter())[row["reason"]] += row["connections"]
     lines = []
-    for fate, reasons in found.items():
+    for fate, reasons in fates.items():
         named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason)
         lines.append((fate, f"{reasons.total()} connections" + (f" ({named})" if named else "")))
     return lines if rows else []

@@ -17,8 +17,8 @@ _MANY = 12  # options that a line of usage may list
 class Parser(argparse.ArgumentParser):
     """The parser of the program, of a command, or of a command in a group."""
 
-    def __init__(self, **words: Any) -> None:
-        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **words})
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     @property
     def command(self) -> str:
@@ -27,15 +27,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits with code 2 and one line with the prefix of all errors."""
-        words = f"{self.command}: " if self.command else ""
-        self.exit(2, f"sluice: {words}{self._plain(' '.join(message.split()))}\n")
+        prefix = f"{self.command}: " if self.command else ""
+        self.exit(2, f"sluice: {prefix}{self._plain(' '.join(message.split()))}\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Rejects unknown arguments here: no other parser receives them, and this one knows the nearest option."""
-        found, extra = super().parse_known_args(args, namespace)
+        known, extra = super().parse_known_args(args, namespace)
         if extra:
             self.error(_UNKNOWN + extra[0])
-        return found, extra
+        return known, extra
 
     def format_help(self) -> str:
         from agent.cli import manual  # for people who ask: no other run pays for its texts
@@ -58,13 +58,13 @@ class Parser(argparse.ArgumentParser):
                 return f"unexpected argument {word!r}; {see}"
             options = (option for action in self._actions for option in action.option_strings)
             return f"unknown option {word}; {_meant(word.partition('=')[0], options)}{see}"
-        if (found := _CHOICE.fullmatch(message)) is not None:
-            place = found[1]
-            word = found[2]
-            choices = [one.strip(" '") for one in found[3].split(",")]
-            if place == "COMMAND":
+        if (match := _CHOICE.fullmatch(message)) is not None:
+            argument = match[1]
+            word = match[2]
+            choices = [one.strip(" '") for one in match[3].split(",")]
+            if argument == "COMMAND":
                 return f"unknown command {word!r}; {_meant(word, choices)}{see}"
-            return f"{place}: {word!r} is not one of {', '.join(choices)}"
+            return f"{argument}: {word!r} is not one of {', '.join(choices)}"
         return f"{message.removeprefix('argument ')}; {see}"
 
 
@@ -78,8 +78,8 @@ def _meant(word: str, choices: Iterable[str]) -> str:
 class ProgramParser(Parser):
     """The parser of the program: its help lists the commands in sections, one line each."""
 
-    def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **words: Any) -> None:
-        super().__init__(**words)
+    def __init__(self, sections: Sequence[tuple[str, Sequence[str]]], about: str, **options: Any) -> None:
+        super().__init__(**options)
         self._sections = sections
         self._about = about
 

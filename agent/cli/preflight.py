@@ -77,16 +77,16 @@ def _value(
 
 def _text(view: HostView, value: dict[str, Any], features: tuple[Feature, ...]) -> str:
     passed = "packets are captured, and are not after removal"
-    tests = {name: "; ".join(found) or passed for name, found in value["selftest"].items()}
+    tests = {name: "; ".join(failures) or passed for name, failures in value["selftest"].items()}
     rows = [
         ("Backend", f"{value['backend'] or 'none'} ({value['reason']})"),
         ("Host probes", f"{value['host_probes']} ({value['host_probes_reason']})" if value["backend"] else "none"),
-        *((f"Self-test {name}", words) for name, words in tests.items()),
+        *((f"Self-test {name}", text) for name, text in tests.items()),
         ("Kernel", f"{view.release}, nf_tables {view.nf_tables.value}, IPv6 {'on' if view.ipv6 else 'off'}"),
         ("iptables", view.iptables.value),
         ("Host tables", _tables(view.nft)),
         ("Legacy tables", _tables(view.legacy)),
-        *(("Remark", words) for words in view.remarks),
+        *(("Remark", text) for text in view.remarks),
     ]
     cells = [(one.name, ",".join(one.needed_by), *_result(one)) for one in features]
     return f"{pairs(rows)}\n\n{table(('FEATURE', 'NEEDED BY', 'PRESENT', 'WHAT TO DO'), cells)}"
@@ -95,8 +95,8 @@ def _text(view: HostView, value: dict[str, Any], features: tuple[Feature, ...]) 
 def _result(one: Feature) -> tuple[str, str]:
     if one.present:
         return "yes", ""
-    words = [one.words, one.remedy, *([f"else {one.without}"] if one.without else [])]
-    return "no" if one.without else "MISSING", "; ".join(words)
+    parts = [one.words, one.remedy, *([f"else {one.without}"] if one.without else [])]
+    return "no" if one.without else "MISSING", "; ".join(parts)
 
 
 def _tables(tables: tuple[HostTable, ...] | None) -> str:

@@ -32,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("settings", "also keys of the file, and $SLUICE_<NAME> in the environment")
     for one in DECLARED.values():
-        words = one.help if "(default:" in one.help else f"{one.help} (default: {default(one.default)})"
-        group.add_argument("--" + one.name.replace("_", "-"), metavar=one.kind.takes, help=words.replace("%", "%%"))
+        text = one.help if "(default:" in one.help else f"{one.help} (default: {default(one.default)})"
+        group.add_argument("--" + one.name.replace("_", "-"), metavar=one.kind.takes, help=text.replace("%", "%%"))
 
 
 def default(value: object) -> str:
@@ -50,7 +50,7 @@ def load(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) ->
 
 def places(args: argparse.Namespace) -> dict[str, str]:
     """Returns where each given setting comes from, as error messages name it. Raises SettingsError."""
-    return {key: place for layer in _layers(args) for key, (_, place) in layer.items()}
+    return {key: source for layer in _layers(args) for key, (_, source) in layer.items()}
 
 
 def _layers(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) -> list[Layer]:
@@ -68,11 +68,11 @@ def cluster(variables: Mapping[str, str], account: Path = Path(names.SERVICE_ACC
     if not host or not port:
         return {}
     url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-    found: Layer = {"kube_server": (url, "$KUBERNETES_SERVICE_HOST")}
+    layer: Layer = {"kube_server": (url, "$KUBERNETES_SERVICE_HOST")}
     with contextlib.suppress(OSError, UnicodeDecodeError):
         own = account / "namespace"
-        found["own_namespace"] = (own.read_text().strip(), str(own))
-    return found
+        layer["own_namespace"] = (own.read_text().strip(), str(own))
+    return layer
 
 
 def environment(variables: Mapping[str, str]) -> Layer:

@@ -46,15 +46,15 @@ def _asks(command: Command) -> bool:
 
 def _values(program: Command) -> Mapping[str, list[str]]:
     """Maps the value of an option to its commands, such as "lab up --backend"; settings are alike everywhere."""
-    found: dict[str, list[str]] = {}
+    commands: dict[str, list[str]] = {}
     for command in program.walk():
         for option in command.options:
             for flag in option.flags if option.value else ():
                 key = _value(option)
-                place = f"* {flag}" if option.setting else f"{_path(command)} {flag}"
-                if place not in found.setdefault(key, []):
-                    found[key].append(place)
-    return found
+                pattern = f"* {flag}" if option.setting else f"{_path(command)} {flag}"
+                if pattern not in commands.setdefault(key, []):
+                    commands[key].append(pattern)
+    return commands
 
 
 def _value(option: Option) -> str:
@@ -68,8 +68,8 @@ def _cases(program: Command, every: str) -> Iterator[tuple[str, str]]:
     """Returns (pattern of a case statement, value). Options of one command come before settings."""
     values = _values(program)
     for general in (False, True):
-        for what, places in sorted(values.items()):
-            chosen = [place for place in places if place.startswith("*") is general]
+        for what, patterns in sorted(values.items()):
+            chosen = [pattern for pattern in patterns if pattern.startswith("*") is general]
             if chosen:
                 yield "|".join(f"{every}'{one[1:]}'" if general else f"'{one}'" for one in chosen), what
 
@@ -130,8 +130,8 @@ def _places(program: Command) -> Iterator[str]:
     """Returns the arguments of each command, as arms of a case statement for both bash and zsh."""
     for command in program.walk():
         pods = " pods=yes" if _asks(command) else ""
-        words = " ".join(one.words[0] for one in program.commands) if command.words == ("help",) else _words(command)
-        yield f"    '{_path(command)}') words='{words}' flags='{_flags(command)}'{pods} ;;"
+        choices = " ".join(one.words[0] for one in program.commands) if command.words == ("help",) else _words(command)
+        yield f"    '{_path(command)}') words='{choices}' flags='{_flags(command)}'{pods} ;;"
 
 
 _ZSH_HEAD = """\

@@ -91,13 +91,15 @@ def _run(args: argparse.Namespace) -> int:
 def _all(args: argparse.Namespace) -> int:
     known = existing.known(args.run_dir)
     problems = list[str]()
-    places = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
-    rows, seen = remove(args, known, places, problems)
+    paths = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
+    rows, seen = remove(args, known, paths, problems)
     if not args.netns:
         rows += leftovers(Pins.of(args.bpf_dir), dry_run=args.dry_run)
         with contextlib.closing(HostNetns()) as host:
-            found = uncapture_host(host, host_layers("off")[1], layer_ownership.host_layer_owner, dry_run=args.dry_run)
-        rows += [Row(_HOST, None, found)] if found else []
+            removal = uncapture_host(
+                host, host_layers("off")[1], layer_ownership.host_layer_owner, dry_run=args.dry_run
+            )
+        rows += [Row(_HOST, None, removal)] if removal else []
     if not args.dry_run:
         stay = {row.pod.uid for row in rows if row.pod and not row.right}
         existing.forget(args.run_dir, {one.uid for one in (seen if args.netns else known)} - stay)
@@ -120,19 +122,19 @@ def hold(run_dir: str, command: str) -> Iterator[None]:
             if Path(run_dir).is_dir():
                 held.callback(os.close, claim(Path(run_dir)))
         except SluiceError:
-            words = f"an agent runs on {run_dir} and would put everything back; stop it first, then run this again"
-            raise SluiceError(f"{command}: {words}") from None
+            cause = f"an agent runs on {run_dir} and would put everything back; stop it first, then run this again"
+            raise SluiceError(f"{command}: {cause}") from None
         yield
 
 
 def remove(
-    args: argparse.Namespace, known: Sequence[ExistingNetns], places: Sequence[Path], problems: list[str]
+    args: argparse.Namespace, known: Sequence[ExistingNetns], paths: Sequence[Path], problems: list[str]
 ) -> tuple[list[Row], list[ExistingNetns]]:
-    """Cleans every namespace that `places` lead to; also returns which of the `known` pods they belong to."""
+    """Cleans every namespace that `paths` lead to; also returns which of the `known` pods they belong to."""
     layers = tuple(mechanisms(pins=Pins.of(args.bpf_dir)).values())
     rows = list[Row]()
     seen = list[ExistingNetns]()
-    for netns in existing.namespaces(places, problems):
+    for netns in existing.namespaces(paths, problems):
         pod = existing.pod(netns, args.run_dir, known)
         seen += [pod] if pod else []
         with contextlib.closing(PodNetns(netns)) as target:
@@ -159,10 +161,10 @@ def leftovers(pins: Pins, *, dry_run: bool) -> list[Row]:
 
     The whole directory is removed last, with what another version created: that only requires removing files.
     """
-    found = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
-    rows = [Row(_NODE, None, found)] if found else []
+    removal = uncapture_left(tuple(mechanisms(pins=pins).values()), dry_run=dry_run)
+    rows = [Row(_NODE, None, removal)] if removal else []
     if pins.root.exists() and not dry_run:
-        rows = [Row(_NODE, None, _directory(pins.root, "ebpf-programs", found.errors if found else ()))]
+        rows = [Row(_NODE, None, _directory(pins.root, "ebpf-programs", removal.errors if removal else ()))]
     if pins.accounting.root.exists():
         root = pins.accounting.root
         would = Removal(Owner.SLUICE, WOULD, ("accounting",), scripts=(f"rm -r {root}",))
@@ -187,8 +189,8 @@ def _text(value: dict[str, Any], *, dry_run: bool) -> str:
         for one in rows
     ]
     scripts = [f"# {one['netns']}\n{script}" for one in rows if dry_run for script in one["scripts"]]
-    words = table(header, lines) if lines else "Nothing of Sluice is on this node."
-    return "\n".join([words, *value["remarks"], *(f"cannot examine: {one}" for one in value["problems"]), *scripts])
+    rows_text = table(header, lines) if lines else "Nothing of Sluice is on this node."
+    return "\n".join([rows_text, *value["remarks"], *(f"cannot examine: {one}" for one in value["problems"]), *scripts])
 
 
 _REFUSED = (401, 403)  # the role is gone, and will not come back by waiting

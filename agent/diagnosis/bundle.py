@@ -34,21 +34,21 @@ class Bundle:
     missing: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
 
-    def text(self, name: str, words: str) -> None:
+    def text(self, name: str, content: str) -> None:
         """Redacts the text, then cuts it: the cut part may be what marks the rest as a secret."""
-        clean = redaction.text(_end(words, 4 * MOST))
+        clean = redaction.text(_end(content, 4 * MOST))
         if len(clean) > MOST:
-            self.cut[name] = len(words)
+            self.cut[name] = len(content)
             clean = _end(clean, MOST)
         self._add(name, clean)
 
     def value(self, name: str, given: Any) -> None:
         """Adds a value as JSON. One that is too long is added as text."""
-        words = json.dumps(redaction.value(given), indent=2, default=str) + "\n"
-        if len(words) > MOST:
-            self.text(name, words)
+        content = json.dumps(redaction.value(given), indent=2, default=str) + "\n"
+        if len(content) > MOST:
+            self.text(name, content)
         else:
-            self._add(name, words)
+            self._add(name, content)
 
     def lacks(self, name: str, why: str) -> None:
         self.missing[name] = " ".join(redaction.text(why).split())
@@ -85,11 +85,11 @@ class Bundle:
                 tar.addfile(info, io.BytesIO(data))
         return packed.getvalue()
 
-    def _add(self, name: str, words: str) -> None:
-        self.files[name] = self._hidden(words).encode(errors="replace")
+    def _add(self, name: str, content: str) -> None:
+        self.files[name] = self._hidden(content).encode(errors="replace")
 
-    def _hidden(self, words: str) -> str:
-        return redaction.without_addresses(words, self.salt) if self.salt else words
+    def _hidden(self, content: str) -> str:
+        return redaction.without_addresses(content, self.salt) if self.salt else content
 
 
 def safe(name: str) -> str:
@@ -97,11 +97,11 @@ def safe(name: str) -> str:
     return _UNSAFE.sub("_", name).lstrip(".")[:120] or "_"
 
 
-def _end(words: str, most: int) -> str:
+def _end(content: str, most: int) -> str:
     """Returns whole lines from the end, without part of a key or certificate that begins before them."""
-    if len(words) <= most:
-        return words
-    kept = words[-most:].partition("\n")[2]
+    if len(content) <= most:
+        return content
+    kept = content[-most:].partition("\n")[2]
     end, begin = kept.find("-----END "), kept.find("-----BEGIN ")
     divided = end >= 0 and (begin < 0 or end < begin)
     return kept[end:].partition("\n")[2] if divided else kept

@@ -125,8 +125,8 @@ def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _try(bundle: Bundle, name: str, asked: Callable[[], Any]) -> None:
     """Adds the result as text if it is text, else as JSON."""
     try:
-        found = asked()
-        (bundle.text if isinstance(found, str) else bundle.value)(name, found)
+        content = asked()
+        (bundle.text if isinstance(content, str) else bundle.value)(name, content)
     except SluiceError as error:
         bundle.lacks(name, str(error))
 
@@ -163,9 +163,9 @@ def _pods(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
             continue
         name = f"pods/{safe(one.name.partition('/')[0])}_{safe(one.name.partition('/')[2] or one.uid)}"
         _file(bundle, f"{name}/note.json", Path(run_dir, "pods", f"{one.uid}.json"), structured=True)
-        places = [Path(run_dir, "netns", one.uid), *([Path(one.path)] if one.path else [])]
+        paths = [Path(run_dir, "netns", one.uid), *([Path(one.path)] if one.path else [])]
         problems = list[str]()
-        netns = next(iter(existing.namespaces(places, problems)), None)
+        netns = next(iter(existing.namespaces(paths, problems)), None)
         if netns is None:
             bundle.lacks(f"{name}/", "; ".join(problems) or "its network namespace is not there")
             continue
@@ -235,11 +235,11 @@ def _file(bundle: Bundle, name: str, path: Path, *, structured: bool = False) ->
         with path.open("rb") as file:
             with contextlib.suppress(OSError):  # files of /proc have no end to go to
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2 * MOST))
-            words = file.read(4 * MOST).decode(errors="replace")
+            content = file.read(4 * MOST).decode(errors="replace")
         if structured:
             with contextlib.suppress(ValueError):
-                bundle.value(name, json.loads(words))
+                bundle.value(name, json.loads(content))
                 return
-        bundle.text(name, words)
+        bundle.text(name, content)
     except OSError as error:
         bundle.lacks(name, f"{path}: {error.strerror}")

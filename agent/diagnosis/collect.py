@@ -42,6 +42,6 @@ def collect(
         try:
             facts = replace(facts, **{name: step()})
         except (SluiceError, OSError, ValueError, KeyError) as error:
-            words = str(error) if isinstance(error, SluiceError) else f"{name}: {error}; {_HINT}"
-            facts = replace(facts, unseen={**facts.unseen, name: words})
+            reason = str(error) if isinstance(error, SluiceError) else f"{name}: {error}; {_HINT}"
+            facts = replace(facts, unseen={**facts.unseen, name: reason})
     return facts

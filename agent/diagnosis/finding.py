@@ -95,8 +95,8 @@ def examine(check: Check, facts: NodeFacts) -> tuple[CheckResult, ...]:
     A missing group of facts makes it unknown, with the reason. Findings that are not ok hide those that are.
     """
     missing = [facts.unseen[name] for name in check.needs if name in facts.unseen]
-    said = [unknown("; ".join(missing))] if missing else list(check.judge(facts)) or [ok(check.fine)]
-    said = [one for one in said if one.verdict is not CheckVerdict.OK] or said
+    lines = [unknown("; ".join(missing))] if missing else list(check.judge(facts)) or [ok(check.fine)]
+    lines = [one for one in lines if one.verdict is not CheckVerdict.OK] or lines
     return tuple(
         CheckResult(
             check=check.id,
@@ -106,7 +106,7 @@ def examine(check: Check, facts: NodeFacts) -> tuple[CheckResult, ...]:
             cause=_line(one.cause),
             remedy=one.remedy,
         )
-        for one in said
+        for one in lines
     )
 
 
@@ -119,6 +119,6 @@ def exit_code(findings: Iterable[CheckResult]) -> int:
     return int(any(one.verdict is CheckVerdict.WRONG for one in findings))
 
 
-def _line(words: str) -> str:
+def _line(text: str) -> str:
     """Joins the text of a kernel or a file into one line."""
-    return " ".join(words.split())
+    return " ".join(text.split())

@@ -84,8 +84,8 @@ def _text(value: Any) -> str:
     """Returns "" for what is zero, unset or empty."""
     if isinstance(value, Mapping):
         parts = [*((key, each) for key, each in value.items() if key not in _NO_FIELDS), *_attributes(value)]
-        words = " ".join(f"{key} {text}" for key, each in parts if (text := _text(each)))
-        return f"({words})" if words else ""
+        joined = " ".join(f"{key} {text}" for key, each in parts if (text := _text(each)))
+        return f"({joined})" if joined else ""
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(_text, value)))
     return "" if value in _UNSET else str(value)

@@ -51,13 +51,13 @@ _MAC = re.compile(r"(?<![\w:])(?:[0-9a-fA-F]{2}:){5}[0-9a-fA-F]{2}(?![\w:])")
 _OUR_KEYS = ("istio.io/", "ambient.istio.io/", "sidecar.istio.io/", *PREFIXES)
 
 
-def text(words: str) -> str:
+def text(content: str) -> str:
     """Redacts a text of any form: YAML, JSON, a log, a command line, an environment."""
-    words = _PEM.sub(f"{REMOVED} (PEM)", words)
-    words = _EQUALS.sub(_without_value, _COLON.sub(_without_value, words))
-    words = _FORMS.sub(REMOVED, words)
-    words = _SCHEME.sub(rf"\1\2{REMOVED}", words)
-    return _URL.sub(rf"\1{REMOVED}@", words)
+    content = _PEM.sub(f"{REMOVED} (PEM)", content)
+    content = _EQUALS.sub(_without_value, _COLON.sub(_without_value, content))
+    content = _FORMS.sub(REMOVED, content)
+    content = _SCHEME.sub(rf"\1\2{REMOVED}", content)
+    return _URL.sub(rf"\1{REMOVED}@", content)
 
 
 def _without_value(match: re.Match[str]) -> str:
@@ -85,7 +85,7 @@ def value(given: Any, key: str = "") -> Any:
     return text(given) if isinstance(given, str) else given
 
 
-def without_addresses(words: str, salt: str) -> str:
+def without_addresses(content: str, salt: str) -> str:
     """Replaces each address by a word that is the same in the whole bundle and shows only the family.
 
     Loopback, unspecified, and Sluice's own probe addresses stay: they are the same everywhere.
@@ -104,7 +104,7 @@ def without_addresses(words: str, salt: str) -> str:
         return f"ipv{address.version}-{digest(address)}"
 
     # Some networks make link addresses from a pod's address.
-    return _ADDRESS.sub(hashed, _MAC.sub(lambda match: f"mac-{digest(match[0].lower())}", words))
+    return _ADDRESS.sub(hashed, _MAC.sub(lambda match: f"mac-{digest(match[0].lower())}", content))
 
 
 _KNOWN = frozenset((names.PROBE_IPV4, names.PROBE_IPV6))

@@ -36,5 +36,5 @@ def ztunnel(facts: NodeFacts) -> str:
     kubectl, _ = _kubectl(facts)
     if not kubectl:
         return "systemctl restart sluice-ztunnel"
-    ours = f"{kubectl} get pods -l app.kubernetes.io/component=ztunnel -o wide"
-    return f"kubectl -n istio-system get pods -l app=ztunnel -o wide; of the embedded one: {ours}"
+    own = f"{kubectl} get pods -l app.kubernetes.io/component=ztunnel -o wide"
+    return f"kubectl -n istio-system get pods -l app=ztunnel -o wide; of the embedded one: {own}"

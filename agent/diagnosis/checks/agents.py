@@ -97,14 +97,14 @@ def _resources(facts: NodeFacts) -> Iterator[CheckLine]:
 
 @check("kubernetes", "the agent reaches the API server", problems="P09 P14", needs="agent")
 def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
-    said = facts.agent.status.get("kubernetes", "not set")
-    if said in ("ok", "not set"):
+    state = facts.agent.status.get("kubernetes", "not set")
+    if state in ("ok", "not set"):
         yield ok(
-            "no API server is configured" if said == "not set" else "the API server responds, and all pods are known"
+            "no API server is configured" if state == "not set" else "the API server responds, and all pods are known"
         )
         return
     yield wrong(
-        said,
+        state,
         "labels in the API server decide enrolment: without it, pods that may be enrolled do not start",
         "check kube_server, the token file and the agent's ClusterRole; sluice status",
     )
@@ -112,11 +112,11 @@ def _kubernetes(facts: NodeFacts) -> Iterator[CheckLine]:
 
 @check("static-pods", "the file of static pods is valid", needs="agent")
 def _static(facts: NodeFacts) -> Iterator[CheckLine]:
-    said = facts.agent.status.get("static_pods", "not set")
-    if said in ("ok", "not set"):
-        yield ok("no file is configured" if said == "not set" else f"{facts.settings.static_pods} is read")
+    state = facts.agent.status.get("static_pods", "not set")
+    if state in ("ok", "not set"):
+        yield ok("no file is configured" if state == "not set" else f"{facts.settings.static_pods} is read")
         return
-    yield wrong(said, "the file of static pods is invalid; its previous content stays in force", "repair the file")
+    yield wrong(state, "the file of static pods is invalid; its previous content stays in force", "repair the file")
 
 
 @check("leaks", "no connection of an enrolled pod bypassed ztunnel", problems="P02 P05", needs="agent")

@@ -40,23 +40,23 @@ def _backend(facts: NodeFacts) -> Iterator[CheckLine]:
 
 @check("preflight", "the kernel supports the backend", problems="P31 P34 P36 P60o", needs="preflight")
 def _preflight(facts: NodeFacts) -> Iterator[CheckLine]:
-    found = facts.preflight
-    if not found.choice:
-        yield wrong(found.reason, "no backend works on this kernel: no pod can be captured", "sluice preflight")
+    preflight = facts.preflight
+    if not preflight.choice:
+        yield wrong(preflight.reason, "no backend works on this kernel: no pod can be captured", "sluice preflight")
         return
-    for words in found.selftest:
+    for failure in preflight.selftest:
         yield wrong(
-            f"{found.choice}: {words}",
+            f"{preflight.choice}: {failure}",
             "the kernel accepts the rules, but packets are not captured",
             "sluice preflight; set backend to another one",
         )
-    for one in found.features:
+    for one in preflight.features:
         if one.lacking:
-            yield wrong(f"missing: {one.name} ({one.words})", f"{found.choice} needs it", one.remedy)
+            yield wrong(f"missing: {one.name} ({one.words})", f"{preflight.choice} needs it", one.remedy)
         elif not one.present:
             yield warning(f"missing: {one.name} ({one.words})", one.without, one.remedy)
-    if not found.selftest and all(one.present for one in found.features):
-        yield ok(f"{found.choice}: {len(found.features)} features, and packets are captured in a self-test")
+    if not preflight.selftest and all(one.present for one in preflight.features):
+        yield ok(f"{preflight.choice}: {len(preflight.features)} features, and packets are captured in a self-test")
 
 
 @check("host-tables", "the host uses one variant of iptables", problems="P30 P31 P39", needs="host")

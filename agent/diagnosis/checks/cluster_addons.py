@@ -25,18 +25,18 @@ def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
     host_only = values.get("bpf-lb-sock-hostns-only") == "true"
     if taking:
         listed = ", ".join(f"{one.name or one.id} ({one.hook})" for one in taking)
-        who = _whose(taking)
-        words = f"on the root cgroup: {listed}" + ("; bpf-lb-sock-hostns-only is true" if host_only else "")
+        program = _whose(taking)
+        observation = f"on the root cgroup: {listed}" + ("; bpf-lb-sock-hostns-only is true" if host_only else "")
         if host_only:
-            yield ok(f"{words}: connections of pods are not affected")
+            yield ok(f"{observation}: connections of pods are not affected")
             return
         yield warning(
-            words,
-            f"{who} replaces a service's address when the socket connects, before rules and ztunnel see it: "
+            observation,
+            f"{program} replaces a service's address when the socket connects, before rules and ztunnel see it: "
             "policies by service do not apply",
             "Cilium: helm upgrade cilium --set socketLB.hostNamespaceOnly=true; Calico: bpfConnectTimeLoadBalancing: "
             "Disabled"
-            if who != "a program"
+            if program != "a program"
             else f"bpftool prog show id {taking[0].id}",
         )
     elif values.get("kube-proxy-replacement") in ("true", "strict") and not host_only:
@@ -57,8 +57,8 @@ def _whose(programs: list[AttachedProgram]) -> str:
 
 @check("security", "SELinux and AppArmor let Sluice work", problems="P60j", needs="security")
 def _security(facts: NodeFacts) -> Iterator[CheckLine]:
-    found = facts.security
-    for line in found.denials:
+    security = facts.security
+    for line in security.denials:
         if "apparmor" in line:
             remedy = "run the agent unconfined (appArmorProfile: Unconfined, which the chart sets)"
             yield wrong(line, "AppArmor denied an operation of Sluice", remedy)
@@ -69,20 +69,22 @@ def _security(facts: NodeFacts) -> Iterator[CheckLine]:
                 "seLinuxOptions: {type: spc_t} (the chart sets it); restorecon -v /opt/cni/bin/sluice-cni",
             )
     if (
-        found.selinux == "enforcing"
-        and found.context
-        and "spc_t" not in found.context
-        and "unconfined" not in found.context
+        security.selinux == "enforcing"
+        and security.context
+        and "spc_t" not in security.context
+        and "unconfined" not in security.context
     ):
         yield warning(
-            f"SELinux is enforcing, and the agent runs as {found.context}",
+            f"SELinux is enforcing, and the agent runs as {security.context}",
             "a confined type may not enter other namespaces",
             "seLinuxOptions: {type: spc_t} (the chart sets it)",
         )
-    if found.denials:
+    if security.denials:
         return
-    if found.unread:
-        yield unknown(f"denials cannot be read: {found.unread}", "ausearch -m avc -ts recent; dmesg | grep DENIED")
+    if security.unread:
+        yield unknown(f"denials cannot be read: {security.unread}", "ausearch -m avc -ts recent; dmesg | grep DENIED")
         return
-    state = found.selinux or "off"
-    yield ok(f"SELinux {state}, AppArmor {'on' if found.apparmor else 'off'}, no denial of Sluice in the kernel's log")
+    state = security.selinux or "off"
+    yield ok(
+        f"SELinux {state}, AppArmor {'on' if security.apparmor else 'off'}, no denial of Sluice in the kernel's log"
+    )

@@ -34,27 +34,27 @@ _RENAMED = (".cilium_bak", ".cilium_backup")
 )
 def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
-    ours = [one.name for one in cni.files if one.ours]
+    own = [one.name for one in cni.files if one.ours]
     # istio-cni's own list stays before Sluice's (install.planning); the verdict's remarks report it.
-    followed = [one for one in cni.files if ours and not one.ours and "istio-cni" in one.types]
+    followed = [one for one in cni.files if own and not one.ours and "istio-cni" in one.types]
     first = next((one for one in cni.files if one.types and one not in followed), None)
-    if cni.managed == "off" and not ours:
+    if cni.managed == "off" and not own:
         yield ok("cni_install is off and no list has sluice-cni: pods are announced by other means")
         return
     if cni.error or cni.verdict.error:
-        words = cni.error or cni.verdict.error
-        yield wrong(f"{cni.directory}: {words}", "Sluice's list cannot be written", "remove the cause; sluice install")
+        error = cni.error or cni.verdict.error
+        yield wrong(f"{cni.directory}: {error}", "Sluice's list cannot be written", "remove the cause; sluice install")
         return
     if first is None:
         cause = "the primary CNI has not written its list, or pods get their network by other means"
         yield wrong(f"{cni.directory}: no CNI configuration that a runtime would use", cause, f"ls -la {cni.directory}")
         return
     if not first.ours:
-        theirs = f"{first.name} ({' > '.join(first.types)})"
-        who = next((_PRIMARY[one][0] for one in first.types if one in _PRIMARY), "another program")
-        why = f"{who} wrote it" if ours else f"no list has Sluice's entry; {who} wrote the first one"
+        first_list = f"{first.name} ({' > '.join(first.types)})"
+        writer = next((_PRIMARY[one][0] for one in first.types if one in _PRIMARY), "another program")
+        why = f"{writer} wrote it" if own else f"no list has Sluice's entry; {writer} wrote the first one"
         remedy = "sluice install --check; sluice install, or start the agent, which maintains it"
-        yield wrong(f"{cni.directory}: the runtime uses {theirs}, which does not have sluice-cni", why, remedy)
+        yield wrong(f"{cni.directory}: the runtime uses {first_list}, which does not have sluice-cni", why, remedy)
         return
     steps = "; ".join(map(str, cni.verdict.actions))
     if steps:
@@ -62,8 +62,8 @@ def _configuration(facts: NodeFacts) -> Iterator[CheckLine]:
         yield wrong(f"{cni.directory}: to do: {steps}", cause, "sluice install, or start the agent, which maintains it")
         return
     yield from (
-        warning(f"{cni.directory}: {words}", "a remark on Sluice's list", "sluice install --check")
-        for words in cni.verdict.remarks
+        warning(f"{cni.directory}: {error}", "a remark on Sluice's list", "sluice install --check")
+        for error in cni.verdict.remarks
     )
     if not cni.verdict.remarks:
         yield ok(f"{cni.directory}/{first.name}: {' > '.join(first.types)}")
@@ -109,17 +109,17 @@ def _primaries(facts: NodeFacts) -> Iterator[CheckLine]:
 @check("cni-directories", "where the runtime reads lists and plugins", problems="P20", needs="cni")
 def _directories(facts: NodeFacts) -> Iterator[CheckLine]:
     cni = facts.cni
-    words = (
+    observation = (
         f"configurations in {cni.directory} ({cni.directory_reason}), plugins in {cni.plugins} ({cni.plugins_reason})"
     )
     if cni.managed != "off" and cni.directory_reason.startswith(_USUAL):
         yield warning(
-            words,
+            observation,
             "no container runtime was found to report where it reads them",
             "set cni_conf_dir and cni_bin_dir, or, as root, in the node's PID namespace: sluice doctor",
         )
     else:
-        yield ok(words)
+        yield ok(observation)
 
 
 @check("cni-plugin", "the plugin is installed and can run", problems="P19 P21 P60j", needs="cni")
@@ -169,9 +169,9 @@ def _istio(facts: NodeFacts) -> Iterator[CheckLine]:
     chained = [one.name for one in cni.files if "istio-cni" in one.types]
     if not cni.istio and not chained:
         return
-    found = "; ".join([*([cni.istio] if cni.istio else []), *(f"{name} chains istio-cni" for name in chained)])
+    observation = "; ".join([*([cni.istio] if cni.istio else []), *(f"{name} chains istio-cni" for name in chained)])
     yield warning(
-        found,
+        observation,
         "istio-cni's agent runs on the same node: both program pods, and the last one wins",
         "sluice migrate --check",
     )

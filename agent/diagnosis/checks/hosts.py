@@ -35,22 +35,22 @@ def _pod_rules(facts: NodeFacts) -> Iterator[CheckLine]:
 
 @check("probe-exemption", "the node's probes bypass ztunnel", problems="P12 P13 P35", needs="host")
 def _exemption(facts: NodeFacts) -> Iterator[CheckLine]:
-    said: Mapping[str, object] = facts.agent.status.get("host_probes", {})
+    exemption: Mapping[str, object] = facts.agent.status.get("host_probes", {})
     reason = facts.agent.status.get("host_probes_reason", "")
-    if said.get("mechanism") == "off":
+    if exemption.get("mechanism") == "off":
         yield warning(
             f"the node's probes are captured ({reason})",
             "host_probes is off: kubelet's probes go through ztunnel, and fail where it needs an identity",
             "set host_probes: auto, unless this is intended",
         )
-    elif said.get("error"):
+    elif exemption.get("error"):
         yield wrong(
-            f"{said['mechanism']}: {said['error']}",
+            f"{exemption['mechanism']}: {exemption['error']}",
             "probes of the node reach ztunnel instead of the pod, and pods are restarted",
             "sluice verify --all --repair; sluice preflight",
         )
-    elif said:
-        yield ok(f"{said.get('members')} addresses by {said.get('mechanism')} ({reason})")
+    elif exemption:
+        yield ok(f"{exemption.get('members')} addresses by {exemption.get('mechanism')} ({reason})")
     elif facts.pods.noted and not facts.host.probes:
         yield wrong(
             "pods are captured, but the node has no probe exemption",

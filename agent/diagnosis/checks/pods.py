@@ -25,19 +25,19 @@ def _key(row: Row) -> str:
 def _states(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = facts.agent.pods
     for row in rows:
-        words = row["error"] or row["reason"] or "not examined yet"
+        reason = row["error"] or row["reason"] or "not examined yet"
         advice = f"sluice explain {_key(row)}"
         match row["state"]:
             case "failed":
-                yield wrong(f"{_key(row)}: {words}", "the pod should be captured but is not", advice)
+                yield wrong(f"{_key(row)}: {reason}", "the pod should be captured but is not", advice)
             case "pending":
                 yield wrong(
-                    f"{_key(row)}: {words}",
+                    f"{_key(row)}: {reason}",
                     "its rules are in place, but no ztunnel has it: connections are refused",
                     advice,
                 )
             case "waiting" if facts.agent.status["ready"]:
-                yield warning(f"{_key(row)}: {words}", "the pod is known, but its namespace was not found", advice)
+                yield warning(f"{_key(row)}: {reason}", "the pod is known, but its namespace was not found", advice)
     states: dict[str, int] = {}
     for row in rows:
         states[row["state"]] = states.get(row["state"], 0) + 1
@@ -74,15 +74,15 @@ def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
 def _verified(facts: NodeFacts) -> Iterator[CheckLine]:
     rows = [row for row in facts.agent.verify if row["name"] not in _SEEN_BY_OTHERS]
     for row in rows:
-        words = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
-        if row["result"] == "drift" and words:
+        differences = "; ".join(row["differences"]) or ("" if row["state"] in _NOT_CAPTURED else row["error"])
+        if row["result"] == "drift" and differences:
             explain = f"sluice explain {_key(row)}; " if row["namespace"] else ""
             cause = "actual and desired state differ, and the agent has not repaired it yet"
             remedy = "sluice verify --all --repair"
             if row["differences"] and all(line.startswith("foreign: ") for line in row["differences"]):
                 cause = "foreign rules before Sluice's divert new connections from ztunnel"
                 remedy = "remove the named rules from the pod"
-            yield wrong(f"{_key(row)}: {words}", cause, explain + remedy)
+            yield wrong(f"{_key(row)}: {differences}", cause, explain + remedy)
         elif row["result"] == "unknown":
             yield unknown(f"{_key(row)}: {row['error']}")
     pods = sum(not row["name"].startswith("(") for row in rows)
@@ -100,9 +100,9 @@ def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
     for pod in (*facts.pods.noted, *facts.pods.others):
         if not pod.ours:
             continue
-        for words in pod.foreign:
+        for rule in pod.foreign:
             yield warning(
-                f"{pod.name}: {words}",
+                f"{pod.name}: {rule}",
                 "foreign rules come before Sluice's and may divert the pod's traffic",
                 f"nsenter --net={pod.place} nft list ruleset; remove them, or exclude the traffic that they divert",
             )
@@ -118,15 +118,15 @@ def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
 def _canary(facts: NodeFacts) -> Iterator[CheckLine]:
     seen = 0
     for row in facts.agent.pods:
-        said = str(row.get("probe", ""))
-        seen += bool(said)
-        if ": failed" in said or ": captured" in said:
+        result = str(row.get("probe", ""))
+        seen += bool(result)
+        if ": failed" in result or ": captured" in result:
             yield wrong(
-                f"{_key(row)}: {said}",
+                f"{_key(row)}: {result}",
                 "the node's own connection to the pod failed, or went through ztunnel: kubelet's probes will too",
                 "sluice doctor probe-exemption probe-path reverse-path; allow 169.254.7.127/32 in network policies",
             )
-        elif said.endswith("no listener"):
+        elif result.endswith("no listener"):
             seen -= 1
     if facts.settings.probe_canary == "off":
         yield unknown("the setting probe_canary is off")

@@ -17,9 +17,9 @@ def read(path: Path) -> str:
 
 def inotify_queues(process: Path) -> list[Path]:
     """Returns the descriptors of a process, as in /proc/PID/fd/7, that are queues of file events. Raises OSError."""
-    found = []
+    queues = []
     for path in (process / "fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile
             if str(path.readlink()) == "anon_inode:inotify":
-                found.append(path)
-    return found
+                queues.append(path)
+    return queues

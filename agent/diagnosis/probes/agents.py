@@ -22,11 +22,11 @@ from agent.sources.state import backend_record
 
 def process(run_dir: str) -> tuple[int, str]:
     """Returns its pid, 0 if this PID namespace does not show it; and why it does not answer, "" if it does."""
-    place = f"{run_dir}/agent.sock"
+    path = f"{run_dir}/agent.sock"
     pid = 0
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
-        sock.connect(place)
+        sock.connect(path)
         pid, _ = peer(sock)
     try:
         ask(run_dir, "/v1/status")

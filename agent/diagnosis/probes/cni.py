@@ -25,28 +25,28 @@ from agent.migration.istio_confs import run_dirs
 def probe(settings: Settings, proc: Path) -> Cni:
     """Reads the CNI directories. Raises SettingsError if one cannot be read."""
     managed = mode(settings)
-    made = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
-    seen = made.look()
+    installer = Installer(replace(settings, cni_install="own") if managed == "off" else settings, proc)
+    seen = installer.look()
     host = HostRoot(settings.host_root)
-    places = made.where()
-    view = NetDir(host, places.conf.path).view()
+    directories = installer.where()
+    view = NetDir(host, directories.conf.path).view()
     files = tuple(_listed(name, view.files[name]) for name in conflists.readable(view.files))
-    binary = host.path(f"{places.bin.path}/{CNI_TYPE}")
+    binary = host.path(f"{directories.bin.path}/{CNI_TYPE}")
     wanted = managed != "off" or any(one.ours for one in files)
     return Cni(
         managed=managed,
-        directory=places.conf.path,
-        directory_reason=places.conf.reason,
-        plugins=places.bin.path,
-        plugins_reason=places.bin.reason,
+        directory=directories.conf.path,
+        directory_reason=directories.conf.reason,
+        plugins=directories.bin.path,
+        plugins_reason=directories.bin.reason,
         files=files,
         view=view,
         verdict=seen.verdict,
         error=seen.error,
         plugin=_plugin(binary, settings, differs=seen.binary) if wanted else "",
         runs=_runs(binary, settings) if wanted else "",
-        runtime=f"{places.runtime.name} (process {places.runtime.pid})" if places.runtime else "",
-        watched=_watched(places.runtime, host.path(places.conf.path), proc) if places.runtime else None,
+        runtime=f"{directories.runtime.name} (process {directories.runtime.pid})" if directories.runtime else "",
+        watched=_watched(directories.runtime, host.path(directories.conf.path), proc) if directories.runtime else None,
         istio=theirs_runs(host, run_dirs(view), proc),
     )
 
@@ -70,8 +70,8 @@ def _runs(binary: Path, settings: Settings) -> str:
     if settings.host_root != "/" or not binary.is_file():
         return ""
     try:
-        said = exec.run([str(binary)], stdin='{"cniVersion": "1.0.0"}', env={"CNI_COMMAND": "VERSION"}, seconds=5)
-        return "" if json.loads(said.stdout).get("supportedVersions") else f"it answers {said.stdout[:80]!r}"
+        reply = exec.run([str(binary)], stdin='{"cniVersion": "1.0.0"}', env={"CNI_COMMAND": "VERSION"}, seconds=5)
+        return "" if json.loads(reply.stdout).get("supportedVersions") else f"it answers {reply.stdout[:80]!r}"
     except (CommandError, ValueError) as error:
         return str(error).removeprefix(f"{binary}: ")
 
@@ -94,4 +94,4 @@ def _watched(runtime: Running, directory: Path, proc: Path) -> bool | None:
 def _inodes(fdinfo: str) -> set[int]:
     """Returns the inodes that a queue watches: none if all of them were removed."""
     lines = [line.split() for line in fdinfo.splitlines() if line.startswith("inotify ")]
-    return {int(word.removeprefix("ino:"), 16) for words in lines for word in words if word.startswith("ino:")}
+    return {int(word.removeprefix("ino:"), 16) for fields in lines for word in fields if word.startswith("ino:")}

@@ -30,13 +30,13 @@ def probe(settings: Settings, agent: int) -> NetworkFacts:
     """Reads the calling thread's namespace. Raises KernelError or OSError."""
     view = host_view.read_host_view()
     with contextlib.closing(HostNetns()) as target:
-        made = []
+        programmed = []
         for layer in layers("off")[1]:
             with contextlib.suppress(KernelError):  # a mechanism that this kernel has not
                 if layer_ownership.host_layer_owner(layer.name, layer.read(target)) is not Owner.NONE:
-                    made.append(layer.name)
-    port, ours = _port(settings.metrics_address, agent)
-    return NetworkFacts(view, probes=tuple(made), pod_rules=tuple(_pod_rules(view)), port=port, port_ours=ours)
+                    programmed.append(layer.name)
+    port, is_own = _port(settings.metrics_address, agent)
+    return NetworkFacts(view, probes=tuple(programmed), pod_rules=tuple(_pod_rules(view)), port=port, port_ours=is_own)
 
 
 def _pod_rules(view: HostView) -> Iterator[str]:

@@ -53,7 +53,7 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
     """Reads the node. Raises OSError without /proc."""
     programs, shims = _running(proc)
     cilium, calico = programs.get("cilium-agent"), programs.get("calico-node")
-    words = _inotify()
+    inotify = _inotify()
     return HostFacts(
         whole=whole(proc),
         ipv6_off="ipv6.disable=1" in (proc / "cmdline").read_text().split(),
@@ -62,7 +62,7 @@ def probe(settings: Settings, proc: Path = Path("/proc")) -> HostFacts:
         sysctls={name: value for name in _SYSCTLS if (value := read(proc / "sys" / name.replace(".", "/")))},
         cilium={key: value for key in _KEYS if cilium and (value := read(proc / str(cilium) / _CILIUM / key))},
         felix_bpf=bool(calico) and "FELIX_BPFENABLED=true" in read(proc / str(calico) / "environ"),
-        inotify=words,
+        inotify=inotify,
         inotify_used=_queues(proc),
         shims=shims,
     )
@@ -124,11 +124,11 @@ _OURS = {(program.name, program.attach) for program in (*NODE, *RESERVE)}
 
 def foreign_programs(cgroup: str = "") -> tuple[AttachedProgram, ...]:
     """Reads the root of the hierarchy, or that cgroup; Sluice's are known by name. Raises KernelError."""
-    place = Path(cgroup) if cgroup else bpffs.cgroup_root()
+    path = Path(cgroup) if cgroup else bpffs.cgroup_root()
     return tuple(
         AttachedProgram(word, one.name, one.id)
         for word, hook in _HOOKS.items()
-        for one in query.attached(place, hook)
+        for one in query.attached(path, hook)
         if (one.name, hook) not in _OURS
     )
 

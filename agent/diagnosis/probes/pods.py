@@ -35,20 +35,20 @@ def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
     problems = list[str]()
     noted = list[PodFacts]()
     others = list[PodFacts]()
-    places = existing.places(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
+    paths = existing.places(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
     met = set[str]()
-    for netns in existing.namespaces(places, problems):
+    for netns in existing.namespaces(paths, problems):
         pod = existing.pod(netns, settings.run_dir, known)
-        found = _look(netns, pod, settings, backend)
+        facts = _look(netns, pod, settings, backend)
         if pod:
             met.add(pod.uid)
-            noted.append(found)
-        elif found.ours or found.others:
-            others.append(found)
+            noted.append(facts)
+        elif facts.ours or facts.others:
+            others.append(facts)
     for one in known:
         if one.captured and one.uid not in met:
-            words = "its network namespace is not there any more"
-            noted.append(PodFacts(one.name or one.uid, one.path, captured=True, error=words))
+            reason = "its network namespace is not there any more"
+            noted.append(PodFacts(one.name or one.uid, one.path, captured=True, error=reason))
     return PodsFacts(tuple(sorted(noted, key=lambda one: one.name)), tuple(others), tuple(problems))
 
 
@@ -60,7 +60,7 @@ def _noted(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
 def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: str) -> PodFacts:
     """Reads one namespace and closes `netns`."""
     name = (pod.name or pod.uid) if pod else netns.origin
-    place = netns.origin
+    origin = netns.origin
     captured = bool(pod and pod.captured)
     with contextlib.closing(PodNetns(netns)) as target:
         try:
@@ -71,7 +71,7 @@ def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: 
             states, ports = _sockets(target, low_high)
             return PodFacts(
                 name,
-                place,
+                origin,
                 captured=captured,
                 ours=ours,
                 others=others,
@@ -87,14 +87,14 @@ def _look(netns: Netns, pod: ExistingNetns | None, settings: Settings, backend: 
                 states=states,
             )
         except (SluiceError, OSError) as error:
-            return PodFacts(name, place, captured=captured, error=str(error))
+            return PodFacts(name, origin, captured=captured, error=str(error))
 
 
 def _layers(
     target: PodNetns, settings: Settings, backend: str
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Returns layers with rules of Sluice, of another agent; and foreign rules before Sluice's in the used layer."""
-    found: dict[Owner, list[str]] = {Owner.SLUICE: [], Owner.FOREIGN: []}
+    owned: dict[Owner, list[str]] = {Owner.SLUICE: [], Owner.FOREIGN: []}
     foreign: list[str] = []
     for name, layer in mechanisms(ipv6=settings.ipv6, pins=Pins.of(settings.bpf_dir)).items():
         try:
@@ -104,11 +104,11 @@ def _layers(
                 raise
             continue  # a mechanism that this kernel has not
         owner = layer_ownership.layer_owner(name, have)
-        if owner in found:
-            found[owner].append(name)
+        if owner in owned:
+            owned[owner].append(name)
         if owner is Owner.SLUICE or name == "routing":
             foreign += layer.plan(None, have).remarks
-    return tuple(found[Owner.SLUICE]), tuple(found[Owner.FOREIGN]), tuple(dict.fromkeys(foreign))
+    return tuple(owned[Owner.SLUICE]), tuple(owned[Owner.FOREIGN]), tuple(dict.fromkeys(foreign))
 
 
 def _sockets(target: PodNetns, low_high: tuple[int, int]) -> tuple[dict[str, int], tuple[int, ...]]:
