@@ -96,6 +96,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
         asked=Asked(settings.bpf_dir),
         share=_share(settings.share),
         tunnels=mesh.tunnels if mesh else None,
+        mesh_names=mesh.names if mesh else None,
     )
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)

@@ -9,6 +9,7 @@ import logging
 from typing import Final
 
 from agent.ztunnel import ztunnel_settings
+from agent.ztunnel.dns.mesh_names import MeshNames
 from agent.ztunnel.hbone.next_hop import Router
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.mesh.mesh_store import MeshStore
@@ -48,6 +49,7 @@ class NodeMesh:
                 log_policies=settings.log_policies,
             ),
         )
+        self.names = MeshNames(self.store, settings.cluster_domain)
         self.tunnels = HboneTunnels(poller, self.contexts, self.router)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -82,4 +84,5 @@ class NodeMesh:
         self.certificates.renew(identity)
 
     def _changed(self) -> None:
+        self.names.changed()
         self.tunnels.reconsider()

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 from support.hbone import Node, two_nodes
-from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
+from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 pytestmark = pytest.mark.root
 
@@ -91,6 +93,30 @@ def test_a_policy_refuses_new_connections_and_ends_open_ones(nodes: tuple[Node, 
     assert (
         "http status: 401" in nodes[0].ztunnel.wait_record(kind="hbone", direction="outbound", close="refused")["error"]
     )
+
+
+def test_names_of_the_mesh_are_answered_and_others_are_the_resolvers(nodes: tuple[Node, Node]) -> None:
+    web, _ = nodes
+
+    def asked(name: str) -> DNS:
+        with web.pod.make(kind=socket.SOCK_DGRAM) as client:
+            client.sendto(bytes(DNS(id=7, rd=1, qd=DNSQR(qname=name))), (RESOLVER4, 53))
+            answer, source = client.recvfrom(2000)
+            assert source == (RESOLVER4, 53)
+            return DNS(answer)
+
+    assert [record.rdata for record in asked("shop").an] == [VIP]
+    assert web.ztunnel.wait_record(kind="dns", close="mesh")["destination"] == f"{RESOLVER4}:53"
+    with nodes[1].pod.listen(RESOLVER4, 53, socket.SOCK_DGRAM) as resolver:
+
+        def resolve() -> None:
+            query, client = resolver.recvfrom(2000)
+            resolver.sendto(query[:2] + b"\x81\x83" + query[4:], client)
+
+        thread = threading.Thread(target=resolve)
+        thread.start()
+        assert asked("example.com").rcode == 3
+        thread.join()
 
 
 def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_path: Path) -> None:

@@ -78,6 +78,11 @@ class Resolver:
             returned.came_back()
             return
         found, own = self.original(listener, client)
+        mesh_names = self.pod.engine.mesh_names
+        if mesh_names is not None and (answer := mesh_names.answer(self.pod.add, datagram)):
+            reply(listener, client, answer, given=not own)
+            self.record(now(), client, found, len(datagram), len(answer), "mesh")
+            return
         if found is None:
             unknown = "dropped: neither conntrack nor eBPF knows the resolver that was asked"
             self.record(now(), client, None, len(datagram), 0, "error", unknown)
@@ -278,13 +283,21 @@ class DnsFlow:
             self._settle(number, 0, close, error)
 
     def _reply(self, datagram: bytes) -> None:
-        # The eBPF programs give a query a loopback address where one socket asks several resolvers: see datagram.bpf.c.
-        given = not self._own and self._client[0].startswith("127.")
-        source = [(socket.SOL_IP, IP_PKTINFO, _PKTINFO.pack(0, socket.inet_aton(self._client[0])))] if given else []
-        with contextlib.suppress(OSError):  # a full buffer, or a client that has closed
-            self._listener.sendmsg([datagram], source, 0, self._client)
+        reply(self._listener, self._client, datagram, given=not self._own)
 
     def _settle(self, number: bytes, received: int, close: str, error: str = "") -> None:
         waiting = self._waiting.pop(number)
         self._resolver.waiting -= 1
         self._resolver.record(waiting.began, self._client, self._target, waiting.size, received, close, error)
+
+
+def reply(listener: socket.socket, client: Address, datagram: bytes, *, given: bool) -> None:
+    """Answers from the address that the client asked.
+
+    `given`: the eBPF programs may have given the client its address, which is a loopback address where one socket asks
+    several resolvers (see datagram.bpf.c); the answer then comes from that one.
+    """
+    loopback = given and client[0].startswith("127.")
+    source = [(socket.SOL_IP, IP_PKTINFO, _PKTINFO.pack(0, socket.inet_aton(client[0])))] if loopback else []
+    with contextlib.suppress(OSError):  # a full buffer, or a client that has closed
+        listener.sendmsg([datagram], source, 0, client)

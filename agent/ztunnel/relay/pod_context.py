@@ -53,13 +53,21 @@ class Tunnels(Protocol):
         """Ends all sessions of the pod."""
 
 
+class MeshNames(Protocol):
+    """The names of the mesh in DNS."""
+
+    def answer(self, pod: Add, datagram: bytes) -> bytes | None:
+        """Returns the answer to a query of the pod; None for the resolver that it asked."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """The parts that all pods share.
 
     `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
     the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
-    connections and flows one pod may have. `tunnels` is None without a mesh: then everything goes on in plain.
+    connections and flows one pod may have. `tunnels` and `mesh_names` are None without a mesh: then everything goes on
+    in plain, and every query to its resolver.
     """
 
     poller: Poller
@@ -71,6 +79,7 @@ class Engine:
     asked: Asked
     share: int
     tunnels: Tunnels | None = None
+    mesh_names: MeshNames | None = None
 
 
 class Live(Protocol):
