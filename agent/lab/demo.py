@@ -15,12 +15,12 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import demo_faults, nodes
+from agent.lab import demo_faults, demo_mesh, nodes
 from agent.lab.demo_report import Checks, report
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.lab_spec import PodProgram, default_spec
 from agent.lab.node_services import LabBackend
-from agent.lab.traffic import still
+from agent.lab.traffic import read_records, still
 
 
 def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
@@ -34,6 +34,7 @@ def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
             lab.up(backend=backend, progress=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
+            demo_mesh.run_all(lab, check)
             report(lab, check, demo_faults.run_all(lab, check, backend))
     finally:
         down(prefix)
@@ -100,7 +101,7 @@ def _connections(lab: Lab, check: Checks) -> None:
     calls = [_http(lab, source, target, family) for source, target, _ in _CALLS for family in (4, 6)]
     bulk = _iperf(lab)
     expected = sum(2 * len(ends) for _, _, ends in _CALLS) + 4  # iperf3 opens two connections
-    records = still(partial(_records, lab), lambda found: len(found) >= expected)
+    records = still(partial(read_records, lab), lambda found: len(found) >= expected)
     rows = [_row(lab, call, _ends(lab, call, records)) for call in (*calls, bulk)]
     header = ("SOURCE", "DESTINATION", "ADDRESS", "CAPTURED", "SENT", "RECEIVED", "MS")
     print(table(header, rows))
@@ -185,7 +186,9 @@ def _dns(lab: Lab, check: Checks) -> None:
         "UDP": lab.exec("shop/client", ["dig", "+short", "+tries=1", "+time=3", server, name]).stdout.split(),
         "TCP": lab.exec("shop/client", ["dig", "+short", "+tcp", "+time=3", server, name]).stdout.split(),
     }
-    records = [r for r in still(partial(_records, lab), lambda found: len(_queries(found)) >= 2) if r in _queries([r])]
+    records = [
+        r for r in still(partial(read_records, lab), lambda found: len(_queries(found)) >= 2) if r in _queries([r])
+    ]
     header = ("SOURCE", "RESOLVER", "KIND", "SENT", "RECEIVED")
     rows = [
         (f"{r['pod']} {r['source'].rpartition(':')[0]}", _named(lab, r["destination"]), r["kind"],
@@ -202,22 +205,13 @@ def _queries(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in records if r["destination"].endswith(":53")]
 
 
-def _records(lab: Lab) -> list[dict[str, Any]]:
-    """Returns the ztunnels' records of both nodes, as far as they are written."""
-    found = []
-    for node in lab.spec.nodes:
-        text = (lab.spec.node_dir(node) / "ztunnel.jsonl").read_text()
-        found += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    return [record for record in found if record.get("kind") != "lost"]
-
-
 def _probe(lab: Lab, check: Checks) -> None:
     _title("A probe from the node itself, as the kubelet makes them: to the application, around the proxy")
     address = lab.pods.require("shop/web").address(PodProgram.WEB, 4)
     before = len(_arrived(lab, address))
     run(["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"], netns=lab.spec.netns_path("node1"))
     lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
-    still(partial(_records, lab), lambda found: len(_arrived(lab, address, found)) > before)
+    still(partial(read_records, lab), lambda found: len(_arrived(lab, address, found)) > before)
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
     status = lab.ask("node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")
@@ -228,7 +222,7 @@ def _probe(lab: Lab, check: Checks) -> None:
 
 def _arrived(lab: Lab, address: str, records: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
     """Returns the connections to this address that a proxy took inbound."""
-    records = _records(lab) if records is None else records
+    records = read_records(lab) if records is None else records
     return [r for r in records if (r["direction"], r["destination"]) == ("inbound", address)]
 
 

@@ -44,6 +44,7 @@ def workloads(pods: Iterable[tuple[PodSpec, Sequence[str]]], *, hbone: bool) -> 
             "name": spec.name,
             "namespace": spec.namespace,
             "serviceAccount": DEFAULT_ACCOUNT,
+            "trustDomain": "cluster.local",
             "node": spec.node,
             "workloadIps": list(addresses),
             "protocol": "HBONE" if hbone and spec.enrolled else "TCP",

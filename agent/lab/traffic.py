@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from agent.core.errors import SluiceError
 from agent.lab.account import Account, LoadRecord, ZtunnelRecord, account, read_load, read_ztunnel
@@ -62,6 +63,15 @@ def relayed(lab: Lab) -> list[ZtunnelRecord]:
             with path.open() as lines:
                 records += read_ztunnel(lines)
     return records
+
+
+def read_records(lab: Lab) -> list[dict[str, Any]]:
+    """Returns the ztunnels' records of both nodes, as far as they are written."""
+    found = []
+    for node in lab.spec.nodes:
+        text = (lab.spec.node_dir(node) / "ztunnel.jsonl").read_text()
+        found += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [record for record in found if record.get("kind") != "lost"]
 
 
 def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's chapter on the mesh: HBONE between the nodes, the identities of both ends, and a policy.
+
+The same capture on the wire is made before and after: without a mesh it must find the request, or it proves nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import yaml
+
+from agent.core.errors import CommandError
+from agent.kernel.netns import Netns
+from agent.lab import istio_ztunnel
+from agent.lab.demo_report import Checks
+from agent.lab.lab import Lab
+from agent.lab.lab_spec import PodProgram
+from agent.lab.traffic import read_records, still
+
+MESH_FILE: Final = "mesh.yaml"
+AUTHORITY: Final = "development-ca"  # a directory of the lab
+_ETH_P_ALL: Final = 3
+_RECEIVE_BYTES: Final = 16 << 20
+_HBONE_PORT: Final = (15008).to_bytes(2, "big")
+_ONLY_SHOP: Final = {
+    "name": "only-shop", "namespace": "shop", "scope": "Namespace", "action": "Allow", "dryRun": False,
+    "rules": [[[{"principals": [{"Exact": "cluster.local/ns/shop/sa/default"}]}]]],
+}  # fmt: skip
+_REFUSED: Final = "no ALLOW policy matches the connection"
+
+
+def run_all(lab: Lab, check: Checks) -> None:
+    """Switches the mesh on for this chapter, and off again."""
+    print("\n== The mesh: traffic between the nodes is encrypted, both ends have identities, and a policy decides")
+    client, target = "shop/client", lab.pods.require("shop/db").address(PodProgram.WEB)
+    plain = _request(lab, client, target)
+    check(
+        "without a mesh the request can be read between the nodes", plain.readable > 0, f"in {plain.readable} packets"
+    )
+    _write(lab, [])
+    options = ("--mesh", str(lab.spec.run_dir / MESH_FILE),
+               "--identities", f"development:{lab.spec.run_dir / AUTHORITY}")  # fmt: skip
+    for node in lab.nodes.values():
+        node.replace_ztunnel(*options)
+    carried = _carried(lab, client, target)
+    check("with a mesh the request goes by HBONE", carried.hbone > 0 and carried.answered, f"{carried.hbone} packets")
+    check("not one packet between the nodes has a byte of it in plain", carried.readable == 0)
+    for record in _hbone(lab, target):
+        print(f"  {record['pod']}: {record['direction']} {record['source']} to {record['destination']} by HBONE")
+    _policy(lab, check, client)
+    for node in lab.nodes.values():
+        node.replace_ztunnel()
+
+
+def _policy(lab: Lab, check: Checks, client: str) -> None:
+    print("  policy shop/only-shop: only spiffe://cluster.local/ns/shop/sa/default may connect to pods of shop")
+    target = lab.pods.require("shop/web").address(PodProgram.WEB)
+    stranger = "legacy/batch"
+    before = _call(lab, stranger, target)
+    _write(lab, [_ONLY_SHOP])
+    refused = still(lambda: not _call(lab, stranger, target), bool)
+    check(f"{stranger} has no identity: it was served before the policy, and is refused by it", before and refused)
+    check(f"{client} has the identity, and is served", _call(lab, client, target))
+    reasons = {r["error"] for r in still(partial(_inbound, lab, target), lambda found: any(r["error"] for r in found))}
+    check("the record of the refused connection says why", any(_REFUSED in reason for reason in reasons), _REFUSED)
+
+
+@dataclass
+class _Wire:
+    """What one request looked like between the nodes: packets with its marker, and packets of HBONE."""
+
+    marker: str = field(default_factory=lambda: uuid.uuid4().hex)
+    answered: bool = False
+    readable: int = 0
+    hbone: int = 0
+
+    def count(self, packets: Sequence[bytes]) -> None:
+        self.readable = sum(self.marker.encode() in packet for packet in packets)
+        self.hbone = sum(_HBONE_PORT in (packet[34:36], packet[36:38]) for packet in packets)
+
+
+def _request(lab: Lab, client: str, target: str) -> _Wire:
+    """Sends one request with a marker, and looks at the client's node's side of the wire."""
+    wire = _Wire()
+    with _capture(lab, lab.pods.require(client).spec.node) as packets:
+        wire.answered = _call(lab, client, target, wire.marker)
+        found = []
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                found.append(packets.recv(1 << 16))
+    wire.count(found)
+    return wire
+
+
+def _carried(lab: Lab, client: str, target: str) -> _Wire:
+    """Repeats the request until it goes by HBONE: the agent leaves port 15008 to ztunnel once that listens there."""
+    return still(lambda: _request(lab, client, target), lambda wire: wire.answered and wire.hbone > 0)
+
+
+@contextlib.contextmanager
+def _capture(lab: Lab, node: str) -> Iterator[socket.socket]:
+    """Yields a socket with all IPv4 packets of the node's link from now on."""
+    with Netns.open(lab.spec.netns_path(node)) as netns:
+        packets: socket.socket = netns.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+        with packets:
+            packets.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BYTES)
+            netns.call(lambda: packets.bind(("eth0", _ETH_P_ALL)))
+            packets.setblocking(False)
+            yield packets
+
+
+def _call(lab: Lab, client: str, target: str, marker: str = "") -> bool:
+    argv = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "-H", f"X-Marker: {marker}", f"http://{target}/"]
+    try:
+        lab.exec(client, argv)
+    except CommandError:
+        return False
+    return True
+
+
+def _write(lab: Lab, policies: list[dict[str, Any]]) -> None:
+    """Writes the mesh's file; both ztunnels follow it."""
+    up = lab.pods.up()
+    pods = [(spec, (up[spec.ref].ipv4, up[spec.ref].ipv6)) for spec in lab.spec.pods if spec.ref in up]
+    text = istio_ztunnel.workloads(pods, hbone=True) + yaml.safe_dump({"policies": policies})
+    fresh = lab.spec.run_dir / f".{MESH_FILE}"
+    fresh.write_text(text)
+    fresh.replace(lab.spec.run_dir / MESH_FILE)
+
+
+def _hbone(lab: Lab, target: str) -> list[dict[str, Any]]:
+    def both(found: list[dict[str, Any]]) -> bool:
+        return {record["direction"] for record in found} == {"outbound", "inbound"}
+
+    def read() -> list[dict[str, Any]]:
+        return [r for r in read_records(lab) if r["kind"] == "hbone" and r["destination"] == target]
+
+    return still(read, both)[-2:]
+
+
+def _inbound(lab: Lab, target: str) -> list[dict[str, Any]]:
+    return [r for r in read_records(lab) if (r["direction"], r["destination"]) == ("inbound", target)]
