@@ -74,7 +74,7 @@ def _policy(lab: Lab, check: Checks, client: str) -> None:
 
 @dataclass
 class _Wire:
-    """What one request looked like between the nodes: packets with its marker, and packets of HBONE."""
+    """One request between the nodes: the number of packets with its marker, and of packets of HBONE."""
 
     marker: str = field(default_factory=lambda: uuid.uuid4().hex)
     answered: bool = False

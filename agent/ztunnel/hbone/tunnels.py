@@ -42,6 +42,8 @@ class HboneTunnels:
             raise RefusedError(hop.reason)
         if isinstance(hop, PlainHop):
             return hop.address
+        if hop.inner is not None:
+            raise RefusedError(f"{hop.authority} is on another network: double HBONE is not implemented")
         OutboundStream(
             pod=pod, sessions=sessions, hop=hop, client=client, source=source, destination=destination, began=began
         ).open()
