@@ -178,4 +178,4 @@ def test_the_agents_own_settings_are_used(here: Node) -> None:
     code, found = doctor(here, "metrics-port")
     assert (code, found) == (0, {})
     done = sluice(here, "doctor", "metrics-port")
-    assert "127.0.0.1:15999: the agent on 127.0.0.1:15999" in done.stdout
+    assert "used by the agent on 127.0.0.1:15999" in done.stdout
