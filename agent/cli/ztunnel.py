@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from agent.ztunnel.app import main
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment
@@ -53,15 +53,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_run)
 
 
-_OPTIONS = (
-    "zds_socket", "records", "drain_seconds", "bpf_dir", "ready_file", "mesh", "identities", "network", "trust_domain",
-)  # fmt: skip
-
-
 def _run(args: argparse.Namespace) -> int:
     settings, unknown = from_environment(os.environ)
-    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
-    settings = replace(settings, **given)
+    given = {field.name: getattr(args, field.name, None) for field in fields(ZtunnelSettings)}
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     check(settings)
     if unknown:
         print(f"warning: not understood, and without effect: {', '.join(unknown)}", file=sys.stderr)

@@ -39,20 +39,12 @@ class ChainError(SluiceError):
 class CniChain:
     """One node's chain: reads the configuration list at `config` for every operation."""
 
-    def __init__(
-        self,
-        config: Path,
-        cache: Path,
-        netns: Path | None,
-        *,
-        path: Sequence[Path] = CNI_PATH,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, config: Path, cache: Path, netns: Path | None, *, path: Sequence[Path] = CNI_PATH) -> None:
         self.config = config
         self.cache = cache
         self.netns = netns
         self.path = path
-        self._random = random.Random(seed)
+        self._random = random.Random()
 
     def add(self, attachment: Attachment) -> Json:
         """Calls ADD and returns the last plugin's result. Raises ChainError after a call of DEL."""
