@@ -87,12 +87,12 @@ def choose(
     for name, reason in candidates(setting, view, recorded).items():
         problem = _problem(name, backends, trials, tried)
         if not problem:
-            words = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
+            reasons = [reason, *(f"{other} cannot be used: {why}" for other, why in problems.items())]
             active = tuple(backends[layer] for layer in LAYERS[name])
             retired = tuple(b for b in reversed(list(backends.values())) if b not in active)
             return Choice(
                 name=name,
-                reason="; ".join(words),
+                reason="; ".join(reasons),
                 active=active,
                 retired=retired,
                 workers=WORKERS[name],
@@ -136,12 +136,12 @@ def choose_host(setting: str, view: HostView) -> tuple[str, str]:
     """
     if setting == "off":
         return "off", "setting host_probes=off"
-    words = f"setting host_probes={setting}" if setting == "nftables" else "its chain comes before those of iptables"
+    reason = f"setting host_probes={setting}" if setting == "nftables" else "its chain comes before those of iptables"
     if setting in _FORMER:
-        words = f"setting host_probes={setting} of earlier versions means nftables now"
+        reason = f"setting host_probes={setting} of earlier versions means nftables now"
     if view.nf_tables is InKernel.ABSENT:
-        words += f"; nf_tables is {view.nf_tables.value}: load it, or set host_probes: off"
-    return "nftables", words
+        reason += f"; nf_tables is {view.nf_tables.value}: load it, or set host_probes: off"
+    return "nftables", reason
 
 
 def _problem(name: str, backends: Mapping[str, PodLayer], trials: Trials, tried: dict[str, Support]) -> str:

@@ -88,8 +88,8 @@ class ConntrackBackend:
             if (due := raised(name, seconds) if want else own(name, seconds)) != seconds
         )
         if have.refused:
-            words = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
-            return Plan(remarks=(words,) if changes and want else ())
+            remark = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
+            return Plan(remarks=(remark,) if changes and want else ())
         steps = tuple(Step(f"sysctl -w {_PREFIX}{one.name}={one.seconds}", one) for one in changes)
         return Plan(steps, tuple(f"to do: {step.text}" for step in steps))
 
@@ -114,8 +114,8 @@ def own(name: str, seconds: int) -> int:
 
 
 def _read() -> tuple[tuple[str, int], ...]:
-    found = ((name, sysctl.read(_PREFIX + name)) for name in LEAST)
-    return tuple((name, seconds) for name, seconds in found if seconds is not None)
+    timeouts = ((name, sysctl.read(_PREFIX + name)) for name in LEAST)
+    return tuple((name, seconds) for name, seconds in timeouts if seconds is not None)
 
 
 def _write(changes: Sequence[TimeoutChange]) -> None:

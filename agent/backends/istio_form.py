@@ -52,5 +52,5 @@ def iptables(rule: Rule) -> Rule:
     return _sorted(rule, place)
 
 
-def _sorted(rule: Rule, place: Callable[[Match], int]) -> Rule:
-    return replace(rule, matches=tuple(sorted(rule.matches, key=place)))
+def _sorted(rule: Rule, order: Callable[[Match], int]) -> Rule:
+    return replace(rule, matches=tuple(sorted(rule.matches, key=order)))

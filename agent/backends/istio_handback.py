@@ -36,14 +36,14 @@ def known_to_peers(want: Redirect) -> tuple[Redirect, tuple[str, ...]]:
         "the resolvers that DNS is captured towards": bool(want.dns_to),
         "the refusal of other than TCP": want.refuse_non_tcp,
     }
-    return plain, tuple(f"istio-cni does not know {words}: given up" for words, there in lost.items() if there)
+    return plain, tuple(f"istio-cni does not know {feature}: given up" for feature, there in lost.items() if there)
 
 
 def places(target: PodNetns, layer: str) -> Places:
     """Returns the places of our jumps: a replacement takes its place among foreign rules. Raises CommandError."""
     if layer not in _SAVE:
         return {}
-    found: dict[tuple[int, str, str], int] = {}
+    numbers: dict[tuple[int, str, str], int] = {}
     for family in (4, 6) if target.has_ipv6() else (4,):
         table = ""
         counts = dict[str, int]()
@@ -55,11 +55,11 @@ def places(target: PodNetns, layer: str) -> Places:
                 chain = line.split()[1]
                 counts[chain] = counts.get(chain, 0) + 1
                 for tag in (word.strip('"') for word in line.split() if word.startswith(('"sluice:', "sluice:"))):
-                    found.setdefault((family, table, tag), counts[chain])
-    return found
+                    numbers.setdefault((family, table, tag), counts[chain])
+    return numbers
 
 
-def plan(layer: str, want: Redirect, have: Any, places: Places) -> Plan[Any]:
+def plan(layer: str, want: Redirect, have: Any, numbers: Places) -> Plan[Any]:
     """Returns the plan that turns rules of `want`, read as `have`, into those of istio-cni; empty when they are."""
     if layer == "nftables":
         return _nftables(want, have)
@@ -68,7 +68,7 @@ def plan(layer: str, want: Redirect, have: Any, places: Places) -> Plan[Any]:
     held = getattr(have, "held", have)
     steps = []
     for family, actual in held.families.items():
-        text = _script(family, want, actual, places)
+        text = _script(family, want, actual, numbers)
         if text:
             steps.append(Step(f"# {WORD[family]}tables-restore --noflush\n{text}".rstrip(), Restore(family, text)))
     return Plan(tuple(steps), seen=getattr(held, "generation", None))
@@ -84,7 +84,7 @@ def _nftables(want: Redirect, have: Any) -> Plan[Any]:
     return Plan((Step(script, commands),), seen=have.generation)
 
 
-def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], places: Places) -> str:
+def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], numbers: Places) -> str:
     """Returns the input of iptables-restore --noflush; each table is one transaction."""
     plain = xtables.render(want, family, plain=True)
     lines = list[str]()
@@ -95,14 +95,14 @@ def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], places: 
             continue
         lines += [f"*{table}", *(f":{chain} - [0:0]" for chain, _ in wanted.chains)]
         for base, chain, tag in held.jumps:
-            lines.append(f"-R {base} {_number(places, family, table, tag)} -j {chain}")
+            lines.append(f"-R {base} {_number(numbers, family, table, tag)} -j {chain}")
         for chain, _ in wanted.chains:
             lines += plain.lines[table, chain]
         lines.append("COMMIT")
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def _number(places: Places, family: int, table: str, tag: str) -> int:
-    if (family, table, tag) not in places:
+def _number(numbers: Places, family: int, table: str, tag: str) -> int:
+    if (family, table, tag) not in numbers:
         raise KernelError("hand back", 0, f"{WORD[family]}tables-save does not show our jump {tag or 'without a tag'}")
-    return places[family, table, tag]
+    return numbers[family, table, tag]

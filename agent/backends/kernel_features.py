@@ -63,16 +63,16 @@ def attempt(need: Need, bpf_dir: str = names.BPF_DIR) -> str:
 
 def examine(choice: str, *, ipv6: bool = True, attempt: Callable[[Need], str] = attempt) -> tuple[Feature, ...]:
     """Returns every need of one choice. Loads modules as programming a pod would; makes nothing that stays."""
-    found: dict[str, Feature] = {}
+    features: dict[str, Feature] = {}
     for need in needs(choice, ipv6=ipv6):
-        if need.behind and not (need.behind in found and found[need.behind].present):
+        if need.behind and not (need.behind in features and features[need.behind].present):
             continue  # it would only say the same again
-        words = attempt(need)
-        remedy = need.remedy.replace("{release}", os.uname().release) if words else ""
-        found[need.name] = Feature(
-            name=need.name, needed_by=(choice,), present=not words, words=words, remedy=remedy, without=need.without
+        error = attempt(need)
+        remedy = need.remedy.replace("{release}", os.uname().release) if error else ""
+        features[need.name] = Feature(
+            name=need.name, needed_by=(choice,), present=not error, words=error, remedy=remedy, without=need.without
         )
-    return tuple(found.values())
+    return tuple(features.values())
 
 
 def lacking(features: Iterable[Feature]) -> tuple[str, ...]:
@@ -82,14 +82,14 @@ def lacking(features: Iterable[Feature]) -> tuple[str, ...]:
 
 def merge(*examined: tuple[Feature, ...]) -> tuple[Feature, ...]:
     """Merges the features of several choices; each stands once."""
-    found: dict[str, Feature] = {}
+    merged: dict[str, Feature] = {}
     for one in (one for features in examined for one in features):
-        before = found.get(one.name)
+        before = merged.get(one.name)
         by = (*before.needed_by, *one.needed_by) if before else one.needed_by
-        found[one.name] = Feature(
+        merged[one.name] = Feature(
             name=one.name, needed_by=by, present=one.present, words=one.words, remedy=one.remedy, without=one.without
         )
-    return tuple(found.values())
+    return tuple(merged.values())
 
 
 def _try(need: Need, bpf_dir: str) -> None:

@@ -32,11 +32,11 @@ def layer_owner(name: str, have: Any) -> Owner:
 
 def tables_owner(tables: Iterable[TableState]) -> Owner:
     """Returns the owner of nf_tables: istio-cni writes no comments, and its tables have no owner."""
-    found = tuple(tables)
-    tagged = any(tag for table in found for chain in table.chains for tag, _ in chain.rules)
-    if tagged or any(table.flags & OWNED for table in found):
+    states = tuple(tables)
+    tagged = any(tag for table in states for chain in table.chains for tag, _ in chain.rules)
+    if tagged or any(table.flags & OWNED for table in states):
         return Owner.SLUICE
-    return Owner.FOREIGN if found else Owner.NONE
+    return Owner.FOREIGN if states else Owner.NONE
 
 
 def families_owner(families: Mapping[int, Mapping[str, XtTable]]) -> Owner:

@@ -47,27 +47,27 @@ def read(backend: str, target: PodNetns, want: Redirect, pins: Pins | None = Non
         counted = ebpf.non_tcp(pins or Pins.of(names.BPF_DIR), target.netns.id.cookie)
         return {direction: Counts(*one) for direction, one in zip((OUTBOUND, INBOUND), counted, strict=True)}
     wanted = _tags(backend, want)
-    found = {INBOUND: Counts(), OUTBOUND: Counts()}
+    counts = {INBOUND: Counts(), OUTBOUND: Counts()}
     for tag, packets, size in _rules(backend, target, wanted):
         if tag in wanted:
-            found[wanted[tag]] = found[wanted[tag]].plus(packets, size)
-    return found
+            counts[wanted[tag]] = counts[wanted[tag]].plus(packets, size)
+    return counts
 
 
 def _tags(backend: str, want: Redirect) -> dict[str, str]:
     """Returns tag of each counting rule -> direction: the last rule of its chain, one for each family."""
     families = [family for family, on in ((4, want.ipv4), (6, want.ipv6)) if on]
-    found: dict[str, str] = {}
+    directions: dict[str, str] = {}
     for hook, direction in _DIRECTION.items():
         if backend == "nftables":
             (table,) = (t for t in nftables.render(want, False).tables if t.name == names.NFT_TABLE_PREFIX + _MANGLE)
             (chain,) = (c for c in table.chains if c.name == f"istio-{hook.value}")
-            found |= {tag: direction for tag, _ in chain.rules[-len(families) :]}
+            directions |= {tag: direction for tag, _ in chain.rules[-len(families) :]}
         else:
             for family in families:
                 chains = dict(xtables.render(want, family).tables[_MANGLE].chains)
-                found[chains[xtables.CHAINS[hook]][-1]] = direction
-    return found
+                directions[chains[xtables.CHAINS[hook]][-1]] = direction
+    return directions
 
 
 def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_Rule]:
@@ -88,8 +88,8 @@ def _nft_rules(
     target: PodNetns, protocol: int, table: str, chains: tuple[str, ...], wanted: Container[str]
 ) -> Iterator[_Rule]:
     for chain in chains:
-        place = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, chain)
-        for message in target.nft.dump(GETRULE, protocol, place):
+        selection = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, chain)
+        for message in target.nft.dump(GETRULE, protocol, selection):
             rule = wire.fields(message.body)
             tag = rule_comment(rule)
             for name, data in expressions(rule) if tag in wanted else ():

@@ -30,7 +30,7 @@ def mechanisms(
     Without `ipv6` none of them needs IPv6 of the node. `pins`: where eBPF's are, by default where an agent has them by
     default; `ztunnels`: the processes that are known; `sizes`: of its maps, by name.
     """
-    made = [_netfilter(layer, ipv6=ipv6) for layer in layers if not layer.startswith("ebpf")]
+    created = [_netfilter(layer, ipv6=ipv6) for layer in layers if not layer.startswith("ebpf")]
     if "ebpf" in layers:
         from agent.backends.ebpf.backend import EbpfBackend
         from agent.backends.ebpf.pins import Pins
@@ -38,8 +38,8 @@ def mechanisms(
         from agent.backends.ebpf.ztunnels import Ztunnels
 
         where, known = pins or Pins.of(names.BPF_DIR), ztunnels or Ztunnels()
-        made += [ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes)]
-    return {backend.name: backend for backend in made}
+        created += [ProgramsBackend(where, known, sizes), EbpfBackend(where, known, sizes)]
+    return {backend.name: backend for backend in created}
 
 
 def _netfilter(layer: str, *, ipv6: bool) -> PodLayer:

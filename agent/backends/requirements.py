@@ -93,8 +93,8 @@ def needs(choice: str, *, ipv6: bool = True) -> tuple[Need, ...]:
     """Returns the needs in the order of their trials. With `ipv6` False none touches IPv6."""
     if choice == "ebpf":
         return (*_common(ipv6), *_ebpf())
-    found = [*_common(ipv6), *(_nftables() if choice == "nftables" else _iptables(choice, ipv6))]
-    return tuple(found)
+    every = [*_common(ipv6), *(_nftables() if choice == "nftables" else _iptables(choice, ipv6))]
+    return tuple(every)
 
 
 def _ebpf() -> Iterator[Need]:
@@ -174,7 +174,7 @@ def _nftables() -> Iterator[Need]:
     ranges = attribute(wire.Set.TABLE, _TABLE) + attribute(wire.Set.NAME, "s")
     ranges += attribute(wire.Set.FLAGS, wire.SetFlag.INTERVAL) + attribute(wire.Set.KEY_LEN, 4)
     ranges += attribute(wire.Set.ID, 1)
-    for name, commands, words, loss in (
+    for name, commands, advice, loss in (
         (
             "owned tables",
             (owned,),
@@ -206,7 +206,7 @@ def _nftables() -> Iterator[Need]:
             "non_tcp: refuse cannot be used",
         ),
     ):
-        yield Need(name, Transaction(commands), remedy=words, without=loss, behind="nf_tables, inet")
+        yield Need(name, Transaction(commands), remedy=advice, without=loss, behind="nf_tables, inet")
     yield Need(
         "owned tables in nft",
         Printed(OWNED),

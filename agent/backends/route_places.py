@@ -42,16 +42,16 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Seq
     `interfaces`: indices of those that sockets may be bound to (SO_BINDTODEVICE, link-local peers).
     """
     mine = [rule for rule in rules if rule.family == family]
-    ours = [known for rule in mine if (known := _ours(rule))]
+    own = [known for rule in mine if (known := _ours(rule))]
     others = [rule for rule in mine if not _ours(rule)]
     led = {rule.table for rule in others if rule.action == Action.TO_TBL}
     is_ours = partial(_our_route, led=led)
-    held: tuple[Item, ...] = (*(route for t in TABLES for route in routes[t] if route and is_ours(route)), *ours)
-    table = next((t for t in _by_use(ours) if _free(routes[t], is_ours) and t not in led), None)
+    held: tuple[Item, ...] = (*(route for t in TABLES for route in routes[t] if route and is_ours(route)), *own)
+    table = next((t for t in _by_use(own) if _free(routes[t], is_ours) and t not in led), None)
     if table is None:
         return RoutePlace(held, ())
     suspects = foreign_rules.rules(others)
-    preference = _preference(ours, others, min((rule.preference for rule in suspects), default=1 << 32))
+    preference = _preference(own, others, min((rule.preference for rule in suspects), default=1 << 32))
     items = LocalRoute(family, table), _rule(family, preference, table)
     wanted = (*items, *_for_bound(family, preference, table, interfaces))
     before = tuple(rule for rule in suspects if rule.preference <= preference)
@@ -89,16 +89,16 @@ def _ours(rule: FibRule) -> LookupRule | None:
     """Returns the rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, only."""
     if rule.action != Action.TO_TBL or rule.table not in TABLES:
         return None
-    made = rule.protocol == names.ROUTING_PROTOCOL
+    is_own = rule.protocol == names.ROUTING_PROTOCOL
     usual = (rule.preference, rule.table) == (names.RULE_PREFERENCE, names.ROUTE_TABLE)
     one = LookupRule(
         rule.family, rule.preference, mark=rule.mark, mask=rule.mask, table=rule.table, protocol=rule.protocol
     )
     marked = (rule.mark, rule.mask) == (names.CONNECTION_MARK, names.MARK_MASK)
     to = names.LOOPBACK[rule.family]
-    if rule.plain and marked and (made or usual):
+    if rule.plain and marked and (is_own or usual):
         return one
-    if replace(rule, others=()).plain and rule.others == (f"to {to}",) and not rule.mask and made:
+    if replace(rule, others=()).plain and rule.others == (f"to {to}",) and not rule.mask and is_own:
         return replace(one, to=to)
     return None
 
@@ -110,18 +110,18 @@ def _our_route(route: LocalRoute | None, led: set[int]) -> bool:
     return route.protocol == names.ROUTING_PROTOCOL or adopted
 
 
-def _by_use(ours: Sequence[LookupRule]) -> Sequence[int]:
+def _by_use(own: Sequence[LookupRule]) -> Sequence[int]:
     """Returns the tables in the order in which they are tried: those in use first."""
-    return tuple(dict.fromkeys((*(rule.table for rule in ours), *TABLES)))
+    return tuple(dict.fromkeys((*(rule.table for rule in own), *TABLES)))
 
 
 def _free(routes: Sequence[LocalRoute | None], is_ours: Callable[[LocalRoute | None], bool]) -> bool:
     return all(is_ours(route) for route in routes)
 
 
-def _preference(ours: Sequence[LookupRule], others: Sequence[FibRule], first: int) -> int:
+def _preference(own: Sequence[LookupRule], others: Sequence[FibRule], first: int) -> int:
     """Picks one below `first`: that of Sluice's rule if low enough, else the next unused one, else the usual one."""
-    for rule in ours:
+    for rule in own:
         if rule.mask and rule.preference < first:
             return rule.preference
     taken = {rule.preference for rule in others}

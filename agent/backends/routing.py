@@ -130,8 +130,8 @@ def _read(route: RouteSocket, families: tuple[int, ...]) -> RoutingState:
 
 def _refuse(family: int) -> NoReturn:
     *first, last = map(str, TABLES)
-    words = f"the pod uses routing tables {', '.join(first)} and {last} of IPv{family} itself; free one of them"
-    raise KernelError("ip rule add", 0, words)
+    cause = f"the pod uses routing tables {', '.join(first)} and {last} of IPv{family} itself; free one of them"
+    raise KernelError("ip rule add", 0, cause)
 
 
 def _try() -> None:

@@ -55,7 +55,7 @@ class PacketFate(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Trial:
     """Target of a packet: the namespace, the far end of its link, and the family, 4 or 6."""
 
     netns: Netns
@@ -88,8 +88,8 @@ def selftest_choice(layers: Sequence[PodLayer], pins: Pins, *, ipv6: bool = True
     """
     if not lasting(layers):
         return selftest(layers, ipv6=ipv6)
-    with throw_away(pins) as made:
-        return selftest(made, ipv6=ipv6, marks=False)
+    with throw_away(pins) as throw_away_layers:
+        return selftest(throw_away_layers, ipv6=ipv6, marks=False)
 
 
 @contextlib.contextmanager
@@ -99,15 +99,15 @@ def throw_away(pins: Pins) -> Iterator[tuple[PodLayer, ...]]:
     Captured pods are not affected, since maps say which pods the programs handle. Raises KernelError.
     """
     ztunnels = Ztunnels()
-    place = pins.within(f"test-{os.getpid()}")
+    directory = pins.within(f"test-{os.getpid()}")
     ztunnels.arrived(Process(os.getpid(), os.pidfd_open(os.getpid())))
     bpffs.mount(pins.mount)
     try:
-        yield ProgramsBackend(place, ztunnels), EbpfBackend(place, ztunnels)
+        yield ProgramsBackend(directory, ztunnels), EbpfBackend(directory, ztunnels)
     finally:
         for process in ztunnels.processes():
             process.close()
-        bpffs.remove_tree(place.root)
+        bpffs.remove_tree(directory.root)
 
 
 def _run(active: Sequence[PodLayer], target: PodNetns, want: Redirect) -> Iterator[str]:
@@ -115,14 +115,14 @@ def _run(active: Sequence[PodLayer], target: PodNetns, want: Redirect) -> Iterat
     target.netns.call(lambda: scratch_link.make(families))
     with contextlib.closing(target.netns.call(Wire)) as wire:
         wanted: list[Redirect | None] = [want]
-        places = [_Place(target.netns, wire, family, lambda: _settle(active, target, wanted[0])) for family in families]
+        trials = [_Trial(target.netns, wire, family, lambda: _settle(active, target, wanted[0])) for family in families]
         _settle(active, target, want)
-        found = [words for place in places for words in _observe(place, captured=True)]
-        yield from found
-        if not found:  # else there is nothing to be proven by their absence
+        failures = [failure for trial in trials for failure in _observe(trial, captured=True)]
+        yield from failures
+        if not failures:  # else there is nothing to be proven by their absence
             wanted[0] = None
             _settle(active, target, None)
-            yield from (words for place in places for words in _observe(place, captured=False))
+            yield from (failure for trial in trials for failure in _observe(trial, captured=False))
 
 
 def _settle(active: Sequence[PodLayer], target: PodNetns, want: Redirect | None) -> None:
@@ -135,49 +135,49 @@ def _settle(active: Sequence[PodLayer], target: PodNetns, want: Redirect | None)
                 break
 
 
-def _observe(place: _Place, *, captured: bool) -> Iterator[str]:
+def _observe(trial: _Trial, *, captured: bool) -> Iterator[str]:
     """Sends each kind of traffic of one family once, from new sockets, so no connection is an old one."""
     usual = PacketFate.CAPTURED if captured else PacketFate.PASSED
     when = "with" if captured else "after the removal of"
-    kinds: tuple[tuple[str, Callable[[_Place], PacketFate], PacketFate], ...] = (
+    kinds: tuple[tuple[str, Callable[[_Trial], PacketFate], PacketFate], ...] = (
         ("an outbound connection", _outbound, usual),
         ("an inbound connection", _inbound, usual),
         ("a DNS query", _query, usual),
         ("a connection of ztunnel itself", _own, PacketFate.PASSED),
     )
     for what, attempt, expected in kinds:
-        fate = attempt(place)
+        fate = attempt(trial)
         if fate is not expected:
-            yield f"IPv{place.family}: {what} was {fate.value} {when} the rules"
+            yield f"IPv{trial.family}: {what} was {fate.value} {when} the rules"
 
 
-def _outbound(place: _Place, mark: int = 0) -> PacketFate:
-    there = (REMOTE[place.family], 80)
-    with _listener(place, names.OUTBOUND_PORT) as listener, _client(place, socket.SOCK_STREAM, mark) as client:
+def _outbound(trial: _Trial, mark: int = 0) -> PacketFate:
+    there = (REMOTE[trial.family], 80)
+    with _listener(trial, names.OUTBOUND_PORT) as listener, _client(trial, socket.SOCK_STREAM, mark) as client:
         client.connect_ex(there)
-        fate = _wait(listener, place, _leaving(client, TCP, there))
+        fate = _wait(listener, trial, _leaving(client, TCP, there))
         if fate is PacketFate.CAPTURED:
             taken, _ = listener.accept()
             with taken:
-                return fate if _original(taken, place.family) == there else PacketFate.DISTORTED
+                return fate if _original(taken, trial.family) == there else PacketFate.DISTORTED
         return fate
 
 
-def _own(place: _Place) -> PacketFate:
-    return _outbound(place, names.ZTUNNEL_MARK)
+def _own(trial: _Trial) -> PacketFate:
+    return _outbound(trial, names.ZTUNNEL_MARK)
 
 
-def _query(place: _Place) -> PacketFate:
-    there = (REMOTE[place.family], 53)
-    with _bound(place, socket.SOCK_DGRAM, names.DNS_PORT) as listener, _client(place, socket.SOCK_DGRAM) as client:
+def _query(trial: _Trial) -> PacketFate:
+    there = (REMOTE[trial.family], 53)
+    with _bound(trial, socket.SOCK_DGRAM, names.DNS_PORT) as listener, _client(trial, socket.SOCK_DGRAM) as client:
         client.sendto(b"sluice", there)
-        return _wait(listener, place, _leaving(client, UDP, there))
+        return _wait(listener, trial, _leaving(client, UDP, there))
 
 
-def _inbound(place: _Place) -> PacketFate:
+def _inbound(trial: _Trial) -> PacketFate:
     """Connects to port 80, where no process listens: if it answers, the connection came to the port of ztunnel."""
-    here = LOCAL[place.family]
-    there = REMOTE[place.family]
+    here = LOCAL[trial.family]
+    there = REMOTE[trial.family]
     port = next(_ports)
 
     def answer(seen: Packet) -> PacketFate | None:
@@ -192,23 +192,23 @@ def _inbound(place: _Place) -> PacketFate:
         )
 
     first = packet.syn(there, port, here, 80)
-    with _listener(place, names.INBOUND_PORT):
-        return _wait(None, place, answer, lambda: place.wire.send(place.family, first))
+    with _listener(trial, names.INBOUND_PORT):
+        return _wait(None, trial, answer, lambda: trial.wire.send(trial.family, first))
 
 
 def _leaving(client: socket.socket, protocol: int, there: tuple[str, int]) -> Callable[[Packet], PacketFate | None]:
     port = client.getsockname()[1]  # so that no late packet of an earlier attempt counts
 
     def judge(seen: Packet) -> PacketFate | None:
-        found = (seen.protocol, seen.source_port, seen.destination, seen.destination_port)
-        return PacketFate.PASSED if found == (protocol, port, *there) else None
+        observed = (seen.protocol, seen.source_port, seen.destination, seen.destination_port)
+        return PacketFate.PASSED if observed == (protocol, port, *there) else None
 
     return judge
 
 
 def _wait(
     listener: socket.socket | None,
-    place: _Place,
+    trial: _Trial,
     judge: Callable[[Packet], PacketFate | None],
     send: Callable[[], None] = lambda: None,
 ) -> PacketFate:
@@ -219,7 +219,7 @@ def _wait(
     """
     poll = select.poll()
     end = monotonic() + _SECONDS
-    poll.register(place.wire.socket, select.POLLIN)
+    poll.register(trial.wire.socket, select.POLLIN)
     if listener is not None:
         poll.register(listener, select.POLLIN)
     while monotonic() < end:
@@ -227,7 +227,7 @@ def _wait(
         ready = {fd for fd, _ in poll.poll(_AGAIN * 1000)}
         if listener is not None and listener.fileno() in ready:
             return PacketFate.CAPTURED
-        for data in place.wire.packets():
+        for data in trial.wire.packets():
             seen = packet.parse(data)
             if seen and (fate := judge(seen)):
                 return fate
@@ -241,28 +241,28 @@ def _original(taken: socket.socket, family: int) -> tuple[str, int]:
     return str(ipaddress.ip_address(address)), int.from_bytes(raw[2:4])
 
 
-def _bound(place: _Place, kind: int, port: int, address: str = "") -> socket.socket:
-    made = place.netns.call(lambda: socket.socket(AF[place.family], kind | socket.SOCK_CLOEXEC))
+def _bound(trial: _Trial, kind: int, port: int, address: str = "") -> socket.socket:
+    sock = trial.netns.call(lambda: socket.socket(AF[trial.family], kind | socket.SOCK_CLOEXEC))
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if place.family == 6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.setblocking(False)
-        made.bind((address, port))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if trial.family == 6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setblocking(False)
+        sock.bind((address, port))
     except BaseException:
-        made.close()
+        sock.close()
         raise
-    return made
+    return sock
 
 
-def _listener(place: _Place, port: int) -> socket.socket:
-    made = _bound(place, socket.SOCK_STREAM, port)
-    made.listen(8)
-    place.listening()
-    return made
+def _listener(trial: _Trial, port: int) -> socket.socket:
+    sock = _bound(trial, socket.SOCK_STREAM, port)
+    sock.listen(8)
+    trial.listening()
+    return sock
 
 
-def _client(place: _Place, kind: int, mark: int = 0) -> socket.socket:
-    made = _bound(place, kind, 0, LOCAL[place.family])
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-    return made
+def _client(trial: _Trial, kind: int, mark: int = 0) -> socket.socket:
+    sock = _bound(trial, kind, 0, LOCAL[trial.family])
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    return sock

@@ -44,7 +44,7 @@ def led_astray(target: PodNetns, want: Redirect, *, by_socket: bool = False) -> 
     """
     if want.draining or within(_ROOT, want.exclude.users) or want.exclude.interfaces:
         return ()
-    return tuple(words for family in (4, 6) if (words := _family(target, want, family, by_socket)))
+    return tuple(report for family in (4, 6) if (report := _family(target, want, family, by_socket)))
 
 
 def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> str:
@@ -54,23 +54,27 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
         return ""
     what = f"a connection of the pod to {text(service)}"
     try:
-        source, place = target.netns.call(lambda: _connect(service, by_socket))
-        if place == service and by_socket:
+        source, destination = target.netns.call(lambda: _connect(service, by_socket))
+        if destination == service and by_socket:
             return f"{what} would leave the pod uncaptured"
         # Without conntrack nothing translates, and it need not be loaded for a look.
-        tracked = place == service or target.netns.call(ctnetlink.is_loaded)
-        flow = target.netns.call(lambda: _send(own if place == service else source, place)) if tracked else None
+        tracked = destination == service or target.netns.call(ctnetlink.is_loaded)
+        flow = (
+            target.netns.call(lambda: _send(own if destination == service else source, destination))
+            if tracked
+            else None
+        )
     except (OSError, KernelError):
         return ""  # there is no route, a rule refused it, or the kernel does not say
-    if flow is None and place == service:
+    if flow is None and destination == service:
         return f"{what} would leave without conntrack, which translates nothing then (notrack)"
-    answers, asker = flow or (place, (source, 0))
+    answers, asker = flow or (destination, (source, 0))
     if answers == service:
         return f"{what} would leave the pod uncaptured"
     within = ipaddress.ip_address(answers[0]).is_loopback or answers[0] == own
     if not within or answers[1] != names.OUTBOUND_PORT:
         return f"{what} would go to {text(answers)} instead of ztunnel"
-    if place != service and asker[0] != source:
+    if destination != service and asker[0] != source:
         return f"{what} would be reset: a rule changes its source from {source} to {asker[0]} (masquerade)"
     return ""
 
@@ -96,10 +100,10 @@ def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
             return "", service
         one.connect(service)
         cookie = unpack_int(one.getsockopt(socket.SOL_SOCKET, SO_COOKIE, 8))
-        found = [row for row in diag.sockets(version, (TcpState.SYN_SENT,)) if row.cookie == cookie]
-        if not found:
+        rows = [row for row in diag.sockets(version, (TcpState.SYN_SENT,)) if row.cookie == cookie]
+        if not rows:
             raise OSError("the socket is not listed")
-        return found[0].local[0], found[0].remote
+        return rows[0].local[0], rows[0].remote
 
 
 def _send(own: str, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:

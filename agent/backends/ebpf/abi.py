@@ -181,8 +181,8 @@ def parse(data: bytes) -> Address | None:
     """Returns the address in 16 bytes; None for zeros."""
     if not any(data):
         return None
-    found = IPv6Address(data)
-    return ip_address(data[12:]) if found.ipv4_mapped else found
+    mapped = IPv6Address(data)
+    return ip_address(data[12:]) if mapped.ipv4_mapped else mapped
 
 
 def cookie(number: int) -> bytes:

@@ -73,20 +73,22 @@ class Unpin:
 Change = Load | Attach | Detach | Unpin
 
 
-def read(place: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
+def read(directory: PinDirectory, programs: tuple[BpfProgram, ...]) -> Attached:
     """Raises KernelError."""
-    pinned = place.programs()
+    pinned = directory.programs()
     mine = {program.name: pin(program) for program in programs}
-    found = {
-        name: _number(f"{place.path}/programs/{file}", pinned[file]) for name, file in mine.items() if file in pinned
+    numbers = {
+        name: _number(f"{directory.path}/programs/{file}", pinned[file])
+        for name, file in mine.items()
+        if file in pinned
     }
     links = {}
-    for name in place.links():
-        if (fd := syscall.find(f"{place.path}/links/{name}")) is not None:
+    for name in directory.links():
+        if (fd := syscall.find(f"{directory.path}/links/{name}")) is not None:
             with Descriptor(fd):
                 links[name] = bpflink.info(fd)
     old = tuple(name for name in pinned if name not in mine.values())
-    return Attached({name: number for name, number in found.items() if number}, links, old)
+    return Attached({name: number for name, number in numbers.items() if number}, links, old)
 
 
 @lru_cache(4096)
@@ -107,11 +109,11 @@ def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step
     for link in sorted(have.links.keys() - want.keys()):
         yield Step(f"detach {link}", Detach(link)), f"{link} is not wanted"
     for link, program in want.items():
-        found = have.links.get(link)
-        if found is None or not found.target:
-            wrong = f"{link} is {'not attached' if found is None else 'detached'}"
+        attached = have.links.get(link)
+        if attached is None or not attached.target:
+            wrong = f"{link} is {'not attached' if attached is None else 'detached'}"
             yield Step(f"attach {program.name} {program.attach.name.lower()} ({link})", Attach(link, program)), wrong
-        elif found.program_id != have.ids.get(program.name):
+        elif attached.program_id != have.ids.get(program.name):
             step: Step[Change] = Step(f"replace the program of {link}", Attach(link, program, swap=True))
             yield step, f"{link} runs another program"
     for old in have.old:
@@ -121,7 +123,7 @@ def steps(want: Mapping[str, BpfProgram], have: Attached) -> Iterator[tuple[Step
 def do(
     change: Change,
     pins: Pins,
-    place: PinDirectory,
+    directory: PinDirectory,
     attach: Callable[[BpfProgram, str, int], int],
     sizes: Mapping[str, int],
     constants: bytes = b"",
@@ -135,24 +137,26 @@ def do(
     """
     if isinstance(change, Load):
         every = (*object_files.NODE, *object_files.POD, *object_files.ACCOUNTING)
-        named = {one.name: place.program(one) for one in every if one.object == change.object}
+        named = {one.name: directory.program(one) for one in every if one.object == change.object}
         load.load(object_files.path(change.object), pins.maps, named, sizes, constants, elsewhere)
     elif isinstance(change, Attach):
-        with Descriptor(syscall.get(place.program(change.program))) as program:
-            _attach(change, program, place, attach)
+        with Descriptor(syscall.get(directory.program(change.program))) as program:
+            _attach(change, program, directory, attach)
     elif isinstance(change, Detach):
-        bpffs.remove_tree(place.link(change.link))
+        bpffs.remove_tree(directory.link(change.link))
     else:
-        bpffs.remove_tree(place.path / "programs" / change.program)
+        bpffs.remove_tree(directory.path / "programs" / change.program)
 
 
-def _attach(change: Attach, program: int, place: PinDirectory, attach: Callable[[BpfProgram, str, int], int]) -> None:
+def _attach(
+    change: Attach, program: int, directory: PinDirectory, attach: Callable[[BpfProgram, str, int], int]
+) -> None:
     if change.swap:
-        with Descriptor(syscall.get(place.link(change.link))) as link:
+        with Descriptor(syscall.get(directory.link(change.link))) as link:
             bpflink.update(link, program)
     else:
         with Descriptor(attach(change.program, change.link, program)) as link:
-            syscall.pin(link, place.link(change.link))
+            syscall.pin(link, directory.link(change.link))
 
 
 def attach_tcx(netns: Netns, program: BpfProgram, link: str, descriptor: int) -> int:

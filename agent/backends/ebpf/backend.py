@@ -73,14 +73,14 @@ class EbpfBackend:
     def orphans(self, known: Iterable[PodNetns]) -> list[Gone | Stray]:
         """Pods of which we have something, but that are not among `known`. Raises KernelError."""
         mine = {target.netns.id.cookie for target in known}
-        found = set(self.pins.pods())
+        cookies = set(self.pins.pods())
         stray = set[int]()
         if self._maps.exist():
             stray = {abi.prefix(key, value)[0] for key, value in self._maps["policies"].items()}
             for key, value in self._maps["pods"].items():
-                found.add(abi.uncookie(key))
+                cookies.add(abi.uncookie(key))
                 stray.discard(PodValue.decode(value).policy)
-        return [*(Gone(cookie) for cookie in sorted(found - mine)), *(Stray(policy) for policy in sorted(stray))]
+        return [*(Gone(cookie) for cookie in sorted(cookies - mine)), *(Stray(policy) for policy in sorted(stray))]
 
     def waits(self, target: PodNetns) -> bool:
         """True if no listener of ztunnel is known yet. Raises KernelError."""
@@ -126,11 +126,13 @@ class EbpfBackend:
         """Returns the listeners of the last search while the same processes run and their listeners exist."""
         version, offered = self._offered.get(target, (-1, {}))
         there = set(listening.values())
-        known = offered and all(found and all(one.cookie in there for one in found) for found in offered.values())
+        known = offered and all(
+            listeners and all(one.cookie in there for one in listeners) for listeners in offered.values()
+        )
         if known and version == self.ztunnels.version():
             return offered
         version = self.ztunnels.version()
-        offered = {role: tuple(found) for role, found in self.ztunnels.listeners(target).items()}
+        offered = {role: tuple(listeners) for role, listeners in self.ztunnels.listeners(target).items()}
         self._offered[target] = version, offered
         return offered
 
@@ -189,13 +191,13 @@ class EbpfBackend:
         return pod, frozenset(prefix for number, prefix in listed if number == pod.policy)
 
     def _listening(self, cookie: int) -> dict[tuple[Role, int], int]:
-        found = {}
+        cookies = {}
         for role in Role:
             for slot in range(abi.LISTENER_SLOTS):
                 value = self._maps["listeners"].lookup(abi.listener(cookie, role, slot))
                 if value is not None:
-                    found[role, slot] = unpack_int(value)
-        return found
+                    cookies[role, slot] = unpack_int(value)
+        return cookies
 
 
 def _cookie(target: PodNetns | Gone) -> int:

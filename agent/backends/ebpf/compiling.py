@@ -56,12 +56,12 @@ def policy(cookie: int, prefixes: Iterable[Prefix]) -> int:
     """Returns the id of a set of prefixes: a hash, so that it identifies them. 0 for an empty set."""
     if not (texts := [one.key(0) + one.encode() for one in prefixes]):
         return 0
-    found = blake2b(abi.cookie(cookie) + b"".join(texts), digest_size=8).digest()
-    return int.from_bytes(found, "little") or 1
+    digest = blake2b(abi.cookie(cookie) + b"".join(texts), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def _flags(redirect: Redirect, wiring: PodTopology) -> PodFlag:
-    found = PodFlag(0)
+    flags = PodFlag(0)
     takes = not redirect.draining
     for flag, on in (
         (PodFlag.IPV4, redirect.ipv4 and takes),
@@ -75,8 +75,8 @@ def _flags(redirect: Redirect, wiring: PodTopology) -> PodFlag:
         (PodFlag.ETHERNET, all(link.ethernet for link in wiring.links)),
         (PodFlag.SINGLE, len(wiring.links) == 1),
     ):
-        found |= flag if on else PodFlag(0)
-    return found
+        flags |= flag if on else PodFlag(0)
+    return flags
 
 
 def _prefixes(redirect: Redirect, wiring: PodTopology, primary: set[Any]) -> Iterator[Prefix]:
@@ -98,10 +98,10 @@ def _prefixes(redirect: Redirect, wiring: PodTopology, primary: set[Any]) -> Ite
         yield Prefix(PolicyKind.RESOLVER, abi.address(ip_address(text)), 128)
     excluded = wiring.indexes(exclude.interfaces)
     if excluded:
-        for found, index in wiring.by_network().items():
-            yield _network(PolicyKind.ROUTE, found, int(index in excluded))
-    for found, index in _ways(redirect, wiring).items():
-        yield _network(PolicyKind.REACH, found, int(index > 0))
+        for network, index in wiring.by_network().items():
+            yield _network(PolicyKind.ROUTE, network, int(index in excluded))
+    for network, index in _ways(redirect, wiring).items():
+        yield _network(PolicyKind.REACH, network, int(index > 0))
     for role, indexes in (
         (InterfaceRole.VIRTUAL, wiring.indexes(redirect.virtual_interfaces) - excluded),
         (InterfaceRole.EXCLUDED, excluded),
@@ -114,19 +114,19 @@ def _ways(redirect: Redirect, wiring: PodTopology) -> dict[Network, int]:
 
     {} if every captured family has a default route, or if the pod may have other routes than those that were read.
     """
-    found = wiring.by_network()
+    interfaces = wiring.by_network()
     captured = [default for default, on in ((_ALL4, redirect.ipv4), (_ALL6, redirect.ipv6)) if on]
-    if wiring.elsewhere or all(found.get(default) for default in captured):
+    if wiring.elsewhere or all(interfaces.get(default) for default in captured):
         return {}
-    return {_ALL4: 0, _ALL6: 0} | found
+    return {_ALL4: 0, _ALL6: 0} | interfaces
 
 
-def _apart(found: set[Prefix]) -> set[Prefix]:
+def _apart(prefixes: set[Prefix]) -> set[Prefix]:
     """Keeps IPv4 out of IPv6 networks as wide as ::/0, which have ::ffff:0:0/96 in them."""
     ipv4 = abi.address(IPv4Address(0))
-    wide = {one.kind for one in found if one.kind in _NETWORKS and one.bits < MAPPED and not any(one.value)}
-    taken = {one.kind for one in found if (one.value, one.bits) == (ipv4, MAPPED)}
-    return found | {Prefix(kind, ipv4, MAPPED, 0) for kind in wide - taken}
+    wide = {one.kind for one in prefixes if one.kind in _NETWORKS and one.bits < MAPPED and not any(one.value)}
+    taken = {one.kind for one in prefixes if (one.value, one.bits) == (ipv4, MAPPED)}
+    return prefixes | {Prefix(kind, ipv4, MAPPED, 0) for kind in wide - taken}
 
 
 def _network(kind: PolicyKind, network: Any, verdict: int = 1) -> Prefix:
@@ -139,9 +139,9 @@ def _number(kind: PolicyKind, first: int, bits: int, width: int, verdict: int = 
     return Prefix(kind, (first << (32 - width)).to_bytes(4, "big") + bytes(12), bits, verdict)
 
 
-def split(found: Range, width: int) -> Iterator[tuple[int, int]]:
+def split(numbers: Range, width: int) -> Iterator[tuple[int, int]]:
     """Yields a range of numbers of `width` bits as prefixes: (first, bits)."""
-    first, last = found
+    first, last = numbers
     while first <= last:
         size = first & -first if first else 1 << width
         while first + size - 1 > last:

@@ -51,8 +51,8 @@ def _objects(pins: Pins) -> None:
 
 def _loading(name: str) -> Callable[[Pins], None]:
     def trial(pins: Pins) -> None:
-        with _place(pins) as place:
-            _load(place, name)
+        with _place(pins) as directory:
+            _load(directory, name)
 
     return trial
 
@@ -66,9 +66,9 @@ def _tcx(pins: Pins) -> None:
 
 
 def _in_scratch(pins: Pins, program: BpfProgram, attach: Callable[[int], int]) -> None:
-    with _place(pins) as place:
-        _load(place, program.object)
-        with Descriptor(syscall.get(place.program(program))) as descriptor:
+    with _place(pins) as directory:
+        _load(directory, program.object)
+        with Descriptor(syscall.get(directory.program(program))) as descriptor:
             os.close(scratch.call(lambda: attach(descriptor)))
 
 
@@ -76,20 +76,20 @@ def _own_namespace() -> int:
     return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _load(place: PinDirectory, name: str) -> None:
-    named = {one.name: place.program(one) for one in (*object_files.NODE, *object_files.POD) if one.object == name}
-    load.load(object_files.path(name), place.path / "maps", named)
+def _load(directory: PinDirectory, name: str) -> None:
+    named = {one.name: directory.program(one) for one in (*object_files.NODE, *object_files.POD) if one.object == name}
+    load.load(object_files.path(name), directory.path / "maps", named)
 
 
 @contextmanager
 def _place(pins: Pins) -> Iterator[PinDirectory]:
     """Returns pins of this process alone, apart from those in use; with maps of their own."""
     bpffs.mount(pins.mount)
-    place = PinDirectory(pins.root / f"try-{os.getpid()}")
+    directory = PinDirectory(pins.root / f"try-{os.getpid()}")
     try:
-        yield place
+        yield directory
     finally:
-        bpffs.remove_tree(place.path)
+        bpffs.remove_tree(directory.path)
         with suppress(OSError):  # in use
             pins.root.rmdir()
 
@@ -99,8 +99,8 @@ def _cgroups(pins: Pins) -> None:
 
 
 def _libbpf(pins: Pins) -> None:
-    found = libbpf.ask("bpf_obj_get", b"/")  # no pin; but the answer shows that the library was opened
-    if found >= 0:
+    result = libbpf.ask("bpf_obj_get", b"/")  # no pin; but the answer shows that the library was opened
+    if result >= 0:
         raise KernelError("open libbpf.so.1", 0, "it opened a directory as a BPF object")
 
 

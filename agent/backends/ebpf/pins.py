@@ -91,7 +91,7 @@ def pin(program: BpfProgram) -> str:
 def _inodes(directory: str) -> dict[str, int]:
     """Returns inodes by name, in the order of names. Called for each pod again and again, so without pathlib."""
     try:
-        with os.scandir(directory) as found:
-            return dict(sorted((one.name, one.inode()) for one in found))
+        with os.scandir(directory) as entries:
+            return dict(sorted((one.name, one.inode()) for one in entries))
     except (FileNotFoundError, NotADirectoryError):  # the latter of a bpf_dir that can be none
         return {}

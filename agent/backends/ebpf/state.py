@@ -154,10 +154,10 @@ def _removal(have: PodEntries) -> Iterator[_Correction]:
 
 
 def _links(indexes: tuple[int, ...]) -> dict[str, BpfProgram]:
-    found = {"lookup": object_files.LOOKUP}
+    links = {"lookup": object_files.LOOKUP}
     for index in indexes:
-        found |= {f"ingress-{index}": object_files.INGRESS, f"egress-{index}": object_files.EGRESS}
-    return found
+        links |= {f"ingress-{index}": object_files.INGRESS, f"egress-{index}": object_files.EGRESS}
+    return links
 
 
 def describe(pod: PodValue) -> str:

@@ -60,12 +60,12 @@ class Holder:
     def search(self, wanted: set[int]) -> None:
         """Searches until these inodes were met, the first time all. Raises KernelError unless the process has ended."""
         known = self._numbers
-        found = self.process.sockets(wanted if known else (), known.values())
-        if wanted <= found.keys():  # the rest stays as it was: ten thousand connections take 0.1 s
+        numbers = self.process.sockets(wanted if known else (), known.values())
+        if wanted <= numbers.keys():  # the rest stays as it was: ten thousand connections take 0.1 s
             inodes = {number: inode for inode, number in known.items()}
-            inodes |= {number: inode for inode, number in found.items()}
-            found = {inode: number for number, inode in inodes.items()}
-        self._numbers = found
+            inodes |= {number: inode for inode, number in numbers.items()}
+            numbers = {inode: number for number, inode in inodes.items()}
+        self._numbers = numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +150,7 @@ class Ztunnels:
         Raises KernelError when BPF could not distinguish a ztunnel from other processes.
         """
         numbered = Process.tgid_is_global()
-        found = set()
+        keys = set()
         for process in self.processes():
             try:
                 cgroup = process.cgroup_id()
@@ -164,8 +164,8 @@ class Ztunnels:
                     "the agent has a PID namespace of its own and ztunnel is in the root cgroup, so BPF cannot "
                     "identify ztunnel; run the agent with hostPID: true, or ztunnel in a cgroup of its own",
                 )  # fmt: skip
-            found.add((cgroup, process.pid if numbered else 0))
-        return found
+            keys.add((cgroup, process.pid if numbered else 0))
+        return keys
 
     def listeners(self, target: PodNetns) -> dict[Role, list[Listener]]:
         """Returns the listeners that capture, those of the newest process first, at most LISTENER_SLOTS for each role.
@@ -194,12 +194,12 @@ class Ztunnels:
         unknown = [one for one in sockets if one.cookie not in known]
         held = {one.cookie for one, _ in self._held(unknown)}
         rest = {one.cookie: one.inode for one in unknown if one.cookie not in held}
-        found = proc.holders(rest.values(), netns) if rest else {}
-        known |= {cookie: found.get(inode, "") for cookie, inode in rest.items()}
+        holders = proc.holders(rest.values(), netns) if rest else {}
+        known |= {cookie: holders.get(inode, "") for cookie, inode in rest.items()}
         self._others |= {cookie: known[cookie] for cookie in rest}
         if len(self._others) > _MOST_OTHERS:
             self._others.clear()
-        return {one.cookie: who for one in sockets if (who := known.get(one.cookie))}
+        return {one.cookie: holder for one in sockets if (holder := known.get(one.cookie))}
 
     def held(self, inodes: Collection[int]) -> set[int]:
         """Returns those of the sockets with these inodes that one of the processes holds. Raises KernelError.

@@ -38,13 +38,13 @@ class BranchState:
 
 def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
     """Returns the rules that the pods need, those of one device once. The way back comes first."""
-    found = dict[LookupRule, None]()
+    rules = dict[LookupRule, None]()
     for rule in have.rules:
         for address, device in have.routes.get((rule.family, rule.table), {}).items():
             if _of_pod(rule) and device == rule.iif and address in want.of(rule.family):
-                found[_ours(rule.family, rule.preference - 1, Table.LOCAL, iif=rule.iif)] = None
-                found[_ours(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
-    return tuple(found)
+                rules[_ours(rule.family, rule.preference - 1, Table.LOCAL, iif=rule.iif)] = None
+                rules[_ours(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
+    return tuple(rules)
 
 
 def _ours(family: int, preference: int, table: int, *, iif: str = "", to: str = "") -> LookupRule:
@@ -64,12 +64,12 @@ class BranchEni:
         return Support(True)
 
     def read(self, target: HostNetns) -> BranchState:
-        found = map(by_interface_or_destination, target.route.rules(ipv6=True))
-        rules = tuple(rule for rule in found if rule is not None)
+        parsed = map(by_interface_or_destination, target.route.rules(ipv6=True))
+        rules = tuple(rule for rule in parsed if rule is not None)
         tables = {(rule.family, rule.table): rule.iif for rule in rules if _of_pod(rule)}
         devices = {rule.iif for rule in rules if _of_pod(rule)}
         numbers = target.call(lambda: {_index(name): name for name in devices})
-        return BranchState(rules, {place: dict(_routes(target, *place, numbers)) for place in tables})
+        return BranchState(rules, {table: dict(_routes(target, *table, numbers)) for table in tables})
 
     def plan(self, want: HostProbes | None, have: BranchState) -> Plan[RouteChange]:
         due = wanted(want, have) if want else ()

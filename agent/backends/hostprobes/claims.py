@@ -67,7 +67,7 @@ class Claims:
 
 def usable(addresses: Iterable[str]) -> tuple[str, ...]:
     """Returns them sorted, as module ipaddress writes them, mapped IPv4 as IPv4, without loopback and link-local."""
-    found = set()
+    texts = set()
     for text in addresses:
         try:
             address = ipaddress.ip_address(text)
@@ -75,5 +75,5 @@ def usable(addresses: Iterable[str]) -> tuple[str, ...]:
             continue
         address = getattr(address, "ipv4_mapped", None) or address
         if not (address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast):
-            found.add(str(address))
-    return tuple(sorted(found))
+            texts.add(str(address))
+    return tuple(sorted(texts))

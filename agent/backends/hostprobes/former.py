@@ -58,11 +58,11 @@ class _FormerRules:
 
     def plan(self, want: HostProbes | None, have: FormerState) -> Plan[Payload]:
         """Returns the removal, for any `want`. Tables and base chains that Sluice made go once they are empty."""
-        ours = {family: held for family, held in have.held.items() if held.ours}
-        found = tuple(f"{WORD[family]}tables -t {TABLE}: chain {CHAIN} is not wanted" for family in ours)
-        if ours or have.generation is None:
-            return Plan(tuple(self._removal(*one) for one in ours.items()), found, have.generation)
-        return Plan(_emptied(have.held), found, have.generation)
+        own = {family: held for family, held in have.held.items() if held.ours}
+        differences = tuple(f"{WORD[family]}tables -t {TABLE}: chain {CHAIN} is not wanted" for family in own)
+        if own or have.generation is None:
+            return Plan(tuple(self._removal(*one) for one in own.items()), differences, have.generation)
+        return Plan(_emptied(have.held), differences, have.generation)
 
     def _removal(self, family: int, held: Held) -> Step[Payload]:
         comments = (f'-m comment --comment "{tag}" ' if tag else "" for tag in held.jumps)
@@ -100,8 +100,8 @@ class FormerLegacyRules(_FormerRules):
     }
 
     def read(self, target: HostNetns) -> FormerState:
-        found = target.call(lambda: xtables.read((TABLE,), ()))
-        held = {family: [legacy_held(family, *raw) for raw in found[family].values()] for family in NFPROTO}
+        tables = target.call(lambda: xtables.read((TABLE,), ()))
+        held = {family: [legacy_held(family, *raw) for raw in tables[family].values()] for family in NFPROTO}
         return FormerState({family: one[0] if one else Held() for family, one in held.items()}, None)
 
 
@@ -129,8 +129,8 @@ def former_sets(ipset: IpsetSocket) -> tuple[IpSet, ...]:
     """Returns Sluice's sets; one of another type is foreign. Empty without ipset in the kernel."""
     if not _IPSET.is_dir():  # the question itself would load it
         return ()
-    found = ((family, ipset.read(name)) for family, name in SETS.items())
-    return tuple(one for family, one in found if one and (one.kind, one.family) == ("hash:ip", family))
+    sets = ((family, ipset.read(name)) for family, name in SETS.items())
+    return tuple(one for family, one in sets if one and (one.kind, one.family) == ("hash:ip", family))
 
 
 def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
@@ -145,12 +145,12 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
                 held[family] = Held()
                 continue
             chains = {name: nft.dump(GETCHAIN, protocol, _place(wire.Chain.NAME, name), 0) for name in (BASE, CHAIN)}
-            there = [name for name, found in chains.items() if found]
+            there = [name for name, messages in chains.items() if messages]
             rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(wire.Rule.CHAIN, name))]
             base = [wire.fields(message.body) for message in chains[BASE]]
             table = wire.fields(tables[0].body)
             held[family] = nft_held(table, base[0] if base else None, CHAIN in there, rules)
-            seen += [*tables, *(m for found in chains.values() for m in found), *rules]
+            seen += [*tables, *(m for messages in chains.values() for m in messages), *rules]
         # Each message carries the low half of the generation that it shows.
         if {message.body[2:4] for message in seen} <= {generation.to_bytes(4)[2:]}:
             return held, generation

@@ -88,6 +88,6 @@ def _nft_jump(rule: Mapping[int, bytes]) -> str:
     return ""
 
 
-def _tag(words: str | None) -> str:
+def _tag(comment: str | None) -> str:
     """Returns the tag; "" for text of another form, which is not ours and must not get into a script."""
-    return words if words and TAG.fullmatch(words) else ""
+    return comment if comment and TAG.fullmatch(comment) else ""

@@ -40,8 +40,8 @@ class HostNftState:
     generation: int
 
     def members(self, family: int) -> Mapping[str, str]:
-        found = (state.members for state in self.sets if state == nft_sets.wanted(family))
-        return next(found, _NO_MEMBERS)
+        members = (state.members for state in self.sets if state == nft_sets.wanted(family))
+        return next(members, _NO_MEMBERS)
 
 
 class NftHostProbes:
@@ -67,13 +67,13 @@ class NftHostProbes:
     def plan(self, want: HostProbes | None, have: HostNftState) -> NftPlan:
         if want is None:
             return self._removal(have)
-        found = (*self._wrong(want, have), *_wrong_sets(want, have))
-        if found:
-            return self._anew(want, have, found)
+        differences = (*self._wrong(want, have), *_wrong_sets(want, have))
+        if differences:
+            return self._anew(want, have, differences)
         changes = [(SETS[family], change(want, family, have.members(family))) for family in want.families]
         lines = list[str]()
         commands = list[Command]()
-        words = list[str]()
+        descriptions = list[str]()
         for name, one in changes:
             gone = (*one.removed, *one.renamed)
             come = {**one.added, **one.renamed}
@@ -81,12 +81,12 @@ class NftHostProbes:
             shown = ", ".join(nft_sets.element(*member) for member in come.items())
             lines += [f"add element inet {TABLE} {name} {{ {shown} }}"] if come else []
             commands += [*nft_sets.removed(TABLE, name, gone), *nft_sets.added(TABLE, name, come)]
-            words += [one.words(name)] if one else []
+            descriptions += [one.words(name)] if one else []
         if have.table and self.owned and have.table.flags & OWNED == TableFlag.PERSIST:
             lines.insert(0, f"# take over the ownership of table inet {TABLE}")
             commands.insert(0, table_command(TABLE, self._flags))
         steps = (Step("\n".join(lines), tuple(commands)),) if commands else ()
-        return Plan(steps, tuple(words), have.generation)
+        return Plan(steps, tuple(descriptions), have.generation)
 
     @property
     def _flags(self) -> int:
@@ -104,14 +104,14 @@ class NftHostProbes:
         if have.table and self.owned and not have.table.flags & OWNED:
             yield f"table inet {TABLE} is not protected by an owner"
 
-    def _anew(self, want: HostProbes, have: HostNftState, found: tuple[str, ...]) -> NftPlan:
+    def _anew(self, want: HostProbes, have: HostNftState, differences: tuple[str, ...]) -> NftPlan:
         """Returns the table with all that its sets have to hold, in the transaction that takes the old one away."""
         members = {family: settled(want, family, have.members(family)) for family in want.families}
         before = self._removal(have).steps
         script = [*(step.text for step in before), nft_rendering.script(want, members)]
         commands = [command for step in before for command in step.payload]
         commands += nft_rendering.commands(want, self._flags, members)
-        return Plan((Step("\n".join(script), tuple(commands)),), found, have.generation)
+        return Plan((Step("\n".join(script), tuple(commands)),), differences, have.generation)
 
     def apply(self, target: HostNetns, plan: NftPlan) -> None:
         for step in plan.steps:
@@ -144,8 +144,8 @@ def read(nft: NftSocket) -> HostNftState:
         for state in nft_sets.states(sets, ()):
             elements += nft.dump(GETSETELEM, NFPROTO_INET, of_table + attribute(wire.SetElemList.SET, state.name))
         if nft.generation() == generation:
-            (found,) = reading.table_states(dumps.ruleset(table, chains, rules))
-            return HostNftState(found, nft_sets.states(sets, elements), generation)
+            (own,) = reading.table_states(dumps.ruleset(table, chains, rules))
+            return HostNftState(own, nft_sets.states(sets, elements), generation)
     raise KernelError("read nf_tables of the host", 0, "another process keeps changing the rules while they are read")
 
 

@@ -57,7 +57,7 @@ def script(want: HostProbes, members: Mapping[int, Mapping[str, str]]) -> str:
         lines += nft_sets.declaration(family, members[family])
     lines += [f"\tchain {CHAIN} {{", f"\t\ttype nat hook {CHAIN} priority {_PRINTED}; policy accept;"]
     rules = zip(_rules(want), _tags(want), strict=True)
-    lines += [f'\t\t{words} comment "{tag}"' for (words, _), tag in rules]
+    lines += [f'\t\t{rule} comment "{tag}"' for (rule, _), tag in rules]
     return "\n".join([*lines, "\t}", "}"])
 
 
@@ -72,14 +72,14 @@ def _rules(want: HostProbes) -> list[tuple[str, bytes]]:
 
 
 def _tags(want: HostProbes) -> tuple[str, ...]:
-    return tag_chain((words for words, _ in _rules(want)), f"{TABLE} {CHAIN}")
+    return tag_chain((text for text, _ in _rules(want)), f"{TABLE} {CHAIN}")
 
 
 def _rule(family: int, probe: str) -> tuple[str, bytes]:
     word = {4: "ip", 6: "ip6"}[family]
     (offset, length) = _OFFSET[family]
-    words = f"meta l4proto tcp meta skuid != {_NO_USER} {word} daddr @{SETS[family]} counter snat {word} to {probe}"
-    return words, b"".join(
+    text = f"meta l4proto tcp meta skuid != {_NO_USER} {word} daddr @{SETS[family]} counter snat {word} to {probe}"
+    return text, b"".join(
         [
             meta(wire.MetaKey.L4PROTO) + compare(bytes([6])),
             meta(wire.MetaKey.SKUID) + compare(_NO_USER.to_bytes(4), negated=True),

@@ -89,14 +89,14 @@ def states(set_dump: Iterable[Message], element_dumps: Iterable[Message]) -> tup
         parts = wire.fields(message.body)
         held = members.setdefault(text(parts.get(wire.SetElemList.SET)), {})
         held.update(_member(item) for _, item in attributes(parts.get(wire.SetElemList.ELEMENTS, b"")))
-    found = []
+    states = []
     for message in set_dump:
         parts = wire.fields(message.body)
         name = text(parts.get(wire.Set.NAME))
         key = (unpack_be(parts.get(wire.Set.KEY_TYPE)), unpack_be(parts.get(wire.Set.KEY_LEN)))
         held = {address: uid for address, uid in members.get(name, {}).items() if address}
-        found.append(SetState(name, key, unpack_be(parts.get(wire.Set.FLAGS)), held))
-    return tuple(sorted(found, key=lambda state: state.name))
+        states.append(SetState(name, key, unpack_be(parts.get(wire.Set.FLAGS)), held))
+    return tuple(sorted(states, key=lambda state: state.name))
 
 
 # The same entries are read again and again: what one says is worked out once.

@@ -77,7 +77,7 @@ class IptablesBackend:
 
     def plan(self, want: Redirect | None, have: XtSeen) -> Plan[Payload]:
         steps: list[Step[Payload]] = []
-        found: list[str] = []
+        drift: list[str] = []
         create: list[tuple[int, str, str]] = []
         for family, actual in have.held.families.items():
             wanted = rendering.render(want or _NOTHING, family)
@@ -85,7 +85,7 @@ class IptablesBackend:
                 refuse_taken(actual)
             if same(wanted.tables, actual):
                 continue
-            found += differences(family, wanted.tables, actual)
+            drift += differences(family, wanted.tables, actual)
             create += [
                 (family, table, base)
                 for table, state in wanted.tables.items()
@@ -99,7 +99,7 @@ class IptablesBackend:
             steps.insert(0, bases.create(create, have.held))
         if not steps:
             steps = list(bases.drop(want, have.held))
-        return Plan(tuple(steps), tuple(found), have.held.generation, have.remarks)
+        return Plan(tuple(steps), tuple(drift), have.held.generation, have.remarks)
 
     def apply(self, target: PodNetns, plan: Plan[Payload]) -> None:
         for step in plan.steps:
@@ -126,8 +126,8 @@ def _family(content: Content, protocol: int, tables: tuple[tuple[str, str], ...]
     heads = [
         Message(kind=0, flags=0, sequence=0, port=0, body=wire.NFGENMSG.pack(protocol, 0, 0) + name + comment)
         for name, comment in (
-            (attribute(wire.Table.NAME, name), attribute(wire.Table.USERDATA, comment_data(words)))
-            for name, words in tables
+            (attribute(wire.Table.NAME, name), attribute(wire.Table.USERDATA, comment_data(mark)))
+            for name, mark in tables
         )
     ]
     chains, rules = ([m for m in part if m.body[0] == protocol] for part in (content.chains, content.rules))

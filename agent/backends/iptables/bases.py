@@ -46,11 +46,11 @@ def create(bases: list[tuple[int, str, str]], have: XtState) -> Step[Payload]:
         body += attribute(wire.Table.USERDATA, comment_data(MARK))
         commands.append(Command(NEWTABLE, NLM_F_CREATE, NFPROTO[family], body))
     for family, table, base in bases:
-        place = (Table(table), Hook[base])
-        kind, priority = rules.BASE[place]
+        position = (Table(table), Hook[base])
+        kind, priority = rules.BASE[position]
         head = f"type {kind} hook {base.lower()} priority {priority}; policy accept"
         lines.append(f'add chain {WORD[family]} {table} {base} {{ {head}; comment "{MARK}" ; }}')
-        body = attribute(wire.Chain.TABLE, table) + attribute(wire.Chain.NAME, base) + base_chain(*place)
+        body = attribute(wire.Chain.TABLE, table) + attribute(wire.Chain.NAME, base) + base_chain(*position)
         body += attribute(wire.Chain.USERDATA, comment_data(MARK))
         commands.append(Command(NEWCHAIN, NLM_F_CREATE, NFPROTO[family], body))
     return Step("\n".join(lines), tuple(commands))

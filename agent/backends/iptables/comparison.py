@@ -17,8 +17,8 @@ def refuse_taken(have: Mapping[str, XtTable]) -> None:
     """Raises KernelError if foreign chains have our names, in one family."""
     for table, held in have.items():
         if held.taken:
-            words = f"chain {held.taken[0]} of table {table} is foreign (as a sidecar's): it leads to foreign chains"
-            raise KernelError("iptables-restore", 0, f"{words}; exclude the pod from capture, or take these rules out")
+            cause = f"chain {held.taken[0]} of table {table} is foreign (as a sidecar's): it leads to foreign chains"
+            raise KernelError("iptables-restore", 0, f"{cause}; exclude the pod from capture, or take these rules out")
 
 
 def same(want: Mapping[str, XtTable], have: Mapping[str, XtTable]) -> bool:
@@ -35,18 +35,18 @@ def differences(family: int, want: Mapping[str, XtTable], have: Mapping[str, XtT
     for table in TABLES:
         wanted = want.get(table, _NONE)
         actual = have.get(table, _NONE)
-        place = f"{WORD[family]}tables -t {table}"
+        prefix = f"{WORD[family]}tables -t {table}"
         left, right = dict(wanted.chains), dict(actual.chains)
         if left and not right and not actual.jumps:
-            yield f"{place}: Sluice's chains are missing"
+            yield f"{prefix}: Sluice's chains are missing"
             continue
         for chain in sorted({*left, *right}):
             if chain not in right:
-                yield f"{place}: chain {chain} is missing"
+                yield f"{prefix}: chain {chain} is missing"
             elif chain not in left:
-                yield f"{place}: chain {chain} is not wanted"
+                yield f"{prefix}: chain {chain} is not wanted"
             elif left[chain] != right[chain]:
                 missing = len(set(left[chain]) - set(right[chain]))
-                yield f"{place}: chain {chain} has {len(right[chain])} rules, {missing} of Sluice's are missing"
+                yield f"{prefix}: chain {chain} has {len(right[chain])} rules, {missing} of Sluice's are missing"
         if wanted.jumps != actual.jumps:
-            yield f"{place}: {len(actual.jumps)} jumps into Sluice's chains, not the {len(wanted.jumps)} wanted"
+            yield f"{prefix}: {len(actual.jumps)} jumps into Sluice's chains, not the {len(wanted.jumps)} wanted"

@@ -68,37 +68,37 @@ def broken(what: str) -> KernelError:
 def places(family: int, data: bytes) -> Iterator[int]:
     """Yields the offset of each entry. Raises KernelError."""
     form = _FORMS[family]
-    place = 0
+    offset = 0
     if not data:
         raise broken("lengths")
-    while place < len(data):
-        if place + form.parts > len(data):
+    while offset < len(data):
+        if offset + form.parts > len(data):
             raise broken("lengths")
-        target, size = struct.unpack_from("=HH", data, place + form.sizes)
-        if not form.parts <= target <= size - _PART.size or place + size > len(data):
+        target, size = struct.unpack_from("=HH", data, offset + form.sizes)
+        if not form.parts <= target <= size - _PART.size or offset + size > len(data):
             raise broken("lengths")
-        yield place
-        place += size
+        yield offset
+        offset += size
 
 
 def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
     """Returns the same with zeros for the counters of the entries `at` these places."""
     counters = _FORMS[family].counters
     blank = bytearray(data)
-    for place in at:
-        blank[place + counters : place + counters + 16] = _NO_COUNT
+    for offset in at:
+        blank[offset + counters : offset + counters + 16] = _NO_COUNT
     return bytes(blank)
 
 
-def counts(family: int, data: bytes, place: int) -> tuple[int, int]:
+def counts(family: int, data: bytes, offset: int) -> tuple[int, int]:
     """Returns (packets, bytes) that the entry at this place has matched."""
-    found: tuple[int, int] = struct.unpack_from("=QQ", data, place + _FORMS[family].counters)
-    return found
+    pair: tuple[int, int] = struct.unpack_from("=QQ", data, offset + _FORMS[family].counters)
+    return pair
 
 
 def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
     """Takes `size` bytes of entries `at` these places apart into all that lies between the counters."""
-    ends = [place + _FORMS[family].counters for place in at]
+    ends = [offset + _FORMS[family].counters for offset in at]
     begins = [0, *(end + len(_NO_COUNT) for end in ends)]
     parts = [f"{end - begin}s" for begin, end in zip(begins, (*ends, size), strict=True)]
     return struct.Struct("=" + f"{len(_NO_COUNT)}x".join(parts))
@@ -154,15 +154,15 @@ def _target(form: _Form, data: bytes) -> _Target:
 
 def _parts(data: bytes) -> Iterator[tuple[str, bytes]]:
     """Yields name and data of each match, or of the target."""
-    place = 0
-    while place < len(data):
-        if place + _PART.size > len(data):
+    offset = 0
+    while offset < len(data):
+        if offset + _PART.size > len(data):
             raise broken("parts")
-        size, name, _ = _PART.unpack_from(data, place)
-        if size < _PART.size or place + size > len(data):
+        size, name, _ = _PART.unpack_from(data, offset)
+        if size < _PART.size or offset + size > len(data):
             raise broken("parts")
-        yield _text(name), data[place + _PART.size : place + size]
-        place += size
+        yield _text(name), data[offset + _PART.size : offset + size]
+        offset += size
 
 
 def _text(data: bytes) -> str:

@@ -89,8 +89,8 @@ class IptablesLegacyBackend:
         version = self._digests.version
         if last is None or last.tables is not tables or last.version != version:
             have = LegacyState({4: {}, 6: {}})
-            for (family, name), found in tables.items():
-                have.families[family][name] = self._digests.verified(found)
+            for (family, name), table in tables.items():
+                have.families[family][name] = self._digests.verified(table)
             last = self._last[target] = _Last(tables, version, have)
         return replace(last.have, remarks=self._remarks(target)) if _jumps(last.have) else last.have
 
@@ -102,25 +102,25 @@ class IptablesLegacyBackend:
 
     def plan(self, want: Redirect | None, have: LegacyState) -> Plan[Restore]:
         steps: list[Step[Restore]] = []
-        found: list[str] = []
+        drift: list[str] = []
         for family in (4, 6):
             actual = have.families[family]
             wanted = rendering.render(want or _NOTHING, family)
             if wanted.tables:
                 refuse_taken(actual)
             if not same(wanted.tables, actual):
-                found += differences(family, wanted.tables, actual)
+                drift += differences(family, wanted.tables, actual)
                 script = rendering.script(family, wanted, actual)
                 steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
-        return Plan(tuple(steps), tuple(found), remarks=have.remarks)
+        return Plan(tuple(steps), tuple(drift), remarks=have.remarks)
 
     def apply(self, target: PodNetns, plan: Plan[Restore]) -> None:
         for step in plan.steps:
             _restore(step.payload, target)
         # Only of tables that were rewritten just now: others may have been foreign before.
-        for (family, name), found in _tables(target, {}).items():
+        for (family, name), table in _tables(target, {}).items():
             if any(step.payload.family == family and f"*{name}\n" in step.payload.script for step in plan.steps):
-                self._digests.learn(found)
+                self._digests.learn(table)
 
 
 def _jumps(have: LegacyState) -> bool:
@@ -134,7 +134,7 @@ def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...
 
 def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
     """Reads all tables of Sluice; returns `last` itself when they are unchanged."""
-    known = {key: found.info for key, found in last.items()}
+    known = {key: table.info for key, table in last.items()}
     raw = target.netns.call(lambda: xtables.again(TABLES, known))
     if raw.keys() == last.keys() and all(last[key].holds(data) for key, (_, data) in raw.items()):
         return last

@@ -60,9 +60,9 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     taken = tuple(
         chain for chain, held in named.items() if not any(map(_tag, held)) and any(rule.jump for rule in held)
     )
-    ours = [(chain, held) for chain, held in named.items() if chain not in taken]
-    tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in ours)
-    digests = tuple(tuple(rule.digest for rule in held) for _, held in ours)
+    own = [(chain, held) for chain, held in named.items() if chain not in taken]
+    tagged = tuple((chain, tuple(_tag(rule) for rule in held)) for chain, held in own)
+    digests = tuple(tuple(rule.digest for rule in held) for _, held in own)
     layout = without_counts(family, len(data), at)
     table = XtTable(tagged, tuple(sorted(_jumps(chains))), bases=tuple(sorted(bases))).without(taken)
     return Found(table=table, digests=digests, info=info, layout=layout, parts=layout.unpack(data))

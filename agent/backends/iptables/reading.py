@@ -43,7 +43,7 @@ def family_tables(
     for message in chain_dump:
         parts = wire.fields(message.body)
         chains.setdefault(text(parts.get(wire.Chain.TABLE)), {})[text(parts.get(wire.Chain.NAME))] = parts
-    found = {}
+    tables = {}
     for message in table_dump:
         parts = wire.fields(message.body)
         name = text(parts.get(wire.Table.NAME))
@@ -52,23 +52,27 @@ def family_tables(
             idle = tuple(
                 sorted(
                     chain
-                    for chain, made in chains.get(name, {}).items()
-                    if comment(made.get(wire.Chain.USERDATA, b"")) == MARK and not mine[chain]
+                    for chain, attributes_of in chains.get(name, {}).items()
+                    if comment(attributes_of.get(wire.Chain.USERDATA, b"")) == MARK and not mine[chain]
                 )
             )
-            bases = tuple(sorted(chain for chain, made in chains.get(name, {}).items() if wire.Chain.HOOK in made))
-            found[name] = replace(
+            bases = tuple(
+                sorted(
+                    chain for chain, attributes_of in chains.get(name, {}).items() if wire.Chain.HOOK in attributes_of
+                )
+            )
+            tables[name] = replace(
                 _table(mine),
                 bases=bases,
                 idle=idle,
                 marked=comment(parts.get(wire.Table.USERDATA, b"")) == MARK,
                 bare=len(idle) == len(mine),
             )
-    return found
+    return tables
 
 
 def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
-    ours = [(chain, tuple(_tag(rule) for rule in rules)) for chain, rules in sorted(chains.items()) if chain in _OURS]
+    own = [(chain, tuple(_tag(rule) for rule in rules)) for chain, rules in sorted(chains.items()) if chain in _OURS]
     jumps = [
         (chain, target, _tag(rule))
         for chain, rules in chains.items()
@@ -76,8 +80,8 @@ def _table(chains: dict[str, list[dict[int, bytes]]]) -> XtTable:
         for rule in rules
         if (target := _jump_target(rule)) in _OURS
     ]
-    taken = (name for name, held in ours if not any(held) and any(_leads_on(rule) for rule in chains[name]))
-    return XtTable(tuple(ours), tuple(sorted(jumps))).without(tuple(taken))
+    taken = (name for name, held in own if not any(held) and any(_leads_on(rule) for rule in chains[name]))
+    return XtTable(tuple(own), tuple(sorted(jumps))).without(tuple(taken))
 
 
 def _leads_on(rule: dict[int, bytes]) -> bool:
@@ -92,8 +96,8 @@ def _verdict(immediate: dict[int, bytes]) -> dict[int, bytes]:
 
 
 def _tag(rule: dict[int, bytes]) -> str:
-    found = rule_comment(rule)
-    return found if TAG.fullmatch(found) else ""  # exactly: tags of jumps are written into scripts again
+    text = rule_comment(rule)
+    return text if TAG.fullmatch(text) else ""  # exactly: tags of jumps are written into scripts again
 
 
 def _jump_target(rule: dict[int, bytes]) -> str:

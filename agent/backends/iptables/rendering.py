@@ -91,7 +91,7 @@ def arguments(rule: Rule) -> tuple[str, ...]:
     protocol = str(next((m.value for m in rule.matches if m.field is Field.PROTOCOL), ""))
     matches = [_alternatives(match, protocol) for match in rule.matches]
     target = _target(rule)
-    return tuple(" ".join(word for word in (*words, target) if word) for words in product(*matches))
+    return tuple(" ".join(word for word in (*combination, target) if word) for combination in product(*matches))
 
 
 def _alternatives(match: Match, protocol: str) -> tuple[str, ...]:

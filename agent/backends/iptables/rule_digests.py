@@ -23,20 +23,20 @@ class RuleDigests:
         self._learned: dict[tuple[str, ...], set[tuple[bytes, ...]]] = {}
         self.version = 0  # of what is known; it never comes back
 
-    def learn(self, found: Found) -> None:
-        for (_, tags), digests in zip(found.table.chains, found.digests, strict=True):
+    def learn(self, held: Found) -> None:
+        for (_, tags), digests in zip(held.table.chains, held.digests, strict=True):
             if len(self._learned) >= _KEPT and tags not in self._learned:
                 self._learned.clear()  # tags alone have to do until the next change
             if digests not in self._learned.setdefault(tags, set()):
                 self._learned[tags].add(digests)
                 self.version += 1
 
-    def verified(self, found: Found) -> XtTable:
+    def verified(self, held: Found) -> XtTable:
         """Returns the table, with "" for the tag of each rule that does what was never learned of it."""
-        pairs = list(zip(found.table.chains, found.digests, strict=True))
+        pairs = list(zip(held.table.chains, held.digests, strict=True))
         if all(digests in self._learned.get(tags, (digests,)) for (_, tags), digests in pairs):
-            return found.table
-        return replace(found.table, chains=tuple((name, self._tags(tags, digests)) for (name, tags), digests in pairs))
+            return held.table
+        return replace(held.table, chains=tuple((name, self._tags(tags, digests)) for (name, tags), digests in pairs))
 
     def _tags(self, tags: tuple[str, ...], digests: tuple[bytes, ...]) -> tuple[str, ...]:
         learned = self._learned.get(tags, {digests})

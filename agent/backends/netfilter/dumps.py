@@ -130,9 +130,9 @@ def _spans(data: bytes) -> Iterator[tuple[int, int]]:
         yield at + 8, at + 16  # sequence and port
         yield at + 18, at + 20  # of nfgenmsg: the low half of the generation
         end = min(len(data), at + max(HEADER.size + 4, HEADER.unpack_from(data, at)[0]))
-        for found in _COUNTS.finditer(data, at + HEADER.size + 4, end):
-            yield found.span(1)
-            yield found.span(2)
+        for match in _COUNTS.finditer(data, at + HEADER.size + 4, end):
+            yield match.span(1)
+            yield match.span(2)
         at = (end + 3) & ~3
 
 

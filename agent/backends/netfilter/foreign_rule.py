@@ -80,53 +80,53 @@ class _Value:
 
 def effect(rule: Mapping[int, bytes]) -> RuleEffect:
     """Parses the attributes of a rule."""
-    found = RuleEffect()
+    result = RuleEffect()
     registers = dict[int, _Value]()
     for name, data in expressions(rule):
         known = _EXPRESSIONS.get(name)
         if known is not None:
-            known(found, registers, data)
+            known(result, registers, data)
         elif name in _VERBS:
-            found.verbs.add(_VERBS[name])
-            found.words.append(_VERBS[name])
+            result.verbs.add(_VERBS[name])
+            result.words.append(_VERBS[name])
         elif name not in _SILENT:
-            found.words.append(name)
-    return found
+            result.words.append(name)
+    return result
 
 
-def _load(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _load(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     key = unpack_be(data.get(wire.Meta.KEY))
     if wire.Meta.SREG not in data:
         registers[unpack_be(data.get(wire.Meta.DREG))] = _Value(_META.get(key, f"meta {key}"))
     elif key == wire.MetaKey.MARK:
-        _set_mark(found, registers.get(unpack_be(data[wire.Meta.SREG]), _Value()), "mark")
+        _set_mark(result, registers.get(unpack_be(data[wire.Meta.SREG]), _Value()), "mark")
 
 
-def _track(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _track(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     key = unpack_be(data.get(wire.Ct.KEY))
     if wire.Ct.SREG not in data:
         registers[unpack_be(data.get(wire.Ct.DREG))] = _Value("ct mark" if key == wire.CtKey.MARK else f"ct {key}")
     elif key == wire.CtKey.MARK:
-        _set_mark(found, registers.get(unpack_be(data[wire.Ct.SREG]), _Value()), "ct mark")
+        _set_mark(result, registers.get(unpack_be(data[wire.Ct.SREG]), _Value()), "ct mark")
 
 
-def _set_mark(found: RuleEffect, value: _Value, what: str) -> None:
+def _set_mark(result: RuleEffect, value: _Value, what: str) -> None:
     shown = f"{unpack_int(value.data):#x}" if value.data else value.name or "?"
-    found.words.append(f"{what} set {shown}")
+    result.words.append(f"{what} set {shown}")
     if not (value.keeps_our_bits and what == "mark"):
-        found.verbs.add("mark")
+        result.verbs.add("mark")
 
 
-def _payload(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _payload(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     if wire.Payload.DREG in data:
-        place = unpack_be(data.get(wire.Payload.BASE)), unpack_be(data.get(wire.Payload.OFFSET))
-        name = _FIELDS.get(place, f"payload {place[0]} {place[1]}")
-        registers[unpack_be(data[wire.Payload.DREG])] = _Value(name, size=_ADDRESSES.get(place, 0))
+        position = unpack_be(data.get(wire.Payload.BASE)), unpack_be(data.get(wire.Payload.OFFSET))
+        name = _FIELDS.get(position, f"payload {position[0]} {position[1]}")
+        registers[unpack_be(data[wire.Payload.DREG])] = _Value(name, size=_ADDRESSES.get(position, 0))
     else:
-        found.words.append("payload set")
+        result.words.append("payload set")
 
 
-def _bitwise(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _bitwise(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     mask, xor = (
         unpack_int(dict(attributes(data.get(kind, b""))).get(wire.Data.VALUE))
         for kind in (wire.Bitwise.MASK, wire.Bitwise.XOR)
@@ -137,15 +137,15 @@ def _bitwise(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int,
     )
 
 
-def _compare(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _compare(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     held = registers.get(unpack_be(data.get(wire.Cmp.SREG)), _Value("?"))
     value = dict(attributes(data.get(wire.Cmp.DATA, b""))).get(wire.Data.VALUE, b"")
     shown = _shown(held, value)
     operator = unpack_be(data.get(wire.Cmp.OP))
     if operator == wire.CmpOp.EQ:
-        found.selects[held.name] = shown
+        result.selects[held.name] = shown
     if held.name != "nfproto":
-        found.words.append(f"{held.name} {shown}" if operator == wire.CmpOp.EQ else f"{held.name} != {shown}")
+        result.words.append(f"{held.name} {shown}" if operator == wire.CmpOp.EQ else f"{held.name} != {shown}")
 
 
 def _shown(held: _Value, value: bytes) -> str:
@@ -161,7 +161,7 @@ def _shown(held: _Value, value: bytes) -> str:
     return f"{unpack_int(value):#x}"
 
 
-def _immediate(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _immediate(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     held = dict(attributes(data.get(wire.Immediate.DATA, b"")))
     if wire.Data.VERDICT not in held:
         registers[unpack_be(data.get(wire.Immediate.DREG))] = _Value(data=held.get(wire.Data.VALUE, b""))
@@ -169,39 +169,39 @@ def _immediate(found: RuleEffect, registers: dict[int, _Value], data: Mapping[in
     verdict = dict(attributes(held[wire.Data.VERDICT]))
     code = unpack_be(verdict.get(wire.Verdict.CODE))
     if code in _JUMPS:
-        found.chain = text(verdict.get(wire.Verdict.CHAIN))
-        found.words.append(f"{_JUMPS[code]} {found.chain}")
+        result.chain = text(verdict.get(wire.Verdict.CHAIN))
+        result.words.append(f"{_JUMPS[code]} {result.chain}")
     else:
         word = _VERDICTS.get(code, f"verdict {code}")
-        found.verbs.add(word)
-        found.words.append(word)
+        result.verbs.add(word)
+        result.words.append(word)
 
 
-def _nat(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _nat(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     address = registers.get(unpack_be(data.get(wire.Nat.REG_ADDR_MIN)), _Value()).data
     to = f" to {ipaddress.ip_address(address)}" if len(address) in (4, 16) else ""
     verb = "dnat" if unpack_be(data.get(wire.Nat.TYPE)) == wire.NatType.DNAT else "snat"
-    found.verbs.add(verb)
-    found.words.append(f"{verb}{to}")
+    result.verbs.add(verb)
+    result.words.append(f"{verb}{to}")
 
 
-def _xt_match(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _xt_match(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     name = text(data.get(wire.XtMatch.NAME))
     if name == "comment":
-        found.comment = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
+        result.comment = text(data.get(wire.XtMatch.INFO, b"").split(b"\0")[0])
     else:
-        found.words.append(f"match {name}")
+        result.words.append(f"match {name}")
 
 
-def _xt_target(found: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
+def _xt_target(result: RuleEffect, registers: dict[int, _Value], data: Mapping[int, bytes]) -> None:
     name = text(data.get(wire.XtTarget.NAME))
     info = data.get(wire.XtTarget.INFO, b"")
-    found.words.append(name)
+    result.words.append(name)
     if name in _TARGETS:
-        found.verbs.add(_TARGETS[name])
+        result.verbs.add(_TARGETS[name])
     # xt_mark_tginfo2 and xt_connmark_tginfo1: mark, mask; what is outside of both stays as it was.
     elif name in ("MARK", "CONNMARK") and any(unpack_int(info[at : at + 4]) & names.MARK_MASK for at in (0, 4)):
-        found.verbs.add("mark")
+        result.verbs.add("mark")
 
 
 _EXPRESSIONS: Mapping[str, Callable[[RuleEffect, dict[int, _Value], Mapping[int, bytes]], None]] = {

@@ -71,13 +71,13 @@ def chains(ruleset: Ruleset, family: int, table: str, *, ipv6: bool) -> tuple[st
     )
 
 
-def _before(one: _Suspect, head: Head | None, ours: Head | None) -> bool:
+def _before(one: _Suspect, head: Head | None, own: Head | None) -> bool:
     if head is None or head.dormant:
         return False
     if one.here or one.priority < _NAT_PRIORITY:
         return True
     # Our table, if it does not exist yet, will be the latest.
-    return one.nat and one.priority == _NAT_PRIORITY and ours is not None and head.handle > ours.handle
+    return one.nat and one.priority == _NAT_PRIORITY and own is not None and head.handle > own.handle
 
 
 @lru_cache(maxsize=64)
@@ -89,7 +89,7 @@ def _suspects(content: Content, within: bool) -> tuple[_Suspect, ...]:
     if not bases:
         return ()
     rules = _rules(content)
-    return tuple(found for base in bases if (found := _suspect(base, rules, within)))
+    return tuple(suspect for base in bases if (suspect := _suspect(base, rules, within)))
 
 
 Place = tuple[int, str, str]  # family, table, chain
@@ -97,20 +97,20 @@ Place = tuple[int, str, str]  # family, table, chain
 
 def _rules(content: Content) -> dict[Place, list[tuple[str, RuleEffect]]]:
     """Returns (our tag or "", effects) of each rule."""
-    found: dict[Place, list[tuple[str, RuleEffect]]] = {}
+    rules: dict[Place, list[tuple[str, RuleEffect]]] = {}
     for message in content.rules:
         parts = wire.fields(message.body)
         what = effect(parts)
         note = comment(parts.get(wire.Rule.USERDATA, b"")) or what.comment
         tag = note if TAG.fullmatch(note) else ""
-        place = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
-        found.setdefault(place, []).append((tag, what))
-    return found
+        chain = message.body[0], text(parts.get(wire.Rule.TABLE)), text(parts.get(wire.Rule.CHAIN))
+        rules.setdefault(chain, []).append((tag, what))
+    return rules
 
 
 def _suspect(base: ChainHead, rules: dict[Place, list[tuple[str, RuleEffect]]], within: bool) -> _Suspect | None:
-    place = base.family, base.table, base.name
-    held = rules.get(place, [])
+    chain = base.family, base.table, base.name
+    held = rules.get(chain, [])
     here = within and base.family != NFPROTO_INET and (base.table, base.name) in _XT_BASES
     takes = _TAKES.get(base.kind, _TAKES_OTHER)
     if here:
@@ -124,9 +124,14 @@ def _suspect(base: ChainHead, rules: dict[Place, list[tuple[str, RuleEffect]]], 
     verbs = ", ".join(sorted(frozenset().union(*(verbs for verbs, _ in taking))))
     where = f"chain {_WORDS[base.family]} {base.table} {base.name}" + (" before our jump" if here else "")
     count = f"{len(taking)} rule{'s' * (len(taking) != 1)}"
-    words = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
+    description = f"{where}, priority {base.priority}: {count} with {verbs} ({taking[0][1]})"
     return _Suspect(
-        family=base.family, table=base.table, nat=base.kind == "nat", priority=base.priority, here=here, words=words
+        family=base.family,
+        table=base.table,
+        nat=base.kind == "nat",
+        priority=base.priority,
+        here=here,
+        words=description,
     )
 
 
@@ -151,8 +156,8 @@ def _taking(
         elif what.chain and what.chain not in seen:
             there = rules.get((base.family, base.table, what.chain), [])
             # To return from there only leads back.
-            for found, words in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
-                yield found, f"{what}: {words}"
+            for taken, description in _taking(base, there, rules, takes - {"return"}, seen | {what.chain}):
+                yield taken, f"{what}: {description}"
 
 
 def rules(held: Iterable[FibRule]) -> tuple[FibRule, ...]:

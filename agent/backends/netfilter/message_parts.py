@@ -19,12 +19,12 @@ HOOK_NUMBER = {Hook.PREROUTING: 0, Hook.OUTPUT: 3}
 def base_chain(table: Table, hook: Hook) -> bytes:
     """Returns the attributes that make a chain a base chain with policy accept."""
     kind, priority = rules.BASE[table, hook]
-    place = nested(
+    hook_attributes = nested(
         wire.Chain.HOOK,
         attribute(wire.Hook.HOOKNUM, HOOK_NUMBER[hook]),
         attribute(wire.Hook.PRIORITY, priority & 0xFFFFFFFF),
     )
-    return place + attribute(wire.Chain.TYPE, kind) + attribute(wire.Chain.POLICY, wire.VerdictCode.ACCEPT)
+    return hook_attributes + attribute(wire.Chain.TYPE, kind) + attribute(wire.Chain.POLICY, wire.VerdictCode.ACCEPT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +48,13 @@ def chain_head(body: bytes) -> ChainHead:
     names = text(parts.get(wire.Chain.TABLE)), text(parts.get(wire.Chain.NAME))
     if wire.Chain.HOOK not in parts:
         return ChainHead(body[0], *names)
-    place = dict(attributes(parts[wire.Chain.HOOK]))
+    hook = dict(attributes(parts[wire.Chain.HOOK]))
     return ChainHead(
         body[0],
         *names,
         kind=text(parts.get(wire.Chain.TYPE)),
-        hook=unpack_be(place.get(wire.Hook.HOOKNUM)),
-        priority=int.from_bytes(place.get(wire.Hook.PRIORITY, b""), signed=True),
+        hook=unpack_be(hook.get(wire.Hook.HOOKNUM)),
+        priority=int.from_bytes(hook.get(wire.Hook.PRIORITY, b""), signed=True),
         accepts=unpack_be(parts.get(wire.Chain.POLICY)) == wire.VerdictCode.ACCEPT,
     )
 
@@ -68,16 +68,16 @@ def expressions(rule: Mapping[int, bytes]) -> Iterator[tuple[str, dict[int, byte
 
 def rule_comment(rule: Mapping[int, bytes]) -> str:
     """Returns iptables' comment: 1.8.9 keeps it as a match with 256 bytes of text, others as the rule's user data."""
-    found = comment(rule.get(wire.Rule.USERDATA, b""))
+    content = comment(rule.get(wire.Rule.USERDATA, b""))
     for name, data in expressions(rule):
         if name == "match" and text(data.get(wire.XtMatch.NAME)) == "comment":
-            found = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
-    return found
+            content = data.get(wire.XtMatch.INFO, b"").split(b"\0")[0].decode(errors="replace")
+    return content
 
 
-def comment_data(words: str) -> bytes:
+def comment_data(text: str) -> bytes:
     """Encodes a comment as user data, which the kernel only keeps: type 0, length, text with its zero byte."""
-    return bytes([0, len(words) + 1]) + words.encode() + b"\0"
+    return bytes([0, len(text) + 1]) + text.encode() + b"\0"
 
 
 def text(payload: bytes | None) -> str:

@@ -109,7 +109,7 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     if redirect.draining:
         return (*_mangle(), *(_raw(plain=not counting) if redirect.dns else ()))
     capturing = (*_nat_prerouting(redirect), *_nat_output(redirect, link_local=counting))
-    found = [
+    chains = [
         *_mangle(),
         *(_dropped(capturing) if redirect.blocked else ()),
         *(_other_inbound(redirect) if counting else ()),
@@ -118,8 +118,8 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
         *(_raw(plain=not counting) if redirect.dns else ()),
     ]
     if not counting or redirect.ipv4 == redirect.ipv6:
-        return tuple(found)
-    return tuple(_of_family(rule, 4 if redirect.ipv4 else 6) for rule in found)
+        return tuple(chains)
+    return tuple(_of_family(rule, 4 if redirect.ipv4 else 6) for rule in chains)
 
 
 def tables(redirect: Redirect) -> frozenset[Table]:
@@ -323,10 +323,10 @@ def _raw(*, plain: bool) -> Iterator[Rule]:
     Only packets that go as the query went: answers are known by their flow, not by a port. A DNS server's client
     may ask from port 53, and ztunnel answers a client at port 53, by lo. `plain`: as istio-cni, by ports.
     """
-    ours = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)
+    queries = (_UDP, Match(Field.DESTINATION_PORT, 53), _FROM_ZTUNNEL)
     if not plain:
-        yield Rule(Table.RAW, Hook.OUTPUT, (_OFF_LO, *ours), RuleAction.ORIGINAL_ZONE, value=names.DNS_ZONE)
+        yield Rule(Table.RAW, Hook.OUTPUT, (_OFF_LO, *queries), RuleAction.ORIGINAL_ZONE, value=names.DNS_ZONE)
         return
-    yield Rule(Table.RAW, Hook.OUTPUT, ours, RuleAction.ZONE, value=names.DNS_ZONE)
+    yield Rule(Table.RAW, Hook.OUTPUT, queries, RuleAction.ZONE, value=names.DNS_ZONE)
     answers = (_UDP, Match(Field.SOURCE_PORT, 53), _NOT_FROM_ZTUNNEL)
     yield Rule(Table.RAW, Hook.PREROUTING, answers, RuleAction.ZONE, value=names.DNS_ZONE)

@@ -121,8 +121,8 @@ def _ours(nft: NftSocket, own: Sequence[ChainRef]) -> Ruleset:
         if chain := nft.get(GETCHAIN, one.family, table + attribute(wire.Chain.NAME, one.chain)):
             chains.append(chain)
             if dumps.uses(chain) <= OWN:
-                place = table + attribute(wire.Rule.CHAIN, one.chain)
-                rules.append(nft.dumped(GETRULE, one.family, place, _BYTES)[0])
+                selection = table + attribute(wire.Rule.CHAIN, one.chain)
+                rules.append(nft.dumped(GETRULE, one.family, selection, _BYTES)[0])
             elif one.shared:
                 raise KernelError(f"read chain {one.table} {one.chain}", 0, f"it has more than {OWN} rules")
     return dumps.ruleset(b"".join(heads.values()), b"".join(chains), b"".join(rules), whole=False)

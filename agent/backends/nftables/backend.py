@@ -65,16 +65,16 @@ class NftablesBackend:
         if want is None:
             commands = tuple(delete_commands(present))
             script = "\n".join(f"delete table inet {name}" for name in present)
-            found = tuple(f"table inet {name} is not wanted" for name in present)
-            return Plan((Step(script, commands),) if commands else (), found, have.generation, have.remarks)
+            drift = tuple(f"table inet {name} is not wanted" for name in present)
+            return Plan((Step(script, commands),) if commands else (), drift, have.generation, have.remarks)
         rendering = render(want, self.owned)
-        found = tuple(differences(rendering.tables, have.tables))
-        if not found and not any(self._unowned(table) for table in have.tables):
+        drift = tuple(differences(rendering.tables, have.tables))
+        if not drift and not any(self._unowned(table) for table in have.tables):
             return self._adopt(have)
-        found = found or ("the tables are not protected by an owner",)
+        drift = drift or ("the tables are not protected by an owner",)
         script = "".join(f"delete table inet {name}\n" for name in present) + rendering.text
         return Plan(
-            (Step(script, (*delete_commands(present), *rendering.commands)),), found, have.generation, have.remarks
+            (Step(script, (*delete_commands(present), *rendering.commands)),), drift, have.generation, have.remarks
         )
 
     def _unowned(self, table: TableState) -> bool:

@@ -92,23 +92,23 @@ COUNTER = expression("counter", attribute(wire.Counter.BYTES, bytes(8)), attribu
 
 def rule(rule: Rule, first_set: int = 1) -> tuple[str, bytes, tuple[AnonymousSet, ...]]:
     """Returns the text and the expressions of one rule, without comment, and its sets, numbered from `first_set`."""
-    words: list[str] = []
+    texts: list[str] = []
     parts: list[bytes] = []
     sets: list[AnonymousSet] = []
     protocol = next((str(m.value) for m in rule.matches if m.field is Field.PROTOCOL), "")
     has_port = any(m.field in (Field.SOURCE_PORT, Field.DESTINATION_PORT, Field.OPENING) for m in rule.matches)
     for match in rule.matches:
         if isinstance(match.value, tuple):
-            found = anonymous(match.field, match.value, first_set + len(sets))
-            sets.append(found)
-            word, encoded = _among(match.field, found, rule.family, protocol)
+            named = anonymous(match.field, match.value, first_set + len(sets))
+            sets.append(named)
+            word, encoded = _among(match.field, named, rule.family, protocol)
         else:
             word, encoded = _match(match, rule.family, protocol)
         parts.append(encoded)
         if not (match.field is Field.PROTOCOL and has_port):  # nft prints "tcp dport", which implies it
-            words.append(word)
+            texts.append(word)
     word, encoded = _action(rule)
-    text = " ".join([*words, "counter", *([word] if word else [])])
+    text = " ".join([*texts, "counter", *([word] if word else [])])
     return text, b"".join([*parts, COUNTER, encoded]), tuple(sets)
 
 
@@ -146,13 +146,13 @@ def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]
     raise ValueError(f"{field} takes several values")
 
 
-def _among(field: Field, found: AnonymousSet, family: int | None, protocol: str) -> tuple[str, bytes]:
+def _among(field: Field, values: AnonymousSet, family: int | None, protocol: str) -> tuple[str, bytes]:
     """Returns a match against a set: loads the field as the set's keys are written, and looks it up."""
     lookup = expression(
         "lookup",
-        attribute(wire.Lookup.SET, found.name),
+        attribute(wire.Lookup.SET, values.name),
         attribute(wire.Lookup.SREG, REG_1),
-        attribute(wire.Lookup.SET_ID, found.number),
+        attribute(wire.Lookup.SET_ID, values.number),
     )
     if field is Field.USER:  # interval sets compare bytes: the number is turned into network order
         turn = expression(
@@ -163,12 +163,12 @@ def _among(field: Field, found: AnonymousSet, family: int | None, protocol: str)
             attribute(wire.Byteorder.LEN, 4),
             attribute(wire.Byteorder.SIZE, 4),
         )
-        return f"meta skuid {found.text}", meta(MetaKey.SKUID) + turn + lookup
+        return f"meta skuid {values.text}", meta(MetaKey.SKUID) + turn + lookup
     if field in (Field.SOURCE_PORT, Field.DESTINATION_PORT):
-        return f"{protocol} {field.value} {found.text}", _port(field) + lookup
+        return f"{protocol} {field.value} {values.text}", _port(field) + lookup
     if family is None:
         raise ValueError(f"a set of {field.value} in a rule of no family")
-    text = f"{'ip' if family == 4 else 'ip6'} {field.value} {found.text}"
+    text = f"{'ip' if family == 4 else 'ip6'} {field.value} {values.text}"
     return text, _family(family) + _address_load(field, family) + lookup
 
 

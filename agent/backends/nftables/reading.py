@@ -38,12 +38,12 @@ class NftState:
 def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
     """Returns Sluice's tables in a pod with their chains and rules, by name."""
     chains = _ours(ruleset.content)
-    found = (
+    states = (
         TableState(head.name, chains.get(head.name, ()), head.flags, head.owner)
         for head in ruleset.tables
         if head.family == NFPROTO_INET and head.name in TABLES
     )
-    return tuple(sorted(found, key=lambda table: table.name))
+    return tuple(sorted(states, key=lambda table: table.name))
 
 
 @lru_cache(maxsize=64)
@@ -65,7 +65,7 @@ def _chains(chain_dump: Iterable[Message], rule_dump: Iterable[Message]) -> dict
         chains.setdefault(one.table, []).append(
             Chain(one.name, held, kind=one.kind, hook=one.hook, priority=one.priority, accepts=one.accepts)
         )
-    return {table: tuple(sorted(found, key=lambda chain: chain.name)) for table, found in chains.items()}
+    return {table: tuple(sorted(unsorted, key=lambda chain: chain.name)) for table, unsorted in chains.items()}
 
 
 # Namespaces that differ in rules of others have ours in common: what a message says is worked out once.

@@ -127,8 +127,8 @@ def _write(
         body = attribute(wire.Rule.TABLE, table) + attribute(wire.Rule.CHAIN, rule.chain)
         body += nested(wire.Rule.EXPRESSIONS, rule.expressions)
         body += attribute(wire.Rule.USERDATA, comment_data(tag)) if tag else b""
-        for found in rule.sets:
-            commands += found.commands(table)
+        for anonymous in rule.sets:
+            commands += anonymous.commands(table)
         commands.append(Command(NEWRULE, NLM_F_CREATE | NLM_F_APPEND, NFPROTO_INET, body))
     lines.append("\t}")
     return tuple((tag, digest(rule.expressions)) for rule, tag in zip(rules, marks, strict=True))

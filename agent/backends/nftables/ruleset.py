@@ -70,23 +70,23 @@ def differences(want: tuple[TableState, ...], have: tuple[TableState, ...]) -> I
 def _chains(table: str, want: TableState, have: TableState) -> Iterator[str]:
     wanted, actual = {c.name: c for c in want.chains}, {c.name: c for c in have.chains}
     for name in sorted({*wanted, *actual}):
-        place = f"chain {table} {name}"
+        prefix = f"chain {table} {name}"
         if name not in actual:
-            yield f"{place} is missing"
+            yield f"{prefix} is missing"
         elif name not in wanted:
-            yield f"{place} is not ours"
+            yield f"{prefix} is not ours"
         elif wanted[name].rules != actual[name].rules:
-            yield f"{place}: {rule_difference(wanted[name].rules, actual[name].rules)}"
+            yield f"{prefix}: {rule_difference(wanted[name].rules, actual[name].rules)}"
         elif wanted[name] != actual[name]:
-            yield f"{place} has another hook, priority, type or policy"
+            yield f"{prefix} has another hook, priority, type or policy"
 
 
 def rule_difference(want: tuple[tuple[str, str], ...], have: tuple[tuple[str, str], ...]) -> str:
     """Describes how a list of rules differs from the desired one, in one clause."""
     tags = {tag for tag, _ in have}
     missing = [index for index, (tag, _) in enumerate(want, 1) if tag not in tags]
-    ours = {tag for tag, _ in want}
-    foreign = sum(tag not in ours for tag, _ in have)
+    own = {tag for tag, _ in want}
+    foreign = sum(tag not in own for tag, _ in have)
     parts = []
     if missing:
         parts.append(f"{len(missing)} of {len(want)} rules missing")

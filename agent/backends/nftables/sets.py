@@ -76,13 +76,13 @@ def anonymous(field: Field, values: tuple[Any, ...], number: int) -> AnonymousSe
             networks: list[Any] = sorted(ipaddress.ip_network(value) for value in values)
             kind, length = (_IPV4, 4) if networks[0].version == 4 else (_IPV6, 16)
             intervals = tuple((int(n.network_address), int(n.broadcast_address)) for n in networks)
-            words = [str(n.network_address) if n.num_addresses == 1 else str(n) for n in networks]
+            texts = [str(n.network_address) if n.num_addresses == 1 else str(n) for n in networks]
         case Field.SOURCE_PORT | Field.DESTINATION_PORT | Field.USER:
             kind, length = (_UID, 4) if field is Field.USER else (_SERVICE, 2)
             intervals = values
-            words = [str(first) if first == last else f"{first}-{last}" for first, last in values]
+            texts = [str(first) if first == last else f"{first}-{last}" for first, last in values]
         case _:
             raise ValueError(f"{field} takes one value")
     return AnonymousSet(
-        number=number, kind=kind, length=length, intervals=intervals, text="{ " + ", ".join(words) + " }"
+        number=number, kind=kind, length=length, intervals=intervals, text="{ " + ", ".join(texts) + " }"
     )
