@@ -13,7 +13,7 @@ from typing import Any
 
 from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
-from agent.flows.identity import Service, Who, Workload, pod_workload
+from agent.flows.identity import Identities, Service, Workload, pod_workload
 from agent.reconciler.loop import Reconciler
 from agent.sources.kube import objects, source
 from agent.sources.kube.access import Access
@@ -48,7 +48,7 @@ class Kubernetes:
         reconciler: Reconciler,
         zds: ZdsServer,
         exempt: OfflineAllowlist,
-        who: Who,
+        identities: Identities,
     ) -> None:
         self.client = client = Client(Access(settings.kube_server, settings.kube_token_file, settings.kube_ca_file))
         self._pods_known = asyncio.Event()
@@ -79,7 +79,7 @@ class Kubernetes:
         if settings.startup_taint:
             taint = Taint.parse(settings.startup_taint)
             self.tainting = Tainting(KubeNode(client, node), taint, returns=settings.startup_taint_returns)
-        self.peers = _peers(client, who) if settings.kube_peers else None
+        self.peers = _peers(client, identities) if settings.kube_peers else None
 
         def changed(uid: str) -> None:
             self.annotator.look(uid)
@@ -163,13 +163,13 @@ def _others(host_root: str) -> str:
     return theirs_runs(HostRoot(host_root), [RUN_DIR], Path("/proc"))
 
 
-def _peers(client: Client, who: Who) -> ClusterWorkloads[Workload, Service]:
+def _peers(client: Client, identities: Identities) -> ClusterWorkloads[Workload, Service]:
     def workload(namespace: str, name: str, labels: Mapping[str, str]) -> Workload:
-        return pod_workload(Pod("", namespace, name, labels=labels), who.cluster)
+        return pod_workload(Pod("", namespace, name, labels=labels), identities.cluster)
 
     def service(namespace: str, name: str) -> Service:
         return Service(f"{name}.{namespace}.svc.{_DOMAIN}", name, namespace)
 
     return ClusterWorkloads(
-        client=client, know=who.know_peers, workload=workload, service=service, random=random.random
+        client=client, know=identities.know_peers, workload=workload, service=service, random=random.random
     )

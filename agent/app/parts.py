@@ -26,7 +26,7 @@ from agent.export import verifying
 from agent.export.metrics_page import ConnectionMetrics, SharedTotals
 from agent.flows import collector_choice as collectors
 from agent.flows.accounting import Accounting
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 from agent.flows.journal import ConnectionJournal
 from agent.flows.label_totals import LabelTotals
 from agent.flows.logfile import LogFile
@@ -136,7 +136,9 @@ class Account:
     metrics: ConnectionMetrics | None = None
 
 
-def build_account(settings: Settings, table: PodTable, who: Who, node: str, mechanisms: Mechanisms) -> Account:
+def build_account(
+    settings: Settings, table: PodTable, identities: Identities, node: str, mechanisms: Mechanisms
+) -> Account:
     """Raises SettingsError if the collector that the settings demand is not available."""
     by_socket = mechanisms.choice.by_socket
     collector, reason = collectors.choose(settings, mechanisms.pins, mechanisms.ztunnels, by_socket=by_socket)
@@ -146,17 +148,17 @@ def build_account(settings: Settings, table: PodTable, who: Who, node: str, mech
     if settings.connection_log:
         file = LogFile(settings.connection_log, settings.connection_log_bytes, settings.connection_log_keep)
         journal = ConnectionJournal(file, settings.connection_log_sample)
-    totals = SharedTotals(LabelTotals(who, settings.metrics_label_sets, settings.metrics_expire_seconds))
+    totals = SharedTotals(LabelTotals(identities, settings.metrics_label_sets, settings.metrics_expire_seconds))
     accounting = Accounting(
         collector=collector,
         table=table,
-        who=who,
+        identities=identities,
         node=node,
         add=totals.add,
         reason=reason,
         journal=journal,
         verify_seconds=settings.verify_seconds,
-        peers=PeersFile(settings.peers_file, who) if settings.peers_file else None,
+        peers=PeersFile(settings.peers_file, identities) if settings.peers_file else None,
     )
     return Account(accounting, ConnectionMetrics(totals, accounting.losses, accounting.refresh))
 

@@ -41,7 +41,7 @@ from agent.export.connections_api import ConnectionsApi
 from agent.export.explaining import ExplainContext
 from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 from agent.kernel.unix_socket import claim, listen
 from agent.reconciler.loop import Reconciler
 from agent.sources.cni.service import CniService
@@ -82,8 +82,8 @@ class Agent:
         self.installer = _installer(settings)
         self.table = PodTable()
         self.exempt = OfflineAllowlist(settings, self.table)
-        self.who = Who(settings.cluster, settings.trust_domain)
-        account = build_account(settings, self.table, self.who, self.node_name, self.mechanisms)
+        self.identities = Identities(settings.cluster, settings.trust_domain)
+        account = build_account(settings, self.table, self.identities, self.node_name, self.mechanisms)
         self.accounting = account.accounting
         self.metrics = Metrics(account.metrics)
         self.journals = Journals(self.metrics)
@@ -148,7 +148,7 @@ class Agent:
             reconciler=self.reconciler,
             zds=self.zds,
             exempt=self.exempt,
-            who=self.who,
+            identities=self.identities,
         )
 
     def _health(self, version: str) -> Health:

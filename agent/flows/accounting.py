@@ -20,7 +20,7 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import text
 from agent.flows.collector import Collector
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 from agent.flows.inet_diag.socket_counts import PodSockets, SocketCounts
 from agent.flows.journal import ConnectionJournal
 from agent.flows.peers_file import PeersFile
@@ -53,7 +53,7 @@ class Accounting:
         *,
         collector: Collector,
         table: PodTable,
-        who: Who,
+        identities: Identities,
         node: str,
         add: Add,
         reason: str = "",
@@ -66,7 +66,7 @@ class Accounting:
         self.reason = reason
         self.recent = Recent[Any, ResolvedRecord](self._named)
         self._table = table
-        self._who = who
+        self._identities = identities
         self._node = node
         self._add = add
         self._journal = journal
@@ -190,7 +190,7 @@ class Accounting:
 
     def refresh(self) -> None:
         """Adds the counts since the last call. Raises KernelError."""
-        self._who.know_pods(self._table)
+        self._identities.know_pods(self._table)
         deltas, qualities = self.collector.refresh()
         self._add(deltas, qualities, self.pod, time.time())
         for one in deltas:
@@ -199,9 +199,9 @@ class Accounting:
                 where = f"{one.direction.word} {one.remote or 'unknown address'} port {one.port}"
                 log.warning("pod %s: %d connections leaked (%s)", pod.key if pod else one.pod, count, where)
 
-        for cookie, words in self.collector.crowded():
+        for cookie, message in self.collector.crowded():
             pod = self.pod(cookie)
-            log.warning("pod %s: %s", pod.key if pod else cookie, words)
+            log.warning("pod %s: %s", pod.key if pod else cookie, message)
 
     async def run(self, dead: Callable[[Collection[int]], Collection[int]]) -> None:
         """Runs until cancelled. `dead` picks the cookies that belong to no pod and to no live namespace."""
@@ -252,6 +252,6 @@ class Accounting:
         return self._name(self.collector.connection(raw))
 
     def _name(self, connection: Connection) -> ResolvedRecord:
-        if self._who.service(*connection.remote):
+        if self._identities.service(*connection.remote):
             connection = self._endpoints.resolved(connection)
-        return named(connection, self.pod(connection.pod), self._who, self._node)
+        return named(connection, self.pod(connection.pod), self._identities, self._node)

@@ -49,7 +49,7 @@ class Service:
     namespace: str
 
 
-class Who:
+class Identities:
     """Workloads by address and services by (address, port), port 0 for all of them. Addresses are plain.
 
     Each half is replaced as a whole, so a reader on another thread sees the old or the new one.
@@ -112,11 +112,11 @@ def _owner(pod: Pod) -> str:
     Istio reads the owner from the API (kube/util.go, GetDeployMetaFromPod); on the node there are labels alone.
     """
     labels = pod.labels
-    if found := labels.get("pod-template-hash"):
+    if suffix := labels.get("pod-template-hash"):
         owner = _without(_RANDOM, pod.name)
-        return owner.removesuffix(f"-{found}") if owner.endswith(f"-{found}") else pod.name
-    if found := labels.get("batch.kubernetes.io/job-name") or labels.get("job-name"):
-        return _without(_RUN, found)
+        return owner.removesuffix(f"-{suffix}") if owner.endswith(f"-{suffix}") else pod.name
+    if suffix := labels.get("batch.kubernetes.io/job-name") or labels.get("job-name"):
+        return _without(_RUN, suffix)
     if labels.get("statefulset.kubernetes.io/pod-name") == pod.name:
         return _without(_ORDINAL, pod.name)
     if "pod-template-generation" in labels:  # a DaemonSet's

@@ -12,7 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from agent.core.model.pods import Pod
 from agent.flows import labels
-from agent.flows.identity import Service, Who, Workload, pod_workload
+from agent.flows.identity import Identities, Service, Workload, pod_workload
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
 
 # Not traffic of the pod with a peer: only its fate is counted.
@@ -185,8 +185,8 @@ class _Rows(Generic[_Key, _Row]):
         if full := len(self._rows) >= self._cap or (mine is not None and len(mine) >= self._share):
             self.overflow += 1
             key = self._rest(key) if self._owned is None or len(self._rows) >= self._cap else self._owned(key)
-            if found := self._known.get(key):
-                return found
+            if known := self._known.get(key):
+                return known
         text = self._text(key)
         row = self._rows.setdefault(text, self._make(text))
         if mine is not None and not full:
@@ -215,13 +215,13 @@ class LabelTotals:
     the cap they lose the workload, not the fate.
     """
 
-    def __init__(self, who: Who, cap: int = 5000, ttl: float = 900.0) -> None:
-        self._who = who
+    def __init__(self, identities: Identities, cap: int = 5000, ttl: float = 900.0) -> None:
+        self._identities = identities
         self._ttl = ttl
         self._traffic: _Rows[_Peers, _TrafficRow] = _Rows(
             cap,
             _TrafficRow,
-            lambda key: labels.traffic(*key, who.trust_domain),
+            lambda key: labels.traffic(*key, identities.trust_domain),
             rest=lambda key: (key[0], *labels.REST),
             owned=lambda key: (*key[:2], *labels.REST[1:]),
         )
@@ -245,7 +245,7 @@ class LabelTotals:
         def pod_of(cookie: int) -> tuple[Workload | None, tuple[str, ...]]:
             if cookie not in known:
                 pod = identify(cookie)
-                known[cookie] = (pod_workload(pod, self._who.cluster), pod.addresses) if pod else (None, ())
+                known[cookie] = (pod_workload(pod, self._identities.cluster), pod.addresses) if pod else (None, ())
             return known[cookie]
 
         for delta in deltas:
@@ -270,8 +270,8 @@ class LabelTotals:
 
     def _peers(self, delta: Delta, workload: Workload | None, addresses: tuple[str, ...]) -> _Peers:
         where = (delta.remote,) if delta.direction is Direction.OUTBOUND else addresses
-        services = (self._who.service(address, delta.port) for address in where)
-        return delta.direction, workload, self._who.workload(delta.remote), next(filter(None, services), None)
+        services = (self._identities.service(address, delta.port) for address in where)
+        return delta.direction, workload, self._identities.workload(delta.remote), next(filter(None, services), None)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(

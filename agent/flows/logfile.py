@@ -55,20 +55,20 @@ class LogFile:
             self.close()  # another program rotated or removed it
         # Readable too, to see how it ends.
         self._fd = os.open(self.name, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        found = os.fstat(self._fd)
-        self._rotates = stat.S_ISREG(found.st_mode)
-        self._size = found.st_size
+        status = os.fstat(self._fd)
+        self._rotates = stat.S_ISREG(status.st_mode)
+        self._size = status.st_size
         if self._rotates and self._size and os.pread(self._fd, 1, self._size - 1) != b"\n":
             self._size += os.write(self._fd, b"\n")  # the last line is from an earlier agent that was killed
 
     def _same(self) -> bool:
         try:
-            found = Path(self.name).stat()
-            ours = os.fstat(self._fd)
+            named = Path(self.name).stat()
+            opened = os.fstat(self._fd)
         except FileNotFoundError:
             return False
-        self._size = ours.st_size  # others may have truncated it
-        return (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino)
+        self._size = opened.st_size  # others may have truncated it
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
 
     def _rotate(self) -> None:
         """Rotates the files; on failure no more is written: a file that only grows would fill the disk."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from agent.core.errors import SettingsError
 from agent.flows import remote_workloads
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 from agent.kernel.files import WatchedFile
 
 log = logging.getLogger("sluice.peers")
@@ -17,9 +17,9 @@ log = logging.getLogger("sluice.peers")
 class PeersFile:
     """Watches peers_file. An invalid file is logged and changes nothing: the previous content stays."""
 
-    def __init__(self, path: str, who: Who) -> None:
+    def __init__(self, path: str, identities: Identities) -> None:
         self.error = ""
-        self._who = who
+        self._identities = identities
         self._file = WatchedFile(Path(path))
 
     def load(self) -> None:
@@ -27,10 +27,10 @@ class PeersFile:
         try:
             if (text := self._file.read()) is None:
                 return
-            found = remote_workloads.parse(text, str(self._file.path), self._who.cluster)
+            peers = remote_workloads.parse(text, str(self._file.path), self._identities.cluster)
         except (SettingsError, OSError, UnicodeDecodeError) as error:
             self.error = str(error)
             log.error("invalid peers_file, keeping the previous content: %s", error)
             return
         self.error = ""
-        self._who.know_peers(found.workloads, found.services)
+        self._identities.know_peers(peers.workloads, peers.services)

@@ -51,15 +51,15 @@ class Recent(Generic[R, V]):
         if number > self.number:
             number = self.number - len(self._kept)
         lost = max(0, self.number - len(self._kept) - number)
-        found = list[V]()
+        records = list[V]()
         at = number + lost
         for raw in list(islice(reversed(self._kept), self.number - at))[::-1]:
-            if len(found) == most:
+            if len(records) == most:
                 break
             at += 1
             if keep(record := self._read(raw)):
-                found.append(record)
-        return found, lost, at
+                records.append(record)
+        return records, lost, at
 
     @contextmanager
     def listening(self, notify: Callable[[], None]) -> Iterator[None]:

@@ -31,18 +31,18 @@ _SERVICE = {"addresses", "namespace", "name", "host", "ports"}
 
 @dataclass(frozen=True, slots=True)
 class RemoteWorkloads:
-    """The content for Who: by address, and by (address, port) with port 0 for all."""
+    """The content for Identities: by address, and by (address, port) with port 0 for all."""
 
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     services: Mapping[tuple[str, int], Service] = field(default_factory=dict)
 
 
-def parse(text: str, place: str, cluster: str = "") -> RemoteWorkloads:
+def parse(text: str, source: str, cluster: str = "") -> RemoteWorkloads:
     """Parses a file of remote workloads; `cluster` is that of workloads which name none.
 
     Raises SettingsError as "place:line: key: what is wrong"; one error refuses the whole file.
     """
-    top = document(text, place, {"workloads", "services"})
+    top = document(text, source, {"workloads", "services"})
     if top is None:
         return RemoteWorkloads()
     workloads: dict[str, Workload] = {}
@@ -85,17 +85,17 @@ def _service(one: YamlMapping) -> Service:
 
 
 def _name(one: YamlMapping, key: str) -> str:
-    found = one.text(key)
-    if not LABEL.fullmatch(found):
+    name = one.text(key)
+    if not LABEL.fullmatch(name):
         raise one.error(key, "is missing or not a Kubernetes name")
-    return found
+    return name
 
 
 def _addresses(one: YamlMapping) -> list[str]:
-    found = one.addresses("addresses")
-    if not found:
+    addresses = one.addresses("addresses")
+    if not addresses:
         raise one.error("addresses", "is missing or empty")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(addresses))
 
 
 def _ports(one: YamlMapping) -> list[int]:

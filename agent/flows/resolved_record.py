@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from agent.core.model.pods import Pod
-from agent.flows.identity import Who, pod_workload
+from agent.flows.identity import Identities, pod_workload
 from agent.flows.record import Connection, Direction, Fate
 
 
@@ -41,19 +41,19 @@ class ResolvedRecord:
         }
 
 
-def named(connection: Connection, pod: Pod | None, who: Who, node: str) -> ResolvedRecord:
+def named(connection: Connection, pod: Pod | None, identities: Identities, node: str) -> ResolvedRecord:
     """Adds names to a connection. `pod` owns the socket; None if it has been forgotten."""
     remote, peer = connection.remote, connection.peer
-    service = who.service(*remote) if connection.direction is Direction.OUTBOUND else None
-    workload = who.workload(remote[0])
+    service = identities.service(*remote) if connection.direction is Direction.OUTBOUND else None
+    workload = identities.workload(remote[0])
     if workload is None and peer and connection.fate is not Fate.CAPTURED:  # of a captured one that is ztunnel
-        workload = who.workload(peer[0])
+        workload = identities.workload(peer[0])
     return ResolvedRecord(
         connection=connection,
         node=node,
         pod=pod.name if pod else "",
         namespace=pod.namespace if pod else "",
-        workload=pod_workload(pod, who.cluster).name if pod else "",
+        workload=pod_workload(pod, identities.cluster).name if pod else "",
         remote_workload=workload.name if workload else "",
         remote_namespace=workload.namespace if workload else service.namespace if service else "",
         remote_service=service.name if service else "",

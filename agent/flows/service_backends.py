@@ -27,10 +27,10 @@ class Endpoints:
             with self._turn:
                 if self._conntrack is None:
                     self._conntrack = Conntrack()
-                found = self._conntrack.endpoint(socket.IPPROTO_TCP, connection.local, connection.remote)
+                endpoint = self._conntrack.endpoint(socket.IPPROTO_TCP, connection.local, connection.remote)
         except KernelError:  # no conntrack here, so nothing was chosen by it
             return connection
-        return connection if found in (None, connection.remote) else replace(connection, peer=found)
+        return connection if endpoint in (None, connection.remote) else replace(connection, peer=endpoint)
 
     def close(self) -> None:
         with self._turn:

@@ -36,11 +36,11 @@ class Seldom:
         self._count = 0
         self._next = 0.0
 
-    def log(self, words: str) -> None:
+    def log(self, message: str) -> None:
         self._count += 1
         if time.monotonic() >= self._next:
             more = f" ({self._count} times since this was logged last)" if self._count > 1 else ""
-            log.log(self._level, "%s%s", words, more)
+            log.log(self._level, "%s%s", message, more)
             self._count = 0
             self._next = time.monotonic() + _QUIET
 
@@ -111,21 +111,21 @@ async def strangers(listener: socket.socket, limits: Limits, handle: Handle) -> 
             with sock, contextlib.suppress(OSError):
                 await handle(sock)
         except Exception:  # a defect met by one connection must not end the agent
-            log.exception("a connection to %s failed", place)
+            log.exception("a connection to %s failed", name)
         finally:
             limits.leave(key)
 
     with listener:
         listener.setblocking(False)
-        place = listener.getsockname()
+        name = listener.getsockname()
         async with asyncio.TaskGroup() as tasks:
             while True:
                 sock, address = await accept(listener, broken)
                 key = host(address)
-                if words := limits.refusal(sock, key):
+                if reason := limits.refusal(sock, key):
                     reset_at_close(sock)
                     sock.close()
-                    refused.log(f"a connection to {place} was reset: {words}")
+                    refused.log(f"a connection to {name} was reset: {reason}")
                 else:
                     limits.enter(key)
                     tasks.create_task(one(sock, key))

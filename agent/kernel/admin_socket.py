@@ -28,15 +28,15 @@ def ask(run_dir: str, path: str, method: str = "GET", seconds: float = 60, /, **
 
     `seconds`: how long to wait for any part of the answer.
     """
-    place = f"{run_dir}/agent.sock"
-    connection = _UnixConnection(place, seconds)
+    address = f"{run_dir}/agent.sock"
+    connection = _UnixConnection(address, seconds)
     try:
         connection.request(method, f"{path}?{urlencode(query)}" if query else path)
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as error:
-        words = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise SluiceError(f"cannot ask the agent at {place}: {words}; is it running, and are you root?") from None
+        cause = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
+        raise SluiceError(f"cannot ask the agent at {address}: {cause}; is it running, and are you root?") from None
     finally:
         connection.close()
     try:

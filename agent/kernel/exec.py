@@ -63,8 +63,8 @@ def run(
     if check and done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         # nft says what is wrong first and underlines it last; most others end with it.
-        words = next((line for line in lines if "rror" in line), lines[-1] if lines else f"exit {done.returncode}")
-        raise CommandError(f"{' '.join(full)}: {words}")
+        cause = next((line for line in lines if "rror" in line), lines[-1] if lines else f"exit {done.returncode}")
+        raise CommandError(f"{' '.join(full)}: {cause}")
     return done
 
 
@@ -103,5 +103,5 @@ def _inside(argv: Sequence[str], netns: str | Path | None) -> list[str]:
 def _environment(extra: Mapping[str, str | None] | None) -> dict[str, str]:
     """Returns the environment of this process with `extra`; None removes a variable."""
     path = f"{os.environ.get('PATH', '')}:{PATH}"
-    made: dict[str, str | None] = {**os.environ, "PATH": path, "LC_ALL": "C", **(extra or {})}
-    return {name: value for name, value in made.items() if value is not None}
+    variables: dict[str, str | None] = {**os.environ, "PATH": path, "LC_ALL": "C", **(extra or {})}
+    return {name: value for name, value in variables.items() if value is not None}

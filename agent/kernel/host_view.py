@@ -50,7 +50,7 @@ def nft_tables() -> tuple[HostTable, ...]:
 
 def legacy_tables(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
     """Returns the listed tables per family of this thread's namespace, with their number of rules."""
-    found = xtables.read(sorted({name for names in listed.values() for name in names}), set())
+    tables = xtables.read(sorted({name for names in listed.values() for name in names}), set())
     return tuple(
         # num_entries stands at byte 76 of struct ipt_getinfo.
         HostTable(
@@ -61,7 +61,7 @@ def legacy_tables(listed: Mapping[str, list[str]]) -> tuple[HostTable, ...]:
             rules=struct.unpack_from("=I", raw[0], 76)[0] - _LEGACY.get(name, 1),
         )
         for word, family in (("ip", 4), ("ip6", 6))
-        for name, raw in sorted(found[family].items())
+        for name, raw in sorted(tables[family].items())
         if name in listed.get(word, ())
     )
 
@@ -93,7 +93,7 @@ def read_host_view(
         old = legacy(listed) if any(listed.values()) else ()
     except (KernelError, OSError) as error:
         remarks.append(f"legacy tables of the host could not be read: {error}")
-    programs = {name: found for name in PROGRAMS if (found := _program(root, name, path))}
+    programs = {name: program for name in PROGRAMS if (program := _program(root, name, path))}
     used = variant(programs.get("iptables", ""))
     if used is Variant.UNKNOWN:
         remarks.append(f"iptables is {programs['iptables']}, which may be of either variant")
@@ -113,24 +113,24 @@ def _nf_tables(root: Path, release: str) -> InKernel:
     if (root / "sys/module/nf_tables").is_dir():
         return InKernel.LOADED
     modules = (root / "lib/modules" / release, root / "usr/lib/modules" / release)
-    for place in (root / "proc/config.gz", root / f"boot/config-{release}", *(one / "config" for one in modules)):
+    for path in (root / "proc/config.gz", root / f"boot/config-{release}", *(one / "config" for one in modules)):
         with contextlib.suppress(OSError, EOFError, zlib.error):
-            text = place.read_bytes()
-            lines = (gzip.decompress(text) if place.suffix == ".gz" else text).splitlines()
+            text = path.read_bytes()
+            lines = (gzip.decompress(text) if path.suffix == ".gz" else text).splitlines()
             if b"CONFIG_NF_TABLES=y" in lines:
                 return InKernel.BUILT_IN
             return InKernel.NOT_LOADED if b"CONFIG_NF_TABLES=m" in lines else InKernel.ABSENT
-    for place in modules:
+    for path in modules:
         for name, state in (("modules.builtin", InKernel.BUILT_IN), ("modules.dep", InKernel.NOT_LOADED)):
             with contextlib.suppress(OSError):
-                if "/nf_tables.ko" in (place / name).read_text():
+                if "/nf_tables.ko" in (path / name).read_text():
                     return state
     return InKernel.UNKNOWN
 
 
-def _lines(place: Path) -> list[str]:
+def _lines(path: Path) -> list[str]:
     try:
-        return place.read_text().split()
+        return path.read_text().split()
     except FileNotFoundError:
         return []  # no module, no tables
 
@@ -138,15 +138,15 @@ def _lines(place: Path) -> list[str]:
 def _program(root: Path, name: str, path: str) -> str:
     """Its file behind all links, "" when it is not installed. Absolute links mean below `root`."""
     for directory in path.split(":"):
-        place = root / directory.lstrip("/") / name
+        file = root / directory.lstrip("/") / name
         for _ in range(20):
             try:
-                target = place.readlink()
+                target = file.readlink()
             except OSError:
                 break
-            place = root / str(target).lstrip("/") if target.is_absolute() else place.parent / target
-        if place.is_file() and os.access(place, os.X_OK):
-            return "/" + os.path.relpath(place, root)
+            file = root / str(target).lstrip("/") if target.is_absolute() else file.parent / target
+        if file.is_file() and os.access(file, os.X_OK):
+            return "/" + os.path.relpath(file, root)
     return ""
 
 
@@ -156,20 +156,20 @@ def _summary(tables: Iterable[Message], chains: Iterable[Message]) -> tuple[Host
     for message in chains:
         parts = fields(message.body)
         by_table.setdefault((message.body[0], parts.get(Chain.TABLE, b"")), []).append(parts)
-    found = []
+    summary = []
     for message in tables:
         family = message.body[0]
         raw = fields(message.body).get(Table.NAME, b"")
         base = [chain for chain in by_table.get((family, raw), []) if Chain.HOOK in chain]
         name = unpack_text(raw)
-        words = {unpack_text(chain.get(Chain.NAME)) for chain in base}
-        found.append(
+        names = {unpack_text(chain.get(Chain.NAME)) for chain in base}
+        summary.append(
             HostTable(
                 _FAMILY.get(family, str(family)),
                 name,
-                xtables=family in NFPROTO.values() and name in _LEGACY and bool(words) and words <= _BASE_CHAINS,
+                xtables=family in NFPROTO.values() and name in _LEGACY and bool(names) and names <= _BASE_CHAINS,
                 nat=any(unpack_text(chain.get(Chain.TYPE)) == "nat" for chain in base),
                 rules=sum(unpack_be(chain.get(Chain.USE)) for chain in base),  # its rules
             )
         )
-    return tuple(found)
+    return tuple(summary)

@@ -59,17 +59,17 @@ class Inotify:
 
     def take(self) -> list[Event]:
         """Returns all waiting events, in order."""
-        found: list[Event] = []
+        events: list[Event] = []
         while True:
             try:
                 data = os.read(self._fd, 1 << 16)
             except BlockingIOError:
-                return found
+                return events
             at = 0
             while at < len(data):
                 watch, mask, _, size = _EVENT.unpack_from(data, at)
                 at += _EVENT.size + size
-                found.append(Event(watch, mask, os.fsdecode(data[at - size : at].rstrip(b"\0"))))
+                events.append(Event(watch, mask, os.fsdecode(data[at - size : at].rstrip(b"\0"))))
 
     def close(self) -> None:
         os.close(self._fd)

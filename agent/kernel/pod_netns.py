@@ -99,11 +99,11 @@ class PodNetns:
         mark = self.route_events.mark()
         up = self.route.lo_is_up()
         ipv6 = self.netns.call(sysctl.has_ipv6)
-        found = _facts(self.route.held_addresses(), up=up, ipv6=ipv6)
+        facts = _facts(self.route.held_addresses(), up=up, ipv6=ipv6)
         # No notification is of disable_ipv6 itself. While lo is up, setting it takes ::1 away and clearing it brings
         # ::1 back, which is notified. Where that cannot be seen the answer does not last.
-        self._facts = (mark, found) if up and found.loopback6 == ipv6 else None
-        return found
+        self._facts = (mark, facts) if up and facts.loopback6 == ipv6 else None
+        return facts
 
     def wiring(self) -> PodTopology:
         """Returns interfaces, addresses and routes, as last read while no notification says otherwise.
@@ -120,7 +120,7 @@ class PodNetns:
         forwards = len(links) > 1 and self.netns.call(_forwards)
         cut = any(len(routes) == MOST_ROUTES for routes in held)
         elsewhere = cut or any(rule.elsewhere for rule in self.route.rules(ipv6=ipv6))
-        found = PodTopology(
+        topology = PodTopology(
             links,
             addresses=addresses,
             routes=sum(held, ()),
@@ -128,8 +128,8 @@ class PodNetns:
             loopback4=self.facts().loopback4,
             elsewhere=elsewhere,
         )
-        self._wiring = (mark, found)
-        return found
+        self._wiring = (mark, topology)
+        return topology
 
     def close(self) -> None:
         opened = self._opened

@@ -37,7 +37,7 @@ def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple
     Second, number and cgroup of those with a namespace hidden from us. Raises KernelError when our own is hidden.
     """
     hosts = hosts_netns(proc)
-    found = list[ProcessSeen]()
+    listed = list[ProcessSeen]()
     hidden = list[tuple[int, str]]()
     for name in os.listdir(proc):  # noqa: PTH208 - a thousand names, no paths
         if not name.isdecimal():
@@ -48,13 +48,13 @@ def processes(proc: str = "/proc") -> tuple[tuple[ProcessSeen, ...], tuple[tuple
             hidden.append((int(name), cgroup(int(name), proc)))
             continue
         if seen is not None:
-            found.append(seen)
-    return tuple(found), tuple(hidden)
+            listed.append(seen)
+    return tuple(listed), tuple(hidden)
 
 
 def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
     """Returns the host's namespaces: our own, and that of process 1, which may be hidden. Raises KernelError."""
-    found = set()
+    keys = set()
     for name in ("self", "1"):
         try:
             status = Path(proc, name, "ns/net").stat()
@@ -62,8 +62,8 @@ def hosts_netns(proc: str = "/proc") -> frozenset[NsKey]:
             if name == "1":
                 continue
             raise KernelError(f"look up {proc}/self/ns/net", error.errno or 0, error.strerror or "") from error
-        found.add((status.st_dev, status.st_ino))
-    return frozenset(found)
+        keys.add((status.st_dev, status.st_ino))
+    return frozenset(keys)
 
 
 def in_container(proc: str = "/proc") -> bool:
@@ -128,24 +128,27 @@ def holders(inodes: Iterable[int], netns: NetnsId, proc: str = "/proc") -> dict[
     Without sockets that no process there holds. One walk for all, for a pod may have any number of sockets.
     """
     wanted = set(inodes)
-    found = dict[int, str]()
+    holders_by_inode = dict[int, str]()
     left = _DESCRIPTORS
     for name in os.listdir(proc):  # noqa: PTH208
         if not name.isdecimal():
             continue
         with contextlib.suppress(OSError):
-            place = os.stat(f"{proc}/{name}/ns/net")  # noqa: PTH116
-            if (place.st_dev, place.st_ino) != (netns.device, netns.inode):
+            namespace = os.stat(f"{proc}/{name}/ns/net")  # noqa: PTH116
+            if (namespace.st_dev, namespace.st_ino) != (netns.device, netns.inode):
                 continue
             numbers = os.listdir(f"{proc}/{name}/fd")  # noqa: PTH208
             left -= len(numbers)
             if left < 0:
-                return found | dict.fromkeys(wanted - found.keys(), "one of its many processes")
-            held = wanted.intersection(_socket(f"{proc}/{name}/fd/{number}") for number in numbers) - found.keys()
+                return holders_by_inode | dict.fromkeys(wanted - holders_by_inode.keys(), "one of its many processes")
+            held = (
+                wanted.intersection(_socket(f"{proc}/{name}/fd/{number}") for number in numbers)
+                - holders_by_inode.keys()
+            )
             if held:
                 command = Path(proc, name, "comm").read_text(errors="replace").rstrip("\n")
-                found.update(dict.fromkeys(held, f"{printable(command)}[{name}]"))
-    return found
+                holders_by_inode.update(dict.fromkeys(held, f"{printable(command)}[{name}]"))
+    return holders_by_inode
 
 
 def _socket(descriptor: str) -> int:

@@ -108,11 +108,11 @@ class Process:
         with self._turn:
             try:
                 fcntl.ioctl(self._pidfd, _PIDFD_GET_INFO, info)
-                mask, found, *_ = _INFO.unpack(info)
+                mask, cgroup, *_ = _INFO.unpack(info)
             except (OSError, ValueError):  # before 6.13, or it has ended: which of them shows below
-                mask = found = 0
-            if mask & _INFO_CGROUPID and found and self._alive():
-                return int(found)
+                mask = cgroup = 0
+            if mask & _INFO_CGROUPID and cgroup and self._alive():
+                return int(cgroup)
         return self._read(self._cgroup_by_path)
 
     @staticmethod
@@ -153,10 +153,10 @@ class Process:
             raise KernelError(what, number, _words(number)) from error
 
     def _cgroup_by_path(self, _: int) -> int:
-        found = cgroup_id(self.pid)
+        cgroup = cgroup_id(self.pid)
         if not self.alive():  # then it may have been another's
             raise ProcessLookupError(errno.ESRCH, "")
-        return found
+        return cgroup
 
 
 def _opened(pid: int, sock: socket.socket) -> int:
@@ -174,7 +174,7 @@ def _opened(pid: int, sock: socket.socket) -> int:
 
 
 def _sockets(wanted: Collection[int], known: Collection[int], directory: int) -> dict[int, int]:
-    found: dict[int, int] = {}
+    descriptors: dict[int, int] = {}
     missing, order = set(wanted), set(known)
     with Descriptor(os.open("fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)) as table:
         numbers = map(int, os.listdir(table))  # noqa: PTH208 - a Path has no descriptor of its directory
@@ -184,11 +184,11 @@ def _sockets(wanted: Collection[int], known: Collection[int], directory: int) ->
             except FileNotFoundError:
                 continue  # closed meanwhile
             if inode := socket_inode(target):
-                found[inode] = number
+                descriptors[inode] = number
                 missing.discard(inode)
                 if wanted and not missing:
                     break
-    return found
+    return descriptors
 
 
 def _started(directory: int) -> int:
@@ -199,5 +199,5 @@ def _started(directory: int) -> int:
 def _words(number: int | None) -> str:
     if number in _ENDED:
         return "the process has ended"
-    words = os.strerror(number or 0)
-    return words + _RIGHTS if number in (errno.EPERM, errno.EACCES) else words
+    cause = os.strerror(number or 0)
+    return cause + _RIGHTS if number in (errno.EPERM, errno.EACCES) else cause

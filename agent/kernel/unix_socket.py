@@ -14,9 +14,9 @@ from agent.core.errors import SluiceError
 
 def listen(path: str, kind: int) -> socket.socket:
     """Returns a listening unix socket of mode 0600 at `path`, in place of a stale one."""
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
-    place.unlink(missing_ok=True)
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    file.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         before = os.umask(0o177)

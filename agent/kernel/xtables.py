@@ -50,10 +50,10 @@ def read(wanted: Collection[str], known: Collection[Key]) -> dict[int, dict[str,
 
     `known` are tables that an earlier read of the same namespace found: they are there still. Raises KernelError.
     """
-    found: dict[int, dict[str, Raw]] = {4: {}, 6: {}}
+    tables: dict[int, dict[str, Raw]] = {4: {}, 6: {}}
     for (family, name), raw in _read(wanted, known, {}).items():
-        found[family][name] = raw
-    return found
+        tables[family][name] = raw
+    return tables
 
 
 def again(wanted: Collection[str], known: Mapping[Key, bytes]) -> dict[Key, Raw]:
@@ -68,16 +68,16 @@ def again(wanted: Collection[str], known: Mapping[Key, bytes]) -> dict[Key, Raw]
 def _read(wanted: Collection[str], known: Collection[Key], infos: Mapping[Key, bytes]) -> dict[Key, Raw]:
     asked_families = families()
     asked = [(family, name) for family in asked_families for name in _present(family, wanted, known)]
-    found: dict[Key, Raw] = {}
+    tables: dict[Key, Raw] = {}
     if asked:
         # A UDP socket of IPv6 hands options of the level IPPROTO_IP on: one socket serves both families.
         with socket.socket(socket.AF_INET6 if 6 in asked_families else socket.AF_INET, socket.SOCK_DGRAM) as one:
             for key in asked:
                 try:
-                    found[key] = _table(one.fileno(), *key, infos.get(key))
+                    tables[key] = _table(one.fileno(), *key, infos.get(key))
                 except FileNotFoundError:
                     continue  # its module has been unloaded
-    return found
+    return tables
 
 
 def _present(family: int, wanted: Collection[str], known: Collection[Key]) -> Collection[str]:

@@ -62,13 +62,13 @@ class NonTcpCounter:
             self._pods.pop(uid, None)
 
     def _read(self, pod: _Pod, target: PodNetns, want: Redirect) -> None:
-        found = non_tcp.read(self._backend, target, want, self._pins)
+        totals = non_tcp.read(self._backend, target, want, self._pins)
         pod.time = self._clock()
         with self._lock:
-            for direction, counts in found.items():
+            for direction, counts in totals.items():
                 last = pod.last.get(direction, Counts())
                 if counts.packets < last.packets:  # replaced by a repair: the whole count is new
                     last = Counts()
                 total = pod.total.get(direction, Counts())
                 pod.total[direction] = total.plus(counts.packets - last.packets, counts.bytes - last.bytes)
-        pod.last = found
+        pod.last = totals

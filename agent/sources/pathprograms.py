@@ -46,8 +46,8 @@ def _namespace(target: PodNetns) -> Iterator[str]:
         for hook in _PACKETS:
             for one in _foreign(query.at(link.index, hook, name)):
                 yield f"{_words(one)} is attached to {name} ({hook.name.lower()})"
-        if link.xdp and (found := query.program(link.xdp)):
-            yield f"{_words(found)} is attached to {name} (XDP)"
+        if link.xdp and (program := query.program(link.xdp)):
+            yield f"{_words(program)} is attached to {name} (XDP)"
         if link.index in filtered:
             yield f"tc filters may be attached to {name} (see `tc filter show dev {name} ingress` and `egress`)"
 
@@ -59,19 +59,19 @@ def _cgroups(target: PodNetns) -> Iterator[str]:
     paths = {
         line.partition("::")[2] for one in proc.processes()[0] if one.netns == here for line in _unified(one.cgroup)
     }
-    places = {place for path in sorted(paths)[:_MOST] for place in (Path(path), *Path(path).parents)} - {Path("/")}
-    for place in sorted(places):
+    cgroups = {cgroup for path in sorted(paths)[:_MOST] for cgroup in (Path(path), *Path(path).parents)} - {Path("/")}
+    for cgroup in sorted(cgroups):
         for hook in _SOCKETS:
-            for one in _foreign(query.attached(root / place.relative_to("/"), hook)):
-                yield f"{_words(one)} is attached to the cgroup {printable(str(place))} ({hook.name.lower()})"
+            for one in _foreign(query.attached(root / cgroup.relative_to("/"), hook)):
+                yield f"{_words(one)} is attached to the cgroup {printable(str(cgroup))} ({hook.name.lower()})"
 
 
 def _unified(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("0::/")]
 
 
-def _foreign(found: tuple[ProgramInfo, ...]) -> list[ProgramInfo]:
-    return [one for one in found if one.name not in _OURS][:_MOST]
+def _foreign(programs: tuple[ProgramInfo, ...]) -> list[ProgramInfo]:
+    return [one for one in programs if one.name not in _OURS][:_MOST]
 
 
 def _words(one: ProgramInfo) -> str:

@@ -37,11 +37,11 @@ class ZtunnelPorts:
         foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
         lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
         there = {one.local[1] for one in sockets if one not in lines}
-        taken = tuple(words for one, words in lines.items() if one.local[1] != HBONE_PORT)
+        taken = tuple(line for one, line in lines.items() if one.local[1] != HBONE_PORT)
         hbone = self._hbone(target, [one for one in sockets if one.local[1] == HBONE_PORT], foreign)
-        found = PortListeners(tuple(sorted(self._ports - there)), _few(tuple(lines.values())), _few(taken), hbone)
-        self._last[target] = found
-        return found
+        listeners = PortListeners(tuple(sorted(self._ports - there)), _few(tuple(lines.values())), _few(taken), hbone)
+        self._last[target] = listeners
+        return listeners
 
     def last(self, target: PodNetns) -> PortListeners:
         """Returns the listeners as last read, or reads them. Raises KernelError."""
@@ -68,5 +68,5 @@ def _few(lines: tuple[str, ...]) -> tuple[str, ...]:
     return lines if len(lines) <= _SHOWN else (*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more")
 
 
-def _words(one: TcpSocket, who: str) -> str:
-    return f"{who} listens on {text(one.local)}, where only ztunnel may"
+def _words(one: TcpSocket, holder: str) -> str:
+    return f"{holder} listens on {text(one.local)}, where only ztunnel may"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, a
 import agent.app  # noqa: F401 (what the agent has in memory anyway)
 from agent.core.model.pods import KubePod, Pod
 from agent.core.text import table
-from agent.flows.identity import Service, Who, pod_workload
+from agent.flows.identity import Identities, Service, pod_workload
 from agent.sources.kube import objects
 from agent.sources.kube.access import Access
 from agent.sources.kube.api_client import Client
@@ -59,7 +59,7 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
     """Prints measurements as JSON; a line on standard input lets it go on."""
     gc.collect()
     before, started = memory(os.getpid())["rss"], time.monotonic()
-    client, known, spaces, who = Client(Access(url, token_file, ca_file)), Known(), Known(), Who()
+    client, known, spaces, identities = Client(Access(url, token_file, ca_file)), Known(), Known(), Identities()
     here = {"fieldSelector": "spec.nodeName=node1"}
     pods = Follower(client, "/api/v1/pods", query=here, decode=objects.pod, sink=known, random=random.random)
     namespaces = Follower(
@@ -72,7 +72,7 @@ async def child(url: str, token_file: str, ca_file: str, peers: bool, idle: floa
     if peers:
         started, spent = time.monotonic(), time.process_time()
         names = ClusterWorkloads(
-            client=client, know=who.know_peers, workload=_workload, service=_service, random=random.random
+            client=client, know=identities.know_peers, workload=_workload, service=_service, random=random.random
         )
         running.append(asyncio.create_task(names.run()))
         longest = 0.0

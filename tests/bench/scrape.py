@@ -27,7 +27,7 @@ from agent.core.text import table
 from agent.export import exposition
 from agent.export.http import HttpServer, Request, Response
 from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
-from agent.flows.identity import Service, Who, Workload
+from agent.flows.identity import Identities, Service, Workload
 from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
 from tests.bench.measure import Row, memory, show
@@ -43,9 +43,9 @@ _PODS = {
 }  # fmt: skip
 
 
-def a_who(peers: int) -> Who:
-    who = Who()
-    who.know_pods(_PODS.values())
+def a_who(peers: int) -> Identities:
+    identities = Identities()
+    identities.know_pods(_PODS.values())
     workloads = {
         _address(n): Workload(
             f"payments-{n}",
@@ -63,8 +63,8 @@ def a_who(peers: int) -> Who:
         (_address(n), 8443): Service(f"payments-{n}.payments.svc.cluster.local", f"payments-{n}", "payments")
         for n in range(peers)
     }
-    who.know_peers(workloads, services)
-    return who
+    identities.know_peers(workloads, services)
+    return identities
 
 
 def _address(n: int) -> str:

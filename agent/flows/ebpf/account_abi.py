@@ -197,8 +197,8 @@ def quality(key: bytes, new: bytes, old: bytes | None) -> Quality:
 @lru_cache(16384)
 def address(data: bytes) -> str:
     """Decodes an address of 16 bytes; "" for none."""
-    found = parse(data)
-    return "" if found is None else str(found)
+    parsed = parse(data)
+    return "" if parsed is None else str(parsed)
 
 
 def _endpoint(data: bytes, port: bytes) -> Endpoint:

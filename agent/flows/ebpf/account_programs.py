@@ -111,9 +111,9 @@ def _changes(have: AccountState) -> Iterator[tuple[Step[Any], str]]:
     elif any(program.name not in have.attached.ids for program in object_files.ITERATORS):
         name = object_files.REFRESH.object
         yield Step(f"bpftool prog loadall {name}.bpf.o", Load(name)), f"programs of {name}.bpf.o are not loaded"
-    found = list(attachments.steps(_LINKS, have.attached))
-    yield from found
-    attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in found)
+    changes = list(attachments.steps(_LINKS, have.attached))
+    yield from changes
+    attached = any(isinstance(step.payload, Attach) and step.payload.link == "account" for step, _ in changes)
     if not have.bound and not attached:
         step: Step[Change] = Step("replace the program of account", Attach("account", object_files.ACCOUNT, swap=True))
         yield step, ""

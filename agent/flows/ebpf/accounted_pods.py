@@ -43,16 +43,16 @@ class AccountedPods:
         Raises KernelError.
         """
         cookie = target.netns.id.cookie
-        made = entries(want, target.wiring(), cookie)
+        compiled = entries(want, target.wiring(), cookie)
         old = self._entry(cookie)
         # A pod that is captured or known stays so while its rules are replaced.
         flags = old.flags & _KEPT if old else PodFlag(0)
         flags |= (PodFlag.CAPTURED if captured else flags) | (PodFlag.KNOWN if known else flags)
-        made = replace(made, pod=replace(made.pod, flags=made.pod.flags | flags))
-        if old != made.pod:
-            put_policy(self._maps, made.pod.policy, made.prefixes)
-            self._maps["pods"].update(abi.cookie(cookie), made.pod.encode())
-            if old is not None and old.policy not in (0, made.pod.policy):
+        compiled = replace(compiled, pod=replace(compiled.pod, flags=compiled.pod.flags | flags))
+        if old != compiled.pod:
+            put_policy(self._maps, compiled.pod.policy, compiled.prefixes)
+            self._maps["pods"].update(abi.cookie(cookie), compiled.pod.encode())
+            if old is not None and old.policy not in (0, compiled.pod.policy):
                 drop_policy(self._maps, old.policy)
         return old is not None
 
@@ -69,13 +69,13 @@ class AccountedPods:
         seen, when = self._watched.get(cookie, ((), -BELIEVED))
         if seen == indices and now - when < BELIEVED:
             return  # reading the attachments costs more than the rest of a pass over an unchanged pod
-        place = self.pins.pod(cookie)
+        directory = self.pins.pod(cookie)
         links = {f"watch-{index}": object_files.WATCH for index in indices}
-        for step, _ in list(attachments.steps(links, attachments.read(place, (object_files.WATCH,)))):
+        for step, _ in list(attachments.steps(links, attachments.read(directory, (object_files.WATCH,)))):
             attachments.do(
                 step.payload,
                 self.pins,
-                place,
+                directory,
                 partial(attachments.attach_tcx, target.netns),
                 self.sizes,
                 struct.pack("=Q", cookie),

@@ -166,13 +166,13 @@ class EbpfCollector:
 
     def _counted(self, pod: int) -> set[int]:
         """Returns the cookies of the sockets that the programs count."""
-        found = set[int]()
+        cookies = set[int]()
         with self._listing:
             self._maps["chosen"].update(bytes(4), pack_u64(pod))
             for name in ("accounts", "owners"):
                 with self._iterator(object_files.KNOWN, name) as link:
-                    found.update(one for (one,) in _COOKIE.iter_unpack(iterator.read(link)))
-        return found
+                    cookies.update(one for (one,) in _COOKIE.iter_unpack(iterator.read(link)))
+        return cookies
 
     def records(self) -> Sequence[Any]:
         size = account_abi.RECORD.size
@@ -212,13 +212,13 @@ class EbpfCollector:
 
     def losses(self) -> Mapping[str, int]:
         counts = self._maps["losses"]
-        found = {
+        losses = {
             loss.name.lower(): sum(unpack_int(value) for value in counts.lookup_percpu(pack_u32(loss)))
             for loss in account_abi.Loss
         }
-        found |= self._preexisting.losses()
-        found["record"] += self._ring.skipped if self._ring else 0
-        return found
+        losses |= self._preexisting.losses()
+        losses["record"] += self._ring.skipped if self._ring else 0
+        return losses
 
     def close(self) -> None:
         self._preexisting.close()
@@ -269,8 +269,8 @@ class EbpfCollector:
     def _iterator(self, program: object_files.BpfProgram, over: str = "accounts") -> Iterator[int]:
         """Makes a link of this process's own: it attaches nothing unless it is read."""
         with Descriptor(syscall.get(self.programs.pins.node.program(program))) as loaded:
-            made = iterator.attach(loaded, self._maps[over].fd)
-        with Descriptor(made) as link:
+            descriptor = iterator.attach(loaded, self._maps[over].fd)
+        with Descriptor(descriptor) as link:
             yield link
 
 

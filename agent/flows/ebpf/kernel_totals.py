@@ -61,13 +61,13 @@ class KernelTotals:
 
     def totals(self) -> Mapping[Sort, int]:
         """Counts connections that were opened, or failed."""
-        found = Counter[Sort]()
+        totals = Counter[Sort]()
         for name in ("tallies", "rest", "former"):
             for key, value in self._maps[name].items():
                 _, direction, fate, reason, _, _ = account_abi.tally_key(key)
                 tally = account_abi.tally(value)
-                found[direction, fate, reason] += tally.opened + tally.failed
-        return found
+                totals[direction, fate, reason] += tally.opened + tally.failed
+        return totals
 
     def _export(self, key: bytes, value: bytes, seen: _Seen | None, now: float) -> Delta:
         assert self._seen is not None

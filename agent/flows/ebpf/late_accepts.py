@@ -48,24 +48,24 @@ class Late:
         if self._maps["late"].is_empty():
             return
         for key, value in self._maps["late"].items():
-            found = next(account_abi.connections(value, self._epoch()))
-            if time.time() - (found.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:
+            connection = next(account_abi.connections(value, self._epoch()))
+            if time.time() - (connection.closed or 0.0) < WAIT or self._maps["late"].take(key) is None:
                 continue
             self._maps["begun"].delete(key)
-            address, port = found.remote
+            address, port = connection.remote
             delta = Delta(
-                pod=found.pod,
-                direction=found.direction,
-                fate=found.fate,
-                reason=found.reason,
+                pod=connection.pod,
+                direction=connection.direction,
+                fate=connection.fate,
+                reason=connection.reason,
                 remote=address,
                 port=port,
                 opened=1,
                 closed=1,
-                sent=found.sent,
-                received=found.received,
-                socket=found.socket,
+                sent=connection.sent,
+                received=connection.received,
+                socket=connection.socket,
             )
             self._tallies.add(delta)
-            self._records.append(found)
+            self._records.append(connection)
             self._deltas.append(delta)

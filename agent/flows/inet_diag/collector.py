@@ -160,9 +160,9 @@ class DiagCollector:
     def live(self, pod: int | None = None) -> list[Connection]:
         with self._lock:
             chosen = [one for cookie, one in self._pods.items() if pod in (None, cookie)]
-            for found in chosen:
-                self._look(found)
-            return [one for found in chosen for one in found.flows.live()]
+            for account in chosen:
+                self._look(account)
+            return [one for account in chosen for one in account.flows.live()]
 
     def records(self) -> list[Connection]:
         """Returns ended connections; undecided ones are held back for up to 2.5 seconds. Raises KernelError."""
@@ -233,7 +233,7 @@ class DiagCollector:
             netns.cookie,
             verdicts=verdicts,
             held=self._held,
-            foreign=lambda found: self._foreign(found, netns),
+            foreign=lambda sockets: self._foreign(sockets, netns),
             captured=captured,
         )
         pod = _Pod(flows, events, diag)

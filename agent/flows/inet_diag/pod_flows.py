@@ -266,22 +266,22 @@ class PodFlows:
         return flow.decided
 
     def _by_mirror(self, flow: TrackedFlow) -> bool:
-        found = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
-        if found is None and flow.report.disconnected:
-            found = self._mirror_of_disconnected(flow)
-        if found is None:
-            found = self._disconnected_mirror(flow)
-        if found is None:
+        other = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
+        if other is None and flow.report.disconnected:
+            other = self._mirror_of_disconnected(flow)
+        if other is None:
+            other = self._disconnected_mirror(flow)
+        if other is None:
             return False
-        if found.check_owner(self.verdicts.own):
-            self._captured(flow, found)
+        if other.check_owner(self.verdicts.own):
+            self._captured(flow, other)
             return True
         if not self.verdicts.own(flow.remote[0]):
             return False
         flow.direction = flow.inferred_direction(self._listeners)
         flow.fate = Fate.EXEMPT
         flow.reason = Reason.LOOPBACK
-        flow.mirror = found.cookie
+        flow.mirror = other.cookie
         return True
 
     def _captured(self, flow: TrackedFlow, mirror: TrackedFlow) -> None:
@@ -294,8 +294,8 @@ class PodFlows:
 
     def _served(self, flow: TrackedFlow) -> TrackedFlow | None:
         """Returns ztunnel's socket that accepted the flow: of several with one local end, one with the same payload."""
-        found = [self._flows[one] for one in self._mirrors.served(flow.local)]
-        free = next((one for one in found if not one.mirrored and one.accepted_by_ztunnel), None)
+        candidates = [self._flows[one] for one in self._mirrors.served(flow.local)]
+        free = next((one for one in candidates if not one.mirrored and one.accepted_by_ztunnel), None)
         if free is not None and self._mirrors.sharing(flow.local) > 1:
             other = not flow.report.disconnected and not carried_alike(flow, free)
             return None if other or flow.verdicts.outbound(flow.remote, flow.user) else free

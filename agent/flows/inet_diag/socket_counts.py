@@ -73,11 +73,11 @@ class SocketCounts:
             self.release(cookie)
 
 
-def counted(found: Iterable[Row], first: int, last: int) -> PodSockets:
+def counted(rows: Iterable[Row], first: int, last: int) -> PodSockets:
     """Counts a dump. A server's port and those of its accepted sockets count once. Pure."""
     states: Counter[int] = Counter()
     ports: defaultdict[tuple[bytes, int, int], set[int]] = defaultdict(set)
-    for family, state, local, remote, to in found:
+    for family, state, local, remote, to in rows:
         states[state] += 1
         if remote and first <= ntohs(local) <= last:
             ports[to, remote, family].add(local)

@@ -51,31 +51,31 @@ class Sums:
         received: int = 0,
         socket: int = 0,
     ) -> None:
-        found = self._tallies.get(key)
-        if found is None:
-            found = self._tallies[key] = _Tally()
-        found.opened += opened
-        found.closed += closed
-        found.failed += failed
-        found.sent += sent
-        found.received += received
+        total = self._tallies.get(key)
+        if total is None:
+            total = self._tallies[key] = _Tally()
+        total.opened += opened
+        total.closed += closed
+        total.failed += failed
+        total.sent += sent
+        total.received += received
         if opened or failed:
-            found.socket = socket
+            total.socket = socket
 
     def ended(self, one: Connection) -> None:
         """Adds the quality of a connection, if it was established; RTT only if it was measured."""
         if not one.established or one.closed is None:
             return
-        found = self._measures.setdefault(one.direction, _Measures())
+        measures = self._measures.setdefault(one.direction, _Measures())
         duration = max(0.0, one.closed - one.opened)
-        found.duration[bisect_left(DURATION_BOUNDS, duration)] += 1
-        found.duration_sum += duration
+        measures.duration[bisect_left(DURATION_BOUNDS, duration)] += 1
+        measures.duration_sum += duration
         if one.rtt is not None:
-            found.rtt[bisect_left(RTT_BOUNDS, one.rtt)] += 1
-            found.rtt_sum += one.rtt
-        found.retransmitted += one.retransmitted
-        found.segments_out += one.segments_out
-        found.segments_in += one.segments_in
+            measures.rtt[bisect_left(RTT_BOUNDS, one.rtt)] += 1
+            measures.rtt_sum += one.rtt
+        measures.retransmitted += one.retransmitted
+        measures.segments_out += one.segments_out
+        measures.segments_in += one.segments_in
 
     def take(self) -> tuple[list[Delta], list[Quality]]:
         tallies, measures = self._tallies, self._measures

@@ -99,8 +99,8 @@ class Verdicts:
 
     def _way(self, address: str) -> int:
         """Returns the index of the interface that the longest prefix leads to, 0 for none."""
-        found = ip_address(address)
-        return next((index for network, index in self._routes if _contains(network, found)), 0)
+        parsed = ip_address(address)
+        return next((index for network, index in self._routes if _contains(network, parsed)), 0)
 
 
 def _listed(address: str, port: int, networks: tuple[Network, ...], ports: tuple[Range, ...]) -> Reason | None:
@@ -119,5 +119,5 @@ def _networks(texts: Iterable[str]) -> tuple[Network, ...]:
 
 @lru_cache(4096)
 def _is_loopback(address: str) -> bool:
-    found = ip_address(address)
-    return found == ip_address("::1") if found.version == 6 else found in _LOOPBACK
+    parsed = ip_address(address)
+    return parsed == ip_address("::1") if parsed.version == 6 else parsed in _LOOPBACK

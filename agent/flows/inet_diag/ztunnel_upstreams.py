@@ -45,10 +45,10 @@ class Onward:
         `loosely`: the last FIN need not have come, see ending.received, and the application may have closed before the
         rest of the answer came. Ask after all flows were tried without it.
         """
-        for found in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
-            for cookie, record in found.items():
+        for records in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
+            for cookie, record in records.items():
                 if _fits(flow, record, loosely=loosely):
-                    del found[cookie]
+                    del records[cookie]
                     return True
         return False
 
@@ -62,9 +62,9 @@ class Onward:
     def forget(self, flow: TrackedFlow) -> None:
         for table in (self._ended, self._known):
             for address in (flow.remote[0], ""):
-                if (found := table.get(address)) is not None:
-                    found.pop(flow.cookie, None)
-                    if not found:
+                if (records := table.get(address)) is not None:
+                    records.pop(flow.cookie, None)
+                    if not records:
                         del table[address]
 
 

@@ -85,11 +85,11 @@ def cgroup_exists(number: int) -> bool:
         return True
     with Descriptor(root):
         handle = _Handle(ctypes.sizeof(ctypes.c_uint64), _FILEID_KERNFS, number)
-        found = libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = libc.open_by_handle_at(root, ctypes.byref(handle), os.O_RDONLY | os.O_CLOEXEC)
         failed = ctypes.get_errno()
-    if found >= 0:
-        os.close(found)
-    return found >= 0 or failed != errno.ESTALE
+    if descriptor >= 0:
+        os.close(descriptor)
+    return descriptor >= 0 or failed != errno.ESTALE
 
 
 def cgroup_id(pid: int) -> int:
@@ -100,8 +100,8 @@ def cgroup_id(pid: int) -> int:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
         below = next((line[3:] for line in lines if line.startswith("0::")), "/")
         # From a cgroup namespace of our own, the path shows only how far the other one is from ours.
-        place = root / below.lstrip("/") if whole else _place(root, pid)
-        return place.stat().st_ino
+        directory = root / below.lstrip("/") if whole else _place(root, pid)
+        return directory.stat().st_ino
     except OSError as error:
         number = errno.ESRCH if isinstance(error, FileNotFoundError) else error.errno or 0
         raise KernelError(operation, number, os.strerror(number)) from error
@@ -119,10 +119,10 @@ def _place(root: Path, pid: int) -> Path:
 
 def _root() -> tuple[Path, bool]:
     """Returns the mount of the whole hierarchy; and whether paths in /proc start there, too."""
-    for below, place in _cgroup_mounts():
+    for below, mount in _cgroup_mounts():
         with suppress(OSError):
-            if place.stat().st_ino == _ROOT_INODE:
-                return place, below == "/"
+            if mount.stat().st_ino == _ROOT_INODE:
+                return mount, below == "/"
     raise KernelError("find the cgroup v2 hierarchy", errno.ENOENT, _NO_ROOT)
 
 
@@ -131,5 +131,5 @@ def _cgroup_mounts() -> Iterator[tuple[str, Path]]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
         if after.startswith("cgroup2 "):
-            below, place = before.split()[3:5]
-            yield below, Path(_ESCAPE.sub(lambda match: chr(int(match[1], 8)), place))
+            below, mount = before.split()[3:5]
+            yield below, Path(_ESCAPE.sub(lambda match: chr(int(match[1], 8)), mount))

@@ -97,25 +97,25 @@ class Map:
 
         When the key that it stands on goes, the kernel starts again from the first (htab_map_get_next_key).
         """
-        found: dict[bytes, None] = {}
+        keys: dict[bytes, None] = {}
         key = None
         following = create_string_buffer(self.key_size)
         for _ in range(4 * self.max_entries + 16):
             result = libbpf.ask("bpf_map_get_next_key", self.fd, key, following)
             if result == -errno.ENOENT:
-                return list(found)
+                return list(keys)
             self._check("read the keys", result)
             key = following.raw
-            found[key] = None
+            keys[key] = None
         raise KernelError(f"map {self.name}: read the keys", errno.EAGAIN, "it changes faster than it can be read")
 
     def items(self) -> list[tuple[bytes, bytes]]:
         """Returns all entries, values as of `lookup`; keys as of `keys`. In batches where the map can."""
-        found = self._batches()
-        if found is None:
+        entries = self._batches()
+        if entries is None:
             values = ((key, self.lookup(key)) for key in self.keys())
             return [(key, value) for key, value in values if value is not None]
-        return list(found.items())
+        return list(entries.items())
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -133,7 +133,7 @@ class Map:
 
     def _batches(self) -> dict[bytes, bytes] | None:
         """Reads by BPF_MAP_LOOKUP_BATCH; None where the map does not support it."""
-        found: dict[bytes, bytes] = {}
+        entries: dict[bytes, bytes] = {}
         size = self.key_size
         room = self._room
         most = min(self.max_entries, _MOST)
@@ -154,9 +154,9 @@ class Map:
             all_values = values.raw
             if result >= 0 or result == -errno.ENOENT:
                 for n in range(count.value):
-                    found[all_keys[n * size : n * size + size]] = all_values[n * room : n * room + room]
+                    entries[all_keys[n * size : n * size + size]] = all_values[n * room : n * room + room]
             if result == -errno.ENOENT:
-                return found
+                return entries
             self._check("read", result)
             at = create_string_buffer(upto.raw, len(upto))
 

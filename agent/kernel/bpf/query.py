@@ -30,18 +30,18 @@ def attached(cgroup: Path, hook: AttachType) -> tuple[ProgramInfo, ...]:
         return at(fd, hook, str(cgroup))
 
 
-def at(target: int, hook: AttachType, words: str) -> tuple[ProgramInfo, ...]:
+def at(target: int, hook: AttachType, name: str) -> tuple[ProgramInfo, ...]:
     """Lists programs at `target`: a descriptor of a cgroup or network namespace, or the index of an interface.
 
-    `words` name it in an error. Raises KernelError.
+    `name` name it in an error. Raises KernelError.
     """
     ids = (ctypes.c_uint32 * _MOST)()
     count = ctypes.c_uint32(_MOST)
     result = libbpf.ask("bpf_prog_query", target, hook, 0, None, ids, ctypes.byref(count))
     if result in (-errno.EINVAL, -errno.ENOENT):
         return ()
-    libbpf.check(f"ask for BPF programs on {words} ({hook.name.lower()})", result)
-    return tuple(found for number in ids[: count.value] if (found := program(number)) is not None)
+    libbpf.check(f"ask for BPF programs on {name} ({hook.name.lower()})", result)
+    return tuple(info for number in ids[: count.value] if (info := program(number)) is not None)
 
 
 def programs() -> Iterator[ProgramInfo]:
@@ -49,8 +49,8 @@ def programs() -> Iterator[ProgramInfo]:
     at = ctypes.c_uint32(0)
     while (result := libbpf.ask("bpf_prog_get_next_id", at.value, ctypes.byref(at))) != -errno.ENOENT:
         libbpf.check("list BPF programs", result)
-        if (found := program(at.value)) is not None:
-            yield found
+        if (info := program(at.value)) is not None:
+            yield info
 
 
 def program(number: int) -> ProgramInfo | None:

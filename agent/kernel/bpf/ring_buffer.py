@@ -44,8 +44,8 @@ class RingBuffer:
                 whole = mmap.PAGESIZE + 2 * self.size
                 self._data = mmap.mmap(fd, whole, prot=mmap.PROT_READ, offset=mmap.PAGESIZE)
             except OSError as error:
-                words = error.strerror or str(error)
-                raise KernelError(f"map {name}: map it into memory", error.errno or errno.EIO, words) from None
+                cause = error.strerror or str(error)
+                raise KernelError(f"map {name}: map it into memory", error.errno or errno.EIO, cause) from None
             # Items of these are loaded and stored whole, by one instruction (memoryobject.c, a memcpy of 8 bytes).
             self._consumer = memoryview(self._page).cast("B").cast("Q")
             self._producer = memoryview(self._data)[: mmap.PAGESIZE].cast("Q")
@@ -57,9 +57,9 @@ class RingBuffer:
     @classmethod
     def open(cls, path: Path) -> RingBuffer:
         """Raises KernelError, ENOENT without a pin there."""
-        with Map.open(path) as found:
-            fd = found.fd
-            found.fd = -1
+        with Map.open(path) as ring:
+            fd = ring.fd
+            ring.fd = -1
         return cls(fd, path.name)
 
     def fileno(self) -> int:

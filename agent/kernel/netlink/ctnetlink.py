@@ -135,9 +135,9 @@ class Conntrack:
 
     def delete(self, flow: TcpFlow) -> None:
         """Deletes an entry; one that is gone already is fine. Raises KernelError."""
-        found = fields(flow.body)
-        zone = [attribute(Cta.ZONE, found[Cta.ZONE])] if Cta.ZONE in found else []
-        names = nested(Cta.TUPLE_ORIG, found[Cta.TUPLE_ORIG]) + attribute(Cta.ID, found[Cta.ID]) + b"".join(zone)
+        parts = fields(flow.body)
+        zone = [attribute(Cta.ZONE, parts[Cta.ZONE])] if Cta.ZONE in parts else []
+        names = nested(Cta.TUPLE_ORIG, parts[Cta.TUPLE_ORIG]) + attribute(Cta.ID, parts[Cta.ID]) + b"".join(zone)
         body = flow.body[: NFGENMSG.size] + names
         self._netlink.request("conntrack delete", CT_DELETE, 0, body, fine=(errno.ENOENT,))
 
@@ -169,12 +169,12 @@ class NewFlows:
     def answering(self, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
         """Returns (answering, asking) end of the flow to `service`, None without one. Raises KernelError if unknown."""
         taken, lost = self._events.take()
-        found = next((one.body for one in taken if decode(one.body) == service), None)
-        if found is None and lost:
+        entry = next((one.body for one in taken if decode(one.body) == service), None)
+        if entry is None and lost:
             raise KernelError("conntrack notifications", errno.ENOBUFS, "some were lost")
-        if found is None:
+        if entry is None:
             return None
-        answers, asker = decode(found, Cta.TUPLE_REPLY), decode(found, Cta.TUPLE_REPLY, destination=True)
+        answers, asker = decode(entry, Cta.TUPLE_REPLY), decode(entry, Cta.TUPLE_REPLY, destination=True)
         return (answers, asker) if answers and asker else None
 
     def close(self) -> None:
@@ -207,21 +207,21 @@ def decode(body: bytes, way: Cta = Cta.TUPLE_ORIG, *, destination: bool = False)
 
 def decode_tcp(body: bytes) -> TcpFlow | None:
     """Returns None for other protocols and for a connection that has ended (TcpConntrack)."""
-    found = fields(body)
-    tcp = dict(attributes(found.get(Cta.PROTOINFO, b""))).get(ProtoInfo.TCP, b"")
+    parts = fields(body)
+    tcp = dict(attributes(parts.get(Cta.PROTOINFO, b""))).get(ProtoInfo.TCP, b"")
     state = dict(attributes(tcp)).get(ProtoInfoTcp.STATE, b"")
     if not state or state[0] in tuple(TcpConntrack):
         return None
-    asking, answering = (_ends(found.get(way, b"")) for way in (Cta.TUPLE_ORIG, Cta.TUPLE_REPLY))
-    if asking is None or answering is None or Cta.ID not in found:
+    asking, answering = (_ends(parts.get(way, b"")) for way in (Cta.TUPLE_ORIG, Cta.TUPLE_REPLY))
+    if asking is None or answering is None or Cta.ID not in parts:
         return None
-    return TcpFlow(int.from_bytes(found[Cta.ID]), asking, answering, body)
+    return TcpFlow(int.from_bytes(parts[Cta.ID]), asking, answering, body)
 
 
 def _ends(data: bytes) -> tuple[Endpoint, Endpoint] | None:
     """Returns source and destination of one direction."""
-    found = dict(attributes(data))
-    addresses, ports = (dict(attributes(found.get(kind, b""))) for kind in (Tuple.IP, Tuple.PROTO))
+    parts = dict(attributes(data))
+    addresses, ports = (dict(attributes(parts.get(kind, b""))) for kind in (Tuple.IP, Tuple.PROTO))
     for family, kinds in _ADDRESSES.items():
         size = 4 if family == socket.AF_INET else 16
         source, destination = (

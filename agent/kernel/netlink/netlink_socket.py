@@ -143,10 +143,10 @@ def raise_for(operation: str, answer: Message, fine: Container[int] = ()) -> Non
     number = -struct.unpack_from("=i", answer.body)[0]
     if not number or number in fine:
         return
-    words = os.strerror(number)
+    cause = os.strerror(number)
     if answer.flags & 0x200:  # NLM_F_ACK_TLVS: error code, the request's header, then attributes
         for kind, payload in attributes(answer.body[4 + HEADER.size :]):
             if kind == 1:
-                words += f" ({payload.rstrip(bytes(1)).decode(errors='replace')})"
+                cause += f" ({payload.rstrip(bytes(1)).decode(errors='replace')})"
     stale = number == errno.ERESTART
-    raise (StaleError if stale else KernelError)(operation, number, words)
+    raise (StaleError if stale else KernelError)(operation, number, cause)

@@ -100,8 +100,8 @@ class NftSocket(NetlinkSocket):
 
     def get(self, kind: int, family: int, body: bytes) -> bytes:
         """Returns one table or chain, as in a dump; empty when it does not exist."""
-        found = self.dump(kind, family, body, 0)
-        return b"".join(message(one.kind, 0, one.sequence, one.body) for one in found)
+        messages = self.dump(kind, family, body, 0)
+        return b"".join(message(one.kind, 0, one.sequence, one.body) for one in messages)
 
     def dump(self, kind: int, family: int, body: bytes = b"", flags: int = NLM_F_DUMP) -> list[Message]:
         """Dumps tables, chains or rules of a family, with `flags` 0 reads the one that `body` names.
@@ -113,8 +113,8 @@ class NftSocket(NetlinkSocket):
 
     def chains(self) -> list[tuple[str, str]]:
         """Returns (table, chain) of each chain in the namespace."""
-        found = (fields(one.body) for one in self.dump(GETCHAIN, 0))
-        return [(unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))) for parts in found]
+        chains = (fields(one.body) for one in self.dump(GETCHAIN, 0))
+        return [(unpack_text(parts.get(Chain.TABLE)), unpack_text(parts.get(Chain.NAME))) for parts in chains]
 
     def commit(self, operation: str, commands: Sequence[Command], generation: int | None) -> None:
         """Sends all commands as one transaction.

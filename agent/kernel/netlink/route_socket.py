@@ -96,7 +96,7 @@ class RouteSocket(NetlinkSocket):
 
     def held_addresses(self) -> tuple[Address, ...]:
         """Returns the first 256 addresses of each family on lo, and as many on all other interfaces together."""
-        found = []
+        addresses = []
         held = Counter[tuple[bool, int]]()
         for answer in self.request("read addresses", Rtm.GETADDR, NLM_F_DUMP, bytes(IFADDRMSG.size)):
             parts = dict(parse(answer.body[IFADDRMSG.size :]))
@@ -106,31 +106,31 @@ class RouteSocket(NetlinkSocket):
                 held[index == LOOPBACK_INDEX, len(raw)] += 1
                 if held[index == LOOPBACK_INDEX, len(raw)] > MOST_ADDRESSES:
                     continue
-                found.append(Address(ipaddress.ip_address(raw), index))
-        return tuple(found)
+                addresses.append(Address(ipaddress.ip_address(raw), index))
+        return tuple(addresses)
 
     def links(self) -> tuple[Link, ...]:
         """Returns all interfaces but lo."""
         body = IFINFOMSG.pack(socket.AF_UNSPEC, 0, 0, 0, 0) + _WITHOUT_STATS
-        found = []
+        links = []
         for answer in self.request("read links", Rtm.GETLINK, NLM_F_DUMP, body):
             _, kind, index, flags, _ = IFINFOMSG.unpack_from(answer.body)
             parts = dict(parse(answer.body[IFINFOMSG.size :]))
-            made = unpack_text(dict(parse(parts.get(Ifla.LINKINFO, b""))).get(LinkInfo.KIND))
+            link_kind = unpack_text(dict(parse(parts.get(Ifla.LINKINFO, b""))).get(LinkInfo.KIND))
             xdp = unpack_int(dict(parse(parts.get(Ifla.XDP, b""))).get(LinkXdp.PROG_ID))
             if index != LOOPBACK_INDEX:
                 name = unpack_text(parts.get(Ifla.IFNAME))
-                found.append(
+                links.append(
                     Link(
                         index,
                         name,
                         ethernet=kind == _ETHERNET,
-                        bridge=made == "bridge",
+                        bridge=link_kind == "bridge",
                         up=bool(flags & _IFF_UP),
                         xdp=xdp,
                     )
                 )
-        return tuple(found)
+        return tuple(links)
 
     def classified(self) -> frozenset[int]:
         """Indices of the interfaces that may have tc filters for what comes in or goes out (clsact, ingress)."""
@@ -151,18 +151,18 @@ class RouteSocket(NetlinkSocket):
         """Returns all policy rules in order, those of IPv6 only when asked for."""
         family = socket.AF_UNSPEC if ipv6 else socket.AF_INET
         answers = self._dump("read policy rules", Rtm.GETRULE, FIB_RULE_HDR.pack(family, *[0] * 8))
-        found = (policy_rules.parse(answer) for answer in answers)
-        return tuple(rule for rule in found if rule is not None and (ipv6 or rule.family == 4))
+        rules = (policy_rules.parse(answer) for answer in answers)
+        return tuple(rule for rule in rules if rule is not None and (ipv6 or rule.family == 4))
 
     def table_routes(self, family: int, table: int) -> tuple[LocalRoute | None, ...]:
         """Returns the first 1,024 routes of one table (not 253 to 255), None for each that is no LocalRoute."""
-        found = list[LocalRoute | None]()
+        routes = list[LocalRoute | None]()
         for header, parts in self._routes(family, table):
             one = LocalRoute(family, table, header[5], unpack_int(parts.get(Rta.OIF)))
             local = header[1] == 0 and header[7] == RouteType.LOCAL
             usual = one.interface == LOOPBACK_INDEX or unpack_int(parts.get(Rta.PRIORITY)) == one.metric
-            found.append(one if local and usual else None)
-        return tuple(found)
+            routes.append(one if local and usual else None)
+        return tuple(routes)
 
     def host_routes(self, family: int, table: int) -> Iterator[tuple[str, int]]:
         """Yields (address, interface index) of each unicast route in `table` to one address alone."""

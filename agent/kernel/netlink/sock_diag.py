@@ -97,7 +97,7 @@ class SockDiag(NetlinkSocket):
 
         The cookie of a timer is the socket's only if that was requested before (sock_gen_cookie).
         """
-        found: list[TcpReport] = []
+        reports: list[TcpReport] = []
         waiting: dict[bytes, TcpState] = {}
         for step, run in self._runs(_WITH_INFO, states):
             if step < HEADER.size + _SHORT:
@@ -106,8 +106,8 @@ class SockDiag(NetlinkSocket):
                 continue
             for start in range(HEADER.size, len(run), step):
                 if (one := report(run[start : start + step - HEADER.size])) is not None:
-                    found.append(one)
-        return found, waiting
+                    reports.append(one)
+        return reports, waiting
 
     def rows(self, states: Iterable[TcpState] = _ALL) -> Iterator[Row]:
         """Yields all sockets of both families, for dumps of very many. To be read to its end. Raises KernelError."""
@@ -138,12 +138,12 @@ class SockDiag(NetlinkSocket):
     def listening(self, ports: Collection[int]) -> list[TcpSocket]:
         """Returns the listening sockets of both families on these ports; only those are decoded. Raises KernelError."""
         wanted = {port.to_bytes(2) for port in ports}
-        found = []
+        sockets = []
         for step, run in self._runs(0, (TcpState.LISTEN,)):
             for at in range(HEADER.size, len(run), step):
                 if run[at + 4 : at + 6] in wanted and (one := decode(run[at : at + step - HEADER.size])) is not None:
-                    found.append(one)
-        return found
+                    sockets.append(one)
+        return sockets
 
     def listens(self, port: int) -> bool:
         """True if a socket listens on this port of loopback, of either family; one lookup, as for a connection.
@@ -152,8 +152,8 @@ class SockDiag(NetlinkSocket):
         """
         request = encode((_LOOPBACK, port), (_LOOPBACK, 1))
         answers = self.request(_WHAT, _BY_FAMILY, 0, request, fine=(errno.ENOENT,))
-        found = (decode(answer.body) for answer in answers)
-        return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in found)
+        sockets = (decode(answer.body) for answer in answers)
+        return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in sockets)
 
     def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
         """Returns the connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
@@ -187,12 +187,12 @@ class SockDiag(NetlinkSocket):
         except KernelError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
-            words = "not supported by this kernel (CONFIG_INET_DIAG_DESTROY); or set preserve_connections: true"
-            raise KernelError(what, error.errno, words) from None
+            cause = "not supported by this kernel (CONFIG_INET_DIAG_DESTROY); or set preserve_connections: true"
+            raise KernelError(what, error.errno, cause) from None
 
     def _dump(self, kind: int, body: bytes) -> list[TcpSocket]:
-        found = (decode(answer.body) for answer in self.request(_WHAT, kind, NLM_F_DUMP, body))
-        return [one for one in found if one is not None]
+        sockets = (decode(answer.body) for answer in self.request(_WHAT, kind, NLM_F_DUMP, body))
+        return [one for one in sockets if one is not None]
 
 
 def cookies(descriptor: int) -> tuple[int, int] | None:
@@ -276,7 +276,7 @@ def _alike(datagram: bytes, offset: int, step: int) -> int:
     """Counts the messages of the first one's length in a row; 1 for a torn one. Lengths are below 65536."""
     many = len(datagram) - (len(datagram) - offset) % step
     low, high = datagram[offset:many:step], datagram[offset + 1 : many : step]
-    return max(1, min(len(found) - len(found.lstrip(found[:1])) for found in (low, high)))
+    return max(1, min(len(value) - len(value.lstrip(value[:1])) for value in (low, high)))
 
 
 @cache

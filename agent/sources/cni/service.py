@@ -100,8 +100,8 @@ class CniService:
                     await self._admission.admit(pod)
             except (SluiceError, TimeoutError) as error:
                 _close(netns)
-                words = str(error) or f"Kubernetes did not answer within {self._settings.add_seconds:g} s"
-                return CniReply(wire.TRY_AGAIN_LATER, f"pod {pod.key}: {words}")
+                reason = str(error) or f"Kubernetes did not answer within {self._settings.add_seconds:g} s"
+                return CniReply(wire.TRY_AGAIN_LATER, f"pod {pod.key}: {reason}")
         async with self._locks.setdefault(pod.uid, asyncio.Lock()):
             return await self._add_one(pod, netns, deadline)
 
@@ -132,8 +132,8 @@ class CniService:
                     status = self._reconciler.status(pod.uid)
         except TimeoutError:
             status = self._reconciler.status(pod.uid)
-            words = status.error or f"not done within {self._settings.add_seconds:g} s"
-            return CniReply(wire.TRY_AGAIN_LATER, f"pod {pod.key} is not captured: {words}")
+            reason = status.error or f"not done within {self._settings.add_seconds:g} s"
+            return CniReply(wire.TRY_AGAIN_LATER, f"pod {pod.key} is not captured: {reason}")
         if status.state is State.ENABLED:
             return CniReply()
         return CniReply(

@@ -91,20 +91,20 @@ class CniRequest:
     @property
     def annotations(self) -> dict[str, str]:
         """The pod's annotations as the runtime handed them over; empty when it did not."""
-        place = f"config.runtimeConfig.{ANNOTATIONS}"
+        path = f"config.runtimeConfig.{ANNOTATIONS}"
         given = _object(self.config, "runtimeConfig", "config").get(ANNOTATIONS)
         if given is None:  # Go writes null for a map without entries
             return {}
         if not isinstance(given, dict):
-            raise ProtocolError(f"{place}: not an object")
-        return {_text(key, place): _text(value, f"{place}.{key}") for key, value in given.items()}
+            raise ProtocolError(f"{path}: not an object")
+        return {_text(key, path): _text(value, f"{path}.{key}") for key, value in given.items()}
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """The pod's IP addresses, canonical and without prefix length, in the order of prevResult."""
-        place = "config.prevResult.ips"
-        ips = _list(_object(self.config, "prevResult", "config").get("ips"), place)
-        return tuple(dict.fromkeys(_address(item, f"{place}[{i}]") for i, item in enumerate(ips)))
+        path = "config.prevResult.ips"
+        ips = _list(_object(self.config, "prevResult", "config").get("ips"), path)
+        return tuple(dict.fromkeys(_address(item, f"{path}[{i}]") for i, item in enumerate(ips)))
 
     @property
     def resolvers(self) -> tuple[str, ...]:
@@ -114,23 +114,23 @@ class CniRequest:
         """
         given = _object(_object(self.config, "runtimeConfig", "config"), "dns", "config.runtimeConfig").get("servers")
         answered = _object(_object(self.config, "prevResult", "config"), "dns", "config.prevResult").get("nameservers")
-        found: dict[str, None] = {}
+        resolvers: dict[str, None] = {}
         for item in _list(given, "config.runtimeConfig.dns.servers") or _list(answered, "config.prevResult.dns"):
             with contextlib.suppress(ValueError, TypeError):
-                found[str(ipaddress.ip_address(item if isinstance(item, str) and "%" not in item else ""))] = None
-        return tuple(found)
+                resolvers[str(ipaddress.ip_address(item if isinstance(item, str) and "%" not in item else ""))] = None
+        return tuple(resolvers)
 
     @property
     def valid_attachments(self) -> tuple[tuple[str, str], ...]:
         """The container id and interface of all live attachments (GC); empty for other verbs."""
         if self.verb is not CniVerb.GC:
             return ()
-        place = f"config.{ATTACHMENTS}"
+        path = f"config.{ATTACHMENTS}"
         if ATTACHMENTS not in self.config:
             # Taken as an empty list it would say that no pod lives.
-            raise ProtocolError(f"{place}: missing")
-        items = _list(self.config[ATTACHMENTS], place)
-        return tuple(_attachment(item, f"{place}[{i}]") for i, item in enumerate(items))
+            raise ProtocolError(f"{path}: missing")
+        items = _list(self.config[ATTACHMENTS], path)
+        return tuple(_attachment(item, f"{path}[{i}]") for i, item in enumerate(items))
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,21 +231,21 @@ def _netns(value: object, *, needed: bool) -> str:
     return path
 
 
-def _text(value: object, place: str) -> str:
+def _text(value: object, path: str) -> str:
     """Returns a string that can be written out again; JSON's escapes allow unpaired surrogates, UTF-8 does not."""
     if not isinstance(value, str):
-        raise ProtocolError(f"{place}: not a string")
+        raise ProtocolError(f"{path}: not a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ProtocolError(f"{place}: has an unpaired surrogate") from None
+        raise ProtocolError(f"{path}: has an unpaired surrogate") from None
     return value
 
 
-def _match(pattern: re.Pattern[str], value: object, place: str, *, empty: bool = False) -> str:
-    word = _text(value, place)
+def _match(pattern: re.Pattern[str], value: object, path: str, *, empty: bool = False) -> str:
+    word = _text(value, path)
     if not pattern.fullmatch(word) and not (empty and not word):
-        raise ProtocolError(f"{place}: {word[:80]!r} is not a valid value")
+        raise ProtocolError(f"{path}: {word[:80]!r} is not a valid value")
     return word
 
 
@@ -253,37 +253,37 @@ def _optional(pattern: re.Pattern[str], args: Mapping[str, str], key: str) -> st
     return _match(pattern, args.get(key, ""), f"args.{key}", empty=True)
 
 
-def _object(holder: Mapping[str, Any], key: str, place: str = "", *, needed: bool = False) -> dict[str, Any]:
+def _object(holder: Mapping[str, Any], key: str, path: str = "", *, needed: bool = False) -> dict[str, Any]:
     value = holder.get(key)
     if value is None and not needed:
         return {}
     if not isinstance(value, dict):
-        raise ProtocolError(f"{place}{'.' if place else ''}{key}: not an object")
+        raise ProtocolError(f"{path}{'.' if path else ''}{key}: not an object")
     return value
 
 
-def _list(value: object, place: str) -> list[Any]:
+def _list(value: object, path: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise ProtocolError(f"{place}: not a list")
+        raise ProtocolError(f"{path}: not a list")
     return value
 
 
-def _address(item: object, place: str) -> str:
+def _address(item: object, path: str) -> str:
     given = item.get("address") if isinstance(item, dict) else None
-    text = _text(given, f"{place}.address")
+    text = _text(given, f"{path}.address")
     try:
         interface = ipaddress.ip_interface(text)
     except ValueError:
-        raise ProtocolError(f"{place}.address: {text[:80]!r} is not an IP address") from None
+        raise ProtocolError(f"{path}.address: {text[:80]!r} is not an IP address") from None
     if "%" in text:
-        raise ProtocolError(f"{place}.address: {text[:80]!r} has a zone, which means nothing outside the pod")
+        raise ProtocolError(f"{path}.address: {text[:80]!r} has a zone, which means nothing outside the pod")
     return str(interface.ip)
 
 
-def _attachment(item: object, place: str) -> tuple[str, str]:
+def _attachment(item: object, path: str) -> tuple[str, str]:
     if not isinstance(item, dict):
-        raise ProtocolError(f"{place}: not an object")
-    container_id = _match(_CONTAINER_ID, item.get("containerID"), f"{place}.containerID")
-    return container_id, _match(_IFNAME, item.get("ifname"), f"{place}.ifname")
+        raise ProtocolError(f"{path}: not an object")
+    container_id = _match(_CONTAINER_ID, item.get("containerID"), f"{path}.containerID")
+    return container_id, _match(_IFNAME, item.get("ifname"), f"{path}.ifname")

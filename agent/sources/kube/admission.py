@@ -62,11 +62,11 @@ class Admission:
             if namespace is not None:
                 self._table.know_namespace(namespace)
         if self._table.kube(pod.uid) is None:
-            found = objects.pod(await self._client.get(f"{base}/pods/{pod.name}"))
-            if found is None or not _is(found, pod):
+            current = objects.pod(await self._client.get(f"{base}/pods/{pod.name}"))
+            if current is None or not _is(current, pod):
                 raise KubeError("the API server has another pod of that name", 404, "NotFound")
-            self._table.know(found)
+            self._table.know(current)
 
 
-def _is(found: KubePod, pod: Pod) -> bool:
-    return found.uid == pod.uid and found.key == pod.key
+def _is(current: KubePod, pod: Pod) -> bool:
+    return current.uid == pod.uid and current.key == pod.key

@@ -150,10 +150,10 @@ class Annotator:
     async def _yielding(self) -> bool:
         """Returns whether another agent runs here that may have written the annotation."""
         other = await asyncio.to_thread(self._others)
-        words = f"annotation {names.REDIRECTION}: left as it is while istio-cni's agent runs here, too ({other})"
+        warning = f"annotation {names.REDIRECTION}: left as it is while istio-cni's agent runs here, too ({other})"
         if other and not self._yields:
-            log.warning("%s", words)
-        self._yields = words if other else ""
+            log.warning("%s", warning)
+        self._yields = warning if other else ""
         return bool(other)
 
     def _wrote(self, uid: str, pod: KubePod, want: str) -> None:
@@ -161,11 +161,11 @@ class Annotator:
             return
         if past.written == want and past.fight.repaired(time.monotonic()):
             pause = past.fight.pause(time.monotonic())
-            words = (
+            warning = (
                 f"another program keeps setting {names.REDIRECTION} to {_is(pod)!r}; {want!r} follows in {pause:.0f} s"
             )
-            log.warning("pod %s: %s", pod.key, words)
-            self._fought(uid, words)
+            log.warning("pod %s: %s", pod.key, warning)
+            self._fought(uid, warning)
         past.written = want
 
     def _when(self, uid: str, pod: KubePod, want: str) -> float:

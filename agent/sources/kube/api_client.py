@@ -100,7 +100,7 @@ class Client:
                         yield piece
                     self._keep(connection)
                     return
-                words = b"".join([piece async for piece in _bounded(connection.body(quiet))])
+                message = b"".join([piece async for piece in _bounded(connection.body(quiet))])
                 self._keep(connection)
             except (OSError, h11.ProtocolError, TimeoutError) as error:
                 raise KubeError(f"{_what(method, target)}: the answer broke off: {_words(error)}") from None
@@ -109,7 +109,7 @@ class Client:
             if status == 401:
                 self._access.refused()  # the token may have been renewed a moment ago
             if status != 401 or tried or self._access.token() == token:
-                raise refusal(_what(method, target), status, words, answer)
+                raise refusal(_what(method, target), status, message, answer)
             tried = token
 
     async def _answer(
@@ -157,11 +157,11 @@ class Client:
         context = self._access.context()
         now = time.monotonic()
         while self._idle:
-            found = self._idle.pop()
-            if found.usable and found.context is context and now - found.since < self._keeping:
-                found.kept = False
-                return found
-            found.close()
+            connection = self._idle.pop()
+            if connection.usable and connection.context is context and now - connection.since < self._keeping:
+                connection.kept = False
+                return connection
+            connection.close()
         return None
 
     def _keep(self, connection: _Connection) -> None:
@@ -178,10 +178,10 @@ class Client:
     def _sweep(self) -> None:
         """Closes what has been idle for long: each connection is some 300 KB."""
         now = time.monotonic()
-        found = self._idle
+        idle = self._idle
         self._idle = []
         self._timer = None
-        for connection in found:
+        for connection in idle:
             if connection.usable and now - connection.since < self._keeping:
                 self._idle.append(connection)
             else:

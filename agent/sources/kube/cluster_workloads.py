@@ -59,28 +59,30 @@ class Places(Generic[W]):
         if known is not None:
             self.removed(known)
         self._objects[object.uid] = object
-        for place in object.places:
-            held = self._holders.get(place, ())
-            self._hold(place, (*((held,) if isinstance(held, str) else held), object.uid))
+        for endpoint in object.places:
+            held = self._holders.get(endpoint, ())
+            self._hold(endpoint, (*((held,) if isinstance(held, str) else held), object.uid))
         self._dirty()
 
     def removed(self, object: NamedObject[W]) -> None:
         known = self._objects.pop(object.uid, None)
-        for place in known.places if known is not None else ():
-            held = self._holders[place]
-            self._hold(place, tuple(uid for uid in ((held,) if isinstance(held, str) else held) if uid != object.uid))
+        for endpoint in known.places if known is not None else ():
+            held = self._holders[endpoint]
+            self._hold(
+                endpoint, tuple(uid for uid in ((held,) if isinstance(held, str) else held) if uid != object.uid)
+            )
         self._dirty()
 
-    def _hold(self, place: object, uids: tuple[str, ...]) -> None:
+    def _hold(self, endpoint: object, uids: tuple[str, ...]) -> None:
         if len(uids) == 1:
-            self._holders[place] = uids[0]
-            self.names[place] = self._objects[uids[0]].name
+            self._holders[endpoint] = uids[0]
+            self.names[endpoint] = self._objects[uids[0]].name
             return
-        self.names.pop(place, None)
+        self.names.pop(endpoint, None)
         if uids:
-            self._holders[place] = uids
+            self._holders[endpoint] = uids
         else:
-            del self._holders[place]
+            del self._holders[endpoint]
 
 
 class ClusterWorkloads(Generic[W, S]):
@@ -171,24 +173,24 @@ class ClusterWorkloads(Generic[W, S]):
 
 def pod(row: Json, workload: Callable[[str, str, Mapping[str, str]], W]) -> NamedObject[W] | None:
     """Reads a Table's row. An object without an address (yet) is kept, but has no place."""
-    found = _metadata(row)
-    if found is None:
+    metadata = _metadata(row)
+    if metadata is None:
         return None
-    uid, namespace, name, labels = found
+    uid, namespace, name, labels = metadata
     where = address(_cell(row, "IP"))
     return NamedObject(uid, (where,) if where and not _completed(row) else (), workload(namespace, name, labels))
 
 
 def service(row: Json, named: Callable[[str, str], S]) -> NamedObject[S] | None:
     """Reads a service by address and each port; without ports, by port 0 for all of them."""
-    found = _metadata(row)
-    if found is None:
+    metadata = _metadata(row)
+    if metadata is None:
         return None
-    uid, namespace, name, _ = found
+    uid, namespace, name, _ = metadata
     where = address(_cell(row, "Cluster-IP"))  # "None" for a headless one
     ports = [int(match[1]) for word in _cell(row, "Port(s)").split(",")[:256] if (match := _PORT.fullmatch(word))]
-    places = tuple((where, port) for port in dict.fromkeys(ports or [0])) if where else ()
-    return NamedObject(uid, places, named(namespace, name))
+    endpoints = tuple((where, port) for port in dict.fromkeys(ports or [0])) if where else ()
+    return NamedObject(uid, endpoints, named(namespace, name))
 
 
 def _metadata(row: Json) -> tuple[str, str, str, dict[str, str]] | None:
@@ -207,8 +209,8 @@ def _metadata(row: Json) -> tuple[str, str, str, dict[str, str]] | None:
 
 def _cell(row: Json, column: str) -> str:
     cells = row.get("cells")
-    found = cells.get(column) if isinstance(cells, dict) else None
-    return found if isinstance(found, str) else ""
+    cell = cells.get(column) if isinstance(cells, dict) else None
+    return cell if isinstance(cell, str) else ""
 
 
 def _completed(row: Json) -> bool:

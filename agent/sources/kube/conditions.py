@@ -63,15 +63,15 @@ class ZtunnelCondition:
         self._away = 0.0 if connected else self._away + _EVERY
         if not connected and self._away < STEADY:
             return
-        words = "" if connected else _MISSING
+        message = "" if connected else _MISSING
         if not connected and (self._away - STEADY) % _AGAIN < _EVERY:
-            self._report("ZtunnelMissing", words)
+            self._report("ZtunnelMissing", message)
         pod = self._own()
         if pod is None or self._reported == (pod.uid, connected):
             return
         try:
             path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
-            await self._client.send("PATCH", path, _patch(pod, words, datetime.now(UTC)), STRATEGIC)
+            await self._client.send("PATCH", path, _patch(pod, message, datetime.now(UTC)), STRATEGIC)
             self._reported = (pod.uid, connected)
             self._failed = False
         except KubeError as error:
@@ -80,9 +80,9 @@ class ZtunnelCondition:
             self._failed = True
 
     def _own(self) -> KubePod | None:
-        found = (pod for uid in self._table.kube_uids() if (pod := self._table.kube(uid)) is not None)
-        ours = (pod for pod in found if self._namespace and pod.namespace == self._namespace and not pod.deleting)
-        return next((pod for pod in ours if pod.labels.get(_COMPONENT) == "agent" and not pod.ended), None)
+        pods = (pod for uid in self._table.kube_uids() if (pod := self._table.kube(uid)) is not None)
+        own = (pod for pod in pods if self._namespace and pod.namespace == self._namespace and not pod.deleting)
+        return next((pod for pod in own if pod.labels.get(_COMPONENT) == "agent" and not pod.ended), None)
 
 
 def _patch(pod: KubePod, missing: str, now: datetime) -> dict[str, Any]:

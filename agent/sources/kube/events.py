@@ -54,20 +54,20 @@ class Events:
         self._waiting: asyncio.Queue[tuple[About, str, str]] = asyncio.Queue(_MOST)
         self._kinds: dict[tuple[str, str], _Kind] = {}
 
-    def fought(self, uid: str, words: str) -> None:
+    def fought(self, uid: str, message: str) -> None:
         """Reports that another program writes the pod's annotation."""
         if (pod := self._table.get(uid)) is not None:
-            self.report(pod, "AnnotationContended", words)
+            self.report(pod, "AnnotationContended", message)
 
-    def report(self, pod: Pod, reason: str, words: str) -> None:
+    def report(self, pod: Pod, reason: str, message: str) -> None:
         if (kube := self._table.kube(pod.uid)) is not None:
-            self._queue(About("Pod", kube.namespace, kube.name, kube.api_uid), reason, words)
+            self._queue(About("Pod", kube.namespace, kube.name, kube.api_uid), reason, message)
 
-    def report_node(self, reason: str, words: str) -> None:
+    def report_node(self, reason: str, message: str) -> None:
         """Reports on the node as the kubelet does: in namespace default, with the node's name also as its UID."""
-        self._queue(About("Node", "", self._node, self._node), reason, words)
+        self._queue(About("Node", "", self._node, self._node), reason, message)
 
-    def _queue(self, about: About, reason: str, words: str) -> None:
+    def _queue(self, about: About, reason: str, message: str) -> None:
         now = time.monotonic()
         kind = self._kinds.get((about.uid, reason))
         if kind is not None and now - kind.written < EVERY:
@@ -78,17 +78,17 @@ class Events:
         if len(self._kinds) > _MOST:
             self._kinds = {key: one for key, one in self._kinds.items() if now - one.written < EVERY}
         try:
-            self._waiting.put_nowait((about, reason, words.encode()[:_LONGEST].decode(errors="ignore") + more))
+            self._waiting.put_nowait((about, reason, message.encode()[:_LONGEST].decode(errors="ignore") + more))
         except asyncio.QueueFull:
             self.lost += 1
 
     async def run(self) -> None:
         """Runs until cancelled. A failed event is counted: the log and the metrics have it anyway."""
         while True:
-            about, reason, words = await self._waiting.get()
+            about, reason, message = await self._waiting.get()
             try:
                 path = f"/api/v1/namespaces/{about.namespace or 'default'}/events"
-                await self._client.send("POST", path, event(about, reason, words, self._node, datetime.now(UTC)))
+                await self._client.send("POST", path, event(about, reason, message, self._node, datetime.now(UTC)))
             except KubeError as error:
                 self.lost += 1
                 log.warning("%s %s: event %s not written: %s", about.kind.lower(), about.key, reason, error)
@@ -126,7 +126,7 @@ class EventJournal:
         self._passed(pod.uid)
 
 
-def event(about: About, reason: str, words: str, node: str, now: datetime) -> dict[str, Any]:
+def event(about: About, reason: str, message: str, node: str, now: datetime) -> dict[str, Any]:
     """Returns the Event that `kubectl describe pod` shows (core/v1, Event)."""
     stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     return {
@@ -142,7 +142,7 @@ def event(about: About, reason: str, words: str, node: str, now: datetime) -> di
         },
         "type": "Warning",
         "reason": reason,
-        "message": printable(words),  # kubectl prints it as it is
+        "message": printable(message),  # kubectl prints it as it is
         "source": {"component": "sluice", "host": node},
         "firstTimestamp": stamp,
         "lastTimestamp": stamp,

@@ -94,11 +94,11 @@ class Follower(Generic[T]):
         if not self._course.pause(now):  # history was compacted meanwhile, as happens
             log.info("following %s: %s", self.path, error)
             return
-        said = self.error
+        reported = self.error
         self.error = str(error) or type(error).__name__
         if isinstance(error, KubeError) and error.status == 403:
             self.error += f"; the agent's role has to allow list and watch of {self.path}"
-        if not said:
+        if not reported:
             log.warning("following %s: %s", self.path, self.error)
 
     async def _list(self) -> None:
@@ -115,10 +115,10 @@ class Follower(Generic[T]):
         version, more = listing.end()
         self._found += page
         if course.page(version, more):
-            found = self._found
+            objects = self._found
             self._found = []
             self.error = ""
-            self._sink.listed(found)
+            self._sink.listed(objects)
             self.since.lists += 1
             self.synced.set()
 

@@ -101,8 +101,8 @@ def addition(node: Mapping[str, Any], taint: Taint) -> list[dict[str, Any]]:
 
 def _taints(node: Mapping[str, Any]) -> list[Any]:
     spec = node.get("spec")
-    found = spec.get("taints") if isinstance(spec, dict) else None
-    return found if isinstance(found, list) else []
+    taints = spec.get("taints") if isinstance(spec, dict) else None
+    return taints if isinstance(taints, list) else []
 
 
 def _where(taints: list[Any], taint: Taint) -> list[int]:

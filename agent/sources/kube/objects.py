@@ -38,7 +38,9 @@ def pod(value: Any) -> KubePod | None:
         annotations={key: text for key, text in annotations.items() if _meant(key) and len(text) <= _LONGEST},
         service_account=_text(spec.get("serviceAccountName")),
         addresses=_addresses(status),
-        containers=tuple(found for one in states if (found := _text(one.get("containerID")).rpartition("://")[2])),
+        containers=tuple(
+            identifier for one in states if (identifier := _text(one.get("containerID")).rpartition("://")[2])
+        ),
         runtime_class=_text(spec.get("runtimeClassName")),
         host_network=spec.get("hostNetwork") is True,
         ended=status.get("phase") in ("Succeeded", "Failed") and not any(_runs(one) for one in states),
@@ -60,11 +62,11 @@ def _meant(key: str) -> bool:
 
 
 def _containers(status: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
+    containers: list[Mapping[str, Any]] = []
     for kind in ("initContainerStatuses", "containerStatuses", "ephemeralContainerStatuses"):
         states = status.get(kind)
-        found += [one for one in states[:_MOST] if isinstance(one, dict)] if isinstance(states, list) else []
-    return found
+        containers += [one for one in states[:_MOST] if isinstance(one, dict)] if isinstance(states, list) else []
+    return containers
 
 
 def _runs(state: Mapping[str, Any]) -> bool:
@@ -78,8 +80,8 @@ def _ran(state: Mapping[str, Any]) -> bool:
 def _addresses(status: Mapping[str, Any]) -> tuple[str, ...]:
     listed = status.get("podIPs")
     texts = [_text(_object(one).get("ip")) for one in listed[:16]] if isinstance(listed, list) else []
-    found = [address(text) for text in (_text(status.get("podIP")), *texts)]
-    return tuple(dict.fromkeys(text for text in found if text))
+    addresses = [address(text) for text in (_text(status.get("podIP")), *texts)]
+    return tuple(dict.fromkeys(text for text in addresses if text))
 
 
 def address(text: str) -> str:

@@ -41,11 +41,11 @@ def refusal(what: str, status: int, body: bytes, head: Mapping[str, str]) -> Kub
         answer = {"message": body[:200].decode(errors="replace").strip()}
     reason, message = answer.get("reason"), answer.get("message")
     reason = reason if isinstance(reason, str) else ""
-    words = f"{what}: {status} {reason}: {message}" if message else f"{what}: {status} {reason}"
+    line = f"{what}: {status} {reason}: {message}" if message else f"{what}: {status} {reason}"
     after = head.get("retry-after", "").strip()
     if status in (429, 503) and after.isascii() and after.isdecimal() and len(after) < 6:
-        return BusyError(" ".join(words.split()), status, reason, float(after))
-    return KubeError(" ".join(words.split()), status, reason)
+        return BusyError(" ".join(line.split()), status, reason, float(after))
+    return KubeError(" ".join(line.split()), status, reason)
 
 
 class WatchVerb(StrEnum):
@@ -107,12 +107,12 @@ class Listing:
         except UnicodeDecodeError:
             raise ProtocolError("a list is not UTF-8") from None
         self._at = 0
-        found: list[Json] = []
-        while not self._ended and self._step(found):
+        objects: list[Json] = []
+        while not self._ended and self._step(objects):
             pass
         if len(self._text) - self._at > _LONGEST:
             raise ProtocolError(f"one object of a list is longer than {_LONGEST >> 20} MB, or it is not JSON")
-        return found
+        return objects
 
     def end(self) -> tuple[str, str]:
         """Its version, and the token to go on with, "" after the last page. Raises ProtocolError if it is not whole."""
@@ -122,7 +122,7 @@ class Listing:
             raise ProtocolError("a list ended early, or has no items or no resourceVersion")
         return version, more if isinstance(more, str) else ""
 
-    def _step(self, found: list[Json]) -> bool:
+    def _step(self, objects: list[Json]) -> bool:
         """Reads one token or value. Returns False if more bytes are needed."""
         sign = self._peek()
         if not sign:
@@ -146,10 +146,10 @@ class Listing:
             self._inside = True
             self._at = self._at + 1
         else:
-            return self._value(found)
+            return self._value(objects)
         return True
 
-    def _value(self, found: list[Json]) -> bool:
+    def _value(self, objects: list[Json]) -> bool:
         try:
             value, end = _DECODER.raw_decode(self._text, self._at)
         except (ValueError, RecursionError):
@@ -159,7 +159,7 @@ class Listing:
         self._at = end
         if self._inside:
             if isinstance(value, dict):
-                found.append(self._rows.of(value) if self._key == "rows" else value)
+                objects.append(self._rows.of(value) if self._key == "rows" else value)
         elif not self._key:
             if not isinstance(value, str):
                 raise ProtocolError("a list is no JSON object")
@@ -223,9 +223,9 @@ def event(line: bytes) -> tuple[WatchVerb, Json]:
 def version(value: Json) -> str:
     """Returns the collection's version at this object; of a Table its own or its row's. "" if it has none."""
     for metadata in (value.get("metadata"), *(one.get("metadata") for one in Rows().unfold(value))):
-        found = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
-        if isinstance(found, str) and found:
-            return found
+        number = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
+        if isinstance(number, str) and number:
+            return number
     return ""
 
 

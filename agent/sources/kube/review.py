@@ -51,8 +51,8 @@ class Review:
         """Returns True if the token may; `namespace` None means all. False also if the API server does not answer."""
         if not _TOKEN.fullmatch(token):
             return False
-        words = "\0".join((token, verb, namespace or "", resource, subresource))
-        key = hashlib.blake2b(words.encode(), key=self._key).digest()
+        question = "\0".join((token, verb, namespace or "", resource, subresource))
+        key = hashlib.blake2b(question.encode(), key=self._key).digest()
         if (kept := self._kept(key)) is not None:
             return kept
         async with self._free:
@@ -69,14 +69,14 @@ class Review:
 
     async def _user(self, token: str) -> User | None:
         status = await self._ask(TOKENS, "TokenReview", "authentication.k8s.io/v1", {"token": token})
-        found = status.get("user")
-        if status.get("authenticated") is not True or status.get("error") or not isinstance(found, dict):
+        user = status.get("user")
+        if status.get("authenticated") is not True or status.get("error") or not isinstance(user, dict):
             return None
-        name, groups, extra = found.get("username"), found.get("groups"), found.get("extra")
+        name, groups, extra = user.get("username"), user.get("groups"), user.get("extra")
         if not isinstance(name, str) or not name:
             return None
         listed = tuple(one for one in groups if isinstance(one, str)) if isinstance(groups, list) else ()
-        return User(name, str(found.get("uid") or ""), listed, extra if isinstance(extra, dict) else None)
+        return User(name, str(user.get("uid") or ""), listed, extra if isinstance(extra, dict) else None)
 
     async def _may(self, user: User, verb: str, namespace: str | None, resource: str, subresource: str) -> bool:
         what = {"verb": verb, "version": "v1", "resource": resource}
@@ -89,8 +89,8 @@ class Review:
         return status.get("allowed") is True and status.get("denied") is not True
 
     async def _ask(self, path: str, kind: str, version: str, spec: Mapping[str, Any]) -> Mapping[str, Any]:
-        found = await self._client.send("POST", path, {"apiVersion": version, "kind": kind, "spec": spec})
-        status = found.get("status")
+        answer = await self._client.send("POST", path, {"apiVersion": version, "kind": kind, "spec": spec})
+        status = answer.get("status")
         return status if isinstance(status, dict) else {}
 
     def _kept(self, key: bytes) -> bool | None:

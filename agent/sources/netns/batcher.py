@@ -26,8 +26,8 @@ class SearchBatcher:
         `known` has the UIDs of the pods that need no search; the others are searched for together with this one.
         """
         with self._lock:
-            if (found := self._found.pop(pod.uid, None)) is not None:
-                return found
+            if (netns := self._found.pop(pod.uid, None)) is not None:
+                return netns
             waiting = {one.uid: one for one in self._unannounced() if one.uid not in known}
             answers = self._search({pod.uid: pod, **waiting})
         answer = answers.get(pod.uid)

@@ -40,9 +40,9 @@ def owner(text: str, outside: Collection[str] = ()) -> ProcessOwner:
     `outside` are UIDs and ids that contain the node itself (see `enclosing`), and are skipped. Hierarchies that
     disagree yield no owner.
     """
-    found = {_of_path(path, outside) for path in _paths(text)} - {NO_OWNER}
-    uids = {one.uid for one in found if one.uid}
-    ids = {one.container for one in found if one.container and (one.uid or not uids)}
+    owners = {_of_path(path, outside) for path in _paths(text)} - {NO_OWNER}
+    uids = {one.uid for one in owners if one.uid}
+    ids = {one.container for one in owners if one.container and (one.uid or not uids)}
     if len(uids) > 1 or (not uids and len(ids) > 1):
         return NO_OWNER
     return ProcessOwner(uids.pop() if uids else "", ids.pop() if len(ids) == 1 else "")
@@ -65,14 +65,14 @@ def _of_path(path: list[str], outside: Collection[str]) -> ProcessOwner:
             if uid or pod[2]:  # the outer pod made a pod below it
                 return ProcessOwner(uid) if uid else ProcessOwner(_written(pod[1]), pod[2])
             uid = _written(pod[1])
-        elif (found := _CONTAINER.fullmatch(part)) and found[1] not in outside:
-            return ProcessOwner(uid, found[1])
+        elif (match := _CONTAINER.fullmatch(part)) and match[1] not in outside:
+            return ProcessOwner(uid, match[1])
     return ProcessOwner(uid)
 
 
 def _names(path: list[str]) -> list[str]:
     pods = [_written(pod[1]) for part in path if (pod := _POD.fullmatch(part))]
-    return [*pods, *(found[1] for part in path if (found := _CONTAINER.fullmatch(part)))]
+    return [*pods, *(match[1] for part in path if (match := _CONTAINER.fullmatch(part)))]
 
 
 def _written(uid: str) -> str:

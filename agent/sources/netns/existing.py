@@ -48,31 +48,31 @@ def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
     return (*_pins(run_dir), *noted, *named, *sorted(Path("/").glob(_PROC.lstrip("/"))))
 
 
-def namespaces(places: Iterable[Path], problems: list[str]) -> Iterator[Netns]:
+def namespaces(paths: Iterable[Path], problems: list[str]) -> Iterator[Netns]:
     """Yields each namespace once, for the caller to close, without the host's and invalid paths.
 
     Failures to enter one are added to `problems`.
     """
     seen: set[tuple[int, int]] = set()
-    for path in places:
+    for path in paths:
         try:
             status = path.stat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            found = Netns.open(path)
+            netns = Netns.open(path)
         except (OSError, NetnsError):
             continue
         except SluiceError as error:
             problems.append(str(error))
             continue
-        yield found
+        yield netns
 
 
 def pod(netns: Netns, run_dir: str, known: Iterable[ExistingNetns]) -> ExistingNetns | None:
     """Returns the pod of the namespace, by its pin or its note. A captured one is preferred."""
-    found = [one for one in known if _is(netns, run_dir, one)]
-    return max(found, key=lambda one: one.captured, default=None)
+    matching = [one for one in known if _is(netns, run_dir, one)]
+    return max(matching, key=lambda one: one.captured, default=None)
 
 
 def forget(run_dir: str, uids: Iterable[str]) -> None:
@@ -102,9 +102,9 @@ def _note(path: Path) -> ExistingNetns | None:
         pod: dict[str, Any] = data["pod"]
         numbers = data["netns"] and [int(data["netns"][field.name]) for field in fields(NetnsId)]
         netns = NetnsId(*numbers) if numbers else None
-        words = f"{pod['namespace']}/{pod['name']}"
+        name = f"{pod['namespace']}/{pod['name']}"
         return ExistingNetns(
-            path.stem, words, captured=bool(data["captured"]), netns=netns, path=str(pod.get("netns_path", ""))
+            path.stem, name, captured=bool(data["captured"]), netns=netns, path=str(pod.get("netns_path", ""))
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

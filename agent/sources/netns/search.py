@@ -91,8 +91,8 @@ def _by_address(node: Candidates, pod: Pod, mine: Sequence[Candidate]) -> Candid
         return None
     chosen = _only([space for space in holding if space.mount]) or _only(holding)
     if chosen is None:
-        words = " and ".join(map(str, holding))
-        raise ForeignNetnsError(f"pod {pod.uid}: {words} have an address of it; cannot decide which is the pod's")
+        holders = " and ".join(map(str, holding))
+        raise ForeignNetnsError(f"pod {pod.uid}: {holders} have an address of it; cannot decide which is the pod's")
     return chosen
 
 
@@ -121,14 +121,14 @@ def _nothing(node: Candidates, pod: Pod, mine: Sequence[Candidate]) -> SluiceErr
         if pod.addresses:
             wrong = f"holds none of its addresses ({', '.join(sorted(_plain(pod.addresses)))})"
         problems = [f"{space}: {space.problem}" for space in mine if space.problem]
-        words = "; ".join(problems) or f"{' and '.join(map(str, mine))} {wrong}"
-        return ForeignNetnsError(f"pod {pod.uid}: {words}; not touching it")
+        cause = "; ".join(problems) or f"{' and '.join(map(str, mine))} {wrong}"
+        return ForeignNetnsError(f"pod {pod.uid}: {cause}; not touching it")
     if (pid := node.astray().get(pod.uid)) is not None:
-        words = f"its process {pid} is in the host's network namespace"
-        return HostNetnsError(f"pod {pod.uid}: {words}, and no other one was found")
+        cause = f"its process {pid} is in the host's network namespace"
+        return HostNetnsError(f"pod {pod.uid}: {cause}, and no other one was found")
     if (pid := node.hidden.get(pod.uid)) is not None:
-        words = f"Permission denied; the agent needs CAP_SYS_PTRACE, and pod {pod.uid} has that process"
-        return KernelError(f"look up the network namespace of process {pid}", errno.EPERM, words)
+        cause = f"Permission denied; the agent needs CAP_SYS_PTRACE, and pod {pod.uid} has that process"
+        return KernelError(f"look up the network namespace of process {pid}", errno.EPERM, cause)
     return NetnsError(
         f"pod {pod.uid}: no network namespace found (no process or mount on this node could be matched to it)"
     )
@@ -136,12 +136,12 @@ def _nothing(node: Candidates, pod: Pod, mine: Sequence[Candidate]) -> SluiceErr
 
 def _plain(addresses: Collection[str]) -> frozenset[str]:
     """Normalises addresses as ipaddress writes them; invalid ones are left out."""
-    found = set()
+    parsed = set()
     for word in addresses:
         with contextlib.suppress(ValueError):
-            found.add(str(ipaddress.ip_address(word)))
-    return frozenset(found)
+            parsed.add(str(ipaddress.ip_address(word)))
+    return frozenset(parsed)
 
 
-def _only(found: Sequence[Candidate]) -> Candidate | None:
-    return found[0] if len(found) == 1 else None
+def _only(candidates: Sequence[Candidate]) -> Candidate | None:
+    return candidates[0] if len(candidates) == 1 else None

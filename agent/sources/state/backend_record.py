@@ -33,8 +33,8 @@ def load(run_dir: str) -> Recorded | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        words = f"no key {error}" if isinstance(error, KeyError) else error
-        log.warning("%s cannot be used (%s): choosing the backend again and recording it there", path, words)
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        log.warning("%s cannot be used (%s): choosing the backend again and recording it there", path, reason)
         return None
 
 

@@ -167,10 +167,10 @@ def _mark(given: object) -> PodMark | None:
 
 
 def _cookies(data: dict[str, Any], name: str) -> tuple[int, ...]:
-    found = data.get(name, [])  # absent from older notes
-    if not isinstance(found, list) or not all(type(number) is int for number in found):
+    cookies = data.get(name, [])  # absent from older notes
+    if not isinstance(cookies, list) or not all(type(number) is int for number in cookies):
         raise ValueError(f"{name} is of another type")
-    return tuple(found)
+    return tuple(cookies)
 
 
 def _is(kind: str, value: object) -> bool:

@@ -58,6 +58,6 @@ class OfflineAllowlist:
         wanted = {name for name in (*settings.exclude_namespaces, settings.own_namespace) if LABEL.fullmatch(name)}
         if settings.offline_pods == "by-namespace":
             own = {pod.namespace for pod in self._table if mode(pod) not in ("", "none")}
-            found = (name for name, labels in known.items() if not enrols_namespace(labels, settings))
-            wanted |= set(sorted(name for name in found if name not in own and LABEL.fullmatch(name))[:_MOST])
+            unenrolled = (name for name, labels in known.items() if not enrols_namespace(labels, settings))
+            wanted |= set(sorted(name for name in unenrolled if name not in own and LABEL.fullmatch(name))[:_MOST])
         return wanted

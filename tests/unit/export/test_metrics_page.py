@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 from agent.core.model.pods import Pod
 from agent.export.http import HttpServer, Request, Response, takes_gzip
 from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 from agent.flows.label_totals import LabelTotals
 from agent.flows.record import Delta, Direction, Fate, Reason
 
@@ -32,7 +32,7 @@ def a_registry() -> CollectorRegistry:
 
 
 def connections(number: int = 1, losses: Mapping[str, int] | None = None) -> ConnectionMetrics:
-    totals = SharedTotals(LabelTotals(Who()))
+    totals = SharedTotals(LabelTotals(Identities()))
     totals.add([delta(pod) for pod in range(number)], [], lambda n: Pod("u", "shop", f"web-{n}"), 5.0)
     return ConnectionMetrics(totals, lambda: losses or {})
 
@@ -83,7 +83,7 @@ class Held(ConnectionMetrics):
     """Rendering waits until it is told to go on, or a test has failed."""
 
     def __init__(self) -> None:
-        super().__init__(SharedTotals(LabelTotals(Who())))
+        super().__init__(SharedTotals(LabelTotals(Identities())))
         self.entered, self.go, self.times = threading.Event(), threading.Event(), 0
 
     def render(self, openmetrics: bool) -> Iterator[bytes]:
@@ -132,7 +132,7 @@ def test_a_page_that_fails_is_tried_anew() -> None:
             raise ZeroDivisionError
 
     async def run() -> None:
-        page = Page(a_registry(), Broken(SharedTotals(LabelTotals(Who()))))
+        page = Page(a_registry(), Broken(SharedTotals(LabelTotals(Identities()))))
         for _ in range(2):
             with pytest.raises(ZeroDivisionError):
                 await page(asked({}))
@@ -141,7 +141,7 @@ def test_a_page_that_fails_is_tried_anew() -> None:
 
 
 def test_adding_from_other_threads_while_pages_are_written() -> None:
-    totals = SharedTotals(LabelTotals(Who()))
+    totals = SharedTotals(LabelTotals(Identities()))
     shown = ConnectionMetrics(totals)
 
     def work(base: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
 from agent.flows.accounting import _FORMER, Accounting
-from agent.flows.identity import Who
+from agent.flows.identity import Identities
 
 
 class Collector:
@@ -29,7 +29,9 @@ class Collector:
 
 def made() -> tuple[Accounting, Collector]:
     collector = Collector()
-    return Accounting(collector=collector, table=PodTable(), who=Who(), node="n1", add=lambda *_: None), collector  # type: ignore[arg-type]
+    return Accounting(
+        collector=collector, table=PodTable(), identities=Identities(), node="n1", add=lambda *_: None
+    ), collector  # type: ignore[arg-type]
 
 
 def target(cookie: int) -> Any:

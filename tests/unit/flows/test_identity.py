@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who a pod is by its labels, and who an address is: this node's pods before anybody else's word."""
+"""The workload of a pod by its labels, and of an address: pods of this node come before all other sources."""
 
 from __future__ import annotations
 
 import pytest
 
 from agent.core.model.pods import Pod
-from agent.flows.identity import Service, Who, Workload, pod_workload
+from agent.flows.identity import Identities, Service, Workload, pod_workload
 
 
 def pod(name: str = "web-0", addresses: tuple[str, ...] = (), **labels: str) -> Pod:
@@ -80,26 +80,26 @@ def test_two_pods_of_a_workload_are_one_in_a_label_set() -> None:
 
 
 def test_pods_of_the_node_win_over_peers_and_are_replaced_as_a_whole() -> None:
-    who = Who()
+    identities = Identities()
     told = Workload("told")
-    who.know_peers({"10.0.0.2": told, "10.0.0.3": told}, {})
-    who.know_pods([pod(addresses=("10.0.0.2", "fd00::2"))])
-    assert [who.workload(a).name for a in ("10.0.0.2", "fd00::2", "10.0.0.3")] == ["web-0", "web-0", "told"]  # type: ignore[union-attr]
-    assert who.workload("10.0.0.4") is None and who.workload("") is None
-    who.know_pods([])
-    assert (who.workload("10.0.0.2"), who.workload("fd00::2")) == (told, None)
+    identities.know_peers({"10.0.0.2": told, "10.0.0.3": told}, {})
+    identities.know_pods([pod(addresses=("10.0.0.2", "fd00::2"))])
+    assert [identities.workload(a).name for a in ("10.0.0.2", "fd00::2", "10.0.0.3")] == ["web-0", "web-0", "told"]  # type: ignore[union-attr]
+    assert identities.workload("10.0.0.4") is None and identities.workload("") is None
+    identities.know_pods([])
+    assert (identities.workload("10.0.0.2"), identities.workload("fd00::2")) == (told, None)
 
 
 @pytest.mark.parametrize("flag", ["host_network", "terminal"])
 def test_addresses_that_are_not_a_pods_own_name_nobody(flag: str) -> None:
-    who = Who()
-    who.know_pods([Pod("u", "shop", "web", addresses=("10.0.0.2",), **{flag: True})])  # type: ignore[arg-type]
-    assert who.workload("10.0.0.2") is None
+    identities = Identities()
+    identities.know_pods([Pod("u", "shop", "web", addresses=("10.0.0.2",), **{flag: True})])  # type: ignore[arg-type]
+    assert identities.workload("10.0.0.2") is None
 
 
 def test_a_service_by_its_port_before_that_of_all_ports() -> None:
-    who = Who()
+    identities = Identities()
     web, rest = Service("web.shop", "web", "shop"), Service("rest.shop", "rest", "shop")
-    who.know_peers({}, {("10.96.0.1", 80): web, ("10.96.0.1", 0): rest})
-    assert (who.service("10.96.0.1", 80), who.service("10.96.0.1", 81)) == (web, rest)
-    assert who.service("10.96.0.2", 80) is None and who.service("", 0) is None
+    identities.know_peers({}, {("10.96.0.1", 80): web, ("10.96.0.1", 0): rest})
+    assert (identities.service("10.96.0.1", 80), identities.service("10.96.0.1", 81)) == (web, rest)
+    assert identities.service("10.96.0.2", 80) is None and identities.service("", 0) is None

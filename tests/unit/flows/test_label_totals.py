@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent.core.model.pods import Pod
-from agent.flows.identity import Service, Who, Workload
+from agent.flows.identity import Identities, Service, Workload
 from agent.flows.label_totals import LabelTotals
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
 
@@ -36,9 +36,11 @@ DB_SERVICE = Service("db.data.svc", "db", "data")
 
 
 def a_tally(cap: int = 100, ttl: float = 100.0) -> LabelTotals:
-    who = Who("west", "td")
-    who.know_peers({"10.1.0.1": DB}, {("10.96.0.1", 5432): DB_SERVICE, ("10.0.0.1", 80): Service("me", "web", "shop")})
-    return LabelTotals(who, cap, ttl)
+    identities = Identities("west", "td")
+    identities.know_peers(
+        {"10.1.0.1": DB}, {("10.96.0.1", 5432): DB_SERVICE, ("10.0.0.1", 80): Service("me", "web", "shop")}
+    )
+    return LabelTotals(identities, cap, ttl)
 
 
 def delta(
@@ -207,9 +209,9 @@ def test_above_the_cap_new_sets_share_one_per_reporter() -> None:
 
 def test_a_workload_with_very_many_peers_leaves_room_for_the_others() -> None:
     workloads = {f"10.1.{n // 256}.{n % 256}": Workload(f"peer-{n}", "far") for n in range(400)}
-    who = Who()
-    who.know_peers(workloads, {})
-    tally = LabelTotals(who, 400, 10.0)
+    identities = Identities()
+    identities.know_peers(workloads, {})
+    tally = LabelTotals(identities, 400, 10.0)
     pods = {n: Pod(f"{n}", "shop", f"web-{n}") for n in (1, 2)}
     many = [delta(1, opened=1, remote=address) for address in workloads]
     tally.add([*many, delta(2, opened=7, remote="10.1.0.1")], [], pods.get, 0.0)
@@ -241,7 +243,7 @@ def test_room_that_expires_is_given_anew() -> None:
 def test_names_that_come_out_the_same_are_one_row() -> None:
     """Two rows with the same labels would spoil the whole page for Prometheus."""
     pods = {1: Pod("a", "overflow", "overflow"), 2: Pod("b", "overflow", "overflow", service_account="unknown")}
-    tally = LabelTotals(Who(), cap=1)
+    tally = LabelTotals(Identities(), cap=1)
     odd = [Pod(f"{n}", "shop", f"web-{n}") for n in range(3)]
     tally.add([delta(1, opened=1), delta(2, opened=1)], [], lambda n: (pods | dict(enumerate(odd, 3))).get(n), 0.0)
     tally.add([delta(n, opened=1) for n in (3, 4, 5)], [quality(9)], lambda n: dict(enumerate(odd, 3)).get(n), 0.0)

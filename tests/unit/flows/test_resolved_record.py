@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from agent.core.model.pods import Pod
-from agent.flows.identity import Service, Who, Workload
+from agent.flows.identity import Identities, Service, Workload
 from agent.flows.journal import sampled
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 from agent.flows.resolved_record import ResolvedRecord, named
@@ -38,8 +38,8 @@ OUT = Connection(
 
 
 @pytest.fixture
-def who() -> Who:
-    made = Who()
+def identities() -> Identities:
+    made = Identities()
     made.know_pods([POD])
     made.know_peers(
         {"10.0.1.9": Workload("db", "bank"), "127.0.0.1": Workload("wrong")},
@@ -48,8 +48,8 @@ def who() -> Who:
     return made
 
 
-def test_a_record_has_everything_in_this_order(who: Who) -> None:
-    told = named(OUT, POD, who, "n1").as_dict()
+def test_a_record_has_everything_in_this_order(identities: Identities) -> None:
+    told = named(OUT, POD, identities, "n1").as_dict()
     assert list(told.items())[:8] == [
         ("time", "1970-01-01T00:16:42.750Z"), ("node", "n1"), ("pod", "web-7"), ("namespace", "shop"),
         ("workload", "web"), ("remote_workload", ""), ("remote_namespace", "bank"), ("remote_service", "api"),
@@ -58,14 +58,14 @@ def test_a_record_has_everything_in_this_order(who: Who) -> None:
     assert json.loads(json.dumps(told)) == told
 
 
-def test_the_time_of_an_open_one_is_when_it_began(who: Who) -> None:
-    told = named(replace(OUT, closed=None), POD, who, "n1").as_dict()
+def test_the_time_of_an_open_one_is_when_it_began(identities: Identities) -> None:
+    told = named(replace(OUT, closed=None), POD, identities, "n1").as_dict()
     assert (told["time"], told["closed"], told["duration"]) == ("1970-01-01T00:16:40.250Z", None, None)
 
 
-def test_names_of_the_other_end(who: Who) -> None:
+def test_names_of_the_other_end(identities: Identities) -> None:
     def remote(connection: Connection) -> tuple[str, str, str]:
-        found = named(connection, POD, who, "n1")
+        found = named(connection, POD, identities, "n1")
         return found.remote_workload, found.remote_namespace, found.remote_service
 
     assert remote(replace(OUT, remote=("10.0.1.9", 5432))) == ("db", "bank", "")
@@ -77,8 +77,8 @@ def test_names_of_the_other_end(who: Who) -> None:
     assert remote(replace(inbound, remote=("10.0.0.1", 80))) == ("web", "shop", "")
 
 
-def test_a_pod_that_is_forgotten(who: Who) -> None:
-    assert named(OUT, None, who, "n1") == ResolvedRecord(
+def test_a_pod_that_is_forgotten(identities: Identities) -> None:
+    assert named(OUT, None, identities, "n1") == ResolvedRecord(
         connection=OUT,
         node="n1",
         pod="",
