@@ -66,10 +66,7 @@ class ScrapeCollector(Collector):
         return self._families()
 
 
-def condition_metrics(found: Condition | None) -> Iterator[Metric]:
-    """Yields nothing for None, which means that there is no agent."""
-    if found is None:
-        return
+def condition_metrics(found: Condition) -> Iterator[Metric]:
     info = GaugeMetricFamily("sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(found.about))
     info.add_metric(list(found.about.values()), 1)
     yield info

@@ -18,6 +18,7 @@ from agent.install import planning, runtime
 from agent.install.binary import Binary
 from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
+from agent.install.planning import InstallPlan
 from agent.install.runtime import Places
 
 
@@ -34,36 +35,32 @@ class Uninstall:
 
     def __init__(self, settings: Settings, binary: str = "auto", proc: Path = Path("/proc")) -> None:
         """Takes `binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
-        self._settings = settings
+        host = HostRoot(settings.host_root)
+        self.places: Places = runtime.find(settings, host, proc)
         self._wish = binary
-        self._host = HostRoot(settings.host_root)
-        self.places: Places = runtime.find(settings, self._host, proc)
+        self._wished_name = settings.cni_conf_name
+        self._directory = NetDir(host, self.places.conf.path)
+        self._binary = Binary(host, settings.cni_plugin, self.places.bin.path)
 
     def steps(self) -> Iterator[UninstallStep]:
         """Returns the steps in order. Raises SettingsError when the directory cannot be read."""
-        directory = NetDir(self._host, self.places.conf.path)
-        for action in planning.removal(directory.view(), self._settings.cni_conf_name).actions:
-            yield UninstallStep(f"{self.places.conf.path}: {action}", partial(directory.apply, action))
-        yield from self._last()
+        for action in self._removal().actions:
+            yield UninstallStep(f"{self.places.conf.path}: {action}", partial(self._directory.apply, action))
+        self._directory.sweep()
+        if self._binary.path.exists() and not self.kept():
+            yield UninstallStep(f"remove {self.places.bin.path}/{CNI_TYPE}", self._binary.remove)
 
     def remarks(self) -> tuple[str, ...]:
         """Returns what stays and why, for the operator, before the steps are done."""
-        view = NetDir(self._host, self.places.conf.path).view()
         kept = self.kept()
         stays = f"{self.places.bin.path}/{CNI_TYPE} stays: {kept}; it only answers calls, remove it later"
-        return (*planning.removal(view, self._settings.cni_conf_name).remarks, *([stays] if kept else []))
+        return (*self._removal().remarks, *([stays] if kept else []))
 
     def kept(self) -> str:
         """Returns why the binary stays; "" if it is removed or missing."""
-        if self._wish == "remove" or not self._binary().path.exists():
+        if self._wish == "remove" or not self._binary.path.exists():
             return ""
-        return "as requested" if self._wish == "keep" else self._binary().needed()
+        return "as requested" if self._wish == "keep" else self._binary.needed()
 
-    def _last(self) -> Iterator[UninstallStep]:
-        NetDir(self._host, self.places.conf.path).sweep()
-        binary = self._binary()
-        if binary.path.exists() and not self.kept():
-            yield UninstallStep(f"remove {self.places.bin.path}/{CNI_TYPE}", binary.remove)
-
-    def _binary(self) -> Binary:
-        return Binary(self._host, self._settings.cni_plugin, self.places.bin.path)
+    def _removal(self) -> InstallPlan:
+        return planning.removal(self._directory.view(), self._wished_name)

@@ -10,7 +10,7 @@ from agent.export.collectors import Condition, age, condition_metrics, uncapture
 A, B, C, D, E = (Pod(f"u{name}", "shop", name) for name in "abcde")
 
 
-def samples(found: Condition | None) -> dict[str, float]:
+def samples(found: Condition) -> dict[str, float]:
     families = condition_metrics(found)
     return {f"{s.name}{sorted(s.labels.items()) or ''}": s.value for family in families for s in family.samples}
 
@@ -32,7 +32,6 @@ def test_age_is_of_the_captured_pod_that_was_verified_longest_ago() -> None:
 
 
 def test_what_there_is_not_has_no_sample() -> None:
-    assert samples(None) == {}
     least = samples(Condition(about={"node": "n"}, period=30.0))
     assert least == {"sluice_agent_info[('node', 'n')]": 1, "sluice_ready": 0, "sluice_verify_period_seconds": 30.0}
     whole = samples(
