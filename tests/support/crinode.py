@@ -45,10 +45,13 @@ class CriNode:
         self.children = Children(self.base / "processes")
         self.host = CriHost(self.spec, self.children)
         self.cgroup = f"/{prefix}/kubepods/besteffort"
+        self.foreign: set[str] = set()
 
     def up(self) -> None:
         nodes.claim(self.spec)
         self.host.boot()
+        # The node's mount namespace is a copy: what other tests have mounted at that moment stays in it.
+        self.foreign = set(crileft.mounts(self.pid("init")))
 
     def path(self, name: str) -> Path:
         """Of a file of the node, seen from outside: there, /var/run would lead to this machine's /run."""
@@ -306,7 +309,8 @@ class CriNode:
         """Whatever any pod has left on the node; empty on a node without pods."""
         host = self.host
         found = [*crileft.files(self.path), *crileft.cgroups_of_pods(self.prefix), *crileft.links(host.netns)]
-        found += [*crileft.mounts(self.pid("init")), *crileft.processes(host.processes(), self.cgroup)]
+        mounted = [each for each in crileft.mounts(self.pid("init")) if each not in self.foreign]
+        found += [*mounted, *crileft.processes(host.processes(), self.cgroup)]
         if host.cri is not None:
             found += [f"sandbox {name}" for name in self.sandboxes()]
             found += ["a container" for _ in self.cri.call("ListContainers").get(1, [])]

@@ -117,7 +117,16 @@ def test_whoever_asks_again_and_again_does_not_take_a_core(monkeypatch: pytest.M
         pauses.append(seconds)
 
     async def run() -> None:
+        loop = asyncio.get_running_loop()
+        clock = [loop.time()]
+        monkeypatch.setattr(loop, "time", lambda: clock[0])
         page = Page(a_registry())
+
+        def slow(openmetrics: bool) -> bytes:
+            clock[0] += 0.1
+            return b""
+
+        monkeypatch.setattr(page, "own", slow)
         for _ in range(2):
             await page(asked({}))
 
