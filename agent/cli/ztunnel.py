@@ -24,6 +24,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         f" (default: {defaults.records})",
     )  # fmt: skip
     parser.add_argument(
+        "--access-log", metavar="PATH",
+        help="file for one line per connection as Istio's ztunnel writes it, in JSON if LOG_FORMAT=json; - is standard"
+        " output, empty for none (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
         "--drain-seconds", type=float, metavar="S",
         help=f"how long connections may run on after SIGTERM (default: {defaults.drain_seconds})",
     )  # fmt: skip

@@ -33,6 +33,7 @@ from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 if TYPE_CHECKING:
     from agent.ztunnel.hbone.next_hop import Router
     from agent.ztunnel.node_mesh import NodeMesh
+    from agent.ztunnel.telemetry.traffic_account import TrafficAccount
 
 OVERLAP_SECONDS = 1.0
 ANSWERED_SECONDS = 2.0  # a second answer may still come
@@ -86,17 +87,22 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     loop = asyncio.get_running_loop()
     ending = _Ending(loop)
     mesh = _node_mesh(settings, poller, router)
+    records = RecordWriter(loop, settings.records)
+    # Two writers of one pipe would tear each other's lines.
+    lines = records if settings.access_log == settings.records else RecordWriter(loop, settings.access_log)
+    traffic = _traffic(lines, settings) if mesh else None
     engine = Engine(
         poller=poller,
         connects=Deadlines(loop, settings.connect_seconds),
         queries=Deadlines(loop, settings.dns_seconds),
         answered=Deadlines(loop, ANSWERED_SECONDS),
         aged=Deadlines(loop, LOOK_SECONDS),
-        records=RecordWriter(loop, settings.records),
+        records=records,
         asked=Asked(settings.bpf_dir),
         share=_share(settings.share),
         tunnels=mesh.tunnels if mesh else None,
         mesh_names=mesh.names if mesh else None,
+        traffic=traffic,
     )
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)
@@ -128,6 +134,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
         engine.answered,
         engine.aged,
         engine.records,
+        lines,
         engine.asked,
     ):
         part.close()
@@ -141,6 +148,13 @@ def _node_mesh(settings: ZtunnelSettings, poller: Poller, router: Router | None)
     from agent.ztunnel.node_mesh import NodeMesh
 
     return NodeMesh(settings, poller, router)
+
+
+def _traffic(lines: RecordWriter, settings: ZtunnelSettings) -> TrafficAccount:
+    """Returns Istio's counts of connections; only a mesh needs their modules."""
+    from agent.ztunnel.telemetry.traffic_account import TrafficAccount
+
+    return TrafficAccount(lines, as_json=settings.access_log_json)
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:

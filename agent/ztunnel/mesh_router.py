@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from agent.kernel.accepting import Seldom
-from agent.ztunnel.hbone import proxy_protocol
+from agent.ztunnel.hbone import connect_request, proxy_protocol
 from agent.ztunnel.hbone.next_hop import (
     Address,
     Admission,
@@ -25,9 +25,11 @@ from agent.ztunnel.hbone.next_hop import (
 )
 from agent.ztunnel.mesh import authorization, baggage, routes
 from agent.ztunnel.mesh.authorization import PolicyConnection, Verdict
-from agent.ztunnel.mesh.mesh_model import Service, TunnelProtocol, Workload
+from agent.ztunnel.mesh.mesh_model import TunnelProtocol, Workload
 from agent.ztunnel.mesh.mesh_store import MeshStore
 from agent.ztunnel.mesh.routes import Inbound, Mismatch, Route, RouteError, Transport
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
+from agent.ztunnel.telemetry.traffic_labels import Parties, Party, party
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 _BAD_REQUEST, _DENIED = 400, 401
@@ -76,8 +78,9 @@ class MeshRouter:
             )
         except RouteError as error:
             return NoHop(str(error))
+        parties = _outbound_parties(client, route, source, destination)
         if route.transport is Transport.PLAIN:
-            return PlainHop(_socket_address(route.address))
+            return PlainHop(_socket_address(route.address), parties)
         fields = self._fields(client, route, source)
         inner = None
         if route.transport is Transport.DOUBLE_HBONE:
@@ -93,6 +96,7 @@ class MeshRouter:
             identities=frozenset(map(str, route.identities)),
             fields=fields,
             inner=inner,
+            parties=parties,
         )
 
     def _fields(self, client: Workload, route: Route, source: Address) -> Fields:
@@ -118,12 +122,39 @@ class MeshRouter:
             return NoHop(str(error), _BAD_REQUEST)
         except RouteError as error:
             return NoHop(str(error))
+        parties = self._inbound_parties(request, pod, target)
         verdict = self._verdict(pod, request.peer, target.address, request.peer_identity)
         if not verdict.allowed:
-            return NoHop(verdict.reason, _DENIED)
+            return _denied(verdict, parties)
         fields: Fields = (("baggage", baggage.header(pod)),) if self._settings.response_baggage else ()
         address, first = self._tunnelled(request, target)
-        return Admission(address=_socket_address(address), fields=fields, first=first)
+        return Admission(address=_socket_address(address), fields=fields, first=first, parties=parties)
+
+    def _inbound_parties(self, request: InboundRequest, pod: Workload, target: Inbound) -> Parties:
+        connect = request.connect
+        headers = connect.headers
+        meant = connect_request.forwarded_host(headers.get("forwarded", ""))
+        return Parties(
+            reporter=Reporter.DESTINATION,
+            source=self._client(request),
+            destination=_known(pod),
+            service=routes.meant_service(target.services, self._store, pod, target.address[1], meant),
+            mutual_tls=True,
+            source_address=_text(request.peer),
+            destination_address=_text(request.local),
+            hbone_target=routes.authority(connect.host, connect.port),
+            asked=meant,
+            target=routes.authority(*target.address),
+        )
+
+    def _client(self, request: InboundRequest) -> Party | None:
+        """Returns the source: the workload with its address, unless a gateway of another network stands before it."""
+        headers = request.connect.headers
+        own = self._settings.network
+        through_gateway = headers.get("x-forwarded-network", own).lower() != own.lower()
+        workload = None if through_gateway else self._store.workload_at(own, request.peer[0])
+        said = baggage.parse(headers.get("baggage", "")) if self._settings.response_baggage else None
+        return party(workload, said, request.peer_identity)
 
     def _tunnelled(self, request: InboundRequest, target: Inbound) -> tuple[routes.Socket, bytes]:
         """Returns (address, header in front of the bytes) of an application that may want a tunnel's header."""
@@ -135,13 +166,25 @@ class MeshRouter:
         header = proxy_protocol.header(request.peer, target.tunnel_target or target.address, request.peer_identity)
         return (ip, port), header
 
-    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
-        """Returns why a plain inbound connection is refused; see Router."""
+    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> PlainHop | NoHop:
+        """Decides about a plain inbound connection; see Router."""
         workload = self.workload(pod)
         if workload is None:
             return NoHop(f"the mesh does not know {pod.namespace}/{pod.name}")
+        parties = Parties(
+            reporter=Reporter.DESTINATION,
+            source=party(self._store.workload_at(self._settings.network, source[0]), None, None),
+            destination=_known(workload),
+            service=routes.meant_service(
+                self._store.services_of(workload), self._store, workload, destination[1], host=""
+            ),
+            mutual_tls=False,
+            source_address=_text(source),
+            destination_address=_text(destination),
+            target=_text(destination),
+        )
         verdict = self._verdict(workload, source, (destination[0], destination[1]), None)
-        return None if verdict.allowed else NoHop(verdict.reason, _DENIED)
+        return PlainHop(destination, parties) if verdict.allowed else _denied(verdict, parties)
 
     def _verdict(self, pod: Workload, peer: Address, target: routes.Socket, identity: SpiffeId | None) -> Verdict:
         policies, unknown = self._store.policies_for(pod)
@@ -167,10 +210,35 @@ class MeshRouter:
         level = logging.INFO if self._settings.log_policies else logging.DEBUG
         log.log(level, "pod %s/%s: %s: from %s (%s)", pod.namespace, pod.name, what, peer[0], identity or "no identity")
 
-    def service(self, pod: PodIdentity, services: Sequence[Service], port: int, host: str) -> Service | None:
-        """Returns the service that an inbound connection meant."""
-        workload = self.workload(pod)
-        return routes.meant_service(services, self._store, workload, port, host) if workload else None
+
+def _outbound_parties(client: Workload, route: Route, source: Address, destination: Address) -> Parties:
+    tunnelled = route.transport is not Transport.PLAIN
+    next_hop = routes.authority(*route.address)
+    return Parties(
+        reporter=Reporter.SOURCE,
+        source=party(client, None, client.identity if tunnelled else None),
+        destination=_known(route.workload),
+        service=route.service,
+        mutual_tls=tunnelled,
+        source_address=_text(source),
+        destination_address=next_hop,
+        hbone_target=route.authority,
+        asked=_text(destination),
+        target=next_hop,
+    )
+
+
+def _known(workload: Workload | None) -> Party | None:
+    """Returns a destination; its principal is known without a proof."""
+    return party(workload, None, workload.identity) if workload else None
+
+
+def _denied(verdict: Verdict, parties: Parties) -> NoHop:
+    return NoHop(verdict.reason, _DENIED, ResponseFlag.DENIED, parties)
+
+
+def _text(address: Address) -> str:
+    return routes.authority(address[0], address[1])
 
 
 def _weighted(weights: Sequence[int]) -> int:

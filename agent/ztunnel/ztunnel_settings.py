@@ -22,8 +22,8 @@ DEFAULT_ROOTS: Final = "./var/run/secrets/istio/root-cert.pem"
 class ZtunnelSettings:
     """Settings of the process; times are in seconds.
 
-    `records`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how many open
-    connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
+    `records` and `access_log`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how
+    many open connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
     (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
 
     `mesh`: a file, or https://HOST:PORT of istiod, "" for none: then everything goes on in plain. `identities`: where
@@ -32,6 +32,8 @@ class ZtunnelSettings:
 
     zds_socket: str = names.ZDS_SOCKET
     records: str = "-"
+    access_log: str = ""
+    access_log_json: bool = False
     drain_seconds: float = 5.0
     dns_seconds: float = 30.0
     connect_seconds: float = 10.0
@@ -69,6 +71,8 @@ def check(settings: ZtunnelSettings) -> None:
         raise SettingsError("a mesh needs identities: set --identities, or CA_ADDRESS")
     if settings.identities and not settings.mesh:
         raise SettingsError("identities without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+    if settings.access_log and not settings.mesh:
+        raise SettingsError("an access log without a mesh: its ends would not be known; --records needs none")
 
 
 def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, list[str]]:
@@ -133,6 +137,7 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "CLUSTER_DOMAIN": ("cluster_domain", str),
     "ISTIO_META_CLUSTER_ID": ("cluster_id", str),
     "CLUSTER_ID": ("cluster_id", str),
+    "LOG_FORMAT": ("access_log_json", lambda text: text.lower() == "json"),
     "PREFERED_SERVICE_NAMESPACE": ("preferred_namespace", str),  # spelled so
     "ENABLE_RESPONSE_BAGGAGE": ("response_baggage", _flag),
     "LOCALHOST_APP_TUNNEL": ("tunnel_to_loopback", _flag),

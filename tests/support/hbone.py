@@ -65,8 +65,8 @@ class SmallMesh:
             fields=(("baggage", "k8s.namespace.name=demo"),),
         )
 
-    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
-        return None
+    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> PlainHop | NoHop:
+        return PlainHop(destination)
 
     def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
         return ""
@@ -109,9 +109,9 @@ class Node:
         )
         return self._serve()
 
-    def start_with(self, mesh_file: Path) -> Ztunnel:
+    def start_with(self, mesh_file: Path, settings: str = "") -> Ztunnel:
         """Starts the real process with a mesh file and the development CA beside it."""
-        settings = f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}'"
+        settings = f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}', {settings}"
         self.ztunnel = Ztunnel(self.agent.path, self.folder / "records", settings=settings)
         return self._serve()
 

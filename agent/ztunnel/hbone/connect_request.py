@@ -61,6 +61,15 @@ def parse_authority(text: str) -> tuple[str, int] | None:
     return (str(address), int(digits)) if isinstance(address, IPv6Address) is bracketed else None
 
 
+def forwarded_host(value: str) -> str:
+    """Returns the host of a `forwarded` header: the service that the client meant; "" if it names none."""
+    for pair in value.split(";"):
+        key, _, text = pair.strip().partition("=")
+        if key.lower() == "host":
+            return text.strip('"')
+    return ""
+
+
 def request(authority: str, fields: tuple[tuple[str, str], ...]) -> Headers:
     """Returns the header fields of a CONNECT."""
     named = [

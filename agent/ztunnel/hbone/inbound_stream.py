@@ -17,6 +17,7 @@ from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, now
 from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 _UNREACHABLE = 503
 _CLOSE = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout", errno.ECONNRESET: "reset", errno.EPIPE: "reset"}
@@ -47,6 +48,7 @@ class InboundStream:
     def open(self) -> None:
         """Starts to connect to the application. A failure is answered and recorded, never raised."""
         self._pod.live.add(self)
+        self._pod.count(self, self._admission.parties, self._began)
         address = self._admission.address
         self._pod.inbound[self] = InboundEnds(self._peer, address, self._identity)
         try:
@@ -70,8 +72,11 @@ class InboundStream:
     def abort(self) -> None:
         self._end("drained", "")
 
-    def revoke(self, why: str) -> None:
-        self._end("refused", why)
+    def revoke(self, why: str, flag: ResponseFlag) -> None:
+        self._end("refused", why, flag)
+
+    def moved(self) -> tuple[int, int]:
+        return self._relay.received, self._relay.sent
 
     def _event(self, mask: int) -> None:
         if self._answered:
@@ -100,7 +105,7 @@ class InboundStream:
         if not self._done and not self._answered:
             self._answered = True
             self._session.answer(self._stream, connect_request.response(_UNREACHABLE), end=True)
-        self._end(close, error)
+        self._end(close, error, ResponseFlag.CONNECT)
 
     # The stream (see StreamUser)
 
@@ -120,7 +125,7 @@ class InboundStream:
         self._relay.may_send()
 
     def session_lost(self, why: str) -> None:
-        self._end("error", why)
+        self._end("error", why, self._session.failure)
 
     def _relayed(self, error: OSError | None, why: str) -> None:
         if error is not None:
@@ -128,7 +133,7 @@ class InboundStream:
         else:
             self._end("error" if why else "fin", why)
 
-    def _end(self, close: str, error: str) -> None:
+    def _end(self, close: str, error: str, flag: ResponseFlag | None = None) -> None:
         if self._done:
             return
         self._done = True
@@ -143,9 +148,15 @@ class InboundStream:
         self._pod.engine.connects.settle(self)
         if self._ends is not None:
             self._pod.connecting.pop(self._ends, None)
-        self._pod.live.discard(self)
-        self._pod.inbound.pop(self, None)
-        self._pod.record(
-            "hbone", "inbound", self._began, self._peer, self._admission.address, self._relay.received,
-            self._relay.sent, close, "; ".join(filter(None, (error, self._note))),
-        )  # fmt: skip
+        self._pod.end(
+            self,
+            kind="hbone",
+            reporter=Reporter.DESTINATION,
+            began=self._began,
+            source=self._peer,
+            destination=self._admission.address,
+            close=close,
+            error=error,
+            note=self._note,
+            flag=flag,
+        )

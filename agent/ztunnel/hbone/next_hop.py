@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions that HBONE asks the mesh for each connection, and the possible answers. Pure."""
+"""The questions that HBONE asks the mesh for each connection, and the possible answers. Pure.
+
+`parties` of an answer is what telemetry says of the connection; None if it is not counted.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.ztunnel.hbone.connect_request import ConnectRequest
+from agent.ztunnel.telemetry.response_flags import ResponseFlag
+from agent.ztunnel.telemetry.traffic_labels import Parties
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 Address = tuple[str, int] | tuple[str, int, int, int]  # as in original_dst
@@ -28,6 +33,7 @@ class PlainHop:
     """The connection goes on without a tunnel."""
 
     address: Address
+    parties: Parties | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +50,7 @@ class TunnelHop:
     identities: frozenset[str]
     fields: Fields = ()
     inner: InnerHop | None = None
+    parties: Parties | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,8 @@ class NoHop:
 
     reason: str
     status: int = 503
+    flag: ResponseFlag = ResponseFlag.CONNECT
+    parties: Parties | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +93,7 @@ class Admission:
     address: Address
     fields: Fields = ()
     first: bytes = b""
+    parties: Parties | None = None
 
 
 class Router(Protocol):
@@ -98,8 +108,8 @@ class Router(Protocol):
     def inbound(self, request: InboundRequest) -> Admission | NoHop:
         """Decides about a stream that arrived by HBONE."""
 
-    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> NoHop | None:
-        """Returns why a captured inbound connection without TLS is refused; None if it may pass."""
+    def inbound_plain(self, pod: PodIdentity, source: Address, destination: Address) -> PlainHop | NoHop:
+        """Decides about a captured inbound connection without TLS, which goes to `destination` or nowhere."""
 
     def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
         """Returns why an open inbound connection is not allowed any more; "" if it is."""

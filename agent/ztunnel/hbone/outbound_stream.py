@@ -17,6 +17,8 @@ from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.pod_context import PodContext
 from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.telemetry.records import Began
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 _TRIES = 3  # sessions: a stream that was not processed may be asked for again
 
@@ -32,13 +34,16 @@ class SessionSource(Protocol):
     def leave(self, key: SessionKey, user: OutboundStream) -> None:
         """Removes the user from those that wait."""
 
+    def has_certificate(self, key: SessionKey) -> bool:
+        """Returns True if the source can prove its identity."""
+
 
 class OutboundStream:
     """Belongs to `pod.live` from `open` until it is recorded."""
 
     def __init__(
         self, *, pod: PodContext, sessions: SessionSource, hop: TunnelHop, client: socket.socket,
-        source: Address, destination: Address, began: tuple[float, float],
+        source: Address, destination: Address, began: Began,
     ) -> None:  # fmt: skip
         """Takes over `client`, the application's connection, non-blocking and in no poller."""
         self._pod = pod
@@ -59,6 +64,7 @@ class OutboundStream:
     def open(self) -> None:
         """Asks for a session. A failure is recorded and resets the client, and is never raised."""
         self._pod.live.add(self)
+        self._pod.count(self, self._hop.parties, self._began)
         self._pod.engine.connects.add(self)
         self._seek()
 
@@ -73,15 +79,22 @@ class OutboundStream:
             engine=self._sessions.engine, session=session, stream=self._stream, user=self, done=self._relayed
         )
 
-    def session_failed(self, why: str) -> None:
-        self._end("timeout" if "timed out" in why else "error", why)
+    def session_failed(self, why: str, flag: ResponseFlag) -> None:
+        self._end("timeout" if "timed out" in why else "error", why, flag)
 
     def expire(self) -> None:
-        if not self._done and not self._answered:
+        if self._done or self._answered:
+            return
+        if self._sessions.has_certificate(self._key):
             self._end("timeout", "connect timed out")
+        else:
+            self._end("timeout", f"no certificate of {self._key.source} yet", ResponseFlag.IDENTITY)
 
     def abort(self) -> None:
         self._end("drained", "")
+
+    def moved(self) -> tuple[int, int]:
+        return (self._relay.sent, self._relay.received) if self._relay is not None else (0, 0)
 
     # The stream (see StreamUser)
 
@@ -115,14 +128,14 @@ class OutboundStream:
         if code == ErrorCode.REFUSED_STREAM and not self._answered and self._tries < _TRIES:
             self._seek()
         else:
-            self._end("reset", reset_text(code))
+            self._end("reset", reset_text(code), None if self._answered else ResponseFlag.CONNECT)
 
     def may_send(self) -> None:
         if self._relay is not None:
             self._relay.may_send()
 
     def session_lost(self, why: str) -> None:
-        self._end("error", why)
+        self._end("error", why, self._session.failure if self._session is not None else None)
 
     def _relayed(self, error: OSError | None, why: str) -> None:
         if error is not None:
@@ -130,7 +143,7 @@ class OutboundStream:
         else:
             self._end("error" if why else "fin", why)
 
-    def _end(self, close: str, error: str) -> None:
+    def _end(self, close: str, error: str, flag: ResponseFlag | None = None) -> None:
         if self._done:
             return
         self._done = True
@@ -144,9 +157,15 @@ class OutboundStream:
         else:
             reset(self._client)
         self._pod.engine.connects.settle(self)
-        self._pod.live.discard(self)
-        relay = self._relay
-        self._pod.record(
-            "hbone", "outbound", self._began, self._source, self._destination, relay.sent if relay else 0,
-            relay.received if relay else 0, close, error, original_dst.plain(self._hop.address),
-        )  # fmt: skip
+        self._pod.end(
+            self,
+            kind="hbone",
+            reporter=Reporter.SOURCE,
+            began=self._began,
+            source=self._source,
+            destination=self._destination,
+            close=close,
+            error=error,
+            flag=flag,
+            via=original_dst.plain(self._hop.address),
+        )

@@ -16,7 +16,8 @@ from agent.ztunnel.hbone.pool import Pool, SessionKey
 from agent.ztunnel.hbone.session_core import Headers
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay.original_dst import Address, plain
-from agent.ztunnel.relay.pod_context import Ends, PodContext
+from agent.ztunnel.relay.pod_context import Ends, PodContext, RefusedError
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
 from agent.ztunnel.tls.peer_checks import check_server, client_identity
 from agent.ztunnel.tls.spiffe import SpiffeId
@@ -30,7 +31,7 @@ class SessionUser(Protocol):
     def session_ready(self, session: TlsSession) -> None:
         """Takes the session, which has room for a stream."""
 
-    def session_failed(self, why: str) -> None:
+    def session_failed(self, why: str, flag: ResponseFlag) -> None:
         """Ends the stream: no session could be made."""
 
 
@@ -61,6 +62,9 @@ class PodSessions:
         """Takes back `seek`."""
         self._pool.leave(key, user)
 
+    def has_certificate(self, key: SessionKey) -> bool:
+        return self.contexts.get(key.source) is not None
+
     def _make(self, key: SessionKey) -> None:
         contexts = self.contexts.get(key.source)
         if contexts is None:
@@ -69,7 +73,7 @@ class PodSessions:
         try:
             connecting = self.pod.upstream.connect(key.address, (key.source_ip, 0, *key.address[2:]))
         except (OSError, SluiceError) as error:
-            self._failed(key, str(getattr(error, "strerror", None) or error))
+            self._failed(key, str(getattr(error, "strerror", None) or error), ResponseFlag.CONNECT)
             return
         owner = _Opened(self, key, (plain(connecting.getsockname())[:2], key.address[:2]))
         session = TlsSession(
@@ -89,18 +93,18 @@ class PodSessions:
             if users:
                 self._make(key)
             else:
-                self._failed(key, "the peer takes no streams")
+                self._failed(key, "the peer takes no streams", ResponseFlag.CONNECT)
 
     def ended(self, key: SessionKey, session: TlsSession, why: str, *, was_made: bool) -> None:
         self.pod.upstream.release(key.address)
         if was_made:
             self._pool.ended(key, session)
         else:
-            self._failed(key, why)
+            self._failed(key, why, session.failure)
 
-    def _failed(self, key: SessionKey, why: str) -> None:
+    def _failed(self, key: SessionKey, why: str, flag: ResponseFlag) -> None:
         for user in self._pool.failed(key):
-            user.session_failed(why)
+            user.session_failed(why, flag)
 
     # Inbound
 
@@ -122,10 +126,15 @@ class PodSessions:
             client=False,
         )
         self.arrived.add(session)
+        self.count_socket(1)
         try:
             session.start()
         except OSError as error:  # out of memory
             session.close(why=error.strerror or str(error))
+
+    def count_socket(self, change: int) -> None:
+        if self.pod.engine.traffic is not None:
+            self.pod.engine.traffic.metrics.sockets(Reporter.DESTINATION, change)
 
     # End
 
@@ -187,6 +196,8 @@ class _Arrived:
         ))  # fmt: skip
         if isinstance(decision, NoHop):
             session.answer(stream, connect_request.response(decision.status), end=True)
+            refused = RefusedError(decision.reason, decision.parties, decision.flag)
+            sessions.pod.refuse(Reporter.DESTINATION, refused, self._peer, self._local)
             return
         user = InboundStream(
             pod=sessions.pod,
@@ -202,5 +213,7 @@ class _Arrived:
 
     def closed(self, session: TlsSession, why: str) -> None:
         self._sessions.arrived.discard(session)
+        self._sessions.count_socket(-1)
         if self._identity is None:
+            self._sessions.pod.refuse(Reporter.DESTINATION, RefusedError(why), self._peer, self._local)
             log.info("pod %s: HBONE session of %s refused: %s", self._sessions.pod.name, self._peer[0], why)

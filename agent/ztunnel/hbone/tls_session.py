@@ -18,6 +18,7 @@ from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
 from agent.ztunnel.hbone.work_buffers import SIZE, WorkBuffers
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.telemetry.response_flags import ResponseFlag
 
 _ROUNDS = 4  # of reading, then others get their turn
 _PING_ROUNDS = round(limits.PING_TIMEOUT_SECONDS / limits.PING_SECONDS)
@@ -82,11 +83,11 @@ class _Tick:
 
 
 class TlsSession:
-    """Owns the socket. `open` is True from the end of the handshake to the end of the session."""
+    """Owns the socket. `open` is True from the end of the handshake to the end of the session, `failure` says why."""
 
     __slots__ = (
         "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_owner", "_pending", "_ping_rounds",
-        "_reading", "_socket", "_tick", "_users", "_waiting", "closed", "open",
+        "_reading", "_socket", "_tick", "_users", "_waiting", "closed", "failure", "open",
     )  # fmt: skip
 
     def __init__(
@@ -96,6 +97,7 @@ class TlsSession:
         """Takes over a non-blocking socket: of a client one that connects, of a server an accepted one."""
         self.open = False
         self.closed = False
+        self.failure = ResponseFlag.CONNECT
         self._engine = engine
         self._owner = owner
         self._socket = connected
@@ -205,8 +207,11 @@ class TlsSession:
 
     def expire(self) -> None:
         """Ends a session that has not finished its handshake in time."""
-        if not self.open:
-            self._lose("connect timed out" if self._connecting else "the TLS handshake timed out")
+        if not self.open and not self._connecting:
+            self.failure = ResponseFlag.TLS_FAILURE
+            self._lose("the TLS handshake timed out")
+        elif not self.open:
+            self._lose("connect timed out")
 
     def tick(self) -> None:
         """Checks that the peer is there, every PING_SECONDS."""
@@ -265,10 +270,12 @@ class TlsSession:
         try:
             step(*arguments)
         except Http2Error as error:
+            self.failure = ResponseFlag.H2_HANDSHAKE
             self.close(error.code, str(error))
         except OSError as error:
             self._lose(os.strerror(error.errno) if error.errno else str(error))
         except SluiceError as error:
+            self.failure = ResponseFlag.TLS_FAILURE
             self._abandon(str(error))
         except BaseException:
             self._lose("a defect of ztunnel")  # bytes may be lost

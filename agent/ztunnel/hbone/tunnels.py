@@ -14,6 +14,8 @@ from agent.ztunnel.hbone.work_buffers import WorkBuffers
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
 from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.telemetry.records import Began
+from agent.ztunnel.telemetry.response_flags import ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
 from agent.ztunnel.tls.spiffe import parse
 
@@ -34,32 +36,34 @@ class HboneTunnels:
         self._pods[pod.uid] = PodSessions(pod, self._engine, self._contexts, self._router)
 
     def outbound(
-        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: tuple[float, float]
-    ) -> Address | None:
+        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began
+    ) -> PlainHop | None:
         sessions = self._pods[pod.uid]
         hop = self._router.outbound(sessions.identity, source, destination)
         if isinstance(hop, NoHop):
-            raise RefusedError(hop.reason)
+            raise RefusedError(hop.reason, hop.parties, hop.flag)
         if isinstance(hop, PlainHop):
-            return hop.address
+            return hop
         if hop.inner is not None:
-            raise RefusedError(f"{hop.authority} is on another network: double HBONE is not implemented")
+            reason = f"{hop.authority} is on another network: double HBONE is not implemented"
+            raise RefusedError(reason, hop.parties)
         OutboundStream(
             pod=pod, sessions=sessions, hop=hop, client=client, source=source, destination=destination, began=began
         ).open()
         return None
 
-    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> None:
-        refused = self._router.inbound_plain(self._pods[pod.uid].identity, source, destination)
-        if refused is not None:
-            raise RefusedError(refused.reason)
+    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> PlainHop:
+        hop = self._router.inbound_plain(self._pods[pod.uid].identity, source, destination)
+        if isinstance(hop, NoHop):
+            raise RefusedError(hop.reason, hop.parties, hop.flag)
+        return hop
 
     def reconsider(self) -> None:
         """Ends the inbound connections that the mesh does not allow any more; call it after a change of the mesh."""
         for sessions in self._pods.values():
             for connection, ends in tuple(sessions.pod.inbound.items()):
                 if why := self._router.refused_now(sessions.identity, ends.peer, ends.target, parse(ends.identity)):
-                    connection.revoke(f"{why}, after a change of policies")
+                    connection.revoke(f"{why}, after a change of policies", ResponseFlag.DENIED)
 
     def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
         self._pods[pod.uid].accept(client, peer)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import time
 from dataclasses import KW_ONLY, dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent.core.errors import SluiceError
 from agent.core.model.sockets import Endpoint
@@ -14,16 +14,27 @@ from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
-from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.original_dst import Address, text
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream
-from agent.ztunnel.telemetry.records import Record, RecordWriter
+from agent.ztunnel.telemetry.records import Began, Record, RecordWriter
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
+
+if TYPE_CHECKING:  # a node without a mesh loads none of them
+    from agent.ztunnel.hbone.next_hop import PlainHop
+    from agent.ztunnel.telemetry.traffic_account import CountedConnection, TrafficAccount
+    from agent.ztunnel.telemetry.traffic_labels import Parties
 
 Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 
 
 class RefusedError(SluiceError):
-    """A connection has no way to go, or is not permitted."""
+    """A connection has no way to go, or is not permitted. `parties` is None if its ends are not known."""
+
+    def __init__(self, reason: str, parties: Parties | None = None, flag: ResponseFlag = ResponseFlag.CONNECT) -> None:
+        super().__init__(reason)
+        self.parties = parties
+        self.flag = flag
 
 
 class Tunnels(Protocol):
@@ -33,15 +44,15 @@ class Tunnels(Protocol):
         """Prepares for the pod. The other methods are for pods that have been started."""
 
     def outbound(
-        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: tuple[float, float]
-    ) -> Address | None:
+        self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began
+    ) -> PlainHop | None:
         """Returns where a captured connection goes without a tunnel; None if it has one, which owns `client` then.
 
         Raises RefusedError.
         """
 
-    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> None:
-        """Raises RefusedError if a captured inbound connection without a tunnel may not pass."""
+    def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> PlainHop:
+        """Returns where a captured inbound connection without a tunnel goes. Raises RefusedError."""
 
     def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
         """Takes over a connection to the port of HBONE, `client` being non-blocking."""
@@ -66,8 +77,8 @@ class Engine:
 
     `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
     the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
-    connections and flows one pod may have. `tunnels` and `mesh_names` are None without a mesh: then everything goes on
-    in plain, and every query to its resolver.
+    connections and flows one pod may have. `tunnels`, `mesh_names` and `traffic` are None without a mesh: then
+    everything goes on in plain and is not counted, and every query goes to its resolver.
     """
 
     poller: Poller
@@ -80,6 +91,7 @@ class Engine:
     share: int
     tunnels: Tunnels | None = None
     mesh_names: MeshNames | None = None
+    traffic: TrafficAccount | None = None
 
 
 class Live(Protocol):
@@ -89,10 +101,17 @@ class Live(Protocol):
         """Ends it now, as drained."""
 
 
-class InboundLive(Live, Protocol):
+class LiveConnection(Live, Protocol):
+    """An open connection."""
+
+    def moved(self) -> tuple[int, int]:
+        """Returns the bytes (from its source, to it) so far."""
+
+
+class InboundLive(LiveConnection, Protocol):
     """An open inbound connection of a mesh."""
 
-    def revoke(self, why: str) -> None:
+    def revoke(self, why: str, flag: ResponseFlag) -> None:
         """Ends it, because it is not allowed any more."""
 
 
@@ -111,7 +130,7 @@ class PodContext:
     `diag` reads its sockets; `add` is how the agent named it; `live` has its connections and pending queries;
     `connecting` the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
     often that has happened on behalf of one application's connection. `inbound` has the inbound connections that a
-    change of policies may end.
+    change of policies may end, `counted` the connections that Istio's metrics count.
     """
 
     uid: str
@@ -124,13 +143,62 @@ class PodContext:
     live: set[Live] = field(default_factory=set)
     connecting: dict[Ends, int] = field(default_factory=dict)
     inbound: dict[InboundLive, InboundEnds] = field(default_factory=dict)
+    counted: dict[LiveConnection, CountedConnection] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)
+
+    def count(self, connection: LiveConnection, parties: Parties | None, began: Began) -> None:
+        """Counts a connection once its way is decided; `end` counts its end."""
+        if self.engine.traffic is not None and parties is not None:
+            self.counted[connection] = self.engine.traffic.open(parties, began, connection)
+
+    def refuse(self, reporter: Reporter, refused: RefusedError, source: Address, destination: Address) -> None:
+        """Counts a connection that never became one of `live`."""
+        traffic = self.engine.traffic
+        if traffic is None:
+            return
+        if refused.parties is not None:
+            traffic.refuse(refused.parties, now(), str(refused), refused.flag)
+        else:
+            traffic.fail(reporter, text(source), text(destination), str(refused))
+
+    def end(
+        self,
+        connection: LiveConnection,
+        *,
+        kind: str,
+        reporter: Reporter,
+        began: Began,
+        source: Address,
+        destination: Address | None,
+        close: str,
+        error: str,
+        note: str = "",
+        flag: ResponseFlag | None = None,
+        via: Address | None = None,
+    ) -> None:
+        """Takes a connection out of the books: counts and records its end.
+
+        Without a flag `close` decides whether it failed. `note` is for the record alone.
+        """
+        self.live.discard(connection)
+        self.inbound.pop(connection, None)  # type: ignore[call-overload]
+        counted = self.counted.pop(connection, None)
+        traffic = self.engine.traffic
+        if traffic is not None:
+            if counted is not None:
+                traffic.close(counted, close, error, flag)
+            elif error:
+                traffic.fail(reporter, text(source), text(destination) if destination else "", error)
+        sent, received = connection.moved()
+        direction = "outbound" if reporter is Reporter.SOURCE else "inbound"
+        words = "; ".join(filter(None, (error, note)))
+        self.record(kind, direction, began, source, destination, sent, received, close, words, via)
 
     def record(
         self,
         kind: str,
         direction: str,
-        began: tuple[float, float],
+        began: Began,
         source: Address,
         destination: Address | None,
         sent: int,
@@ -159,6 +227,6 @@ class PodContext:
         )
 
 
-def now() -> tuple[float, float]:
+def now() -> Began:
     """Returns (wall clock, monotonic clock): the first for times, the second for durations."""
     return time.time(), time.monotonic()

@@ -22,6 +22,7 @@ from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
 from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 _CLOSE = {
     errno.ECONNREFUSED: "refused",
@@ -74,7 +75,8 @@ class ProxiedConnection:
         except OSError as error:
             self._fail(error)
         except RefusedError as error:
-            self._end("refused", str(error))
+            self._pod.count(self, error.parties, self._began)
+            self._end("refused", str(error), error.flag)
         except SluiceError as error:
             self._end("error", str(error))
 
@@ -92,9 +94,12 @@ class ProxiedConnection:
         if not self._done:
             self._end("drained", "")
 
-    def revoke(self, why: str) -> None:
+    def revoke(self, why: str, flag: ResponseFlag) -> None:
         if not self._done:
-            self._end("refused", why)
+            self._end("refused", why, flag)
+
+    def moved(self) -> tuple[int, int]:
+        return self._up.moved if self._up else 0, self._down.moved if self._down else 0
 
     def _connect(self) -> None:
         destination, own = original_dst.original_destination(self._client, self._source)
@@ -125,10 +130,14 @@ class ProxiedConnection:
         if tunnels is None:
             return destination
         if self._direction is RelayDirection.OUTBOUND:
-            return tunnels.outbound(self._pod, self._client, self._source, destination, self._began)
-        tunnels.inbound_plain(self._pod, self._source, destination)
-        self._pod.inbound[self] = InboundEnds(self._source, destination)
-        return destination
+            hop = tunnels.outbound(self._pod, self._client, self._source, destination, self._began)
+            if hop is None:
+                return None
+        else:
+            hop = tunnels.inbound_plain(self._pod, self._source, destination)
+            self._pod.inbound[self] = InboundEnds(self._source, destination)
+        self._pod.count(self, hop.parties, self._began)
+        return hop.address
 
     def _returns(self, destination: Address) -> int:
         """Returns how often the connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
@@ -230,9 +239,9 @@ class ProxiedConnection:
 
     def _fail(self, error: OSError) -> None:
         close = _CLOSE.get(error.errno or 0, "error")
-        self._end(close, error.strerror or str(error))
+        self._end(close, error.strerror or str(error), None if self._up else ResponseFlag.CONNECT)
 
-    def _end(self, close: str, error: str) -> None:
+    def _end(self, close: str, error: str, flag: ResponseFlag | None = None) -> None:
         self._done = True
         shut = socket.socket.close if close == "fin" else reset
         loop = self._pod.engine.poller
@@ -247,12 +256,18 @@ class ProxiedConnection:
         self._pod.engine.aged.settle(self)
         if self._server is not None and self._destination is not None:
             self._pod.upstream.release(self._destination)
-        self._pod.live.discard(self)
-        self._pod.inbound.pop(self, None)
         if self._ends is not None:
             self._pod.connecting.pop(self._ends, None)
-        self._pod.record(
-            "tcp", self._direction.value, self._began, self._source, self._destination,
-            self._up.moved if self._up else 0, self._down.moved if self._down else 0,
-            close, "; ".join(filter(None, (error, self._note))), self._via,
-        )  # fmt: skip
+        self._pod.end(
+            self,
+            kind="tcp",
+            reporter=Reporter.SOURCE if self._direction is RelayDirection.OUTBOUND else Reporter.DESTINATION,
+            began=self._began,
+            source=self._source,
+            destination=self._destination,
+            close=close,
+            error=error,
+            note=self._note,
+            flag=flag,
+            via=self._via,
+        )

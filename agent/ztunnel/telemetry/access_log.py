@@ -12,78 +12,88 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from agent.ztunnel.telemetry.traffic_labels import Party, Reporter
+from agent.ztunnel.telemetry.response_flags import Reporter
+from agent.ztunnel.telemetry.traffic_labels import Parties, Party
 
 _UNQUOTED: Final = frozenset(("src.addr", "dst.addr", "dst.hbone_addr", "bytes_sent", "bytes_recv"))
-_MESSAGE: Final = "connection complete"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Access:
-    """One ended connection. `ended` is in seconds since 1970, `seconds` the duration.
-
-    `sent` and `received` are as the reporter's application sees them. `*_workload` is the name of the instance, as of a
-    pod; `hbone_target` is the authority of CONNECT, "" without HBONE.
-    """
+class AccessLine:
+    """A line of the log. `ended` is in seconds since 1970."""
 
     ended: float
-    seconds: float
-    reporter: Reporter
-    source: str
-    source_workload: str
-    source_party: Party | None
-    destination: str
-    destination_workload: str
-    destination_party: Party | None
-    service: str
-    hbone_target: str
-    mutual_tls: bool
-    sent: int
-    received: int
-    error: str = ""
+    level: str
+    message: str
+    fields: tuple[tuple[str, str | int], ...]
+    as_json: bool
 
-    def fields(self) -> list[tuple[str, str | int]]:
-        """Returns the fields in their order, without those that are not known."""
-        source = self.source_party or Party()
-        destination = self.destination_party or Party()
-        pairs: list[tuple[str, str | int]] = [
-            ("src.addr", self.source),
-            ("src.workload", self.source_workload),
-            ("src.namespace", source.namespace),
-            ("src.identity", source.principal if self.mutual_tls else ""),
-            ("src.cluster", source.cluster),
-            ("dst.addr", self.destination),
-            ("dst.hbone_addr", self.hbone_target),
-            ("dst.service", self.service),
-            ("dst.workload", self.destination_workload),
-            ("dst.namespace", destination.namespace),
-            ("dst.identity", destination.principal if self.mutual_tls else ""),
-            ("dst.cluster", destination.cluster),
-            ("direction", "outbound" if self.reporter is Reporter.SOURCE else "inbound"),
-            ("bytes_sent", self.sent),
-            ("bytes_recv", self.received),
-            ("duration", f"{int(self.seconds * 1000)}ms"),
-            ("error", self.error),
-        ]
-        return [(key, value) for key, value in pairs if value != ""]
-
-    def text(self) -> bytes:
-        """Returns the line as text, with its end."""
-        fields = " ".join(
-            f"{key}={value}" if key in _UNQUOTED else f"{key}={json.dumps(value)}" for key, value in self.fields()
+    def line(self) -> bytes:
+        """Returns the line with its end; fields without a value are left out."""
+        fields = {key: value for key, value in self.fields if value != ""}
+        if self.as_json:
+            head = {"level": self.level, "time": _time(self.ended), "scope": "access", "message": self.message}
+            return json.dumps({**head, **fields}, separators=(",", ":")).encode() + b"\n"
+        pairs = " ".join(
+            f"{key}={value if key in _UNQUOTED else json.dumps(value, ensure_ascii=False)}"
+            for key, value in fields.items()
         )
-        level = "error" if self.error else "info"
-        return f"{_time(self.ended)}\t{level}\taccess\t{_MESSAGE}\t{fields}\n".encode()
+        return f"{_time(self.ended)}\t{self.level}\taccess\t{self.message}\t{pairs}\n".encode()
 
-    def json(self) -> bytes:
-        """Returns the line as JSON, with its end."""
-        head = {
-            "level": "error" if self.error else "info",
-            "time": _time(self.ended),
-            "scope": "access",
-            "message": _MESSAGE,
-        }
-        return json.dumps({**head, **dict(self.fields())}, separators=(",", ":")).encode() + b"\n"
+
+def complete(
+    parties: Parties, *, received: int, sent: int, seconds: float, ended: float, error: str, as_json: bool
+) -> AccessLine:
+    """Returns the line of an ended connection. `received` came from its source, `sent` went to it."""
+    source = parties.source or Party()
+    destination = parties.destination or Party()
+    outbound = parties.reporter is Reporter.SOURCE
+    return AccessLine(
+        ended=ended,
+        level="error" if error else "info",
+        message="connection complete",
+        fields=(
+            ("src.addr", parties.source_address),
+            ("src.workload", source.instance),
+            ("src.namespace", source.namespace),
+            ("src.identity", source.principal if parties.mutual_tls else ""),
+            ("src.cluster", source.cluster),
+            ("dst.addr", parties.destination_address),
+            ("dst.hbone_addr", parties.hbone_target),
+            ("dst.service", parties.service.hostname if parties.service else ""),
+            ("dst.workload", destination.instance),
+            ("dst.namespace", destination.namespace),
+            ("dst.identity", destination.principal if parties.mutual_tls else ""),
+            ("dst.cluster", destination.cluster),
+            ("direction", direction(parties.reporter)),
+            # The metrics count from the view of the server, the log from that of the pod.
+            ("bytes_sent", received if outbound else sent),
+            ("bytes_recv", sent if outbound else received),
+            ("duration", f"{int(seconds * 1000)}ms"),
+            ("error", error),
+        ),
+        as_json=as_json,
+    )
+
+
+def failed(reporter: Reporter, source: str, destination: str, error: str, *, ended: float, as_json: bool) -> AccessLine:
+    """Returns the line of a connection that ended before its ends were known."""
+    return AccessLine(
+        ended=ended,
+        level="warn",
+        message="connection failed",
+        fields=(
+            ("src.addr", source),
+            ("dst.addr", destination),
+            ("direction", direction(reporter)),
+            ("error", error),
+        ),
+        as_json=as_json,
+    )
+
+
+def direction(reporter: Reporter) -> str:
+    return "outbound" if reporter is Reporter.SOURCE else "inbound"
 
 
 def _time(seconds: float) -> str:

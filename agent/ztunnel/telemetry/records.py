@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes one JSON line per connection and per DNS query, in batches, without delaying traffic.
+"""Writes lines about connections and DNS queries, in batches, without delaying traffic.
 
 Lines are held for at most FLUSH_SECONDS. A pipe with a slow reader is written only as far as it has room, in pieces
 that fit; beyond HELD_BYTES new lines are dropped and counted, and the count gets a line.
@@ -14,7 +14,7 @@ import os
 import select
 import stat
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from agent.ztunnel.relay.original_dst import Address, text
 
@@ -22,11 +22,20 @@ FLUSH_SECONDS = 0.1
 HELD_BYTES = 16 << 20
 PIECE = select.PIPE_BUF  # a pipe that polls writable takes this much without blocking
 
+Began = tuple[float, float]  # start of a connection or query: wall clock, monotonic clock
+
 log = logging.getLogger(__name__)
 
 
+class Line(Protocol):
+    """Something that becomes a line when it is written."""
+
+    def line(self) -> bytes:
+        """Returns the line with its end."""
+
+
 class Record(NamedTuple):
-    """One connection or query. `started` is in seconds since 1970.
+    """One connection or query as a JSON line. `started` is in seconds since 1970.
 
     `close`: fin, reset, refused, timeout, error or drained. `via` is the proxy's own address towards the destination:
     it joins the records of two proxies on one path, since conntrack may have given the client another source port.
@@ -65,13 +74,13 @@ class RecordWriter:
         self._path = path
         self._fd = -1
         self._pipe = False
-        self._waiting: list[Record] = []
+        self._waiting: list[Line] = []
         self._held = bytearray()
         self._lost = 0
         self._timer: asyncio.TimerHandle | None = None
         self._reported = False
 
-    def add(self, record: Record) -> None:
+    def add(self, record: Line) -> None:
         if not self._path:
             return
         self._waiting.append(record)
@@ -103,6 +112,8 @@ class RecordWriter:
         self._shut()
 
     def _write(self) -> None:
+        if not self._held:
+            return
         if self._fd < 0:
             self._open()
         room = select.poll()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The labels of Istio's TCP metrics, in its order, and the fields of an access log line that come from them. Pure.
+"""The ends of a connection and its labels in Istio's TCP metrics, in their order. Pure.
 
 A missing value is `unknown`. The principal of a source is set only where mutual TLS has proven it. An inbound source
 that no control plane describes is known by its baggage.
@@ -8,11 +8,11 @@ that no control plane describes is known by its baggage.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import Final
 
 from agent.ztunnel.mesh.baggage import Baggage
 from agent.ztunnel.mesh.mesh_model import Service, Workload
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 UNKNOWN: Final = "unknown"
@@ -40,30 +40,14 @@ LOCALITY_NAMES: Final = ("source_region", "source_zone", "destination_region", "
 _FLAGS_AT: Final = NAMES.index("response_flags")
 
 
-class Reporter(Enum):
-    """The end that counts the connection."""
-
-    SOURCE = "source"
-    DESTINATION = "destination"
-
-
-class ResponseFlag(Enum):
-    """Why a connection failed."""
-
-    NONE = "-"
-    DENIED = "DENY"
-    CONNECT = "CONNECT"
-    TLS_FAILURE = "TLS_FAILURE"
-    H2_HANDSHAKE = "H2_HANDSHAKE_FAILURE"
-    NETWORK_POLICY = "NETWORK_POLICY"
-    IDENTITY = "IDENTITY_ERROR"
-    REVOKED = "CERT_REVOKED"
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Party:
-    """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where it is not known."""
+    """One end of a connection: what the control plane, baggage and mutual TLS say of it; "" where it is not known.
 
+    `instance` is the name of the pod for the log.
+    """
+
+    instance: str = ""
     workload: str = ""
     service: str = ""
     revision: str = ""
@@ -96,6 +80,7 @@ def party(workload: Workload | None, said: Baggage | None, proven: SpiffeId | No
     principal = str(proven) if proven else ""
     if workload is not None:
         return Party(
+            instance=workload.name,
             workload=workload.workload_name,
             service=workload.canonical_name,
             revision=workload.canonical_revision,
@@ -110,6 +95,7 @@ def party(workload: Workload | None, said: Baggage | None, proven: SpiffeId | No
         return None
     said = said or Baggage()
     return Party(
+        instance=said.service_name,
         workload=said.workload_name,
         service=said.service_name,
         revision=said.revision,
@@ -139,23 +125,41 @@ class TrafficLabels:
         return (*zip(NAMES, self.values, strict=True), *zip(LOCALITY_NAMES, self.locality, strict=bool(self.locality)))
 
 
-def labels(
-    reporter: Reporter, source: Party | None, destination: Party | None, service: Service | None, *, mutual_tls: bool
-) -> TrafficLabels:
-    """Returns the labels of a connection that has not failed."""
-    from_end = source or Party()
-    to_end = destination or Party()
-    meant = (service.hostname, service.namespace, service.name) if service else ("", "", "")
-    values = (
-        reporter.value,
-        *from_end.values(),
-        *meant,
-        *to_end.values(),
-        "tcp",
-        ResponseFlag.NONE.value,
-        "mutual_tls" if mutual_tls else UNKNOWN,
-    )
-    locality: tuple[str, ...] = ()
-    if source or destination:
-        locality = (from_end.region, from_end.zone, to_end.region, to_end.zone)
-    return TrafficLabels(tuple(value or UNKNOWN for value in values), tuple(value or UNKNOWN for value in locality))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parties:
+    """A connection as telemetry shows it, from the moment that its way is decided.
+
+    Addresses are texts with ports. `destination_address` is that of the next hop, inbound the one at which the
+    connection arrived; `hbone_target` the authority of CONNECT. `asked` is what the client meant: the address that it
+    dialled, inbound the host that it named; `target` is where this proxy connects to.
+    """
+
+    reporter: Reporter
+    source: Party | None
+    destination: Party | None
+    service: Service | None = None
+    mutual_tls: bool
+    source_address: str
+    destination_address: str
+    hbone_target: str = ""
+    asked: str = ""
+    target: str
+
+    def labels(self) -> TrafficLabels:
+        """Returns the labels of a connection that has not failed."""
+        source = self.source or Party()
+        destination = self.destination or Party()
+        service = self.service
+        values = (
+            self.reporter.value,
+            *source.values(),
+            *((service.hostname, service.namespace, service.name) if service else ("", "", "")),
+            *destination.values(),
+            "tcp",
+            ResponseFlag.NONE.value,
+            "mutual_tls" if self.mutual_tls else UNKNOWN,
+        )
+        locality: tuple[str, ...] = ()
+        if self.source or self.destination:
+            locality = (source.region, source.zone, destination.region, destination.zone)
+        return TrafficLabels(tuple(value or UNKNOWN for value in values), tuple(value or UNKNOWN for value in locality))

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from agent.ztunnel.telemetry.traffic_labels import Reporter, ResponseFlag, TrafficLabels
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
+from agent.ztunnel.telemetry.traffic_labels import TrafficLabels
 
 LabelPairs = tuple[tuple[str, str], ...]
 Series = dict[tuple[str, LabelPairs], int]  # (family, labels) to value
@@ -65,19 +66,21 @@ class TrafficMetrics:
     _open: dict[Reporter, int] = field(default_factory=dict)
     _revoked: dict[Reporter, int] = field(default_factory=dict)
 
-    def opened(self, labels: TrafficLabels, reporter: Reporter) -> ByteCounter:
+    def opened(self, labels: TrafficLabels) -> ByteCounter:
         """Counts a connection and returns where its bytes are counted."""
         self._add(_OPENED, labels)
-        self._open[reporter] = self._open.get(reporter, 0) + 1
         return self._bytes.setdefault(labels, ByteCounter())
 
-    def closed(self, labels: TrafficLabels, reporter: Reporter, flag: ResponseFlag) -> None:
+    def closed(self, labels: TrafficLabels, flag: ResponseFlag) -> None:
         """Counts the end of a connection that `opened` has counted; a flag says that it failed."""
         flagged = labels if flag is ResponseFlag.NONE else labels.with_flag(flag)
         self._add(_CLOSED, flagged)
-        self._open[reporter] -= 1
         if flag is not ResponseFlag.NONE:
             self._add(_FAILED, flagged)
+
+    def sockets(self, reporter: Reporter, change: int) -> None:
+        """Counts an accepted socket, or its end with -1."""
+        self._open[reporter] = self._open.get(reporter, 0) + change
 
     def revoked(self, reporter: Reporter) -> None:
         self._revoked[reporter] = self._revoked.get(reporter, 0) + 1

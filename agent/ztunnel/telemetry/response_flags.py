@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two labels of Istio's TCP metrics: the end that counts a connection, and why the connection failed. Pure."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Reporter(Enum):
+    """The end that counts the connection."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class ResponseFlag(Enum):
+    """Why a connection failed."""
+
+    NONE = "-"
+    DENIED = "DENY"
+    CONNECT = "CONNECT"
+    TLS_FAILURE = "TLS_FAILURE"
+    H2_HANDSHAKE = "H2_HANDSHAKE_FAILURE"
+    NETWORK_POLICY = "NETWORK_POLICY"
+    IDENTITY = "IDENTITY_ERROR"
+    REVOKED = "CERT_REVOKED"
