@@ -70,11 +70,11 @@ def parser(command: str = "") -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; errors are one line on stderr and exit code 2."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["help"] and not any(word.startswith("-") for word in words):
-        words = [*words[1:], "--help"]
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["help"] and not any(word.startswith("-") for word in arguments):
+        arguments = [*arguments[1:], "--help"]
     try:
-        args = parser(words[0] if words else "").parse_args(words)
+        args = parser(arguments[0] if arguments else "").parse_args(arguments)
         code: int = args.run(args)
         sys.stdout.flush()
         return code
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest has no reader, also when the interpreter ends
         return 0
     except OSError as error:
-        if words[0] in _DAEMONS:  # of a defect their logs have to have all
+        if arguments[0] in _DAEMONS:  # of a defect their logs have to have all
             raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"sluice: {words[0]}: {place}{error.strerror or error}", file=sys.stderr)
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"sluice: {arguments[0]}: {file}{error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -78,7 +78,7 @@ class Health:
 
     def condition(self) -> Condition:
         """Returns the values for the metrics of the agent's condition."""
-        found = [(pod, self.reconciler.status(pod.uid)) for pod in self.table]
+        statuses = [(pod, self.reconciler.status(pod.uid)) for pod in self.table]
         host = self.host.status
         return Condition(
             about={
@@ -93,10 +93,10 @@ class Health:
             exempt=None if host.mechanism == "off" else host.ok and not host.error,
             period=self.settings.verify_seconds,
             uncaptured=uncaptured(
-                ((pod, status.state) for pod, status in found), lambda pod: decide(pod, self.settings).enrolled
+                ((pod, status.state) for pod, status in statuses), lambda pod: decide(pod, self.settings).enrolled
             ),
-            foreign=[(pod, len(status.foreign)) for pod, status in found if status.foreign],
-            age=age((status for _, status in found), time.time()),
+            foreign=[(pod, len(status.foreign)) for pod, status in statuses if status.foreign],
+            age=age((status for _, status in statuses), time.time()),
         )
 
     def node(self) -> Mapping[str, Any]:

@@ -130,8 +130,8 @@ class Kubernetes:
     @property
     def missing(self) -> str:
         """Why pods are not known yet; "" once they are."""
-        words = f"this node's pods are not known from Kubernetes yet: {self.error or 'listing them'}"
-        return "" if self.known else words
+        reason = f"this node's pods are not known from Kubernetes yet: {self.error or 'listing them'}"
+        return "" if self.known else reason
 
     @property
     def error(self) -> str:

@@ -197,8 +197,8 @@ def bind(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:
-        family, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(place[:2], family=family)
+        family, *_, endpoint = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(endpoint[:2], family=family)
     except OSError as error:
         raise SettingsError(
             f"metrics_address {address}: {os.strerror(error.errno or 0)}; "

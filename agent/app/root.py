@@ -303,8 +303,8 @@ def _installer(settings: Settings) -> Installer | None:
         return None
     from agent.install.installer import Installer
 
-    made = Installer(settings)
-    return None if made.mode == "off" else made
+    installer = Installer(settings)
+    return None if installer.mode == "off" else installer
 
 
 def main(settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> int:

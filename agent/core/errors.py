@@ -35,8 +35,8 @@ class PodEndingError(NetnsError):
 class KernelError(SluiceError):
     """The kernel refused an operation. `errno` is its number; the message holds its words."""
 
-    def __init__(self, operation: str, errno: int, words: str) -> None:
-        super().__init__(f"{operation}: {words}")
+    def __init__(self, operation: str, errno: int, cause: str) -> None:
+        super().__init__(f"{operation}: {cause}")
         self.errno = errno
 
 

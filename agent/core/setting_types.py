@@ -152,12 +152,12 @@ class Selectors:
 def address(value: str, version: int | None = None) -> str:
     """Parses an address, as the ipaddress module writes it. Raises ValueError."""
     try:
-        found = ipaddress.ip_address(value)
+        parsed = ipaddress.ip_address(value)
     except ValueError:
-        found = None
-    if found is None or version not in (None, found.version) or getattr(found, "scope_id", None):
+        parsed = None
+    if parsed is None or version not in (None, parsed.version) or getattr(parsed, "scope_id", None):
         raise ValueError(f"an IPv{version} address" if version else "a list of addresses")
-    return str(found)
+    return str(parsed)
 
 
 def matching(pattern: str, what: str) -> Callable[[str], str]:

@@ -250,20 +250,20 @@ DECLARED: Mapping[str, Setting] = {one.name: Setting(one.name, one.default, **on
 
 
 def build(*layers: Mapping[str, tuple[Any, str]]) -> Settings:
-    """Merges layers, later ones win. Each maps a key to (value, place), place as in "sluice.yaml:3".
+    """Merges layers, later ones win. Each maps a key to (value, source), source as in "sluice.yaml:3".
 
-    Text values (environment, flags) are converted to the key's type. Raises SettingsError with the place.
+    Text values (environment, flags) are converted to the key's type. Raises SettingsError with the source.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        for key, (value, place) in layer.items():
+        for key, (value, source) in layer.items():
             if key not in DECLARED:
-                raise SettingsError(f"{place}: unknown setting {key!r}; known: {', '.join(DECLARED)}")
+                raise SettingsError(f"{source}: unknown setting {key!r}; known: {', '.join(DECLARED)}")
             try:
                 merged[key] = DECLARED[key].kind.parse(value)
             except ValueError as wrong:
-                raise SettingsError(f"{place}: {key}: {value!r} is not {wrong}") from None
-    made = Settings(**merged)
-    if made.kube_peers and made.peers_file:
+                raise SettingsError(f"{source}: {key}: {value!r} is not {wrong}") from None
+    settings = Settings(**merged)
+    if settings.kube_peers and settings.peers_file:
         raise SettingsError("kube_peers and peers_file: names of peers come from one of them; unset the other")
-    return made
+    return settings

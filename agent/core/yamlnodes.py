@@ -26,8 +26,8 @@ class YamlMapping:
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def error(self, key: str, words: str) -> SettingsError:
-        return error(self.values.get(key, self.node), self.place, key, words)
+    def error(self, key: str, problem: str) -> SettingsError:
+        return error(self.values.get(key, self.node), self.place, key, problem)
 
     def text(self, key: str) -> str:
         """Returns the text of the key; "" without the key."""
@@ -66,34 +66,34 @@ class YamlMapping:
         return [mapping(item, self.place, known) for item in self.items(key)]
 
 
-def document(text: str, place: str, known: Collection[str]) -> YamlMapping | None:
+def document(text: str, source: str, known: Collection[str]) -> YamlMapping | None:
     """Returns the file's mapping, None when it holds nothing."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as refused:
         line = refused.problem_mark.line + 1 if refused.problem_mark else 1
-        raise SettingsError(f"{place}:{line}: not YAML: {refused.problem}") from None
+        raise SettingsError(f"{source}:{line}: not YAML: {refused.problem}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as refused:  # PyYAML raises all of them
-        raise SettingsError(f"{place}: not YAML: {refused}") from None
-    return None if root is None else mapping(root, place, known)
+        raise SettingsError(f"{source}: not YAML: {refused}") from None
+    return None if root is None else mapping(root, source, known)
 
 
-def mapping(node: yaml.Node, place: str, known: Collection[str]) -> YamlMapping:
+def mapping(node: yaml.Node, source: str, known: Collection[str]) -> YamlMapping:
     if not isinstance(node, yaml.MappingNode):
-        raise error(node, place, "entry", "is not a mapping of keys to values")
-    found: dict[str, yaml.Node] = {}
+        raise error(node, source, "entry", "is not a mapping of keys to values")
+    values: dict[str, yaml.Node] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value not in known:
-            raise error(key, place, str(key.value)[:80], f"is not a known key; known: {', '.join(sorted(known))}")
-        if key.value in found:
-            raise error(key, place, key.value, "is given twice")
-        found[key.value] = value
-    return YamlMapping(place, node, found)
+            raise error(key, source, str(key.value)[:80], f"is not a known key; known: {', '.join(sorted(known))}")
+        if key.value in values:
+            raise error(key, source, key.value, "is given twice")
+        values[key.value] = value
+    return YamlMapping(source, node, values)
 
 
-def scalar(node: yaml.Node, place: str, key: str) -> str:
+def scalar(node: yaml.Node, source: str, key: str) -> str:
     if not isinstance(node, yaml.ScalarNode) or not node.value or not _printable(node.value):
-        raise error(node, place, key, "is not text")
+        raise error(node, source, key, "is not text")
     return str(node.value)
 
 
@@ -102,5 +102,5 @@ def _printable(text: str) -> bool:
     return "\0" not in text and not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def error(node: yaml.Node, place: str, key: str, words: str) -> SettingsError:
-    return SettingsError(f"{place}:{node.start_mark.line + 1}: {key}: {words}")
+def error(node: yaml.Node, source: str, key: str, problem: str) -> SettingsError:
+    return SettingsError(f"{source}:{node.start_mark.line + 1}: {key}: {problem}")

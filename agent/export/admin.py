@@ -108,8 +108,8 @@ class Admin:
         """Returns the decisions of the eBPF programs by cause, without zeros."""
         if self.node().get("backend") != "ebpf":
             return {}
-        found = exits(Pins.of(self.settings.bpf_dir))
-        return {cause.name.lower(): count for cause, count in found.items() if count}
+        counts = exits(Pins.of(self.settings.bpf_dir))
+        return {cause.name.lower(): count for cause, count in counts.items() if count}
 
     async def _pods(self, _: Request) -> list[dict[str, Any]]:
         rows = [self._row(pod) for pod in self.table]
@@ -143,12 +143,12 @@ class Admin:
         return rows
 
     async def _verified(self, pod: Pod) -> Row:
-        found, error = await self._explain.inspect(pod)
+        differences, error = await self._explain.inspect(pod)
         status = self.reconciler.status(pod.uid)
         state = status.state.value
-        wrong = bool(found) or state in ("failed", "pending", "waiting")
-        made = row(pod.name, state, found, error or status.error, unknown=bool(error))
-        return {**made, "namespace": pod.namespace, **({} if error else {"result": "drift" if wrong else "ok"})}
+        wrong = bool(differences) or state in ("failed", "pending", "waiting")
+        verified = row(pod.name, state, differences, error or status.error, unknown=bool(error))
+        return {**verified, "namespace": pod.namespace, **({} if error else {"result": "drift" if wrong else "ok"})}
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,18 +85,18 @@ def _kept_out(answer: Answer) -> str:
     """Says what must change about a pod that its labels alone cannot enrol."""
     fact = next(fact for fact in answer["facts"] if fact["decides"])
     key = fact["key"]
-    place = f" ({fact['place']})" if fact["place"] else ""
+    source = f" ({fact['place']})" if fact["place"] else ""
     namespace = answer["namespace"]
     return {
         "host network": "to capture it, give it a network of its own (hostNetwork: false)",
         names.SIDECAR_STATUS: "to capture it, re-create it without its sidecar (label sidecar.istio.io/inject=false)",
         "app": "none: ztunnel's own traffic is never captured",
-        "exclude_namespaces": f"to capture it, remove {namespace} from that setting{place} and restart the agent",
+        "exclude_namespaces": f"to capture it, remove {namespace} from that setting{source} and restart the agent",
         "own_namespace": "to capture it, run it in another namespace",
-        "exempt_pods": f"to capture it, remove it from that setting{place} and restart the agent",
+        "exempt_pods": f"to capture it, remove it from that setting{source} and restart the agent",
         "unsupported_runtimes": "to capture it, run it with another runtime class",
         "ended": "none: the pod has ended",
-        "enablement_selectors": f"to capture it, give it the labels of one of the selectors{place}; see Decision",
+        "enablement_selectors": f"to capture it, give it the labels of one of the selectors{source}; see Decision",
     }.get(key, "")
 
 
@@ -104,8 +104,8 @@ def _enrol(answer: Answer, *, kubernetes: bool, static: str) -> str:
     """Says how to enrol the pod, by its label or its namespace's."""
     namespace, name = answer["namespace"], answer["name"]
     if not kubernetes:
-        words = f"its sandbox the annotation {_AMBIENT}, or list it in {static or 'a file for the setting static_pods'}"
-        return f"to capture it, give {words}"
+        means = f"its sandbox the annotation {_AMBIENT}, or list it in {static or 'a file for the setting static_pods'}"
+        return f"to capture it, give {means}"
     fact = next(fact for fact in answer["facts"] if fact["decides"])
     if fact["origin"] == "pod annotation":
         return f"to capture it: kubectl -n {namespace} annotate pod {name} {_AMBIENT} --overwrite"

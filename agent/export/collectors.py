@@ -66,24 +66,26 @@ class ScrapeCollector(Collector):
         return self._families()
 
 
-def condition_metrics(found: Condition) -> Iterator[Metric]:
-    info = GaugeMetricFamily("sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(found.about))
-    info.add_metric(list(found.about.values()), 1)
+def condition_metrics(condition: Condition) -> Iterator[Metric]:
+    info = GaugeMetricFamily(
+        "sluice_agent_info", "How the agent runs, in labels; always 1.", labels=list(condition.about)
+    )
+    info.add_metric(list(condition.about.values()), 1)
     yield info
     yield GaugeMetricFamily(
-        "sluice_ready", "1 if the agent can capture new pods, as /readyz reports.", value=found.ready
+        "sluice_ready", "1 if the agent can capture new pods, as /readyz reports.", value=condition.ready
     )
-    if found.exempt is not None:
+    if condition.exempt is not None:
         what = "1 if the node's probes of captured pods are exempt."
-        yield GaugeMetricFamily("sluice_probes_exempt", what, value=found.exempt)
+        yield GaugeMetricFamily("sluice_probes_exempt", what, value=condition.exempt)
     what = "Setting verify_seconds: the interval at which each captured pod is verified."
-    yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=found.period)
-    if found.age is not None:
+    yield GaugeMetricFamily("sluice_verify_period_seconds", what, value=condition.period)
+    if condition.age is not None:
         what = "Seconds since the oldest successful verification of any captured pod."
-        yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=found.age)
+        yield GaugeMetricFamily("sluice_verification_age_seconds", what, value=condition.age)
     what = "Pods that should be captured but are not; 1 for each."
     pods = GaugeMetricFamily("sluice_pod_uncaptured", what, labels=["namespace", "pod", "state"])
-    for pod, state in found.uncaptured:
+    for pod, state in condition.uncaptured:
         pods.add_metric([pod.namespace, pod.name, state.value], 1)
     yield pods
     what = (
@@ -91,7 +93,7 @@ def condition_metrics(found: Condition) -> Iterator[Metric]:
         " while ztunnel's own connections are captured again."
     )
     rules = GaugeMetricFamily("sluice_pod_foreign_rules", what, labels=["namespace", "pod"])
-    for pod, count in found.foreign:
+    for pod, count in condition.foreign:
         rules.add_metric([pod.namespace, pod.name], count)
     yield rules
 
@@ -113,37 +115,37 @@ class Cluster:
     fought: bool = False
 
 
-def cluster_metrics(found: Cluster) -> Iterator[Metric]:
-    if found.synced is not None:
+def cluster_metrics(cluster: Cluster) -> Iterator[Metric]:
+    if cluster.synced is not None:
         what = "Lists, watches, events, bookmarks and failures of each followed collection of the API server."
         family = CounterMetricFamily("sluice_kube_follow", what, labels=["path", "what"])
-        for path, counts in sorted(found.follows.items()):
+        for path, counts in sorted(cluster.follows.items()):
             for word, count in counts.items():
                 family.add_metric([path, word], count)
         yield family
         what = "1 if a collection of the API server is followed; 0 from a failed attempt to the next success."
         gauge = GaugeMetricFamily("sluice_kube_following", what, labels=["path"])
-        for path, well in sorted(found.following.items()):
+        for path, well in sorted(cluster.following.items()):
             gauge.add_metric([path], well)
         yield gauge
         what = "1 if this node's pods and all namespaces are known from the API server."
-        yield GaugeMetricFamily("sluice_kube_synced", what, value=found.synced)
+        yield GaugeMetricFamily("sluice_kube_synced", what, value=cluster.synced)
         what = "Kubernetes Events about pods that could not be written."
-        yield CounterMetricFamily("sluice_kube_events_lost", what, value=found.events_lost)
-    if found.installed is not None:
+        yield CounterMetricFamily("sluice_kube_events_lost", what, value=cluster.events_lost)
+    if cluster.installed is not None:
         what = "1 if the CNI plugin and its configuration are in place."
-        yield GaugeMetricFamily("sluice_install_ready", what, value=found.installed)
+        yield GaugeMetricFamily("sluice_install_ready", what, value=cluster.installed)
         what = "CNI configurations written; keeps growing if another program overwrites them."
-        yield CounterMetricFamily("sluice_install_rewrites", what, value=found.rewrites)
+        yield CounterMetricFamily("sluice_install_rewrites", what, value=cluster.rewrites)
         what = "1 while another program repeatedly reverts the CNI installation, and for a minute after the last time."
-        yield GaugeMetricFamily("sluice_install_fought", what, value=found.fought)
+        yield GaugeMetricFamily("sluice_install_fought", what, value=cluster.fought)
 
 
 def pod_metrics(states: Iterable[State]) -> Iterator[Metric]:
     family = GaugeMetricFamily("sluice_pods", "Pods on this node by state.", labels=["state"])
-    found = Counter(states)
+    counts = Counter(states)
     for state in State:
-        family.add_metric([state.value], found[state])
+        family.add_metric([state.value], counts[state])
     yield family
 
 
@@ -152,13 +154,13 @@ def ztunnel_metrics(connections: int) -> Iterator[Metric]:
     yield GaugeMetricFamily("sluice_ztunnel_connections", what, value=connections)
 
 
-def non_tcp_metrics(found: Iterable[tuple[Pod, Mapping[str, Counts]]]) -> Iterator[Metric]:
+def non_tcp_metrics(pods: Iterable[tuple[Pod, Mapping[str, Counts]]]) -> Iterator[Metric]:
     """Yields a series per pod and direction with any traffic that is not TCP."""
     labels = ["namespace", "pod", "direction"]
     what = "that are neither TCP nor captured DNS; the setting non_tcp passes or refuses them"
     packets = CounterMetricFamily("sluice_non_tcp_packets", f"Packets of pods {what}.", labels=labels)
     octets = CounterMetricFamily("sluice_non_tcp_bytes", f"Bytes of pods {what}.", labels=labels)
-    for pod, totals in found:
+    for pod, totals in pods:
         for direction, counts in totals.items():
             if counts.packets:
                 packets.add_metric([pod.namespace, pod.name, direction], counts.packets)
@@ -171,13 +173,13 @@ def exit_metrics(exits: Callable[[], Mapping[ExitCause, int]]) -> Iterator[Metri
     help = "Decisions of the eBPF programs, by cause."
     family = CounterMetricFamily("sluice_ebpf_exits", help, labels=["cause"])
     try:
-        found = exits()
+        counts = exits()
     except KernelError as error:  # as while they are being removed
         log.warning("cannot read the counters of the eBPF programs: %s", error)
         return
-    for cause, count in found.items():
+    for cause, count in counts.items():
         family.add_metric([cause.name.lower()], count)
-    if found:
+    if counts:
         yield family
 
 
@@ -190,11 +192,11 @@ def socket_metrics(sockets: Iterable[tuple[Pod, PodSockets]]) -> Iterator[Metric
     ports = GaugeMetricFamily("sluice_ephemeral_ports", what, labels=labels)
     what = "Of these, the ports in use towards the peer with most connections."
     used = GaugeMetricFamily("sluice_ephemeral_ports_used", what, labels=labels)
-    for pod, found in sockets:
+    for pod, counts in sockets:
         for state in TcpState:
-            if state in found.states or state is TcpState.CLOSE_WAIT:
-                count = found.states.get(state, 0)
+            if state in counts.states or state is TcpState.CLOSE_WAIT:
+                count = counts.states.get(state, 0)
                 states.add_metric([pod.namespace, pod.name, state.name.lower()], count)
-        ports.add_metric([pod.namespace, pod.name], found.ephemeral.size)
-        used.add_metric([pod.namespace, pod.name], found.ephemeral.towards)
+        ports.add_metric([pod.namespace, pod.name], counts.ephemeral.size)
+        used.add_metric([pod.namespace, pod.name], counts.ephemeral.towards)
     yield from (states, ports, used)

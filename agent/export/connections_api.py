@@ -81,7 +81,7 @@ class ConnectionsApi:
 
     async def _follow(self, recent: Recent[Any, ResolvedRecord], at: int, wait: int, keep: Keep) -> dict[str, Any]:
         """Waits for records. `lost` counts records of any pod that were overwritten between two requests."""
-        found = list[ResolvedRecord]()
+        records = list[ResolvedRecord]()
         lost = 0
         arrived = asyncio.Event()
         self._waiting.add(arrived)
@@ -90,21 +90,21 @@ class ConnectionsApi:
                 async with asyncio.timeout(min(wait, _LONGEST)):
                     while True:
                         arrived.clear()
-                        found, missed, at = recent.since(at, keep, _MOST)
+                        records, missed, at = recent.since(at, keep, _MOST)
                         lost += missed
-                        if found or lost or self._closed:
+                        if records or lost or self._closed:
                             break
                         await arrived.wait()
         finally:
             self._waiting.discard(arrived)
-        return {"ended": [record.as_dict() for record in found], "lost": lost, "next": at}
+        return {"ended": [record.as_dict() for record in records], "lost": lost, "next": at}
 
     def _one(self, name: str) -> Pod | None:
         """Returns the pod of that name on this node; None for none, since connections may outlive their pod here."""
-        found = self._table.find(name) if name else []
-        if len(found) > 1:
-            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in found))}; give namespace/name")
-        return found[0] if found else None
+        pods = self._table.find(name) if name else []
+        if len(pods) > 1:
+            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
+        return pods[0] if pods else None
 
 
 def _chosen(pod: Pod | None, name: str, fate: str) -> Keep:

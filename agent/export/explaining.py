@@ -65,12 +65,12 @@ class Explaining:
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Explains the pod. Raises SluiceError if no pod, or more than one, has that name."""
         pod = self.one(request.query.get("pod", ""))
-        found, error = await self.inspect(pod)  # alone: it uses the pod's sockets, and hears who listens
+        differences, error = await self.inspect(pod)  # alone: it uses the pod's sockets, and hears who listens
         target = self.around.namespaces.opened(pod.uid)
         ztunnel, connections, programs = await asyncio.gather(
             self._ztunnel(pod, target), self._connections(pod), self._programs(target)
         )
-        rules = {layer: what for layer, what in found.items() if layer not in (_PROXY, _FOREIGN)}
+        rules = {layer: what for layer, what in differences.items() if layer not in (_PROXY, _FOREIGN)}
         decision = decide(pod, self.settings)
         status = self.reconciler.status(pod.uid)
         answer = {
@@ -86,9 +86,9 @@ class Explaining:
             "source": pod.source,
             "container_id": pod.container_id,
             "in_kernel": "unknown" if error else "drifted" if rules else "as desired",
-            "differences": [f"{layer}: {line}" for layer, (lines, _) in found.items() for line in lines],
+            "differences": [f"{layer}: {line}" for layer, (lines, _) in differences.items() for line in lines],
             "inspect_error": error,
-            "foreign": list(found.get(_FOREIGN, ((), ""))[0]),
+            "foreign": list(differences.get(_FOREIGN, ((), ""))[0]),
             "non_tcp": {direction: asdict(counts) for direction, counts in self.non_tcp.totals(pod.uid).items()},
             "recent_repairs": [asdict(repair) for repair in self.reconciler.repairs(pod.uid)],
             "node": self.node().get("node", ""),
@@ -117,14 +117,14 @@ class Explaining:
         decided = False
         for fact in considered(pod, self.settings):
             says = fact.enrols is not None
-            place = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
+            source = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
             effect = f"would have decided: {fact.effect}" if says and decided else fact.effect
             rows.append(
                 {
                     "key": fact.key,
                     "value": fact.value,
                     "origin": fact.origin.value,
-                    "place": place,
+                    "place": source,
                     "effect": effect,
                     "decides": says and not decided,
                 }
@@ -147,17 +147,17 @@ class Explaining:
             for one in options(pod, self.settings)[0]
         ]
 
-    def _layers(self, decision: Decision, found: Found, error: str) -> list[dict[str, Any]]:
+    def _layers(self, decision: Decision, differences: Found, error: str) -> list[dict[str, Any]]:
         """Lists the layers of the chosen backend, and differences in others."""
         wanted = [layer.name for layer in self.reconciler.choice.active] if decision.enrolled else []
         return [
             {
                 "layer": name,
-                "in_sync": None if error else name not in found,
-                "differences": list(found.get(name, ((), ""))[0]),
-                "script": found.get(name, ((), ""))[1],
+                "in_sync": None if error else name not in differences,
+                "differences": list(differences.get(name, ((), ""))[0]),
+                "script": differences.get(name, ((), ""))[1],
             }
-            for name in dict.fromkeys((*wanted, *found))
+            for name in dict.fromkeys((*wanted, *differences))
         ]
 
     def _annotation(self, pod: Pod) -> dict[str, Any] | None:
@@ -233,12 +233,12 @@ class Explaining:
 
     def one(self, name: str) -> Pod:
         """Returns the pod. Raises SluiceError if no pod, or more than one, has that name."""
-        found = self.table.find(name)
-        if not found:
+        pods = self.table.find(name)
+        if not pods:
             raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
-        if len(found) > 1:
-            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in found))}; give namespace/name")
-        return found[0]
+        if len(pods) > 1:
+            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
+        return pods[0]
 
     def _missing(self, name: str) -> str:
         """Says what is known about a missing pod, and where to look."""

@@ -34,12 +34,12 @@ def joined(own: bytes, parts: Iterable[bytes], *, openmetrics: bool) -> bytes:
     return b"".join((own.removesuffix(_EOF), *parts, _EOF if openmetrics else b""))
 
 
-def connections(found: Snapshot, losses: Iterable[tuple[str, int]], *, openmetrics: bool) -> Iterator[bytes]:
+def connections(snapshot: Snapshot, losses: Iterable[tuple[str, int]], *, openmetrics: bool) -> Iterator[bytes]:
     """Yields all families of connections, one part each, so that the loop can run between two parts."""
-    for name, help, samples in _counters(found, losses, openmetrics):
+    for name, help, samples in _counters(snapshot, losses, openmetrics):
         yield _text(_head(name if openmetrics else f"{name}_total", help, "counter"), samples)
     for name, help, of in _HISTOGRAMS:
-        rows = (_histogram(name, row.labels, *of(row)) for row in found.measured)
+        rows = (_histogram(name, row.labels, *of(row)) for row in snapshot.measured)
         yield _text(_head(name, help, "histogram"), chain.from_iterable(rows))
 
 
@@ -63,26 +63,26 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[Measured], _Buckets]], ...] = (
 
 
 def _counters(
-    found: Snapshot, losses: Iterable[tuple[str, int]], openmetrics: bool
+    snapshot: Snapshot, losses: Iterable[tuple[str, int]], openmetrics: bool
 ) -> Iterator[tuple[str, str, Iterable[str]]]:
     """Yields name without _total, help and lines of each family."""
     for name, help, value in _TRAFFIC:
         head = f"{name}_total{{"
-        yield name, help, [f"{head}{row.labels}{OPENED}}} {value(row)}\n" for row in found.traffic if _was_open(row)]
+        yield name, help, [f"{head}{row.labels}{OPENED}}} {value(row)}\n" for row in snapshot.traffic if _was_open(row)]
     name = "istio_tcp_connections_failed"
-    failed = [f"{name}_total{{{row.labels}{FAILED}}} {row.failed}\n" for row in found.traffic if row.failed]
+    failed = [f"{name}_total{{{row.labels}{FAILED}}} {row.failed}\n" for row in snapshot.traffic if row.failed]
     yield name, "Connections that could not be established.", failed
     fates = [
         f"sluice_connections_total{{{row.labels}}} {row.connections}{_exemplar(row, openmetrics)}\n"
-        for row in found.fates
+        for row in snapshot.fates
     ]
     yield "sluice_connections", "TCP connections of captured pods by fate and reason, including failed ones.", fates
     name = "sluice_tcp_retransmitted_segments"
-    segments = [f"{name}_total{{{row.labels}}} {row.retransmitted}\n" for row in found.measured]
+    segments = [f"{name}_total{{{row.labels}}} {row.retransmitted}\n" for row in snapshot.measured]
     yield name, "Retransmitted segments.", segments
     yield _simple("sluice_records_lost", "Records that accounting lost under load, by cause.", "cause", losses)
     help = "Samples that met a limit of label sets and were counted under the label overflow."
-    yield _simple("sluice_metrics_overflow", help, "kind", found.overflow.items())
+    yield _simple("sluice_metrics_overflow", help, "kind", snapshot.overflow.items())
 
 
 _TRAFFIC: tuple[tuple[str, str, Callable[[TrafficTotals], int]], ...] = (

@@ -48,8 +48,8 @@ class Response:
         return cls(status, json.dumps(value).encode() + b"\n", "application/json")
 
     @classmethod
-    def text(cls, words: str, status: int = 200) -> Response:
-        return cls(status, words.encode() + b"\n")
+    def text(cls, content: str, status: int = 200) -> Response:
+        return cls(status, content.encode() + b"\n")
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -116,12 +116,12 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader) -> 
 
 
 def _headers(event: h11.Request) -> dict[str, str]:
-    found: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for raw, value in event.headers:
         name = raw.decode("latin-1")
         text = value.decode("latin-1")
-        found[name] = f"{found[name]}, {text}" if name in found else text
-    return found
+        headers[name] = f"{headers[name]}, {text}" if name in headers else text
+    return headers
 
 
 async def _pieces(connection: h11.Connection, event: h11.Request | None, response: Response) -> list[bytes]:
@@ -160,8 +160,8 @@ def choices(header: str) -> Iterator[tuple[str, dict[str, str], float]]:
     RFC 9110, 12.4.2. An invalid weight refuses, since its meaning is unknown.
     """
     for part in header.lower().split(","):
-        what, *words = (word.strip() for word in part.split(";"))
-        parameters = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in words)}
+        what, *attributes = (word.strip() for word in part.split(";"))
+        parameters = {key.strip(): value.strip() for key, _, value in (word.partition("=") for word in attributes)}
         try:
             weight = float(parameters.pop("q", "1"))
         except ValueError:

@@ -79,21 +79,21 @@ class Metrics:
     def failed(self, pod: Pod, error: Exception) -> None:
         if not without_sandbox(pod, error):
             self.failures.inc()
-        words = str(error)
+        message = str(error)
         before = self._said.get(pod.uid, ("", 0.0))
-        if words == before[0] and time.monotonic() < before[1] + _QUIET:
+        if message == before[0] and time.monotonic() < before[1] + _QUIET:
             return
         if len(self._said) >= _FAILING:
             self._said.clear()
-        self._said[pod.uid] = words, time.monotonic()
+        self._said[pod.uid] = message, time.monotonic()
         script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         level = logging.INFO if without_sandbox(pod, error) else logging.ERROR
         log.log(level, "pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
 
     def contended(self, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
         self.contended_total.inc()
-        theirs = f"; foreign rules: {'; '.join(remarks)}" if remarks else ""
-        log.warning("pod %s: rule conflict: %s repeatedly reverts repairs; backing off%s", pod.key, cause, theirs)
+        foreign = f"; foreign rules: {'; '.join(remarks)}" if remarks else ""
+        log.warning("pod %s: rule conflict: %s repeatedly reverts repairs; backing off%s", pod.key, cause, foreign)
 
     def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.probes.labels(finding.verdict.value).inc()
@@ -119,5 +119,5 @@ class Metrics:
 def _words(differences: tuple[str, ...], seconds: float, cause: str) -> str:
     by = f" after a change by {cause}" if cause else ""
     shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
-    words = "; ".join(shown) or "took over table ownership or removed empty tables"
-    return f"in {seconds * 1e3:.1f} ms{by}: {words}"
+    described = "; ".join(shown) or "took over table ownership or removed empty tables"
+    return f"in {seconds * 1e3:.1f} ms{by}: {described}"

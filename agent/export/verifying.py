@@ -25,21 +25,21 @@ Found = Mapping[str, tuple[tuple[str, ...], str]]  # what differs, per layer: li
 Part = Callable[[bool], Awaitable[list[Row]]]
 
 
-def row(name: str, state: str, found: Found | None = None, error: str = "", *, unknown: bool = False) -> Row:
-    found = found or {}
+def row(name: str, state: str, differences: Found | None = None, error: str = "", *, unknown: bool = False) -> Row:
+    differences = differences or {}
     return {
         "namespace": "",
         "name": name,
         "state": state,
-        "result": "unknown" if unknown else "drift" if found or error else "ok",
-        "differences": lines(found),
-        "scripts": {layer: script for layer, (_, script) in found.items()},
+        "result": "unknown" if unknown else "drift" if differences or error else "ok",
+        "differences": lines(differences),
+        "scripts": {layer: script for layer, (_, script) in differences.items()},
         "error": error,
     }
 
 
-def lines(found: Found) -> list[str]:
-    return [f"{layer}: {line}" for layer, (differences, _) in found.items() for line in differences]
+def lines(by_layer: Found) -> list[str]:
+    return [f"{layer}: {line}" for layer, (differences, _) in by_layer.items() for line in differences]
 
 
 async def probes(host: HostLoop, repair: bool) -> list[Row]:
@@ -60,8 +60,8 @@ async def installation(installer: Installer, repair: bool) -> list[Row]:
     look = installer.look()
     todo = (*(("install the plugin",) if look.binary else ()), *map(str, look.verdict.actions))
     error = look.error or look.verdict.error or ("" if look.right or todo else "Sluice's configuration is missing")
-    found = {"cni": (todo, "")} if todo else {}
-    return [row("(CNI installation)", installer.mode, found, error, unknown=bool(look.error))]
+    differences = {"cni": (todo, "")} if todo else {}
+    return [row("(CNI installation)", installer.mode, differences, error, unknown=bool(look.error))]
 
 
 async def ztunnel(zds: ZdsServer, _: bool) -> list[Row]:
@@ -81,19 +81,19 @@ async def sources(missing: Callable[[], str], failing: Callable[[], str], _: boo
 
     `missing`: why not all pods are known; `failing`: what is out of date or not done.
     """
-    words = missing()
-    return [row("(sources of pods)", "", error=words or failing(), unknown=bool(words))]
+    reason = missing()
+    return [row("(sources of pods)", "", error=reason or failing(), unknown=bool(reason))]
 
 
 async def bypassing(find: Callable[[], Iterable[CachedSandbox]], _: bool) -> list[Row]:
     """Lists running pods that should be captured but are unknown to the agent. `find` blocks."""
     try:
-        found = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
+        pods = sorted(await asyncio.to_thread(lambda: list(find())), key=lambda one: one.pod.key)
     except (SluiceError, OSError) as error:
         return [row("(unannounced pods)", "", error=str(error), unknown=True)]
     return [
         {**row(one.pod.name, "bypassing", error=_KNOWN if one.chained else _MADE), "namespace": one.pod.namespace}
-        for one in found
+        for one in pods
     ]
 
 

@@ -111,18 +111,18 @@ class Installer:
 
     def look(self) -> Look:
         """Compares the installation with the desired one and changes nothing."""
-        places = self.where()
+        directories = self.where()
         try:
-            missing = not self._binary(places).right()
-            view = self._directory(places).view()
+            missing = not self._binary(directories).right()
+            view = self._directory(directories).view()
         except (SettingsError, OSError) as error:
             return Look(error=str(error))
         if self._judged is None or self._judged[0] != view:
-            self._judged = (view, self._judge(view, places))
+            self._judged = (view, self._judge(view, directories))
         return Look(missing, self._judged[1])
 
-    def _judge(self, view: View, places: Places) -> InstallPlan:
-        if places.several and self.mode == "own":
+    def _judge(self, view: View, directories: Places) -> InstallPlan:
+        if directories.several and self.mode == "own":
             if self._settings.cni_install == "auto":
                 self.mode = "insert"
             else:
@@ -133,7 +133,7 @@ class Installer:
 
     def _repair(self, look: Look) -> Look:
         """Repairs drift, the binary first: a configuration never names a plugin that is missing."""
-        places = self.where()
+        directories = self.where()
         now = self._clock()
         undone = self._undone(look)
         if undone:
@@ -145,29 +145,29 @@ class Installer:
             log.warning("%s keeps being overwritten by another program (%s); retrying with backoff", undone, _HINT)
         try:
             if look.binary:
-                self._binary(places).install()
-                log.info("installed %s/%s (%s)", places.bin.path, "sluice-cni", places.bin.reason)
-            self._apply(look.verdict.actions, places)
+                self._binary(directories).install()
+                log.info("installed %s/%s (%s)", directories.bin.path, "sluice-cni", directories.bin.reason)
+            self._apply(look.verdict.actions, directories)
         except SettingsError as error:
             return Look(look.binary, look.verdict, str(error))
         return self.look()
 
-    def _apply(self, actions: tuple[Action, ...], places: Places) -> None:
-        directory = self._directory(places)
+    def _apply(self, actions: tuple[Action, ...], directories: Places) -> None:
+        directory = self._directory(directories)
         if actions:
             directory.sweep()
         for action in actions:
             directory.apply(action)
             self.rewrites += isinstance(action, planning.Write)
-            log.info("%s: %s", places.conf.path, action)
+            log.info("%s: %s", directories.conf.path, action)
             if isinstance(action, planning.Write):
-                self._written[f"{places.conf.path}/{action.name}"] = action.data
+                self._written[f"{directories.conf.path}/{action.name}"] = action.data
 
     def _undone(self, look: Look) -> str:
         """Returns the file that must get the same content that we wrote before; a changed primary is no conflict."""
-        places = self.where()
+        directories = self.where()
         for action in look.verdict.actions:
-            name = f"{places.conf.path}/{action.name}"
+            name = f"{directories.conf.path}/{action.name}"
             if isinstance(action, planning.Write) and self._written.get(name) == action.data:
                 return name
         return ""
@@ -185,8 +185,8 @@ class Installer:
                 log.error("installation incomplete: %s", self.error)
             self._reported = current
         if ready and not self.ready:
-            places = self.where()
-            log.info("installed in %s (%s), plugin in %s", self.file, places.conf.reason, places.bin.path)
+            directories = self.where()
+            log.info("installed in %s (%s), plugin in %s", self.file, directories.conf.reason, directories.bin.path)
         self.ready = ready
 
     def where(self) -> Places:
@@ -197,40 +197,40 @@ class Installer:
         if self.places is None or now - self._found_at >= period:
             self._found_at = now
             known = self.places.runtime if self.places else None
-            places = runtime.find(self._settings, self._host, self._proc, known)
-            if places != self.places and self.places is not None:
+            directories = runtime.find(self._settings, self._host, self._proc, known)
+            if directories != self.places and self.places is not None:
                 log.info(
                     "directories changed: configurations in %s (%s), plugins in %s",
-                    places.conf.path,
-                    places.conf.reason,
-                    places.bin.path,
+                    directories.conf.path,
+                    directories.conf.reason,
+                    directories.bin.path,
                 )
-            self.places = places
+            self.places = directories
         return self.places
 
-    def _binary(self, places: Places) -> Binary:
-        if self._kept is None or self._kept.directory != places.bin.path:
-            self._kept = Binary(self._host, self._settings.cni_plugin, places.bin.path)
+    def _binary(self, directories: Places) -> Binary:
+        if self._kept is None or self._kept.directory != directories.bin.path:
+            self._kept = Binary(self._host, self._settings.cni_plugin, directories.bin.path)
         return self._kept
 
-    def _directory(self, places: Places) -> NetDir:
-        if self._seen is None or self._seen.directory != places.conf.path:
-            self._seen = NetDir(self._host, places.conf.path)
+    def _directory(self, directories: Places) -> NetDir:
+        if self._seen is None or self._seen.directory != directories.conf.path:
+            self._seen = NetDir(self._host, directories.conf.path)
         return self._seen
 
     def _directories(self) -> list[Path]:
         """Returns the directories, their parents, where they are removed and created, and the targets of links."""
-        places = self.where()
-        found = dict[Path, None]()
-        for directory in (places.conf.path, places.bin.path):
+        directories = self.where()
+        watched = dict[Path, None]()
+        for directory in (directories.conf.path, directories.bin.path):
             try:
                 path = self._host.path(directory)
             except OSError:
                 continue
             above = self._host.path(directory.rpartition("/")[0] or "/")
-            found |= dict.fromkeys((path, path.parent, above))
-        found |= dict.fromkeys(self._directory(places).links())
-        return [path for path in found if path != self._host.root]
+            watched |= dict.fromkeys((path, path.parent, above))
+        watched |= dict.fromkeys(self._directory(directories).links())
+        return [path for path in watched if path != self._host.root]
 
 
 _HINT = "Cilium: set cni.exclusive=false"

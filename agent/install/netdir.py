@@ -41,12 +41,12 @@ class NetDir:
         unread = dict[str, str]()
         try:
             base = self.path
-            found = [entry for entry in os.scandir(base) if not entry.is_dir(follow_symlinks=False)]
+            entries = [entry for entry in os.scandir(base) if not entry.is_dir(follow_symlinks=False)]
         except (FileNotFoundError, NotADirectoryError):
             return View()
         except OSError as error:
             raise SettingsError(f"{self.directory}: {error.strerror}") from error
-        for entry in found:
+        for entry in entries:
             name = entry.name
             if not (name.endswith(EXTENSIONS) or name.startswith(_OURS) or ".cilium_ba" in name):
                 continue
@@ -80,12 +80,12 @@ class NetDir:
 
     def links(self) -> tuple[Path, ...]:
         """Returns the directories of the targets of links: a change there is a change of the linked files."""
-        found = dict[Path, None]()
+        parents = dict[Path, None]()
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.path):
                 if entry.is_symlink() and entry.name.endswith(EXTENSIONS):
-                    found[self.host.path(f"{self.directory}/{entry.name}").parent] = None
-        return tuple(found)
+                    parents[self.host.path(f"{self.directory}/{entry.name}").parent] = None
+        return tuple(parents)
 
     def apply(self, action: Action) -> None:
         """Does one atomic change, on disk on return. Raises SettingsError, which names the setting to change."""

@@ -114,8 +114,8 @@ class Sorted:
     @property
     def later(self) -> list[Conf]:
         """All other lists, which ours must precede."""
-        theirs = self.theirs
-        return [conf for conf in self.foreign if conf not in theirs]
+        istio = self.theirs
+        return [conf for conf in self.foreign if conf not in istio]
 
 
 def sort(view: View, wished: str) -> Sorted:
@@ -147,26 +147,28 @@ def _group(conf: Conf, wished: str) -> str:
 
 def own(view: View, entry: Json, wished: str) -> InstallPlan:
     """Plans our own list around the primary one: the first list that a runtime would use without ours."""
-    found = sort(view, wished)
-    candidates = [conf for conf in found.later if conf not in found.copies] or list(found.copies)
-    current = next((conf for conf in found.own if conflists.is_own(conf)), None)
-    if current and (not candidates or current.wraps in found.bad):
-        why = found.bad.get(current.wraps, "")
+    ordered = sort(view, wished)
+    candidates = [conf for conf in ordered.later if conf not in ordered.copies] or list(ordered.copies)
+    current = next((conf for conf in ordered.own if conflists.is_own(conf)), None)
+    if current and (not candidates or current.wraps in ordered.bad):
+        why = ordered.bad.get(current.wraps, "")
         gone = "" if why else f"{current.wraps} is missing; {current.name}, made from it, is kept"
         return _refreshed(current, entry, why, gone)
     if not candidates:
-        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration found yet")
+        return InstallPlan(error="; ".join(ordered.bad.values()) or "no CNI configuration found yet")
     primary = candidates[0]
     if why := conflists.chainable(primary):
         return InstallPlan(error=why, primary=primary.name, file=current.name if current else "")
-    first = found.later[0].name
-    behind = max((conf.name for conf in found.theirs if conf.name < first), default="")
+    first = ordered.later[0].name
+    behind = max((conf.name for conf in ordered.theirs if conf.name < first), default="")
     file = conflists.own_name(wished, first, behind)
     actions = [*_write(view, file, conflists.wrap(primary, entry, file))]
-    actions += [Remove(conf.name) for conf in found.own if conf.name != file]
-    for conf in found.inserted:
+    actions += [Remove(conf.name) for conf in ordered.own if conf.name != file]
+    for conf in ordered.inserted:
         actions += _restored(view, conf)
-    return InstallPlan(tuple(actions), file=file, primary=primary.name, remarks=_remarks(found, primary, file, wished))
+    return InstallPlan(
+        tuple(actions), file=file, primary=primary.name, remarks=_remarks(ordered, primary, file, wished)
+    )
 
 
 def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> InstallPlan:
@@ -180,14 +182,14 @@ def _refreshed(current: Conf, entry: Json, error: str, remark: str) -> InstallPl
 
 def insert(view: View, entry: Json, wished: str) -> InstallPlan:
     """Plans our entry in the primary's own file; its original bytes are kept under a name that no runtime reads."""
-    found = sort(view, wished)
-    if not found.foreign:
-        return InstallPlan(error="; ".join(found.bad.values()) or "no CNI configuration found yet")
-    primary = found.later[0]
+    ordered = sort(view, wished)
+    if not ordered.foreign:
+        return InstallPlan(error="; ".join(ordered.bad.values()) or "no CNI configuration found yet")
+    primary = ordered.later[0]
     file = primary.stem + ".conflist"
     if why := conflists.chainable(primary):
         return InstallPlan(error=why, primary=primary.name)
-    if file != primary.name and any(conf.name == file for conf in (*found.others, *found.copies)):
+    if file != primary.name and any(conf.name == file for conf in (*ordered.others, *ordered.copies)):
         why = f"{primary.name} must be renamed to {file}, which exists already"
         return InstallPlan(error=f"{why}; remove one of them, or use cni_install: own")
     actions: list[Action] = []
@@ -196,12 +198,12 @@ def insert(view: View, entry: Json, wished: str) -> InstallPlan:
     if file != primary.name:
         actions = [*_write(view, file, data, like=primary.name), Rename(primary.name, kept)]
     elif data != primary.data:
-        keeps = primary in found.inserted
+        keeps = primary in ordered.inserted
         actions = [*(() if keeps else _write(view, kept, primary.data, like=file)), Write(file, data)]
-    actions += [Remove(conf.name) for conf in found.own]
-    for conf in found.inserted:
+    actions += [Remove(conf.name) for conf in ordered.own]
+    for conf in ordered.inserted:
         actions += () if conf.name == file else _restored(view, conf)
-    return InstallPlan(tuple(actions), file=file, primary=primary.name, remarks=_remarks(found, primary, file, file))
+    return InstallPlan(tuple(actions), file=file, primary=primary.name, remarks=_remarks(ordered, primary, file, file))
 
 
 def removal(view: View, wished: str) -> InstallPlan:
@@ -210,24 +212,24 @@ def removal(view: View, wished: str) -> InstallPlan:
     Only `actions` and `remarks` of the plan count. If our list is the only one, it stays without our entry under the
     primary's name: pods must still start.
     """
-    found = sort(view, wished)
+    ordered = sort(view, wished)
     actions: list[Action] = []
     remarks: tuple[str, ...] = ()
-    for conf in found.inserted:
+    for conf in ordered.inserted:
         actions += _restored(view, conf)
-    actions += [Write(conf.name, conflists.strip(conf)) for conf in found.copies if len(conf.plugins) > 1]
-    mentioning = [conf for conf in found.others if conflists.mentions(conf.network)]  # among Multus' delegates
+    actions += [Write(conf.name, conflists.strip(conf)) for conf in ordered.copies if len(conf.plugins) > 1]
+    mentioning = [conf for conf in ordered.others if conflists.mentions(conf.network)]  # among Multus' delegates
     actions += [Write(conf.name, _inside(conf)) for conf in mentioning]
-    last = next(iter(found.own), None)
+    last = next(iter(ordered.own), None)
     name = _freed(last.wraps, wished) if last else ""
-    if name in found.bad:  # half written or damaged: its owner may repair it, and then it comes first
+    if name in ordered.bad:  # half written or damaged: its owner may repair it, and then it comes first
         name = "99-primary.conflist"
-    stays = bool(last) and not found.foreign
+    stays = bool(last) and not ordered.foreign
     if last and stays:
         actions.append(Write(name, conflists.strip(last), like=last.name))
         remarks = (f"{last.name} was the only configuration: its plugins stay in {name}, without {CNI_TYPE}",)
-    actions += [Remove(conf.name) for conf in found.own if not (stays and conf.name == name)]
-    if wished in view.files and all(conf.name != wished for conf in (*found.own, *found.foreign)):
+    actions += [Remove(conf.name) for conf in ordered.own if not (stays and conf.name == name)]
+    if wished in view.files and all(conf.name != wished for conf in (*ordered.own, *ordered.foreign)):
         actions.append(Remove(wished))  # damaged
     gone = {one.name for one in actions if isinstance(one, Remove | Rename)}
     actions += [Remove(name) for name in sorted(view.files) if _left(name, wished) and name not in gone]
@@ -272,15 +274,15 @@ def _write(view: View, name: str, data: bytes, like: str = "") -> tuple[Action, 
     return () if view.files.get(name) == data else (Write(name, data, like),)
 
 
-def _remarks(found: Sorted, primary: Conf, file: str, wished: str) -> tuple[str, ...]:
+def _remarks(ordered: Sorted, primary: Conf, file: str, wished: str) -> tuple[str, ...]:
     remarks = []
     if file != wished:
-        remarks.append(f"{wished} would not sort before {found.later[0].name}: {file} is used")
+        remarks.append(f"{wished} would not sort before {ordered.later[0].name}: {file} is used")
     if any(plugin["type"] == ISTIO for plugin in primary.plugins):
         remarks.append(f"{primary.name} also chains istio-cni, which is kept: two agents (see sluice migrate --check)")
-    theirs = found.theirs
-    remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (see sluice migrate)" for conf in theirs]
-    copies = [conf.name for conf in found.copies if conf not in theirs]
+    istio = ordered.theirs
+    remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (see sluice migrate)" for conf in istio]
+    copies = [conf.name for conf in ordered.copies if conf not in istio]
     remarks += [f"{name} is another program's copy of Sluice's list: not wrapped" for name in copies]
-    remarks += [f"not used: {why}" for name, why in found.bad.items() if name < file]
+    remarks += [f"not used: {why}" for name, why in ordered.bad.items() if name < file]
     return tuple(remarks)

@@ -197,9 +197,9 @@ class Running:
 
 def find_running(proc: Path) -> Running | None:
     """Returns the runtime that serves the kubelet. One inside a pod does not count: it has its own PID namespace."""
-    found = list(_processes(proc, (*RUNTIMES, "kubelet")))
-    runtimes = [one for one in found if one.name != "kubelet" and "docker/" not in one.option("-c", "--config")]
-    endpoint = next((one.option("--container-runtime-endpoint") for one in found if one.name == "kubelet"), "")
+    running = list(_processes(proc, (*RUNTIMES, "kubelet")))
+    runtimes = [one for one in running if one.name != "kubelet" and "docker/" not in one.option("-c", "--config")]
+    endpoint = next((one.option("--container-runtime-endpoint") for one in running if one.name == "kubelet"), "")
     order = list(RUNTIMES)
 
     def rank(one: Running) -> tuple[object, ...]:
@@ -228,11 +228,11 @@ def _socket(endpoint: str) -> str:
 
 
 def _processes(proc: Path, names: Sequence[str]) -> Iterator[Running]:
-    ours = _pid_namespace(proc / "1")
+    namespace = _pid_namespace(proc / "1")
     for directory in proc.glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError):  # ended meanwhile
             name = _name(directory)
-            if name in names and _pid_namespace(directory) == ours:
+            if name in names and _pid_namespace(directory) == namespace:
                 arguments = (directory / "cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
                 yield Running(int(directory.name), name, tuple(arguments[1:]))
 

@@ -31,8 +31,8 @@ class RuntimeDirectories:
 
 def imports(text: str) -> list[str]:
     """Returns the patterns of further files of containerd. Raises ValueError."""
-    found = tomllib.loads(text).get("imports")
-    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+    imported = tomllib.loads(text).get("imports")
+    return [one for one in imported if isinstance(one, str)] if isinstance(imported, list) else []
 
 
 def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> RuntimeDirectories:
@@ -43,31 +43,33 @@ def containerd(texts: Iterable[str], variables: Mapping[str, str]) -> RuntimeDir
     merged: dict[str, Any] = {}
     for text in texts:
         merged = _merge(merged, tomllib.loads(text))
-    found = RuntimeDirectories()
+    directories = RuntimeDirectories()
     for section in _CRI:
         cni = _table(_table(_table(merged, "plugins"), section), "cni")
         many = _texts(cni.get("bin_dirs")) or _texts(cni.get("bin_dir"))
         conf = _texts(cni.get("conf_dir"))
-        several = cni.get("max_conf_num", 1) != 1 or found.several  # 0 is all of them
-        found = RuntimeDirectories(conf[0] if conf else found.conf_dir, many or found.bin_dirs, several)
-    bins = tuple(_expand(one, variables) for one in found.bin_dirs)
-    return RuntimeDirectories(_expand(found.conf_dir, variables), bins, found.several)
+        several = cni.get("max_conf_num", 1) != 1 or directories.several  # 0 is all of them
+        directories = RuntimeDirectories(
+            conf[0] if conf else directories.conf_dir, many or directories.bin_dirs, several
+        )
+    bins = tuple(_expand(one, variables) for one in directories.bin_dirs)
+    return RuntimeDirectories(_expand(directories.conf_dir, variables), bins, directories.several)
 
 
 def crio(texts: Iterable[str]) -> RuntimeDirectories:
     """Reads crio.conf, then its drop-ins in the order of their names; a later key wins. Raises ValueError."""
-    found = RuntimeDirectories()
+    directories = RuntimeDirectories()
     for text in texts:
         network = _table(_table(tomllib.loads(text), "crio"), "network")
         conf = _texts(network.get("network_dir"))
         many = _texts(network.get("plugin_dirs")) or _texts(network.get("plugin_dir"))
-        found = RuntimeDirectories(conf[0] if conf else found.conf_dir, many or found.bin_dirs)
-    return found
+        directories = RuntimeDirectories(conf[0] if conf else directories.conf_dir, many or directories.bin_dirs)
+    return directories
 
 
 def _table(value: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = value.get(key)
-    return found if isinstance(found, dict) else {}
+    table = value.get(key)
+    return table if isinstance(table, dict) else {}
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -151,8 +151,8 @@ def _iperf(lab: Lab) -> _Call:
 
 def _ends(lab: Lab, call: _Call, records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Returns direction -> record, for each end at which a ztunnel took this call."""
-    found = {d: _matching(lab, call, records, d) for d in ("outbound", "inbound")}
-    return {direction: matching[-1] for direction, matching in found.items() if matching}
+    by_direction = {d: _matching(lab, call, records, d) for d in ("outbound", "inbound")}
+    return {direction: matching[-1] for direction, matching in by_direction.items() if matching}
 
 
 def _matching(lab: Lab, call: _Call, records: list[dict[str, Any]], direction: str) -> list[dict[str, Any]]:
@@ -187,7 +187,7 @@ def _dns(lab: Lab, check: Checks) -> None:
         "TCP": lab.exec("shop/client", ["dig", "+short", "+tcp", "+time=3", server, name]).stdout.split(),
     }
     records = [
-        r for r in still(partial(read_records, lab), lambda found: len(_queries(found)) >= 2) if r in _queries([r])
+        r for r in still(partial(read_records, lab), lambda read: len(_queries(read)) >= 2) if r in _queries([r])
     ]
     header = ("SOURCE", "RESOLVER", "KIND", "SENT", "RECEIVED")
     rows = [
@@ -211,7 +211,7 @@ def _probe(lab: Lab, check: Checks) -> None:
     before = len(_arrived(lab, address))
     run(["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"], netns=lab.spec.netns_path("node1"))
     lab.exec("legacy/batch", ["curl", "-sS", "-m", "5", "-o", "/dev/null", f"http://{address}/"])
-    still(partial(read_records, lab), lambda found: len(_arrived(lab, address, found)) > before)
+    still(partial(read_records, lab), lambda read: len(_arrived(lab, address, read)) > before)
     check("the pod's proxy took a neighbour's call, and not the node's", len(_arrived(lab, address)) == before + 1)
     status = lab.ask("node1", "/v1/status")["host_probes"]
     check("the exemption is in place", status["ok"], f"{status['members']} addresses by {status['mechanism']}")

@@ -142,12 +142,12 @@ class Detaching:
     def act(self, during: During) -> None:
         with Netns.open(self._lab.netns("shop/web")) as inside:
             server = self._pins.pod(inside.id.cookie)
-        for pod, place, link, owner in (
+        for pod, directory, link, owner in (
             ("shop/client", self._pins.node, "connect4", "of the node"),
             ("shop/web", server, "lookup", "of shop/web"),
         ):
             window = f"bpftool link detach: {link} {owner}"
-            during(window, partial(self._detach, window, pod, place, link), hitless=False)
+            during(window, partial(self._detach, window, pod, directory, link), hitless=False)
         during("backend ebpf to nftables", partial(self._lab.switch, LabBackend.NFTABLES))
         during("backend nftables to ebpf", partial(self._lab.switch, LabBackend.EBPF))
 
@@ -163,13 +163,13 @@ class Detaching:
                 f"{passed.missed_inbound} by the server's, {passed.failed} failed"
             )
 
-    def _detach(self, window: str, pod: str, place: PinDirectory, link: str) -> None:
-        shown = run(["bpftool", "-j", "link", "show", "pinned", str(place.link(link))]).stdout
+    def _detach(self, window: str, pod: str, directory: PinDirectory, link: str) -> None:
+        shown = run(["bpftool", "-j", "link", "show", "pinned", str(directory.link(link))]).stdout
         started = time.monotonic()
         run(["bpftool", "link", "detach", "id", str(json.loads(shown)["id"])])
-        found = self._verify(pod)
+        differences = self._verify(pod)
         remaining = self._verify(pod, "POST")
-        self._done.append(Detached(window, found, remaining, time.monotonic() - started))
+        self._done.append(Detached(window, differences, remaining, time.monotonic() - started))
 
     def _verify(self, pod: str, method: str = "GET") -> list[str]:
         (row,) = self._lab.ask(NODE, "/v1/verify", method, pod=pod)

@@ -68,7 +68,7 @@ def _policy(lab: Lab, check: Checks, client: str) -> None:
     refused = still(lambda: not _call(lab, stranger, target), bool)
     check(f"{stranger} has no identity: it was served before the policy, and is refused by it", before and refused)
     check(f"{client} has the identity, and is served", _call(lab, client, target))
-    reasons = {r["error"] for r in still(partial(_inbound, lab, target), lambda found: any(r["error"] for r in found))}
+    reasons = {r["error"] for r in still(partial(_inbound, lab, target), lambda read: any(r["error"] for r in read))}
     check("the record of the refused connection says why", any(_REFUSED in reason for reason in reasons), _REFUSED)
 
 
@@ -91,11 +91,11 @@ def _request(lab: Lab, client: str, target: str) -> _Wire:
     wire = _Wire()
     with _capture(lab, lab.pods.require(client).spec.node) as packets:
         wire.answered = _call(lab, client, target, wire.marker)
-        found = []
+        received = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                found.append(packets.recv(1 << 16))
-    wire.count(found)
+                received.append(packets.recv(1 << 16))
+    wire.count(received)
     return wire
 
 
@@ -136,8 +136,8 @@ def _write(lab: Lab, policies: list[dict[str, Any]]) -> None:
 
 
 def _hbone(lab: Lab, target: str) -> list[dict[str, Any]]:
-    def both(found: list[dict[str, Any]]) -> bool:
-        return {record["direction"] for record in found} == {"outbound", "inbound"}
+    def both(records: list[dict[str, Any]]) -> bool:
+        return {record["direction"] for record in records} == {"outbound", "inbound"}
 
     def read() -> list[dict[str, Any]]:
         return [r for r in read_records(lab) if r["kind"] == "hbone" and r["destination"] == target]

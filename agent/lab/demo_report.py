@@ -23,8 +23,8 @@ class Checks:
     def __init__(self) -> None:
         self.failed: list[str] = []
 
-    def __call__(self, claim: str, held: bool, found: object = "") -> None:
-        print(f"  {'ok  ' if held else 'FAIL'} {claim}" + (f": {found}" if found != "" else ""))
+    def __call__(self, claim: str, held: bool, observation: object = "") -> None:
+        print(f"  {'ok  ' if held else 'FAIL'} {claim}" + (f": {observation}" if observation != "" else ""))
         if not held:
             self.failed.append(claim)
 
@@ -84,11 +84,11 @@ def _sum(passed: Accounts, what: str) -> int:
 
 
 def _seen(lab: Lab) -> DemoTotals:
-    found = Found()
+    totals = Found()
     collectors = set[str]()
     for node in lab.spec.nodes:
         answer = lab.ask(node, "/v1/status")
         collectors.add(answer["accounting"])
         for row in answer["connections"]:
-            found[row["direction"], row["fate"], row["reason"]] += row["connections"]
-    return DemoTotals(found, frozenset(collectors), sum(record.direction == "outbound" for record in relayed(lab)))
+            totals[row["direction"], row["fate"], row["reason"]] += row["connections"]
+    return DemoTotals(totals, frozenset(collectors), sum(record.direction == "outbound" for record in relayed(lab)))

@@ -89,11 +89,11 @@ class LabSpec:
 
     def pod(self, ref: str) -> PodSpec:
         """Returns a pod by NAMESPACE/NAME, or by NAME alone if that is unique."""
-        found = [pod for pod in self.pods if ref in (pod.ref, pod.name)]
-        if len(found) != 1:
+        pods = [pod for pod in self.pods if ref in (pod.ref, pod.name)]
+        if len(pods) != 1:
             names = ", ".join(pod.ref for pod in self.pods)
-            raise SettingsError(f"lab pod {ref!r}: {'ambiguous' if found else 'unknown'}; there are {names}")
-        return found[0]
+            raise SettingsError(f"lab pod {ref!r}: {'ambiguous' if pods else 'unknown'}; there are {names}")
+        return pods[0]
 
     @property
     def lan(self) -> str:

@@ -101,13 +101,13 @@ def processes_inside(names: Iterable[str]) -> list[int]:
         with contextlib.suppress(OSError):
             status = (NETNS_DIR / name).stat()
             wanted.add((status.st_dev, status.st_ino))
-    found = []
+    pids = []
     for pid in psutil.pids():
         with contextlib.suppress(OSError):  # it ended meanwhile
             status = Path(f"/proc/{pid}/ns/net").stat()
             if (status.st_dev, status.st_ino) in wanted and pid != os.getpid():
-                found.append(pid)
-    return found
+                pids.append(pid)
+    return pids
 
 
 def add_namespace(name: str, sysctls: Iterable[str]) -> None:

@@ -82,8 +82,8 @@ class Children:
             return None  # an interrupted `start` leaves half a file: `down` then finds it by its namespace
 
     def all(self) -> list[Child]:
-        found = (self.get(path.stem) for path in sorted(self.directory.glob("*.json")))
-        return [child for child in found if child is not None]
+        children = (self.get(path.stem) for path in sorted(self.directory.glob("*.json")))
+        return [child for child in children if child is not None]
 
     def end(self, name: str, seconds: float = 5) -> None:
         """Sends SIGTERM, and SIGKILL after `seconds`. The process may have ended or be unknown."""

@@ -67,11 +67,11 @@ def relayed(lab: Lab) -> list[ZtunnelRecord]:
 
 def read_records(lab: Lab) -> list[dict[str, Any]]:
     """Returns the ztunnels' records of both nodes, as far as they are written."""
-    found = []
+    records = []
     for node in lab.spec.nodes:
         text = (lab.spec.node_dir(node) / "ztunnel.jsonl").read_text()
-        found += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
-    return [record for record in found if record.get("kind") != "lost"]
+        records += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    return [record for record in records if record.get("kind") != "lost"]
 
 
 def still(read: Callable[[], T], right: Callable[[T], bool]) -> T:

@@ -46,7 +46,7 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
     problems = list[str]()
     where = runtime.find(settings, host, proc)
     view = NetDir(host, where.conf.path).view()
-    places = list(only)
+    paths = list(only)
     why, ztunnels = _ours(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"
     return MigrationFacts(
@@ -59,8 +59,8 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
         ztunnels=ztunnels,
         socket=Path(settings.zds_socket).exists(),
         cached=_cached(host.path(_CACHE)) if crio else None,
-        programmed=tuple(_programmed(settings, places, problems)),
-        host="" if places else _host(problems),
+        programmed=tuple(_programmed(settings, paths, problems)),
+        host="" if paths else _host(problems),
         problems=tuple(problems),
     )
 
@@ -75,13 +75,13 @@ def _ours(run_dir: str) -> tuple[str, int | None]:
 
 def _cached(folder: Path) -> int:
     """Counts the cached lists that name istio-cni; in libcni.cachedInfo, `config` is the list in base64."""
-    found = 0
+    count = 0
     with contextlib.suppress(OSError):
-        for place in sorted(folder.iterdir()):
+        for file in sorted(folder.iterdir()):
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError, binascii.Error):
-                kept = json.loads(place.read_bytes())
-                found += conflists.mentions(json.loads(base64.b64decode(kept["config"])), ISTIO)
-    return found
+                kept = json.loads(file.read_bytes())
+                count += conflists.mentions(json.loads(base64.b64decode(kept["config"])), ISTIO)
+    return count
 
 
 def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> Iterable[Programmed]:
@@ -91,10 +91,10 @@ def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> It
         pod = existing.pod(netns, settings.run_dir, known)
         with contextlib.closing(PodNetns(netns)) as target:
             try:
-                found = owner_of(
+                owner = owner_of(
                     layer_ownership.layer_owner(name, layer.read(target)) for name, layer in layers.items()
                 )
-                by = SIDECAR if has_sidecar(target) else _BY.get(found, "")
+                by = SIDECAR if has_sidecar(target) else _BY.get(owner, "")
             except SluiceError as error:
                 problems.append(f"{netns.origin}: {error}")
                 continue
@@ -116,8 +116,8 @@ def _host(problems: list[str]) -> str:
     try:
         with contextlib.closing(HostNetns()) as target:
             _, layers = host_layers("off")
-            found = {one.name: layer_ownership.host_layer_owner(one.name, one.read(target)) for one in layers}
-            return _BY.get(layer_ownership.host_owner(found), "")
+            owners = {one.name: layer_ownership.host_layer_owner(one.name, one.read(target)) for one in layers}
+            return _BY.get(layer_ownership.host_owner(owners), "")
     except (SluiceError, OSError) as error:
         problems.append(f"the host's rules: {error}")
         return ""

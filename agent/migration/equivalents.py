@@ -155,14 +155,14 @@ class Translated:
     remarks: tuple[str, ...] = ()
 
 
-def translate(found: Mapping[str, Any]) -> Translated:
+def translate(given: Mapping[str, Any]) -> Translated:
     """Translates istio-cni's settings, by their names in TABLE. Never raises: it reports invalid ones as remarks."""
     settings = dict[str, Any]()
     remarks = list[str]()
     for one in TABLE:
-        if one.name not in found:
+        if one.name not in given:
             continue
-        value = found[one.name]
+        value = given[one.name]
         if not one.ours:
             if value not in ("", None) and _word(value) not in one.plain:
                 remarks.append(f"{one.name} {_word(value)}: {one.words}")
@@ -177,7 +177,7 @@ def translate(found: Mapping[str, Any]) -> Translated:
             continue
         if converted is not None:
             settings[one.ours] = converted
-    unknown = sorted(str(name) for name in found if all(name != one.name for one in TABLE))
+    unknown = sorted(str(name) for name in given if all(name != one.name for one in TABLE))
     remarks += [f"{name}: not known to this command" for name in unknown]
     return Translated(settings, tuple(remarks))
 

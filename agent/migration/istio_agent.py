@@ -36,6 +36,6 @@ def _administers(process: Path, proc: Path) -> bool:
 
     Raises OSError.
     """
-    found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", (process / "status").read_bytes(), re.MULTILINE)
-    ours = (process / "uid_map").read_bytes() == (proc / "self/uid_map").read_bytes()
-    return ours and found is not None and bool(int(found[1], 16) & _SYS_ADMIN)
+    match = re.search(rb"^CapEff:\s*([0-9a-f]+)$", (process / "status").read_bytes(), re.MULTILINE)
+    same_namespace = (process / "uid_map").read_bytes() == (proc / "self/uid_map").read_bytes()
+    return same_namespace and match is not None and bool(int(match[1], 16) & _SYS_ADMIN)

@@ -48,13 +48,13 @@ def picked(view: View) -> Conf | None:
 def places(view: View) -> list[IstioConf]:
     """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
-    found = [conf for conf in every if conflists.mentions(conf.network, ISTIO)]
-    return [IstioConf(conf, istio_form(conf, every), istio_entry(conf)) for conf in found]
+    mentioning = [conf for conf in every if conflists.mentions(conf.network, ISTIO)]
+    return [IstioConf(conf, istio_form(conf, every), istio_entry(conf)) for conf in mentioning]
 
 
 def run_dirs(view: View) -> list[str]:
     """Returns the directories of istio-cni's agent that its entries name, and its default one."""
-    named = (str(place.entry.get("cni_agent_run_dir") or RUN_DIR) for place in places(view))
+    named = (str(conf.entry.get("cni_agent_run_dir") or RUN_DIR) for conf in places(view))
     return list(dict.fromkeys((*named, RUN_DIR)))
 
 

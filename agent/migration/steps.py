@@ -43,17 +43,17 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     `mode` is own or insert: the final form of our entry.
     """
     last = planning.insert if mode == "insert" else planning.own
-    places = istio_confs.places(view)
-    first = planning.own if places and aside else last
+    confs = istio_confs.places(view)
+    first = planning.own if confs and aside else last
     verdict = first(view, entry, wished)
     if verdict.error:
         return Steps(error=verdict.error, remarks=verdict.remarks)
-    why = "Sluice's entry first, next to istio-cni's" if places else "Sluice's entry"
+    why = "Sluice's entry first, next to istio-cni's" if confs else "Sluice's entry"
     steps = [MigrationStep(action, why) for action in verdict.actions]
-    if not places or not aside:
+    if not confs or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
-    for place in istio_confs.places(after(view, steps)):
-        steps += _aside(after(view, steps), place)
+    for conf in istio_confs.places(after(view, steps)):
+        steps += _aside(after(view, steps), conf)
     verdict = last(after(view, steps), entry, wished)
     steps += [MigrationStep(action, "Sluice's entry without istio-cni's") for action in verdict.actions]
     if verdict.error:
@@ -62,21 +62,21 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
 
 
 def _unfinished(view: View) -> str:
-    found = istio_confs.picked(view)
-    if found is None or not conflists.mentions(found.network) or conflists.mentions(found.network, ISTIO):
-        name = found.name if found else "nothing"
+    picked = istio_confs.picked(view)
+    if picked is None or not conflists.mentions(picked.network) or conflists.mentions(picked.network, ISTIO):
+        name = picked.name if picked else "nothing"
         return f"cannot remove istio-cni: only {name} would remain; is there a primary CNI plugin?"
     return ""
 
 
-def _aside(view: View, place: IstioConf) -> list[MigrationStep]:
-    name = place.conf.name
-    if place.form != CHAINED:
-        return [MigrationStep(Rename(name, FILE + name + KEPT), f"keep istio-cni's own file ({place.form})")]
+def _aside(view: View, istio: IstioConf) -> list[MigrationStep]:
+    name = istio.conf.name
+    if istio.form != CHAINED:
+        return [MigrationStep(Rename(name, FILE + name + KEPT), f"keep istio-cni's own file ({istio.form})")]
     kept = ENTRY + name + KEPT
-    data = place.conf.data
-    network = conflists.stripped(place.conf.network, ISTIO)
-    clean = conflists.encode(network["plugins"][0] if place.conf.single else network)
+    data = istio.conf.data
+    network = conflists.stripped(istio.conf.network, ISTIO)
+    clean = conflists.encode(network["plugins"][0] if istio.conf.single else network)
     keep = (
         () if view.files.get(kept) == data else (MigrationStep(Write(kept, data, like=name), f"{name} as it is now"),)
     )
@@ -91,11 +91,13 @@ def back(view: View, wished: str) -> Steps:
     steps += _moved(after(view, steps))
     verdict = planning.removal(after(view, steps), wished)
     steps += [MigrationStep(action, "remove Sluice's entry") for action in verdict.actions]
-    found = istio_confs.picked(after(view, steps))
-    if found is None or not conflists.mentions(found.network, ISTIO):
-        name = found.name if found else "no configuration"
-        words = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
-        return Steps(error=f"{words}; install istio-cni first, so that its agent writes the entry, then run this again")
+    picked = istio_confs.picked(after(view, steps))
+    if picked is None or not conflists.mentions(picked.network, ISTIO):
+        name = picked.name if picked else "no configuration"
+        consequence = f"then {name} would be used without istio-cni's entry: its pods would start uncaptured"
+        return Steps(
+            error=f"{consequence}; install istio-cni first, so that its agent writes the entry, then run this again"
+        )
     return Steps(tuple(steps), remarks=verdict.remarks)
 
 
@@ -112,8 +114,8 @@ def until_istio_cni(view: View, entry: Json, wished: str) -> Steps:
 
 def taken(view: View) -> str:
     """Returns the list of Sluice that istio-cni's agent uses as the primary one; "" for none."""
-    found = (conf.entry for conf in istio_confs.confs(view) if _added(conf))
-    return next((str(ours["file"]) for ours in found if ours and "wraps" in ours), "")
+    entries = (conf.entry for conf in istio_confs.confs(view) if _added(conf))
+    return next((str(entry["file"]) for entry in entries if entry and "wraps" in entry), "")
 
 
 def _added(conf: Conf) -> Json:
@@ -124,7 +126,7 @@ def _added(conf: Conf) -> Json:
 def _moved(view: View) -> list[MigrationStep]:
     """Moves an entry that istio-cni's agent added to our list into the primary's list: ours is removed next."""
     confs = istio_confs.confs(view)
-    entry = next((found for conf in confs if conflists.is_own(conf) and (found := _added(conf))), {})
+    entry = next((added for conf in confs if conflists.is_own(conf) and (added := _added(conf))), {})
     primary = next((conf for conf in confs if not conflists.is_own(conf)), None)
     if not entry or primary is None or conflists.mentions(primary.network, ISTIO):
         return []

@@ -34,11 +34,11 @@ _ENTRY = {
 
 def read(documents: Iterable[Any]) -> dict[str, Any]:
     """Reads parsed YAML documents; a later value wins."""
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for document in documents:
         for one in _single(document):
-            found |= _of(one)
-    return found
+            merged |= _of(one)
+    return merged
 
 
 def of_entry(entry: Json) -> dict[str, Any]:
@@ -75,15 +75,15 @@ def _of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_daemonset(document: Mapping[str, Any]) -> dict[str, Any]:
     pod = _mapping(_mapping(_mapping(document.get("spec")).get("template")).get("spec"))
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for volume in map(_mapping, _sequence(pod.get("volumes"))):
         path = _mapping(volume.get("hostPath")).get("path")
         if path and volume.get("name") in _VOLUMES:
-            found[_VOLUMES[str(volume["name"])]] = path
+            merged[_VOLUMES[str(volume["name"])]] = path
     for container in map(_mapping, _sequence(pod.get("containers"))):
         given = map(_mapping, _sequence(container.get("env")))
-        found |= _of_environment({str(one["name"]): one["value"] for one in given if "name" in one and "value" in one})
-    return found
+        merged |= _of_environment({str(one["name"]): one["value"] for one in given if "name" in one and "value" in one})
+    return merged
 
 
 def _of_environment(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,17 +92,17 @@ def _of_environment(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_helm(values: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for shell in _SHELLS:
-        found |= _of_helm(inner) if (inner := _mapping(values.get(shell))) else {}
-    found |= _of_environment(_mapping(values.get("env")))
+        merged |= _of_helm(inner) if (inner := _mapping(values.get(shell))) else {}
+    merged |= _of_environment(_mapping(values.get("env")))
     for path, name in _BY_HELM.items():
         value: Any = values
         for part in path.split("."):
             value = _mapping(value).get(part)
         if value is not None:
-            found[name] = value
-    return found
+            merged[name] = value
+    return merged
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -96,8 +96,8 @@ def settle_layer(layer: Layer[Target, Want], target: Target, want: Want | None, 
         if not differences:
             done.remarks += remarks
             return  # no drift: only took over ownership, or dropped empty tables
-    words = "; ".join(differences) or "another process keeps changing it"
-    raise KernelError(f"{layer.name}: rules changed again after being applied", 0, words)
+    cause = "; ".join(differences) or "another process keeps changing it"
+    raise KernelError(f"{layer.name}: rules changed again after being applied", 0, cause)
 
 
 def verify(

@@ -212,5 +212,5 @@ class HostLoop:
         for applied in done:
             if drifted and applied.differences:
                 self.status = replace(self.status, repairs=self.status.repairs + 1)
-            words = (cause or "unknown") if drifted else ""
-            self._journal.host_applied(applied.layer, applied.differences, seconds, words)
+            reason = (cause or "unknown") if drifted else ""
+            self._journal.host_applied(applied.layer, applied.differences, seconds, reason)

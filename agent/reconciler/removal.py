@@ -53,15 +53,15 @@ def uncapture(
     errors: list[str] = []
     have = _read(target, layers, errors)
     due = [layer for layer in reversed(layers) if layer.name in have and layer.plan(None, have[layer.name])]
-    found = Owner.SLUICE if noted and due else owner_of(identify(name, one) for name, one in have.items())
+    owner = Owner.SLUICE if noted and due else owner_of(identify(name, one) for name, one in have.items())
     names = tuple(layer.name for layer in due)
-    if found is Owner.NONE:
-        return Removal(found, REMAINS, names, errors=tuple(errors)) if errors else None
-    if found is Owner.FOREIGN and not foreign:
-        return Removal(found, LEFT, names, errors=tuple(errors))
+    if owner is Owner.NONE:
+        return Removal(owner, REMAINS, names, errors=tuple(errors)) if errors else None
+    if owner is Owner.FOREIGN and not foreign:
+        return Removal(owner, LEFT, names, errors=tuple(errors))
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
-        return Removal(found, WOULD, names, scripts=scripts, errors=tuple(errors))
+        return Removal(owner, WOULD, names, scripts=scripts, errors=tuple(errors))
     done: list[str] = []
     for layer in due:
         try:
@@ -70,7 +70,7 @@ def uncapture(
             errors.append(str(error))
             _step_by_step(target, layer, done)
     left = _left(target, due)
-    return Removal(found, REMAINS if left or errors else REMOVED, names, scripts=tuple(done), errors=(*errors, *left))
+    return Removal(owner, REMAINS if left or errors else REMOVED, names, scripts=tuple(done), errors=(*errors, *left))
 
 
 def uncapture_host(
@@ -79,14 +79,14 @@ def uncapture_host(
     """Removes the exemption of the node's probes. Sets go with the last rules that use them, even another agent's."""
     errors: list[str] = []
     have = _read(target, layers, errors)
-    found = {name: identify(name, one) for name, one in have.items()}
-    others = Owner.FOREIGN in found.values()
+    owners = {name: identify(name, one) for name, one in have.items()}
+    others = Owner.FOREIGN in owners.values()
     due = [
-        layer for layer in layers if found.get(layer.name) is Owner.SLUICE and not (others and layer.name == "ipset")
+        layer for layer in layers if owners.get(layer.name) is Owner.SLUICE and not (others and layer.name == "ipset")
     ]
     if not due:
         result = LEFT if others else REMAINS
-        return Removal(owner_of(found.values()), result, (), errors=tuple(errors)) if others or errors else None
+        return Removal(owner_of(owners.values()), result, (), errors=tuple(errors)) if others or errors else None
     names = tuple(layer.name for layer in due)
     if dry_run:
         scripts = tuple(str(layer.plan(None, have[layer.name])) for layer in due)
@@ -131,13 +131,13 @@ def uncapture_left(layers: Sequence[PodLayer], *, dry_run: bool = False) -> Remo
 
 def _read(target: Any, layers: Sequence[Any], errors: list[str]) -> Mapping[str, Any]:
     """Reads the state of each layer; one that cannot be read is left out and added to `errors`."""
-    found = {}
+    states = {}
     for layer in layers:
         try:
-            found[layer.name] = layer.read(target)
+            states[layer.name] = layer.read(target)
         except SluiceError as error:
             errors.append(f"{layer.name}: {error}")
-    return found
+    return states
 
 
 def _step_by_step(target: PodNetns, layer: PodLayer, done: list[str]) -> None:

@@ -31,9 +31,9 @@ class Sweep:
         """
         done = Settled()
         for layer in self._layers:
-            found = layer.orphans(())
-            dead = self._dead({unit.cookie for unit in found if hasattr(unit, "cookie")})
-            orphans = [unit for unit in found if not hasattr(unit, "cookie") or unit.cookie in dead]
+            units = layer.orphans(())
+            dead = self._dead({unit.cookie for unit in units if hasattr(unit, "cookie")})
+            orphans = [unit for unit in units if not hasattr(unit, "cookie") or unit.cookie in dead]
             last = self._last.get(layer.name, [])
             self._last[layer.name] = orphans
             for unit in orphans:

@@ -137,12 +137,12 @@ def _oneof(data: bytes, members: tuple[int, ...], name: str) -> tuple[int, bytes
 
 
 def _string(data: bytes, wanted: int) -> str:
-    found = b""
+    payload = b""
     for number, value in _fields(data):
         if number == wanted:
-            found = _bytes(value, f"field {number}")
+            payload = _bytes(value, f"field {number}")
     try:
-        return found.decode()
+        return payload.decode()
     except UnicodeDecodeError:
         raise ProtocolError(f"ZDS: field {wanted} is not UTF-8") from None
 

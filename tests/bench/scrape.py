@@ -43,7 +43,7 @@ _PODS = {
 }  # fmt: skip
 
 
-def a_who(peers: int) -> Identities:
+def identities_of(peers: int) -> Identities:
     identities = Identities()
     identities.know_pods(_PODS.values())
     workloads = {
@@ -81,7 +81,7 @@ def _deltas(count: int, peers: int, dice: random.Random) -> Iterator[Delta]:
 
 
 def full() -> LabelTotals:
-    tally = LabelTotals(a_who(SETS // PODS), SETS)
+    tally = LabelTotals(identities_of(SETS // PODS), SETS)
     every = [
         Delta(
             pod=pod,
@@ -204,7 +204,7 @@ async def _ticks(ending: asyncio.Event) -> float:
 def growth(connections: int) -> tuple[Row, str]:
     """A million connections to peers out of ten thousand, four times as many pairs as there is room and more."""
     peers = 10_000
-    tally, dice = LabelTotals(a_who(peers), SETS), random.Random(1)
+    tally, dice = LabelTotals(identities_of(peers), SETS), random.Random(1)
     rows, costs = [], []
     points = 5
     for point in range(points + 1):
@@ -230,7 +230,7 @@ def main() -> int:
     tally = full()
     known = list(_deltas(BATCH, SETS // PODS, random.Random(2)))
     found = [*parts(tally, args.runs), *scrapes(tally, args.runs), cost]
-    roomy = LabelTotals(a_who(SETS // PODS), 4 * SETS)
+    roomy = LabelTotals(identities_of(SETS // PODS), 4 * SETS)
     warm = _timed(args.runs, lambda: roomy.add(known, [], _PODS.get, time.time()))
     found.append(Row("adding one delta, label set known", "us", [value * 1e3 / BATCH for value in warm]))
     print(

@@ -38,7 +38,7 @@ NOTHING = Exclusions()
 
 def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
     """Parses "80, 8000-9000" (or 8000:9000). Raises ValueError, naming the invalid part."""
-    found: list[Range] = []
+    parsed: list[Range] = []
     for part in _parts(text):
         first, sign, last = part.replace(":", "-").partition("-")
         last = last if sign else first
@@ -46,14 +46,14 @@ def ranges(text: str, highest: int, lowest: int = 0) -> tuple[Range, ...]:
             raise ValueError(part)
         if not lowest <= int(first) <= int(last) <= highest:
             raise ValueError(part)
-        found.append((int(first), int(last)))
-    return merged(found)
+        parsed.append((int(first), int(last)))
+    return merged(parsed)
 
 
-def merged(found: Iterable[Range]) -> tuple[Range, ...]:
+def merged(unsorted: Iterable[Range]) -> tuple[Range, ...]:
     """Sorts them; ranges that overlap or touch become one."""
     result: list[Range] = []
-    for first, last in sorted(found):
+    for first, last in sorted(unsorted):
         if result and first <= result[-1][1] + 1:
             result[-1] = (result[-1][0], max(last, result[-1][1]))
         else:
@@ -75,7 +75,7 @@ def users(text: str) -> tuple[Range, ...]:
 
 def networks(text: str) -> tuple[str, ...]:
     """Parses "10.0.0.0/8, fd00::/8, 192.0.2.1". Raises ValueError, naming the invalid part."""
-    found: dict[int, list[Any]] = {4: [], 6: []}
+    by_version: dict[int, list[Any]] = {4: [], 6: []}
     for part in _parts(text):
         try:
             network = ipaddress.ip_network(part, strict=False)
@@ -83,18 +83,18 @@ def networks(text: str) -> tuple[str, ...]:
             raise ValueError(part) from None
         if "%" in part:
             raise ValueError(part)
-        found[network.version].append(network)
-    return tuple(str(network) for version in (4, 6) for network in ipaddress.collapse_addresses(found[version]))
+        by_version[network.version].append(network)
+    return tuple(str(network) for version in (4, 6) for network in ipaddress.collapse_addresses(by_version[version]))
 
 
 def interfaces(text: str) -> tuple[str, ...]:
     """Returns names in their order, repeats dropped. Raises ValueError, naming the invalid part."""
-    found: dict[str, None] = {}
+    parsed: dict[str, None] = {}
     for part in _parts(text):
         if not INTERFACE.fullmatch(part):
             raise ValueError(part)
-        found[part] = None
-    return tuple(found)
+        parsed[part] = None
+    return tuple(parsed)
 
 
 def _parts(text: str) -> list[str]:
@@ -124,22 +124,22 @@ def exclusions(annotations: Mapping[str, str], *, sidecar: bool, warnings: list[
     An annotation with anything wrong in it is ignored as a whole, so that traffic is captured rather than
     exempted by a misreading; `warnings` gets a line for each.
     """
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for field, key in chosen(annotations, sidecar=sidecar).items():
         parse, what, _, _ = _ANNOTATIONS[field]
         try:
-            found[field] = parse(annotations[key])
+            fields[field] = parse(annotations[key])
         except ValueError as error:
             warnings.append(f"annotation {key}: {str(error)[:40]!r} is not {what}; the annotation is ignored")
-    return Exclusions(**found)
+    return Exclusions(**fields)
 
 
 def chosen(annotations: Mapping[str, str], *, sidecar: bool) -> dict[str, str]:
     """Returns the annotation that counts for each field of Exclusions, where there is one."""
-    found = {}
-    for field, (_, _, ours, theirs) in _ANNOTATIONS.items():
-        keys = [_OURS + ours, *([_SIDECAR + theirs] if sidecar and theirs else [])]
+    keys_by_field = {}
+    for field, (_, _, own, istio) in _ANNOTATIONS.items():
+        keys = [_OURS + own, *([_SIDECAR + istio] if sidecar and istio else [])]
         key = next((key for key in keys if key in annotations), None)
         if key is not None:
-            found[field] = key
-    return found
+            keys_by_field[field] = key
+    return keys_by_field

@@ -45,8 +45,8 @@ def outside(before: Sequence[TcpSocket], after: Sequence[TcpSocket], select: Sel
 def candidates(sockets: Sequence[TcpSocket]) -> tuple[TcpSocket, ...]:
     """Returns the pod's connections to other endpoints that are not captured, each once, in a stable order."""
     captured = taken(sockets)
-    found = {one.cookie: one for one in sockets if one.cookie not in captured and _uncaptured(one)}
-    return in_order(found.values())
+    uncaptured = {one.cookie: one for one in sockets if one.cookie not in captured and _uncaptured(one)}
+    return in_order(uncaptured.values())
 
 
 def _uncaptured(one: TcpSocket) -> bool:
@@ -63,5 +63,5 @@ def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: 
 
 
 def _named(connections: Iterable[TcpSocket]) -> str:
-    words = [str(one) for one in connections]
-    return ", ".join(words[:NAMED]) + (f" and {len(words) - NAMED} more" if len(words) > NAMED else "")
+    texts = [str(one) for one in connections]
+    return ", ".join(texts[:NAMED]) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")

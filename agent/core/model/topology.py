@@ -66,7 +66,7 @@ class PodTopology:
 
     def by_network(self) -> dict[Network, int]:
         """Returns network -> interface, of the route that counts where several lead to the same one."""
-        found: dict[Network, int] = {}
+        indexes: dict[Network, int] = {}
         for route in sorted(self.routes, key=lambda route: route.metric):
-            found.setdefault(route.network, route.index)
-        return found
+            indexes.setdefault(route.network, route.index)
+        return indexes

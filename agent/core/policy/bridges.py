@@ -22,10 +22,10 @@ def several(addresses: Sequence[str]) -> bool:
 def bridged(want: Redirect, wiring: PodTopology) -> tuple[str, ...]:
     """Warns where the pod forwards for a bridge that no annotation names: rules take its TCP for inbound."""
     known = (*want.virtual_interfaces, *want.exclude.interfaces)
-    found = [link.name for link in wiring.links if link.bridge and link.name not in known]
-    if not wiring.forwards or not found or want.ingress_only:
+    bridges = [link.name for link in wiring.links if link.bridge and link.name not in known]
+    if not wiring.forwards or not bridges or want.ingress_only:
         return ()
-    shown = [name for name in found if INTERFACE.fullmatch(name)][:_MOST]
+    shown = [name for name in bridges if INTERFACE.fullmatch(name)][:_MOST]
     value = ",".join((*want.virtual_interfaces, *shown))
     what = f"containers or virtual machines behind the bridge {', '.join(shown) or 'in the pod'} cannot connect by TCP"
     do = f"the annotation {names.REROUTE_INTERFACES}={value} captures them as the pod itself"

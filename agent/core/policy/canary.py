@@ -40,11 +40,11 @@ def judge(sockets: Sequence[TcpSocket], tried: Endpoint, own: Endpoint, probe: s
     `sockets` are all of the pod's while the connection is open, `own` is the node's end as the node sees it. With the
     probe address as source the port may be another one too.
     """
-    ours = [one for one in sockets if one.state is not TcpState.LISTEN and one.remote in (own, (probe, own[1]))]
+    own_sockets = [one for one in sockets if one.state is not TcpState.LISTEN and one.remote in (own, (probe, own[1]))]
     between = taken(sockets)
-    if any(one.local == tried and one.cookie not in between for one in ours):
+    if any(one.local == tried and one.cookie not in between for one in own_sockets):
         return ProbeResult(ProbeVerdict.OK, tried)
-    for one in ours:
+    for one in own_sockets:
         if one.local[1] in CAPTURE_PORTS:
             return ProbeResult(
                 ProbeVerdict.CAPTURED, tried, f"redirected to port {one.local[1]}, as coming from {one.remote[0]}"

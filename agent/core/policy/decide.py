@@ -61,8 +61,8 @@ def decide(pod: Pod, settings: Settings) -> Decision:
 
 def intent(pod: Pod, settings: Settings, reason: str = "") -> Decision:
     """Returns how the pod would be captured, whether or not it is."""
-    found, warnings = options(pod, settings)
-    redirect = Redirect(**{one.name: one.value for one in found})
+    chosen_options, warnings = options(pod, settings)
+    redirect = Redirect(**{one.name: one.value for one in chosen_options})
     if refused := _too_much(redirect):
         redirect = replace(redirect, virtual_interfaces=())
     return Decision(redirect, reason, warnings, refused)
@@ -94,7 +94,7 @@ def enrols_namespace(labels: Mapping[str, str], settings: Settings) -> bool:
 def options(pod: Pod, settings: Settings) -> tuple[tuple[Option, ...], tuple[str, ...]]:
     """Returns how the pod would be captured, each option with its origin; and warnings as in Decision."""
     warnings: list[str] = []
-    found = (
+    every = (
         _setting("ipv6", settings.ipv6),
         _flag(pod, names.DNS_CAPTURE, Option("dns", settings.dns_capture, Origin.SETTING, "dns_capture"), warnings),
         _flag(pod, names.BYPASS_INBOUND, Option("ingress_only", False, Origin.FIXED), warnings),
@@ -105,7 +105,7 @@ def options(pod: Pod, settings: Settings) -> tuple[tuple[Option, ...], tuple[str
         _exclude(pod, settings, warnings),
         Option("refuse_non_tcp", settings.non_tcp == "refuse", Origin.SETTING, "non_tcp"),
     )
-    return found, tuple(warnings)
+    return every, tuple(warnings)
 
 
 def _setting(name: str, value: Any) -> Option:
@@ -126,12 +126,12 @@ def _interfaces(pod: Pod, warnings: list[str]) -> Option:
     key = names.REROUTE_INTERFACES
     given = filter(None, map(str.strip, pod.annotations.get(key, "").split(",")))
     names_given = dict.fromkeys(given)  # keeps the order, drops repeats
-    found = [name for name in names_given if INTERFACE.fullmatch(name)]
+    valid = [name for name in names_given if INTERFACE.fullmatch(name)]
     if wrong := [name for name in names_given if not INTERFACE.fullmatch(name)]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         warnings.append(f"annotation {key}: {wrong[0][:40]!r}{more} is not an interface name; ignored")
     return Option(
-        "virtual_interfaces", tuple(found), Origin.ANNOTATION if found else Origin.FIXED, key if found else ""
+        "virtual_interfaces", tuple(valid), Origin.ANNOTATION if valid else Origin.FIXED, key if valid else ""
     )
 
 

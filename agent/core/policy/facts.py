@@ -117,13 +117,13 @@ def _said(pod: Pod) -> Iterator[Fact]:
     own, reason = {"ambient": (True, f"the pod says {key}=ambient"), "none": (False, f"the pod says {key}=none")}.get(
         word, (None, "")
     )
-    for origin, found in ((Origin.LABEL, pod.labels.get(key, "")), (Origin.ANNOTATION, pod.annotations.get(key, ""))):
-        if not found:
+    for origin, text in ((Origin.LABEL, pod.labels.get(key, "")), (Origin.ANNOTATION, pod.annotations.get(key, ""))):
+        if not text:
             yield Fact(origin, key)
         elif origin is Origin.ANNOTATION and pod.labels.get(key):
-            yield Fact(origin, key, found, note="not asked, for the label is set")
+            yield Fact(origin, key, text, note="not asked, for the label is set")
         else:
-            yield Fact(origin, key, found, enrols=own, reason=reason, note="" if reason else "not a word that counts")
+            yield Fact(origin, key, text, enrols=own, reason=reason, note="" if reason else "not a word that counts")
     value = pod.namespace_labels.get(key, "")
     reason = f"namespace {pod.namespace} says {key}=ambient" if value == "ambient" else f"{_UNSET} {key}=ambient"
     if own is None:
@@ -140,10 +140,10 @@ def _selectors(pod: Pod, settings: Settings) -> Iterator[Fact]:
     labels = labels_of(pod)
     selectors = settings.enablement_selectors
     for number, one in enumerate(selectors):
-        for origin, requirements, found in (
+        for origin, requirements, candidates in (
             (Origin.LABEL, one.pod, labels), (Origin.NAMESPACE, one.namespace, pod.namespace_labels),
         ):  # fmt: skip
-            yield from (_required(origin, requirement, found, number) for requirement in requirements)
+            yield from (_required(origin, requirement, candidates, number) for requirement in requirements)
         fits = one.matches(labels, pod.namespace_labels)
         reason = f"the setting {key} has: {one}" if fits else ""
         yield Fact(

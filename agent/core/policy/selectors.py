@@ -85,36 +85,36 @@ def parse(value: Any) -> tuple[Selector, ...]:
     """
     if not isinstance(value, list):
         raise SettingsError("not a list of {podSelector, namespaceSelector}")
-    found = []
+    selectors = []
     for number, entry in enumerate(value):
         _keys(entry, {"podSelector", "namespaceSelector"}, f"[{number}]")
         parts = (_selector(entry.get(key), f"[{number}].{key}") for key in ("podSelector", "namespaceSelector"))
-        found.append(Selector(*parts))
-    return tuple(found)
+        selectors.append(Selector(*parts))
+    return tuple(selectors)
 
 
-def _selector(value: Any, place: str) -> tuple[Requirement, ...]:
+def _selector(value: Any, path: str) -> tuple[Requirement, ...]:
     if value is None:
         return ()
-    _keys(value, {"matchLabels", "matchExpressions"}, place)
+    _keys(value, {"matchLabels", "matchExpressions"}, path)
     labels, expressions = value.get("matchLabels") or {}, value.get("matchExpressions") or []
     if not isinstance(labels, dict):
-        raise SettingsError(f"{place}.matchLabels: not a mapping")
+        raise SettingsError(f"{path}.matchLabels: not a mapping")
     if not isinstance(expressions, list):
-        raise SettingsError(f"{place}.matchExpressions: not a list")
-    plain = [_checked(Requirement(key, "In", frozenset({text})), place) for key, text in labels.items()]
-    return (*plain, *(_expression(one, f"{place}.matchExpressions[{n}]") for n, one in enumerate(expressions)))
+        raise SettingsError(f"{path}.matchExpressions: not a list")
+    plain = [_checked(Requirement(key, "In", frozenset({text})), path) for key, text in labels.items()]
+    return (*plain, *(_expression(one, f"{path}.matchExpressions[{n}]") for n, one in enumerate(expressions)))
 
 
-def _expression(value: Any, place: str) -> Requirement:
-    _keys(value, {"key", "operator", "values"}, place)
+def _expression(value: Any, path: str) -> Requirement:
+    _keys(value, {"key", "operator", "values"}, path)
     operator = value.get("operator")
     values = value.get("values") or []
     if operator not in _OPERATORS:
-        raise SettingsError(f"{place}.operator: {operator!r} is not one of {', '.join(_OPERATORS)}")
+        raise SettingsError(f"{path}.operator: {operator!r} is not one of {', '.join(_OPERATORS)}")
     if not isinstance(values, list) or bool(values) != (operator in ("In", "NotIn")):
-        raise SettingsError(f"{place}.values: In and NotIn want a list, Exists and DoesNotExist none")
-    return _checked(Requirement(value.get("key", ""), operator, frozenset(map(_text, values))), place)
+        raise SettingsError(f"{path}.values: In and NotIn want a list, Exists and DoesNotExist none")
+    return _checked(Requirement(value.get("key", ""), operator, frozenset(map(_text, values))), path)
 
 
 def _text(value: Any) -> str:
@@ -123,17 +123,17 @@ def _text(value: Any) -> str:
     return value
 
 
-def _checked(requirement: Requirement, place: str) -> Requirement:
+def _checked(requirement: Requirement, path: str) -> Requirement:
     if not isinstance(requirement.key, str) or not _KEY.fullmatch(requirement.key):
-        raise SettingsError(f"{place}: {requirement.key!r} is not the key of a label")
+        raise SettingsError(f"{path}: {requirement.key!r} is not the key of a label")
     for value in requirement.values:
         if not _VALUE.fullmatch(_text(value)):
-            raise SettingsError(f"{place}: {value!r} is not the value of a label")
+            raise SettingsError(f"{path}: {value!r} is not the value of a label")
     return requirement
 
 
-def _keys(value: Any, known: set[str], place: str) -> None:
+def _keys(value: Any, known: set[str], path: str) -> None:
     if not isinstance(value, dict):
-        raise SettingsError(f"{place}: not a mapping")
+        raise SettingsError(f"{path}: not a mapping")
     if unknown := [key for key in value if key not in known]:
-        raise SettingsError(f"{place}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+        raise SettingsError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")

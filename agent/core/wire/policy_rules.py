@@ -60,17 +60,17 @@ class FibRule:
 
     def __str__(self) -> str:
         """Returns the rule as ip rule prints it, more or less."""
-        words = ["not"] * self.inverted + list(self.others)
+        parts = ["not"] * self.inverted + list(self.others)
         if self.mask:
-            words.append(f"fwmark {self.mark:#x}/{self.mask:#x}")
-        words += [f"iif {self.iif}"] * bool(self.iif) + [f"oif {self.oif}"] * bool(self.oif)
+            parts.append(f"fwmark {self.mark:#x}/{self.mask:#x}")
+        parts += [f"iif {self.iif}"] * bool(self.iif) + [f"oif {self.oif}"] * bool(self.oif)
         if self.action == Action.TO_TBL:
-            words.append(f"lookup {_TABLES.get(self.table, self.table)}")
+            parts.append(f"lookup {_TABLES.get(self.table, self.table)}")
         elif self.action == Action.GOTO:
-            words.append(f"goto {self.goto}")
+            parts.append(f"goto {self.goto}")
         else:
-            words.append(_ACTIONS.get(self.action, f"action {self.action}"))
-        return " ".join(words)
+            parts.append(_ACTIONS.get(self.action, f"action {self.action}"))
+        return " ".join(parts)
 
 
 @lru_cache(maxsize=256)  # a node's pods have the same few

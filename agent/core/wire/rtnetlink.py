@@ -184,8 +184,8 @@ class LookupRule:
         """Returns the arguments of ip rule add."""
         selectors = [f"iif {self.iif}"] * bool(self.iif) + [f"to {self.to}"] * bool(self.to)
         selectors += [f"fwmark {self.mark:#x}/{self.mask:#x}"] * bool(self.mask)
-        made = f" protocol {self.protocol}" if self.protocol else ""
-        return f"{' '.join(selectors)} lookup {self.table} pref {self.preference}{made}"
+        protocol = f" protocol {self.protocol}" if self.protocol else ""
+        return f"{' '.join(selectors)} lookup {self.table} pref {self.preference}{protocol}"
 
 
 @dataclass(frozen=True, slots=True)

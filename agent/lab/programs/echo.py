@@ -91,9 +91,9 @@ class Echo:
                 return
             if not data.endswith(b"\n"):
                 return
-            words = connection.received.split()
-            bulk = len(words) == 2 and words[0] == b"bulk" and words[1].isdigit()
-            connection.remaining = int(words[1]) if bulk else 0
+            fields = connection.received.split()
+            bulk = len(fields) == 2 and fields[0] == b"bulk" and fields[1].isdigit()
+            connection.remaining = int(fields[1]) if bulk else 0
             connection.sock.send(f"peer={connection.peer}\n".encode())
             if connection.remaining:
                 self._epoll.modify(connection.sock, select.EPOLLOUT)
