@@ -9,15 +9,15 @@ from agent.core.settings import Settings
 from agent.sources.state.notes import Notes
 
 
-def main(settings: Settings, version: str, places: Mapping[str, str]) -> int:
-    """Runs the agent; `places` has the origin of each setting. Returns the exit code."""
-    from agent.app.early import mend  # what is captured is put right before the rest is loaded
+def main(settings: Settings, version: str, origins: Mapping[str, str]) -> int:
+    """Runs the agent; `origins` has the origin of each setting. Returns the exit code."""
+    from agent.app.early import repair_noted  # what is captured is put right before the rest is loaded
 
     state = Notes(settings.run_dir)
-    mend(settings, state)
+    repair_noted(settings, state)
     from agent.app import root
 
-    return root.main(settings, version, places, state)
+    return root.main(settings, version, origins, state)
 
 
 __all__ = ["main"]

@@ -30,14 +30,14 @@ from agent.sources.ztunnel_ports import ZtunnelPorts
 log = logging.getLogger("sluice.early")
 
 
-def mend(settings: Settings, state: Notes) -> None:
+def repair_noted(settings: Settings, state: Notes) -> None:
     """Repairs captured pods. Never raises: the agent starts in any case, and its loop reports problems."""
     try:
         choice = _choice(settings)
         if choice is not None:
             with ExitStack() as held:  # the directory: no other agent may run there
                 held.callback(os.close, claim(Path(settings.run_dir)))
-                _mend(settings, state, choice)
+                _repair(settings, state, choice)
     except Exception as error:  # noqa: BLE001 - as above
         log.info("early repair skipped, captured pods wait for their first pass: %s", error)
 
@@ -59,7 +59,7 @@ def _choice(settings: Settings) -> Choice | None:
     return Choice(name=old.backend, reason=old.reason, active=tuple(layers.values()), retired=(), by_socket=by_socket)
 
 
-def _mend(settings: Settings, state: Notes, choice: Choice) -> None:
+def _repair(settings: Settings, state: Notes, choice: Choice) -> None:
     preexisting = PreexistingConnections()
     with closing(NamespaceRegistry(state)) as namespaces, closing(preexisting):
         enrolment = Enrolment(

@@ -158,9 +158,9 @@ class Kubernetes:
 def _others(host_root: str) -> str:
     """Describes istio-cni's agent if it runs on this node; "" if not."""
     from agent.install.host_root import HostRoot  # both are needed rarely
-    from agent.migration.istio_agent import RUN_DIR, theirs_runs
+    from agent.migration.istio_agent import RUN_DIR, istio_agent_runs
 
-    return theirs_runs(HostRoot(host_root), [RUN_DIR], Path("/proc"))
+    return istio_agent_runs(HostRoot(host_root), [RUN_DIR], Path("/proc"))
 
 
 def _peers(client: Client, identities: Identities) -> ClusterWorkloads[Workload, Service]:

@@ -70,8 +70,8 @@ log = logging.getLogger("sluice.agent")
 class Agent:
     """All parts of one agent."""
 
-    def __init__(self, settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> None:
-        """Probes the backends; `places` has the origin of each setting.
+    def __init__(self, settings: Settings, version: str, origins: Mapping[str, str], state: Notes) -> None:
+        """Probes the backends; `origins` has the origin of each setting.
 
         Raises SettingsError if no allowed backend works.
         """
@@ -104,7 +104,7 @@ class Agent:
         self.health = self._health(version)
         self.records = ConnectionsApi(self.accounting, self.table)
         self.cni = self._cni()
-        self.admin = self._admin(places)
+        self.admin = self._admin(origins)
         self._collect_metrics()
         self._listener: socket.socket | None = None
 
@@ -178,7 +178,7 @@ class Agent:
             admission=self.kubernetes.admission if self.kubernetes else None,
         )
 
-    def _admin(self, places: Mapping[str, str]) -> Admin:
+    def _admin(self, origins: Mapping[str, str]) -> Admin:
         return Admin(
             settings=self.settings,
             table=self.table,
@@ -199,7 +199,7 @@ class Agent:
                 host=self.host,
             ),
             around=ExplainContext(
-                zds=self.zds, namespaces=self.namespaces, listening=self.listening, host=self.host, places=places
+                zds=self.zds, namespaces=self.namespaces, listening=self.listening, host=self.host, origins=origins
             ),
         )
 
@@ -307,8 +307,8 @@ def _installer(settings: Settings) -> Installer | None:
     return None if installer.mode == "off" else installer
 
 
-def main(settings: Settings, version: str, places: Mapping[str, str], state: Notes) -> int:
-    """Runs the agent; `places` has the origin of each setting. Returns the exit code."""
+def main(settings: Settings, version: str, origins: Mapping[str, str], state: Notes) -> int:
+    """Runs the agent; `origins` has the origin of each setting. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
@@ -319,7 +319,7 @@ def main(settings: Settings, version: str, places: Mapping[str, str], state: Not
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     async def run() -> None:
-        await Agent(settings, version, places, state).run()
+        await Agent(settings, version, origins, state).run()
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())

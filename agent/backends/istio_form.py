@@ -25,14 +25,14 @@ def nftables(rule: Rule) -> Rule:
     fields = {match.field for match in rule.matches}
     has_port, mark_first = bool(fields & _PORTS), bool(fields & _INTERFACES and fields & _PORTS)
 
-    def place(match: Match) -> int:
+    def rank(match: Match) -> int:
         if match.field is Field.MARK:
             return 3 if mark_first else 6
         if match.field is Field.PROTOCOL:
             return 4 if has_port else 1
         return 0 if match.field in _INTERFACES else 2 if match.field in _ADDRESSES else 5
 
-    return _sorted(rule, place)
+    return _sorted(rule, rank)
 
 
 def iptables(rule: Rule) -> Rule:
@@ -43,13 +43,13 @@ def iptables(rule: Rule) -> Rule:
     fields = {match.field for match in rule.matches}
     udp = any(match == Match(Field.PROTOCOL, "udp") for match in rule.matches)
 
-    def place(match: Match) -> int:
+    def rank(match: Match) -> int:
         return {Field.MARK: 1 if udp else 3}.get(match.field, 2 if match.field in _PORTS else 0)
 
     if rule.verb is RuleAction.ACCEPT and fields == {Field.PROTOCOL, *(fields & _ADDRESSES)}:
         twice = (replace(m, value=f"{m.value} -m {m.value}") if m.field is Field.PROTOCOL else m for m in rule.matches)
         rule = replace(rule, matches=tuple(twice))
-    return _sorted(rule, place)
+    return _sorted(rule, rank)
 
 
 def _sorted(rule: Rule, order: Callable[[Match], int]) -> Rule:

@@ -25,7 +25,7 @@ from agent.kernel import exec
 from agent.kernel.pod_netns import PodNetns
 
 _SAVE = {"iptables": "tables-nft-save", "iptables-legacy": "tables-legacy-save"}
-Places = Mapping[tuple[int, str, str], int]  # family, table, tag -> number of the rule in its chain, from 1
+RuleNumbers = Mapping[tuple[int, str, str], int]  # family, table, tag -> number of the rule in its chain, from 1
 
 
 def known_to_peers(want: Redirect) -> tuple[Redirect, tuple[str, ...]]:
@@ -39,7 +39,7 @@ def known_to_peers(want: Redirect) -> tuple[Redirect, tuple[str, ...]]:
     return plain, tuple(f"istio-cni does not know {feature}: given up" for feature, there in lost.items() if there)
 
 
-def places(target: PodNetns, layer: str) -> Places:
+def rule_numbers(target: PodNetns, layer: str) -> RuleNumbers:
     """Returns the places of our jumps: a replacement takes its place among foreign rules. Raises CommandError."""
     if layer not in _SAVE:
         return {}
@@ -59,7 +59,7 @@ def places(target: PodNetns, layer: str) -> Places:
     return numbers
 
 
-def plan(layer: str, want: Redirect, have: Any, numbers: Places) -> Plan[Any]:
+def plan(layer: str, want: Redirect, have: Any, numbers: RuleNumbers) -> Plan[Any]:
     """Returns the plan that turns rules of `want`, read as `have`, into those of istio-cni; empty when they are."""
     if layer == "nftables":
         return _nftables(want, have)
@@ -84,7 +84,7 @@ def _nftables(want: Redirect, have: Any) -> Plan[Any]:
     return Plan((Step(script, commands),), seen=have.generation)
 
 
-def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], numbers: Places) -> str:
+def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], numbers: RuleNumbers) -> str:
     """Returns the input of iptables-restore --noflush; each table is one transaction."""
     plain = xtables.render(want, family, plain=True)
     lines = list[str]()
@@ -102,7 +102,7 @@ def _script(family: int, want: Redirect, actual: Mapping[str, XtTable], numbers:
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def _number(numbers: Places, family: int, table: str, tag: str) -> int:
+def _number(numbers: RuleNumbers, family: int, table: str, tag: str) -> int:
     if (family, table, tag) not in numbers:
         raise KernelError("hand back", 0, f"{WORD[family]}tables-save does not show our jump {tag or 'without a tag'}")
     return numbers[family, table, tag]

@@ -80,7 +80,7 @@ def _rules(backend: str, target: PodNetns, wanted: Container[str]) -> Iterator[_
             yield from _nft_rules(target, protocol, _MANGLE, tuple(xtables.CHAINS.values()), wanted)
     else:
         for (family, _), (_, data) in target.netns.call(lambda: sockopts.again((_MANGLE,), {})).items():
-            for entry in entries.entries(family, data, tuple(entries.places(family, data))):
+            for entry in entries.entries(family, data, tuple(entries.offsets(family, data))):
                 yield entry.comment or "", *entries.counts(family, data, entry.offset)
 
 

@@ -42,8 +42,8 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Seq
     `interfaces`: indices of those that sockets may be bound to (SO_BINDTODEVICE, link-local peers).
     """
     mine = [rule for rule in rules if rule.family == family]
-    own = [known for rule in mine if (known := _ours(rule))]
-    others = [rule for rule in mine if not _ours(rule)]
+    own = [known for rule in mine if (known := _own_rule(rule))]
+    others = [rule for rule in mine if not _own_rule(rule)]
     led = {rule.table for rule in others if rule.action == Action.TO_TBL}
     is_ours = partial(_our_route, led=led)
     held: tuple[Item, ...] = (*(route for t in TABLES for route in routes[t] if route and is_ours(route)), *own)
@@ -85,7 +85,7 @@ def _rule(family: int, preference: int, table: int) -> LookupRule:
     )
 
 
-def _ours(rule: FibRule) -> LookupRule | None:
+def _own_rule(rule: FibRule) -> LookupRule | None:
     """Returns the rule as a LookupRule if it is ours: it selects by our mark, or by loopback addresses, only."""
     if rule.action != Action.TO_TBL or rule.table not in TABLES:
         return None
@@ -131,10 +131,10 @@ def _preference(own: Sequence[LookupRule], others: Sequence[FibRule], first: int
 
 def _kept(held: Sequence[Item], wanted: Item) -> Item:
     """Returns the item that is held in the same place, with any protocol number, else `wanted`."""
-    return next((item for item in held if _place(item) == _place(wanted)), wanted)
+    return next((item for item in held if _key(item) == _key(wanted)), wanted)
 
 
-def _place(item: Item) -> tuple[int, ...]:
+def _key(item: Item) -> tuple[int, ...]:
     if isinstance(item, LookupRule):
         return item.family, item.table, item.preference, bool(item.to)
     return item.family, item.table, -1, item.interface

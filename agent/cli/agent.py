@@ -27,4 +27,4 @@ def run(args: argparse.Namespace) -> int:
     gc.disable()  # nothing of what is loaded now is ever garbage; app turns it on again
     from agent import app  # the daemon's parts are loaded for the daemon alone
 
-    return app.main(settings, args.version_text, settings_sources.places(args))
+    return app.main(settings, args.version_text, settings_sources.origins(args))

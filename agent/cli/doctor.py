@@ -162,8 +162,8 @@ def in_force(run_dir: str, config: str = "", proc: Path = Path("/proc")) -> tupl
 def _given(process: Path) -> tuple[argparse.Namespace, dict[str, str]] | None:
     """Returns the process's flags and environment; None if they cannot be read."""
     try:
-        arguments = _words(process / "cmdline")
-        pairs = (word.partition("=") for word in _words(process / "environ"))
+        arguments = _arguments(process / "cmdline")
+        pairs = (word.partition("=") for word in _arguments(process / "environ"))
         variables = {key: value for key, _, value in pairs}
     except OSError:
         return None
@@ -184,7 +184,7 @@ def _inside(process: Path, path: str) -> str:
     return str(process / "root" / path.lstrip("/")) if path.startswith("/") else str(process / "cwd" / path)
 
 
-def _words(path: Path) -> list[str]:
+def _arguments(path: Path) -> list[str]:
     return path.read_bytes().decode(errors="replace").rstrip("\0").split("\0")
 
 

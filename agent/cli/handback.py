@@ -95,7 +95,7 @@ def _pods(settings: Settings, only: list[Path], problems: list[str], *, dry_run:
     """Hands back every namespace that holds something of Sluice, or that a note calls captured."""
     run_dir = settings.run_dir
     known = existing.known(run_dir)  # before State.load, which drops pins that no note belongs to
-    paths = only or existing.places(run_dir, known)
+    paths = only or existing.netns_paths(run_dir, known)
     namespaces = list(existing.namespaces(paths, problems))
     notes = {note.pod.uid: note for note in Notes(run_dir).load()} if Path(run_dir).is_dir() else {}
     for netns in namespaces:
@@ -178,7 +178,9 @@ def strip(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
     """Converts correct rules of Sluice to istio-cni's, and verifies them. Raises SluiceError. Returns the scripts."""
     done: list[str] = []
     for _ in range(PASSES):
-        plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
+        plan = istio_handback.plan(
+            layer.name, want, layer.read(target), istio_handback.rule_numbers(target, layer.name)
+        )
         if not plan:
             return tuple(done)
         with contextlib.suppress(StaleError):  # something changed in between: read again
@@ -189,5 +191,5 @@ def strip(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
 
 def _dry(target: PodNetns, layer: PodLayer, want: Redirect) -> tuple[str, ...]:
     repair = str(layer.plan(want, layer.read(target)))
-    plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.places(target, layer.name))
+    plan = istio_handback.plan(layer.name, want, layer.read(target), istio_handback.rule_numbers(target, layer.name))
     return tuple(script for script in (repair, str(plan)) if script)

@@ -48,7 +48,7 @@ def load(args: argparse.Namespace, variables: Mapping[str, str] = os.environ) ->
     return build(*_layers(args, variables))
 
 
-def places(args: argparse.Namespace) -> dict[str, str]:
+def origins(args: argparse.Namespace) -> dict[str, str]:
     """Returns where each given setting comes from, as error messages name it. Raises SettingsError."""
     return {key: source for layer in _layers(args) for key, (_, source) in layer.items()}
 

@@ -24,7 +24,7 @@ def _groups(program: Command) -> str:
     return "|".join(one.words[0] for one in program.commands if one.commands)
 
 
-def _words(command: Command) -> str:
+def _subcommands(command: Command) -> str:
     """Returns the words known beforehand that may follow here."""
     below = [one.words[-1] for one in command.commands]
     choices = [word for one in command.positionals for word in one.choices]
@@ -130,7 +130,9 @@ def _places(program: Command) -> Iterator[str]:
     """Returns the arguments of each command, as arms of a case statement for both bash and zsh."""
     for command in program.walk():
         pods = " pods=yes" if _asks(command) else ""
-        choices = " ".join(one.words[0] for one in program.commands) if command.words == ("help",) else _words(command)
+        choices = (
+            " ".join(one.words[0] for one in program.commands) if command.words == ("help",) else _subcommands(command)
+        )
         yield f"    '{_path(command)}') words='{choices}' flags='{_flags(command)}'{pods} ;;"
 
 

@@ -32,7 +32,7 @@ from agent.kernel.bpf import bpffs
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
 from agent.kernel.unix_socket import claim
-from agent.migration.istio_agent import RUN_DIR, theirs_runs
+from agent.migration.istio_agent import RUN_DIR, istio_agent_runs
 from agent.reconciler.removal import LEFT, REMAINS, REMOVED, WOULD, Removal, uncapture, uncapture_host, uncapture_left
 from agent.sources.netns import existing
 from agent.sources.netns.existing import ExistingNetns
@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
 def _all(args: argparse.Namespace) -> int:
     known = existing.known(args.run_dir)
     problems = list[str]()
-    paths = [Path(path) for path in args.netns] or existing.places(args.run_dir, known)
+    paths = [Path(path) for path in args.netns] or existing.netns_paths(args.run_dir, known)
     rows, seen = remove(args, known, paths, problems)
     if not args.netns:
         rows += leftovers(Pins.of(args.bpf_dir), dry_run=args.dry_run)
@@ -208,7 +208,7 @@ def take_back_annotations(config: str, captured: Collection[str], problems: list
         settings = settings_sources.load(given)
         if settings.kube_server in ("", "none"):
             return []
-        if other := theirs_runs(HostRoot(settings.host_root), [RUN_DIR], Path("/proc")):
+        if other := istio_agent_runs(HostRoot(settings.host_root), [RUN_DIR], Path("/proc")):
             return [f"{names.REDIRECTION} stays on all pods: istio-cni's agent runs here ({other})"]
         if "" in captured:
             return [f"{names.REDIRECTION} stays on all pods: which of them are still captured is not known"]

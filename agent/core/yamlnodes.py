@@ -19,7 +19,7 @@ from agent.core.errors import SettingsError
 class YamlMapping:
     """A mapping of a file: its values by key, read by what they must be. `place` is the file's name."""
 
-    place: str
+    source: str
     node: yaml.Node
     values: dict[str, yaml.Node]
 
@@ -27,11 +27,11 @@ class YamlMapping:
         return key in self.values
 
     def error(self, key: str, problem: str) -> SettingsError:
-        return error(self.values.get(key, self.node), self.place, key, problem)
+        return error(self.values.get(key, self.node), self.source, key, problem)
 
     def text(self, key: str) -> str:
         """Returns the text of the key; "" without the key."""
-        return scalar(self.values[key], self.place, key) if key in self.values else ""
+        return scalar(self.values[key], self.source, key) if key in self.values else ""
 
     def items(self, key: str) -> list[yaml.Node]:
         """Returns the items of a list; no items without the key, or when it is null."""
@@ -50,7 +50,7 @@ class YamlMapping:
         if not isinstance(node, yaml.SequenceNode):
             raise self.error(key, "is not a list")
         try:
-            return [str(ipaddress.ip_address(scalar(item, self.place, key))) for item in node.value]
+            return [str(ipaddress.ip_address(scalar(item, self.source, key))) for item in node.value]
         except ValueError as refused:
             raise self.error(key, str(refused)) from None
 
@@ -60,10 +60,10 @@ class YamlMapping:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise self.error(key, "is not a mapping of text to text")
-        return {scalar(k, self.place, key): scalar(v, self.place, f"{key}.{k.value}") for k, v in node.value}
+        return {scalar(k, self.source, key): scalar(v, self.source, f"{key}.{k.value}") for k, v in node.value}
 
     def entries(self, key: str, known: Collection[str]) -> list[YamlMapping]:
-        return [mapping(item, self.place, known) for item in self.items(key)]
+        return [mapping(item, self.source, known) for item in self.items(key)]
 
 
 def document(text: str, source: str, known: Collection[str]) -> YamlMapping | None:

@@ -43,7 +43,7 @@ def show(kind: str) -> str:
     try:
         with IPRoute() as route:
             names = {one["index"]: dict(one["attrs"])["IFLA_IFNAME"] for one in route.get_links()}
-            return "".join(f"{' '.join(_words(one, names))}\n" for one in READERS[kind](route))
+            return "".join(f"{' '.join(_fields(one, names))}\n" for one in READERS[kind](route))
     except NetlinkError as error:
         if error.code in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
             return ""  # a kernel without this family
@@ -52,7 +52,7 @@ def show(kind: str) -> str:
         raise KernelError(f"read {kind}", error.errno or 0, error.strerror or "") from error
 
 
-def _words(one: Message, names: Mapping[int, str]) -> Iterator[str]:
+def _fields(one: Message, names: Mapping[int, str]) -> Iterator[str]:
     from pyroute2.netlink import rtnl
     from pyroute2.netlink.rtnl.fibmsg import FR_ACT_VALUES
 

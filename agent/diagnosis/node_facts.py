@@ -89,7 +89,7 @@ class PodFacts:
     """
 
     name: str
-    place: str
+    origin: str
     _: KW_ONLY
     captured: bool
     ours: tuple[str, ...] = ()

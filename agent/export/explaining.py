@@ -40,14 +40,14 @@ Found = dict[str, tuple[tuple[str, ...], str]]
 class ExplainContext:
     """The parts of the agent that know a pod's state in addition to its rules.
 
-    `places`: the origin of each setting that was given, as in "sluice.yaml:3"; the others are defaults.
+    `origins`: the origin of each setting that was given, as in "sluice.yaml:3"; the others are defaults.
     """
 
     zds: ZdsServer
     namespaces: NamespaceRegistry
     listening: ZtunnelPorts
     host: HostLoop
-    places: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +108,8 @@ class Explaining:
     def _kubernetes(self) -> bool:
         return self.settings.kube_server not in ("", "none")
 
-    def _place(self, setting: str) -> str:
-        return self.around.places.get(setting, "default")
+    def _origin(self, setting: str) -> str:
+        return self.around.origins.get(setting, "default")
 
     def _facts(self, pod: Pod) -> list[dict[str, Any]]:
         """Lists the facts in the order of the policy; the first one with an effect decides."""
@@ -117,7 +117,7 @@ class Explaining:
         decided = False
         for fact in considered(pod, self.settings):
             says = fact.enrols is not None
-            source = self._place(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
+            source = self._origin(fact.key.partition("[")[0]) if fact.origin is Origin.SETTING else ""
             effect = f"would have decided: {fact.effect}" if says and decided else fact.effect
             rows.append(
                 {
@@ -142,7 +142,7 @@ class Explaining:
                 "value": asdict(one.value) if one.name == "exclude" else one.value,
                 "origin": one.origin.value,
                 "key": one.key,
-                "place": self._place(one.key) if one.origin is Origin.SETTING else "",
+                "place": self._origin(one.key) if one.origin is Origin.SETTING else "",
             }
             for one in options(pod, self.settings)[0]
         ]

@@ -50,7 +50,7 @@ class Metrics:
             ["verdict"],
             registry=r,
         )
-        self._said: dict[str, tuple[str, float]] = {}  # of each pod the failure that was logged last, and when
+        self._logged: dict[str, tuple[str, float]] = {}  # of each pod the failure that was logged last, and when
         self.failures = Counter(
             "sluice_reconcile_failures_total", "Passes over a pod or the node that failed.", registry=r
         )
@@ -74,18 +74,18 @@ class Metrics:
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         level = logging.INFO if differences else logging.DEBUG  # not worth a line per pod at each start
         self._count(layer, cause)
-        log.log(level, "pod %s: %s applied %s", pod.key, layer, _words(differences, seconds, cause))
+        log.log(level, "pod %s: %s applied %s", pod.key, layer, _description(differences, seconds, cause))
 
     def failed(self, pod: Pod, error: Exception) -> None:
         if not without_sandbox(pod, error):
             self.failures.inc()
         message = str(error)
-        before = self._said.get(pod.uid, ("", 0.0))
+        before = self._logged.get(pod.uid, ("", 0.0))
         if message == before[0] and time.monotonic() < before[1] + _QUIET:
             return
-        if len(self._said) >= _FAILING:
-            self._said.clear()
-        self._said[pod.uid] = message, time.monotonic()
+        if len(self._logged) >= _FAILING:
+            self._logged.clear()
+        self._logged[pod.uid] = message, time.monotonic()
         script = "".join(f"\n{note}" for note in getattr(error, "__notes__", ()))
         level = logging.INFO if without_sandbox(pod, error) else logging.ERROR
         log.log(level, "pod %s: %s%s", pod.key, error, script and f"; what was tried:{script}")
@@ -101,7 +101,7 @@ class Metrics:
 
     def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         self._count(f"host-{layer}", cause)
-        log.info("node: %s applied %s", layer, _words(differences, seconds, cause))
+        log.info("node: %s applied %s", layer, _description(differences, seconds, cause))
 
     def _count(self, layer: str, cause: str) -> None:
         self.applied_total.labels(layer).inc()
@@ -116,7 +116,7 @@ class Metrics:
         self.reconcile.observe(seconds)
 
 
-def _words(differences: tuple[str, ...], seconds: float, cause: str) -> str:
+def _description(differences: tuple[str, ...], seconds: float, cause: str) -> str:
     by = f" after a change by {cause}" if cause else ""
     shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
     described = "; ".join(shown) or "took over table ownership or removed empty tables"

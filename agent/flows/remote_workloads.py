@@ -99,7 +99,7 @@ def _addresses(one: YamlMapping) -> list[str]:
 
 
 def _ports(one: YamlMapping) -> list[int]:
-    texts = [scalar(item, one.place, "ports") for item in one.items("ports")]
+    texts = [scalar(item, one.source, "ports") for item in one.items("ports")]
     for text in texts:
         if not (text.isascii() and text.isdecimal() and len(text) < 6 and 0 < int(text) < 65536):
             raise one.error("ports", f"{text!r} is not a port")

@@ -23,7 +23,7 @@ from agent.install.directory_watch import DirectoryWatch
 from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import Action, InstallPlan, View
-from agent.install.runtime import Places
+from agent.install.runtime import Directories
 
 log = logging.getLogger("sluice.install")
 PERIOD = 1.0  # seconds between comparisons, each of which reads a handful of small files
@@ -64,7 +64,7 @@ class Installer:
         self.rewrites = 0
         self.fighting = False
         self.verdict = InstallPlan()
-        self.places: Places | None = None
+        self.directories: Directories | None = None
         self._settings = settings
         self._proc = proc
         self._clock = clock
@@ -121,7 +121,7 @@ class Installer:
             self._judged = (view, self._judge(view, directories))
         return Look(missing, self._judged[1])
 
-    def _judge(self, view: View, directories: Places) -> InstallPlan:
+    def _judge(self, view: View, directories: Directories) -> InstallPlan:
         if directories.several and self.mode == "own":
             if self._settings.cni_install == "auto":
                 self.mode = "insert"
@@ -152,7 +152,7 @@ class Installer:
             return Look(look.binary, look.verdict, str(error))
         return self.look()
 
-    def _apply(self, actions: tuple[Action, ...], directories: Places) -> None:
+    def _apply(self, actions: tuple[Action, ...], directories: Directories) -> None:
         directory = self._directory(directories)
         if actions:
             directory.sweep()
@@ -189,31 +189,31 @@ class Installer:
             log.info("installed in %s (%s), plugin in %s", self.file, directories.conf.reason, directories.bin.path)
         self.ready = ready
 
-    def where(self) -> Places:
+    def where(self) -> Directories:
         """Returns the directories; finds them again at intervals, because an upgrade of k3s moves its plugins."""
         now = self._clock()
         # Without a known runtime the search reads all of /proc.
-        period = FIND_PERIOD if self.places is None or self.places.runtime else 6 * FIND_PERIOD
-        if self.places is None or now - self._found_at >= period:
+        period = FIND_PERIOD if self.directories is None or self.directories.runtime else 6 * FIND_PERIOD
+        if self.directories is None or now - self._found_at >= period:
             self._found_at = now
-            known = self.places.runtime if self.places else None
+            known = self.directories.runtime if self.directories else None
             directories = runtime.find(self._settings, self._host, self._proc, known)
-            if directories != self.places and self.places is not None:
+            if directories != self.directories and self.directories is not None:
                 log.info(
                     "directories changed: configurations in %s (%s), plugins in %s",
                     directories.conf.path,
                     directories.conf.reason,
                     directories.bin.path,
                 )
-            self.places = directories
-        return self.places
+            self.directories = directories
+        return self.directories
 
-    def _binary(self, directories: Places) -> Binary:
+    def _binary(self, directories: Directories) -> Binary:
         if self._kept is None or self._kept.directory != directories.bin.path:
             self._kept = Binary(self._host, self._settings.cni_plugin, directories.bin.path)
         return self._kept
 
-    def _directory(self, directories: Places) -> NetDir:
+    def _directory(self, directories: Directories) -> NetDir:
         if self._seen is None or self._seen.directory != directories.conf.path:
             self._seen = NetDir(self._host, directories.conf.path)
         return self._seen

@@ -103,7 +103,7 @@ class Sorted:
         return sorted((*self.inserted, *self.copies, *self.others), key=lambda conf: conf.name)
 
     @property
-    def theirs(self) -> list[Conf]:
+    def of_istio(self) -> list[Conf]:
         """The lists of istio-cni.
 
         Its agent rewrites its list as long as another one comes first, so Sluice's follows it and takes over when it
@@ -114,7 +114,7 @@ class Sorted:
     @property
     def later(self) -> list[Conf]:
         """All other lists, which ours must precede."""
-        istio = self.theirs
+        istio = self.of_istio
         return [conf for conf in self.foreign if conf not in istio]
 
 
@@ -160,7 +160,7 @@ def own(view: View, entry: Json, wished: str) -> InstallPlan:
     if why := conflists.chainable(primary):
         return InstallPlan(error=why, primary=primary.name, file=current.name if current else "")
     first = ordered.later[0].name
-    behind = max((conf.name for conf in ordered.theirs if conf.name < first), default="")
+    behind = max((conf.name for conf in ordered.of_istio if conf.name < first), default="")
     file = conflists.own_name(wished, first, behind)
     actions = [*_write(view, file, conflists.wrap(primary, entry, file))]
     actions += [Remove(conf.name) for conf in ordered.own if conf.name != file]
@@ -280,7 +280,7 @@ def _remarks(ordered: Sorted, primary: Conf, file: str, wished: str) -> tuple[st
         remarks.append(f"{wished} would not sort before {ordered.later[0].name}: {file} is used")
     if any(plugin["type"] == ISTIO for plugin in primary.plugins):
         remarks.append(f"{primary.name} also chains istio-cni, which is kept: two agents (see sluice migrate --check)")
-    istio = ordered.theirs
+    istio = ordered.of_istio
     remarks += [f"{conf.name} is {ISTIO}'s own and stays first; ours follows (see sluice migrate)" for conf in istio]
     copies = [conf.name for conf in ordered.copies if conf not in istio]
     remarks += [f"{name} is another program's copy of Sluice's list: not wrapped" for name in copies]

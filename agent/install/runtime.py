@@ -45,7 +45,7 @@ class DirectoryChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Directories:
     """The two directories and the runtime that they belong to.
 
     `several`: the runtime attaches a pod to more lists than the first; one around another would attach it twice.
@@ -66,7 +66,7 @@ class _Source:
     problem: str = ""
 
 
-def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: Running | None = None) -> Places:
+def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: Running | None = None) -> Directories:
     """Finds the directories. A setting always wins.
 
     `known` is the runtime found before: if it still runs, only its files are read.
@@ -76,12 +76,12 @@ def find(settings: Settings, host: HostRoot, proc: Path = Path("/proc"), known: 
         source = _of_running(runtime, host) if runtime else _of_files(host)
     except OSError as error:  # links that lead in a circle
         source = _Source(RuntimeDirectories(), "", f"its configuration cannot be read ({error})")
-    conf = _place(settings.cni_conf_dir, "cni_conf_dir", source, source.directories.conf_dir, CONF_DIR)
-    bin_dir = _place(settings.cni_bin_dir, "cni_bin_dir", source, _usable(source.directories.bin_dirs, host), BIN_DIR)
-    return Places(conf, bin_dir, runtime, source.directories.several)
+    conf = _chosen(settings.cni_conf_dir, "cni_conf_dir", source, source.directories.conf_dir, CONF_DIR)
+    bin_dir = _chosen(settings.cni_bin_dir, "cni_bin_dir", source, _usable(source.directories.bin_dirs, host), BIN_DIR)
+    return Directories(conf, bin_dir, runtime, source.directories.several)
 
 
-def _place(given: str, setting: str, source: _Source, configured: str, default: str) -> DirectoryChoice:
+def _chosen(given: str, setting: str, source: _Source, configured: str, default: str) -> DirectoryChoice:
     if given:
         return DirectoryChoice(given, f"setting {setting}")
     if configured:

@@ -19,7 +19,7 @@ from agent.install.binary import Binary
 from agent.install.host_root import HostRoot
 from agent.install.netdir import NetDir
 from agent.install.planning import InstallPlan
-from agent.install.runtime import Places
+from agent.install.runtime import Directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +36,24 @@ class Uninstall:
     def __init__(self, settings: Settings, binary: str = "auto", proc: Path = Path("/proc")) -> None:
         """Takes `binary`: keep, remove, or auto, which keeps it while a runtime may still call it."""
         host = HostRoot(settings.host_root)
-        self.places: Places = runtime.find(settings, host, proc)
+        self.directories: Directories = runtime.find(settings, host, proc)
         self._wish = binary
         self._wished_name = settings.cni_conf_name
-        self._directory = NetDir(host, self.places.conf.path)
-        self._binary = Binary(host, settings.cni_plugin, self.places.bin.path)
+        self._directory = NetDir(host, self.directories.conf.path)
+        self._binary = Binary(host, settings.cni_plugin, self.directories.bin.path)
 
     def steps(self) -> Iterator[UninstallStep]:
         """Returns the steps in order. Raises SettingsError when the directory cannot be read."""
         for action in self._removal().actions:
-            yield UninstallStep(f"{self.places.conf.path}: {action}", partial(self._directory.apply, action))
+            yield UninstallStep(f"{self.directories.conf.path}: {action}", partial(self._directory.apply, action))
         self._directory.sweep()
         if self._binary.path.exists() and not self.kept():
-            yield UninstallStep(f"remove {self.places.bin.path}/{CNI_TYPE}", self._binary.remove)
+            yield UninstallStep(f"remove {self.directories.bin.path}/{CNI_TYPE}", self._binary.remove)
 
     def remarks(self) -> tuple[str, ...]:
         """Returns what stays and why, for the operator, before the steps are done."""
         kept = self.kept()
-        stays = f"{self.places.bin.path}/{CNI_TYPE} stays: {kept}; it only answers calls, remove it later"
+        stays = f"{self.directories.bin.path}/{CNI_TYPE} stays: {kept}; it only answers calls, remove it later"
         return (*self._removal().remarks, *([stays] if kept else []))
 
     def kept(self) -> str:

@@ -65,7 +65,7 @@ class Process:
                     raise
                 pidfd = _opened(pid, sock)
         except OSError as error:
-            raise KernelError(what, error.errno or 0, _words(error.errno)) from error
+            raise KernelError(what, error.errno or 0, _cause(error.errno)) from error
         return cls(pid, pidfd)
 
     def alive(self) -> bool:
@@ -86,7 +86,7 @@ class Process:
             taken: int = libc.syscall(ctypes.c_long(_PIDFD_GETFD), *arguments)
             failed = ctypes.get_errno()
         if taken < 0:
-            raise KernelError(what, failed, _words(failed))
+            raise KernelError(what, failed, _cause(failed))
         return taken
 
     def sockets(self, wanted: Collection[int] = (), known: Collection[int] = ()) -> dict[int, int]:
@@ -121,7 +121,7 @@ class Process:
         try:
             return Path("/proc/self/ns/pid").stat().st_ino == _INITIAL_PID_NAMESPACE
         except OSError as error:
-            raise KernelError("look up our PID namespace", error.errno or 0, _words(error.errno)) from error
+            raise KernelError("look up our PID namespace", error.errno or 0, _cause(error.errno)) from error
 
     def close(self) -> None:
         with self._turn:
@@ -150,7 +150,7 @@ class Process:
                 return function(directory)
         except OSError as error:
             number = errno.ESRCH if error.errno in _ENDED else error.errno or 0
-            raise KernelError(what, number, _words(number)) from error
+            raise KernelError(what, number, _cause(number)) from error
 
     def _cgroup_by_path(self, _: int) -> int:
         cgroup = cgroup_id(self.pid)
@@ -196,7 +196,7 @@ def _started(directory: int) -> int:
     return parse_stat(read_small("stat", directory=directory))[1]
 
 
-def _words(number: int | None) -> str:
+def _cause(number: int | None) -> str:
     if number in _ENDED:
         return "the process has ended"
     cause = os.strerror(number or 0)

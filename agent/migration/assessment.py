@@ -84,7 +84,7 @@ def leftovers_of_back(before: MigrationFacts, facts: MigrationFacts) -> tuple[Mi
 def leftovers(facts: MigrationFacts) -> tuple[MigrationFinding, ...]:
     """Returns what the take-over has not reached, from facts read after it."""
     findings = []
-    if istio_confs.places(facts.view):
+    if istio_confs.mentioning(facts.view):
         observation = "istio-cni's entry is still in place: its agent runs and would restore it"
         findings.append(
             MigrationFinding(LEFT, NOTE, observation, "remove its DaemonSet from this node, then run this again")
@@ -113,7 +113,7 @@ def _problem(problem: str) -> MigrationFinding:
 
 
 def _configuration(facts: MigrationFacts, entry: Json, here: Settings, mode: str) -> Iterator[MigrationFinding]:
-    confs = istio_confs.places(facts.view)
+    confs = istio_confs.mentioning(facts.view)
     for conf in confs:
         if not conf.entry:
             observation = f"{conf.conf.name} has istio-cni among its delegates; Multus may write it again"
@@ -157,7 +157,7 @@ def _agents(facts: MigrationFacts) -> Iterator[MigrationFinding]:
 
 def _binary(facts: MigrationFacts) -> Iterator[MigrationFinding]:
     path = f"{facts.plugins}/{ISTIO}"
-    named = bool(istio_confs.places(facts.view))
+    named = bool(istio_confs.mentioning(facts.view))
     if facts.binary:
         observation = f"{path} stays, for pods that were started with it" if facts.cached else f"{path} is there"
         yield MigrationFinding("binary", NOTE if facts.cached else FINE, observation)
@@ -209,7 +209,7 @@ def translated_of(facts: MigrationFacts) -> Translated:
     """
     values_of_istio = dict(facts.settings)
     if not values_of_istio:
-        for conf in istio_confs.places(facts.view):
+        for conf in istio_confs.mentioning(facts.view):
             values_of_istio |= values.of_entry(conf.entry)
     there = {"cni_conf_dir": facts.directory, "cni_bin_dir": facts.plugins}
     translated = translate(values_of_istio)

@@ -27,7 +27,7 @@ from agent.kernel.admin_socket import ask
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.pod_netns import PodNetns
 from agent.migration import istio_confs
-from agent.migration.istio_agent import theirs_runs
+from agent.migration.istio_agent import istio_agent_runs
 from agent.migration.migration_facts import ISTIO_CNI, SIDECAR, SLUICE, MigrationFacts, Programmed
 from agent.sources.netns import existing
 
@@ -47,14 +47,14 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
     where = runtime.find(settings, host, proc)
     view = NetDir(host, where.conf.path).view()
     paths = list(only)
-    why, ztunnels = _ours(settings.run_dir)
+    why, ztunnels = _sluice_agent(settings.run_dir)
     crio = where.runtime is not None and where.runtime.name == "crio"
     return MigrationFacts(
         directory=where.conf.path,
         plugins=where.bin.path,
         view=view,
         binary=host.path(f"{where.bin.path}/{ISTIO}").is_file(),
-        agent=theirs_runs(host, istio_confs.run_dirs(view), proc),
+        agent=istio_agent_runs(host, istio_confs.run_dirs(view), proc),
         ours=why,
         ztunnels=ztunnels,
         socket=Path(settings.zds_socket).exists(),
@@ -65,7 +65,7 @@ def collect(settings: Settings, only: Iterable[Path] = (), proc: Path = Path("/p
     )
 
 
-def _ours(run_dir: str) -> tuple[str, int | None]:
+def _sluice_agent(run_dir: str) -> tuple[str, int | None]:
     """Returns why the Sluice agent does not answer, and how many ztunnels it has if it does."""
     try:
         return "", int(ask(run_dir, "/v1/status")["ztunnel_connections"])
@@ -87,7 +87,7 @@ def _cached(folder: Path) -> int:
 def _programmed(settings: Settings, only: list[Path], problems: list[str]) -> Iterable[Programmed]:
     known = existing.known(settings.run_dir)
     layers = mechanisms(pins=Pins.of(settings.bpf_dir))
-    for netns in existing.namespaces(only or existing.places(settings.run_dir, known), problems):
+    for netns in existing.namespaces(only or existing.netns_paths(settings.run_dir, known), problems):
         pod = existing.pod(netns, settings.run_dir, known)
         with contextlib.closing(PodNetns(netns)) as target:
             try:

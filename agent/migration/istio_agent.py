@@ -16,7 +16,7 @@ _COMMAND = b"install-cni"  # the program of its DaemonSet
 _SYS_ADMIN = 1 << 21  # linux/capability.h; its DaemonSet adds it, to enter the pods' namespaces
 
 
-def theirs_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
+def istio_agent_runs(host: HostRoot, run_dirs: Iterable[str], proc: Path) -> str:
     """Returns how istio-cni's agent was found, or "": by its socket or its process. Either may be hidden from us."""
     for run_dir in run_dirs:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

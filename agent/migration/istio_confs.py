@@ -45,7 +45,7 @@ def picked(view: View) -> Conf | None:
     return next(iter(confs(view)), None)
 
 
-def places(view: View) -> list[IstioConf]:
+def mentioning(view: View) -> list[IstioConf]:
     """Returns the configurations with istio-cni's entry, in the order of file names, without our own lists."""
     every = [conf for conf in confs(view) if not conflists.is_own(conf)]
     mentioning = [conf for conf in every if conflists.mentions(conf.network, ISTIO)]
@@ -54,7 +54,7 @@ def places(view: View) -> list[IstioConf]:
 
 def run_dirs(view: View) -> list[str]:
     """Returns the directories of istio-cni's agent that its entries name, and its default one."""
-    named = (str(conf.entry.get("cni_agent_run_dir") or RUN_DIR) for conf in places(view))
+    named = (str(conf.entry.get("cni_agent_run_dir") or RUN_DIR) for conf in mentioning(view))
     return list(dict.fromkeys((*named, RUN_DIR)))
 
 

@@ -43,7 +43,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     `mode` is own or insert: the final form of our entry.
     """
     last = planning.insert if mode == "insert" else planning.own
-    confs = istio_confs.places(view)
+    confs = istio_confs.mentioning(view)
     first = planning.own if confs and aside else last
     verdict = first(view, entry, wished)
     if verdict.error:
@@ -52,7 +52,7 @@ def take_over(view: View, entry: Json, wished: str, *, mode: str = "own", aside:
     steps = [MigrationStep(action, why) for action in verdict.actions]
     if not confs or not aside:
         return Steps(tuple(steps), remarks=verdict.remarks)
-    for conf in istio_confs.places(after(view, steps)):
+    for conf in istio_confs.mentioning(after(view, steps)):
         steps += _aside(after(view, steps), conf)
     verdict = last(after(view, steps), entry, wished)
     steps += [MigrationStep(action, "Sluice's entry without istio-cni's") for action in verdict.actions]

@@ -37,7 +37,7 @@ def others(target: PodNetns) -> tuple[str, ...]:
 def _namespace(target: PodNetns) -> Iterator[str]:
     """Yields lines for the namespace; call it inside."""
     for one in _foreign(query.at(target.netns.fd, AttachType.SK_LOOKUP, target.netns.origin)):
-        yield f"{_words(one)} selects the sockets of incoming connections (sk_lookup)"
+        yield f"{_program(one)} selects the sockets of incoming connections (sk_lookup)"
     with contextlib.closing(RouteSocket()) as route:
         links = route.links()[:_MOST]
         filtered = route.classified()
@@ -45,9 +45,9 @@ def _namespace(target: PodNetns) -> Iterator[str]:
         name = printable(link.name)
         for hook in _PACKETS:
             for one in _foreign(query.at(link.index, hook, name)):
-                yield f"{_words(one)} is attached to {name} ({hook.name.lower()})"
+                yield f"{_program(one)} is attached to {name} ({hook.name.lower()})"
         if link.xdp and (program := query.program(link.xdp)):
-            yield f"{_words(program)} is attached to {name} (XDP)"
+            yield f"{_program(program)} is attached to {name} (XDP)"
         if link.index in filtered:
             yield f"tc filters may be attached to {name} (see `tc filter show dev {name} ingress` and `egress`)"
 
@@ -63,7 +63,7 @@ def _cgroups(target: PodNetns) -> Iterator[str]:
     for cgroup in sorted(cgroups):
         for hook in _SOCKETS:
             for one in _foreign(query.attached(root / cgroup.relative_to("/"), hook)):
-                yield f"{_words(one)} is attached to the cgroup {printable(str(cgroup))} ({hook.name.lower()})"
+                yield f"{_program(one)} is attached to the cgroup {printable(str(cgroup))} ({hook.name.lower()})"
 
 
 def _unified(text: str) -> list[str]:
@@ -74,5 +74,5 @@ def _foreign(programs: tuple[ProgramInfo, ...]) -> list[ProgramInfo]:
     return [one for one in programs if one.name not in _OURS][:_MOST]
 
 
-def _words(one: ProgramInfo) -> str:
+def _program(one: ProgramInfo) -> str:
     return f"BPF program {printable(one.name) or 'without a name'} (number {one.id})"

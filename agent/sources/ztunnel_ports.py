@@ -35,7 +35,7 @@ class ZtunnelPorts:
         """Reads the present listeners. Raises KernelError."""
         sockets = target.diag.listening(CAPTURE_PORTS)
         foreign = self._ztunnels.foreign(sockets, target.netns.id) if self._ztunnels else {}
-        lines = {one: _words(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
+        lines = {one: _line(one, foreign[one.cookie]) for one in sockets if one.cookie in foreign}
         there = {one.local[1] for one in sockets if one not in lines}
         taken = tuple(line for one, line in lines.items() if one.local[1] != HBONE_PORT)
         hbone = self._hbone(target, [one for one in sockets if one.local[1] == HBONE_PORT], foreign)
@@ -68,5 +68,5 @@ def _few(lines: tuple[str, ...]) -> tuple[str, ...]:
     return lines if len(lines) <= _SHOWN else (*lines[:_SHOWN], f"and {len(lines) - _SHOWN} more")
 
 
-def _words(one: TcpSocket, holder: str) -> str:
+def _line(one: TcpSocket, holder: str) -> str:
     return f"{holder} listens on {text(one.local)}, where only ztunnel may"

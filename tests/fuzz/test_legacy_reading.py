@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.backends.iptables.legacy_reading import found
+from agent.backends.iptables.legacy_reading import read_table
 from agent.backends.iptables.rendering import render, script
 from agent.backends.iptables.rule_digests import RuleDigests
 from agent.core.errors import KernelError
@@ -34,7 +34,7 @@ LINE = re.compile(
 
 def check(family: int, info: bytes, data: bytes) -> None:
     try:
-        table = found(family, info, data)
+        table = read_table(family, info, data)
     except KernelError:
         return
     assert len(table.digests) == len(table.table.chains)

@@ -18,7 +18,7 @@ HOSTS = Path(__file__).parent / "hosts"
 NAMES = sorted(path.name for path in HOSTS.iterdir())
 
 
-def find(name: str, **settings: str) -> runtime.Places:
+def find(name: str, **settings: str) -> runtime.Directories:
     return runtime.find(Settings(**settings), HostRoot(str(HOSTS / name / "root")), HOSTS / name / "proc")
 
 

@@ -17,7 +17,7 @@ from agent.core.names import REDIRECTION
 @pytest.fixture
 def config(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Settings of an agent on node1, where istio-cni's agent does not run."""
-    monkeypatch.setattr(uncapture, "theirs_runs", lambda *_: "")
+    monkeypatch.setattr(uncapture, "istio_agent_runs", lambda *_: "")
     access = {"kube_server": server.url, "kube_token_file": server.token_file, "kube_ca_file": server.ca_file}
     path = tmp_path / "sluice.yaml"
     path.write_text(yaml.safe_dump({**access, "node_name": "node1", "host_root": str(tmp_path)}))
@@ -72,7 +72,7 @@ def test_nothing_is_taken_while_somebody_else_may_capture(
 ) -> None:
     put(server, "one", **{REDIRECTION: "enabled"})
     assert "not known" in uncapture.take_back_annotations(config, [""], [])[0]
-    monkeypatch.setattr(uncapture, "theirs_runs", lambda *_: "its socket answers")
+    monkeypatch.setattr(uncapture, "istio_agent_runs", lambda *_: "its socket answers")
     assert "its socket answers" in uncapture.take_back_annotations(config, [], [])[0]
     assert annotated(server) == {"one"}
 

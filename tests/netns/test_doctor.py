@@ -153,7 +153,7 @@ def test_p38_what_lo_lacks(one: World) -> None:
 def test_p56_rules_that_no_note_knows_are_told_on_a_whole_node(one: World, tmp_path: Path) -> None:
     """Other namespaces of this machine are looked at too, and may have rules of their own: only ours is judged."""
     bare = replace(one.settings, run_dir=str(tmp_path / "empty"))
-    found = [seen for seen in pods.probe(bare, "", whole=True).others if seen.place == str(one.inside.path)]
+    found = [seen for seen in pods.probe(bare, "", whole=True).others if seen.origin == str(one.inside.path)]
     assert [seen.ours for seen in found] == [("nftables",)]
     verdict, words = worst("pod-rules", NodeFacts(bare, pods=pods.PodsFacts((), tuple(found))))
     assert verdict is CheckVerdict.WARNING and "no note names the pod" in words

@@ -13,7 +13,7 @@ from support import bpftool
 from support.ebpf_agents import agent
 from support.ebpf_pod import APP, PEER, POD, accepted, carries, from_client, stage, waiting
 
-from agent.app.early import mend
+from agent.app.early import repair_noted
 from agent.backends.choose import Recorded
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
@@ -64,7 +64,7 @@ def test_rules_are_back(
     with Netns.open(netns) as inside:
         state.save(Note(pod, captured=captured, netns=inside.id))
     try:
-        mend(settings, state)
+        repair_noted(settings, state)
         shown = run(["nft", "-s", "list", "ruleset"], netns=netns).stdout
         assert ("istio-ambient-nat" in shown) is mended
         assert "15008" not in shown, "no ztunnel listens there, so the loop would take the exemption back"
@@ -94,7 +94,7 @@ def test_ebpf_programs_are_attached_again(tmp_path: Path) -> None:
                 with pytest.raises(TimeoutError):
                     app.connect((PEER[4], APP))
             assert not waiting(node.app), "a connection of an enrolled pod has escaped"
-            mend(settings, state)
+            repair_noted(settings, state)
             assert not other.wrong(Redirect(hbone=False, marks=False)), "as the loop wants a pod without 15008"
             with node.pod.make() as app:
                 app.connect((PEER[4], APP))
@@ -120,7 +120,7 @@ def test_a_change_to_ebpf_is_left_to_the_first_passes(tmp_path: Path) -> None:
         )
         state.save(Note(pod, captured=True, netns=node.pod.target.netns.id))
         try:
-            mend(settings, state)
+            repair_noted(settings, state)
             assert not other.wrong(None), "nothing of the pod was made"
         finally:
             unpin(state.pin("u1"))
@@ -142,7 +142,7 @@ def test_a_pod_whose_annotation_is_refused_keeps_what_it_has(netns: Path, tmp_pa
             )
         )
     try:
-        mend(settings, state)
+        repair_noted(settings, state)
         assert run(["nft", "-s", "list", "ruleset"], netns=netns).stdout == ""
     finally:
         unpin(state.pin("u1"))
@@ -158,5 +158,5 @@ def test_whatever_is_wrong_the_agent_starts(tmp_path: Path) -> None:
         "u2", "shop", "gone", netns_path="/run/netns/slu-nowhere", annotations={"istio.io/dataplane-mode": "ambient"}
     )
     state.save(Note(gone, captured=True, netns=None))
-    mend(settings, state)
+    repair_noted(settings, state)
     assert state.damaged == ["bad.json"]

@@ -298,7 +298,7 @@ def test_the_search_finds_pins_names_and_processes_and_each_namespace_once(pod: 
         inside = start(["nsenter", f"--net={other.path}", "sleep", "1000"])
         try:
             known = existing.known(str(tmp_path))
-            places = existing.places(str(tmp_path), known)
+            places = existing.netns_paths(str(tmp_path), known)
             assert {tmp_path / "netns" / "uid-1", pod.path, other.path, Path(f"/proc/{inside.pid}/ns/net")} <= {*places}
             own = Path("/proc/self/ns/net").stat().st_ino
             mine = [path for path in places if _inode(path) in (own, _inode(pod.path), _inode(other.path))]

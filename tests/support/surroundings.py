@@ -38,7 +38,7 @@ class Surroundings:
             "listening": self,
             "host": _Host(self),
         }
-        return ExplainContext(**parts, places=places)
+        return ExplainContext(**parts, origins=places)
 
 
 class _Host:

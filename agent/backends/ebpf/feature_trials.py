@@ -51,7 +51,7 @@ def _objects(pins: Pins) -> None:
 
 def _loading(name: str) -> Callable[[Pins], None]:
     def trial(pins: Pins) -> None:
-        with _place(pins) as directory:
+        with _pin_directory(pins) as directory:
             _load(directory, name)
 
     return trial
@@ -66,7 +66,7 @@ def _tcx(pins: Pins) -> None:
 
 
 def _in_scratch(pins: Pins, program: BpfProgram, attach: Callable[[int], int]) -> None:
-    with _place(pins) as directory:
+    with _pin_directory(pins) as directory:
         _load(directory, program.object)
         with Descriptor(syscall.get(directory.program(program))) as descriptor:
             os.close(scratch.call(lambda: attach(descriptor)))
@@ -82,7 +82,7 @@ def _load(directory: PinDirectory, name: str) -> None:
 
 
 @contextmanager
-def _place(pins: Pins) -> Iterator[PinDirectory]:
+def _pin_directory(pins: Pins) -> Iterator[PinDirectory]:
     """Returns pins of this process alone, apart from those in use; with maps of their own."""
     bpffs.mount(pins.mount)
     directory = PinDirectory(pins.root / f"try-{os.getpid()}")

@@ -42,12 +42,12 @@ def wanted(want: HostProbes, have: BranchState) -> tuple[LookupRule, ...]:
     for rule in have.rules:
         for address, device in have.routes.get((rule.family, rule.table), {}).items():
             if _of_pod(rule) and device == rule.iif and address in want.of(rule.family):
-                rules[_ours(rule.family, rule.preference - 1, Table.LOCAL, iif=rule.iif)] = None
-                rules[_ours(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
+                rules[_own_rule(rule.family, rule.preference - 1, Table.LOCAL, iif=rule.iif)] = None
+                rules[_own_rule(rule.family, TO_POD_PRIORITY, rule.table, to=address)] = None
     return tuple(rules)
 
 
-def _ours(family: int, preference: int, table: int, *, iif: str = "", to: str = "") -> LookupRule:
+def _own_rule(family: int, preference: int, table: int, *, iif: str = "", to: str = "") -> LookupRule:
     return LookupRule(family, preference, table=table, protocol=names.ROUTING_PROTOCOL, to=to, iif=iif)
 
 

@@ -144,9 +144,11 @@ def _read(nft: NftSocket) -> tuple[dict[int, Held], int]:
             if not tables:
                 held[family] = Held()
                 continue
-            chains = {name: nft.dump(GETCHAIN, protocol, _place(wire.Chain.NAME, name), 0) for name in (BASE, CHAIN)}
+            chains = {
+                name: nft.dump(GETCHAIN, protocol, _selection(wire.Chain.NAME, name), 0) for name in (BASE, CHAIN)
+            }
             there = [name for name, messages in chains.items() if messages]
-            rules = [m for name in there for m in nft.dump(GETRULE, protocol, _place(wire.Rule.CHAIN, name))]
+            rules = [m for name in there for m in nft.dump(GETRULE, protocol, _selection(wire.Rule.CHAIN, name))]
             base = [wire.fields(message.body) for message in chains[BASE]]
             table = wire.fields(tables[0].body)
             held[family] = nft_held(table, base[0] if base else None, CHAIN in there, rules)
@@ -167,9 +169,9 @@ def _emptied(have: Mapping[int, Held]) -> tuple[Step[Payload], ...]:
             commands.append(Command(DELTABLE, 0, NFPROTO[family], attribute(wire.Table.NAME, TABLE)))
         elif held.idle:
             lines.append(f"delete chain {WORD[family]} {TABLE} {BASE}")
-            commands.append(Command(DELCHAIN, 0, NFPROTO[family], _place(wire.Chain.NAME, BASE)))
+            commands.append(Command(DELCHAIN, 0, NFPROTO[family], _selection(wire.Chain.NAME, BASE)))
     return (Step("\n".join(lines), tuple(commands)),) if commands else ()
 
 
-def _place(kind: int, chain: str) -> bytes:
+def _selection(kind: int, chain: str) -> bytes:
     return attribute(wire.Chain.TABLE, TABLE) + attribute(kind, chain)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
-from agent.backends.iptables.entries import XtEntry, entries, places
+from agent.backends.iptables.entries import XtEntry, entries, offsets
 from agent.backends.iptables.reading import MARK
 from agent.backends.netfilter.message_parts import comment, expressions, rule_comment, text
 from agent.core.model.ownership import TAG
@@ -59,18 +59,18 @@ def nft_held(
 
 def legacy_held(family: int, info: bytes, data: bytes) -> Held:
     """Reads ipt_getinfo and the entries of nat. Raises KernelError when they do not add up."""
-    rules = tuple(entries(family, data, tuple(places(family, data))))
-    _, _, *offsets = _INFO.unpack(info)
-    begin, end = offsets[_POSTROUTING], offsets[_POSTROUTING + 5]
+    rules = tuple(entries(family, data, tuple(offsets(family, data))))
+    _, _, *positions = _INFO.unpack(info)
+    begin, end = positions[_POSTROUTING], positions[_POSTROUTING + 5]
     base = [(rule.jump or "", _tag(rule.comment)) for rule in rules if begin <= rule.offset < end]
-    return Held(_made(rules), _jumps(base))
+    return Held(_own_chain(rules), _jumps(base))
 
 
 def _jumps(rules: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(tag for target, tag in rules if target == CHAIN)
 
 
-def _made(rules: tuple[XtEntry, ...]) -> tuple[str, ...] | None:
+def _own_chain(rules: tuple[XtEntry, ...]) -> tuple[str, ...] | None:
     """Tags of our chain: what lies between its head and the next one, but for the RETURN at its end."""
     heads = [number for number, rule in enumerate(rules) if rule.head == CHAIN]
     if not heads:

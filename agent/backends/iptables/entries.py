@@ -42,7 +42,7 @@ _FORMS = {
 class XtEntry:
     """`head` names the chain that begins after this entry, `jump` the chain that it jumps to.
 
-    `plain` says that it takes every packet. `digest` covers all bytes but counters and places.
+    `plain` says that it takes every packet. `digest` covers all bytes but counters and offsets.
     """
 
     offset: int
@@ -65,7 +65,7 @@ def broken(what: str) -> KernelError:
     return KernelError("read xtables", 0, f"{what} of the kernel's entries do not add up; is this a 64-bit kernel?")
 
 
-def places(family: int, data: bytes) -> Iterator[int]:
+def offsets(family: int, data: bytes) -> Iterator[int]:
     """Yields the offset of each entry. Raises KernelError."""
     form = _FORMS[family]
     offset = 0
@@ -82,7 +82,7 @@ def places(family: int, data: bytes) -> Iterator[int]:
 
 
 def blanked(family: int, data: bytes, at: Sequence[int]) -> bytes:
-    """Returns the same with zeros for the counters of the entries `at` these places."""
+    """Returns the same with zeros for the counters of the entries `at` these offsets."""
     counters = _FORMS[family].counters
     blank = bytearray(data)
     for offset in at:
@@ -97,7 +97,7 @@ def counts(family: int, data: bytes, offset: int) -> tuple[int, int]:
 
 
 def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
-    """Takes `size` bytes of entries `at` these places apart into all that lies between the counters."""
+    """Takes `size` bytes of entries `at` these offsets apart into all that lies between the counters."""
     ends = [offset + _FORMS[family].counters for offset in at]
     begins = [0, *(end + len(_NO_COUNT) for end in ends)]
     parts = [f"{end - begin}s" for begin, end in zip(begins, (*ends, size), strict=True)]
@@ -105,7 +105,7 @@ def without_counts(family: int, size: int, at: Sequence[int]) -> struct.Struct:
 
 
 def entries(family: int, data: bytes, at: Sequence[int]) -> Iterator[XtEntry]:
-    """Yields the entries `at` these places, which are all of the table's. Raises KernelError."""
+    """Yields the entries `at` these offsets, which are all of the table's. Raises KernelError."""
     form = _FORMS[family]
     spans = list(zip(at, (*at[1:], len(data)), strict=True))
     targets = [_target(form, data[begin:end]) for begin, end in spans]

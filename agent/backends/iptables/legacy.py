@@ -20,7 +20,7 @@ from agent.backends.base import Support
 from agent.backends.iptables import legacy_reading, rendering
 from agent.backends.iptables.bases import Restore
 from agent.backends.iptables.comparison import differences, refuse_taken, same
-from agent.backends.iptables.legacy_reading import Found
+from agent.backends.iptables.legacy_reading import LegacyTable
 from agent.backends.iptables.reading import TABLES
 from agent.backends.iptables.rendering import XtTable
 from agent.backends.iptables.rule_digests import RuleDigests
@@ -54,7 +54,7 @@ class LegacyState:
 class _Last:
     """The result of the last read of a namespace, and its meaning with the digests known by then."""
 
-    tables: dict[Key, Found]
+    tables: dict[Key, LegacyTable]
     version: int
     have: LegacyState
 
@@ -132,7 +132,7 @@ def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...
     return foreign_rules.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
 
 
-def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
+def _tables(target: PodNetns, last: dict[Key, LegacyTable]) -> dict[Key, LegacyTable]:
     """Reads all tables of Sluice; returns `last` itself when they are unchanged."""
     known = {key: table.info for key, table in last.items()}
     raw = target.netns.call(lambda: xtables.again(TABLES, known))
@@ -140,7 +140,7 @@ def _tables(target: PodNetns, last: dict[Key, Found]) -> dict[Key, Found]:
         return last
     if known:
         raw = target.netns.call(lambda: xtables.again(TABLES, {}))
-    return {key: legacy_reading.found(key[0], *parts) for key, parts in raw.items()}
+    return {key: legacy_reading.read_table(key[0], *parts) for key, parts in raw.items()}
 
 
 def _restore(step: Restore, target: PodNetns | None = None) -> None:
@@ -159,6 +159,6 @@ def _commit_sample(*, ipv6: bool) -> None:
         wanted = rendering.render(sample, family)
         _restore(Restore(family, rendering.script(family, wanted, {})))
         held = xtables.read(TABLES, ())[family]
-        tables = {name: legacy_reading.found(family, *parts).table for name, parts in held.items()}
+        tables = {name: legacy_reading.read_table(family, *parts).table for name, parts in held.items()}
         for line in differences(family, wanted.tables, tables):
             raise KernelError("try the rules", 0, f"they are not read as they were written: {line}")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from agent.backends.iptables.entries import XtEntry, blanked, broken, entries, places, without_counts
+from agent.backends.iptables.entries import XtEntry, blanked, broken, entries, offsets, without_counts
 from agent.backends.iptables.rendering import CHAINS, XtTable
 from agent.core.model.ownership import TAG
 
@@ -25,7 +25,7 @@ _INFO = struct.Struct("=32s11III")  # ipt_getinfo: name; valid hooks, hook entri
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class LegacyTable:
     """A table and, parallel to its chains, a digest of what each rule does; and the bytes that say so."""
 
     table: XtTable
@@ -43,19 +43,19 @@ class Found:
         return len(data) == self.layout.size and self.layout.unpack(data) == self.parts
 
 
-def found(family: int, info: bytes, data: bytes) -> Found:
+def read_table(family: int, info: bytes, data: bytes) -> LegacyTable:
     """Reads one table of family 4 or 6 from its ipt_getinfo and its entries. Raises KernelError if they are invalid."""
     if len(info) != _INFO.size or len(data) != _INFO.unpack(info)[-1]:
         raise broken("lengths")
-    return _found(family, info, blanked(family, data, tuple(places(family, data))))
+    return _read_entries(family, info, blanked(family, data, tuple(offsets(family, data))))
 
 
 @lru_cache(maxsize=512)  # a node's pods have the same few tables
-def _found(family: int, info: bytes, data: bytes) -> Found:
-    at = tuple(places(family, data))
+def _read_entries(family: int, info: bytes, data: bytes) -> LegacyTable:
+    at = tuple(offsets(family, data))
     rules = tuple(entries(family, data, at))
     bases = _bases(info, rules)
-    chains = {**_made(rules), **bases}
+    chains = {**_user_chains(rules), **bases}
     named = {chain: chains[chain] for chain in _OURS if chain in chains}
     taken = tuple(
         chain for chain, held in named.items() if not any(map(_tag, held)) and any(rule.jump for rule in held)
@@ -65,7 +65,7 @@ def _found(family: int, info: bytes, data: bytes) -> Found:
     digests = tuple(tuple(rule.digest for rule in held) for _, held in own)
     layout = without_counts(family, len(data), at)
     table = XtTable(tagged, tuple(sorted(_jumps(chains))), bases=tuple(sorted(bases))).without(taken)
-    return Found(table=table, digests=digests, info=info, layout=layout, parts=layout.unpack(data))
+    return LegacyTable(table=table, digests=digests, info=info, layout=layout, parts=layout.unpack(data))
 
 
 def _jumps(chains: Mapping[str, list[XtEntry]]) -> Iterator[tuple[str, str, str]]:
@@ -87,7 +87,7 @@ def _bases(info: bytes, rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry
     }
 
 
-def _made(rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry]]:
+def _user_chains(rules: tuple[XtEntry, ...]) -> Mapping[str, list[XtEntry]]:
     chains: dict[str, list[XtEntry]] = {}
     held: list[XtEntry] = []
     for rule in rules:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agent.backends.iptables.legacy_reading import Found
+from agent.backends.iptables.legacy_reading import LegacyTable
 from agent.backends.iptables.rendering import XtTable
 
 _KEPT = 1024  # chains; a node's variants have some ten each
@@ -23,7 +23,7 @@ class RuleDigests:
         self._learned: dict[tuple[str, ...], set[tuple[bytes, ...]]] = {}
         self.version = 0  # of what is known; it never comes back
 
-    def learn(self, held: Found) -> None:
+    def learn(self, held: LegacyTable) -> None:
         for (_, tags), digests in zip(held.table.chains, held.digests, strict=True):
             if len(self._learned) >= _KEPT and tags not in self._learned:
                 self._learned.clear()  # tags alone have to do until the next change
@@ -31,7 +31,7 @@ class RuleDigests:
                 self._learned[tags].add(digests)
                 self.version += 1
 
-    def verified(self, held: Found) -> XtTable:
+    def verified(self, held: LegacyTable) -> XtTable:
         """Returns the table, with "" for the tag of each rule that does what was never learned of it."""
         pairs = list(zip(held.table.chains, held.digests, strict=True))
         if all(digests in self._learned.get(tags, (digests,)) for (_, tags), digests in pairs):

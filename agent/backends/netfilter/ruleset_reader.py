@@ -89,7 +89,7 @@ def read(nft: NftSocket, own: Sequence[ChainRef], *, whole: bool = True) -> tupl
     for all_of_it in (True, False) if whole else (False,):
         for _ in range(_TRIES):
             before = nft.generation()
-            ruleset = _whole(nft) if all_of_it else _ours(nft, own)
+            ruleset = _whole(nft) if all_of_it else _own_chains(nft, own)
             if ruleset is None:
                 break  # too large
             if nft.generation() == before:
@@ -109,7 +109,7 @@ def _whole(nft: NftSocket) -> Ruleset | None:
     return dumps.ruleset(tables, chains, rules) if complete else None
 
 
-def _ours(nft: NftSocket, own: Sequence[ChainRef]) -> Ruleset:
+def _own_chains(nft: NftSocket, own: Sequence[ChainRef]) -> Ruleset:
     """Reads Sluice's chains by name. One with too many rules is read as empty, which Sluice never writes."""
     tables = dict.fromkeys((one.family, one.table) for one in own)
     heads = {(family, name): nft.get(GETTABLE, family, attribute(wire.Table.NAME, name)) for family, name in tables}

@@ -37,7 +37,7 @@ class NftState:
 
 def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
     """Returns Sluice's tables in a pod with their chains and rules, by name."""
-    chains = _ours(ruleset.content)
+    chains = _own_chains(ruleset.content)
     states = (
         TableState(head.name, chains.get(head.name, ()), head.flags, head.owner)
         for head in ruleset.tables
@@ -47,7 +47,7 @@ def table_states(ruleset: Ruleset) -> tuple[TableState, ...]:
 
 
 @lru_cache(maxsize=64)
-def _ours(content: Content) -> dict[str, tuple[Chain, ...]]:
+def _own_chains(content: Content) -> dict[str, tuple[Chain, ...]]:
     inet = ([m for m in part if m.body[0] == NFPROTO_INET] for part in (content.chains, content.rules))
     return _chains(*inet)
 

@@ -55,7 +55,7 @@ def considered(pod: Pod, settings: Settings) -> Iterator[Fact]:
     if settings.enablement_selectors != DEFAULT:
         yield from _selectors(pod, settings)
     else:
-        yield from _said(pod)
+        yield from _requested(pod)
 
 
 def exempt(namespace: str, name: str, settings: Settings) -> bool:
@@ -108,7 +108,7 @@ def _word(flag: bool) -> str:
     return "yes" if flag else "no"
 
 
-def _said(pod: Pod) -> Iterator[Fact]:
+def _requested(pod: Pod) -> Iterator[Fact]:
     """Returns the word of three that counts, by the default selectors."""
     key = names.DATAPLANE_MODE
     word = mode(pod)

@@ -25,7 +25,7 @@ def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
     host_only = values.get("bpf-lb-sock-hostns-only") == "true"
     if taking:
         listed = ", ".join(f"{one.name or one.id} ({one.hook})" for one in taking)
-        program = _whose(taking)
+        program = _vendor(taking)
         observation = f"on the root cgroup: {listed}" + ("; bpf-lb-sock-hostns-only is true" if host_only else "")
         if host_only:
             yield ok(f"{observation}: connections of pods are not affected")
@@ -47,7 +47,7 @@ def _balancer(facts: NodeFacts) -> Iterator[CheckLine]:
         )
 
 
-def _whose(programs: list[AttachedProgram]) -> str:
+def _vendor(programs: list[AttachedProgram]) -> str:
     if any(one.name.startswith(_CILIUM) for one in programs):
         return "Cilium's socket load balancer"
     return (

@@ -54,16 +54,16 @@ def _bare(facts: NodeFacts) -> Iterator[CheckLine]:
             yield warning(f"{pod.name}: {pod.error}", "its namespace cannot be examined", "sluice explain " + pod.name)
         elif pod.captured and not pod.ours and not pod.others:
             yield wrong(
-                f"{pod.name}: no rules in {pod.place}",
+                f"{pod.name}: no rules in {pod.origin}",
                 "they were removed and not restored: the pod's traffic bypasses ztunnel",
                 f"sluice verify {pod.name} --repair" if not facts.left.why else start(facts),
             )
     for pod in facts.pods.others:
         if pod.ours:
             yield warning(
-                f"{pod.place}: rules by Sluice ({', '.join(pod.ours)}), and no note names the pod",
+                f"{pod.origin}: rules by Sluice ({', '.join(pod.ours)}), and no note names the pod",
                 "its agent is gone or uses another run_dir; if no ztunnel has the pod, its connections are refused",
-                f"sluice uncapture --all --netns {pod.place}, if no agent maintains it",
+                f"sluice uncapture --all --netns {pod.origin}, if no agent maintains it",
             )
     right = [pod for pod in noted if pod.captured and (pod.ours or pod.others) and not pod.error]
     if len(right) == sum(pod.captured for pod in noted) and not any(pod.ours for pod in facts.pods.others):
@@ -104,7 +104,7 @@ def _foreign(facts: NodeFacts) -> Iterator[CheckLine]:
             yield warning(
                 f"{pod.name}: {rule}",
                 "foreign rules come before Sluice's and may divert the pod's traffic",
-                f"nsenter --net={pod.place} nft list ruleset; remove them, or exclude the traffic that they divert",
+                f"nsenter --net={pod.origin} nft list ruleset; remove them, or exclude the traffic that they divert",
             )
 
 
@@ -188,7 +188,7 @@ def _sockets(facts: NodeFacts) -> Iterator[CheckLine]:
             yield warning(
                 f"{pod.name}: {waiting} sockets in CLOSE_WAIT",
                 "a program in the pod, or ztunnel, does not close what its peer has closed",
-                f"nsenter --net={pod.place} ss -tanp state close-wait",
+                f"nsenter --net={pod.origin} ss -tanp state close-wait",
             )
         if used > room * _FULL:
             yield warning(

@@ -18,7 +18,7 @@ from agent.install.installer import Installer, mode
 from agent.install.netdir import NetDir
 from agent.install.runtime import Running
 from agent.kernel import exec
-from agent.migration.istio_agent import theirs_runs
+from agent.migration.istio_agent import istio_agent_runs
 from agent.migration.istio_confs import run_dirs
 
 
@@ -47,7 +47,7 @@ def probe(settings: Settings, proc: Path) -> Cni:
         runs=_runs(binary, settings) if wanted else "",
         runtime=f"{directories.runtime.name} (process {directories.runtime.pid})" if directories.runtime else "",
         watched=_watched(directories.runtime, host.path(directories.conf.path), proc) if directories.runtime else None,
-        istio=theirs_runs(host, run_dirs(view), proc),
+        istio=istio_agent_runs(host, run_dirs(view), proc),
     )
 
 

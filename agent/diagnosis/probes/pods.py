@@ -35,7 +35,7 @@ def probe(settings: Settings, backend: str, *, whole: bool) -> PodsFacts:
     problems = list[str]()
     noted = list[PodFacts]()
     others = list[PodFacts]()
-    paths = existing.places(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
+    paths = existing.netns_paths(settings.run_dir, known) if whole else _noted(settings.run_dir, known)
     met = set[str]()
     for netns in existing.namespaces(paths, problems):
         pod = existing.pod(netns, settings.run_dir, known)

@@ -100,14 +100,14 @@ def cgroup_id(pid: int) -> int:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
         below = next((line[3:] for line in lines if line.startswith("0::")), "/")
         # From a cgroup namespace of our own, the path shows only how far the other one is from ours.
-        directory = root / below.lstrip("/") if whole else _place(root, pid)
+        directory = root / below.lstrip("/") if whole else _cgroup_directory(root, pid)
         return directory.stat().st_ino
     except OSError as error:
         number = errno.ESRCH if isinstance(error, FileNotFoundError) else error.errno or 0
         raise KernelError(operation, number, os.strerror(number)) from error
 
 
-def _place(root: Path, pid: int) -> Path:
+def _cgroup_directory(root: Path, pid: int) -> Path:
     """Searches the whole hierarchy: some hundred small files on a full node. Raises FileNotFoundError."""
     wanted = str(pid)
     for directory, _, _ in os.walk(root):

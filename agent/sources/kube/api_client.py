@@ -103,7 +103,7 @@ class Client:
                 message = b"".join([piece async for piece in _bounded(connection.body(quiet))])
                 self._keep(connection)
             except (OSError, h11.ProtocolError, TimeoutError) as error:
-                raise KubeError(f"{_what(method, target)}: the answer broke off: {_words(error)}") from None
+                raise KubeError(f"{_what(method, target)}: the answer broke off: {_cause(error)}") from None
             finally:
                 connection.close_unless_kept()
             if status == 401:
@@ -129,7 +129,7 @@ class Client:
                 connection.close()
                 if kept and method == "GET" and not isinstance(error, TimeoutError):
                     continue
-                raise KubeError(f"{_what(method, target)}: no answer: {_words(error)}") from None
+                raise KubeError(f"{_what(method, target)}: no answer: {_cause(error)}") from None
             except BaseException:
                 connection.close()
                 raise
@@ -150,7 +150,7 @@ class Client:
             if isinstance(error, ssl.SSLCertVerificationError):
                 at.refused()
                 raise KubeError(f"API server {at.authority} is not of our CA: {error}; check kube_ca_file") from None
-            raise KubeError(f"API server {at.authority}: {_words(error)}") from None
+            raise KubeError(f"API server {at.authority}: {_cause(error)}") from None
         return _Connection(reader, writer, context)
 
     def _take(self) -> _Connection | None:
@@ -282,5 +282,5 @@ def _what(method: str, target: str) -> str:
     return f"{method} {target.partition('?')[0]}"
 
 
-def _words(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     return str(error) or ("it took too long" if isinstance(error, TimeoutError) else type(error).__name__)

@@ -32,7 +32,7 @@ class NamedObject(NamedTuple, Generic[W]):
     """One object: where it is found, and what it is called."""
 
     uid: str
-    places: tuple[object, ...]  # addresses of pods, (address, port) of services
+    endpoints: tuple[object, ...]  # addresses of pods, (address, port) of services
     name: W
 
 
@@ -59,14 +59,14 @@ class Places(Generic[W]):
         if known is not None:
             self.removed(known)
         self._objects[object.uid] = object
-        for endpoint in object.places:
+        for endpoint in object.endpoints:
             held = self._holders.get(endpoint, ())
             self._hold(endpoint, (*((held,) if isinstance(held, str) else held), object.uid))
         self._dirty()
 
     def removed(self, object: NamedObject[W]) -> None:
         known = self._objects.pop(object.uid, None)
-        for endpoint in known.places if known is not None else ():
+        for endpoint in known.endpoints if known is not None else ():
             held = self._holders[endpoint]
             self._hold(
                 endpoint, tuple(uid for uid in ((held,) if isinstance(held, str) else held) if uid != object.uid)

@@ -63,7 +63,7 @@ class Candidate:
             raise self.problem
         if self._netns is None:
             try:
-                self._netns = self._found()
+                self._netns = self._open_first()
                 self._addresses = frozenset(self._netns.call(_held))
             except SluiceError as problem:
                 self.problem = problem
@@ -73,9 +73,9 @@ class Candidate:
                 raise self.problem from error
         return self._netns
 
-    def _found(self) -> Netns:
+    def _open_first(self) -> Netns:
         """Tries a mount first: it lasts as long as the pod, even if processes end."""
-        for path, seen in self._places():
+        for path, seen in self._paths():
             try:
                 netns = Netns.open(path)
             except NetnsError:
@@ -87,7 +87,7 @@ class Candidate:
             netns.close()
         raise NetnsError(f"{self} went away while it was looked at")
 
-    def _places(self) -> Iterator[tuple[str, ProcessSeen | None]]:
+    def _paths(self) -> Iterator[tuple[str, ProcessSeen | None]]:
         if self.mount:
             yield self.mount, None
         for seen in (one for each in self.owners.values() for one in each):

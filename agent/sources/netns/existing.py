@@ -41,7 +41,7 @@ def known(run_dir: str) -> tuple[ExistingNetns, ...]:
     return (*notes.values(), *(ExistingNetns(uid, "", captured=True, netns=None, path="") for uid in bare))
 
 
-def places(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
+def netns_paths(run_dir: str, known: Iterable[ExistingNetns]) -> tuple[Path, ...]:
     """Returns paths to namespaces of this node; many lead to the same one."""
     named = [path for folder in NETNS_DIRS for path in sorted(Path(folder).glob("*"))]
     noted = [Path(one.path) for one in known if one.path]

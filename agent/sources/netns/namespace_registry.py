@@ -90,7 +90,7 @@ class NamespaceRegistry:
         if not strange:
             return strange
         problems: list[str] = []
-        for netns in existing.namespaces(existing.places(str(self._state.pods.parent), ()), problems):
+        for netns in existing.namespaces(existing.netns_paths(str(self._state.pods.parent), ()), problems):
             strange -= {netns.id.cookie}
             netns.close()
         return frozenset() if problems else strange - self._cookies()

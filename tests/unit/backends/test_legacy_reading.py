@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.backends.iptables.entries import blanked, places
-from agent.backends.iptables.legacy_reading import Found, found
+from agent.backends.iptables.entries import blanked, offsets
+from agent.backends.iptables.legacy_reading import LegacyTable, read_table
 from agent.backends.iptables.rule_digests import RuleDigests
 from agent.core.errors import KernelError
 
@@ -29,10 +29,10 @@ def captured(family: int, name: str) -> tuple[bytes, bytes]:
     return base64.b64decode(info), zlib.decompress(base64.b64decode(data))
 
 
-def read(family: int, name: str, old: bytes = b"", new: bytes = b"") -> Found:
+def read(family: int, name: str, old: bytes = b"", new: bytes = b"") -> LegacyTable:
     info, data = captured(family, name)
     assert old in data and len(old) == len(new)
-    return found(family, info, data.replace(old, new, 1))
+    return read_table(family, info, data.replace(old, new, 1))
 
 
 def shown(family: int, table: str) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_jump_with_a_match_is_not_ours() -> None:
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_counters_are_read_where_they_are_and_change_nothing(family: int, name: str) -> None:
     info, data = captured(family, name)
-    at = tuple(places(family, data))
+    at = tuple(offsets(family, data))
     packets = [struct.unpack_from("=Q", data, place + COUNTERS[family])[0] for place in at]
     told = [int(number) for number in re.findall(r"\[(\d+):", "\n".join(shown(family, name)))]
     assert Counter(told) <= Counter(packets), "the RETURN at a chain's end is counted too, but not shown"
@@ -79,7 +79,7 @@ def test_counters_are_read_where_they_are_and_change_nothing(family: int, name: 
     counted = bytearray(data)
     for place in at:
         counted[place + COUNTERS[family] : place + COUNTERS[family] + 16] = b"\xff" * 16
-    first, second = found(family, info, data), found(family, info, bytes(counted))
+    first, second = read_table(family, info, data), read_table(family, info, bytes(counted))
     assert first is second
     assert first.holds(data) and first.holds(bytes(counted))
     assert blanked(family, data, at) == blanked(family, bytes(counted), at)
@@ -88,8 +88,8 @@ def test_counters_are_read_where_they_are_and_change_nothing(family: int, name: 
 @pytest.mark.parametrize(("family", "name"), ALL)
 def test_no_other_byte_may_change_unseen(family: int, name: str) -> None:
     info, data = captured(family, name)
-    known = found(family, info, data)
-    counters = {place + COUNTERS[family] + n for place in places(family, data) for n in range(16)}
+    known = read_table(family, info, data)
+    counters = {place + COUNTERS[family] + n for place in offsets(family, data) for n in range(16)}
     for place in range(len(data)):
         other = bytearray(data)
         other[place] ^= 1
@@ -136,9 +136,9 @@ def test_torn_bytes_are_refused(cut: int) -> None:
     info, data = captured(4, "nat")
     for torn in ((info[:cut], data), (info, data[:cut]), (info, data[:-cut]), (info[:-4] + bytes(4), b"")):
         with pytest.raises(KernelError, match="do not add up"):
-            found(4, *torn)
+            read_table(4, *torn)
 
 
 def test_a_table_of_the_other_family_is_refused() -> None:
     with pytest.raises(KernelError, match="do not add up"):
-        found(6, *captured(4, "nat"))
+        read_table(6, *captured(4, "nat"))

@@ -90,7 +90,7 @@ def test_where_settings_come_from_and_what_their_flags_take(tmp_path: Path, monk
     parser = argparse.ArgumentParser()
     settings_sources.add_options(parser)
     args = parser.parse_args(["--config", str(file), "--backend", "ebpf"])
-    assert settings_sources.places(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
+    assert settings_sources.origins(args) == {"backend": "--backend", "ipv6": "$SLUICE_IPV6", "node_name": f"{file}:3"}
     takes = {
         key: DECLARED[key].kind.takes for key in ("ipv6", "offline_pods", "run_dir", "exempt_pods", "verify_seconds")
     }

@@ -32,7 +32,7 @@ def test_the_next_installation_does_not_run_the_choice_of_this_one(
     replaced: dict[str, Any] = {"remove": lambda *_: (left, []), "leftovers": lambda *_, **__: [], "HostNetns": Host}
     for name, value in {**replaced, "uncapture_host": lambda *_, **__: None}.items():
         monkeypatch.setattr(uncapture, name, value)
-    monkeypatch.setattr(uncapture.existing, "places", lambda *_: [])
+    monkeypatch.setattr(uncapture.existing, "netns_paths", lambda *_: [])
     backend_record.save(str(tmp_path), RECORD)
     given = {"netns": [], "foreign": False, "dry_run": False, "annotations": False, "config": "", "output": "text"}
     args = argparse.Namespace(run_dir=str(tmp_path), bpf_dir=str(tmp_path / "bpf"), **given)

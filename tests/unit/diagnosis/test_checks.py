@@ -276,7 +276,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     (
         "pod-rules",
         "nobody's",
-        replace(GOOD, pods=PodsFacts((POD,), (replace(POD, place="/proc/9/ns/net"),))),
+        replace(GOOD, pods=PodsFacts((POD,), (replace(POD, origin="/proc/9/ns/net"),))),
         WARNING,
         "/proc/9",
     ),

@@ -186,6 +186,6 @@ def test_a_closed_one_answers_like_an_ended_one(me: Process) -> None:
 
 
 def test_what_is_refused_says_what_to_do() -> None:
-    assert "CAP_SYS_PTRACE" in process._words(errno.EPERM)
-    assert "CAP_SYS_PTRACE" in process._words(errno.EACCES)
-    assert "CAP_SYS_PTRACE" not in process._words(errno.EBADF)
+    assert "CAP_SYS_PTRACE" in process._cause(errno.EPERM)
+    assert "CAP_SYS_PTRACE" in process._cause(errno.EACCES)
+    assert "CAP_SYS_PTRACE" not in process._cause(errno.EBADF)

@@ -74,7 +74,7 @@ def done(view: View, mode: str = "own") -> View:
 @pytest.fixture(params=NODES)
 def node(request: pytest.FixtureRequest) -> View:
     view = View(NODES[str(request.param)])
-    assert guarded(view) and istio_confs.places(view)
+    assert guarded(view) and istio_confs.mentioning(view)
     return view
 
 
@@ -87,7 +87,7 @@ def test_after_each_step_of_taking_over_a_pod_is_captured_or_refused(node: View,
     end = after(node, steps.steps)
     conf = istio_confs.picked(end)
     assert conf is not None and conflists.mentions(conf.network) and not conflists.mentions(conf.network, ISTIO)
-    assert not istio_confs.places(end)
+    assert not istio_confs.mentioning(end)
 
 
 def ours_is_next(view: View) -> bool:
@@ -168,11 +168,11 @@ def test_what_istio_cnis_agent_makes_of_our_list_is_no_hindrance() -> None:
         end = after(View(files), steps.steps)
         conf = istio_confs.picked(end)
         assert conf is not None and conf.name == WISHED and [one["type"] for one in conf.plugins][2:] == ["sluice-cni"]
-        assert not istio_confs.places(end)
+        assert not istio_confs.mentioning(end)
         again = back(end, WISHED)
         assert not again.error and all(map(guarded, states(end, again)))
         left = after(end, again.steps)
-        assert not any(conflists.mentions(conf.network) for conf in istio_confs.confs(left)) and istio_confs.places(
+        assert not any(conflists.mentions(conf.network) for conf in istio_confs.confs(left)) and istio_confs.mentioning(
             left
         )
 

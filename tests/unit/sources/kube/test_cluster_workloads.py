@@ -31,7 +31,7 @@ def test_any_order_of_events_is_what_a_full_rebuild_would_be(
         else:
             there.pop(objects[0].uid, None)
             places.removed(objects[0])
-        holders = {place: [n for n in there.values() if place in n.places] for place in "123"}
+        holders = {place: [n for n in there.values() if place in n.endpoints] for place in "123"}
         assert places.names == {place: held[0].name for place, held in holders.items() if len(held) == 1}
         assert places._objects == there and set(places._holders) == {place for place, held in holders.items() if held}
 
@@ -73,7 +73,7 @@ def test_rows_of_services() -> None:
     def places(address: object, ports: object) -> tuple[object, ...]:
         found = service(row(**{"Cluster-IP": address, "Port(s)": ports}), lambda *words: words)
         assert found is not None and found.name == ("shop", "web-1")
-        return found.places
+        return found.endpoints
 
     assert places("10.96.0.1", "80/TCP,443:30443/TCP,53/UDP,53/TCP") == tuple(("10.96.0.1", p) for p in (80, 443, 53))
     assert places("fd00::1", "<none>") == (("fd00::1", 0),)
