@@ -83,9 +83,9 @@ def test_bytes_and_half_close_pass_both_ways(nodes: tuple[Node, Node, IstioZtunn
 def test_a_policy_refuses_with_401(nodes: tuple[Node, Node, IstioZtunnel]) -> None:
     web, shop, _ = nodes
     with (
+        contextlib.suppress(ConnectionResetError),
         shop.pod.listen(PEER4, 9000),
         web.pod.connect(PEER4, 9000) as client,
-        contextlib.suppress(ConnectionResetError),
     ):
         client.sendall(b"x")
         assert client.recv(1) == b""

@@ -190,7 +190,7 @@ def web_memory(nodes: tuple[Node, Node]) -> int:
 
 def test_an_application_that_does_not_listen_is_a_reset(nodes: tuple[Node, Node]) -> None:
     web, shop = nodes
-    with web.pod.connect(PEER4, 8089) as client, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), web.pod.connect(PEER4, 8089) as client:  # perhaps before it returns
         client.recv(1)
     assert web.ztunnel.wait_record(direction="outbound")["error"] == "http status: 503"
     assert shop.ztunnel.wait_record(direction="inbound")["close"] == "refused"

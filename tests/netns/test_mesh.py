@@ -86,7 +86,7 @@ def test_a_policy_refuses_new_connections_and_ends_open_ones(nodes: tuple[Node, 
     assert "no ALLOW policy matches the connection, after a change" in ended["error"]
 
     def refused() -> bool:
-        with nodes[0].pod.connect(PEER4, 8080) as client, contextlib.suppress(ConnectionResetError):
+        with contextlib.suppress(ConnectionResetError), nodes[0].pod.connect(PEER4, 8080) as client:
             client.settimeout(SECONDS)
             client.sendall(b"x")
             return client.recv(1) == b""
@@ -132,7 +132,7 @@ def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_pa
 
 
 def test_another_network_is_refused_and_not_reached_in_plain(nodes: tuple[Node, Node]) -> None:
-    with nodes[0].pod.connect(FAR, 80) as client, contextlib.suppress(ConnectionResetError):
+    with contextlib.suppress(ConnectionResetError), nodes[0].pod.connect(FAR, 80) as client:
         assert client.recv(1) == b""
     record = nodes[0].ztunnel.wait_record(kind="tcp", direction="outbound", close="refused")
     assert "another network: double HBONE is not implemented" in record["error"]
