@@ -39,9 +39,9 @@ from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.explaining import ExplainContext
-from agent.export.http import HttpServer
 from agent.export.metrics import Metrics
 from agent.flows.identity import Identities
+from agent.kernel.http import HttpServer
 from agent.kernel.unix_socket import claim, listen
 from agent.reconciler.loop import Reconciler
 from agent.sources.cni.service import CniService

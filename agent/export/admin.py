@@ -15,9 +15,9 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.export.connections_api import ConnectionsApi
 from agent.export.explaining import ExplainContext, Explaining
-from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
 from agent.export.verifying import Part, Row, row
+from agent.kernel.http import Request, Response
 from agent.reconciler.loop import Reconciler
 from agent.sources.non_tcp_totals import NonTcpCounter
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
-from agent.export.http import Request
 from agent.flows.accounting import Accounting
 from agent.flows.recent import Recent
 from agent.flows.record import Fate
 from agent.flows.resolved_record import ResolvedRecord
+from agent.kernel.http import Request
 
 _MOST = 500  # records in one answer to a follower: it asks again for the next
 _LONGEST = 30  # seconds that it may be kept waiting

@@ -19,7 +19,7 @@ from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import PATIENCE, advise
 from agent.export.connections_api import ConnectionsApi
-from agent.export.http import Request
+from agent.kernel.http import Request
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.host_loop import HostLoop
 from agent.reconciler.loop import Reconciler

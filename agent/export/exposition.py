@@ -10,23 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 
-from agent.export.http import choices
 from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import FAILED, OPENED, pairs
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS
 
-PLAIN = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _EOF = b"# EOF\n"
-
-
-def wants_openmetrics(accept: str) -> bool:
-    """Returns whether a request's Accept header names OpenMetrics and prefers it to plain text, or equally."""
-    best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
-    for kind, parameters, weight in choices(accept):
-        if kind in best and (kind == "text/plain" or parameters.get("version", "1.0.0") == "1.0.0"):
-            best[kind] = max(best[kind], weight)
-    return 0 < best["application/openmetrics-text"] >= best["text/plain"]
 
 
 def joined(own: bytes, parts: Iterable[bytes], *, openmetrics: bool) -> bytes:

@@ -15,9 +15,10 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod
 from agent.export import exposition
-from agent.export.http import Request, Response
 from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import Delta, Quality
+from agent.kernel import http
+from agent.kernel.http import Request, Response
 
 log = logging.getLogger("sluice.metrics")
 _PAUSE = 4  # a page that took so long is followed by a pause of so many times as long, up to 3 s
@@ -90,12 +91,12 @@ class Page:
         self._next = 0.0  # when the next page may be begun
 
     async def __call__(self, request: Request) -> Response:
-        openmetrics = exposition.wants_openmetrics(request.headers.get("accept", ""))
+        openmetrics = http.wants_openmetrics(request.headers.get("accept", ""))
         writing = self._underway.get(openmetrics)
         if writing is None:
             writing = self._underway[openmetrics] = asyncio.create_task(self._write(openmetrics))
         body = await asyncio.shield(writing)  # a client that disconnects does not cancel the page of others
-        return Response(200, body, exposition.OPENMETRICS if openmetrics else exposition.PLAIN)
+        return Response(200, body, http.OPENMETRICS if openmetrics else http.PLAIN)
 
     async def _write(self, openmetrics: bool) -> bytes:
         loop = asyncio.get_running_loop()

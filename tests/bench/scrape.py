@@ -25,11 +25,11 @@ from prometheus_client import CollectorRegistry
 from agent.core.model.pods import Pod
 from agent.core.text import table
 from agent.export import exposition
-from agent.export.http import HttpServer, Request, Response
 from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
 from agent.flows.identity import Identities, Service, Workload
 from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Delta, Direction, Fate, Quality, Reason
+from agent.kernel.http import HttpServer, Request, Response
 from tests.bench.measure import Row, memory, show
 
 PODS, SETS = 250, 5000

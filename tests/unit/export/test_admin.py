@@ -18,8 +18,8 @@ from agent.core.model.status import State
 from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
-from agent.export.http import Request, Response
 from agent.export.metrics import Metrics
+from agent.kernel.http import Request, Response
 from agent.sources.non_tcp_totals import NonTcpCounter
 
 Script = Callable[["Bench"], Coroutine[Any, Any, None]]

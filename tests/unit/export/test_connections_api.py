@@ -13,10 +13,10 @@ import pytest
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
 from agent.export.connections_api import ConnectionsApi
-from agent.export.http import Request
 from agent.flows.recent import Recent
 from agent.flows.record import Connection, Direction, Fate, Reason
 from agent.flows.resolved_record import ResolvedRecord
+from agent.kernel.http import Request
 
 OPEN = Connection(
     pod=1,

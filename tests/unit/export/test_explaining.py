@@ -18,7 +18,7 @@ from agent.core.policy.facts import considered
 from agent.core.settings import Settings
 from agent.export.advice import advise
 from agent.export.explaining import Explaining
-from agent.export.http import Request
+from agent.kernel.http import Request
 from agent.reconciler.host_loop import HostStatus
 from agent.sources.non_tcp_totals import NonTcpCounter
 

@@ -15,6 +15,7 @@ from agent.flows.identity import Service, Workload
 from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
 from agent.flows.labels import fated, owner, traffic
 from agent.flows.record import DURATION_BOUNDS, RTT_BOUNDS, Direction, Fate, Reason
+from agent.kernel import http
 
 OUT = Direction.OUTBOUND
 WEB = Workload("web", "shop", service_account="robot")
@@ -169,4 +170,4 @@ PROMETHEUS_3 = (
     ],
 )
 def test_the_format_that_is_asked_for(accept: str, openmetrics: bool) -> None:
-    assert exposition.wants_openmetrics(accept) is openmetrics
+    assert http.wants_openmetrics(accept) is openmetrics

@@ -15,11 +15,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
 from agent.core.model.pods import Pod
-from agent.export.http import HttpServer, Request, Response, takes_gzip
 from agent.export.metrics_page import ConnectionMetrics, Page, SharedTotals
 from agent.flows.identity import Identities
 from agent.flows.label_totals import LabelTotals
 from agent.flows.record import Delta, Direction, Fate, Reason
+from agent.kernel.http import HttpServer, Request, Response, takes_gzip
 
 POD = Pod("u", "shop", "web")
 OPENMETRICS = {"accept": "application/openmetrics-text;version=1.0.0"}
@@ -210,7 +210,7 @@ def test_what_is_large_is_compressed_beside_the_loop(tmp_path: Path, monkeypatch
             writer.close()
             assert gzip.decompress(body) == b"x" * size
 
-    monkeypatch.setattr("agent.export.http.gzip.compress", watched)
+    monkeypatch.setattr("agent.kernel.http.gzip.compress", watched)
     for size in (2000, 1_000_000):
         asyncio.run(ask(size))
     assert where[2000] == threading.main_thread().name != where[1_000_000]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.export import http
-from agent.export.http import HttpServer, Request, Response
+from agent.kernel import http
+from agent.kernel.http import HttpServer, Request, Response
 
 BIG = b"sluice " * 1000
 

@@ -23,6 +23,9 @@ SECONDS = 10  # for a client to send its request and to take the answer
 _WORTH_COMPRESSING = 1024  # bytes
 _WORTH_A_THREAD = 1 << 16  # bytes; less is compressed in less time than the hop takes
 _HEAD = 16384  # bytes of a request
+# Of Prometheus (exposition_formats.md) and OpenMetrics.
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _MOST, _EACH = 256, 8  # connections in all, and of one address: a scraper needs one
 _SLICE = 1 << 18  # bytes; a client that is slow to read keeps no more of them in memory than this
 
@@ -167,3 +170,12 @@ def choices(header: str) -> Iterator[tuple[str, dict[str, str], float]]:
         except ValueError:
             weight = 0.0
         yield what, parameters, weight if 0 <= weight <= 1 else 0.0
+
+
+def wants_openmetrics(accept: str) -> bool:
+    """Returns whether a request's Accept header names OpenMetrics and prefers it to plain text, or equally."""
+    best = {"application/openmetrics-text": 0.0, "text/plain": 0.0}
+    for kind, parameters, weight in choices(accept):
+        if kind in best and (kind == "text/plain" or parameters.get("version", "1.0.0") == "1.0.0"):
+            best[kind] = max(best[kind], weight)
+    return 0 < best["application/openmetrics-text"] >= best["text/plain"]
