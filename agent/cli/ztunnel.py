@@ -41,6 +41,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--ready-file", metavar="PATH",
         help="file to create when the agent has handed over all pods; empty for none",
     )  # fmt: skip
+    for option, page, default in (
+        ("--stats-address", "metrics (/metrics, /stats/prometheus)", "[::]:15020"),
+        ("--ready-address", "readiness (/healthz/ready)", "[::]:15021"),
+        ("--admin-address", "/config_dump, /logging and /quitquitquit", "127.0.0.1:15000"),
+    ):
+        parser.add_argument(
+            option, metavar="HOST:PORT",
+            help=f"where to serve {page}; empty for none (default: {default} with a mesh, otherwise none)",
+        )  # fmt: skip
     parser.add_argument(
         "--mesh", metavar="SOURCE",
         help="workloads, services and policies: a file in the format of Istio's LOCAL_XDS_PATH, or https://HOST:PORT of"

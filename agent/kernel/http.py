@@ -99,7 +99,8 @@ class HttpServer:
             parts = urlsplit(event.target.decode("ascii", "replace"))
         except ValueError as error:
             return Response.text(f"bad request: {error}", 400)
-        request = Request(event.method.decode(), parts.path, dict(parse_qsl(parts.query)), _headers(event))
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        request = Request(event.method.decode(), parts.path, query, _headers(event))
         try:
             return await self._handler(request)
         except Exception:

@@ -28,9 +28,10 @@ from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import Workloads
 from agent.ztunnel.zds_client import ZdsClient
-from agent.ztunnel.ztunnel_settings import ZtunnelSettings
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings, with_ports
 
 if TYPE_CHECKING:
+    from agent.ztunnel.admin.process_ports import ProcessPorts
     from agent.ztunnel.hbone.next_hop import Router
     from agent.ztunnel.node_mesh import NodeMesh
     from agent.ztunnel.telemetry.traffic_account import TrafficAccount
@@ -71,9 +72,10 @@ class _Ending:
         self.asked = asyncio.Event()
         self.urgent = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signal)
+            loop.add_signal_handler(number, self.ask)
 
-    def _signal(self) -> None:
+    def ask(self) -> None:
+        """Asks the process to end; the second time, at once."""
         (self.urgent if self.asked.is_set() else self.asked).set()
 
     async def pause(self, seconds: float) -> None:
@@ -106,6 +108,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     )
     workloads = Workloads(loop, functools.partial(PodListener, engine))
     client = ZdsClient(settings.zds_socket, workloads)
+    ports = _ports(settings, ending, client, workloads, mesh, traffic)
     if mesh is not None:
         mesh.start()
         await mesh.synced()  # a pod's first connection must not meet an empty mesh
@@ -126,6 +129,8 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     workloads.close()
+    if ports is not None:
+        await ports.close()
     if mesh is not None:
         await mesh.close()
     for part in (
@@ -155,6 +160,20 @@ def _traffic(lines: RecordWriter, settings: ZtunnelSettings) -> TrafficAccount:
     from agent.ztunnel.telemetry.traffic_account import TrafficAccount
 
     return TrafficAccount(lines, as_json=settings.access_log_json)
+
+
+def _ports(
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[PodListener],
+    mesh: NodeMesh | None, traffic: TrafficAccount | None,
+) -> ProcessPorts | None:  # fmt: skip
+    """Returns the servers of statistics, readiness and administration; None if all are off."""
+    settings = with_ports(settings)
+    if not (settings.stats_address or settings.ready_address or settings.admin_address):
+        return None
+    from agent.ztunnel.admin.node_view import NodeView
+    from agent.ztunnel.admin.process_ports import ProcessPorts
+
+    return ProcessPorts(settings, NodeView(settings, client, workloads, mesh, traffic), ending.ask)
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:

@@ -15,6 +15,7 @@ from agent.ztunnel.mesh import local_mesh
 from agent.ztunnel.mesh.local_mesh import MeshFileError
 from agent.ztunnel.mesh.mesh_model import Workload
 from agent.ztunnel.mesh.mesh_store import MeshStore
+from agent.ztunnel.telemetry.traffic_metrics import Series
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class MeshSource(Protocol):
     def error(self) -> str:
         """Returns why the state may be out of date."""
 
+    def series(self) -> Series:
+        """Returns the source's own metrics."""
+
     async def run(self) -> None:
         """Runs until cancelled."""
 
@@ -49,6 +53,9 @@ class LocalMeshFile:
         self._changed = changed
         self.synced = asyncio.Event()
         self.error = f"{path} has not been read yet"
+
+    def series(self) -> Series:
+        return {}
 
     async def run(self) -> None:
         while True:

@@ -46,8 +46,15 @@ class Workloads(Generic[Started]):
         self.pending: dict[str, tuple[Add, Netns]] = {}
         self._snapshot: set[str] | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self.started = 0
+        self.stopped = 0
         self.leaving = False  # this process is about to end: no new pods
         self.complete = asyncio.Event()  # an agent has named all of its pods; stays set when that agent goes
+
+    @property
+    def settled(self) -> bool:
+        """Returns True if no snapshot is under way and every pod has been started."""
+        return self._snapshot is None and not self.pending
 
     def connected(self) -> None:
         """Begins a snapshot: the agent names every pod again on a new connection."""
@@ -105,6 +112,7 @@ class Workloads(Generic[Started]):
                 self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
             log.warning("cannot start pod %s/%s: %s", add.namespace, add.name, error)
             return f"{add.namespace}/{add.name}: {error}"
+        self.started += 1
         log.info("pod %s/%s started", add.namespace, add.name)
         return ""
 
@@ -136,6 +144,7 @@ class Workloads(Generic[Started]):
     def _stop(self, uid: str) -> None:
         if found := self.running.pop(uid, None):
             found.close()
+            self.stopped += 1
             log.info("pod %s stopped", uid)
 
 

@@ -26,6 +26,9 @@ class ZtunnelSettings:
     many open connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
     (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
 
+    `stats_address`, `ready_address`, `admin_address`: HOST:PORT, "" for none; None is Istio's port with a mesh, and
+    none without.
+
     `mesh`: a file, or https://HOST:PORT of istiod, "" for none: then everything goes on in plain. `identities`: where
     certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL).
     """
@@ -40,6 +43,9 @@ class ZtunnelSettings:
     bpf_dir: str = names.BPF_DIR
     share: int = 16384
     ready_file: str = ""
+    stats_address: str | None = None
+    ready_address: str | None = None
+    admin_address: str | None = None
     mesh: str = ""
     identities: str = ""
     network: str = ""
@@ -71,8 +77,27 @@ def check(settings: ZtunnelSettings) -> None:
         raise SettingsError("a mesh needs identities: set --identities, or CA_ADDRESS")
     if settings.identities and not settings.mesh:
         raise SettingsError("identities without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+    for address in (settings.stats_address, settings.ready_address, settings.admin_address):
+        if address:
+            host_and_port(address)
     if settings.access_log and not settings.mesh:
         raise SettingsError("an access log without a mesh: its ends would not be known; --records needs none")
+
+
+def with_ports(settings: ZtunnelSettings) -> ZtunnelSettings:
+    """Returns the settings with the addresses that hold for this mesh, or for none."""
+    defaults = _MESH_PORTS if settings.mesh else ("", "", "")
+    given = (settings.stats_address, settings.ready_address, settings.admin_address)
+    stats, ready, admin = (new if old is None else old for old, new in zip(given, defaults, strict=True))
+    return replace(settings, stats_address=stats, ready_address=ready, admin_address=admin)
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """Returns the parts of HOST:PORT; an IPv6 address is in brackets. Raises SettingsError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) >= 1 << 16:
+        raise SettingsError(f"{address!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, list[str]]:
@@ -98,6 +123,9 @@ def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, l
         ),
         sorted(name for name in environment if name in _NOT_UNDERSTOOD and environment[name]),
     )
+
+
+_MESH_PORTS: Final = ("[::]:15020", "[::]:15021", "127.0.0.1:15000")
 
 
 def _flag(text: str) -> bool:

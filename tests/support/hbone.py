@@ -26,6 +26,7 @@ from agent.ztunnel.hbone.next_hop import (
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 HBONE_PORT = 15008
+PORTLESS = "stats_address='', ready_address='', admin_address=''"  # both run in the test's own namespace
 TESTS = Path(__file__).parents[1]
 
 
@@ -111,7 +112,9 @@ class Node:
 
     def start_with(self, mesh_file: Path, settings: str = "") -> Ztunnel:
         """Starts the real process with a mesh file and the development CA beside it."""
-        settings = f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}', {settings}"
+        settings = (
+            f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}', {settings or PORTLESS}"
+        )
         self.ztunnel = Ztunnel(self.agent.path, self.folder / "records", settings=settings)
         return self._serve()
 

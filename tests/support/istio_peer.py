@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
 import os
 import subprocess
@@ -20,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from support.controlplane import ControlPlane
 from support.hbone import Node
-from support.ztunnel import Place
+from support.ztunnel import SECONDS, Place
 
 from agent.kernel.exec import start
 from agent.ztunnel.tls.development_ca import DevelopmentCa
@@ -54,6 +55,7 @@ class IstioZtunnel:
     def __init__(self, node: Node, mesh_file: Path, place: Place, port: int, root: Path, folder: Path) -> None:
         (folder / "token").write_text("token")
         self.log = folder / "istio.log"
+        self._place = place
         environment = {
             **os.environ,
             "XDS_ADDRESS": "", "LOCAL_XDS_PATH": str(mesh_file), "PROXY_MODE": "shared", "NODE_NAME": "",
@@ -64,6 +66,14 @@ class IstioZtunnel:
             self.process: subprocess.Popen[bytes] = start(
                 [REAL], netns=place.path, env=environment, stdout=out, stderr=out
             )
+
+    def page(self, port: int, path: str) -> str:
+        """The body of a page that it serves."""
+        link = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+        with contextlib.closing(link):
+            self._place.call(link.connect)
+            link.request("GET", path)
+            return link.getresponse().read().decode()
 
     def close(self) -> None:
         self.process.kill()

@@ -24,6 +24,7 @@ from agent.core.wire.protobuf import Message, embedded
 from agent.ztunnel.control import grpc_channel
 from agent.ztunnel.mesh import xds_messages
 from agent.ztunnel.mesh.mesh_model import Authorization, Service, Workload
+from agent.ztunnel.telemetry.traffic_metrics import Series
 
 METHOD: Final = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 ADDRESS: Final = "type.googleapis.com/istio.workload.Address"
@@ -125,6 +126,18 @@ class XdsClient:
             self.counts.terminations[how] = self.counts.terminations.get(how, 0) + 1
             backoff = FIRST_BACKOFF if answered else min(backoff * 2, LAST_BACKOFF)
             await asyncio.sleep(backoff)
+
+    def series(self) -> Series:
+        """Returns the client's counts as Istio's metrics."""
+        counts = self.counts
+        return {
+            **{
+                ("istio_xds_connection_terminations", (("reason", how.value),)): count
+                for how, count in counts.terminations.items()
+            },
+            **{("istio_xds_message", (("url", url),)): count for url, count in counts.messages.items()},
+            **{("istio_xds_message_bytes", (("url", url),)): count for url, count in counts.bytes.items()},
+        }
 
     def _failed(self, why: str) -> None:
         if why != self.error:

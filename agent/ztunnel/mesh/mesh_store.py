@@ -164,10 +164,14 @@ class MeshStore:
 
     def endpoints(self, service: Service) -> list[Endpoint]:
         """Returns the endpoints that may be used: healthy ones, or all if the service says so."""
-        every = self._endpoints.get(service.key, {}).values()
+        every = self.all_endpoints(service)
         if service.load_balancer and service.load_balancer.unhealthy_too:
-            return list(every)
+            return every
         return [endpoint for endpoint in every if endpoint.workload.healthy]
+
+    def all_endpoints(self, service: Service) -> list[Endpoint]:
+        """Returns the endpoints, healthy or not."""
+        return list(self._endpoints.get(service.key, {}).values())
 
     def endpoint(self, service: Service, workload: Workload) -> Endpoint | None:
         """Returns the workload as an endpoint of the service, healthy or not."""

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.serialization import (
 from agent.ztunnel.tls.contexts import Credentials, CredentialsError
 from agent.ztunnel.tls.spiffe import parse
 
-__all__ = ["Encoding", "Validity", "key_pem", "validity"]
+__all__ = ["Encoding", "Validity", "key_pem", "moment", "validity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def validity(credentials: Credentials) -> Validity:
         raise CredentialsError(f"the key of {credentials.identity} is of an unknown kind")
     if _public(key.public_key()) != _public(certificate.public_key()):
         raise CredentialsError(f"the certificate of {credentials.identity} belongs to another key")
-    return Validity(_seconds(certificate, "not_valid_before"), _seconds(certificate, "not_valid_after"))
+    return Validity(moment(certificate, "not_valid_before"), moment(certificate, "not_valid_after"))
 
 
 def _public(key: object) -> bytes:
@@ -65,7 +65,8 @@ def _public(key: object) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined, no-any-return]
 
 
-def _seconds(certificate: x509.Certificate, name: str) -> float:
+def moment(certificate: x509.Certificate, name: str) -> float:
+    """Returns not_valid_before or not_valid_after in seconds since 1970."""
     from datetime import UTC
 
     # Debian 12's cryptography has only the form without a time zone, newer ones warn about it.

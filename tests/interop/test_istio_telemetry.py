@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our ztunnel and Istio's, at the two ends of one connection, say the same of it.
+
+Runs where SLUICE_REAL_ZTUNNEL names a binary of Istio's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.hbone import Node, two_nodes
+from support.istio_peer import REAL, IstioZtunnel, istio_ztunnel
+from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, read_all
+
+from agent.ztunnel.tls.development_ca import DevelopmentCa
+
+pytestmark = [pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's")]
+
+VIP = "10.99.0.1"
+MESH = f"""
+workloads:
+- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{POD4}, "{POD6}"], workloadName: web-v1, workloadType: deployment, canonicalName: web,
+   canonicalRevision: v1, clusterId: c1, locality: {{region: north, zone: n1, subzone: ""}}, services: {{}}}}
+- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{PEER4}, "{PEER6}"], workloadName: shop-v2, workloadType: deployment, canonicalName: shop,
+   clusterId: c1, services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
+services:
+- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+policies:
+- {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
+   rules: [[[{{destinationPorts: [9000]}}]]]}}
+"""
+WAYS = ["ours to Istio's", "Istio's to ours"]
+# Of metrics that ours does not have: tokio is the runtime of Istio's, and names are resolved by the pod's resolver.
+ABSENT = {"istio_on_demand_dns", "istio_dns_upstream_request_duration_seconds"}
+
+
+class Ends:
+    """The pods, and the pages of both ztunnels."""
+
+    def __init__(self, web: Node, shop: Node, ours: Node, istio: IstioZtunnel, ports: dict[str, int]) -> None:
+        self.web, self.shop, self.istio, self._ports, self._ours = web, shop, istio, ports, ours
+
+    def ours(self, port: str, path: str) -> str:
+        link = http.client.HTTPConnection("127.0.0.1", self._ports[port], timeout=SECONDS)
+        with contextlib.closing(link):
+            link.request("GET", path)
+            return link.getresponse().read().decode()
+
+    def metrics(self) -> tuple[str, str]:
+        return self.ours("stats", "/stats/prometheus"), self.istio.page(15020, "/stats/prometheus")
+
+    def logs(self) -> tuple[str, str]:
+        path = self._ours.folder / "access"
+        return path.read_text() if path.exists() else "", self.istio.log.read_text()
+
+
+@pytest.fixture(params=WAYS)
+def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ends]:
+    mesh = tmp_path / "mesh.yaml"
+    mesh.write_text(MESH)
+    with contextlib.ExitStack() as free:
+        listeners = {
+            name: free.enter_context(socket.create_server(("127.0.0.1", 0))) for name in ("stats", "ready", "admin")
+        }
+        ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
+    with two_nodes(tmp_path) as (web, shop):
+        web.pod.ip("route", "add", "default", "via", PEER4)
+        ours, theirs = (web, shop) if request.param == WAYS[0] else (shop, web)
+        addresses = ", ".join(f"{name}_address='127.0.0.1:{port}'" for name, port in ports.items())
+        ours.start_with(mesh, f"access_log={str(ours.folder / 'access')!r}, cluster_id='c1', {addresses}")
+        with istio_ztunnel(theirs, mesh, DevelopmentCa(tmp_path / "ca")) as istio:
+            yield Ends(web, shop, ours, istio, ports)
+
+
+def exchange(ends: Ends, host: str = VIP, port: int = 80) -> None:
+    with ends.shop.pod.listen(PEER4, 8080) as listener, ends.web.pod.connect(host, port) as client:
+        listener.settimeout(SECONDS)
+        server, _ = listener.accept()
+        with server:
+            client.sendall(bytes(1000))
+            client.shutdown(socket.SHUT_WR)
+            assert len(read_all(server)) == 1000
+            server.sendall(bytes(3000))
+        assert len(read_all(client)) == 3000
+
+
+def series(text: str, families: str = "istio_tcp_") -> dict[str, str]:
+    """Lines of the metrics, labels as they are written; each reporter's name is left out."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith(families):
+            name, _, value = line.rpartition(" ")
+            found[re.sub(r'reporter="\w+"', "reporter", name)] = value
+    return found
+
+
+def without_inbound_service(text: str) -> str:
+    """Istio's does not know the services of a workload from a local file, so its inbound end names none."""
+    pattern = r'destination_service(_namespace|_name)?="[^"]*"'
+    return re.sub(pattern, r"destination_service\1", text)
+
+
+def wait(ends: Ends, words: str) -> None:
+    until = time.monotonic() + SECONDS
+    while not all(words in text for text in ends.metrics()):
+        assert time.monotonic() < until, ends.metrics()
+        time.sleep(0.05)
+
+
+def test_both_ends_count_a_connection_alike(ends: Ends) -> None:
+    exchange(ends)
+    wait(ends, "istio_tcp_connections_closed_total{")
+    ours, theirs = (series(without_inbound_service(text)) for text in ends.metrics())
+    for found in (ours, theirs):  # a session stays open at its server
+        del found["istio_tcp_sockets_open{reporter}"]
+    assert ours == theirs
+    assert len(ours) == 4
+
+
+def test_both_ends_count_a_refused_connection(ends: Ends) -> None:
+    with (
+        ends.shop.pod.listen(PEER4, 9000),
+        ends.web.pod.connect(PEER4, 9000) as client,
+        contextlib.suppress(ConnectionResetError),
+    ):
+        client.sendall(b"x")
+        assert client.recv(1) == b""
+    wait(ends, "istio_tcp_connections_failed_total{")
+    found = [
+        {re.sub(r'response_flags="\w+"', "response_flags", name) for name in series(text)} for text in ends.metrics()
+    ]
+    names = [{name.partition("{")[0] for name in each} for each in found]
+    assert names[0] == names[1]
+    labels = [{name for name in each if "failed" in name} for each in found]
+    assert labels[0] == labels[1]
+    assert all('response_flags="DENY"' in text or 'response_flags="CONNECT"' in text for text in ends.metrics())
+
+
+def test_every_metric_of_istio_that_the_process_counts_is_there(ends: Ends) -> None:
+    exchange(ends)
+    wait(ends, "istio_tcp_connections_closed_total{")
+    ours, theirs = (
+        {words[2]: words[3] for line in text.splitlines() if (words := line.split())[:2] == ["#", "TYPE"]}
+        for text in ends.metrics()
+    )
+    wanted = {name: kind for name, kind in theirs.items() if not name.startswith("tokio_") and name not in ABSENT}
+    with_values = {
+        name: kind for name, kind in wanted.items() if re.search(rf"^{name}(_total)?[{{ ]", ends.metrics()[1], re.M)
+    }
+    assert with_values.items() <= ours.items()
+
+
+def test_both_log_the_same_fields_in_the_same_order(ends: Ends) -> None:
+    exchange(ends)
+    until = time.monotonic() + SECONDS
+    while not all("connection complete" in text for text in ends.logs()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    lines = [next(line for line in text.splitlines() if "connection complete" in line) for text in ends.logs()]
+    assert lines[0].split("\t")[1:4] == lines[1].split("\t")[1:4]
+    ours, theirs = ([pair.split("=") for pair in line.split("\t")[4].split(" ")] for line in lines)
+    if ["direction", '"outbound"'] in ours:
+        ours.remove(["dst.service", '"shop.demo.svc.cluster.local"'])  # see without_inbound_service
+    assert [key for key, _ in ours] == [key for key, _ in theirs]
+    same = [[pair for pair in pairs if pair[0][:4] in ("src.", "dst.")][1:] for pairs in (ours, theirs)]
+    assert same[0] == same[1]
+
+
+def test_config_dump_has_the_keys_of_istios(ends: Ends) -> None:
+    exchange(ends)
+    ours: dict[str, Any] = json.loads(ends.ours("admin", "/config_dump"))
+    theirs: dict[str, Any] = json.loads(ends.istio.page(15000, "/config_dump"))
+    for key in ("workloads", "services", "policies"):
+        mine = sorted(ours[key], key=lambda one: one["name"])
+        others = sorted(theirs[key], key=lambda one: one["name"])
+        for one, other in zip(mine, others, strict=True):
+            if key == "workloads":
+                one.pop("services", None)  # Istio's does not know them from a local file
+            assert one == other
+    issued = [next(each for each in dump["certificates"] if each["certChain"]) for dump in (ours, theirs)]
+    assert issued[0].keys() == issued[1].keys()
+    assert issued[0]["certChain"][0].keys() == issued[1]["certChain"][0].keys()
+    (mine,) = ours["workloadState"].values()
+    (other,) = theirs["workloadState"].values()
+    assert mine.keys() == other.keys()
+    assert mine["info"].keys() == other["info"].keys()
