@@ -39,7 +39,8 @@ _REFUSED: Final = "no ALLOW policy matches the connection"
 def run_all(lab: Lab, check: Checks) -> None:
     """Switches the mesh on for this chapter, and off again."""
     print("\n== The mesh: traffic between the nodes is encrypted, both ends have identities, and a policy decides")
-    client, target = "shop/client", lab.pods.require("shop/db").address(PodProgram.WEB)
+    client = "shop/client"
+    target = lab.pods.require("shop/db").address(PodProgram.WEB)
     plain = _request(lab, client, target)
     check(
         "without a mesh the request can be read between the nodes", plain.readable > 0, f"in {plain.readable} packets"

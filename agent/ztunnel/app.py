@@ -173,7 +173,8 @@ def _ports(
     from agent.ztunnel.admin.node_view import NodeView
     from agent.ztunnel.admin.process_ports import ProcessPorts
 
-    return ProcessPorts(settings, NodeView(settings, client, workloads, mesh, traffic), ending.ask)
+    view = NodeView(settings=settings, client=client, workloads=workloads, mesh=mesh, traffic=traffic)
+    return ProcessPorts(settings, view, ending.ask)
 
 
 async def _mark_ready(complete: asyncio.Event, path: str) -> None:

@@ -144,7 +144,8 @@ def preflight(settings: Settings, used: str) -> Preflight:
         missing = [f"{one.name}: {support.missing}" for one in layers if not (support := one.probe()).ok]
         failed = missing or tried.test(layers)
         return Preflight(used, "in use", tried.features(used), tuple(failed))
-    view, old = host_view.read_host_view(), backend_record.load(settings.run_dir)
+    view = host_view.read_host_view()
+    old = backend_record.load(settings.run_dir)
     try:
         choice = choose(settings.backend, tried.backends, tried.trials, view, old)
     except SettingsError as error:

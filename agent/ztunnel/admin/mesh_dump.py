@@ -37,7 +37,7 @@ def mesh(store: MeshStore) -> dict[str, Any]:
 
 
 def _present(pairs: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out what is not known."""
+    """Leaves out empty values."""
     return {key: value for key, value in pairs.items() if value not in (None, "", (), [], {})}
 
 

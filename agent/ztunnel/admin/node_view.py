@@ -41,7 +41,7 @@ PROCESS_FAMILIES: Final[Mapping[str, Family]] = {
 ALL_FAMILIES: Final[Mapping[str, Family]] = {**FAMILIES, **PROCESS_FAMILIES}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
     """Reads the parts of the process; changes none. `mesh` and `traffic` are None without a mesh."""
 
