@@ -177,7 +177,7 @@ def read_load(lines: Iterable[str]) -> Iterator[LoadRecord]:
 
 
 def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
-    """Reads the lines of TCP among a ztunnel's JSON lines; skips a line that a kill cut short.
+    """Reads the lines of connections, also by HBONE, among a ztunnel's; skips a line that a kill cut short.
 
     Raises SluiceError when the ztunnel reports dropped records: escapes cannot be derived from the rest.
     """
@@ -186,7 +186,7 @@ def read_ztunnel(lines: Iterable[str]) -> Iterator[ZtunnelRecord]:
             raise SluiceError(
                 f"the ztunnel dropped {data.get('count')} records: escapes cannot be derived from the rest"
             )
-        if data.get("kind") == "tcp":
+        if data.get("kind") in ("tcp", "hbone"):
             yield ZtunnelRecord(
                 direction=data["direction"],
                 source=normal(data["source"]),
