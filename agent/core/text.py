@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and lists as people like to read them in a terminal. Pure."""
+"""Tables, lists and times as people and programs read them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 
 def printable(text: str) -> str:
@@ -36,3 +37,8 @@ def pairs(rows: Sequence[tuple[str, object]]) -> str:
 def shortened(text: str, most: int) -> str:
     """Returns the text, or its beginning and how long it is: for a log that others must still be able to read."""
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters in all)"
+
+
+def utc(seconds: float, timespec: str = "microseconds") -> str:
+    """Returns seconds since 1970 in ISO 8601 with Z; `timespec` as of `datetime.isoformat`."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from agent.core.model.pods import Pod
+from agent.core.text import utc
 from agent.flows.identity import Identities, pod_workload
 from agent.flows.record import Connection, Direction, Fate
 
@@ -29,7 +29,7 @@ class ResolvedRecord:
         """Returns its JSON form. `time` is its end, or its begin while it lives: ISO 8601 in UTC with milliseconds."""
         moment = self.connection.opened if self.connection.closed is None else self.connection.closed
         return {
-            "time": datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "time": utc(moment, "milliseconds"),
             "node": self.node,
             "pod": self.pod,
             "namespace": self.namespace,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
+from agent.core.model.sockets import text
 from agent.kernel.accepting import Seldom
 from agent.ztunnel.hbone import connect_request, proxy_protocol
 from agent.ztunnel.hbone.next_hop import (
@@ -104,7 +105,7 @@ class MeshRouter:
         trace = f"00-{os.urandom(16).hex()}-{os.urandom(8).hex()}-00"
         return (
             ("baggage", baggage.header(client)),
-            ("forwarded", f'for="{routes.authority(source[0], source[1])}"{meant}'),
+            ("forwarded", f'for="{text(source)}"{meant}'),
             ("traceparent", trace),
         )
 
@@ -140,11 +141,11 @@ class MeshRouter:
             destination=_known(pod),
             service=routes.meant_service(target.services, self._store, pod, target.address[1], meant),
             mutual_tls=True,
-            source_address=_text(request.peer),
-            destination_address=_text(request.local),
-            hbone_target=routes.authority(connect.host, connect.port),
+            source_address=text(request.peer),
+            destination_address=text(request.local),
+            hbone_target=text((connect.host, connect.port)),
             asked=meant,
-            target=routes.authority(*target.address),
+            target=text(target.address),
         )
 
     def _client(self, request: InboundRequest) -> Party | None:
@@ -179,9 +180,9 @@ class MeshRouter:
                 self._store.services_of(workload), self._store, workload, destination[1], host=""
             ),
             mutual_tls=False,
-            source_address=_text(source),
-            destination_address=_text(destination),
-            target=_text(destination),
+            source_address=text(source),
+            destination_address=text(destination),
+            target=text(destination),
         )
         verdict = self._verdict(workload, source, (destination[0], destination[1]), None)
         return PlainHop(destination, parties) if verdict.allowed else _denied(verdict, parties)
@@ -213,17 +214,17 @@ class MeshRouter:
 
 def _outbound_parties(client: Workload, route: Route, source: Address, destination: Address) -> Parties:
     tunnelled = route.transport is not Transport.PLAIN
-    next_hop = routes.authority(*route.address)
+    next_hop = text(route.address)
     return Parties(
         reporter=Reporter.SOURCE,
         source=party(client, None, client.identity if tunnelled else None),
         destination=_known(route.workload),
         service=route.service,
         mutual_tls=tunnelled,
-        source_address=_text(source),
+        source_address=text(source),
         destination_address=next_hop,
         hbone_target=route.authority,
-        asked=_text(destination),
+        asked=text(destination),
         target=next_hop,
     )
 
@@ -235,10 +236,6 @@ def _known(workload: Workload | None) -> Party | None:
 
 def _denied(verdict: Verdict, parties: Parties) -> NoHop:
     return NoHop(verdict.reason, _DENIED, ResponseFlag.DENIED, parties)
-
-
-def _text(address: Address) -> str:
-    return routes.authority(address[0], address[1])
 
 
 def _weighted(weights: Sequence[int]) -> int:

@@ -82,8 +82,9 @@ class TcpSocket:
         return f"{text(self.local)} -> {text(self.remote)}"
 
 
-def text(endpoint: Endpoint) -> str:
-    address, port = endpoint
+def text(endpoint: Endpoint | tuple[str, int, int, int]) -> str:
+    """Returns ip:port or [v6]:port; a host name is as IPv4. A socket's address of IPv6 has two parts more."""
+    address, port = endpoint[:2]
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 

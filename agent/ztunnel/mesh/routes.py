@@ -13,7 +13,9 @@ from enum import Enum
 from ipaddress import ip_address
 from typing import Final
 
+from agent.core import names
 from agent.core.errors import SluiceError
+from agent.core.model.sockets import text
 from agent.ztunnel.mesh.load_balancing import Purpose, WeightedChoice, choose
 from agent.ztunnel.mesh.mesh_model import (
     ApplicationTunnel,
@@ -28,8 +30,8 @@ from agent.ztunnel.mesh.mesh_model import (
 from agent.ztunnel.mesh.mesh_store import MeshStore
 from agent.ztunnel.tls.spiffe import SpiffeId, parse
 
-HBONE_PORT: Final = 15008
-OWN_PORTS: Final = frozenset((15001, 15006, 15008, 15080))
+# The last one is that of SOCKS, which Istio's ztunnel may serve.
+OWN_PORTS: Final = frozenset((names.OUTBOUND_PORT, names.INBOUND_PORT, names.HBONE_PORT, 15080))
 Socket = tuple[str, int]  # address in canonical form, port
 
 
@@ -60,11 +62,6 @@ class Route:
     inner_identities: tuple[SpiffeId, ...] = ()
     workload: Workload | None = None
     service: Service | None = None
-
-
-def authority(host: str, port: int) -> str:
-    """Returns host:port, or [address]:port for IPv6."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def outbound(
@@ -160,7 +157,7 @@ class _Outbound:
         return Route(
             transport=Transport.DOUBLE_HBONE,
             address=_reachable(gateway),
-            authority=authority(service.hostname, self.target[1]),
+            authority=text((service.hostname, self.target[1])),
             identities=gateway.identities,
             inner_identities=_service_identities(upstream.service),
             workload=gateway.workload,
@@ -171,7 +168,7 @@ class _Outbound:
         return Route(
             transport=Transport.HBONE,
             address=_reachable(waypoint),
-            authority=authority(*self.target),
+            authority=text(self.target),
             identities=waypoint.identities,
             workload=waypoint.workload,
             service=service,
@@ -185,8 +182,8 @@ class _Outbound:
             )
         return Route(
             transport=Transport.HBONE,
-            address=(ip, HBONE_PORT),
-            authority=authority(ip, port),
+            address=(ip, names.HBONE_PORT),
+            authority=text((ip, port)),
             identities=upstream.identities,
             workload=upstream.workload,
             service=upstream.service,

@@ -24,11 +24,6 @@ def plain(address: Address) -> Address:
     return address
 
 
-def text(address: Address) -> str:
-    """Returns ip:port or [v6]:port."""
-    return f"{address[0]}:{address[1]}" if len(address) == 2 else f"[{address[0]}]:{address[1]}"
-
-
 def original_destination(accepted: socket.socket, peer: Address) -> tuple[Address, bool]:
     """Returns the destination before redirection: from conntrack, or else the accepted socket's own address.
 

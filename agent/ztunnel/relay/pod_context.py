@@ -9,12 +9,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent.core.errors import SluiceError
-from agent.core.model.sockets import Endpoint
+from agent.core.model.sockets import Endpoint, text
 from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
-from agent.ztunnel.relay.original_dst import Address, text
+from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream
 from agent.ztunnel.telemetry.records import Began, Record, RecordWriter

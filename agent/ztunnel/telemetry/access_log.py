@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final
 
+from agent.core.text import utc
 from agent.ztunnel.telemetry.response_flags import Reporter
 from agent.ztunnel.telemetry.traffic_labels import Parties, Party
 
@@ -32,13 +32,13 @@ class AccessLine:
         """Returns the line with its end; fields without a value are left out."""
         fields = {key: value for key, value in self.fields if value != ""}
         if self.as_json:
-            head = {"level": self.level, "time": _time(self.ended), "scope": "access", "message": self.message}
+            head = {"level": self.level, "time": utc(self.ended), "scope": "access", "message": self.message}
             return json.dumps({**head, **fields}, separators=(",", ":")).encode() + b"\n"
         pairs = " ".join(
             f"{key}={value if key in _UNQUOTED else json.dumps(value, ensure_ascii=False)}"
             for key, value in fields.items()
         )
-        return f"{_time(self.ended)}\t{self.level}\taccess\t{self.message}\t{pairs}\n".encode()
+        return f"{utc(self.ended)}\t{self.level}\taccess\t{self.message}\t{pairs}\n".encode()
 
 
 def complete(
@@ -94,7 +94,3 @@ def failed(reporter: Reporter, source: str, destination: str, error: str, *, end
 
 def direction(reporter: Reporter) -> str:
     return "outbound" if reporter is Reporter.SOURCE else "inbound"
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

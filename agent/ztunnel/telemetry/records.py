@@ -13,10 +13,11 @@ import logging
 import os
 import select
 import stat
-from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
-from agent.ztunnel.relay.original_dst import Address, text
+from agent.core.model.sockets import text
+from agent.core.text import utc
+from agent.ztunnel.relay.original_dst import Address
 
 FLUSH_SECONDS = 0.1
 HELD_BYTES = 16 << 20
@@ -57,12 +58,11 @@ class Record(NamedTuple):
 
     def line(self) -> bytes:
         value = self._asdict()
-        started = datetime.fromtimestamp(value.pop("started"), UTC)
+        time = utc(value.pop("started"))
         value["source"] = text(self.source)
         value["destination"] = text(self.destination) if self.destination else ""
         value["via"] = text(self.via) if self.via else ""
         value["seconds"] = round(self.seconds, 6)
-        time = started.isoformat(timespec="microseconds").replace("+00:00", "Z")
         return json.dumps({"time": time, **value}, separators=(",", ":")).encode() + b"\n"
 
 

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from agent.core.model import sockets
 from agent.core.wire.netlink import attribute, nested
 from agent.kernel.netlink import ctnetlink
 from agent.ztunnel.relay import original_dst
@@ -23,7 +24,7 @@ from agent.ztunnel.relay import original_dst
 )
 def test_addresses(address: original_dst.Address, plain: original_dst.Address, text: str) -> None:
     assert original_dst.plain(address) == plain
-    assert original_dst.text(original_dst.plain(address)) == text
+    assert sockets.text(original_dst.plain(address)) == text
 
 
 def test_sockaddr() -> None:
