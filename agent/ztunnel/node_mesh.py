@@ -84,5 +84,4 @@ class NodeMesh:
         self.certificates.renew(identity)
 
     def _changed(self) -> None:
-        self.names.changed()
         self.tunnels.reconsider()

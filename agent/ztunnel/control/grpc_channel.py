@@ -18,7 +18,6 @@ from grpclib.exceptions import GRPCError, StreamTerminatedError
 
 from agent.core.errors import SettingsError, SluiceError
 
-CONNECT_SECONDS: Final = 5.0
 _KEEPALIVE_SECONDS: Final = 30.0
 _KEEPALIVE_TIMEOUT: Final = 10.0
 _STREAM_WINDOW: Final = 4 << 20

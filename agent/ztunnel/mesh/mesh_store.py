@@ -13,6 +13,7 @@ from ipaddress import ip_address
 
 from agent.ztunnel.mesh.mesh_model import (
     Authorization,
+    AuthorizationScope,
     Gateway,
     IpNetwork,
     NamespacedHostname,
@@ -155,10 +156,6 @@ class MeshStore:
         """Returns all services with the host name that a client in `namespace` sees."""
         return _visible(self._by_hostname.get(hostname, {}).values(), namespace)
 
-    def service_for_name(self, hostname: str, namespace: str) -> Service | None:
-        """Returns the service for DNS: as `service_named`, but the preferred namespace counts."""
-        return best(self.services_named(hostname, namespace), namespace, self.preferred_namespace)
-
     def services_of(self, workload: Workload) -> list[Service]:
         return [self.services[key] for key in workload.services if key in self.services]
 
@@ -199,7 +196,7 @@ class MeshStore:
         selected = [
             policy
             for policy in self.policies.values()
-            if policy.scope.value != "WorkloadSelector" and policy.namespace in ("", workload.namespace)
+            if policy.scope is not AuthorizationScope.WORKLOAD and policy.namespace in ("", workload.namespace)
         ]
         unknown = []
         for key in workload.authorization_policies:

@@ -23,7 +23,6 @@ _OPENED, _CLOSED, _FAILED = (
     "istio_tcp_connections_failed",
 )
 _SENT, _RECEIVED, _OPEN = "istio_tcp_sent_bytes", "istio_tcp_received_bytes", "istio_tcp_sockets_open"
-_REVOKED, _UNTRACKED = "istio_crl_policy_rejections", "istio_crl_untracked_connections"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +40,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
     _SENT: Family("counter", "The size of total bytes sent as a response during a TCP connection"),
     _FAILED: Family("counter", "The total number of TCP connections that failed"),
     _OPEN: Family("gauge", "The number of TCP connections that are open"),
-    _REVOKED: Family("counter", "The total number of connections refused or closed because of a revoked certificate"),
-    _UNTRACKED: Family("counter", "The total number of connections that revocation cannot check"),
 }
 
 
@@ -64,7 +61,6 @@ class TrafficMetrics:
     _counts: dict[tuple[str, TrafficLabels], int] = field(default_factory=dict)
     _bytes: dict[TrafficLabels, ByteCounter] = field(default_factory=dict)
     _open: dict[Reporter, int] = field(default_factory=dict)
-    _revoked: dict[Reporter, int] = field(default_factory=dict)
 
     def opened(self, labels: TrafficLabels) -> ByteCounter:
         """Counts a connection and returns where its bytes are counted."""
@@ -82,9 +78,6 @@ class TrafficMetrics:
         """Counts an accepted socket, or its end with -1."""
         self._open[reporter] = self._open.get(reporter, 0) + change
 
-    def revoked(self, reporter: Reporter) -> None:
-        self._revoked[reporter] = self._revoked.get(reporter, 0) + 1
-
     def _add(self, family: str, labels: TrafficLabels) -> None:
         self._counts[family, labels] = self._counts.get((family, labels), 0) + 1
 
@@ -94,9 +87,8 @@ class TrafficMetrics:
         for labels, counted in self._bytes.items():
             series[_RECEIVED, labels.pairs()] = counted.received
             series[_SENT, labels.pairs()] = counted.sent
-        for name, counts in ((_OPEN, self._open), (_REVOKED, self._revoked)):
-            for reporter, count in counts.items():
-                series[name, (("reporter", reporter.value),)] = count
+        for reporter, count in self._open.items():
+            series[_OPEN, (("reporter", reporter.value),)] = count
         return series
 
 
