@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 
@@ -16,11 +15,11 @@ from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, now
-from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.relay.upstream import shut
+from agent.ztunnel.telemetry.records import close_by
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 _UNREACHABLE = 503
-_CLOSE = {errno.ECONNREFUSED: "refused", errno.ETIMEDOUT: "timeout", errno.ECONNRESET: "reset", errno.EPIPE: "reset"}
 
 
 class InboundStream:
@@ -61,7 +60,7 @@ class InboundStream:
             self._pod.engine.connects.add(self)
             self._pod.engine.poller.add(self._application.fileno(), self._event)
         except OSError as error:
-            self._refuse(_CLOSE.get(error.errno or 0, "error"), error.strerror or str(error))
+            self._refuse(close_by(error.errno), error.strerror or str(error))
         except SluiceError as error:
             self._refuse("error", str(error))
 
@@ -87,7 +86,7 @@ class InboundStream:
     def _connected(self, application: socket.socket, mask: int) -> None:
         failed = application.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if failed:
-            self._refuse(_CLOSE.get(failed, "error"), os.strerror(failed))
+            self._refuse(close_by(failed), os.strerror(failed))
             return
         self._answered = True
         self._pod.engine.connects.settle(self)
@@ -129,7 +128,7 @@ class InboundStream:
 
     def _relayed(self, error: OSError | None, why: str) -> None:
         if error is not None:
-            self._end(_CLOSE.get(error.errno or 0, "reset"), os.strerror(error.errno) if error.errno else "")
+            self._end(close_by(error.errno, "reset"), os.strerror(error.errno) if error.errno else "")
         else:
             self._end("error" if why else "fin", why)
 
@@ -140,10 +139,7 @@ class InboundStream:
         self._relay.fail(error)
         if self._application is not None:
             self._pod.engine.poller.remove(self._application.fileno())
-            if close == "fin":
-                self._application.close()
-            else:
-                reset(self._application)
+            shut(self._application, close)
             self._pod.upstream.release(self._admission.address)
         self._pod.engine.connects.settle(self)
         if self._ends is not None:

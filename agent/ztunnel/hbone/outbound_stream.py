@@ -16,7 +16,7 @@ from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.pod_context import PodContext
-from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.relay.upstream import shut
 from agent.ztunnel.telemetry.records import Began
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
@@ -152,10 +152,7 @@ class OutboundStream:
         else:
             self._sessions.leave(self._key, self)
         self._pod.engine.poller.remove(self._client.fileno())
-        if close == "fin":
-            self._client.close()
-        else:
-            reset(self._client)
+        shut(self._client, close)
         self._pod.engine.connects.settle(self)
         self._pod.end(
             self,

@@ -190,9 +190,8 @@ class PodContext:
             elif error:
                 traffic.fail(reporter, text(source), text(destination) if destination else "", error)
         sent, received = connection.moved()
-        direction = "outbound" if reporter is Reporter.SOURCE else "inbound"
         words = "; ".join(filter(None, (error, note)))
-        self.record(kind, direction, began, source, destination, sent, received, close, words, via)
+        self.record(kind, reporter.direction, began, source, destination, sent, received, close, words, via)
 
     def record(
         self,

@@ -17,8 +17,9 @@ from agent.zds.messages import Add
 from agent.ztunnel.dns.forwarding import Resolver
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.pod_sockets import Listeners, listen
-from agent.ztunnel.relay.proxied_connection import ProxiedConnection, RelayDirection
+from agent.ztunnel.relay.proxied_connection import ProxiedConnection
 from agent.ztunnel.relay.upstream import Upstream
+from agent.ztunnel.telemetry.response_flags import Reporter
 
 _ACCEPTED = 4  # connections accepted at one wake-up: the other pods wait while a flood is served
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -94,9 +95,7 @@ class PodListener:
             if listener is self._listeners.hbone and self.pod.engine.tunnels is not None:
                 self.pod.engine.tunnels.accept(self.pod, client, peer)
                 continue
-            taken = ProxiedConnection(
-                self.pod, RelayDirection.INBOUND if inbound else RelayDirection.OUTBOUND, client, peer
-            )
+            taken = ProxiedConnection(self.pod, Reporter.DESTINATION if inbound else Reporter.SOURCE, client, peer)
             if len(self.pod.live) < self.pod.engine.share:
                 taken.open()
             else:

@@ -13,7 +13,6 @@ import errno
 import os
 import socket
 import time
-from enum import Enum
 
 from agent.core.errors import SluiceError
 from agent.core.model.sockets import is_loopback
@@ -21,16 +20,10 @@ from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
-from agent.ztunnel.relay.upstream import reset
+from agent.ztunnel.relay.upstream import shut
+from agent.ztunnel.telemetry.records import close_by
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
-_CLOSE = {
-    errno.ECONNREFUSED: "refused",
-    errno.ETIMEDOUT: "timeout",
-    errno.ECONNRESET: "reset",
-    errno.EPIPE: "reset",
-    errno.ENOTCONN: "reset",
-}
 # Once may be chance: its port has met an entry of conntrack that outlived an application's connection.
 _MOST_RETURNS = 1
 _ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod overwrites its mark"
@@ -38,23 +31,18 @@ _ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
 
-class RelayDirection(Enum):
-    OUTBOUND = "outbound"
-    INBOUND = "inbound"
-
-
 class ProxiedConnection:
     """A connection, in `pod.live` from `open` until it is recorded."""
 
     __slots__ = (
-        "_began", "_client", "_destination", "_direction", "_done", "_down", "_ends", "_note", "_pod", "_server",
+        "_began", "_client", "_destination", "_done", "_down", "_ends", "_note", "_pod", "_reporter", "_server",
         "_source", "_up", "_via",
     )  # fmt: skip
 
-    def __init__(self, pod: PodContext, direction: RelayDirection, client: socket.socket, peer: Address) -> None:
+    def __init__(self, pod: PodContext, reporter: Reporter, client: socket.socket, peer: Address) -> None:
         """Takes over `client`, which must be non-blocking; `peer` is its peer as accept returned it."""
         self._pod = pod
-        self._direction = direction
+        self._reporter = reporter
         self._client = client
         self._source = original_dst.plain(peer)
         self._destination: Address | None = None
@@ -129,7 +117,7 @@ class ProxiedConnection:
         tunnels = self._pod.engine.tunnels
         if tunnels is None:
             return destination
-        if self._direction is RelayDirection.OUTBOUND:
+        if self._reporter is Reporter.SOURCE:
             hop = tunnels.outbound(self._pod, self._client, self._source, destination, self._began)
             if hop is None:
                 return None
@@ -151,7 +139,7 @@ class ProxiedConnection:
         return before + 1
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
-        if self._direction is RelayDirection.INBOUND:
+        if self._reporter is Reporter.DESTINATION:
             connecting, self._note = self._pod.upstream.connect_for(self._source, destination)
             return connecting
         return self._pod.upstream.connect(destination, source)
@@ -159,7 +147,7 @@ class ProxiedConnection:
     def _follow_keepalive(self) -> None:
         """Probes the far end as the application probes its own peer, which is ztunnel."""
         assert self._server is not None and self._destination is not None and self._via is not None
-        if self._direction is RelayDirection.OUTBOUND:
+        if self._reporter is Reporter.SOURCE:
             here: Address = original_dst.plain(self._client.getsockname())
             # With eBPF the socket is connected to ztunnel itself, from loopback unless the application has bound it.
             ours = [
@@ -238,17 +226,15 @@ class ProxiedConnection:
             self._end("fin", "")
 
     def _fail(self, error: OSError) -> None:
-        close = _CLOSE.get(error.errno or 0, "error")
-        self._end(close, error.strerror or str(error), None if self._up else ResponseFlag.CONNECT)
+        self._end(close_by(error.errno), error.strerror or str(error), None if self._up else ResponseFlag.CONNECT)
 
     def _end(self, close: str, error: str, flag: ResponseFlag | None = None) -> None:
         self._done = True
-        shut = socket.socket.close if close == "fin" else reset
         loop = self._pod.engine.poller
         for end in (self._client, self._server):
             if end is not None:
                 loop.remove(end.fileno())
-                shut(end)
+                shut(end, close)
         for half in (self._up, self._down):
             if half is not None:
                 half.close()
@@ -261,7 +247,7 @@ class ProxiedConnection:
         self._pod.end(
             self,
             kind="tcp",
-            reporter=Reporter.SOURCE if self._direction is RelayDirection.OUTBOUND else Reporter.DESTINATION,
+            reporter=self._reporter,
             began=self._began,
             source=self._source,
             destination=self._destination,

@@ -202,3 +202,11 @@ def reset(connected: socket.socket) -> None:
         pass  # the connection is gone already
     finally:
         connected.close()
+
+
+def shut(connected: socket.socket, close: str) -> None:
+    """Closes the socket of a connection that ended by `close` (see records): orderly only for fin."""
+    if close == "fin":
+        connected.close()
+    else:
+        reset(connected)

@@ -65,7 +65,7 @@ def complete(
             ("dst.namespace", destination.namespace),
             ("dst.identity", destination.principal if parties.mutual_tls else ""),
             ("dst.cluster", destination.cluster),
-            ("direction", direction(parties.reporter)),
+            ("direction", parties.reporter.direction),
             # The metrics count from the view of the server, the log from that of the pod.
             ("bytes_sent", received if outbound else sent),
             ("bytes_recv", sent if outbound else received),
@@ -85,12 +85,8 @@ def failed(reporter: Reporter, source: str, destination: str, error: str, *, end
         fields=(
             ("src.addr", source),
             ("dst.addr", destination),
-            ("direction", direction(reporter)),
+            ("direction", reporter.direction),
             ("error", error),
         ),
         as_json=as_json,
     )
-
-
-def direction(reporter: Reporter) -> str:
-    return "outbound" if reporter is Reporter.SOURCE else "inbound"

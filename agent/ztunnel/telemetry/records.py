@@ -8,6 +8,7 @@ that fit; beyond HELD_BYTES new lines are dropped and counted, and the count get
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,20 @@ PIECE = select.PIPE_BUF  # a pipe that polls writable takes this much without bl
 
 Began = tuple[float, float]  # start of a connection or query: wall clock, monotonic clock
 
+_CLOSE_BY_ERRNO = {
+    errno.ECONNREFUSED: "refused",
+    errno.ETIMEDOUT: "timeout",
+    errno.ECONNRESET: "reset",
+    errno.EPIPE: "reset",
+    errno.ENOTCONN: "reset",
+}
+
 log = logging.getLogger(__name__)
+
+
+def close_by(number: int | None, otherwise: str = "error") -> str:
+    """Returns the `close` of a connection that an error of its socket has ended; `otherwise` for other errors."""
+    return _CLOSE_BY_ERRNO.get(number or 0, otherwise)
 
 
 class Line(Protocol):

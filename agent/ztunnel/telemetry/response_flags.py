@@ -7,10 +7,15 @@ from enum import Enum
 
 
 class Reporter(Enum):
-    """The end that counts the connection."""
+    """The end that counts the connection: of an outbound one its source, of an inbound one its destination."""
 
     SOURCE = "source"
     DESTINATION = "destination"
+
+    @property
+    def direction(self) -> str:
+        """Returns outbound or inbound."""
+        return "outbound" if self is Reporter.SOURCE else "inbound"
 
 
 class ResponseFlag(Enum):
