@@ -109,15 +109,14 @@ def mesh_source(settings: ZtunnelSettings, store: MeshStore, changed: Callable[[
 
 def call_metadata(settings: ZtunnelSettings) -> dict[str, str]:
     """Returns the metadata of a call to istiod, with the current token. A missing token is left to istiod to refuse."""
-    metadata = {**settings.mesh_headers}
-    if settings.cluster_id:
-        metadata["clusterid"] = settings.cluster_id
+    from agent.ztunnel.control import grpc_channel
+
     try:
-        if token := Path(settings.token_file).read_text().strip():
-            metadata["authorization"] = f"Bearer {token}"
+        token = Path(settings.token_file).read_text()
     except OSError as error:
         log.warning("token %s: %s", settings.token_file, error.strerror)
-    return metadata
+        token = ""
+    return grpc_channel.istio_metadata(settings.mesh_headers, settings.cluster_id, token)
 
 
 def istiod_node(settings: ZtunnelSettings) -> Node:

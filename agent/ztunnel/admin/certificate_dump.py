@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any
 
 from cryptography import x509
 
+from agent.core.text import utc
 from agent.ztunnel.tls.certificates import CertificateState, CertificateStatus
 from agent.ztunnel.tls.keys import moment
 
@@ -43,10 +43,6 @@ def _one(pem: bytes, certificate: x509.Certificate) -> dict[str, str]:
     return {
         "pem": base64.b64encode(pem).decode(),
         "serialNumber": str(certificate.serial_number),
-        "validFrom": _time(moment(certificate, "not_valid_before")),
-        "expirationTime": _time(moment(certificate, "not_valid_after")),
+        "validFrom": utc(moment(certificate, "not_valid_before"), "seconds"),
+        "expirationTime": utc(moment(certificate, "not_valid_after"), "seconds"),
     }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -94,6 +94,16 @@ async def call(channel_: Channel, method: str, request: bytes, metadata: Mapping
     return bytes(response)
 
 
+def istio_metadata(headers: Mapping[str, str], cluster_id: str, token: str) -> dict[str, str]:
+    """Returns the metadata of a call to istiod or its CA; what is "" is left out."""
+    metadata = {**headers}
+    if cluster_id:
+        metadata["clusterid"] = cluster_id
+    if token := token.strip():
+        metadata["authorization"] = f"Bearer {token}"
+    return metadata
+
+
 def reason(error: BaseException) -> str:
     """Returns why a call failed, as one line."""
     if isinstance(error, GRPCError):

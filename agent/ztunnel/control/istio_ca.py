@@ -15,13 +15,14 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent.core.errors import ProtocolError
 from agent.core.wire import protobuf
 from agent.ztunnel.control import grpc_channel
 from agent.ztunnel.control.grpc_channel import ControlPlaneError
 from agent.ztunnel.tls.contexts import Credentials, CredentialsError
-from agent.ztunnel.tls.keys import Encoding, key_pem
+from agent.ztunnel.tls.keys import key_pem
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 METHOD: Final = "/istio.v1.auth.IstioCertificateService/CreateCertificate"
@@ -90,12 +91,8 @@ class IstioCa:
         )
 
     def _metadata(self) -> dict[str, str]:
-        metadata = {**self._headers}
-        if self._cluster_id:
-            metadata["clusterid"] = self._cluster_id
         try:
-            if token := self._token_file.read_text().strip():
-                metadata["authorization"] = f"Bearer {token}"
+            token = self._token_file.read_text()
         except OSError as error:
             raise CredentialsError(f"token {self._token_file}: {error.strerror}") from None
-        return metadata
+        return grpc_channel.istio_metadata(self._headers, self._cluster_id, token)

@@ -107,24 +107,19 @@ class XdsClient:
         """Runs until cancelled."""
         backoff = FIRST_BACKOFF
         while True:
-            answered = False
             try:
-                answered = await self._stream()
+                await self._stream()
                 how = Termination.COMPLETE
                 self.error = "istiod ended the stream"
-            except (OSError, SluiceError) as error:
+            except (OSError, SluiceError, StreamTerminatedError) as error:
                 how = Termination.CONNECTION
-                self._failed(grpc_channel.reason(error))
+                self._failed(error)
             except GRPCError as error:
                 how = Termination.RECONNECT if error.status in _BENIGN and self.connected else Termination.ERROR
-                self._failed(grpc_channel.reason(error))
-            except StreamTerminatedError as error:
-                how = Termination.CONNECTION
-                self._failed(grpc_channel.reason(error))
-            answered = answered or self.connected
-            self.connected = False
+                self._failed(error)
             self.counts.terminations[how] = self.counts.terminations.get(how, 0) + 1
-            backoff = FIRST_BACKOFF if answered else min(backoff * 2, LAST_BACKOFF)
+            backoff = FIRST_BACKOFF if self.connected else min(backoff * 2, LAST_BACKOFF)
+            self.connected = False
             await asyncio.sleep(backoff)
 
     def series(self) -> Series:
@@ -139,12 +134,13 @@ class XdsClient:
             **{("istio_xds_message_bytes", (("url", url),)): count for url, count in counts.bytes.items()},
         }
 
-    def _failed(self, why: str) -> None:
+    def _failed(self, error: Exception) -> None:
+        why = grpc_channel.reason(error)
         if why != self.error:
             log.warning("istiod: %s", why)
         self.error = why
 
-    async def _stream(self) -> bool:
+    async def _stream(self) -> None:
         channel = self._connect()
         try:
             async with channel.request(
@@ -160,7 +156,6 @@ class XdsClient:
                     await stream.send_message(self._take(bytes(data)))
         finally:
             channel.close()
-        return self.connected
 
     def _subscription(self, kind: str) -> bytes:
         """Returns the first request of a type: all resources, less what is held in its current version."""

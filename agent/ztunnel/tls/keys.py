@@ -4,20 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 
 from agent.ztunnel.tls.contexts import Credentials, CredentialsError
 from agent.ztunnel.tls.spiffe import parse
-
-__all__ = ["Encoding", "Validity", "key_pem", "moment", "validity"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +53,17 @@ def validity(credentials: Credentials) -> Validity:
     if credentials.identity not in identities:
         found = ", ".join(str(one) for one in identities if one) or "no SPIFFE identity"
         raise CredentialsError(f"the certificate for {credentials.identity} is of {found}")
-    if not isinstance(key, ec.EllipticCurvePrivateKey) and not hasattr(key, "public_key"):
-        raise CredentialsError(f"the key of {credentials.identity} is of an unknown kind")
     if _public(key.public_key()) != _public(certificate.public_key()):
         raise CredentialsError(f"the certificate of {credentials.identity} belongs to another key")
     return Validity(moment(certificate, "not_valid_before"), moment(certificate, "not_valid_after"))
 
 
-def _public(key: object) -> bytes:
-    from cryptography.hazmat.primitives.serialization import PublicFormat
-
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)  # type: ignore[attr-defined, no-any-return]
+def _public(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def moment(certificate: x509.Certificate, name: str) -> float:
     """Returns not_valid_before or not_valid_after in seconds since 1970."""
-    from datetime import UTC
-
     # Debian 12's cryptography has only the form without a time zone, newer ones warn about it.
     found = getattr(certificate, f"{name}_utc", None)
     return float((found or getattr(certificate, name).replace(tzinfo=UTC)).timestamp())
