@@ -112,6 +112,23 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     if mesh is not None:
         mesh.start()
         await mesh.synced()  # a pod's first connection must not meet an empty mesh
+    failed = await _run(settings, ending, client, workloads)
+    workloads.close()
+    if ports is not None:
+        await ports.close()
+    if mesh is not None:
+        await mesh.close()
+    for part in (engine.connects, engine.queries, engine.answered, engine.aged, engine.asked):
+        part.close()
+    for writer in {records, lines}:
+        writer.close()
+    return 1 if failed else 0
+
+
+async def _run(
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[PodListener]
+) -> bool:
+    """Serves the agent's pods until the process is to end, then drains them; returns True if the client has failed."""
     agent = asyncio.create_task(client.run())
     ready = asyncio.create_task(_mark_ready(workloads.complete, settings.ready_file))
     asked = asyncio.create_task(ending.asked.wait())
@@ -128,22 +145,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     agent.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await agent
-    workloads.close()
-    if ports is not None:
-        await ports.close()
-    if mesh is not None:
-        await mesh.close()
-    for part in (
-        engine.connects,
-        engine.queries,
-        engine.answered,
-        engine.aged,
-        engine.records,
-        lines,
-        engine.asked,
-    ):
-        part.close()
-    return 1 if failed else 0
+    return failed
 
 
 def _node_mesh(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> NodeMesh | None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.connect_request import parse, parse_authority
 from agent.ztunnel.hbone.frames import Data, FrameSplitter, Http2Error
-from agent.ztunnel.hbone.session_core import Opened, SessionCore
+from agent.ztunnel.hbone.session_core import SessionCore
+from agent.ztunnel.hbone.session_events import Opened
 
 KINDS = st.integers(0, 11)
 FLAGS = st.sampled_from([0, 1, 4, 5, 8, 9, 0x20, 0xFF])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass
+from enum import Enum
 from typing import Final
 
 from agent.core.model.sockets import CAPTURE_PORTS, Endpoint, TcpState
@@ -15,6 +16,21 @@ from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 
 _OPEN = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT)  # no FIN was sent
 LOOKS: Final = 2  # dumps without a mirror after which a live connection has leaked: one dump may miss it
+HOLD: Final = 2.0  # seconds for which an ended connection is held back until its other end is seen
+
+
+class Stage(Enum):
+    """The stages of a pass over all undecided connections: each handles what the previous one left over.
+
+    So no connection is judged before its other end is reported. The value is the delay of a stage after the end of a
+    connection, in parts of HOLD.
+    """
+
+    MIRRORS = 0.0
+    STRAYS = 0.5
+    ONWARD = 0.75  # ztunnel's upstream connections are matched with those that it accepted
+    LATE = 1.1  # the same, less exactly, when all captured connections have been reported
+    REST = 1.25
 
 
 @dataclass(slots=True)

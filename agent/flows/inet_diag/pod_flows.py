@@ -10,36 +10,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from enum import Enum
 from math import inf
-from typing import Final
 
 from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, TcpState
 from agent.core.names import HBONE_PORT
 from agent.core.wire.tcp_info import TcpReport
 from agent.flows.inet_diag import ending
-from agent.flows.inet_diag.flow import LOOKS, TrackedFlow
+from agent.flows.inet_diag.flow import HOLD, LOOKS, Stage, TrackedFlow
 from agent.flows.inet_diag.pairing import TAKES_OUTBOUND, Mirrors
 from agent.flows.inet_diag.totals import Sums
 from agent.flows.inet_diag.verdict import Verdicts
 from agent.flows.inet_diag.ztunnel_upstreams import Onward, carried_alike, is_hidden
 from agent.flows.record import Connection, Direction, Fate, Reason
-
-HOLD: Final = 2.0  # seconds
-
-
-class _Stage(Enum):
-    """The stages of a pass over all undecided connections: each handles what the previous one left over.
-
-    So no connection is judged before its other end is reported. The value is the delay of a stage after the end of a
-    connection, in parts of HOLD.
-    """
-
-    MIRRORS = 0.0
-    STRAYS = 0.5
-    ONWARD = 0.75  # ztunnel's upstream connections are matched with those that it accepted
-    LATE = 1.1  # the same, less exactly, when all captured connections have been reported
-    REST = 1.25
 
 
 class PodFlows:
@@ -176,7 +158,7 @@ class PodFlows:
         """Decides what can be decided; returns the records of ended flows. `all_of_it`: none is held back any more."""
         records: list[Connection] = []
         self._lost = [one for one in self._pending.values() if one.lost]
-        for stage in _Stage:
+        for stage in Stage:
             due = inf if all_of_it else now - HOLD * stage.value
             for flow in list(self._pending.values()):
                 if flow.closed is not None and flow.closed > due:
@@ -246,22 +228,22 @@ class PodFlows:
             self._strays[flow.cookie] = flow
         return flow
 
-    def _decide(self, flow: TrackedFlow, stage: _Stage, due: float) -> bool:
+    def _decide(self, flow: TrackedFlow, stage: Stage, due: float) -> bool:
         """Returns True if fate, reason and direction are final now."""
         if flow.decided:
             return True
         if flow.closed is None and not flow.established:
             return False
         late = flow.lost or (is_hidden(flow) and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
-        if stage is _Stage.MIRRORS:
+        if stage is Stage.MIRRORS:
             flow.decided = (
                 flow.check_owner(self.verdicts.own) or self._by_mirror(flow) or (not late and self._exempt(flow))
             )
-        elif flow.active and flow.established and stage is _Stage.STRAYS:
+        elif flow.active and flow.established and stage is Stage.STRAYS:
             flow.decided = self._by_stray(flow, due)
-        elif flow.active and flow.closed is not None and stage in (_Stage.ONWARD, _Stage.LATE):
-            flow.decided = self._onward.adopt(flow, loosely=stage is _Stage.LATE)
-        elif stage is _Stage.REST:
+        elif flow.active and flow.closed is not None and stage in (Stage.ONWARD, Stage.LATE):
+            flow.decided = self._onward.adopt(flow, loosely=stage is Stage.LATE)
+        elif stage is Stage.REST:
             flow.decided = (late and not flow.awaits_mirror and self._exempt(flow)) or self._rest(flow)
         return flow.decided
 

@@ -10,7 +10,7 @@ from agent.core.errors import SluiceError
 from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.frames import reset_text
 from agent.ztunnel.hbone.next_hop import Address, Admission
-from agent.ztunnel.hbone.session_core import Headers
+from agent.ztunnel.hbone.session_events import Headers
 from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import poller

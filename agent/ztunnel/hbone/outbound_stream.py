@@ -11,7 +11,7 @@ from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.frames import ErrorCode, reset_text
 from agent.ztunnel.hbone.next_hop import Address, TunnelHop
 from agent.ztunnel.hbone.pool import SessionKey
-from agent.ztunnel.hbone.session_core import Headers, first
+from agent.ztunnel.hbone.session_events import Headers, first
 from agent.ztunnel.hbone.stream_relay import StreamRelay
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay import original_dst, poller

@@ -9,8 +9,8 @@ enter it either: it takes one as the end of all streams, but those that are open
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -30,50 +30,12 @@ from hpack import Encoder
 
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import Data, ErrorCode, Frame, FrameSplitter, Http2Error
-
-Headers = list[tuple[bytes, bytes]]
+from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Happening, Headers, Opened, Reset
 
 _LARGEST_STREAM: Final = (1 << 31) - 1
 _LAST_NEW_STREAM: Final = (1 << 30) + 1  # then another session is made: stream numbers are not reused
 _PING: Final = b"sluice\0\0"
 _CREDIT: Final = 4  # WINDOW_UPDATE is sent when a quarter of a window has been taken
-
-
-class Opened(NamedTuple):
-    """The client opened a stream."""
-
-    stream: int
-    headers: Headers
-
-
-class Answered(NamedTuple):
-    """The server answered a request."""
-
-    stream: int
-    headers: Headers
-
-
-class Ended(NamedTuple):
-    """The peer sends no more bytes on this stream."""
-
-    stream: int
-
-
-class Reset(NamedTuple):
-    """The peer has reset the stream."""
-
-    stream: int
-    code: int
-
-
-class GoneAway(NamedTuple):
-    """The peer takes no more streams, and none above `last` was processed."""
-
-    last: int
-    code: int
-
-
-Happening = Data | Opened | Answered | Ended | Reset | GoneAway
 
 
 class _Budget:
@@ -410,8 +372,3 @@ def _widen(window: int, increment: int) -> int:
     if window + increment > frames.LARGEST_WINDOW:
         raise Http2Error(ErrorCode.FLOW_CONTROL_ERROR, "a window of more than 31 bits")
     return window + increment
-
-
-def first(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes | None:
-    """Returns the value of the first header with this name."""
-    return next((value for key, value in headers if key == name), None)

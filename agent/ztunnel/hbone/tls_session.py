@@ -13,8 +13,10 @@ from typing import Any, Protocol
 from agent.core.errors import SluiceError
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import ErrorCode, Http2Error
-from agent.ztunnel.hbone.session_core import Answered, Ended, GoneAway, Headers, Opened, Reset, SessionCore
+from agent.ztunnel.hbone.session_core import SessionCore
+from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Headers, Opened, Reset
 from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
+from agent.ztunnel.hbone.tls_output import TlsOutput
 from agent.ztunnel.hbone.work_buffers import SIZE, WorkBuffers
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.poller import Deadlines, Poller
@@ -70,24 +72,12 @@ class SessionEngine:
     pings: Deadlines
 
 
-class _Tick:
-    """The session's place among `pings`."""
-
-    __slots__ = ("_session",)
-
-    def __init__(self, session: TlsSession) -> None:
-        self._session = session
-
-    def expire(self) -> None:
-        self._session.tick()
-
-
 class TlsSession:
     """Owns the socket. `open` is True from the end of the handshake to the end of the session, `failure` says why."""
 
     __slots__ = (
-        "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_owner", "_pending", "_ping_rounds",
-        "_reading", "_socket", "_tick", "_users", "_waiting", "closed", "failure", "open",
+        "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_output", "_owner", "_ping_rounds",
+        "_reading", "_socket", "_users", "_waiting", "closed", "failure", "open",
     )  # fmt: skip
 
     def __init__(
@@ -104,14 +94,13 @@ class TlsSession:
         self._codec = TlsCodec(context, client=client)
         self._core = SessionCore(client=client, now=engine.poller.loop.time())
         self._connecting = client
-        self._pending: memoryview | bytes = b""  # records that the socket did not take
+        self._output = TlsOutput(connected, self._codec.outgoing)
         self._users: dict[int, StreamUser] = {}
         self._waiting: dict[StreamUser, None] = {}
         self._reading = False
         self._heard = True  # since the last tick
         self._ping_rounds = 0
         self._idle_rounds = 0
-        self._tick = _Tick(self)
 
     def start(self) -> None:
         """Raises OSError: out of memory."""
@@ -148,7 +137,7 @@ class TlsSession:
 
     def room(self, stream: int) -> int:
         """Returns how many bytes the stream may send now; 0 if it must `wait`."""
-        if len(self._pending) + self._codec.outgoing.pending >= limits.FULL_OUTPUT:
+        if self._output.size >= limits.FULL_OUTPUT:
             return 0
         return max(self._core.room(stream), 0)
 
@@ -163,7 +152,7 @@ class TlsSession:
         frames.write_data_header(buffers.frame, count, stream)
         self._core.sent(stream, count)
         self._encrypt(buffers.frame_view[: frames.HEADER_SIZE + count])
-        self._flush()
+        self._output.flush()
 
     def taken(self, stream: int, count: int) -> None:
         """Notes that the application has taken received bytes."""
@@ -202,21 +191,22 @@ class TlsSession:
             self._core.close(code)
             self._encrypt_output()
             self._codec.close()
-            self._flush()
+            self._output.flush()
         self._lose(why)
 
     def expire(self) -> None:
-        """Ends a session that has not finished its handshake in time."""
-        if not self.open and not self._connecting:
+        """Ends a session that has not finished its handshake in time; checks an open one every PING_SECONDS."""
+        if self.open:
+            self._check_peer()
+        elif self.closed:
+            pass  # by another one of the same moment
+        elif self._connecting:
+            self._lose("connect timed out")
+        else:
             self.failure = ResponseFlag.TLS_FAILURE
             self._lose("the TLS handshake timed out")
-        elif not self.open:
-            self._lose("connect timed out")
 
-    def tick(self) -> None:
-        """Checks that the peer is there, every PING_SECONDS."""
-        if self.closed:
-            return
+    def _check_peer(self) -> None:
         self._idle_rounds = 0 if self._users else self._idle_rounds + 1
         self._ping_rounds = 0 if self._heard or self._core.ping_answered else self._ping_rounds + 1
         if self._ping_rounds >= _PING_ROUNDS:
@@ -224,7 +214,7 @@ class TlsSession:
         elif self._core.client and self._idle_rounds > _IDLE_ROUNDS:
             self.close(why="not used any more")
         else:
-            self._engine.pings.add(self._tick)
+            self._engine.pings.add(self)
             if not self._heard and self._core.ping_answered:
                 self._core.ping()
                 self._write_out()
@@ -240,7 +230,7 @@ class TlsSession:
         self.closed = True
         self.open = False
         self._engine.shakes.settle(self)
-        self._engine.pings.settle(self._tick)
+        self._engine.pings.settle(self)
         self._engine.poller.remove(self._socket.fileno())
         self._socket.close()
         users = list(self._users.values())
@@ -284,19 +274,19 @@ class TlsSession:
     def _abandon(self, why: str) -> None:
         """Ends a session after an error of TLS: an alert may be waiting to be sent."""
         if not self.closed:
-            self._flush()
+            self._output.flush()
         self._lose(why)
 
     def _shake_hands(self) -> None:
         done = self._codec.shake_hands()
         if not done:
-            self._flush()
+            self._output.flush()
             return
         self._owner.authenticate(self, self._codec.peer_certificate())
         if not self.closed:
             self.open = True
             self._engine.shakes.settle(self)
-            self._engine.pings.add(self._tick)
+            self._engine.pings.add(self)
             self._write_out()
 
     def _read(self, ended: bool = False) -> None:
@@ -375,8 +365,8 @@ class TlsSession:
         if self._reading or not self.open:
             return
         self._encrypt_output()
-        self._flush()
-        if len(self._pending) + self._codec.outgoing.pending > limits.MAX_OUTPUT:
+        self._output.flush()
+        if self._output.size > limits.MAX_OUTPUT:
             self._lose("the peer reads no answers")
 
     def _encrypt_output(self) -> None:
@@ -392,22 +382,8 @@ class TlsSession:
             except TlsError as error:
                 self._lose(str(error))
 
-    def _flush(self) -> None:
-        """Sends records until the socket is full. An error of the socket is left to its next event."""
-        try:
-            while self._pending or self._codec.outgoing.pending:
-                data = self._pending or memoryview(self._codec.outgoing.read())
-                self._pending = data
-                self._pending = data[self._socket.send(data) :]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._pending = b""
-            self._codec.outgoing.read()
-
     def _write_more(self) -> None:
-        if self._pending or self._codec.outgoing.pending:
-            self._flush()
+        self._output.flush()
         if self._waiting:
             self._wake()
 

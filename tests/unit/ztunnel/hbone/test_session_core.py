@@ -14,7 +14,8 @@ from hyperframe import frame as rfc
 
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import Data, ErrorCode, Http2Error
-from agent.ztunnel.hbone.session_core import Answered, Ended, GoneAway, Happening, Opened, Reset, SessionCore
+from agent.ztunnel.hbone.session_core import SessionCore
+from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Happening, Opened, Reset
 
 CONNECT = [(b":method", b"CONNECT"), (b":authority", b"10.0.0.1:80"), (b"baggage", b"a=b")]
 OK = [(b":status", b"200")]
