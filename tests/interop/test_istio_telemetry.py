@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hbone import Node, two_nodes
-from support.istio_peer import REAL, IstioZtunnel, istio_ztunnel
-from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, read_all
+from support.hbone import Node, exchange, refused, two_nodes
+from support.istio_peer import REAL, WAYS, IstioZtunnel, istio_ztunnel
+from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
 
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
@@ -40,7 +40,6 @@ policies:
 - {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
    rules: [[[{{destinationPorts: [9000]}}]]]}}
 """
-WAYS = ["ours to Istio's", "Istio's to ours"]
 # Of metrics that ours does not have: tokio is the runtime of Istio's, and names are resolved by the pod's resolver.
 ABSENT = {"istio_on_demand_dns", "istio_dns_upstream_request_duration_seconds"}
 
@@ -75,24 +74,11 @@ def ends(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ends]:
         }
         ports = {name: listener.getsockname()[1] for name, listener in listeners.items()}
     with two_nodes(tmp_path) as (web, shop):
-        web.pod.ip("route", "add", "default", "via", PEER4)
         ours, theirs = (web, shop) if request.param == WAYS[0] else (shop, web)
         addresses = ", ".join(f"{name}_address='127.0.0.1:{port}'" for name, port in ports.items())
         ours.start_with(mesh, f"access_log={str(ours.folder / 'access')!r}, cluster_id='c1', {addresses}")
         with istio_ztunnel(theirs, mesh, DevelopmentCa(tmp_path / "ca")) as istio:
             yield Ends(web, shop, ours, istio, ports)
-
-
-def exchange(ends: Ends, host: str = VIP, port: int = 80) -> None:
-    with ends.shop.pod.listen(PEER4, 8080) as listener, ends.web.pod.connect(host, port) as client:
-        listener.settimeout(SECONDS)
-        server, _ = listener.accept()
-        with server:
-            client.sendall(bytes(1000))
-            client.shutdown(socket.SHUT_WR)
-            assert len(read_all(server)) == 1000
-            server.sendall(bytes(3000))
-        assert len(read_all(client)) == 3000
 
 
 def series(text: str, families: str = "istio_tcp_") -> dict[str, str]:
@@ -119,7 +105,7 @@ def wait(ends: Ends, words: str) -> None:
 
 
 def test_both_ends_count_a_connection_alike(ends: Ends) -> None:
-    exchange(ends)
+    exchange(ends.web, ends.shop, VIP, 80)
     wait(ends, "istio_tcp_connections_closed_total{")
     ours, theirs = (series(without_inbound_service(text)) for text in ends.metrics())
     for found in (ours, theirs):  # a session stays open at its server
@@ -129,13 +115,7 @@ def test_both_ends_count_a_connection_alike(ends: Ends) -> None:
 
 
 def test_both_ends_count_a_refused_connection(ends: Ends) -> None:
-    with (
-        ends.shop.pod.listen(PEER4, 9000),
-        ends.web.pod.connect(PEER4, 9000) as client,
-        contextlib.suppress(ConnectionResetError),
-    ):
-        client.sendall(b"x")
-        assert client.recv(1) == b""
+    refused(ends.web, ends.shop)
     wait(ends, "istio_tcp_connections_failed_total{")
     found = [
         {re.sub(r'response_flags="\w+"', "response_flags", name) for name in series(text)} for text in ends.metrics()
@@ -148,7 +128,7 @@ def test_both_ends_count_a_refused_connection(ends: Ends) -> None:
 
 
 def test_every_metric_of_istio_that_the_process_counts_is_there(ends: Ends) -> None:
-    exchange(ends)
+    exchange(ends.web, ends.shop, VIP, 80)
     wait(ends, "istio_tcp_connections_closed_total{")
     ours, theirs = (
         {words[2]: words[3] for line in text.splitlines() if (words := line.split())[:2] == ["#", "TYPE"]}
@@ -162,7 +142,7 @@ def test_every_metric_of_istio_that_the_process_counts_is_there(ends: Ends) -> N
 
 
 def test_both_log_the_same_fields_in_the_same_order(ends: Ends) -> None:
-    exchange(ends)
+    exchange(ends.web, ends.shop, VIP, 80)
     until = time.monotonic() + SECONDS
     while not all("connection complete" in text for text in ends.logs()):
         assert time.monotonic() < until
@@ -178,7 +158,7 @@ def test_both_log_the_same_fields_in_the_same_order(ends: Ends) -> None:
 
 
 def test_config_dump_has_the_keys_of_istios(ends: Ends) -> None:
-    exchange(ends)
+    exchange(ends.web, ends.shop, VIP, 80)
     ours: dict[str, Any] = json.loads(ends.ours("admin", "/config_dump"))
     theirs: dict[str, Any] = json.loads(ends.istio.page(15000, "/config_dump"))
     for key in ("workloads", "services", "policies"):

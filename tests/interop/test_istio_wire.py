@@ -6,7 +6,6 @@ Runs where SLUICE_REAL_ZTUNNEL names a binary of Istio's.
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import threading
 import time
@@ -14,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hbone import Node, two_nodes
-from support.istio_peer import REAL, IstioZtunnel, istio_ztunnel
+from support.hbone import Node, joined, refused, two_nodes
+from support.istio_peer import REAL, WAYS, IstioZtunnel, istio_ztunnel
 from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, read_all
 
 from agent.ztunnel.tls.development_ca import DevelopmentCa
@@ -37,7 +36,6 @@ policies:
 - {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
    rules: [[[{{destinationPorts: [9000]}}]]]}}
 """
-WAYS = ["ours to Istio's", "Istio's to ours"]
 
 
 @pytest.fixture(params=WAYS)
@@ -46,22 +44,10 @@ def nodes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Node
     mesh = tmp_path / "mesh.yaml"
     mesh.write_text(MESH)
     with two_nodes(tmp_path) as (web, shop):
-        web.pod.ip("route", "add", "default", "via", PEER4)
         ours, theirs = (web, shop) if request.param == WAYS[0] else (shop, web)
         ours.start_with(mesh)
         with istio_ztunnel(theirs, mesh, DevelopmentCa(tmp_path / "ca")) as istio:
             yield web, shop, istio
-
-
-@contextlib.contextmanager
-def joined(web: Node, shop: Node, host: str, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    with shop.pod.listen(PEER6 if ":" in host else PEER4, 8080) as listener, web.pod.connect(host, port) as client:
-        listener.settimeout(SECONDS)
-        server, peer = listener.accept()
-        assert peer[0] == (POD6 if ":" in host else POD4)
-        server.settimeout(SECONDS)
-        with server:
-            yield client, server
 
 
 @pytest.mark.parametrize(("host", "port"), [(PEER4, 8080), (PEER6, 8080), (VIP, 80)])
@@ -69,6 +55,7 @@ def test_bytes_and_half_close_pass_both_ways(nodes: tuple[Node, Node, IstioZtunn
     web, shop, _ = nodes
     payload = bytes(range(256)) * 20_000  # 5 MB
     with joined(web, shop, host, port) as (client, server):
+        assert server.getpeername()[0] == (POD6 if ":" in host else POD4)
         client.sendall(b"question")
         assert server.recv(100) == b"question"
         sending = threading.Thread(target=lambda: (client.sendall(payload), client.shutdown(socket.SHUT_WR)))
@@ -82,18 +69,13 @@ def test_bytes_and_half_close_pass_both_ways(nodes: tuple[Node, Node, IstioZtunn
 
 def test_a_policy_refuses_with_401(nodes: tuple[Node, Node, IstioZtunnel]) -> None:
     web, shop, _ = nodes
-    with (
-        contextlib.suppress(ConnectionResetError),
-        shop.pod.listen(PEER4, 9000),
-        web.pod.connect(PEER4, 9000) as client,
-    ):
-        client.sendall(b"x")
-        assert client.recv(1) == b""
+    refused(web, shop)
 
 
 def test_each_end_knows_the_identity_of_the_other(nodes: tuple[Node, Node, IstioZtunnel]) -> None:
     web, shop, istio = nodes
     with joined(web, shop, VIP, 80) as (client, server):
+        assert server.getpeername()[0] == POD4
         client.sendall(b"x")
         assert server.recv(1) == b"x"
     until = time.monotonic() + SECONDS

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.hbone import Node, two_nodes
+from support.hbone import Node, joined, two_nodes
 from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, abort, read_all
 
 pytestmark = pytest.mark.root
@@ -30,23 +30,10 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
         yield both
 
 
-@contextlib.contextmanager
-def joined(
-    nodes: tuple[Node, Node], host: str = PEER4, port: int = 8080
-) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """(the client's socket in web, the server's in shop)."""
-    web, shop = nodes
-    with shop.pod.listen(host, port) as listener, web.pod.connect(host, port) as client:
-        server, _ = listener.accept()
-        server.settimeout(SECONDS)
-        with server:
-            yield client, server
-
-
 @pytest.mark.parametrize(("host", "source"), [(PEER4, POD4), (PEER6, POD6)])
 def test_bytes_pass_both_ways_from_the_clients_address(nodes: tuple[Node, Node], host: str, source: str) -> None:
     web, shop = nodes
-    with joined(nodes, host) as (client, server):
+    with joined(*nodes, host) as (client, server):
         client.sendall(b"question")
         assert server.recv(100) == b"question"
         server.sendall(b"answer")
@@ -62,7 +49,7 @@ def test_no_byte_of_the_payload_is_on_the_wire(nodes: tuple[Node, Node]) -> None
     web, _ = nodes
     packets = web.pod.call(lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
     packets.bind(("eth0", ETH_P_ALL))
-    with packets, joined(nodes) as (client, server):
+    with packets, joined(*nodes) as (client, server):
         for end, other in ((client, server), (server, client)):
             end.sendall(MARKER * 100)
             assert _read(other, len(MARKER) * 100) == MARKER * 100
@@ -84,14 +71,14 @@ def _tcp_ports(packet: bytes) -> set[int]:
 
 
 def test_each_side_may_end_first(nodes: tuple[Node, Node]) -> None:
-    with joined(nodes) as (client, server):
+    with joined(*nodes) as (client, server):
         client.sendall(b"question")
         client.shutdown(socket.SHUT_WR)
         assert read_all(server) == b"question"
         server.sendall(b"a late answer")
         server.shutdown(socket.SHUT_WR)
         assert read_all(client) == b"a late answer"
-    with joined(nodes) as (client, server):
+    with joined(*nodes) as (client, server):
         server.shutdown(socket.SHUT_WR)
         assert read_all(client) == b""
         client.sendall(b"still open")
@@ -100,26 +87,26 @@ def test_each_side_may_end_first(nodes: tuple[Node, Node]) -> None:
 
 
 def test_a_reset_passes_both_ways(nodes: tuple[Node, Node]) -> None:
-    with joined(nodes) as (client, server):
+    with joined(*nodes) as (client, server):
         client.sendall(b"x")
         assert server.recv(1) == b"x"
         abort(client)
         with pytest.raises(ConnectionResetError):
             server.recv(1)
-    with joined(nodes) as (client, server):
+    with joined(*nodes) as (client, server):
         client.sendall(b"x")
         assert server.recv(1) == b"x"
         abort(server)
         with pytest.raises(ConnectionResetError):
             client.recv(1)
-    with joined(nodes) as (client, server):  # the session goes on
+    with joined(*nodes) as (client, server):  # the session goes on
         client.sendall(b"y")
         assert server.recv(1) == b"y"
 
 
 def test_a_hundred_megabytes_pass_both_ways_at_once(nodes: tuple[Node, Node]) -> None:
     block = random.Random(1).randbytes(1 << 20)
-    with joined(nodes) as (client, server), ThreadPoolExecutor(4) as pool:
+    with joined(*nodes) as (client, server), ThreadPoolExecutor(4) as pool:
         sending = [pool.submit(_send_blocks, end, block, 100) for end in (client, server)]
         taken = [pool.submit(_count_blocks, end, block) for end in (client, server)]
         assert [one.result(SECONDS * 3) for one in sending] == [None, None]
@@ -172,9 +159,9 @@ def test_two_hundred_connections_at_once(nodes: tuple[Node, Node]) -> None:
 
 def test_a_stalled_application_stops_its_sender_and_nobody_else(nodes: tuple[Node, Node]) -> None:
     block = bytes(1 << 20)
-    with joined(nodes, port=8080) as (client, server), ThreadPoolExecutor(1) as pool:
+    with joined(*nodes, port=8080) as (client, server), ThreadPoolExecutor(1) as pool:
         sending = pool.submit(_send_blocks, client, block, 64)
-        with joined(nodes, port=8081) as (other, end):
+        with joined(*nodes, port=8081, served=8081) as (other, end):
             for _ in range(100):
                 other.sendall(b"ping")
                 assert _read(end, 4) == b"ping"
@@ -194,7 +181,7 @@ def test_an_application_that_does_not_listen_is_a_reset(nodes: tuple[Node, Node]
         client.recv(1)
     assert web.ztunnel.wait_record(direction="outbound")["error"] == "http status: 503"
     assert shop.ztunnel.wait_record(direction="inbound")["close"] == "refused"
-    with joined(nodes) as (client, server):  # the session goes on
+    with joined(*nodes) as (client, server):  # the session goes on
         client.sendall(b"y")
         assert server.recv(1) == b"y"
 
@@ -202,7 +189,7 @@ def test_an_application_that_does_not_listen_is_a_reset(nodes: tuple[Node, Node]
 def test_new_streams_find_the_next_instance_when_one_drains(nodes: tuple[Node, Node], tmp_path: Path) -> None:
     """The old instance says GOAWAY: its streams run on, and no new connection fails."""
     _web, shop = nodes
-    with joined(nodes) as (client, server):
+    with joined(*nodes) as (client, server):
         client.sendall(b"old")
         assert server.recv(3) == b"old"
         old = shop.ztunnel
@@ -223,7 +210,7 @@ def _ask_until(nodes: tuple[Node, Node], stop: threading.Event) -> int:
     """Opens one connection after the other; each must carry a question and an answer."""
     count = 0
     while not stop.is_set():
-        with joined(nodes, port=8085) as (client, server):
+        with joined(*nodes, port=8085, served=8085) as (client, server):
             client.sendall(b"q")
             assert server.recv(1) == b"q"
             server.sendall(b"a")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR
-from support.hbone import Node, two_nodes
+from support.hbone import Node, joined, two_nodes
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 pytestmark = pytest.mark.root
@@ -42,7 +42,6 @@ policies:
 def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     (tmp_path / "mesh.yaml").write_text(MESH)
     with two_nodes(tmp_path) as both:
-        both[0].pod.ip("route", "add", "default", "via", PEER4)
         for node in both:
             node.start_with(tmp_path / "mesh.yaml")
         yield both
@@ -50,15 +49,10 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
 
 @contextlib.contextmanager
 def connection(nodes: tuple[Node, Node], host: str, port: int) -> Iterator[tuple[socket.socket, socket.socket]]:
-    web, shop = nodes
-    with shop.pod.listen(PEER4 if "." in host else PEER6, 8080) as listener, web.pod.connect(host, port) as client:
-        listener.settimeout(SECONDS)
-        server, _ = listener.accept()
-        server.settimeout(SECONDS)
-        with server:
-            client.sendall(b"question")
-            assert server.recv(100) == b"question"
-            yield client, server
+    with joined(*nodes, host, port) as (client, server):
+        client.sendall(b"question")
+        assert server.recv(100) == b"question"
+        yield client, server
 
 
 def _wait(condition: Callable[[], bool]) -> None:

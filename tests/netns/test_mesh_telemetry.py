@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
-from support.hbone import Node, two_nodes
-from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, read_all
+from support.hbone import Node, exchange, joined, refused, two_nodes
+from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
 
 from agent.kernel.http import OPENMETRICS
 from agent.zds.messages import SnapshotSent
@@ -45,7 +45,6 @@ WEB, SHOP = (f"spiffe://cluster.local/ns/demo/sa/{account}" for account in ("web
 def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     (tmp_path / "mesh.yaml").write_text(MESH)
     with two_nodes(tmp_path) as both:
-        both[0].pod.ip("route", "add", "default", "via", PEER4)
         for node in both:
             start(node, tmp_path / "mesh.yaml")
         yield both
@@ -93,33 +92,6 @@ def wait_value(node: Node, name: str, **labels: str) -> tuple[float, dict[str, s
     return found
 
 
-def exchange(nodes: tuple[Node, Node], host: str = VIP, port: int = 80) -> tuple[str, int]:
-    """Sends 1,000 bytes from web to shop and 3,000 back; returns web's address."""
-    web, shop = nodes
-    with shop.pod.listen(PEER4, 8080) as listener, web.pod.connect(host, port) as client:
-        listener.settimeout(SECONDS)
-        server, _ = listener.accept()
-        with server:
-            client.sendall(bytes(1000))
-            client.shutdown(1)
-            assert len(read_all(server)) == 1000
-            server.sendall(bytes(3000))
-        assert len(read_all(client)) == 3000
-        found: tuple[str, int] = client.getsockname()
-        return found
-
-
-def refused(nodes: tuple[Node, Node]) -> None:
-    web, shop = nodes
-    with (
-        shop.pod.listen(PEER4, 9000),
-        web.pod.connect(PEER4, 9000) as client,
-        contextlib.suppress(ConnectionResetError),
-    ):
-        client.sendall(b"x")
-        assert client.recv(1) == b""
-
-
 def log_line(node: Node, words: str = "") -> str:
     """The first line of the access log with the words, without its tail; waits for it."""
     until = time.monotonic() + SECONDS
@@ -133,7 +105,7 @@ def log_line(node: Node, words: str = "") -> str:
 
 
 def test_each_end_logs_a_connection_as_istio_does(nodes: tuple[Node, Node]) -> None:
-    port = exchange(nodes)[1]
+    port = exchange(*nodes, VIP, 80)[1]
     ends = (
         rf'src.workload="web" src.namespace="demo" src.identity="{WEB}" src.cluster="c1" dst.addr={PEER4}:15008'
         rf' dst.hbone_addr={PEER4}:8080 dst.service="shop.demo.svc.cluster.local" dst.workload="shop"'
@@ -153,7 +125,7 @@ def test_each_end_logs_a_connection_as_istio_does(nodes: tuple[Node, Node]) -> N
 
 
 def test_each_end_logs_a_refused_connection_with_the_reason(nodes: tuple[Node, Node]) -> None:
-    refused(nodes)
+    refused(*nodes)
     for node, error in zip(nodes, ("http status: 401", "policy demo/no-9000"), strict=True):
         line = log_line(node)
         assert "\terror\taccess\tconnection complete\t" in line
@@ -161,7 +133,7 @@ def test_each_end_logs_a_refused_connection_with_the_reason(nodes: tuple[Node, N
 
 
 def test_each_end_counts_a_connection_with_every_label(nodes: tuple[Node, Node]) -> None:
-    exchange(nodes)
+    exchange(*nodes, VIP, 80)
     for node, reporter in zip(nodes, ("source", "destination"), strict=True):
         _, labels = wait_value(node, "istio_tcp_connections_closed_total", reporter=reporter)
         assert labels == {
@@ -185,29 +157,26 @@ def test_each_end_counts_a_connection_with_every_label(nodes: tuple[Node, Node])
 
 def test_bytes_of_an_open_connection_are_counted(nodes: tuple[Node, Node]) -> None:
     web, shop = nodes
-    with shop.pod.listen(PEER4, 8080) as listener, web.pod.connect(VIP, 80) as client:
-        listener.settimeout(SECONDS)
-        server, _ = listener.accept()
-        with server:
-            client.sendall(b"question")
-            assert server.recv(100) == b"question"
-            for node in nodes:
-                assert wait_value(node, "istio_tcp_received_bytes_total")[0] == 8
-                assert value(node, "istio_tcp_connections_closed_total") is None
-                assert wait_value(node, "istio_tcp_sockets_open")[0] == 1
-            state = json.loads(page(web, "admin", "/config_dump")[1])["workloadState"]["uid-web"]
-            port = client.getsockname()[1]
-            assert state["connections"] == {
-                "inbound": [],
-                "outbound": [{
-                    "src": f"{POD4}:{port}", "originalDst": f"{VIP}:80", "actualDst": f"{PEER4}:15008",
-                    "protocol": "HBONE",
-                }],
-            }  # fmt: skip
+    with joined(web, shop, VIP, 80) as (client, server):
+        client.sendall(b"question")
+        assert server.recv(100) == b"question"
+        for node in nodes:
+            assert wait_value(node, "istio_tcp_received_bytes_total")[0] == 8
+            assert value(node, "istio_tcp_connections_closed_total") is None
+            assert wait_value(node, "istio_tcp_sockets_open")[0] == 1
+        state = json.loads(page(web, "admin", "/config_dump")[1])["workloadState"]["uid-web"]
+        port = client.getsockname()[1]
+        assert state["connections"] == {
+            "inbound": [],
+            "outbound": [{
+                "src": f"{POD4}:{port}", "originalDst": f"{VIP}:80", "actualDst": f"{PEER4}:15008",
+                "protocol": "HBONE",
+            }],
+        }  # fmt: skip
 
 
 def test_a_refused_connection_fails_with_the_flag_of_its_reason(nodes: tuple[Node, Node]) -> None:
-    refused(nodes)
+    refused(*nodes)
     web, shop = nodes
     for node, flag in ((web, "CONNECT"), (shop, "DENY")):
         count, labels = wait_value(node, "istio_tcp_connections_failed_total", response_flags=flag)
@@ -217,7 +186,7 @@ def test_a_refused_connection_fails_with_the_flag_of_its_reason(nodes: tuple[Nod
 
 
 def test_config_dump_describes_the_mesh_and_the_certificates(nodes: tuple[Node, Node]) -> None:
-    exchange(nodes)
+    exchange(*nodes, VIP, 80)
     dump = json.loads(page(nodes[0], "admin", "/config_dump")[1])
     assert [workload["uid"] for workload in dump["workloads"]] == ["shop", "web"]
     assert [service["hostname"] for service in dump["services"]] == ["shop.demo.svc.cluster.local"]

@@ -4,13 +4,26 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.ztunnel import NFT, PEER4, PEER6, POD4, POD6, Agent, Place, Ztunnel, places
+from support.ztunnel import (
+    NFT,
+    PEER4,
+    PEER6,
+    POD4,
+    POD6,
+    SECONDS,
+    Agent,
+    Place,
+    Ztunnel,
+    places,
+    read_all,
+)
 
 from agent.kernel.exec import run, start
 from agent.zds.messages import Add, SnapshotSent
@@ -141,4 +154,45 @@ def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
             shop.ip(family, "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
             shop.ip(family, "route", "add", "local", everything, "dev", "lo", "table", "100")
         run(["nft", "-f", "-"], stdin=NFT, netns=shop.path)
+        web.ip("route", "add", "default", "via", PEER4)  # towards addresses of services
         yield Node(web, "web", folder / "web", made), Node(shop, "shop", folder / "shop", made)
+
+
+@contextlib.contextmanager
+def joined(
+    web: Node, shop: Node, host: str = PEER4, port: int = 8080, *, served: int = 8080
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """(the client's socket in web, the server's in shop), which listens on the port `served`."""
+    with (
+        shop.pod.listen(PEER6 if ":" in host else PEER4, served) as listener,
+        web.pod.connect(host, port) as client,
+    ):
+        listener.settimeout(SECONDS)
+        server, _ = listener.accept()
+        server.settimeout(SECONDS)
+        with server:
+            yield client, server
+
+
+def exchange(web: Node, shop: Node, host: str, port: int) -> tuple[str, int]:
+    """Sends 1,000 bytes from web to shop and 3,000 back; returns the client's address."""
+    with joined(web, shop, host, port) as (client, server):
+        client.sendall(bytes(1000))
+        client.shutdown(socket.SHUT_WR)
+        assert len(read_all(server)) == 1000
+        server.sendall(bytes(3000))
+        server.shutdown(socket.SHUT_WR)
+        assert len(read_all(client)) == 3000
+        found: tuple[str, int] = client.getsockname()
+        return found
+
+
+def refused(web: Node, shop: Node, port: int = 9000) -> None:
+    """A connection to a port on which shop listens is ended without a byte; perhaps before connect() returns."""
+    with (
+        contextlib.suppress(ConnectionResetError),
+        shop.pod.listen(PEER4, port),
+        web.pod.connect(PEER4, port) as client,
+    ):
+        client.sendall(b"x")
+        assert client.recv(1) == b""

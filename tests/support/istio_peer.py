@@ -27,6 +27,7 @@ from agent.kernel.exec import start
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
 REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")
+WAYS = ["ours to Istio's", "Istio's to ours"]  # client to server
 
 
 def _server_certificate() -> tuple[bytes, bytes]:
