@@ -154,6 +154,8 @@ class Machine:
         if self.pid:
             until(lambda: not Path(f"/proc/{self.pid}").exists(), f"{self.name} is off")
         self.pid = 0
+        # The kernel removes a namespace's interfaces some time later: the next boot wants the name at once.
+        run(["ip", "-n", self.spec.lan, "link", "del", self.name], check=False)
         nodes.remove_namespace(self.spec.netns_name(self.name))
         remove_cgroups(f"{self.spec.prefix}/{self.name}")
         shutil.rmtree(self.base / "run", ignore_errors=True)
