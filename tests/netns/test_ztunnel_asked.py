@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.ztunnel import PEER4, RESOLVER4, RESOLVER6, Lab, labs
+from support.ztunnel import PEER4, RESOLVER4, RESOLVER6, Lab
 
 from agent.core.names import DNS_PORT
 from agent.kernel.bpf.map import Map
@@ -19,12 +19,6 @@ pytestmark = pytest.mark.root
 QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"
 ANSWER = QUERY[:2] + b"\x81\x80" + QUERY[4:]
 V4_MAPPED = bytes(10) + b"\xff\xff"
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    with labs(tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -279,3 +279,29 @@ def abort(end: socket.socket) -> None:
     """Closes with a RST."""
     end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
     end.close()
+
+
+def read(end: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = end.recv(size - len(parts))
+        assert part
+        parts += part
+    return bytes(parts)
+
+
+def question(number: int) -> bytes:
+    """A query for the address of a.test."""
+    return number.to_bytes(2) + b"\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"
+
+
+def wait_listening(place: Place, listening: bool, host: str = "127.0.0.1", port: int = 15001) -> None:
+    """Waits until a direct connection to ztunnel's own port is taken or refused."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        with place.make() as probe:
+            taken = probe.connect_ex((host, port)) == 0
+        if taken == listening:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{host}:{port} listening is not {listening}")

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded ztunnel ends and another one takes over: no connection fails."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from support.ztunnel import PEER4, POD4, SECONDS, Lab, read_all, wait_listening
+
+pytestmark = pytest.mark.root
+
+
+class Echo:
+    """Answers every connection to it until closed, and clients that never pause."""
+
+    def __init__(self, lab: Lab, inbound: bool) -> None:
+        server, client, host = (lab.pod, lab.peer, POD4) if inbound else (lab.peer, lab.pod, PEER4)
+        self.client, self.host = client, host
+        self.listener = server.listen(host, 8080)
+        self.failures: list[str] = []
+        self.done = itertools.count()
+        self.made = 0
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=what) for what in (self.serve, self.ask, self.ask)]
+        for thread in self.threads:
+            thread.start()
+
+    def serve(self) -> None:
+        while True:  # until the listener is shut: after the clients, which must all get their answer
+            try:
+                end, _ = self.listener.accept()
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+            with end:
+                end.sendall(end.recv(100))
+
+    def ask(self) -> None:
+        while not self.stop.is_set():
+            try:
+                with self.client.connect(self.host, 8080) as end:
+                    end.sendall(b"hello")
+                    if read_all(end) != b"hello":
+                        self.failures.append("cut short")
+            except OSError as error:
+                self.failures.append(repr(error))
+            self.made = next(self.done)
+
+    def wait_more(self, number: int) -> None:
+        until, wanted = time.monotonic() + SECONDS, self.made + number
+        while self.made < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        assert self.made >= wanted
+
+    def close(self) -> None:
+        self.stop.set()
+        for thread in self.threads[1:]:
+            thread.join(SECONDS)
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.threads[0].join(SECONDS)
+        self.listener.close()
+
+
+@pytest.mark.parametrize("inbound", [False, True])
+def test_rolling_restart_fails_no_connection(served: Lab, inbound: bool) -> None:
+    traffic = Echo(served, inbound)
+    try:
+        long_lived, server = served.outbound(port=8081)
+        old, old_link = served.ztunnel, served.agent.link
+        for round_ in range(3):
+            traffic.wait_more(50)
+            new = served.serve(f"records-{round_}")
+            old.terminate()
+            if round_ == 0:
+                wait_new = new.wait_record(close="fin")
+                assert wait_new["uid"] == "uid-1"
+                long_lived.sendall(b"through the old one")
+                assert server.recv(30) == b"through the old one"
+                long_lived.close()
+                assert read_all(server) == b""
+                server.close()
+            assert old.process.wait(SECONDS) == 0
+            old_link.close()
+            old, old_link = new, served.agent.link
+        traffic.wait_more(50)
+    finally:
+        traffic.close()
+    assert traffic.failures == []
+
+
+def test_restart_loses_nothing_that_waits_for_the_old_one(served: Lab) -> None:
+    """The old instance stands still: what came before is its to accept, what comes after goes to the new one."""
+    listener = served.peer.listen(PEER4, 8080)
+    served.close_later(listener)
+
+    def connect(number: int) -> list[socket.socket]:
+        made = [served.pod.connect(PEER4, 8080) for _ in range(number)]
+        served.close_later(*made)
+        return made
+
+    def all_reach_the_server(clients: list[socket.socket]) -> None:
+        for client in clients:
+            client.sendall(b"?")
+        for _ in clients:
+            server, _ = listener.accept()
+            server.settimeout(SECONDS)
+            with server:
+                assert server.recv(1) == b"?"
+        for client in clients:
+            assert client.recv(1) == b""
+
+    old = served.ztunnel.process
+    os.kill(old.pid, signal.SIGSTOP)
+    before = connect(300)
+    served.serve("new")
+    all_reach_the_server(connect(100))
+    os.kill(old.pid, signal.SIGTERM)
+    os.kill(old.pid, signal.SIGCONT)
+    all_reach_the_server(before)
+    for client in before:
+        client.close()
+    assert old.wait(SECONDS) == 0
+
+
+def test_end_waits_for_connections_and_a_second_signal_does_not(lab: Lab) -> None:
+    lab.serve(drain=3600)
+    client, server = lab.outbound()
+    lab.ztunnel.terminate()
+    wait_listening(lab.pod, False)
+    assert "about to end" in lab.agent.add(lab.pod, "uid-2")
+    client.sendall(b"draining")
+    assert server.recv(10) == b"draining"
+    lab.ztunnel.terminate()
+    assert lab.ztunnel.process.wait(SECONDS) == 0
+    with pytest.raises(ConnectionResetError):
+        client.recv(1)
+    assert lab.ztunnel.records()[-1]["close"] == "drained"
