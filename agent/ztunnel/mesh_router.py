@@ -62,6 +62,9 @@ class MeshRouter:
         """Returns the pod's workload; None until the mesh knows it."""
         return self._store.workload_of_pod(pod.namespace, pod.name, pod.service_account)
 
+    def knows(self, pod: PodIdentity) -> bool:
+        return self.workload(pod) is not None
+
     def identity(self, pod: PodIdentity) -> SpiffeId:
         """Returns who the pod is; see Router."""
         workload = self.workload(pod)

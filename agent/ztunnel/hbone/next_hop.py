@@ -99,6 +99,9 @@ class Admission:
 class Router(Protocol):
     """The decisions of the mesh. None of the methods waits or raises."""
 
+    def knows(self, pod: PodIdentity) -> bool:
+        """Returns False until the mesh has the pod; what it asks for can wait (see waiting_room)."""
+
     def identity(self, pod: PodIdentity) -> SpiffeId:
         """Returns who the pod is in mutual TLS."""
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 from agent.ztunnel.hbone import limits
 from agent.ztunnel.hbone.next_hop import NoHop, PlainHop, Router
@@ -14,6 +15,7 @@ from agent.ztunnel.hbone.work_buffers import WorkBuffers
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
 from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.relay.waiting_room import WaitingRoom
 from agent.ztunnel.telemetry.records import Began
 from agent.ztunnel.telemetry.response_flags import ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
@@ -31,9 +33,13 @@ class HboneTunnels:
         self._contexts = contexts
         self._router = router
         self._pods: dict[str, PodSessions] = {}
+        self._waiting = WaitingRoom(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
 
     def start(self, pod: PodContext) -> None:
         self._pods[pod.uid] = PodSessions(pod, self._engine, self._contexts, self._router)
+
+    def hold(self, pod: PodContext, resume: Callable[[], None], drop: Callable[[], None]) -> bool:
+        return self._waiting.hold(pod, resume, drop)
 
     def outbound(
         self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began
@@ -59,7 +65,11 @@ class HboneTunnels:
         return hop
 
     def reconsider(self) -> None:
-        """Ends the inbound connections that the mesh does not allow any more; call it after a change of the mesh."""
+        """Resumes what waited for the mesh, and ends the inbound connections that it does not allow any more.
+
+        Call it after each change of the mesh.
+        """
+        self._waiting.changed()
         for sessions in self._pods.values():
             for connection, ends in tuple(sessions.pod.inbound.items()):
                 if why := self._router.refused_now(sessions.identity, ends.peer, ends.target, parse(ends.identity)):
@@ -77,5 +87,6 @@ class HboneTunnels:
 
     def stop(self) -> None:
         """Ends the timers; call it after the last pod is closed."""
+        self._waiting.close()
         self._engine.shakes.close()
         self._engine.pings.close()

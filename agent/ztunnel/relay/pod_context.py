@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -42,6 +43,9 @@ class Tunnels(Protocol):
 
     def start(self, pod: PodContext) -> None:
         """Prepares for the pod. The other methods are for pods that have been started."""
+
+    def hold(self, pod: PodContext, resume: Callable[[], None], drop: Callable[[], None]) -> bool:
+        """Returns True if the mesh does not know the pod yet: `resume` or `drop` is called later (see waiting_room)."""
 
     def outbound(
         self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began

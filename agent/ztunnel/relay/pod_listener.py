@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+from functools import partial
 
 from agent.core import names
 from agent.kernel.accepting import Seldom
@@ -92,12 +93,16 @@ class PodListener:
                     return
                 continue  # that client has closed
             client.setblocking(False)
-            if listener is self._listeners.hbone and self.pod.engine.tunnels is not None:
-                self.pod.engine.tunnels.accept(self.pod, client, peer)
+            tunnels = self.pod.engine.tunnels
+            if listener is self._listeners.hbone and tunnels is not None:
+                accept = partial(tunnels.accept, self.pod, client, peer)
+                if not tunnels.hold(self.pod, accept, client.close):
+                    accept()
                 continue
             taken = ProxiedConnection(self.pod, Reporter.DESTINATION if inbound else Reporter.SOURCE, client, peer)
             if len(self.pod.live) < self.pod.engine.share:
-                taken.open()
+                if tunnels is None or not tunnels.hold(self.pod, taken.open, taken.abort):
+                    taken.open()
             else:
                 limit = f"the pod has reached its limit of {self.pod.engine.share} connections"
                 taken.refuse(limit)

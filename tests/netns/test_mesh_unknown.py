@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pod that the mesh does not know yet: its connections wait for the mesh, and only so long."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.hbone import Node, exchange, two_nodes
+from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
+
+from agent.zds.messages import Delete
+from agent.ztunnel.relay.waiting_room import HELD_SECONDS
+
+pytestmark = pytest.mark.root
+
+VIP = "10.99.0.1"
+WEB = f"""
+- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{POD4}, "{POD6}"], services: {{}}}}"""
+SHOP = f"""
+- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{PEER4}, "{PEER6}"], services: {{}}}}"""
+SERVICES = f"""
+services:
+- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+"""
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
+    """Two nodes with a mesh file each, because a node may learn of a pod before the other one."""
+    with two_nodes(tmp_path) as both:
+        for node in both:
+            tell(node, WEB, SHOP)
+            node.start_with(tmp_path / f"{node.account}.yaml")
+        yield both
+
+
+def tell(node: Node, *workloads: str) -> None:
+    """Writes the node's mesh and waits until its ztunnel has read it, if there is one."""
+    path = node.folder.parent / f"{node.account}.yaml"
+    path.with_suffix(".new").write_text("workloads:" + "".join(workloads or [" []"]) + SERVICES)
+    path.with_suffix(".new").replace(path)
+    if not hasattr(node, "ztunnel"):
+        return
+    log, until = Path(f"{node.ztunnel.path}.err"), time.monotonic() + SECONDS
+    read = log.read_text().count(f"{path.name}: ")
+    while log.read_text().count(f"{path.name}: ") == read:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def waiting_client(web: Node, shop: Node, host: str) -> Iterator[socket.socket]:
+    """A client whose connection has reached ztunnel and goes no further: the server sees nothing for half a second."""
+    with shop.pod.listen(host, 8080) as listener, web.pod.connect(host, 8080) as client:
+        client.sendall(b"early")
+        listener.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+        listener.settimeout(SECONDS)
+        yield client
+        server, _ = listener.accept()
+        with server:
+            assert server.recv(5) == b"early"
+            server.sendall(b"late")
+            assert client.recv(4) == b"late"
+
+
+@pytest.mark.parametrize("host", [PEER4, PEER6])
+def test_an_outbound_connection_waits_for_the_pods_workload(pair: tuple[Node, Node], host: str) -> None:
+    web, shop = pair
+    tell(web, SHOP)
+    with waiting_client(web, shop, host):
+        tell(web, WEB, SHOP)
+    assert web.ztunnel.wait_record(kind="hbone", direction="outbound", close="fin")["seconds"] >= 0.5
+
+
+def test_an_inbound_stream_waits_for_the_pods_workload(pair: tuple[Node, Node]) -> None:
+    web, shop = pair
+    tell(shop, WEB)
+    with waiting_client(web, shop, PEER4):
+        tell(shop, WEB, SHOP)
+    assert shop.ztunnel.wait_record(kind="hbone", direction="inbound")["error"] == ""
+
+
+def test_an_inbound_plain_connection_waits_for_the_pods_workload(pair: tuple[Node, Node]) -> None:
+    web, shop = pair
+    tell(web, WEB)  # shop's workload is unknown to web's node: plain
+    tell(shop, WEB)
+    with waiting_client(web, shop, PEER4):
+        tell(shop, WEB, SHOP)
+    assert shop.ztunnel.wait_record(kind="tcp", direction="inbound", close="fin")["seconds"] >= 0.5
+
+
+def test_a_pod_that_stays_unknown_is_refused_with_the_reason(pair: tuple[Node, Node]) -> None:
+    web, shop = pair
+    tell(web, SHOP)
+    with shop.pod.listen(PEER4, 8080), web.pod.connect(PEER4, 8080) as client, pytest.raises(ConnectionResetError):
+        client.recv(1)
+    record = web.ztunnel.wait_record(kind="tcp", direction="outbound", close="refused")
+    assert "the mesh does not know demo/web with account web" in record["error"]
+    assert HELD_SECONDS - 0.5 < record["seconds"] < HELD_SECONDS + 3
+    tell(web, WEB, SHOP)
+    exchange(web, shop, PEER4, 8080)
+
+
+def test_what_waits_ends_with_its_pod(pair: tuple[Node, Node]) -> None:
+    web, shop = pair
+    tell(web, SHOP)
+    with shop.pod.listen(PEER4, 8080), web.pod.connect(PEER4, 8080) as client:
+        client.sendall(b"early")
+        assert web.agent.ask(Delete("uid-web")) == ""
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert web.ztunnel.wait_record(kind="tcp", close="drained")["destination"] == ""
