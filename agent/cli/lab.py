@@ -36,6 +36,9 @@ def register(subparsers: Any) -> None:
         "--without-sluice", action="store_true", help="plain pods: neither agent nor ztunnel nor sluice-cni"
     )
     parser.add_argument("--ztunnel", type=Path, metavar="PATH", help="Istio's ztunnel, instead of the embedded one")
+    parser.add_argument(
+        "--without-mesh", action="store_true", help="the embedded ztunnels have no identities and speak no HBONE"
+    )
     _command(commands, "down", _down, "remove the lab, also one that is half built")
     parser = _command(commands, "exec", _exec, "run a command in a pod: exec POD -- COMMAND ...")
     parser.add_argument("pod", metavar="POD", help="NAMESPACE/NAME, or NAME alone")
@@ -55,8 +58,9 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 
 
 def _up(args: argparse.Namespace) -> int:
-    lab = Lab(default_spec(args.prefix), args.ztunnel)
     sluice = not args.without_sluice
+    mesh = sluice and args.ztunnel is None and not args.without_mesh
+    lab = Lab(default_spec(args.prefix), args.ztunnel, mesh=mesh)
     lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), progress=_progress)
     _pods(args)
     _progress(f"up; the resolver {lab.resolver} knows the names in {DOMAIN}")

@@ -223,7 +223,7 @@ PAGES: Final[Mapping[str, Page]] = {
         {0: "every claim held", 1: "a claim did not hold", 2: "the lab could not be built"},
     ),
     "lab up": Page(
-        "Builds the lab and leaves it running.",
+        "Builds the lab and leaves it running. Pods have identities; connections between enrolled ones go by HBONE.",
         {"lab up": "two nodes, pods, agents, ztunnels", "lab up --without-sluice": "plain pods, for comparison"},
         {0: "it runs", 2: "it could not be built"},
     ),

@@ -14,18 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-import yaml
-
 from agent.core.errors import CommandError
 from agent.kernel.netns import Netns
-from agent.lab import istio_ztunnel
+from agent.lab import lab_mesh
 from agent.lab.demo_report import Checks
 from agent.lab.lab import Lab
 from agent.lab.lab_spec import PodProgram
 from agent.lab.traffic import read_records, still
 
-MESH_FILE: Final = "mesh.yaml"
-AUTHORITY: Final = "development-ca"  # a directory of the lab
 _ETH_P_ALL: Final = 3
 _RECEIVE_BYTES: Final = 16 << 20
 _HBONE_PORT: Final = (15008).to_bytes(2, "big")
@@ -45,11 +41,9 @@ def run_all(lab: Lab, check: Checks) -> None:
     check(
         "without a mesh the request can be read between the nodes", plain.readable > 0, f"in {plain.readable} packets"
     )
-    _write(lab, [])
-    options = ("--mesh", str(lab.spec.run_dir / MESH_FILE),
-               "--identities", f"development:{lab.spec.run_dir / AUTHORITY}")  # fmt: skip
+    lab_mesh.write(lab.pods)
     for node in lab.nodes.values():
-        node.replace_ztunnel(*options)
+        node.replace_ztunnel(*lab_mesh.options(lab.spec))
     carried = _carried(lab, client, target)
     check("with a mesh the request goes by HBONE", carried.hbone > 0 and carried.answered, f"{carried.hbone} packets")
     check("not one packet between the nodes has a byte of it in plain", carried.readable == 0)
@@ -65,7 +59,7 @@ def _policy(lab: Lab, check: Checks, client: str) -> None:
     target = lab.pods.require("shop/web").address(PodProgram.WEB)
     stranger = "legacy/batch"
     before = _call(lab, stranger, target)
-    _write(lab, [_ONLY_SHOP])
+    lab_mesh.write(lab.pods, [_ONLY_SHOP])
     refused = still(lambda: not _call(lab, stranger, target), bool)
     check(f"{stranger} has no identity: it was served before the policy, and is refused by it", before and refused)
     check(f"{client} has the identity, and is served", _call(lab, client, target))
@@ -124,16 +118,6 @@ def _call(lab: Lab, client: str, target: str, marker: str = "") -> bool:
     except CommandError:
         return False
     return True
-
-
-def _write(lab: Lab, policies: list[dict[str, Any]]) -> None:
-    """Writes the mesh's file; both ztunnels follow it."""
-    up = lab.pods.up()
-    pods = [(spec, (up[spec.ref].ipv4, up[spec.ref].ipv6)) for spec in lab.spec.pods if spec.ref in up]
-    text = istio_ztunnel.workloads(pods, hbone=True) + yaml.safe_dump({"policies": policies})
-    fresh = lab.spec.run_dir / f".{MESH_FILE}"
-    fresh.write_text(text)
-    fresh.replace(lab.spec.run_dir / MESH_FILE)
 
 
 def _hbone(lab: Lab, target: str) -> list[dict[str, Any]]:

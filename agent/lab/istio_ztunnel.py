@@ -47,6 +47,8 @@ def workloads(pods: Iterable[tuple[PodSpec, Sequence[str]]], *, hbone: bool) -> 
             "trustDomain": "cluster.local",
             "node": spec.node,
             "workloadIps": list(addresses),
+            "workloadName": spec.name,
+            "workloadType": "pod",
             "protocol": "HBONE" if hbone and spec.enrolled else "TCP",
             "services": {},
         }

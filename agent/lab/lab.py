@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -20,7 +20,7 @@ from typing import Any, Final
 from agent.core.errors import SluiceError
 from agent.kernel import admin_socket
 from agent.kernel.exec import PATH, run
-from agent.lab import istio_ztunnel, nodes
+from agent.lab import istio_ztunnel, lab_mesh, nodes
 from agent.lab.chain import CNI_PATH
 from agent.lab.lab_pods import LabPods
 from agent.lab.lab_spec import LabSpec, PodProgram
@@ -40,13 +40,15 @@ _NEEDED: Final = {
 class Lab:
     """One lab on this machine. Labs with different prefixes are independent."""
 
-    def __init__(self, spec: LabSpec, ztunnel: Path | None = None) -> None:
-        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one."""
+    def __init__(self, spec: LabSpec, ztunnel: Path | None = None, *, mesh: bool = False) -> None:
+        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one; that one may have a mesh."""
         self.spec = spec
         self._ztunnel = ztunnel
+        self._mesh = mesh
         self.children = Children(spec.run_dir / "processes")
         self.pods = LabPods(spec, self.children)
-        self.nodes = {node: NodeProcesses(spec, node, self.children, ztunnel) for node in spec.nodes}
+        options = lab_mesh.options(spec) if mesh else ()
+        self.nodes = {node: NodeProcesses(spec, node, self.children, ztunnel, options=options) for node in spec.nodes}
 
     @classmethod
     def from_state(cls, prefix: str) -> Lab:
@@ -91,7 +93,7 @@ class Lab:
             progress(f"an agent (backend {backend}) and a ztunnel on each node")
             self._write_workloads()
             for node in self.nodes.values():
-                node.configure(backend, **(istio_ztunnel.SETTINGS if self._ztunnel else {}))
+                node.configure(backend, **self._settings)
                 node.start_ztunnel()
                 node.await_ztunnel(node.start_agent())
                 node.confirm(backend)
@@ -103,12 +105,27 @@ class Lab:
             self._write_workloads()
             for node in self.nodes.values():
                 node.replace_ztunnel()
+        if agents and self._mesh:
+            self._await_mesh()
         progress("the pods' programs")
         for pod in created:
             self.pods.start(pod)
 
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        """The agent's settings that differ from the usual ones."""
+        return istio_ztunnel.SETTINGS if self._ztunnel else lab_mesh.SETTINGS if self._mesh else {}
+
+    def _await_mesh(self) -> None:
+        count = lab_mesh.write(self.pods)
+        for node in self.nodes.values():
+            if node.ztunnel is not None:
+                lab_mesh.await_workloads(node.ztunnel, count)
+
     def _write_workloads(self) -> None:
-        """Writes the local file of Istio's ztunnel: the pods with their current addresses."""
+        """Writes the file of the mesh: the pods with their current addresses."""
+        if self._mesh:
+            lab_mesh.write(self.pods)
         if self._ztunnel is None:
             return
         up = self.pods.up()
@@ -127,7 +144,7 @@ class Lab:
     def switch(self, backend: LabBackend) -> None:
         """Switches all agents to the backend. Raises SluiceError when an agent chooses another one."""
         for node in self.nodes.values():
-            node.configure(backend)
+            node.configure(backend, **self._settings)
         self.restart()
         for node in self.nodes.values():
             node.confirm(backend)

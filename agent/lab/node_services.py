@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +31,14 @@ class LabBackend(StrEnum):
 class NodeProcesses:
     """Starts, ends and kills them. The `name` distinguishes the two ztunnels of a rolling upgrade."""
 
-    def __init__(self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None) -> None:
-        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one."""
+    def __init__(
+        self, spec: LabSpec, node: str, children: Children, ztunnel: Path | None = None, *, options: Sequence[str] = ()
+    ) -> None:
+        """Takes `ztunnel`: the path of Istio's, to be used instead of the embedded one, which has `options`."""
         self.node = node
         self.directory = spec.node_dir(node)
         self._ztunnel = ztunnel
+        self._options = options
         self._spec = spec
         self._netns = spec.netns_path(node)
         self._children = children
@@ -58,7 +62,10 @@ class NodeProcesses:
         return self._children.start(f"{self.node}.agent", argv, self._netns, log)
 
     def start_ztunnel(self, name: str = "ztunnel", *options: str) -> Child:
-        """Starts ztunnel and returns at once; it is ready when the agent is. `options`: those of `sluice ztunnel`."""
+        """Starts ztunnel and returns at once; it is ready when the agent is.
+
+        `options`: those of `sluice ztunnel`, in place of the usual ones.
+        """
         log = self.directory / f"{name}.log"
         if self._ztunnel is not None:
             env = istio_ztunnel.environment(self.directory, self.node)
@@ -66,9 +73,14 @@ class NodeProcesses:
         argv = [
             sys.executable, "-m", "agent", "ztunnel", "--zds-socket", str(self.directory / "ztunnel.sock"),
             "--records", str(self.directory / "ztunnel.jsonl"), "--bpf-dir", str(self._spec.bpf_dir(self.node)),
-            *options,
+            *(options or self._options),
         ]  # fmt: skip
         return self._children.start(f"{self.node}.{name}", argv, self._netns, log)
+
+    @property
+    def ztunnel(self) -> Child | None:
+        """The ztunnel that was started last by this name."""
+        return self._children.get(f"{self.node}.ztunnel")
 
     def await_agent(self, child: Child, seconds: float = READY_SECONDS) -> None:
         await_ready(child, lambda: ready(self.directory), seconds, "ready")

@@ -69,7 +69,8 @@ def read_records(lab: Lab) -> list[dict[str, Any]]:
     """Returns the ztunnels' records of both nodes, as far as they are written."""
     records = []
     for node in lab.spec.nodes:
-        text = (lab.spec.node_dir(node) / "ztunnel.jsonl").read_text()
+        path = lab.spec.node_dir(node) / "ztunnel.jsonl"
+        text = path.read_text() if path.exists() else ""  # it is made with the first record
         records += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
     return [record for record in records if record.get("kind") != "lost"]
 
