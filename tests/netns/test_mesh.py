@@ -17,18 +17,14 @@ from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 pytestmark = pytest.mark.root
 
-VIP, FAR = "10.99.0.1", "10.99.0.2"
+VIP = "10.99.0.1"
 MESH = f"""
 workloads:
 - {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
    workloadIps: [{POD4}, "{POD6}"], workloadName: web, workloadType: deployment, services: {{}}}}
 - {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
    workloadIps: [{PEER4}, "{PEER6}"], services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
-- {{uid: far, name: far, namespace: demo, serviceAccount: far, trustDomain: cluster.local, protocol: HBONE,
-   network: other, workloadIps: [], networkGateway: {{destination: "/{PEER4}", hboneMtlsPort: 15008}},
-   services: {{demo/far.demo.svc.cluster.local: {{80: 8080}}}}}}
 services:
-- {{name: far, namespace: demo, hostname: far.demo.svc.cluster.local, vips: [/{FAR}], ports: {{80: 8080}}}}
 - {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
 """
 ONLY_OTHERS = """
@@ -123,13 +119,6 @@ def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_pa
     _wait(lambda: "protokoll: is not a known key; the previous mesh is kept" in log.read_text())
     with connection(nodes, VIP, 80):
         pass
-
-
-def test_another_network_is_refused_and_not_reached_in_plain(nodes: tuple[Node, Node]) -> None:
-    with contextlib.suppress(ConnectionResetError), nodes[0].pod.connect(FAR, 80) as client:
-        assert client.recv(1) == b""
-    record = nodes[0].ztunnel.wait_record(kind="tcp", direction="outbound", close="refused")
-    assert "another network: double HBONE is not implemented" in record["error"]
 
 
 def test_an_address_outside_the_mesh_is_reached_in_plain(nodes: tuple[Node, Node]) -> None:

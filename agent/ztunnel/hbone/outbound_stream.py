@@ -27,6 +27,7 @@ class SessionSource(Protocol):
     """Finds and makes sessions."""
 
     engine: SessionEngine
+    peer: str  # the identity at the end of an inner session; "" if sessions are pooled
 
     def seek(self, key: SessionKey, user: OutboundStream) -> None:
         """Calls `session_ready` or `session_failed` of the user, at once or later."""
@@ -34,8 +35,8 @@ class SessionSource(Protocol):
     def leave(self, key: SessionKey, user: OutboundStream) -> None:
         """Removes the user from those that wait."""
 
-    def has_certificate(self, key: SessionKey) -> bool:
-        """Returns True if the source can prove its identity."""
+    def late(self, key: SessionKey) -> tuple[str, ResponseFlag | None]:
+        """Returns what is missing when the time for a session is over, and its flag."""
 
 
 class OutboundStream:
@@ -49,6 +50,7 @@ class OutboundStream:
         self._pod = pod
         self._sessions = sessions
         self._hop = hop
+        self._parties = hop.parties
         self._key = SessionKey(hop.source, hop.identities, hop.address, source[0])
         self._client = client
         self._source = source
@@ -64,9 +66,14 @@ class OutboundStream:
     def open(self) -> None:
         """Asks for a session. A failure is recorded and resets the client, and is never raised."""
         self._pod.live.add(self)
-        self._pod.count(self, self._hop.parties, self._began)
+        if self._hop.inner is None:
+            self._count()
         self._pod.engine.connects.add(self)
         self._seek()
+
+    def _count(self) -> None:
+        if self not in self._pod.counted:
+            self._pod.count(self, self._parties, self._began)
 
     def _seek(self) -> None:
         self._tries += 1
@@ -74,7 +81,8 @@ class OutboundStream:
 
     def session_ready(self, session: TlsSession) -> None:
         self._session = session
-        self._stream = session.request(connect_request.request(self._hop.authority, self._hop.fields), self)
+        end = self._hop.inner or self._hop
+        self._stream = session.request(connect_request.request(end.authority, end.fields), self)
         self._relay = StreamRelay(
             engine=self._sessions.engine, session=session, stream=self._stream, user=self, done=self._relayed
         )
@@ -85,10 +93,7 @@ class OutboundStream:
     def expire(self) -> None:
         if self._done or self._answered:
             return
-        if self._sessions.has_certificate(self._key):
-            self._end("timeout", "connect timed out")
-        else:
-            self._end("timeout", f"no certificate of {self._key.source} yet", ResponseFlag.IDENTITY)
+        self._end("timeout", *self._sessions.late(self._key))
 
     def abort(self) -> None:
         self._end("drained", "")
@@ -103,6 +108,10 @@ class OutboundStream:
         if status != b"200":
             self._end("refused", f"http status: {status.decode('latin-1')}")
             return
+        if self._hop.inner is not None and self._parties is not None:
+            said = (first(headers, b"baggage") or b"").decode("latin-1")
+            self._parties = self._parties.ending_at(said, self._sessions.peer)
+        self._count()
         self._answered = True
         self._pod.engine.connects.settle(self)
         if self._relay is not None:
@@ -154,6 +163,7 @@ class OutboundStream:
         self._pod.engine.poller.remove(self._client.fileno())
         shut(self._client, close)
         self._pod.engine.connects.settle(self)
+        self._count()
         self._pod.end(
             self,
             kind="hbone",

@@ -14,6 +14,7 @@ from agent.ztunnel.hbone.inbound_stream import InboundStream
 from agent.ztunnel.hbone.next_hop import InboundRequest, NoHop, PodIdentity, Router
 from agent.ztunnel.hbone.pool import Pool, SessionKey
 from agent.ztunnel.hbone.session_events import Headers
+from agent.ztunnel.hbone.session_transport import SocketTransport
 from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
 from agent.ztunnel.relay.original_dst import Address, plain
 from agent.ztunnel.relay.pod_context import Ends, PodContext, RefusedError
@@ -40,6 +41,7 @@ class PodSessions:
 
     def __init__(self, pod: PodContext, engine: SessionEngine, contexts: ContextStore, router: Router) -> None:
         self.engine = engine
+        self.peer = ""
         self.pod = pod
         self.contexts = contexts
         self.router = router
@@ -62,8 +64,11 @@ class PodSessions:
         """Takes back `seek`."""
         self._pool.leave(key, user)
 
-    def has_certificate(self, key: SessionKey) -> bool:
-        return self.contexts.get(key.source) is not None
+    def late(self, key: SessionKey) -> tuple[str, ResponseFlag | None]:
+        """Returns what is missing when the time for a session is over, and its flag."""
+        if self.contexts.get(key.source) is None:
+            return f"no certificate of {key.source} yet", ResponseFlag.IDENTITY
+        return "connect timed out", None
 
     def _make(self, key: SessionKey) -> None:
         contexts = self.contexts.get(key.source)
@@ -76,9 +81,8 @@ class PodSessions:
             self._failed(key, str(getattr(error, "strerror", None) or error), ResponseFlag.CONNECT)
             return
         owner = _Opened(self, key, (plain(connecting.getsockname())[:2], key.address[:2]))
-        session = TlsSession(
-            engine=self.engine, owner=owner, connected=connecting, context=contexts.client, client=True
-        )
+        transport = SocketTransport(self.engine.poller, connecting)
+        session = TlsSession(engine=self.engine, owner=owner, transport=transport, context=contexts.client, client=True)
         try:
             session.start()
         except OSError as error:  # out of memory
@@ -121,7 +125,7 @@ class PodSessions:
         session = TlsSession(
             engine=self.engine,
             owner=_Arrived(self, plain(peer), plain(client.getsockname())),
-            connected=client,
+            transport=SocketTransport(self.engine.poller, client),
             context=contexts.server,
             client=False,
         )

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The records that one end of TLS has to send, and how they get into its socket."""
+"""The records that one end of TLS has to send, and how they get into its transport."""
 
 from __future__ import annotations
 
-import socket
 import ssl
+
+from agent.ztunnel.hbone.session_transport import Transport
 
 
 class TlsOutput:
-    """Sends what is in `outgoing`, as far as the socket takes it; owns neither of the two."""
+    """Sends what is in `outgoing`, as far as the transport takes it; owns neither of the two."""
 
-    __slots__ = ("_outgoing", "_socket", "_waiting")
+    __slots__ = ("_outgoing", "_transport", "_waiting")
 
-    def __init__(self, connected: socket.socket, outgoing: ssl.MemoryBIO) -> None:
-        self._socket = connected
+    def __init__(self, transport: Transport, outgoing: ssl.MemoryBIO) -> None:
+        self._transport = transport
         self._outgoing = outgoing
-        self._waiting: memoryview | bytes = b""  # records that the socket did not take
+        self._waiting: memoryview | bytes = b""  # records that the transport did not take
 
     @property
     def size(self) -> int:
@@ -23,12 +24,12 @@ class TlsOutput:
         return len(self._waiting) + self._outgoing.pending
 
     def flush(self) -> None:
-        """Sends records until the socket is full. An error of the socket is left to its next event."""
+        """Sends records until the transport is full. An error of it is left to its next event."""
         try:
             while self._waiting or self._outgoing.pending:
                 records = self._waiting or memoryview(self._outgoing.read())
                 self._waiting = records
-                self._waiting = records[self._socket.send(records) :]
+                self._waiting = records[self._transport.send(records) :]
         except BlockingIOError:
             pass
         except OSError:

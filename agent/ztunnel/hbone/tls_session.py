@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One connection of HBONE: a socket, TLS and HTTP/2 in it, and the users of its streams."""
+"""One connection of HBONE: a transport, TLS and HTTP/2 in it, and the users of its streams."""
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import ssl
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import ErrorCode, Http2Error
 from agent.ztunnel.hbone.session_core import SessionCore
 from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Headers, Opened, Reset
+from agent.ztunnel.hbone.session_transport import Transport
 from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
 from agent.ztunnel.hbone.tls_output import TlsOutput
 from agent.ztunnel.hbone.work_buffers import SIZE, WorkBuffers
@@ -28,7 +28,7 @@ _IDLE_ROUNDS = round(limits.IDLE_SESSION_SECONDS / limits.PING_SECONDS)
 
 
 class StreamUser(Protocol):
-    """One end of a stream. After `peer_reset` or `session_lost` the stream does not exist any more."""
+    """One end of a stream, which does not exist any more after `peer_reset` or `session_lost`."""
 
     def answered(self, headers: Headers) -> None:
         """Takes the server's answer to the request."""
@@ -73,28 +73,27 @@ class SessionEngine:
 
 
 class TlsSession:
-    """Owns the socket. `open` is True from the end of the handshake to the end of the session, `failure` says why."""
+    """Owns the transport. `open` is True from the end of the handshake to the session's end; `failure` says why."""
 
     __slots__ = (
         "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_output", "_owner", "_ping_rounds",
-        "_reading", "_socket", "_users", "_waiting", "closed", "failure", "open",
+        "_reading", "_transport", "_users", "_waiting", "closed", "failure", "open",
     )  # fmt: skip
 
     def __init__(
-        self, *, engine: SessionEngine, owner: SessionOwner, connected: socket.socket, context: ssl.SSLContext,
+        self, *, engine: SessionEngine, owner: SessionOwner, transport: Transport, context: ssl.SSLContext,
         client: bool,
     ) -> None:  # fmt: skip
-        """Takes over a non-blocking socket: of a client one that connects, of a server an accepted one."""
         self.open = False
         self.closed = False
         self.failure = ResponseFlag.CONNECT
         self._engine = engine
         self._owner = owner
-        self._socket = connected
+        self._transport = transport
         self._codec = TlsCodec(context, client=client)
         self._core = SessionCore(client=client, now=engine.poller.loop.time())
         self._connecting = client
-        self._output = TlsOutput(connected, self._codec.outgoing)
+        self._output = TlsOutput(transport, self._codec.outgoing)
         self._users: dict[int, StreamUser] = {}
         self._waiting: dict[StreamUser, None] = {}
         self._reading = False
@@ -105,7 +104,7 @@ class TlsSession:
     def start(self) -> None:
         """Raises OSError: out of memory."""
         self._engine.shakes.add(self)
-        self._engine.poller.add(self._socket.fileno(), self._event)
+        self._transport.start(self._event)
 
     # Streams
 
@@ -179,8 +178,12 @@ class TlsSession:
         """Asks the client to open no more streams here. The session ends with its last stream."""
         if self.open:
             self._core.drain()
-            self._core.gone = True
+            self.retire()
             self._write_out()
+
+    def retire(self) -> None:
+        """Takes no more streams. The session ends with its last one."""
+        self._core.gone = True
         self._end_if_drained()
 
     def close(self, code: ErrorCode = ErrorCode.NO_ERROR, why: str = "closed") -> None:
@@ -221,8 +224,11 @@ class TlsSession:
             self._heard = False
 
     def _end_if_drained(self) -> None:
-        if self._core.gone and not self._users:
-            self.close()
+        if self._core.gone and not self._users and not self.closed:
+            self._encrypt_output()
+            self._output.flush()
+            if not self._output.size:  # else `_write_more` comes back
+                self.close()
 
     def _lose(self, why: str) -> None:
         if self.closed:
@@ -231,8 +237,7 @@ class TlsSession:
         self.open = False
         self._engine.shakes.settle(self)
         self._engine.pings.settle(self)
-        self._engine.poller.remove(self._socket.fileno())
-        self._socket.close()
+        self._transport.close()
         users = list(self._users.values())
         self._users.clear()
         self._waiting.clear()
@@ -244,9 +249,8 @@ class TlsSession:
 
     def _event(self, mask: int) -> None:
         if self._connecting and mask & (poller.WRITE | poller.END):
-            failed = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            if failed:
-                self._lose(os.strerror(failed))
+            if failed := self._transport.connect_failure():
+                self._lose(failed)
                 return
             self._connecting = False
             self._guard(self._shake_hands)
@@ -295,7 +299,7 @@ class TlsSession:
         records = self._engine.buffers.records
         for _ in range(_ROUNDS):
             try:
-                count = self._socket.recv_into(records)
+                count = self._transport.recv_into(records)
             except BlockingIOError:
                 break
             if not count:
@@ -386,6 +390,7 @@ class TlsSession:
         self._output.flush()
         if self._waiting:
             self._wake()
+        self._end_if_drained()
 
     def _wake(self) -> None:
         self._core.window_opened = False

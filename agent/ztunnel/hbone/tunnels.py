@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
 
 from agent.ztunnel.hbone import limits
+from agent.ztunnel.hbone.inner_session import InnerSession
 from agent.ztunnel.hbone.next_hop import NoHop, PlainHop, Router
 from agent.ztunnel.hbone.outbound_stream import OutboundStream
 from agent.ztunnel.hbone.pod_sessions import PodSessions
@@ -35,6 +38,11 @@ class HboneTunnels:
         self._pods: dict[str, PodSessions] = {}
         self._waiting = WaitingRoom(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
 
+    @cached_property
+    def _inner_engine(self) -> SessionEngine:
+        """The engine of inner sessions, which work while an outer one reads its buffers, and so have their own."""
+        return replace(self._engine, buffers=WorkBuffers())
+
     def start(self, pod: PodContext) -> None:
         self._pods[pod.uid] = PodSessions(pod, self._engine, self._contexts, self._router)
 
@@ -50,12 +58,10 @@ class HboneTunnels:
             raise RefusedError(hop.reason, hop.parties, hop.flag)
         if isinstance(hop, PlainHop):
             return hop
-        if hop.inner is not None:
-            reason = f"{hop.authority} is on another network: double HBONE is not implemented"
-            raise RefusedError(reason, hop.parties)
         OutboundStream(
-            pod=pod, sessions=sessions, hop=hop, client=client, source=source, destination=destination, began=began
-        ).open()
+            pod=pod, sessions=InnerSession(sessions, self._inner_engine, hop, hop.inner) if hop.inner else sessions,
+            hop=hop, client=client, source=source, destination=destination, began=began,
+        ).open()  # fmt: skip
         return None
 
     def inbound_plain(self, pod: PodContext, source: Address, destination: Address) -> PlainHop:

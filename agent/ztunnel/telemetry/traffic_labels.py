@@ -7,13 +7,14 @@ that no control plane describes is known by its baggage.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from agent.ztunnel.mesh import baggage
 from agent.ztunnel.mesh.baggage import Baggage
 from agent.ztunnel.mesh.mesh_model import Service, Workload
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
-from agent.ztunnel.tls.spiffe import SpiffeId
+from agent.ztunnel.tls.spiffe import SpiffeId, parse
 
 UNKNOWN: Final = "unknown"
 _END: Final = (
@@ -144,6 +145,11 @@ class Parties:
     hbone_target: str = ""
     asked: str = ""
     target: str
+
+    def ending_at(self, said: str, proven: str) -> Parties:
+        """Returns the connection behind a gateway: to the workload with this baggage and identity."""
+        end = party(None, baggage.parse(said), parse(proven))
+        return replace(self, destination=replace(end, instance=end.workload) if end else None)
 
     def labels(self) -> TrafficLabels:
         """Returns the labels of a connection that has not failed."""

@@ -51,6 +51,21 @@ DENIED = LABELS.replace('response_flags="-"', 'response_flags="DENY"')
 BEGAN = (1.0, 1.0)
 
 
+def test_behind_a_gateway_the_destination_is_what_its_baggage_and_certificate_say() -> None:
+    """Specification, section 3: destination labels come from the inner response."""
+    said = (
+        "k8s.cluster.name=c2,k8s.namespace.name=demo,k8s.deployment.name=far,service.name=far-app,service.version=v3,"
+        "cloud.region=r2,cloud.availability_zone=z2"
+    )
+    labels = dict(PARTIES.ending_at(said, "spiffe://td/ns/demo/sa/far").labels().pairs())
+    assert {name: value for name, value in labels.items() if value == "unknown"} == {}
+    named = ("workload", "app", "canonical_service", "version", "cluster")
+    assert [labels[f"destination_{name}"] for name in named] == ["far", "far", "far-app", "v3", "c2"]
+    assert labels["destination_principal"] == "spiffe://td/ns/demo/sa/far"
+    nothing = dict(PARTIES.ending_at("", "spiffe://td/ns/demo/sa/far").labels().pairs())
+    assert (nothing["destination_workload"], nothing["destination_workload_namespace"]) == ("unknown", "demo")
+
+
 @dataclass
 class Connection:
     bytes: tuple[int, int] = (0, 0)
