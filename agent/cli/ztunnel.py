@@ -59,6 +59,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--identities", metavar="SOURCE",
         help="certificates: development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL",
     )  # fmt: skip
+    parser.add_argument(
+        "--gateway", metavar="NAMESPACE/POD/SERVICE-ACCOUNT",
+        help="serve as the east-west gateway that is this workload of the mesh, in a network namespace of its own;"
+        " no agent is needed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gateway-address", metavar="HOST:PORT", help=f"where a gateway listens (default: {defaults.gateway_address})"
+    )  # fmt: skip
     parser.add_argument("--network", metavar="NAME", help="the network of this node (default: none)")
     parser.add_argument(
         "--trust-domain", metavar="NAME",
@@ -74,4 +82,8 @@ def _run(args: argparse.Namespace) -> int:
     check(settings)
     if unknown:
         print(f"warning: not understood, and without effect: {', '.join(unknown)}", file=sys.stderr)
+    if settings.gateway:
+        from agent.ztunnel import gateway  # its modules need not be loaded by a node's ztunnel
+
+        return gateway.main(settings)
     return main(settings)

@@ -215,6 +215,29 @@ class MeshRouter:
         log.log(level, "pod %s/%s: %s: from %s (%s)", pod.namespace, pod.name, what, peer[0], identity or "no identity")
 
 
+class GatewayRouter(MeshRouter):
+    """Decides for an east-west gateway: the inner tunnel of a stream goes as it is to a workload of this network.
+
+    Policies are left to that workload's end of the tunnel, which alone knows the client's identity and port.
+    """
+
+    def inbound(self, request: InboundRequest) -> Admission | NoHop:
+        """Decides about a stream of another network; see Router."""
+        gateway = self.workload(request.pod)
+        if gateway is None:
+            return NoHop(f"the mesh does not know {request.pod.namespace}/{request.pod.name}")
+        try:
+            address = routes.forward(self._store, gateway, request.connect.host, request.connect.port, _weighted)
+        except RouteError as error:
+            self._seldom.log(f"gateway: a stream from {request.peer[0]} was refused: {error}")
+            return NoHop(str(error))
+        return Admission(address=_socket_address(address), keep_source=False)
+
+    def refused_now(self, pod: PodIdentity, peer: Address, target: Address, identity: SpiffeId | None) -> str:
+        """Returns "": see the class."""
+        return ""
+
+
 def _outbound_parties(client: Workload, route: Route, source: Address, destination: Address) -> Parties:
     tunnelled = route.transport is not Transport.PLAIN
     next_hop = text(route.address)

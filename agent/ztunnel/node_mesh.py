@@ -13,7 +13,7 @@ from agent.ztunnel.dns.mesh_names import MeshNames
 from agent.ztunnel.hbone.next_hop import Router
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.mesh.mesh_store import MeshStore
-from agent.ztunnel.mesh_router import MeshRouter, RouterSettings
+from agent.ztunnel.mesh_router import GatewayRouter, MeshRouter, RouterSettings
 from agent.ztunnel.mesh_sources import MeshSource, mesh_source
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.tls.certificates import Certificates
@@ -39,7 +39,7 @@ class NodeMesh:
         self._credentials = credentials_source(settings, self._renew)
         self.contexts = ContextStore(self._want)
         self.certificates = Certificates(self._credentials.issue, self.contexts.put)
-        self.router = router or MeshRouter(
+        self.router = router or (GatewayRouter if settings.gateway else MeshRouter)(
             self.store,
             RouterSettings(
                 network=settings.network,

@@ -31,6 +31,9 @@ class ZtunnelSettings:
 
     `mesh`: a file, or https://HOST:PORT of istiod, "" for none: then everything goes on in plain. `identities`: where
     certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL).
+
+    `gateway`: NAMESPACE/POD/SERVICE-ACCOUNT makes the process the east-west gateway that is this pod of the mesh;
+    `gateway_address` is HOST:PORT.
     """
 
     zds_socket: str = names.ZDS_SOCKET
@@ -48,6 +51,8 @@ class ZtunnelSettings:
     admin_address: str | None = None
     mesh: str = ""
     identities: str = ""
+    gateway: str = ""
+    gateway_address: str = "[::]:15008"
     network: str = ""
     trust_domain: str = "cluster.local"
     cluster_domain: str = "cluster.local"
@@ -77,6 +82,9 @@ def check(settings: ZtunnelSettings) -> None:
         raise SettingsError("a mesh needs identities: set --identities, or CA_ADDRESS")
     if settings.identities and not settings.mesh:
         raise SettingsError("identities without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+    if settings.gateway and (settings.gateway.count("/") != 2 or not settings.mesh):
+        raise SettingsError("a gateway is NAMESPACE/POD/SERVICE-ACCOUNT of a workload of the mesh: set --mesh")
+    host_and_port(settings.gateway_address)
     for address in (settings.stats_address, settings.ready_address, settings.admin_address):
         if address:
             host_and_port(address)

@@ -51,7 +51,7 @@ class InboundStream:
         address = self._admission.address
         self._pod.inbound[self] = InboundEnds(self._peer, address, self._identity)
         try:
-            if self._peer[0] == address[0]:
+            if not self._admission.keep_source or self._peer[0] == address[0]:
                 self._application = self._pod.upstream.connect(address)
             else:
                 self._application, self._note = self._pod.upstream.connect_for(self._peer, address)

@@ -87,12 +87,14 @@ class InboundRequest:
 class Admission:
     """An inbound stream is connected to `address` in the pod; `fields` are those of the response.
 
-    `first` is what the application gets before the stream's bytes (PROXY protocol).
+    `first` is what the application gets before the stream's bytes (PROXY protocol). It sees the client's address if
+    `keep_source` says so, and this host's otherwise.
     """
 
     address: Address
     fields: Fields = ()
     first: bytes = b""
+    keep_source: bool = True
     parties: Parties | None = None
 
 

@@ -6,7 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum
 
-from agent.ztunnel.mesh.mesh_model import BalancingMode, BalancingScope, LoadBalancer, Service, Workload
+from agent.ztunnel.mesh.mesh_model import (
+    BalancingMode,
+    BalancingScope,
+    LoadBalancer,
+    Service,
+    Workload,
+    WorkloadProtocol,
+)
 from agent.ztunnel.mesh.mesh_store import Endpoint, MeshStore
 
 WeightedChoice = Callable[[Sequence[int]], int]  # weights, of which one is not 0, to the index of the chosen one
@@ -20,12 +27,18 @@ class Purpose(Enum):
 
 
 def choose(
-    store: MeshStore, client: Workload, service: Service, port: int, purpose: Purpose, weighted: WeightedChoice
-) -> tuple[Workload, int] | None:
-    """Returns (workload, target port); None if no endpoint can take the connection."""
+    store: MeshStore, client: Workload, service: Service, port: int, purpose: Purpose, weighted: WeightedChoice,
+    *, forwarding: bool = False,
+) -> tuple[Workload, int] | None:  # fmt: skip
+    """Returns (workload, target port); None if no endpoint can take the connection.
+
+    `forwarding`: the client is a gateway. Its endpoints are in its own network and end the inner tunnel.
+    """
     if purpose is Purpose.DESTINATION and port not in service.ports:
         return None
     endpoints = [each for each in store.endpoints(service) if _usable(each, client, service, port, purpose)]
+    if forwarding:
+        endpoints = [each for each in endpoints if _ends_tunnel(each.workload, client)]
     balancer = service.load_balancer
     if balancer and balancer.mode not in (BalancingMode.STANDARD, BalancingMode.PASSTHROUGH):
         endpoints = _nearest(endpoints, client, balancer)
@@ -50,6 +63,10 @@ def _usable(endpoint: Endpoint, client: Workload, service: Service, port: int, p
     if purpose is Purpose.DESTINATION:
         return bool(service.ports.get(port)) or port in endpoint.ports
     return port in service.ports or workload.application_tunnel is not None
+
+
+def _ends_tunnel(workload: Workload, gateway: Workload) -> bool:
+    return workload.network == gateway.network and workload.protocol is WorkloadProtocol.HBONE
 
 
 def _nearest(endpoints: list[Endpoint], client: Workload, balancer: LoadBalancer) -> list[Endpoint]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decides the route of a connection: outbound to a workload, waypoint or gateway; inbound to a port of the pod. Pure.
+"""Decides the route of a connection: outbound, inbound to a port of the pod, at a gateway to a workload. Pure.
 
 The outbound decision has the order of Istio's ztunnel: the waypoint of the service, an endpoint of the service or the
 workload with the address, the gateway of its network, the waypoint of the workload, the workload itself.
@@ -8,7 +8,7 @@ workload with the address, the gateway of its network, the waypoint of the workl
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from ipaddress import ip_address
 from typing import Final
@@ -92,6 +92,17 @@ class _Outbound:
     client: Workload
     target: Socket
     weighted: WeightedChoice
+    _: KW_ONLY
+    forwarding: bool = False
+
+    def forward(self, service: Service) -> Socket:
+        """Returns where the client, a gateway, hands on the inner tunnel."""
+        if reference := self._waypoint_of(service):
+            return _reachable(self._gateway(reference, Purpose.WAYPOINT))
+        upstream = self._endpoint(service, self.target, Purpose.DESTINATION)
+        if upstream is None:
+            raise RouteError(f"no healthy upstream for {service.hostname}, port {self.target[1]}, in this network")
+        return _reachable(upstream)[0], names.HBONE_PORT
 
     def route(self, network: str, source_ip: str) -> Route:
         service = self.store.service_at(network, self.target[0], self.client.namespace)
@@ -128,7 +139,7 @@ class _Outbound:
 
     def _endpoint(self, service: Service, target: Socket, purpose: Purpose) -> _Upstream | None:
         """Returns the chosen endpoint; `target` has the service's port and the family that is preferred."""
-        chosen = choose(self.store, self.client, service, target[1], purpose, self.weighted)
+        chosen = choose(self.store, self.client, service, target[1], purpose, self.weighted, forwarding=self.forwarding)
         if chosen is None:
             return None
         workload, port = chosen
@@ -203,6 +214,18 @@ class _Outbound:
         return any(
             instance.identity == self.client.identity and source_ip in instance.addresses for instance in instances
         )
+
+
+def forward(store: MeshStore, gateway: Workload, host: str, port: int, weighted: WeightedChoice) -> Socket:
+    """Returns where a gateway hands on the inner tunnel of a CONNECT to `host`:`port`: where HBONE is listened for.
+
+    Raises RouteError.
+    """
+    service = store.service_named(host, "")
+    if service is None:
+        raise RouteError(f"no service has the host name {host}")
+    family = gateway.addresses[0] if gateway.addresses else "0.0.0.0"
+    return _Outbound(store, gateway, (family, port), weighted, forwarding=True).forward(service)
 
 
 def _passes_through(service: Service) -> bool:

@@ -22,9 +22,9 @@ import struct
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from agent.core import names
-from agent.kernel.netns import Netns
 from agent.ztunnel.relay.original_dst import Address
 
 BATCH = 16
@@ -40,10 +40,20 @@ _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, 
 _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
 
 
+T = TypeVar("T")
+
+
+class Namespace(Protocol):
+    """A network namespace in which a function can run; see agent.kernel.netns."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Returns the function's result."""
+
+
 class Upstream:
     """A stock of fresh, non-blocking, marked sockets of one pod."""
 
-    def __init__(self, netns: Netns) -> None:
+    def __init__(self, netns: Namespace) -> None:
         self._netns = netns
         self._stock: dict[tuple[int, int], list[socket.socket]] = {}
         # A random start, so that an instance that takes over does not walk through its predecessor's ports.

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 
 from agent.ztunnel.mesh import authorization, baggage, routes
-from agent.ztunnel.mesh.mesh_model import Workload
+from agent.ztunnel.mesh.mesh_model import Workload, WorkloadProtocol
 from agent.ztunnel.mesh.routes import RouteError, Transport
 from agent.ztunnel.tls.spiffe import SpiffeId, parse
 from tests.unit.ztunnel.mesh.meshes import store
@@ -58,6 +60,39 @@ def test_another_network_is_reached_through_its_gateway_by_host_name() -> None:
     assert found.transport is Transport.DOUBLE_HBONE
     assert (found.address, found.authority) == (("10.0.0.9", 15008), "far.shop.svc.cluster.local:80")
     assert [one.service_account for one in found.inner_identities] == ["far"]
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "found"),
+    [
+        ("db.shop.svc.cluster.local", 80, ("10.0.0.2", 15008)),
+        ("guarded.shop.svc.cluster.local", 80, ("10.0.0.9", 15008)),  # its waypoint ends the inner tunnel
+        ("db.shop.svc.cluster.local", 81, "no healthy upstream"),
+        ("far.shop.svc.cluster.local", 80, "no healthy upstream"),  # of another network: not on from here
+        ("10.0.0.2", 80, "no service has the host name"),
+        ("nothing.shop.svc.cluster.local", 80, "no service has the host name"),
+    ],
+)
+def test_a_gateway_hands_on_to_endpoints_of_its_network(host: str, port: int, found: object) -> None:
+    mesh = store()
+    gate = mesh.workload_of_pod("gw", "gate", "gate")
+    assert gate is not None
+    if isinstance(found, str):
+        with pytest.raises(RouteError, match=found):
+            routes.forward(mesh, gate, host, port, lambda weights: 0)
+    else:
+        assert routes.forward(mesh, gate, host, port, lambda weights: 0) == found
+
+
+def test_a_gateway_never_hands_on_to_an_endpoint_without_hbone_or_health() -> None:
+    mesh = store()
+    gate = mesh.workload_of_pod("gw", "gate", "gate")
+    assert gate is not None
+    changes: list[dict[str, Any]] = [{"protocol": WorkloadProtocol.TCP}, {"healthy": False}]
+    for change in changes:
+        mesh.put_workload(replace(store().workloads["c1//v1/Pod/shop/db"], **change))
+        with pytest.raises(RouteError, match="no healthy upstream"):
+            routes.forward(mesh, gate, "db.shop.svc.cluster.local", 80, lambda weights: 0)
 
 
 def test_inbound_takes_its_own_address_and_its_services_and_nothing_else() -> None:

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An east-west gateway: clients of other networks reach the workloads of its own through it (double HBONE).
+
+It ends the outer tunnel, finds a workload for the service that the client asks for, and passes the bytes on as they
+are, to the port where HBONE is listened for: the inner tunnel ends there. The process is the pod of the gateway, in a
+network namespace of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from agent.core.errors import SluiceError
+from agent.kernel import logs
+from agent.kernel.accepting import Seldom, accept
+from agent.kernel.netlink.sock_diag import SockDiag
+from agent.zds.messages import Add
+from agent.ztunnel.dns.dns_origin import Asked
+from agent.ztunnel.hbone.tunnels import HboneTunnels
+from agent.ztunnel.node_mesh import NodeMesh
+from agent.ztunnel.relay.pod_context import Engine, PodContext
+from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.relay.upstream import Upstream, marked
+from agent.ztunnel.telemetry.records import RecordWriter
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings, host_and_port
+
+_BACKLOG = 4096
+_LOOK_SECONDS = 0.05
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+def main(settings: ZtunnelSettings) -> int:
+    """Runs until SIGTERM or SIGINT. Returns the exit code. Raises SluiceError."""
+    logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    poller = Poller()
+    with asyncio.Runner(loop_factory=lambda: poller.loop) as runner:
+        runner.run(_serve(settings, poller))
+    return 0
+
+
+async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(_listen(*host_and_port(settings.gateway_address)))
+        pod = _pod(settings.gateway, _engine(settings, poller, opened))
+        opened.callback(pod.upstream.close)
+        opened.callback(pod.diag.close)
+        mesh = NodeMesh(settings, poller)
+        mesh.start()
+        await mesh.synced()
+        mesh.tunnels.start(pod)
+        accepting = asyncio.create_task(_accept(listener, pod, mesh.tunnels))
+        log.info("gateway %s: listening on %s", settings.gateway, settings.gateway_address)
+        if settings.ready_file:
+            Path(settings.ready_file).touch()
+        await asked.wait()
+        accepting.cancel()
+        mesh.tunnels.drain(pod)
+        asked.clear()
+        until = loop.time() + settings.drain_seconds
+        while pod.live and loop.time() < until and not asked.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_SECONDS):
+                    await asked.wait()
+        mesh.tunnels.close(pod)
+        await mesh.close()
+
+
+def _engine(settings: ZtunnelSettings, poller: Poller, opened: contextlib.ExitStack) -> Engine:
+    connects, unused = Deadlines(poller.loop, settings.connect_seconds), Deadlines(poller.loop, settings.dns_seconds)
+    records = RecordWriter(poller.loop, settings.records)
+    for part in (connects, unused, records):
+        opened.callback(part.close)
+    return Engine(
+        poller=poller,
+        connects=connects,
+        queries=unused,
+        answered=unused,
+        aged=unused,
+        records=records,
+        asked=Asked(settings.bpf_dir),
+        share=settings.share,
+    )
+
+
+class _OwnNamespace:
+    """The namespace of this process."""
+
+    def call(self, function: Callable[[], T]) -> T:
+        return function()
+
+
+def _pod(name: str, engine: Engine) -> PodContext:
+    namespace, pod, account = name.split("/")
+    return PodContext(
+        name,
+        f"{namespace}/{pod}",
+        engine=engine,
+        upstream=Upstream(_OwnNamespace()),
+        diag=SockDiag(),
+        add=Add(name, pod, namespace, account),
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Raises SluiceError."""
+    listener = marked(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if listener.family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        listener.bind((host, port))
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SluiceError(f"gateway: cannot listen on {host}, port {port}: {error.strerror}") from None
+    return listener
+
+
+async def _accept(listener: socket.socket, pod: PodContext, tunnels: HboneTunnels) -> None:
+    seldom = Seldom()
+    while True:
+        client, peer = await accept(listener, seldom)
+        tunnels.accept(pod, client, peer)
+        await asyncio.sleep(0)  # the sessions get their turn while there is a queue

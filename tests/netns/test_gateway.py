@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two clusters on two networks: double HBONE through an east-west gateway, three real processes, real packets."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.networks import (
+    GATE_OUTSIDE,
+    HOSTNAME,
+    IDENTITY,
+    SHOP,
+    VIP,
+    Networks,
+    shop_mesh,
+    two_networks,
+    web_mesh,
+)
+from support.ztunnel import SECONDS, abort, read_all
+
+from agent.kernel.exec import run
+
+pytestmark = pytest.mark.root
+
+MEGABYTE = bytes(1 << 20)
+QUIET = "ready_address='', admin_address=''"
+
+
+@pytest.fixture
+def networks(tmp_path: Path) -> Iterator[Networks]:
+    with two_networks(tmp_path) as made:
+        made.start_shop()
+        made.start_gateway()
+        made.start_web()
+        yield made
+
+
+def test_bytes_and_half_close_pass_both_ways(networks: Networks) -> None:
+    payload = bytes(range(256)) * 20_000  # 5 MB
+    for _ in range(2):  # the second one finds the outer session in the pool
+        with networks.joined() as (client, server):
+            assert server.getpeername()[0] == "10.82.0.1"  # as with Istio's gateway: the client is unknown here
+            client.sendall(b"question")
+            assert server.recv(100) == b"question"
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(server) == b""
+            server.sendall(payload)
+            server.shutdown(socket.SHUT_WR)
+            assert read_all(client) == payload
+        with networks.joined() as (client, server):
+            server.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b""
+            client.sendall(payload)
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(server) == payload
+    outer = {record["via"] for record in networks.web.ztunnel.records()}
+    assert outer == {f"{GATE_OUTSIDE}:15008"}
+    assert {record["error"] for record in networks.web.ztunnel.records()} == {""}
+
+
+def test_the_outer_session_is_pooled_and_its_streams_end(networks: Networks) -> None:
+    for _ in range(20):
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+    until = time.monotonic() + SECONDS
+    while _sockets(networks, "sport = :15008") != 1 or _sockets(networks, "dport = :15008"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def _sockets(networks: Networks, which: str) -> int:
+    """The number of connections in the gateway's namespace."""
+    found = run(["ss", "-Htn", "state", "established", which], netns=networks.gate.path).stdout
+    return len(found.splitlines())
+
+
+def test_a_reset_passes_both_ways(networks: Networks) -> None:
+    for one in (0, 1):
+        with networks.joined() as ends:
+            ends[0].sendall(b"x")
+            assert ends[1].recv(1) == b"x"
+            abort(ends[one])
+            with pytest.raises(ConnectionResetError):
+                ends[1 - one].recv(1)
+
+
+def test_a_slow_reader_holds_its_sender_and_nobody_else(networks: Networks) -> None:
+    with ThreadPoolExecutor(1) as pool, networks.joined() as (client, server):
+        sending = pool.submit(_send, client, 1024)
+        taken = _take(server, 1 << 20)
+        time.sleep(2)
+        with networks.joined(81, 8081) as (other, end):  # on the same outer session
+            for _ in range(100):
+                other.sendall(b"ping")
+                assert end.recv(4) == b"ping"
+        assert not sending.done()
+        processes = [networks.web.ztunnel.memory(), networks.shop.ztunnel.memory(), networks.gateway.memory()]
+        assert max(processes) < 120 << 20
+        assert _take(server, 1 << 30) + taken == 1 << 30
+        sending.result(SECONDS)
+
+
+def _send(end: socket.socket, count: int) -> None:
+    for _ in range(count):
+        end.sendall(MEGABYTE)
+    end.shutdown(socket.SHUT_WR)
+
+
+def _take(end: socket.socket, most: int) -> int:
+    taken = 0
+    while taken < most and (part := end.recv(min(1 << 20, most - taken))):
+        taken += len(part)
+    return taken
+
+
+def test_no_label_of_either_end_is_unknown(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as made:
+        ports = [made.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1] for _ in range(2)]
+    with two_networks(tmp_path) as networks:
+        networks.start_shop(
+            settings=f"stats_address='127.0.0.1:{ports[1]}', access_log={str(tmp_path / 'shop.log')!r}, {QUIET}"
+        )
+        networks.start_gateway()
+        networks.start_web(
+            settings=f"stats_address='127.0.0.1:{ports[0]}', access_log={str(tmp_path / 'web.log')!r}, {QUIET}"
+        )
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+        networks.web.ztunnel.wait_record(direction="outbound", close="fin")
+        networks.shop.ztunnel.wait_record(direction="inbound", close="fin")
+        source, destination = (_labels(port) for port in ports)
+    assert "unknown" not in source.values(), source
+    # Istio takes the app of a workload that is known by its baggage from the workload's name.
+    assert source == {
+        "reporter": "source", "source_workload": "web", "source_canonical_service": "web-app",
+        "source_canonical_revision": "v1", "source_workload_namespace": "demo", "source_principal": IDENTITY + "web",
+        "source_app": "web-app", "source_version": "v1", "source_cluster": "c1", "destination_service": HOSTNAME,
+        "destination_service_namespace": "demo", "destination_service_name": "shop", "destination_workload": "shop",
+        "destination_canonical_service": "shop-app", "destination_canonical_revision": "v2",
+        "destination_workload_namespace": "demo", "destination_principal": IDENTITY + "shop",
+        "destination_app": "shop", "destination_version": "v2", "destination_cluster": "c2", "request_protocol": "tcp",
+        "response_flags": "-", "connection_security_policy": "mutual_tls", "source_region": "eu",
+        "source_zone": "eu-1", "destination_region": "us", "destination_zone": "us-1",
+    }  # fmt: skip
+    swapped = {**source, "reporter": "destination", "source_app": "web", "destination_app": "shop-app"}
+    assert destination == swapped
+    line = (tmp_path / "web.log").read_text()
+    for words in (f'src.identity="{IDENTITY}web"', f'dst.identity="{IDENTITY}shop"', 'dst.workload="shop"',
+                  f"dst.addr={GATE_OUTSIDE}:15008", f"dst.hbone_addr={HOSTNAME}:80", 'dst.cluster="c2"'):  # fmt: skip
+        assert words in line
+
+
+def _labels(port: int) -> dict[str, str]:
+    """The labels of the connection that the ztunnel has counted."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=SECONDS) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    found = [
+        one.labels for family in families for one in family.samples if one.name == "istio_tcp_connections_closed_total"
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+def _refused(networks: Networks, *words: str) -> float:
+    """Returns after how many seconds a connection ends without a byte; the record has the words."""
+    began = time.monotonic()
+    with contextlib.suppress(ConnectionResetError), networks.web.pod.connect(VIP, 80) as client:
+        assert client.recv(1) == b""
+    seconds = time.monotonic() - began
+    record = networks.web.ztunnel.wait_record(direction="outbound")
+    assert all(word in record["error"] for word in words), record
+    return seconds
+
+
+def test_another_identity_behind_the_gateway_is_refused(tmp_path: Path) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        networks.start_gateway()
+        networks.start_web(web_mesh(account="other"))
+        with networks.shop.pod.listen(SHOP, 8080):
+            _refused(networks, f"the server is {IDENTITY}shop, not {IDENTITY}other")
+        assert networks.shop.ztunnel.records() == []
+
+
+def test_another_identity_of_the_gateway_is_refused(tmp_path: Path) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        gateway = networks.start_gateway(account="other")
+        networks.start_web()
+        _refused(networks, "gateway: ", f"the server is {IDENTITY}other, not {IDENTITY}gate")
+        assert not gateway.records.exists()
+
+
+def test_a_gateway_that_is_away_is_a_refusal_in_time(tmp_path: Path) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        networks.start_web()
+        assert _refused(networks, "gateway: Connection refused") < 2
+        networks.gate.ip("link", "set", "out", "down")
+        networks.web.ztunnel.path.write_text("")
+        assert _refused(networks, "gateway: ") < 12
+
+
+@pytest.mark.parametrize(("silent", "words"), [("gateway", "gateway: "), ("shop", "behind the gateway")])
+def test_a_process_that_does_not_answer_is_a_refusal_in_time(tmp_path: Path, silent: str, words: str) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        networks.start_gateway()
+        networks.start_web(settings="stats_address='', connect_seconds=2, " + QUIET)
+        stopped = {"gateway": networks.gateway, "shop": networks.shop.ztunnel}[silent].process.pid
+        os.kill(stopped, signal.SIGSTOP)
+        assert _refused(networks, "timed out") < 6
+        os.kill(stopped, signal.SIGCONT)
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+
+
+def test_a_gateway_that_ends_resets_its_connections(networks: Networks) -> None:
+    with networks.joined() as (client, server):
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+        networks.gateway.close()
+        for end in (client, server):
+            with pytest.raises(ConnectionResetError):
+                end.recv(1)
+    assert "gateway: " in networks.web.ztunnel.wait_record(direction="outbound")["error"]
+    networks.start_gateway()
+    with networks.joined() as (client, server):
+        client.sendall(b"y")
+        assert server.recv(1) == b"y"
+
+
+def test_a_service_without_endpoint_in_the_network_is_refused_by_the_gateway(tmp_path: Path) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop(
+            shop_mesh().replace(
+                "protocol: HBONE,\n   network: two, workloadIps: [10.82",
+                "protocol: TCP,\n   network: two, workloadIps: [10.82",
+            )
+        )
+        gateway = networks.start_gateway()
+        networks.start_web()
+        _refused(networks, "http status: 503, from the gateway")
+        assert f"no healthy upstream for {HOSTNAME}, port 80" in gateway.log.read_text()
+
+
+def test_a_draining_gateway_ends_its_connections_in_time_and_refuses_no_stream(networks: Networks) -> None:
+    with networks.joined() as (client, server):
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+        networks.gateway.process.terminate()
+        time.sleep(0.5)
+        client.sendall(b"y")
+        assert server.recv(1) == b"y"
+    assert networks.gateway.process.wait(SECONDS) == 0
