@@ -113,6 +113,8 @@ class Health:
             "host_probes": self.host.status.as_dict(),
             "host_probes_reason": self.mechanisms.host_reason,
             "ztunnel_connections": self.zds.connections,
+            "ztunnel_processes": self.zds.processes,
+            "ztunnels_since": self.zds.unchanged_since,
             "ztunnel_unacknowledged": self.zds.unacknowledged,
             "accounting": self.accounting.name if self.accounting else "off",
             "accounting_reason": self.accounting.reason if self.accounting else "setting accounting",

@@ -13,12 +13,15 @@ from typing import Any, Final
 import yaml
 
 from agent.cli import options
+from agent.cli.ztunnel_pages import ZtunnelPages
 from agent.core.text import printable, table
 from agent.kernel.admin_socket import ask
 
 _HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
+_WIRE: Final = ("WIRE", "REMOTE IDENTITY")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
-_WIDTHS: Final = (12, 22, 3, 21, 34, 9, 9, 9, 9, 8, 0)
+_WIDTHS: Final = (12, 22, 3, 21, 34, 9, 9, 9, 9, 8, 16, 9, 0)
+_PAUSE: Final = 1.0  # seconds between two readings of ztunnel's pages, which may be large
 _WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 Row = Mapping[str, Any]
 
@@ -30,6 +33,11 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--fate", choices=("captured", "exempt", "leaked", "undecided"), default="", help="only these")
     parser.add_argument(
         "-n", dest="count", metavar="N", type=_count, default=20, help="show N that ended (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wire",
+        action="store_true",
+        help="ask ztunnel how each one went on: hbone or plaintext, and to which identity",
     )
     options.finish(parser, _run, options.run_dir, options.output)
 
@@ -43,26 +51,46 @@ def _count(text: str) -> int:
 def _run(args: argparse.Namespace) -> int:
     query = {key: value for key, value in (("pod", args.pod), ("fate", args.fate)) if value}
     first = {"live": "false"} if args.follow else {}
+    pages = _pages(args)  # before the connections: one that opens later is not in them
     answer = ask(args.run_dir, "/v1/connections", limit=str(args.count), **query, **first)
     if args.follow:
         _follow(args, query, answer)
+    if pages:
+        answer |= {key: list(map(pages.add_to, answer[key])) for key in ("ended", "live")}
     now = time.time()
     rows = [_cells(row, _ago(now - row["closed"])) for row in answer["ended"]]
     rows += [_cells(row, "") for row in sorted(answer["live"], key=lambda row: row["opened"])]
-    options.emit(args.output, answer, table(_HEADER, rows) if rows else "No connections.")
+    options.emit(args.output, answer, table(_header(args), rows) if rows else "No connections.")
     return 0
+
+
+def _pages(args: argparse.Namespace) -> ZtunnelPages | None:
+    """Reads ztunnel's pages if the user wants to know, and says why they are not known."""
+    if not args.wire:
+        return None
+    pages = ZtunnelPages(args.run_dir)
+    if pages.error:
+        print(f"sluice: wire unknown: {pages.error}", file=sys.stderr, flush=True)
+    return pages
+
+
+def _header(args: argparse.Namespace) -> tuple[str, ...]:
+    return (*_HEADER, *_WIRE) if args.wire else _HEADER
 
 
 def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> None:
     """Prints connections until the user or the agent ends it."""
     if args.output == "table":
-        print(_line(_HEADER), flush=True)
+        print(_line(_header(args)), flush=True)
     while True:
         if lost := answer.get("lost", 0):
             print(f"sluice: {lost} records lost", file=sys.stderr, flush=True)
+        pages = _pages(args) if answer["ended"] else None
         for row in answer["ended"]:
-            _print(args.output, row)
+            _print(args.output, pages.add_to(row) if pages else row)
         sys.stdout.flush()
+        if pages:
+            time.sleep(_PAUSE)
         answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(_WAIT), **query)
 
 
@@ -76,7 +104,7 @@ def _print(form: str, row: Row) -> None:
 
 
 def _line(cells: tuple[str, ...]) -> str:
-    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False))
     return printable("  ".join(padded).rstrip())
 
 
@@ -94,6 +122,7 @@ def _cells(row: Row, ended: str) -> tuple[str, ...]:
         "" if row["rtt_seconds"] is None else span(row["rtt_seconds"]),
         span(lasted),
         "" if row["closed"] is None else row["close"] + (f" by {row['closed_by']}" if row["closed_by"] else ""),
+        *((row["wire"], row["remote_identity"]) if "wire" in row else ()),
     )
 
 

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from agent.cli import options
+from agent.cli.ztunnel_pages import ZtunnelPages
 from agent.core.text import pairs, table
 from agent.kernel.admin_socket import ask
 
@@ -24,8 +25,21 @@ def register(subparsers: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     answer = ask(args.run_dir, "/v1/explain", pod=options.pod_name(args))
+    answer["mesh"] = _mesh_facts(args.run_dir, answer)
     options.emit(args.output, answer, explained(answer, time.time()))
     return 0
+
+
+def _mesh_facts(run_dir: str, answer: Answer) -> Answer | None:
+    """Asks ztunnel's pages about the pod; None if no ztunnel has it."""
+    if not answer["ztunnel"]["acknowledged"]:
+        return None
+    pages = ZtunnelPages(run_dir)
+    rows = []
+    if not pages.error and answer["connections"]["collector"] != "off":
+        found = ask(run_dir, "/v1/connections", pod=answer["uid"])
+        rows = [*found["live"], *found["ended"]]
+    return pages.facts(answer["ztunnel"]["identity"], rows)
 
 
 def explained(answer: Answer, now: float) -> str:
@@ -36,6 +50,7 @@ def explained(answer: Answer, now: float) -> str:
         *(["Desired\n" + _indented(_options(answer))] if answer["options"] else []),
         *(["Actual\n" + _indented(pairs(_holds(answer)))] if answer["redirect"] or answer["differences"] else []),
         "Connections\n" + _indented(_connections(answer, now)),
+        *(["Mesh\n" + _indented(_mesh(answer["mesh"]))] if answer["mesh"] else []),
         *(["Repaired\n" + _indented(_repairs(answer, now))] if answer["recent_repairs"] else []),
         pairs(_sandbox(answer, now)),
     ]
@@ -169,6 +184,22 @@ def _connections(answer: Answer, now: float) -> str:
             size = f"{counts['packets']} packets, {counts['bytes']} bytes"
             lines.append(f"non-TCP, {direction}: {size}, neither TCP nor captured DNS")
     return "\n".join(lines)
+
+
+def _mesh(mesh: Answer) -> str:
+    """Shows the pod's certificate, and the captured connections by the way in which they went on."""
+    if mesh["error"]:
+        return f"unknown: {mesh['error']}"
+    certificate = mesh["certificate"]
+    until = f" until {certificate['until']}" if certificate.get("until") else ""
+    state = f"{certificate['identity']}, certificate {certificate['state'].lower()}{until}" if certificate else "none"
+    rows = [
+        ("in" if one["direction"] == "inbound" else "out", one["wire"], one["remote_identity"], str(one["connections"]))
+        for one in mesh["carried"]
+    ]
+    return pairs([("Identity", state)]) + (
+        "\n" + table(("DIR", "WIRE", "REMOTE IDENTITY", "CONNECTIONS"), rows) if rows else ""
+    )
 
 
 def _why(one: Answer) -> str:

@@ -64,8 +64,14 @@ def _up(args: argparse.Namespace) -> int:
     lab.up(agents=sluice, sluice=sluice, backend=LabBackend(args.backend), progress=_progress)
     _pods(args)
     _progress(f"up; the resolver {lab.resolver} knows the names in {DOMAIN}")
+    if mesh:
+        _progress(f"connections between enrolled pods go by HBONE: {_wire(lab)}")
     _progress("to run a command in a pod: sluice lab exec shop/client -- COMMAND; to remove the lab: sluice lab down")
     return 0
+
+
+def _wire(lab: Lab) -> str:
+    return f"sluice connections --wire --run-dir {lab.spec.node_dir(lab.spec.nodes[0])}"
 
 
 def _progress(step: str) -> None:

@@ -99,11 +99,14 @@ PAGES: Final[Mapping[str, Page]] = {
     "connections": Page(
         "Lists connections of pods: the live ones, the latest ended ones, and with --follow each that ends.\n\n"
         "Fates: captured (through ztunnel), exempt (rightly not; the reason is in brackets), leaked (should have been "
-        "captured and was not), undecided (failed before that was known).",
+        "captured and was not), undecided (failed before that was known).\n\n"
+        "With --wire, ztunnel's own pages (127.0.0.1:15000 and 15020 in its namespace) say how captured ones went on: "
+        "hbone, plaintext or unknown. Ended ones have an answer for a minute, if all between the same ends agree.",
         {
             "connections": "of all pods: the last 20 that ended, and the live ones",
             "connections shop/web": "of one pod",
             "connections --fate leaked -n 100": "connections that bypassed ztunnel",
+            "connections --wire": "encrypted or not, and to which identity",
             "connections --follow -o json": "a line of JSON each, until Ctrl-C",
         },
         {0: "the agent answered", 2: _AWAY + ", or ended while --follow ran", 130: "--follow was ended by Ctrl-C"},
@@ -209,8 +212,8 @@ PAGES: Final[Mapping[str, Page]] = {
         {0: "it was stopped", 1: "a defect ended it; see its log", 2: "it cannot run with these settings or here"},
     ),
     "ztunnel": Page(
-        "Runs the embedded layer 4 proxy until it is stopped. It replaces ztunnel where there is no istiod: it relays "
-        "and counts connections, but does not encrypt.",
+        "Runs the embedded layer 4 proxy until it is stopped. It relays and counts connections; with --mesh and "
+        "--identities it encrypts them.",
         {"ztunnel --records -": "with one JSON line per connection on standard output"},
         {0: "it was stopped", 2: "it cannot run with these settings or here"},
     ),

@@ -137,17 +137,27 @@ class ZdsServer:
         self._expected: set[str] = set()
         self._connections: list[ZdsConnection] = []  # newest last
         self.met = False  # a ztunnel has been connected since this agent started
-        self._alone = time.time()  # since when no ztunnel is connected, in Unix time
+        self._last_left = time.time()  # when the last ztunnel left, in Unix time; at first, when the agent started
 
     @property
     def absence(self) -> str:
         """A line that says since when no ztunnel is connected; "" while one is."""
-        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._alone))
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(self._last_left))
         return "" if self._connections else f"no ztunnel is connected to {self.path} since {since}"
 
     @property
     def connections(self) -> int:
         return len(self._connections)
+
+    @property
+    def processes(self) -> list[int]:
+        """The pids of the connected ztunnels."""
+        return [connection.pid for connection in self._connections]
+
+    @property
+    def unchanged_since(self) -> float:
+        """The time (Unix) since when no ztunnel has left: those that took connections since are still connected."""
+        return self._last_left
 
     @property
     def unacknowledged(self) -> int:
@@ -235,7 +245,7 @@ class ZdsServer:
             sock.close()
             if connection in self._connections:
                 self._connections.remove(connection)
-                self._alone = time.time()
+                self._last_left = time.time()
                 observer.left()
 
     async def _snapshot(self, connection: ZdsConnection, observer: ZtunnelObserver) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -115,6 +116,55 @@ def test_following_for_programs(run: Any, capsys: pytest.CaptureFixture[str]) ->
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [CAPTURED, PROBE]
     assert run(answers(), "-f", "-o", "yaml") == 2
     assert list(yaml.safe_load_all(capsys.readouterr().out)) == [CAPTURED, PROBE]
+
+
+class Pages:
+    """In place of ztunnel's pages."""
+
+    error = ""
+    read = 0
+
+    def __init__(self, run_dir: str) -> None:
+        assert run_dir == "/r"
+        Pages.read += 1
+
+    def add_to(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        captured = row["fate"] == "captured"
+        return {**row, "wire": "hbone" if captured else "", "remote_identity": "spiffe://x" if captured else ""}
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> type[Pages]:
+    monkeypatch.setattr(connections, "ZtunnelPages", Pages)
+    monkeypatch.setattr(Pages, "read", 0)
+    monkeypatch.setattr(connections.time, "sleep", lambda _: None)
+    return Pages
+
+
+def test_how_they_went_on_if_it_is_asked_for(run: Any, pages: type[Pages], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(Agent(listing(CAPTURED, PROBE)), "--wire") == 0
+    shown = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert [line[-2:] for line in shown] == [["WIRE", "REMOTE IDENTITY"], ["hbone", "spiffe://x"], ["-", "-"]]
+    assert run(Agent(listing(CAPTURED, live=(LEAKED,))), "--wire", "-o", "json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [row["wire"] for row in answer["ended"] + answer["live"]] == ["hbone", ""]
+    assert pages.read == 2
+    assert run(Agent(listing(CAPTURED))) == 0 and pages.read == 2  # no cost otherwise
+
+
+def test_following_with_how_they_went_on(run: Any, pages: type[Pages], capsys: pytest.CaptureFixture[str]) -> None:
+    agent = Agent(listing(CAPTURED), {"ended": [], "lost": 0, "next": 7}, {"ended": [PROBE], "lost": 0, "next": 20})
+    assert run(agent, "-f", "--wire") == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("CLOSE             WIRE       REMOTE IDENTITY")
+    assert lines[1].endswith("fin by remote     hbone      spiffe://x")
+    assert pages.read == 3  # at first, and after each answer with connections
+
+
+def test_why_it_is_not_known(run: Any, pages: type[Pages], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(pages, "error", "no ztunnel")
+    assert run(Agent(listing(CAPTURED)), "--wire") == 0
+    assert capsys.readouterr().err == "sluice: wire unknown: no ztunnel\n"
 
 
 def test_ctrl_c_is_130(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

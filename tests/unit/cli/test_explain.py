@@ -67,6 +67,11 @@ def captured(**changes: Any) -> dict[str, Any]:
             {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 2}],
             "cut": {"connections": 2, "seconds": 5.0}, "wrong": [LEAKED, FAILED]},
         "advice": "",
+        "mesh": {"error": "", "certificate": {"identity": "spiffe://td/ns/shop/sa/robot", "state": "Available",
+                                              "until": "2026-03-04T05:06:07Z"},
+                 "carried": [{"direction": "inbound", "wire": "hbone", "remote_identity": "spiffe://td/ns/a/sa/b",
+                              "connections": 4},
+                             {"direction": "outbound", "wire": "unknown", "remote_identity": "", "connections": 1}]},
     }  # fmt: skip
     return {**told, **changes}
 
@@ -118,6 +123,12 @@ Connections
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s
   non-TCP, outbound: 3 packets, 252 bytes, neither TCP nor captured DNS
+
+Mesh
+  Identity:  spiffe://td/ns/shop/sa/robot, certificate available until 2026-03-04T05:06:07Z
+  DIR  WIRE     REMOTE IDENTITY        CONNECTIONS
+  in   hbone    spiffe://td/ns/a/sa/b  4
+  out  unknown  -                      1
 
 Repaired
   AGO  LAYER     TOOK    CHANGED BY  WHAT DIFFERED
@@ -190,6 +201,19 @@ def test_what_is_missing_is_said() -> None:
     ):  # fmt: skip
         assert words in text
     assert "Annotation" not in text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "lines"),
+    [
+        ({"error": "no ztunnel", "certificate": {}, "carried": []}, ["  unknown: no ztunnel"]),
+        ({"error": "", "certificate": {}, "carried": []}, ["  Identity:  none"]),
+    ],
+)
+def test_a_mesh_that_is_not_known(mesh: dict[str, Any], lines: list[str]) -> None:
+    text = explain.explained(captured(mesh=mesh), 10_000.0)
+    assert text.partition("Mesh\n")[2].partition("\n\n")[0].splitlines() == lines
+    assert "Mesh" not in explain.explained(captured(mesh=None), 10_000.0)
 
 
 @pytest.mark.parametrize(

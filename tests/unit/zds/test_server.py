@@ -8,6 +8,7 @@ import contextlib
 import os
 import socket
 import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import wraps
@@ -376,6 +377,18 @@ async def test_a_garbled_acknowledgement_is_an_error_and_dropped(made: Bench) ->
         await adding
     await ztunnel.end()
     await made.synced()
+
+
+@bench()
+async def test_which_ztunnels_took_connections_since_when(made: Bench) -> None:
+    before = made.server.unchanged_since
+    assert before <= time.time() and made.server.processes == []
+    ztunnel = await made.synced()
+    assert made.server.processes == [os.getpid()]
+    assert made.server.unchanged_since == before  # one more has come, none has left
+    ztunnel.socket.close()
+    await made.until(lambda: made.server.processes == [])
+    assert before < made.server.unchanged_since <= time.time()
 
 
 @bench()
