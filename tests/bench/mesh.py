@@ -5,6 +5,8 @@ Each way has two pods in two network namespaces and two ztunnels of one worker e
 of the ways alternate, so that what else the machine does meets all of them. The client and the listener are those of
 the benchmark of the data path (traffic.c).
 
+If SLUICE_REAL_ZTUNNEL names a binary of Istio's, the same is measured with two of it in one more way each.
+
     python -m tests.bench.mesh [--rounds N] [--megabytes N]
 """
 
@@ -24,17 +26,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, as pytest has it
 
-from support.hbone import two_nodes
-from support.ztunnel import PEER4, Place, places
+from support.hbone import Node, two_nodes
+from support.istio_peer import REAL, istio_ztunnel
+from support.ztunnel import PEER4, POD4, Place, places
 
 from agent.core.text import table
 from agent.kernel.exec import run, start
 from agent.lab.lab import check_machine, interruptible
+from agent.ztunnel.tls.development_ca import DevelopmentCa
 from tests.bench.datapath import SOURCE
 from tests.bench.measure import cpu, memory
 
 PORTS = tuple(range(8080, 8088))
 DIRECT, PLAIN, HBONE = "direct", "plain relay", "HBONE"
+ISTIO_PLAIN, ISTIO_HBONE = "Istio's plain", "Istio's HBONE"
+WORKLOADS = """workloads:
+- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: {protocol},
+   workloadIps: [{POD4}], services: {{}}}}
+- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: {protocol},
+   workloadIps: [{PEER4}], services: {{}}}}
+"""
 
 
 @dataclass
@@ -93,10 +104,9 @@ def ways(folder: Path, traffic: Path, wanted: Sequence[str]) -> Iterator[list[Wa
                 run(["nft", "flush", "ruleset"], netns=one.path)
                 way = Way(name, one, other, ())
             else:
-                nodes = made.enter_context(two_nodes(folder / name.replace(" ", "-")))
-                for node in nodes:
-                    node.start(mesh="" if name == HBONE else "accounts={}")
-                way = Way(name, nodes[0].pod, nodes[1].pod, tuple(node.ztunnel.process.pid for node in nodes))
+                own = folder / name.replace(" ", "-")
+                nodes = made.enter_context(two_nodes(own))
+                way = Way(name, nodes[0].pod, nodes[1].pod, tuple(serve(made, own, node, name) for node in nodes))
             for port in PORTS:
                 argv = [str(traffic), "listen", "0", str((port + 1) % (os.cpu_count() or 1)), "trust", str(port)]
                 listener = start(argv, netns=way.server.path, stdout=subprocess.PIPE)
@@ -106,6 +116,16 @@ def ways(folder: Path, traffic: Path, wanted: Sequence[str]) -> Iterator[list[Wa
                 way.listeners[port] = listener.pid
             found.append(way)
         yield found
+
+
+def serve(made: contextlib.ExitStack, folder: Path, node: Node, name: str) -> int:
+    """Starts the node's ztunnel; returns its process."""
+    if name in (ISTIO_PLAIN, ISTIO_HBONE):
+        mesh = folder / "mesh.yaml"
+        protocol = "HBONE" if name == ISTIO_HBONE else "TCP"
+        mesh.write_text(WORKLOADS.format(protocol=protocol, POD4=POD4, PEER4=PEER4))
+        return made.enter_context(istio_ztunnel(node, mesh, DevelopmentCa(folder / "ca"))).process.pid
+    return node.start(mesh="" if name == HBONE else "accounts={}").process.pid
 
 
 Convert = Callable[[Sample], float]
@@ -151,7 +171,9 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--only", default="", help="measures whose name contains this")
-    parser.add_argument("--ways", default=",".join((DIRECT, PLAIN, HBONE)))
+    parser.add_argument(
+        "--ways", default=",".join((DIRECT, PLAIN, HBONE, *((ISTIO_PLAIN, ISTIO_HBONE) if REAL else ())))
+    )
     parser.add_argument("--json", default="")
     args = parser.parse_args()
     check_machine()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import itertools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from agent.kernel.exec import start
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
 REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")
+_NUMBERS = itertools.count()
 WAYS = ["ours to Istio's", "Istio's to ours"]  # client to server
 
 
@@ -84,7 +86,7 @@ class IstioZtunnel:
 @contextlib.contextmanager
 def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa) -> Iterator[IstioZtunnel]:
     """Serves the node's pod with Istio's ztunnel until the end."""
-    place = Place(f"slu-iz-{os.getpid()}-{node.account}")
+    place = Place(f"slu-iz-{os.getpid()}-{next(_NUMBERS)}")
     plane = ControlPlane(ca)
     key, certificate = _server_certificate()
     root = node.folder / "ca-server.pem"
