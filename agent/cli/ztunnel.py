@@ -9,7 +9,7 @@ import sys
 from dataclasses import fields, replace
 
 from agent.ztunnel.app import main
-from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment
+from agent.ztunnel.ztunnel_settings import REVOCATION_FAILURES, ZtunnelSettings, check, from_environment
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,6 +66,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--gateway-address", metavar="HOST:PORT", help=f"where a gateway listens (default: {defaults.gateway_address})"
+    )  # fmt: skip
+    parser.add_argument(
+        "--revocation-lists", metavar="PATH",
+        help="file or directory of certificate revocation lists, which is followed (default: none)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--revocation-failure", choices=REVOCATION_FAILURES,
+        help="whether a peer is served or refused if no current list of its issuer can be read"
+        f" (default: {defaults.revocation_failure})",
     )  # fmt: skip
     parser.add_argument("--network", metavar="NAME", help="the network of this node (default: none)")
     parser.add_argument(

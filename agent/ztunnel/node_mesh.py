@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 from agent.ztunnel import ztunnel_settings
 from agent.ztunnel.dns.mesh_names import MeshNames
@@ -21,6 +22,9 @@ from agent.ztunnel.tls.contexts import ContextStore
 from agent.ztunnel.tls.sources import credentials_source
 from agent.ztunnel.tls.spiffe import SpiffeId
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
+
+if TYPE_CHECKING:
+    from agent.ztunnel.tls.revocation import Revocations
 
 SYNC_SECONDS: Final = 10.0  # then pods are served with what is known
 
@@ -50,16 +54,19 @@ class NodeMesh:
             ),
         )
         self.names = MeshNames(self.store, settings.cluster_domain)
-        self.tunnels = HboneTunnels(poller, self.contexts, self.router)
+        self.revocations = _revocations(settings)
+        self.tunnels = HboneTunnels(poller, self.contexts, self.router, self.revocations)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        """Begins to follow the mesh and the certificates."""
-        parts = [self._credentials.run(), *([self.source.run()] if self.source else [])]
-        self._tasks = [asyncio.get_running_loop().create_task(part) for part in parts]
+        """Begins to follow the mesh, the certificates and the revocation lists."""
+        followed = (self._credentials, self.source, self.revocations)
+        self._tasks = [asyncio.get_running_loop().create_task(part.run()) for part in followed if part is not None]
 
     async def synced(self) -> None:
-        """Waits for the first state of the mesh, at most SYNC_SECONDS."""
+        """Waits for the revocation lists, and for the first state of the mesh, at most SYNC_SECONDS."""
+        if self.revocations is not None:
+            await self.revocations.read.wait()
         if self.source is None:
             return
         try:
@@ -85,3 +92,12 @@ class NodeMesh:
 
     def _changed(self) -> None:
         self.tunnels.reconsider()
+
+
+def _revocations(settings: ZtunnelSettings) -> Revocations | None:
+    """Returns what checks peers; its library, which costs 9 MB, is loaded only where lists are set."""
+    if not settings.revocation_lists:
+        return None
+    from agent.ztunnel.tls.revocation import Revocations
+
+    return Revocations(Path(settings.revocation_lists), closed=settings.revocation_failure == "closed")

@@ -16,6 +16,7 @@ from agent.core.errors import SettingsError
 
 DEFAULT_TOKEN: Final = "./var/run/secrets/tokens/istio-token"
 DEFAULT_ROOTS: Final = "./var/run/secrets/istio/root-cert.pem"
+REVOCATION_FAILURES: Final = ("open", "closed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +31,8 @@ class ZtunnelSettings:
     none without.
 
     `mesh`: a file, or https://HOST:PORT of istiod, "" for none: then everything goes on in plain. `identities`: where
-    certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL).
+    certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL). `revocation_lists`: a file
+    or directory, "" for none; `revocation_failure`: what holds for peers without a current list, open or closed.
 
     `gateway`: NAMESPACE/POD/SERVICE-ACCOUNT makes the process the east-west gateway that is this pod of the mesh;
     `gateway_address` is HOST:PORT.
@@ -53,6 +55,8 @@ class ZtunnelSettings:
     identities: str = ""
     gateway: str = ""
     gateway_address: str = "[::]:15008"
+    revocation_lists: str = ""
+    revocation_failure: str = "open"
     network: str = ""
     trust_domain: str = "cluster.local"
     cluster_domain: str = "cluster.local"
@@ -85,6 +89,10 @@ def check(settings: ZtunnelSettings) -> None:
     if settings.gateway and (settings.gateway.count("/") != 2 or not settings.mesh):
         raise SettingsError("a gateway is NAMESPACE/POD/SERVICE-ACCOUNT of a workload of the mesh: set --mesh")
     host_and_port(settings.gateway_address)
+    if settings.revocation_failure not in REVOCATION_FAILURES:
+        raise SettingsError(f"revocation failure: {settings.revocation_failure!r} is neither open nor closed")
+    if settings.revocation_lists and not settings.mesh:
+        raise SettingsError("revocation lists without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
     for address in (settings.stats_address, settings.ready_address, settings.admin_address):
         if address:
             host_and_port(address)
@@ -168,6 +176,7 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "INPOD_UDS": ("zds_socket", str),
     "XDS_ADDRESS": ("mesh", lambda text: text if "://" in text else f"https://{text}"),
     "LOCAL_XDS_PATH": ("mesh", str),  # a file comes before istiod
+    "CRL_PATH": ("revocation_lists", str),
     "NETWORK": ("network", str),
     "TRUST_DOMAIN": ("trust_domain", str),
     "CLUSTER_DOMAIN": ("cluster_domain", str),
@@ -192,7 +201,7 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
 }
 # Variables that change what Istio's ztunnel does and this one does not follow.
 _NOT_UNDERSTOOD: Final = frozenset((
-    "COMPLIANCE_POLICY", "CRL_PATH", "ENABLE_ORIG_SRC", "ENABLE_PROXY", "FAKE_CA", "HTTP2_CONNECTION_WINDOW_SIZE",
+    "COMPLIANCE_POLICY", "ENABLE_ORIG_SRC", "ENABLE_PROXY", "FAKE_CA", "HTTP2_CONNECTION_WINDOW_SIZE",
     "HTTP2_FRAME_SIZE", "HTTP2_STREAM_WINDOW_SIZE", "INPOD_PORT_REUSE", "IPV6_ENABLED", "KEEPALIVE_ENABLED",
     "KEEPALIVE_INTERVAL", "KEEPALIVE_RETRIES", "KEEPALIVE_TIME", "LOCAL_XDS", "PACKET_MARK",
     "POOL_MAX_STREAMS_PER_CONNECTION", "POOL_UNUSED_RELEASE_TIMEOUT", "PROXY_CONFIG", "PROXY_WORKLOAD_INFO",

@@ -126,11 +126,10 @@ class Node:
         )
         return self._serve()
 
-    def start_with(self, mesh_file: Path, settings: str = "") -> Ztunnel:
-        """Starts the real process with a mesh file and the development CA beside it."""
-        settings = (
-            f"mesh={str(mesh_file)!r}, identities='development:{mesh_file.parent / 'ca'}', {settings or PORTLESS}"
-        )
+    def start_with(self, mesh_file: Path, settings: str = "", identities: str = "") -> Ztunnel:
+        """Starts the real process with a mesh file; without `identities` the development CA is beside it."""
+        identities = identities or f"development:{mesh_file.parent / 'ca'}"
+        settings = f"mesh={str(mesh_file)!r}, identities={identities!r}, {settings or PORTLESS}"
         self.ztunnel = Ztunnel(self.agent.path, self.folder / "records", settings=settings)
         return self._serve()
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _SECRETS: Final = ("mesh_headers", "ca_headers")  # their values may be tokens
 PROCESS_FAMILIES: Final[Mapping[str, Family]] = {
     "istio_build": Family("gauge", "Istio component build info"),
+    "istio_crl_policy_rejections": Family("counter", "The total number of sessions ended by a revocation list"),
+    "istio_crl_untracked_connections": Family("counter", "The total number of sessions without a check of the peer"),
     "istio_xds_connection_terminations": Family("counter", "The total number of completed connections to istiod"),
     "istio_xds_message": Family("counter", "The total number of messages received"),
     "istio_xds_message_bytes": Family("counter", "The total number of bytes received"),
@@ -73,8 +75,9 @@ class NodeView:
             ("process_open_fds", ()): len(os.listdir("/proc/self/fd")) - 1,  # noqa: PTH208 - names alone
             ("process_max_fds", ()): most,
         }
-        source = self.mesh.source if self.mesh else None
-        return merged([self.traffic.snapshot() if self.traffic else {}, source.series() if source else {}, values])
+        parts = (self.mesh.source, self.mesh.revocations) if self.mesh else ()
+        counts = [part.series() for part in parts if part is not None]
+        return merged([self.traffic.snapshot() if self.traffic else {}, *counts, values])
 
     def config_dump(self) -> dict[str, Any]:
         """Returns the value of /config_dump."""

@@ -10,9 +10,10 @@ from agent.core.errors import SluiceError
 from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.frames import reset_text
 from agent.ztunnel.hbone.next_hop import Address, Admission
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Headers
 from agent.ztunnel.hbone.stream_relay import StreamRelay
-from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.hbone.tls_session import TlsSession
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, now
 from agent.ztunnel.relay.upstream import shut

@@ -16,8 +16,9 @@ from agent.ztunnel.hbone.frames import ErrorCode, reset_text
 from agent.ztunnel.hbone.next_hop import InnerHop, TunnelHop
 from agent.ztunnel.hbone.pod_sessions import PodSessions, SessionUser
 from agent.ztunnel.hbone.pool import SessionKey
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Headers, first
-from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.hbone.tls_session import TlsSession
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.poller import Handler
 from agent.ztunnel.telemetry.response_flags import ResponseFlag

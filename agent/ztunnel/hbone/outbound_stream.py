@@ -11,9 +11,10 @@ from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.frames import ErrorCode, reset_text
 from agent.ztunnel.hbone.next_hop import Address, TunnelHop
 from agent.ztunnel.hbone.pool import SessionKey
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Headers, first
 from agent.ztunnel.hbone.stream_relay import StreamRelay
-from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.hbone.tls_session import TlsSession
 from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.pod_context import PodContext
 from agent.ztunnel.relay.upstream import shut

@@ -13,9 +13,10 @@ from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.inbound_stream import InboundStream
 from agent.ztunnel.hbone.next_hop import InboundRequest, NoHop, PodIdentity, Router
 from agent.ztunnel.hbone.pool import Pool, SessionKey
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Headers
 from agent.ztunnel.hbone.session_transport import SocketTransport
-from agent.ztunnel.hbone.tls_session import SessionEngine, TlsSession
+from agent.ztunnel.hbone.tls_session import TlsSession
 from agent.ztunnel.relay.original_dst import Address, plain
 from agent.ztunnel.relay.pod_context import Ends, PodContext, RefusedError
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag

@@ -12,7 +12,9 @@ from collections import deque
 from collections.abc import Callable
 
 from agent.ztunnel.hbone.frames import ErrorCode
-from agent.ztunnel.hbone.tls_session import SessionEngine, StreamUser, TlsSession
+from agent.ztunnel.hbone.session_engine import SessionEngine
+from agent.ztunnel.hbone.session_users import StreamUser
+from agent.ztunnel.hbone.tls_session import TlsSession
 from agent.ztunnel.relay import poller
 
 _ROUNDS = 8  # then others get their turn

@@ -7,6 +7,7 @@ CPU for each GB through both ends instead of 2.5. A write is never partial, so n
 
 from __future__ import annotations
 
+import _ssl
 import contextlib
 import ssl
 from collections.abc import Callable, Iterator
@@ -49,6 +50,11 @@ class TlsCodec:
 
     def peer_certificate(self) -> dict[str, Any] | None:
         return self._tls.getpeercert()
+
+    def peer_chain(self) -> list[bytes]:
+        """Returns the certificates that were verified as DER, the peer's first, the trusted one last."""
+        held = self._tls._sslobj.get_verified_chain()  # type: ignore[attr-defined]  # public from Python 3.13 on
+        return [each.public_bytes(_ssl.ENCODING_DER) for each in held]
 
     def decrypt(self, buffer: memoryview) -> Iterator[memoryview]:
         """Yields what has arrived, in parts of `buffer`, which each part reuses. Raises TlsError.

@@ -6,47 +6,25 @@ from __future__ import annotations
 import errno
 import os
 import ssl
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agent.core.errors import SluiceError
 from agent.ztunnel.hbone import frames, limits
 from agent.ztunnel.hbone.frames import ErrorCode, Http2Error
 from agent.ztunnel.hbone.session_core import SessionCore
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Headers, Opened, Reset
 from agent.ztunnel.hbone.session_transport import Transport
+from agent.ztunnel.hbone.session_users import StreamUser
 from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
 from agent.ztunnel.hbone.tls_output import TlsOutput
-from agent.ztunnel.hbone.work_buffers import SIZE, WorkBuffers
+from agent.ztunnel.hbone.work_buffers import SIZE
 from agent.ztunnel.relay import poller
-from agent.ztunnel.relay.poller import Deadlines, Poller
-from agent.ztunnel.telemetry.response_flags import ResponseFlag
+from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 _ROUNDS = 4  # of reading, then others get their turn
 _PING_ROUNDS = round(limits.PING_TIMEOUT_SECONDS / limits.PING_SECONDS)
 _IDLE_ROUNDS = round(limits.IDLE_SESSION_SECONDS / limits.PING_SECONDS)
-
-
-class StreamUser(Protocol):
-    """One end of a stream, which does not exist any more after `peer_reset` or `session_lost`."""
-
-    def answered(self, headers: Headers) -> None:
-        """Takes the server's answer to the request."""
-
-    def arrived(self, payload: memoryview) -> None:
-        """Takes bytes, which are valid during this call; `TlsSession.taken` lets the peer send more."""
-
-    def peer_ended(self) -> None:
-        """Handles the end of the peer's bytes."""
-
-    def peer_reset(self, code: int) -> None:
-        """Handles a reset by the peer, or its refusal of the stream (REFUSED_STREAM)."""
-
-    def may_send(self) -> None:
-        """Resumes sending: there may be room again, after `TlsSession.wait`."""
-
-    def session_lost(self, why: str) -> None:
-        """Handles the end of the session, and with it of the stream."""
 
 
 class SessionOwner(Protocol):
@@ -60,16 +38,6 @@ class SessionOwner(Protocol):
 
     def closed(self, session: TlsSession, why: str) -> None:
         """Handles the end of the session."""
-
-
-@dataclass(frozen=True, slots=True)
-class SessionEngine:
-    """The parts that all sessions of an event loop share. `shakes` and `pings` have the times of limits."""
-
-    poller: Poller
-    buffers: WorkBuffers
-    shakes: Deadlines
-    pings: Deadlines
 
 
 class TlsSession:
@@ -112,10 +80,6 @@ class TlsSession:
     def room_for_streams(self) -> int:
         """Returns how many more streams this end, a client, may open."""
         return 0 if self.closed else self._core.most_streams - self._core.open_streams
-
-    @property
-    def used(self) -> bool:
-        return bool(self._users)
 
     def request(self, headers: Headers, user: StreamUser) -> int:
         """Opens a stream; returns its number."""
@@ -197,6 +161,20 @@ class TlsSession:
             self._output.flush()
         self._lose(why)
 
+    @property
+    def reporter(self) -> Reporter:
+        """Returns the source if this end is the client."""
+        return Reporter.SOURCE if self._core.client else Reporter.DESTINATION
+
+    def peer_chain(self) -> list[bytes]:
+        """Returns the verified certificates of the peer as DER, its own first."""
+        return self._codec.peer_chain()
+
+    def revoke(self, why: str) -> None:
+        """Ends the session, because a certificate of its peer is revoked."""
+        self.failure = ResponseFlag.REVOKED
+        self.close(why=why)
+
     def expire(self) -> None:
         """Ends a session that has not finished its handshake in time; checks an open one every PING_SECONDS."""
         if self.open:
@@ -238,6 +216,8 @@ class TlsSession:
         self._engine.shakes.settle(self)
         self._engine.pings.settle(self)
         self._transport.close()
+        if self._engine.revocations is not None:
+            self._engine.revocations.leave(self)
         users = list(self._users.values())
         self._users.clear()
         self._waiting.clear()
@@ -286,7 +266,10 @@ class TlsSession:
         if not done:
             self._output.flush()
             return
-        self._owner.authenticate(self, self._codec.peer_certificate())
+        if self._engine.revocations is not None:
+            self._engine.revocations.admit(self)
+        if not self.closed:
+            self._owner.authenticate(self, self._codec.peer_certificate())
         if not self.closed:
             self.open = True
             self._engine.shakes.settle(self)

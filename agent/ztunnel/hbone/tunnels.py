@@ -7,13 +7,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from agent.ztunnel.hbone import limits
 from agent.ztunnel.hbone.inner_session import InnerSession
 from agent.ztunnel.hbone.next_hop import NoHop, PlainHop, Router
 from agent.ztunnel.hbone.outbound_stream import OutboundStream
 from agent.ztunnel.hbone.pod_sessions import PodSessions
-from agent.ztunnel.hbone.tls_session import SessionEngine
+from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.work_buffers import WorkBuffers
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
@@ -24,15 +25,23 @@ from agent.ztunnel.telemetry.response_flags import ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
 from agent.ztunnel.tls.spiffe import parse
 
+if TYPE_CHECKING:  # it loads the library cryptography
+    from agent.ztunnel.tls.revocation import Revocations
+
 
 class HboneTunnels:
     """Implements pod_context.Tunnels. For one thread."""
 
-    def __init__(self, poller: Poller, contexts: ContextStore, router: Router) -> None:
+    def __init__(
+        self, poller: Poller, contexts: ContextStore, router: Router, revocations: Revocations | None = None
+    ) -> None:
         self._engine = SessionEngine(
-            poller, WorkBuffers(), Deadlines(poller.loop, limits.HANDSHAKE_SECONDS),
-            Deadlines(poller.loop, limits.PING_SECONDS),
-        )  # fmt: skip
+            poller=poller,
+            buffers=WorkBuffers(),
+            shakes=Deadlines(poller.loop, limits.HANDSHAKE_SECONDS),
+            pings=Deadlines(poller.loop, limits.PING_SECONDS),
+            revocations=revocations,
+        )
         self._contexts = contexts
         self._router = router
         self._pods: dict[str, PodSessions] = {}

@@ -156,7 +156,8 @@ class PodContext:
             self.counted[connection] = self.engine.traffic.open(parties, began, connection)
 
     def refuse(self, reporter: Reporter, refused: RefusedError, source: Address, destination: Address) -> None:
-        """Counts a connection that never became one of `live`."""
+        """Counts and records a connection by HBONE, or a stream of one, that never became one of `live`."""
+        self.record("hbone", reporter.direction, now(), source, destination, 0, 0, "refused", str(refused))
         traffic = self.engine.traffic
         if traffic is None:
             return

@@ -62,8 +62,8 @@ def _public(key: PublicKeyTypes) -> bytes:
     return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-def moment(certificate: x509.Certificate, name: str) -> float:
-    """Returns not_valid_before or not_valid_after in seconds since 1970."""
+def moment(signed: x509.Certificate | x509.CertificateRevocationList, name: str) -> float:
+    """Returns one of its times, such as not_valid_after or next_update, in seconds since 1970."""
     # Debian 12's cryptography has only the form without a time zone, newer ones warn about it.
-    found = getattr(certificate, f"{name}_utc", None)
-    return float((found or getattr(certificate, name).replace(tzinfo=UTC)).timestamp())
+    found = getattr(signed, f"{name}_utc", None)
+    return float((found or getattr(signed, name).replace(tzinfo=UTC)).timestamp())
