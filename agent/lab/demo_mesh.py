@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's chapter on the mesh: HBONE between the nodes, the identities of both ends, and a policy.
+"""The demo's chapter on the mesh: HBONE between the nodes, the identities of both ends, a policy, and a revocation.
 
 The same capture on the wire is made before and after: without a mesh it must find the request, or it proves nothing.
 """
@@ -42,14 +42,16 @@ def run_all(lab: Lab, check: Checks) -> None:
         "without a mesh the request can be read between the nodes", plain.readable > 0, f"in {plain.readable} packets"
     )
     lab_mesh.write(lab.pods)
+    lists = ("--revocation-lists", str(lab_mesh.revoke(lab.spec)))
     for node in lab.nodes.values():
-        node.replace_ztunnel(*lab_mesh.options(lab.spec))
+        node.replace_ztunnel(*lab_mesh.options(lab.spec), *lists)
     carried = _carried(lab, client, target)
     check("with a mesh the request goes by HBONE", carried.hbone > 0 and carried.answered, f"{carried.hbone} packets")
     check("not one packet between the nodes has a byte of it in plain", carried.readable == 0)
     for record in _hbone(lab, target):
         print(f"  {record['pod']}: {record['direction']} {record['source']} to {record['destination']} by HBONE")
     _policy(lab, check, client)
+    _revocation(lab, check, client, target)
     for node in lab.nodes.values():
         node.replace_ztunnel()
 
@@ -65,6 +67,41 @@ def _policy(lab: Lab, check: Checks, client: str) -> None:
     check(f"{client} has the identity, and is served", _call(lab, client, target))
     reasons = {r["error"] for r in still(partial(_inbound, lab, target), lambda read: any(r["error"] for r in read))}
     check("the record of the refused connection says why", any(_REFUSED in reason for reason in reasons), _REFUSED)
+
+
+def _revocation(lab: Lab, check: Checks, client: str, target: str) -> None:
+    """Revokes the certificate of the client's node under an open connection; the server's node reads the list."""
+    host, _, port = target.rpartition(":")
+    with Netns.open(lab.netns(client)) as netns:
+        connection: socket.socket = netns.call(lambda: socket.create_connection((host, int(port)), timeout=5))
+    with connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n")  # and no end: the server waits for it
+        serial = _serial(lab, client)
+        print(f"  the certificate {serial:x} of {client} is revoked, while a connection is open")
+        lab_mesh.revoke(lab.spec, serial)
+        check("the open connection is ended", _is_ended(connection))
+    check("a new one is refused", not _call(lab, client, target))
+    why = f"certificate {serial:x} of O=Sluice development CA is revoked"
+    reasons = still(lambda: {r["error"] for r in _inbound(lab, target)}, lambda read: any(why in one for one in read))
+    check("the record says which certificate", any(why in reason for reason in reasons), why)
+
+
+def _serial(lab: Lab, client: str) -> int:
+    """Returns the number of the certificate that the client's ztunnel holds for it."""
+    ztunnel = lab.nodes[lab.pods.require(client).spec.node].ztunnel
+    assert ztunnel is not None
+    identity = f"spiffe://cluster.local/ns/{client.partition('/')[0]}/sa/default"
+    certificates = lab_mesh.config_dump(ztunnel)["certificates"]
+    return next(int(one["certChain"][0]["serialNumber"]) for one in certificates if one["identity"] == identity)
+
+
+def _is_ended(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
 
 
 @dataclass

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import yaml
@@ -23,6 +24,7 @@ READY_SECONDS: Final = 20.0
 _ADMIN_PORT: Final = 15000
 _MESH_FILE: Final = "mesh.yaml"
 _AUTHORITY: Final = "development-ca"  # a directory of the lab
+_REVOKED: Final = "revoked.pem"
 
 
 def options(spec: LabSpec) -> tuple[str, ...]:
@@ -41,12 +43,28 @@ def write(pods: LabPods, policies: Sequence[dict[str, Any]] = ()) -> int:
     return len(listed)
 
 
+def revoke(spec: LabSpec, *serials: int) -> Path:
+    """Writes the list of the lab's revoked certificates, and returns its path for --revocation-lists."""
+    from agent.ztunnel.tls.development_ca import DevelopmentCa  # loads the library cryptography
+
+    path = spec.run_dir / _REVOKED
+    fresh = path.with_suffix(".new")
+    fresh.write_bytes(DevelopmentCa(spec.run_dir / _AUTHORITY).revocation_list(serials))
+    return fresh.replace(path)
+
+
+def config_dump(ztunnel: Child) -> dict[str, Any]:
+    """Returns the state that a ztunnel shows. Raises SluiceError."""
+    found: dict[str, Any] = json.loads(page(ztunnel.pid, _ADMIN_PORT, "/config_dump"))
+    return found
+
+
 def await_workloads(ztunnel: Child, count: int) -> None:
     """Waits until the ztunnel knows so many workloads: it resets connections of a pod that it does not know."""
 
     def knows() -> bool:
         with contextlib.suppress(SluiceError):  # it does not serve the page yet
-            return len(json.loads(page(ztunnel.pid, _ADMIN_PORT, "/config_dump"))["workloads"]) == count
+            return len(config_dump(ztunnel)["workloads"]) == count
         return False
 
     await_ready(ztunnel, knows, READY_SECONDS, "in the lab's mesh")
