@@ -73,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"] and not any(word.startswith("-") for word in arguments):
         arguments = [*arguments[1:], "--help"]
+    if arguments[:2] == ["proxy", "ztunnel"]:  # what Istio's chart gives its image
+        arguments = arguments[1:]
     try:
         args = parser(arguments[0] if arguments else "").parse_args(arguments)
         code: int = args.run(args)

@@ -84,6 +84,11 @@ def test_without_an_agent_it_is_exit_code_2_and_one_line(
     assert said.err.startswith("sluice: ") and f"{tmp_path}/agent.sock" in said.err
 
 
+def test_the_arguments_of_istios_image_run_the_ztunnel(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(["proxy", "ztunnel", "--grabage"], capsys).startswith("ztunnel: unknown option")
+    assert "proxy" in refused(["proxy", "router"], capsys)
+
+
 def test_no_page_is_of_no_command() -> None:
     assert set(manual.PAGES) <= set(COMMANDS_BY_NAME)
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Istio's environment variables as settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.core.errors import SettingsError
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment
+
+# What Istio's chart ztunnel gives its DaemonSet, less variables of the language's runtime.
+CHART = {
+    "CA_ADDRESS": "istiod.istio-system.svc:15012", "XDS_ADDRESS": "istiod.istio-system.svc:15012",
+    "LOG_FORMAT": "json", "NETWORK": "north", "RUST_LOG": "info", "RUST_BACKTRACE": "1",
+    "ISTIO_META_CLUSTER_ID": "c1", "INPOD_ENABLED": "true", "TERMINATION_GRACE_PERIOD_SECONDS": "30",
+    "POD_NAME": "ztunnel-x7k2p", "POD_NAMESPACE": "istio-system", "NODE_NAME": "node-1", "INSTANCE_IP": "10.1.2.3",
+    "SERVICE_ACCOUNT": "ztunnel", "ISTIO_META_ENABLE_HBONE": "true", "ZTUNNEL_CPU_LIMIT": "8",
+}  # fmt: skip
+
+
+def test_the_daemonset_of_istios_chart_needs_no_other_setting() -> None:
+    settings, unknown = from_environment(CHART)
+    assert unknown == []
+    check(settings)
+    assert settings == ZtunnelSettings(
+        mesh="https://istiod.istio-system.svc:15012", identities="istio:https://istiod.istio-system.svc:15012",
+        access_log_json=True, network="north", cluster_id="c1", drain_seconds=25.0, pod_name="ztunnel-x7k2p",
+        pod_namespace="istio-system", node_name="node-1", pod_ip="10.1.2.3",
+        metadata={"CLUSTER_ID": "c1", "ENABLE_HBONE": "true"},
+    )  # fmt: skip
+
+
+def test_what_would_change_something_and_is_not_understood_is_named() -> None:
+    assert from_environment({"XDS_ON_DEMAND": "true", "POOL_MAX_STREAMS_PER_CONNECTION": "9", "HOME": "/"})[1] == [
+        "POOL_MAX_STREAMS_PER_CONNECTION",
+        "XDS_ON_DEMAND",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("SECRET_TTL", "a day"), ("ENABLE_RESPONSE_BAGGAGE", "yes"), ("TERMINATION_GRACE_PERIOD_SECONDS", "long")],
+)
+def test_a_value_of_another_kind_is_an_error_that_names_the_variable(variable: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"environment variable {variable}: '{value}'"):
+        from_environment({variable: value})
