@@ -132,7 +132,13 @@ class MeshRouter:
             return _denied(verdict, parties)
         fields: Fields = (("baggage", baggage.header(pod)),) if self._settings.response_baggage else ()
         address, first = self._tunnelled(request, target)
-        return Admission(address=_socket_address(address), fields=fields, first=first, parties=parties)
+        return Admission(
+            address=_socket_address(address),
+            fields=fields,
+            first=first,
+            keep_source=address[0] not in _LOOPBACK.values(),  # from elsewhere nothing reaches a loopback address
+            parties=parties,
+        )
 
     def _inbound_parties(self, request: InboundRequest, pod: Workload, target: Inbound) -> Parties:
         connect = request.connect
