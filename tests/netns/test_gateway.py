@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.hbone_server import Answer, hbone_server
 from support.networks import (
     GATE_OUTSIDE,
     HOSTNAME,
@@ -223,6 +224,37 @@ def test_a_process_that_does_not_answer_is_a_refusal_in_time(tmp_path: Path, sil
         os.kill(stopped, signal.SIGSTOP)
         assert _refused(networks, "timed out") < 6
         os.kill(stopped, signal.SIGCONT)
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Answer.GARBAGE, "TLS: "),
+        (Answer.END, "Connection reset by peer"),
+        (Answer.SILENCE, "connect timed out behind the gateway"),
+        (Answer.RESET, "the peer reset the stream (INTERNAL_ERROR)"),
+        (Answer.REFUSED, "http status: 404, from the gateway"),
+    ],
+)
+def test_a_gateway_that_leads_nowhere_is_a_refusal_in_time(tmp_path: Path, answer: Answer, words: str) -> None:
+    with (
+        two_networks(tmp_path) as networks,
+        hbone_server(networks.gate, GATE_OUTSIDE, tmp_path / "ca", "gate", answer=answer) as gateway,
+    ):
+        networks.start_web(settings="stats_address='', connect_seconds=2, " + QUIET)
+        assert _refused(networks, words) < 5
+    assert [asked[":authority"] for asked in gateway.requests] == [f"{HOSTNAME}:80"]
+    assert "x-forwarded-network" not in gateway.requests[0]  # it is the inner request's
+
+
+def test_a_gateway_may_listen_on_another_port(tmp_path: Path) -> None:
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        networks.start_gateway("--gateway-address", "0.0.0.0:15443")
+        networks.start_web(web_mesh().replace("hboneMtlsPort: 15008", "hboneMtlsPort: 15443"))
         with networks.joined() as (client, server):
             client.sendall(b"x")
             assert server.recv(1) == b"x"

@@ -55,7 +55,9 @@ def _server_certificate() -> tuple[bytes, bytes]:
 class IstioZtunnel:
     """The process. It serves a node of `two_nodes` in place of ours."""
 
-    def __init__(self, node: Node, mesh_file: Path, place: Place, port: int, root: Path, folder: Path) -> None:
+    def __init__(
+        self, node: Node, mesh_file: Path, place: Place, port: int, root: Path, folder: Path, network: str
+    ) -> None:
         (folder / "token").write_text("token")
         self.log = folder / "istio.log"
         self._place = place
@@ -63,7 +65,7 @@ class IstioZtunnel:
             **os.environ,
             "XDS_ADDRESS": "", "LOCAL_XDS_PATH": str(mesh_file), "PROXY_MODE": "shared", "NODE_NAME": "",
             "INPOD_UDS": str(node.agent.path), "CA_ADDRESS": f"https://127.0.0.1:{port}", "CA_ROOT_CA": str(root),
-            "AUTH_TOKEN": str(folder / "token"), "CLUSTER_ID": "c1", "RUST_LOG": "info",
+            "AUTH_TOKEN": str(folder / "token"), "CLUSTER_ID": "c1", "NETWORK": network, "RUST_LOG": "info",
         }  # fmt: skip
         with self.log.open("ab") as out:
             self.process: subprocess.Popen[bytes] = start(
@@ -84,7 +86,7 @@ class IstioZtunnel:
 
 
 @contextlib.contextmanager
-def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa) -> Iterator[IstioZtunnel]:
+def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa, network: str = "") -> Iterator[IstioZtunnel]:
     """Serves the node's pod with Istio's ztunnel until the end."""
     place = Place(f"slu-iz-{os.getpid()}-{next(_NUMBERS)}")
     plane = ControlPlane(ca)
@@ -99,7 +101,7 @@ def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa) -> Iterator[Is
         port = place.call(lambda: server.add_secure_port("127.0.0.1:0", credentials))
         server.start()
         made.callback(lambda: server.stop(None).wait())
-        ztunnel = IstioZtunnel(node, mesh_file, place, port, root, node.folder)
+        ztunnel = IstioZtunnel(node, mesh_file, place, port, root, node.folder, network)
         made.callback(ztunnel.close)
         node.announce()
         yield ztunnel

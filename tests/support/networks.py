@@ -37,7 +37,7 @@ _WEB = f"""
 workloads:
 - {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
    network: one, workloadIps: [{WEB}], workloadName: web, workloadType: deployment, canonicalName: web-app,
-   canonicalRevision: v1, clusterId: c1, locality: {{region: eu, zone: eu-1}}, services: {{}}}}
+   canonicalRevision: v1, clusterId: c1, locality: {{region: eu, zone: eu-1, subzone: ""}}, services: {{}}}}
 - {{uid: far, name: far, namespace: demo, serviceAccount: %s, trustDomain: cluster.local, protocol: HBONE,
    network: two, workloadIps: [], networkGateway: {{destination: two/{GATE_OUTSIDE}, hboneMtlsPort: 15008}},
    services: {{demo/{HOSTNAME}: {{80: 8080, 81: 8081}}}}}}
@@ -46,7 +46,7 @@ _SHOP = f"""
 workloads:
 - {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
    network: two, workloadIps: [{SHOP}], workloadName: shop, workloadType: deployment, canonicalName: shop-app,
-   canonicalRevision: v2, clusterId: c2, locality: {{region: us, zone: us-1}},
+   canonicalRevision: v2, clusterId: c2, locality: {{region: us, zone: us-1, subzone: ""}},
    services: {{demo/{HOSTNAME}: {{80: 8080, 81: 8081}}}}}}
 """
 
