@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fakekernel import Kernel
 from support.rules import CHOICES, layers
 from support.rules import Pod as NetnsPod
 from support.rules import pod as namespace
-from support.world import Journal, Kernel, Outside, Publisher
+from support.world import Journal, Outside, Publisher
 
 from agent.backends.choose import Choice
 from agent.core.model.pods import Pod, PodTable

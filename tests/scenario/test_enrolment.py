@@ -7,7 +7,8 @@ import asyncio
 from dataclasses import replace
 
 import pytest
-from support.world import Accounting, Target, World, play, pod
+from support.fakekernel import Target
+from support.world import Accounting, World, play, pod
 
 from agent.core.model.plan import Foreign
 from agent.core.model.pods import Pod

@@ -8,7 +8,8 @@ import threading
 from dataclasses import replace
 
 import pytest
-from support.world import Target, World, play, pod
+from support.fakekernel import Target
+from support.world import World, play, pod
 
 from agent.core.errors import KernelError
 from agent.core.model.pods import Pod

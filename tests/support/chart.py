@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHART, MANIFESTS, KUBE = ROOT / "deploy/chart/sluice", ROOT / "deploy/manifests", ROOT / "build/kube"
 # Where a release goes in the tests and in the plain manifests.
 NAMESPACE = "sluice-system"
+Objects = list[dict[str, Any]]
 # Settings that the chart gives each pod itself: a value of theirs would be wrong on every node but one.
 NOT_IN_VALUES = ("node_name",)
 
@@ -75,18 +76,48 @@ def render(values: Mapping[str, Any], *options: str) -> list[dict[str, Any]]:
     return [one for one in yaml.safe_load_all(template(values, *options)) if one]
 
 
-def only(objects: list[dict[str, Any]], kind: str, name: str = "sluice") -> dict[str, Any]:
+def only(objects: Objects, kind: str, name: str = "sluice") -> dict[str, Any]:
     found = [one for one in objects if one["kind"] == kind and one["metadata"]["name"] == name]
     assert len(found) == 1, f"{len(found)} of {kind}/{name}"
     return found[0]
 
 
-def pod(objects: list[dict[str, Any]], name: str = "sluice") -> dict[str, Any]:
+def pod(objects: Objects, name: str = "sluice") -> dict[str, Any]:
     spec: dict[str, Any] = only(objects, "DaemonSet", name)["spec"]["template"]["spec"]
     return spec
 
 
-def settings(objects: list[dict[str, Any]], directory: Path) -> Settings:
+def agent(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = pod(objects)["containers"][0]
+    return one
+
+
+def ztunnel(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = pod(objects, "sluice-ztunnel")["containers"][0]
+    return one
+
+
+def metadata(objects: Objects) -> dict[str, Any]:
+    one: dict[str, Any] = only(objects, "DaemonSet")["spec"]["template"]["metadata"]
+    return one
+
+
+def kinds(objects: Objects) -> set[str]:
+    return {one["kind"] for one in objects}
+
+
+def rules(objects: Objects) -> str:
+    return json.dumps(only(objects, "ClusterRole")["rules"])
+
+
+def mounted(objects: Objects, path: str, source: str) -> bool:
+    """The agent has the host's `source` at `path`."""
+    names = [one["name"] for one in agent(objects)["volumeMounts"] if one["mountPath"] == path]
+    volumes = {one["name"]: one.get("hostPath", {}).get("path") for one in pod(objects)["volumes"]}
+    return [volumes[name] for name in names] == [source]
+
+
+def settings(objects: Objects, directory: Path) -> Settings:
     """What the agent makes of the ConfigMap, by its own code. Raises SettingsError."""
     path = directory / "sluice.yaml"
     path.write_text(only(objects, "ConfigMap")["data"]["sluice.yaml"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from support.world import Backend as Fake
-from support.world import Kernel, Lasting, Target
+from support.fakekernel import Backend as Fake
+from support.fakekernel import Kernel, Lasting, Target
 
 from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
