@@ -15,7 +15,7 @@ from typing import Any
 
 from agent.core.text import pairs, table
 from agent.kernel.exec import run
-from agent.lab import demo_faults, demo_mesh, nodes
+from agent.lab import demo_faults, demo_mesh, demo_networks, nodes
 from agent.lab.demo_report import Checks, report
 from agent.lab.lab import Lab, down, interruptible
 from agent.lab.lab_spec import PodProgram, default_spec
@@ -34,7 +34,7 @@ def demo(prefix: str, backend: LabBackend = LabBackend.NFTABLES) -> int:
             lab.up(backend=backend, progress=lambda step: print(f"  {step}"))
             for part in (_pods, _connections, _dns, _probe, _explain):
                 part(lab, check)
-            demo_mesh.run_all(lab, check)
+            _mesh(lab, check)
             report(lab, check, demo_faults.run_all(lab, check, backend))
     finally:
         down(prefix)
@@ -233,6 +233,13 @@ def _explain(lab: Lab, check: Checks) -> None:
     rows += [(f"  {key}", value) for key, value in answer["considered"].items()]
     print(pairs(rows))
     check("it is excluded, with the reason", answer["decision"] == "excluded" and bool(answer["reason"]))
+
+
+def _mesh(lab: Lab, check: Checks) -> None:
+    demo_mesh.run_all(lab, check)
+    demo_networks.run_all(lab, check)
+    for node in lab.nodes.values():
+        node.replace_ztunnel()
 
 
 def _remains(lab: Lab) -> list[str]:

@@ -33,7 +33,7 @@ _REFUSED: Final = "no ALLOW policy matches the connection"
 
 
 def run_all(lab: Lab, check: Checks) -> None:
-    """Switches the mesh on for this chapter, and off again."""
+    """Switches the mesh on; the caller replaces the ztunnels afterwards."""
     print("\n== The mesh: traffic between the nodes is encrypted, both ends have identities, and a policy decides")
     client = "shop/client"
     target = lab.pods.require("shop/db").address(PodProgram.WEB)
@@ -45,26 +45,24 @@ def run_all(lab: Lab, check: Checks) -> None:
     lists = ("--revocation-lists", str(lab_mesh.revoke(lab.spec)))
     for node in lab.nodes.values():
         node.replace_ztunnel(*lab_mesh.options(lab.spec), *lists)
-    carried = _carried(lab, client, target)
-    check("with a mesh the request goes by HBONE", carried.hbone > 0 and carried.answered, f"{carried.hbone} packets")
-    check("not one packet between the nodes has a byte of it in plain", carried.readable == 0)
+    wire = carried(lab, client, target)
+    check("with a mesh the request goes by HBONE", wire.hbone > 0 and wire.answered, f"{wire.hbone} packets")
+    check("not one packet between the nodes has a byte of it in plain", wire.readable == 0)
     for record in _hbone(lab, target):
         print(f"  {record['pod']}: {record['direction']} {record['source']} to {record['destination']} by HBONE")
     _policy(lab, check, client)
     _revocation(lab, check, client, target)
-    for node in lab.nodes.values():
-        node.replace_ztunnel()
 
 
 def _policy(lab: Lab, check: Checks, client: str) -> None:
     print("  policy shop/only-shop: only spiffe://cluster.local/ns/shop/sa/default may connect to pods of shop")
     target = lab.pods.require("shop/web").address(PodProgram.WEB)
     stranger = "legacy/batch"
-    before = _call(lab, stranger, target)
+    before = call(lab, stranger, target)
     lab_mesh.write(lab.pods, [_ONLY_SHOP])
-    refused = still(lambda: not _call(lab, stranger, target), bool)
+    refused = still(lambda: not call(lab, stranger, target), bool)
     check(f"{stranger} has no identity: it was served before the policy, and is refused by it", before and refused)
-    check(f"{client} has the identity, and is served", _call(lab, client, target))
+    check(f"{client} has the identity, and is served", call(lab, client, target))
     reasons = {r["error"] for r in still(partial(_inbound, lab, target), lambda read: any(r["error"] for r in read))}
     check("the record of the refused connection says why", any(_REFUSED in reason for reason in reasons), _REFUSED)
 
@@ -80,7 +78,7 @@ def _revocation(lab: Lab, check: Checks, client: str, target: str) -> None:
         print(f"  the certificate {serial:x} of {client} is revoked, while a connection is open")
         lab_mesh.revoke(lab.spec, serial)
         check("the open connection is ended", _is_ended(connection))
-    check("a new one is refused", not _call(lab, client, target))
+    check("a new one is refused", not call(lab, client, target))
     why = f"certificate {serial:x} of O=Sluice development CA is revoked"
     reasons = still(lambda: {r["error"] for r in _inbound(lab, target)}, lambda read: any(why in one for one in read))
     check("the record says which certificate", any(why in reason for reason in reasons), why)
@@ -122,7 +120,7 @@ def _request(lab: Lab, client: str, target: str) -> _Wire:
     """Sends one request with a marker, and looks at the client's node's side of the wire."""
     wire = _Wire()
     with _capture(lab, lab.pods.require(client).spec.node) as packets:
-        wire.answered = _call(lab, client, target, wire.marker)
+        wire.answered = call(lab, client, target, wire.marker)
         received = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -131,7 +129,7 @@ def _request(lab: Lab, client: str, target: str) -> _Wire:
     return wire
 
 
-def _carried(lab: Lab, client: str, target: str) -> _Wire:
+def carried(lab: Lab, client: str, target: str) -> _Wire:
     """Repeats the request until it goes by HBONE: the agent leaves port 15008 to ztunnel once that listens there."""
     return still(lambda: _request(lab, client, target), lambda wire: wire.answered and wire.hbone > 0)
 
@@ -148,7 +146,7 @@ def _capture(lab: Lab, node: str) -> Iterator[socket.socket]:
             yield packets
 
 
-def _call(lab: Lab, client: str, target: str, marker: str = "") -> bool:
+def call(lab: Lab, client: str, target: str, marker: str = "") -> bool:
     argv = ["curl", "-sS", "-m", "5", "-o", "/dev/null", "-H", f"X-Marker: {marker}", f"http://{target}/"]
     try:
         lab.exec(client, argv)

@@ -27,9 +27,10 @@ _AUTHORITY: Final = "development-ca"  # a directory of the lab
 _REVOKED: Final = "revoked.pem"
 
 
-def options(spec: LabSpec) -> tuple[str, ...]:
-    """Returns the options of `sluice ztunnel` for the lab's mesh."""
-    return ("--mesh", str(spec.run_dir / _MESH_FILE), "--identities", f"development:{spec.run_dir / _AUTHORITY}")
+def options(spec: LabSpec, mesh: Path | None = None) -> tuple[str, ...]:
+    """Returns the options of `sluice ztunnel` for the lab's mesh, or for the given file and the lab's identities."""
+    path = mesh or spec.run_dir / _MESH_FILE
+    return ("--mesh", str(path), "--identities", f"development:{spec.run_dir / _AUTHORITY}")
 
 
 def write(pods: LabPods, policies: Sequence[dict[str, Any]] = ()) -> int:

@@ -162,10 +162,44 @@ def _address(spec: LabSpec, node: str, route: IPRoute) -> None:
     route.link("set", index=index, state="up")
     for address, length in zip(spec.underlay(node), (24, 64), strict=True):
         route.addr("add", index=index, address=address, prefixlen=length)
-    for other in spec.nodes:
-        if other != node:
-            for cidr, gateway in zip(spec.pod_cidrs(other), spec.underlay(other), strict=True):
-                route.route("add", dst=cidr, gateway=gateway)
+    _route_pods(spec, [other for other in spec.nodes if other != node], "add", route)
+
+
+def _route_pods(spec: LabSpec, to: Iterable[str], command: str, route: IPRoute) -> None:
+    """Adds or removes (`del`) the routes to the pods of other nodes."""
+    for node in to:
+        for cidr, gateway in zip(spec.pod_cidrs(node), spec.underlay(node), strict=True):
+            route.route(command, dst=cidr, gateway=gateway)
+
+
+def divide(spec: LabSpec) -> None:
+    """Makes the pods of each node a network of their own, without a route to the others, until `unite`."""
+    for node in spec.nodes:
+        others = [other for other in spec.nodes if other != node]
+        configure(spec.netns_name(node), partial(_route_pods, spec, others, "del"))
+
+
+def unite(spec: LabSpec) -> None:
+    """Takes back `divide`."""
+    for node in spec.nodes:
+        others = [other for other in spec.nodes if other != node]
+        configure(spec.netns_name(node), partial(_route_pods, spec, others, "add"))
+
+
+def add_gateway(spec: LabSpec, name: str, ipv4: str) -> None:
+    """Makes a namespace on the segment, with routes to the pods of all nodes. Raises SluiceError."""
+    add_namespace(spec.netns_name(name), NO_DAD)
+    with Netns.open(NETNS_DIR / spec.netns_name(name)) as target:
+        configure(spec.lan, partial(_plug, name, target.fd))
+
+    def address(route: IPRoute) -> None:
+        index = _index(route, "eth0")
+        route.link("set", index=index, state="up")
+        route.addr("add", index=index, address=ipv4, prefixlen=24)
+        for node in spec.nodes:
+            route.route("add", dst=spec.pod_cidrs(node)[0], gateway=spec.underlay(node)[0])
+
+    configure(spec.netns_name(name), address)
 
 
 def _index(route: IPRoute, name: str) -> int:
