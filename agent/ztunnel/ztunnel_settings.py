@@ -24,8 +24,8 @@ class ZtunnelSettings:
     """Settings of the process; times are in seconds.
 
     `records` and `access_log`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how
-    many open connections one pod may have. `dns_seconds`: as long as the pod's conntrack waits for an answer
-    (nf_conntrack_udp_timeout). `ready_file`: a path, "" for none.
+    many open connections one pod may have. `dns_seconds`: how long a resolver may be silent before the pod gets
+    SERVFAIL, less than the 5 s after which most resolver libraries give up. `ready_file`: a path, "" for none.
 
     `stats_address`, `ready_address`, `admin_address`: HOST:PORT, "" for none; None is Istio's port with a mesh, and
     none without.
@@ -43,7 +43,7 @@ class ZtunnelSettings:
     access_log: str = ""
     access_log_json: bool = False
     drain_seconds: float = 5.0
-    dns_seconds: float = 30.0
+    dns_seconds: float = 4.0
     connect_seconds: float = 10.0
     bpf_dir: str = names.BPF_DIR
     share: int = 16384

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod that the mesh does not know yet: its connections wait for the mesh, and only so long."""
+"""A pod that the mesh does not know yet: its connections and queries wait for the mesh, and only so long."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 from support.hbone import Node, exchange, two_nodes
-from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
+from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 from agent.zds.messages import Delete
 from agent.ztunnel.relay.waiting_room import HELD_SECONDS
@@ -96,6 +97,25 @@ def test_an_inbound_plain_connection_waits_for_the_pods_workload(pair: tuple[Nod
     with waiting_client(web, shop, PEER4):
         tell(shop, WEB, SHOP)
     assert shop.ztunnel.wait_record(kind="tcp", direction="inbound", close="fin")["seconds"] >= 0.5
+
+
+def test_a_query_waits_and_fails_if_the_pod_stays_unknown(pair: tuple[Node, Node]) -> None:
+    web, _ = pair
+    tell(web, SHOP)
+    with web.pod.make(kind=socket.SOCK_DGRAM) as client:
+        client.sendto(bytes(DNS(id=7, rd=1, qd=DNSQR(qname="shop"))), (RESOLVER4, 53))
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            client.recv(2000)
+        client.settimeout(SECONDS)
+        tell(web, WEB, SHOP)
+        assert [record.rdata for record in DNS(client.recv(2000)).an] == [VIP]
+        tell(web, SHOP)
+        began = time.monotonic()
+        client.sendto(bytes(DNS(id=8, rd=1, qd=DNSQR(qname="shop"))), (RESOLVER4, 53))
+        failed = DNS(client.recv(2000))
+        assert (failed.id, failed.rcode) == (8, 2)
+        assert HELD_SECONDS - 0.5 < time.monotonic() - began < HELD_SECONDS + 3
 
 
 def test_a_pod_that_stays_unknown_is_refused_with_the_reason(pair: tuple[Node, Node]) -> None:

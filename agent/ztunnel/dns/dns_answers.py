@@ -25,6 +25,8 @@ _ANSWER, _OPERATION, _AUTHORITATIVE, _TRUNCATED, _RECURSION = 0x8000, 0x7800, 0x
 _A, _CNAME, _AAAA, _OPT, _INTERNET = 1, 5, 28, 41, 1
 _POINTER: Final = 0xC000
 _NAME_AT: Final = 12  # the question follows the header
+# Of a message of 64 KiB; besides them it may have the question, an alias and an OPT record.
+_MOST_ADDRESSES: Final = {_A: (65535 - 600) // 16, _AAAA: (65535 - 600) // 28}
 
 Labels = tuple[str, ...]
 Shuffle = Callable[[list[str]], None]
@@ -32,47 +34,44 @@ Shuffle = Callable[[list[str]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """A query for addresses. `edns` is the size that the client takes by UDP, 0 without EDNS."""
+    """A query for addresses. `edns` is the size that the client takes by UDP, 0 without EDNS.
+
+    `name` is as in a message, in lower case; `question` is as it was asked.
+    """
 
     number: int
     flags: int
-    name: Labels  # in lower case
+    name: bytes
     kind: int
-    question: bytes  # as it was asked
+    question: bytes
     edns: int
 
 
 @dataclass(frozen=True, slots=True)
-class _Match:
+class Match:
+    """The service that a name means."""
+
     service: Service
     stripped: Labels  # the name without the search domain, if the client used one
     wildcard: bool
 
 
-def query(message: bytes) -> Query | None:
-    """Returns the query; None if the message is anything else than a query for A or AAAA."""
-    if len(message) < _HEADER.size:
+def query(message: bytes, question: bytes) -> Query | None:
+    """Returns the query; None if the message is anything else than a query for A or AAAA.
+
+    `question` is that of dnsmessage, and not empty.
+    """
+    number, flags, _, answers, authorities, additional = _HEADER.unpack_from(message)
+    kind, family = struct.unpack(">HH", question[-4:])
+    if kind not in (_A, _AAAA) or family != _INTERNET or flags & _OPERATION or answers or authorities:
         return None
-    number, flags, questions, answers, authorities, additional = _HEADER.unpack_from(message)
-    if flags & (_ANSWER | _OPERATION) or (questions, answers, authorities) != (1, 0, 0):
+    edns = _edns_size(message[len(question) :], additional)
+    if edns is None:
         return None
-    labels: list[str] = []
-    at = _NAME_AT
-    try:
-        while length := message[at]:
-            label = message[at + 1 : at + 1 + length]
-            if length > 63 or len(label) < length:
-                return None
-            labels.append(label.decode("ascii").lower())
-            at += 1 + length
-        kind, family = struct.unpack_from(">HH", message, at + 1)
-        end = at + 5
-        edns = _edns_size(message[end:], additional)
-    except (IndexError, UnicodeDecodeError, struct.error):
-        return None
-    if kind not in (_A, _AAAA) or family != _INTERNET or edns is None:
-        return None
-    return Query(number=number, flags=flags, name=tuple(labels), kind=kind, question=message[_NAME_AT:end], edns=edns)
+    return Query(
+        number=number, flags=flags, name=question[_NAME_AT:-4].lower(), kind=kind, question=question[_NAME_AT:],
+        edns=edns,
+    )  # fmt: skip
 
 
 def _edns_size(rest: bytes, additional: int) -> int | None:
@@ -86,21 +85,18 @@ def _edns_size(rest: bytes, additional: int) -> int | None:
 
 
 def answer(
-    store: MeshStore, client: Workload, asked: Query, domain: str, shuffle: Shuffle, *, udp: bool
-) -> bytes | None:
-    """Returns the answer for `client`; None for a name of the resolver. `domain` is that of the cluster."""
-    match = _find(store, client, asked.name, domain)
-    if match is None:
-        return None
+    store: MeshStore, client: Workload, asked: Query, match: Match, shuffle: Shuffle, *, udp: bool
+) -> bytes:  # fmt: skip
+    """Returns the answer for `client` to a query that means the service."""
     addresses = _addresses(store, client, match.service, 4 if asked.kind == _A else 6)
     shuffle(addresses)
-    message = _message(asked, match, addresses)
+    message = _message(asked, match, addresses[: _MOST_ADDRESSES[asked.kind]])
     if udp and len(message) > (asked.edns or UDP_SIZE):
         return _head(asked, _TRUNCATED, 0) + asked.question + _opt(asked)
     return message
 
 
-def _message(asked: Query, match: _Match, addresses: list[str]) -> bytes:
+def _message(asked: Query, match: Match, addresses: list[str]) -> bytes:
     records = b""
     owner = _POINTER | _NAME_AT
     count = len(addresses)
@@ -124,19 +120,34 @@ def _opt(asked: Query) -> bytes:
     return b"\0" + struct.pack(">HHIH", _OPT, _LARGEST_EDNS, 0, 0) if asked.edns else b""
 
 
-def _find(store: MeshStore, client: Workload, name: Labels, domain: str) -> _Match | None:
+def find(store: MeshStore, namespace: str, name: bytes, domain: str) -> Match | None:
+    """Returns the service that `name`, of a query, means to a client in the namespace; None for a name of the resolver.
+
+    `domain` is that of the cluster.
+    """
+    if not name.isascii():
+        return None
     service_domain = (*_labels("svc"), *_labels(domain))
     suffix = ".".join(("", *service_domain))
-    for alias, stripped in _aliases(name, client.namespace, service_domain):
+    for alias, stripped in _aliases(_split(name), namespace, service_domain):
         for candidate in _with_wildcards(alias):
             named = [
                 service
-                for service in store.services_named(".".join(candidate), client.namespace)
+                for service in store.services_named(".".join(candidate), namespace)
                 if service.addresses or service.hostname.endswith(suffix)
             ]
-            if service := best(named, client.namespace, store.preferred_namespace):
-                return _Match(service, stripped, candidate[:1] == ("*",))
+            if service := best(named, namespace, store.preferred_namespace):
+                return Match(service, stripped, candidate[:1] == ("*",))
     return None
+
+
+def _split(name: bytes) -> Labels:
+    labels = []
+    at = 0
+    while length := name[at]:
+        labels.append(name[at + 1 : at + 1 + length].decode())
+        at += 1 + length
+    return tuple(labels)
 
 
 def _aliases(name: Labels, namespace: str, service_domain: Labels) -> Iterator[tuple[Labels, Labels]]:

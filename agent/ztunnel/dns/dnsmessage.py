@@ -6,9 +6,11 @@ from __future__ import annotations
 import struct
 
 _HEADER = struct.Struct(">2sHHHHH")  # id, flags, number of questions, answers, authorities, additional records
-_ANSWER, _RECURSION_AVAILABLE, _SERVER_FAILED = 0x8000, 0x0080, 2
+_ANSWER, _RECURSION_AVAILABLE, _CODE = 0x8000, 0x0080, 0x000F
+_SERVER_FAILED, _NAME_ERROR = 2, 3
 _KEPT = 0x7900  # operation code and "recursion desired"
 _MOST_NAME, _MOST_LABEL, _TYPE_AND_CLASS = 255, 63, 4
+_FLAGS_END = 4  # bytes
 
 
 def question(message: bytes) -> bytes:
@@ -31,7 +33,13 @@ def question(message: bytes) -> bytes:
 
 
 def is_answer(message: bytes) -> bool:
-    return len(message) >= _HEADER.size and bool(message[2] & _ANSWER >> 8)
+    """Returns True for an answer; the beginning of a message, with its flags, is enough."""
+    return len(message) >= _FLAGS_END and bool(message[2] & _ANSWER >> 8)
+
+
+def is_usable(answer: bytes) -> bool:
+    """Returns True if an answer has no error code, or the one for a name that does not exist."""
+    return answer[3] & _CODE in (0, _NAME_ERROR)
 
 
 def failure(asked: bytes) -> bytes:

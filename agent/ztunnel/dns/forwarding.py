@@ -5,6 +5,9 @@ A flow is the traffic of one client port to one resolver. It has one upstream so
 without ztunnel, so other protocols pass too, and so do second, late and unexpected answers. Queries and their answers
 are recorded one by one, the rest by flow.
 
+For a resolver that is silent for the time of `Engine.queries` the pod gets SERVFAIL: a resolver library then asks its
+next one. A late answer still passes.
+
 The resolver comes from the conntrack entry of the redirected datagram, or from the agent's eBPF programs where they
 redirect. If neither knows it, the datagram is dropped and recorded: another resolver would answer from another view of
 the names.
@@ -17,33 +20,30 @@ import errno
 import os
 import socket
 import struct
-from typing import NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING
 
 from agent.core import names
 from agent.core.errors import KernelError, SluiceError
 from agent.kernel.netlink.ctnetlink import Conntrack
-from agent.ztunnel.dns import dnsmessage
+from agent.ztunnel.dns import dnsmessage, pending_query
+from agent.ztunnel.dns.pending_query import PendingQuery
 from agent.ztunnel.relay import poller
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, now
 from agent.ztunnel.relay.upstream import keep_source
 
+if TYPE_CHECKING:
+    from agent.ztunnel.telemetry.dns_metrics import DnsLabels
+
 MOST = 4096  # flows of a pod, and queries that wait; then the oldest flow makes room, if possible an idle one
 IDLE_SECONDS = 120.0  # of a flow that is not only DNS: as long as the pod's conntrack keeps it
+LATE_SECONDS = 30.0  # of a flow with a silent resolver: as long as the pod's conntrack waits for an answer
 _ROUNDS = 64  # datagrams read at one wake-up, then others get their turn
 _LARGEST = 65535
 IP_PKTINFO = 8  # linux/in.h; interface, the address to send from
 _PKTINFO = struct.Struct("=i4s4x")
-_ITSELF = "ztunnel's own query was redirected to ztunnel: a rule in the pod overwrites its mark"
 _KNOWN = {errno.ECONNREFUSED: "refused"}
-
-
-class Waiting(NamedTuple):
-    """A query without an answer. `began` is from `now`; `question` is the message up to the end of its question."""
-
-    began: tuple[float, float]
-    size: int
-    question: bytes
 
 
 class Resolver:
@@ -68,20 +68,28 @@ class Resolver:
                 return
             except OSError:
                 continue  # the error of an earlier answer (ICMP), not of this query
-            try:
-                self._pass_on(listener, client, datagram)
-            except SluiceError as error:
-                self.record(now(), client, None, len(datagram), 0, "error", str(error))
+            question = dnsmessage.question(datagram)
+            pass_on = partial(self._pass_on, listener, client, datagram, question)
+            tunnels = self.pod.engine.tunnels if question and self.pod.engine.mesh_names is not None else None
+            if tunnels is None or not tunnels.hold(self.pod, pass_on, _drop):
+                pass_on()
 
-    def _pass_on(self, listener: socket.socket, client: Address, datagram: bytes) -> None:
+    def _pass_on(self, listener: socket.socket, client: Address, datagram: bytes, question: bytes) -> None:
+        try:
+            self._decide(listener, client, datagram, question)
+        except SluiceError as error:
+            self.record(now(), client, None, len(datagram), 0, "error", str(error))
+
+    def _decide(self, listener: socket.socket, client: Address, datagram: bytes, question: bytes) -> None:
         if returned := self.ends.get(client[:2]):
             returned.came_back()
             return
         found, own = self.original(listener, client)
-        mesh_names = self.pod.engine.mesh_names
-        if mesh_names is not None and (answer := mesh_names.answer(self.pod.add, datagram)):
-            reply(listener, client, answer, given=not own)
-            self.record(now(), client, found, len(datagram), len(answer), "mesh")
+        mesh = pending_query.ask_mesh(self.pod, datagram, question, "udp")
+        if mesh.answer is not None:
+            reply(listener, client, mesh.answer, given=not own)
+            close = "refused" if mesh.error else "mesh"
+            self.record(now(), client, found, len(datagram), len(mesh.answer), close, mesh.error)
             return
         if found is None:
             unknown = "dropped: neither conntrack nor eBPF knows the resolver that was asked"
@@ -93,7 +101,7 @@ class Resolver:
             self, listener=listener, client=client, target=target, own=own
         )
         self.flows[client, target] = flow
-        flow.send(datagram)
+        flow.send(datagram, question, mesh.labels)
         most = min(MOST, self.pod.engine.share)
         while len(self.flows) > most or self.waiting > most:
             spare = self.idle if self.idle and self.waiting <= most else self.flows.values()
@@ -143,8 +151,8 @@ class DnsFlow:
     """The traffic of one port of the pod to one resolver; in the pod's `live` while a query is pending."""
 
     __slots__ = (
-        "_began", "_client", "_last", "_listener", "_own", "_received", "_resolver", "_sent", "_server", "_target",
-        "_waiting",
+        "_began", "_client", "_last", "_late", "_listener", "_own", "_received", "_resolver", "_sent", "_server",
+        "_target", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -157,18 +165,20 @@ class DnsFlow:
         self._target = target
         self._server: socket.socket | None = None
         self._own = own
-        self._waiting: dict[bytes, Waiting] = {}  # by id
+        self._waiting: dict[bytes, PendingQuery] = {}  # by id
+        self._late = False  # the resolver was silent for a query; its answer may still come
         self._sent = self._received = 0  # bytes of datagrams that are neither queries nor answers to pending ones
         self._began = now()
         self._last = 0.0
 
-    def send(self, datagram: bytes) -> None:
+    def send(self, datagram: bytes, asked: bytes, labels: DnsLabels | None) -> None:
         """Forwards a datagram of the client. A failure is answered with SERVFAIL and recorded, never raised."""
-        asked = dnsmessage.question(datagram)
         if not asked:
             self._sent += len(datagram)
         elif asked[:2] not in self._waiting:  # otherwise a repetition
-            self._waiting[asked[:2]] = Waiting(now(), len(datagram), asked)
+            self._waiting[asked[:2]] = PendingQuery(
+                self._resolver.pod, self, asked, labels, client=self._client, target=self._target, size=len(datagram)
+            )
             self._resolver.waiting += 1
         try:
             with contextlib.suppress(BlockingIOError):  # a full buffer loses a datagram, as everywhere
@@ -181,17 +191,22 @@ class DnsFlow:
 
     def came_back(self) -> None:
         """Refuses queries that were sent to the resolver and arrived at ztunnel: forwarding them would be a loop."""
-        pod = self._resolver.pod
-        pod.warnings.log(f"pod {pod.name}: {_ITSELF}")
-        self._answer_all("refused", _ITSELF)
+        self._answer_all("refused", self._resolver.pod.warn_of_loop("query"))
+        self._await()
+
+    def unanswered(self, query: PendingQuery) -> None:
+        self._late = True
+        self._reply(dnsmessage.failure(query.question))
+        self._settle(query.question[:2], 0, "timeout", "no answer from the resolver")
         self._await()
 
     def expire(self) -> None:
+        """Ends the flow, unless something may still come."""
         idle = self._resolver.pod.engine.poller.loop.time() - self._last
-        if self._sent and idle < IDLE_SECONDS:
+        if (self._sent and idle < IDLE_SECONDS) or (self._late and idle < LATE_SECONDS):
             self._resolver.pod.engine.queries.add(self)
         else:
-            self.end("timeout", "no answer from the resolver")
+            self.end("timeout", "")
 
     def abort(self) -> None:
         self.end("drained", "")
@@ -235,12 +250,13 @@ class DnsFlow:
         return self._server
 
     def _await(self) -> None:
-        """Sets the deadline of the flow: a short one if all queries are answered and nothing else was sent."""
+        """Sets the deadline of the flow once no query is pending: a short one if nothing else was sent."""
         pod = self._resolver.pod
         self._last = pod.engine.poller.loop.time()
         for deadlines in (pod.engine.queries, pod.engine.answered):
             deadlines.settle(self)
-        (pod.engine.queries if self._waiting or self._sent else pod.engine.answered).add(self)
+        if not self._waiting:
+            (pod.engine.queries if self._sent or self._late else pod.engine.answered).add(self)
         (pod.live.add if self._waiting else pod.live.discard)(self)
         self._resolver.idle.pop(self, None)
         if not self._waiting:
@@ -269,7 +285,7 @@ class DnsFlow:
     def _take(self, datagram: bytes) -> None:
         self._reply(datagram)
         if dnsmessage.is_answer(datagram) and datagram[:2] in self._waiting:
-            self._settle(datagram[:2], len(datagram), "fin")
+            self._settle(datagram[:2], len(datagram), "fin", usable=dnsmessage.is_usable(datagram))
         else:
             self._received += len(datagram)
 
@@ -285,10 +301,13 @@ class DnsFlow:
     def _reply(self, datagram: bytes) -> None:
         reply(self._listener, self._client, datagram, given=not self._own)
 
-    def _settle(self, number: bytes, received: int, close: str, error: str = "") -> None:
-        waiting = self._waiting.pop(number)
+    def _settle(self, number: bytes, received: int, close: str, error: str = "", *, usable: bool = False) -> None:
         self._resolver.waiting -= 1
-        self._resolver.record(waiting.began, self._client, self._target, waiting.size, received, close, error)
+        self._waiting.pop(number).settle(received, close, error, usable=usable)
+
+
+def _drop() -> None:
+    """Forgets a query of a pod that has ended."""
 
 
 def reply(listener: socket.socket, client: Address, datagram: bytes, *, given: bool) -> None:

@@ -49,6 +49,7 @@ class MeshStore:
         self.preferred_namespace = preferred_namespace
         self.workloads: dict[str, Workload] = {}  # by uid
         self.services: dict[str, Service] = {}  # by namespace/hostname
+        self.services_version = 0  # another one after each change of them
         self.policies: dict[str, Authorization] = {}  # by namespace/name
         self._by_address: dict[NetworkAddress, dict[str, Workload]] = {}
         self._by_pod: dict[tuple[str, str], dict[str, Workload]] = {}  # (namespace, name)
@@ -96,6 +97,7 @@ class MeshStore:
             return
         self.remove_service(service.key)
         self.services[service.key] = service
+        self.services_version += 1
         for address in service.addresses:
             self._by_vip.setdefault(address, {})[service.key] = service
         self._by_hostname.setdefault(service.hostname, {})[service.key] = service
@@ -107,6 +109,7 @@ class MeshStore:
         service = self.services.pop(key, None)
         if service is None:
             return
+        self.services_version += 1
         for address in service.addresses:
             _discard(self._by_vip, address, key)
         _discard(self._by_hostname, service.hostname, key)

@@ -10,12 +10,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from agent.core.errors import SluiceError
-from agent.core.model.sockets import Endpoint, text
+from agent.core.model.sockets import Endpoint, is_loopback, text
 from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
-from agent.ztunnel.relay.original_dst import Address
+from agent.ztunnel.relay.original_dst import Address, plain
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream
 from agent.ztunnel.telemetry.records import Began, Record, RecordWriter
@@ -23,6 +23,7 @@ from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
     from agent.ztunnel.hbone.next_hop import PlainHop
+    from agent.ztunnel.mesh.mesh_model import Workload
     from agent.ztunnel.telemetry.traffic_account import CountedConnection, TrafficAccount
     from agent.ztunnel.telemetry.traffic_labels import Parties
 
@@ -71,8 +72,11 @@ class Tunnels(Protocol):
 class MeshNames(Protocol):
     """The names of the mesh in DNS."""
 
-    def answer(self, pod: Add, datagram: bytes) -> bytes | None:
-        """Returns the answer to a query of the pod; None for the resolver that it asked."""
+    def client(self, pod: Add) -> Workload | None:
+        """Returns who asks; None if the mesh does not know the pod."""
+
+    def answer(self, client: Workload, message: bytes, question: bytes, *, udp: bool) -> bytes | None:
+        """Returns the answer to a query with the question; None for the resolver that the pod asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +137,9 @@ class PodContext:
 
     `diag` reads its sockets; `add` is how the agent named it; `live` has its connections and pending queries;
     `connecting` the ends of ztunnel's own connections, by which it recognises one that is redirected to it, and how
-    often that has happened on behalf of one application's connection. `inbound` has the inbound connections that a
-    change of policies may end, `counted` the connections that Istio's metrics count.
+    often that has happened on behalf of one application's connection. `dns_connections` has those of a mesh to
+    resolvers, `inbound` the inbound connections that a change of policies may end, `counted` the connections that
+    Istio's metrics count.
     """
 
     uid: str
@@ -146,9 +151,25 @@ class PodContext:
     add: Add
     live: set[Live] = field(default_factory=set)
     connecting: dict[Ends, int] = field(default_factory=dict)
+    dns_connections: set[Live] = field(default_factory=set)
     inbound: dict[InboundLive, InboundEnds] = field(default_factory=dict)
     counted: dict[LiveConnection, CountedConnection] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)
+
+    def returns(self, accepted: socket.socket, source: Address, destination: Address) -> int:
+        """Returns how often a connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
+
+        Both ends are compared, because the kernel gives one local port to several sockets. A connection that rules
+        redirect within the pod arrives at a loopback address. Raises OSError.
+        """
+        before = self.connecting.get((source[:2], destination[:2]))
+        return 0 if before is None or not is_loopback(plain(accepted.getsockname())[0]) else before + 1
+
+    def warn_of_loop(self, what: str) -> str:
+        """Logs, now and then, that a query or connection of ztunnel came back to it; returns the text."""
+        text = f"ztunnel's own {what} was redirected to ztunnel: a rule in the pod overwrites its mark"
+        self.warnings.log(f"pod {self.name}: {text}")
+        return text
 
     def count(self, connection: LiveConnection, parties: Parties | None, began: Began) -> None:
         """Counts a connection once its way is decided; `end` counts its end."""

@@ -15,6 +15,7 @@ from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add
+from agent.ztunnel.dns.dns_connection import DnsConnection
 from agent.ztunnel.dns.forwarding import Resolver
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.pod_sockets import Listeners, listen
@@ -99,7 +100,11 @@ class PodListener:
                 if not tunnels.hold(self.pod, accept, client.close):
                     accept()
                 continue
-            taken = ProxiedConnection(self.pod, Reporter.DESTINATION if inbound else Reporter.SOURCE, client, peer)
+            taken: DnsConnection | ProxiedConnection
+            if self.pod.engine.mesh_names is not None and listener in self._listeners.dns_tcp:
+                taken = DnsConnection(self.pod, client, peer)
+            else:
+                taken = ProxiedConnection(self.pod, Reporter.DESTINATION if inbound else Reporter.SOURCE, client, peer)
             if len(self.pod.live) < self.pod.engine.share:
                 if tunnels is None or not tunnels.hold(self.pod, taken.open, taken.abort):
                     taken.open()

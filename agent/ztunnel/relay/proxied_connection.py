@@ -15,7 +15,6 @@ import socket
 import time
 
 from agent.core.errors import SluiceError
-from agent.core.model.sockets import is_loopback
 from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
@@ -26,7 +25,6 @@ from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 # Once may be chance: its port has met an entry of conntrack that outlived an application's connection.
 _MOST_RETURNS = 1
-_ITSELF = "ztunnel's own connection was redirected to ztunnel: a rule in the pod overwrites its mark"
 
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
@@ -95,10 +93,9 @@ class ProxiedConnection:
         if original_dst.is_own(destination, self._client):
             self._end("refused", "the destination is a port of ztunnel itself")
             return
-        returns = self._returns(destination) if own else 0
+        returns = self._pod.returns(self._client, self._source, destination) if own else 0
         if returns > _MOST_RETURNS:
-            self._end("refused", _ITSELF)
-            self._pod.warnings.log(f"pod {self._pod.name}: {_ITSELF}")
+            self._end("refused", self._pod.warn_of_loop("connection"))
             return
         onward = destination if returns else self._onward(destination)
         if onward is None:  # it has a tunnel
@@ -126,17 +123,6 @@ class ProxiedConnection:
             self._pod.inbound[self] = InboundEnds(self._source, destination)
         self._pod.count(self, hop.parties, self._began)
         return hop.address
-
-    def _returns(self, destination: Address) -> int:
-        """Returns how often the connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
-
-        Both ends are compared, because the kernel gives one local port to several sockets. A connection that rules
-        redirect within the pod arrives at a loopback address.
-        """
-        before = self._pod.connecting.get((self._source[:2], destination[:2]))
-        if before is None or not is_loopback(original_dst.plain(self._client.getsockname())[0]):
-            return 0
-        return before + 1
 
     def _reach(self, destination: Address, source: Address) -> socket.socket:
         if self._reporter is Reporter.DESTINATION:

@@ -11,6 +11,7 @@ import time
 from typing import Final, Protocol
 
 from agent.ztunnel.telemetry import access_log
+from agent.ztunnel.telemetry.dns_metrics import DnsMetrics
 from agent.ztunnel.telemetry.records import Began, RecordWriter
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.telemetry.traffic_labels import Parties
@@ -64,6 +65,7 @@ class TrafficAccount:
     def __init__(self, log: RecordWriter, *, as_json: bool) -> None:
         """Takes the writer of the access log."""
         self.metrics = TrafficMetrics()
+        self.dns = DnsMetrics()
         self._log = log
         self._as_json = as_json
         self._open: set[CountedConnection] = set()
@@ -116,4 +118,4 @@ class TrafficAccount:
         """Returns all counts as they are now."""
         for counted in self._open:
             counted.settle()
-        return self.metrics.snapshot()
+        return {**self.metrics.snapshot(), **self.dns.snapshot()}

@@ -15,7 +15,7 @@ from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.telemetry.traffic_labels import TrafficLabels
 
 LabelPairs = tuple[tuple[str, str], ...]
-Series = dict[tuple[str, LabelPairs], int]  # (family, labels) to value
+Series = dict[tuple[str, LabelPairs], float]  # (family, labels) to value; a histogram's family with its suffix
 
 _OPENED, _CLOSED, _FAILED = (
     "istio_tcp_connections_opened",
@@ -23,6 +23,12 @@ _OPENED, _CLOSED, _FAILED = (
     "istio_tcp_connections_failed",
 )
 _SENT, _RECEIVED, _OPEN = "istio_tcp_sent_bytes", "istio_tcp_received_bytes", "istio_tcp_sockets_open"
+DNS_REQUESTS, DNS_FORWARDED, DNS_FAILED, DNS_DURATION = (
+    "istio_dns_requests",
+    "istio_dns_upstream_requests",
+    "istio_dns_upstream_failures",
+    "istio_dns_upstream_request_duration_seconds",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     _SENT: Family("counter", "The size of total bytes sent as a response during a TCP connection"),
     _FAILED: Family("counter", "The total number of TCP connections that failed"),
     _OPEN: Family("gauge", "The number of TCP connections that are open"),
+    DNS_REQUESTS: Family("counter", "The total number of DNS queries"),
+    DNS_FORWARDED: Family("counter", "The total number of DNS queries that a resolver was asked"),
+    DNS_FAILED: Family("counter", "The total number of DNS queries that no resolver could answer"),
+    DNS_DURATION: Family("histogram", "The time from a DNS query to the answer of its resolver"),
 }
 
 
@@ -103,20 +113,29 @@ def merged(parts: Iterable[Series]) -> Series:
 
 def counters(series: Series) -> Series:
     """Returns what stays of a process that has ended: its gauges are gone with it."""
-    return {key: value for key, value in series.items() if FAMILIES[key[0]].kind == "counter"}
+    return {key: value for key, value in series.items() if FAMILIES[_family(key[0])].kind != "gauge"}
 
 
 def render(series: Series, families: Mapping[str, Family] = FAMILIES) -> str:
     """Returns OpenMetrics text without the end mark; families without a value are left out."""
     by_family: dict[str, list[str]] = {}
     for (name, labels), value in series.items():
-        suffix = "_total" if families[name].kind == "counter" else ""
-        by_family.setdefault(name, []).append(f"{name}{suffix}{_braces(labels)} {value}")
+        found = _family(name)
+        suffix = "_total" if families[found].kind == "counter" else ""
+        by_family.setdefault(found, []).append(f"{name}{suffix}{_braces(labels)} {value}")
     lines = []
     for name, family in families.items():
         if name in by_family:
-            lines += [f"# HELP {name} {family.help}.", f"# TYPE {name} {family.kind}", *sorted(by_family[name])]
+            samples = by_family[name]
+            if family.kind != "histogram":  # its buckets have an order of their own
+                samples.sort()
+            lines += [f"# HELP {name} {family.help}.", f"# TYPE {name} {family.kind}", *samples]
     return "".join(f"{line}\n" for line in lines)
+
+
+def _family(name: str) -> str:
+    """Returns the family of a sample; only a histogram has several samples of one label set."""
+    return DNS_DURATION if name.startswith(DNS_DURATION) else name
 
 
 def _braces(labels: Sequence[tuple[str, str]]) -> str:

@@ -30,7 +30,9 @@ class World:
         loop = SimpleNamespace(time=lambda: 1.0, call_soon=lambda *_: None)
         poller = SimpleNamespace(loop=loop, add=self.handlers.__setitem__, remove=self.handlers.pop)
         self.pod: Any = SimpleNamespace(
-            engine=SimpleNamespace(poller=poller, queries=deadlines, answered=deadlines, share=16384, mesh_names=None),
+            engine=SimpleNamespace(
+                poller=poller, queries=deadlines, answered=deadlines, share=16384, mesh_names=None, traffic=None
+            ),
             live=set(),
             upstream=SimpleNamespace(take=self.take),
             record=lambda kind, *rest: self.said.append((kind, rest[6])),

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DNS of a pod in a mesh, with real packets over UDP and TCP: names of the mesh, all else, and broken resolvers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from scapy.layers.dns import DNS, DNSQR, DNSRROPT
+from support.hbone import PORTLESS
+from support.leaking import marking
+from support.ztunnel import POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
+
+from agent.zds.messages import Delete
+from agent.ztunnel.dns.dns_connection import MOST_PENDING
+from agent.ztunnel.dns.dnsmessage import failure
+
+pytestmark = pytest.mark.root
+
+VIP = "10.99.0.1"
+ENDPOINTS = 90
+SILENT_SECONDS = 0.5
+MESH = f"""
+services:
+- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+- {{name: many, namespace: demo, hostname: many.demo.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
+workloads:
+- {{uid: web, name: web, namespace: shop, serviceAccount: default, trustDomain: cluster.local, canonicalName: web,
+   canonicalRevision: v1, workloadIps: [{POD4}, "{POD6}"], services: {{}}}}""" + "".join(
+    f"""
+- {{uid: m{number}, name: m{number}, namespace: demo, workloadIps: [10.98.0.{number}],
+   services: {{demo/many.demo.svc.cluster.local: {{80: 8080}}}}}}"""
+    for number in range(ENDPOINTS)
+)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """One pod in a mesh; the peer is the network, and has resolvers or not."""
+    with labs(tmp_path) as made:
+        serve(made)
+        yield made
+
+
+def serve(lab: Lab, settings: str = PORTLESS) -> None:
+    (lab.folder / "mesh.yaml").write_text(MESH)
+    mesh = f"mesh={str(lab.folder / 'mesh.yaml')!r}, identities='development:{lab.folder / 'ca'}'"
+    lab.serve(settings=f"{mesh}, dns_seconds={SILENT_SECONDS}, {settings}")
+
+
+def query(number: int, name: str = "example.com", kind: str | int = "A", **rest: object) -> bytes:
+    return bytes(DNS(id=number, rd=1, qd=DNSQR(qname=name, qtype=kind), **rest))
+
+
+def framed(*messages: bytes) -> bytes:
+    return b"".join(struct.pack(">H", len(message)) + message for message in messages)
+
+
+def read(end: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = end.recv(size - len(data))
+        assert part, f"the end after {data!r}"
+        data += part
+    return data
+
+
+def message(end: socket.socket) -> bytes:
+    return read(end, struct.unpack(">H", read(end, 2))[0])
+
+
+def addresses(answer: bytes) -> list[str]:
+    return [record.rdata for record in DNS(answer).an or ()]
+
+
+@contextlib.contextmanager
+def resolving(lab: Lab, host: str = RESOLVER4) -> Iterator[tuple[socket.socket, Callable[[], socket.socket]]]:
+    """(a client's connection to the resolver, which accepts with the second)."""
+    with contextlib.ExitStack() as made:
+        listener = made.enter_context(lab.peer.listen(host, 53))
+        client = made.enter_context(lab.pod.connect(host, 53))
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def accept() -> socket.socket:
+            listener.settimeout(SECONDS)
+            server = made.enter_context(listener.accept()[0])
+            server.settimeout(SECONDS)
+            return server
+
+        yield client, accept
+
+
+@pytest.mark.parametrize("host", [RESOLVER4, RESOLVER6])
+def test_names_of_the_mesh_need_no_resolver(lab: Lab, host: str) -> None:
+    with lab.pod.connect(host, 53) as client:
+        for number in (1, 2):
+            client.sendall(framed(query(number, "shop.demo")))
+            answer = message(client)
+            assert (DNS(answer).id, addresses(answer)) == (number, [VIP])
+        client.sendall(framed(query(3, "shop.demo", "AAAA")))
+        nothing = DNS(message(client))
+        assert (nothing.id, nothing.rcode, nothing.ancount, nothing.aa) == (3, 0, 0, 1)
+    assert lab.ztunnel.wait_record(kind="dns", close="mesh")["destination"].rstrip("0123456789").endswith(":")
+
+
+OTHERS = {
+    "another name": query(7),
+    "another type": query(7, "shop.demo", "SRV"),
+    "EDNS with options": query(7, ar=[DNSRROPT(rclass=1232, rdata=b"")]),
+    "another class": bytes(DNS(id=7, rd=1, qd=DNSQR(qname="version.bind", qtype="TXT", qclass=3))),
+    "UPDATE": bytes(DNS(id=7, opcode=5, qd=DNSQR(qname="shop.demo", qtype="SOA"))) + bytes(40),
+    "NOTIFY": bytes(DNS(id=7, opcode=4, qd=DNSQR(qname="shop.demo", qtype="SOA"))),
+    "two questions": bytes(DNS(id=7, rd=1, qd=[DNSQR(qname="shop.demo"), DNSQR(qname="shop.demo")])),
+    "no DNS": b"\0\1",
+    "nothing": b"",
+    "64 KiB": query(7) + os.urandom(65535 - len(query(7))),
+}
+
+
+def test_everything_else_passes_unchanged(lab: Lab) -> None:
+    for host, other in itertools.product((RESOLVER4, RESOLVER6), OTHERS):
+        _passes_unchanged(lab, framed(OTHERS[other]), host)
+
+
+def _passes_unchanged(lab: Lab, asked: bytes, host: str) -> None:
+    answer = framed(b"\0\7\x81\x80" + os.urandom(65531))
+    with resolving(lab, host) as (client, accept):
+        client.sendall(asked)
+        server = accept()
+        assert read(server, len(asked)) == asked
+        server.sendall(answer)
+        assert read(client, len(answer)) == answer
+        client.sendall(framed(query(8, "shop.demo")))  # the connection is still that of a pod in a mesh
+        assert addresses(message(client)) == [VIP]
+        client.shutdown(socket.SHUT_WR)
+        assert server.recv(1) == b""
+        server.close()
+        assert client.recv(1) == b""
+
+
+def test_a_transfer_has_many_messages_and_outlives_the_clients_end(lab: Lab) -> None:
+    asked = framed(query(7, "example.com", "AXFR"))
+    parts = [framed(b"\0\7\x84\0" + os.urandom(size)) for size in (10, 65531, 3000)]
+    with resolving(lab) as (client, accept):
+        client.sendall(asked)
+        client.shutdown(socket.SHUT_WR)
+        server = accept()
+        assert read_all(server) == asked
+        for part in parts:
+            server.sendall(part)
+            assert read(client, len(part)) == part
+        server.close()
+        assert client.recv(1) == b""
+    assert lab.ztunnel.wait_record(kind="dns", close="fin")["received"] == 14
+
+
+def test_queries_in_one_segment_are_answered_by_whom_they_concern(lab: Lab) -> None:
+    with resolving(lab) as (client, accept):
+        client.sendall(framed(query(1), query(2, "shop.demo"), query(3, "example.org"), query(4, "shop.demo")))
+        assert [DNS(message(client)).id for _ in range(2)] == [2, 4]
+        server = accept()
+        assert [message(server) for _ in range(2)] == [query(1), query(3, "example.org")]
+        server.sendall(framed(b"\0\3\x81\x80three", b"\0\1\x81\x80one"))
+        assert [message(client) for _ in range(2)] == [b"\0\3\x81\x80three", b"\0\1\x81\x80one"]
+
+
+def test_segments_of_one_byte(lab: Lab) -> None:
+    with resolving(lab) as (client, accept):
+        stream = framed(query(1, "shop.demo"), query(2), query(3, "shop.demo"))
+        for at in range(len(stream)):
+            client.sendall(stream[at : at + 1])
+            time.sleep(0.001)
+        assert [addresses(message(client)) for _ in range(2)] == [[VIP], [VIP]]
+        server = accept()
+        assert message(server) == query(2)
+        for byte in framed(b"\0\2\x81\x80two"):
+            server.sendall(bytes((byte,)))
+            time.sleep(0.001)
+        assert message(client) == b"\0\2\x81\x80two"
+
+
+def test_an_answer_of_the_mesh_never_interrupts_a_message(lab: Lab) -> None:
+    long = framed(b"\0\1\x81\x80" + os.urandom(65531))
+    with resolving(lab) as (client, accept):
+        client.sendall(framed(query(1)))
+        server = accept()
+        assert message(server) == query(1)
+        server.sendall(long[:40000])
+        assert read(client, 40000) == long[:40000]
+        client.sendall(framed(query(2, "shop.demo")))
+        client.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        client.settimeout(SECONDS)
+        server.sendall(long[40000:])
+        assert read(client, len(long) - 40000) == long[40000:]
+        assert addresses(message(client)) == [VIP]
+
+
+def test_many_queries_at_once_are_read_as_they_are_answered(lab: Lab) -> None:
+    count = 5 * MOST_PENDING
+    with resolving(lab) as (client, accept):
+        sender = threading.Thread(target=client.sendall, args=(framed(*(query(n) for n in range(count))),))
+        sender.start()
+        server = accept()
+        first = [message(server) for _ in range(MOST_PENDING)]
+        server.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            server.recv(1)
+        server.settimeout(SECONDS)
+        server.sendall(framed(*(one[:2] + b"\x81\x80" for one in first)))
+        for _ in range(count - MOST_PENDING):
+            server.sendall(framed(message(server)[:2] + b"\x81\x80"))
+        sender.join()
+        assert [message(client)[:2] for _ in range(count)] == [struct.pack(">H", n) for n in range(count)]
+
+
+def test_an_answer_too_large_for_udp_comes_by_tcp(lab: Lab) -> None:
+    def asked(edns: int) -> DNS:
+        with lab.pod.make(kind=socket.SOCK_DGRAM) as client:
+            client.sendto(query(7, "many.demo", ar=[DNSRROPT(rclass=edns)] if edns else []), (RESOLVER4, 53))
+            answer = client.recv(9000)
+            assert len(answer) <= max(512, edns)
+            return DNS(answer)
+
+    assert [(asked(edns).tc, asked(edns).ancount) for edns in (0, 1232, 4096)] == [(1, 0), (1, 0), (0, ENDPOINTS)]
+    with lab.pod.connect(RESOLVER4, 53) as client:
+        client.sendall(framed(query(7, "many.demo")))
+        assert set(addresses(message(client))) == {f"10.98.0.{number}" for number in range(ENDPOINTS)}
+
+
+def test_another_protocol_on_the_port_of_dns_passes(lab: Lab) -> None:
+    with resolving(lab) as (client, accept):
+        client.sendall(b"SSH-2.0-client\r\n")
+        server = accept()
+        assert read(server, 16) == b"SSH-2.0-client\r\n"
+        server.sendall(b"SSH-2.0-server\r\n")
+        assert read(client, 16) == b"SSH-2.0-server\r\n"
+        data = os.urandom(1 << 20)
+        sender = threading.Thread(target=client.sendall, args=(data,))
+        sender.start()
+        assert read(server, len(data)) == data
+        sender.join()
+        server.close()
+        assert client.recv(1) == b""
+    record = lab.ztunnel.wait_record(kind="tcp", close="fin")
+    assert (record["sent"], record["received"]) == (16 + len(data), 16)
+
+
+# Resolvers that are broken
+
+
+def _refuses(lab: Lab) -> None:
+    """Nothing listens."""
+
+
+def _is_away(lab: Lab) -> None:
+    lab.peer.ip("address", "del", f"{RESOLVER4}/24", "dev", "eth0")
+    lab.pod.ip("neigh", "replace", RESOLVER4, "lladdr", "02:00:00:00:00:99", "dev", "eth0")
+
+
+def _is_silent(lab: Lab) -> None:
+    lab.close_later(lab.peer.listen(RESOLVER4, 53), lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM))
+
+
+def _closes(lab: Lab) -> None:
+    listener = lab.peer.listen(RESOLVER4, 53)
+    lab.close_later(listener)
+
+    def close_each() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as server:
+                    message(server)
+
+    threading.Thread(target=close_each, daemon=True).start()
+
+
+@pytest.mark.parametrize("breaks", [_refuses, _is_away, _is_silent, _closes])
+def test_a_broken_resolver_is_answered_for(lab: Lab, breaks: Callable[[Lab], None]) -> None:
+    breaks(lab)
+    with lab.pod.connect(RESOLVER4, 53) as client:
+        for number in (1, 3):
+            began = time.monotonic()
+            client.sendall(framed(query(number), query(number + 1, "shop.demo")))
+            answers = sorted((message(client) for _ in range(2)), key=lambda answer: answer[:2])
+            assert answers[0] == failure(query(number)), "SERVFAIL"
+            assert addresses(answers[1]) == [VIP]
+            assert time.monotonic() - began < SILENT_SECONDS + 3
+    assert lab.ztunnel.wait_record(kind="dns", close="mesh")
+    with lab.pod.make(kind=socket.SOCK_DGRAM) as client:
+        client.sendto(query(5), (RESOLVER4, 53))
+        assert client.recv(2000) == failure(query(5))
+
+
+def test_a_late_answer_passes_by_udp_and_is_dropped_by_tcp(lab: Lab) -> None:
+    with (
+        lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM) as resolver,
+        lab.pod.make(kind=socket.SOCK_DGRAM) as client,
+    ):
+        client.sendto(query(1), (RESOLVER4, 53))
+        _, asker = resolver.recvfrom(2000)
+        assert client.recv(2000) == failure(query(1))
+        time.sleep(3)  # longer than a flow is kept whose queries were all answered
+        resolver.sendto(b"\0\1\x81\x80late", asker)
+        assert client.recv(2000) == b"\0\1\x81\x80late"
+    with resolving(lab) as (client, accept):
+        client.sendall(framed(query(1)))
+        server = accept()
+        assert (message(server), message(client)) == (query(1), failure(query(1)))
+        client.sendall(framed(query(2)))
+        assert message(server) == query(2)
+        server.sendall(framed(b"\0\1\x81\x80late", b"\0\2\x81\x80two"))
+        assert message(client) == b"\0\2\x81\x80two"
+
+
+def test_half_an_answer_is_a_failure(lab: Lab) -> None:
+    with resolving(lab) as (client, accept):
+        client.sendall(framed(query(1)))
+        server = accept()
+        server.sendall(framed(b"\0\1\x81\x80" + bytes(1000))[:500])
+        read(client, 500)
+        server.close()
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_an_unused_connection_is_closed(tmp_path: Path) -> None:
+    with labs(tmp_path) as lab:
+        serve(lab, f"connect_seconds=0.3, {PORTLESS}")
+        with lab.pod.connect(RESOLVER4, 53) as client:
+            client.sendall(framed(query(1, "shop.demo")) + b"\0")
+            assert addresses(message(client)) == [VIP]
+            assert client.recv(1) == b""
+
+
+def test_a_connection_of_its_own_that_comes_back_is_refused(lab: Lab) -> None:
+    with resolving(lab) as (client, _), marking(lab.pod.path, "meta l4proto tcp", 0x40000):
+        client.sendall(framed(query(1)))
+        assert message(client) == failure(query(1))
+    assert "overwrites its mark" in lab.ztunnel.wait_record(kind="tcp", close="refused")["error"]
+
+
+def test_the_end_of_the_pod_ends_its_queries(lab: Lab) -> None:
+    with resolving(lab) as (client, accept):
+        client.sendall(framed(query(1)))
+        server = accept()
+        message(server)
+        assert lab.agent.ask(Delete("uid-1")) == ""
+        for end in (client, server):
+            with pytest.raises(ConnectionResetError):
+                end.recv(1)
+    assert lab.ztunnel.wait_record(kind="dns", close="drained")
+
+
+def test_queries_are_counted(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with labs(tmp_path) as lab:
+        serve(lab, f"stats_address='127.0.0.1:{port}', ready_address='', admin_address=''")
+        with lab.pod.make(kind=socket.SOCK_DGRAM) as client, lab.pod.connect(RESOLVER4, 53) as other:
+            client.sendto(query(1, "shop.demo"), (RESOLVER4, 53))
+            client.recv(2000)
+            other.sendall(framed(query(2, kind="MX"), query(3, kind=65000)))
+            assert sorted(message(other)[:2] for _ in range(2)) == [b"\0\2", b"\0\3"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=SECONDS) as page:
+            lines = page.read().decode().splitlines()
+
+    def value(name: str, kind: str, protocol: str, more: str = "") -> str:
+        labels = (
+            f'request_query_type="{kind}",request_protocol="{protocol}",'
+            f'source_canonical_service="web",source_canonical_revision="v1"{more}'
+        )
+        start = f"{name}{{{labels}}} "
+        return next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
+
+    assert value("istio_dns_requests_total", "a", "udp") == "1"
+    assert value("istio_dns_upstream_requests_total", "a", "udp") == ""
+    for kind in ("mx", "unknown"):
+        assert [
+            value(f"istio_dns_{name}_total", kind, "tcp")
+            for name in ("requests", "upstream_requests", "upstream_failures")
+        ] == ["1"] * 3
+    duration = "istio_dns_upstream_request_duration_seconds"
+    assert value(f"{duration}_bucket", "mx", "tcp", ',le="+Inf"') == value(f"{duration}_count", "mx", "tcp") == "1"
