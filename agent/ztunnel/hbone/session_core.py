@@ -187,7 +187,8 @@ class SessionCore:
             raise Http2Error(ErrorCode.FRAME_SIZE_ERROR, "GOAWAY of another size")
         self.gone = True
         last, code = struct.unpack_from(">LL", frame.raw, frames.HEADER_SIZE)
-        return GoneAway(last & _LARGEST_STREAM, code)
+        # A client's number is that of the last stream of the server, which opens none.
+        return GoneAway(last & _LARGEST_STREAM if self.client else _LARGEST_STREAM, code)
 
     def _pass_on(self, raw: bytes, now: float) -> Iterator[Happening]:
         """Lets h2 process frames. Yields what follows. Raises Http2Error."""
