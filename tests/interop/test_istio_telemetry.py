@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 from support.hbone import Node, exchange, refused, two_nodes
-from support.istio_peer import REAL, WAYS, IstioZtunnel, istio_ztunnel
+from support.istio_peer import WAYS, IstioZtunnel, istio_ztunnel, needs_real
 from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
 
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's")]
+pytestmark = [pytest.mark.root, needs_real]
 
 VIP = "10.99.0.1"
 MESH = f"""

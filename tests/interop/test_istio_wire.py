@@ -13,29 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hbone import Node, joined, refused, two_nodes
-from support.istio_peer import REAL, WAYS, IstioZtunnel, istio_ztunnel
+from support.hbone import MESH, VIP, Node, joined, refused, two_nodes
+from support.istio_peer import WAYS, IstioZtunnel, istio_ztunnel, needs_real
 from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, read_all
 
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's")]
-
-VIP = "10.99.0.1"
-MESH = f"""
-workloads:
-- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
-   workloadIps: [{POD4}, "{POD6}"], workloadName: web, workloadType: deployment, canonicalName: web,
-   canonicalRevision: v1, clusterId: c1, services: {{}}}}
-- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
-   workloadIps: [{PEER4}, "{PEER6}"], workloadName: shop, workloadType: deployment, canonicalName: shop,
-   canonicalRevision: v2, clusterId: c1, services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
-services:
-- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
-policies:
-- {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
-   rules: [[[{{destinationPorts: [9000]}}]]]}}
-"""
+pytestmark = [pytest.mark.root, needs_real]
 
 
 @pytest.fixture(params=WAYS)

@@ -41,6 +41,22 @@ from agent.ztunnel.tls.spiffe import SpiffeId
 HBONE_PORT = 15008
 PORTLESS = "stats_address='', ready_address='', admin_address=''"  # both run in the test's own namespace
 TESTS = Path(__file__).parents[1]
+VIP = "10.99.0.1"
+# For both ztunnels: the pods of `two_nodes`, a service, and a port to which nobody may connect.
+MESH = f"""
+workloads:
+- {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{POD4}, "{POD6}"], workloadName: web, workloadType: deployment, canonicalName: web,
+   canonicalRevision: v1, clusterId: c1, services: {{}}}}
+- {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [{PEER4}, "{PEER6}"], workloadName: shop, workloadType: deployment, canonicalName: shop,
+   canonicalRevision: v2, clusterId: c1, services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
+services:
+- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+policies:
+- {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
+   rules: [[[{{destinationPorts: [9000]}}]]]}}
+"""
 
 
 @dataclass

@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import grpc
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -30,6 +31,9 @@ from agent.ztunnel.tls.development_ca import DevelopmentCa
 REAL = os.environ.get("SLUICE_REAL_ZTUNNEL", "")
 _NUMBERS = itertools.count()
 WAYS = ["ours to Istio's", "Istio's to ours"]  # client to server
+needs_real = pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's")
+OURS, ISTIOS = "Sluice's", "Istio's"
+ZTUNNELS = [OURS, pytest.param(ISTIOS, marks=needs_real)]  # of tests that need only the wire
 
 
 def _server_certificate() -> tuple[bytes, bytes]:
@@ -105,3 +109,14 @@ def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa, network: str =
         made.callback(ztunnel.close)
         node.announce()
         yield ztunnel
+
+
+@contextlib.contextmanager
+def either_ztunnel(whose: str, node: Node, mesh_file: Path) -> Iterator[None]:
+    """Serves the node's pod with the ztunnel of ZTUNNELS."""
+    if whose == OURS:
+        node.start_with(mesh_file)
+        yield
+        return
+    with istio_ztunnel(node, mesh_file, DevelopmentCa(mesh_file.parent / "ca")):
+        yield
