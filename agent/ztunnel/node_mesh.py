@@ -53,7 +53,7 @@ class NodeMesh:
                 log_policies=settings.log_policies,
             ),
         )
-        self.names = MeshNames(self.store, settings.cluster_domain)
+        self.names = MeshNames(self.store, settings.cluster_domain) if settings.mesh_names else None
         self.revocations = _revocations(settings)
         self.tunnels = HboneTunnels(poller, self.contexts, self.router, self.revocations)
         self._tasks: list[asyncio.Task[None]] = []

@@ -34,6 +34,8 @@ class ZtunnelSettings:
     certificates come from (development:DIRECTORY, files:DIRECTORY, istio:URL or spiffe:URL). `revocation_lists`: a file
     or directory, "" for none; `revocation_failure`: what holds for peers without a current list, open or closed.
 
+    `mesh_names`: False leaves all DNS to the resolvers.
+
     `gateway`: NAMESPACE/POD/SERVICE-ACCOUNT makes the process the east-west gateway that is this pod of the mesh;
     `gateway_address` is HOST:PORT.
     """
@@ -62,6 +64,7 @@ class ZtunnelSettings:
     cluster_domain: str = "cluster.local"
     cluster_id: str = "Kubernetes"
     preferred_namespace: str = ""
+    mesh_names: bool = True
     response_baggage: bool = True
     tunnel_to_loopback: bool = True
     log_policies: bool = False
@@ -137,8 +140,12 @@ def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, l
             ca_headers=_prefixed(environment, "CA_HEADER_"),
             metadata=_prefixed(environment, "ISTIO_META_"),
         ),
-        sorted(name for name in environment if name in _NOT_UNDERSTOOD and environment[name]),
+        sorted(name for name, value in environment.items() if value and _is_not_understood(name, value)),
     )
+
+
+def _is_not_understood(name: str, value: str) -> bool:
+    return name.startswith("ISTIO_METAJSON_") or value.lower() != _NOT_UNDERSTOOD.get(name, value.lower())
 
 
 _MESH_PORTS: Final = ("[::]:15020", "[::]:15021", "127.0.0.1:15000")
@@ -180,8 +187,9 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "NETWORK": ("network", str),
     "TRUST_DOMAIN": ("trust_domain", str),
     "CLUSTER_DOMAIN": ("cluster_domain", str),
-    "ISTIO_META_CLUSTER_ID": ("cluster_id", str),
     "CLUSTER_ID": ("cluster_id", str),
+    "ISTIO_META_CLUSTER_ID": ("cluster_id", str),  # comes before the other one
+    "ISTIO_META_DNS_CAPTURE": ("mesh_names", lambda text: text.lower() == "true"),
     "LOG_FORMAT": ("access_log_json", lambda text: text.lower() == "json"),
     "PREFERED_SERVICE_NAMESPACE": ("preferred_namespace", str),  # spelled so
     "ENABLE_RESPONSE_BAGGAGE": ("response_baggage", _flag),
@@ -199,11 +207,21 @@ _VARIABLES: Final[Mapping[str, tuple[str, Callable[[str], Any]]]] = {
     "POD_NAMESPACE": ("pod_namespace", str),
     "INSTANCE_IP": ("pod_ip", str),
 }
-# Variables that change what Istio's ztunnel does and this one does not follow.
-_NOT_UNDERSTOOD: Final = frozenset((
-    "COMPLIANCE_POLICY", "ENABLE_ORIG_SRC", "ENABLE_PROXY", "FAKE_CA", "HTTP2_CONNECTION_WINDOW_SIZE",
-    "HTTP2_FRAME_SIZE", "HTTP2_STREAM_WINDOW_SIZE", "INPOD_PORT_REUSE", "IPV6_ENABLED", "KEEPALIVE_ENABLED",
-    "KEEPALIVE_INTERVAL", "KEEPALIVE_RETRIES", "KEEPALIVE_TIME", "LOCAL_XDS", "PACKET_MARK",
-    "POOL_MAX_STREAMS_PER_CONNECTION", "POOL_UNUSED_RELEASE_TIMEOUT", "PROXY_CONFIG", "PROXY_WORKLOAD_INFO",
-    "TLS12_ENABLED", "UNSTABLE_ENABLE_SOCKS5", "USER_TIMEOUT_ENABLED", "XDS_ON_DEMAND", "ZTUNNEL_WORKER_THREADS",
-))  # fmt: skip
+# Variables that change what Istio's ztunnel does and this one does not follow, with the value that changes nothing.
+_NOT_UNDERSTOOD: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("ENABLE_PROXY", "INPOD_PORT_REUSE", "IPV6_ENABLED", "KEEPALIVE_ENABLED"), "true"),
+    **dict.fromkeys(
+        ("FAKE_CA", "TLS12_ENABLED", "UNSTABLE_ENABLE_SOCKS5", "USER_TIMEOUT_ENABLED", "XDS_ON_DEMAND"), "false"
+    ),
+    "KEEPALIVE_INTERVAL": "180s",
+    "KEEPALIVE_RETRIES": "9",
+    "KEEPALIVE_TIME": "180s",
+    "PROXY_MODE": "shared",
+    "RUST_LOG": "info",
+    **dict.fromkeys((
+        "COMPLIANCE_POLICY", "ENABLE_ORIG_SRC", "HTTP2_CONNECTION_WINDOW_SIZE", "HTTP2_FRAME_SIZE",
+        "HTTP2_STREAM_WINDOW_SIZE", "ISTIO_META_DNS_PROXY_ADDR", "LOCAL_XDS", "PACKET_MARK",
+        "POOL_MAX_STREAMS_PER_CONNECTION", "POOL_UNUSED_RELEASE_TIMEOUT", "PROXY_CONFIG", "PROXY_WORKLOAD_INFO",
+        "ZTUNNEL_WORKER_THREADS",
+    ), ""),
+}  # fmt: skip

@@ -16,10 +16,13 @@ import pytest
 from support.hbone import Node, joined, two_nodes
 from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, abort, read_all
 
+from agent.kernel.exec import run
+
 pytestmark = pytest.mark.root
 
 MARKER = b"the payload of this test must not be on the wire"
 ETH_P_ALL = 3
+CUT = "table inet cut { chain cut { type filter hook prerouting priority -400; iifname != lo drop; }; }"
 
 
 @pytest.fixture
@@ -184,6 +187,26 @@ def test_an_application_that_does_not_listen_is_a_reset(nodes: tuple[Node, Node]
     with joined(*nodes) as (client, server):  # the session goes on
         client.sendall(b"y")
         assert server.recv(1) == b"y"
+
+
+def test_both_applications_hear_that_the_other_node_is_gone(tmp_path: Path) -> None:
+    """No RST and no FIN comes: only the pings of both ztunnels notice."""
+    quick = "from agent.ztunnel.hbone import limits\nlimits.PING_SECONDS, limits.PING_TIMEOUT_SECONDS = 0.5, 1.0"
+    with two_nodes(tmp_path) as (web, shop):
+        for node in (web, shop):
+            node.start(first=quick)
+        with joined(web, shop) as (client, server):
+            client.sendall(b"question")
+            assert server.recv(100) == b"question"
+            for node in (web, shop):
+                run(["nft", "-f", "-"], stdin=CUT, netns=node.pod.path)
+            for end in (client, server):
+                end.settimeout(SECONDS)
+                with pytest.raises(ConnectionResetError):
+                    end.recv(1)
+        for node, direction in ((web, "outbound"), (shop, "inbound")):
+            record = node.ztunnel.wait_record(kind="hbone", direction=direction)
+            assert (record["close"], record["error"]) == ("error", "HBONE ping timeout")
 
 
 def test_new_streams_find_the_next_instance_when_one_drains(nodes: tuple[Node, Node], tmp_path: Path) -> None:

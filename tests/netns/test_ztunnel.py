@@ -97,6 +97,14 @@ def test_the_ephemeral_ports_are_left_to_the_application(served: Lab, host: str)
 
 
 @pytest.mark.parametrize("direction", ["outbound", "inbound"])
+def test_the_far_end_is_probed_without_the_application(served: Lab, direction: str) -> None:
+    client, server = getattr(served, direction)()
+    far = server if direction == "outbound" else client
+    with contextlib.closing(served.pod.call(SockDiag)) as diag:
+        assert 170 < keepalive_of_ztunnel(diag, far.getsockname()[:2]) <= 180
+
+
+@pytest.mark.parametrize("direction", ["outbound", "inbound"])
 def test_the_far_end_is_probed_as_the_application_probes(served: Lab, direction: str) -> None:
     client, server = getattr(served, direction)()
     application, far = (client, server) if direction == "outbound" else (server, client)

@@ -109,11 +109,12 @@ class MeshZtunnel(Ztunnel):
     """The real process with a SmallMesh."""
 
     def __init__(
-        self, socket_path: Path, records: Path, authority: Path, *, drain: float = 5.0, mesh: str = ""
+        self, socket_path: Path, records: Path, authority: Path, *, drain: float = 5.0, mesh: str = "", first: str = ""
     ) -> None:
+        """Takes the arguments of SmallMesh, and code to run `first`."""
         self.path = records
         code = (
-            f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n"
+            f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{first}\n"
             "from agent.ztunnel.app import main\nfrom agent.ztunnel.ztunnel_settings import ZtunnelSettings\n"
             "from support.hbone import SmallMesh\n"
             f"settings = ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
@@ -135,11 +136,16 @@ class Node:
         self.ztunnel: Ztunnel
 
     def start(
-        self, name: str = "records", *, drain: float = 5.0, mesh: str = "", authority: Path | None = None
+        self,
+        name: str = "records",
+        *,
+        drain: float = 5.0,
+        mesh: str = "",
+        authority: Path | None = None,
+        first: str = "",
     ) -> Ztunnel:
-        self.ztunnel = MeshZtunnel(
-            self.agent.path, self.folder / name, authority or self.folder.parent / "ca", drain=drain, mesh=mesh
-        )
+        authority = authority or self.folder.parent / "ca"
+        self.ztunnel = MeshZtunnel(self.agent.path, self.folder / name, authority, drain=drain, mesh=mesh, first=first)
         return self._serve()
 
     def start_with(self, mesh_file: Path, settings: str = "", identities: str = "") -> Ztunnel:

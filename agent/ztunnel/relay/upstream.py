@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from agent.core import names
+from agent.ztunnel.relay import keepalive
 from agent.ztunnel.relay.original_dst import Address
 
 BATCH = 16
@@ -177,7 +178,7 @@ def marked(family: int, kind: int) -> socket.socket:
         fresh.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK)
         if kind == socket.SOCK_STREAM:  # accepted sockets inherit these options from their listener
             fresh.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            fresh.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            keepalive.probe_by_default(fresh)
             fresh.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
     except BaseException:
         fresh.close()

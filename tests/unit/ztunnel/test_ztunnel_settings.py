@@ -31,10 +31,22 @@ def test_the_daemonset_of_istios_chart_needs_no_other_setting() -> None:
 
 
 def test_what_would_change_something_and_is_not_understood_is_named() -> None:
-    assert from_environment({"XDS_ON_DEMAND": "true", "POOL_MAX_STREAMS_PER_CONNECTION": "9", "HOME": "/"})[1] == [
-        "POOL_MAX_STREAMS_PER_CONNECTION",
-        "XDS_ON_DEMAND",
-    ]
+    given = {
+        "XDS_ON_DEMAND": "true", "POOL_MAX_STREAMS_PER_CONNECTION": "9", "HOME": "/", "PROXY_MODE": "dedicated",
+        "ISTIO_META_DNS_PROXY_ADDR": "127.0.0.1:53", "ISTIO_METAJSON_LABELS": "{}", "ENABLE_PROXY": "True",
+        "KEEPALIVE_TIME": "180s", "KEEPALIVE_RETRIES": "3",
+    }  # fmt: skip
+    assert from_environment(given)[1] == [
+        "ISTIO_METAJSON_LABELS", "ISTIO_META_DNS_PROXY_ADDR", "KEEPALIVE_RETRIES", "POOL_MAX_STREAMS_PER_CONNECTION",
+        "PROXY_MODE", "XDS_ON_DEMAND",
+    ]  # fmt: skip
+
+
+def test_the_metadata_of_istio_comes_before_its_own_variables_and_may_leave_dns_to_the_resolvers() -> None:
+    settings, _ = from_environment({"ISTIO_META_CLUSTER_ID": "c1", "CLUSTER_ID": "c2"})
+    assert settings.cluster_id == "c1" and settings.mesh_names
+    assert not from_environment({"ISTIO_META_DNS_CAPTURE": "false"})[0].mesh_names
+    assert from_environment({"ISTIO_META_DNS_CAPTURE": "TRUE"})[0].mesh_names
 
 
 @pytest.mark.parametrize(

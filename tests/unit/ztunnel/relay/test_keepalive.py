@@ -38,9 +38,29 @@ def test_the_first_socket_that_is_found_counts(timers: dict[Any, float], idle: i
     assert keepalive.idle_seconds(Diag(timers), ends, 2.0) == idle  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("idle", "interval"), [(1, 1), (15, 5), (7200, 75)])
+@pytest.mark.parametrize(("idle", "interval"), [(1, 1), (15, 5), (179, 59)])
 def test_the_far_end_is_given_up_after_three_times_the_idle_time_at_most(idle: int, interval: int) -> None:
     with socket.socket() as far:
+        keepalive.probe_by_default(far)
         keepalive.probe(far, idle)
-        options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
-        assert [far.getsockopt(socket.IPPROTO_TCP, one) for one in options] == [idle, interval, keepalive.COUNT]
+        assert probes(far) == [idle, interval, keepalive.COUNT]
+
+
+def test_by_default_the_far_end_is_probed_as_by_istios_ztunnel() -> None:
+    with socket.socket() as far:
+        keepalive.probe_by_default(far)
+        keepalive.probe(far, 7200)  # an application with the default of Linux
+        assert far.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) and probes(far) == [180, 180, 9]
+
+
+def test_a_kernel_that_probes_earlier_is_followed() -> None:
+    with socket.socket() as far:
+        for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT):
+            far.setsockopt(socket.IPPROTO_TCP, option, 60)
+        keepalive.probe_by_default(far)
+        assert probes(far) == [60, 60, 60]
+
+
+def probes(far: socket.socket) -> list[int]:
+    options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
+    return [far.getsockopt(socket.IPPROTO_TCP, one) for one in options]
