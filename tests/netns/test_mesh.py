@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR
-from support.hbone import Node, joined, two_nodes
+from support.hbone import PORTLESS, Node, joined, refused, two_nodes
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 pytestmark = pytest.mark.root
@@ -119,6 +119,19 @@ def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_pa
     _wait(lambda: "protokoll: is not a known key; the previous mesh is kept" in log.read_text())
     with connection(nodes, VIP, 80):
         pass
+
+
+def test_the_streams_of_a_session_count_for_the_limit_of_their_pod(tmp_path: Path) -> None:
+    (tmp_path / "mesh.yaml").write_text(MESH)
+    with two_nodes(tmp_path) as (web, shop):
+        web.start_with(tmp_path / "mesh.yaml")
+        shop.start_with(tmp_path / "mesh.yaml", f"share=1, {PORTLESS}")
+        with connection((web, shop), PEER4, 8080):
+            refused(web, shop)
+        assert web.ztunnel.wait_record(direction="outbound")["error"] == "http status: 503"
+        shop.ztunnel.wait_record(direction="inbound", close="fin")
+        with connection((web, shop), PEER4, 8080):
+            pass
 
 
 def test_an_address_outside_the_mesh_is_reached_in_plain(nodes: tuple[Node, Node]) -> None:

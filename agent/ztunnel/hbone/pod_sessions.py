@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from agent.core.errors import SluiceError
 from agent.ztunnel.hbone import connect_request
 from agent.ztunnel.hbone.inbound_stream import InboundStream
-from agent.ztunnel.hbone.next_hop import InboundRequest, NoHop, PodIdentity, Router
+from agent.ztunnel.hbone.next_hop import Admission, InboundRequest, NoHop, PodIdentity, Router
 from agent.ztunnel.hbone.pool import Pool, SessionKey
 from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Headers
@@ -196,9 +196,16 @@ class _Arrived:
             session.answer(stream, connect_request.response(400), end=True)
             return
         sessions = self._sessions
-        decision = sessions.router.inbound(InboundRequest(
-            pod=sessions.identity, peer=self._peer, peer_identity=self._identity, local=self._local, connect=request,
-        ))  # fmt: skip
+        share = sessions.pod.engine.share
+        decision: Admission | NoHop
+        if len(sessions.pod.live) < share:
+            decision = sessions.router.inbound(InboundRequest(
+                pod=sessions.identity, peer=self._peer, peer_identity=self._identity, local=self._local,
+                connect=request,
+            ))  # fmt: skip
+        else:
+            decision = NoHop(f"the pod has reached its limit of {share} connections")
+            sessions.pod.warnings.log(f"pod {sessions.pod.name}: HBONE stream refused: {decision.reason}")
         if isinstance(decision, NoHop):
             session.answer(stream, connect_request.response(decision.status), end=True)
             refused = RefusedError(decision.reason, decision.parties, decision.flag)
