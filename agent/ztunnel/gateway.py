@@ -34,6 +34,7 @@ from agent.ztunnel.ztunnel_settings import ZtunnelSettings, host_and_port
 
 _BACKLOG = 4096
 _LOOK_SECONDS = 0.05
+_SHARES = 4  # of the descriptors: sessions have one at most, streams another
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
             Path(settings.ready_file).touch()
         await asked.wait()
         accepting.cancel()
+        listener.close()
         mesh.tunnels.drain(pod)
         asked.clear()
         until = loop.time() + settings.drain_seconds
@@ -95,7 +97,7 @@ def _engine(settings: ZtunnelSettings, poller: Poller, opened: contextlib.ExitSt
         aged=unused,
         records=records,
         asked=Asked(settings.bpf_dir),
-        share=settings.share,
+        share=min(settings.share, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // _SHARES),
     )
 
 

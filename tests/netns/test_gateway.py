@@ -14,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from prometheus_client.parser import text_string_to_metric_families
+from support.hbone import PORTLESS
 from support.hbone_server import Answer, hbone_server
 from support.networks import (
     GATE_OUTSIDE,
     HOSTNAME,
     IDENTITY,
+    SECOND,
     SHOP,
     VIP,
     Networks,
@@ -30,6 +33,9 @@ from support.networks import (
 from support.ztunnel import SECONDS, abort, read_all
 
 from agent.kernel.exec import run
+from agent.ztunnel.tls.contexts import make_contexts
+from agent.ztunnel.tls.development_ca import DevelopmentCa
+from agent.ztunnel.tls.spiffe import SpiffeId
 
 pytestmark = pytest.mark.root
 
@@ -287,6 +293,90 @@ def test_a_service_without_endpoint_in_the_network_is_refused_by_the_gateway(tmp
         networks.start_web()
         _refused(networks, "http status: 503, from the gateway")
         assert f"no healthy upstream for {HOSTNAME}, port 80" in gateway.log.read_text()
+
+
+@pytest.mark.parametrize(("principal", "served"), [("web", True), ("gate", False)])
+def test_policies_see_the_identity_of_the_client_not_of_the_gateway(
+    tmp_path: Path, principal: str, served: bool
+) -> None:
+    only = f"""
+policies:
+- {{name: only, namespace: demo, scope: Namespace, action: Allow, dryRun: false,
+   rules: [[[{{principals: [!Exact cluster.local/ns/demo/sa/{principal}]}}]]]}}
+"""
+    with two_networks(tmp_path) as networks:
+        networks.start_shop(shop_mesh() + only)
+        networks.start_gateway()
+        networks.start_web()
+        if not served:
+            _refused(networks, "http status: 401")
+            return
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+
+
+def test_a_gateway_leads_to_the_waypoint_of_the_service(tmp_path: Path) -> None:
+    """The request within the tunnel is that of the specification, section 3."""
+    waypoint = f"""
+- {{uid: waypoint, name: waypoint, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
+   network: two, workloadIps: [{SECOND}], services: {{}}}}
+"""
+    (tmp_path / "shop.yaml").write_text(
+        shop_mesh(waypoint, f", waypoint: {{destination: two/{SECOND}, hboneMtlsPort: 15008}}")
+    )
+    with two_networks(tmp_path) as networks:
+        networks.start_gateway()
+        networks.start_web()
+        with (
+            hbone_server(networks.shop.pod, SECOND, tmp_path / "ca", "shop") as end,
+            networks.web.pod.connect(VIP, 80) as client,
+        ):
+            client.sendall(b"question")
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b"question"
+            source = "{}:{}".format(*client.getsockname())
+    (asked,) = end.requests
+    del asked["traceparent"]
+    assert asked == {
+        ":method": "CONNECT", ":authority": f"{HOSTNAME}:80", "forwarded": f'for="{source}";host={HOSTNAME}',
+        "x-forwarded-network": "one", "baggage": "k8s.cluster.name=c1,k8s.namespace.name=demo,"
+        "k8s.deployment.name=web,service.name=web-app,service.version=v1,cloud.region=eu,cloud.availability_zone=eu-1",
+    }  # fmt: skip
+    assert end.peers == [IDENTITY + "web"]
+
+
+def test_a_revoked_gateway_loses_its_open_connections(tmp_path: Path) -> None:
+    ca = DevelopmentCa(tmp_path / "ca")
+    lists = tmp_path / "revoked.pem"
+    lists.write_bytes(ca.revocation_list(()))
+    with two_networks(tmp_path) as networks:
+        networks.start_shop()
+        networks.start_gateway()
+        networks.start_web(
+            settings=f"{PORTLESS}, revocation_lists={str(lists)!r}, access_log={str(tmp_path / 'log')!r}"
+        )
+        with networks.joined() as (client, server):
+            client.sendall(b"x")
+            assert server.recv(1) == b"x"
+            serial = _serial(networks, ca)
+            lists.with_suffix(".new").write_bytes(ca.revocation_list((serial,)))
+            lists.with_suffix(".new").replace(lists)
+            for end in (client, server):
+                with pytest.raises(ConnectionResetError):
+                    end.recv(1)
+        record = networks.web.ztunnel.wait_record(kind="hbone", direction="outbound")
+        assert record["error"].startswith("gateway: ") and f"{serial:x}" in record["error"]
+
+
+def _serial(networks: Networks, ca: DevelopmentCa) -> int:
+    """The number of the gateway's certificate."""
+    context = make_contexts(ca.issue(SpiffeId("cluster.local", "demo", "web"))).client
+    with (
+        networks.web.pod.call(lambda: socket.create_connection((GATE_OUTSIDE, 15008))) as plain,
+        context.wrap_socket(plain) as secure,
+    ):
+        return x509.load_der_x509_certificate(secure.getpeercert(binary_form=True) or b"").serial_number
 
 
 def test_a_draining_gateway_ends_its_connections_in_time_and_refuses_no_stream(networks: Networks) -> None:

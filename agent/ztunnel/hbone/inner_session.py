@@ -35,6 +35,7 @@ class StreamTransport:
         """Takes the outer session, its engine, and the request of the stream."""
         self.answered_well = False
         self.refused = False  # the gateway has not processed the stream
+        self.outer_failure: ResponseFlag | None = None  # of the outer session, once it is lost
         self._session = session
         self._engine = engine
         self._headers = headers
@@ -134,6 +135,7 @@ class StreamTransport:
             self._event(poller.WRITE)
 
     def session_lost(self, why: str) -> None:
+        self.outer_failure = self._session.failure
         self._lost(f"gateway: {why}")
 
     def _lost(self, why: str) -> None:
@@ -219,7 +221,10 @@ class InnerSession:
         """Servers open no streams: h2 refuses them."""
 
     def closed(self, session: TlsSession, why: str) -> None:
-        if session is not self._session or self._made or self._user is None:
+        if session is not self._session:  # one that refused its stream
+            return
+        session.failure = self._transport.outer_failure or session.failure
+        if self._made or self._user is None:
             return
         if self._transport.refused and self._tries < _TRIES:
             self.seek(self._key, self._user)

@@ -78,6 +78,7 @@ class OutboundStream:
 
     def _seek(self) -> None:
         self._tries += 1
+        self._relay = None  # of a stream that was refused
         self._sessions.seek(self._key, self)
 
     def session_ready(self, session: TlsSession) -> None:
