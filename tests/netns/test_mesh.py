@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from scapy.layers.dns import DNS, DNSQR
 from support.hbone import PORTLESS, Node, joined, refused, two_nodes
+from support.istio_peer import PAIRS, any_pair
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 pytestmark = pytest.mark.root
@@ -134,13 +135,14 @@ def test_the_streams_of_a_session_count_for_the_limit_of_their_pod(tmp_path: Pat
             pass
 
 
-def test_an_address_outside_the_mesh_is_reached_in_plain(nodes: tuple[Node, Node]) -> None:
-    web, shop = nodes
-    shop.pod.ip("address", "add", "10.77.0.9/32", "dev", "lo")
-    with shop.pod.listen("10.77.0.9", 9000) as listener, web.pod.connect("10.77.0.9", 9000) as client:
-        listener.settimeout(SECONDS)
-        server, _ = listener.accept()
-        with server:
-            client.sendall(b"plain")
-            server.settimeout(SECONDS)
-            assert server.recv(10) == b"plain"
+@pytest.mark.parametrize("pair", PAIRS)
+def test_an_address_outside_the_mesh_is_reached_in_plain(pair: str, tmp_path: Path) -> None:
+    with any_pair(pair, tmp_path) as (web, shop):
+        shop.pod.ip("address", "add", "10.77.0.9/32", "dev", "lo")
+        with shop.pod.listen("10.77.0.9", 8080) as listener, web.pod.connect("10.77.0.9", 8080) as client:
+            listener.settimeout(SECONDS)
+            server, _ = listener.accept()
+            with server:
+                client.sendall(b"plain")
+                server.settimeout(SECONDS)
+                assert server.recv(10) == b"plain"

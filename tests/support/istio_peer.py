@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from support.controlplane import ControlPlane
-from support.hbone import Node
+from support.hbone import MESH, Node, two_nodes
 from support.ztunnel import SECONDS, Place
 
 from agent.kernel.exec import start
@@ -33,7 +33,9 @@ _NUMBERS = itertools.count()
 WAYS = ["ours to Istio's", "Istio's to ours"]  # client to server
 needs_real = pytest.mark.skipif(not REAL, reason="SLUICE_REAL_ZTUNNEL names no ztunnel of Istio's")
 OURS, ISTIOS = "Sluice's", "Istio's"
-ZTUNNELS = [OURS, pytest.param(ISTIOS, marks=needs_real)]  # of tests that need only the wire
+SAME = "Sluice's at both ends"
+PAIRS = [SAME, *(pytest.param(way, marks=needs_real) for way in WAYS)]  # of tests that need two ztunnels and a wire
+ZTUNNELS = [OURS, pytest.param(ISTIOS, marks=needs_real)]  # of tests that need one and a wire
 
 
 def _server_certificate() -> tuple[bytes, bytes]:
@@ -120,3 +122,13 @@ def either_ztunnel(whose: str, node: Node, mesh_file: Path) -> Iterator[None]:
         return
     with istio_ztunnel(node, mesh_file, DevelopmentCa(mesh_file.parent / "ca")):
         yield
+
+
+@contextlib.contextmanager
+def any_pair(pair: str, folder: Path) -> Iterator[tuple[Node, Node]]:
+    """(web, shop) with the ztunnels of one of PAIRS and one mesh file. A Node of Istio's has no `ztunnel`."""
+    mesh = folder / "mesh.yaml"
+    mesh.write_text(MESH)
+    client, server = {SAME: (OURS, OURS), WAYS[0]: (OURS, ISTIOS), WAYS[1]: (ISTIOS, OURS)}[pair]
+    with two_nodes(folder) as (web, shop), either_ztunnel(client, web, mesh), either_ztunnel(server, shop, mesh):
+        yield web, shop
