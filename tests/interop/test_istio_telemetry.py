@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scapy.layers.dns import DNS, DNSQR
 from support.hbone import Node, exchange, refused, two_nodes
 from support.istio_peer import WAYS, IstioZtunnel, istio_ztunnel, needs_real
-from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS
+from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
@@ -34,9 +35,26 @@ workloads:
 - {{uid: shop, name: shop, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
    workloadIps: [{PEER4}, "{PEER6}"], workloadName: shop-v2, workloadType: deployment, canonicalName: shop,
    clusterId: c1, services: {{demo/shop.demo.svc.cluster.local: {{80: 8080}}}}}}
+- {{uid: gate, name: gate, namespace: other, serviceAccount: gate, trustDomain: cluster.local, protocol: HBONE,
+   workloadIps: [10.98.0.1], applicationTunnel: {{protocol: PROXY}}, nativeTunnel: true, status: Unhealthy,
+   networkMode: HostNetwork, capacity: 3, node: n1, authorizationPolicies: [other/strings], services: {{}}}}
+- {{uid: outside, name: outside, namespace: other, protocol: TCP, workloadIps: [], hostname: example.com,
+   network: far, networkGateway: {{destination: other/gate.other, hboneMtlsPort: 15008}},
+   waypoint: {{destination: far/10.98.0.1, hboneMtlsPort: 15008}}, services: {{}}}}
 services:
 - {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
+- {{name: all, namespace: other, hostname: "*.example.com", vips: [far/10.97.0.1, "/fd97::1"],
+   cidrVips: [{{network: "", cidr: 10.96.0.0/16}}],
+   ports: {{443: 8443}}, subjectAltNames: ["spiffe://td/ns/a/sa/b"], ipFamilies: Dual, canonical: true,
+   visibility: Namespace, waypoint: {{destination: other/gate.other, hboneMtlsPort: 15008}},
+   weightedWaypoints: [{{destination: {{destination: other/gate.other, hboneMtlsPort: 15008}}, weight: 3}}],
+   loadBalancer: {{routingPreferences: [Region, Zone], mode: Failover, healthPolicy: AllowAll}}}}
+- {{name: none, namespace: other, hostname: none.other.svc.cluster.local, vips: [], ports: {{}}}}
 policies:
+- {{name: strings, namespace: other, scope: WorkloadSelector, action: Allow, dryRun: true,
+   rules: [[[{{namespaces: [!Prefix a, !Suffix b, !Exact c, !Presence []], notPrincipals: [!Presence []],
+   serviceAccounts: [{{namespace: a, serviceAccount: b}}], sourceIps: [10.0.0.0/8], notDestinationIps: ["fd00::/8"],
+   notDestinationPorts: [22]}}], []], []]}}
 - {{name: no-9000, namespace: demo, scope: Namespace, action: Deny, dryRun: false,
    rules: [[[{{destinationPorts: [9000]}}]]]}}
 """
@@ -91,6 +109,17 @@ def series(text: str, families: str = "istio_tcp_") -> dict[str, str]:
     return found
 
 
+def dns_series(text: str) -> dict[str, str]:
+    """Values by series, without those that depend on time or on the pod."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("istio_dns_"):
+            name, _, value = line.rpartition(" ")
+            name = re.sub(r'(source_canonical_\w+)="\w+"', r"\1", name)
+            found[name] = "" if "_sum{" in name or "_bucket{" in name else value
+    return found
+
+
 def without_inbound_service(text: str) -> str:
     """Istio's does not know the services of a workload from a local file, so its inbound end names none."""
     pattern = r'destination_service(_namespace|_name)?="[^"]*"'
@@ -125,6 +154,26 @@ def test_both_ends_count_a_refused_connection(ends: Ends) -> None:
     labels = [{name for name in each if "failed" in name} for each in found]
     assert labels[0] == labels[1]
     assert all('response_flags="DENY"' in text or 'response_flags="CONNECT"' in text for text in ends.metrics())
+
+
+def test_queries_are_counted_alike(ends: Ends) -> None:
+    """Both answer names of the mesh and are refused by the resolver for others."""
+    asked = []
+    for pod, resolver in ((ends.web.pod, RESOLVER4), (ends.shop.pod, POD4)):
+        for name, kind in (("shop.demo", "A"), ("shop.demo", "AAAA"), ("example.com", "MX")):
+            message = bytes(DNS(id=7, rd=1, qd=DNSQR(qname=name, qtype=kind)))
+            with pod.make(kind=socket.SOCK_DGRAM) as client, pod.make() as other:
+                client.sendto(message, (resolver, 53))
+                by_udp = DNS(client.recv(2000))
+                other.connect((resolver, 53))
+                other.sendall(len(message).to_bytes(2) + message)
+                by_tcp = DNS(other.recv(2000)[2:])
+                assert (by_udp.rcode, by_udp.ancount) == (by_tcp.rcode, by_tcp.ancount)
+                asked.append((by_udp.rcode, by_udp.ancount, by_udp.aa))
+    assert asked[:3] == asked[3:] == [(0, 1, 1), (0, 0, 1), (2, 0, 0)]
+    ours, theirs = (dns_series(text) for text in ends.metrics())
+    assert ours == theirs
+    assert len(ours) == 6 + 2 * 2 + 2 * 9  # requests, to the resolver and failed, buckets with sum and count
 
 
 def test_every_metric_of_istio_that_the_process_counts_is_there(ends: Ends) -> None:

@@ -375,10 +375,10 @@ def test_queries_are_counted(tmp_path: Path) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=SECONDS) as page:
             lines = page.read().decode().splitlines()
 
-    def value(name: str, kind: str, protocol: str, more: str = "") -> str:
+    def value(name: str, kind: str, protocol: str, first: str = "") -> str:
         labels = (
-            f'request_query_type="{kind}",request_protocol="{protocol}",'
-            f'source_canonical_service="web",source_canonical_revision="v1"{more}'
+            f'{first}request_query_type="{kind}",request_protocol="{protocol}",'
+            f'source_canonical_service="web",source_canonical_revision="v1"'
         )
         start = f"{name}{{{labels}}} "
         return next((line.removeprefix(start) for line in lines if line.startswith(start)), "")
@@ -391,4 +391,4 @@ def test_queries_are_counted(tmp_path: Path) -> None:
             for name in ("requests", "upstream_requests", "upstream_failures")
         ] == ["1"] * 3
     duration = "istio_dns_upstream_request_duration_seconds"
-    assert value(f"{duration}_bucket", "mx", "tcp", ',le="+Inf"') == value(f"{duration}_count", "mx", "tcp") == "1"
+    assert value(f"{duration}_bucket", "mx", "tcp", 'le="+Inf",') == value(f"{duration}_count", "mx", "tcp") == "1"

@@ -37,21 +37,19 @@ def mesh(store: MeshStore) -> dict[str, Any]:
 
 
 def _present(pairs: dict[str, Any]) -> dict[str, Any]:
-    """Leaves out empty values."""
+    """Leaves out empty values, as Istio does with all but a few."""
     return {key: value for key, value in pairs.items() if value not in (None, "", (), [], {})}
 
 
 def _workload(one: Workload) -> dict[str, Any]:
     tunnel = one.application_tunnel
     place = one.locality
-    return _present({
-        "workloadIps": list(one.addresses),
+    return {"workloadIps": list(one.addresses), "name": one.name, "clusterId": one.cluster_id} | _present({
         "waypoint": _gateway(one.waypoint),
         "networkGateway": _gateway(one.network_gateway),
         "protocol": one.protocol.value,
         "networkMode": "HostNetwork" if one.host_network else "Standard",
         "uid": one.uid,
-        "name": one.name,
         "namespace": one.namespace,
         "trustDomain": one.trust_domain,
         "serviceAccount": one.service_account,
@@ -63,10 +61,9 @@ def _workload(one: Workload) -> dict[str, Any]:
         "hostname": one.hostname,
         "node": one.node,
         "nativeTunnel": one.native_tunnel or None,
-        "applicationTunnel": {"protocol": tunnel.protocol.value, "port": tunnel.port} if tunnel else None,
+        "applicationTunnel": {"protocol": tunnel.protocol.value, "port": tunnel.port or None} if tunnel else None,
         "authorizationPolicies": list(one.authorization_policies),
         "status": _status(one),
-        "clusterId": one.cluster_id,
         "locality": asdict(place) if place != Locality() else None,
         "services": list(one.services),
         "capacity": one.capacity,
@@ -87,13 +84,10 @@ def _ports(ports: Ports) -> dict[str, int]:
 
 def _service(store: MeshStore, one: Service) -> dict[str, Any]:
     balancer = one.load_balancer
-    return _present({
-        "name": one.name,
-        "namespace": one.namespace,
-        "hostname": one.hostname,
+    return {
         "vips": [str(address) for address in one.addresses],
-        "cidrVips": [f"{network}/{addresses}" for network, addresses in one.ranges],
         "ports": _ports(one.ports),
+        "subjectAltNames": list(one.subject_alt_names),
         "endpoints": {
             endpoint.workload.uid: {
                 "workloadUid": endpoint.workload.uid,
@@ -102,6 +96,11 @@ def _service(store: MeshStore, one: Service) -> dict[str, Any]:
             }
             for endpoint in store.all_endpoints(one)
         },
+    } | _present({
+        "name": one.name,
+        "namespace": one.namespace,
+        "hostname": one.hostname,
+        "cidrVips": [{"network": network, "cidr": str(addresses)} for network, addresses in one.ranges],
         "waypoint": _gateway(one.waypoint),
         "weightedWaypoints": [
             {"destination": _gateway(gateway), "weight": weight} for gateway, weight in one.weighted_waypoints
@@ -114,7 +113,7 @@ def _service(store: MeshStore, one: Service) -> dict[str, Any]:
         "ipFamilies": _FAMILIES[one.ip_families] if one.ip_families else None,
         "canonical": one.canonical,
         "visibility": "Namespace" if one.namespace_only else "Public",
-    }) | {"subjectAltNames": list(one.subject_alt_names)}  # fmt: skip
+    })  # fmt: skip
 
 
 def _policy(one: Authorization) -> dict[str, Any]:
@@ -146,5 +145,5 @@ def _conditions(one: Conditions) -> dict[str, Any]:
     })  # fmt: skip
 
 
-def _string(match: StringMatch) -> str | dict[str, str]:
-    return match.rule.value if match.rule is StringRule.PRESENCE else {match.rule.value: match.pattern}
+def _string(match: StringMatch) -> dict[str, str | list[str]]:
+    return {match.rule.value: [] if match.rule is StringRule.PRESENCE else match.pattern}

@@ -247,7 +247,7 @@ def _service(reader: _Reader) -> tuple[Service, list[tuple[str, Ports]]]:
         namespace=reader.text("namespace", None),
         hostname=reader.text("hostname", None),
         addresses=reader.values("vips", _network_address),
-        ranges=reader.values("cidrVips", _network_range),
+        ranges=tuple(reader.many("cidrVips", _network_range)),
         ports=reader.ports("ports"),
         subject_alt_names=reader.values("subjectAltNames", str),
         waypoint=reader.one("waypoint", _gateway),
@@ -369,11 +369,11 @@ def _network_address(value: object) -> NetworkAddress:
     return NetworkAddress(network, _ip(ip))
 
 
-def _network_range(value: object) -> tuple[str, IpNetwork]:
-    network, slash, addresses = str(value).partition("/")
-    if not slash:
-        raise ValueError(f"{value!r} is not network/address/length; the network may be empty")
-    return network, _ip_range(addresses)
+def _network_range(reader: _Reader) -> tuple[str, IpNetwork]:
+    try:
+        return reader.text("network"), _ip_range(reader.text("cidr", None))
+    except ValueError as error:
+        raise reader.fail("cidr", str(error)) from None
 
 
 def _with_endpoints(

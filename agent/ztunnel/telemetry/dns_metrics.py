@@ -81,7 +81,7 @@ class DnsMetrics:
             pairs = labels.pairs()
             upto = tuple(accumulate(counts))
             for bound, count in zip(_BOUNDS, upto, strict=True):
-                series[f"{DNS_DURATION}_bucket", (*pairs, ("le", bound))] = count
+                series[f"{DNS_DURATION}_bucket", (("le", bound), *pairs)] = count
             series[f"{DNS_DURATION}_sum", pairs] = seconds
             series[f"{DNS_DURATION}_count", pairs] = upto[-1]
         return series

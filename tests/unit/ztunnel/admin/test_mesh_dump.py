@@ -19,8 +19,9 @@ workloads:
    waypoint: {destination: demo/waypoint.demo, hboneMtlsPort: 15008},
    networkGateway: {destination: n1/10.0.0.9, hboneMtlsPort: 15009}}
 services:
-- {name: web, namespace: demo, hostname: web.demo, vips: [n1/10.9.0.1], cidrVips: [n1/10.8.0.0/16], ports: {80: 0},
-   subjectAltNames: ["spiffe://td/ns/demo/sa/web"], waypoint: {destination: n1/10.0.0.8, hboneMtlsPort: 15008},
+- {name: web, namespace: demo, hostname: web.demo, vips: [n1/10.9.0.1], ports: {80: 0},
+   cidrVips: [{network: n1, cidr: 10.8.0.0/16}], subjectAltNames: ["spiffe://td/ns/demo/sa/web"],
+   waypoint: {destination: n1/10.0.0.8, hboneMtlsPort: 15008},
    weightedWaypoints: [{destination: {destination: n1/10.0.0.8, hboneMtlsPort: 15008}, weight: 7}],
    loadBalancer: {routingPreferences: [Region, Node], mode: Failover, healthPolicy: AllowAll}, ipFamilies: IPv4,
    canonical: true, visibility: Namespace}
