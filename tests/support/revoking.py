@@ -39,6 +39,10 @@ class Authority:
         return self.certificate.public_bytes(Encoding.PEM)
 
     @property
+    def key_pem(self) -> bytes:
+        return _pem(self.key)
+
+    @property
     def root(self) -> Authority:
         return self.above[-1] if self.above else self
 
@@ -57,8 +61,7 @@ class Authority:
             made = made.add_extension(x509.SubjectAlternativeName(names), critical=True)
         leaf = made.sign(self.key, hashes.SHA256())
         chain = [leaf.public_bytes(Encoding.PEM), *(one.pem for one in (self, *self.above)[:-1])]
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        return Credentials(identity, key=pem, chain=b"".join(chain), roots=self.root.pem)
+        return Credentials(identity, key=_pem(key), chain=b"".join(chain), roots=self.root.pem)
 
     def revoke(self, *serials: int, until: timedelta = HOUR, extension: x509.ExtensionType | None = None) -> bytes:
         """A list as PEM."""
@@ -86,6 +89,11 @@ def ders(credentials: Credentials) -> list[bytes]:
     """The chain with its root, as a peer's is after its verification."""
     held = x509.load_pem_x509_certificates(credentials.chain + credentials.roots)
     return [one.public_bytes(Encoding.DER) for one in held]
+
+
+def _pem(key: Any) -> bytes:
+    made: bytes = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return made
 
 
 def _unsigned(subject: str, key: Any, issuer: str, life: timedelta) -> x509.CertificateBuilder:

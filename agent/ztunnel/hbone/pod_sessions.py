@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any, Protocol
 
 from agent.core.errors import SluiceError
+from agent.kernel.accepting import Seldom
 from agent.ztunnel.hbone import connect_request
+from agent.ztunnel.hbone.arrivals import Arrivals
 from agent.ztunnel.hbone.inbound_stream import InboundStream
 from agent.ztunnel.hbone.next_hop import Admission, InboundRequest, NoHop, PodIdentity, Router
 from agent.ztunnel.hbone.pool import Pool, SessionKey
@@ -23,8 +25,6 @@ from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
 from agent.ztunnel.tls.peer_checks import check_server, client_identity
 from agent.ztunnel.tls.spiffe import SpiffeId
-
-log = logging.getLogger(__name__)
 
 
 class SessionUser(Protocol):
@@ -47,7 +47,8 @@ class PodSessions:
         self.contexts = contexts
         self.router = router
         self.identity = PodIdentity(pod.uid, pod.add.namespace, pod.add.name, pod.add.service_account)
-        self.arrived: set[TlsSession] = set()
+        self.arrived: Arrivals[TlsSession] = Arrivals(engine.unfinished, pod.engine.share)
+        self.refusals = Seldom(logging.INFO)
         self._pool: Pool[TlsSession, SessionUser] = Pool()
         contexts.get(router.identity(self.identity))  # so that they are there when the first client comes
 
@@ -116,21 +117,21 @@ class PodSessions:
     def accept(self, client: socket.socket, peer: Address) -> None:
         """Takes over an accepted, non-blocking connection."""
         contexts = self.contexts.get(self.router.identity(self.identity))
-        if contexts is None or len(self.arrived) >= self.pod.engine.share:
+        now = self.engine.poller.loop.time()
+        address = plain(peer)
+        refusal = self.arrived.refusal(address[0], now) if contexts is not None else "no certificate yet"
+        if contexts is None or refusal:
             client.close()
-            self.pod.warnings.log(
-                f"pod {self.pod.name}: HBONE connection from {peer[0]} refused: "
-                + ("no certificate yet" if contexts is None else f"{self.pod.engine.share} sessions are open")
-            )
+            self.pod.warnings.log(f"pod {self.pod.name}: HBONE connection from {address[0]} refused: {refusal}")
             return
         session = TlsSession(
             engine=self.engine,
-            owner=_Arrived(self, plain(peer), plain(client.getsockname())),
+            owner=_Arrived(self, address, plain(client.getsockname())),
             transport=SocketTransport(self.engine.poller, client),
             context=contexts.server,
             client=False,
         )
-        self.arrived.add(session)
+        self.arrived.add(session, address[0], now)
         self.count_socket(1)
         try:
             session.start()
@@ -145,11 +146,11 @@ class PodSessions:
 
     def drain(self) -> None:
         """Asks the peers to open new streams with another instance."""
-        for session in tuple(self.arrived):
+        for session in self.arrived.sessions():
             session.drain()
 
     def close(self) -> None:
-        for session in (*self.arrived, *self._pool.sessions()):
+        for session in (*self.arrived.sessions(), *self._pool.sessions()):
             session.close(why="drained")
 
 
@@ -188,6 +189,7 @@ class _Arrived:
     def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
         own = self._sessions.router.identity(self._sessions.identity)
         self._identity = client_identity(certificate, own.trust_domain)
+        self._sessions.arrived.finish(session)
 
     def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
         assert self._identity is not None
@@ -196,16 +198,16 @@ class _Arrived:
             session.answer(stream, connect_request.response(400), end=True)
             return
         sessions = self._sessions
-        share = sessions.pod.engine.share
+        pod = sessions.pod
         decision: Admission | NoHop
-        if len(sessions.pod.live) < share:
+        if refusal := sessions.arrived.stream_refusal(session, len(pod.live)):
+            decision = NoHop(refusal)
+            pod.warnings.log(f"pod {pod.name}: HBONE stream from {self._peer[0]} refused: {refusal}")
+        else:
             decision = sessions.router.inbound(InboundRequest(
                 pod=sessions.identity, peer=self._peer, peer_identity=self._identity, local=self._local,
                 connect=request,
             ))  # fmt: skip
-        else:
-            decision = NoHop(f"the pod has reached its limit of {share} connections")
-            sessions.pod.warnings.log(f"pod {sessions.pod.name}: HBONE stream refused: {decision.reason}")
         if isinstance(decision, NoHop):
             session.answer(stream, connect_request.response(decision.status), end=True)
             refused = RefusedError(decision.reason, decision.parties, decision.flag)
@@ -224,8 +226,10 @@ class _Arrived:
         user.open()
 
     def closed(self, session: TlsSession, why: str) -> None:
-        self._sessions.arrived.discard(session)
+        self._sessions.arrived.remove(session)
         self._sessions.count_socket(-1)
         if self._identity is None:
             self._sessions.pod.refuse(Reporter.DESTINATION, RefusedError(why), self._peer, self._local)
-            log.info("pod %s: HBONE session of %s refused: %s", self._sessions.pod.name, self._peer[0], why)
+            self._sessions.refusals.log(
+                f"pod {self._sessions.pod.name}: HBONE session of {self._peer[0]} refused: {why}"
+            )

@@ -49,9 +49,9 @@ class _Budget:
         self._per_second = per_second
         self._since = now
 
-    def spend(self, now: float) -> bool:
-        """Takes one; returns False if none is left."""
-        self._left = min(self._most, self._left + (now - self._since) * self._per_second) - 1
+    def spend(self, now: float, count: int = 1) -> bool:
+        """Takes `count`; returns False if so many are not left."""
+        self._left = min(self._most, self._left + (now - self._since) * self._per_second) - count
         self._since = now
         return self._left >= 0
 
@@ -70,14 +70,13 @@ class _PlainEncoder(Encoder):
 class _Stream:
     """The windows of one stream. `held`: received bytes that the application has not taken."""
 
-    __slots__ = ("answered", "credit", "held", "local_end", "receive_window", "remote_end", "send_window")
+    __slots__ = ("credit", "held", "local_end", "receive_window", "remote_end", "send_window")
 
     def __init__(self, send_window: int) -> None:
         self.send_window = send_window
         self.receive_window = limits.STREAM_WINDOW
         self.held = 0
         self.credit = 0  # taken, and not yet announced
-        self.answered = False
         self.local_end = False
         self.remote_end = False
 
@@ -100,7 +99,7 @@ class SessionCore:
         self._initial_window = frames.INITIAL_WINDOW  # of the peer, for new streams
         self._last_remote = 0
         self._idle = _Budget(limits.IDLE_FRAMES, limits.IDLE_FRAMES_PER_SECOND, now)
-        self._early = _Budget(limits.EARLY_RESETS, limits.EARLY_RESETS_PER_SECOND, now)
+        self._early = _Budget(limits.EARLY_ENDS, limits.EARLY_ENDS_PER_SECOND, now)
         # h2 takes a CONNECT without :scheme and :path for malformed, so connect_request validates them.
         self._h2 = H2Connection(H2Configuration(
             client_side=client, header_encoding=None, validate_outbound_headers=False, normalize_outbound_headers=False,
@@ -206,12 +205,15 @@ class SessionCore:
         match event:
             case RequestReceived():
                 self._last_remote = event.stream_id
+                self._idle.add(limits.IDLE_FRAMES_PER_STREAM)
+                self._spend(now, len(event.headers) // limits.FIELDS_PER_IDLE_FRAME)
+                if not self._early.spend(now):  # `answer` gives it back
+                    raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many streams end before they begin")
                 opened = self._streams[event.stream_id] = _Stream(self._initial_window)
                 opened.remote_end = event.stream_ended is not None
                 yield Opened(event.stream_id, list(event.headers))
             case ResponseReceived() if event.stream_id in self._streams:
                 answered = self._streams[event.stream_id]
-                answered.answered = True
                 answered.remote_end = event.stream_ended is not None
                 yield Answered(event.stream_id, list(event.headers))
             case StreamEnded() if event.stream_id in self._streams:
@@ -219,8 +221,7 @@ class SessionCore:
                 yield Ended(event.stream_id)
                 self._forget_ended(event.stream_id)
             case StreamReset() if event.stream_id in self._streams:
-                if not self._forget(event.stream_id).answered and not self.client and not self._early.spend(now):
-                    raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many streams are reset at once")
+                self._forget(event.stream_id)
                 yield Reset(event.stream_id, int(event.error_code or 0))
             case RemoteSettingsChanged():
                 self._follow_settings(event)
@@ -236,8 +237,8 @@ class SessionCore:
                 stream.send_window = _widen(stream.send_window, difference)
         self.window_opened = True
 
-    def _spend(self, now: float) -> None:
-        if not self._idle.spend(now):
+    def _spend(self, now: float, count: int = 1) -> None:
+        if not self._idle.spend(now, count):
             raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
 
     # What this end sends
@@ -258,13 +259,13 @@ class SessionCore:
         number: int = self._h2.get_next_available_stream_id()
         self._h2.send_headers(number, headers)
         self._streams[number] = _Stream(self._initial_window)
+        self._idle.add(limits.IDLE_FRAMES_PER_STREAM)
         self._collect()
         return number
 
     def answer(self, number: int, headers: Headers, *, end: bool = False) -> None:
         """Answers a request; with `end` the stream ends, and what the client still sends is dropped."""
         stream = self._streams[number]
-        stream.answered = True
         self._h2.send_headers(number, headers, end_stream=end)
         self._collect()
         if end:
@@ -272,6 +273,8 @@ class SessionCore:
             if not stream.remote_end:
                 self.reset(number, ErrorCode.NO_ERROR)  # RFC 9113, 8.1
             self._forget_ended(number)
+        else:
+            self._early.add(1)
 
     def room(self, number: int) -> int:
         """Returns how many bytes one DATA frame of the stream may have now; 0 or less if it must wait."""
@@ -360,7 +363,7 @@ def _settings(client: bool) -> dict[SettingCodes, int]:
     values = {
         SettingCodes.INITIAL_WINDOW_SIZE: limits.STREAM_WINDOW,
         SettingCodes.MAX_FRAME_SIZE: limits.MAX_FRAME,
-        SettingCodes.MAX_HEADER_LIST_SIZE: limits.MAX_RESPONSE_HEADERS if client else limits.MAX_REQUEST_HEADERS,
+        SettingCodes.MAX_HEADER_LIST_SIZE: limits.MAX_HEADERS,
     }
     if client:
         values[SettingCodes.ENABLE_PUSH] = 0

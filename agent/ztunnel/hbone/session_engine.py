@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from agent.ztunnel.hbone.work_buffers import WorkBuffers
 from agent.ztunnel.relay.poller import Deadlines, Poller
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # it loads the library cryptography
 class SessionEngine:
     """Shared by all sessions of an event loop. `shakes` and `pings` have the times of limits.
 
-    `revocations` is None without revocation lists.
+    `revocations` is None without revocation lists. `unfinished` has the handshakes of clients, the oldest first.
     """
 
     poller: Poller
@@ -25,3 +25,4 @@ class SessionEngine:
     shakes: Deadlines
     pings: Deadlines
     revocations: Revocations | None = None
+    unfinished: dict[Any, float] = field(default_factory=dict)

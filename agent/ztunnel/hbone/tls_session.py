@@ -14,17 +14,16 @@ from agent.ztunnel.hbone.frames import ErrorCode, Http2Error
 from agent.ztunnel.hbone.session_core import SessionCore
 from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Headers, Opened, Reset
+from agent.ztunnel.hbone.session_liveness import SessionLiveness
 from agent.ztunnel.hbone.session_transport import Transport
 from agent.ztunnel.hbone.session_users import StreamUser
 from agent.ztunnel.hbone.tls_codec import TlsCodec, TlsError
 from agent.ztunnel.hbone.tls_output import TlsOutput
 from agent.ztunnel.hbone.work_buffers import SIZE
 from agent.ztunnel.relay import poller
-from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
+from agent.ztunnel.telemetry.response_flags import ResponseFlag
 
 _ROUNDS = 4  # of reading, then others get their turn
-_PING_ROUNDS = round(limits.PING_TIMEOUT_SECONDS / limits.PING_SECONDS)
-_IDLE_ROUNDS = round(limits.IDLE_SESSION_SECONDS / limits.PING_SECONDS)
 
 
 class SessionOwner(Protocol):
@@ -44,9 +43,13 @@ class TlsSession:
     """Owns the transport. `open` is True from the end of the handshake to the session's end; `failure` says why."""
 
     __slots__ = (
-        "_codec", "_connecting", "_core", "_engine", "_heard", "_idle_rounds", "_output", "_owner", "_ping_rounds",
-        "_reading", "_transport", "_users", "_waiting", "closed", "failure", "open",
+        "_codec", "_connecting", "_context", "_core", "_engine", "_large", "_liveness", "_output", "_owner",
+        "_reading", "_transport", "_users", "_waiting", "client", "closed", "failure", "open",
     )  # fmt: skip
+    # Made when they are needed: a client that connects and is silent costs little.
+    _codec: TlsCodec
+    _output: TlsOutput
+    _core: SessionCore
 
     def __init__(
         self, *, engine: SessionEngine, owner: SessionOwner, transport: Transport, context: ssl.SSLContext,
@@ -58,16 +61,13 @@ class TlsSession:
         self._engine = engine
         self._owner = owner
         self._transport = transport
-        self._codec = TlsCodec(context, client=client)
-        self._core = SessionCore(client=client, now=engine.poller.loop.time())
-        self._connecting = client
-        self._output = TlsOutput(transport, self._codec.outgoing)
+        self._context: ssl.SSLContext | None = context  # until the handshake begins
+        self._connecting = self.client = client
+        self._large = False  # the next read
         self._users: dict[int, StreamUser] = {}
         self._waiting: dict[StreamUser, None] = {}
         self._reading = False
-        self._heard = True  # since the last tick
-        self._ping_rounds = 0
-        self._idle_rounds = 0
+        self._liveness = SessionLiveness()
 
     def start(self) -> None:
         """Raises OSError: out of memory."""
@@ -87,6 +87,10 @@ class TlsSession:
         self._users[stream] = user
         self._write_out()
         return stream
+
+    @property
+    def streams(self) -> int:
+        return len(self._users)
 
     def adopt(self, stream: int, user: StreamUser) -> None:
         """Sets the user of a stream that a client has opened."""
@@ -161,11 +165,6 @@ class TlsSession:
             self._output.flush()
         self._lose(why)
 
-    @property
-    def reporter(self) -> Reporter:
-        """Returns the source if this end is the client."""
-        return Reporter.SOURCE if self._core.client else Reporter.DESTINATION
-
     def peer_chain(self) -> list[bytes]:
         """Returns the verified certificates of the peer as DER, its own first."""
         return self._codec.peer_chain()
@@ -188,18 +187,14 @@ class TlsSession:
             self._lose("the TLS handshake timed out")
 
     def _check_peer(self) -> None:
-        self._idle_rounds = 0 if self._users else self._idle_rounds + 1
-        self._ping_rounds = 0 if self._heard or self._core.ping_answered else self._ping_rounds + 1
-        if self._ping_rounds >= _PING_ROUNDS:
-            self.close(why="HBONE ping timeout")
-        elif self._core.client and self._idle_rounds > _IDLE_ROUNDS:
-            self.close(why="not used any more")
-        else:
-            self._engine.pings.add(self)
-            if not self._heard and self._core.ping_answered:
-                self._core.ping()
-                self._write_out()
-            self._heard = False
+        answered = self._core.ping_answered
+        if why := self._liveness.verdict(ping_answered=answered, may_idle=bool(self._users) or not self.client):
+            self.close(why=why)
+            return
+        self._engine.pings.add(self)
+        if answered:
+            self._core.ping()
+            self._write_out()
 
     def _end_if_drained(self) -> None:
         if self._core.gone and not self._users and not self.closed:
@@ -233,10 +228,11 @@ class TlsSession:
                 self._lose(failed)
                 return
             self._connecting = False
+            self._begin()
             self._guard(self._shake_hands)
         if mask & poller.READ and not self.closed:
             self._guard(self._read, bool(mask & poller.END))
-        if mask & poller.WRITE and not self.closed:
+        if mask & poller.WRITE and not self.closed and self._context is None:
             self._guard(self._write_more)
 
     def _guard(self, step: Any, *arguments: bool) -> None:
@@ -261,11 +257,18 @@ class TlsSession:
             self._output.flush()
         self._lose(why)
 
+    def _begin(self) -> None:
+        assert self._context is not None
+        self._codec = TlsCodec(self._context, client=self.client)
+        self._output = TlsOutput(self._transport, self._codec.outgoing)
+        self._context = None
+
     def _shake_hands(self) -> None:
         done = self._codec.shake_hands()
         if not done:
             self._output.flush()
             return
+        self._core = SessionCore(client=self.client, now=self._engine.poller.loop.time())
         if self._engine.revocations is not None:
             self._engine.revocations.admit(self)
         if not self.closed:
@@ -279,15 +282,20 @@ class TlsSession:
     def _read(self, ended: bool = False) -> None:
         if self.closed:
             return
-        records = self._engine.buffers.records
+        loop = self._engine.poller.loop
         for _ in range(_ROUNDS):
+            size = SIZE if self._large else limits.SMALL_READ
+            records = self._engine.buffers.records[:size]
             try:
                 count = self._transport.recv_into(records)
             except BlockingIOError:
                 break
             if not count:
                 raise ConnectionResetError(errno.ECONNRESET, "closed by the peer")
-            self._heard = True
+            self._liveness.heard = True
+            began = loop.time()
+            if self._context is not None:
+                self._begin()
             self._codec.feed(records[:count])
             if not self.open:
                 self._shake_hands()
@@ -295,12 +303,16 @@ class TlsSession:
                 self._process()
             if self.closed:
                 return
-            if count < SIZE and not ended:
+            if count < size and not ended:
+                break
+            self._large = (loop.time() - began) * SIZE < limits.TURN_SECONDS * count
+            if not self._large:
+                loop.call_soon(self._guard, self._read, ended)
                 break
         else:
-            self._engine.poller.loop.call_soon(self._guard, self._read, ended)
+            loop.call_soon(self._guard, self._read, ended)
         self._write_out()
-        if self._core.window_opened:
+        if self.open and self._core.window_opened:
             self._wake()
 
     def _process(self) -> None:
@@ -373,7 +385,8 @@ class TlsSession:
         self._output.flush()
         if self._waiting:
             self._wake()
-        self._end_if_drained()
+        if self.open:
+            self._end_if_drained()
 
     def _wake(self) -> None:
         self._core.window_opened = False

@@ -32,11 +32,9 @@ Version = tuple[int, int, int]
 
 
 class RevocableSession(Protocol):
-    """A session with a peer."""
+    """A session with a peer. `client`: True if this end is the client."""
 
-    @property
-    def reporter(self) -> Reporter:
-        """Returns the source if this end is the client."""
+    client: bool
 
     def peer_chain(self) -> Sequence[bytes]:
         """Returns the verified certificates as DER, the peer's first."""
@@ -92,7 +90,7 @@ class Revocations:
         self._closed = closed
         self._lists = RevocationLists()
         self._sessions: set[RevocableSession] = set()
-        self._counts: Counter[tuple[str, Reporter]] = Counter()
+        self._counts: Counter[tuple[str, bool]] = Counter()
         self._warnings = Seldom()
         self.read = asyncio.Event()  # the lists have been read once
 
@@ -127,7 +125,7 @@ class Revocations:
         try:
             found = self._lists.judge(session.peer_chain(), time.time())
         except ValueError as error:
-            self._counts[_UNTRACKED, session.reporter] += 1
+            self._counts[_UNTRACKED, session.client] += 1
             found = Finding(unknown=f"a certificate of a peer cannot be read: {error}")
         else:
             self._sessions.add(session)
@@ -142,8 +140,9 @@ class Revocations:
 
     def series(self) -> Series:
         """Returns the counts for /metrics."""
-        return {(name, (("reporter", reporter.value),)): count for (name, reporter), count in self._counts.items()}
+        reporters = {True: Reporter.SOURCE.value, False: Reporter.DESTINATION.value}
+        return {(name, (("reporter", reporters[client]),)): count for (name, client), count in self._counts.items()}
 
     def _reject(self, session: RevocableSession, why: str) -> None:
-        self._counts[_REJECTIONS, session.reporter] += 1
+        self._counts[_REJECTIONS, session.client] += 1
         session.revoke(why)

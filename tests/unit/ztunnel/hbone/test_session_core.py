@@ -103,7 +103,7 @@ def test_the_settings_are_those_of_the_limits(pair: Pair) -> None:
     assert settings.initial_window_size == limits.STREAM_WINDOW
     assert settings.max_frame_size == limits.MAX_FRAME
     assert pair.peer.outbound_flow_control_window == limits.CONNECTION_WINDOW
-    assert settings.max_header_list_size == (16 << 10 if pair.core.client else 64 << 10)
+    assert settings.max_header_list_size == 16 << 10
     if not pair.core.client:
         assert settings.max_concurrent_streams == limits.STREAMS_PER_SESSION
 
@@ -323,15 +323,44 @@ def test_window_updates_for_bytes_that_were_sent_are_never_a_flood(monkeypatch: 
         receive(pair.core, window_update(0, 4096) + window_update(stream, 4096))
 
 
-def test_a_flood_of_streams_that_are_reset_at_once_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "EARLY_RESETS", 50)
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_flood_of_streams_that_end_before_they_begin_ends_the_session(
+    monkeypatch: pytest.MonkeyPatch, refused: bool
+) -> None:
+    monkeypatch.setattr(limits, "EARLY_ENDS", 50)
     pair = Pair(client=False)
-    with pytest.raises(Http2Error, match="ENHANCE_YOUR_CALM"):
-        for number in range(1, 2 * limits.EARLY_RESETS + 10, 2):
+    with pytest.raises(Http2Error, match="end before they begin"):
+        for number in range(1, 2 * limits.EARLY_ENDS + 10, 2):
             pair.peer.send_headers(number, CONNECT)
-            pair.peer.reset_stream(number, 8)
+            if not refused:
+                pair.peer.reset_stream(number, 8)
             pair.swap()
-    assert number / 2 + 1 > limits.EARLY_RESETS
+            if refused:
+                pair.core.answer(number, [(b":status", b"503")], end=True)
+    assert number / 2 + 1 > limits.EARLY_ENDS
+
+
+def test_many_short_streams_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one sends an end, a window and a reset, which carry nothing."""
+    monkeypatch.setattr(limits, "EARLY_ENDS", 50)
+    monkeypatch.setattr(limits, "IDLE_FRAMES", 50)
+    pair = Pair(client=False)
+    for _ in range(200):
+        stream = pair.open()
+        receive(pair.core, window_update(stream, 1))
+        pair.peer.end_stream(stream)
+        pair.swap()
+        pair.core.end(stream)
+        pair.swap()
+
+
+def test_requests_with_many_fields_cost_as_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "IDLE_FRAMES", 50)
+    pair = Pair(client=False)
+    with pytest.raises(Http2Error, match="carry nothing"):
+        for number in (1, 3, 5):
+            pair.peer.send_headers(number, [*CONNECT, *[(b"x", b"")] * 200])
+            pair.swap()
 
 
 def test_streams_beyond_the_limit_end_the_session() -> None:
@@ -355,7 +384,7 @@ def header_frames(fields: list[tuple[bytes, bytes]]) -> bytes:
     return b"".join(one.serialize() for one in made)
 
 
-@pytest.mark.parametrize("size", [limits.MAX_REQUEST_HEADERS, limits.MAX_HEADER_BLOCK + 1, 1 << 20])
+@pytest.mark.parametrize("size", [limits.MAX_HEADERS, limits.MAX_HEADER_BLOCK + 1, 1 << 20])
 def test_oversized_headers_end_the_session(size: int) -> None:
     core = Pair(client=False).core
     with pytest.raises(Http2Error):

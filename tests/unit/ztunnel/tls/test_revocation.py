@@ -16,7 +16,6 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from support.revoking import HOUR, Authority, ders, named, root, serial
 
-from agent.ztunnel.telemetry.response_flags import Reporter
 from agent.ztunnel.tls import revocation
 from agent.ztunnel.tls.contexts import Credentials
 from agent.ztunnel.tls.development_ca import DevelopmentCa
@@ -116,7 +115,7 @@ class Session:
     def __init__(self, credentials: Credentials | None, revocations: Revocations) -> None:
         self._chain = ders(credentials) if credentials else [b"garbage"]
         self._revocations = revocations
-        self.reporter = Reporter.SOURCE
+        self.client = True
         self.why = ""
 
     def peer_chain(self) -> list[bytes]:
