@@ -13,15 +13,17 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR
-from support.hbone import Node, exchange, refused, two_nodes
+from support.hbone import Node, exchange, joined, refused, two_nodes
 from support.istio_peer import WAYS, IstioZtunnel, istio_ztunnel, needs_real
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
+from agent.flows.wire_evidence import Carriage, Row, Wire, WireEvidence, wire_evidence
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
 pytestmark = [pytest.mark.root, needs_real]
@@ -76,6 +78,13 @@ class Ends:
 
     def metrics(self) -> tuple[str, str]:
         return self.ours("stats", "/stats/prometheus"), self.istio.page(15020, "/stats/prometheus")
+
+    def evidence(self, since: float, outbound: Row, inbound: Row) -> list[tuple[WireEvidence, Row]]:
+        """(what the client's ztunnel says, its connection) and the same of the server's."""
+        dumps = self.ours("admin", "/config_dump"), self.istio.page(15000, "/config_dump")
+        pages = [(json.loads(dump), metrics) for dump, metrics in zip(dumps, self.metrics(), strict=True)]
+        both = [wire_evidence([page], since, time.time()) for page in pages]
+        return list(zip(both if self._ours is self.web else reversed(both), (outbound, inbound), strict=True))
 
     def logs(self) -> tuple[str, str]:
         path = self._ours.folder / "access"
@@ -224,3 +233,32 @@ def test_config_dump_has_the_keys_of_istios(ends: Ends) -> None:
     (other,) = theirs["workloadState"].values()
     assert mine.keys() == other.keys()
     assert mine["info"].keys() == other["info"].keys()
+
+
+def test_both_tell_how_a_connection_goes_on(ends: Ends) -> None:
+    """As `sluice connections --wire` reads it: from the dump while it is open, from the counts when it has ended."""
+    since = time.time() - 1
+    web, shop = (f"spiffe://cluster.local/ns/demo/sa/{name}" for name in ("web", "shop"))
+    with joined(ends.web, ends.shop, VIP, 80) as (client, server):
+        client.sendall(b"question")
+        assert server.recv(8) == b"question"
+        outbound, inbound = (
+            {"direction": direction, "fate": "captured", "local": _text(local), "remote": _text(remote),
+             "opened": since + 0.5, "closed": None, "sent_bytes": 8, "received_bytes": 8}
+            for direction, local, remote in (
+                ("outbound", client.getsockname(), client.getpeername()),
+                ("inbound", server.getsockname(), server.getpeername()),
+            )
+        )  # fmt: skip
+        known = ends.evidence(since, outbound, inbound)
+    open_ways = [one.carriage(row) for one, row in known]
+    assert {replace(one, counted={}).carriage(row) for one, row in known} == {Carriage(Wire.HBONE)}
+    assert open_ways == [Carriage(Wire.HBONE, web, shop), Carriage(Wire.HBONE, shop, web)]
+    for row in (outbound, inbound):
+        row["closed"] = time.time()
+    ended = [one.carriage(row) for one, row in ends.evidence(since, outbound, inbound)]
+    assert ended == open_ways
+
+
+def _text(address: tuple[str, int]) -> str:
+    return f"{address[0]}:{address[1]}"
