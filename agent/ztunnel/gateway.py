@@ -122,17 +122,19 @@ def _pod(name: str, engine: Engine) -> PodContext:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Raises SluiceError."""
-    listener = marked(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if listener.family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise SluiceError(f"gateway: cannot listen on {host}, port {port}: {error.strerror}") from None
-    return listener
+    with contextlib.ExitStack() as failed:
+        try:
+            listener = marked(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+            failed.enter_context(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if listener.family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+            listener.bind((host, port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise SluiceError(f"gateway: cannot listen on {host}, port {port}: {error.strerror}") from None
+        failed.pop_all()
+        return listener
 
 
 async def _accept(listener: socket.socket, pod: PodContext, tunnels: HboneTunnels) -> None:

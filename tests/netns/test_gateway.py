@@ -18,6 +18,7 @@ from cryptography import x509
 from prometheus_client.parser import text_string_to_metric_families
 from support.hbone import PORTLESS
 from support.hbone_server import Answer, hbone_server
+from support.istio_peer import ZTUNNELS, either_ztunnel
 from support.networks import (
     GATE_OUTSIDE,
     HOSTNAME,
@@ -316,7 +317,8 @@ policies:
             assert server.recv(1) == b"x"
 
 
-def test_a_gateway_leads_to_the_waypoint_of_the_service(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ztunnel", ZTUNNELS)
+def test_a_gateway_leads_to_the_waypoint_of_the_service(tmp_path: Path, ztunnel: str) -> None:
     """The request within the tunnel is that of the specification, section 3."""
     waypoint = f"""
 - {{uid: waypoint, name: waypoint, namespace: demo, serviceAccount: shop, trustDomain: cluster.local, protocol: HBONE,
@@ -325,10 +327,11 @@ def test_a_gateway_leads_to_the_waypoint_of_the_service(tmp_path: Path) -> None:
     (tmp_path / "shop.yaml").write_text(
         shop_mesh(waypoint, f", waypoint: {{destination: two/{SECOND}, hboneMtlsPort: 15008}}")
     )
+    (tmp_path / "web.yaml").write_text(web_mesh())
     with two_networks(tmp_path) as networks:
         networks.start_gateway()
-        networks.start_web()
         with (
+            either_ztunnel(ztunnel, networks.web, tmp_path / "web.yaml", "one"),
             hbone_server(networks.shop.pod, SECOND, tmp_path / "ca", "shop") as end,
             networks.web.pod.connect(VIP, 80) as client,
         ):

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from support.hbone import PORTLESS, Node, two_nodes
 from support.hbone_server import hbone_server
+from support.istio_peer import ZTUNNELS, either_ztunnel
 from support.ztunnel import PEER4, POD4, SECONDS, read_all
 
 pytestmark = pytest.mark.root
+
 
 VIP, WORKLOAD = "10.99.0.1", "10.77.0.9"
 IDENTITY = "spiffe://cluster.local/ns/demo/sa/"
@@ -34,20 +36,27 @@ services:
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
-    """Only web has its ztunnel; it gives up after 2 s."""
+def pods(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     (tmp_path / "mesh.yaml").write_text(MESH)
     with two_nodes(tmp_path) as both:
-        both[0].start_with(tmp_path / "mesh.yaml", f"connect_seconds=2, {PORTLESS}")
         yield both
 
 
+@pytest.fixture
+def nodes(pods: tuple[Node, Node], tmp_path: Path) -> tuple[Node, Node]:
+    """Only web has its ztunnel; it gives up after 2 s."""
+    pods[0].start_with(tmp_path / "mesh.yaml", f"connect_seconds=2, {PORTLESS}")
+    return pods
+
+
 @pytest.mark.parametrize(("host", "port", "meant"), [(VIP, 80, f";host={HOSTNAME}"), (WORKLOAD, 9000, "")])
+@pytest.mark.parametrize("ztunnel", ZTUNNELS)
 def test_a_waypoint_gets_the_address_that_the_client_dialled(
-    nodes: tuple[Node, Node], tmp_path: Path, host: str, port: int, meant: str
+    pods: tuple[Node, Node], tmp_path: Path, ztunnel: str, host: str, port: int, meant: str
 ) -> None:
-    web, shop = nodes
+    web, shop = pods
     with (
+        either_ztunnel(ztunnel, web, tmp_path / "mesh.yaml"),
         hbone_server(shop.pod, PEER4, tmp_path / "ca", "shop") as waypoint,
         web.pod.connect(host, port) as client,
     ):
@@ -88,10 +97,32 @@ def test_a_waypoint_that_is_away_is_a_refusal_in_time(nodes: tuple[Node, Node]) 
         assert _refused(web, "timed out") < 5
 
 
-def test_an_application_tunnel_learns_who_connects_and_where_to(nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """The PROXY protocol's header, version 2, on loopback: haproxy.org, proxy-protocol.txt, 2.2."""
-    web, shop = nodes
-    shop.start_with(tmp_path / "mesh.yaml")
+def told(got: bytes) -> tuple[str, str, int, str, bytes]:
+    """The header of the PROXY protocol, version 2 (haproxy.org, proxy-protocol.txt, 2.2), with an identity.
+
+    Returns (source, destination, its port, identity, what follows).
+    """
+    assert got[:12] == b"\r\n\r\n\0\r\nQUIT\n"
+    assert got[12:14] == b"\x21\x11"  # version 2, PROXY; TCP over IPv4
+    length = int.from_bytes(got[14:16], "big")
+    addresses, rest = got[16 : 16 + length], got[16 + length :]
+    kind, size = addresses[12], int.from_bytes(addresses[13:15], "big")
+    assert (kind, 15 + size) == (0xD0, len(addresses))
+    port = int.from_bytes(addresses[10:12], "big")
+    return socket.inet_ntoa(addresses[:4]), socket.inet_ntoa(addresses[4:8]), port, addresses[15:].decode(), rest
+
+
+@pytest.mark.parametrize("ztunnel", ZTUNNELS)
+def test_an_application_tunnel_learns_who_connects_and_where_to(
+    nodes: tuple[Node, Node], tmp_path: Path, ztunnel: str
+) -> None:
+    with either_ztunnel(ztunnel, nodes[1], tmp_path / "mesh.yaml"):
+        got = _through_tunnel(*nodes)
+    assert told(got) == (POD4, VIP, 80, IDENTITY + "web", b"question")
+
+
+def _through_tunnel(web: Node, shop: Node) -> bytes:
+    """Returns what the application on loopback gets, which then answers."""
     with shop.pod.listen("127.0.0.1", 15088) as listener, web.pod.connect(VIP, 80) as client:
         listener.settimeout(SECONDS)
         server, source = listener.accept()
@@ -104,12 +135,4 @@ def test_an_application_tunnel_learns_who_connects_and_where_to(nodes: tuple[Nod
             server.sendall(b"answer")
             server.shutdown(socket.SHUT_WR)
             assert read_all(client) == b"answer"
-    assert got[:12] == b"\r\n\r\n\0\r\nQUIT\n"
-    assert got[12:14] == b"\x21\x11"  # version 2, PROXY; TCP over IPv4
-    length = int.from_bytes(got[14:16], "big")
-    addresses, rest = got[16 : 16 + length], got[16 + length :]
-    assert (socket.inet_ntoa(addresses[:4]), socket.inet_ntoa(addresses[4:8])) == (POD4, VIP)
-    assert int.from_bytes(addresses[10:12], "big") == 80
-    identity = (IDENTITY + "web").encode()
-    assert addresses[12:] == b"\xd0" + len(identity).to_bytes(2, "big") + identity
-    assert rest == b"question"
+    return got

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from support.controlplane import ControlPlane
-from support.hbone import MESH, Node, two_nodes
+from support.hbone import MESH, PORTLESS, Node, two_nodes
 from support.ztunnel import SECONDS, Place
 
 from agent.kernel.exec import start
@@ -114,13 +114,13 @@ def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa, network: str =
 
 
 @contextlib.contextmanager
-def either_ztunnel(whose: str, node: Node, mesh_file: Path) -> Iterator[None]:
+def either_ztunnel(whose: str, node: Node, mesh_file: Path, network: str = "") -> Iterator[None]:
     """Serves the node's pod with the ztunnel of ZTUNNELS."""
     if whose == OURS:
-        node.start_with(mesh_file)
+        node.start_with(mesh_file, f"network={network!r}, {PORTLESS}")
         yield
         return
-    with istio_ztunnel(node, mesh_file, DevelopmentCa(mesh_file.parent / "ca")):
+    with istio_ztunnel(node, mesh_file, DevelopmentCa(mesh_file.parent / "ca"), network):
         yield
 
 
