@@ -2,7 +2,7 @@
 """Accounting for connections without eBPF: by sock_diag in each enrolled pod.
 
 The kernel reports every end of a socket, with its last counts; dumps show live sockets, their owners, and facts that
-the reports lack. Two descriptors per pod.
+the reports lack. Conntrack shows which connections rules have redirected. Three descriptors per pod.
 
 Times are those of reading: a connection begins when a dump first saw it, else at the time of its last packets, else
 when it ended; and it ends when its end is read. So `records` should be called often, `refresh` now and then.
@@ -15,14 +15,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import partial
+from socket import IPPROTO_TCP
 from typing import Final
 
+from agent.core.errors import KernelError
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import CARRYING, Endpoint, TcpSocket, TcpState
 from agent.flows.inet_diag.pod_flows import PodFlows
 from agent.flows.inet_diag.verdict import Verdicts
 from agent.flows.record import Connection, Delta, Direction, Fate, Quality, Reason
+from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netlink.sock_events import SocketEvents
 from agent.kernel.netns import NetnsId
@@ -32,25 +37,27 @@ from agent.kernel.pod_netns import PodNetns
 _STATES: Final = (*CARRYING, TcpState.SYN_SENT, TcpState.LISTEN)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class _Pod:
     flows: PodFlows
     events: SocketEvents
     diag: SockDiag
+    conntrack: Conntrack
     records: list[Connection] = field(default_factory=list)
 
     def close(self) -> None:
         self.events.close()
         self.diag.close()
+        self.conntrack.close()
 
 
 class DiagCollector:
     """Implements agent.flows.collector.Collector. For any thread; one call at a time does work.
 
     Never known: process and command of a connection, the user of one that no dump saw, how a blocking connect failed,
-    and which connections ss --kill ended. Undecided: connections that were cut off before a dump saw them and may be
-    ztunnel's. Doubtful, and reported as leaked: ztunnel's own connections that ended in order before a dump saw them
-    and do not relay one captured connection unchanged (see agent.flows.inet_diag.ztunnel_upstreams).
+    and which connections ss --kill ended. Undecided: connections that no dump saw and that were not redirected, for
+    they may be ztunnel's own (see agent.flows.inet_diag.ztunnel_upstreams). So only those leaks are counted that live
+    long enough for a dump.
     """
 
     name = "inet_diag"
@@ -222,26 +229,22 @@ class DiagCollector:
             flows.change(verdicts, captured=captured)
 
     def _begin(self, target: PodNetns, verdicts: Verdicts, *, captured: bool) -> _Pod:
-        events = target.netns.call(SocketEvents)
-        try:
-            diag = target.netns.call(SockDiag)
-        except BaseException:
-            events.close()
-            raise
         netns = target.netns.id
-        flows = PodFlows(
-            netns.cookie,
-            verdicts=verdicts,
-            held=self._held,
-            foreign=lambda sockets: self._foreign(sockets, netns),
-            captured=captured,
-        )
-        pod = _Pod(flows, events, diag)
-        try:
+        with ExitStack() as made:
+            events = made.enter_context(closing(target.netns.call(SocketEvents)))
+            diag = made.enter_context(closing(target.netns.call(SockDiag)))
+            conntrack = made.enter_context(closing(target.netns.call(Conntrack)))
+            flows = PodFlows(
+                netns.cookie,
+                verdicts=verdicts,
+                held=self._held,
+                foreign=lambda sockets: self._foreign(sockets, netns),
+                replies=partial(_replies, conntrack),
+                captured=captured,
+            )
+            pod = _Pod(flows=flows, events=events, diag=diag, conntrack=conntrack)
             self._dump(pod)
-        except BaseException:
-            pod.close()
-            raise
+            made.pop_all()
         return pod
 
     def _look(self, pod: _Pod) -> None:
@@ -265,6 +268,8 @@ class DiagCollector:
         states = (*_STATES, TcpState.TIME_WAIT) if pod.flows.unsettled else _STATES
         reports, timers = pod.diag.reports(states)
         self._losses["endings"] += pod.flows.dumped(reports, timers, self._clock(), complete=complete)
+        if pod.flows.doubtful:
+            pod.flows.dumped(pod.diag.reports(_STATES)[0], {}, self._clock())
 
     def _gather(self, pod: _Pod) -> None:
         pod.flows.count()
@@ -273,3 +278,10 @@ class DiagCollector:
             self._totals[one.direction, one.fate, one.reason] += one.opened + one.failed
         self._sums[0].extend(deltas)
         self._sums[1].extend(qualities)
+
+
+def _replies(conntrack: Conntrack, client: Endpoint, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
+    try:
+        return conntrack.replies(IPPROTO_TCP, client, service)
+    except KernelError:  # a kernel without ctnetlink
+        return None

@@ -11,6 +11,7 @@ from typing import Final
 from agent.core.model.sockets import CAPTURE_PORTS, Endpoint, TcpState
 from agent.core.wire.tcp_info import TcpInfo, TcpReport
 from agent.flows.inet_diag import ending
+from agent.flows.inet_diag.pairing import TAKES_OUTBOUND
 from agent.flows.inet_diag.verdict import Verdicts
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 
@@ -27,9 +28,9 @@ class Stage(Enum):
     """
 
     MIRRORS = 0.0
-    STRAYS = 0.5
+    CONNTRACK = 0.5  # knows what was redirected although no mirror fits: NAT has changed a port, or a reset hides it
     ONWARD = 0.75  # ztunnel's upstream connections are matched with those that it accepted
-    LATE = 1.1  # the same, less exactly, when all captured connections have been reported
+    LATE = 1.1  # the same, less exactly
     REST = 1.25
 
 
@@ -38,6 +39,8 @@ class TrackedFlow:
     """`report` is the latest, `state` that of the last dump it was in (None: in none), `looks` in how many it was.
 
     `preexisting`: it is older than the pod's rules. `owned`: by ztunnel; `shared`: others listen on its port, too.
+    `user`: of the process that is known to hold it, and is not ztunnel; -1 until a dump has shown that.
+    `replies`: source and destination of its replies, by conntrack.
     `sent` and `received` were counted already. `decided`: fate, reason and direction are final.
     """
 
@@ -54,10 +57,13 @@ class TrackedFlow:
     looks: int = 0
     looked: bool = False  # after the end
     user: int = -1
+    marked: bool = False  # in the last dump it had ztunnel's mark, but ztunnel did not hold it
     owned: bool = False
     shared: bool = False
+    replies: tuple[Endpoint, Endpoint] | None = None
     mirror: int = 0
     mirrored: bool = False  # it is the mirror of another one
+    asked: str = ""  # the address that its mirror, an application's socket, asked for
     decided: bool = False
     reported: bool = False  # its opening was counted
     direction: Direction = Direction.OUTBOUND
@@ -79,14 +85,16 @@ class TrackedFlow:
         return self.report.disconnected and not self.looks
 
     @property
-    def severed(self) -> bool:
-        """True if it was cut off before any dump showed its owner.
+    def redirected(self) -> tuple[Endpoint, Endpoint] | None:
+        """Returns ztunnel's end, and the client as ztunnel sees it, if conntrack has shown that it was redirected."""
+        if self.replies is None or self.replies[0] == self.remote or self.replies[0][1] not in TAKES_OUTBOUND:
+            return None
+        return self.replies
 
-        It may be an upstream connection of ztunnel: those also end like this, and their byte counts can no longer be
-        compared.
-        """
-        cut = self.closed is not None and not ending.finished(self.report.info, self.active)
-        return cut and self.user < 0 and (self.active or self.report.disconnected)
+    @property
+    def hidden(self) -> bool:
+        """True if the socket does not show the original destination: where eBPF captures, it has ztunnel's port."""
+        return self.remote[1] in TAKES_OUTBOUND
 
     @property
     def active(self) -> bool:

@@ -6,7 +6,8 @@ destination, and ztunnel's accepted one the application's endpoint. Inbound, ztu
 the client's address: there both sockets show the same two endpoints.
 
 Only where two connections of the application share a local port, towards different peers, the kernel must translate the
-port of one of them (nf_nat_used_tuple), and ztunnel's socket shows another port: a stray, recognised by its payload.
+port of one of them (nf_nat_used_tuple), also if the other one has ended and conntrack still knows it. Then ztunnel's
+socket shows another port: a stray, which conntrack knows.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ class Mirrors:
     """Indexes sockets by their ends, each with its cookie: live ones, and those that have ended recently."""
 
     def __init__(self, sockets: Iterable[TcpSocket] = ()) -> None:
-        self._served: dict[Endpoint, tuple[int, ...]] = {}  # by the client endpoint that ztunnel accepted
+        self._served: dict[int, tuple[int, ...]] = {}  # by the client's port that ztunnel sees
         self._pairs: dict[tuple[Endpoint, Endpoint], int] = {}
+        self._facing: dict[tuple[str, int], dict[int, None]] = {}  # by local address and remote port
         self._sharing: dict[Endpoint, int] = {}  # how many sockets have that local end
         for one in sockets:
             self.add(one.cookie, one.local, one.remote)
@@ -33,28 +35,38 @@ class Mirrors:
     def add(self, cookie: int, local: Endpoint, remote: Endpoint) -> None:
         self._pairs[local, remote] = cookie
         if local[1] in TAKES_OUTBOUND:
-            self._served[remote] = (*self._served.get(remote, ()), cookie)
+            self._served[remote[1]] = (*self._served.get(remote[1], ()), cookie)
         else:
             self._sharing[local] = self._sharing.get(local, 0) + 1
+            self._facing.setdefault((local[0], remote[1]), {})[cookie] = None
 
     def drop(self, cookie: int, local: Endpoint, remote: Endpoint) -> None:
         """Removes a socket; another one that has the same ends by now stays."""
         if self._pairs.get((local, remote)) == cookie:
             del self._pairs[local, remote]
         if local[1] in TAKES_OUTBOUND:
-            left = tuple(one for one in self._served.get(remote, ()) if one != cookie)
+            left = tuple(one for one in self._served.get(remote[1], ()) if one != cookie)
             if left:
-                self._served[remote] = left
+                self._served[remote[1]] = left
             else:
-                self._served.pop(remote, None)
-        elif self._sharing.get(local, 0) > 1:
+                self._served.pop(remote[1], None)
+            return
+        facing = self._facing.get((local[0], remote[1]), {})
+        facing.pop(cookie, None)
+        if not facing:
+            self._facing.pop((local[0], remote[1]), None)
+        if self._sharing.get(local, 0) > 1:
             self._sharing[local] -= 1
         else:
             self._sharing.pop(local, None)
 
-    def served(self, local: Endpoint) -> tuple[int, ...]:
-        """Returns ztunnel's sockets that accepted connections from `local`, the oldest first."""
-        return self._served.get(local, ())
+    def served(self, port: int) -> tuple[int, ...]:
+        """Returns ztunnel's sockets that accepted connections from that port, the oldest first."""
+        return self._served.get(port, ())
+
+    def facing(self, address: str, port: int) -> Iterable[int]:
+        """Returns sockets with that local address and remote port."""
+        return self._facing.get((address, port), ())
 
     def sharing(self, local: Endpoint) -> int:
         """Returns how many sockets other than ztunnel's have that local end."""

@@ -3,7 +3,9 @@
 
 ztunnel's end, in the same namespace, shows the fate of a connection. The two ends end in either order, so an ended
 connection is held back for HOLD seconds until its other end is seen. A connection that then has neither a mirror nor a
-reason to be exempt has leaked if that is proof enough; otherwise it stays undecided.
+reason to be exempt has leaked if that is proven: a dump has shown that an application holds it, and conntrack that it
+was not redirected; or two dumps have shown it, and no connection that ztunnel accepted is without its mirror. Otherwise
+it stays undecided: at its end a socket of ztunnel's looks like an application's.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf
 
-from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, TcpState
+from agent.core.model.sockets import CAPTURE_PORTS, Endpoint, TcpSocket, TcpState
 from agent.core.names import HBONE_PORT
 from agent.core.wire.tcp_info import TcpReport
 from agent.flows.inet_diag import ending
 from agent.flows.inet_diag.flow import HOLD, LOOKS, Stage, TrackedFlow
-from agent.flows.inet_diag.pairing import TAKES_OUTBOUND, Mirrors
+from agent.flows.inet_diag.mirror_search import MirrorSearch
+from agent.flows.inet_diag.pairing import TAKES_OUTBOUND
 from agent.flows.inet_diag.totals import Sums
 from agent.flows.inet_diag.verdict import Verdicts
-from agent.flows.inet_diag.ztunnel_upstreams import Onward, carried_alike, is_hidden
+from agent.flows.inet_diag.ztunnel_upstreams import Onward
 from agent.flows.record import Connection, Direction, Fate, Reason
 
 
@@ -28,7 +31,8 @@ class PodFlows:
     """Tracks the sockets of one pod; for one thread at a time.
 
     `held` picks the inodes of sockets that ztunnel holds. `foreign` returns the cookies of those listeners on
-    ztunnel's ports that are not ztunnel's.
+    ztunnel's ports that are not ztunnel's. `replies` returns source and destination of the replies to a connection from
+    one endpoint to another, None if that is unknown.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class PodFlows:
         verdicts: Verdicts,
         held: Callable[[Collection[int]], Collection[int]],
         foreign: Callable[[Sequence[TcpSocket]], Collection[int]] = lambda sockets: (),
+        replies: Callable[[Endpoint, Endpoint], tuple[Endpoint, Endpoint] | None] = lambda client, service: None,
         captured: bool,
     ) -> None:
         self.pod = pod
@@ -51,12 +56,11 @@ class PodFlows:
         self._flows: dict[int, TrackedFlow] = {}  # by cookie, and for a while after the end
         self._pending: dict[int, TrackedFlow] = {}  # live ones of unknown fate, and what has ended
         self._unlooked: list[TrackedFlow] = []  # ended since the last dump
-        self._lost: list[TrackedFlow] = []  # pending ones that were reset before any dump; mostly empty
         self._finished = deque[tuple[float, TrackedFlow]]()  # ended and reported, but other flows may look them up
-        self._mirrors = Mirrors()
-        self._strays: dict[int, TrackedFlow] = {}  # accepted by ztunnel, while the application's socket is unknown
+        self._search = MirrorSearch(self._flows, replies)
         self._onward = Onward()
         self._torn = 0.0  # until when notifications may be missing
+        self._doubtful = False
         self._alone = False  # True: only pre-existing connections are followed
         self._listeners: frozenset[int] = frozenset()  # ports of listeners in the last two dumps
         self._last_ports: frozenset[int] = frozenset()  # of those in the last one
@@ -65,6 +69,14 @@ class PodFlows:
     def unsettled(self) -> bool:
         """True if a connection has ended of which a dump may show more."""
         return bool(self._unlooked)
+
+    @property
+    def doubtful(self) -> bool:
+        """True if sockets of the last dump have ztunnel's mark and ztunnel did not hold them when it was asked.
+
+        ztunnel may have closed them in between: one that is in the next dump, too, is not ztunnel's.
+        """
+        return self._doubtful
 
     def dumped(
         self, reports: Iterable[TcpReport], timers: Mapping[bytes, TcpState], now: float, *, complete: bool = False
@@ -75,6 +87,7 @@ class PodFlows:
         """
         ports = set()
         seen = set()
+        self._doubtful = False
         capturing = []
         reports = tuple(reports)
         self._owned = self._held(marked) if (marked := {*self._marked(reports)}) else ()
@@ -157,18 +170,18 @@ class PodFlows:
     def settle(self, now: float, *, all_of_it: bool = False) -> list[Connection]:
         """Decides what can be decided; returns the records of ended flows. `all_of_it`: none is held back any more."""
         records: list[Connection] = []
-        self._lost = [one for one in self._pending.values() if one.lost]
+        self._search.begin(self._pending.values())
         for stage in Stage:
             due = inf if all_of_it else now - HOLD * stage.value
             for flow in list(self._pending.values()):
                 if flow.closed is not None and flow.closed > due:
                     continue
                 patient = flow.closed is not None and not all_of_it and now - flow.closed < HOLD
-                if self._decide(flow, stage, due) and not (patient and flow.incomplete(self._flows.get(flow.mirror))):
+                if self._decide(flow, stage) and not (patient and flow.incomplete(self._flows.get(flow.mirror))):
                     del self._pending[flow.cookie]
                     if flow.closed is not None:
                         records += self._end(flow, now)
-        while self._finished and self._finished[0][0] < now - 2 * HOLD:
+        while self._finished and self._finished[0][0] < now - 3 * HOLD:
             self._forget(self._finished.popleft()[1])
         return records
 
@@ -195,13 +208,16 @@ class PodFlows:
         flow.state = one.state
         flow.looks += 1
         if (flow.local, flow.remote) != (one.local, one.remote):  # a socket in SYN_SENT may not have an address yet
-            self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+            self._search.drop(flow)
             flow.local = one.local
             flow.remote = one.remote
-            self._mirrors.add(flow.cookie, flow.local, flow.remote)
+            self._search.add(flow)
         if one.inode:
-            flow.user = one.uid
             flow.owned = flow.owned or one.inode in self._owned
+            if flow.marked or not one.of_ztunnel:
+                flow.user = one.uid
+            self._doubtful = self._doubtful or (flow.user < 0 and not flow.owned)
+            flow.marked = one.of_ztunnel
 
     def _marked(self, reports: Iterable[TcpReport]) -> Iterator[int]:
         """Yields inodes of sockets with ztunnel's mark, unless their owner is known already."""
@@ -223,42 +239,37 @@ class PodFlows:
         )
         flow.shared = one.local[1] in self._shared
         self._flows[flow.cookie] = self._pending[flow.cookie] = flow
-        self._mirrors.add(flow.cookie, flow.local, flow.remote)
-        if flow.local[1] in TAKES_OUTBOUND:
-            self._strays[flow.cookie] = flow
+        self._search.add(flow)
         return flow
 
-    def _decide(self, flow: TrackedFlow, stage: Stage, due: float) -> bool:
+    def _decide(self, flow: TrackedFlow, stage: Stage) -> bool:
         """Returns True if fate, reason and direction are final now."""
         if flow.decided:
             return True
         if flow.closed is None and not flow.established:
             return False
-        late = flow.lost or (is_hidden(flow) and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
+        late = flow.lost or (flow.hidden and self.verdicts.own(flow.remote[0]))  # eBPF may have led it to ztunnel
         if stage is Stage.MIRRORS:
             flow.decided = (
                 flow.check_owner(self.verdicts.own) or self._by_mirror(flow) or (not late and self._exempt(flow))
             )
-        elif flow.active and flow.established and stage is Stage.STRAYS:
-            flow.decided = self._by_stray(flow, due)
-        elif flow.active and flow.closed is not None and stage in (Stage.ONWARD, Stage.LATE):
-            flow.decided = self._onward.adopt(flow, loosely=stage is Stage.LATE)
+        elif flow.active and flow.established and stage is Stage.CONNTRACK:
+            flow.decided = self._captured(flow, self._search.by_conntrack(flow))
+        elif flow.active and flow.closed is not None and stage is Stage.ONWARD:
+            flow.decided = self._onward.adopt(flow, loosely=False)
+        elif flow.active and flow.closed is not None and stage is Stage.LATE:
+            flow.decided = self._captured(flow, self._search.stray(flow)) or self._onward.adopt(flow, loosely=True)
         elif stage is Stage.REST:
             flow.decided = (late and not flow.awaits_mirror and self._exempt(flow)) or self._rest(flow)
         return flow.decided
 
     def _by_mirror(self, flow: TrackedFlow) -> bool:
-        other = self._served(flow) or self._flows.get(self._mirrors.pair(flow.local, flow.remote))
-        if other is None and flow.report.disconnected:
-            other = self._mirror_of_disconnected(flow)
-        if other is None:
-            other = self._disconnected_mirror(flow)
-        if other is None:
+        own = self.verdicts.own
+        if (other := self._search.mirror(flow, own)) is None:
             return False
-        if other.check_owner(self.verdicts.own):
-            self._captured(flow, other)
-            return True
-        if not self.verdicts.own(flow.remote[0]):
+        if other.check_owner(own):
+            return self._captured(flow, other)
+        if not own(flow.remote[0]):
             return False
         flow.direction = flow.inferred_direction(self._listeners)
         flow.fate = Fate.EXEMPT
@@ -266,66 +277,16 @@ class PodFlows:
         flow.mirror = other.cookie
         return True
 
-    def _captured(self, flow: TrackedFlow, mirror: TrackedFlow) -> None:
+    def _captured(self, flow: TrackedFlow, mirror: TrackedFlow | None) -> bool:
+        """Returns False if there is no mirror."""
+        if mirror is None:
+            return False
         flow.direction = Direction.OUTBOUND if mirror.accepted_by_ztunnel else Direction.INBOUND
         flow.fate = Fate.CAPTURED
         flow.reason = Reason.NONE
         flow.mirror = mirror.cookie
-        mirror.mirrored = True
-        self._strays.pop(mirror.cookie, None)
-
-    def _served(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """Returns ztunnel's socket that accepted the flow: of several with one local end, one with the same payload."""
-        candidates = [self._flows[one] for one in self._mirrors.served(flow.local)]
-        free = next((one for one in candidates if not one.mirrored and one.accepted_by_ztunnel), None)
-        if free is not None and self._mirrors.sharing(flow.local) > 1:
-            other = not flow.report.disconnected and not carried_alike(flow, free)
-            return None if other or flow.verdicts.outbound(flow.remote, flow.user) else free
-        return free
-
-    def _mirror_of_disconnected(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """Finds it by what is left of the flow's ends: outbound the port, inbound the port and the client's address."""
-        (address, port) = flow.local
-        bare = flow.local[0] in ("0.0.0.0", "::")
-        for one in self._strays.values():
-            if one.remote[1] == port and (bare or one.remote[0] == address):
-                return one
-        for one in self._flows.values():
-            if (
-                one.remote[1] == port
-                and one.local[0] == flow.remote[0]
-                and not one.mirrored
-                and one.check_owner(self.verdicts.own)
-            ):
-                return one
-        return None
-
-    def _disconnected_mirror(self, flow: TrackedFlow) -> TrackedFlow | None:
-        """Finds ztunnel's socket towards an application, after ztunnel has reset it.
-
-        Only its port and the application's address are left. It is ztunnel's: no other process in the pod uses a
-        foreign source address.
-        """
-        if self.verdicts.own(flow.remote[0]):
-            return None
-        ends = flow.local[0], flow.remote[1]
-        for one in self._lost:
-            if one.cookie in self._pending and not one.mirrored and (one.remote[0], one.local[1]) == ends:
-                one.owned = True
-                return one
-        return None
-
-    def _by_stray(self, flow: TrackedFlow, due: float) -> bool:
-        """Finds a connection that ztunnel accepted with another port and the same payload.
-
-        One that ended after `due` is not a stray yet: the application's end may be reported next.
-        """
-        for one in self._strays.values():
-            known = one.looks >= LOOKS if one.closed is None else one.looked and one.closed <= due
-            if known and not self._mirrors.sharing(one.remote) and carried_alike(flow, one):
-                self._captured(flow, one)
-                return True
-        return False
+        self._search.found(mirror, flow)
+        return True
 
     def _exempt(self, flow: TrackedFlow) -> bool:
         flow.direction = flow.inferred_direction(self._listeners)
@@ -345,27 +306,36 @@ class PodFlows:
 
     def _rest(self, flow: TrackedFlow) -> bool:
         """Decides on a flow with neither mirror nor reason."""
-        if flow.closed is None and (flow.looks < LOOKS or (flow.active and self._strays)):
+        proven = flow.user >= 0 and self._bypassed(flow)
+        if flow.closed is None and not proven:
             return False
         if not flow.established:
             return True
-        if flow.active and flow.user < 0 and flow.verdicts.redirect.exclude.users:
-            return flow.closed is not None  # its user stays unknown
         # Between nodes ztunnel shares connections, and one may open and close unseen.
-        flow.owned = flow.active and flow.remote[1] == HBONE_PORT
-        missed = flow.opened <= self._torn  # the end of a mirror
-        flow.fate = Fate.UNDECIDED if flow.owned or missed or flow.severed else Fate.LEAKED
+        flow.owned = flow.active and flow.user < 0 and flow.remote[1] == HBONE_PORT
+        flow.fate = Fate.LEAKED if proven else Fate.UNDECIDED
         return True
+
+    def _bypassed(self, flow: TrackedFlow) -> bool:
+        """Returns True if it is proven that ztunnel did not accept a connection without a mirror."""
+        if flow.awaits_mirror:  # a dump may miss the mirror
+            return False
+        if flow.active and flow.replies:
+            return not flow.redirected
+        strays = flow.active and self._search.has_strays
+        torn = flow.opened <= self._torn  # the end of the mirror may not have been notified
+        return flow.looks + flow.looked >= LOOKS and not strays and not torn
 
     def _end(self, flow: TrackedFlow, now: float) -> list[Connection]:
         self._finished.append((now, flow))
         self._count(flow)
         if flow.owned:
-            if not flow.mirrored and not flow.accepted_by_ztunnel:
+            if flow.local[1] in TAKES_OUTBOUND:
+                self._onward.accepted(flow)
+            elif flow.active and not flow.mirrored:
                 self._onward.made(flow)
             return []
         record = flow.connection(self.pod, self._flows.get(flow.mirror))
-        self._onward.ended(flow, record)
         self.sums.ended(record)
         return [record]
 
@@ -386,6 +356,5 @@ class PodFlows:
 
     def _forget(self, flow: TrackedFlow) -> None:
         self._onward.forget(flow)
-        self._strays.pop(flow.cookie, None)
-        self._mirrors.drop(flow.cookie, flow.local, flow.remote)
+        self._search.drop(flow)
         self._flows.pop(flow.cookie, None)

@@ -19,7 +19,7 @@ from agent.flows.record import Reason
 
 _LOOPBACK = ip_network("127.0.0.0/8")
 _LINK_LOCAL = ip_network(names.LINK_LOCAL)
-_ANY = ("0.0.0.0", "::")  # a connect to these goes to loopback
+ANY = ("0.0.0.0", "::")  # a connect to these goes to loopback
 _LOCALHOST = ("127.0.0.1", "::1")  # the one address that is loopback to the rules on DNS over TCP
 _DNS = 53
 
@@ -78,7 +78,7 @@ class Verdicts:
 
     def own(self, address: str) -> bool:
         """Returns True for an address to which packets never leave the pod."""
-        return address in self._own or address in _ANY or _is_loopback(address)
+        return address in self._own or address in ANY or _is_loopback(address)
 
     def _family(self, address: str) -> bool:
         return self.redirect.ipv6 if ":" in address else self.redirect.ipv4

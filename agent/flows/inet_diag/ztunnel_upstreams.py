@@ -1,97 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the sockets that ztunnel connected upstream for accepted connections, where no dump saw them. Pure.
 
-At its end a socket shows neither mark nor process. But ztunnel relays: for each captured connection it makes one with
-the same payload. So for each captured connection one socket with the same remote endpoint and the same payload is
-ztunnel's, and only one: if an application imitates it, ztunnel's own socket is left over and counts instead.
+At its end a socket shows neither mark nor process. But ztunnel relays: for each connection that it accepts it makes one
+with the same payload, and closes both together. So for each accepted one, one ended socket with the same payload is
+ztunnel's, and only one: if an application imitates it, ztunnel's own socket is left over and stays undecided.
 """
 
 from __future__ import annotations
 
+from itertools import chain
+
 from agent.flows.inet_diag import ending
 from agent.flows.inet_diag.flow import TrackedFlow
-from agent.flows.inet_diag.pairing import TAKES_OUTBOUND
-from agent.flows.record import Connection, How
+
+_Payload = tuple[int, int]  # bytes from the application, bytes to it
+_Flows = dict[_Payload, dict[int, TrackedFlow]]  # by cookie
 
 
 class Onward:
-    """Holds captured outbound connections that have ended and have no upstream connection yet."""
+    """Holds ended connections that ztunnel accepted, while their upstream connections are not known."""
 
     def __init__(self) -> None:
-        # By the remote address alone: a socket that was reset has lost its remote port. "" where it is hidden.
-        self._ended: dict[str, dict[int, Connection]] = {}
-        # Certainly ztunnel's, for a connection that has not ended yet.
-        self._known: dict[str, dict[int, TrackedFlow]] = {}
+        self._accepted: _Flows = {}
+        self._cut: dict[int, TrackedFlow] = {}  # accepted ones that did not end in order, by cookie
+        self._known: _Flows = {}  # certainly ztunnel's, for an accepted one that has not ended yet
+        self._keys: dict[int, _Payload] = {}  # by cookie: what a later dump shows may change a payload
 
-    def ended(self, flow: TrackedFlow, record: Connection) -> None:
-        if not flow.mirror or not flow.active:
-            return
-        hidden = is_hidden(flow)
-        for known in list(self._known.values()) if hidden else [self._known.get(flow.remote[0], {})]:
-            for cookie, one in known.items():
-                if _fits(one, record, loosely=False):
-                    del known[cookie]
-                    return
-        self._ended.setdefault("" if hidden else flow.remote[0], {})[flow.cookie] = record
+    def accepted(self, flow: TrackedFlow) -> None:
+        """Takes the end of a connection that ztunnel accepted."""
+        if not _in_order(flow):
+            self._cut[flow.cookie] = flow
+        elif not _take(self._known, _payload(flow)):
+            self._add(self._accepted, flow)
 
     def made(self, flow: TrackedFlow) -> None:
         """Takes the end of a socket that is known to be ztunnel's."""
-        if not self.claims(flow, loosely=False):
-            self._known.setdefault(flow.remote[0], {})[flow.cookie] = flow
-
-    def claims(self, flow: TrackedFlow, *, loosely: bool) -> bool:
-        """Returns True if `flow`, an ended one, was made for a captured connection; each connection matches once.
-
-        `loosely`: the last FIN need not have come, see ending.received, and the application may have closed before the
-        rest of the answer came. Ask after all flows were tried without it.
-        """
-        for records in (self._ended.get(flow.remote[0], {}), self._ended.get("", {})):
-            for cookie, record in records.items():
-                if _fits(flow, record, loosely=loosely):
-                    del records[cookie]
-                    return True
-        return False
+        if _in_order(flow) and not self._claims(flow):
+            self._add(self._known, flow)
 
     def adopt(self, flow: TrackedFlow, *, loosely: bool) -> bool:
-        """Marks `flow` as ztunnel's if ztunnel made it for a captured connection; `loosely` as for `claims`."""
-        if flow.looked:
-            flow.owned = self.claims(flow, loosely=False) or (loosely and self.claims(flow, loosely=True))
-            flow.mirrored = flow.owned
+        """Marks `flow`, an ended one, as ztunnel's if ztunnel made it for an accepted connection.
+
+        `loosely`: one of both was cut off, or the application closed before the rest of the answer came. Ask after all
+        flows were tried without it.
+        """
+        if flow.looked and flow.user < 0:
+            flow.owned = flow.mirrored = self._claims(flow) or (loosely and self._claims_loosely(flow))
         return flow.owned
 
     def forget(self, flow: TrackedFlow) -> None:
-        for table in (self._ended, self._known):
-            for address in (flow.remote[0], ""):
-                if (records := table.get(address)) is not None:
-                    records.pop(flow.cookie, None)
-                    if not records:
-                        del table[address]
+        self._cut.pop(flow.cookie, None)
+        if (payload := self._keys.pop(flow.cookie, None)) is None:
+            return
+        for table in (self._accepted, self._known):
+            if (flows := table.get(payload)) is not None:
+                flows.pop(flow.cookie, None)
+                if not flows:
+                    del table[payload]
 
+    def _add(self, table: _Flows, flow: TrackedFlow) -> None:
+        payload = self._keys[flow.cookie] = _payload(flow)
+        table.setdefault(payload, {})[flow.cookie] = flow
 
-def is_hidden(flow: TrackedFlow) -> bool:
-    """Returns True if the socket does not show the original destination: where eBPF captures, it has ztunnel's port."""
-    return flow.remote[1] in TAKES_OUTBOUND
+    def _claims(self, flow: TrackedFlow) -> bool:
+        return _in_order(flow) and _take(self._accepted, _payload(flow))
 
-
-def _fits(flow: TrackedFlow, record: Connection, *, loosely: bool) -> bool:
-    info = flow.report.info
-    known = flow.remote[1] and record.remote[1] and record.remote[1] not in TAKES_OUTBOUND
-    if known and flow.remote[1] != record.remote[1]:
+    def _claims_loosely(self, flow: TrackedFlow) -> bool:
+        for one in chain(self._cut.values(), *(flows.values() for flows in self._accepted.values())):
+            if _is_relayed_in_part(flow, one):
+                self.forget(one)
+                return True
         return False
-    if record.how is not How.FIN or not ending.finished(info, True):
-        return record.how is not How.FIN  # cut off on one side, it is cut off on the other; its counts may differ
+
+
+def _take(table: _Flows, payload: _Payload) -> bool:
+    if (flows := table.get(payload)) is None:
+        return False
+    del flows[next(iter(flows))]  # the oldest: it is forgotten first
+    if not flows:
+        del table[payload]
+    return True
+
+
+def _payload(flow: TrackedFlow) -> _Payload:
     sent, received = flow.payload()
-    return sent == record.sent and (record.received <= info.received if loosely else record.received == received)
+    return (sent, received) if flow.active else (received, sent)
 
 
-def carried_alike(flow: TrackedFlow, accepted: TrackedFlow) -> bool:
-    """Returns True if the application's socket and an accepted one have equal payload, as ends of one connection do."""
-    here = flow.info
-    there = accepted.info
-    if accepted.remote[0] != flow.local[0] or (flow.closed is None) != (accepted.closed is None):
-        return False
-    if flow.closed is not None and not (ending.finished(here, True) and ending.finished(there, False)):
-        return not ending.finished(here, True) and not ending.finished(there, False)
-    up = there.received - ending.sent(here, True)
-    down = here.received - ending.sent(there, False)
-    return 0 <= up <= 1 and 0 <= down <= 1
+def _in_order(flow: TrackedFlow) -> bool:
+    return ending.finished(flow.report.info, flow.active)
+
+
+def _is_relayed_in_part(flow: TrackedFlow, accepted: TrackedFlow) -> bool:
+    if not _in_order(flow) or not _in_order(accepted):
+        return accepted.asked in ("", flow.remote[0])  # the counts may differ, so the destination must not
+    # A FIN may be among the bytes received, and the end does not always show that.
+    lacking = accepted.info.received - ending.sent(flow.info, True)
+    return 0 <= lacking <= 1 and ending.sent(accepted.info, False) <= flow.info.received

@@ -123,8 +123,13 @@ class Conntrack:
 
         None when conntrack's zone 0 has no such flow. Raises KernelError when it cannot be asked.
         """
+        ends = self.replies(protocol, client, service)
+        return ends and ends[0]
+
+    def replies(self, protocol: int, client: Endpoint, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
+        """Returns (source, destination) of the replies: both may differ where NAT has changed them; as `endpoint`."""
         body = self._get(encode(protocol, client, service, Cta.TUPLE_ORIG))
-        return None if body is None else decode(body, Cta.TUPLE_REPLY)
+        return None if body is None else _ends(fields(body).get(Cta.TUPLE_REPLY, b""))
 
     def open_flows(self) -> Iterator[TcpFlow]:
         """Yields the namespace's TCP entries, except those of connections that have ended. Raises KernelError."""
