@@ -94,7 +94,7 @@ def _service(store: MeshStore, one: Service) -> dict[str, Any]:
                 "port": _ports(endpoint.ports),
                 "status": _status(endpoint.workload),
             }
-            for endpoint in store.all_endpoints(one)
+            for endpoint in store.endpoints(one)  # as Istio's: those that may be used
         },
     } | _present({
         "name": one.name,

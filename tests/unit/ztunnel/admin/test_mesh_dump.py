@@ -42,3 +42,28 @@ def test_what_is_dumped_is_the_mesh_that_was_read() -> None:
     assert local_mesh.parse(json.dumps({
         **dumped, "workloads": [{**workload, "services": {}} for workload in dumped["workloads"]],
     })) == read  # fmt: skip
+
+
+def test_istioctl_reads_the_values() -> None:
+    """It takes no bare `Presence`, and counts the endpoints, which are those that may be used."""
+    store = MeshStore()
+    store.replace(
+        local_mesh.parse("""
+workloads:
+- {uid: a, name: a, namespace: demo, protocol: TCP, workloadIps: [], services: {demo/web.demo: {80: 8080}}}
+- {uid: b, name: b, namespace: demo, protocol: TCP, workloadIps: [], status: Unhealthy,
+   services: {demo/web.demo: {80: 8080}}}
+services:
+- {name: web, namespace: demo, hostname: web.demo, vips: [], ports: {80: 8080}}
+- {name: none, namespace: demo, hostname: none.demo, vips: [], ports: {}}
+policies:
+- {name: strict, namespace: demo, scope: WorkloadSelector, action: Deny, dryRun: false,
+   rules: [[[{notPrincipals: [!Presence []]}]]]}
+""")
+    )
+    dumped = mesh_dump.mesh(store)
+    assert [(one["workloadIps"], one["clusterId"]) for one in dumped["workloads"]] == [([], ""), ([], "")]
+    none, web = dumped["services"]
+    assert (none["vips"], none["ports"], none["endpoints"], none["subjectAltNames"]) == ([], {}, {}, [])
+    assert web["endpoints"] == {"a": {"workloadUid": "a", "port": {"80": 8080}, "status": "Healthy"}}
+    assert dumped["policies"][0]["rules"] == [[[{"notPrincipals": [{"Presence": []}]}]]]
