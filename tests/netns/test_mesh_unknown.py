@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod that the mesh does not know yet: its connections and queries wait for the mesh, and only so long."""
+"""A pod that the mesh does not know yet, or that has no certificate: its connections and queries wait, and only so long."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from scapy.layers.dns import DNS, DNSQR
 from support.hbone import Node, exchange, two_nodes
+from support.revoking import root, write
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 from agent.zds.messages import Delete
 from agent.ztunnel.relay.waiting_room import HELD_SECONDS
+from agent.ztunnel.tls.spiffe import SpiffeId
 
 pytestmark = pytest.mark.root
 
@@ -97,6 +99,31 @@ def test_an_inbound_plain_connection_waits_for_the_pods_workload(pair: tuple[Nod
     with waiting_client(web, shop, PEER4):
         tell(shop, WEB, SHOP)
     assert shop.ztunnel.wait_record(kind="tcp", direction="inbound", close="fin")["seconds"] >= 0.5
+
+
+def test_an_inbound_session_waits_for_the_pods_first_certificate(tmp_path: Path) -> None:
+    authority, files = root(), tmp_path / "files"
+    with two_nodes(tmp_path) as (web, shop):
+        for node in (web, shop):
+            tell(node, WEB, SHOP)
+            node.start_with(tmp_path / f"{node.account}.yaml", identities=f"files:{files}")
+        write(files, authority.issue(SpiffeId("cluster.local", "demo", "web")))
+        with waiting_client(web, shop, PEER4):
+            write(files, authority.issue(SpiffeId("cluster.local", "demo", "shop")))
+        assert shop.ztunnel.wait_record(kind="hbone", direction="inbound")["error"] == ""
+
+
+def test_an_inbound_session_of_a_pod_without_certificate_ends(tmp_path: Path) -> None:
+    files = tmp_path / "files"
+    write(files, root().issue(SpiffeId("cluster.local", "demo", "web")))
+    with two_nodes(tmp_path) as (web, shop):
+        for node in (web, shop):
+            tell(node, WEB, SHOP)
+            node.start_with(tmp_path / f"{node.account}.yaml", identities=f"files:{files}")
+        with shop.pod.listen(PEER4, 8080), web.pod.connect(PEER4, 8080) as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        record = web.ztunnel.wait_record(kind="hbone", direction="outbound")
+        assert HELD_SECONDS - 0.5 < record["seconds"] < HELD_SECONDS + 3
 
 
 def test_a_query_waits_and_fails_if_the_pod_stays_unknown(pair: tuple[Node, Node]) -> None:

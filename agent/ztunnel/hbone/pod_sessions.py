@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import socket
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -113,6 +114,13 @@ class PodSessions:
             user.session_failed(why, flag)
 
     # Inbound
+
+    def certified(self) -> bool:
+        return self.contexts.get(self.router.identity(self.identity)) is not None
+
+    def when_certified(self, act: Callable[[], None]) -> None:
+        """Calls `act` once the pod has a certificate; call it only while `certified` is False."""
+        self.contexts.wait(self.router.identity(self.identity), act)
 
     def accept(self, client: socket.socket, peer: Address) -> None:
         """Takes over an accepted, non-blocking connection."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from agent.ztunnel.hbone import limits
@@ -46,6 +46,7 @@ class HboneTunnels:
         self._router = router
         self._pods: dict[str, PodSessions] = {}
         self._waiting = WaitingRoom(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
+        self._uncertified = WaitingRoom(poller, lambda pod: self._pods[pod.uid].certified())
 
     @cached_property
     def _inner_engine(self) -> SessionEngine:
@@ -91,7 +92,13 @@ class HboneTunnels:
                     connection.revoke(f"{why}, after a change of policies", ResponseFlag.DENIED)
 
     def accept(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
-        self._pods[pod.uid].accept(client, peer)
+        """Takes over an accepted, non-blocking connection; it waits for the pod's first certificate."""
+        sessions = self._pods[pod.uid]
+        accept = partial(sessions.accept, client, peer)
+        if self._uncertified.hold(pod, accept, client.close):
+            sessions.when_certified(self._uncertified.changed)
+        else:
+            accept()
 
     def drain(self, pod: PodContext) -> None:
         self._pods[pod.uid].drain()
@@ -103,5 +110,6 @@ class HboneTunnels:
     def stop(self) -> None:
         """Ends the timers; call it after the last pod is closed."""
         self._waiting.close()
+        self._uncertified.close()
         self._engine.shakes.close()
         self._engine.pings.close()

@@ -75,20 +75,23 @@ class ContextStore:
     def __init__(self, ask: Callable[[SpiffeId], None]) -> None:
         self._ask = ask
         self._held: dict[SpiffeId, TlsContexts] = {}
-        self._waiting: dict[SpiffeId, list[Callable[[], None]]] = {}
+        self._waiting: dict[SpiffeId, dict[Callable[[], None], None]] = {}
 
     def get(self, identity: SpiffeId) -> TlsContexts | None:
         """Returns the contexts; None if the identity has no credentials yet, which are then requested."""
         found = self._held.get(identity)
         if found is None and identity not in self._waiting:
-            self._waiting[identity] = []
+            self._waiting[identity] = {}
             self._ask(identity)
             found = self._held.get(identity)
         return found
 
     def wait(self, identity: SpiffeId, ready: Callable[[], None]) -> None:
-        """Calls `ready` once the identity has contexts; call it only after `get` returned None."""
-        self._waiting.setdefault(identity, []).append(ready)
+        """Calls `ready` once the identity has contexts; call it only after `get` returned None.
+
+        The same `ready` is called once, however often it was given.
+        """
+        self._waiting.setdefault(identity, {})[ready] = None
 
     def put(self, credentials: Credentials) -> None:
         """Raises CredentialsError, and keeps the previous contexts then."""
