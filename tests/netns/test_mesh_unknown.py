@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod that the mesh does not know yet, or that has no certificate: its connections and queries wait, and only so long."""
+"""A pod that the mesh does not know yet, or that has no certificate: what is for it waits, and only so long."""
 
 from __future__ import annotations
 

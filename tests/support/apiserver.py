@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -36,8 +37,11 @@ R = TypeVar("R")
 class ApiServer:
     """`url`, `ca_file` and `token_file` are what a client needs. Every method waits until it is done."""
 
-    def __init__(self, directory: Path, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.host, self.port, self._directory = host, port, directory
+    def __init__(
+        self, directory: Path, host: str = "127.0.0.1", port: int = 0, place: Callable[..., Any] | None = None
+    ) -> None:
+        """`place` calls a function in the network namespace in which to listen."""
+        self.host, self.port, self._directory, self._place = host, port, directory, place
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "ca.crt").exists():
             files.authority(directory)
@@ -150,9 +154,11 @@ class ApiServer:
         async def serve() -> None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(self._directory / "server.crt", self._directory / "server.key")
-            self._server = await asyncio.start_server(
-                self.conversation, self.host, self.port, ssl=context, reuse_address=True
-            )
+            address = self.host, self.port
+            make = self._place or (lambda function: function())
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            listener = make(lambda: socket.create_server(address, family=family, backlog=1024))
+            self._server = await asyncio.start_server(self.conversation, sock=listener, ssl=context)
             self.port = self._server.sockets[0].getsockname()[1]
 
         self._wait(serve())

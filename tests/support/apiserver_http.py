@@ -15,10 +15,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import h11
 from support.apiserver_faults import Fault, Faults, Kind, Where
-from support.apiserver_store import KINDS, Store, TestFailed, by_type, merged, patched
+from support.apiserver_store import GROUPS, KINDS, Store, TestFailed, by_type, merged, patched
 from support.apiserver_views import View, status
 
 Json = dict[str, Any]
+
+
+_APPLY = "application/apply-patch+yaml"  # whose JSON is merged here, whoever owns the fields
 
 
 class Refused(Exception):
@@ -95,6 +98,8 @@ class Conversation:
             if asked.head.get("authorization", "").removeprefix("Bearer ") not in self.rights.tokens:
                 raise Refused(401, "Unauthorized", "Unauthorized")
             fault = await self._met(asked, out)
+            if "sendInitialEvents" in asked.query:  # as a server without that feature: the client lists first
+                raise Refused(422, "Invalid", "sendInitialEvents is forbidden")
             if asked.watch:
                 await self._watch(asked, out, reader)
             elif (at := _Place.of(asked.path)) and asked.method == "GET" and not at.name:
@@ -130,7 +135,7 @@ class Conversation:
             self._rest[more] = (version, items[limit:])
             items = items[:limit]
         view = View(asked.head.get("accept", ""))
-        body = _texts(view, KINDS[at.resource], version, more, items)
+        body = _texts(view, at.resource, version, more, items)
         await out.begin(200)
         if fault is None or fault.kind not in (Kind.CUT, Kind.CUT_SHORT):
             for text in body:
@@ -151,7 +156,7 @@ class Conversation:
         wanted = asked.query.get("resourceVersion") or "0"
         if int(wanted) > self.store.version:
             raise Refused(504, "Timeout", f"Too large resource version: {wanted}")
-        return self.store.version, self.store.matching(at.resource, at.namespace, asked.query.get("fieldSelector", ""))
+        return self.store.version, self.store.matching(at.resource, at.namespace, _selector(asked))
 
     # Watches
 
@@ -182,7 +187,7 @@ class Conversation:
 
     async def _lines(self, asked: Asked, at: _Place, version: int, ends: float) -> AsyncIterator[tuple[str, Json]]:
         marks, beat = asked.query.get("allowWatchBookmarks") == "true", time.monotonic()
-        selector = asked.query.get("fieldSelector", "")
+        selector = _selector(asked)
         while True:
             news, until = self.store.news, min(ends, beat + self.bookmark_seconds if marks else ends)
             if version < self.store.compacted:
@@ -236,12 +241,17 @@ class Conversation:
             return {**asked.body, "status": {"authenticated": user is not None, **({"user": user} if user else {})}}
         if asked.path.endswith("/subjectaccessreviews"):
             return {**asked.body, "status": {"allowed": self._granted(asked.body["spec"])}}
+        if asked.path == "/version":
+            return {"major": "1", "minor": "34", "gitVersion": "v1.34.0"}
         at = _Place.of(asked.path)
         if at is None:
             raise Refused(404, "NotFound", f"{asked.path} is not served")
-        if asked.method == "POST":
+        if asked.method in ("POST", "PUT"):
             metadata = {**asked.body["metadata"], "namespace": at.namespace}
-            return self.store.put({**asked.body, "kind": KINDS[at.resource], "metadata": metadata})
+            if asked.method == "POST" and (at.namespace, metadata.get("name")) in self.store.objects[at.resource]:
+                raise Refused(409, "AlreadyExists", f'{at.resource} "{metadata["name"]}" already exists')
+            head = {"kind": KINDS[at.resource], "apiVersion": GROUPS.get(at.resource, "v1"), "metadata": metadata}
+            return self.store.put({**asked.body, **head})
         found = self.store.objects[at.resource].get((at.namespace, at.name))
         if found is None:
             raise Refused(404, "NotFound", f'{at.resource} "{at.name}" not found')
@@ -260,7 +270,7 @@ class Conversation:
             except TestFailed as error:
                 raise Refused(422, "Invalid", f"the server rejected our request: {error}") from None
         kind = asked.head["content-type"]
-        if kind not in ("application/merge-patch+json", "application/strategic-merge-patch+json"):
+        if kind not in (*(f"application/{one}merge-patch+json" for one in ("", "strategic-")), _APPLY):
             raise Refused(415, "UnsupportedMediaType", asked.head["content-type"])
         metadata = asked.body.get("metadata", {})
         for key in ("uid", "resourceVersion"):
@@ -277,12 +287,13 @@ class _Place:
 
     @classmethod
     def of(cls, path: str) -> _Place | None:
-        """Parses /api/v1/[namespaces/NS/]RESOURCE[/NAME[/status]]."""
-        words = path.removeprefix("/api/v1/").split("/")
+        """Parses /api/v1/[namespaces/NS/]RESOURCE[/NAME[/status]], and the same below /apis/GROUP/VERSION/."""
+        words = path.split("/")[1:]
+        prefix, words = ("v1", words[2:]) if words[0] == "api" else ("/".join(words[1:3]), words[3:])
         namespace = ""
-        if words[0] == "namespaces" and len(words) > 2 and words[2] in KINDS:
+        if words[:1] == ["namespaces"] and len(words) > 2 and words[2] in KINDS:
             namespace, words = words[1], words[2:]
-        if not path.startswith("/api/v1/") or words[0] not in KINDS:
+        if not words or words[0] not in KINDS or GROUPS.get(words[0], "v1") != prefix:
             return None
         return cls(words[0], namespace, words[1] if len(words) > 1 else "")
 
@@ -337,6 +348,12 @@ async def _request(connection: h11.Connection, reader: asyncio.StreamReader, num
             return None
 
 
+def _selector(asked: Asked) -> str:
+    """Both selectors as one of fields."""
+    labels = [f"metadata.labels.{term}" for term in asked.query.get("labelSelector", "").split(",") if term]
+    return ",".join(filter(None, (asked.query.get("fieldSelector", ""), *labels)))
+
+
 def _where(asked: Asked) -> Where:
     at = _Place.of(asked.path)
     if asked.method != "GET":
@@ -348,10 +365,11 @@ def _where(asked: Asked) -> Where:
     return Where.READ
 
 
-def _texts(view: View, kind: str, version: int, more: str, items: list[Json]) -> Iterator[str]:
+def _texts(view: View, resource: str, version: int, more: str, items: list[Json]) -> Iterator[str]:
     """A list's JSON in parts, so that 20,000 objects are never one text."""
     metadata = {"resourceVersion": str(version), **({"continue": more, "remainingItemCount": 1} if more else {})}
-    yield json.dumps(view.head(kind, metadata))[:-1] + f', "{view.items}": ['
+    kind, api = KINDS[resource], GROUPS.get(resource, "v1")
+    yield json.dumps(view.head(kind, metadata, api))[:-1] + f', "{view.items}": ['
     for first in range(0, len(items), 50):
         part = json.dumps([view.item(value) for value in items[first : first + 50]])[1:-1]
         yield part if not first else ", " + part
@@ -359,4 +377,5 @@ def _texts(view: View, kind: str, version: int, more: str, items: list[Json]) ->
 
 
 def _bookmark(resource: str, version: int) -> Json:
-    return {"kind": KINDS[resource], "apiVersion": "v1", "metadata": {"resourceVersion": str(version)}}
+    head = {"kind": KINDS[resource], "apiVersion": GROUPS.get(resource, "v1")}
+    return {**head, "metadata": {"resourceVersion": str(version)}}

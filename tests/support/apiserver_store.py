@@ -12,7 +12,23 @@ from typing import Any
 
 Json = dict[str, Any]
 Key = tuple[str, str]  # namespace ("" for what has none), name
-KINDS = {"pods": "Pod", "namespaces": "Namespace", "nodes": "Node", "services": "Service", "events": "Event"}
+KINDS = {
+    "pods": "Pod", "namespaces": "Namespace", "nodes": "Node", "services": "Service", "events": "Event",
+    "configmaps": "ConfigMap", "secrets": "Secret", "serviceaccounts": "ServiceAccount",
+    "endpointslices": "EndpointSlice", "customresourcedefinitions": "CustomResourceDefinition", "leases": "Lease",
+    "mutatingwebhookconfigurations": "MutatingWebhookConfiguration", "ingresses": "Ingress",
+    "validatingwebhookconfigurations": "ValidatingWebhookConfiguration", "ingressclasses": "IngressClass",
+    "authorizationpolicies": "AuthorizationPolicy", "peerauthentications": "PeerAuthentication",
+    "serviceentries": "ServiceEntry", "workloadentries": "WorkloadEntry",
+}  # fmt: skip
+GROUPS = {  # of what is not in v1
+    "endpointslices": "discovery.k8s.io/v1", "customresourcedefinitions": "apiextensions.k8s.io/v1",
+    "leases": "coordination.k8s.io/v1", "mutatingwebhookconfigurations": "admissionregistration.k8s.io/v1",
+    "validatingwebhookconfigurations": "admissionregistration.k8s.io/v1",
+    "ingresses": "networking.k8s.io/v1", "ingressclasses": "networking.k8s.io/v1",
+    "authorizationpolicies": "security.istio.io/v1", "peerauthentications": "security.istio.io/v1",
+    "serviceentries": "networking.istio.io/v1", "workloadentries": "networking.istio.io/v1",
+}  # fmt: skip
 RESOURCES = {kind: resource for resource, kind in KINDS.items()}
 
 
@@ -101,7 +117,7 @@ def matches(value: Json, selector: str) -> bool:
     for term in filter(None, selector.split(",")):
         path, sign, wanted = term.partition("!=" if "!=" in term else "=")
         found: Any = value
-        for part in path.split("."):
+        for part in path.split(".", 2) if path.startswith("metadata.labels.") else path.split("."):
             found = found.get(part) if isinstance(found, dict) else None
         text = ("true" if found else "false") if path == "spec.hostNetwork" else "" if found is None else str(found)
         if (text == wanted.lstrip("=")) != (sign == "="):

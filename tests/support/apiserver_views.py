@@ -39,13 +39,15 @@ class View:
         names = {"Pod": POD_COLUMNS, "Service": SERVICE_COLUMNS}.get(kind, ["Name", "Age"])
         return [{"name": name, "type": "string", "format": "", "description": "", "priority": 0} for name in names]
 
-    def head(self, kind: str, metadata: Json) -> Json:
+    def head(self, kind: str, metadata: Json, api: str = "v1") -> Json:
         """What stands before the items of a list."""
         if self.form == "Table":
             return {"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": metadata} | {
                 "columnDefinitions": self.columns(kind)
             }
-        return {"kind": f"{kind}List", "apiVersion": "v1", "metadata": metadata}
+        if self.form == "Partial":
+            kind, api = "PartialObjectMetadata", "meta.k8s.io/v1"
+        return {"kind": f"{kind}List", "apiVersion": api, "metadata": metadata}
 
     @property
     def items(self) -> str:
