@@ -28,7 +28,7 @@ from agent.ztunnel.mesh import authorization, baggage, routes
 from agent.ztunnel.mesh.authorization import PolicyConnection, Verdict
 from agent.ztunnel.mesh.mesh_model import TunnelProtocol, Workload
 from agent.ztunnel.mesh.mesh_store import MeshStore
-from agent.ztunnel.mesh.routes import Inbound, Mismatch, Route, RouteError, Transport
+from agent.ztunnel.mesh.routes import Inbound, Mismatch, Route, RouteError, Transport, UnresolvedError
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.telemetry.traffic_labels import Parties, Party, party
 from agent.ztunnel.tls.spiffe import SpiffeId
@@ -81,7 +81,7 @@ class MeshRouter:
                 self._store, client, self._settings.network, source[0], (destination[0], destination[1]), _weighted
             )
         except RouteError as error:
-            return NoHop(str(error))
+            return NoHop(str(error), unresolved=error.host if isinstance(error, UnresolvedError) else "")
         parties = _outbound_parties(client, route, source, destination)
         if route.transport is Transport.PLAIN:
             return PlainHop(_socket_address(route.address), parties)

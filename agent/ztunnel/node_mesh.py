@@ -13,6 +13,7 @@ from agent.ztunnel import ztunnel_settings
 from agent.ztunnel.dns.mesh_names import MeshNames
 from agent.ztunnel.hbone.next_hop import Router
 from agent.ztunnel.hbone.tunnels import HboneTunnels
+from agent.ztunnel.host_resolver import HostResolver
 from agent.ztunnel.mesh.mesh_store import MeshStore
 from agent.ztunnel.mesh_router import GatewayRouter, MeshRouter, RouterSettings
 from agent.ztunnel.mesh_sources import MeshSource, mesh_source
@@ -55,7 +56,8 @@ class NodeMesh:
         )
         self.names = MeshNames(self.store, settings.cluster_domain) if settings.mesh_names else None
         self.revocations = _revocations(settings)
-        self.tunnels = HboneTunnels(poller, self.contexts, self.router, self.revocations)
+        hosts = HostResolver(poller.loop, self.store)
+        self.tunnels = HboneTunnels(poller, self.contexts, self.router, hosts=hosts, revocations=self.revocations)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:

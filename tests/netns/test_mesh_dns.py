@@ -18,7 +18,7 @@ import pytest
 from scapy.layers.dns import DNS, DNSQR, DNSRROPT
 from support.hbone import PORTLESS
 from support.leaking import marking
-from support.ztunnel import POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
+from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
 
 from agent.zds.messages import Delete
 from agent.ztunnel.dns.dns_connection import MOST_PENDING
@@ -26,14 +26,20 @@ from agent.ztunnel.dns.dnsmessage import failure
 
 pytestmark = pytest.mark.root
 
-VIP = "10.99.0.1"
+VIP, NAMED, NAMELESS = "10.99.0.1", "10.99.0.2", "10.99.0.3"
 ENDPOINTS = 90
 SILENT_SECONDS = 0.5
 MESH = f"""
 services:
 - {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
 - {{name: many, namespace: demo, hostname: many.demo.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
+- {{name: named, namespace: demo, hostname: named.demo, vips: [/{NAMED}], ports: {{80: 8080}}}}
+- {{name: nameless, namespace: demo, hostname: nameless.demo, vips: [/{NAMELESS}], ports: {{80: 8080}}}}
 workloads:
+- {{uid: named, name: named, namespace: demo, workloadIps: [], hostname: {PEER4},
+   services: {{demo/named.demo: {{80: 8080}}}}}}
+- {{uid: nameless, name: nameless, namespace: demo, workloadIps: [], hostname: a..b,
+   services: {{demo/nameless.demo: {{80: 8080}}}}}}
 - {{uid: web, name: web, namespace: shop, serviceAccount: default, trustDomain: cluster.local, canonicalName: web,
    canonicalRevision: v1, workloadIps: [{POD4}, "{POD6}"], services: {{}}}}""" + "".join(
     f"""
@@ -254,6 +260,29 @@ def test_another_protocol_on_the_port_of_dns_passes(lab: Lab) -> None:
         assert client.recv(1) == b""
     record = lab.ztunnel.wait_record(kind="tcp", close="fin")
     assert (record["sent"], record["received"]) == (16 + len(data), 16)
+
+
+# Workloads that have only a host name
+
+
+def test_a_workload_with_a_host_name_alone_is_resolved(lab: Lab) -> None:
+    lab.pod.ip("route", "add", "default", "via", PEER4)
+    with lab.peer.listen(PEER4, 8080) as listener:
+        for _ in range(2):  # the second time from the store
+            with lab.pod.connect(NAMED, 80) as client:
+                listener.settimeout(SECONDS)
+                with listener.accept()[0] as server:
+                    client.sendall(b"named")
+                    assert read(server, 5) == b"named"
+    assert lab.ztunnel.wait_record(kind="tcp", close="fin")["destination"] == f"{PEER4}:8080"
+
+
+def test_a_host_name_that_cannot_be_resolved_is_the_reason(lab: Lab) -> None:
+    lab.pod.ip("route", "add", "default", "via", PEER4)
+    with pytest.raises(ConnectionResetError), lab.pod.connect(NAMELESS, 80) as client:
+        client.recv(1)
+    record = lab.ztunnel.wait_record(kind="tcp", close="refused")
+    assert record["error"] == "host name a..b cannot be resolved"
 
 
 # Resolvers that are broken

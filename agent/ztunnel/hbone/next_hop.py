@@ -62,14 +62,19 @@ class InnerHop:
     fields: Fields = ()
 
 
+# By position: most have a reason alone, and some a status.
 @dataclass(frozen=True, slots=True)
 class NoHop:
-    """There is no way, or it is not permitted. `status` is that of HTTP towards an HBONE client."""
+    """There is no way, or it is not permitted. `status` is that of HTTP towards an HBONE client.
+
+    `unresolved`: a host name; once it has been resolved, the same question has another answer.
+    """
 
     reason: str
     status: int = 503
     flag: ResponseFlag = ResponseFlag.CONNECT
     parties: Parties | None = None
+    unresolved: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

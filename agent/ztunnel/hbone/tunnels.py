@@ -16,6 +16,7 @@ from agent.ztunnel.hbone.outbound_stream import OutboundStream
 from agent.ztunnel.hbone.pod_sessions import PodSessions
 from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.work_buffers import WorkBuffers
+from agent.ztunnel.host_resolver import HostResolver
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
 from agent.ztunnel.relay.poller import Deadlines, Poller
@@ -33,8 +34,9 @@ class HboneTunnels:
     """Implements pod_context.Tunnels. For one thread."""
 
     def __init__(
-        self, poller: Poller, contexts: ContextStore, router: Router, revocations: Revocations | None = None
-    ) -> None:
+        self, poller: Poller, contexts: ContextStore, router: Router, *, hosts: HostResolver,
+        revocations: Revocations | None = None,
+    ) -> None:  # fmt: skip
         self._engine = SessionEngine(
             poller=poller,
             buffers=WorkBuffers(),
@@ -44,6 +46,7 @@ class HboneTunnels:
         )
         self._contexts = contexts
         self._router = router
+        self._hosts = hosts
         self._pods: dict[str, PodSessions] = {}
         self._waiting = WaitingRoom(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
         self._uncertified = WaitingRoom(poller, lambda pod: self._pods[pod.uid].certified())
@@ -59,13 +62,16 @@ class HboneTunnels:
     def hold(self, pod: PodContext, resume: Callable[[], None], drop: Callable[[], None]) -> bool:
         return self._waiting.hold(pod, resume, drop)
 
+    def resolve(self, host: str, done: Callable[[], None]) -> None:
+        self._hosts.resolve(host, done)
+
     def outbound(
         self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began
     ) -> PlainHop | None:
         sessions = self._pods[pod.uid]
         hop = self._router.outbound(sessions.identity, source, destination)
         if isinstance(hop, NoHop):
-            raise RefusedError(hop.reason, hop.parties, hop.flag)
+            raise RefusedError(hop.reason, hop.parties, hop.flag, hop.unresolved)
         if isinstance(hop, PlainHop):
             return hop
         OutboundStream(

@@ -49,6 +49,7 @@ class MeshStore:
         self.preferred_namespace = preferred_namespace
         self.workloads: dict[str, Workload] = {}  # by uid
         self.services: dict[str, Service] = {}  # by namespace/hostname
+        self.resolved: dict[str, tuple[str, ...]] = {}  # addresses of host names, while they are known (host_resolver)
         self.services_version = 0  # another one after each change of them
         self.policies: dict[str, Authorization] = {}  # by namespace/name
         self._by_address: dict[NetworkAddress, dict[str, Workload]] = {}

@@ -39,6 +39,14 @@ class RouteError(SluiceError):
     """There is no way to the destination; the text says why."""
 
 
+class UnresolvedError(RouteError):
+    """The route is known when the `host` name of a workload has been resolved."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(f"host name {host} has not been resolved yet")
+        self.host = host
+
+
 class Transport(Enum):
     """Transport of the bytes."""
 
@@ -143,7 +151,34 @@ class _Outbound:
         if chosen is None:
             return None
         workload, port = chosen
-        return _Upstream(workload, _address(workload, target[0], service.ip_families), port, service)
+        return _Upstream(workload, self._address(workload, target[0], service.ip_families), port, service)
+
+    def _address(self, workload: Workload, wanted: str, families: IpFamilies | None) -> str:
+        """Returns the address to connect to: the wanted one, else one of its family; "" if it has none here.
+
+        Raises UnresolvedError, or RouteError if there is no address.
+        """
+        if wanted in workload.addresses:
+            return wanted
+        allowed = families.value if families else (4, 6)
+        usable = [ip for ip in workload.addresses if ip_address(ip).version in allowed]
+        if not usable and workload.hostname and workload.network_gateway is None:
+            return self._resolved(workload.hostname, wanted)
+        version = ip_address(wanted).version
+        address = next((ip for ip in usable if ip_address(ip).version == version), usable[0] if usable else "")
+        if not address and workload.network_gateway is None:
+            raise RouteError(f"workload {workload.name} has no usable address")
+        return address
+
+    def _resolved(self, host: str, wanted: str) -> str:
+        found = self.store.resolved.get(host)
+        if found is None:
+            raise UnresolvedError(host)
+        version = ip_address(wanted).version
+        usable = [ip for ip in found if ip_address(ip).version == version] or found
+        if not usable:
+            raise RouteError(f"host name {host} cannot be resolved")
+        return usable[self.weighted([1] * len(usable))]
 
     def _gateway(self, gateway: Gateway, purpose: Purpose) -> _Upstream:
         """Returns an instance of a waypoint or gateway."""
@@ -156,7 +191,7 @@ class _Outbound:
                     return upstream
                 raise RouteError(f"gateway {destination} has no healthy endpoint")
             case Workload() as workload:
-                return _Upstream(workload, _address(workload, wanted, None), gateway.hbone_port, None)
+                return _Upstream(workload, self._address(workload, wanted, None), gateway.hbone_port, None)
             case None:
                 raise RouteError(f"gateway {destination} is not known")
 
@@ -235,22 +270,6 @@ def _passes_through(service: Service) -> bool:
 def _service_identities(service: Service | None) -> tuple[SpiffeId, ...]:
     names = map(parse, service.subject_alt_names) if service else ()
     return tuple(name for name in names if name is not None)
-
-
-def _address(workload: Workload, wanted: str, families: IpFamilies | None) -> str:
-    """Returns the address to connect to: the wanted one, else one of its family; "" if it has none.
-
-    Raises RouteError if the workload is known by a host name alone, which is not resolved here.
-    """
-    if wanted in workload.addresses:
-        return wanted
-    allowed = families.value if families else (4, 6)
-    usable = [ip for ip in workload.addresses if ip_address(ip).version in allowed]
-    version = ip_address(wanted).version
-    address = next((ip for ip in usable if ip_address(ip).version == version), usable[0] if usable else "")
-    if not address and workload.network_gateway is None:
-        raise RouteError(f"workload {workload.name} has no usable address")
-    return address
 
 
 def _reachable(upstream: _Upstream) -> Socket:

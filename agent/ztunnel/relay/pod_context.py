@@ -31,12 +31,19 @@ Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 
 
 class RefusedError(SluiceError):
-    """A connection has no way to go, or is not permitted. `parties` is None if its ends are not known."""
+    """A connection has no way to go, or is not permitted. `parties` is None if its ends are not known.
 
-    def __init__(self, reason: str, parties: Parties | None = None, flag: ResponseFlag = ResponseFlag.CONNECT) -> None:
+    `unresolved`: a host name for `Tunnels.resolve`, after which the connection may have a way.
+    """
+
+    def __init__(
+        self, reason: str, parties: Parties | None = None, flag: ResponseFlag = ResponseFlag.CONNECT,
+        unresolved: str = "",
+    ) -> None:  # fmt: skip
         super().__init__(reason)
         self.parties = parties
         self.flag = flag
+        self.unresolved = unresolved
 
 
 class Tunnels(Protocol):
@@ -47,6 +54,9 @@ class Tunnels(Protocol):
 
     def hold(self, pod: PodContext, resume: Callable[[], None], drop: Callable[[], None]) -> bool:
         """Returns True if the mesh does not know the pod yet: `resume` or `drop` is called later (see waiting_room)."""
+
+    def resolve(self, host: str, done: Callable[[], None]) -> None:
+        """Calls `done` later, when the host name has been resolved, or cannot be."""
 
     def outbound(
         self, pod: PodContext, client: socket.socket, source: Address, destination: Address, began: Began

@@ -61,10 +61,17 @@ class ProxiedConnection:
         except OSError as error:
             self._fail(error)
         except RefusedError as error:
+            if error.unresolved and (tunnels := self._pod.engine.tunnels) is not None:
+                tunnels.resolve(error.unresolved, self._resolved)
+                return
             self._pod.count(self, error.parties, self._began)
             self._end("refused", str(error), error.flag)
         except SluiceError as error:
             self._end("error", str(error))
+
+    def _resolved(self) -> None:
+        if not self._done:
+            self.open()
 
     def refuse(self, why: str) -> None:
         """Resets the client at once, instead of `open`."""

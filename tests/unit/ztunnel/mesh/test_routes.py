@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
@@ -139,3 +140,27 @@ def test_baggage_in_order_and_back() -> None:
 )
 def test_other_uris_are_no_identity(uri: str) -> None:
     assert parse(uri) is None
+
+
+def test_a_host_name_is_resolved_before_its_workload_is_reached() -> None:
+    mesh = store()
+    named = replace(mesh.workloads["c1//v1/Pod/shop/old"], uid="named", addresses=(), hostname="api.example.com",
+                    healthy=True, services={"shop/empty.shop.svc.cluster.local": {80: 8443}})  # fmt: skip
+    mesh.put_workload(named)
+
+    def address(chosen: int = 0) -> str:
+        def weighted(weights: Sequence[int]) -> int:
+            return chosen if len(weights) > 1 else 0
+
+        return routes.outbound(mesh, client(), "", "10.0.0.1", ("10.1.0.5", 80), weighted).address[0]
+
+    with pytest.raises(routes.UnresolvedError, match=r"api\.example\.com has not been resolved") as raised:
+        address()
+    assert raised.value.host == "api.example.com"
+    mesh.resolved["api.example.com"] = ("fd00::9", "192.0.2.1", "192.0.2.2")
+    assert [address(chosen) for chosen in (0, 1)] == ["192.0.2.1", "192.0.2.2"]
+    mesh.resolved["api.example.com"] = ("fd00::9",)
+    assert address() == "fd00::9"
+    mesh.resolved["api.example.com"] = ()
+    with pytest.raises(RouteError, match=r"api\.example\.com cannot be resolved"):
+        address()
