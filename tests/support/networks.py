@@ -31,7 +31,7 @@ services:
 """
 _GATE = f"""
 - {{uid: gate, name: gate, namespace: demo, serviceAccount: gate, trustDomain: cluster.local, protocol: HBONE,
-   network: two, workloadIps: [{GATE_OUTSIDE}], services: {{}}}}
+   network: two, workloadIps: [{GATE_OUTSIDE}, {GATE_INSIDE}], services: {{}}}}
 """
 _WEB = f"""
 workloads:
