@@ -14,11 +14,6 @@
 #define ECONNREFUSED 111
 #define ETIMEDOUT 110
 
-static __always_inline int is_of_ztunnel(struct task_struct *task)
-{
-	return is_ztunnel(task->cgroups->dfl_cgrp->kn->id, task->tgid);
-}
-
 /* By its mark, until the agent has met a ztunnel: there may be one of another agent, and what that carries is no leak. */
 static __always_inline int seems_ztunnel(struct tcp_sock *tp)
 {
@@ -87,7 +82,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 	struct account *account = opened(ctx, sk, cookie, OUTBOUND);
 	if (!account || !tp)
 		return;
-	if (is_of_ztunnel(task) || seems_ztunnel(tp)) {
+	if (called_by_ztunnel() || seems_ztunnel(tp)) {
 		account->owner = OWNER_ZTUNNEL;
 		return;
 	}
@@ -113,7 +108,7 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, struct bpf_sock
 static __always_inline void listening(struct bpf_sock *sk)
 {
 	__u32 ztunnel = OWNER_ZTUNNEL;
-	if (is_of_ztunnel(bpf_get_current_task_btf()))
+	if (called_by_ztunnel())
 		bpf_sk_storage_get(&owners, sk, &ztunnel, BPF_SK_STORAGE_GET_F_CREATE);
 }
 

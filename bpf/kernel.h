@@ -52,7 +52,9 @@ struct css_set {
 };
 
 struct task_struct {
+	unsigned int flags;
 	int tgid;
+	struct task_struct *real_parent;
 	struct css_set *cgroups;
 	char comm[16];
 };
@@ -87,6 +89,7 @@ enum { /* include/net/tcp_states.h */
 	TCP_CLOSING,
 };
 
+#define PF_FORKNOEXEC 0x40 /* linux/sched.h: forked, and no program was executed since */
 #define SOCK_DONE 1 /* bit of skc_flags: the peer's FIN has come (net/sock.h, enum sock_flags; tcp_fin sets it) */
 
 #endif

@@ -3,6 +3,7 @@
 #ifndef SLUICE_POD_H
 #define SLUICE_POD_H
 
+#include "kernel.h"
 #include "pod_maps.h"
 
 #define IPPROTO_ICMP 1
@@ -25,19 +26,18 @@ static __always_inline void count(__u32 cause)
 		(*found)++;
 }
 
-/* By map ztunnels. */
-static __always_inline int is_ztunnel(__u64 cgroup, __u32 tgid)
+/* By map ztunnels. A worker of ztunnel's is a child of the process there, and has executed no other program. */
+static __always_inline int called_by_ztunnel(void)
 {
-	struct ztunnel who = {.cgroup = cgroup, .tgid = tgid};
+	struct task_struct *task = bpf_get_current_task_btf();
+	struct ztunnel who = {.cgroup = task->cgroups->dfl_cgrp->kn->id, .tgid = task->tgid};
 	if (bpf_map_lookup_elem(&ztunnels, &who))
 		return 1;
 	who.tgid = 0;
-	return bpf_map_lookup_elem(&ztunnels, &who) != NULL;
-}
-
-static __always_inline int called_by_ztunnel(void)
-{
-	return is_ztunnel(bpf_get_current_cgroup_id(), bpf_get_current_pid_tgid() >> 32);
+	if (bpf_map_lookup_elem(&ztunnels, &who))
+		return 1;
+	who.tgid = task->real_parent->tgid;
+	return task->flags & PF_FORKNOEXEC && bpf_map_lookup_elem(&ztunnels, &who) != NULL;
 }
 
 static __always_inline struct address address4(__u32 ip)

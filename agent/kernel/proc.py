@@ -19,6 +19,7 @@ from agent.kernel.files import Descriptor, read_small
 from agent.kernel.netns import NetnsId
 
 NsKey = tuple[int, int]  # device and inode, which identify a namespace as long as it lives
+PF_FORKNOEXEC = 0x40  # linux/sched.h
 _DESCRIPTORS = 20_000  # read at most to find the holders of sockets: a pod may have any number
 
 
@@ -94,6 +95,23 @@ def parse_stat(text: bytes) -> tuple[str, int]:
     """
     fields = text.rpartition(b")")[2].split()
     return fields[0].decode(), int(fields[19])
+
+
+def forked_children(pid: int, proc: str = "/proc") -> list[int]:
+    """Returns the children of the process that have executed no program of their own; none when it has ended."""
+    try:
+        listed = Path(proc, str(pid), "task", str(pid), "children").read_text().split()
+    except FileNotFoundError:  # it has ended, or a kernel without CONFIG_PROC_CHILDREN
+        listed = [name for name in os.listdir(proc) if name.isdecimal()]  # noqa: PTH208
+    return [int(name) for name in listed if _is_forked(int(name), pid, proc)]
+
+
+def _is_forked(child: int, parent: int, proc: str) -> bool:
+    try:
+        fields = read_small(f"{proc}/{child}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return False
+    return int(fields[1]) == parent and bool(int(fields[6]) & PF_FORKNOEXEC)
 
 
 def socket_inode(target: str) -> int:

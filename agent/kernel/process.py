@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -20,7 +21,7 @@ from agent.core.errors import KernelError
 from agent.kernel.bpf.bpffs import cgroup_id
 from agent.kernel.files import Descriptor, read_small
 from agent.kernel.libc import libc
-from agent.kernel.proc import parse_stat, socket_inode
+from agent.kernel.proc import forked_children, parse_stat, socket_inode
 from agent.kernel.unix_socket import peer
 
 T = TypeVar("T")
@@ -67,6 +68,19 @@ class Process:
         except OSError as error:
             raise KernelError(what, error.errno or 0, _cause(error.errno)) from error
         return cls(pid, pidfd)
+
+    def workers(self, known: Collection[int] = ()) -> list[Process]:
+        """Returns its children that have executed no other program, without those with `known` process ids."""
+        found = []
+        for pid in forked_children(self.pid):
+            if pid not in known:
+                with contextlib.suppress(OSError, KernelError):  # it has ended
+                    found.append(Process(pid, os.pidfd_open(pid)))
+        if not self.alive():  # then they may be another's
+            for child in found:
+                child.close()
+            return []
+        return found
 
     def alive(self) -> bool:
         """True if it has not ended yet; one that only waits to be reaped has (pidfd_open(2))."""

@@ -270,6 +270,17 @@ def test_a_mark_proves_nothing(node: Stage, cgroup: Path, version: int, own_cgro
     assert not waiting(node.app)
 
 
+def test_a_process_that_ztunnel_has_forked_is_ztunnel(node: Stage) -> None:
+    """The opposite of what it executes, as above."""
+    with node.counts(ExitCause.FORGED_MARK, 0), node.counts(ExitCause.CAPTURED_OUTBOUND, 0):
+        if not (worker := os.fork()):
+            with contextlib.suppress(OSError):
+                _ztunnel(node)
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(worker, 0)[1] == 0
+
+
 @pytest.mark.parametrize("version", [4, 6])
 def test_a_forged_mark_binds_no_foreign_address(node: Stage, version: int) -> None:
     """It is captured with it, and nobody is shown that address instead of what is real."""

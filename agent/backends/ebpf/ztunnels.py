@@ -2,7 +2,7 @@
 """ztunnel's processes, and the sockets of theirs that listen in a pod.
 
 What the pod itself opens on these ports is never taken for ztunnel's: a socket counts when a process holds it that
-came to us over ZDS, and is fetched from that very process.
+came to us over ZDS, and is fetched from that very process. Its workers, which it has forked, hold the connections.
 """
 
 from __future__ import annotations
@@ -49,6 +49,20 @@ class Holder:
     def __init__(self, process: Process) -> None:
         self.process = process
         self._numbers: dict[int, int] = {}
+        self._workers: dict[int, Holder] = {}  # by process id
+
+    def workers(self) -> list[Holder]:
+        """Returns the processes that it has forked, as they are now."""
+        for pid, worker in tuple(self._workers.items()):
+            if not worker.process.alive():
+                self._workers.pop(pid).process.close()
+        self._workers |= {new.pid: Holder(new) for new in self.process.workers(self._workers)}
+        return list(self._workers.values())
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.process.close()
+        self.process.close()
 
     def holds(self, inode: int) -> bool:
         return inode in self._numbers
@@ -202,21 +216,19 @@ class Ztunnels:
         return {one.cookie: holder for one in sockets if (holder := known.get(one.cookie))}
 
     def held(self, inodes: Collection[int]) -> set[int]:
-        """Returns those of the sockets with these inodes that one of the processes holds. Raises KernelError.
+        """Returns those of the sockets with these inodes that a process or its worker holds. Raises KernelError.
 
         Ask for all at once: for one that none of them holds any more all of their descriptors are read.
         """
         holders = self._alive()
-        for holder in holders:
-            missing = {inode for inode in inodes if not any(one.holds(inode) for one in holders)}
-            if missing:
-                holder.search(missing)
-        return {inode for inode in inodes if any(one.holds(inode) for one in holders)}
+        with self._turn:
+            workers = [worker for one in holders for worker in one.workers()]
+        return _searched([*workers, *holders], inodes)
 
     def _held(self, sockets: Iterable[TcpSocket]) -> list[tuple[TcpSocket, Holder]]:
         """Returns the sockets that a ztunnel process holds, in the order of the processes."""
         sockets = sorted(sockets, key=lambda one: one.cookie)
-        self.held({one.inode for one in sockets})
+        _searched(self._alive(), {one.inode for one in sockets})
         return [(socket, holder) for holder in self._alive() for socket in sockets if holder.holds(socket.inode)]
 
     def _alive(self) -> list[Holder]:
@@ -225,9 +237,18 @@ class Ztunnels:
             for pair in ended:
                 self._holders.remove(pair)
                 self._changed()
-                pair[1].process.close()
+                pair[1].close()
             return [holder for _, holder in self._holders]
 
     def _changed(self) -> None:
         self._version += 1
         self._others.clear()
+
+
+def _searched(holders: Sequence[Holder], inodes: Collection[int]) -> set[int]:
+    """Returns those of the sockets with these inodes that one of them holds. Raises KernelError."""
+    for holder in holders:
+        missing = {inode for inode in inodes if not any(one.holds(inode) for one in holders)}
+        if missing:
+            holder.search(missing)
+    return {inode for inode in inodes if any(one.holds(inode) for one in holders)}

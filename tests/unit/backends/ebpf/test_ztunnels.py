@@ -29,6 +29,9 @@ class Ztunnel:
         self.looks += 1
         return {self.inode: 7}
 
+    def workers(self, known: Any = ()) -> list[Any]:
+        return []
+
     def close(self) -> None:
         self.lives = False
 
