@@ -9,7 +9,13 @@ import sys
 from dataclasses import fields, replace
 
 from agent.ztunnel.app import main
-from agent.ztunnel.ztunnel_settings import REVOCATION_FAILURES, ZtunnelSettings, check, from_environment
+from agent.ztunnel.ztunnel_settings import (
+    REVOCATION_FAILURES,
+    ZtunnelSettings,
+    check,
+    from_environment,
+    worker_count,
+)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +46,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--ready-file", metavar="PATH",
         help="file to create when the agent has handed over all pods; empty for none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", metavar="N", type=_workers,
+        help="processes that serve the pods, or auto: a quarter of the cores, but at least 2; 1: no further process"
+        f" (default: {defaults.workers})",
     )  # fmt: skip
     for option, page, default in (
         ("--stats-address", "metrics (/metrics, /stats/prometheus)", "[::]:15020"),
@@ -84,8 +95,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=_run)
 
 
+def _workers(text: str) -> int:
+    return worker_count(text, _cores())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
 def _run(args: argparse.Namespace) -> int:
-    settings, unknown = from_environment(os.environ)
+    settings, unknown = from_environment(os.environ, _cores())
     given = {field.name: getattr(args, field.name, None) for field in fields(ZtunnelSettings)}
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     check(settings)

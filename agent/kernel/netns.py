@@ -54,6 +54,11 @@ class _Homes(threading.local):
 _homes = _Homes()
 
 
+def forget_home() -> None:
+    """Closes this thread's descriptor of its own namespace; the next departure opens another one."""
+    _homes.home = None
+
+
 @dataclass(frozen=True, slots=True)
 class NetnsId:
     """Identity of a namespace: device and inode while it lives, the cookie for ever."""

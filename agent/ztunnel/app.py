@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ztunnel process: its parts joined, and its end.
+"""The ztunnel process: its parts joined, and its end. With several workers it supervises them and serves no pod itself.
 
 On SIGTERM another instance normally runs already and gets all new connections (see pod_sockets). This one accepts for
 OVERLAP_SECONDS more, for handshakes that started with it, then closes its listeners, drains its connections and ends.
@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import resource
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agent.core.errors import KernelError
 from agent.kernel import logs
-from agent.ztunnel.dns.dns_origin import Asked
-from agent.ztunnel.relay.keepalive import LOOK_SECONDS
-from agent.ztunnel.relay.pod_context import Engine
-from agent.ztunnel.relay.pod_listener import PodListener
-from agent.ztunnel.relay.poller import Deadlines, Poller
+from agent.ztunnel.pod_server import PodServer, PodServing
+from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import Workloads
 from agent.ztunnel.zds_client import ZdsClient
@@ -33,11 +29,9 @@ from agent.ztunnel.ztunnel_settings import ZtunnelSettings, with_ports
 if TYPE_CHECKING:
     from agent.ztunnel.admin.process_ports import ProcessPorts
     from agent.ztunnel.hbone.next_hop import Router
-    from agent.ztunnel.node_mesh import NodeMesh
-    from agent.ztunnel.telemetry.traffic_account import TrafficAccount
+    from agent.ztunnel.node_mesh import MeshControl
 
 OVERLAP_SECONDS = 1.0
-ANSWERED_SECONDS = 2.0  # a second answer may still come
 _LOOK_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
@@ -54,15 +48,6 @@ def main(settings: ZtunnelSettings, router: Router | None = None) -> int:
     poller = Poller()
     with asyncio.Runner(loop_factory=lambda: poller.loop) as runner:
         return runner.run(_serve(settings, poller, router))
-
-
-def _share(most: int) -> int:
-    """Limits the connections of one pod by descriptors.
-
-    One pod uses at most a quarter of them, or three quarters with streams alone: a stream has six, another two.
-    """
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return min(most, descriptors // 8)
 
 
 class _Ending:
@@ -88,45 +73,45 @@ class _Ending:
 async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> int:
     loop = asyncio.get_running_loop()
     ending = _Ending(loop)
-    mesh = _node_mesh(settings, poller, router)
     records = RecordWriter(loop, settings.records)
     # Two writers of one pipe would tear each other's lines.
     lines = records if settings.access_log == settings.records else RecordWriter(loop, settings.access_log)
-    traffic = _traffic(lines, settings) if mesh else None
-    engine = Engine(
-        poller=poller,
-        connects=Deadlines(loop, settings.connect_seconds),
-        queries=Deadlines(loop, settings.dns_seconds),
-        answered=Deadlines(loop, ANSWERED_SECONDS),
-        aged=Deadlines(loop, LOOK_SECONDS),
-        records=records,
-        asked=Asked(settings.bpf_dir),
-        share=_share(settings.share),
-        tunnels=mesh.tunnels if mesh else None,
-        mesh_names=mesh.names if mesh else None,
-        traffic=traffic,
-    )
-    workloads = Workloads(loop, functools.partial(PodListener, engine))
+    control = _control(settings, router)
+    serving = _serving(settings, poller, control, router, records=records, lines=lines)
+    workloads: Workloads[Any] = Workloads(loop, serving.start)
     client = ZdsClient(settings.zds_socket, workloads)
-    ports = _ports(settings, ending, client, workloads, mesh, traffic)
-    if mesh is not None:
-        mesh.start()
-        await mesh.synced()  # a pod's first connection must not meet an empty mesh
-    failed = await _run(settings, ending, client, workloads)
+    ports = _ports(settings, ending, client, workloads, control, serving)
+    failed = False
+    if await _synced(control, ending):
+        await serving.begin()
+        failed = await _run(settings, ending, client, workloads, serving)
     workloads.close()
+    await serving.close()
     if ports is not None:
         await ports.close()
-    if mesh is not None:
-        await mesh.close()
-    for part in (engine.connects, engine.queries, engine.answered, engine.aged, engine.asked):
-        part.close()
+    if control is not None:
+        await control.close()
     for writer in {records, lines}:
         writer.close()
     return 1 if failed else 0
 
 
+async def _synced(control: MeshControl | None, ending: _Ending) -> bool:
+    """Waits for the mesh, for a pod's first connection must not meet an empty one.
+
+    Returns False if the process should end.
+    """
+    if control is None:
+        return True
+    waits = [asyncio.create_task(control.synced()), asyncio.create_task(ending.asked.wait())]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
+    return not ending.asked.is_set()
+
+
 async def _run(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[PodListener]
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[Any], serving: PodServing
 ) -> bool:
     """Serves the agent's pods until the process is to end, then drains them; returns True if the client has failed."""
     agent = asyncio.create_task(client.run())
@@ -141,32 +126,46 @@ async def _run(
     if not client.connected:
         await _succeeded(list(workloads.running.values()), settings.drain_seconds, ending)
     await ending.pause(OVERLAP_SECONDS)
-    await _drain(list(workloads.running.values()), settings.drain_seconds, ending)
+    await _drain(serving, settings.drain_seconds, ending)
     agent.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await agent
     return failed
 
 
-def _node_mesh(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> NodeMesh | None:
+def _control(settings: ZtunnelSettings, router: Router | None) -> MeshControl | None:
     """Raises SluiceError. The modules of a mesh are loaded here, because a node without one needs none of them."""
     if router is None and not settings.mesh:
         return None
-    from agent.ztunnel.node_mesh import NodeMesh
+    from agent.ztunnel.node_mesh import MeshControl
 
-    return NodeMesh(settings, poller, router)
+    return MeshControl(settings, follow=router is None)
 
 
-def _traffic(lines: RecordWriter, settings: ZtunnelSettings) -> TrafficAccount:
-    """Returns Istio's counts of connections; only a mesh needs their modules."""
-    from agent.ztunnel.telemetry.traffic_account import TrafficAccount
+def _serving(
+    settings: ZtunnelSettings, poller: Poller, control: MeshControl | None, router: Router | None,
+    *, records: RecordWriter, lines: RecordWriter,
+) -> PodServing:  # fmt: skip
+    """Returns what serves the pods: this process, or workers. It follows the mesh from here on."""
+    if settings.workers > 1:
+        from agent.ztunnel.workers.supervisor import Supervisor
 
-    return TrafficAccount(lines, as_json=settings.access_log_json)
+        supervisor = Supervisor(settings, poller.loop, control, router, records=records, lines=lines)
+        if control is not None:
+            control.start(supervisor)
+        return supervisor
+    mesh = None
+    if control is not None:
+        from agent.ztunnel.node_mesh import NodeMesh
+
+        mesh = NodeMesh(settings, poller, control.store, want=control.certificates.want, router=router)
+        control.start(mesh)
+    return PodServer(settings, poller, mesh, records=records, lines=lines)
 
 
 def _ports(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[PodListener],
-    mesh: NodeMesh | None, traffic: TrafficAccount | None,
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[Any],
+    mesh: MeshControl | None, serving: PodServing,
 ) -> ProcessPorts | None:  # fmt: skip
     """Returns the servers of statistics, readiness and administration; None if all are off."""
     settings = with_ports(settings)
@@ -175,7 +174,7 @@ def _ports(
     from agent.ztunnel.admin.node_view import NodeView
     from agent.ztunnel.admin.process_ports import ProcessPorts
 
-    view = NodeView(settings=settings, client=client, workloads=workloads, mesh=mesh, traffic=traffic)
+    view = NodeView(settings=settings, client=client, workloads=workloads, mesh=mesh, serving=serving)
     return ProcessPorts(settings, view, ending.ask)
 
 
@@ -191,7 +190,7 @@ async def _mark_ready(complete: asyncio.Event, path: str) -> None:
         log.error("cannot write --ready-file, for which a rollout waits: %s", error)
 
 
-async def _succeeded(workloads: list[PodListener], seconds: float, ending: _Ending) -> None:
+async def _succeeded(workloads: list[Any], seconds: float, ending: _Ending) -> None:
     """Waits until another instance also listens in every pod, at most `seconds`."""
     until = asyncio.get_running_loop().time() + seconds
     while workloads and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
@@ -204,12 +203,11 @@ async def _succeeded(workloads: list[PodListener], seconds: float, ending: _Endi
         await ending.pause(_LOOK_SECONDS)
 
 
-async def _drain(workloads: list[PodListener], seconds: float, ending: _Ending) -> None:
-    for workload in workloads:
-        workload.stop_listening()
+async def _drain(serving: PodServing, seconds: float, ending: _Ending) -> None:
+    serving.stop_listening()
     loop = asyncio.get_running_loop()
     until = loop.time() + seconds
-    while any(workload.pod.live for workload in workloads):
+    while serving.is_live():
         if loop.time() >= until or ending.urgent.is_set():
             return
         await ending.pause(_LOOK_SECONDS)

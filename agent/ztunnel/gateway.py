@@ -25,7 +25,7 @@ from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.hbone.tunnels import HboneTunnels
-from agent.ztunnel.node_mesh import NodeMesh
+from agent.ztunnel.node_mesh import MeshControl, NodeMesh
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream, marked
@@ -62,9 +62,11 @@ async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
         pod = _pod(settings.gateway, _engine(settings, poller, opened))
         opened.callback(pod.upstream.close)
         opened.callback(pod.diag.close)
-        mesh = NodeMesh(settings, poller)
-        mesh.start()
-        await mesh.synced()
+        control = MeshControl(settings, follow=True)
+        mesh = NodeMesh(settings, poller, control.store, want=control.certificates.want)
+        control.start(mesh)
+        await mesh.begin()
+        await control.synced()
         mesh.tunnels.start(pod)
         accepting = asyncio.create_task(_accept(listener, pod, mesh.tunnels))
         log.info("gateway %s: listening on %s", settings.gateway, settings.gateway_address)
@@ -81,7 +83,8 @@ async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
                 async with asyncio.timeout(_LOOK_SECONDS):
                     await asked.wait()
         mesh.tunnels.close(pod)
-        await mesh.close()
+        mesh.close()
+        await control.close()
 
 
 def _engine(settings: ZtunnelSettings, poller: Poller, opened: contextlib.ExitStack) -> Engine:

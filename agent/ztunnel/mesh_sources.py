@@ -14,7 +14,7 @@ from agent.kernel.files import WatchedFile
 from agent.ztunnel.mesh import local_mesh
 from agent.ztunnel.mesh.local_mesh import MeshFileError
 from agent.ztunnel.mesh.mesh_model import Workload
-from agent.ztunnel.mesh.mesh_store import MeshStore
+from agent.ztunnel.mesh.mesh_store import Mesh, MeshStore
 from agent.ztunnel.telemetry.traffic_metrics import Series
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS: Final = 0.5  # between two looks at the file
 
+Changed = Callable[["Mesh | MeshDelta"], None]
+
 log = logging.getLogger(__name__)
 
 
 class MeshSource(Protocol):
-    """Keeps a store current. `synced` is set once its first state is there; `error` is "" while all is well."""
+    """Follows the mesh. `synced` is set once its first state is there; `error` is "" while all is well."""
 
     synced: asyncio.Event
 
@@ -47,9 +49,8 @@ class MeshSource(Protocol):
 class LocalMeshFile:
     """Reads the file again whenever it has changed. A bad file is logged, and the previous state stays."""
 
-    def __init__(self, path: Path, store: MeshStore, changed: Callable[[], None]) -> None:
+    def __init__(self, path: Path, changed: Changed) -> None:
         self._file = WatchedFile(path)
-        self._store = store
         self._changed = changed
         self.synced = asyncio.Event()
         self.error = f"{path} has not been read yet"
@@ -77,34 +78,26 @@ class LocalMeshFile:
             kept = "; the previous mesh is kept" if self.synced.is_set() else ""
             log.error("%s%s", self.error, kept)
             return
-        self._store.replace(mesh)
         self.error = ""
         self.synced.set()
         log.info("mesh file %s: %d workloads, %d services, %d policies", path, len(mesh.workloads),
                  len(mesh.services), len(mesh.policies))  # fmt: skip
-        self._changed()
+        self._changed(mesh)
 
 
-def mesh_source(settings: ZtunnelSettings, store: MeshStore, changed: Callable[[], None]) -> MeshSource:
-    """Returns the source that the settings name; `changed` is called after each change of the store.
-
-    Raises SettingsError.
-    """
+def mesh_source(settings: ZtunnelSettings, changed: Changed) -> MeshSource:
+    """Returns the source that the settings name; it calls `changed` with each change. Raises SettingsError."""
     if not settings.mesh:
         raise SettingsError("no mesh is set")
     if "://" not in settings.mesh:
-        return LocalMeshFile(Path(settings.mesh), store, changed)
+        return LocalMeshFile(Path(settings.mesh), changed)
     from agent.ztunnel.control import grpc_channel
     from agent.ztunnel.control.xds_client import XdsClient
 
     def connect() -> Channel:
         return grpc_channel.channel(settings.mesh, settings.mesh_roots, settings.mesh_name)
 
-    def apply(delta: MeshDelta) -> None:
-        apply_delta(store, delta)
-        changed()
-
-    return XdsClient(connect, istiod_node(settings), lambda: call_metadata(settings), apply)
+    return XdsClient(connect, istiod_node(settings), lambda: call_metadata(settings), changed)
 
 
 def call_metadata(settings: ZtunnelSettings) -> dict[str, str]:
@@ -137,8 +130,11 @@ def istiod_node(settings: ZtunnelSettings) -> Node:
     )
 
 
-def apply_delta(store: MeshStore, delta: MeshDelta) -> None:
-    """Puts a change of istiod's into the store."""
+def apply_change(store: MeshStore, delta: Mesh | MeshDelta) -> None:
+    """Puts a whole state, or a change of istiod's, into the store."""
+    if isinstance(delta, Mesh):
+        store.replace(delta)
+        return
     for each in delta.changed:
         if isinstance(each, Workload):
             store.put_workload(each)

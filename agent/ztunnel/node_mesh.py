@@ -1,30 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mesh of one node, assembled: its state and source, certificates, decisions and tunnels."""
+"""The mesh of one node in two parts: one process follows it and asks for certificates, each worker decides by it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from agent.ztunnel import ztunnel_settings
 from agent.ztunnel.dns.mesh_names import MeshNames
 from agent.ztunnel.hbone.next_hop import Router
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.host_resolver import HostResolver
-from agent.ztunnel.mesh.mesh_store import MeshStore
+from agent.ztunnel.mesh.mesh_store import Mesh, MeshStore
 from agent.ztunnel.mesh_router import GatewayRouter, MeshRouter, RouterSettings
-from agent.ztunnel.mesh_sources import MeshSource, mesh_source
+from agent.ztunnel.mesh_sources import MeshSource, apply_change, mesh_source
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.tls.certificates import Certificates
-from agent.ztunnel.tls.contexts import ContextStore
+from agent.ztunnel.tls.contexts import ContextStore, Credentials
 from agent.ztunnel.tls.sources import credentials_source
 from agent.ztunnel.tls.spiffe import SpiffeId
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
+    from agent.ztunnel.control.xds_client import MeshDelta
+    from agent.ztunnel.telemetry.traffic_metrics import Series
     from agent.ztunnel.tls.revocation import Revocations
 
 SYNC_SECONDS: Final = 10.0  # then pods are served with what is known
@@ -32,43 +35,37 @@ SYNC_SECONDS: Final = 10.0  # then pods are served with what is known
 log = logging.getLogger(__name__)
 
 
-class NodeMesh:
-    """The parts of a mesh for one event loop. Call `start` first, and `close` after the last pod."""
+class MeshUser(Protocol):
+    """Gets what the node's one MeshControl has found."""
 
-    def __init__(self, settings: ZtunnelSettings, poller: Poller, router: Router | None = None) -> None:
-        """Takes a router in place of the one that the mesh of the settings gives. Raises SluiceError."""
-        if router is None:
+    def mesh_changed(self, change: Mesh | MeshDelta) -> None:
+        """Takes a change, which the store of the MeshControl has already."""
+
+    def put(self, credentials: Credentials) -> None:
+        """Takes new credentials. Raises CredentialsError if they cannot be used."""
+
+
+class MeshControl:
+    """Follows the mesh and keeps the certificates of the node. Call `start` first, and `close` at the end."""
+
+    def __init__(self, settings: ZtunnelSettings, *, follow: bool) -> None:
+        """Takes `follow`: False if the connections are decided without the mesh of the settings. Raises SluiceError."""
+        if follow:
             ztunnel_settings.check(settings)
         self.store = MeshStore(settings.preferred_namespace)
-        self.source: MeshSource | None = mesh_source(settings, self.store, self._changed) if settings.mesh else None
+        self.source: MeshSource | None = mesh_source(settings, self._changed) if settings.mesh else None
         self._credentials = credentials_source(settings, self._renew)
-        self.contexts = ContextStore(self._want)
-        self.certificates = Certificates(self._credentials.issue, self.contexts.put)
-        self.router = router or (GatewayRouter if settings.gateway else MeshRouter)(
-            self.store,
-            RouterSettings(
-                network=settings.network,
-                trust_domain=settings.trust_domain,
-                response_baggage=settings.response_baggage,
-                tunnel_to_loopback=settings.tunnel_to_loopback,
-                log_policies=settings.log_policies,
-            ),
-        )
-        self.names = MeshNames(self.store, settings.cluster_domain) if settings.mesh_names else None
-        self.revocations = _revocations(settings)
-        hosts = HostResolver(poller.loop, self.store)
-        self.tunnels = HboneTunnels(poller, self.contexts, self.router, hosts=hosts, revocations=self.revocations)
+        self.certificates = Certificates(self._credentials.issue, self._deliver)
+        self._user: MeshUser | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
-    def start(self) -> None:
-        """Begins to follow the mesh, the certificates and the revocation lists."""
-        followed = (self._credentials, self.source, self.revocations)
-        self._tasks = [asyncio.get_running_loop().create_task(part.run()) for part in followed if part is not None]
+    def start(self, user: MeshUser) -> None:
+        self._user = user
+        parts = [self._credentials.run(), *([self.source.run()] if self.source else [])]
+        self._tasks = [asyncio.get_running_loop().create_task(part) for part in parts]
 
     async def synced(self) -> None:
-        """Waits for the revocation lists, and for the first state of the mesh, at most SYNC_SECONDS."""
-        if self.revocations is not None:
-            await self.revocations.read.wait()
+        """Waits for the first state of the mesh, at most SYNC_SECONDS."""
         if self.source is None:
             return
         try:
@@ -84,16 +81,69 @@ class NodeMesh:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self.certificates.close()
-        self.tunnels.stop()
-
-    def _want(self, identity: SpiffeId) -> None:
-        self.certificates.want(identity)
 
     def _renew(self, identity: SpiffeId) -> None:
         self.certificates.renew(identity)
 
-    def _changed(self) -> None:
+    def _changed(self, change: Mesh | MeshDelta) -> None:
+        apply_change(self.store, change)
+        if self._user is not None:
+            self._user.mesh_changed(change)
+
+    def _deliver(self, credentials: Credentials) -> None:
+        if self._user is not None:
+            self._user.put(credentials)
+
+
+class NodeMesh:
+    """The decisions, names and tunnels of one event loop. Call `begin` first, and `close` after the last pod."""
+
+    def __init__(
+        self,
+        settings: ZtunnelSettings,
+        poller: Poller,
+        store: MeshStore,
+        *,
+        want: Callable[[SpiffeId], None],
+        router: Router | None = None,
+    ) -> None:
+        """Takes `want`, which requests credentials, and a router in place of the one that the store gives."""
+        self.store = store
+        self._contexts = ContextStore(want)
+        self.router = router or (GatewayRouter if settings.gateway else MeshRouter)(
+            store,
+            RouterSettings(
+                network=settings.network,
+                trust_domain=settings.trust_domain,
+                response_baggage=settings.response_baggage,
+                tunnel_to_loopback=settings.tunnel_to_loopback,
+                log_policies=settings.log_policies,
+            ),
+        )
+        self.names = MeshNames(store, settings.cluster_domain) if settings.mesh_names else None
+        self._revocations = _revocations(settings)
+        hosts = HostResolver(poller.loop, store)
+        self.tunnels = HboneTunnels(poller, self._contexts, self.router, hosts=hosts, revocations=self._revocations)
+        self.put = self._contexts.put
+        self._following: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Begins to follow the revocation lists, and waits for them."""
+        if self._revocations is not None:
+            self._following = asyncio.get_running_loop().create_task(self._revocations.run())
+            await self._revocations.read.wait()
+
+    def series(self) -> Series:
+        """Returns the metrics of this part."""
+        return self._revocations.series() if self._revocations is not None else {}
+
+    def mesh_changed(self, _: Mesh | MeshDelta) -> None:
         self.tunnels.reconsider()
+
+    def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+        self.tunnels.stop()
 
 
 def _revocations(settings: ZtunnelSettings) -> Revocations | None:

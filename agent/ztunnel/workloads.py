@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 class PodListeners(Protocol):
     """A started pod."""
 
+    add: Add
+
     @property
     def netns(self) -> Netns:
         """The namespace, which it owns."""

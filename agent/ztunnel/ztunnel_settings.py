@@ -15,6 +15,7 @@ from agent.core import names
 from agent.core.errors import SettingsError
 
 DEFAULT_TOKEN: Final = "./var/run/secrets/tokens/istio-token"
+MOST_WORKERS: Final = 64
 DEFAULT_ROOTS: Final = "./var/run/secrets/istio/root-cert.pem"
 REVOCATION_FAILURES: Final = ("open", "closed")
 
@@ -26,6 +27,8 @@ class ZtunnelSettings:
     `records` and `access_log`: a path, "-" for standard output, "" for none. `bpf_dir` is the agent's. `share`: how
     many open connections one pod may have. `dns_seconds`: how long a resolver may be silent before the pod gets
     SERVFAIL, less than the 5 s after which most resolver libraries give up. `ready_file`: a path, "" for none.
+    `workers`: processes that serve the pods; with 1 this process does it, otherwise it supervises them, and each has
+    its part of `share`.
 
     `stats_address`, `ready_address`, `admin_address`: HOST:PORT, "" for none; None is Istio's port with a mesh, and
     none without.
@@ -50,6 +53,7 @@ class ZtunnelSettings:
     bpf_dir: str = names.BPF_DIR
     share: int = 16384
     ready_file: str = ""
+    workers: int = 2
     stats_address: str | None = None
     ready_address: str | None = None
     admin_address: str | None = None
@@ -96,6 +100,8 @@ def check(settings: ZtunnelSettings) -> None:
         raise SettingsError(f"revocation failure: {settings.revocation_failure!r} is neither open nor closed")
     if settings.revocation_lists and not settings.mesh:
         raise SettingsError("revocation lists without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+    if not 1 <= settings.workers <= MOST_WORKERS:
+        raise SettingsError(f"workers: {settings.workers} is not between 1 and {MOST_WORKERS}")
     for address in (settings.stats_address, settings.ready_address, settings.admin_address):
         if address:
             host_and_port(address)
@@ -119,7 +125,22 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, list[str]]:
+def worker_count(text: str, cores: int) -> int:
+    """Returns the number of `auto` (a quarter of the cores, at least 2), N, or as Istio has it P% or 0 (all cores).
+
+    Raises ValueError.
+    """
+    if text == "auto":
+        return min(max(cores // 4, 2), MOST_WORKERS)
+    number = text.removesuffix("%")
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError(f"{text!r} is neither auto nor a number")
+    if text.endswith("%"):
+        return min(max(-(-cores * int(number) // 100), 1), MOST_WORKERS)
+    return int(number) or min(cores, MOST_WORKERS)
+
+
+def from_environment(environment: Mapping[str, str], cores: int = 1) -> tuple[ZtunnelSettings, list[str]]:
     """Returns (settings, variables of Istio's that are not understood). Raises SettingsError."""
     values: dict[str, Any] = {}
     for variable, (name, convert) in _VARIABLES.items():
@@ -129,6 +150,11 @@ def from_environment(environment: Mapping[str, str]) -> tuple[ZtunnelSettings, l
             except ValueError as error:
                 raise SettingsError(f"environment variable {variable}: {error}") from None
     settings = ZtunnelSettings(**values)
+    if threads := environment.get("ZTUNNEL_WORKER_THREADS"):
+        try:
+            settings = replace(settings, workers=worker_count(threads, cores))
+        except ValueError as error:
+            raise SettingsError(f"environment variable ZTUNNEL_WORKER_THREADS: {error}") from None
     if address := environment.get("CA_ADDRESS"):
         settings = replace(settings, identities=f"istio:{address if '://' in address else f'https://{address}'}")
     if grace := environment.get("TERMINATION_GRACE_PERIOD_SECONDS"):
@@ -222,6 +248,5 @@ _NOT_UNDERSTOOD: Final[Mapping[str, str]] = {
         "COMPLIANCE_POLICY", "ENABLE_ORIG_SRC", "HTTP2_CONNECTION_WINDOW_SIZE", "HTTP2_FRAME_SIZE",
         "HTTP2_STREAM_WINDOW_SIZE", "ISTIO_META_DNS_PROXY_ADDR", "LOCAL_XDS", "PACKET_MARK",
         "POOL_MAX_STREAMS_PER_CONNECTION", "POOL_UNUSED_RELEASE_TIMEOUT", "PROXY_CONFIG", "PROXY_WORKLOAD_INFO",
-        "ZTUNNEL_WORKER_THREADS",
     ), ""),
 }  # fmt: skip

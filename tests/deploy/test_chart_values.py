@@ -34,6 +34,7 @@ CASES: Mapping[str, tuple[Any, Callable[[Objects], bool]]] = {
     ),
     "ztunnel.embedded": (True, lambda o: ztunnel(o)["args"][0] == "ztunnel"),
     "ztunnel.records": ("-", lambda o: "--records=-" in ztunnel(o)["args"]),
+    "ztunnel.workers": ("auto", lambda o: "--workers=auto" in ztunnel(o)["args"]),
     "ztunnel.drainSeconds": (
         77,
         lambda o: (

@@ -82,7 +82,8 @@ def test_the_outer_session_is_pooled_and_its_streams_end(networks: Networks) -> 
             client.sendall(b"x")
             assert server.recv(1) == b"x"
     until = time.monotonic() + SECONDS
-    while _sockets(networks, "sport = :15008") != 1 or _sockets(networks, "dport = :15008"):
+    # One session of each worker.
+    while not 1 <= _sockets(networks, "sport = :15008") <= 2 or _sockets(networks, "dport = :15008"):
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -227,10 +228,13 @@ def test_a_process_that_does_not_answer_is_a_refusal_in_time(tmp_path: Path, sil
         networks.start_shop()
         networks.start_gateway()
         networks.start_web(settings="stats_address='', connect_seconds=2, " + QUIET)
-        stopped = {"gateway": networks.gateway, "shop": networks.shop.ztunnel}[silent].process.pid
-        os.kill(stopped, signal.SIGSTOP)
+        shop = networks.shop.ztunnel
+        stopped = {"gateway": [networks.gateway.process.pid], "shop": [shop.process.pid, *shop.workers()]}[silent]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
         assert _refused(networks, "timed out") < 6
-        os.kill(stopped, signal.SIGCONT)
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
         with networks.joined() as (client, server):
             client.sendall(b"x")
             assert server.recv(1) == b"x"

@@ -57,7 +57,7 @@ class Scene:
     def __init__(self, folder: Path, nodes: tuple[Node, Node], made: contextlib.ExitStack) -> None:
         self.web, self.shop = nodes
         for node in nodes:
-            node.start()
+            node.start(workers=1)  # each has limits of its own
         added = "".join(f"address add {source}/32 dev eth0\n" for source in SOURCES)
         run(["ip", "-n", self.web.pod.name, "-batch", "-"], stdin=added)
         self.shop.pod.ip("route", "add", "10.77.1.0/24", "dev", "eth0")
@@ -239,7 +239,7 @@ def test_names_in_certificates(scene: Scene, tmp_path: Path) -> None:
     authority.mkdir()
     (authority / "development-ca.pem").write_bytes(top.key_pem + top.pem)
     scene.shop.ztunnel.close()
-    scene.shop.start("second", authority=authority)
+    scene.shop.start("second", authority=authority, workers=1)
     for uris, accepted in {
         (): False,
         ("spiffe://other/ns/demo/sa/web",): False,

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -240,3 +242,29 @@ def test_a_second_instance_takes_the_ports_when_the_first_quits(nodes: tuple[Nod
     wait_for(": listening on")
     assert page(node, "ready", "/healthz/ready")[0] == 200
     assert log.read_text().count("cannot listen on") == len(PORTS)
+
+
+def test_metrics_are_one_and_never_fall(nodes: tuple[Node, Node]) -> None:
+    web, shop = nodes
+
+    def opened() -> float:
+        found = value(web, "istio_tcp_connections_opened_total", reporter="source")
+        return found[0] if found else 0
+
+    for number in range(6):
+        exchange(web, shop, PEER4, 8080)
+        assert opened() == number + 1
+    web.ztunnel.kill_worker()
+    assert opened() == 6
+    for number in range(6, 10):
+        exchange(web, shop, PEER4, 8080)
+        assert opened() == number + 1
+    assert value(web, "sluice_worker_restarts_total") == (1, {})
+
+
+def test_a_new_worker_has_the_mesh_and_the_certificates(nodes: tuple[Node, Node]) -> None:
+    for node in nodes:
+        for pid in node.ztunnel.workers():
+            os.kill(pid, signal.SIGKILL)
+    for _ in range(4):
+        exchange(*nodes, PEER4, 8080)

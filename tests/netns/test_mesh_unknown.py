@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR
-from support.hbone import Node, exchange, two_nodes
+from support.hbone import PORTLESS, Node, exchange, two_nodes
 from support.revoking import root, write
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
@@ -40,7 +40,8 @@ def pair(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
     with two_nodes(tmp_path) as both:
         for node in both:
             tell(node, WEB, SHOP)
-            node.start_with(tmp_path / f"{node.account}.yaml")
+            # A worker gets a change some time after the line in the log, for which `tell` waits.
+            node.start_with(tmp_path / f"{node.account}.yaml", f"workers=1, {PORTLESS}")
         yield both
 
 

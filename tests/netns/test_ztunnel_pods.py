@@ -113,7 +113,7 @@ def test_records_that_cannot_be_written_stop_nothing(lab: Lab) -> None:
 
 
 def test_a_pod_beyond_its_share_is_refused_at_once_and_named(lab: Lab) -> None:
-    lab.serve(settings="share=2")
+    lab.serve(settings="share=2, workers=1")
     (one, server), _ = lab.outbound(), lab.inbound()
     # The reset may come before connect() returns.
     with lab.peer.listen(PEER4, 8081), pytest.raises(ConnectionResetError), lab.pod.connect(PEER4, 8081) as third:

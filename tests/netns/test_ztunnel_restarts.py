@@ -3,69 +3,15 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import socket
-import threading
-import time
 
 import pytest
-from support.ztunnel import PEER4, POD4, SECONDS, Lab, read_all, wait_listening
+from support.echo import Echo
+from support.ztunnel import PEER4, SECONDS, Lab, read_all, wait_listening
 
 pytestmark = pytest.mark.root
-
-
-class Echo:
-    """Answers every connection to it until closed, and clients that never pause."""
-
-    def __init__(self, lab: Lab, inbound: bool) -> None:
-        server, client, host = (lab.pod, lab.peer, POD4) if inbound else (lab.peer, lab.pod, PEER4)
-        self.client, self.host = client, host
-        self.listener = server.listen(host, 8080)
-        self.failures: list[str] = []
-        self.done = itertools.count()
-        self.made = 0
-        self.stop = threading.Event()
-        self.threads = [threading.Thread(target=what) for what in (self.serve, self.ask, self.ask)]
-        for thread in self.threads:
-            thread.start()
-
-    def serve(self) -> None:
-        while True:  # until the listener is shut: after the clients, which must all get their answer
-            try:
-                end, _ = self.listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:
-                return
-            with end:
-                end.sendall(end.recv(100))
-
-    def ask(self) -> None:
-        while not self.stop.is_set():
-            try:
-                with self.client.connect(self.host, 8080) as end:
-                    end.sendall(b"hello")
-                    if read_all(end) != b"hello":
-                        self.failures.append("cut short")
-            except OSError as error:
-                self.failures.append(repr(error))
-            self.made = next(self.done)
-
-    def wait_more(self, number: int) -> None:
-        until, wanted = time.monotonic() + SECONDS, self.made + number
-        while self.made < wanted and time.monotonic() < until:
-            time.sleep(0.01)
-        assert self.made >= wanted
-
-    def close(self) -> None:
-        self.stop.set()
-        for thread in self.threads[1:]:
-            thread.join(SECONDS)
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.threads[0].join(SECONDS)
-        self.listener.close()
 
 
 @pytest.mark.parametrize("inbound", [False, True])
@@ -117,12 +63,15 @@ def test_restart_loses_nothing_that_waits_for_the_old_one(served: Lab) -> None:
             assert client.recv(1) == b""
 
     old = served.ztunnel.process
-    os.kill(old.pid, signal.SIGSTOP)
+    standing = (old.pid, *served.ztunnel.workers())
+    for pid in standing:
+        os.kill(pid, signal.SIGSTOP)
     before = connect(300)
     served.serve("new")
     all_reach_the_server(connect(100))
     os.kill(old.pid, signal.SIGTERM)
-    os.kill(old.pid, signal.SIGCONT)
+    for pid in standing:
+        os.kill(pid, signal.SIGCONT)
     all_reach_the_server(before)
     for client in before:
         client.close()

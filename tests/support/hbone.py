@@ -109,7 +109,15 @@ class MeshZtunnel(Ztunnel):
     """The real process with a SmallMesh."""
 
     def __init__(
-        self, socket_path: Path, records: Path, authority: Path, *, drain: float = 5.0, mesh: str = "", first: str = ""
+        self,
+        socket_path: Path,
+        records: Path,
+        authority: Path,
+        *,
+        drain: float = 5.0,
+        mesh: str = "",
+        first: str = "",
+        workers: int = 2,
     ) -> None:
         """Takes the arguments of SmallMesh, and code to run `first`."""
         self.path = records
@@ -118,7 +126,7 @@ class MeshZtunnel(Ztunnel):
             "from agent.ztunnel.app import main\nfrom agent.ztunnel.ztunnel_settings import ZtunnelSettings\n"
             "from support.hbone import SmallMesh\n"
             f"settings = ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
-            f" drain_seconds={drain}, identities='development:{authority}')\n"
+            f" drain_seconds={drain}, identities='development:{authority}', workers={workers})\n"
             f"sys.exit(main(settings, SmallMesh({mesh})))"
         )
         with Path(f"{records}.err").open("ab") as errors:
@@ -143,9 +151,12 @@ class Node:
         mesh: str = "",
         authority: Path | None = None,
         first: str = "",
+        workers: int = 2,
     ) -> Ztunnel:
         authority = authority or self.folder.parent / "ca"
-        self.ztunnel = MeshZtunnel(self.agent.path, self.folder / name, authority, drain=drain, mesh=mesh, first=first)
+        self.ztunnel = MeshZtunnel(
+            self.agent.path, self.folder / name, authority, drain=drain, mesh=mesh, first=first, workers=workers
+        )
         return self._serve()
 
     def start_with(self, mesh_file: Path, settings: str = "", identities: str = "") -> Ztunnel:

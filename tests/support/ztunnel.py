@@ -204,11 +204,34 @@ class Ztunnel:
         raise AssertionError(f"no record with {wanted} in {self.records()}")
 
     def memory(self) -> int:
-        """Resident bytes."""
-        return int(psutil.Process(self.process.pid).memory_info().rss)
+        """Resident bytes of all of its processes, what they share counted for each."""
+        return sum(one.memory_info().rss for one in self._processes())
 
     def fds(self) -> int:
-        return int(psutil.Process(self.process.pid).num_fds())
+        """Descriptors of all of its processes."""
+        return sum(one.num_fds() for one in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
+        process = psutil.Process(self.process.pid)
+        return [process, *process.children()]
+
+    def workers(self) -> dict[int, int]:
+        """How many descriptors each worker has, by process id."""
+        found = {}
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                found[child.pid] = child.num_fds()
+        return found
+
+    def kill_worker(self) -> None:
+        """Kills one, and waits until it is replaced."""
+        before = self.workers()
+        killed = next(iter(before))
+        os.kill(killed, signal.SIGKILL)
+        until = time.monotonic() + SECONDS
+        while len(now := self.workers()) < len(before) or killed in now:
+            assert time.monotonic() < until, "the worker is not replaced"
+            time.sleep(0.01)
 
     def terminate(self) -> None:
         os.kill(self.process.pid, signal.SIGTERM)

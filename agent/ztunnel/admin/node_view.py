@@ -13,17 +13,14 @@ from agent import __version__
 from agent.zds.messages import Add
 from agent.ztunnel.admin import mesh_dump
 from agent.ztunnel.mesh.mesh_store import MeshStore
-from agent.ztunnel.relay.pod_context import PodContext
-from agent.ztunnel.relay.pod_listener import PodListener
-from agent.ztunnel.telemetry.response_flags import Reporter
+from agent.ztunnel.pod_server import PodServing
 from agent.ztunnel.telemetry.traffic_metrics import FAMILIES, Family, Series, merged
 from agent.ztunnel.workloads import Workloads
 from agent.ztunnel.zds_client import ZdsClient
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
-    from agent.ztunnel.node_mesh import NodeMesh
-    from agent.ztunnel.telemetry.traffic_account import TrafficAccount
+    from agent.ztunnel.node_mesh import MeshControl
 
 _SECRETS: Final = ("mesh_headers", "ca_headers")  # their values may be tokens
 PROCESS_FAMILIES: Final[Mapping[str, Family]] = {
@@ -37,6 +34,7 @@ PROCESS_FAMILIES: Final[Mapping[str, Family]] = {
     "workload_manager_pending_proxy_count": Family("gauge", "The number of pods that could not be started yet"),
     "workload_manager_proxies_started": Family("counter", "The total number of pods that were started"),
     "workload_manager_proxies_stopped": Family("counter", "The total number of pods that were stopped"),
+    "sluice_worker_restarts": Family("counter", "The total number of workers that were started again"),
     "process_open_fds": Family("gauge", "The number of open file descriptors"),
     "process_max_fds": Family("gauge", "The maximum number of open file descriptors"),
 }
@@ -45,13 +43,13 @@ ALL_FAMILIES: Final[Mapping[str, Family]] = {**FAMILIES, **PROCESS_FAMILIES}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeView:
-    """Reads the parts of the process; changes none. `mesh` and `traffic` are None without a mesh."""
+    """Reads the parts of the process; changes none. `mesh` is None without a mesh."""
 
     settings: ZtunnelSettings
     client: ZdsClient
-    workloads: Workloads[PodListener]
-    mesh: NodeMesh | None
-    traffic: TrafficAccount | None
+    workloads: Workloads[Any]
+    mesh: MeshControl | None
+    serving: PodServing
 
     def pending(self) -> list[str]:
         """Returns the names of the parts that are not ready, as Istio's ztunnel names them; empty if all are."""
@@ -59,11 +57,11 @@ class NodeView:
         parts = {
             "state manager": source is not None and not source.synced.is_set(),
             # The pods are not known from the loss of the agent until the end of its next snapshot.
-            "workload proxy manager": not (self.client.connected and self.workloads.settled),
+            "workload proxy manager": not (self.client.connected and self.workloads.settled) or self.serving.waits(),
         }
         return [name for name, waits in parts.items() if waits]
 
-    def series(self) -> Series:
+    async def series(self) -> Series:
         """Returns all values of /metrics."""
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         values: Series = {
@@ -75,12 +73,12 @@ class NodeView:
             ("process_open_fds", ()): len(os.listdir("/proc/self/fd")) - 1,  # noqa: PTH208 - names alone
             ("process_max_fds", ()): most,
         }
-        parts = (self.mesh.source, self.mesh.revocations) if self.mesh else ()
-        counts = [part.series() for part in parts if part is not None]
-        return merged([self.traffic.snapshot() if self.traffic else {}, *counts, values])
+        source = self.mesh.source if self.mesh else None
+        return merged([(await self.serving.report()).counts, source.series() if source else {}, values])
 
-    def config_dump(self) -> dict[str, Any]:
+    async def config_dump(self) -> dict[str, Any]:
         """Returns the value of /config_dump."""
+        connections = (await self.serving.report()).connections
         store = self.mesh.store if self.mesh else MeshStore()
         config = {key: value for key, value in asdict(self.settings).items() if key not in _SECRETS}
         return {
@@ -91,7 +89,7 @@ class NodeView:
             "workloadState": {
                 **{uid: _state("Pending", add) for uid, (add, _) in self.workloads.pending.items()},
                 **{
-                    uid: {**_state("Up", running.pod.add), "connections": _connections(running.pod)}
+                    uid: {**_state("Up", running.add), "connections": connections.get(uid, {})}
                     for uid, running in self.workloads.running.items()
                 },
             },
@@ -108,18 +106,3 @@ class NodeView:
 def _state(state: str, add: Add) -> dict[str, Any]:
     info = {"name": add.name, "namespace": add.namespace, "serviceAccount": add.service_account}
     return {"state": state, "info": info}
-
-
-def _connections(pod: PodContext) -> dict[str, Any]:
-    inbound: list[dict[str, str | None]] = []
-    outbound: list[dict[str, str | None]] = []
-    for counted in pod.counted.values():
-        parties = counted.parties
-        shown = {
-            "src": parties.source_address,
-            "originalDst": parties.asked or None,
-            "actualDst": parties.target,
-            "protocol": "HBONE" if parties.mutual_tls else "TCP",
-        }
-        (outbound if parties.reporter is Reporter.SOURCE else inbound).append(shown)
-    return {"inbound": inbound, "outbound": outbound}

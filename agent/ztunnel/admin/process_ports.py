@@ -59,7 +59,7 @@ class ProcessPorts:
         if request.path not in ("/metrics", "/stats/prometheus"):
             return _not_found()
         kind = http.OPENMETRICS if http.wants_openmetrics(request.headers.get("accept", "")) else http.PLAIN
-        return Response(200, (render(self._view.series(), ALL_FAMILIES) + "# EOF\n").encode(), kind)
+        return Response(200, (render(await self._view.series(), ALL_FAMILIES) + "# EOF\n").encode(), kind)
 
     async def _readiness(self, request: Request) -> Response:
         if request.path != "/healthz/ready":
@@ -70,7 +70,7 @@ class ProcessPorts:
     async def _administration(self, request: Request) -> Response:
         match request.path:
             case "/config_dump":
-                return Response.json(self._view.config_dump())
+                return Response.json(await self._view.config_dump())
             case "/logging":
                 return self._logging(request)
             case "/quitquitquit":
@@ -98,6 +98,7 @@ class ProcessPorts:
             logger = logging.getLogger(name or None)
             self._levels.setdefault(name, logger.level)
             logger.setLevel(level)
+        self._view.serving.set_levels(levels)
 
 
 def _parsed(text: str) -> dict[str, int]:

@@ -17,8 +17,8 @@ from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.relay.original_dst import Address, plain
 from agent.ztunnel.relay.poller import Deadlines, Poller
-from agent.ztunnel.relay.upstream import Upstream
-from agent.ztunnel.telemetry.records import Began, Record, RecordWriter
+from agent.ztunnel.relay.upstream import Upstream, returns_elsewhere
+from agent.ztunnel.telemetry.records import Began, Record, RecordSink
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
@@ -89,6 +89,18 @@ class MeshNames(Protocol):
         """Returns the answer to a query with the question; None for the resolver that the pod asked."""
 
 
+class ServedPod(Protocol):
+    """A pod of this process (see pod_listener)."""
+
+    pod: PodContext
+
+    def stop_listening(self) -> None:
+        """Stops new connections."""
+
+    def close(self) -> None:
+        """Ends it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """The parts that all pods share.
@@ -96,7 +108,8 @@ class Engine:
     `connects` and `queries` bound how long an upstream may be silent, `answered` how long a flow of DNS is kept after
     the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
     connections and flows one pod may have. `tunnels`, `mesh_names` and `traffic` are None without a mesh: then
-    everything goes on in plain and is not counted, and every query goes to its resolver.
+    everything goes on in plain and is not counted, and every query goes to its resolver. `shared`: other processes
+    serve the same pods. `pods` are those that this process serves.
     """
 
     poller: Poller
@@ -104,12 +117,14 @@ class Engine:
     queries: Deadlines
     answered: Deadlines
     aged: Deadlines
-    records: RecordWriter
+    records: RecordSink
     asked: Asked
     share: int
     tunnels: Tunnels | None = None
     mesh_names: MeshNames | None = None
     traffic: TrafficAccount | None = None
+    shared: bool = False
+    pods: set[ServedPod] = field(default_factory=set)
 
 
 class Live(Protocol):
@@ -172,8 +187,12 @@ class PodContext:
         Both ends are compared, because the kernel gives one local port to several sockets. A connection that rules
         redirect within the pod arrives at a loopback address. Raises OSError.
         """
+        if not is_loopback(plain(accepted.getsockname())[0]):
+            return 0
         before = self.connecting.get((source[:2], destination[:2]))
-        return 0 if before is None or not is_loopback(plain(accepted.getsockname())[0]) else before + 1
+        if before is None and self.engine.shared:
+            before = returns_elsewhere(self.diag, source, destination)
+        return 0 if before is None else before + 1
 
     def warn_of_loop(self, what: str) -> str:
         """Logs, now and then, that a query or connection of ztunnel came back to it; returns the text."""

@@ -9,7 +9,6 @@ import errno
 import socket
 from functools import partial
 
-from agent.core import names
 from agent.kernel.accepting import Seldom
 from agent.kernel.netlink.ctnetlink import Conntrack
 from agent.kernel.netlink.sock_diag import SockDiag
@@ -17,6 +16,7 @@ from agent.kernel.netns import Netns
 from agent.zds.messages import Add
 from agent.ztunnel.dns.dns_connection import DnsConnection
 from agent.ztunnel.dns.forwarding import Resolver
+from agent.ztunnel.relay import pod_sockets
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.pod_sockets import Listeners, listen
 from agent.ztunnel.relay.proxied_connection import ProxiedConnection
@@ -31,11 +31,20 @@ _PAUSE_SECONDS = 0.1
 class PodListener:
     """Listens from its creation on. To end it, call `stop_listening`, then `close`."""
 
-    def __init__(self, engine: Engine, add: Add, netns: Netns) -> None:
-        """Takes over `netns`, unless it fails. Raises OSError or a SluiceError."""
+    def __init__(
+        self, engine: Engine, add: Add, netns: Netns, listeners: Listeners | None = None, *, dns: bool = True
+    ) -> None:
+        """Takes over `netns` and `listeners`, unless it fails; without `listeners` it opens them.
+
+        `dns`: this process, and no other one that has the listeners, reads queries over UDP. Raises OSError or a
+        SluiceError.
+        """
         self.netns = netns
+        self.add = add
         self._loop: asyncio.AbstractEventLoop = engine.poller.loop
-        conntrack, diag, self._listeners = netns.call(lambda: _open(hbone=engine.tunnels is not None))
+        self._poller = engine.poller
+        self._dns = dns
+        conntrack, diag, self._listeners = netns.call(lambda: _open(listeners, hbone=engine.tunnels is not None))
         self.pod = PodContext(
             add.uid, f"{add.namespace}/{add.name}", engine=engine, upstream=Upstream(netns), diag=diag, add=add
         )
@@ -44,23 +53,27 @@ class PodListener:
             engine.tunnels.start(self.pod)
         self._accepting: set[socket.socket] = set()
         self._crowded = Seldom()
+        engine.pods.add(self)
         self._watch(self._listeners)
 
     def _watch(self, listeners: Listeners) -> None:
         for listener in listeners.every_tcp():
             self._accepting.add(listener)
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
-        for listener in listeners.dns_udp:
+            self._listen(listener)
+        for listener in listeners.dns_udp if self._dns else ():
             self._loop.add_reader(listener.fileno(), self._resolver.receive, listener)
+
+    def _listen(self, listener: socket.socket) -> None:
+        self._poller.listen(listener.fileno(), partial(self._accept, listener))
 
     def succeeded(self) -> bool:
         """Returns True if another ztunnel also listens in the pod. Raises KernelError."""
-        return len(self.pod.diag.listening({names.OUTBOUND_PORT})) > 1
+        return pod_sockets.succeeded(self.pod.diag)
 
     def stop_listening(self) -> None:
         """Stops new connections and streams. The UDP listeners stay: pending answers must come from them."""
         for listener in self._accepting:
-            self._loop.remove_reader(listener.fileno())
+            self._poller.unlisten(listener.fileno())
             listener.close()
         self._accepting.clear()
         if self.pod.engine.tunnels is not None:
@@ -80,8 +93,13 @@ class PodListener:
         self.pod.upstream.close()
         self.pod.diag.close()
         self.netns.close()
+        self.pod.engine.pods.discard(self)
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, _: int) -> None:
+        if self.pod.engine.shared:
+            # To the end of the queue of those that wait: another process gets the next connection.
+            self._poller.unlisten(listener.fileno())
+            self._listen(listener)
         inbound = listener is self._listeners.inbound
         for _ in range(_ACCEPTED):
             try:
@@ -115,20 +133,20 @@ class PodListener:
 
     def _pause(self, listener: socket.socket) -> None:
         """Pauses accepting when descriptors run out: retrying at once would only burn the processor."""
-        self._loop.remove_reader(listener.fileno())
+        self._poller.unlisten(listener.fileno())
         self._loop.call_later(_PAUSE_SECONDS, self._resume, listener)
 
     def _resume(self, listener: socket.socket) -> None:
         if listener in self._accepting:
-            self._loop.add_reader(listener.fileno(), self._accept, listener)
+            self._listen(listener)
 
 
-def _open(*, hbone: bool) -> tuple[Conntrack, SockDiag, Listeners]:
+def _open(listeners: Listeners | None, *, hbone: bool) -> tuple[Conntrack, SockDiag, Listeners]:
     with contextlib.ExitStack() as opened:
         conntrack = Conntrack()
         opened.callback(conntrack.close)
         diag = SockDiag()
         opened.callback(diag.close)
-        listeners = listen(hbone=hbone)
+        listeners = listeners or listen(hbone=hbone)
         opened.pop_all()
         return conntrack, diag, listeners

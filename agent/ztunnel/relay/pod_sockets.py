@@ -6,6 +6,10 @@ accept queue, so the old one must stop getting connections before it closes. A c
 chooses the group's member with index 1, which is the newer of two; with one member the index is out of range and the
 kernel falls back to hashing, which finds that one. (Checked on 6.18. With three members at once the middle one is
 chosen: no two restarts at a time.)
+
+The workers of one instance share each listener; they do not listen separately. So the accept queue outlives a worker
+that dies, an instance stays one member of the group for the program above, and eBPF, which holds one listener of each
+port, need not know how many workers there are.
 """
 
 from __future__ import annotations
@@ -15,10 +19,11 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from agent.core import names
+from agent.kernel.netlink.sock_diag import SockDiag
 from agent.ztunnel.relay.upstream import IP_TRANSPARENT, marked
 
 BACKLOG = 4096
@@ -42,6 +47,29 @@ class Listeners:
 
     def every_tcp(self) -> tuple[socket.socket, ...]:
         return (self.outbound, self.inbound, *((self.hbone,) if self.hbone else ()), *self.dns_tcp)
+
+    def every(self) -> tuple[socket.socket, ...]:
+        return (*self.every_tcp(), *self.dns_udp)
+
+    @classmethod
+    def received(cls, descriptors: Sequence[int], *, hbone: bool) -> Listeners:
+        """Takes over duplicates of `every` that came from another process."""
+        sockets = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        for one in sockets:
+            one.setblocking(False)  # it is; Python cannot know
+        first, rest = sockets[: 2 + hbone], sockets[2 + hbone :]
+        return cls(
+            outbound=first[0],
+            inbound=first[1],
+            dns_tcp=tuple(rest[: len(rest) // 2]),
+            dns_udp=tuple(rest[len(rest) // 2 :]),
+            hbone=first[2] if hbone else None,
+        )
+
+
+def succeeded(diag: SockDiag) -> bool:
+    """Returns True if another ztunnel also listens in the namespace that `diag` asks. Raises KernelError."""
+    return len(diag.listening({names.OUTBOUND_PORT})) > 1
 
 
 def listen(*, hbone: bool) -> Listeners:

@@ -54,6 +54,21 @@ class Poller(selectors.BaseSelector):
         self._handlers[fd] = handler
         self._fresh.add(fd)
 
+    def listen(self, fd: int, handler: Handler) -> None:
+        """Registers a listener that several processes may have: the kernel wakes one of those that wait.
+
+        The one that registered first comes first (EPOLLEXCLUSIVE). While a connection waits the handler is called again
+        and again. Raises OSError: out of memory.
+        """
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._handlers[fd] = handler
+        self._fresh.add(fd)
+
+    def unlisten(self, fd: int) -> None:
+        """Removes a listener; to close it is not enough while another process has it open."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
     def remove(self, fd: int) -> None:
         """Removes the handler; call it right before closing `fd`, which removes it from the kernel's set."""
         self._handlers.pop(fd, None)

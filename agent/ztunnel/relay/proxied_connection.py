@@ -19,7 +19,7 @@ from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
-from agent.ztunnel.relay.upstream import shut
+from agent.ztunnel.relay.upstream import mark_returned, shut
 from agent.ztunnel.telemetry.records import close_by
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
@@ -111,6 +111,8 @@ class ProxiedConnection:
             return
         self._destination = destination = onward
         self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
+        if returns:
+            mark_returned(self._server)
         self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
         self._pod.connecting[self._ends] = returns
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)

@@ -14,6 +14,7 @@ the server's address. Where many connections go to one server, ztunnel's leave t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -25,6 +26,8 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from agent.core import names
+from agent.core.errors import KernelError
+from agent.kernel.netlink.sock_diag import SockDiag
 from agent.ztunnel.relay import keepalive
 from agent.ztunnel.relay.original_dst import Address
 
@@ -39,6 +42,7 @@ IP_BIND_ADDRESS_NO_PORT = 24  # linux/in.h: the port is chosen at connect, by de
 # Errors that refuse the client's address, not the connection: the application then sees ztunnel's.
 _NO_SOURCE = (errno.EPERM, errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EINVAL, errno.ENOPROTOOPT)
 _TAKEN = (errno.EADDRINUSE, errno.EADDRNOTAVAIL)
+_RETURNED = 1 << 30  # of a mark, outside of the bits that rules compare
 
 
 T = TypeVar("T")
@@ -184,6 +188,23 @@ def marked(family: int, kind: int) -> socket.socket:
         fresh.close()
         raise
     return fresh
+
+
+def mark_returned(connecting: socket.socket) -> None:
+    """Lets the other processes that serve the pod see that the connection has come back once."""
+    connecting.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK | _RETURNED)
+
+
+def returns_elsewhere(diag: SockDiag, local: Address, remote: Address) -> int | None:
+    """Returns how often a connection that another process of ztunnel has opened came back before.
+
+    Returns None if ztunnel has no such connection. Rules change the mark of packets, not of the socket.
+    """
+    with contextlib.suppress(KernelError):
+        found = diag.find(local[:2], remote[:2])
+        if found is not None and found.of_ztunnel:
+            return int(bool((found.mark or 0) & _RETURNED))
+    return None
 
 
 def take_source(fresh: socket.socket, source: Address, port: int) -> None:

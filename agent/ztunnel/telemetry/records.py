@@ -42,6 +42,11 @@ def close_by(number: int | None, otherwise: str = "error") -> str:
     return _CLOSE_BY_ERRNO.get(number or 0, otherwise)
 
 
+def lost(count: int) -> bytes:
+    """Returns the line in place of so many others."""
+    return json.dumps({"kind": "lost", "count": count}).encode() + b"\n"
+
+
 class Line(Protocol):
     """Something that becomes a line when it is written."""
 
@@ -80,6 +85,13 @@ class Record(NamedTuple):
         return json.dumps({"time": time, **value}, separators=(",", ":")).encode() + b"\n"
 
 
+class RecordSink(Protocol):
+    """Takes lines and never waits."""
+
+    def add(self, record: Line) -> None:
+        """Takes a line; its text is made later."""
+
+
 class RecordWriter:
     """Writes to `path`; "-" is standard output, "" nowhere. An error of the file is never raised."""
 
@@ -101,7 +113,17 @@ class RecordWriter:
         if self._timer is None:
             self._timer = self._loop.call_later(FLUSH_SECONDS, self.flush)
 
+    def write(self, lines: bytes) -> None:
+        """Writes finished lines that another process has collected."""
+        if len(self._held) < HELD_BYTES:
+            self._held += lines
+        else:
+            self._lost += lines.count(b"\n")
+        self.flush()
+
     def flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = None
         waiting = self._waiting
         self._waiting = []
@@ -137,7 +159,7 @@ class RecordWriter:
                 return
             del self._held[: os.write(self._fd, self._held[:PIECE] if self._pipe else self._held)]
             if self._lost and len(self._held) < HELD_BYTES:
-                self._held += json.dumps({"kind": "lost", "count": self._lost}).encode() + b"\n"
+                self._held += lost(self._lost)
                 self._lost = 0
 
     def _open(self) -> None:

@@ -12,7 +12,7 @@ from typing import Final, Protocol
 
 from agent.ztunnel.telemetry import access_log
 from agent.ztunnel.telemetry.dns_metrics import DnsMetrics
-from agent.ztunnel.telemetry.records import Began, RecordWriter
+from agent.ztunnel.telemetry.records import Began, RecordSink
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 from agent.ztunnel.telemetry.traffic_labels import Parties
 from agent.ztunnel.telemetry.traffic_metrics import Series, TrafficMetrics
@@ -62,7 +62,7 @@ class _Motionless:
 class TrafficAccount:
     """The counts of one process. One thread."""
 
-    def __init__(self, log: RecordWriter, *, as_json: bool) -> None:
+    def __init__(self, log: RecordSink, *, as_json: bool) -> None:
         """Takes the writer of the access log."""
         self.metrics = TrafficMetrics()
         self.dns = DnsMetrics()

@@ -102,6 +102,9 @@ class TrafficMetrics:
         return series
 
 
+_COUNTER: Final = Family("counter", "")
+
+
 def merged(parts: Iterable[Series]) -> Series:
     """Returns the sums of several processes."""
     total: Series = {}
@@ -112,8 +115,8 @@ def merged(parts: Iterable[Series]) -> Series:
 
 
 def counters(series: Series) -> Series:
-    """Returns what stays of a process that has ended: its gauges are gone with it."""
-    return {key: value for key, value in series.items() if FAMILIES[_family(key[0])].kind != "gauge"}
+    """Returns what stays of a process that has ended: its gauges are gone with it. Other parts have no gauges."""
+    return {key: value for key, value in series.items() if FAMILIES.get(_family(key[0]), _COUNTER).kind != "gauge"}
 
 
 def render(series: Series, families: Mapping[str, Family] = FAMILIES) -> str:

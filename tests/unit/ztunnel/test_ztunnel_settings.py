@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from agent.core.errors import SettingsError
-from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment
+from agent.ztunnel.ztunnel_settings import ZtunnelSettings, check, from_environment, worker_count
 
 # What Istio's chart ztunnel gives its DaemonSet, less variables of the language's runtime.
 CHART = {
@@ -56,3 +56,27 @@ def test_the_metadata_of_istio_comes_before_its_own_variables_and_may_leave_dns_
 def test_a_value_of_another_kind_is_an_error_that_names_the_variable(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"environment variable {variable}: '{value}'"):
         from_environment({variable: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "cores", "workers"),
+    [
+        ("1", 8, 1),
+        ("3", 8, 3),
+        ("auto", 2, 2),
+        ("auto", 32, 8),
+        ("0", 6, 6),
+        ("25%", 16, 4),
+        ("10%", 4, 1),
+        ("1%", 99, 1),
+    ],
+)
+def test_workers_are_a_number_or_a_part_of_the_cores(text: str, cores: int, workers: int) -> None:
+    assert worker_count(text, cores) == workers
+    assert from_environment({"ZTUNNEL_WORKER_THREADS": text}, cores)[0].workers == workers
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "%", "1.5"])
+def test_other_workers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="neither auto nor a number"):
+        worker_count(text, 4)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between supervisor and worker: in order, of any size, with descriptors, and bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from agent.ztunnel.workers.worker_channel import INLINE, WorkerChannel
+
+Got = list[tuple[Any, list[int]]]
+
+
+class Ends:
+    """Both ends; what the second one got."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.got: Got = []
+        self.ended = asyncio.Event()
+        self._arrived = asyncio.Event()
+        self.one = WorkerChannel(loop, one, lambda *_: None, lambda: None)
+        self.other = WorkerChannel(loop, other, self._receive, self.ended.set)
+
+    async def wait(self, number: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.got) < number:
+                await self._arrived.wait()
+                self._arrived.clear()
+
+    def _receive(self, message: Any, fds: list[int]) -> None:
+        self.got.append((message, fds))
+        self._arrived.set()
+
+
+def run(steps: Callable[[Ends], Coroutine[Any, Any, None]]) -> None:
+    async def all_steps() -> None:
+        ends = Ends()
+        await steps(ends)
+        ends.one.close()
+        ends.other.close()
+
+    asyncio.run(all_steps())
+
+
+def test_messages_of_any_size_keep_their_order() -> None:
+    sizes = [1, INLINE, 3, 5 << 20, 7, *range(2000)]  # more than the socket holds
+
+    async def steps(ends: Ends) -> None:
+        for size in sizes:
+            ends.one.send(bytes(size))
+        assert ends.one.waiting > 0
+        ends.other.start()
+        await ends.wait(len(sizes))
+        assert [len(message) for message, _ in ends.got] == sizes
+        assert ends.one.waiting == 0
+
+    run(steps)
+
+
+def test_descriptors_come_with_their_message() -> None:
+    async def steps(ends: Ends) -> None:
+        reading, writing = os.pipe()
+        ends.one.send("plain")
+        ends.one.send("with", lambda: (writing,))
+        ends.one.send(bytes(INLINE), lambda: (reading, writing))
+        ends.other.start()
+        await ends.wait(3)
+        assert [len(fds) for _, fds in ends.got] == [0, 1, 2]
+        for _, fds in ends.got:
+            for fd in fds:
+                assert os.fstat(fd).st_ino == os.fstat(reading).st_ino
+                os.close(fd)
+        os.close(reading)
+        os.close(writing)
+
+    run(steps)
+
+
+def test_what_is_out_of_date_when_its_turn_comes_is_not_sent() -> None:
+    async def steps(ends: Ends) -> None:
+        ends.one.send("gone", lambda: None)
+        ends.one.send("here")
+        ends.other.start()
+        await ends.wait(1)
+        assert [message for message, _ in ends.got] == ["here"]
+
+    run(steps)
+
+
+def test_the_end_comes_after_everything_that_was_sent() -> None:
+    async def steps(ends: Ends) -> None:
+        ends.other.start()
+        ends.one.send("last")
+        ends.one.close()
+        await asyncio.wait_for(ends.ended.wait(), 10)
+        assert [message for message, _ in ends.got] == ["last"]
+
+    run(steps)
+
+
+def test_sending_to_an_end_that_is_closed_is_no_error() -> None:
+    async def steps(ends: Ends) -> None:
+        ends.other.start()
+        ends.other.close()
+        ends.one.send("lost")
+        assert ends.one.waiting == 0
+
+    run(steps)
