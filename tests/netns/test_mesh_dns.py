@@ -21,7 +21,7 @@ from support.leaking import marking
 from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
 
 from agent.zds.messages import Delete
-from agent.ztunnel.dns.dns_connection import MOST_PENDING
+from agent.ztunnel.dns.dns_connection import MOST_CONNECTIONS, MOST_PENDING
 from agent.ztunnel.dns.dnsmessage import failure
 
 pytestmark = pytest.mark.root
@@ -421,3 +421,15 @@ def test_queries_are_counted(tmp_path: Path) -> None:
         ] == ["1"] * 3
     duration = "istio_dns_upstream_request_duration_seconds"
     assert value(f"{duration}_bucket", "mx", "tcp", 'le="+Inf",') == value(f"{duration}_count", "mx", "tcp") == "1"
+
+
+def test_a_pod_has_its_share_of_connections_to_resolvers(lab: Lab) -> None:
+    with contextlib.ExitStack() as held:
+        for _ in range(MOST_CONNECTIONS):
+            held.enter_context(lab.pod.connect(RESOLVER4, 53))
+        with pytest.raises(ConnectionResetError), lab.pod.connect(RESOLVER4, 53) as client:
+            client.recv(1)
+    assert "more than 1024 connections" in lab.ztunnel.wait_record(kind="tcp", close="refused")["error"]
+    with lab.pod.connect(RESOLVER4, 53) as client:
+        client.sendall(framed(query(1, "shop.demo")))
+        assert addresses(message(client)) == [VIP]

@@ -20,7 +20,7 @@ from agent.ztunnel.dns.dns_framing import LENGTH, DnsFraming, Piece, framed
 from agent.ztunnel.dns.pending_query import PendingQuery
 from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
-from agent.ztunnel.relay.pod_context import Ends, PodContext, now
+from agent.ztunnel.relay.pod_context import MOST_RETURNS, Ends, PodContext, now
 from agent.ztunnel.relay.upstream import shut
 from agent.ztunnel.telemetry.records import Began, close_by
 
@@ -75,7 +75,8 @@ class DnsConnection:
 
     __slots__ = (
         "_began", "_client", "_counted", "_destination", "_done", "_dropped", "_ends", "_late", "_mid_answer",
-        "_mid_query", "_own", "_pending", "_pod", "_postponed", "_received", "_sent", "_server", "_source", "_used",
+        "_mid_query", "_own", "_pending", "_pod", "_postponed", "_received", "_returns", "_sent", "_server", "_source",
+        "_used",
     )  # fmt: skip
 
     def __init__(self, pod: PodContext, client: socket.socket, peer: Address) -> None:
@@ -83,6 +84,7 @@ class DnsConnection:
         self._pod = pod
         self._client = _End(client, DnsFraming(LONGEST_QUERY, queries=True))
         self._source = original_dst.plain(peer)
+        self._returns = 0  # how often this connection of ztunnel itself has come back
         self._own = False  # the source is certainly the address of the client's socket
         self._destination: Address | None = None
         self._server: _End | None = None
@@ -101,22 +103,31 @@ class DnsConnection:
         """Starts to read. A failure is recorded and resets the client, and is never raised."""
         self._pod.live.add(self)
         self._pod.dns_connections.add(self)
-        client = self._client.connection
         try:
-            self._destination, self._own = original_dst.original_destination(client, self._source)
-            if original_dst.is_own(self._destination, client):
-                self._end("refused", "the destination is a port of ztunnel itself")
-            elif len(self._pod.dns_connections) > MOST_CONNECTIONS:
-                limit = f"more than {MOST_CONNECTIONS} connections to resolvers"
-                self._end("refused", limit)
-                self._pod.warnings.log(f"pod {self._pod.name}: {limit}")
-            elif self._own and self._pod.returns(client, self._source, self._destination):
-                self._end("refused", self._pod.warn_of_loop("connection"))
-            else:
-                self._pod.engine.connects.add(self)
-                self._pod.engine.poller.add(client.fileno(), partial(self._event, self._client))
+            if why := self._refusal(self._client.connection):
+                self._end("refused", why)
+                return
+            self._pod.engine.connects.add(self)
+            self._pod.engine.poller.add(self._client.connection.fileno(), partial(self._event, self._client))
         except OSError as error:
             self._end(close_by(error.errno), error.strerror or str(error))
+
+    def _refusal(self, client: socket.socket) -> str:
+        """Finds the destination; returns why the connection is not served, or "". Raises OSError."""
+        self._destination, own = original_dst.original_destination(client, self._source)
+        if original_dst.is_own(self._destination, client):
+            return "the destination is a port of ztunnel itself"
+        if len(self._pod.dns_connections) > MOST_CONNECTIONS:
+            limit = f"more than {MOST_CONNECTIONS} connections to resolvers"
+            self._pod.warnings.log(f"pod {self._pod.name}: {limit}")
+            return limit
+        self._own = own
+        self._returns = self._pod.returns(client, self._source, self._destination) if own else 0
+        if self._returns > MOST_RETURNS:
+            return self._pod.warn_of_loop("connection")
+        if self._returns:  # the mesh has been asked already
+            self._client.framing.pass_all()
+        return ""
 
     def refuse(self, why: str) -> None:
         """Resets the client at once, instead of `open`."""
@@ -124,7 +135,7 @@ class DnsConnection:
 
     def abort(self) -> None:
         if not self._done:
-            self._end("drained", "")
+            self._end("drained" if self._pending or self._client.framing.endless else "fin", "")
 
     def expire(self) -> None:
         """Ends a connection that has no use, as resolvers do, and one to a resolver that cannot be reached."""
@@ -224,7 +235,7 @@ class DnsConnection:
         self._server = server = _End(connection, DnsFraming(0, queries=False))
         self._late.clear()
         self._ends = original_dst.plain(connection.getsockname())[:2], self._destination[:2]
-        self._pod.connecting[self._ends] = 0
+        self._pod.connecting[self._ends] = self._returns
         engine.poller.add(connection.fileno(), partial(self._event, server))
         return server
 

@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # a node without a mesh loads none of them
     from agent.ztunnel.telemetry.traffic_labels import Parties
 
 Ends = tuple[Endpoint, Endpoint]  # local, and the destination
+# Of ztunnel's own connection to ztunnel. Once may be chance: its port has met an entry of conntrack that outlived an
+# application's connection.
+MOST_RETURNS = 1
 
 
 class RefusedError(SluiceError):

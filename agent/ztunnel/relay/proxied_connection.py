@@ -17,14 +17,11 @@ import time
 from agent.core.errors import SluiceError
 from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
-from agent.ztunnel.relay.pod_context import Ends, InboundEnds, PodContext, RefusedError, now
+from agent.ztunnel.relay.pod_context import MOST_RETURNS, Ends, InboundEnds, PodContext, RefusedError, now
 from agent.ztunnel.relay.splice import Half
 from agent.ztunnel.relay.upstream import mark_returned, shut
 from agent.ztunnel.telemetry.records import close_by
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
-
-# Once may be chance: its port has met an entry of conntrack that outlived an application's connection.
-_MOST_RETURNS = 1
 
 _ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
@@ -101,7 +98,7 @@ class ProxiedConnection:
             self._end("refused", "the destination is a port of ztunnel itself")
             return
         returns = self._pod.returns(self._client, self._source, destination) if own else 0
-        if returns > _MOST_RETURNS:
+        if returns > MOST_RETURNS:
             self._end("refused", self._pod.warn_of_loop("connection"))
             return
         onward = destination if returns else self._onward(destination)
