@@ -19,6 +19,7 @@ from agent.lab.demo_report import Checks
 from agent.lab.lab import Lab
 from agent.lab.lab_pods import LabPod
 from agent.lab.lab_spec import PORTS, PodProgram
+from agent.lab.links import remove_namespace
 from agent.lab.processes import await_ready
 from agent.lab.traffic import still
 
@@ -66,7 +67,7 @@ def _divided(lab: Lab) -> Iterator[None]:
     finally:
         for gateway in gateways:
             lab.children.end(gateway)
-            nodes.remove_namespace(lab.spec.netns_name(gateway))
+            remove_namespace(lab.spec.netns_name(gateway))
         nodes.unite(lab.spec)
 
 

@@ -29,7 +29,6 @@ from agent.lab.processes import Children, end, start_time
 
 _NEEDED: Final = {
     "nsenter": "util-linux",
-    "sysctl": "procps",
     "/usr/lib/cni/ptp": "containernetworking-plugins",
     "/usr/lib/cni/host-local": "containernetworking-plugins",
     "dnsmasq": "dnsmasq-base",

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from agent.core.errors import SluiceError
-from agent.lab import nodes
 from agent.lab.chain import CniChain
 from agent.lab.conflist import Attachment, Json, conflist
 from agent.lab.lab_spec import DOMAIN, PORTS, LabSpec, PodProgram, PodSpec
+from agent.lab.links import NO_DAD, add_namespace, remove_namespace
 from agent.lab.processes import Child, Children, await_ready, listening
 
 START_SECONDS: Final = 20.0  # for a program to listen; generous, since the machine may be busy
@@ -70,13 +70,13 @@ class LabPods:
             annotations=spec.annotations,
         )
         try:
-            nodes.add_namespace(name, nodes.NO_DAD)
+            add_namespace(name, NO_DAD)
             result = self.chain(spec.node).add(attachment)
             pod = LabPod(spec, attachment, *_addresses(result))
             self._directory.mkdir(exist_ok=True, mode=0o700)
             self._file(spec).write_text(json.dumps({"attachment": asdict(attachment), "result": result}))
         except BaseException:
-            nodes.remove_namespace(name)
+            remove_namespace(name)
             raise
         return pod
 

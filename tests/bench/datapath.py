@@ -38,6 +38,7 @@ from agent.core.text import table
 from agent.kernel.exec import run, start
 from agent.kernel.process import Process
 from agent.lab.lab import check_machine, interruptible
+from agent.lab.links import NO_DAD, Port, join
 from agent.reconciler.converge import settle
 
 SOURCE = Path(__file__).with_suffix("") / "traffic.c"
@@ -175,12 +176,9 @@ class Place:
 
 def _wire(pod: Pod, peer: Pod) -> None:
     for one in (pod, peer):
-        one.sh(f"sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0\n{_SYSCTLS}")
-    pod.sh(f"ip link add eth0 type veth peer name eth0 netns {peer.name} && ip link set eth0 up")
-    peer.sh("ip link set eth0 up")
-    for one, own, other in ((pod, POD, PEER), (peer, PEER, POD)):
-        for family, size in ((4, 24), (6, 64)):
-            one.sh(f"ip addr add {own[family]}/{size} dev eth0 && ip -{family} route add default via {other[family]}")
+        one.sh(_SYSCTLS)
+    near, far = ((f"{own[4]}/24", f"{own[6]}/64") for own in (POD, PEER))
+    join(Port(pod.name, "eth0", near, (PEER[4], PEER[6])), Port(peer.name, "eth0", far, (POD[4], POD[6])))
 
 
 @dataclass
@@ -233,7 +231,7 @@ def places() -> Iterator[dict[str, Place]]:
         run(["gcc", "-O2", "-Wall", "-o", str(traffic), str(SOURCE)])
         found = {}
         for number, mechanism in enumerate((DIRECT, *CAPTURED)):
-            pod, peer = (made.enter_context(rules.pod(f"slu-path-{number}{end}")) for end in "ab")
+            pod, peer = (made.enter_context(rules.pod(f"slu-path-{number}{end}", NO_DAD)) for end in "ab")
             found[mechanism] = place = Place(mechanism, pod, peer, traffic)
             made.callback(place.close)
             if mechanism in RULES:

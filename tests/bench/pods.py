@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from agent.kernel import scratch
-from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import links
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def namespaces(count: int) -> Iterator[list[Netns]]:
     made: list[Netns] = []
     try:
         for number in range(count):
-            made.append(Netns(scratch.call(lambda number=number: _made(number)), f"slu-bench-{number}"))  # type: ignore[misc]
+            made.append(_made(number))
         yield made
     finally:
         for one in made:
@@ -31,18 +31,16 @@ def namespaces(count: int) -> Iterator[list[Netns]]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def _made(number: int) -> int:
+def _made(number: int) -> Netns:
+    fd = scratch.call(lambda: os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+    inside = Netns(fd, f"slu-bench-{number}")
     high, low = divmod(number, 250)
-    commands = (
-        "link set lo up",
-        "link add eth0 type veth peer name eth1",
-        f"address add 10.98.{high}.{low + 1}/16 dev eth0",
-        f"address add fd98::{number + 1:x}/64 dev eth0 nodad",
-        "link set eth0 up",
-        "link set eth1 up",
-    )
-    run(["ip", "-batch", "-"], stdin="".join(f"{command}\n" for command in commands))
-    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    with links(f"/proc/self/fd/{inside.fd}") as within:
+        within.up("lo")
+        within.veth("eth0", "eth1")
+        within.up("eth1")
+        within.add_addresses("eth0", f"10.98.{high}.{low + 1}/16", f"fd98::{number + 1:x}/64")
+    return inside
 
 
 @contextlib.contextmanager

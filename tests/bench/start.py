@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.node import PLUGIN, FakeZtunnel, Node, NodePod, ip, node, until
+from support.node import PLUGIN, FakeZtunnel, Node, NodePod, node, until
 
 from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.nftables.backend import NftablesBackend
 from agent.backends.routing import RoutingBackend
-from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import add_namespace, links
 from agent.lab.node_services import ready
 from agent.reconciler.converge import settle
 from tests.bench.measure import Row, memory, spawn
@@ -72,10 +72,12 @@ def _pods(here: Node, count: int) -> list[NodePod]:
     pods = []
     for number in range(1, count + 1):
         title = here.spec.netns_name(f"many{number}")
-        run(["ip", "netns", "add", title])
+        add_namespace(title)
         pod = NodePod(Path("/run/netns", title), number, f"many{number}")
-        ip(title, "link set lo up", "link add eth0 type veth peer name eth1", f"address add {pod.ipv4}/24 dev eth0",
-           f"address add {pod.ipv6}/64 dev eth0 nodad", "link set eth0 up", "link set eth1 up")  # fmt: skip
+        with links(title) as inside:
+            inside.veth("eth0", "eth1")
+            inside.up("eth1")
+            inside.add_addresses("eth0", f"{pod.ipv4}/24", f"{pod.ipv6}/64")
         pods.append(pod)
     return pods
 

@@ -26,6 +26,7 @@ from support.apiserver import ApiServer
 from support.chartimage import Container, Host
 
 from agent.kernel.netns import CLONE_NEWNET, Netns
+from agent.lab.links import Port, add_namespace, join, remove_namespace
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(300)]
 PREFIX = f"slu-img{os.getpid()}"
@@ -42,10 +43,6 @@ try: print(urllib.request.urlopen(sys.argv[1], timeout=5).status)
 except urllib.error.HTTPError as error: print(error.code)"""
 ASK = """import socket
 print(socket.create_connection(("10.99.1.2", 8080), 5).recv(9).decode())"""
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
 
 
 def inside(netns: str, *words: str, seconds: float = 20) -> str:
@@ -70,16 +67,12 @@ class Node:
         self.name, self.pod, self.server = (f"{PREFIX}-{what}" for what in ("node", "pod", "srv"))
         self._number = 0
         for name in (self.name, self.pod, self.server):
-            ip("netns", "add", name)
-            undo.callback(subprocess.run, ["ip", "netns", "del", name], capture_output=True)
-            ip("-n", name, "link", "set", "lo", "up")
+            add_namespace(name, {"net/ipv4/ip_forward": 1} if name == self.name else {})
+            undo.callback(remove_namespace, name)
         for number, peer in enumerate((self.pod, self.server)):
-            ip("-n", self.name, "link", "add", f"v{number}", "type", "veth", "peer", "name", "eth0", "netns", peer)
-            for name, link, last in ((self.name, f"v{number}", 1), (peer, "eth0", 2)):
-                ip("-n", name, "addr", "add", f"10.99.{number}.{last}/24", "dev", link)
-                ip("-n", name, "link", "set", link, "up")
-            ip("-n", peer, "route", "add", "default", "via", f"10.99.{number}.1")
-        inside(self.name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+            gateway = f"10.99.{number}.1"
+            there = Port(peer, "eth0", (f"10.99.{number}.2/24",), (gateway,))
+            join(Port(self.name, f"v{number}", (f"{gateway}/24",)), there)
         (self.root / "etc/cni/net.d").mkdir(parents=True)
         (self.root / "etc/cni/net.d/10-net.conflist").write_text(json.dumps(PRIMARY))
         (self.root / "opt/cni/bin").mkdir(parents=True)

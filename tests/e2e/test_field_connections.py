@@ -14,10 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 from support.field import Stream, dump, enabled, generation, listed, metric, relayed, static_file
-from support.node import Node, NodePod, ip, node, until
+from support.node import Node, NodePod, node, until
 
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
@@ -243,10 +244,12 @@ def test_p57_a_new_agent_changes_nothing_for_a_late_interface(here: Node, peer: 
     """tailscale0 is one: the pod makes it itself, long after its start, and is reached by its address."""
     begin(here, backend)
     pod = here.add(here.pod("late"))
-    ip(pod.netns.name, "link add tailscale0 type veth peer name tail1", "link set tailscale0 up",
-       "address add 100.64.0.7/32 dev tailscale0")  # fmt: skip
-    ip(peer.netns.name, f"route replace 100.64.0.7 via {here.host(peer)}")
-    run(["ip", "route", "replace", "100.64.0.7", "via", pod.ipv4], netns=here.netns)
+    with links(pod.netns.name) as inside:
+        inside.veth("tailscale0", "tail1")
+        inside.add_addresses("tailscale0", "100.64.0.7/32")
+    for place, gateway in ((peer.netns, here.host(peer)), (here.netns, pod.ipv4)):
+        with links(place.name) as on_the_way:
+            on_the_way.rtnl.route("replace", dst="100.64.0.7/32", gateway=gateway)
     for _ in range(2):
         rules = dump(pod.netns)
         for address in (pod.ipv4, "100.64.0.7"):

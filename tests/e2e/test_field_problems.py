@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from support.field import OtherInterface, dump, enabled, hand_over, listed, metric, relayed, static_file
-from support.node import PORT, FakeZtunnel, Node, NodePod, Server, ip, node, until
+from support.node import PORT, FakeZtunnel, Node, NodePod, Server, node, until
 
 from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin
-from agent.lab import nodes
+from agent.lab.links import NO_DAD, add_namespace, links
 from agent.lab.node_services import LabBackend
 from agent.zds.messages import Ack, Add, Message, Request
 
@@ -173,10 +173,11 @@ def test_p22_the_nodes_xtables_lock_is_not_waited_for(here: Node) -> None:
 def crowded(here: Node, number: int) -> NodePod:
     """A pod that has an address and no way out, which is quicker to make."""
     title = here.spec.netns_name(f"c{number}x{secrets.token_hex(2)}")
-    nodes.add_namespace(title, nodes.NO_DAD)
+    add_namespace(title, NO_DAD)
     pod = NodePod(Path("/run/netns", title), 200 + number % 50, f"crowd{number}")
-    ip(title, "link add eth0 type veth peer name other", "link set eth0 up", f"address add {pod.ipv4}/24 dev eth0",
-       f"address add {pod.ipv6}/64 dev eth0 nodad")  # fmt: skip
+    with links(title) as inside:
+        inside.veth("eth0", "other")
+        inside.add_addresses("eth0", f"{pod.ipv4}/24", f"{pod.ipv6}/64")
     return pod
 
 
@@ -194,8 +195,9 @@ def applied(here: Node) -> float:
 
 def attach(pod: NodePod) -> OtherInterface:
     """A second interface, as Multus has it made."""
-    ip(pod.netns.name, "link add net1 type veth peer name peer1", "link set net1 up",
-       "address add 198.18.0.5/24 dev net1")  # fmt: skip
+    with links(pod.netns.name) as inside:
+        inside.veth("net1", "peer1")
+        inside.add_addresses("net1", "198.18.0.5/24")
     return OtherInterface.of(pod)
 
 
@@ -223,7 +225,8 @@ def test_p24_a_second_interface_is_not_the_pod(here: Node) -> None:
     other = attach(pod)
     assert here.cni("ADD", other, prevResult=ATTACHED).code == 0
     assert here.ask("/v1/explain", pod=pod.uid)["addresses"] == [pod.ipv4, pod.ipv6]
-    ip(pod.netns.name, "link del net1")
+    with links(pod.netns.name) as inside:
+        inside.delete("net1")
     assert here.cni("DEL", other, prevResult=ATTACHED).code == 0
     assert here.state(pod) == "enabled"
     assert here.captured(pod)
@@ -233,7 +236,7 @@ def test_p24_a_second_interface_is_not_the_pod(here: Node) -> None:
 
 def test_p38_a_pod_whose_lo_lacks_an_address_has_no_dns_captured_and_stops_nobody(here: Node) -> None:
     good, bad = here.pod("good"), here.pod("bad")
-    ip(bad.netns.name, "address del ::1/128 dev lo")
+    run(["ip", "address", "del", "::1/128", "dev", "lo"], netns=bad.netns)
     here.add(bad)
     here.add(good)
     here.processes.end("ztunnel")
@@ -252,15 +255,15 @@ def test_p38_a_pod_whose_lo_lacks_an_address_has_no_dns_captured_and_stops_nobod
 def test_p38_lo_is_brought_up_at_an_add_and_a_pod_that_takes_it_down_stops_nobody(here: Node) -> None:
     """Nothing can be redirected without it. The pod is captured as soon as lo is up again, without being told."""
     good, bad = here.pod("good"), here.pod("bad")
-    ip(bad.netns.name, "link set lo down")
+    run(["ip", "link", "set", "lo", "down"], netns=bad.netns)
     here.add(bad)
     assert here.captured(bad)
     here.add(good)
     with bad.running():
-        ip(bad.netns.name, "link set lo down")
+        run(["ip", "link", "set", "lo", "down"], netns=bad.netns)
         until(lambda: here.state(bad) == "failed", "it is told")
         assert here.captured(good)
-        ip(bad.netns.name, "link set lo up")
+        run(["ip", "link", "set", "lo", "up"], netns=bad.netns)
         enabled(here, bad)
         assert here.captured(bad) and here.captured(bad, 6)
 
@@ -325,7 +328,7 @@ def test_p38_an_error_for_one_pod_leaves_all_others_enabled(here: Node) -> None:
 def test_p53_decoys_are_refused_and_nothing_is_written(here: Node) -> None:
     """What a search through processes could find: another pod's namespace, the host's, one of nobody."""
     other, mine, empty = here.add(here.pod("other")), here.pod("mine"), here.pod("empty")
-    ip(empty.netns.name, "address flush dev eth0")
+    run(["ip", "address", "flush", "dev", "eth0"], netns=empty.netns)
     before = [dump(path) for path in (other.netns, empty.netns, here.netns)]
     for decoy, words in ((other, "of pod"), (here, "host's"), (empty, "holds none of its addresses")):
         outcome = here.cni("ADD", mine, netns=str(decoy.netns))
@@ -370,7 +373,7 @@ def test_p54_the_descriptor_counts_and_not_what_became_of_its_path(here: Node, f
         inside.pin(away)  # so that the test can still look into it
         unpin(pod.netns)
         if fate == "replaced":
-            nodes.add_namespace(pod.netns.name, nodes.NO_DAD)
+            add_namespace(pod.netns.name, NO_DAD)
         assert hand_over(here, pod, inside.fd) in ({}, {"code": 0}), "the ADD"
     try:
         assert here.state(pod) == "enabled"

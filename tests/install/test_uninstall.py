@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from agent.install.uninstall_steps import Uninstall
 from agent.kernel.exec import run
 from agent.lab.chain import ChainError, CniChain
 from agent.lab.conflist import Attachment
+from agent.lab.links import add_namespace, remove_namespace
 
 REPO = Path(__file__).resolve().parents[2]
 PLUGINS = Path("/usr/lib/cni")
@@ -46,7 +46,7 @@ class Runtime:
 
     def pod(self, namespace: str) -> Attachment:
         name = f"{self.prefix}-{next(_numbers)}"
-        run(["ip", "netns", "add", name])
+        add_namespace(name)
         return Attachment(
             container_id=f"c{name}",
             netns=f"/run/netns/{name}",
@@ -72,14 +72,13 @@ class Runtime:
 @pytest.fixture
 def runtime(node: Node) -> Iterator[Runtime]:
     prefix = f"slu-in-{os.getpid()}-{next(_numbers)}"
-    run(["ip", "netns", "add", f"{prefix}-node"])
+    add_namespace(f"{prefix}-node")
     shutil.copy(REPO / "cni_plugin/sluice-cni", node.source)
     try:
         yield Runtime(node, prefix)
     finally:
         for path in Path("/run/netns").glob(f"{prefix}-*"):
-            with contextlib.suppress(OSError):
-                run(["ip", "netns", "delete", path.name], check=False)
+            remove_namespace(path.name)
 
 
 def ptp(node: Node) -> dict[str, Any]:

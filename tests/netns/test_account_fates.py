@@ -11,25 +11,12 @@ import pytest
 from support.accounting import MODES, accounted
 from support.applications import answer, answers, asks, cookie, dial, receive, reset
 from support.ebpf_pod import APP, CAPTURE, DNS, FREE, KINDS, PEER, POD, accepted, family
-from support.fates import (
-    IN,
-    OPEN,
-    OUT,
-    PORT,
-    USER,
-    Served,
-    fate,
-    from_outside,
-    inward,
-    only,
-    outward,
-    served,
-    told,
-)
+from support.fates import IN, OPEN, OUT, PORT, USER, Served, fate, from_outside, inward, only, outward, served, told
 
 from agent.core.model.redirect import Redirect
 from agent.core.names import HBONE_PORT, PROBE_IPV4, PROBE_IPV6, ZTUNNEL_MARK
 from agent.flows.record import Fate, Reason
+from agent.lab.links import links
 
 pytestmark = pytest.mark.root
 OTHER = {4: "10.77.0.9", 6: "fd77::9"}
@@ -125,8 +112,10 @@ def test_within_the_pod(account: Served, kind: str, host: str) -> None:
 @pytest.mark.parametrize("kind", ["IPv4", "IPv6"])
 def test_probes_both_ways(account: Served, kind: str) -> None:
     version = family(kind)
-    account.peer.sh(f"ip addr add {PROBE[version]}/{32 if version == 4 else 128} dev eth0 {'nodad' * (version == 6)}")
-    account.pod.sh(f"ip -{version} route add {PROBE[version]} dev eth0")
+    size = 32 if version == 4 else 128
+    with links(account.peer.name) as peer, links(account.pod.name) as pod:
+        peer.add_addresses("eth0", f"{PROBE[version]}/{size}")
+        pod.rtnl.route("add", dst=f"{PROBE[version]}/{size}", oif=pod.index("eth0"))
 
     def probe() -> socket.socket:
         made = account.peer.make(kind)

@@ -18,6 +18,7 @@ from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import links
 from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
@@ -112,8 +113,9 @@ def test_routes_follow_the_interfaces_and_nobody_is_told(pod: Pod) -> None:
     before = pod.sh(ROUTES)
     settle(pod.target, Redirect(), layers)
     usual = pod.sh(ROUTES)
-    pod.sh("ip link add one type veth peer two; ip addr add 10.9.0.1/24 dev one; ip addr add fd09::1/64 dev one")
-    pod.sh("ip link set one up")
+    with links(pod.name) as inside:
+        inside.veth("one", "two")
+        inside.add_addresses("one", "10.9.0.1/24", "fd09::1/64")
     assert verify(pod.target, Redirect(), layers) == {}
     settle(pod.target, Redirect(), layers)
     (v4,) = pod.sh("ip route show table 100 dev one").splitlines()
@@ -124,7 +126,8 @@ def test_routes_follow_the_interfaces_and_nobody_is_told(pod: Pod) -> None:
     assert not settle(pod.target, Redirect(), layers).applied
     pod.reopen()
     assert not settle(pod.target, Redirect(), layers).applied, "a new agent knows them for its own"
-    pod.sh("ip link del one")
+    with links(pod.name) as inside:
+        inside.delete("one")
     settle(pod.target, Redirect(), layers)
     assert pod.sh(ROUTES) == usual
     settle(pod.target, None, layers)

@@ -22,6 +22,7 @@ from agent.kernel.bpf import link as bpflink
 from agent.kernel.bpf.map import Map
 from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.exec import run
+from agent.lab.links import links
 
 pytestmark = pytest.mark.root
 PROGRAMS = ("on_connect4", "on_lookup", "on_packet")
@@ -237,9 +238,13 @@ def test_a_link_of_a_namespace_that_ended_has_no_target(node: BpfNode, table: Ma
 
 
 def test_tcx_links_are_of_an_interface_inside(node: BpfNode, inside: Pod, table: Map) -> None:
-    inside.sh("ip link add slu0 type veth peer name slu1; ip link set slu1 up; ip link set slu0 up")
+    with links(inside.name) as network:
+        network.veth("slu0", "slu1")
+        network.up("slu1")
+        network.add_addresses("slu0", "10.9.9.1/24")
+        index = network.index("slu0")
+        network.rtnl.neigh("add", dst="10.9.9.9", lladdr="02:00:00:00:00:09", ifindex=index, state="permanent")
     netns = inside.target.netns
-    index = netns.call(lambda: socket.if_nametoindex("slu0"))
     for name, kind in (("ingress", AttachType.TCX_INGRESS), ("egress", AttachType.TCX_EGRESS)):
         attach(node, "on_packet", name, lambda fd, k=kind: netns.call(lambda: bpflink.attach_tcx(fd, index, k)))
         info = link_info(node, name)
@@ -247,10 +252,10 @@ def test_tcx_links_are_of_an_interface_inside(node: BpfNode, inside: Pod, table:
     sees = bpftool.shown("link", "show", "pinned", str(node.link("egress")), netns=inside.path)
     assert sees["prog_id"] == program(node, "on_packet").id
     before = node.counted(1)
-    inside.sh("ip neigh add 10.9.9.9 lladdr 02:00:00:00:00:09 dev slu0; ip route add 10.9.9.0/24 dev slu0")
-    inside.sh("ip addr add 10.9.9.1/24 dev slu0; bash -c 'echo x > /dev/udp/10.9.9.9/9'")
+    inside.sh("bash -c 'echo x > /dev/udp/10.9.9.9/9'")
     assert node.counted(1) > before
-    inside.sh("ip link del slu0")
+    with links(inside.name) as network:
+        network.delete("slu0")
     until(lambda: {link_info(node, name).target for name in ("ingress", "egress")} == {0}, "the links have no target")
 
 

@@ -19,6 +19,7 @@ from agent.core import names
 from agent.core.errors import NetnsError
 from agent.core.model.sockets import TcpSocket
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.lab.links import links
 from agent.sources.probe_canary import TRIES, ProbeCanary
 
 pytestmark = pytest.mark.root
@@ -45,8 +46,8 @@ table inet test {{
 @pytest.fixture
 def nodes() -> Iterator[Pair]:
     with pair() as made:
-        for family, address in (("-4", names.PROBE_IPV4), ("-6", names.PROBE_IPV6)):
-            made.host.ip(family, "route", "add", "local", address, "dev", "lo")
+        with links(made.host.name) as host:
+            host.add_addresses("lo", f"{names.PROBE_IPV4}/32", f"{names.PROBE_IPV6}/128")
         yield made
 
 
@@ -106,7 +107,8 @@ def test_captured_although_snat_worked(nodes: Pair) -> None:
 
 def test_somebody_else_answers(nodes: Pair) -> None:
     """The node's own DNAT takes the connection elsewhere."""
-    nodes.host.ip("addr", "add", "10.78.9.9/32", "dev", "lo")
+    with links(nodes.host.name) as host:
+        host.add_addresses("lo", "10.78.9.9/32")
     chain = f"type nat hook output priority -100; ip daddr {POD4} tcp dport 8080 dnat to 10.78.9.9"
     rules(nodes.host, f"table ip elsewhere {{ chain output {{ {chain}; }}\n}}")
     with nodes.pod.listen("0.0.0.0", 8080), nodes.host.listen("10.78.9.9", 8080):

@@ -10,6 +10,7 @@ from support.rules import pod as made
 
 from agent.core.model.pods import Pod
 from agent.kernel.netns import NetnsId, unpin
+from agent.lab.links import remove_namespace
 from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.state.notes import Note, Notes
 
@@ -25,7 +26,7 @@ def test_only_what_is_known_by_nobody_and_does_not_live_is_dead(tmp_path: Path) 
         assert held.dead([NOBODYS, NOBODYS + 1, cookie]) == {NOBODYS}, "one is noted, one lives"
         pin = tmp_path / "netns" / "u-2"  # as of a pod whose note was damaged
         other.target.netns.pin(pin)
-        other.sh(f"ip netns del {other.name}")
+        remove_namespace(other.name)
         try:
             assert held.dead([gone]) == frozenset()
         finally:
@@ -41,7 +42,7 @@ def test_an_open_namespace_is_a_pods(tmp_path: Path) -> None:
         known = held.resolve(Pod("u-1", "shop", "web", netns_path=str(one.path)))
         cookie = known.netns.id.cookie
         assert held.opened("u-1") is known and held.opened("u-2") is None and held.dead([cookie]) == frozenset()
-        one.sh(f"ip netns del {one.name}")
+        remove_namespace(one.name)
         one.target.close()
         assert held.dead([cookie]) == frozenset(), "until it is released"
         held.release("u-1")

@@ -12,6 +12,7 @@ import pytest
 from support import bpftool
 from support.ebpf_agents import agent
 from support.ebpf_pod import APP, PEER, POD, accepted, carries, from_client, stage, waiting
+from support.rules import pod
 
 from agent.app.early import repair_noted
 from agent.backends.choose import Recorded
@@ -31,13 +32,8 @@ RECORD = Recorded(
 
 @pytest.fixture
 def netns() -> Iterator[Path]:
-    name = f"slu-early-{os.getpid()}"
-    run(["ip", "netns", "add", name])
-    try:
-        run(["ip", "-n", name, "link", "set", "lo", "up"])
-        yield Path("/run/netns", name)
-    finally:
-        run(["ip", "netns", "del", name], check=False)
+    with pod("slu-early") as made:
+        yield made.path
 
 
 @pytest.mark.parametrize(

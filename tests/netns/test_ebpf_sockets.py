@@ -52,6 +52,7 @@ from agent.core.names import OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.kernel.bpf.map import Map
 from agent.kernel.exec import start
 from agent.kernel.process import Process
+from agent.lab.links import links
 from agent.reconciler.converge import settle
 from agent.ztunnel.dns import dns_origin
 
@@ -249,7 +250,8 @@ def test_an_application_that_listens_bound_to_the_interface_is_reached(node: Sta
 
 def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> None:
     """Which of them has the pod's address is not known where it connects."""
-    node.pod.sh("ip link add net1 type veth peer name net2 && ip link set net1 up")
+    with links(node.pod.name) as inside:
+        inside.veth("net1", "net2")
     node.settle(CAPTURE)
     for interface in ("eth0", "net1"):
         with node.pod.make("IPv4") as app, node.counts(ExitCause.INTERFACE_FAILED, 1):
@@ -262,14 +264,16 @@ def test_with_two_interfaces_such_a_socket_is_refused_at_once(node: Stage) -> No
 def test_without_a_way_the_kernel_says_so_at_once(node: Stage, kind: str) -> None:
     version = family(kind)
     far = {4: "203.0.113.1", 6: "2001:db8:77::1"}
-    node.pod.sh(f"ip -{version} route del default")
+    with links(node.pod.name) as inside:
+        inside.rtnl.route("del", dst="default", gateway=PEER[version])
     node.settle()
     with node.pod.make(kind) as app, pytest.raises(OSError, match="Network is unreachable"):
         app.connect(there(kind, far))
     with node.pod.make(kind) as app:  # what is on the pod's own network is there all the same
         app.connect(there(kind))
         both_ends(node, kind, app)
-    node.pod.sh(f"ip -{version} route add default via {PEER[version]}")
+    with links(node.pod.name) as inside:
+        inside.add_route("default", PEER[version])
     node.settle()
     with node.pod.make(kind) as app:
         app.connect(there(kind, far))

@@ -34,6 +34,7 @@ from support.networks import (
 from support.ztunnel import SECONDS, abort, read_all
 
 from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.ztunnel.tls.contexts import make_contexts
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 from agent.ztunnel.tls.spiffe import SpiffeId
@@ -217,7 +218,8 @@ def test_a_gateway_that_is_away_is_a_refusal_in_time(tmp_path: Path) -> None:
         networks.start_shop()
         networks.start_web()
         assert _refused(networks, "gateway: Connection refused") < 2
-        networks.gate.ip("link", "set", "out", "down")
+        with links(networks.gate.name) as gate:
+            gate.rtnl.link("set", index=gate.index("out"), state="down")
         networks.web.ztunnel.path.write_text("")
         assert _refused(networks, "gateway: ") < 12
 

@@ -13,6 +13,7 @@ from support.rules import pod as made
 from agent.core.model.redirect import Redirect
 from agent.kernel import sysctl
 from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
@@ -29,7 +30,10 @@ def entries() -> list[list[str]]:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_conntrack_remembers_a_half_closed_connection(choice: str) -> None:
     with made() as pod:
-        pod.sh("ip link add d0 type veth peer d1; ip link set d1 up; ip link set d0 up; ip a add 192.0.2.2/24 dev d0")
+        with links(pod.name) as inside:
+            inside.veth("d0", "d1")
+            inside.up("d1")
+            inside.add_addresses("d0", "192.0.2.2/24")
         used = layers(choice)
         settle(pod.target, Redirect(ipv6=False), used)
         inside = pod.target.netns.call

@@ -36,7 +36,7 @@ from support.hostile import (
 from support.revoking import root
 from support.ztunnel import PEER4, SECONDS
 
-from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.ztunnel.hbone import limits
 from agent.ztunnel.tls.contexts import Credentials
 from agent.ztunnel.tls.development_ca import DevelopmentCa
@@ -58,9 +58,9 @@ class Scene:
         self.web, self.shop = nodes
         for node in nodes:
             node.start(workers=1)  # each has limits of its own
-        added = "".join(f"address add {source}/32 dev eth0\n" for source in SOURCES)
-        run(["ip", "-n", self.web.pod.name, "-batch", "-"], stdin=added)
-        self.shop.pod.ip("route", "add", "10.77.1.0/24", "dev", "eth0")
+        with links(self.web.pod.name) as web, links(self.shop.pod.name) as shop:
+            web.add_addresses("eth0", *(f"{source}/32" for source in SOURCES))
+            shop.rtnl.route("add", dst="10.77.1.0/24", oif=shop.index("eth0"))
         self.ca = DevelopmentCa(folder / "ca")
         self.good = hostile.tls_context(self.ca.issue(WEB))
         listener = made.enter_context(self.shop.pod.listen(PEER4, 8080))

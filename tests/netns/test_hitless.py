@@ -223,9 +223,8 @@ def as_istio(pod: Pod, peer: str) -> None:
     if not peer.endswith("legacy"):
         istio.apply(pod, peer, WANT)
         return
+    istio.route_marked(pod.path)
     for family, word in ((4, "ip"), (6, "ip6")):
-        pod.sh(f"ip -{family} rule add fwmark 0x111/0xfff lookup 100 pref 32764")
-        pod.sh(f"ip -{family} route replace local default dev lo table 100")
         run([f"{word}tables-legacy-restore", "--noflush"], netns=pod.path, stdin=istio.iptables(WANT, family))
 
 

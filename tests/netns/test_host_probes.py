@@ -22,6 +22,7 @@ from agent.core.errors import CommandError, StaleError
 from agent.core.model.redirect import Redirect
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import Port, join, links
 from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
@@ -60,14 +61,13 @@ def test_only_connections_of_the_nodes_own_processes_have_the_probe_address(node
 
 def test_pods_of_one_bridge_keep_their_addresses_although_their_sockets_are_of_this_kernel(node: World) -> None:
     """With bridge-nf-call-iptables a packet between them passes the host's chains still bound to its socket."""
-    node.host.sh(
-        "ip link add br0 type bridge mcast_snooping 0; ip link set br0 up; ip addr add 10.82.9.1/24 dev br0;"
-        "sysctl -qw net.bridge.bridge-nf-call-iptables=1"
-    )
-    for one, address in ((node.a, "10.82.9.2"), (node.b, "10.82.9.3")):
-        port = f"b{one.number}"
-        node.host.sh(f"ip link add {port} type veth peer name eth1 netns {one.name}; ip link set {port} master br0 up")
-        one.sh(f"ip link set eth1 up; ip addr add {address}/24 dev eth1")
+    with links(node.host.name) as host:
+        host.bridge("br0")
+        host.add_addresses("br0", "10.82.9.1/24")
+        for one, address in ((node.a, "10.82.9.2"), (node.b, "10.82.9.3")):
+            join(Port(node.host.name, f"b{one.number}"), Port(one.name, "eth1", (f"{address}/24",)))
+            host.up(f"b{one.number}", master="br0")
+    node.host.sh("sysctl -qw net.bridge.bridge-nf-call-iptables=1")
     settle(node.target, want(claimed((A, ["10.82.9.2"]))), active())
     assert node.b.connect("10.82.9.2") == "10.82.9.3"
     assert node.host.connect("10.82.9.2") == PROBE[4]

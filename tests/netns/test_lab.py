@@ -22,6 +22,7 @@ from agent.lab.account import account
 from agent.lab.conflist import address_dir
 from agent.lab.lab import Lab, down
 from agent.lab.lab_spec import LabSpec, PodProgram, PodSpec, default_spec
+from agent.lab.links import NO_DAD, add_namespace
 from agent.lab.processes import await_ready
 from agent.lab.traffic import LabTraffic
 
@@ -182,7 +183,7 @@ def test_an_interrupted_up_leaves_nothing(step: str, number: signal.Signals) -> 
 def test_half_made_namespaces_and_mounts_are_removed_too() -> None:
     run_dir = Path("/run", OTHER)
     (run_dir / "node1" / "pods").mkdir(parents=True)
-    nodes.add_namespace(f"{OTHER}-node1", nodes.NO_DAD)
+    add_namespace(f"{OTHER}-node1", NO_DAD)
     Path("/run/netns", f"{OTHER}-shop-web").touch()
     pin = run_dir / "node1" / "pods" / "pin"
     pin.touch()

@@ -24,6 +24,7 @@ from agent.backends.iptables.reading import TABLES
 from agent.core.errors import CommandError
 from agent.core.model.redirect import Redirect
 from agent.kernel import exec, xtables
+from agent.lab.links import links
 from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
@@ -351,8 +352,10 @@ def test_the_backend_forgets_a_pod_that_is_gone(backend: IptablesLegacyBackend) 
 
 
 def test_packets_go_where_the_rules_say(pod: Pod, backend: IptablesLegacyBackend) -> None:
-    bash(pod, "ip link add v type veth peer name w; ip addr add 198.51.100.1/24 dev v; ip link set v up")
-    bash(pod, "ip link set w up")
+    with links(pod.name) as inside:
+        inside.veth("v", "w")
+        inside.up("w")
+        inside.add_addresses("v", "198.51.100.1/24")
     settle(pod.target, WANT, [backend])
     listener, client = pod.target.netns.call(lambda: (socket.socket(), socket.socket()))
     with listener, client:

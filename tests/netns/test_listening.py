@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.holders import Holder
+from support.rules import pod as made
 
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.model.port_listeners import PortListeners
-from agent.kernel.exec import run
-from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.sources.ztunnel_ports import ZtunnelPorts
 
@@ -25,19 +23,8 @@ PORTS = (15001, 15006, 15008)
 
 @pytest.fixture
 def pods() -> Iterator[list[PodNetns]]:
-    names = [f"slu-listen{number}-{os.getpid()}" for number in range(2)]
-    made = []
-    try:
-        for name in names:
-            run(["ip", "netns", "add", name])
-            run(["ip", "-n", name, "link", "set", "lo", "up"])
-            made.append(PodNetns(Netns.open(f"/run/netns/{name}")))
-        yield made
-    finally:
-        for pod in made:
-            pod.close()
-        for name in names:
-            run(["ip", "netns", "del", name], check=False)
+    with made("slu-listen0") as one, made("slu-listen1") as other:
+        yield [one.target, other.target]
 
 
 def listener(pod: PodNetns, family: int, host: str, port: int) -> socket.socket:

@@ -16,6 +16,8 @@ from support.hbone import PORTLESS, Node, joined, refused, two_nodes
 from support.istio_peer import PAIRS, any_pair
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
+from agent.lab.links import links
+
 pytestmark = pytest.mark.root
 
 VIP = "10.99.0.1"
@@ -138,7 +140,8 @@ def test_the_streams_of_a_session_count_for_the_limit_of_their_pod(tmp_path: Pat
 @pytest.mark.parametrize("pair", PAIRS)
 def test_an_address_outside_the_mesh_is_reached_in_plain(pair: str, tmp_path: Path) -> None:
     with any_pair(pair, tmp_path) as (web, shop):
-        shop.pod.ip("address", "add", "10.77.0.9/32", "dev", "lo")
+        with links(shop.pod.name) as inside:
+            inside.add_addresses("lo", "10.77.0.9/32")
         with shop.pod.listen("10.77.0.9", 8080) as listener, web.pod.connect("10.77.0.9", 8080) as client:
             listener.settimeout(SECONDS)
             server, _ = listener.accept()

@@ -20,6 +20,7 @@ from support.hbone import PORTLESS
 from support.leaking import marking
 from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
 
+from agent.lab.links import links
 from agent.zds.messages import Delete
 from agent.ztunnel.dns.dns_connection import MOST_CONNECTIONS, MOST_PENDING
 from agent.ztunnel.dns.dnsmessage import failure
@@ -266,7 +267,8 @@ def test_another_protocol_on_the_port_of_dns_passes(lab: Lab) -> None:
 
 
 def test_a_workload_with_a_host_name_alone_is_resolved(lab: Lab) -> None:
-    lab.pod.ip("route", "add", "default", "via", PEER4)
+    with links(lab.pod.name) as pod:
+        pod.add_route("default", PEER4)
     with lab.peer.listen(PEER4, 8080) as listener:
         for _ in range(2):  # the second time from the store
             with lab.pod.connect(NAMED, 80) as client:
@@ -278,7 +280,8 @@ def test_a_workload_with_a_host_name_alone_is_resolved(lab: Lab) -> None:
 
 
 def test_a_host_name_that_cannot_be_resolved_is_the_reason(lab: Lab) -> None:
-    lab.pod.ip("route", "add", "default", "via", PEER4)
+    with links(lab.pod.name) as pod:
+        pod.add_route("default", PEER4)
     with pytest.raises(ConnectionResetError), lab.pod.connect(NAMELESS, 80) as client:
         client.recv(1)
     record = lab.ztunnel.wait_record(kind="tcp", close="refused")
@@ -293,8 +296,10 @@ def _refuses(lab: Lab) -> None:
 
 
 def _is_away(lab: Lab) -> None:
-    lab.peer.ip("address", "del", f"{RESOLVER4}/24", "dev", "eth0")
-    lab.pod.ip("neigh", "replace", RESOLVER4, "lladdr", "02:00:00:00:00:99", "dev", "eth0")
+    with links(lab.peer.name) as peer, links(lab.pod.name) as pod:
+        peer.rtnl.addr("del", index=peer.index("eth0"), address=f"{RESOLVER4}/24")
+        eth0 = pod.index("eth0")
+        pod.rtnl.neigh("replace", dst=RESOLVER4, lladdr="02:00:00:00:00:99", ifindex=eth0, state="permanent")
 
 
 def _is_silent(lab: Lab) -> None:

@@ -13,6 +13,7 @@ from agent.backends import non_tcp
 from agent.backends.non_tcp import INBOUND, OUTBOUND, Counts
 from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.reconciler.converge import settle
 from agent.sources.non_tcp_totals import NonTcpCounter
 
@@ -29,12 +30,13 @@ for _ in range(count):
 @pytest.fixture
 def pod() -> Iterator[Pod]:
     with made() as one:
-        one.sh(
-            "ip link add eth0 type veth peer name eth0p; ip link set eth0p up; ip link set eth0 up;"
-            " ip addr add 192.0.2.2/24 dev eth0; ip addr add 2001:db8::2/64 dev eth0 nodad;"
-            " ip neigh add 192.0.2.9 lladdr 02:00:00:00:00:09 dev eth0;"
-            " ip neigh add 2001:db8::9 lladdr 02:00:00:00:00:09 dev eth0"
-        )
+        with links(one.name) as inside:
+            inside.veth("eth0", "eth0p")
+            inside.up("eth0p")
+            inside.add_addresses("eth0", "192.0.2.2/24", "2001:db8::2/64")
+            for address in ("192.0.2.9", "2001:db8::9"):
+                eth0 = inside.index("eth0")
+                inside.rtnl.neigh("add", dst=address, lladdr="02:00:00:00:00:09", ifindex=eth0, state="permanent")
         yield one
 
 

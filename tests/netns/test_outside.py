@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from support.istio import route_marked
 from support.node import until
 from support.pair import HOST4, HOST6, POD4, POD6, Pair, carries, pair, rules, stream
 from support.ztunnel import SECONDS
@@ -115,7 +116,6 @@ def captured(nodes: Pair) -> Iterator[None]:
         yield
 
 
-ROUTING = ["rule add fwmark 0x111/0xfff lookup 100", "route add local 0.0.0.0/0 dev lo table 100"]
 MANGLE = """
 table inet mangle {
   chain prerouting { type filter hook prerouting priority -150; meta mark & 0xfff == 0x539 ct mark set 0x111; }
@@ -186,8 +186,7 @@ def test_strict_rules_leave_alone_what_was_seen_while_they_were_lenient(nodes: P
 
 def test_captured_connections_are_not_outside(nodes: Pair, connections: PreexistingConnections) -> None:
     """Those that ztunnel holds already when the list is taken, and its own."""
-    for command in ROUTING:
-        nodes.pod.ip(*command.split())
+    route_marked(nodes.pod.name)
     old = stream(nodes.pod, nodes.host, HOST4, 7000)
     with old[0], old[1]:
         connections.begin("uid", nodes.target)

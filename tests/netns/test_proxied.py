@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 
 import pytest
+from support.rules import pod as made
 
 from agent.core import names
-from agent.kernel.exec import run
-from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
 from agent.sources.ztunnel_connections import ZtunnelConnections
 
@@ -20,17 +18,8 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def pod() -> Iterator[PodNetns]:
-    name = f"slu-proxied-{os.getpid()}"
-    run(["ip", "netns", "add", name])
-    made = None
-    try:
-        run(["ip", "-n", name, "link", "set", "lo", "up"])
-        made = PodNetns(Netns.open(f"/run/netns/{name}"))
-        yield made
-    finally:
-        if made:
-            made.close()
-        run(["ip", "netns", "del", name], check=False)
+    with made("slu-proxied") as one:
+        yield one.target
 
 
 def connected(pod: PodNetns, family: int, host: str, port: int) -> tuple[socket.socket, socket.socket]:

@@ -19,6 +19,7 @@ from agent.kernel.exec import run
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netns import Netns, unpin
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import add_namespace, remove_namespace
 from agent.reconciler.converge import settle, verify
 
 pytestmark = pytest.mark.root
@@ -294,10 +295,10 @@ def test_p40_handles_leave_no_descriptor_behind(pod: Pod) -> None:
 def test_a_pin_outlives_its_path_and_is_proven_by_the_cookie(pod: Pod, tmp_path: Path) -> None:
     pin = tmp_path / "pins" / "uid"
     pod.target.netns.pin(pin)
-    run(["ip", "netns", "del", pod.name])
+    remove_namespace(pod.name)
     with Netns.open(pin) as found:
         assert found.id == pod.target.netns.id
-    run(["ip", "netns", "add", pod.name])
+    add_namespace(pod.name)
     with Netns.open(pod.path) as other:
         assert other.id.cookie != pod.target.netns.id.cookie
     unpin(pin)

@@ -14,10 +14,10 @@ import pytest
 
 from agent.core.errors import ForeignNetnsError, HostNetnsError, NetnsError, SluiceError
 from agent.core.model.pods import Pod
-from agent.kernel import exec
 from agent.kernel.bpf.bpffs import cgroup_root
 from agent.kernel.netns import Netns, unpin
 from agent.kernel.proc import started
+from agent.lab.links import add_namespace, links, remove_namespace
 from agent.sources.netns import search as searching
 from agent.sources.netns.search import NETNS_DIRS, search
 
@@ -43,17 +43,15 @@ class Node:
     def netns(self, *addresses: str) -> Path:
         self._count += 1
         name = f"slu-se-{os.getpid()}-{self._count}"
-        exec.run(["ip", "netns", "add", name])
-        self._undo.callback(exec.run, ["ip", "netns", "del", name], check=False)
+        add_namespace(name)
+        self._undo.callback(remove_namespace, name)
         self.inside(Path("/run/netns", name), *addresses)
         return Path("/run/netns", name)
 
     def inside(self, path: Path, *addresses: str) -> None:
-        exec.run(["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth1"], netns=path)
-        exec.run(["ip", "link", "set", "eth0", "up"], netns=path)
-        for address in addresses:
-            words = [f"{address}/128", "nodad"] if ":" in address else [f"{address}/32"]
-            exec.run(["ip", "addr", "add", *words, "dev", "eth0"], netns=path)
+        with links(path) as within:
+            within.veth("eth0", "eth1")
+            within.add_addresses("eth0", *addresses)
 
     def mount(self, path: Path, name: str) -> Path:
         place = self.mounts / name

@@ -16,6 +16,7 @@ from support.ztunnel import Place
 from agent.core import names
 from agent.core.model.redirect import Redirect
 from agent.kernel.exec import run
+from agent.lab.links import links
 from agent.reconciler.converge import in_the_way, settle, verify
 
 pytestmark = pytest.mark.root
@@ -86,10 +87,10 @@ OUTBOUND = [
 @pytest.fixture
 def nodes() -> Iterator[Pair]:
     with made() as both:
-        both.pod.ip("link", "add", "k6t-eth0", "type", "veth", "peer", "name", "tap0")
-        both.pod.ip("addr", "add", "10.0.2.1/24", "dev", "k6t-eth0")
-        both.pod.ip("link", "set", "k6t-eth0", "up")
-        both.host.ip("addr", "add", f"{REMOTE}/32", "dev", "lo")
+        with links(both.pod.name) as pod, links(both.host.name) as host:
+            pod.veth("k6t-eth0", "tap0")
+            pod.add_addresses("k6t-eth0", "10.0.2.1/24")
+            host.add_addresses("lo", f"{REMOTE}/32")
         yield both
 
 

@@ -20,6 +20,7 @@ from support.ztunnel import PEER4, PEER6, POD4, POD6, SECONDS, Lab, abort, quest
 
 from agent.kernel.exec import run
 from agent.kernel.netlink.sock_diag import SockDiag
+from agent.lab.links import links
 
 pytestmark = pytest.mark.root
 STREAM = 64 << 20
@@ -55,7 +56,8 @@ def test_outbound_reaches_the_original_destination(served: Lab, host: str) -> No
 @pytest.mark.parametrize(("host", "second"), [(PEER4, "10.77.0.3"), (PEER6, "fd77::3")])
 def test_outbound_keeps_an_address_that_the_application_has_bound(served: Lab, host: str, second: str) -> None:
     six = ":" in host
-    served.pod.ip("addr", "add", f"{second}/{64 if six else 24}", "dev", "eth0", *(["nodad"] if six else []))
+    with links(served.pod.name) as inside:
+        inside.add_addresses("eth0", f"{second}/{64 if six else 24}")
     family = socket.AF_INET6 if six else socket.AF_INET
     with served.peer.listen(host, 8080) as listener, served.pod.make(family) as client:
         client.bind((second, 0))

@@ -23,8 +23,8 @@ from support.cri import Cri, CriError
 from agent.core.errors import SluiceError
 from agent.kernel import exec
 from agent.kernel.exec import run
-from agent.lab import nodes
 from agent.lab.lab_spec import LabSpec
+from agent.lab.links import NO_DAD, add_namespace, links, remove_namespace
 from agent.lab.processes import Children, await_ready, end, start_time
 
 REPO = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ RESOLVER = "192.0.2.53"
 PROGRAMS = REPO / "build" / "containerd"  # Debian's, unpacked; where they are installed it need not be there
 PATH = f"{PROGRAMS}:{os.environ.get('PATH', '')}:{exec.PATH}"
 _NEEDED = {"containerd": "containerd", "runc": "runc", "ctr": "containerd", "busybox": "busybox-static"}
-_SYSCTLS = (*nodes.NO_DAD, "net.ipv4.ip_forward=1")
+_SYSCTLS = {**NO_DAD, "net/ipv4/ip_forward": 1}
 _SOCKET = "run/containerd/containerd.sock"
 
 # $1 is /run/<prefix>. The new /run shows that directory too: the logs, and containerd's own disk, lie there.
@@ -105,8 +105,9 @@ class CriHost:
 
     def boot(self) -> None:
         """Network and files; no daemon yet."""
-        nodes.add_namespace(self.spec.netns_name("node1"), _SYSCTLS)
-        run(["ip", "-n", self.spec.netns_name("node1"), "address", "add", f"{RESOLVER}/32", "dev", "lo"])
+        add_namespace(self.spec.netns_name("node1"), _SYSCTLS)
+        with links(self.spec.netns_name("node1")) as node1:
+            node1.add_addresses("lo", f"{RESOLVER}/32")
         if not (self._base / "disk").exists():
             self._format(self._base / "disk")
         booted = self._base / "booted"
@@ -180,7 +181,7 @@ class CriHost:
         self.end_processes()
         for child in self._children.all():
             self._children.kill(child.name)
-        nodes.remove_namespace(self.spec.netns_name("node1"))
+        remove_namespace(self.spec.netns_name("node1"))
         self._pid = self._mounts = 0
         remove_cgroups(self.spec.prefix)
         shutil.rmtree(self._base / "run", ignore_errors=True)

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from support.crihost import cgroups
 
-from agent.kernel.exec import run
+from agent.lab.links import links
 
 NETWORK = "lab"
 # Where runtime, plugins and agent note their pods.
@@ -37,10 +36,10 @@ def cgroups_of_pods(prefix: str) -> list[str]:
     return [f"cgroup {path}" for path in cgroups(prefix) if path.name.startswith("pod")]
 
 
-def links(netns: Path) -> list[str]:
+def veths(netns: Path) -> list[str]:
     """The node's ends of the pods' links."""
-    shown = run(["ip", "-j", "link", "show", "type", "veth"], netns=netns).stdout
-    return [f"link {link['ifname']}" for link in json.loads(shown or "[]") if link]
+    with links(netns.name) as inside:
+        return [f"link {name}" for name in inside.names("veth")]
 
 
 def mounts(pid: int) -> list[str]:

@@ -308,7 +308,7 @@ class CriNode:
     def left(self) -> list[str]:
         """Whatever any pod has left on the node; empty on a node without pods."""
         host = self.host
-        found = [*crileft.files(self.path), *crileft.cgroups_of_pods(self.prefix), *crileft.links(host.netns)]
+        found = [*crileft.files(self.path), *crileft.cgroups_of_pods(self.prefix), *crileft.veths(host.netns)]
         mounted = [each for each in crileft.mounts(self.pid("init")) if each not in self.foreign]
         found += [*mounted, *crileft.processes(host.processes(), self.cgroup)]
         if host.cri is not None:

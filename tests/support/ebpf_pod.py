@@ -23,6 +23,7 @@ from agent.core.model.redirect import Redirect
 from agent.core.names import DNS_PORT, INBOUND_PORT, OUTBOUND_PORT, ZTUNNEL_MARK
 from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
+from agent.lab.links import NO_DAD, Port, join
 from agent.reconciler.converge import settle
 
 POD = {4: "10.77.0.2", 6: "fd77::2"}
@@ -146,17 +147,12 @@ def stage(want: Redirect = CAPTURE, *, name: str = "slu-eb", ztunnel: bool = Tru
 def pair(made: contextlib.ExitStack, name: str) -> tuple[Namespace, Namespace]:
     """Pod and peer, joined."""
     token = os.urandom(2).hex()
-    pod, peer = (Namespace(made.enter_context(namespace(f"{name}-{token}{end}"))) for end in "ab")
-    for one in (pod, peer):
-        one.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0")
-    lines = [f"link add eth0 type veth peer name eth0 netns {peer.name}", "link set eth0 up"]
-    run(["ip", "-batch", "-"], netns=pod.path, stdin="\n".join(lines) + "\n")
-    for one, hosts in ((pod, [POD]), (peer, [PEER, OTHER, *BY_NUMBER])):
-        lines = ["link set eth0 up"]
-        for host in hosts:
-            lines += [f"addr add {host[4]}/24 dev eth0", f"addr add {host[6]}/64 dev eth0 nodad"]
-        lines += [f"route add default via {PEER[4]}", f"route add default via {PEER[6]}"] if one is pod else []
-        run(["ip", "-batch", "-"], netns=one.path, stdin="\n".join(lines) + "\n")
+    names = (f"{name}-{token}{end}" for end in "ab")
+    pod, peer = (Namespace(made.enter_context(namespace(one, NO_DAD))) for one in names)
+    near, far = ([f"{host[4]}/24", f"{host[6]}/64"] for host in (POD, PEER))
+    for host in (OTHER, *BY_NUMBER):
+        far += [f"{host[4]}/24", f"{host[6]}/64"]
+    join(Port(pod.name, "eth0", tuple(near), (PEER[4], PEER[6])), Port(peer.name, "eth0", tuple(far)))
     return pod, peer
 
 

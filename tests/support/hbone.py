@@ -11,31 +11,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.ztunnel import (
-    NFT,
-    PEER4,
-    PEER6,
-    POD4,
-    POD6,
-    SECONDS,
-    Agent,
-    Place,
-    Ztunnel,
-    places,
-    read_all,
-)
+from support.istio import route_marked
+from support.ztunnel import NFT, PEER4, PEER6, POD4, POD6, SECONDS, Agent, Place, Ztunnel, places, read_all
 
 from agent.kernel.exec import run, start
+from agent.lab.links import links
 from agent.zds.messages import Add, SnapshotSent
-from agent.ztunnel.hbone.next_hop import (
-    Address,
-    Admission,
-    InboundRequest,
-    NoHop,
-    PlainHop,
-    PodIdentity,
-    TunnelHop,
-)
+from agent.ztunnel.hbone.next_hop import Address, Admission, InboundRequest, NoHop, PlainHop, PodIdentity, TunnelHop
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 HBONE_PORT = 15008
@@ -185,11 +167,10 @@ def two_nodes(folder: Path) -> Iterator[tuple[Node, Node]]:
     """(web at POD4 and POD6, shop at PEER4 and PEER6), both captured; no ztunnel has been started."""
     with contextlib.ExitStack() as made:
         web, shop = made.enter_context(places())
-        for family, everything in (("-4", "0.0.0.0/0"), ("-6", "::/0")):
-            shop.ip(family, "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
-            shop.ip(family, "route", "add", "local", everything, "dev", "lo", "table", "100")
+        route_marked(shop.name)
         run(["nft", "-f", "-"], stdin=NFT, netns=shop.path)
-        web.ip("route", "add", "default", "via", PEER4)  # towards addresses of services
+        with links(web.name) as inside:
+            inside.add_route("default", PEER4)  # towards addresses of services
         yield Node(web, "web", folder / "web", made), Node(shop, "shop", folder / "shop", made)
 
 

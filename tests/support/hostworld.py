@@ -20,7 +20,7 @@ from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run
 from agent.kernel.host_netns import HostNetns
 from agent.kernel.netns import Netns
-from agent.lab.nodes import NO_DAD
+from agent.lab.links import FORWARD, NO_DAD, Port, add_namespace, join, remove_namespace
 
 PROBE = {4: PROBE_IPV4, 6: PROBE_IPV6}
 NOBODY = 65534
@@ -45,9 +45,7 @@ class Place:
 
     def __init__(self, name: str, number: int) -> None:
         self.name, self.path, self.number = name, Path("/run/netns", name), number
-        run(["ip", "netns", "add", name])
-        run(["sysctl", "-qw", *NO_DAD, "net.ipv4.conf.all.rp_filter=0"], netns=self.path)
-        self.sh("ip link set lo up")
+        add_namespace(name, {**NO_DAD, "net/ipv4/conf/all/rp_filter": 0, **(FORWARD if number == 0 else {})})
 
     def address(self, family: int) -> str:
         return f"10.82.{self.number}.2" if family == 4 else f"fd82:{self.number}::2"
@@ -70,7 +68,7 @@ class Place:
         return run([*who, "bash", "-c", dial], netns=self.path, seconds=10).stdout.removeprefix("::ffff:")
 
     def remove(self) -> None:
-        run(["ip", "netns", "del", self.name], check=False)
+        remove_namespace(self.name)
 
 
 class World:
@@ -85,7 +83,6 @@ class World:
             return one
 
         self.host, self.a, self.b, self.outside = (place(*one) for one in (("h", 0), ("a", 1), ("b", 2), ("o", 3)))
-        self.host.sh("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1")
         for one in (self.a, self.b, self.outside):
             self._join(one)
         for one in (self.a, self.b):
@@ -96,12 +93,8 @@ class World:
         made.callback(lambda: self.target.close())
 
     def _join(self, one: Place) -> None:
-        port = f"p{one.number}"
-        self.host.sh(f"ip link add {port} type veth peer name eth0 netns {one.name}; ip link set {port} up")
-        for family, size in ((4, 24), (6, 64)):
-            self.host.sh(f"ip addr add {one.host(family)}/{size} dev {port}")
-            one.sh(f"ip link set eth0 up; ip addr add {one.address(family)}/{size} dev eth0")
-            one.sh(f"ip route add default via {one.host(family)}")
+        near, far = ((f"{way(4)}/24", f"{way(6)}/64") for way in (one.host, one.address))
+        join(Port(self.host.name, f"p{one.number}", near), Port(one.name, "eth0", far, (one.host(4), one.host(6))))
 
     def reopen(self) -> None:
         """As a new agent would: its predecessor's sockets are gone."""

@@ -6,10 +6,15 @@ Knows the variants that istio-cni has: DNS capture, bypass of inbound capture, v
 
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 from support.rules import Pod
 
 from agent.core.model.redirect import Redirect
+from agent.core.wire.rtnetlink import LOOPBACK_INDEX
 from agent.kernel.exec import run
+from agent.lab.links import links
 
 ISTIO = ("istio-iptables", "istio-nftables")
 _PROBE = {4: "169.254.7.127/32", 6: "fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128"}
@@ -18,15 +23,21 @@ _LOOPBACK = {4: "127.0.0.1/32", 6: "::1/128"}
 
 def apply(pod: Pod, mechanism: str, want: Redirect) -> None:
     """Into a pod without rules."""
-    pod.sh(
-        "ip rule add fwmark 0x111/0xfff lookup 100 pref 32764; ip route replace local 0.0.0.0/0 dev lo table 100;"
-        "ip -6 rule add fwmark 0x111/0xfff lookup 100 pref 32764; ip -6 route replace local ::/0 dev lo table 100"
-    )
+    route_marked(pod.path)
     if mechanism == "istio-nftables":
         run(["nft", "-f", "-"], netns=pod.path, stdin=nftables(want))
         return
     for family, program in ((4, "iptables-nft-restore"), (6, "ip6tables-nft-restore")):
         run([program, "--noflush"], netns=pod.path, stdin=iptables(want, family))
+
+
+def route_marked(namespace: str | Path) -> None:
+    """Delivers what ztunnel has marked to lo, in both families."""
+    with links(namespace) as inside:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            inside.rtnl.rule("add", family=family, fwmark=0x111, fwmask=0xFFF, table=100, priority=32764)
+            way = {"type": "local", "scope": "host", "proto": "boot", "oif": LOOPBACK_INDEX}
+            inside.rtnl.route("add", family=family, table=100, **way)
 
 
 def remove(pod: Pod, mechanism: str) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import psutil
 from support.hbone import PORTLESS, Node
+from support.istio import route_marked
 from support.ztunnel import NFT, SECONDS, Place
 
 from agent.kernel.exec import run, start
-from agent.lab.nodes import NO_DAD
+from agent.lab.links import Port, join
 
 WEB, GATE_OUTSIDE, GATE_INSIDE, SHOP, SECOND = "10.81.0.2", "10.81.0.1", "10.82.0.1", "10.82.0.2", "10.82.0.3"
 VIP = "10.99.0.1"
@@ -126,8 +127,7 @@ class Networks:
 
 def capture(place: Place) -> None:
     """Redirects the pod's traffic to its ztunnel."""
-    place.ip("rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
-    place.ip("route", "add", "local", "0.0.0.0/0", "dev", "lo", "table", "100")
+    route_marked(place.name)
     run(["nft", "-f", "-"], stdin=NFT, netns=place.path)
 
 
@@ -138,18 +138,12 @@ def two_networks(folder: Path) -> Iterator[Networks]:
         web, gate, shop = (Place(f"slu-gw-{os.getpid()}-{name}") for name in ("web", "gate", "shop"))
         for place in (web, gate, shop):
             made.callback(place.remove)
-            run(["sysctl", "-qw", *NO_DAD], netns=place.path)
         for place, link, hosts, outside in (
             (web, "out", (WEB,), GATE_OUTSIDE),
             (shop, "in", (SHOP, SECOND), GATE_INSIDE),
         ):
-            place.ip("link", "add", "eth0", "type", "veth", "peer", "name", link, "netns", gate.name)
-            gate.ip("addr", "add", f"{outside}/24", "dev", link)
-            gate.ip("link", "set", link, "up")
-            for host in hosts:
-                place.ip("addr", "add", f"{host}/24", "dev", "eth0")
-            place.ip("link", "set", "eth0", "up")
-            place.ip("route", "add", "default", "via", outside)
+            inside = Port(place.name, "eth0", tuple(f"{host}/24" for host in hosts), (outside,))
+            join(Port(gate.name, link, (f"{outside}/24",)), inside)
             capture(place)
         yield Networks(
             Node(web, "web", folder / "web", made), Node(shop, "shop", folder / "shop", made), gate, folder, made

@@ -32,6 +32,7 @@ from agent.kernel.netns import Netns
 from agent.lab import istio_ztunnel, nodes
 from agent.lab.lab import down
 from agent.lab.lab_spec import LabSpec, PodSpec
+from agent.lab.links import NO_DAD, Port, add_namespace, join, links, remove_namespace
 from agent.lab.node_services import LabBackend, NodeProcesses, settings
 from agent.lab.processes import Children
 from agent.zds.messages import Ack, Add, Delete, Hello, Message, Request, SnapshotSent, decode_request, encode
@@ -206,7 +207,7 @@ class Node:
     def up(self) -> None:
         nodes.claim(self.spec)
         self.run_dir.mkdir(mode=0o700)
-        nodes.add_namespace(self.spec.netns_name("node1"), nodes.NO_DAD)
+        add_namespace(self.spec.netns_name("node1"), NO_DAD)
         with Netns.open(self.netns) as inside:
             self.server = Server(inside)
 
@@ -253,24 +254,21 @@ class Node:
         number = number or next(self._numbers)
         title = self.spec.netns_name(netns or f"{name}{next(self._numbers)}")
         pod = NodePod(Path("/run/netns", title), number, name, **facts)
-        nodes.add_namespace(title, nodes.NO_DAD)
-        port = f"p{number}"
-        here, home = self.spec.netns_name("node1"), [f"10.99.{number}.1", f"fd99:{number:x}::1"]
-        ip(here, f"link add {port} type veth peer name eth0 netns {title}", f"link set {port} up",
-           f"address add {home[0]}/24 dev {port}", f"address add {home[1]}/64 dev {port} nodad")  # fmt: skip
-        ip(title, "link set eth0 up", f"address add {pod.ipv4}/24 dev eth0",
-           f"address add {pod.ipv6}/64 dev eth0 nodad", f"route add default via {home[0]}",
-           f"route add default via {home[1]}")  # fmt: skip
+        add_namespace(title, NO_DAD)
+        here, far = (self.host(pod, 4), self.host(pod, 6)), (f"{pod.ipv4}/24", f"{pod.ipv6}/64")
+        near = Port(self.spec.netns_name("node1"), f"p{number}", (f"{here[0]}/24", f"{here[1]}/64"))
+        join(near, Port(title, "eth0", far, here))
         return pod
 
     def unplug(self, pod: NodePod) -> None:
         """What the primary plugin does in DEL: takes the pod's interface away."""
-        run(["ip", "-n", self.spec.netns_name("node1"), "link", "del", f"p{pod.number}"], check=False)
+        with links(self.spec.netns_name("node1")) as node1:
+            node1.delete(f"p{pod.number}")
 
     def remove(self, pod: NodePod) -> None:
         """The pod's end as its runtime does it, without telling the agent."""
         self.unplug(pod)
-        nodes.remove_namespace(pod.netns.name)
+        remove_namespace(pod.netns.name)
 
     def cni(self, verb: str, pod: NodePod, *, stdin: bytes | None = None, netns: str | None = None,
             **changes: Any) -> Outcome:  # fmt: skip
@@ -369,10 +367,6 @@ def node(prefix: str) -> Iterator[Node]:
     finally:
         made.server.close()
         down(prefix)
-
-
-def ip(namespace: str, *commands: str) -> None:
-    run(["ip", "-n", namespace, "-batch", "-"], stdin="".join(f"{command}\n" for command in commands))
 
 
 def _listener(port: int) -> socket.socket:

@@ -15,7 +15,7 @@ from support.ztunnel import SECONDS, Place
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
-from agent.lab.nodes import NO_DAD
+from agent.lab.links import Port, join
 
 POD4, HOST4 = "10.78.0.2", "10.78.0.1"
 POD6, HOST6 = "fd78::2", "fd78::1"
@@ -38,17 +38,8 @@ def pair() -> Iterator[Pair]:
         made.callback(pod.remove)
         host = Place(f"{prefix}-host")
         made.callback(host.remove)
-        for place in (pod, host):  # so that link-local addresses too are usable at once
-            run(["sysctl", "-qw", *NO_DAD], netns=place.path)
-        pod.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", host.name)
-        for place, hosts in ((pod, (POD4, POD6)), (host, (HOST4, HOST6))):
-            for address in hosts:
-                size, more = ("64", ["nodad"]) if ":" in address else ("24", [])
-                place.ip("addr", "add", f"{address}/{size}", "dev", "eth0", *more)
-        for place in (pod, host):
-            place.ip("link", "set", "eth0", "up")
-        pod.ip("route", "add", "default", "via", HOST4)
-        pod.ip("route", "add", "default", "via", HOST6)
+        far = Port(host.name, "eth0", (f"{HOST4}/24", f"{HOST6}/64"))
+        join(Port(pod.name, "eth0", (f"{POD4}/24", f"{POD6}/64"), (HOST4, HOST6)), far)
         target = PodNetns(Netns.open(pod.path))
         made.callback(target.close)
         yield Pair(pod, host, target)

@@ -30,6 +30,7 @@ from agent.kernel.exec import run
 from agent.lab import nodes
 from agent.lab.lab import down
 from agent.lab.lab_spec import LabSpec
+from agent.lab.links import NO_DAD, Port, add_namespace, join, links, remove_namespace
 from agent.lab.processes import Children, await_ready
 
 NAMES = ("server", "worker1", "worker2")
@@ -125,7 +126,7 @@ class Machine:
         (wanted / "containerd.service").symlink_to("/etc/systemd/system/containerd.service")
 
     def boot(self) -> None:
-        nodes.add_namespace(self.spec.netns_name(self.name), nodes.NO_DAD)
+        add_namespace(self.spec.netns_name(self.name), NO_DAD)
         self._wire()
         (self.base / "booted").unlink(missing_ok=True)
         (self.base / "run").mkdir(exist_ok=True)
@@ -139,13 +140,11 @@ class Machine:
         (self.base / "pid").write_text(str(self.pid))
 
     def _wire(self) -> None:
-        lan, netns = self.spec.lan, self.spec.netns_name(self.name)
         card = f"02:00:00:00:00:{self.number:02x}"  # it outlives a reboot: the others have it in their tables
-        peer = ["peer", "name", "eth0", "address", card, "netns", netns]
-        run(["ip", "-n", lan, "link", "add", self.name, "type", "veth", *peer])
-        run(["ip", "-n", lan, "link", "set", self.name, "master", "br0", "up"])
-        run(["ip", "-n", netns, "link", "set", "eth0", "up"])
-        run(["ip", "-n", netns, "address", "add", f"{self.address}/24", "dev", "eth0"])
+        there = Port(self.spec.netns_name(self.name), "eth0", (f"{self.address}/24",))
+        join(Port(self.spec.lan, self.name), there, address=card)
+        with links(self.spec.lan) as segment:
+            segment.up(self.name, master="br0")
 
     def power_off(self) -> None:
         """At once: what was in memory is gone, namespaces and all of /run included."""
@@ -155,8 +154,9 @@ class Machine:
             until(lambda: not Path(f"/proc/{self.pid}").exists(), f"{self.name} is off")
         self.pid = 0
         # The kernel removes a namespace's interfaces some time later: the next boot wants the name at once.
-        run(["ip", "-n", self.spec.lan, "link", "del", self.name], check=False)
-        nodes.remove_namespace(self.spec.netns_name(self.name))
+        with links(self.spec.lan) as segment:
+            segment.delete(self.name)
+        remove_namespace(self.spec.netns_name(self.name))
         remove_cgroups(f"{self.spec.prefix}/{self.name}")
         shutil.rmtree(self.base / "run", ignore_errors=True)
 
@@ -188,9 +188,9 @@ class Machines:
     def up(self) -> None:
         nodes.claim(self.spec)
         self._tools()
-        nodes.add_namespace(self.spec.lan, nodes.NO_DAD)
-        run(["ip", "-n", self.spec.lan, "link", "add", "br0", "type", "bridge", "mcast_snooping", "0"])
-        run(["ip", "-n", self.spec.lan, "link", "set", "br0", "up"])
+        add_namespace(self.spec.lan, NO_DAD)
+        with links(self.spec.lan) as segment:
+            segment.bridge("br0")
         for machine in self.all.values():
             machine.format()
             machine.boot()

@@ -6,8 +6,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from agent.backends.base import PodLayer
 from agent.backends.conntrack import ConntrackBackend
@@ -18,6 +19,7 @@ from agent.backends.routing import RoutingBackend
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import add_namespace, remove_namespace
 
 CHOICES = ("nftables", "iptables", "iptables-legacy")
 
@@ -57,15 +59,14 @@ class Pod:
 
 
 @contextlib.contextmanager
-def pod(name: str = "slu-tt-pod") -> Iterator[Pod]:
+def pod(name: str = "slu-tt-pod", sysctls: Mapping[str, int] = MappingProxyType({})) -> Iterator[Pod]:
     unique = f"{name}-{os.getpid()}"
-    run(["ip", "netns", "add", unique])
+    add_namespace(unique, sysctls)
     try:
-        run(["ip", "link", "set", "lo", "up"], netns=Path("/run/netns", unique))
         made = Pod(unique)
         try:
             yield made
         finally:
             made.target.close()
     finally:
-        run(["ip", "netns", "del", unique], check=False)
+        remove_namespace(unique)

@@ -24,6 +24,7 @@ from pathlib import Path
 from agent.core.errors import SluiceError
 from agent.kernel.exec import run
 from agent.lab import nodes
+from agent.lab.links import NETNS_DIR, NO_DAD, add_namespace, links, remove_namespace
 from agent.lab.processes import Child, Children
 
 REPO = Path(__file__).resolve().parents[2]
@@ -58,11 +59,13 @@ class Machines:
     # --- the segment, and who may log in
 
     def network(self) -> None:
-        nodes.add_namespace(self.lan, nodes.NO_DAD)
-        commands = ["link add br0 type bridge mcast_snooping 0", f"addr add {NETWORK}.1/24 dev br0", "link set br0 up"]
-        for number, _ in enumerate(NODES, 1):
-            commands += [f"tuntap add dev tap{number} mode tap", f"link set tap{number} master br0 up"]
-        run(["ip", "-n", self.lan, "-batch", "-"], stdin="\n".join(commands))
+        add_namespace(self.lan, NO_DAD)
+        with links(self.lan) as segment:
+            segment.bridge("br0")
+            segment.add_addresses("br0", f"{NETWORK}.1/24")
+            for number, _ in enumerate(NODES, 1):
+                segment.tap(f"tap{number}")
+                segment.up(f"tap{number}", master="br0")
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.prefix, "-f", str(self.base / "key")])
         hosts = "".join(f"Host {name}\n  HostName {NETWORK}.{last}\n" for name, last in NODES.items())
         (self.base / "ssh").write_text(hosts + _SSH.format(base=self.base))
@@ -77,7 +80,7 @@ class Machines:
         if not disk.exists():
             base = str(IMAGE / "base.img")
             run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", str(disk)], seconds=60)
-        return self.children.start(name, self._argv(name, disk), nodes.NETNS_DIR / self.lan, self.base / f"{name}.log")
+        return self.children.start(name, self._argv(name, disk), NETNS_DIR / self.lan, self.base / f"{name}.log")
 
     def _argv(self, name: str, disk: Path) -> list[str]:
         number = list(NODES).index(name) + 1
@@ -147,7 +150,7 @@ class Machines:
         for pid in nodes.processes_inside([self.lan]):  # ssh, which keeps its connections
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
-        nodes.remove_namespace(self.lan)
+        remove_namespace(self.lan)
         for name in NODES:
             (self.base / f"{name}.qcow2").unlink(missing_ok=True)
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from support.node import until
 from support.rules import Pod
 
 from agent.kernel import exec
 from agent.kernel.netlink.netlink_socket import NetlinkSocket
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import links
 from agent.sources.drift import DriftWatcher, Wake
 
 SECONDS = 20
@@ -25,9 +27,10 @@ def prepare(pod: Pod) -> None:
 
     That its peer is down is notified up to a second later: as a change that nobody made.
     """
-    pod.sh("ip link add eth0 type veth peer name w; ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up")
-    pod.sh("ip addr add fd09::2/64 dev eth0 nodad")
-    pod.sh("until ip link show eth0 | grep -q LOWERLAYERDOWN; do sleep 0.01; done")
+    with links(pod.name) as inside:
+        inside.veth("eth0", "w")
+        inside.add_addresses("eth0", "10.9.0.2/24", "fd09::2/64")
+        until(lambda: inside.state("eth0") == "LOWERLAYERDOWN", "the kernel has seen that the peer is down")
 
 
 class Reading(DriftWatcher):

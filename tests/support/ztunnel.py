@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from support.istio import route_marked
 
 from agent.kernel.exec import run, start
 from agent.kernel.netns import Netns
-from agent.lab.nodes import NO_DAD
+from agent.lab.links import NO_DAD, Port, add_namespace, join, remove_namespace
 from agent.zds.messages import Ack, Add, Request, SnapshotSent, decode_hello, decode_response, encode
 
 POD4, PEER4, RESOLVER4 = "10.77.0.2", "10.77.0.1", "10.77.0.53"
@@ -74,12 +75,8 @@ class Place:
 
     def __init__(self, name: str) -> None:
         self.name, self.path = name, Path("/run/netns") / name
-        run(["ip", "netns", "add", name])
+        add_namespace(name, NO_DAD)  # so that link-local addresses too are usable at once
         self.netns = Netns.open(self.path)
-        self.ip("link", "set", "lo", "up")
-
-    def ip(self, *argv: str) -> None:
-        run(["ip", "-n", self.name, *argv])
 
     def call(self, function: Callable[[], Any]) -> Any:
         return self.netns.call(function)
@@ -104,7 +101,7 @@ class Place:
 
     def remove(self) -> None:
         self.netns.close()
-        run(["ip", "netns", "del", self.name], check=False)
+        remove_namespace(self.name)
 
 
 @contextlib.contextmanager
@@ -116,17 +113,9 @@ def places() -> Iterator[tuple[Place, Place]]:
         made.callback(pod.remove)
         peer = Place(f"{number}-peer")
         made.callback(peer.remove)
-        for place in (pod, peer):  # so that link-local addresses too are usable at once
-            run(["sysctl", "-qw", *NO_DAD], netns=place.path)
-        pod.ip("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", peer.name)
-        for place, hosts in ((pod, (POD4, POD6)), (peer, (PEER4, RESOLVER4, PEER6, RESOLVER6))):
-            for host in hosts:
-                place.ip("addr", "add", f"{host}/{64 if ':' in host else 24}", "dev", "eth0",
-                         *(["nodad"] if ":" in host else []))  # fmt: skip
-            place.ip("link", "set", "eth0", "up")
-        for family, everything in (("-4", "0.0.0.0/0"), ("-6", "::/0")):
-            pod.ip(family, "rule", "add", "fwmark", "0x111/0xfff", "lookup", "100", "pref", "32764")
-            pod.ip(family, "route", "add", "local", everything, "dev", "lo", "table", "100")
+        far = (f"{PEER4}/24", f"{RESOLVER4}/24", f"{PEER6}/64", f"{RESOLVER6}/64")
+        join(Port(pod.name, "eth0", (f"{POD4}/24", f"{POD6}/64")), Port(peer.name, "eth0", far))
+        route_marked(pod.name)
         run(["nft", "-f", "-"], stdin=NFT, netns=pod.path)
         yield pod, peer
 

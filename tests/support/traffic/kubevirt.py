@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from support.traffic.world import ADDRESSES, World, batch, world
+from support.traffic.world import ADDRESSES, BEHIND, World, sized, world
 
 from agent.kernel.exec import run
+from agent.lab.links import links
 
 BRIDGE = "k6t-eth0"
 PLAIN, AMBIENT = "plain", "ambient"
@@ -47,14 +48,16 @@ _MARKS = """table {ip} kubevirt {{
 def machine() -> Iterator[World]:
     """The world with its virtual machine on a bridge and hidden behind the pod; without any rules."""
     with world() as made:
-        sizes = {4: f"{ADDRESSES['gateway'][4]}/24", 6: f"{ADDRESSES['gateway'][6]}/64"}
-        batch(made.pod, [
-            f"addr del {sizes[4]} dev k6t0", f"addr del {sizes[6]} dev k6t0",
-            f"link add {BRIDGE} type bridge mcast_snooping 0", f"link set {BRIDGE} up",
-            f"link set k6t0 master {BRIDGE}",
-            f"addr add {sizes[4]} dev {BRIDGE}", f"addr add {sizes[6]} dev {BRIDGE} nodad",
-        ])  # fmt: skip
-        batch(made.peer, ["route del 10.77.2.0/24", "route del fd77:2::/64"])
+        own = [sized("gateway", family) for family in (4, 6)]
+        with links(made.pod.name) as pod:
+            for address in own:
+                pod.rtnl.addr("del", index=pod.index("k6t0"), address=address)
+            pod.bridge(BRIDGE)
+            pod.up("k6t0", master=BRIDGE)
+            pod.add_addresses(BRIDGE, *own)
+        with links(made.peer.name) as peer:
+            for network in BEHIND.values():
+                peer.rtnl.route("del", dst=network)
         yield made
 
 

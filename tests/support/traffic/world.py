@@ -21,6 +21,7 @@ from support.rules import pod as namespace
 from agent.core.names import DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT, PROBE_IPV4, PROBE_IPV6, ZTUNNEL_MARK
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
+from agent.lab.links import FORWARD, NO_DAD, Port, join, links
 
 WAIT = 2.0  # seconds until something that should come counts as not come; never waited out where it comes
 APP, OTHER = 8080, 9090
@@ -53,6 +54,8 @@ TCP_PORTS = (*PROXY_PORTS, APP, OTHER, 53, 80, 6379, FIRST - 1, FIRST, INSIDE, L
 UDP_PORTS = (DNS_PORT, APP, 53, 123, FIRST - 1, FIRST, LAST, LAST + 1)
 SCTP = 132
 IPV6_TRANSPARENT = 75  # linux/in6.h
+BEHIND = {4: "10.77.2.0/24", 6: "fd77:2::/64"}  # the pod: the network of the machine
+_SYSCTLS = {**NO_DAD, **FORWARD, "net/ipv4/conf/all/rp_filter": 0, "net/ipv4/conf/default/rp_filter": 0}
 
 _QUIET = f"""table inet quiet {{
   chain output {{
@@ -149,8 +152,9 @@ def world(families: tuple[int, ...] = (4, 6)) -> Iterator[World]:
     """Without any rules in the pod. `families` are those that the pod has addresses of besides loopback."""
     token = os.urandom(2).hex()
     with contextlib.ExitStack() as made:
-        pod, peer, vm = (made.enter_context(namespace(f"slu-tt-{token}{end}")) for end in "apv")
-        _linked(pod, peer, vm)
+        pod, peer, vm = (made.enter_context(namespace(f"slu-tt-{token}{end}", _SYSCTLS)) for end in "apv")
+        for device, other, theirs in (("eth0", peer, "eth0"), ("eth1", peer, "eth1"), ("k6t0", vm, "eth0")):
+            join(Port(pod.name, device), Port(other.name, theirs))
         for one, places in (
             (pod, {"pod": "eth0", "pod's eth1": "eth1", "gateway": "k6t0"}),
             (peer, {"peer": "eth0", "peer's eth1": "eth1", **dict.fromkeys(AT_PEER, "lo")}),
@@ -167,34 +171,19 @@ def world(families: tuple[int, ...] = (4, 6)) -> Iterator[World]:
         yield World(pod, peer, vm, sides)
 
 
-def _linked(pod: Pod, peer: Pod, vm: Pod) -> None:
-    """Both ends are up before they get addresses: the other way round IPv6 takes a second to answer."""
-    for one in (pod, peer, vm):
-        one.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.default.accept_dad=0"
-               " net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1"
-               " net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0")  # fmt: skip
-    for device, other, theirs in (("eth0", peer, "eth0"), ("eth1", peer, "eth1"), ("k6t0", vm, "eth0")):
-        batch(pod, [f"link add {device} type veth peer name {theirs} netns {other.name}", f"link set {device} up"])
-        batch(other, [f"link set {theirs} up"])
-
-
-def batch(one: Pod, lines: list[str]) -> None:
-    run(["ip", "-batch", "-"], netns=one.path, stdin="\n".join(lines) + "\n")
+def sized(name: str, family: int, device: str = "") -> str:
+    """The address with the length that it has on the device."""
+    return f"{ADDRESSES[name][family]}/{({4: 32, 6: 128} if device == 'lo' else {4: 24, 6: 64})[family]}"
 
 
 def _addressed(one: Pod, places: dict[str, str], families: tuple[int, ...]) -> None:
-    lines = []
-    for name, device in places.items():
-        for family in families:
-            size = {4: 32, 6: 128}[family] if device == "lo" else {4: 24, 6: 64}[family]
-            nodad = " nodad" if family == 6 else ""
-            lines.append(f"addr add {ADDRESSES[name][family]}/{size} dev {device}{nodad}")
-    batch(one, lines)
+    with links(one.name) as inside:
+        for name, device in places.items():
+            inside.add_addresses(device, *(sized(name, family, device) for family in families))
 
 
 def _routed(pod: Pod, peer: Pod, vm: Pod, families: tuple[int, ...]) -> None:
-    for family in families:
-        batch(pod, [f"route add default via {ADDRESSES['peer'][family]}"])
-        net = {4: "10.77.2.0/24", 6: "fd77:2::/64"}[family]
-        batch(peer, [f"route add {net} via {ADDRESSES['pod'][family]}"])
-        batch(vm, [f"route add default via {ADDRESSES['gateway'][family]}"])
+    for one, gateway in ((pod, "peer"), (vm, "gateway"), (peer, "pod")):
+        with links(one.name) as inside:
+            for family in families:
+                inside.add_route(BEHIND[family] if one is peer else "default", ADDRESSES[gateway][family])
