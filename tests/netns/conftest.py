@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pod and its peer with the embedded ztunnel between them."""
+"""What several files share: a pod with the embedded ztunnel, and a pod that eBPF programs redirect."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.ebpf_pod import Stage, forget, stage
 from support.ztunnel import Lab, labs
 
 
@@ -21,3 +22,16 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 def served(lab: Lab) -> Lab:
     lab.serve()
     return lab
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Stage]:
+    with stage() as made:
+        yield made
+
+
+@pytest.fixture
+def node(shared: Stage) -> Iterator[Stage]:
+    """Nothing of an earlier test is left waiting."""
+    yield shared
+    forget(shared)

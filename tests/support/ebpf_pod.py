@@ -211,3 +211,40 @@ def from_client(stage: Stage, kind: str, port: int = APP) -> tuple[socket.socket
 def program(path: Path, script: str, *argv: str) -> str:
     """Runs Python in a process of its own in that namespace; what it printed."""
     return run([sys.executable, "-c", script, *argv], netns=path).stdout.strip()
+
+
+def there(kind: str, host: dict[int, str] = PEER, port: int = APP) -> tuple[str, int]:
+    return written(kind, host[family(kind)]), port
+
+
+def both_ends(node: Stage, kind: str, app: socket.socket, host: dict[int, str] = PEER, port: int = APP) -> None:
+    """The application sees what it asked for and its pod's address; ztunnel sees the pod, and is told the rest."""
+    version = family(kind)
+    with accepted(node.ztunnel.outbound) as inner:
+        assert original(inner, version) == (host[version], port)
+        assert plain(app.getpeername()) == (host[version], port)
+        assert plain(app.getsockname())[0] == POD[version]
+        assert plain(inner.getpeername()) == plain(app.getsockname())
+        assert plain(inner.getsockname())[1] == OUTBOUND_PORT
+        carries(app, inner)
+    assert not waiting(node.app), "the peer must not see it"
+
+
+def answer(server: socket.socket) -> Where:
+    """Answers from where it was asked, or from the loopback address that a query was given; who asked."""
+    data, ancillary, _, sender = server.recvmsg(100, 100)
+    [info] = [value for level, kind, value in ancillary if (level, kind) == (41, socket.IPV6_PKTINFO)]
+    here = socket.inet_pton(socket.AF_INET6, sender[0]) if sender[0].startswith("::ffff:127.") else info[:16]
+    server.sendmsg([b"re: " + data], [(41, socket.IPV6_PKTINFO, here + bytes(4))], 0, sender)
+    return plain(sender)
+
+
+def speaking(node: Stage, client: str, port: int, where: int = 0) -> socket.socket:
+    """ztunnel's socket towards the application, as `client`."""
+    version = 6 if ":" in client else 4
+    made = node.pod.make("IPv6" if version == 6 else "IPv4")
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK)
+    made.setsockopt(*((41, IPV6_TRANSPARENT, 1) if version == 6 else (socket.SOL_IP, IP_TRANSPARENT, 1)))
+    made.bind((client, where))
+    made.connect((POD[version], port))
+    return made

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Applications in a pod that eBPF programs redirect see their clients, not ztunnel."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+
+import pytest
+from support.ebpf_pod import PEER, POD, Stage, carries, plain, speaking
+
+from agent.backends.ebpf.abi import ExitCause
+
+pytestmark = pytest.mark.root
+
+
+@pytest.mark.parametrize("client", [PEER[4], PEER[6]])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_application_sees_the_client(node: Stage, client: str, mapped: bool) -> None:
+    """`mapped`: it listens for both families at once."""
+    version = 6 if ":" in client else 4
+    with listening(node, version, mapped) as server:
+        port = server.getsockname()[1]
+        with node.counts(ExitCause.SPEAKS_AS, 1), speaking(node, client, port) as ztunnel:
+            app, seen = server.accept()
+            with app:
+                used = ztunnel.getsockname()[1]
+                assert plain(seen) == plain(app.getpeername()) == plain(ztunnel.getsockname()) == (client, used)
+                assert plain(app.getsockname()) == plain(ztunnel.getpeername()) == (POD[version], port)
+                carries(ztunnel, app)
+
+
+@pytest.mark.parametrize("client", [PEER[4], PEER[6]])
+def test_where_nobody_listens_the_connect_is_refused(node: Stage, client: str) -> None:
+    """The answer to ::1 finds its way by the routes for sockets that are bound to an interface."""
+    with pytest.raises(OSError) as failed:
+        speaking(node, client, 9)
+    assert failed.value.errno == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_an_application_behind_a_rule_of_its_pod_is_reached(node: Stage, version: int) -> None:
+    """A look for a listener on the port does not find it."""
+    with listening(node, version, False) as server:
+        port, family = server.getsockname()[1], {4: "ip", 6: "ip6"}[version]
+        place = POD[4] if version == 4 else f"[{POD[6]}]"
+        node.pod.sh(
+            f"nft add table {family} own; nft add chain {family} own o '{{ type nat hook output priority -100; }}'; "
+            f"nft add rule {family} own o tcp dport 9 dnat to {place}:{port}"
+        )
+        try:
+            with speaking(node, PEER[version], 9) as ztunnel:
+                app, _ = server.accept()
+                with app:
+                    carries(ztunnel, app)
+        finally:
+            node.pod.sh(f"nft delete table {family} own")
+
+
+def listening(node: Stage, version: int, mapped: bool) -> socket.socket:
+    if mapped:
+        return node.pod.listen(0)
+    made = node.pod.make("IPv4" if version == 4 else "IPv6")
+    made.bind((POD[version], 0))
+    made.listen(4096)
+    return made
+
+
+@pytest.mark.parametrize("version", [4, 6])
+def test_many_clients_and_many_connections_of_one(node: Stage, version: int) -> None:
+    clients = [f"10.94.{n // 250}.{n % 250 + 1}" if version == 4 else f"fd94::{n + 1:x}" for n in range(300)]
+    clients += [PEER[version]] * 1100
+    with listening(node, version, False) as server, contextlib.ExitStack() as open_:
+        port, seen = server.getsockname()[1], []
+        for client in clients:
+            ztunnel = open_.enter_context(speaking(node, client, port))
+            app, peer = server.accept()
+            open_.enter_context(app)
+            assert plain(peer) == plain(ztunnel.getsockname()) and peer[0] == client
+            seen.append(peer[:2])
+        assert len(set(seen)) == len(clients), "all are open at once, and none looks like another"
