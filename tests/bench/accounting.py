@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, a
 
 from support import rules
 from support.ebpf import EbpfNode
-from support.node import FakeZtunnel, node
+from support.fakeztunnel import FakeZtunnel
+from support.node import node
 
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import SluiceError

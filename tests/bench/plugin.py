@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.node import PLUGIN, FakeZtunnel, Node, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import PLUGIN, Node, node, until
 
 from agent.kernel.unix_socket import peer
 from agent.lab.node_services import LabBackend

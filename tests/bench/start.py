@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from support.node import PLUGIN, FakeZtunnel, Node, NodePod, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import PLUGIN, Node, NodePod, node, until
 
 from agent.backends.iptables.backend import IptablesBackend
 from agent.backends.nftables.backend import NftablesBackend

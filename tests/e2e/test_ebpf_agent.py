@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.node import REPO, SECONDS, FakeZtunnel, Node, NodePod, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import REPO, SECONDS, Node, NodePod, node, until
 
 from agent.backends.ebpf import abi, object_files
 from agent.backends.ebpf.pins import Pins

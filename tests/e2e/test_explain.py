@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.node import PORT, SECONDS, FakeZtunnel, Node, NodePod, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import PORT, SECONDS, Node, NodePod, node, until
 
 from agent.core.names import DATAPLANE_MODE, DNS_CAPTURE
 from agent.kernel.exec import run

@@ -13,8 +13,21 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from support.field import Stream, dump, enabled, generation, listed, metric, relayed, static_file
-from support.node import Node, NodePod, node, until
+from support.field import (
+    LEGACY,
+    VERIFY,
+    Stream,
+    dump,
+    enabled,
+    forwarding,
+    generation,
+    listed,
+    metric,
+    relayed,
+    remove_pods,
+    static_file,
+)
+from support.node import Node, NodePod, until
 
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.exec import run
@@ -22,16 +35,12 @@ from agent.lab.links import links
 from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
-LEGACY: LabBackend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
 BACKENDS = (LabBackend.NFTABLES, LabBackend.IPTABLES, LEGACY)
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Node]:
-    with node("slufb") as made:
-        run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"], netns=made.netns)
-        static_file(made)
-        made.processes.start_ztunnel()
+    with forwarding("slufb") as made:
         begin(made)
         yield made
 
@@ -50,14 +59,12 @@ def here(made: Node) -> Iterator[Node]:
     agent = made.children.get("node1.agent")
     if agent is None or not agent.alive:
         begin(made)
-    collected = made.cni("GC", NodePod(made.netns, 1, "x"), prevResult=None, **{"cni.dev/valid-attachments": []})
-    assert collected.code == 0
-    until(lambda: made.ask("/v1/pods") == [], "no pod is left")
+    remove_pods(made)
 
 
 def begin(here: Node, backend: LabBackend = LabBackend.NFTABLES, **changes: object) -> None:
     """A new agent, unless one like that runs."""
-    changes = {"verify_seconds": 1.0, "static_pods": str(here.run_dir / "static.yaml"), **changes}
+    changes = {"verify_seconds": VERIFY, "static_pods": str(here.run_dir / "static.yaml"), **changes}
     before = here.run_dir / "sluice.yaml"
     old = before.read_text() if before.exists() else ""
     here.configure(backend, **changes)

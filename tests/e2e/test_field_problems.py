@@ -6,14 +6,31 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support.field import OtherInterface, dump, enabled, hand_over, listed, metric, relayed, static_file
-from support.node import PORT, FakeZtunnel, Node, NodePod, Server, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.field import (
+    LEGACY,
+    VERIFY,
+    attach,
+    crowded,
+    drop,
+    dump,
+    enabled,
+    forwarding,
+    hand_over,
+    listed,
+    metric,
+    refresh,
+    relayed,
+    remove_pods,
+    start,
+    static_file,
+)
+from support.node import PORT, Node, NodePod, Server, until
 
 from agent.core.names import PROBE_IPV4, PROBE_IPV6
 from agent.kernel.exec import run
@@ -23,17 +40,12 @@ from agent.lab.node_services import LabBackend
 from agent.zds.messages import Ack, Add, Message, Request
 
 pytestmark = pytest.mark.root
-VERIFY = 1.0  # seconds between two verifications: legacy xtables tell nobody of a change
-LEGACY: LabBackend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
 NOBODY = 65534
 
 
 @pytest.fixture(scope="module")
 def made() -> Iterator[Node]:
-    with node("slufa") as made:
-        run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"], netns=made.netns)
-        static_file(made)
-        made.processes.start_ztunnel()
+    with forwarding("slufa") as made:
         yield made
 
 
@@ -44,24 +56,7 @@ def here(made: Node) -> Iterator[Node]:
     yield made
     static_file(made)
     refresh(made)
-    collected = made.cni("GC", NodePod(made.netns, 1, "x"), prevResult=None, **{"cni.dev/valid-attachments": []})
-    assert collected.code == 0
-    until(lambda: made.ask("/v1/pods") == [], "no pod is left")
-
-
-def refresh(here: Node, backend: LabBackend = LabBackend.NFTABLES) -> None:
-    """Starts what does not run, and the agent anew when it runs on another backend."""
-    agent, ztunnel = (here.children.get(f"node1.{name}") for name in ("agent", "ztunnel"))
-    if ztunnel is None or not ztunnel.alive:
-        here.processes.start_ztunnel()
-    if agent is None or not agent.alive or here.ask("/v1/status")["backend"] != str(backend):
-        start(here, backend)
-    here.await_ztunnel()
-
-
-def start(here: Node, backend: LabBackend = LabBackend.NFTABLES, **changes: object) -> None:
-    changes = {"verify_seconds": VERIFY, "static_pods": str(here.run_dir / "static.yaml"), **changes}
-    here.restart(backend, **changes)
+    remove_pods(made)
 
 
 # Everything that a backend's rules consist of, removed behind the agent's back. Tables that the agent owns cannot
@@ -170,35 +165,9 @@ def test_p22_the_nodes_xtables_lock_is_not_waited_for(here: Node) -> None:
     drop(here, pods)
 
 
-def crowded(here: Node, number: int) -> NodePod:
-    """A pod that has an address and no way out, which is quicker to make."""
-    title = here.spec.netns_name(f"c{number}x{secrets.token_hex(2)}")
-    add_namespace(title, NO_DAD)
-    pod = NodePod(Path("/run/netns", title), 200 + number % 50, f"crowd{number}")
-    with links(title) as inside:
-        inside.veth("eth0", "other")
-        inside.add_addresses("eth0", f"{pod.ipv4}/24", f"{pod.ipv6}/64")
-    return pod
-
-
-def drop(here: Node, pods: list[NodePod]) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        assert all(outcome.code == 0 for outcome in pool.map(lambda pod: here.cni("DEL", pod), pods))
-    for pod in pods:
-        unpin(pod.netns)
-
-
 def applied(here: Node) -> float:
     """Plans for pods, so far."""
     return sum(metric(here, "sluice_plans_applied_total", backend=name) for name in ("routing", "nftables"))
-
-
-def attach(pod: NodePod) -> OtherInterface:
-    """A second interface, as Multus has it made."""
-    with links(pod.netns.name) as inside:
-        inside.veth("net1", "peer1")
-        inside.add_addresses("net1", "198.18.0.5/24")
-    return OtherInterface.of(pod)
 
 
 ATTACHED = {"cniVersion": "1.1.0", "interfaces": [], "ips": [{"address": "198.18.0.5/24"}]}

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.node import PLUGIN, REAL, FakeZtunnel, Node, NodePod, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import PLUGIN, REAL, Node, NodePod, node, until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns, unpin

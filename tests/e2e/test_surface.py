@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from support.node import FakeZtunnel, Node, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import Node, node, until
 
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.node import FakeZtunnel, Node, NodePod, node, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import Node, NodePod, node, until
 
 from agent.zds.messages import Ack, Add, Hello, Message, Request, encode
 

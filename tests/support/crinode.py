@@ -19,7 +19,8 @@ from support.cri import Cri, CriError, container_config, decode
 from support.crihost import PATH, RESOLVER, CriHost, cgroups, check_programs, remove_cgroups
 from support.crileft import NETWORK
 from support.cripods import CriPod, Sandbox
-from support.node import ANNOTATIONS, PLUGIN, SECONDS, FakeZtunnel, until
+from support.fakeztunnel import FakeZtunnel
+from support.node import ANNOTATIONS, PLUGIN, SECONDS, until
 
 from agent.kernel import admin_socket
 from agent.kernel.exec import run

@@ -3,24 +3,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import secrets
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
-from support.node import ANNOTATIONS, SECONDS, Node, NodePod, until
+from support.node import ANNOTATIONS, SECONDS, Node, NodePod, node, until
 from support.pair import carries
 
 from agent.core.names import DATAPLANE_MODE
 from agent.kernel.exec import run
-from agent.kernel.netns import Netns
+from agent.kernel.netns import Netns, unpin
 from agent.kernel.pod_netns import PodNetns
+from agent.lab.links import NO_DAD, add_namespace, links
+from agent.lab.node_services import LabBackend
 from agent.sources.cni.wire import frame
+
+VERIFY = 1.0  # seconds between two verifications: legacy xtables tell nobody of a change
+LEGACY: LabBackend = "iptables-legacy"  # type: ignore[assignment]  # the lab does not offer it
+
+
+@contextlib.contextmanager
+def forwarding(prefix: str) -> Iterator[Node]:
+    """A node that forwards, with a ztunnel and without an agent."""
+    with node(prefix) as made:
+        run(["sysctl", "-qw", "net.ipv4.ip_forward=1", "net.ipv6.conf.all.forwarding=1"], netns=made.netns)
+        static_file(made)
+        made.processes.start_ztunnel()
+        yield made
+
+
+def remove_pods(here: Node) -> None:
+    """No pod is left, whatever became of the test; an agent runs."""
+    collected = here.cni("GC", NodePod(here.netns, 1, "x"), prevResult=None, **{"cni.dev/valid-attachments": []})
+    assert collected.code == 0
+    until(lambda: here.ask("/v1/pods") == [], "no pod is left")
+
+
+def refresh(here: Node, backend: LabBackend = LabBackend.NFTABLES) -> None:
+    """Starts what does not run, and the agent anew when it runs on another backend."""
+    agent, ztunnel = (here.children.get(f"node1.{name}") for name in ("agent", "ztunnel"))
+    if ztunnel is None or not ztunnel.alive:
+        here.processes.start_ztunnel()
+    if agent is None or not agent.alive or here.ask("/v1/status")["backend"] != str(backend):
+        start(here, backend)
+    here.await_ztunnel()
+
+
+def start(here: Node, backend: LabBackend = LabBackend.NFTABLES, **changes: object) -> None:
+    changes = {"verify_seconds": VERIFY, "static_pods": str(here.run_dir / "static.yaml"), **changes}
+    here.restart(backend, **changes)
 
 
 class Inside:
@@ -173,3 +214,29 @@ def hand_over(here: Node, pod: NodePod, descriptor: int) -> dict[str, Any]:
             answer += part
     made: dict[str, Any] = json.loads(answer[4:])
     return made
+
+
+def crowded(here: Node, number: int) -> NodePod:
+    """A pod that has an address and no way out, which is quicker to make."""
+    title = here.spec.netns_name(f"c{number}x{secrets.token_hex(2)}")
+    add_namespace(title, NO_DAD)
+    pod = NodePod(Path("/run/netns", title), 200 + number % 50, f"crowd{number}")
+    with links(title) as inside:
+        inside.veth("eth0", "other")
+        inside.add_addresses("eth0", f"{pod.ipv4}/24", f"{pod.ipv6}/64")
+    return pod
+
+
+def drop(here: Node, pods: list[NodePod]) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        assert all(outcome.code == 0 for outcome in pool.map(lambda pod: here.cni("DEL", pod), pods))
+    for pod in pods:
+        unpin(pod.netns)
+
+
+def attach(pod: NodePod) -> OtherInterface:
+    """A second interface, as Multus has it made."""
+    with links(pod.netns.name) as inside:
+        inside.veth("net1", "peer1")
+        inside.add_addresses("net1", "198.18.0.5/24")
+    return OtherInterface.of(pod)
