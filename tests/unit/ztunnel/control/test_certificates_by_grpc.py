@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cryptography.x509 import load_pem_x509_certificate
 from support.controlplane import ControlPlane, served
 
 from agent.core.wire.protobuf import Message, embedded, text
+from agent.ztunnel.control import istio_ca
 from agent.ztunnel.control.grpc_channel import ControlPlaneError
 from agent.ztunnel.control.istio_ca import IstioCa
 from agent.ztunnel.control.workload_api import WorkloadApi
@@ -82,6 +84,25 @@ def test_a_ca_that_is_away_or_a_token_that_is_missing_is_one_clear_error(tmp_pat
     (tmp_path / "token").write_text("t")
     with pytest.raises(ControlPlaneError, match=r"CreateCertificate: .*refused"):
         asyncio.run(istio("http://127.0.0.1:1", tmp_path / "token").issue(WEB))
+
+
+def test_a_ca_that_never_answers_is_given_up(
+    plane: tuple[ControlPlane, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(istio_ca, "_SECONDS", 0.3)
+    (tmp_path / "token").write_text("t")
+    answer = threading.Event()
+
+    def never(uri: str, request: Message) -> list[str]:
+        answer.wait(30)
+        return []
+
+    plane[0].sign = never
+    try:
+        with pytest.raises(ControlPlaneError, match="CreateCertificate: Deadline exceeded"):
+            asyncio.run(istio(plane[1], tmp_path / "token").issue(WEB))
+    finally:
+        answer.set()
 
 
 def test_a_spiffe_agent_pushes_each_new_certificate(ca: DevelopmentCa, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from tests.unit.ztunnel.mesh.meshes import FILE
         ("hboneMtlsPort: 15008}\n", "hboneMtlsPort: 70000}\n", r"networkGateway\.hboneMtlsPort: is no number"),
         ("action: Deny", "action: Audit", r"policies\[1\]\.action: is not one of Allow, Deny"),
         ("!Exact", "!Regex", "no YAML"),
+        ("  - - - destinationPorts: [22]", "  - 22", r"policies\[1\]\.rules: is no list of lists of lists"),
+        ("  - - - destinationPorts: [22]", "  - - - port: 22", r"policies\[1\]\.rules\.port: is not a known key"),
         ("uid: c1//v1/Pod/shop/db", "uid: c1//v1/Pod/shop/web", "workload c1//v1/Pod/shop/web occurs twice"),
         ("  services: {}\n", "", r"workloads\[0\]\.services: is missing"),
     ],
