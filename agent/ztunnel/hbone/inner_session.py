@@ -218,7 +218,7 @@ class InnerSession:
             session.retire()  # it has one stream
 
     def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
-        """Servers open no streams: h2 refuses them."""
+        """Servers open no streams: the core refuses them."""
 
     def closed(self, session: TlsSession, why: str) -> None:
         if session is not self._session:  # one that refused its stream

@@ -22,13 +22,13 @@ MAX_HEADERS: Final = 16 << 10  # decoded, as SETTINGS_MAX_HEADER_LIST_SIZE count
 STREAMS_PER_SESSION: Final = 200  # that a client may have open at once
 POOLED_STREAMS: Final = 100  # that this process opens on one session
 
-# Frames that carry nothing (PING, SETTINGS, PRIORITY, WINDOW_UPDATE, RST_STREAM, empty DATA, unknown ones): a peer may
+# Frames that carry no data (HEADERS, PING, SETTINGS, WINDOW_UPDATE, RST_STREAM, empty DATA, unknown ones): a peer may
 # send so many at once, so many a second, one more for each KiB that it was sent, and some for each stream. A thousand
 # take 50 ms of CPU.
 IDLE_FRAMES: Final = 1_000
 IDLE_FRAMES_PER_SECOND: Final = 100
 BYTES_PER_IDLE_FRAME: Final = 1 << 10
-IDLE_FRAMES_PER_STREAM: Final = 4  # its window, its end, its reset
+IDLE_FRAMES_PER_STREAM: Final = 5  # its headers, its window, its end, its reset
 FIELDS_PER_IDLE_FRAME: Final = 8  # of a request: many small fields cost as much
 # Streams that are refused, or that the peer resets before they are answered (CVE-2023-44487).
 EARLY_ENDS: Final = 1_000

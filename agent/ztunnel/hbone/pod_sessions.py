@@ -178,7 +178,7 @@ class _Opened:
         self._sessions.made(self._key, session)
 
     def opened(self, session: TlsSession, stream: int, headers: Headers) -> None:
-        """Servers open no streams: h2 refuses them."""
+        """Servers open no streams: the core refuses them."""
 
     def closed(self, session: TlsSession, why: str) -> None:
         self._sessions.pod.connecting.pop(self._ends, None)

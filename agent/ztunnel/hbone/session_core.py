@@ -132,8 +132,6 @@ class SessionCore:
                     self._open_window(frame, now)
                 case frames.GOAWAY:
                     yield self._go_away(frame)
-                case frames.HEADERS | frames.CONTINUATION:
-                    yield from self._pass_on(frame.raw, now)
                 case _:
                     self._spend(now)
                     yield from self._pass_on(frame.raw, now)
@@ -203,6 +201,8 @@ class SessionCore:
 
     def _translate(self, event: Event, now: float) -> Iterator[Happening]:
         match event:
+            case RequestReceived() if self.client:  # h2 takes it for one
+                raise Http2Error(ErrorCode.PROTOCOL_ERROR, f"the server opened the stream {event.stream_id}")
             case RequestReceived():
                 self._last_remote = event.stream_id
                 self._idle.add(limits.IDLE_FRAMES_PER_STREAM)
@@ -239,7 +239,7 @@ class SessionCore:
 
     def _spend(self, now: float, count: int = 1) -> None:
         if not self._idle.spend(now, count):
-            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that carry nothing")
+            raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, "too many frames that carry no data")
 
     # What this end sends
 

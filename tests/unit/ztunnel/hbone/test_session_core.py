@@ -272,6 +272,33 @@ def test_a_peer_that_breaks_the_protocol_loses_its_session(pair: Pair, raw: byte
     assert pair.core.output[-1] == frames.goaway(0 if pair.core.client else 1, raised.value.code)
 
 
+def headers(stream: int, fields: list[tuple[bytes, bytes]]) -> bytes:
+    return bytes(rfc.HeadersFrame(stream, Encoder().encode(fields), flags=["END_HEADERS"]).serialize())
+
+
+def test_a_server_opens_no_streams() -> None:
+    pair = Pair(client=True)
+    pair.open()
+    with pytest.raises(Http2Error, match="the server opened the stream 2"):
+        receive(pair.core, headers(2, OK))
+
+
+def test_a_flood_of_headers_ends_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Informational answers; headers on a stream that was reset."""
+    monkeypatch.setattr(limits, "IDLE_FRAMES", 50)
+    pair = Pair(client=True)
+    stream = pair.core.open(CONNECT)
+    with pytest.raises(Http2Error, match="carry no data"):
+        for _ in range(60):
+            receive(pair.core, headers(stream, [(b":status", b"103")]))
+    pair = Pair(client=False)
+    stream = pair.open()
+    pair.core.reset(stream, ErrorCode.CANCEL)
+    with pytest.raises(Http2Error, match="carry no data"):
+        for _ in range(60):
+            receive(pair.core, headers(stream, CONNECT))
+
+
 def test_data_after_the_end_of_a_stream_is_an_error(pair: Pair) -> None:
     stream = pair.open()
     pair.peer.end_stream(stream)
@@ -357,7 +384,7 @@ def test_many_short_streams_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_requests_with_many_fields_cost_as_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "IDLE_FRAMES", 50)
     pair = Pair(client=False)
-    with pytest.raises(Http2Error, match="carry nothing"):
+    with pytest.raises(Http2Error, match="carry no data"):
         for number in (1, 3, 5):
             pair.peer.send_headers(number, [*CONNECT, *[(b"x", b"")] * 200])
             pair.swap()
