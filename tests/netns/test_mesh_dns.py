@@ -22,8 +22,9 @@ from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, La
 
 from agent.lab.links import links
 from agent.zds.messages import Delete
-from agent.ztunnel.dns.dns_connection import MOST_CONNECTIONS, MOST_PENDING
+from agent.ztunnel.dns.dns_connection import MOST_PENDING
 from agent.ztunnel.dns.dnsmessage import failure
+from agent.ztunnel.relay.pod_context import SMALL_PART
 
 pytestmark = pytest.mark.root
 
@@ -428,13 +429,16 @@ def test_queries_are_counted(tmp_path: Path) -> None:
     assert value(f"{duration}_bucket", "mx", "tcp", 'le="+Inf",') == value(f"{duration}_count", "mx", "tcp") == "1"
 
 
-def test_a_pod_has_its_share_of_connections_to_resolvers(lab: Lab) -> None:
-    with contextlib.ExitStack() as held:
-        for _ in range(MOST_CONNECTIONS):
-            held.enter_context(lab.pod.connect(RESOLVER4, 53))
-        with pytest.raises(ConnectionResetError), lab.pod.connect(RESOLVER4, 53) as client:
-            client.recv(1)
-    assert "more than 1024 connections" in lab.ztunnel.wait_record(kind="tcp", close="refused")["error"]
-    with lab.pod.connect(RESOLVER4, 53) as client:
-        client.sendall(framed(query(1, "shop.demo")))
-        assert addresses(message(client)) == [VIP]
+def test_a_pod_has_its_share_of_connections_to_resolvers(tmp_path: Path) -> None:
+    most = 10
+    with labs(tmp_path) as lab:
+        serve(lab, f"share={most * SMALL_PART}, workers=1, {PORTLESS}")
+        with contextlib.ExitStack() as held:
+            for _ in range(most):
+                held.enter_context(lab.pod.connect(RESOLVER4, 53))
+            with pytest.raises(ConnectionResetError), lab.pod.connect(RESOLVER4, 53) as client:
+                client.recv(1)
+        assert f"more than {most} connections" in lab.ztunnel.wait_record(kind="tcp", close="refused")["error"]
+        with lab.pod.connect(RESOLVER4, 53) as client:
+            client.sendall(framed(query(1, "shop.demo")))
+            assert addresses(message(client)) == [VIP]

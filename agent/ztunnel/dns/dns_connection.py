@@ -20,11 +20,10 @@ from agent.ztunnel.dns.dns_framing import LENGTH, DnsFraming, Piece, framed
 from agent.ztunnel.dns.pending_query import PendingQuery
 from agent.ztunnel.relay import original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
-from agent.ztunnel.relay.pod_context import MOST_RETURNS, Ends, PodContext, now
+from agent.ztunnel.relay.pod_context import MOST_RETURNS, SMALL_PART, Ends, PodContext, now
 from agent.ztunnel.relay.upstream import shut
 from agent.ztunnel.telemetry.records import Began, close_by
 
-MOST_CONNECTIONS: Final = 1024  # of one pod
 MOST_PENDING: Final = 100  # queries of one connection without an answer; no more are read then
 LONGEST_QUERY: Final = 1024  # bytes of a query that the mesh may answer, with the options of EDNS
 _FULL: Final = 16 << 10  # bytes that one end has not taken; the other one is not read then
@@ -117,8 +116,9 @@ class DnsConnection:
         self._destination, own = original_dst.original_destination(client, self._source)
         if original_dst.is_own(self._destination, client):
             return "the destination is a port of ztunnel itself"
-        if len(self._pod.dns_connections) > MOST_CONNECTIONS:
-            limit = f"more than {MOST_CONNECTIONS} connections to resolvers"
+        most = self._pod.engine.share // SMALL_PART
+        if len(self._pod.dns_connections) > most:
+            limit = f"more than {most} connections to resolvers"
             self._pod.warnings.log(f"pod {self._pod.name}: {limit}")
             return limit
         self._own = own

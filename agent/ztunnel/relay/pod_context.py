@@ -31,6 +31,7 @@ Ends = tuple[Endpoint, Endpoint]  # local, and the destination
 # Of ztunnel's own connection to ztunnel. Once may be chance: its port has met an entry of conntrack that outlived an
 # application's connection.
 MOST_RETURNS = 1
+SMALL_PART = 16  # one in so many of a pod's connections may wait for the mesh, and one may go to a resolver in a mesh
 
 
 class RefusedError(SluiceError):

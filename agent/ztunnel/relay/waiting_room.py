@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from agent.ztunnel.relay.pod_context import PodContext
+from agent.ztunnel.relay.pod_context import SMALL_PART, PodContext
 from agent.ztunnel.relay.poller import Deadlines, Poller
 
 HELD_SECONDS: Final = 5.0  # as in Istio's ztunnel
-MOST_HELD: Final = 1024  # of one pod
 
 Action = Callable[[], None]
 
@@ -35,7 +34,7 @@ class WaitingRoom:
         if self._known(pod):
             return False
         held = self._held.setdefault(pod.uid, {})
-        if len(held) >= MOST_HELD:
+        if len(held) >= pod.engine.share // SMALL_PART:
             return False
         one = _Held(self, pod, resume, drop)
         held[one] = None

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from agent.ztunnel.relay import waiting_room
+from agent.ztunnel.relay.pod_context import SMALL_PART
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.relay.waiting_room import WaitingRoom
 
@@ -21,7 +22,7 @@ class World:
         self.said: list[str] = []
 
     def pod(self, uid: str) -> Any:
-        return SimpleNamespace(uid=uid, live=set())
+        return SimpleNamespace(uid=uid, live=set(), engine=SimpleNamespace(share=2 * SMALL_PART))
 
     def hold(self, pod: Any, name: str) -> bool:
         return self.room.hold(pod, lambda: self.said.append(name), lambda: self.said.append(f"{name} dropped"))
@@ -52,8 +53,7 @@ def test_the_time_is_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     assert world.said == ["a"]
 
 
-def test_one_pod_has_a_share_and_another_one_its_own(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting_room, "MOST_HELD", 2)
+def test_one_pod_has_a_share_and_another_one_its_own(world: World) -> None:
     one = world.pod("one")
     assert [world.hold(one, name) for name in "abc"] == [True, True, False]
     assert world.hold(world.pod("other"), "d")
