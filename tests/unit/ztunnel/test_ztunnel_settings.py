@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from agent.core.errors import SettingsError
@@ -80,3 +82,14 @@ def test_workers_are_a_number_or_a_part_of_the_cores(text: str, cores: int, work
 def test_other_workers_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="neither auto nor a number"):
         worker_count(text, 4)
+
+
+@pytest.mark.parametrize("gateway", ["gw", "gw/gate", "gw/gate/account/more"])
+def test_a_gateway_is_a_workload_of_the_mesh(gateway: str) -> None:
+    of_mesh = ZtunnelSettings(mesh="/mesh.yaml", identities="files:/identities", gateway="gw/gate/account")
+    check(of_mesh)
+    for wrong in (replace(of_mesh, gateway=gateway), ZtunnelSettings(gateway="gw/gate/account")):
+        with pytest.raises(SettingsError, match="a gateway is NAMESPACE/POD/SERVICE-ACCOUNT"):
+            check(wrong)
+    with pytest.raises(SettingsError, match="is not HOST:PORT"):
+        check(replace(of_mesh, gateway_address="15008"))
