@@ -50,8 +50,8 @@ PING_TIMEOUT_SECONDS: Final = 20.0  # of a peer that is silent
 STALL_SECONDS: Final = 60.0  # of a peer that sends, but reads no PING
 IDLE_SESSION_SECONDS: Final = 300.0  # without a stream
 
-# Of clients, which are addresses. An unfinished handshake holds 2 KB before the client's first byte and 40 KB after it,
-# an open session 44 KB and an idle stream 3 KB. The streams of a pod are among its connections (see settings.share).
+# Of clients, which are addresses. An unfinished handshake holds 1 KB before the client's first byte and 45 KB after it,
+# an open session 43 KB and an idle stream 3 KB. The streams of a pod are among its connections (see settings.share).
 HANDSHAKES: Final = 2048  # unfinished, of all pods
 HANDSHAKES_PER_POD: Final = 512
 HANDSHAKES_PER_CLIENT: Final = 64

@@ -368,7 +368,7 @@ def test_a_flood_of_streams_that_end_before_they_begin_ends_the_session(
 
 
 def test_many_short_streams_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each one sends an end, a window and a reset, which carry nothing."""
+    """Each one sends headers, a window, an end and perhaps a reset, which carry no data."""
     monkeypatch.setattr(limits, "EARLY_ENDS", 50)
     monkeypatch.setattr(limits, "IDLE_FRAMES", 50)
     pair = Pair(client=False)
