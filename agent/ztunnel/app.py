@@ -15,14 +15,14 @@ import logging
 import resource
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.core.errors import KernelError
 from agent.kernel import logs
 from agent.ztunnel.pod_server import PodServer, PodServing
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.telemetry.records import RecordWriter
-from agent.ztunnel.workloads import Workloads
+from agent.ztunnel.workloads import StartedPod, Workloads
 from agent.ztunnel.zds_client import ZdsClient
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings, with_ports
 
@@ -78,7 +78,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     lines = records if settings.access_log == settings.records else RecordWriter(loop, settings.access_log)
     control = _control(settings, router)
     serving = _serving(settings, poller, control, router, records=records, lines=lines)
-    workloads: Workloads[Any] = Workloads(loop, serving.start)
+    workloads = Workloads(loop, serving.start)
     client = ZdsClient(settings.zds_socket, workloads)
     ports = _ports(settings, ending, client, workloads, control, serving)
     failed = False
@@ -111,7 +111,7 @@ async def _synced(control: MeshControl | None, ending: _Ending) -> bool:
 
 
 async def _run(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[Any], serving: PodServing
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads, serving: PodServing
 ) -> bool:
     """Serves the agent's pods until the process is to end, then drains them; returns True if the client has failed."""
     agent = asyncio.create_task(client.run())
@@ -164,7 +164,7 @@ def _serving(
 
 
 def _ports(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads[Any],
+    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads,
     mesh: MeshControl | None, serving: PodServing,
 ) -> ProcessPorts | None:  # fmt: skip
     """Returns the servers of statistics, readiness and administration; None if all are off."""
@@ -190,16 +190,17 @@ async def _mark_ready(complete: asyncio.Event, path: str) -> None:
         log.error("cannot write --ready-file, for which a rollout waits: %s", error)
 
 
-async def _succeeded(workloads: list[Any], seconds: float, ending: _Ending) -> None:
+async def _succeeded(pods: list[StartedPod], seconds: float, ending: _Ending) -> None:
     """Waits until another instance also listens in every pod, at most `seconds`."""
     until = asyncio.get_running_loop().time() + seconds
-    while workloads and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
+    while pods and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
         try:
-            if workloads[-1].succeeded():
-                workloads.pop()
+            if pods[-1].succeeded():
+                pods.pop()
                 continue
         except KernelError as error:
-            log.warning("pod %s: %s", workloads.pop().pod.name, error)
+            add = pods.pop().add
+            log.warning("pod %s/%s: %s", add.namespace, add.name, error)
         await ending.pause(_LOOK_SECONDS)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add
@@ -18,6 +18,7 @@ from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.telemetry.records import RecordSink
 from agent.ztunnel.telemetry.response_flags import Reporter
 from agent.ztunnel.telemetry.traffic_metrics import Series, merged
+from agent.ztunnel.workloads import StartedPod
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
@@ -44,7 +45,7 @@ class PodServing(Protocol):
     async def begin(self) -> None:
         """Prepares for pods."""
 
-    def start(self, add: Add, netns: Netns) -> Any:
+    def start(self, add: Add, netns: Netns) -> StartedPod:
         """Returns the started pod. Raises OSError or SluiceError."""
 
     def waits(self) -> bool:

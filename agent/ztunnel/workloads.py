@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 from agent.core.errors import ProtocolError, SluiceError, ZtunnelError
 from agent.kernel.netns import Netns
@@ -21,8 +21,8 @@ RETRY_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
-class PodListeners(Protocol):
-    """A started pod."""
+class StartedPod(Protocol):
+    """A pod with open listeners."""
 
     add: Add
 
@@ -30,21 +30,21 @@ class PodListeners(Protocol):
     def netns(self) -> Netns:
         """The namespace, which it owns."""
 
+    def succeeded(self) -> bool:
+        """Returns True if another ztunnel also listens in the pod. Raises KernelError."""
+
     def close(self) -> None:
         """Ends it at once."""
 
 
-Started = TypeVar("Started", bound=PodListeners)
-
-
-class Workloads(Generic[Started]):
+class Workloads:
     """`running` and `pending` by pod UID; `snapshot` the UIDs named so far, None when it is complete."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[Add, Netns], Started]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, start: Callable[[Add, Netns], StartedPod]) -> None:
         """Takes `start`, which raises OSError or SluiceError when a pod cannot be started."""
         self._loop = loop
         self._start = start
-        self.running: dict[str, Started] = {}
+        self.running: dict[str, StartedPod] = {}
         self.pending: dict[str, tuple[Add, Netns]] = {}
         self._snapshot: set[str] | None = None
         self._retry: asyncio.TimerHandle | None = None

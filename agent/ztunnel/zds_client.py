@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import socket
-from typing import Any
 
 from agent.core.errors import ProtocolError, SluiceError
 from agent.kernel.netns import Netns
@@ -30,7 +29,7 @@ log = logging.getLogger(__name__)
 class ZdsClient:
     """The connection to the agent."""
 
-    def __init__(self, path: str, workloads: Workloads[Any]) -> None:
+    def __init__(self, path: str, workloads: Workloads) -> None:
         self._path = path
         self._workloads = workloads
         self._delay = FIRST_DELAY

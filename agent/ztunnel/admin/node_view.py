@@ -47,7 +47,7 @@ class NodeView:
 
     settings: ZtunnelSettings
     client: ZdsClient
-    workloads: Workloads[Any]
+    workloads: Workloads
     mesh: MeshControl | None
     serving: PodServing
 
