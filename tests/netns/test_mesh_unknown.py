@@ -16,7 +16,7 @@ from support.revoking import root, write
 from support.ztunnel import PEER4, PEER6, POD4, POD6, RESOLVER4, SECONDS
 
 from agent.zds.messages import Delete
-from agent.ztunnel.relay.waiting_room import HELD_SECONDS
+from agent.ztunnel.relay.held_connections import HELD_SECONDS
 from agent.ztunnel.tls.spiffe import SpiffeId
 
 pytestmark = pytest.mark.root

@@ -107,7 +107,7 @@ class Router(Protocol):
     """The decisions of the mesh. None of the methods waits or raises."""
 
     def knows(self, pod: PodIdentity) -> bool:
-        """Returns False until the mesh has the pod; what it asks for can wait (see waiting_room)."""
+        """Returns False until the mesh has the pod; what it asks for can wait (see held_connections)."""
 
     def identity(self, pod: PodIdentity) -> SpiffeId:
         """Returns who the pod is in mutual TLS."""

@@ -17,10 +17,10 @@ from agent.ztunnel.hbone.pod_sessions import PodSessions
 from agent.ztunnel.hbone.session_engine import SessionEngine
 from agent.ztunnel.hbone.work_buffers import WorkBuffers
 from agent.ztunnel.host_resolver import HostResolver
+from agent.ztunnel.relay.held_connections import HeldConnections
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import PodContext, RefusedError
 from agent.ztunnel.relay.poller import Deadlines, Poller
-from agent.ztunnel.relay.waiting_room import WaitingRoom
 from agent.ztunnel.telemetry.records import Began
 from agent.ztunnel.telemetry.response_flags import ResponseFlag
 from agent.ztunnel.tls.contexts import ContextStore
@@ -48,8 +48,8 @@ class HboneTunnels:
         self._router = router
         self._hosts = hosts
         self._pods: dict[str, PodSessions] = {}
-        self._waiting = WaitingRoom(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
-        self._uncertified = WaitingRoom(poller, lambda pod: self._pods[pod.uid].certified())
+        self._waiting = HeldConnections(poller, lambda pod: router.knows(self._pods[pod.uid].identity))
+        self._uncertified = HeldConnections(poller, lambda pod: self._pods[pod.uid].certified())
 
     @cached_property
     def _inner_engine(self) -> SessionEngine:

@@ -57,7 +57,10 @@ class Tunnels(Protocol):
         """Prepares for the pod. The other methods are for pods that have been started."""
 
     def hold(self, pod: PodContext, resume: Callable[[], None], drop: Callable[[], None]) -> bool:
-        """Returns True if the mesh does not know the pod yet: `resume` or `drop` is called later (see waiting_room)."""
+        """Returns True if the mesh does not know the pod yet: `resume` or `drop` is called later.
+
+        See held_connections.
+        """
 
     def resolve(self, host: str, done: Callable[[], None]) -> None:
         """Calls `done` later, when the host name has been resolved, or cannot be."""

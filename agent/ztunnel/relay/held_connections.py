@@ -18,7 +18,7 @@ HELD_SECONDS: Final = 5.0  # as in Istio's ztunnel
 Action = Callable[[], None]
 
 
-class WaitingRoom:
+class HeldConnections:
     """Belongs to one thread. Call `changed` after each change of the mesh."""
 
     def __init__(self, poller: Poller, known: Callable[[PodContext], bool]) -> None:
@@ -68,7 +68,7 @@ class _Held:
 
     __slots__ = ("_drop", "_resume", "_room", "pod")
 
-    def __init__(self, room: WaitingRoom, pod: PodContext, resume: Action, drop: Action) -> None:
+    def __init__(self, room: HeldConnections, pod: PodContext, resume: Action, drop: Action) -> None:
         self.pod = pod
         self._room = room
         self._resume = resume

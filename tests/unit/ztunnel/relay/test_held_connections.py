@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from agent.ztunnel.relay import waiting_room
+from agent.ztunnel.relay import held_connections
+from agent.ztunnel.relay.held_connections import HeldConnections
 from agent.ztunnel.relay.pod_context import SMALL_PART
 from agent.ztunnel.relay.poller import Poller
-from agent.ztunnel.relay.waiting_room import WaitingRoom
 
 
 class World:
     def __init__(self) -> None:
         self.poller = Poller()
         self.known: set[str] = set()
-        self.room = WaitingRoom(self.poller, lambda pod: pod.uid in self.known)
+        self.room = HeldConnections(self.poller, lambda pod: pod.uid in self.known)
         self.said: list[str] = []
 
     def pod(self, uid: str) -> Any:
@@ -45,8 +45,8 @@ def test_only_the_pods_that_became_known_go_on(world: World) -> None:
 
 
 def test_the_time_is_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting_room, "HELD_SECONDS", 0.05)
-    world.room = WaitingRoom(world.poller, lambda _: False)
+    monkeypatch.setattr(held_connections, "HELD_SECONDS", 0.05)
+    world.room = HeldConnections(world.poller, lambda _: False)
     assert world.hold(world.pod("one"), "a")
     world.poller.loop.call_later(0.2, world.poller.loop.stop)
     world.poller.loop.run_forever()
