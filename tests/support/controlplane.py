@@ -85,11 +85,11 @@ def response(kind: str, nonce: str, resources: dict[str, bytes], removed: tuple[
 
 
 @contextlib.contextmanager
-def served(ca: DevelopmentCa, address: str = "127.0.0.1:0") -> Iterator[tuple[ControlPlane, str]]:
-    """Yields (the control plane, its address as a setting)."""
+def served(ca: DevelopmentCa, address: str = "127.0.0.1:0", age: int = 0) -> Iterator[tuple[ControlPlane, str]]:
+    """Yields (the control plane, its address as a setting). Connections get GOAWAY after `age` ms, if it is not 0."""
     plane = ControlPlane(ca)
     with ThreadPoolExecutor(8) as pool:
-        server = grpc.server(pool)
+        server = grpc.server(pool, options=[("grpc.max_connection_age_ms", age)] if age else None)
         server.add_generic_rpc_handlers((plane,))
         port = server.add_insecure_port(address)
         server.start()

@@ -88,8 +88,8 @@ class Istiod:
         self.server = ApiServer(folder / "api", place=place.call)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def run(self) -> None:
-        """Starts it and waits until it serves."""
+    def run(self, *more: str) -> None:
+        """Starts it, with `more` arguments, and waits until it serves."""
         kubeconfig = self.folder / "kubeconfig"
         kubeconfig.write_text(json.dumps({
             "apiVersion": "v1", "kind": "Config", "current-context": "test",
@@ -108,7 +108,7 @@ class Istiod:
         with self.log.open("ab") as out:
             self.process = start(
                 [ISTIOD, "discovery", "--kubeconfig", str(kubeconfig), "--domain", "cluster.local",
-                 "--meshConfig", str(self.folder / "mesh"), "--shutdownDuration", "1s"],
+                 "--meshConfig", str(self.folder / "mesh"), "--shutdownDuration", "1s", *more],
                 netns=self.place.path, env=environment, stdout=out, stderr=out,
             )  # fmt: skip
         self._wait(lambda: self.page(8080, "/ready")[0] == 200, "istiod is not ready")

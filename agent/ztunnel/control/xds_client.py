@@ -32,7 +32,8 @@ AUTHORIZATION: Final = "type.googleapis.com/istio.security.Authorization"
 FIRST_BACKOFF: Final = 0.01  # seconds; doubles up to LAST_BACKOFF
 LAST_BACKOFF: Final = 15.0
 _INVALID_ARGUMENT: Final = 3  # google.rpc.Code
-# istiod ends streams on purpose, to spread its clients: this is no failure.
+# istiod ends streams on purpose, to spread its clients: this is no failure. With GOAWAY it comes as another exception
+# ("Protocol error"), because a PING follows it, which h2 does not expect.
 _BENIGN: Final = (Status.OK, Status.CANCELLED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,9 @@ class XdsClient:
                 await self._stream()
                 how = Termination.COMPLETE
                 self.error = "istiod ended the stream"
-            except (OSError, SluiceError, StreamTerminatedError) as error:
-                how = Termination.CONNECTION
-                self._failed(error)
-            except GRPCError as error:
-                how = Termination.RECONNECT if error.status in _BENIGN and self.connected else Termination.ERROR
-                self._failed(error)
+            except (OSError, SluiceError, StreamTerminatedError, GRPCError) as error:
+                how = self._termination(error)
+                self._failed(error, how)
             self.counts.terminations[how] = self.counts.terminations.get(how, 0) + 1
             backoff = FIRST_BACKOFF if self.connected else min(backoff * 2, LAST_BACKOFF)
             self.connected = False
@@ -134,8 +132,19 @@ class XdsClient:
             **{("istio_xds_message_bytes", (("url", url),)): count for url, count in counts.bytes.items()},
         }
 
-    def _failed(self, error: Exception) -> None:
+    def _termination(self, error: Exception) -> Termination:
+        if isinstance(error, SluiceError) or (isinstance(error, GRPCError) and error.status not in _BENIGN):
+            return Termination.ERROR
+        if self.connected:
+            return Termination.RECONNECT
+        return Termination.ERROR if isinstance(error, GRPCError) else Termination.CONNECTION
+
+    def _failed(self, error: Exception, how: Termination) -> None:
         why = grpc_channel.reason(error)
+        if how is Termination.RECONNECT:
+            log.info("istiod: the stream has ended: %s", why)
+            self.error = "the stream has ended"
+            return
         if why != self.error:
             log.warning("istiod: %s", why)
         self.error = why

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from support.controlplane import ControlPlane, response, served
 
 from agent.core.wire.protobuf import Message, embedded, number, text
@@ -26,7 +27,9 @@ async def _soon(wanted: Callable[[], Any]) -> Any:
     return found
 
 
-def follow(tmp_path: Path, steps: Callable[[ControlPlane, XdsClient, list[MeshDelta]], Awaitable[None]]) -> None:
+def follow(
+    tmp_path: Path, steps: Callable[[ControlPlane, XdsClient, list[MeshDelta]], Awaitable[None]], age: int = 0
+) -> None:
     async def run(plane: ControlPlane, address: str) -> None:
         deltas: list[MeshDelta] = []
         client = XdsClient(
@@ -36,7 +39,7 @@ def follow(tmp_path: Path, steps: Callable[[ControlPlane, XdsClient, list[MeshDe
         await steps(plane, client, deltas)
         running.cancel()
 
-    with served(DevelopmentCa(tmp_path)) as (plane, address):
+    with served(DevelopmentCa(tmp_path), age=age) as (plane, address):
         asyncio.run(run(plane, address))
 
 
@@ -77,3 +80,31 @@ def test_two_subscriptions_then_differences_and_versions_after_a_loss(tmp_path: 
         assert Termination.CONNECTION not in client.counts.terminations
 
     follow(tmp_path, steps)
+
+
+def test_a_stream_that_istiod_ends_for_its_age_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def steps(plane: ControlPlane, client: XdsClient, deltas: list[MeshDelta]) -> None:
+        for kind in (ADDRESS, AUTHORIZATION):
+            await _request(plane)
+            plane.pushes.put(response(kind, "v1", {}))
+        await client.synced.wait()
+        await _soon(lambda: client.counts.terminations)
+        assert client.counts.terminations == {Termination.RECONNECT: 1}
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        plane.pushes.put(None)  # of the stream that has ended
+
+    follow(tmp_path, steps, age=500)
+
+
+def test_an_istiod_that_cannot_be_reached_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> XdsClient:
+        channel = grpc_channel.channel("http://127.0.0.1:9")
+        client = XdsClient(lambda: channel, Node("ztunnel~1~a~b", {}), dict, lambda _: None)
+        running = asyncio.create_task(client.run())
+        await _soon(lambda: sum(client.counts.terminations.values()) > 2)
+        running.cancel()
+        return client
+
+    client = asyncio.run(run())
+    assert set(client.counts.terminations) == {Termination.CONNECTION}
+    assert [record.getMessage() for record in caplog.records] == ["istiod: Connection refused"]
