@@ -169,16 +169,16 @@ def test_names_are_resolved(mesh: Mesh) -> None:
     assert answer(mesh, "far.example") == ["10.99.0.9"]
 
 
-def received(mesh: Mesh) -> int:
+def received(ztunnel: FedZtunnel) -> int:
     """Bytes of workloads and services from istiod."""
-    found = re.search(r'istio_xds_message_bytes_total\{url="[^"]*istio.workload.Address"\} (\d+)', mesh.ours.metrics())
+    found = re.search(r'istio_xds_message_bytes_total\{url="[^"]*istio.workload.Address"\} (\d+)', ztunnel.metrics())
     assert found
     return int(found[1])
 
 
 def test_after_a_restart_of_istiod_only_differences_are_sent(mesh: Mesh) -> None:
     """The new one ends its streams after 5 s each, as istiod does after 30 min: this is no failure."""
-    whole = received(mesh)
+    whole = received(mesh.ours)
     with joined(mesh.web, mesh.shop) as (client, server):
         mesh.istiod.end()
         mesh.istiod.server.put(custom("ServiceEntry", "far", FAR["spec"]))
@@ -188,7 +188,7 @@ def test_after_a_restart_of_istiod_only_differences_are_sent(mesh: Mesh) -> None
         wait(lambda: mesh.named("services", "far"))
         server.sendall(b"y")
         assert client.recv(1) == b"y"
-    assert received(mesh) - whole < whole
+    assert received(mesh.ours) - whole < whole
     wait(lambda: mesh.ours.log.read_text().count("istiod: the stream has ended") == 3)
     assert "WARNING" not in mesh.ours.log.read_text().partition("the stream has ended")[2].partition("connected")[2]
     assert len(mesh.named("workloads", "shop")) == 1
@@ -210,6 +210,7 @@ def test_istios_ztunnel_has_the_same_from_it(control: Istiod, tmp_path: Path, cl
             near.sendall(b"x")
             assert far.recv(1) == b"x"
             (mine, others) = (each.dump() for each in (one, other))
+        assert received(one) == received(other)
     for kind in ("workloads", "services", "policies"):
         assert keyed(mine[kind]) == keyed(others[kind])
 

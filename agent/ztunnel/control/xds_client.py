@@ -75,7 +75,7 @@ class MeshDelta:
 
 @dataclass(slots=True)
 class XdsCounts:
-    """The client's own metrics; messages and bytes are by type URL."""
+    """The client's own metrics; messages and bytes, which are those of resources alone, are by type URL."""
 
     terminations: dict[Termination, int] = field(default_factory=dict)
     messages: dict[str, int] = field(default_factory=dict)
@@ -177,7 +177,6 @@ class XdsClient:
         if kind not in self._versions:
             raise ProtocolError(f"istiod sent the type {kind or '-'}, which was not asked for")
         self.counts.messages[kind] = self.counts.messages.get(kind, 0) + 1
-        self.counts.bytes[kind] = self.counts.bytes.get(kind, 0) + len(data)
         refused = self._apply_response(kind, response.messages(2), response.texts(6))
         self._answered.add(kind)
         if len(self._answered) == len(self._versions):
@@ -194,11 +193,13 @@ class XdsClient:
         policies: dict[str, Authorization] = {}
         refused: list[str] = []
         versions = self._versions[kind]
+        size = self.counts.bytes.get(kind, 0)
         for resource in resources:
             name = resource.text(3)
             try:
                 body = resource.message(2)
                 value = body.raw(2) if body else b""
+                size += len(value)
                 if kind == ADDRESS:
                     changed.append(xds_messages.address(value))
                 else:
@@ -207,6 +208,7 @@ class XdsClient:
                 refused.append(f"{name}: {error}")
                 continue
             versions[name] = resource.text(1)
+        self.counts.bytes[kind] = size
         for name in removed:
             versions.pop(name, None)
         if kind == ADDRESS:

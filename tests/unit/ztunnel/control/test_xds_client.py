@@ -69,6 +69,7 @@ def test_two_subscriptions_then_differences_and_versions_after_a_loss(tmp_path: 
         first = deltas[0].changed[0]
         assert isinstance(first, Workload) and (first.addresses, first.trust_domain) == (("10.0.0.2",), "cluster.local")
         assert list(deltas[1].policies) == ["shop/a"]
+        assert client.counts.bytes == {ADDRESS: 2 * (2 + len(DB)) + 4, AUTHORIZATION: 3 + 6}
 
         plane.pushes.put(None)  # the stream ends: no resource is sent again that is held
         again = await _request(plane)
