@@ -22,7 +22,7 @@ from agent.core.errors import SluiceError
 from agent.kernel.exec import start
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
-from agent.kernel.proc import parse_stat
+from agent.kernel.proc import forked_children, parse_stat
 
 # Handles of the processes that this one started and must reap.
 _own: dict[int, subprocess.Popen[bytes]] = {}
@@ -101,7 +101,10 @@ class Children:
 
 
 def end(pid: int, started: int | None, seconds: float) -> None:
-    """Ends one process if it is still the one that started at `started`; with 0 seconds by SIGKILL alone."""
+    """Ends one process if it is still the one that started at `started`; with 0 seconds by SIGKILL alone.
+
+    Waits for the workers that it has forked, too: they end a moment later.
+    """
     own = _own.pop(pid, None)
     if own is not None and own.poll() is not None:
         return
@@ -112,6 +115,7 @@ def end(pid: int, started: int | None, seconds: float) -> None:
     try:
         if start_time(pid) != started:
             return
+        workers = forked_children(pid)
         steps = ((signal.SIGTERM, seconds),) if seconds else ()
         for number, patience in (*steps, (signal.SIGKILL, 10.0)):
             with contextlib.suppress(ProcessLookupError):
@@ -120,6 +124,9 @@ def end(pid: int, started: int | None, seconds: float) -> None:
                 break
         else:
             raise SluiceError(f"process {pid} did not end after SIGKILL")
+        until = time.monotonic() + 10.0
+        while any(map(start_time, workers)) and time.monotonic() < until:
+            time.sleep(0.005)
     finally:
         os.close(handle)
     if own is not None:

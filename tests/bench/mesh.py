@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the way through two ztunnels costs, as ratios in one run: direct, relayed in plain, and by HBONE.
 
-Each way has two pods in two network namespaces and two ztunnels of one worker each; `direct` has no rules. The rounds
-of the ways alternate, so that what else the machine does meets all of them. The client and the listener are those of
-the benchmark of the data path (traffic.c).
+Each way has two pods in two network namespaces and two ztunnels, of one process each or with two workers; `direct` has
+no rules. The rounds of the ways alternate, so that what else the machine does meets all of them. The client and the
+listener are those of the benchmark of the data path (traffic.c).
 
 If SLUICE_REAL_ZTUNNEL names a binary of Istio's, the same is measured with two of it in one more way each.
 
@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/support, as pytest has it
 
 from support.hbone import Node, two_nodes
@@ -39,6 +41,7 @@ from tests.bench.measure import cpu, memory
 
 PORTS = tuple(range(8080, 8088))
 DIRECT, PLAIN, HBONE = "direct", "plain relay", "HBONE"
+WORKERS = " of 2 workers"  # such a way has a supervisor and two workers; others have one process
 ISTIO_PLAIN, ISTIO_HBONE = "Istio's plain", "Istio's HBONE"
 WORKLOADS = """workloads:
 - {{uid: web, name: web, namespace: demo, serviceAccount: web, trustDomain: cluster.local, protocol: {protocol},
@@ -59,7 +62,16 @@ class Way:
     listeners: dict[int, int] = field(default_factory=dict)  # port to process
 
     def cpu(self) -> float:
-        return sum(map(cpu, self.ztunnels))
+        return sum(cpu(pid) for ztunnel in self.ztunnels for pid in processes(ztunnel))
+
+    def memory(self, kind: str = "pss") -> float:
+        """The larger one of both ztunnels, all of its processes together."""
+        sums = [sum(memory(pid)[kind] for pid in processes(ztunnel)) for ztunnel in self.ztunnels]
+        return max(sums, default=0)
+
+
+def processes(ztunnel: int) -> list[int]:
+    return [ztunnel, *(child.pid for child in psutil.Process(ztunnel).children())]
 
 
 @dataclass(frozen=True)
@@ -125,7 +137,8 @@ def serve(made: contextlib.ExitStack, folder: Path, node: Node, name: str) -> in
         protocol = "HBONE" if name == ISTIO_HBONE else "TCP"
         mesh.write_text(WORKLOADS.format(protocol=protocol, POD4=POD4, PEER4=PEER4))
         return made.enter_context(istio_ztunnel(node, mesh, DevelopmentCa(folder / "ca"))).process.pid
-    return node.start(mesh="" if name == HBONE else "accounts={}").process.pid
+    mesh_of = "" if name.startswith(HBONE) else "accounts={}"
+    return node.start(mesh=mesh_of, workers=2 if name.endswith(WORKERS) else 1).process.pid
 
 
 Convert = Callable[[Sample], float]
@@ -172,7 +185,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--only", default="", help="measures whose name contains this")
     parser.add_argument(
-        "--ways", default=",".join((DIRECT, PLAIN, HBONE, *((ISTIO_PLAIN, ISTIO_HBONE) if REAL else ())))
+        "--ways",
+        default=",".join(
+            (DIRECT, PLAIN, HBONE, PLAIN + WORKERS, HBONE + WORKERS, *((ISTIO_PLAIN, ISTIO_HBONE) if REAL else ()))
+        ),
     )
     parser.add_argument("--json", default="")
     args = parser.parse_args()
@@ -183,7 +199,8 @@ def main() -> int:
         traffic = Path(name) / "traffic"
         run(["cc", "-O2", "-o", str(traffic), str(SOURCE)])
         with ways(Path(name), traffic, wanted) as found:
-            idle = {way.name: [memory(pid)["pss"] for pid in way.ztunnels] for way in found}
+            idle = {way.name: way.memory() for way in found}
+            resident = {way.name: way.memory("rss") for way in found}
             for measure in measures(args.megabytes, args.connections, args.requests):
                 if args.only not in measure.name:
                     continue
@@ -196,9 +213,9 @@ def main() -> int:
                 for unit, convert in measure.figures:
                     medians = {way: statistics.median(map(convert, taken)) for way, taken in samples.items()}
                     rows.append((measure.name, unit, *(f"{medians[way]:.4g}" for way in wanted)))
-            rows.append(("memory of a ztunnel", "MB, idle", *(f"{max(idle[way], default=0):.1f}" for way in wanted)))
-            after = {way.name: [memory(pid)["pss"] for pid in way.ztunnels] for way in found}
-            rows.append(("memory of a ztunnel", "MB, then", *(f"{max(after[way], default=0):.1f}" for way in wanted)))
+            after = {way.name: way.memory() for way in found}
+            for words, sizes in (("PSS idle", idle), ("RSS idle", resident), ("PSS then", after)):
+                rows.append(("memory of a ztunnel", f"MB, {words}", *(f"{sizes[way]:.1f}" for way in wanted)))
     print(
         f"Linux {os.uname().release}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, medians of {args.rounds}"
     )
