@@ -35,7 +35,7 @@ _ANY: Final = {2: "0.0.0.0", 4: "::"}  # by the length of an Address
 class _End:
     """One socket, the messages that it sent and the bytes that it gets."""
 
-    __slots__ = ("connection", "ended", "framing", "output", "pieces", "readable")
+    __slots__ = ("connection", "ended", "framing", "output", "pieces", "readable", "shut")
 
     def __init__(self, connection: socket.socket, framing: DnsFraming) -> None:
         self.connection = connection
@@ -44,6 +44,7 @@ class _End:
         self.output = bytearray()
         self.readable = True
         self.ended = False  # the FIN was read
+        self.shut = False  # the FIN was sent
 
     def read(self) -> bool:
         """Reads once; returns False if there was nothing. Raises OSError."""
@@ -62,6 +63,8 @@ class _End:
 
     def flush(self) -> bool:
         """Sends what the socket takes; returns True if it took something. Raises OSError."""
+        if not self.output:
+            return False
         before = len(self.output)
         with contextlib.suppress(BlockingIOError):
             while self.output:
@@ -311,7 +314,8 @@ class DnsConnection:
         if server is None:
             if not (client.output or self._pending):
                 self._end("fin", "")
-        elif not server.output:
+        elif not (server.output or server.shut):
+            server.shut = True
             with contextlib.suppress(OSError):  # it is gone, and an event follows
                 server.connection.shutdown(socket.SHUT_WR)
 
