@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from support.node import until
 from support.ztunnel import NFT, PEER4, PEER6, POD4, POD6, SECONDS, Lab, Place, abort, labs, read_all
@@ -92,9 +93,11 @@ class Watched:
 def held_by(process: Callable[[], int]) -> Callable[[Collection[int]], Collection[int]]:
     def held(inodes: Collection[int]) -> Collection[int]:
         found = set()
-        for one in Path(f"/proc/{process()}/fd").iterdir():
-            with suppress(FileNotFoundError):
-                found.add(str(one.readlink()))
+        ztunnel = psutil.Process(process())  # its workers hold the connections
+        for each in (ztunnel, *ztunnel.children(recursive=True)):
+            for one in Path(f"/proc/{each.pid}/fd").iterdir():
+                with suppress(FileNotFoundError):
+                    found.add(str(one.readlink()))
         return [inode for inode in inodes if f"socket:[{inode}]" in found]
 
     return held
