@@ -73,7 +73,7 @@ def parse(text: str) -> Mesh:
     return Mesh(tuple(workloads), tuple(service for service, _ in services), tuple(policies))
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # six times faster, if it is built
     """Knows the tags with which serde_yaml writes enums with a value, as `!Exact name`."""
 
 
