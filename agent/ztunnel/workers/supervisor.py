@@ -57,6 +57,8 @@ if TYPE_CHECKING:  # a node without a mesh loads none of them
 
 ANSWER_SECONDS: Final = 1.0  # for a report; then the last one counts
 END_SECONDS: Final = 2.0  # for a worker to end; then it is killed
+_CHECK_SECONDS: Final = 5.0
+_SILENT_CHECKS: Final = 4  # a worker that is silent for so many hangs: the queries that it reads wait for ever
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class _Worker:
     channel: WorkerChannel | None = None
     began: float = 0.0
     wait: float = 0.0
+    silent: int = 0  # checks since its last message
     troubles: dict[str, str] = field(default_factory=dict)
     answers: dict[int, asyncio.Future[Report]] = field(default_factory=dict)
 
@@ -146,6 +149,7 @@ class Supervisor:
     async def begin(self) -> None:
         for worker in self._workers:
             self._fork(worker)
+        self._loop.call_later(_CHECK_SECONDS, self._check)
 
     def start(self, add: Add, netns: Netns) -> SharedPod:
         hbone = self._control is not None
@@ -240,19 +244,14 @@ class Supervisor:
     # Workers
 
     def _fork(self, worker: _Worker) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-        run = partial(work, worker.number, self._settings, theirs, self._mesh_start())
         try:
-            worker.pid = fork(run, (theirs.fileno(),))
+            worker.pid, worker.pidfd, ours = _started_process(worker.number, self._settings, self._mesh_start())
         except OSError as error:
             log.error("cannot start worker %d, retrying: %s", worker.number, error.strerror)
-            ours.close()
             self._replace(worker, lived=0.0)
             return
-        finally:
-            theirs.close()
-        worker.pidfd = os.pidfd_open(worker.pid)
         worker.began = self._loop.time()
+        worker.silent = 0
         self._loop.add_reader(worker.pidfd, self._reap, worker)
         worker.channel = WorkerChannel(self._loop, ours, partial(self._received, worker), _wait_for_its_end)
         worker.channel.start()
@@ -289,9 +288,23 @@ class Supervisor:
     def _start_again(self, worker: _Worker) -> None:
         if not self._ending:
             self._fork(worker)
+        if worker.pid:
             log.info("worker %d started again (pid %d)", worker.number, worker.pid)
 
+    def _check(self) -> None:
+        """Counts checks, not seconds: a pause of the whole machine or container is no silence."""
+        for worker in self._workers:
+            worker.silent += 1
+            if worker.pid and worker.silent > _SILENT_CHECKS:
+                seconds = _CHECK_SECONDS * _SILENT_CHECKS
+                log.error(
+                    "worker %d (pid %d) has not answered for %g s, it is killed", worker.number, worker.pid, seconds
+                )
+                os.kill(worker.pid, signal.SIGKILL)
+        self._loop.call_later(_CHECK_SECONDS, self._check)
+
     def _received(self, worker: _Worker, message: Any, _: list[int]) -> None:
+        worker.silent = 0
         match message:
             case Reported(number, report):
                 self._counts.update(worker.pid, report.counts)
@@ -342,6 +355,19 @@ class Supervisor:
         while self.is_live():
             self._exited.clear()
             await self._exited.wait()
+
+
+def _started_process(number: int, settings: ZtunnelSettings, start: MeshStart | None) -> tuple[int, int, socket.socket]:
+    """Returns a worker's process id, its pidfd and the supervisor's end of the channel. Raises OSError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    with theirs, contextlib.ExitStack() as failed:
+        failed.enter_context(ours)
+        pid = fork(partial(work, number, settings, theirs, start), (theirs.fileno(),))
+        failed.callback(os.waitpid, pid, 0)
+        failed.callback(os.kill, pid, signal.SIGKILL)
+        pidfd = os.pidfd_open(pid)
+        failed.pop_all()
+    return pid, pidfd, ours
 
 
 def _wait_for_its_end() -> None:

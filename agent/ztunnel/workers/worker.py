@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import itertools
 import logging
+import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # a node without a mesh loads none of them
     from agent.ztunnel.tls.contexts import Credentials
 
 REPORT_SECONDS: Final = 1.0  # so much of its counts is lost with a worker that is killed
+_ALIVE_REPORTS: Final = 5  # one of so many is sent though nothing has changed: the worker does not hang
 _LOOK_SECONDS: Final = 0.05
 
 log = logging.getLogger(__name__)
@@ -100,10 +104,10 @@ class _Worker:
         self._finished.set()
 
     async def _report(self) -> None:
-        while True:
+        for number in itertools.count(1):
             await asyncio.sleep(REPORT_SECONDS)
             changed = self._changed(0)
-            if changed.report.counts:
+            if changed.report.counts or not number % _ALIVE_REPORTS:
                 self._channel.send(changed)
 
     def _changed(self, number: int) -> Reported:
@@ -136,6 +140,8 @@ class _Worker:
 
     def _add(self, message: AddPod, fds: list[int]) -> str:
         """Returns why the pod cannot be served, or "". Takes over the descriptors."""
+        if not fds:
+            return os.strerror(errno.EMFILE)
         add = message.add
         listeners = Listeners.received(fds[1:], hbone=message.hbone)
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import pickle
 import socket
@@ -43,6 +44,7 @@ class WorkerChannel:
         self._end = end
         self._received = received
         self._ended = ended
+        self._spare = _Spare()
         self._queue: deque[tuple[bytes, Descriptors]] = deque()
         self.waiting = 0  # bytes
         end.setblocking(False)
@@ -64,7 +66,7 @@ class WorkerChannel:
         """Handles what has arrived, at most so many messages; returns True if there may be more."""
         for _ in range(most):
             try:
-                message, fds = _receive(self._end)
+                message, fds = _receive(self._end, self._spare)
             except BlockingIOError:
                 return False
             except OSError:
@@ -86,6 +88,7 @@ class WorkerChannel:
         self._end.settimeout(_CLOSE_SECONDS)
         self._write()
         self._end.close()
+        self._spare.free()
 
     def _write(self) -> None:
         while self._queue:
@@ -93,11 +96,13 @@ class WorkerChannel:
             fds = descriptors()
             try:
                 if fds is not None:
-                    _send(self._end, message, fds)
+                    _send(self._end, message, fds, self._spare)
             except BlockingIOError:
                 self._loop.add_writer(self._end.fileno(), self._write)
                 return
-            except OSError:  # the other end is closed; or too slow, at the end
+            except OSError:  # the other end is closed, or too slow at the end. A message must not be missing: it ends
+                with contextlib.suppress(OSError):
+                    self._end.shutdown(socket.SHUT_WR)
                 self._queue.clear()
                 self.waiting = 0
                 break
@@ -110,10 +115,32 @@ def packed(message: Any) -> bytes:
     return pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
 
 
-def _send(end: socket.socket, message: bytes, fds: Sequence[int]) -> None:
+class _Spare:
+    """A descriptor in reserve: without any other one, the process still gets and sends its messages."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self.fill()
+
+    def free(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def fill(self) -> bool:
+        """Returns False if descriptors have run out."""
+        if self._fd < 0:
+            with contextlib.suppress(OSError):
+                self._fd = os.eventfd(0, os.EFD_CLOEXEC)
+        return self._fd >= 0
+
+
+def _send(end: socket.socket, message: bytes, fds: Sequence[int], spare: _Spare) -> None:
     """Raises OSError."""
     with contextlib.ExitStack() as opened:
         if len(message) > INLINE:
+            spare.free()
+            opened.callback(spare.fill)
             memory = os.memfd_create("message", os.MFD_CLOEXEC)
             opened.callback(os.close, memory)
             with open(memory, "wb", closefd=False) as file:
@@ -124,14 +151,29 @@ def _send(end: socket.socket, message: bytes, fds: Sequence[int]) -> None:
         end.sendmsg([message], control)
 
 
-def _receive(end: socket.socket) -> tuple[bytes, list[int]]:
-    """Returns a message and its descriptors; an empty one at the end. Raises OSError."""
-    message, control, _, _ = end.recvmsg(INLINE, socket.CMSG_SPACE(_MOST_FDS * 4), socket.MSG_CMSG_CLOEXEC)
+def _receive(end: socket.socket, spare: _Spare) -> tuple[bytes, list[int]]:
+    """Returns a message and its descriptors; an empty one at the end. Raises OSError.
+
+    They are closed, and missing, if this process has no room for all of them and a spare one.
+    """
     fds: list[int] = []
-    for _, _, payload in control:
-        fds += array.array("i", payload)
-    if message == _IN_MEMFD:
-        with os.fdopen(fds.pop(), "rb") as file:
-            file.seek(0)
-            message = file.read()
+    spare.free()
+    try:
+        size = socket.CMSG_SPACE(_MOST_FDS * 4)
+        message, control, flags, _ = end.recvmsg(INLINE, size, socket.MSG_CMSG_CLOEXEC)
+        for _, _, payload in control:
+            fds += array.array("i", payload)
+        if message == _IN_MEMFD:
+            if not fds:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            with os.fdopen(fds.pop(), "rb") as file:
+                file.seek(0)
+                message = file.read()
+    finally:
+        full = not spare.fill()
+    if full or flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        fds = []
+        spare.fill()
     return message, fds

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 from agent.ztunnel.workers.worker_channel import INLINE, WorkerChannel
@@ -77,6 +79,50 @@ def test_descriptors_come_with_their_message() -> None:
                 os.close(fd)
         os.close(reading)
         os.close(writing)
+
+    run(steps)
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as held:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limit[1]))
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        with contextlib.suppress(OSError):
+            while True:
+                held.callback(os.close, os.eventfd(0))
+        yield
+
+
+def test_without_descriptors_no_message_is_lost_but_its_descriptors_are() -> None:
+    async def steps(ends: Ends) -> None:
+        reading, writing = os.pipe()
+        ends.other.start()
+        with no_descriptor_left():
+            for number in range(1, 4):
+                ends.one.send(bytes(INLINE))
+                ends.one.send("one", lambda: (writing,))
+                ends.one.send("two", lambda: (reading, writing))
+                await ends.wait(3 * number)
+        assert [(len(message), fds) for message, fds in ends.got] == [(INLINE, []), (3, []), (3, [])] * 3
+        ends.one.send("two", lambda: (reading, writing))
+        await ends.wait(10)
+        assert len(ends.got[-1][1]) == 2
+        for fd in (reading, writing, *ends.got[-1][1]):
+            os.close(fd)
+
+    run(steps)
+
+
+def test_a_message_that_cannot_be_sent_ends_the_other_end() -> None:
+    async def steps(ends: Ends) -> None:
+        ends.other.start()
+        ends.one.send("first")
+        ends.one.send("second", lambda: (1 << 30,))  # no descriptor
+        ends.one.send("third")
+        await asyncio.wait_for(ends.ended.wait(), 10)
+        assert [message for message, _ in ends.got] == ["first"]
 
     run(steps)
 
