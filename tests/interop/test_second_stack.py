@@ -29,8 +29,10 @@ def nodes(served: str, whose: str, folder: Path) -> Iterator[tuple[Node, Node, P
     """(web, shop, `folder`, which has the CA); the ztunnel serves web or shop."""
     mesh = folder / "mesh.yaml"
     mesh.write_text(MESH)
-    with two_nodes(folder) as (web, shop), either_ztunnel(whose, web if served == "web" else shop, mesh):
-        yield web, shop, folder
+    with two_nodes(folder) as (web, shop):
+        node = web if served == "web" else shop
+        with either_ztunnel(whose, node, mesh, workers=1):  # each worker has sessions of its own
+            yield web, shop, folder
 
 
 @pytest.fixture(scope="module")

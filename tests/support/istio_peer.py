@@ -114,10 +114,10 @@ def istio_ztunnel(node: Node, mesh_file: Path, ca: DevelopmentCa, network: str =
 
 
 @contextlib.contextmanager
-def either_ztunnel(whose: str, node: Node, mesh_file: Path, network: str = "") -> Iterator[None]:
-    """Serves the node's pod with the ztunnel of ZTUNNELS."""
+def either_ztunnel(whose: str, node: Node, mesh_file: Path, network: str = "", workers: int = 2) -> Iterator[None]:
+    """Serves the node's pod with the ztunnel of ZTUNNELS; `workers`: of ours."""
     if whose == OURS:
-        node.start_with(mesh_file, f"network={network!r}, {PORTLESS}")
+        node.start_with(mesh_file, f"network={network!r}, workers={workers}, {PORTLESS}")
         yield
         return
     with istio_ztunnel(node, mesh_file, DevelopmentCa(mesh_file.parent / "ca"), network):
