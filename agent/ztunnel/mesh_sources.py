@@ -13,19 +13,18 @@ from agent.core.errors import SettingsError
 from agent.kernel.files import WatchedFile
 from agent.ztunnel.mesh import local_mesh
 from agent.ztunnel.mesh.local_mesh import MeshFileError
-from agent.ztunnel.mesh.mesh_model import Workload
-from agent.ztunnel.mesh.mesh_store import Mesh, MeshStore
+from agent.ztunnel.mesh.mesh_store import Mesh, MeshDelta
 from agent.ztunnel.telemetry.traffic_metrics import Series
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
     from grpclib.client import Channel
 
-    from agent.ztunnel.control.xds_client import MeshDelta, Node
+    from agent.ztunnel.control.xds_client import Node
 
 LOOK_SECONDS: Final = 0.5  # between two looks at the file
 
-Changed = Callable[["Mesh | MeshDelta"], None]
+Changed = Callable[[Mesh | MeshDelta], None]
 
 log = logging.getLogger(__name__)
 
@@ -128,21 +127,3 @@ def istiod_node(settings: ZtunnelSettings) -> Node:
             **settings.metadata,
         },
     )
-
-
-def apply_change(store: MeshStore, delta: Mesh | MeshDelta) -> None:
-    """Puts a whole state, or a change of istiod's, into the store."""
-    if isinstance(delta, Mesh):
-        store.replace(delta)
-        return
-    for each in delta.changed:
-        if isinstance(each, Workload):
-            store.put_workload(each)
-        else:
-            store.put_service(each)
-    for name in delta.removed:  # a uid, or namespace/hostname: only one of them can exist
-        store.remove_workload(name)
-        store.remove_service(name)
-    store.policies.update(delta.policies)
-    for name in delta.removed_policies:
-        store.policies.pop(name, None)

@@ -15,9 +15,9 @@ from agent.ztunnel.dns.mesh_names import MeshNames
 from agent.ztunnel.hbone.next_hop import Router
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.host_resolver import HostResolver
-from agent.ztunnel.mesh.mesh_store import Mesh, MeshStore
+from agent.ztunnel.mesh.mesh_store import Mesh, MeshDelta, MeshStore
 from agent.ztunnel.mesh_router import GatewayRouter, MeshRouter, RouterSettings
-from agent.ztunnel.mesh_sources import MeshSource, apply_change, mesh_source
+from agent.ztunnel.mesh_sources import MeshSource, mesh_source
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.tls.certificates import Certificates
 from agent.ztunnel.tls.contexts import ContextStore, Credentials
@@ -26,7 +26,6 @@ from agent.ztunnel.tls.spiffe import SpiffeId
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:
-    from agent.ztunnel.control.xds_client import MeshDelta
     from agent.ztunnel.telemetry.traffic_metrics import Series
     from agent.ztunnel.tls.revocation import Revocations
 
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 class MeshUser(Protocol):
     """Gets what the node's one MeshControl has found."""
 
-    def mesh_changed(self, change: Mesh | MeshDelta) -> None:
+    def mesh_changed(self, change: MeshDelta) -> None:
         """Takes a change, which the store of the MeshControl has already."""
 
     def put(self, credentials: Credentials) -> None:
@@ -86,9 +85,10 @@ class MeshControl:
         self.certificates.renew(identity)
 
     def _changed(self, change: Mesh | MeshDelta) -> None:
-        apply_change(self.store, change)
+        delta = self.store.difference(change) if isinstance(change, Mesh) else change
+        self.store.apply(delta)
         if self._user is not None:
-            self._user.mesh_changed(change)
+            self._user.mesh_changed(delta)
 
     def _deliver(self, credentials: Credentials) -> None:
         if self._user is not None:
@@ -137,7 +137,7 @@ class NodeMesh:
         """Returns the metrics of this part."""
         return self._revocations.series() if self._revocations is not None else {}
 
-    def mesh_changed(self, _: Mesh | MeshDelta) -> None:
+    def mesh_changed(self, _: MeshDelta) -> None:
         self.tunnels.reconsider()
 
     def close(self) -> None:

@@ -24,6 +24,7 @@ from agent.core.wire.protobuf import Message, embedded
 from agent.ztunnel.control import grpc_channel
 from agent.ztunnel.mesh import xds_messages
 from agent.ztunnel.mesh.mesh_model import Authorization, Service, Workload
+from agent.ztunnel.mesh.mesh_store import MeshDelta
 from agent.ztunnel.telemetry.traffic_metrics import Series
 
 METHOD: Final = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
@@ -61,16 +62,6 @@ class Node:
             for key, value in self.metadata.items()
         )
         return protobuf.text(1, self.identity) + embedded(3, fields)
-
-
-@dataclass(frozen=True, slots=True)
-class MeshDelta:
-    """A change of the mesh. Names in `removed` are uids or namespace/hostname, in `removed_policies` namespace/name."""
-
-    changed: tuple[Workload | Service, ...] = ()
-    removed: tuple[str, ...] = ()
-    policies: Mapping[str, Authorization] = field(default_factory=dict)
-    removed_policies: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

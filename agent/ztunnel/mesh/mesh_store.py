@@ -7,8 +7,8 @@ decided when the endpoints are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from agent.ztunnel.mesh.mesh_model import (
@@ -31,6 +31,16 @@ class Mesh:
     workloads: tuple[Workload, ...] = ()
     services: tuple[Service, ...] = ()
     policies: tuple[Authorization, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MeshDelta:
+    """A change of the mesh. Names in `removed` are uids or namespace/hostname, in `removed_policies` namespace/name."""
+
+    changed: tuple[Workload | Service, ...] = ()
+    removed: tuple[str, ...] = ()
+    policies: Mapping[str, Authorization] = field(default_factory=dict)
+    removed_policies: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +69,35 @@ class MeshStore:
         self._by_hostname: dict[str, dict[str, Service]] = {}
         self._ranges: dict[str, Service] = {}  # services with ranges of addresses
 
-    def replace(self, mesh: Mesh) -> None:
-        """Takes over a whole state; what it does not name is gone."""
-        for uid in self.workloads.keys() - {workload.uid for workload in mesh.workloads}:
-            self.remove_workload(uid)
-        for key in self.services.keys() - {service.key for service in mesh.services}:
-            self.remove_service(key)
-        for workload in mesh.workloads:
-            self.put_workload(workload)
-        for service in mesh.services:
-            self.put_service(service)
-        self.policies = {policy.key: policy for policy in mesh.policies}
+    def difference(self, mesh: Mesh) -> MeshDelta:
+        """Returns the change from this state to a whole one."""
+        uids = {workload.uid for workload in mesh.workloads}
+        keys = {service.key for service in mesh.services}
+        policies = {policy.key: policy for policy in mesh.policies}
+        removed = (self.workloads.keys() - uids) | (self.services.keys() - keys)
+        # A workload may have the name of a service that is removed; the removal takes both, and comes first.
+        workloads = (one for one in mesh.workloads if one.uid in removed or self.workloads.get(one.uid) != one)
+        services = (one for one in mesh.services if one.key in removed or self.services.get(one.key) != one)
+        return MeshDelta(
+            changed=(*workloads, *services),
+            removed=tuple(removed),
+            policies={key: policy for key, policy in policies.items() if self.policies.get(key) != policy},
+            removed_policies=tuple(self.policies.keys() - policies.keys()),
+        )
+
+    def apply(self, delta: MeshDelta) -> None:
+        """Puts a change into the store."""
+        for name in delta.removed:
+            self.remove_workload(name)
+            self.remove_service(name)
+        for each in delta.changed:
+            if isinstance(each, Workload):
+                self.put_workload(each)
+            else:
+                self.put_service(each)
+        self.policies.update(delta.policies)
+        for name in delta.removed_policies:
+            self.policies.pop(name, None)
 
     def put_workload(self, workload: Workload) -> None:
         if self.workloads.get(workload.uid) == workload:

@@ -49,9 +49,8 @@ from agent.ztunnel.workloads import RETRY_SECONDS
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
-    from agent.ztunnel.control.xds_client import MeshDelta
     from agent.ztunnel.hbone.next_hop import Router
-    from agent.ztunnel.mesh.mesh_store import Mesh
+    from agent.ztunnel.mesh.mesh_store import MeshDelta
     from agent.ztunnel.node_mesh import MeshControl
     from agent.ztunnel.tls.contexts import Credentials
 
@@ -193,7 +192,7 @@ class Supervisor:
 
     # The mesh
 
-    def mesh_changed(self, change: Mesh | MeshDelta) -> None:
+    def mesh_changed(self, change: MeshDelta) -> None:
         self._broadcast(MeshChanged(change))
 
     def put(self, credentials: Credentials) -> None:

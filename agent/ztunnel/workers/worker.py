@@ -40,7 +40,7 @@ from agent.ztunnel.ztunnel_settings import ZtunnelSettings
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
     from agent.ztunnel.hbone.next_hop import Router
-    from agent.ztunnel.mesh.mesh_store import MeshStore
+    from agent.ztunnel.mesh.mesh_store import MeshDelta, MeshStore
     from agent.ztunnel.node_mesh import NodeMesh
     from agent.ztunnel.tls.contexts import Credentials
 
@@ -163,11 +163,9 @@ class _Worker:
         else:
             self._finish()
 
-    def _change(self, change: Any) -> None:
-        from agent.ztunnel.mesh_sources import apply_change
-
+    def _change(self, change: MeshDelta) -> None:
         assert self._mesh is not None
-        apply_change(self._mesh.store, change)
+        self._mesh.store.apply(change)
         self._mesh.mesh_changed(change)
 
     def _use(self, credentials: Credentials) -> None:

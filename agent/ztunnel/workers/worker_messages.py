@@ -10,8 +10,7 @@ from agent.zds.messages import Add
 from agent.ztunnel.pod_server import Report
 
 if TYPE_CHECKING:  # a node without a mesh loads none of them
-    from agent.ztunnel.control.xds_client import MeshDelta
-    from agent.ztunnel.mesh.mesh_store import Mesh
+    from agent.ztunnel.mesh.mesh_store import MeshDelta
     from agent.ztunnel.tls.contexts import Credentials
     from agent.ztunnel.tls.spiffe import SpiffeId
 
@@ -39,7 +38,7 @@ class DropPod:
 class MeshChanged:
     """Apply the change."""
 
-    change: Mesh | MeshDelta
+    change: MeshDelta
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ policies:
 def test_what_is_dumped_is_the_mesh_that_was_read() -> None:
     read = local_mesh.parse(MESH)
     store = MeshStore()
-    store.replace(read)
+    store.apply(store.difference(read))
     dumped = json.loads(json.dumps(mesh_dump.mesh(store)))
     assert [workload.pop("services") for workload in dumped["workloads"]] == [["demo/web.demo"]]
     assert local_mesh.parse(json.dumps({
@@ -47,8 +47,7 @@ def test_what_is_dumped_is_the_mesh_that_was_read() -> None:
 def test_istioctl_reads_the_values() -> None:
     """It takes no bare `Presence`, and counts the endpoints, which are those that may be used."""
     store = MeshStore()
-    store.replace(
-        local_mesh.parse("""
+    read = local_mesh.parse("""
 workloads:
 - {uid: a, name: a, namespace: demo, protocol: TCP, workloadIps: [], services: {demo/web.demo: {80: 8080}}}
 - {uid: b, name: b, namespace: demo, protocol: TCP, workloadIps: [], status: Unhealthy,
@@ -60,7 +59,7 @@ policies:
 - {name: strict, namespace: demo, scope: WorkloadSelector, action: Deny, dryRun: false,
    rules: [[[{notPrincipals: [!Presence []]}]]]}
 """)
-    )
+    store.apply(store.difference(read))
     dumped = mesh_dump.mesh(store)
     assert [(one["workloadIps"], one["clusterId"]) for one in dumped["workloads"]] == [([], ""), ([], "")]
     none, web = dumped["services"]

@@ -13,8 +13,9 @@ from support.controlplane import ControlPlane, response, served
 
 from agent.core.wire.protobuf import Message, embedded, number, text
 from agent.ztunnel.control import grpc_channel
-from agent.ztunnel.control.xds_client import ADDRESS, AUTHORIZATION, MeshDelta, Node, Termination, XdsClient
+from agent.ztunnel.control.xds_client import ADDRESS, AUTHORIZATION, Node, Termination, XdsClient
 from agent.ztunnel.mesh.mesh_model import Workload
+from agent.ztunnel.mesh.mesh_store import MeshDelta
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
 DB = text(20, "uid-db") + text(1, "db") + text(2, "shop") + embedded(3, bytes((10, 0, 0, 2))) + number(5, 1)

@@ -88,5 +88,5 @@ policies:
 
 def store() -> MeshStore:
     made = MeshStore()
-    made.replace(local_mesh.parse(FILE))
+    made.apply(made.difference(local_mesh.parse(FILE)))
     return made
