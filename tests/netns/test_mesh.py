@@ -127,8 +127,8 @@ def test_a_damaged_file_keeps_the_previous_mesh(nodes: tuple[Node, Node], tmp_pa
 def test_the_streams_of_a_session_count_for_the_limit_of_their_pod(tmp_path: Path) -> None:
     (tmp_path / "mesh.yaml").write_text(MESH)
     with two_nodes(tmp_path) as (web, shop):
-        web.start_with(tmp_path / "mesh.yaml")
-        shop.start_with(tmp_path / "mesh.yaml", f"share=1, {PORTLESS}")
+        web.start_with(tmp_path / "mesh.yaml", f"workers=1, {PORTLESS}")
+        shop.start_with(tmp_path / "mesh.yaml", f"share=1, workers=1, {PORTLESS}")
         with connection((web, shop), PEER4, 8080):
             refused(web, shop)
         assert web.ztunnel.wait_record(direction="outbound")["error"] == "http status: 503"
