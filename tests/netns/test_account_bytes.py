@@ -7,6 +7,7 @@ knows: after a reset nothing else can be said. One worker is an application's, t
 
 from __future__ import annotations
 
+import errno
 import random
 import socket
 import struct
@@ -21,6 +22,10 @@ from support.accounting import MODES, Account, accounted
 from support.applications import cookie, dial, flushed, receive, reset
 from support.ebpf_pod import APP, PEER, POD, family
 
+from agent.backends.ebpf import object_files
+from agent.backends.ebpf.attachments import Change, Load
+from agent.core.errors import KernelError
+from agent.flows.ebpf.account_programs import Programs
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 
 pytestmark = pytest.mark.root
@@ -301,6 +306,21 @@ def test_ten_thousand_connections_to_the_byte(mode: str) -> None:
         check(account, talks)
 
 
+@pytest.fixture(params=["of the kernel's choice", "files"])
+def walked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the iterators go over: with `files` the kernel refuses those over a map, as some do."""
+    load = Programs._do
+
+    def refuse(programs: Programs, change: Change) -> None:
+        if change == Load(object_files.REFRESH.object):
+            raise KernelError("load", errno.EPERM, "Operation not permitted")
+        load(programs, change)
+
+    if request.param == "files":
+        monkeypatch.setattr(Programs, "_do", refuse)
+
+
+@pytest.mark.usefixtures("walked")
 @pytest.mark.parametrize("mode", MODES)
 def test_what_lives_is_counted_while_it_lives(mode: str) -> None:
     """Bytes so far, in totals and lists, and not once more at the end."""

@@ -24,7 +24,12 @@ PAIR = struct.Struct("=QQ")
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[BpfNode]:
     with bpf_node(tmp_path) as made:
-        load.load(made.compile("walk"), made.maps, made.program)
+        try:
+            load.load(made.compile("walk"), made.maps, made.program)
+        except KernelError as error:
+            if error.errno == errno.EPERM:
+                pytest.skip("this kernel refuses iterators over a map: the account goes over open files")
+            raise
         yield made
 
 

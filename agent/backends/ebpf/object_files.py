@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -50,6 +50,8 @@ REFRESH: Final = BpfProgram("refresh", "live", AttachType.TRACE_ITER)
 LIST: Final = BpfProgram("list", "live", AttachType.TRACE_ITER)
 KNOWN: Final = BpfProgram("known", "live", AttachType.TRACE_ITER)
 ITERATORS: Final = (REFRESH, LIST, KNOWN)
+FILES: Final = "files"  # the object with the same iterators, for kernels that refuse those over a map
+FILE_ITERATORS: Final = tuple(replace(one, object=FILES) for one in ITERATORS)
 WATCH: Final = BpfProgram("watch", "watch", AttachType.TCX_EGRESS)
 RESERVE: Final = (
     BpfProgram("ports4", "reserve", AttachType.CGROUP_INET4_BIND),
@@ -57,7 +59,7 @@ RESERVE: Final = (
     BpfProgram("mark4", "reserve", AttachType.CGROUP_INET4_CONNECT),
     BpfProgram("mark6", "reserve", AttachType.CGROUP_INET6_CONNECT),
 )
-ACCOUNTING: Final = (ACCOUNT, *ITERATORS, *RESERVE, WATCH)
+ACCOUNTING: Final = (ACCOUNT, *ITERATORS, *FILE_ITERATORS, *RESERVE, WATCH)
 
 
 def path(name: str) -> Path:

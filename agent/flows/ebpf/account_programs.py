@@ -9,13 +9,16 @@ but the storage in which that backend keeps an application's destinations is one
 
 from __future__ import annotations
 
+import errno
+import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from agent.backends.ebpf import abi, attachments, object_files
 from agent.backends.ebpf.attachments import Attach, Change, Load
+from agent.backends.ebpf.object_files import BpfProgram
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.programs import lives
 from agent.core.errors import KernelError
@@ -28,6 +31,8 @@ SHARED = "memories"
 # These read the destinations that backend ebpf remembers.
 _READERS = (object_files.ACCOUNT, object_files.REFRESH, object_files.LIST)
 _NODE = (object_files.ACCOUNT, *object_files.ITERATORS, *object_files.RESERVE)
+log = logging.getLogger(__name__)
+
 _LINKS = {"account": object_files.ACCOUNT} | {one.name: one for one in object_files.RESERVE}
 
 
@@ -54,10 +59,24 @@ class Programs:
         bpffs.mount(self.pins.mount)
         done = self.plan(self.read())
         for step in done.steps:
-            attachments.do(
-                step.payload, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes, elsewhere=self.elsewhere
-            )
+            try:
+                self._do(step.payload)
+            except KernelError as error:
+                if error.errno != errno.EPERM or step.payload != Load(object_files.REFRESH.object):
+                    raise
+                log.warning("live connections are found by the open files of all processes: %s", error)
+                self._do(Load(object_files.FILES))
         return done.differences
+
+    def _do(self, change: Change) -> None:
+        attachments.do(
+            change, self.pins, self.pins.node, attachments.attach_cgroup, self.sizes, elsewhere=self.elsewhere
+        )
+
+    def loaded(self, program: BpfProgram) -> BpfProgram:
+        """Returns the program, or in place of an iterator that the kernel refused the one that walks files."""
+        spare = replace(program, object=object_files.FILES)
+        return spare if program in object_files.ITERATORS and self.pins.node.program(spare).exists() else program
 
     @property
     def elsewhere(self) -> dict[str, Path]:
@@ -65,7 +84,7 @@ class Programs:
 
     def read(self) -> AccountState:
         """Reads the present state. Raises KernelError."""
-        return AccountState(attachments.read(self.pins.node, _NODE), self._bound())
+        return AccountState(attachments.read(self.pins.node, tuple(map(self.loaded, _NODE))), self._bound())
 
     def plan(self, have: AccountState) -> Plan[Change]:
         changes = list(_changes(have))
@@ -93,7 +112,7 @@ class Programs:
         if (held := syscall.find(self.shared)) is None:
             return False
         with Map(held, SHARED) as destinations:
-            for program in _READERS:
+            for program in map(self.loaded, _READERS):
                 fd = syscall.find(self.pins.node.program(program))
                 if fd is not None and destinations.id not in _maps(fd):
                     return False

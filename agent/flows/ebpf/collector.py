@@ -268,8 +268,10 @@ class EbpfCollector:
     @contextmanager
     def _iterator(self, program: object_files.BpfProgram, over: str = "accounts") -> Iterator[int]:
         """Makes a link of this process's own: it attaches nothing unless it is read."""
+        program = self.programs.loaded(program)
         with Descriptor(syscall.get(self.programs.pins.node.program(program))) as loaded:
-            descriptor = iterator.attach(loaded, self._maps[over].fd)
+            walked = None if program.object == object_files.FILES else self._maps[over].fd
+            descriptor = iterator.attach(loaded, walked)
         with Descriptor(descriptor) as link:
             yield link
 

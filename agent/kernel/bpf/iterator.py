@@ -30,12 +30,18 @@ class _LinkOptions(ctypes.Structure):
     )
 
 
-def attach(program_fd: int, map_fd: int) -> int:
-    """Returns a descriptor of the link between an iterator program and the map that it walks. Raises KernelError."""
-    target = ctypes.c_uint32(map_fd)
-    options = _LinkOptions(ctypes.sizeof(_LinkOptions), 0, ctypes.addressof(target), ctypes.sizeof(target), 0)
-    result = libbpf.ask("bpf_link_create", program_fd, 0, AttachType.TRACE_ITER, ctypes.byref(options))
-    return libbpf.check("attach BPF iterator to a map", result)
+def attach(program_fd: int, map_fd: int | None) -> int:
+    """Returns a descriptor of the link between an iterator program and the map that it walks. Raises KernelError.
+
+    `map_fd` is None for a program that walks something else.
+    """
+    options = None
+    if map_fd is not None:
+        target = ctypes.c_uint32(map_fd)
+        walked = _LinkOptions(ctypes.sizeof(_LinkOptions), 0, ctypes.addressof(target), ctypes.sizeof(target), 0)
+        options = ctypes.byref(walked)
+    result = libbpf.ask("bpf_link_create", program_fd, 0, AttachType.TRACE_ITER, options)
+    return libbpf.check("attach BPF iterator", result)
 
 
 def read(link_fd: int) -> bytes:
