@@ -82,6 +82,8 @@ def test_garbage_from_the_agent(served: Lab, garbage: bytes) -> None:
 
 def test_descriptors_where_none_or_one_belongs(served: Lab) -> None:
     one = (served.pod.netns.fd,)
+    for _ in range(2):  # each worker serves the pod then
+        served.outbound()
     before = served.ztunnel.fds()
     add = Add("uid-9", "web", "shop", "default")
     for request, fds in ((add, ()), (add, one * 2), (Delete("uid-9"), one)):
