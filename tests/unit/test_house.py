@@ -73,6 +73,21 @@ def test_a_fragment_is_no_sentence(house: ModuleType, tmp_path: Path, code: str,
     assert len(house.fragments(tmp_path)) == fragments
 
 
+def test_no_file_has_more_than_400_lines(house: ModuleType) -> None:
+    assert house.long_files(REPO) == [], "split it by noun; what several test files use belongs in tests/support"
+
+
+def test_a_long_file_is_found(house: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "tests" / "netns").mkdir(parents=True)
+    for name, lines in (("test_short", 400), ("test_long", 401), ("test_flows_diag", 500)):
+        (tmp_path / "tests" / "netns" / f"{name}.py").write_text("pass\n" * lines)
+    assert house.long_files(tmp_path) == [("tests/netns/test_long.py", 1, "401 lines")]
+
+
+def test_long_files_that_are_allowed_exist(house: ModuleType) -> None:
+    assert [name for name in sorted(house.LONG_FILES) if not (REPO / name).is_file()] == []
+
+
 def test_a_module_name_occurs_once(house: ModuleType) -> None:
     assert house.module_names(REPO) == [], "rename one of them to the noun that a stranger would search for"
 
