@@ -66,7 +66,11 @@ def _up(args: argparse.Namespace) -> int:
     _progress(f"up; the resolver {lab.resolver} knows the names in {DOMAIN}")
     if mesh:
         _progress(f"connections between enrolled pods go by HBONE: {_wire(lab)}")
-    _progress("to run a command in a pod: sluice lab exec shop/client -- COMMAND; to remove the lab: sluice lab down")
+    prefix = "" if args.prefix == DEFAULT_PREFIX else f" --prefix {args.prefix}"
+    _progress(
+        f"to run a command in a pod: sluice lab exec{prefix} shop/client -- COMMAND;"
+        f" to remove the lab: sluice lab down{prefix}"
+    )
     return 0
 
 

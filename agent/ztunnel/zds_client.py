@@ -37,14 +37,12 @@ class ZdsClient:
 
     async def run(self) -> None:
         """Runs until cancelled. Does not reconnect once this process is ending: the newest connection gets new pods."""
-        silent = False
         while not self._workloads.leaving:
             try:
                 await self._session()
             except (OSError, SluiceError) as error:
-                if not silent:  # once per outage
+                if self._delay == FIRST_DELAY:  # once per outage
                     log.warning("no connection to the agent at %s, retrying: %s", self._path, error)
-                silent = self._delay > FIRST_DELAY
             await asyncio.sleep(self._delay)
             self._delay = min(self._delay * 2, LAST_DELAY)
 
