@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -19,18 +20,26 @@ from agent.lab.links import links
 from agent.sources.drift import DriftWatcher, Wake
 
 SECONDS = 20
+_LOCAL_TABLE = 255
 SYSCTL = "sysctl -qw net.ipv6.conf"
 
 
 def prepare(pod: Pod) -> None:
     """Gives it an interface with addresses of both families, when the kernel has nothing more to tell of it.
 
-    That its peer is down is notified up to a second later: as a change that nobody made.
+    That its peer is down, and that it has an IPv6 address, is notified later: as a change that nobody made.
     """
+
+    def has_address() -> bool:
+        routes = inside.rtnl.get_routes(family=socket.AF_INET6, table=_LOCAL_TABLE)
+        return any(route.get_attr("RTA_DST") == "fd09::2" for route in routes)
+
     with links(pod.name) as inside:
         inside.veth("eth0", "w")
         inside.add_addresses("eth0", "10.9.0.2/24", "fd09::2/64")
         until(lambda: inside.state("eth0") == "LOWERLAYERDOWN", "the kernel has seen that the peer is down")
+        until(has_address, "the kernel has made the route of the address")
+        inside.up("eth0")  # changes nothing, but waits for the lock under which the kernel does this and notifies
 
 
 class Reading(DriftWatcher):
