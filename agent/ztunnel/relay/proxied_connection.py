@@ -107,9 +107,8 @@ class ProxiedConnection:
             self._pod.live.discard(self)
             return
         self._destination = destination = onward
-        self._server = self._reach(destination, self._source if own else (_ANY[len(self._source)], *self._source[1:]))
-        if returns:
-            mark_returned(self._server)
+        source = self._source if own else (_ANY[len(self._source)], *self._source[1:])
+        self._server = self._reach(destination, source, returned=bool(returns))
         self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
         self._pod.connecting[self._ends] = returns
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
@@ -130,11 +129,13 @@ class ProxiedConnection:
         self._pod.count(self, hop.parties, self._began)
         return hop.address
 
-    def _reach(self, destination: Address, source: Address) -> socket.socket:
+    def _reach(self, destination: Address, source: Address, *, returned: bool) -> socket.socket:
         if self._reporter is Reporter.DESTINATION:
             connecting, self._note = self._pod.upstream.connect_for(self._source, destination)
+            if returned:
+                mark_returned(connecting)
             return connecting
-        return self._pod.upstream.connect(destination, source)
+        return self._pod.upstream.connect(destination, source, returned=returned)
 
     def _follow_keepalive(self) -> None:
         """Probes the far end as the application probes its own peer, which is ztunnel."""

@@ -74,14 +74,16 @@ class Upstream:
             self._netns.call(lambda: self._make(family, kind, stock))
         return stock.pop()
 
-    def connect(self, destination: Address, source: Address | None = None) -> socket.socket:
+    def connect(self, destination: Address, source: Address | None = None, *, returned: bool = False) -> socket.socket:
         """Returns a socket that connects as ztunnel. Raises OSError or NetnsError.
 
         `source`: of the application. Its address is kept if it is one of this namespace: routes may depend on it. In
         place of a reserved port the connection gets another reserved one. Call `release` when it has ended.
+
+        `returned`: it goes on for a connection of ztunnel's own that came back (see mark_returned).
         """
-        bound = self._keeping(destination, source) if source is not None else None
-        return self._hold(destination, self._connect(destination) if bound is None else bound)
+        bound = self._keeping(destination, source, returned=returned) if source is not None else None
+        return self._hold(destination, self._connect(destination, returned=returned) if bound is None else bound)
 
     def release(self, destination: Address) -> None:
         count = self._held.get(destination, 0) - 1
@@ -90,7 +92,7 @@ class Upstream:
         else:
             self._held.pop(destination, None)
 
-    def _keeping(self, destination: Address, source: Address) -> socket.socket | None:
+    def _keeping(self, destination: Address, source: Address, *, returned: bool) -> socket.socket | None:
         ports: Iterable[int] = (0,)
         if source[1] in range(1, RESERVED.stop):
             ports = random.sample(RESERVED, TRIES)
@@ -98,7 +100,7 @@ class Upstream:
             ports = (self._next_port(FIRST_CROWDED) for _ in range(TRIES))
         for port in ports:
             try:
-                return self._connect(destination, partial(keep_source, source=source, port=port))
+                return self._connect(destination, partial(keep_source, source=source, port=port), returned=returned)
             except OSError as error:
                 if error.errno not in _TAKEN:  # another port would not help
                     break
@@ -142,9 +144,13 @@ class Upstream:
         self._held[destination] = self._held.get(destination, 0) + 1
         return connecting
 
-    def _connect(self, destination: Address, prepare: Callable[[socket.socket], None] | None = None) -> socket.socket:
+    def _connect(
+        self, destination: Address, prepare: Callable[[socket.socket], None] | None = None, *, returned: bool = False
+    ) -> socket.socket:
         fresh = self.take(destination, socket.SOCK_STREAM)
         try:
+            if returned:
+                mark_returned(fresh)
             if prepare is not None:
                 prepare(fresh)
             failed = fresh.connect_ex(destination)
@@ -191,7 +197,10 @@ def marked(family: int, kind: int) -> socket.socket:
 
 
 def mark_returned(connecting: socket.socket) -> None:
-    """Lets the other processes that serve the pod see that the connection has come back once."""
+    """Lets the other processes that serve the pod see that the connection has come back once.
+
+    Call it before the socket connects, or another process may accept the connection first and pass it on once more.
+    """
     connecting.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, names.ZTUNNEL_MARK | _RETURNED)
 
 
