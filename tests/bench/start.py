@@ -106,11 +106,10 @@ def _start(here: Node, count: int, before: Callable[[], None]) -> float:
     """Seconds from the start of the process to /readyz 200; then waits for every pod."""
     here.processes.end()
     before()
-    admin = here.run_dir / "agent.sock"
     argv_log = here.run_dir / "agent.log"
     started = time.perf_counter()
     child = here.children.start("node1.agent", agent_argv(here), here.netns, argv_log)
-    while not ready(admin):
+    while not ready(here.run_dir):
         if not child.alive:
             raise RuntimeError(child.tail())
         time.sleep(0.02)  # each question costs the agent a millisecond of what is measured
