@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 
 from agent.ztunnel.app import main
 from agent.ztunnel.ztunnel_settings import (
+    MESH_ADDRESSES,
     REVOCATION_FAILURES,
     ZtunnelSettings,
     check,
@@ -52,11 +53,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="processes that serve the pods, or auto: a quarter of the cores, but at least 2; 1: no further process"
         f" (default: {defaults.workers})",
     )  # fmt: skip
-    for option, page, default in (
-        ("--stats-address", "metrics (/metrics, /stats/prometheus)", "[::]:15020"),
-        ("--ready-address", "readiness (/healthz/ready)", "[::]:15021"),
-        ("--admin-address", "/config_dump, /logging and /quitquitquit", "127.0.0.1:15000"),
-    ):
+    pages = (
+        ("--stats-address", "metrics (/metrics, /stats/prometheus)"),
+        ("--ready-address", "readiness (/healthz/ready)"),
+        ("--admin-address", "/config_dump, /logging and /quitquitquit"),
+    )
+    for (option, page), default in zip(pages, MESH_ADDRESSES, strict=True):
         parser.add_argument(
             option, metavar="HOST:PORT",
             help=f"where to serve {page}; empty for none (default: {default} with a mesh, otherwise none)",

@@ -8,15 +8,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any
 
 from agent.core.errors import SluiceError
+from agent.core.names import ZTUNNEL_ADMIN_PORT, ZTUNNEL_STATS_PORT
 from agent.flows.wire_evidence import WireEvidence, wire_evidence
 from agent.kernel.admin_socket import ask
 from agent.kernel.process_http import page
 
-_ADMIN_PORT: Final = 15000
-_STATISTICS_PORT: Final = 15020
 Dump = Mapping[str, Any]
 
 
@@ -32,8 +31,8 @@ class ZtunnelPages:
         try:
             status = ask(run_dir, "/v1/status")
             for pid in _separate(status["ztunnel_processes"]):
-                dump = json.loads(page(pid, _ADMIN_PORT, "/config_dump"))
-                pages.append((dump, page(pid, _STATISTICS_PORT, "/stats/prometheus").decode(errors="replace")))
+                dump = json.loads(page(pid, ZTUNNEL_ADMIN_PORT, "/config_dump"))
+                pages.append((dump, page(pid, ZTUNNEL_STATS_PORT, "/stats/prometheus").decode(errors="replace")))
             self.evidence = wire_evidence(pages, status["ztunnels_since"], read)
             self.dumps = [dump for dump, _ in pages]
         except (SluiceError, OSError) as error:

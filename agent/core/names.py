@@ -14,6 +14,10 @@ OUTBOUND_PORT: Final = 15001  # captured egress
 INBOUND_PORT: Final = 15006  # captured plaintext ingress
 HBONE_PORT: Final = 15008  # already meant for ztunnel: never redirected
 DNS_PORT: Final = 15053  # captured DNS, udp and tcp
+# Ports of a ztunnel with a mesh, Istio's and the embedded one, in its own network namespace.
+ZTUNNEL_ADMIN_PORT: Final = 15000
+ZTUNNEL_STATS_PORT: Final = 15020
+ZTUNNEL_READY_PORT: Final = 15021
 
 # The mark on every socket that ztunnel opens, and the connection mark of what it touched.
 ZTUNNEL_MARK: Final = 0x539

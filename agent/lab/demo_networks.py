@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import yaml
 
-from agent.core.names import DEFAULT_ACCOUNT
+from agent.core.names import DEFAULT_ACCOUNT, ZTUNNEL_STATS_PORT
 from agent.kernel.process_http import page
 from agent.lab import demo_mesh, lab_mesh, nodes
 from agent.lab.demo_report import Checks
@@ -25,7 +25,6 @@ from agent.lab.traffic import still
 
 _CALLS: Final = (("shop/client", "shop/db"), ("shop/db", "shop/web"))  # node1 to node2, and back
 _IDENTITY: Final = f"spiffe://cluster.local/ns/shop/sa/{DEFAULT_ACCOUNT}"
-_STATS_PORT: Final = 15020
 _OPENED: Final = re.compile(r"^istio_tcp_connections_opened_total\{(.*)\}", re.MULTILINE)
 _LABEL: Final = re.compile(r'(\w+)="([^"]*)"')
 
@@ -143,7 +142,7 @@ def _labels(lab: Lab, client: str, target: str, reporter: str) -> dict[str, str]
     wanted = {"reporter": reporter, "source_workload": client.partition("/")[2], "response_flags": "-"}
 
     def counted() -> dict[str, str]:
-        text = page(ztunnel.pid, _STATS_PORT, "/metrics").decode()
+        text = page(ztunnel.pid, ZTUNNEL_STATS_PORT, "/metrics").decode()
         series = [dict(_LABEL.findall(match)) for match in _OPENED.findall(text)]
         return next((one for one in series if wanted.items() <= one.items()), {})
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 import yaml
 
 from agent.core.errors import SluiceError
+from agent.core.names import ZTUNNEL_ADMIN_PORT
 from agent.kernel.process_http import page
 from agent.lab import istio_ztunnel
 from agent.lab.lab_pods import LabPods
@@ -21,7 +22,6 @@ from agent.lab.processes import Child, await_ready
 # Settings of the agent: the port that ztunnel has in addition.
 SETTINGS: Final = {"ztunnel_ports": ["15001", "15006", "15008"]}
 READY_SECONDS: Final = 20.0
-_ADMIN_PORT: Final = 15000
 _MESH_FILE: Final = "mesh.yaml"
 _AUTHORITY: Final = "development-ca"  # a directory of the lab
 _REVOKED: Final = "revoked.pem"
@@ -56,7 +56,7 @@ def revoke(spec: LabSpec, *serials: int) -> Path:
 
 def config_dump(ztunnel: Child) -> dict[str, Any]:
     """Returns the state that a ztunnel shows. Raises SluiceError."""
-    found: dict[str, Any] = json.loads(page(ztunnel.pid, _ADMIN_PORT, "/config_dump"))
+    found: dict[str, Any] = json.loads(page(ztunnel.pid, ZTUNNEL_ADMIN_PORT, "/config_dump"))
     return found
 
 

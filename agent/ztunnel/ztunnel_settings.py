@@ -111,7 +111,7 @@ def check(settings: ZtunnelSettings) -> None:
 
 def with_ports(settings: ZtunnelSettings) -> ZtunnelSettings:
     """Returns the settings with the addresses that hold for this mesh, or for none."""
-    defaults = _MESH_PORTS if settings.mesh else ("", "", "")
+    defaults = MESH_ADDRESSES if settings.mesh else ("", "", "")
     given = (settings.stats_address, settings.ready_address, settings.admin_address)
     stats, ready, admin = (new if old is None else old for old, new in zip(given, defaults, strict=True))
     return replace(settings, stats_address=stats, ready_address=ready, admin_address=admin)
@@ -174,7 +174,12 @@ def _is_not_understood(name: str, value: str) -> bool:
     return name.startswith("ISTIO_METAJSON_") or value.lower() != _NOT_UNDERSTOOD.get(name, value.lower())
 
 
-_MESH_PORTS: Final = ("[::]:15020", "[::]:15021", "127.0.0.1:15000")
+# The defaults of stats_address, ready_address and admin_address with a mesh.
+MESH_ADDRESSES: Final = (
+    f"[::]:{names.ZTUNNEL_STATS_PORT}",
+    f"[::]:{names.ZTUNNEL_READY_PORT}",
+    f"127.0.0.1:{names.ZTUNNEL_ADMIN_PORT}",
+)
 
 
 def _flag(text: str) -> bool:
