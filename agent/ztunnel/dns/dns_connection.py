@@ -29,7 +29,6 @@ LONGEST_QUERY: Final = 1024  # bytes of a query that the mesh may answer, with t
 _FULL: Final = 16 << 10  # bytes that one end has not taken; the other one is not read then
 _CHUNK: Final = 16 << 10
 _ROUNDS: Final = 4  # of reading, then others get their turn
-_ANY: Final = {2: "0.0.0.0", 4: "::"}  # by the length of an Address
 
 
 class _End:
@@ -233,12 +232,11 @@ class DnsConnection:
         """Raises OSError or SluiceError."""
         assert self._destination is not None
         engine = self._pod.engine
-        source = self._source if self._own else (_ANY[len(self._source)], *self._source[1:])
+        source = original_dst.source_to_keep(self._source, self._own)
         connection = self._pod.upstream.connect(self._destination, source)
         self._server = server = _End(connection, DnsFraming(0, queries=False))
         self._late.clear()
-        self._ends = original_dst.plain(connection.getsockname())[:2], self._destination[:2]
-        self._pod.connecting[self._ends] = self._returns
+        self._ends = self._pod.connects_to(self._destination, connection, self._returns)
         engine.poller.add(connection.fileno(), partial(self._event, server))
         return server
 

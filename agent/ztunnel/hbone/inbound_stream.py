@@ -56,8 +56,7 @@ class InboundStream:
                 self._application = self._pod.upstream.connect(address)
             else:
                 self._application, self._note = self._pod.upstream.connect_for(self._peer, address)
-            self._ends = self._application.getsockname()[:2], address[:2]
-            self._pod.connecting[self._ends] = 0
+            self._ends = self._pod.connects_to(address, self._application)
             self._pod.engine.connects.add(self)
             self._pod.engine.poller.add(self._application.fileno(), self._event)
         except OSError as error:

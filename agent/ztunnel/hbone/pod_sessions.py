@@ -83,7 +83,7 @@ class PodSessions:
         except (OSError, SluiceError) as error:
             self._failed(key, str(getattr(error, "strerror", None) or error), ResponseFlag.CONNECT)
             return
-        owner = _Opened(self, key, (plain(connecting.getsockname())[:2], key.address[:2]))
+        owner = _Opened(self, key, self.pod.connects_to(key.address, connecting))
         transport = SocketTransport(self.engine.poller, connecting)
         session = TlsSession(engine=self.engine, owner=owner, transport=transport, context=contexts.client, client=True)
         try:
@@ -170,7 +170,6 @@ class _Opened:
         self._key = key
         self._ends = ends
         self._made = False
-        sessions.pod.connecting[ends] = 0
 
     def authenticate(self, session: TlsSession, certificate: dict[str, Any] | None) -> None:
         check_server(certificate, self._key.identities)

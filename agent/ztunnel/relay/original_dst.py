@@ -14,6 +14,7 @@ Address = tuple[str, int] | tuple[str, int, int, int]
 SO_ORIGINAL_DST = 80  # linux/netfilter_ipv4.h; the same number at level IPV6
 OWN_PORTS = frozenset((names.OUTBOUND_PORT, names.INBOUND_PORT, names.HBONE_PORT, names.DNS_PORT))
 _MAPPED = "::ffff:"
+_ANY = {2: "0.0.0.0", 4: "::"}  # by the length of an Address
 
 
 def plain(address: Address) -> Address:
@@ -41,6 +42,14 @@ def original_destination(accepted: socket.socket, peer: Address) -> tuple[Addres
         # No entry, or no conntrack: redirected without NAT, or not redirected.
         local: Address = plain(accepted.getsockname())
         return local, True
+
+
+def source_to_keep(peer: Address, is_clients: bool) -> Address:
+    """Returns the source for the onward connection: the address of the client's socket if it is known, and its port.
+
+    `is_clients` is the second value of `original_destination`.
+    """
+    return peer if is_clients else (_ANY[len(peer)], *peer[1:])
 
 
 def parse_ipv4(sockaddr: bytes) -> Address:

@@ -188,6 +188,15 @@ class PodContext:
     counted: dict[LiveConnection, CountedConnection] = field(default_factory=dict)
     warnings: Seldom = field(default_factory=Seldom)
 
+    def connects_to(self, destination: Address, connecting: socket.socket, returns: int = 0) -> Ends:
+        """Notes a connection of ztunnel's own in `connecting`; returns its ends, with which the caller removes it.
+
+        `returns`: how often a connection came back on behalf of which this one goes on.
+        """
+        ends = plain(connecting.getsockname())[:2], destination[:2]
+        self.connecting[ends] = returns
+        return ends
+
     def returns(self, accepted: socket.socket, source: Address, destination: Address) -> int:
         """Returns how often a connection came back to ztunnel; 0 if the client is not a socket of ztunnel.
 

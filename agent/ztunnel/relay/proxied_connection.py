@@ -23,7 +23,7 @@ from agent.ztunnel.relay.upstream import mark_returned, shut
 from agent.ztunnel.telemetry.records import close_by
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
-_ANY, _LOOPBACK = {2: "0.0.0.0", 4: "::"}, {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
+_LOOPBACK = {2: "127.0.0.1", 4: "::1"}  # by the length of an Address
 
 
 class ProxiedConnection:
@@ -107,10 +107,9 @@ class ProxiedConnection:
             self._pod.live.discard(self)
             return
         self._destination = destination = onward
-        source = self._source if own else (_ANY[len(self._source)], *self._source[1:])
+        source = original_dst.source_to_keep(self._source, own)
         self._server = self._reach(destination, source, returned=bool(returns))
-        self._ends = original_dst.plain(self._server.getsockname())[:2], destination[:2]
-        self._pod.connecting[self._ends] = returns
+        self._ends = self._pod.connects_to(destination, self._server, returns)
         self._pod.engine.poller.add(self._server.fileno(), self._server_event)
         self._pod.engine.connects.add(self)
 
