@@ -90,4 +90,5 @@ def test_end_waits_for_connections_and_a_second_signal_does_not(lab: Lab) -> Non
     assert lab.ztunnel.process.wait(SECONDS) == 0
     with pytest.raises(ConnectionResetError):
         client.recv(1)
-    assert lab.ztunnel.records()[-1]["close"] == "drained"
+    ended = [one for one in lab.ztunnel.records() if one["received"] or one["sent"]]  # of two workers, in any order
+    assert [one["close"] for one in ended] == ["drained"]
