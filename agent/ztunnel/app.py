@@ -12,14 +12,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.core.errors import KernelError
-from agent.kernel import logs
+from agent.ztunnel import process_life
 from agent.ztunnel.pod_server import PodServer, PodServing
+from agent.ztunnel.process_life import LOOK_SECONDS, Ending
 from agent.ztunnel.relay.poller import Poller
 from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.workloads import StartedPod, Workloads
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from agent.ztunnel.node_mesh import MeshControl
 
 OVERLAP_SECONDS = 1.0
-_LOOK_SECONDS = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -42,37 +40,12 @@ def main(settings: ZtunnelSettings, router: Router | None = None) -> int:
 
     `router` decides in place of the mesh that the settings name. Without both all connections go on in plain.
     """
-    logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    poller = Poller()
-    with asyncio.Runner(loop_factory=lambda: poller.loop) as runner:
-        return runner.run(_serve(settings, poller, router))
-
-
-class _Ending:
-    """Counts the signals that ask to end."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.asked = asyncio.Event()
-        self.urgent = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.ask)
-
-    def ask(self) -> None:
-        """Asks the process to end; the second time, at once."""
-        (self.urgent if self.asked.is_set() else self.asked).set()
-
-    async def pause(self, seconds: float) -> None:
-        """Waits `seconds`, or less if a second signal comes."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.urgent.wait()
+    return process_life.run(lambda poller: _serve(settings, poller, router))
 
 
 async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | None) -> int:
     loop = asyncio.get_running_loop()
-    ending = _Ending(loop)
+    ending = Ending(loop)
     records = RecordWriter(loop, settings.records)
     # Two writers of one pipe would tear each other's lines.
     lines = records if settings.access_log == settings.records else RecordWriter(loop, settings.access_log)
@@ -96,7 +69,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller, router: Router | Non
     return 1 if failed else 0
 
 
-async def _synced(control: MeshControl | None, ending: _Ending) -> bool:
+async def _synced(control: MeshControl | None, ending: Ending) -> bool:
     """Waits for the mesh, for a pod's first connection must not meet an empty one.
 
     Returns False if the process should end.
@@ -111,7 +84,7 @@ async def _synced(control: MeshControl | None, ending: _Ending) -> bool:
 
 
 async def _run(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads, serving: PodServing
+    settings: ZtunnelSettings, ending: Ending, client: ZdsClient, workloads: Workloads, serving: PodServing
 ) -> bool:
     """Serves the agent's pods until the process is to end, then drains them; returns True if the client has failed."""
     agent = asyncio.create_task(client.run())
@@ -126,7 +99,8 @@ async def _run(
     if not client.connected:
         await _succeeded(list(workloads.running.values()), settings.drain_seconds, ending)
     await ending.pause(OVERLAP_SECONDS)
-    await _drain(serving, settings.drain_seconds, ending)
+    serving.stop_listening()
+    await ending.drain(serving.is_live, settings.drain_seconds)
     agent.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await agent
@@ -164,7 +138,7 @@ def _serving(
 
 
 def _ports(
-    settings: ZtunnelSettings, ending: _Ending, client: ZdsClient, workloads: Workloads,
+    settings: ZtunnelSettings, ending: Ending, client: ZdsClient, workloads: Workloads,
     mesh: MeshControl | None, serving: PodServing,
 ) -> ProcessPorts | None:  # fmt: skip
     """Returns the servers of statistics, readiness and administration; None if all are off."""
@@ -190,7 +164,7 @@ async def _mark_ready(complete: asyncio.Event, path: str) -> None:
         log.error("cannot write --ready-file, for which a rollout waits: %s", error)
 
 
-async def _succeeded(pods: list[StartedPod], seconds: float, ending: _Ending) -> None:
+async def _succeeded(pods: list[StartedPod], seconds: float, ending: Ending) -> None:
     """Waits until another instance also listens in every pod, at most `seconds`."""
     until = asyncio.get_running_loop().time() + seconds
     while pods and asyncio.get_running_loop().time() < until and not ending.urgent.is_set():
@@ -201,14 +175,4 @@ async def _succeeded(pods: list[StartedPod], seconds: float, ending: _Ending) ->
         except KernelError as error:
             add = pods.pop().add
             log.warning("pod %s/%s: %s", add.namespace, add.name, error)
-        await ending.pause(_LOOK_SECONDS)
-
-
-async def _drain(serving: PodServing, seconds: float, ending: _Ending) -> None:
-    serving.stop_listening()
-    loop = asyncio.get_running_loop()
-    until = loop.time() + seconds
-    while serving.is_live():
-        if loop.time() >= until or ending.urgent.is_set():
-            return
-        await ending.pause(_LOOK_SECONDS)
+        await ending.pause(LOOK_SECONDS)

@@ -12,20 +12,20 @@ import asyncio
 import contextlib
 import logging
 import resource
-import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from agent.core.errors import SluiceError
-from agent.kernel import logs
 from agent.kernel.accepting import Seldom, accept
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
+from agent.ztunnel import process_life
 from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.node_mesh import MeshControl, NodeMesh
+from agent.ztunnel.process_life import Ending
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream, marked
@@ -33,7 +33,6 @@ from agent.ztunnel.telemetry.records import RecordWriter
 from agent.ztunnel.ztunnel_settings import ZtunnelSettings, host_and_port
 
 _BACKLOG = 4096
-_LOOK_SECONDS = 0.05
 _SHARES = 4  # of the descriptors: sessions have one at most, streams another
 
 T = TypeVar("T")
@@ -43,20 +42,12 @@ log = logging.getLogger(__name__)
 
 def main(settings: ZtunnelSettings) -> int:
     """Runs until SIGTERM or SIGINT. Returns the exit code. Raises SluiceError."""
-    logs.start(logging.INFO, "%(asctime)s %(levelname)s ztunnel %(message)s")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    poller = Poller()
-    with asyncio.Runner(loop_factory=lambda: poller.loop) as runner:
-        runner.run(_serve(settings, poller))
+    process_life.run(lambda poller: _serve(settings, poller))
     return 0
 
 
 async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
-    loop = asyncio.get_running_loop()
-    asked = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
+    ending = Ending(poller.loop)
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(_listen(*host_and_port(settings.gateway_address)))
         pod = _pod(settings.gateway, _engine(settings, poller, opened))
@@ -72,16 +63,11 @@ async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
         log.info("gateway %s: listening on %s", settings.gateway, settings.gateway_address)
         if settings.ready_file:
             Path(settings.ready_file).touch()
-        await asked.wait()
+        await ending.asked.wait()
         accepting.cancel()
         listener.close()
         mesh.tunnels.drain(pod)
-        asked.clear()
-        until = loop.time() + settings.drain_seconds
-        while pod.live and loop.time() < until and not asked.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LOOK_SECONDS):
-                    await asked.wait()
+        await ending.drain(lambda: bool(pod.live), settings.drain_seconds)
         mesh.tunnels.close(pod)
         mesh.close()
         await control.close()
