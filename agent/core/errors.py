@@ -54,6 +54,10 @@ class StaleError(KernelError):
     """The rule set changed between reading and applying; reading again and retrying is right."""
 
 
+class RevertedError(KernelError):
+    """Another process reverted the rules as often as one pass applied them."""
+
+
 class ProtocolError(SluiceError):
     """A peer (CNI plugin, ztunnel) sent what its protocol does not allow."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from agent.backends.base import Layer
-from agent.core.errors import KernelError, SluiceError, StaleError
+from agent.core.errors import RevertedError, SluiceError, StaleError
 from agent.core.model.plan import Foreign
 from agent.core.text import shortened
 from agent.kernel.grace import await_packets
@@ -50,8 +50,8 @@ def settle(
 ) -> Settled:
     """Applies `want` in the active layers, then clears the retired ones; `want` None removes all.
 
-    Blocking; for a worker thread. Between the two it waits for packets under way (kernel.grace). Raises KernelError or
-    CommandError, with the refused script as a note; what was applied by then stays.
+    Blocking; for a worker thread. Between the two it waits for packets under way (kernel.grace). Raises RevertedError,
+    KernelError or CommandError, the latter two with the refused script as a note; what was applied by then stays.
     """
     done = settle_each(target, [(layer, want) for layer in (active if want else reversed(active))])
     if old := due(target, [(layer, None) for layer in retired]):
@@ -97,7 +97,7 @@ def settle_layer(layer: Layer[Target, Want], target: Target, want: Want | None, 
             done.remarks += remarks
             return  # no drift: only took over ownership, or dropped empty tables
     cause = "; ".join(differences) or "another process keeps changing it"
-    raise KernelError(f"{layer.name}: rules changed again after being applied", 0, cause)
+    raise RevertedError(f"{layer.name}: rules changed again after being applied", 0, cause)
 
 
 def verify(

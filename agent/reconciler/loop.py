@@ -16,7 +16,7 @@ from functools import partial
 from math import inf
 
 from agent.backends.choose import Choice
-from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, SluiceError, ZtunnelError
+from agent.core.errors import NoZtunnelError, PodEndingError, PodGoneError, RevertedError, SluiceError, ZtunnelError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
@@ -247,6 +247,8 @@ class Reconciler:
             entry.report(State.WAITING if entry.phase.awaits_ztunnel else State.PENDING, decision, error)
             return isinstance(error, NoZtunnelError)
         except Exception as error:  # noqa: BLE001 - no failure of one pod may stop another
+            if isinstance(error, RevertedError):
+                entry.reverted(self._journal, pod)
             if entry.tolerates(error):
                 return True
             if entry.status.error == str(error):

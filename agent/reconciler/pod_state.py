@@ -142,9 +142,18 @@ class PodState:
                         time=time.time(), layer=plan.layer, differences=plan.differences, cause=cause, seconds=seconds
                     )
                 )
-                if self.contention.repaired(time.monotonic()):
-                    journal.contended(pod, cause, done.remarks)
+                self.repaired(journal, pod, cause, done.remarks)
             journal.applied(pod, plan.layer, plan.differences, seconds, cause if plan.differences else "")
+
+    def reverted(self, journal: Journal, pod: Pod) -> None:
+        """Records that another process reverted the rules of a captured pod for as long as the pass lasted."""
+        if self.phase.captures:
+            self.repaired(journal, pod, self.cause or "unknown", ())
+
+    def repaired(self, journal: Journal, pod: Pod, cause: str, remarks: tuple[str, ...]) -> None:
+        """Counts a repair, and records where this becomes a rule conflict."""
+        if self.contention.repaired(time.monotonic()):
+            journal.contended(pod, cause, remarks)
 
     def captured(self, enrolled: Enrolled, decision: Decision, cause: str) -> None:
         """Takes over the result of a pass that applied the rules; `cause` made it necessary, "" for none."""

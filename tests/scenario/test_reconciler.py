@@ -157,6 +157,24 @@ def test_rules_that_do_not_stay_are_a_failure_that_says_so() -> None:
         assert status.state is State.FAILED and "changed again after being applied" in status.error
         world.rules.deaf = False
         assert (await world.reconciler.settled("web")).state is State.ENABLED
+        assert world.journal.fights == [], "a pod that was never captured has no rules that somebody could revert"
+
+    play(script)
+
+
+def test_rules_that_another_process_reverts_within_each_pass_are_a_conflict() -> None:
+    """No repair succeeds then, so that none was counted, and the conflict was not reported."""
+
+    async def script(world: World) -> None:
+        await world.settle(pod())
+        world.kernel.damage("rules", world.target("web"))
+        world.rules.deaf = True
+        while not world.journal.fights:
+            world.reconciler.wake("web", "nft[42]")
+            assert (await world.reconciler.settled("web")).state is State.FAILED
+        assert world.reconciler.repairs("web") == []
+        world.rules.deaf = False
+        assert (await world.reconciler.settled("web")).state is State.ENABLED
 
     play(script)
 

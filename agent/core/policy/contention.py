@@ -25,14 +25,17 @@ SHARE = 5
 class Contention:
     """One pod's recent repairs, times in seconds of any clock that does not go back.
 
-    More than `free` repairs in `window` seconds are a fight: the next ones wait `first` to `longest` seconds.
+    More than `free` repairs in `window` seconds are a fight: the next ones wait `first` to `longest` seconds. Seconds
+    in which no repair could begin, because one was under way or had to be followed by a pause, do not count.
     """
 
     free: int = FREE
     window: float = WINDOW
     first: float = FIRST
     longest: float = LONGEST
-    _times: deque[float] = field(default_factory=deque)
+    _times: deque[float] = field(default_factory=deque)  # less the seconds in `_occupied` by then
+    _occupied: float = 0.0
+    _last: float | None = None
     _pause: float = 0.0
     _looks: deque[float] = field(default_factory=lambda: deque(maxlen=LOOKS))
     _rested: float = 0.0  # no look before this time, after a slow one
@@ -43,20 +46,24 @@ class Contention:
 
     def worked(self, now: float, seconds: float) -> None:
         """Notes kernel work for the pod that ended now after `seconds`, in which other pods waited for the worker."""
+        self._occupied += seconds
         if seconds > SLOW:
-            self._rested = now + min(LONGEST, SHARE * seconds)
+            rest = min(LONGEST, SHARE * seconds)
+            self._occupied += rest
+            self._rested = now + rest
 
     def repaired(self, now: float) -> bool:
-        """Notes a repair; True when this is where it becomes a fight."""
-        quiet = not self._times or now - self._times[-1] > max(self.window, 2 * self._pause)
-        self._times.append(now)
+        """Notes a repair, or an attempt that another process reverted; True when this is where it becomes a fight."""
+        quiet = self._quiet(now)
+        self._last = now
+        self._times.append(now - self._occupied)
         if len(self._times) > self.free + 1:
             self._times.popleft()
         if quiet:
             self._pause = 0.0
         elif self._pause:
             self._pause = min(self.longest, 2 * self._pause)
-        elif len(self._times) > self.free and now - self._times[0] <= self.window:
+        elif len(self._times) > self.free and self._times[-1] - self._times[0] <= self.window:
             self._pause = self.first
             return True
         return False
@@ -66,6 +73,9 @@ class Contention:
         looks = self._looks
         busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
         busy = max(busy, self._rested - now)
-        if not self._pause or now - self._times[-1] > max(self.window, 2 * self._pause):
+        if self._last is None or not self._pause or self._quiet(now):
             return busy
-        return max(busy, self._times[-1] + self._pause - now)
+        return max(busy, self._last + self._pause - now)
+
+    def _quiet(self, now: float) -> bool:
+        return self._last is None or now - self._last > max(self.window, 2 * self._pause, self._rested - self._last)

@@ -63,3 +63,21 @@ def test_a_pod_whose_rules_take_long_pays_with_a_pause() -> None:
     assert one.pause(12.0) == SHARE * 2.0 and one.pause(12.0 + SHARE * 2.0) == 0
     one.worked(30.0, 60.0)
     assert one.pause(30.0) == LONGEST
+
+
+def test_slow_repairs_are_a_fight_too() -> None:
+    """The pause after slow work made six repairs last longer than the window, and the conflict was never reported."""
+    one, now, told = Contention(), 0.0, []
+    for _ in range(FREE + 2):
+        now += max(one.pause(now), 0.01) + 2.0
+        one.worked(now, 2.0)
+        told.append(one.repaired(now))
+    assert told.index(True) == FREE and sum(told) == 1
+
+
+def test_slow_but_rare_repairs_are_no_fight() -> None:
+    one, now = Contention(), 0.0
+    for _ in range(20):
+        now += 4 * WINDOW
+        one.worked(now, 2.0)
+        assert not one.repaired(now)
