@@ -19,16 +19,23 @@ from agent.backends.ebpf import abi, attachments
 from agent.backends.ebpf.attachments import Attached, Change
 from agent.backends.ebpf.feature_trials import support
 from agent.backends.ebpf.object_files import NODE
-from agent.backends.ebpf.pins import Pins
+from agent.backends.ebpf.pins import PinDirectory, Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.errors import KernelError, StaleError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
 from agent.kernel.bpf import bpffs
 from agent.kernel.bpf.map import Map
+from agent.kernel.bpf.syscall import AttachType
 from agent.kernel.pod_netns import PodNetns
 
 ZtunnelKey = tuple[int, int]
+_CAPTURING = (
+    AttachType.CGROUP_INET4_CONNECT,
+    AttachType.CGROUP_INET6_CONNECT,
+    AttachType.CGROUP_UDP4_SENDMSG,
+    AttachType.CGROUP_UDP6_SENDMSG,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +45,21 @@ class NodeTarget:
 
 @dataclass(frozen=True, slots=True)
 class Former:
-    """State left by another version of the maps, or by a trial that was killed; every pod has been moved meanwhile."""
+    """State left by another version of the maps, or by a trial that was killed; every pod has been moved meanwhile.
+
+    While `capturing`, its links that capture new connections are to go, and the rest is needed by those on their way.
+    """
 
     path: Path
+    capturing: bool
 
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
     """`admitted` ztunnels are in the map, `running` are those that should be, `ended` have no process any more.
 
-    `unknown`: why BPF could not distinguish a ztunnel from other processes. `left`: the directory to remove, when the
-    target is not a pod.
+    `unknown`: why BPF could not distinguish a ztunnel from other processes. `left`: the directories or pins to remove,
+    when the target is not a pod.
     """
 
     attached: Attached
@@ -56,7 +67,7 @@ class NodeState:
     admitted: frozenset[ZtunnelKey] = frozenset()
     running: frozenset[ZtunnelKey] = frozenset()
     ended: frozenset[ZtunnelKey] = frozenset()
-    left: Path | None = None
+    left: tuple[Path, ...] = ()
     unknown: KernelError | None = None
 
 
@@ -71,13 +82,13 @@ class Dismiss:
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveAll:
-    """Everything below a directory: what is attached by it is detached."""
+class Remove:
+    """A pin, or everything below a directory: what is attached by it is detached."""
 
     path: Path
 
 
-NodeChange = Change | Admit | Dismiss | RemoveAll
+NodeChange = Change | Admit | Dismiss | Remove
 
 
 @dataclass(slots=True)
@@ -97,7 +108,7 @@ class ProgramsBackend:
 
     def orphans(self, known: Iterable[PodNetns]) -> list[NodeTarget | Former]:
         """Yields the node itself when nothing of any pod is left and no ztunnel waits for pods. Raises KernelError."""
-        former = [Former(path) for path in self.pins.others()]
+        former = [Former(path, capturing=bool(_capturing(path))) for path in self.pins.others()]
         if not self.pins.node.path.exists() or self.pins.pods() or self.ztunnels.processes():
             return [*former]
         if (self.pins.maps / "pods").exists():
@@ -112,7 +123,9 @@ class ProgramsBackend:
     def read(self, target: PodNetns | NodeTarget | Former) -> NodeState:
         if isinstance(target, NodeTarget | Former):
             path = self.pins.root if isinstance(target, NodeTarget) else target.path
-            return NodeState(Attached(), left=path if path.exists() else None)
+            if isinstance(target, Former) and target.capturing:
+                return NodeState(Attached(), left=_capturing(path))
+            return NodeState(Attached(), left=(path,) if path.exists() else ())
         if not self.pins.root.exists() and not self.ztunnels.processes():
             return NodeState(Attached())  # as where another backend is used
         attached = attachments.read(self.pins.node, NODE)
@@ -129,9 +142,8 @@ class ProgramsBackend:
 
     def plan(self, want: Redirect | None, have: NodeState) -> Plan[NodeChange]:
         if want is None:
-            if have.left is None:
-                return Plan()
-            return Plan((Step(f"rm -r {have.left}", RemoveAll(have.left)),), ("no pod is captured by it",))
+            remove: tuple[Step[NodeChange], ...] = tuple(Step(f"rm -r {path}", Remove(path)) for path in have.left)
+            return Plan(remove, ("no pod is captured by it",) if remove else ())
         if have.unknown:
             raise have.unknown
         changes: list[tuple[Step[Any], str]] = list(
@@ -156,7 +168,7 @@ class ProgramsBackend:
     def _do(self, plan: Plan[NodeChange]) -> None:
         for step in plan.steps:
             change = step.payload
-            if isinstance(change, RemoveAll):
+            if isinstance(change, Remove):
                 bpffs.remove_tree(change.path)
             elif isinstance(change, Admit | Dismiss):
                 self._ztunnel(change)
@@ -181,6 +193,16 @@ class ProgramsBackend:
                 ztunnels.update(key, bytes(4))
             else:
                 ztunnels.delete(key)
+
+
+def _capturing(directory: Path) -> tuple[Path, ...]:
+    """Returns the pins of the links that capture new connections and datagrams.
+
+    The kernel detaches the programs of a directory one by one, in an order of its own. A connection that one of them
+    has captured is still to be asked about by ztunnel, so the others go at a later sweep.
+    """
+    pins = (PinDirectory(directory).link(one.name) for one in NODE if one.attach in _CAPTURING)
+    return tuple(path for path in pins if path.exists())
 
 
 def lives(ztunnel: ZtunnelKey) -> bool:
