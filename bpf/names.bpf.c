@@ -130,6 +130,16 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 	FIELD(ctx->retval) = 0;
 }
 
+/* True for IPv4 by lo from an address of the pod. If nothing was handed over under it, a rule of the pod has masqueraded the
+ * connection: it began at 127.0.0.1, as the application's socket had no address, and kept its port.
+ */
+static __always_inline int masqueraded(const struct connection *key)
+{
+	__u64 cookie = key->cookie;
+	struct pod *pod = is_ipv4(&key->destination) && is_loopback(&key->destination) ? bpf_map_lookup_elem(&pods, &cookie) : NULL;
+	return pod && is_own(pod, &key->source);
+}
+
 /* SO_ORIGINAL_DST, as if conntrack had kept it. Runs after the kernel's own answer, which stands if we know none. */
 SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 {
@@ -149,6 +159,11 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 	int substitute = is_loopback(&key.source) || same(&key.source, &key.destination);
 	if (at_ztunnel(sk)) {
 		struct memory *given = bpf_map_lookup_elem(&handover, &key);
+		if (!given && masqueraded(&key)) {
+			key.source = localhost(1);
+			substitute = 1;
+			given = bpf_map_lookup_elem(&handover, &key);
+		}
 		if (!given || given->kind != MEMORY_ORIGINAL)
 			return 1;
 		key.destination = given->address;

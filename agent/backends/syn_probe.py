@@ -68,14 +68,17 @@ def _family(target: PodNetns, want: Redirect, family: int, by_socket: bool) -> s
         return ""  # there is no route, a rule refused it, or the kernel does not say
     if flow is None and destination == service:
         return f"{what} would leave without conntrack, which translates nothing then (notrack)"
-    answers, asker = flow or (destination, (source, 0))
+    answers, asker, port = flow or (destination, (source, 0), 0)
     if answers == service:
         return f"{what} would leave the pod uncaptured"
     within = ipaddress.ip_address(answers[0]).is_loopback or answers[0] == own
     if not within or answers[1] != names.OUTBOUND_PORT:
         return f"{what} would go to {text(answers)} instead of ztunnel"
-    if destination != service and asker[0] != source:
-        return f"{what} would be reset: a rule changes its source from {source} to {asker[0]} (masquerade)"
+    # names.bpf.c finds what was stored if the port is kept, and with IPv4 the new address is one of the pod.
+    known = {source, *(target.addresses() if family == 4 else ())}
+    if destination != service and (asker[0] not in known or asker[1] != port):
+        changed = f"{source} to {asker[0]}" + (" and its port" if asker[1] != port else "")
+        return f"{what} would be reset: a rule changes its source from {changed} (masquerade)"
     return ""
 
 
@@ -106,14 +109,18 @@ def _connect(service: Endpoint, by_socket: bool) -> tuple[str, Endpoint]:
         return rows[0].local[0], rows[0].remote
 
 
-def _send(own: str, service: Endpoint) -> tuple[Endpoint, Endpoint] | None:
-    """Returns (answering end, asking end); None when conntrack has not seen the packet. Raises OSError, KernelError."""
+def _send(own: str, service: Endpoint) -> tuple[Endpoint, Endpoint, int] | None:
+    """Returns (answering end, asking end, source port of the packet); None when conntrack has not seen the packet.
+
+    Raises OSError, KernelError.
+    """
     family = AF[6 if ":" in own else 4]
     with _port(family, own) as port, contextlib.closing(NewFlows()) as flows:
         with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as raw:
             raw.setblocking(False)
             raw.sendto(packet.syn(own, port, *service, hops=1), (service[0], 0))
-        return flows.answering(service)
+        ends = flows.answering(service)
+        return (*ends, port) if ends else None
 
 
 @contextlib.contextmanager

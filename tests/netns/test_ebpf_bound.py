@@ -18,6 +18,7 @@ from support.ebpf_pod import (
     PEER,
     POD,
     RESOLVERS,
+    SO_ORIGINAL_DST,
     Stage,
     accepted,
     answer,
@@ -149,3 +150,40 @@ def test_two_sockets_with_one_local_port_need_two_loopback_addresses(node: Stage
         with pytest.raises(OSError, match="Cannot assign requested address"):
             second.connect(there("IPv6", OTHER))
         both_ends(node, "IPv6", first)
+
+
+@pytest.fixture
+def masquerading(node: Stage) -> Iterator[None]:
+    """A rule of the pod gives every packet an address of its interface, those within the pod included."""
+    node.pod.sh("nft 'table inet theirs { chain c { type nat hook postrouting priority 100; masquerade; }; }'")
+    yield
+    node.pod.sh("nft delete table inet theirs")
+
+
+@pytest.mark.usefixtures("masquerading")
+@pytest.mark.parametrize(("kind", "bound"), [*((kind, False) for kind in KINDS), ("IPv4", True), ("mapped", True)])
+def test_a_pod_that_masquerades_everything(node: Stage, kind: str, bound: bool) -> None:
+    for host in (PEER, OTHER, PEER):
+        with node.pod.make(kind) as app:
+            if bound:
+                app.bind((written(kind, POD[family(kind)]), 0))
+            app.connect(there(kind, host))
+            both_ends(node, kind, app, host)
+    resolver = RESOLVERS[family(kind)][1]
+    with node.pod.make(kind) as app:
+        app.connect((written(kind, resolver), DNS))
+        with accepted(node.ztunnel.dns_tcp) as inner:
+            assert original(inner, family(kind)) == (resolver, DNS)
+            carries(app, inner)
+
+
+@pytest.mark.usefixtures("masquerading")
+def test_ztunnel_is_told_whether_the_application_has_bound_the_address_that_masquerades(node: Stage) -> None:
+    for bound in (False, True):
+        with node.pod.make("IPv4") as app:
+            if bound:
+                app.bind((POD[4], 0))
+            app.connect(there("IPv4"))
+            with accepted(node.ztunnel.outbound) as inner:
+                unused = inner.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)[8]
+                assert bool(unused) is not bound

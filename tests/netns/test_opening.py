@@ -101,14 +101,19 @@ def test_with_ebpf_a_socket_tells_and_nothing_is_sent(nodes: Pair) -> None:
                 "go to 127.0.0.1:7777 instead of ztunnel",
             ),
             (
-                theirs("nat", "postrouting", 100, "masquerade"),
-                f"be reset: a rule changes its source from 127.0.0.1 to {POD4}",
+                theirs("nat", "postrouting", 100, "masquerade random"),
+                f"be reset: a rule changes its source from 127.0.0.1 to {POD4} and its port",
             ),
+            (
+                theirs("nat", "postrouting", 100, "snat to 198.51.100.7"),
+                "be reset: a rule changes its source from 127.0.0.1 to 198.51.100.7",
+            ),
+            (theirs("nat", "postrouting", 100, "masquerade"), ""),
         ):
             run(["sh", "-ec", rules], netns=nodes.pod.path)
-            (line,) = led_astray(nodes.target, want, by_socket=True)
+            lines = led_astray(nodes.target, want, by_socket=True)
             run(["nft", "delete table ip theirs"], netns=nodes.pod.path)
-            assert line.startswith(WHAT + said)
+            assert len(lines) == bool(said) and all(line.startswith(WHAT + said) for line in lines), rules
         bpffs.remove_tree(node.pins.node.link("connect4"))
         found = until(lambda: led_astray(nodes.target, want, by_socket=True), "the kernel has detached the program")
         assert found == (WHAT + "leave the pod uncaptured",)
