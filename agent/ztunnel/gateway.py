@@ -67,7 +67,7 @@ async def _serve(settings: ZtunnelSettings, poller: Poller) -> None:
         accepting.cancel()
         listener.close()
         mesh.tunnels.drain(pod)
-        await ending.drain(lambda: bool(pod.live), settings.drain_seconds)
+        await ending.drain(lambda: bool(pod.live) or mesh.tunnels.is_notifying(pod), settings.drain_seconds)
         mesh.tunnels.close(pod)
         mesh.close()
         await control.close()

@@ -61,7 +61,7 @@ class PodServing(Protocol):
         """Stops new connections."""
 
     def is_live(self) -> bool:
-        """Returns True while connections are open."""
+        """Returns True while connections are open, or peers are notified of the drain."""
 
     async def close(self) -> None:
         """Ends all connections."""
@@ -129,7 +129,8 @@ class PodServer:
             one.stop_listening()
 
     def is_live(self) -> bool:
-        return any(one.pod.live for one in self.engine.pods)
+        tunnels = self.engine.tunnels
+        return any(one.pod.live or (tunnels and tunnels.is_notifying(one.pod)) for one in self.engine.pods)
 
     async def close(self) -> None:
         self.end()

@@ -18,6 +18,8 @@ LOOK_SECONDS: Final = 0.05  # between two looks at what still lives
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 
 def run(serve: Callable[[Poller], Coroutine[Any, Any, T]]) -> T:
     """Runs `serve` in an event loop of the poller's, with logs and as many descriptors as the process may have."""
@@ -52,5 +54,8 @@ class Ending:
         """Waits until nothing lives any more, at most `seconds`, or less if a second signal comes."""
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
-        while is_live() and loop.time() < until and not self.urgent.is_set():
+        while is_live():
+            if self.urgent.is_set() or loop.time() >= until:
+                log.info("the time to drain is over: open connections are reset")
+                break
             await self.pause(LOOK_SECONDS)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 @pytest.mark.parametrize("inbound", [False, True])
 def test_rolling_restart_fails_no_connection(served: Lab, inbound: bool) -> None:
-    traffic = Echo(served, inbound)
+    traffic = Echo.through(served, inbound)
     try:
         long_lived, server = served.outbound(port=8081)
         old, old_link = served.ztunnel, served.agent.link

@@ -40,7 +40,7 @@ def test_a_worker_that_hangs_is_replaced(served: Lab) -> None:
 def test_a_worker_that_hangs_takes_no_connections_away(served: Lab) -> None:
     os.kill(next(iter(served.ztunnel.workers())), signal.SIGSTOP)
     time.sleep(0.1)
-    traffic = Echo(served, inbound=False)
+    traffic = Echo.through(served, inbound=False)
     try:
         traffic.wait_more(200)
     finally:

@@ -41,7 +41,7 @@ def test_a_worker_that_is_killed_costs_its_own_connections_and_no_new_one(served
     for client, server in streams:
         client.sendall(b"1")
         assert server.recv(1) == b"1"
-    traffic = Echo(served, inbound=False)
+    traffic = Echo.through(served, inbound=False)
     try:
         traffic.wait_more(200)
         for _ in range(3):

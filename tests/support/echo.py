@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that echoes, and clients that never pause, with ztunnel between them."""
+"""A server that echoes, and clients that open one connection after the other, with ztunnel between them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import itertools
 import socket
 import threading
 import time
+from typing import Self
 
-from support.ztunnel import PEER4, POD4, SECONDS, Lab, read_all
+from support.ztunnel import PEER4, POD4, SECONDS, Lab, Place, read_all
 
 
 class Echo:
-    """Answers every connection to it until closed, and clients that never pause."""
+    """Answers every connection to it until closed, and two clients, which pause after each one."""
 
-    def __init__(self, lab: Lab, inbound: bool) -> None:
-        server, client, host = (lab.pod, lab.peer, POD4) if inbound else (lab.peer, lab.pod, PEER4)
-        self.client, self.host = client, host
+    def __init__(self, server: Place, client: Place, host: str, *, pause: float = 0.0) -> None:
+        self.client, self.host, self.pause = client, host, pause
         self.listener = server.listen(host, 8080)
         self.failures: list[str] = []
         self.done = itertools.count()
@@ -25,6 +25,11 @@ class Echo:
         self.threads = [threading.Thread(target=what) for what in (self.serve, self.ask, self.ask)]
         for thread in self.threads:
             thread.start()
+
+    @classmethod
+    def through(cls, lab: Lab, inbound: bool) -> Self:
+        server, client, host = (lab.pod, lab.peer, POD4) if inbound else (lab.peer, lab.pod, PEER4)
+        return cls(server, client, host)
 
     def serve(self) -> None:
         while True:  # until the listener is shut: after the clients, which must all get their answer
@@ -47,6 +52,7 @@ class Echo:
             except OSError as error:
                 self.failures.append(repr(error))
             self.made = next(self.done)
+            self.stop.wait(self.pause)
 
     def wait_more(self, number: int) -> None:
         until, wanted = time.monotonic() + SECONDS, self.made + number

@@ -49,6 +49,7 @@ PING_SECONDS: Final = 10.0
 PING_TIMEOUT_SECONDS: Final = 20.0  # of a peer that is silent
 STALL_SECONDS: Final = 60.0  # of a peer that sends, but reads no PING
 IDLE_SESSION_SECONDS: Final = 300.0  # without a stream
+NOTIFY_SECONDS: Final = 1.0  # for a peer to answer that it knows of a drain
 
 # Of clients, which are addresses. An unfinished handshake holds 1 KB before the client's first byte and 45 KB after it,
 # an open session 43 KB and an idle stream 3 KB. The streams of a pod are among its connections (see settings.share).

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from agent.core.errors import SluiceError
 from agent.kernel.accepting import Seldom
-from agent.ztunnel.hbone import connect_request
+from agent.ztunnel.hbone import connect_request, limits
 from agent.ztunnel.hbone.arrivals import Arrivals
 from agent.ztunnel.hbone.inbound_stream import InboundStream
 from agent.ztunnel.hbone.next_hop import Admission, InboundRequest, NoHop, PodIdentity, Router
@@ -51,6 +51,7 @@ class PodSessions:
         self.arrived: Arrivals[TlsSession] = Arrivals(engine.unfinished, pod.engine.share)
         self.refusals = Seldom(logging.INFO)
         self._pool: Pool[TlsSession, SessionUser] = Pool()
+        self._notified_by = 0.0  # then peers should know that this instance drains
         contexts.get(router.identity(self.identity))  # so that they are there when the first client comes
 
     # Outbound
@@ -154,8 +155,14 @@ class PodSessions:
 
     def drain(self) -> None:
         """Asks the peers to open new streams with another instance."""
+        self._notified_by = self.engine.poller.loop.time() + limits.NOTIFY_SECONDS
         for session in self.arrived.sessions():
             session.drain()
+
+    def is_notifying(self) -> bool:
+        """Returns True while a peer may not have heard of the drain: a stream that it has opened may be on the way."""
+        idle = any(session.open and not session.streams for session in self.arrived.sessions())
+        return idle and self.engine.poller.loop.time() < self._notified_by
 
     def close(self) -> None:
         for session in (*self.arrived.sessions(), *self._pool.sessions()):

@@ -334,8 +334,9 @@ class SessionCore:
         self._collect()
 
     def drain(self) -> None:
-        """Asks the client to open no more streams; those that are under way are still served."""
+        """Asks the client to open no more streams. Those that are under way come before the answer to a PING."""
         self.output.append(frames.goaway(_LARGEST_STREAM, ErrorCode.NO_ERROR))
+        self.ping()
 
     def close(self, code: ErrorCode) -> None:
         """Sends the last GOAWAY. Nothing may be sent after it."""

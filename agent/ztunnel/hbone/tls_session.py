@@ -143,10 +143,10 @@ class TlsSession:
     # End of the session
 
     def drain(self) -> None:
-        """Asks the client to open no more streams here. The session ends with its last stream."""
+        """Asks the client to open no more streams here. The session ends with its last stream, once it has heard."""
         if self.open:
             self._core.drain()
-            self.retire()
+            self._core.gone = True
             self._write_out()
 
     def retire(self) -> None:
@@ -197,7 +197,7 @@ class TlsSession:
             self._write_out()
 
     def _end_if_drained(self) -> None:
-        if self._core.gone and not self._users and not self.closed:
+        if self.open and self._core.gone and not self._users and (self.client or self._core.ping_answered):
             self._encrypt_output()
             self._output.flush()
             if not self._output.size:  # else `_write_more` comes back
@@ -314,6 +314,7 @@ class TlsSession:
         self._write_out()
         if self.open and self._core.window_opened:
             self._wake()
+        self._end_if_drained()
 
     def _process(self) -> None:
         now = self._engine.poller.loop.time()
@@ -385,8 +386,7 @@ class TlsSession:
         self._output.flush()
         if self._waiting:
             self._wake()
-        if self.open:
-            self._end_if_drained()
+        self._end_if_drained()
 
     def _wake(self) -> None:
         self._core.window_opened = False

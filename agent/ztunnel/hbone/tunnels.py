@@ -109,6 +109,9 @@ class HboneTunnels:
     def drain(self, pod: PodContext) -> None:
         self._pods[pod.uid].drain()
 
+    def is_notifying(self, pod: PodContext) -> bool:
+        return self._pods[pod.uid].is_notifying()
+
     def close(self, pod: PodContext) -> None:
         if sessions := self._pods.pop(pod.uid, None):
             sessions.close()

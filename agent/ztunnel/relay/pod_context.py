@@ -82,6 +82,9 @@ class Tunnels(Protocol):
     def drain(self, pod: PodContext) -> None:
         """Lets the peers open new streams with another instance."""
 
+    def is_notifying(self, pod: PodContext) -> bool:
+        """Returns True while peers are notified of the drain, a second at most."""
+
     def close(self, pod: PodContext) -> None:
         """Ends all sessions of the pod."""
 

@@ -72,16 +72,19 @@ class PodListener:
 
     def stop_listening(self) -> None:
         """Stops new connections and streams. The UDP listeners stay: pending answers must come from them."""
+        self._close_listeners()
+        if self.pod.engine.tunnels is not None:
+            self.pod.engine.tunnels.drain(self.pod)
+
+    def _close_listeners(self) -> None:
         for listener in self._accepting:
             self._poller.unlisten(listener.fileno())
             listener.close()
         self._accepting.clear()
-        if self.pod.engine.tunnels is not None:
-            self.pod.engine.tunnels.drain(self.pod)
 
     def close(self) -> None:
         """Resets open connections and releases all resources, the namespace included."""
-        self.stop_listening()
+        self._close_listeners()
         for under_way in tuple(self.pod.live):
             under_way.abort()
         if self.pod.engine.tunnels is not None:
