@@ -17,7 +17,10 @@ static __always_inline int binding(struct bpf_sock_addr *ctx, const struct addre
 	if (!remember(sk, MEMORY_SPEAKS_AS, as, 0))
 		return 0;
 	count(EXIT_SPEAKS_AS);
-	*instead = ipv4 && !(pod->flags & POD_LOOPBACK4) ? *own : loopback_for(as, 0);
+	if (is_link_local(as)) /* an answer to ::1 would not come back by the interface that such a socket is bound to */
+		*instead = pod->link6;
+	else
+		*instead = ipv4 && !(pod->flags & POD_LOOPBACK4) ? *own : loopback_for(as, 0);
 	return 1;
 }
 

@@ -103,6 +103,7 @@ static __always_inline struct address own_address(struct bpf_sock *sk)
  */
 static __always_inline void answer(struct bpf_sockopt *ctx, const struct address *a, __u16 port, int substitute)
 {
+	__u32 scope = is_link_local(a) ? ctx->sk->bound_dev_if : 0;
 	__u8 *at = ctx->optval, *end = ctx->optval_end;
 	int size = 0;
 	if (ctx->level == SOL_IP && is_ipv4(a)) {
@@ -121,7 +122,7 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 		*(__u32 *)(at + 4) = substitute ? bpf_htonl(1U << 28) : 0;
 		for (int i = 0; i < 4; i++)
 			*(__u32 *)(at + 8 + 4 * i) = a->word[i];
-		*(__u32 *)(at + 24) = 0;
+		*(__u32 *)(at + 24) = scope;
 		size = SOCKADDR_IN6;
 	}
 	if (!size)

@@ -8,9 +8,11 @@ import errno
 import socket
 
 import pytest
-from support.ebpf_pod import PEER, POD, Stage, carries, plain, speaking
+from support.ebpf_pod import PEER, POD, SO_ORIGINAL_DST, Namespace, Stage, accepted, carries, plain, speaking
 
 from agent.backends.ebpf.abi import ExitCause
+from agent.core.names import ZTUNNEL_MARK
+from agent.ztunnel.relay import original_dst, upstream
 
 pytestmark = pytest.mark.root
 
@@ -37,6 +39,32 @@ def test_where_nobody_listens_the_connect_is_refused(node: Stage, client: str) -
     with pytest.raises(OSError) as failed:
         speaking(node, client, 9)
     assert failed.value.errno == errno.ECONNREFUSED
+
+
+def test_a_client_with_an_address_of_the_link(node: Stage) -> None:
+    """ztunnel is shown the link of the destination, and both sockets within the pod stay on it."""
+    (client, out), (own, link) = of_the_link(node.peer), of_the_link(node.pod)
+    with node.pod.listen(0) as server, node.peer.make("IPv6") as near, node.pod.make("IPv6") as ztunnel:
+        port = server.getsockname()[1]
+        near.connect((own, port, 0, out))
+        with accepted(node.ztunnel.inbound) as inner:
+            assert inner.getpeername() == (client, near.getsockname()[1], 0, link)
+            destination = original_dst.parse_ipv6(inner.getsockopt(socket.IPPROTO_IPV6, SO_ORIGINAL_DST, 28))
+            assert destination == (own, port, 0, link)
+            ztunnel.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK)
+            upstream.take_source(ztunnel, (client, 0, 0, link), 0)
+            ztunnel.connect(destination)
+            app, seen = server.accept()
+            with app:
+                assert seen == (client, ztunnel.getsockname()[1], 0, link) and app.getsockname()[0] == own
+                carries(near, inner)
+                carries(ztunnel, app)
+
+
+def of_the_link(where: Namespace) -> tuple[str, int]:
+    """The link-local address of eth0, and its index."""
+    shown = where.sh("ip -6 -o addr show dev eth0 scope link").split()
+    return shown[3].partition("/")[0], where.call(lambda: socket.if_nametoindex("eth0"))
 
 
 @pytest.mark.parametrize("version", [4, 6])
