@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -76,9 +77,15 @@ class Links:
         self.rtnl.link("set", index=self.index(name), state="up", **more)
 
     def delete(self, name: str) -> None:
-        """Removes the interface and its peer; no such interface is fine."""
+        """Removes the interface and its peer; nothing there is fine, also one that ends with its peer's namespace."""
+        from pyroute2.netlink.exceptions import NetlinkError
+
         for index in self.rtnl.link_lookup(ifname=name):
-            self.rtnl.link("del", index=index)
+            try:
+                self.rtnl.link("del", index=index)
+            except NetlinkError as error:
+                if error.code != errno.ENODEV:
+                    raise
 
     def add_addresses(self, name: str, *addresses: str) -> None:
         """Adds addresses, such as 10.0.0.1/24, which are usable at once."""
