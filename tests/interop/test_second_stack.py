@@ -337,6 +337,26 @@ def test_after_goaway_of_the_server_new_streams_come_on_a_new_session(server: Ow
     assert len(peer.streams) == 1
 
 
+def test_a_stream_without_an_answer_survives_its_session(server: OwnServer, whose: str) -> None:
+    if whose == ISTIOS:
+        pytest.skip("its connection fails")
+    peer, *_ = server.first()
+    again = server.dial()
+    peer.pump(lambda: len(peer.streams) == 2)
+    abort(peer.tls.link)
+    other = server.session()
+    works(other, server.answered(other, 0), again)
+
+
+def test_a_session_that_ends_before_its_first_answer_is_not_made_again(server: OwnServer) -> None:
+    application = server.dial()
+    peer = server.session()
+    peer.pump(lambda: len(peer.streams) == 1)
+    abort(peer.tls.link)
+    with pytest.raises(ConnectionResetError):
+        application.recv(1)
+
+
 @pytest.mark.parametrize("way", ["GOAWAY", "REFUSED_STREAM"])
 def test_a_stream_that_was_not_processed_is_opened_again(server: OwnServer, whose: str, way: str) -> None:
     if whose == ISTIOS:

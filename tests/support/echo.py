@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -15,9 +16,9 @@ from support.ztunnel import PEER4, POD4, SECONDS, Lab, Place, read_all
 class Echo:
     """Answers every connection to it until closed, and two clients, which pause after each one."""
 
-    def __init__(self, server: Place, client: Place, host: str, *, pause: float = 0.0) -> None:
-        self.client, self.host, self.pause = client, host, pause
-        self.listener = server.listen(host, 8080)
+    def __init__(self, server: Place, client: Place, host: str, port: int = 8080, *, pause: float = 0.0) -> None:
+        self.client, self.host, self.port, self.pause = client, host, port, pause
+        self.listener = server.listen(host, port)
         self.failures: list[str] = []
         self.done = itertools.count()
         self.made = 0
@@ -39,13 +40,13 @@ class Echo:
                 continue
             except OSError:
                 return
-            with end:
+            with end, contextlib.suppress(OSError):  # the client says what has failed
                 end.sendall(end.recv(100))
 
     def ask(self) -> None:
         while not self.stop.is_set():
             try:
-                with self.client.connect(self.host, 8080) as end:
+                with self.client.connect(self.host, self.port) as end:
                     end.sendall(b"hello")
                     if read_all(end) != b"hello":
                         self.failures.append("cut short")

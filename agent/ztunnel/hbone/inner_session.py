@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from agent.ztunnel.hbone import connect_request
-from agent.ztunnel.hbone.frames import ErrorCode, reset_text
+from agent.ztunnel.hbone.frames import FIRST_STREAM, ErrorCode, reset_text
 from agent.ztunnel.hbone.next_hop import InnerHop, TunnelHop
 from agent.ztunnel.hbone.pod_sessions import PodSessions, SessionUser
 from agent.ztunnel.hbone.pool import SessionKey
@@ -34,7 +34,7 @@ class StreamTransport:
     def __init__(self, session: TlsSession, engine: SessionEngine, headers: Headers) -> None:
         """Takes the outer session, its engine, and the request of the stream."""
         self.answered_well = False
-        self.refused = False  # the gateway has not processed the stream
+        self.refused = False  # the gateway has not processed the stream, or has not answered it
         self.outer_failure: ResponseFlag | None = None  # of the outer session, once it is lost
         self._session = session
         self._engine = engine
@@ -136,6 +136,7 @@ class StreamTransport:
 
     def session_lost(self, why: str) -> None:
         self.outer_failure = self._session.failure
+        self.refused = self._stream != FIRST_STREAM and not self.answered_well
         self._lost(f"gateway: {why}")
 
     def _lost(self, why: str) -> None:

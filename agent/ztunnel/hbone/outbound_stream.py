@@ -8,7 +8,7 @@ import socket
 from typing import Protocol
 
 from agent.ztunnel.hbone import connect_request
-from agent.ztunnel.hbone.frames import ErrorCode, reset_text
+from agent.ztunnel.hbone.frames import FIRST_STREAM, ErrorCode, reset_text
 from agent.ztunnel.hbone.next_hop import Address, TunnelHop
 from agent.ztunnel.hbone.pool import SessionKey
 from agent.ztunnel.hbone.session_engine import SessionEngine
@@ -21,7 +21,7 @@ from agent.ztunnel.relay.upstream import shut
 from agent.ztunnel.telemetry.records import Began
 from agent.ztunnel.telemetry.response_flags import Reporter, ResponseFlag
 
-_TRIES = 3  # sessions: a stream that was not processed may be asked for again
+_TRIES = 3  # sessions: a stream without an answer may be asked for again
 
 
 class SessionSource(Protocol):
@@ -136,9 +136,7 @@ class OutboundStream:
             self._relay.peer_ended()
 
     def peer_reset(self, code: int) -> None:
-        if code == ErrorCode.REFUSED_STREAM and not self._answered and self._tries < _TRIES:
-            self._seek()
-        else:
+        if code != ErrorCode.REFUSED_STREAM or not self._sought_again():
             self._end("reset", reset_text(code), None if self._answered else ResponseFlag.CONNECT)
 
     def may_send(self) -> None:
@@ -146,7 +144,16 @@ class OutboundStream:
             self._relay.may_send()
 
     def session_lost(self, why: str) -> None:
-        self._end("error", why, self._session.failure if self._session is not None else None)
+        # The first stream may be lost because the server refuses the session. An older session was in use.
+        if self._stream == FIRST_STREAM or not self._sought_again():
+            self._end("error", why, self._session.failure if self._session is not None else None)
+
+    def _sought_again(self) -> bool:
+        """Asks for a session again, if nothing of the application has been sent; returns False if it is too late."""
+        again = not (self._answered or self._done) and self._tries < _TRIES
+        if again:
+            self._seek()
+        return again
 
     def _relayed(self, error: OSError | None, why: str) -> None:
         if error is not None:
