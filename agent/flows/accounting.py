@@ -64,7 +64,7 @@ class Accounting:
         """Takes `add` for the results of refresh(), as LabelTotals.add; `reason`: why this collector was chosen."""
         self.collector = collector
         self.reason = reason
-        self.recent = Recent[Any, ResolvedRecord](self._named)
+        self.recent = Recent[Any, ResolvedRecord](self._named, bad=collector.ended_badly)
         self._table = table
         self._identities = identities
         self._node = node

@@ -56,6 +56,9 @@ class Collector(Protocol):
     def connection(self, record: Any) -> Connection:
         """Decodes one of `records`."""
 
+    def ended_badly(self, record: Any) -> bool:
+        """Returns Connection.ended_badly of one of `records`; at each end, so without decoding all of it."""
+
     async def arrived(self, seconds: float) -> None:
         """Returns when many connections have ended, or after `seconds`. On the event loop."""
 

@@ -65,6 +65,9 @@ class How(_Word):
     UNKNOWN = 7
 
 
+ENDED_WELL = (How.OPEN, How.FIN, How.UNKNOWN)
+
+
 class Closer(_Word):
     """The end that closed a connection: it sent the first FIN, or the RST."""
 
@@ -111,6 +114,11 @@ class Connection:
     def failed(self) -> bool:
         """True if it was never established."""
         return not self.established
+
+    @property
+    def ended_badly(self) -> bool:
+        """True if it failed, leaked, or ended otherwise than by FIN, where that is known."""
+        return self.failed or self.fate is Fate.LEAKED or self.how not in ENDED_WELL
 
     def as_dict(self) -> dict[str, Any]:
         """Returns its form in records, without the names of pods, which the kernel does not know."""

@@ -187,6 +187,9 @@ class EbpfCollector:
     def connection(self, record: Any) -> Connection:
         return record if isinstance(record, Connection) else next(account_abi.connections(record, _epoch()))
 
+    def ended_badly(self, record: Any) -> bool:
+        return record.ended_badly if isinstance(record, Connection) else account_abi.ended_badly(record)
+
     async def arrived(self, seconds: float) -> None:
         """Returns early when a quarter of the ring buffer is full: then the programs wake the reader."""
         loop = asyncio.get_running_loop()

@@ -187,6 +187,9 @@ class DiagCollector:
     def connection(self, record: Connection) -> Connection:
         return record
 
+    def ended_badly(self, record: Connection) -> bool:
+        return record.ended_badly
+
     async def arrived(self, seconds: float) -> None:
         """Returns after `seconds`: the kernel keeps some fifty thousand ends for each pod."""
         await asyncio.sleep(seconds)

@@ -56,6 +56,17 @@ def test_more_at_once_than_fit() -> None:
     assert recent.since(0, every, 100) == ([7, 8, 9, 10], 6, 10)
 
 
+def test_bad_ones_outlive_later_good_ones_up_to_a_share_of_their_own() -> None:
+    recent = Recent[str, int](int, 4, bad=lambda raw: int(raw) % 5 == 0, share=2)
+    for number in range(1, 13):
+        recent.add([str(number)])
+    assert recent.last(100, every) == [5, 9, 10, 11, 12]
+    assert recent.last(1, lambda number: number < 9) == [5]
+    recent.add([str(number) for number in range(13, 33)])  # more at once than fit: of these too
+    assert recent.last(100, every) == [20, 25, 29, 30, 31, 32]
+    assert recent.since(0, every, 100) == ([29, 30, 31, 32], 28, 32)
+
+
 def test_pages_follow_each_other_without_gap_or_repetition() -> None:
     recent, at, got = filled(10), 0, list[int]()
     for _ in range(4):

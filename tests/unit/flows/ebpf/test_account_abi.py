@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import Any
 
@@ -111,3 +112,13 @@ def test_a_quality_is_what_was_added() -> None:
     assert (added.rtt[2], sum(added.rtt), sum(added.duration)) == (2, 2, 0)
     assert (added.rtt_sum, added.duration_sum) == (0.0004, 0.5)
     assert (added.retransmitted, added.segments_out, added.segments_in) == (0, 2, 5)
+
+
+def test_whether_it_ended_badly_is_read_without_the_rest_of_it() -> None:
+    seen = set()
+    for fate, how, established in itertools.product(Fate, How, (0, 1)):
+        data = record(fate=fate, how=how, established=established)
+        bad = account_abi.ended_badly(data)
+        assert bad == next(account_abi.connections(data, 0)).ended_badly
+        seen.add((bad, how))
+    assert (False, How.FIN) in seen and (False, How.RESET) not in seen
