@@ -9,9 +9,12 @@ from typing import Any
 from agent.core import names
 
 Answer = Mapping[str, Any]
-PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that it was answer
+PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that the agent sent
 _FEW = 3  # connections in a row that ztunnel cut off; fewer may be a server that was away
-_DENIED = "ztunnel resets its connections: the other end refuses them, or a policy does; see ztunnel's log"
+_DENIED = (
+    "ztunnel resets its connections after connect() has succeeded: the other end refuses them, or a policy does; "
+    "see ztunnel's log"
+)
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
 

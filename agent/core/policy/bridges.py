@@ -20,7 +20,7 @@ def several(addresses: Sequence[str]) -> bool:
 
 
 def bridged(want: Redirect, wiring: PodTopology) -> tuple[str, ...]:
-    """Warns where the pod forwards for a bridge that no annotation names: rules take its TCP for inbound."""
+    """Warns where the pod forwards for a bridge that no annotation names: rules capture its TCP as inbound."""
     known = (*want.virtual_interfaces, *want.exclude.interfaces)
     bridges = [link.name for link in wiring.links if link.bridge and link.name not in known]
     if not wiring.forwards or not bridges or want.ingress_only:
@@ -29,4 +29,4 @@ def bridged(want: Redirect, wiring: PodTopology) -> tuple[str, ...]:
     value = ",".join((*want.virtual_interfaces, *shown))
     what = f"containers or virtual machines behind the bridge {', '.join(shown) or 'in the pod'} cannot connect by TCP"
     do = f"the annotation {names.REROUTE_INTERFACES}={value} captures them as the pod itself"
-    return (f"{what}, which is taken for inbound; {do}",)
+    return (f"{what}: the rules capture their connections as inbound ones; {do}",)
