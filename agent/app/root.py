@@ -220,7 +220,6 @@ class Agent:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        claim(Path(self.settings.run_dir))
         if self.settings.metrics_address:
             self._listener = bind(self.settings.metrics_address)
         self._restore()
@@ -317,6 +316,8 @@ def main(settings: Settings, version: str, origins: Mapping[str, str], state: No
     # the first two; and one more while connections from before its enrolment are left.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+    claim(Path(settings.run_dir))  # first: the choice of the backend is written there
 
     async def run() -> None:
         await Agent(settings, version, origins, state).run()

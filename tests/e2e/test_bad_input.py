@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from support.node import Node, NodePod, node, until
 
+from agent.kernel.exec import run
 from agent.kernel.netlink.nf_tables import NftSocket
 from agent.kernel.netns import Netns
 
@@ -271,3 +273,15 @@ def test_a_pod_of_the_cni_plugin_that_the_static_file_lists_is_one_pod(here: Nod
     until(lambda: here.state(pod) == "enabled", "it is enrolled again")
     here.delete(pod)
     (here.run_dir / "static.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "fill", "said"),
+    [("ro", "true", "run_dir {0}: Read-only"), ("size=4k", "head -c 9k /dev/zero > {0}/x", "cannot write {0}/")],
+    ids=["read-only", "full"],
+)
+def test_a_run_directory_that_cannot_be_written_is_one_line(tmp_path: Path, options: str, fill: str, said: str) -> None:
+    agent = f"exec {sys.executable} -m agent agent --run-dir {tmp_path} --kube-server none"
+    script = f"mount -t tmpfs -o {options} none {tmp_path} && {{ {fill.format(tmp_path)} 2>&-; {agent}; }}"
+    done = run(["unshare", "-m", "sh", "-c", script], check=False, seconds=30)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and said.format(tmp_path) in done.stderr

@@ -14,7 +14,7 @@ import pytest
 from support.fakeztunnel import FakeZtunnel
 from support.node import PORT, SECONDS, Node, NodePod, node, until
 
-from agent.core.names import DATAPLANE_MODE, DNS_CAPTURE
+from agent.core.names import DATAPLANE_MODE, DNS_CAPTURE, REROUTE_INTERFACES
 from agent.kernel.exec import run
 from agent.kernel.netns import Netns
 from agent.lab.node_services import LabBackend
@@ -169,6 +169,26 @@ def test_foreign_rules_before_ours_are_told(here: Node) -> None:
     (row,) = here.ask("/v1/verify", pod=pod.key)
     assert row["result"] == "drift", "connections to port 7000 escape"
     assert row["differences"][0].startswith("foreign: chain ip foreign out")
+    here.delete(pod)
+
+
+DOCKER = """sysctl -qw net.ipv4.ip_forward=1
+ip link add docker0 type bridge && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up"""
+
+
+def test_containers_within_a_pod_are_noted_until_an_annotation_names_their_bridge(here: Node) -> None:
+    pod = here.add(here.pod("nesting"))
+    until(lambda: here.state(pod) == "enabled", "it is captured")
+    run(["sh", "-ec", DOCKER], netns=pod.netns)
+    until(lambda: "behind the bridge docker0 cannot connect" in here.sluice("explain", pod.key), "it is noted")
+    assert f"{REROUTE_INTERFACES}=docker0 captures them" in here.sluice("explain", pod.key)
+    here.delete(pod)
+    pod = here.pod("nesting-too")
+    marks = {DATAPLANE_MODE: "ambient", REROUTE_INTERFACES: "docker0"}
+    assert here.cni("ADD", pod, runtimeConfig={"io.kubernetes.cri.pod-annotations": marks}).code == 0
+    run(["sh", "-ec", DOCKER], netns=pod.netns)
+    here.ask("/v1/verify", "POST", pod=pod.key)
+    assert "behind the bridge" not in here.sluice("explain", pod.key)
     here.delete(pod)
 
 

@@ -6,12 +6,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+from dataclasses import replace
 
 import pytest
-from support.ebpf_pod import PEER, POD, SO_ORIGINAL_DST, Namespace, Stage, accepted, carries, plain, speaking
+from support.ebpf_pod import (
+    CAPTURE,
+    PEER,
+    POD,
+    SO_ORIGINAL_DST,
+    Namespace,
+    Stage,
+    accepted,
+    carries,
+    plain,
+    speaking,
+    there,
+    waiting,
+)
 
 from agent.backends.ebpf.abi import ExitCause
-from agent.core.names import ZTUNNEL_MARK
+from agent.core.names import HBONE_PORT, ZTUNNEL_MARK
 from agent.ztunnel.relay import original_dst, upstream
 
 pytestmark = pytest.mark.root
@@ -59,6 +73,17 @@ def test_a_client_with_an_address_of_the_link(node: Stage) -> None:
                 assert seen == (client, ztunnel.getsockname()[1], 0, link) and app.getsockname()[0] == own
                 carries(near, inner)
                 carries(ztunnel, app)
+
+
+def test_the_port_of_hbone_is_captured_unless_ztunnel_listens_there(node: Stage) -> None:
+    with node.pod.listen(HBONE_PORT) as app:
+        for hbone in (False, True):
+            node.settle(replace(CAPTURE, hbone=hbone))
+            for kind in ("IPv4", "IPv6"):
+                with node.peer.make(kind) as client:
+                    client.connect(there(kind, POD, HBONE_PORT))
+                    accepted(app if hbone else node.ztunnel.inbound).close()
+                    assert not waiting(app) and not waiting(node.ztunnel.inbound)
 
 
 def of_the_link(where: Namespace) -> tuple[str, int]:

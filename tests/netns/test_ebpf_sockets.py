@@ -174,6 +174,22 @@ def test_without_a_way_the_kernel_says_so_at_once(node: Stage, kind: str) -> Non
         both_ends(node, kind, app, far)
 
 
+def test_ipv4_by_a_link_local_address_alone() -> None:
+    """As on EKS with IPv6: the node translates it. The application and ztunnel see that address, not 127.0.0.1."""
+    with stage(name="slu-eks") as node:
+        node.pod.sh(
+            "ip -4 addr flush dev eth0; ip link add v4if0 type veth peer name other; ip link set other up; "
+            "ip link set v4if0 up; ip addr add 169.254.172.2/22 dev v4if0; ip route add default via 169.254.172.1"
+        )
+        node.settle()
+        with node.pod.make("IPv4") as app:
+            app.connect((PEER[4], APP))
+            with accepted(node.ztunnel.outbound) as inner:
+                assert original(inner, 4) == (PEER[4], APP)
+                assert app.getsockname()[0] == "169.254.172.2" and plain(inner.getpeername()) == app.getsockname()
+                carries(app, inner)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_socket_for_one_destination_after_the_other(node: Stage, kind: str) -> None:
     version = family(kind)

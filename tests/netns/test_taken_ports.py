@@ -16,6 +16,7 @@ from agent.backends.choose import LAYERS
 from agent.backends.registry import mechanisms
 from agent.core.model.exclusions import Exclusions
 from agent.core.model.redirect import Redirect
+from agent.core.names import HBONE_PORT, INBOUND_PORT, ZTUNNEL_MARK
 from agent.reconciler.converge import settle
 
 pytestmark = pytest.mark.root
@@ -67,3 +68,18 @@ def test_it_gets_nothing_and_nothing_escapes(pods: tuple[Namespace, Namespace], 
         settle(pod.target, WANT, layers)
         with connect(pod, "IPv4", PEER[4], APP), accepted(thieves[0]):
             pass  # without it they would get what is redirected
+
+
+@pytest.mark.parametrize("backend", ["nftables", "iptables", "iptables-legacy"])
+def test_an_application_on_the_port_of_hbone_gets_nothing_unless_ztunnel_has_it(
+    pods: tuple[Namespace, Namespace], backend: str
+) -> None:
+    pod, peer = pods
+    layers: list[PodLayer] = list(mechanisms(LAYERS[backend]).values())
+    with pod.listen(INBOUND_PORT, mark=ZTUNNEL_MARK) as ztunnel, pod.listen(HBONE_PORT) as app:
+        for hbone in (False, True, False):
+            settle(pod.target, Redirect(hbone=hbone), layers)
+            for version in (4, 6):
+                with connect(peer, f"IPv{version}", POD[version], HBONE_PORT), accepted(app if hbone else ztunnel):
+                    assert not waiting(ztunnel) and not waiting(app)
+        settle(pod.target, None, layers)

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from agent.backends.choose import Recorded
+from agent.core.errors import SluiceError
 from agent.sources.state.notes import replace_text
 
 log = logging.getLogger("sluice.recorded")
@@ -39,10 +40,13 @@ def load(run_dir: str) -> Recorded | None:
 
 
 def save(run_dir: str, recorded: Recorded) -> None:
-    """Raises OSError."""
+    """Raises SluiceError, with the path."""
     path = _path(run_dir)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    replace_text(path, json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        replace_text(path, json.dumps({"version": _VERSION, **asdict(recorded)}, indent=1, sort_keys=True))
+    except OSError as error:
+        raise SluiceError(f"cannot write {path}: {error.strerror}") from error
 
 
 def forget(run_dir: str) -> None:
