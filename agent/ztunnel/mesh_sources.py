@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS: Final = 0.5  # between two looks at the file
 
-Changed = Callable[[Mesh | MeshDelta], None]
+Changed = Callable[[Mesh | MeshDelta], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +59,10 @@ class LocalMeshFile:
 
     async def run(self) -> None:
         while True:
-            self.look()
+            await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Reads the file if it has changed."""
         path = self._file.path
         try:
@@ -78,10 +78,10 @@ class LocalMeshFile:
             log.error("%s%s", self.error, kept)
             return
         self.error = ""
-        self.synced.set()
         log.info("mesh file %s: %d workloads, %d services, %d policies", path, len(mesh.workloads),
                  len(mesh.services), len(mesh.policies))  # fmt: skip
-        self._changed(mesh)
+        await self._changed(mesh)
+        self.synced.set()
 
 
 def mesh_source(settings: ZtunnelSettings, changed: Changed) -> MeshSource:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import Final
 
 from agent.ztunnel.mesh.mesh_model import (
     Authorization,
@@ -22,6 +23,8 @@ from agent.ztunnel.mesh.mesh_model import (
     Service,
     Workload,
 )
+
+PART: Final = 64  # resources in one part of a large change
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,25 @@ class MeshDelta:
     removed: tuple[str, ...] = ()
     policies: Mapping[str, Authorization] = field(default_factory=dict)
     removed_policies: tuple[str, ...] = ()
+
+    def parts(self) -> Iterator[MeshDelta]:
+        """Yields parts that take some milliseconds each, in the order to apply them; a small change is one part.
+
+        Policies stay together: some of them without the others would end connections. Workloads come before services,
+        which would lack endpoints, and what is removed ends last, unless its name is used again.
+        """
+        if len(self.changed) + len(self.removed) <= PART:
+            yield self
+            return
+        changed = sorted(self.changed, key=lambda one: isinstance(one, Service))
+        names = {one.uid if isinstance(one, Workload) else one.key for one in changed}
+        used_again = tuple(name for name in self.removed if name in names)
+        yield MeshDelta(removed=used_again, policies=self.policies, removed_policies=self.removed_policies)
+        for at in range(0, len(changed), PART):
+            yield MeshDelta(changed=tuple(changed[at : at + PART]))
+        removed = [name for name in self.removed if name not in names]
+        for at in range(0, len(removed), PART):
+            yield MeshDelta(removed=tuple(removed[at : at + PART]))
 
 
 @dataclass(frozen=True, slots=True)

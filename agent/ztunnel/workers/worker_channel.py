@@ -22,7 +22,7 @@ INLINE: Final = 32 << 10  # a longer message travels in a memfd
 MOST_WAITING: Final = 64 << 20  # bytes that wait for the other end
 _IN_MEMFD: Final = b"m"  # a pickled value begins with another byte
 _MOST_FDS: Final = 16
-_ROUNDS: Final = 16  # messages read at one wake-up
+_TURN_SECONDS: Final = 0.005  # of reading, then others get their turn
 _CLOSE_SECONDS: Final = 1.0
 
 Descriptors = Callable[[], Sequence[int] | None]  # None: the message is out of date, and is not sent
@@ -62,9 +62,10 @@ class WorkerChannel:
         if len(self._queue) == 1:
             self._write()
 
-    def read(self, most: int = _ROUNDS) -> bool:
-        """Handles what has arrived, at most so many messages; returns True if there may be more."""
-        for _ in range(most):
+    def read(self) -> bool:
+        """Handles messages that have arrived; returns True if there may be more."""
+        until = self._loop.time() + _TURN_SECONDS
+        while True:
             try:
                 message, fds = _receive(self._end, self._spare)
             except BlockingIOError:
@@ -77,7 +78,8 @@ class WorkerChannel:
                 self._ended()
                 return False
             self._received(pickle.loads(message), fds)
-        return True
+            if self._loop.time() >= until:
+                return True
 
     def close(self) -> None:
         """Sends what waits, within a second, and closes this end."""

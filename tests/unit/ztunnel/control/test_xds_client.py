@@ -14,8 +14,9 @@ from support.controlplane import ControlPlane, response, served
 from agent.core.wire.protobuf import Message, embedded, number, text
 from agent.ztunnel.control import grpc_channel
 from agent.ztunnel.control.xds_client import ADDRESS, AUTHORIZATION, Node, Termination, XdsClient
-from agent.ztunnel.mesh.mesh_model import Workload
-from agent.ztunnel.mesh.mesh_store import MeshDelta
+from agent.ztunnel.mesh import xds_messages
+from agent.ztunnel.mesh.mesh_model import Service, Workload
+from agent.ztunnel.mesh.mesh_store import PART, MeshDelta
 from agent.ztunnel.tls.development_ca import DevelopmentCa
 
 DB = text(20, "uid-db") + text(1, "db") + text(2, "shop") + embedded(3, bytes((10, 0, 0, 2))) + number(5, 1)
@@ -33,15 +34,22 @@ def follow(
 ) -> None:
     async def run(plane: ControlPlane, address: str) -> None:
         deltas: list[MeshDelta] = []
-        client = XdsClient(
-            lambda: grpc_channel.channel(address), Node("ztunnel~1~a~b", {"NODE_NAME": "n1"}), dict, deltas.append
-        )
+
+        async def apply(delta: MeshDelta) -> None:
+            deltas.append(delta)
+
+        node = Node("ztunnel~1~a~b", {"NODE_NAME": "n1"})
+        client = XdsClient(lambda: grpc_channel.channel(address), node, dict, apply)
         running = asyncio.create_task(client.run())
         await steps(plane, client, deltas)
         running.cancel()
 
     with served(DevelopmentCa(tmp_path), age=age) as (plane, address):
         asyncio.run(run(plane, address))
+
+
+async def _ignore(_: MeshDelta) -> None:
+    """For a client that gets nothing."""
 
 
 async def _request(plane: ControlPlane) -> Message:
@@ -84,6 +92,30 @@ def test_two_subscriptions_then_differences_and_versions_after_a_loss(tmp_path: 
     follow(tmp_path, steps)
 
 
+def test_others_get_their_turn_while_a_large_response_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = 0
+    decoded: dict[int, int] = {}  # resources by turn
+    decode = xds_messages.address
+
+    def noted(value: bytes) -> Workload | Service:
+        decoded[turn] = decoded.get(turn, 0) + 1
+        return decode(value)
+
+    async def steps(plane: ControlPlane, client: XdsClient, deltas: list[MeshDelta]) -> None:
+        nonlocal turn
+        monkeypatch.setattr(xds_messages, "address", noted)
+        plane.pushes.put(response(ADDRESS, "v1", {str(number): embedded(1, DB) for number in range(500)}))
+        while not deltas:
+            turn += 1
+            await asyncio.sleep(0)
+        assert len(deltas[0].changed) == sum(decoded.values()) == 500
+        assert max(decoded.values()) <= PART
+
+    follow(tmp_path, steps)
+
+
 def test_a_stream_that_istiod_ends_for_its_age_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def steps(plane: ControlPlane, client: XdsClient, deltas: list[MeshDelta]) -> None:
         for kind in (ADDRESS, AUTHORIZATION):
@@ -101,7 +133,7 @@ def test_a_stream_that_istiod_ends_for_its_age_is_no_error(tmp_path: Path, caplo
 def test_an_istiod_that_cannot_be_reached_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> XdsClient:
         channel = grpc_channel.channel("http://127.0.0.1:9")
-        client = XdsClient(lambda: channel, Node("ztunnel~1~a~b", {}), dict, lambda _: None)
+        client = XdsClient(lambda: channel, Node("ztunnel~1~a~b", {}), dict, _ignore)
         running = asyncio.create_task(client.run())
         await _soon(lambda: sum(client.counts.terminations.values()) > 2)
         running.cancel()

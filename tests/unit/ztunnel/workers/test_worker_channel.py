@@ -8,6 +8,7 @@ import contextlib
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -157,3 +158,29 @@ def test_sending_to_an_end_that_is_closed_is_no_error() -> None:
         assert ends.one.waiting == 0
 
     run(steps)
+
+
+def test_others_get_their_turn_while_messages_wait() -> None:
+    async def all_steps() -> None:
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        turn = 0
+        handled: list[int] = []
+
+        def handle(_message: Any, _fds: list[int]) -> None:
+            handled.append(turn)
+            time.sleep(0.002)
+
+        ends = [
+            WorkerChannel(asyncio.get_running_loop(), end, handle, lambda: None) for end in (one, other)
+        ]  # fmt: skip
+        for number in range(50):
+            ends[0].send(number)
+        ends[1].start()
+        while len(handled) < 50:
+            turn += 1
+            await asyncio.sleep(0)
+        assert len(set(handled)) > 10
+        for end in ends:
+            end.close()
+
+    asyncio.run(all_steps())
