@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raises the pod's conntrack timeouts, so that an entry lives as long as the TCP sockets of a silent connection.
+"""Sets the pod's conntrack timeouts, so that an entry lives as long as the TCP sockets of a connection, and no longer.
 
 Rules redirect a connection by its conntrack entry. If the entry expires before TCP has ended, the next packet belongs
-to no connection: an answer that comes 61 s after the question's FIN never arrives. Timeouts below LEAST are raised, and
-none is lowered. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
+to no connection: an answer that comes 61 s after the question's FIN never arrives. Timeouts below LEAST are raised. If
+the entry outlives its sockets, an application's SYN from the same port belongs to it, and rules drop that SYN. SHORT
+lets the entry expire before the kernel repeats the SYN. The kernel's defaults: nf_conntrack_proto_tcp.c, tcp_timeouts.
 
-A raised timeout is base + the pod's own value, so removal can restore that without a note. The kernel does not notify
-of changes, and reading all six costs as much as the rest of a pass over an unchanged pod. So they are read again only
-after a change by Sluice, or after BELIEVED seconds: a pod that shortens its own is seen late.
+A raised timeout is base + the pod's own value, so removal can restore that without a note. Only the kernel's default is
+shortened, for the same reason. The kernel does not notify of changes, and reading all eight costs as much as the rest
+of a pass over an unchanged pod. So they are read again only after a change by Sluice, or after BELIEVED seconds: a pod
+that shortens its own is seen late.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ _SILENT: Final = (432_000, 1_000_000)
 # One side repeats a segment until it is acknowledged: longer than the 120 s between two repetitions (TCP_RTO_MAX), and
 # no longer than an hour, since the entry outlives the sockets if the last packet was lost.
 _REPEATED: Final = (300, 3_300)
-# timeout: (least seconds, base of a raised one). By default time_wait and close are longer than TCP's own timeouts, and
-# syn_sent and syn_recv than its repetitions; a pod that shortens these four breaks no established connection.
+# timeout: (least seconds, base of a raised one). By default time_wait is longer than TCP's own timeout, and syn_recv
+# than its repetitions.
 LEAST: Final[Mapping[str, tuple[int, int]]] = {
     "established": _SILENT,
     "close_wait": _SILENT,
@@ -43,6 +45,10 @@ LEAST: Final[Mapping[str, tuple[int, int]]] = {
     "max_retrans": _REPEATED,
     "unacknowledged": _REPEATED,
 }
+# timeout: (the kernel's default, seconds). close: after a RST of the server; what crosses the RST (a challenge ACK)
+# follows at once. syn_sent: each SYN renews it, and the kernel repeats a SYN after one second or more. Rules send the
+# repeated one where they sent the first.
+SHORT: Final[Mapping[str, tuple[int, int]]] = {"close": (10, 1), "syn_sent": (120, 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,7 @@ class ConntrackBackend:
         changes = tuple(
             TimeoutChange(name, due)
             for name, seconds in have.seconds
-            if (due := raised(name, seconds) if want else own(name, seconds)) != seconds
+            if (due := adapted(name, seconds) if want else own(name, seconds)) != seconds
         )
         if have.refused:
             remark = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
@@ -101,20 +107,26 @@ class ConntrackBackend:
             self._refused[target] = str(error)
 
 
-def raised(name: str, seconds: int) -> int:
-    """Returns the timeout to set when it is `seconds` now; the same if it is long enough."""
+def adapted(name: str, seconds: int) -> int:
+    """Returns the timeout to set when it is `seconds` now."""
+    if name in SHORT:
+        default, short = SHORT[name]
+        return short if seconds == default else seconds
     least, base = LEAST[name]
     return seconds if seconds >= least else base + seconds
 
 
 def own(name: str, seconds: int) -> int:
-    """Returns the pod's own value; `seconds` itself if it was not raised."""
+    """Returns the pod's own value; `seconds` itself if it was not changed."""
+    if name in SHORT:
+        default, short = SHORT[name]
+        return default if seconds == short else seconds
     least, base = LEAST[name]
     return seconds - base if base <= seconds < base + least else seconds
 
 
 def _read() -> tuple[tuple[str, int], ...]:
-    timeouts = ((name, sysctl.read(_PREFIX + name)) for name in LEAST)
+    timeouts = ((name, sysctl.read(_PREFIX + name)) for name in (*LEAST, *SHORT))
     return tuple((name, seconds) for name, seconds in timeouts if seconds is not None)
 
 

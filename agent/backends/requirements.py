@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from agent.backends.netfilter.message_parts import base_chain
 from agent.backends.netfilter.rules import Field, Hook, Match, Rule, RuleAction, Table
 from agent.backends.nftables import expressions
-from agent.backends.nftables.expressions import compare, expression, meta, payload
+from agent.backends.nftables.expressions import compare, expression, meta
 from agent.backends.nftables.rendering import OWNED, table_command
 from agent.core import names
 from agent.core.wire import nftables as wire
@@ -156,6 +156,17 @@ def _nftables() -> Iterator[Need]:
         ),
         ("ct mark", Rule(*mangle, (), RuleAction.SET_CONNECTION_MARK), "nft_ct", "NFT_CT and CONFIG_NF_CONNTRACK_MARK"),
         (
+            "tcp flags, ct status",
+            Rule(
+                Table.MANGLE,
+                Hook.OUTPUT,
+                (tcp, Match(Field.OPENING, "syn"), Match(Field.CONFIRMED, "yes")),
+                RuleAction.RETURN,
+            ),
+            "nft_ct",
+            "NFT_CT",
+        ),
+        (
             "ct zone",
             Rule(*raw, (udp,), RuleAction.ORIGINAL_ZONE, value=1),
             "nft_ct",
@@ -165,7 +176,6 @@ def _nftables() -> Iterator[Need]:
         commands = (table, *_rule(rule.table, rule.hook, expressions.rule(rule)[1]))
         yield Need(name, Transaction(commands), remedy=modules(module, symbol), behind="nf_tables, inet")
     user = meta(wire.MetaKey.SKUID) + compare(bytes(4))
-    flags = payload(wire.PayloadBase.TRANSPORT_HEADER, 13, 1) + compare(b"\x02")
     refuse = expression(
         "reject",
         attribute(wire.Reject.TYPE, wire.REJECT_ICMPX_UNREACH),
@@ -192,12 +202,6 @@ def _nftables() -> Iterator[Need]:
             (table, *_rule(Table.NAT, Hook.OUTPUT, user)),
             modules("nf_tables", "NF_TABLES"),
             "users cannot be excluded from capture",
-        ),
-        (
-            "tcp flags",
-            (table, *_rule(Table.MANGLE, Hook.OUTPUT, flags)),
-            modules("nf_tables", "NF_TABLES"),
-            "pre-existing connections are not distinguished",
         ),
         (
             "reject",
@@ -232,6 +236,14 @@ _EXTENSIONS = (
     ("match udp", "mangle", "OUTPUT -p udp -m udp --dport 53 -j ACCEPT", "xt_tcpudp", "XTABLES", ""),
     ("match mark", "mangle", "OUTPUT -m mark --mark 0x1/0xfff -j ACCEPT", "xt_mark", "MARK", ""),
     ("match connmark", "mangle", "OUTPUT -m connmark --mark 0x1/0xfff -j ACCEPT", "xt_connmark", "CONNMARK", ""),
+    (
+        "match conntrack",
+        "mangle",
+        "OUTPUT -m conntrack ! --ctstatus CONFIRMED -j ACCEPT",
+        "xt_conntrack",
+        "MATCH_CONNTRACK",
+        "",
+    ),
     ("target CONNMARK", "mangle", "OUTPUT -j CONNMARK --set-xmark 0x1/0xfff", "xt_connmark", "CONNMARK", ""),
     ("target CT", "raw", "OUTPUT -p udp -j CT --zone 1", "xt_CT", "TARGET_CT", ""),
     ("target REDIRECT", "nat", "OUTPUT -p tcp -j REDIRECT --to-ports 15001", "xt_REDIRECT", "TARGET_REDIRECT", ""),

@@ -85,7 +85,7 @@ def outside(here: Node, pod: NodePod) -> int:
 
 def lenient(pod: NodePod) -> bool:
     """Whether the kernel holds the rule that lets pass what does not begin with a SYN."""
-    script = "nft list ruleset; iptables-nft-save; iptables-legacy-save"
+    script = "nft list table inet istio-ambient-nat || true; iptables-nft-save -t nat; iptables-legacy-save -t nat"
     shown = run(["sh", "-c", script], netns=pod.netns).stdout
     return bool(re.search(r"tcp flags|--tcp-flags|! --syn", shown))
 

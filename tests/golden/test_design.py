@@ -48,13 +48,22 @@ VALUES = {
     4: {"lo": "127.0.0.1", "probe": "169.254.7.127", "icmp": "icmp"},
     6: {"lo": "::1", "probe": "fd16:9254:7127:1337:ffff:ffff:ffff:ffff", "icmp": "ipv6-icmp"},
 }
-# Ours alone: what is neither TCP nor captured DNS is counted, and nothing else is done to it.
-COUNTING = [
+# Ours alone: an application's SYN that NAT has not redirected is dropped; what is neither TCP nor captured DNS is
+# counted, and nothing else is done to it.
+OWN = [
     ("mangle", "ISTIO_PRERT", "-p tcp -j RETURN"),
     ("mangle", "ISTIO_PRERT", "-p {icmp} -j RETURN"),
     ("mangle", "ISTIO_PRERT", "-i lo -j RETURN"),
     ("mangle", "ISTIO_PRERT", "DNS -p udp -m udp --sport 53 -m conntrack --ctstate ESTABLISHED -j RETURN"),
     ("mangle", "ISTIO_PRERT", ""),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -m conntrack ! --ctstatus CONFIRMED -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -m conntrack --ctstate DNAT -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -d {probe} -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp -m mark --mark 0x111/0xfff -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "-p tcp ! -d {lo} -o lo -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "LINK -p tcp -d fe80::/10 -j RETURN"),
+    ("mangle", "ISTIO_OUTPUT", "! -d {lo} -p tcp -m mark ! --mark 0x539/0xfff -j DROP"),
     ("mangle", "ISTIO_OUTPUT", "-p tcp -j RETURN"),
     ("mangle", "ISTIO_OUTPUT", "-p {icmp} -j RETURN"),
     ("mangle", "ISTIO_OUTPUT", "-o lo -j RETURN"),
@@ -71,7 +80,7 @@ COUNTING = [
 def test_rows_of_the_design(family: int, dns: bool, ingress_only: bool, virtual: tuple[str, ...]) -> None:
     left_out = {"DNS": not dns, "INBOUND": ingress_only, "VIRTUAL": not virtual, "LINK": family == 4}
     wanted: dict[tuple[str, str], list[str]] = {}
-    for table, chain, row in DESIGN + COUNTING:
+    for table, chain, row in DESIGN + OWN:
         word, _, rest = row.partition(" ")
         if not left_out.get(word, False):
             text = (rest if word in left_out else row).format(**VALUES[family])

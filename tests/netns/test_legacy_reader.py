@@ -59,6 +59,10 @@ def wanted(rule: Rule, family: int) -> dict[str, Any]:
                 found["matches"][name] = {"mark": [*parts, f"{match.value:#x}/0xfff"]}
             case Field.ESTABLISHED:
                 found["matches"]["conntrack"] = {"ctstate": ["ESTABLISHED"]}
+            case Field.DNAT:
+                found["matches"]["conntrack"] = {"ctstate": [*parts, "DNAT"]}
+            case Field.CONFIRMED:
+                found["matches"]["conntrack"] = {"ctstatus": [*parts, "CONFIRMED"]}
             case Field.OPENING:
                 flags = [*parts, "FIN,SYN,RST,ACK", "SYN"]
                 found["matches"].setdefault(protocol, {})["tcp-flags"] = flags

@@ -155,6 +155,10 @@ def _match(match: Match, protocol: str) -> str:
             return f"-m tcp {sign}--tcp-flags FIN,SYN,RST,ACK SYN"
         case Field.ESTABLISHED:
             return "-m conntrack --ctstate ESTABLISHED"
+        case Field.CONFIRMED:
+            return f"-m conntrack {sign}--ctstatus CONFIRMED"
+        case Field.DNAT:
+            return f"-m conntrack {sign}--ctstate DNAT"
         case Field.MARK:
             return f"-m mark {sign}--mark {value:#x}/{mask:#x}"
         case Field.CONNECTION_MARK:

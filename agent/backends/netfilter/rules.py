@@ -52,6 +52,8 @@ class Field(Enum):
     OPENING = "opening"  # a TCP packet that opens a connection: SYN alone of FIN, SYN, RST and ACK
     USER = "skuid"  # ranges of ids; only where the packet has a socket
     ESTABLISHED = "established"  # conntrack has seen both directions
+    CONFIRMED = "confirmed"  # conntrack has the connection from an earlier packet
+    DNAT = "dnat"  # NAT has changed the destination
     MARK = "mark"  # int, under names.MARK_MASK
     CONNECTION_MARK = "ct mark"  # int, under names.MARK_MASK
 
@@ -103,8 +105,9 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     """Returns all rules of one pod, in the order in which they must stand within each table and chain.
 
     Without `counting` those are left out that istio-cni has not: what is neither TCP nor captured DNS is not counted or
-    refused, and IPv6 link-local destinations are captured. While draining those are left that captured connections
-    need: the kernel translates them by what conntrack knows, for as long as any chain of NAT is there (see `tables`).
+    refused, a SYN that NAT has not redirected is not dropped, and IPv6 link-local destinations are captured. While
+    draining those are left that captured connections need: the kernel translates them by what conntrack knows, for as
+    long as any chain of NAT is there (see `tables`).
     """
     if redirect.draining:
         return (*_mangle(), *(_raw(plain=not counting) if redirect.dns else ()))
@@ -112,6 +115,7 @@ def rules(redirect: Redirect, *, counting: bool = True) -> tuple[Rule, ...]:
     chains = [
         *_mangle(),
         *(_dropped(capturing) if redirect.blocked else ()),
+        *(_unredirected(redirect) if counting and not redirect.blocked else ()),
         *(_other_inbound(redirect) if counting else ()),
         *(_other_outbound(redirect) if counting else ()),
         *(capturing if not redirect.blocked else ()),
@@ -165,8 +169,27 @@ def _dropped(capturing: Iterable[Rule]) -> Iterator[Rule]:
     for hook in Hook:
         yield Rule(Table.MANGLE, hook, (_TCP, _NOT_OPENING), RuleAction.RETURN)
     for rule in capturing:
-        verb = RuleAction.DROP if rule.verb is RuleAction.REDIRECT else RuleAction.RETURN
-        yield replace(rule, table=Table.MANGLE, verb=verb, value=0)
+        yield _dropping(rule)
+
+
+def _dropping(rule: Rule) -> Rule:
+    verb = RuleAction.DROP if rule.verb is RuleAction.REDIRECT else RuleAction.RETURN
+    return replace(rule, table=Table.MANGLE, verb=verb, value=0)
+
+
+def _unredirected(redirect: Redirect) -> Iterator[Rule]:
+    """Drops an application's SYN if NAT is not asked for it: it belongs to an entry that conntrack already has.
+
+    Such an entry has outlived a connection of ztunnel's from the same port to the same server. The first packet of a
+    new entry is not confirmed yet. A SYN that conntrack finds invalid has no entry; it is neither, and dropped too.
+    """
+    here = (Table.MANGLE, Hook.OUTPUT)
+    yield Rule(*here, (_TCP, _NOT_OPENING), RuleAction.RETURN)
+    yield Rule(*here, (_TCP, Match(Field.CONFIRMED, "yes", negated=True)), RuleAction.RETURN)
+    yield Rule(*here, (_TCP, Match(Field.DNAT, "yes")), RuleAction.RETURN)
+    for rule in _nat_output(replace(redirect, preserve=False, dns=False), link_local=True):
+        matches = rule.matches if _TCP in rule.matches else (_TCP, *rule.matches)
+        yield _dropping(replace(rule, matches=matches))
 
 
 def _other_inbound(redirect: Redirect) -> Iterator[Rule]:

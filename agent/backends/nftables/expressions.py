@@ -19,6 +19,7 @@ from agent.core.wire.nftables import NFPROTO, REG_1, CtKey, MetaKey, PayloadBase
 
 _META = {Field.MARK: MetaKey.MARK, Field.IN_INTERFACE: MetaKey.IIFNAME, Field.OUT_INTERFACE: MetaKey.OIFNAME}
 _CT_ESTABLISHED = 2  # the bit of ct state
+_CT_STATUS = {Field.CONFIRMED: 1 << 3, Field.DNAT: 1 << 5}  # IPS_CONFIRMED, IPS_DST_NAT
 _ORIGINAL = b"\0"  # IP_CT_DIR_ORIGINAL
 _PROTO_SPECIFIED = 2  # NF_NAT_RANGE_PROTO_SPECIFIED: the kernel sets it for given ports, and dumps it
 _SYN, _OPENING_FLAGS = 0x02, 0x17  # FIN, SYN, RST and ACK
@@ -136,6 +137,11 @@ def _match(match: Match, family: int | None, protocol: str) -> tuple[str, bytes]
         case Field.ESTABLISHED:
             state = _ct_load(CtKey.STATE) + _bitwise(pack_u32(_CT_ESTABLISHED), bytes(4))
             return "ct state established", state + compare(bytes(4), negated=True)
+        case Field.CONFIRMED | Field.DNAT:
+            status = _ct_load(CtKey.STATUS) + _bitwise(pack_u32(_CT_STATUS[field]), bytes(4))
+            return f"ct status {'! ' if match.negated else ''}{field.value}", status + compare(
+                bytes(4), negated=not match.negated
+            )
         case Field.MARK | Field.CONNECTION_MARK:
             mark = int(str(value))
             text = f"& 0x{names.MARK_MASK:08x} {'!=' if match.negated else '=='} 0x{mark:08x}"

@@ -236,6 +236,7 @@ class CtKey(IntEnum):
     """NFT_CT_*: keys of expression ct."""
 
     STATE = 0
+    STATUS = 2
     MARK = 3
     ZONE = 17
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from agent.backends import conntrack
-from agent.backends.conntrack import BELIEVED, LEAST, ConntrackBackend, ConntrackState, own, raised
+from agent.backends.conntrack import BELIEVED, LEAST, SHORT, ConntrackBackend, ConntrackState, adapted, own
 from agent.core.model.redirect import Redirect
 
 DEFAULTS = ConntrackState(
     (
         ("established", 432_000), ("close_wait", 60), ("fin_wait", 120), ("last_ack", 30), ("max_retrans", 300),
-        ("unacknowledged", 300),
+        ("unacknowledged", 300), ("close", 10), ("syn_sent", 120),
     )
 )  # fmt: skip
 
@@ -25,9 +25,9 @@ def after(want: Redirect | None, have: ConntrackState) -> ConntrackState:
     return ConntrackState(tuple((name, changes.get(name, seconds)) for name, seconds in have.seconds))
 
 
-def test_only_what_is_shorter_than_the_connection_may_be_silent_is_raised_and_comes_back() -> None:
+def test_an_entry_lives_as_long_as_the_connection_may_be_silent_and_ends_with_it() -> None:
     held = after(Redirect(), DEFAULTS)
-    expected = {"close_wait": 1_000_060, "fin_wait": 3_420, "last_ack": 3_330}
+    expected = {"close_wait": 1_000_060, "fin_wait": 3_420, "last_ack": 3_330, "close": 1, "syn_sent": 1}
     assert dict(held.seconds) == {**dict(DEFAULTS.seconds), **expected}
     assert not ConntrackBackend().plan(Redirect(), held)
     assert after(None, held) == DEFAULTS
@@ -38,9 +38,18 @@ def test_only_what_is_shorter_than_the_connection_may_be_silent_is_raised_and_co
 def test_every_value_of_a_pod_comes_back(name: str) -> None:
     least, base = LEAST[name]
     for seconds in (0, 1, least - 1, least, base - 1, base + least, 2_000_000):
-        assert raised(name, seconds) >= least
-        assert raised(name, raised(name, seconds)) == raised(name, seconds)
-        assert own(name, raised(name, seconds)) == seconds
+        assert adapted(name, seconds) >= least
+        assert adapted(name, adapted(name, seconds)) == adapted(name, seconds)
+        assert own(name, adapted(name, seconds)) == seconds
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_only_the_kernels_default_is_shortened(name: str) -> None:
+    default, short = SHORT[name]
+    assert adapted(name, default) == adapted(name, short) == short
+    assert own(name, short) == default
+    for seconds in (0, short + 1, default - 1, default + 1):
+        assert adapted(name, seconds) == own(name, seconds) == seconds
 
 
 def test_a_namespace_where_they_cannot_be_set_is_captured_with_a_remark() -> None:
