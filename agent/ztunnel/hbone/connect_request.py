@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
-from hpack import HeaderTuple, NeverIndexedHeaderTuple
-
 Headers = list[tuple[bytes, bytes]]
 
 _MOST_HOST: Final = 255
-# Another value in each request: in the table of HPACK they would only displace what is worth an entry.
-_UNIQUE: Final = frozenset(("forwarded", "traceparent"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +68,12 @@ def forwarded_host(value: str) -> str:
 
 def request(authority: str, fields: tuple[tuple[str, str], ...]) -> Headers:
     """Returns the header fields of a CONNECT."""
-    named = [
-        (NeverIndexedHeaderTuple if name in _UNIQUE else HeaderTuple)(name.encode("latin-1"), value.encode("latin-1"))
-        for name, value in fields
-    ]
-    return [(b":method", b"CONNECT"), (b":authority", authority.encode("latin-1")), *named]
+    return [(b":method", b"CONNECT"), (b":authority", authority.encode("latin-1")), *_encoded(fields)]
 
 
 def response(status: int, fields: tuple[tuple[str, str], ...] = ()) -> Headers:
-    return [
-        (b":status", str(status).encode()),
-        *((name.encode("latin-1"), value.encode("latin-1")) for name, value in fields),
-    ]
+    return [(b":status", str(status).encode()), *_encoded(fields)]
+
+
+def _encoded(fields: tuple[tuple[str, str], ...]) -> Headers:
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields]

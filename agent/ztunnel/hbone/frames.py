@@ -27,6 +27,7 @@ FIRST_STREAM: Final = 1  # of a client
 END_STREAM: Final = 0x1
 END_HEADERS: Final = 0x4
 PADDED: Final = 0x8
+PRIORITY_FLAG: Final = 0x20
 _HEADER: Final = struct.Struct(">HBBBL")  # the length has 24 bits: 16, then 8
 _STREAM_MASK: Final = (1 << 31) - 1
 _NOTHING: Final = memoryview(b"")
@@ -203,6 +204,22 @@ class FrameSplitter:
 def write_data_header(buffer: bytearray, length: int, stream: int) -> None:
     """Writes the header of a DATA frame without flags to the start of `buffer`."""
     _HEADER.pack_into(buffer, 0, length >> 8, length & 0xFF, DATA, 0, stream)
+
+
+def headers(stream: int, block: bytes, largest: int, *, end: bool = False) -> bytes:
+    """Returns a header block as HEADERS and CONTINUATION frames of at most `largest` bytes each."""
+    made = []
+    kind, flags = HEADERS, END_STREAM if end else 0
+    for at in range(0, len(block), largest):
+        part = block[at : at + largest]
+        last = END_HEADERS if at + largest >= len(block) else 0
+        made.append(_HEADER.pack(len(part) >> 8, len(part) & 0xFF, kind, flags | last, stream) + part)
+        kind, flags = CONTINUATION, 0
+    return b"".join(made)
+
+
+def rst_stream(stream: int, code: ErrorCode) -> bytes:
+    return _HEADER.pack(0, 4, RST_STREAM, 0, stream) + code.to_bytes(4, "big")
 
 
 def end_of_stream(stream: int) -> bytes:

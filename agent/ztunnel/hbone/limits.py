@@ -59,3 +59,24 @@ HANDSHAKES_PER_CLIENT: Final = 64
 HANDSHAKE_PATIENCE_SECONDS: Final = 1.0  # then a handshake makes room for another one where these limits are reached
 SESSIONS_PER_POD: Final = 4096
 SESSIONS_PER_CLIENT: Final = 128
+
+
+class Budget:
+    """A token bucket: `most` at once, and `per_second`."""
+
+    __slots__ = ("_left", "_most", "_per_second", "_since")
+
+    def __init__(self, most: int, per_second: int, now: float) -> None:
+        self._left = float(most)
+        self._most = most
+        self._per_second = per_second
+        self._since = now
+
+    def spend(self, now: float, count: int = 1) -> bool:
+        """Takes `count`; returns False if so many are not left."""
+        self._left = min(self._most, self._left + (now - self._since) * self._per_second) - count
+        self._since = now
+        return self._left >= 0
+
+    def add(self, count: float) -> None:
+        self._left = min(self._most, self._left + count)
