@@ -34,7 +34,7 @@ _ROUNDS: Final = 4  # of reading, then others get their turn
 class _End:
     """One socket, the messages that it sent and the bytes that it gets."""
 
-    __slots__ = ("connection", "ended", "framing", "output", "pieces", "readable", "shut")
+    __slots__ = ("connection", "ended", "framing", "output", "pieces", "readable", "shut", "to_end")
 
     def __init__(self, connection: socket.socket, framing: DnsFraming) -> None:
         self.connection = connection
@@ -42,33 +42,33 @@ class _End:
         self.pieces: deque[Piece] = deque()
         self.output = bytearray()
         self.readable = True
+        self.to_end = False  # what waits to be read has a FIN, an error or urgent data, after which no event comes
         self.ended = False  # the FIN was read
         self.shut = False  # the FIN was sent
 
-    def read(self) -> bool:
-        """Reads once; returns False if there was nothing. Raises OSError."""
+    def read(self) -> None:
+        """Reads once, if there may be something. Raises OSError."""
         if not self.readable:
-            return False
+            return
         try:
             data = self.connection.recv(_CHUNK)
         except BlockingIOError:
             self.readable = False
-            return False
-        if not data:
-            self.ended = True
-            self.readable = False
+            return
+        self.ended = not data
+        self.readable = len(data) == _CHUNK or (self.to_end and not self.ended)
         self.pieces.extend(self.framing.cut(data))
-        return True
 
     def flush(self) -> bool:
         """Sends what the socket takes; returns True if it took something. Raises OSError."""
-        if not self.output:
-            return False
-        before = len(self.output)
-        with contextlib.suppress(BlockingIOError):
-            while self.output:
+        moved = False
+        while self.output:
+            try:
                 del self.output[: self.connection.send(self.output)]
-        return len(self.output) < before
+            except BlockingIOError:
+                break
+            moved = True
+        return moved
 
 
 class DnsConnection:
@@ -166,33 +166,46 @@ class DnsConnection:
     def _event(self, end: _End, mask: int) -> None:
         if mask & poller.READ:
             end.readable = True
+        if mask & (poller.END | poller.URGENT):
+            end.to_end = True
         self._work()
 
     def _work(self) -> None:
         for _ in range(_ROUNDS):
+            for step in (self._serve_client, self._serve_server, self._flush_client):
+                if self._done:
+                    return
+                step()
             if self._done:
                 return
-            moved = self._serve_client()
-            if not (self._serve_server() or moved):
+            if not self._has_more():
                 self._finish()
                 return
         self._pod.engine.poller.loop.call_soon(self._work)
 
-    def _serve_client(self) -> bool:
-        """Returns True if bytes moved, so that there may be room for more."""
+    def _has_more(self) -> bool:
+        """Returns True if there is input, and room for it."""
+        client, server = self._client, self._server
+        if (client.readable or client.pieces) and self._may_ask():
+            return True
+        return server is not None and server.readable and len(client.output) < _FULL
+
+    def _serve_client(self) -> None:
         client = self._client
-        moved = False
         try:
-            moved = client.flush()
-            self._used |= moved
-            if self._may_ask() and not client.pieces:
-                moved |= client.read()
-            while client.pieces and self._may_ask() and not self._done:
-                moved = self._used = True
-                self._ask(client.pieces.popleft())
+            if not client.pieces and self._may_ask():
+                client.read()
         except OSError as error:
             self._end(close_by(error.errno), error.strerror or str(error))
-        return moved
+        while client.pieces and self._may_ask() and not self._done:
+            self._used = True
+            self._ask(client.pieces.popleft())
+
+    def _flush_client(self) -> None:
+        try:
+            self._used |= self._client.flush()
+        except OSError as error:
+            self._end(close_by(error.errno), error.strerror or str(error))
 
     def _may_ask(self) -> bool:
         """Returns True if there is room for another query and its answer."""
@@ -240,24 +253,22 @@ class DnsConnection:
         engine.poller.add(connection.fileno(), partial(self._event, server))
         return server
 
-    def _serve_server(self) -> bool:
-        """Returns True if bytes moved, so that there may be room for more."""
+    def _serve_server(self) -> None:
         server = self._server
-        if server is None or self._done:
-            return False
+        if server is None:
+            return
         try:
-            moved = server.flush()
+            server.flush()
             if len(self._client.output) < _FULL:
-                moved |= server.read()
+                server.read()
         except OSError as error:
             self._lost(close_by(error.errno), error.strerror or str(error))
-            return True
+            return
         while server.pieces:
             self._used = True
             self._pass_back(server.pieces.popleft())
         if server.ended:
             self._lost("fin", "the resolver closed the connection")
-        return moved
 
     def _pass_back(self, piece: Piece) -> None:
         """Takes a message of the resolver, or a part of a long one."""

@@ -34,6 +34,8 @@ _CLOSE_BY_ERRNO = {
     errno.ENOTCONN: "reset",
 }
 
+_quoted = json.encoder.encode_basestring_ascii  # as a string of JSON
+
 log = logging.getLogger(__name__)
 
 
@@ -76,13 +78,16 @@ class Record(NamedTuple):
     via: Address | None = None
 
     def line(self) -> bytes:
-        value = self._asdict()
-        time = utc(value.pop("started"))
-        value["source"] = text(self.source)
-        value["destination"] = text(self.destination) if self.destination else ""
-        value["via"] = text(self.via) if self.via else ""
-        value["seconds"] = round(self.seconds, 6)
-        return json.dumps({"time": time, **value}, separators=(",", ":")).encode() + b"\n"
+        # Each query has one: json.dumps of a dict takes five times as long.
+        destination = text(self.destination) if self.destination else ""
+        via = text(self.via) if self.via else ""
+        return (
+            f'{{"time":"{utc(self.started)}","kind":{_quoted(self.kind)},"direction":{_quoted(self.direction)},'
+            f'"pod":{_quoted(self.pod)},"uid":{_quoted(self.uid)},"source":{_quoted(text(self.source))},'
+            f'"destination":{_quoted(destination)},"sent":{self.sent},"received":{self.received},'
+            f'"seconds":{round(self.seconds, 6)},"close":{_quoted(self.close)},"error":{_quoted(self.error)},'
+            f'"via":{_quoted(via)}}}\n'
+        ).encode()
 
 
 class RecordSink(Protocol):

@@ -46,6 +46,14 @@ def test_a_line() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("text", ['"', "\\", "a\nb", "\x00\x1b\x7f", "ä\u2028\udc80", "}"])
+def test_a_line_with_any_text_is_json(text: str) -> None:
+    line = ONE._replace(pod=text, uid=text, error=text, via=None, seconds=1e-7).line()
+    found = json.loads(line)
+    assert (found["pod"], found["uid"], found["error"], found["via"], found["seconds"]) == (text, text, text, "", 0.0)
+    assert line.count(b"\n") == 1 and line.isascii()
+
+
 def test_close_writes_all(loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
     records = RecordWriter(loop, str(tmp_path / "r"))
     for _ in range(1000):
