@@ -252,6 +252,7 @@ def test_without_ztunnel_connections_are_refused_and_the_next_takes_them(here: N
     here.await_ztunnel()
     until(lambda: not here.refused(pod), "the new ztunnel's listeners are known")
     assert here.captured(pod) and here.captured(pod, 6)
+    assert here.ask("/v1/explain", pod=pod.key)["recent_repairs"] == [], "another ztunnel is no drift"
     here.delete(pod)
 
 
