@@ -96,7 +96,7 @@ struct listener {
 enum memory_kind {
 	MEMORY_NONE,
 	MEMORY_ASKED, /* an application's socket: where it wanted to go */
-	MEMORY_ORIGINAL, /* in handover alone, for the socket that ztunnel accepts: where the client wanted to go */
+	MEMORY_ORIGINAL, /* in handover, then in the socket that ztunnel accepted: where the client wanted to go */
 	MEMORY_SPEAKS_AS, /* ztunnel's socket towards the application: the client that it speaks for */
 	MEMORY_CLIENT, /* the socket that the application accepted: the client */
 	MEMORY_ZTUNNEL, /* ztunnel's socket, known by its process */
@@ -108,7 +108,7 @@ struct memory {
 	struct address address;
 	__u16 port;
 	__u16 kind;
-	__u32 none;
+	__u32 substituted; /* with MEMORY_ORIGINAL: the client's socket has an address of loopback, and another is shown */
 };
 
 /* Map handover: of a connection that has been begun, by the addresses that its SYN carries. */

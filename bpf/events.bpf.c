@@ -27,7 +27,7 @@ static __always_inline void begun(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 
 static __always_inline void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
-	/* ztunnel asks for the destination at once, by SO_ORIGINAL_DST: what was handed over can stay where it is. */
+	/* ztunnel asks for the destination at once, by SO_ORIGINAL_DST, and takes what was handed over (names.bpf.c). */
 	if (ctx->local_port == OUTBOUND_PORT || ctx->local_port == DNS_PORT)
 		return;
 	struct address from = remote(ctx), to = local(ctx);

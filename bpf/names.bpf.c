@@ -28,7 +28,7 @@ static __always_inline int at_ztunnel(struct bpf_sock *sk)
 static __always_inline int peer(struct bpf_sock_addr *ctx, const struct address *now, struct address *shown, __u16 *port)
 {
 	struct memory *memory = ctx->sk ? remembered(ctx->sk) : NULL;
-	if (!memory)
+	if (!memory || memory->kind == MEMORY_ORIGINAL)
 		return ctx->sk && at_ztunnel(ctx->sk) ? own_instead(ctx, now, shown) : 0;
 	if (memory->kind != MEMORY_ASKED && memory->kind != MEMORY_CLIENT)
 		return 0;
@@ -131,14 +131,42 @@ static __always_inline void answer(struct bpf_sockopt *ctx, const struct address
 	FIELD(ctx->retval) = 0;
 }
 
-/* True for IPv4 by lo from an address of the pod. If nothing was handed over under it, a rule of the pod has masqueraded the
- * connection: it began at 127.0.0.1, as the application's socket had no address, and kept its port.
+/* The source under which the destination may have been stored, if a rule of the pod has masqueraded the connection, which came
+ * by lo. Then it kept its port, but has an address of the pod in place of 127.0.0.1; with IPv6 ::1 in place of what it had.
  */
-static __always_inline int masqueraded(const struct connection *key)
+static __always_inline int before_masquerade(struct connection *key)
 {
 	__u64 cookie = key->cookie;
-	struct pod *pod = is_ipv4(&key->destination) && is_loopback(&key->destination) ? bpf_map_lookup_elem(&pods, &cookie) : NULL;
-	return pod && is_own(pod, &key->source);
+	struct pod *pod = is_loopback(&key->destination) ? bpf_map_lookup_elem(&pods, &cookie) : NULL;
+	int ipv4 = is_ipv4(&key->source);
+	if (!pod || !(ipv4 ? is_own(pod, &key->source) : is_loopback(&key->source)))
+		return 0;
+	key->source = ipv4 ? localhost(1) : pod->own6;
+	return 1;
+}
+
+static __always_inline int is_substituted(const struct connection *key)
+{
+	return is_loopback(&key->source) || same(&key->source, &key->destination);
+}
+
+/* What was handed over to ztunnel's socket. It moves there, so that nothing is left for a later connection to find. */
+static __always_inline struct memory *original(struct bpf_sock *sk, struct connection *key)
+{
+	struct memory *memory = remembered(sk), *given;
+	if (memory)
+		return memory;
+	given = bpf_map_lookup_elem(&handover, key);
+	if (!given && before_masquerade(key))
+		given = bpf_map_lookup_elem(&handover, key);
+	if (!given || given->kind != MEMORY_ORIGINAL)
+		return NULL;
+	given->substituted = is_substituted(key);
+	memory = bpf_sk_storage_get(&memories, sk, given, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!memory)
+		return given;
+	bpf_map_delete_elem(&handover, key);
+	return memory;
 }
 
 /* SO_ORIGINAL_DST, as if conntrack had kept it. Runs after the kernel's own answer, which stands if we know none. */
@@ -157,18 +185,14 @@ SEC("cgroup/getsockopt") int getsockopt(struct bpf_sockopt *ctx)
 		.source_port = sk->dst_port,
 		.destination_port = bpf_htons(sk->src_port),
 	};
-	int substitute = is_loopback(&key.source) || same(&key.source, &key.destination);
+	int substitute = is_substituted(&key);
 	if (at_ztunnel(sk)) {
-		struct memory *given = bpf_map_lookup_elem(&handover, &key);
-		if (!given && masqueraded(&key)) {
-			key.source = localhost(1);
-			substitute = 1;
-			given = bpf_map_lookup_elem(&handover, &key);
-		}
-		if (!given || given->kind != MEMORY_ORIGINAL)
+		struct memory *memory = original(sk, &key);
+		if (!memory || memory->kind != MEMORY_ORIGINAL)
 			return 1;
-		key.destination = given->address;
-		key.destination_port = given->port;
+		key.destination = memory->address;
+		key.destination_port = memory->port;
+		substitute = memory->substituted;
 	} else if (!failed || (sk->mark & MARK_MASK) != ZTUNNEL_MARK || !bpf_map_lookup_elem(&pods, &key.cookie)) {
 		return 1;
 	}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,7 @@ from support.ebpf_pod import (
     family,
     original,
     plain,
+    program,
     speaking,
     there,
     written,
@@ -36,6 +38,7 @@ from agent.backends.ebpf.abi import ExitCause
 from agent.lab.links import links
 
 pytestmark = pytest.mark.root
+FORGET = "from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket; NFCTSocket().flush()"  # conntrack does
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +164,8 @@ def masquerading(node: Stage) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("masquerading")
-@pytest.mark.parametrize(("kind", "bound"), [*((kind, False) for kind in KINDS), ("IPv4", True), ("mapped", True)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bound", [False, True], ids=["", "bound"])
 def test_a_pod_that_masquerades_everything(node: Stage, kind: str, bound: bool) -> None:
     for host in (PEER, OTHER, PEER):
         with node.pod.make(kind) as app:
@@ -187,3 +191,20 @@ def test_ztunnel_is_told_whether_the_application_has_bound_the_address_that_masq
             with accepted(node.ztunnel.outbound) as inner:
                 unused = inner.getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)[8]
                 assert bool(unused) is not bound
+
+
+@pytest.mark.usefixtures("masquerading")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_another_socket_of_that_port_asked_for_is_not_answered(node: Stage, kind: str) -> None:
+    """A rule of the pod makes the source of one socket equal to that of the other, which was connected before."""
+    for host, bound in ((PEER, False), (OTHER, True), (PEER, True), (OTHER, False)):
+        with node.pod.make(kind) as app:
+            app.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            app.bind((written(kind, POD[family(kind)] if bound else {4: "0.0.0.0", 6: "::"}[family(kind)]), 5777))
+            app.connect((written(kind, host[family(kind)]), DNS))
+            with accepted(node.ztunnel.dns_tcp) as inner:
+                for _ in range(2):
+                    assert original(inner, family(kind)) == (host[family(kind)], DNS)
+                app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                app.close()
+        program(node.pod.path, FORGET)  # or the rule would choose another port
