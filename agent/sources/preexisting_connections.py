@@ -19,7 +19,7 @@ from agent.kernel.pod_netns import PodNetns
 class _Pod:
     select: Select
     known: Preexisting = field(default_factory=Preexisting)
-    listed: list[TcpSocket] | None = None  # between begin and applied
+    begun: bool = False  # between begin and applied
     diag: SockDiag | None = None
 
     def read(self, target: PodNetns) -> list[TcpSocket]:
@@ -53,29 +53,34 @@ class PreexistingConnections:
         From here on `as_note` serves a later process if this one dies before `applied`.
         """
         pod = self._pods.setdefault(uid, _Pod(self._select))
-        pod.listed = pod.read(target)
-        pod.learn(pod.listed)
+        pod.learn(pod.read(target))
+        pod.begun = True
 
     def applied(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
         """Returns the pre-existing ones right after the rules; without `begin` like `remaining`. Raises KernelError."""
         pod = self._pods.get(uid)
-        if pod is None or pod.listed is None:
+        if pod is None or not pod.begun:
             return self.remaining(uid, target)
-        after = pod.read(target)
-        pod.learn(pod.listed, after)
-        pod.listed = None
-        left = pod.known.remaining(after, self._select)
-        return left if left and len(left) == len(pod.known.cookies) else self.remaining(uid, target)
+        # A dump is not a moment: on a busy machine it takes 100 ms and more. Of a handshake that ends meanwhile it may
+        # show the client's end alone, as if ztunnel did not have the connection. The next dump shows both.
+        first, second = pod.read(target), pod.read(target)
+        pod.learn(first, second)
+        pod.begun = False
+        return self._keep(uid, pod, [pod.known.remaining(now, self._select) for now in (first, second)])
 
     def remaining(self, uid: str, target: PodNetns) -> tuple[TcpSocket, ...]:
         """Reads those that still live and forgets the others. Raises KernelError. Costs nothing without any."""
         pod = self._pods.get(uid)
         if pod is None:
             return ()
-        left = {one.cookie: one for one in self._look(pod, target)}
-        if len(left) < len(pod.known.cookies):
+        looks = [self._look(pod, target)]
+        if len(looks[0]) < len(pod.known.cookies):
             # A dump may miss a socket, and rules that would break it must not be applied because of that.
-            left |= {one.cookie: one for one in self._look(pod, target)}
+            looks.append(self._look(pod, target))
+        return self._keep(uid, pod, looks)
+
+    def _keep(self, uid: str, pod: _Pod, looks: Iterable[tuple[TcpSocket, ...]]) -> tuple[TcpSocket, ...]:
+        left = {one.cookie: one for look in looks for one in look}
         pod.known = Preexisting(frozenset(left))
         if not left:
             self.forget(uid)

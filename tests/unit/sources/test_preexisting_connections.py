@@ -9,6 +9,7 @@ import pytest
 
 from agent.core.errors import KernelError
 from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.policy.backend_switch import translated
 from agent.kernel.pod_netns import PodNetns
 from agent.sources import preexisting_connections
 from agent.sources.preexisting_connections import PreexistingConnections
@@ -54,14 +55,14 @@ def enrolled(*answers: Answer) -> tuple[PreexistingConnections, Kernel]:
 
 
 def test_a_pod_without_connections_costs_nothing_afterwards() -> None:
-    made, kernel = enrolled([], [])
+    made, kernel = enrolled([], [], [])
     assert (kernel.open, kernel.opened) == (0, 1)
     assert made.remaining("u", kernel.target) == () and kernel.opened == 1
     assert made.remaining("other", Kernel().target) == ()
 
 
 def test_one_socket_is_open_until_the_last_connection_has_ended() -> None:
-    made, kernel = enrolled([ONE], [ONE, TWO])
+    made, kernel = enrolled([ONE], [ONE, TWO], [ONE, TWO])
     assert made.as_note("u") == [1, 2] and (kernel.open, kernel.opened) == (1, 1)
     kernel.answers = [[TWO], [TWO]]
     assert made.remaining("u", kernel.target) == (TWO,) and made.as_note("u") == [2]
@@ -71,7 +72,7 @@ def test_one_socket_is_open_until_the_last_connection_has_ended() -> None:
 
 
 def test_one_that_a_dump_missed_is_not_forgotten() -> None:
-    made, kernel = enrolled([ONE, TWO], [ONE, TWO])
+    made, kernel = enrolled([ONE, TWO], [ONE, TWO], [ONE, TWO])
     kernel.answers = [[ONE], [TWO]]
     assert set(made.remaining("u", kernel.target)) == {ONE, TWO}
     kernel.answers = [[ONE, TWO]]  # nothing missing: read once
@@ -79,10 +80,19 @@ def test_one_that_a_dump_missed_is_not_forgotten() -> None:
 
 
 def test_one_that_is_missing_right_after_the_rules_is_looked_for_again() -> None:
-    made, _ = enrolled([ONE, TWO], [ONE], [ONE], [TWO])
+    made, _ = enrolled([ONE, TWO], [ONE], [TWO])
     assert made.as_note("u") == [1, 2]
-    made, _ = enrolled([ONE, TWO], [ONE], [ONE], [ONE])
+    made, _ = enrolled([ONE, TWO], [ONE], [ONE])
     assert made.as_note("u") == [1]
+
+
+def test_a_handshake_that_ends_during_a_dump_is_found_in_the_next() -> None:
+    """The dump comes to the place of ztunnel's end before that is there, and to the client's after the handshake."""
+    client = TcpSocket(4, ("10.0.0.1", 40000), ("10.0.0.2", 80), TcpState.ESTABLISHED, cookie=1)
+    ztunnel = TcpSocket(4, ("127.0.0.1", 15001), ("10.0.0.1", 40000), TcpState.ESTABLISHED, cookie=2)
+    made, kernel = PreexistingConnections(translated), Kernel([], [client], [client, ztunnel])
+    made.begin("u", kernel.target)
+    assert set(made.applied("u", kernel.target)) == {client, ztunnel}
 
 
 def test_the_note_is_complete_before_the_rules_come() -> None:
@@ -92,7 +102,7 @@ def test_the_note_is_complete_before_the_rules_come() -> None:
 
 
 def test_a_pass_that_is_tried_again_keeps_what_the_first_one_saw() -> None:
-    made, kernel = PreexistingConnections(), Kernel([ONE], [TWO], [ONE, TWO])
+    made, kernel = PreexistingConnections(), Kernel([ONE], [TWO], [ONE, TWO], [ONE, TWO])
     made.begin("u", kernel.target)
     made.begin("u", kernel.target)
     assert set(made.applied("u", kernel.target)) == {ONE, TWO} and kernel.opened == 1
@@ -109,7 +119,7 @@ def test_a_successor_goes_on_with_the_note() -> None:
 
 @pytest.mark.parametrize("end", ["forget", "close"])
 def test_nothing_is_left_open(end: str) -> None:
-    made, kernel = enrolled([ONE], [ONE])
+    made, kernel = enrolled([ONE], [ONE], [ONE])
     assert kernel.open == 1
     made.forget("u") if end == "forget" else made.close()
     assert kernel.open == 0 and made.as_note("u") == []
@@ -117,7 +127,7 @@ def test_nothing_is_left_open(end: str) -> None:
 
 
 def test_a_refusal_of_the_kernels_forgets_nothing() -> None:
-    made, kernel = enrolled([ONE], [ONE])
+    made, kernel = enrolled([ONE], [ONE], [ONE])
     kernel.answers = [KernelError("read", 1, "no")]
     with pytest.raises(KernelError):
         made.remaining("u", kernel.target)
