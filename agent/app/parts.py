@@ -7,11 +7,12 @@ import os
 import random
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from agent.backends.base import Support
+from agent.backends.base import PodLayer, Support
 from agent.backends.choose import Choice, Recorded, choose, choose_host
 from agent.backends.ebpf.pins import Pins
 from agent.backends.ebpf.ztunnels import Ztunnels
@@ -61,12 +62,15 @@ class Mechanisms:
     ztunnels: Ztunnels
 
 
-def choose_mechanisms(settings: Settings) -> Mechanisms:
-    """Chooses the backend; a restart chooses the same. Raises SettingsError if no allowed one works."""
+def choose_mechanisms(settings: Settings, made: Mapping[str, PodLayer]) -> Mechanisms:
+    """Chooses the backend; a restart chooses the same. `made`: layers that are used where they are chosen.
+
+    Raises SettingsError if no allowed backend works.
+    """
     pins = Pins.of(settings.bpf_dir)
     ztunnels = Ztunnels()
     view = host_view.read_host_view()
-    tried = KernelTrials(pins, ipv6=settings.ipv6, ztunnels=ztunnels, sizes=settings.bpf_map_sizes)
+    tried = KernelTrials(pins, ipv6=settings.ipv6, ztunnels=ztunnels, sizes=settings.bpf_map_sizes, made=made)
     old = backend_record.load(settings.run_dir)
     choice = choose(settings.backend, tried.backends, tried.trials, view, old)
     host, why = choose_host(settings.host_probes, view)

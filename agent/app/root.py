@@ -12,7 +12,6 @@ import contextlib
 import gc
 import logging
 import random
-import resource
 import signal
 import socket
 from collections.abc import Coroutine, Iterable, Mapping
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.app.early import Repaired
 from agent.app.health import Health
 from agent.app.parts import (
     Journals,
@@ -48,7 +48,6 @@ from agent.sources.cni.service import CniService
 from agent.sources.cni.socket import CniSocket
 from agent.sources.drift import DriftWatcher
 from agent.sources.netns.batcher import SearchBatcher
-from agent.sources.netns.namespace_registry import NamespaceRegistry
 from agent.sources.non_tcp_totals import NonTcpCounter
 from agent.sources.preexisting_connections import PreexistingConnections
 from agent.sources.probe_canary import ProbeCanary
@@ -70,7 +69,15 @@ log = logging.getLogger("sluice.agent")
 class Agent:
     """All parts of one agent."""
 
-    def __init__(self, settings: Settings, version: str, origins: Mapping[str, str], state: Notes) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        version: str,
+        origins: Mapping[str, str],
+        *,
+        state: Notes,
+        repaired: Repaired,
+    ) -> None:
         """Probes the backends; `origins` has the origin of each setting.
 
         Raises SettingsError if no allowed backend works.
@@ -78,7 +85,7 @@ class Agent:
         self.settings = settings
         self.state = state
         self.node_name = settings.node_name or socket.gethostname()
-        self.mechanisms = choose_mechanisms(settings)
+        self.mechanisms = choose_mechanisms(settings, repaired.layers)
         self.installer = _installer(settings)
         self.table = PodTable()
         self.exempt = OfflineAllowlist(settings, self.table)
@@ -89,7 +96,8 @@ class Agent:
         self.journals = Journals(self.metrics)
         self.host = build_host_loop(settings, self.mechanisms, self.metrics)
         self.unannounced = SearchBatcher(self._unannounced_pods)
-        self.namespaces = NamespaceRegistry(state, self.unannounced)
+        self.namespaces = repaired.namespaces
+        self.namespaces.unannounced = self.unannounced
         self.drift = DriftWatcher(wiring=self.mechanisms.choice.by_socket)
         self.zds = ZdsServer(settings.zds_socket, settings.ack_seconds)
         self.listening = ZtunnelPorts(map(int, settings.ztunnel_ports), self.mechanisms.ztunnels)
@@ -306,21 +314,17 @@ def _installer(settings: Settings) -> Installer | None:
     return None if installer.mode == "off" else installer
 
 
-def main(settings: Settings, version: str, origins: Mapping[str, str], state: Notes) -> int:
+def main(settings: Settings, version: str, origins: Mapping[str, str], state: Notes, repaired: Repaired) -> int:
     """Runs the agent; `origins` has the origin of each setting. Returns the exit code."""
     # Most of what is allocated lives long: the collector would walk through it again and again for nothing.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     gc.enable()
-    # Six descriptors per pod: its namespace, its nf_tables, route and sock_diag sockets, and those for notifications of
-    # the first two; and one more while connections from before its enrolment are left.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
     claim(Path(settings.run_dir))  # first: the choice of the backend is written there
 
     async def run() -> None:
-        await Agent(settings, version, origins, state).run()
+        await Agent(settings, version, origins, state=state, repaired=repaired).run()
 
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run())

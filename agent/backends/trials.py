@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class KernelTrials:
-    """Trials with fresh layers. `support` has their results by layer, `findings` those of self-tests by choice."""
+    """Trials of layers. `support` has their results by layer, `findings` those of self-tests by choice."""
 
     def __init__(
         self,
@@ -30,8 +30,10 @@ class KernelTrials:
         ipv6: bool,
         ztunnels: Ztunnels | None = None,
         sizes: Mapping[str, int] = MappingProxyType({}),
+        made: Mapping[str, PodLayer] = MappingProxyType({}),
     ) -> None:
-        self.backends = mechanisms(ipv6=ipv6, pins=pins, ztunnels=ztunnels, sizes=sizes)
+        """Makes the layers that `made` lacks."""
+        self.backends = {**mechanisms(ipv6=ipv6, pins=pins, ztunnels=ztunnels, sizes=sizes), **made}
         self.support: dict[str, Support] = {}
         self.findings: dict[str, tuple[str, ...]] = {}
         self._pins = pins

@@ -109,9 +109,9 @@ class IptablesBackend:
                 target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _seen(ruleset: Ruleset, generation: int | None, target: PodNetns) -> XtSeen:
-    families = {family: _tables(ruleset, family) for family in (NFPROTO if target.has_ipv6() else (4,))}
-    remarks = foreign_rules.chains(ruleset, 0, Table.NAT.value, ipv6=target.has_ipv6())
+def _seen(ruleset: Ruleset, generation: int | None, ipv6: bool) -> XtSeen:
+    families = {family: _tables(ruleset, family) for family in (NFPROTO if ipv6 else (4,))}
+    remarks = foreign_rules.chains(ruleset, 0, Table.NAT.value, ipv6=ipv6)
     return XtSeen(XtState(families, generation, ruleset.whole), remarks)
 
 

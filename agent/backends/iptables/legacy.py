@@ -127,9 +127,9 @@ def _jumps(have: LegacyState) -> bool:
     return any(table.jumps for family in have.families.values() for table in family.values())
 
 
-def _before(ruleset: Ruleset, _: int | None, target: PodNetns) -> tuple[str, ...]:
+def _before(ruleset: Ruleset, _: int | None, ipv6: bool) -> tuple[str, ...]:
     """Leaves out chains with the priority of legacy tables: their order is not known."""
-    return foreign_rules.chains(ruleset, NFPROTO_INET, "", ipv6=target.has_ipv6())
+    return foreign_rules.chains(ruleset, NFPROTO_INET, "", ipv6=ipv6)
 
 
 def _tables(target: PodNetns, last: dict[Key, LegacyTable]) -> dict[Key, LegacyTable]:

@@ -48,8 +48,8 @@ class _Last(Generic[H]):
 class Reader(Generic[H]):
     """One backend's view of each namespace; forgets a namespace with its PodNetns."""
 
-    def __init__(self, view: Callable[[Ruleset, int | None, PodNetns], H], own: Sequence[ChainRef]) -> None:
-        """Takes `view`, which makes a backend's state from (rule set, its generation, the namespace).
+    def __init__(self, view: Callable[[Ruleset, int | None, bool], H], own: Sequence[ChainRef]) -> None:
+        """Takes `view`, which makes a backend's state from (rule set, its generation, whether there is IPv6).
 
         The generation is None if it changed during the read. `own`: the chains that the backend needs.
         """
@@ -72,7 +72,7 @@ class Reader(Generic[H]):
         ):
             return last.have
         ruleset, generation = read(target.nft, self._own, whole=self._large.get(target, 0.0) <= time.monotonic())
-        have = self._view(ruleset, generation, target)
+        have = self._view(ruleset, generation, ipv6)
         if generation is not None and ruleset.lasts(target.nft.port):
             self._last[target] = _Last(have, generation, mark, ipv6)
         else:

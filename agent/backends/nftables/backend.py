@@ -50,12 +50,16 @@ class NftablesBackend:
 
     def probe(self) -> Support:
         try:
-            self.owned = scratch.call(try_owned)
+            self.try_ownership()
             scratch.call(lambda: _commit_sample(self.owned, self._ipv6))
         except KernelError as error:
             return Support(False, f"the kernel refused our tables ({error}); it needs nf_tables and inet nat, 5.2")
         remark = "tables are owned" if self.owned else "this kernel has no owned tables (needs 6.9)"
         return Support(True, remarks=(remark,))
+
+    def try_ownership(self) -> None:
+        """Sets `owned` by what this kernel can do; takes a millisecond. Raises KernelError."""
+        self.owned = scratch.call(try_owned)
 
     def read(self, target: PodNetns) -> NftState:
         return self._reader.read(target)
@@ -95,9 +99,9 @@ class NftablesBackend:
             target.nft.commit("nf_tables transaction", step.payload, plan.seen)
 
 
-def _have(ruleset: Ruleset, generation: int | None, target: PodNetns) -> NftState:
-    remarks = foreign_rules.chains(ruleset, NFPROTO_INET, _NAT, ipv6=target.has_ipv6())
-    return NftState(reading.table_states(ruleset), generation, target.nft.port, remarks)
+def _have(ruleset: Ruleset, generation: int | None, ipv6: bool) -> NftState:
+    remarks = foreign_rules.chains(ruleset, NFPROTO_INET, _NAT, ipv6=ipv6)
+    return NftState(reading.table_states(ruleset), generation, remarks)
 
 
 def try_owned() -> bool:

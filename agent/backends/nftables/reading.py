@@ -24,14 +24,13 @@ PLACES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class NftState:
-    """Sluice's state in one namespace. `port` is our socket's, to know tables that we own.
+    """Sluice's state in one namespace; `remarks` are on rules of others that come before it.
 
-    `generation` None: it changed while it was read. `remarks` are on what of others comes before it.
+    `generation` None: it changed while it was read.
     """
 
     tables: tuple[TableState, ...]
     generation: int | None
-    port: int
     remarks: tuple[str, ...] = ()
 
 

@@ -54,9 +54,10 @@ def nested(kind: int, *attributes: bytes) -> bytes:
 def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yields (type without flag bits, payload) of each attribute; stops at a torn tail."""
     offset = 0
-    while offset + 4 <= len(data):
+    size = len(data)
+    while offset + 4 <= size:
         length, kind = ATTRIBUTE.unpack_from(data, offset)
-        if length < 4 or offset + length > len(data):
+        if length < 4 or offset + length > size:
             return
         yield kind & _TYPE_MASK, data[offset + 4 : offset + length]
         offset += (length + 3) & ~3

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # the first repair of a start searches for nothing, and all t
 class NamespaceRegistry:
     """Keeps open namespaces by UID. For worker threads, one pod at a time each."""
 
-    def __init__(self, state: Notes, unannounced: SearchBatcher | None = None) -> None:
-        """Takes `unannounced`; without it a pod that comes without a namespace is not found."""
+    def __init__(self, state: Notes) -> None:
+        """Finds no pod that comes without a namespace until `unannounced` is set."""
+        self.unannounced: SearchBatcher | None = None
         self._state = state
-        self._unannounced = unannounced
         self._open: dict[str, PodNetns] = {}
         self._notes: dict[str, Note] = {}
         self._pinned: set[str] = set()
@@ -189,9 +189,9 @@ class NamespaceRegistry:
                 return netns
             netns.close()
             problems.append(NetnsError(f"{path}: is another network namespace by now"))
-        if not pod.netns_path and self._unannounced is not None:
+        if not pod.netns_path and self.unannounced is not None:
             try:
-                netns = self._unannounced.find(pod, self._open.keys())
+                netns = self.unannounced.find(pod, self._open.keys())
             except NetnsError as error:
                 if type(error) is not NetnsError:  # a namespace was found, but not proven to be the pod's
                     raise

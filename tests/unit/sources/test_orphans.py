@@ -28,7 +28,8 @@ class Nothing(SearchBatcher):
 
 
 def test_a_pod_that_is_not_found(tmp_path: Path) -> None:
-    namespaces = NamespaceRegistry(Notes(str(tmp_path)), Nothing())
+    namespaces = NamespaceRegistry(Notes(str(tmp_path)))
+    namespaces.unannounced = Nothing()
     with pytest.raises(NetnsError, match="nothing of it is here") as found:
         namespaces.resolve(POD)
     assert type(found.value) is NetnsError
