@@ -42,8 +42,9 @@ def place(family: int, rules: Sequence[FibRule], routes: Routes, interfaces: Seq
     `interfaces`: indices of those that sockets may be bound to (SO_BINDTODEVICE, link-local peers).
     """
     mine = [rule for rule in rules if rule.family == family]
-    own = [known for rule in mine if (known := _own_rule(rule))]
-    others = [rule for rule in mine if not _own_rule(rule)]
+    known = [(rule, _own_rule(rule)) for rule in mine]
+    own = [one for _, one in known if one]
+    others = [rule for rule, one in known if not one]
     led = {rule.table for rule in others if rule.action == Action.TO_TBL}
     is_ours = partial(_our_route, led=led)
     held: tuple[Item, ...] = (*(route for t in TABLES for route in routes[t] if route and is_ours(route)), *own)
