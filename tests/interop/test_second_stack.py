@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import pytest
 from support.hbone import MESH, Node, two_nodes
 from support.istio_peer import ISTIOS, ZTUNNELS, either_ztunnel
 from support.nghttp2 import Frame, Http2Peer, Setting, Stream
-from support.second_stack import OwnClient, OwnServer, identity
+from support.second_stack import OwnClient, OwnServer, identity, received, sent
 from support.ztunnel import PEER4, POD4, abort, read_all
 
 pytestmark = pytest.mark.root
@@ -85,31 +84,6 @@ def works(peer: Http2Peer, stream: Stream, application: socket.socket) -> None:
     application.sendall(b"answer")
     peer.pump(lambda: len(stream.data) == before + 6)
     assert stream.data.endswith(b"answer")
-
-
-@contextlib.contextmanager
-def sent(application: socket.socket, data: bytes, *, end: bool = False) -> Iterator[None]:
-    """Sends at the application's end while the block runs."""
-
-    def send() -> None:
-        application.sendall(data)
-        if end:
-            application.shutdown(socket.SHUT_WR)
-
-    thread = threading.Thread(target=send)
-    thread.start()
-    yield
-    thread.join()
-
-
-@contextlib.contextmanager
-def received(application: socket.socket) -> Iterator[list[bytes]]:
-    """Reads up to the FIN while the block runs; the list has it afterwards."""
-    found: list[bytes] = []
-    thread = threading.Thread(target=lambda: found.append(read_all(application)))
-    thread.start()
-    yield found
-    thread.join()
 
 
 def test_certificates_name_both_identities(client: OwnClient) -> None:

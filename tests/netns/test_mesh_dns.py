@@ -11,100 +11,21 @@ import struct
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from scapy.layers.dns import DNS, DNSQR, DNSRROPT
 from support.hbone import PORTLESS
 from support.leaking import marking
-from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
+from support.mesh_dns import ENDPOINTS, NAMED, NAMELESS, VIP, addresses, framed, message, query, read, resolving, serve
+from support.ztunnel import PEER4, RESOLVER4, RESOLVER6, SECONDS, Lab, labs, read_all
 
 from agent.lab.links import links
-from agent.zds.messages import Delete
 from agent.ztunnel.dns.dns_connection import MOST_PENDING
 from agent.ztunnel.dns.dnsmessage import failure
 from agent.ztunnel.relay.pod_context import SMALL_PART
 
 pytestmark = pytest.mark.root
-
-VIP, NAMED, NAMELESS = "10.99.0.1", "10.99.0.2", "10.99.0.3"
-ENDPOINTS = 90
-SILENT_SECONDS = 0.5
-MESH = f"""
-services:
-- {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
-- {{name: many, namespace: demo, hostname: many.demo.svc.cluster.local, vips: [], ports: {{80: 8080}}}}
-- {{name: named, namespace: demo, hostname: named.demo, vips: [/{NAMED}], ports: {{80: 8080}}}}
-- {{name: nameless, namespace: demo, hostname: nameless.demo, vips: [/{NAMELESS}], ports: {{80: 8080}}}}
-workloads:
-- {{uid: named, name: named, namespace: demo, workloadIps: [], hostname: {PEER4},
-   services: {{demo/named.demo: {{80: 8080}}}}}}
-- {{uid: nameless, name: nameless, namespace: demo, workloadIps: [], hostname: a..b,
-   services: {{demo/nameless.demo: {{80: 8080}}}}}}
-- {{uid: web, name: web, namespace: shop, serviceAccount: default, trustDomain: cluster.local, canonicalName: web,
-   canonicalRevision: v1, workloadIps: [{POD4}, "{POD6}"], services: {{}}}}""" + "".join(
-    f"""
-- {{uid: m{number}, name: m{number}, namespace: demo, workloadIps: [10.98.0.{number}],
-   services: {{demo/many.demo.svc.cluster.local: {{80: 8080}}}}}}"""
-    for number in range(ENDPOINTS)
-)
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[Lab]:
-    """One pod in a mesh; the peer is the network, and has resolvers or not."""
-    with labs(tmp_path) as made:
-        serve(made)
-        yield made
-
-
-def serve(lab: Lab, settings: str = PORTLESS) -> None:
-    (lab.folder / "mesh.yaml").write_text(MESH)
-    mesh = f"mesh={str(lab.folder / 'mesh.yaml')!r}, identities='development:{lab.folder / 'ca'}'"
-    lab.serve(settings=f"{mesh}, dns_seconds={SILENT_SECONDS}, {settings}")
-
-
-def query(number: int, name: str = "example.com", kind: str | int = "A", **rest: object) -> bytes:
-    return bytes(DNS(id=number, rd=1, qd=DNSQR(qname=name, qtype=kind), **rest))
-
-
-def framed(*messages: bytes) -> bytes:
-    return b"".join(struct.pack(">H", len(message)) + message for message in messages)
-
-
-def read(end: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        part = end.recv(size - len(data))
-        assert part, f"the end after {data!r}"
-        data += part
-    return data
-
-
-def message(end: socket.socket) -> bytes:
-    return read(end, struct.unpack(">H", read(end, 2))[0])
-
-
-def addresses(answer: bytes) -> list[str]:
-    return [record.rdata for record in DNS(answer).an or ()]
-
-
-@contextlib.contextmanager
-def resolving(lab: Lab, host: str = RESOLVER4) -> Iterator[tuple[socket.socket, Callable[[], socket.socket]]]:
-    """(a client's connection to the resolver, which accepts with the second)."""
-    with contextlib.ExitStack() as made:
-        listener = made.enter_context(lab.peer.listen(host, 53))
-        client = made.enter_context(lab.pod.connect(host, 53))
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-        def accept() -> socket.socket:
-            listener.settimeout(SECONDS)
-            server = made.enter_context(listener.accept()[0])
-            server.settimeout(SECONDS)
-            return server
-
-        yield client, accept
 
 
 @pytest.mark.parametrize("host", [RESOLVER4, RESOLVER6])
@@ -292,109 +213,11 @@ def test_a_host_name_that_cannot_be_resolved_is_the_reason(lab: Lab) -> None:
 # Resolvers that are broken
 
 
-def _refuses(lab: Lab) -> None:
-    """Nothing listens."""
-
-
-def _is_away(lab: Lab) -> None:
-    with links(lab.peer.name) as peer, links(lab.pod.name) as pod:
-        peer.rtnl.addr("del", index=peer.index("eth0"), address=f"{RESOLVER4}/24")
-        eth0 = pod.index("eth0")
-        pod.rtnl.neigh("replace", dst=RESOLVER4, lladdr="02:00:00:00:00:99", ifindex=eth0, state="permanent")
-
-
-def _is_silent(lab: Lab) -> None:
-    lab.close_later(lab.peer.listen(RESOLVER4, 53), lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM))
-
-
-def _closes(lab: Lab) -> None:
-    listener = lab.peer.listen(RESOLVER4, 53)
-    lab.close_later(listener)
-
-    def close_each() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                with listener.accept()[0] as server:
-                    message(server)
-
-    threading.Thread(target=close_each, daemon=True).start()
-
-
-@pytest.mark.parametrize("breaks", [_refuses, _is_away, _is_silent, _closes])
-def test_a_broken_resolver_is_answered_for(lab: Lab, breaks: Callable[[Lab], None]) -> None:
-    breaks(lab)
-    with lab.pod.connect(RESOLVER4, 53) as client:
-        for number in (1, 3):
-            began = time.monotonic()
-            client.sendall(framed(query(number), query(number + 1, "shop.demo")))
-            answers = sorted((message(client) for _ in range(2)), key=lambda answer: answer[:2])
-            assert answers[0] == failure(query(number)), "SERVFAIL"
-            assert addresses(answers[1]) == [VIP]
-            assert time.monotonic() - began < SILENT_SECONDS + 3
-    assert lab.ztunnel.wait_record(kind="dns", close="mesh")
-    with lab.pod.make(kind=socket.SOCK_DGRAM) as client:
-        client.sendto(query(5), (RESOLVER4, 53))
-        assert client.recv(2000) == failure(query(5))
-
-
-def test_a_late_answer_passes_by_udp_and_is_dropped_by_tcp(lab: Lab) -> None:
-    with (
-        lab.peer.listen(RESOLVER4, 53, socket.SOCK_DGRAM) as resolver,
-        lab.pod.make(kind=socket.SOCK_DGRAM) as client,
-    ):
-        client.sendto(query(1), (RESOLVER4, 53))
-        _, asker = resolver.recvfrom(2000)
-        assert client.recv(2000) == failure(query(1))
-        time.sleep(3)  # longer than a flow is kept whose queries were all answered
-        resolver.sendto(b"\0\1\x81\x80late", asker)
-        assert client.recv(2000) == b"\0\1\x81\x80late"
-    with resolving(lab) as (client, accept):
-        client.sendall(framed(query(1)))
-        server = accept()
-        assert (message(server), message(client)) == (query(1), failure(query(1)))
-        client.sendall(framed(query(2)))
-        assert message(server) == query(2)
-        server.sendall(framed(b"\0\1\x81\x80late", b"\0\2\x81\x80two"))
-        assert message(client) == b"\0\2\x81\x80two"
-
-
-def test_half_an_answer_is_a_failure(lab: Lab) -> None:
-    with resolving(lab) as (client, accept):
-        client.sendall(framed(query(1)))
-        server = accept()
-        server.sendall(framed(b"\0\1\x81\x80" + bytes(1000))[:500])
-        read(client, 500)
-        server.close()
-        with pytest.raises(ConnectionResetError):
-            client.recv(1)
-
-
-def test_an_unused_connection_is_closed(tmp_path: Path) -> None:
-    with labs(tmp_path) as lab:
-        serve(lab, f"connect_seconds=0.3, {PORTLESS}")
-        with lab.pod.connect(RESOLVER4, 53) as client:
-            client.sendall(framed(query(1, "shop.demo")) + b"\0")
-            assert addresses(message(client)) == [VIP]
-            assert client.recv(1) == b""
-
-
 def test_a_connection_of_its_own_that_comes_back_is_refused(lab: Lab) -> None:
     with resolving(lab) as (client, _), marking(lab.pod.path, "meta l4proto tcp", 0x40000):
         client.sendall(framed(query(1)))
         assert message(client) == failure(query(1))
     assert "overwrites its mark" in lab.ztunnel.wait_record(kind="tcp", close="refused")["error"]
-
-
-def test_the_end_of_the_pod_ends_its_queries(lab: Lab) -> None:
-    with resolving(lab) as (client, accept):
-        client.sendall(framed(query(1)))
-        server = accept()
-        message(server)
-        assert lab.agent.ask(Delete("uid-1")) == ""
-        for end in (client, server):
-            with pytest.raises(ConnectionResetError):
-                end.recv(1)
-    assert lab.ztunnel.wait_record(kind="dns", close="drained")
 
 
 def test_queries_are_counted(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent.core.names import ZTUNNEL_MARK
 from agent.kernel.exec import run
+
+MARKED = socket.SOL_SOCKET, socket.SO_MARK, ZTUNNEL_MARK
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from support import gnutls
 from support.gnutls import GnuTls
 from support.hbone import HBONE_PORT, Node
 from support.nghttp2 import Http2Peer, Stream
-from support.ztunnel import PEER4, SECONDS
+from support.ztunnel import PEER4, SECONDS, read_all
 
 from agent.ztunnel.tls.contexts import Credentials
 from agent.ztunnel.tls.development_ca import DevelopmentCa
@@ -103,3 +105,28 @@ class OwnServer:
         stream = peer.streams[max(peer.streams)]
         peer.respond(stream, "200", *fields)
         return stream
+
+
+@contextlib.contextmanager
+def sent(application: socket.socket, data: bytes, *, end: bool = False) -> Iterator[None]:
+    """Sends at the application's end while the block runs."""
+
+    def send() -> None:
+        application.sendall(data)
+        if end:
+            application.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+
+
+@contextlib.contextmanager
+def received(application: socket.socket) -> Iterator[list[bytes]]:
+    """Reads up to the FIN while the block runs; the list has it afterwards."""
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.append(read_all(application)))
+    thread.start()
+    yield found
+    thread.join()
