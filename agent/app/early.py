@@ -35,7 +35,7 @@ log = logging.getLogger("sluice.early")
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What the first step leaves to the rest of the start: open namespaces, and the layers that have read them."""
+    """The result of the first step: open namespaces, and the layers that have read them."""
 
     namespaces: NamespaceRegistry
     layers: Mapping[str, PodLayer] = field(default_factory=dict)
