@@ -79,8 +79,6 @@ def test_without_a_ztunnel_nobody_knows(mode: str, kind: str) -> None:
 
 
 UNREACHABLE, SILENT = "10.98.0.1", "10.99.0.1"
-
-
 QUICK = socket.IPPROTO_TCP, TCP_USER_TIMEOUT, 100  # ms; looked at when the SYN is sent again
 
 

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ from agent.ztunnel.dns.dnsmessage import failure
 from agent.ztunnel.relay.pod_context import SMALL_PART
 
 pytestmark = pytest.mark.root
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """One pod in a mesh; the peer is the network, and has resolvers or not."""
+    with labs(tmp_path) as made:
+        serve(made)
+        yield made
 
 
 @pytest.mark.parametrize("host", [RESOLVER4, RESOLVER6])

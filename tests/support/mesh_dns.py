@@ -13,14 +13,8 @@ from support.hbone import PORTLESS
 from support.ztunnel import PEER4, POD4, POD6, RESOLVER4, SECONDS, Lab
 
 VIP, NAMED, NAMELESS = "10.99.0.1", "10.99.0.2", "10.99.0.3"
-
-
 ENDPOINTS = 90
-
-
 SILENT_SECONDS = 0.5
-
-
 MESH = f"""
 services:
 - {{name: shop, namespace: demo, hostname: shop.demo.svc.cluster.local, vips: [/{VIP}], ports: {{80: 8080}}}}
