@@ -85,7 +85,7 @@ def render(backend: str, redirect: Redirect) -> dict[str, str]:
     variant = "legacy" if backend == "iptables-legacy" else "nft"
     for family, six in ((4, ""), (6, "6")):
         program = f"ip{six}tables-{variant}-restore --noflush"
-        text = xtables.script(family, xtables.render(redirect, family), {})
+        text = xtables.script(xtables.render(redirect, family), {})
         if text:
             scripts[program] = text.rstrip()
     return scripts

@@ -102,7 +102,7 @@ def _connections(lab: Lab, check: Checks) -> None:
     bulk = _iperf(lab)
     expected = sum(2 * len(ends) for _, _, ends in _CALLS) + 4  # iperf3 opens two connections
     records = still(partial(read_records, lab), lambda found: len(found) >= expected)
-    rows = [_row(lab, call, _ends(lab, call, records)) for call in (*calls, bulk)]
+    rows = [_row(call, _ends(lab, call, records)) for call in (*calls, bulk)]
     header = ("SOURCE", "DESTINATION", "ADDRESS", "CAPTURED", "SENT", "RECEIVED", "MS")
     print(table(header, rows))
     for source, target, ends in _CALLS:
@@ -166,7 +166,7 @@ def _matching(lab: Lab, call: _Call, records: list[dict[str, Any]], direction: s
     ]
 
 
-def _row(lab: Lab, call: _Call, ends: dict[str, dict[str, Any]]) -> tuple[object, ...]:
+def _row(call: _Call, ends: dict[str, dict[str, Any]]) -> tuple[object, ...]:
     captured = " and ".join(ends) or "no"
     ms = f"{call.seconds * 1e3:.1f}"
     return call.source, call.target, call.address, captured, call.sent, call.received, ms

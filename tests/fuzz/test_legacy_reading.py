@@ -44,7 +44,7 @@ def check(family: int, info: bytes, data: bytes) -> None:
     assert digests.verified(table) == table.table
     name = info[:32].split(b"\0")[0].decode(errors="replace")
     nothing = render(Redirect(ipv4=False, ipv6=False), family)
-    for line in script(family, nothing, {name: table.table}).splitlines():
+    for line in script(nothing, {name: table.table}).splitlines():
         assert LINE.fullmatch(line), line
 
 

@@ -92,7 +92,7 @@ class IptablesBackend:
                 for base, _, _ in state.jumps
                 if base not in actual.get(table, XtTable()).bases
             ]
-            script = rendering.script(family, wanted, actual)
+            script = rendering.script(wanted, actual)
             if script:
                 steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
         if create:
@@ -143,4 +143,4 @@ def _commit_sample(families: tuple[int, ...]) -> None:
     """Commits every rule of every variant, in a namespace of its own."""
     sample = Redirect(virtual_interfaces=("lo",))
     for family in families:
-        _restore(Restore(family, rendering.script(family, rendering.render(sample, family), {})))
+        _restore(Restore(family, rendering.script(rendering.render(sample, family), {})))

@@ -110,7 +110,7 @@ class IptablesLegacyBackend:
                 refuse_taken(actual)
             if not same(wanted.tables, actual):
                 drift += differences(family, wanted.tables, actual)
-                script = rendering.script(family, wanted, actual)
+                script = rendering.script(wanted, actual)
                 steps.append(Step(f"# {_PROGRAM[family]} --noflush\n{script}".rstrip(), Restore(family, script)))
         return Plan(tuple(steps), tuple(drift), remarks=have.remarks)
 
@@ -157,7 +157,7 @@ def _commit_sample(*, ipv6: bool) -> None:
         if family == 6 and not ipv6:
             continue
         wanted = rendering.render(sample, family)
-        _restore(Restore(family, rendering.script(family, wanted, {})))
+        _restore(Restore(family, rendering.script(wanted, {})))
         held = xtables.read(TABLES, ())[family]
         tables = {name: legacy_reading.read_table(family, *parts).table for name, parts in held.items()}
         for line in differences(family, wanted.tables, tables):

@@ -188,7 +188,7 @@ def _target(rule: Rule) -> str:
             return "-j DROP"
 
 
-def script(family: int, want: Rendering, have: dict[str, XtTable]) -> str:
+def script(want: Rendering, have: dict[str, XtTable]) -> str:
     """Returns the input of iptables-restore --noflush that turns `have` into `want`; "" when nothing has to change.
 
     To remove all, redirections go first, and chains last: one that a foreign rule jumps to cannot go, and that

@@ -93,7 +93,7 @@ class Annotator:
     def look(self, uid: str) -> None:
         """Schedules a check of the pod's annotation."""
         if (due := self._due_for(uid)) is not None:
-            self._schedule.wake(uid, self._when(uid, *due))
+            self._schedule.wake(uid, self._when(uid, due[0]))
             self._due.set()
         elif uid in self._past:
             self._past[uid].since = None
@@ -128,7 +128,7 @@ class Annotator:
         if (due := self._due_for(uid)) is None:
             return True
         pod, want = due
-        if (at := self._when(uid, pod, want)) > time.monotonic():
+        if (at := self._when(uid, pod)) > time.monotonic():
             self._schedule.wake(uid, at)
             return True
         if _is(pod) and want != ENABLED and await self._yielding():
@@ -168,8 +168,8 @@ class Annotator:
             self._fought(uid, warning)
         past.written = want
 
-    def _when(self, uid: str, pod: KubePod, want: str) -> float:
-        """Returns when to write `want`, on the monotonic clock."""
+    def _when(self, uid: str, pod: KubePod) -> float:
+        """Returns when to write the annotation, on the monotonic clock."""
         now = time.monotonic()
         if uid not in self._past:  # a good moment to drop the pods that are gone
             self._past = {one: past for one, past in self._past.items() if self._table.kube(one)}

@@ -111,15 +111,15 @@ def test_differences_in_words() -> None:
 
 def test_an_iptables_script_touches_what_differs_and_nothing_else() -> None:
     want = render(Redirect(), 4)
-    assert script(4, want, dict(want.tables)) == ""
+    assert script(want, dict(want.tables)) == ""
     nat = want.tables["nat"]
     broken = {**want.tables, "nat": XtTable(nat.chains, nat.jumps[1:])}
-    text = script(4, want, broken)
+    text = script(want, broken)
     assert "*nat" in text and "*mangle" not in text and "*raw" not in text
     assert text.count("-A OUTPUT") == 1 and "-A PREROUTING" not in text
     doubled = {**want.tables, "nat": XtTable(nat.chains, (*nat.jumps, nat.jumps[0]))}
-    assert script(4, want, doubled).count("-D OUTPUT") == 1
-    removal = script(4, render(Redirect(ipv4=False), 4), dict(want.tables))
+    assert script(want, doubled).count("-D OUTPUT") == 1
+    removal = script(render(Redirect(ipv4=False), 4), dict(want.tables))
     assert ":ISTIO" not in removal and removal.count("-X ISTIO_OUTPUT") == 3
 
 
