@@ -17,8 +17,9 @@ setup:  ## install what is needed: Debian packages, .venv from locked versions, 
 plugin:  ## build the CNI plugin alone
 	@$(MAKE) -s -C cni_plugin
 
-objects:  ## build the eBPF objects alone (clang)
+objects:  ## build the eBPF objects alone (clang), and what copies short exchanges in the embedded ztunnel
 	@$(MAKE) -s -C bpf
+	@$(MAKE) -s -C relay
 
 demo: setup  ## show and check capture with real traffic, then clean up; BACKEND=ebpf for eBPF (root)
 	$(ROOT)
@@ -97,5 +98,6 @@ lock:  ## write requirements.lock (needs uv)
 clean:  ## remove what the other targets made in this directory
 	@$(MAKE) -s -C cni_plugin clean
 	@$(MAKE) -s -C bpf clean
+	@$(MAKE) -s -C relay clean
 	@rm -rf .venv build sluice.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -168,10 +168,13 @@ class Agent:
 class Ztunnel:
     """The real process. `records` reads what it has written so far."""
 
-    def __init__(self, socket_path: Path, records: Path, drain: float = 5.0, settings: str = "") -> None:
+    def __init__(
+        self, socket_path: Path, records: Path, drain: float = 5.0, settings: str = "", first: str = ""
+    ) -> None:
+        """Takes code to run `first`."""
         self.path = records
         code = (
-            "import sys\nfrom agent.ztunnel.app import main\n"
+            f"{first}\nimport sys\nfrom agent.ztunnel.app import main\n"
             "from agent.ztunnel.ztunnel_settings import ZtunnelSettings\n"
             f"sys.exit(main(ZtunnelSettings(zds_socket={str(socket_path)!r}, records={str(records)!r},"
             f" drain_seconds={drain}, {settings})))"
@@ -239,15 +242,15 @@ class Lab:
         self.agent = Agent(folder / "zds.sock")
         made.callback(lambda: self.agent.close())
 
-    def start(self, name: str = "records", drain: float = 5.0, settings: str = "") -> Ztunnel:
-        ztunnel = Ztunnel(self.folder / "zds.sock", self.folder / name, drain, settings)
+    def start(self, name: str = "records", drain: float = 5.0, settings: str = "", first: str = "") -> Ztunnel:
+        ztunnel = Ztunnel(self.folder / "zds.sock", self.folder / name, drain, settings, first)
         self._made.callback(ztunnel.close)
         self.ztunnel = ztunnel
         return ztunnel
 
-    def serve(self, name: str = "records", drain: float = 5.0, settings: str = "") -> Ztunnel:
+    def serve(self, name: str = "records", drain: float = 5.0, settings: str = "", first: str = "") -> Ztunnel:
         """Starts a ztunnel and hands it the pod."""
-        self.start(name, drain, settings)
+        self.start(name, drain, settings, first)
         self.agent.accept_with(self.pod)
         return self.ztunnel
 

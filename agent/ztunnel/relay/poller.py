@@ -4,7 +4,8 @@
 asyncio's add_reader and add_writer cost an epoll_ctl and a Handle for every change of interest. Here a socket is
 registered once, edge-triggered, for all events. A reset is seen even while no read is pending, because the kernel
 always reports errors. The poller is the selector of its event loop, and handlers run while it selects: through a reader
-of asyncio that watched a second epoll descriptor, a wake-up cost twice as much.
+of asyncio that watched a second epoll descriptor, a wake-up cost twice as much. `copier` waits in its place as long as
+it has pairs of sockets.
 
 A descriptor closed while a batch of events runs may come back as another socket in the same batch: what is registered
 meanwhile gets no event of that batch, which would be its predecessor's.
@@ -21,6 +22,8 @@ import selectors
 from collections.abc import Callable, Mapping
 from selectors import SelectorKey
 from typing import Any, Protocol
+
+from agent.kernel.pair_copier import pair_copier
 
 READ = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 END = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
@@ -46,6 +49,7 @@ class Poller(selectors.BaseSelector):
         self._handlers: dict[int, Handler] = {}
         self._keys: dict[int, SelectorKey] = {}  # what asyncio itself waits for
         self._fresh: set[int] = set()  # registered since the batch began
+        self.copier = pair_copier()
         self.loop = asyncio.SelectorEventLoop(self)
 
     def add(self, fd: int, handler: Handler) -> None:
@@ -113,7 +117,7 @@ class Poller(selectors.BaseSelector):
         fresh = self._fresh
         fresh.clear()
         ready: list[tuple[SelectorKey, int]] = []
-        for fd, mask in self._epoll.poll(_wait(timeout), _EVENTS):
+        for fd, mask in self._poll(_wait(timeout)):
             if fd in fresh:
                 continue
             handler = handlers.get(fd)
@@ -126,6 +130,12 @@ class Poller(selectors.BaseSelector):
             except Exception as error:  # noqa: BLE001 - one connection's defect must not lose the others' edges
                 self.loop.call_exception_handler({"message": "ztunnel: event handler", "exception": error})
         return ready
+
+    def _poll(self, seconds: float) -> list[tuple[int, int]]:
+        copier = self.copier
+        if copier is None or copier.idle:
+            return self._epoll.poll(seconds, _EVENTS)
+        return copier.poll(self._epoll.fileno(), seconds)
 
 
 def _number(fileobj: FileDescriptorLike) -> int:

@@ -15,6 +15,7 @@ import socket
 import time
 
 from agent.core.errors import SluiceError
+from agent.kernel.pair_copier import PairCopier
 from agent.ztunnel.relay import keepalive, original_dst, poller
 from agent.ztunnel.relay.original_dst import Address
 from agent.ztunnel.relay.pod_context import MOST_RETURNS, Ends, InboundEnds, PodContext, RefusedError, now
@@ -30,8 +31,8 @@ class ProxiedConnection:
     """A connection, in `pod.live` from `open` until it is recorded."""
 
     __slots__ = (
-        "_began", "_client", "_destination", "_done", "_down", "_ends", "_note", "_pod", "_reporter", "_server",
-        "_source", "_up", "_via",
+        "_began", "_client", "_copier", "_destination", "_done", "_down", "_ends", "_note", "_pod", "_reporter",
+        "_server", "_source", "_up", "_via",
     )  # fmt: skip
 
     def __init__(self, pod: PodContext, reporter: Reporter, client: socket.socket, peer: Address) -> None:
@@ -44,6 +45,7 @@ class ProxiedConnection:
         self._server: socket.socket | None = None
         self._up: Half | None = None  # client to server; None while connecting
         self._down: Half | None = None
+        self._copier: PairCopier | None = None  # as long as it copies
         self._via: Address | None = None  # the address that the server sees
         self._ends: Ends | None = None  # of the server's socket
         self._began = now()
@@ -89,7 +91,12 @@ class ProxiedConnection:
             self._end("refused", why, flag)
 
     def moved(self) -> tuple[int, int]:
-        return self._up.moved if self._up else 0, self._down.moved if self._down else 0
+        if self._up is None or self._down is None:
+            return 0, 0
+        if (copier := self._copier) is None or self._server is None:
+            return self._up.moved, self._down.moved
+        more = copier.moved(self._client.fileno()), copier.moved(self._server.fileno())
+        return self._up.moved + more[0], self._down.moved + more[1]
 
     def _connect(self) -> None:
         destination, own = original_dst.original_destination(self._client, self._source)
@@ -188,9 +195,32 @@ class ProxiedConnection:
                 self._pod.engine.poller.add(self._client.fileno(), self._client_event)
             except OSError as error:  # out of memory: there would be no events of the client
                 self._fail(error)
+                return
+            copier = self._pod.engine.poller.copier
+            if copier is not None and self._up.is_short and self._down.is_short:
+                added = copier.add(self._client.fileno(), server.fileno(), self._left)
+                self._copier = copier if added else None
+
+    def _left(self, source: int, rest: bytes, error: int) -> None:
+        """Takes over an exchange from the copier; an event follows."""
+        half = self._up if source == self._client.fileno() else self._down
+        assert half is not None
+        try:
+            if error:
+                raise OSError(error, os.strerror(error))
+            half.resume(rest)
+        except OSError as failed:
+            self._fail(failed)
+
+    def _stop_copier(self) -> None:
+        if self._copier is not None and self._up and self._down and self._server:
+            self._up.moved += self._copier.remove(self._client.fileno())
+            self._down.moved += self._copier.remove(self._server.fileno())
+            self._copier = None
 
     def _event(self, mask: int, reads: Half, writes: Half) -> None:
         """Handles an event: `reads` reads from the socket that reported `mask`, `writes` writes to it."""
+        self._stop_copier()
         if mask & poller.READ and not reads.finished:
             if mask & poller.END:
                 reads.ended = True
@@ -222,6 +252,7 @@ class ProxiedConnection:
 
     def _end(self, close: str, error: str, flag: ResponseFlag | None = None) -> None:
         self._done = True
+        self._stop_copier()
         loop = self._pod.engine.poller
         for end in (self._client, self._server):
             if end is not None:

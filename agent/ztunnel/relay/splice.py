@@ -51,6 +51,17 @@ class Half:
                 return False
         return True
 
+    @property
+    def is_short(self) -> bool:
+        """Returns True if each of its reads was followed by one write, so that others may do both (see pair_copier)."""
+        return not (self.pipe or self.ended or self.urgent)
+
+    def resume(self, rest: bytes) -> None:
+        """Goes on after others have read a stream, and `rest` of it is still unwritten. Raises OSError."""
+        pipe = self._open_pipe()
+        if rest:
+            self.buffered = os.write(pipe, rest)
+
     def close(self) -> None:
         if self.pipe is not None:
             os.close(self.pipe[0])
