@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.app.parts import Mechanisms
 from agent.core.model.pods import PodTable
+from agent.core.model.status import State
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.export.collectors import Cluster, Condition, age, uncaptured
@@ -24,6 +25,8 @@ from agent.zds.server import ZdsServer
 if TYPE_CHECKING:
     from agent.app.kubernetes import Kubernetes
     from agent.install.installer import Installer
+
+_SHOWN = 3  # pods in one line
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,9 +58,17 @@ class Health:
             return f"the CNI plugin is not installed: {self.installer.error or 'installation in progress'}", ""
         if not self.zds.connections:
             return "", self.zds.absence
+        if stalled := self.stalled():
+            return "", stalled
         if self.host.status.error:
             return "", f"probes from this node are captured: {self.host.status.error}"
         return "", self.static.error or (self.kubernetes.error if self.kubernetes else "")
+
+    def stalled(self) -> str:
+        """Returns in which pods ztunnel does not accept connections; "" if in none."""
+        pods = sorted(pod.key for pod in self.table if self.reconciler.status(pod.uid).state is State.STALLED)
+        names = ", ".join(pods[:_SHOWN]) + (f" and {len(pods) - _SHOWN} more" if len(pods) > _SHOWN else "")
+        return f"ztunnel has stalled: it does not accept connections of {names}" if pods else ""
 
     def lacking(self) -> str:
         """Returns why a pod that starts now might run uncaptured; "" if none can."""

@@ -78,7 +78,12 @@ class Kubernetes:
         self.tainting = None
         if settings.startup_taint:
             taint = Taint.parse(settings.startup_taint)
-            self.tainting = Tainting(KubeNode(client, node), taint, returns=settings.startup_taint_returns)
+            self.tainting = Tainting(
+                KubeNode(client, node),
+                taint,
+                returns=settings.startup_taint_returns,
+                stalled=settings.startup_taint_stalled,
+            )
         self.peers = _peers(client, identities) if settings.kube_peers else None
 
         def changed(uid: str) -> None:
@@ -105,14 +110,17 @@ class Kubernetes:
             synced=self._namespaces_known,
         )
 
-    def parts(self, lacking: Callable[[], str]) -> list[Coroutine[Any, Any, None]]:
-        """Returns what has to run. `lacking`: why a pod that starts now might run uncaptured, "" if it cannot."""
+    def parts(self, lacking: Callable[[], str], stalled: Callable[[], str]) -> list[Coroutine[Any, Any, None]]:
+        """Returns what has to run. `lacking`: why a pod that starts now might run uncaptured, "" if it cannot.
+
+        `stalled`: in which pods ztunnel does not accept connections, "" if in none.
+        """
         parts = [self.pods.run(), self.namespaces.run()]
         parts += [self.annotator.run(), self.events.run(), self.condition.run()]
         if self.peers:
             parts.append(self.peers.run())
         if self.tainting:
-            parts.append(self.tainting.run(lacking))
+            parts.append(self.tainting.run(lacking, stalled))
         return parts
 
     async def settle(self) -> None:

@@ -281,7 +281,7 @@ class Agent:
         if self.installer:
             parts.append(self.installer.run())
         if self.kubernetes:
-            parts += [*self.kubernetes.parts(self.health.lacking), self.exempt.run()]
+            parts += [*self.kubernetes.parts(self.health.lacking, self.health.stalled), self.exempt.run()]
         return parts
 
     async def _await_restored(self) -> None:

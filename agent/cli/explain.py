@@ -94,6 +94,8 @@ def _captured(answer: Answer) -> str:
         return f"NO{by}: rules are right, but ztunnel does not listen in it; enrolled: {why}"
     if answer["foreign"]:
         return f"NOT all{by}: Sluice's rules are right, but foreign rules come before them; enrolled: {why}"
+    if answer["state"] == "stalled":
+        return f"yes{by}, but its connections hang: {answer['error']}; enrolled: {why}"
     return f"yes{by}: {why}"
 
 

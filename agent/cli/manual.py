@@ -78,8 +78,9 @@ PAGES: Final[Mapping[str, Page]] = {
     "pods": Page(
         "Lists the pods of this node, whether each is captured, and why or why not.\n\n"
         "States: enabled (its rules are verified, and ztunnel listens in it), pending (its rules hold, but ztunnel "
-        "does not listen in it: its connections are refused), excluded, failed (see REASON), waiting (the agent has "
-        "not examined it yet, or it runs and gets its rules once ztunnel listens in it, after 30 s at the latest).",
+        "does not listen in it: its connections are refused), stalled (ztunnel listens in it, but has not accepted "
+        "connections of it for 3 s: they hang), excluded, failed (see REASON), waiting (the agent has not examined it "
+        "yet, or it runs and gets its rules once ztunnel listens in it, after 30 s at the latest).",
         {"pods": "all of this node", "pods -n shop": "of one namespace", "pods -o json": "for programs"},
         {0: "the agent answered", 2: "it does not answer"},
     ),

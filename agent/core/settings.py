@@ -133,6 +133,7 @@ class Settings:
         "", TEXT, "taint that the agent removes from its node once no pod can start there uncaptured; empty for none"
     )
     startup_taint_returns: bool = _pods(False, FLAG, "put that taint back while pods could start uncaptured")
+    startup_taint_stalled: bool = _pods(False, FLAG, "put that taint back while ztunnel does not accept connections")
     backend: str = _capture(
         "auto",
         Choice(BACKENDS),

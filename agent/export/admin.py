@@ -146,7 +146,7 @@ class Admin:
         differences, error = await self._explain.inspect(pod)
         status = self.reconciler.status(pod.uid)
         state = status.state.value
-        wrong = bool(differences) or state in ("failed", "pending", "waiting")
+        wrong = bool(differences) or state in ("failed", "pending", "waiting", "stalled")
         verified = row(pod.name, state, differences, error or status.error, unknown=bool(error))
         return {**verified, "namespace": pod.namespace, **({} if error else {"result": "drift" if wrong else "ok"})}
 

@@ -52,6 +52,9 @@ def _broken(answer: Answer, *, kubernetes: bool) -> str:
         return f"restart ztunnel: it does not listen in the pod on {', '.join(map(str, ztunnel['silent']))}"
     if answer["foreign"]:
         return "remove the foreign rules that the notes name: they come before Sluice's, and Sluice does not touch them"
+    if answer["state"] == "stalled":
+        again = f"delete its pod on node {answer['node']}" if kubernetes else "systemctl restart sluice-ztunnel"
+        return f"ztunnel hangs, or has too little CPU: see its log and its CPU limit, then {again}"
     return ""
 
 

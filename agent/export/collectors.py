@@ -18,6 +18,7 @@ from agent.export.prometheus import Collector, CounterMetricFamily, GaugeMetricF
 from agent.flows.inet_diag.socket_counts import PodSockets
 
 log = logging.getLogger("sluice.reconciler")
+_VERIFIED = (State.ENABLED, State.STALLED, State.PENDING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ def uncaptured(pods: Iterable[tuple[Pod, State]], wanted: Callable[[Pod], bool])
 
 def age(statuses: Iterable[Status], now: float) -> float | None:
     """Returns the age of the oldest verification; `now` in Unix time. Failing pods have a metric of their own."""
-    times = [one.verified for one in statuses if one.state in (State.ENABLED, State.PENDING) and one.verified]
+    times = [one.verified for one in statuses if one.state in _VERIFIED and one.verified]
     return max(0.0, now - min(times)) if times else None
 
 

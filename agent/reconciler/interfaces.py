@@ -10,6 +10,7 @@ from agent.core.model.pods import Pod
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
+from agent.core.policy.accept_queue import QueueReading
 from agent.core.policy.canary import ProbeResult
 from agent.kernel.pod_netns import PodNetns
 
@@ -140,6 +141,9 @@ class ZtunnelPorts(Protocol):
 
     def last(self, target: PodNetns) -> PortListeners:
         """Returns the listeners as last read, or reads them. Raises KernelError."""
+
+    def waiting(self, target: PodNetns) -> QueueReading:
+        """Returns the connections that wait for ztunnel to accept them. Raises KernelError."""
 
     def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
         """Describes new connections of the pod that do not reach ztunnel although `want` is applied; blocking.

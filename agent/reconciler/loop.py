@@ -34,6 +34,7 @@ from agent.reconciler.leaving import Leaving
 from agent.reconciler.pod_state import PodState, Repair
 from agent.reconciler.probe_exemption import ProbeExemption
 from agent.reconciler.proxying import Proxying
+from agent.reconciler.stall_watch import StallWatch
 from agent.reconciler.sweep import Sweep, repeat
 from agent.reconciler.switching import Switching
 from agent.reconciler.workers import Workers, resolve, woken
@@ -97,6 +98,7 @@ class Reconciler:
         self._workers = Workers(choice.workers)
         self._capturing = Capturing(self._enrolment, self._workers, choice.retired, await_packets)
         self._proxying = Proxying(publisher, listening, self._workers)
+        self._stalls = listening and StallWatch(self._entries, listening, namespaces, self._workers)
         self._leaving = Leaving(self._enrolment, self._proxying, self._workers)
         self._accounting = AccountingQueue(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass
@@ -105,11 +107,8 @@ class Reconciler:
 
     async def run(self) -> None:
         """Runs until cancelled. Running passes then end; the rules stay as they are."""
-        tasks: set[asyncio.Task[None]] = set()
-        if self._enrolment.lasting:
-            tasks.add(asyncio.create_task(self._sweeps(), name="sweeps"))
-        if self._accounting:
-            tasks.add(asyncio.create_task(self._accounting.run(), name="watching"))
+        parts = [self._sweeps(), *(part.run() for part in (self._accounting, self._stalls) if part)]
+        tasks = {asyncio.create_task(part) for part in parts}
         try:
             while True:
                 self._wakeup.clear()
@@ -131,7 +130,8 @@ class Reconciler:
         while not self.synced:
             await self.progressed()
         sweep = Sweep(self._enrolment.lasting, self._namespaces.dead)
-        await repeat(lambda: self._workers.run(sweep), self.settings.verify_seconds)
+        if self._enrolment.lasting:
+            await repeat(lambda: self._workers.run(sweep), self.settings.verify_seconds)
 
     def wake(self, uid: str, cause: str = "") -> None:
         """Marks the pod as due now; `cause` names the process that changed something in its namespace.
@@ -365,7 +365,7 @@ class Reconciler:
         resolve(self._gone.pop(uid, []), None)
 
     def status(self, uid: str) -> Status:
-        return self._entries[uid].status if uid in self._entries else Status(State.WAITING)
+        return self._entries[uid].shown if uid in self._entries else Status(State.WAITING)
 
     def repairs(self, uid: str) -> list[Repair]:
         return list(self._entries[uid].repairs) if uid in self._entries else []

@@ -15,6 +15,7 @@ from agent.core.errors import ForeignNetnsError, SettingsError, TeardownError
 from agent.core.model.pods import Pod
 from agent.core.model.redirect import Redirect
 from agent.core.model.status import State, Status
+from agent.core.policy.accept_queue import Stall
 from agent.core.policy.contention import Contention
 from agent.core.policy.decide import Decision, decide, intent
 from agent.core.policy.phases import CurrentPhase, Event, Phase
@@ -62,7 +63,18 @@ class PodState:
     refused: Redirect | None = None  # an intent that was rolled back: not retried until it changes, in any phase
     # One thread at a time may use a namespace's sockets: held around kernel work, not while ztunnel is awaited.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    stall: Stall = field(default_factory=Stall)
     decided: tuple[Pod, Decision] | None = None  # the last decision: most passes are over an unchanged pod
+
+    @property
+    def shown(self) -> Status:
+        """Returns the status for people and programs: with what is known of ztunnel between two passes."""
+        since = self.stall.since
+        if since is None or self.status.state is not State.ENABLED:
+            return self.status
+        began = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() - (time.monotonic() - since)))
+        error = f"ztunnel has not accepted connections since {began}; waiting: {self.stall}"
+        return replace(self.status, state=State.STALLED, error=error)
 
     @property
     def phase(self) -> Phase:

@@ -12,14 +12,16 @@ from weakref import WeakKeyDictionary
 
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
-from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, text
-from agent.core.names import HBONE_PORT
+from agent.core.model.sockets import CAPTURE_PORTS, TcpSocket, TcpState, text
+from agent.core.names import DNS_PORT, HBONE_PORT
+from agent.core.policy.accept_queue import NOTHING_WAITS, QueueReading
 from agent.kernel.pod_netns import PodNetns
 
 if TYPE_CHECKING:
     from agent.backends.ebpf.ztunnels import Ztunnels
 
 _SHOWN = 4  # of the pod's own listeners
+_ACCEPTABLE = (TcpState.LISTEN, TcpState.ESTABLISHED, TcpState.CLOSE_WAIT)
 
 
 class ZtunnelPorts:
@@ -28,6 +30,7 @@ class ZtunnelPorts:
     def __init__(self, ports: Iterable[int], ztunnels: Ztunnels | None = None) -> None:
         """Takes the `ports` expected in each pod. A listener counts as ztunnel's while none of `ztunnels` is known."""
         self._ports = frozenset(ports)
+        self._accepting = sorted(self._ports - {DNS_PORT})  # DNS by TCP is rare, and each port takes time in each pod
         self._ztunnels = ztunnels
         self._last: WeakKeyDictionary[PodNetns, PortListeners] = WeakKeyDictionary()
 
@@ -46,6 +49,26 @@ class ZtunnelPorts:
     def last(self, target: PodNetns) -> PortListeners:
         """Returns the listeners as last read, or reads them. Raises KernelError."""
         return self._last.get(target) or self.heard(target)
+
+    def waiting(self, target: PodNetns) -> QueueReading:
+        """Reads the connections that wait for ztunnel to accept them. Raises KernelError.
+
+        Such a connection has no inode yet. One that a process has closed has none either, but is in another state.
+        """
+        found = [queue for queue in target.diag.accept_queues(self._accepting) if queue.waiting]
+        if not found:
+            return NOTHING_WAITS
+        sockets = target.diag.both(_ACCEPTABLE)
+        listeners = [one for one in sockets if one.state is TcpState.LISTEN and one.local[1] in CAPTURE_PORTS]
+        foreign = self._ztunnels.foreign(listeners, target.netns.id) if self._ztunnels else {}
+        taken = {one.local[1] for one in listeners if one.cookie in foreign}
+        # Backend ebpf leaves connections the port that the client asked for: they have the mark of ztunnel's listener.
+        ports = CAPTURE_PORTS - taken
+        waiting = (one for one in sockets if not one.inode and one.state is not TcpState.LISTEN)
+        return QueueReading(
+            tuple(queue for queue in found if queue.cookie not in foreign),
+            frozenset(one.cookie for one in waiting if one.local[1] in ports or one.of_ztunnel),
+        )
 
     def astray(self, target: PodNetns, want: Redirect, *, by_socket: bool) -> tuple[str, ...]:
         """Describes new connections of the pod that do not reach ztunnel. `by_socket`: backend ebpf captures."""

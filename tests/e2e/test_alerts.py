@@ -221,6 +221,9 @@ def test_what_the_agent_depends_on_is_away(world: World, pods: dict[str, NodePod
         here.add(probed)
         world.fires("SluiceProbesFail", verdict="failed")
     run(["nft", "delete", "table", "inet", "test"], netns=here.netns)
+    with here.ztunnel_stopped(), Inside(pods["touched"].netns).connect(here.host(pods["touched"]), PORT):
+        world.fires("SluiceZtunnelStalled", state="stalled")
+    world.ends("SluiceZtunnelStalled")
     # No ztunnel, no API server, no directory of plugins.
     here.processes.end("ztunnel")
     plugins = world.conf.parents[2] / "opt/cni/bin"

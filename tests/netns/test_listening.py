@@ -14,6 +14,7 @@ from support.rules import pod as made
 
 from agent.backends.ebpf.ztunnels import Ztunnels
 from agent.core.model.port_listeners import PortListeners
+from agent.core.policy.accept_queue import NOTHING_WAITS
 from agent.kernel.pod_netns import PodNetns
 from agent.sources.ztunnel_ports import ZtunnelPorts
 
@@ -90,6 +91,50 @@ def test_what_the_pods_own_processes_listen_on_is_not_ztunnels(pods: list[PodNet
         ztunnel.end()
         older.end()
         assert listening.heard(pod) == PortListeners(PORTS), "a replacement changes no rules"
+
+
+def test_what_waits_is_what_no_ztunnel_has_accepted(pods: list[PodNetns], tmp_path: Path) -> None:
+    pod, ztunnels = pods[0], Ztunnels()
+    listening = ZtunnelPorts(PORTS, ztunnels)
+    with contextlib.ExitStack() as made:
+        ztunnel = made.enter_context(held(tmp_path, ()))
+        outbound = made.enter_context(listener(pod, socket.AF_INET6, "::", 15001))
+        ztunnel.keep(outbound.dup())
+        ztunnels.arrived(ztunnel.process())
+        slow = made.enter_context(listener(pod, socket.AF_INET, "0.0.0.0", 8080))  # of an application
+        made.enter_context(connected(pod, 8080))
+        assert listening.waiting(pod) == NOTHING_WAITS
+        taken = made.enter_context(connected(pod, 15001))
+        assert [queue.waiting for queue in listening.waiting(pod).queues] == [1]
+        far = pod.diag.find(("127.0.0.1", 15001), taken.getsockname())
+        assert far is not None and listening.waiting(pod).waiting == {far.cookie}
+        taken.shutdown(socket.SHUT_WR)
+        assert listening.waiting(pod).waiting == {far.cookie}, "its client has given up, and it waits on"
+        made.enter_context(outbound.accept()[0])
+        assert listening.waiting(pod) == NOTHING_WAITS
+        made.enter_context(slow.accept()[0])
+
+
+def test_no_process_of_the_pod_can_make_ztunnel_seem_stalled(pods: list[PodNetns], tmp_path: Path) -> None:
+    pod, ztunnels = pods[0], Ztunnels()
+    listening = ZtunnelPorts(PORTS, ztunnels)
+    with contextlib.ExitStack() as made:
+        inside = ("ip", "netns", "exec", pod.netns.origin.rpartition("/")[2])
+        ztunnel, application = (made.enter_context(held(tmp_path, how)) for how in ((), inside))
+        ztunnel.keep(listener(pod, socket.AF_INET6, "::", 15001))
+        ztunnels.arrived(ztunnel.process())
+        application.keep(listener(pod, socket.AF_INET6, "::", 15008))
+        made.enter_context(connected(pod, 15008))
+        assert listening.waiting(pod) == NOTHING_WAITS
+        made.enter_context(connected(pod, 15001))
+        (queue,) = listening.waiting(pod).queues
+        assert (queue.port, len(listening.waiting(pod).waiting)) == (15001, 1)
+
+
+def connected(pod: PodNetns, port: int) -> socket.socket:
+    made = pod.netns.call(lambda: socket.socket())
+    made.connect(("127.0.0.1", port))
+    return made
 
 
 def test_where_15008_is_not_expected_only_ztunnels_process_is_believed(pods: list[PodNetns], tmp_path: Path) -> None:

@@ -138,6 +138,24 @@ def test_find_is_exact(nodes: Pair, diag: SockDiag) -> None:
         assert diag.find((POD6, 7002), (HOST6, 9)) is None
 
 
+def test_accept_queues_are_those_of_listeners_alone(nodes: Pair, diag: SockDiag) -> None:
+    pod = nodes.pod
+    with contextlib.ExitStack() as kept:
+        first, mapped = kept.enter_context(pod.listen("0.0.0.0", 80)), kept.enter_context(pod.listen("::", 81))
+        kept.enter_context(pod.listen(POD4, 83))  # not on loopback
+        for _ in range(2):
+            kept.enter_context(pod.connect("127.0.0.1", 80))
+        kept.enter_context(nodes.host.connect(POD4, 81))
+        kept.enter_context(mapped.accept()[0])
+        found = {queue.port: queue for queue in diag.accept_queues((80, 81, 82, 83))}
+        assert {port: queue.waiting for port, queue in found.items()} == {80: 2, 81: 0}
+        listeners = {one.local[1]: one.cookie for one in diag.both((TcpState.LISTEN,))}
+        assert {port: queue.cookie for port, queue in found.items()} == {port: listeners[port] for port in (80, 81)}
+        kept.enter_context(first.accept()[0])
+        assert [queue.waiting for queue in diag.accept_queues((80,))] == [1]
+        assert diag.accept_queues(()) == []
+
+
 def test_a_keepalive_timer_that_is_late_is_still_one(nodes: Pair, diag: SockDiag) -> None:
     """The kernel runs a timer of a second some jiffies late: it is due then."""
     near, far = stream(nodes.pod, nodes.host, HOST4, 7000)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from agent.core.names import DATAPLANE_MODE
@@ -209,6 +210,20 @@ class Node:
         add_namespace(self.spec.netns_name("node1"), NO_DAD)
         with Netns.open(self.netns) as inside:
             self.server = Server(inside)
+
+    @contextlib.contextmanager
+    def ztunnel_stopped(self) -> Iterator[None]:
+        """With every process of ztunnel stopped: it listens, and hangs."""
+        child = self.processes.ztunnel
+        assert child is not None
+        family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+        for one in family:
+            one.suspend()
+        try:
+            yield
+        finally:
+            for one in reversed(family):
+                one.resume()
 
     def prefer_istio(self, pods: Sequence[str]) -> None:
         """Starts Istio's ztunnel instead of the embedded one, where SLUICE_REAL_ZTUNNEL names a binary.

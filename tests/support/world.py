@@ -17,6 +17,7 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.policy.accept_queue import NOTHING_WAITS, QueueReading
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.settings import Settings
 from agent.reconciler.loop import Reconciler
@@ -216,12 +217,16 @@ class Listening:
 
     def __init__(self, publisher: Publisher) -> None:
         self.publisher, self.pods, self.deaf, self.found = publisher, set[str](), False, PortListeners()
+        self.queues = dict[str, QueueReading]()
 
     def heard(self, target: Any) -> PortListeners:
         there = target.uid in self.pods or target.uid in self.publisher.published
         return self.found if there and not self.deaf else replace(self.found, missing=(15001, 15006))
 
     last = heard
+
+    def waiting(self, target: Any) -> QueueReading:
+        return self.queues.get(target.uid, NOTHING_WAITS)
 
 
 class Watcher:

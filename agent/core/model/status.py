@@ -14,6 +14,7 @@ class State(StrEnum):
     WAITING = "waiting"  # known, not reconciled yet; or a running pod without rules that waits for ztunnel
     ENABLED = "enabled"  # rules verified in the kernel, and ztunnel listens in the pod
     PENDING = "pending"  # rules verified, but ztunnel does not listen there: traffic is refused, not passed
+    STALLED = "stalled"  # as enabled, but ztunnel does not accept the pod's connections: they hang
     EXCLUDED = "excluded"
     FAILED = "failed"  # what should hold does not; see error
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from agent.diagnosis.finding import CheckLine, check, ok, unknown, warning, wrong
 from agent.diagnosis.node_facts import NodeFacts, Row
-from agent.diagnosis.remedies import start
+from agent.diagnosis.remedies import start, ztunnel
 
 _MOST_WAITING = 1000  # sockets of one pod in CLOSE_WAIT
 _FULL = 0.8  # of the ports for outgoing connections
-_NOT_CAPTURED = ("failed", "pending", "waiting")  # states that check `pods` reports
+_NOT_CAPTURED = ("failed", "pending", "waiting", "stalled")  # states that check `pods` reports
 # Rows of `sluice verify` that have a check of their own here.
 _SEEN_BY_OTHERS = ("(probes of the node)", "(CNI installation)", "(ztunnel)")
 _UNSUPPORTED = {"gvisor": ("runsc", "gVisor"), "kata": ("kata", "Kata Containers")}
@@ -35,6 +35,12 @@ def _states(facts: NodeFacts) -> Iterator[CheckLine]:
                     f"{_key(row)}: {reason}",
                     "its rules are in place, but no ztunnel has it: connections are refused",
                     advice,
+                )
+            case "stalled":
+                yield wrong(
+                    f"{_key(row)}: {reason}",
+                    "ztunnel listens in the pod, but its process hangs or is overloaded: connections get no answer",
+                    f"{advice}; restart ztunnel: {ztunnel(facts)}",
                 )
             case "waiting" if facts.agent.status["ready"]:
                 yield warning(f"{_key(row)}: {reason}", "the pod is known, but its namespace was not found", advice)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import struct
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SOL_SOCKET, inet_ntop, inet_pton, ntohs, socket
 from typing import Final
 
 from agent.core.errors import KernelError
 from agent.core.model.sockets import Endpoint, TcpSocket, TcpState
+from agent.core.policy.accept_queue import AcceptQueue
 from agent.core.wire import tcp_info
 from agent.core.wire.netlink import (
     ATTRIBUTE,
@@ -48,6 +49,9 @@ _NO_COOKIE = b"\xff" * 8
 # interface, cookie, expires, queues, uid, inode
 _ANSWER = struct.Struct("=BBxxHH16s16s4xQ12xII")
 _QUEUES = struct.Struct("=56xII")  # of the same message
+_QUEUE = struct.Struct(
+    f"={HEADER.size}xxBxxH38xQ4xI"
+).unpack_from  # state, local port, cookie, first queue of a datagram
 _TIMER = struct.Struct("=2xB49xI")  # which timer runs, and for how many milliseconds more
 _KEEPALIVE = 2
 _INFO, _SKV6ONLY, _MARK = 2, 11, 15
@@ -146,14 +150,35 @@ class SockDiag(NetlinkSocket):
         return sockets
 
     def listens(self, port: int) -> bool:
-        """True if a socket listens on this port of loopback, of either family; one lookup, as for a connection.
+        """True if a socket listens on this port of loopback, as `accept_queues`. Raises KernelError."""
+        return bool(self.accept_queues((port,)))
 
-        False is not sure where programs at sk_lookup have a say. Raises KernelError.
+    def accept_queues(self, ports: Sequence[int]) -> list[AcceptQueue]:
+        """Returns the accept queues of the sockets that listen on these ports of loopback, of either family.
+
+        One lookup each, as for a connection: a missing one is not sure where programs at sk_lookup have a say. All are
+        asked for at once and nothing else is decoded, which takes a third of single requests' time: it is for pods in
+        which nothing happens. Raises KernelError.
         """
-        request = encode((_LOOPBACK, port), (_LOOPBACK, 1))
-        answers = self.request(_WHAT, _BY_FAMILY, 0, request, fine=(errno.ENOENT,))
-        sockets = (decode(answer.body) for answer in answers)
-        return any(one and one.state is TcpState.LISTEN and one.local[1] == port for one in sockets)
+        sequence = self.next_sequence()
+        queues = []
+        left = len(ports)
+        if left:
+            requests = (message(_BY_FAMILY, NLM_F_REQUEST, sequence, _listener(port)) for port in ports)
+            self.socket.send(b"".join(requests))
+        while left:
+            datagram = self.receive(_WHAT)
+            length, kind, flags, number, port = HEADER.unpack_from(datagram)
+            if number != sequence:
+                continue  # a late answer to a request that was given up
+            left -= 1
+            if kind == NLMSG_ERROR:
+                raise_for(_WHAT, Message(kind, flags, number, port, datagram[HEADER.size :]), (errno.ENOENT,))
+            elif length >= _LEAST:
+                state, local, cookie, waiting = _QUEUE(datagram)
+                if state == TcpState.LISTEN and ntohs(local) in ports:
+                    queues.append(AcceptQueue(ntohs(local), cookie, waiting))
+        return queues
 
     def find(self, local: Endpoint, remote: Endpoint) -> TcpSocket | None:
         """Returns the connection between these endpoints, also of a socket of family 6 with IPv4 addresses.
@@ -287,6 +312,12 @@ def _rows(step: int) -> struct.Struct:
 @cache
 def _timers(step: int) -> struct.Struct:
     return struct.Struct(f"={HEADER.size}xxB2x36s{step - HEADER.size - 40}x")
+
+
+@cache
+def _listener(port: int) -> bytes:
+    """Returns the body of a request for the listener on this port of loopback."""
+    return encode((_LOOPBACK, port), (_LOOPBACK, 1))
 
 
 @lru_cache(maxsize=4096)

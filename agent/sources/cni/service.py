@@ -134,7 +134,7 @@ class CniService:
             status = self._reconciler.status(pod.uid)
             reason = status.error or f"not done within {self._settings.add_seconds:g} s"
             return CniReply(wire.TRY_AGAIN_LATER, f"pod {pod.key} is not captured: {reason}")
-        if status.state is State.ENABLED:
+        if status.state in (State.ENABLED, State.STALLED):
             return CniReply()
         return CniReply(
             wire.TRY_AGAIN_LATER,

@@ -201,7 +201,7 @@ class Annotator:
         if (pod := self._table.kube(uid)) is not None and pod.ended:
             return ""  # its sandbox may be gone before the API server says so, or after
         match self._state(uid):
-            case State.ENABLED:
+            case State.ENABLED | State.STALLED:  # of the latter ztunnel has the pod, and listens there
                 return ENABLED
             case State.PENDING:
                 return PENDING

@@ -156,6 +156,7 @@ def test_all_of_it() -> None:
             "no, excluded, but ztunnel keeps its older connections for a while: the pod says so",
         ),
         ({"state": "pending"}, "not yet: its rules are in place, but no ztunnel has it, so its traffic is refused"),
+        ({"state": "stalled", "error": "since 12:00"}, "yes by nftables, but its connections hang: since 12:00"),
         ({"state": "failed", "error": "no memory"}, "NO, though it should be: no memory"),
         ({"inspect_error": "no memory"}, "unknown by nftables: no memory"),
         ({"in_kernel": "drifted", "layers": [{"layer": "l", "in_sync": False, "differences": ["a", "b"]}]},

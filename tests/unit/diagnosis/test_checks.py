@@ -162,6 +162,7 @@ CASES: list[tuple[str, str, NodeFacts, CheckVerdict, str]] = [
     ("pod-loopback", "off for lo alone", pod(ipv6=False), WARNING, "fd00::2"),
     ("pods", "failed", rows(state="failed", error="nft: Operation not supported"), WRONG, "Operation not supported"),
     ("pods", "pending", rows(state="pending", error="no ztunnel"), WRONG, "no ztunnel"),
+    ("pods", "stalled", rows(state="stalled", error="3 on port 15001"), WRONG, "3 on port 15001"),
     ("pods", "waiting", rows(state="waiting", error="not found"), WARNING, "not found"),
     ("pod-rules", "flushed", replace(AWAY, pods=PodsFacts((replace(POD, ours=()),))), WRONG, "no rules in"),
     ("pod-rules", "gone", pod(error="its network namespace is not there any more"), WARNING, "not there"),

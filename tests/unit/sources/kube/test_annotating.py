@@ -132,6 +132,22 @@ def test_somebody_who_removes_it_is_answered() -> None:
     assert world.api.values() == ["enabled", "enabled"]
 
 
+def test_a_stalled_ztunnel_takes_nothing_back() -> None:
+    world = World()
+    world.table.know(KUBE)
+
+    async def play() -> None:
+        world.be(State.STALLED)
+        await world.sent(1)
+        world.be(State.ENABLED)
+        world.be(State.STALLED)
+        world.be(State.EXCLUDED)
+        await world.sent(2)
+
+    during(world, play)
+    assert world.api.values() == ["enabled", None]
+
+
 def test_a_failed_pod_is_pending_while_its_rules_are_there_and_else_nothing() -> None:
     world = World()
     world.table.know(KUBE)

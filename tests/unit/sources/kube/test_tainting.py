@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+
+import pytest
 
 from agent.core.errors import KubeError
 from agent.sources.kube import tainting
@@ -34,13 +37,13 @@ class Node:
 
 class World:
     def __init__(self, *, returns: bool) -> None:
-        self.node, self.lacking = Node(), "no ztunnel is connected"
+        self.node, self.lacking, self.stalled = Node(), "no ztunnel is connected", ""
         self.tainting = Tainting(self.node, TAINT, returns=returns)
 
     def look(self, times: int = 1) -> bool:
         async def run() -> None:
             for _ in range(times):
-                await self.tainting.look(self.lacking)
+                await self.tainting.look(self.lacking, self.stalled)
 
         asyncio.run(run())
         return self.node.tainted
@@ -64,6 +67,39 @@ def test_p05_it_comes_back_when_capture_fails_for_a_while_and_the_setting_says_s
     assert world.look(2)
     world.lacking = ""
     assert not world.look()
+
+
+def test_it_comes_back_for_a_stalled_ztunnel_alone() -> None:
+    """Whether a stall counts is decided by `run`, as the setting says."""
+    world = World(returns=False)
+    world.lacking = ""
+    assert not world.look()
+    world.stalled = "ztunnel has stalled"
+    assert not world.look(LOOKS - 1)
+    assert world.look(2)
+    world.lacking, world.stalled = "the API server is away", ""
+    assert world.look(2 * LOOKS)  # not removed while a pod could start uncaptured
+    world.lacking = ""
+    assert not world.look()
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_stall_counts_only_if_the_setting_says_so(counts: bool) -> None:
+    seen = list[str]()
+
+    async def run() -> None:
+        one = Tainting(Node(), TAINT, returns=False, stalled=counts)
+
+        async def look(lacking: str, stalled: str = "") -> None:
+            seen.append(stalled)
+            raise asyncio.CancelledError
+
+        one.look = look  # type: ignore[method-assign]
+        await one.run(lambda: "", lambda: "ztunnel has stalled")
+
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(run())
+    assert seen == ["ztunnel has stalled" if counts else ""]
 
 
 def test_p05_an_agent_that_starts_where_it_cannot_capture_puts_it_back() -> None:
