@@ -13,7 +13,7 @@ import psutil
 import pytest
 from support.echo import Echo
 from support.node import until
-from support.ztunnel import RESOLVER4, SECONDS, Lab, question
+from support.ztunnel import PEER4, RESOLVER4, SECONDS, Lab, question
 
 pytestmark = pytest.mark.root
 HANG_SECONDS = 30.0
@@ -58,3 +58,26 @@ def test_a_worker_is_replaced_once_the_supervisor_has_descriptors_again(served: 
     time.sleep(0.5)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
     until(lambda: len(served.ztunnel.workers()) == 2, "it is replaced")
+
+
+def test_workers_without_descriptors_say_so_once_and_live_on(served: Lab) -> None:
+    held, server = served.outbound()
+    log = served.folder / "records.err"
+    limits = {}
+    for worker, used in served.ztunnel.workers().items():
+        limits[worker] = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+        resource.prlimit(worker, resource.RLIMIT_NOFILE, (used + 4, limits[worker][1]))
+    with served.peer.listen(PEER4, 8081) as listener:
+        listener.settimeout(SECONDS)
+        clients = [served.pod.connect(PEER4, 8081) for _ in range(100)]
+        served.close_later(*clients)
+        until(lambda: "new connections wait: Too many open files" in log.read_text(), "it is logged")
+        held.sendall(b"still")
+        assert server.recv(5) == b"still"
+        assert limits.keys() == served.ztunnel.workers().keys()
+        for worker, limit in limits.items():
+            resource.prlimit(worker, resource.RLIMIT_NOFILE, limit)
+        for _ in clients:  # those that have waited, too
+            served.close_later(listener.accept()[0])
+    assert served.outbound()
+    assert log.read_text().count("Too many open files") <= len(limits)

@@ -119,7 +119,7 @@ class Engine:
     the last answer; `aged` expires when a connection is LOOK_SECONDS old (see keepalive). `share`: how many open
     connections and flows one pod may have. `tunnels`, `mesh_names` and `traffic` are None without a mesh: then
     everything goes on in plain and is not counted, and every query goes to its resolver. `shared`: other processes
-    serve the same pods. `pods` are those that this process serves.
+    serve the same pods. `pods` are those that this process serves. `exhausted` logs a lack of descriptors or memory.
     """
 
     poller: Poller
@@ -135,6 +135,7 @@ class Engine:
     traffic: TrafficAccount | None = None
     shared: bool = False
     pods: set[ServedPod] = field(default_factory=set)
+    exhausted: Seldom = field(default_factory=Seldom)
 
 
 class Live(Protocol):

@@ -111,6 +111,7 @@ class PodListener:
                 return
             except OSError as error:
                 if error.errno in _EXHAUSTED:
+                    self.pod.engine.exhausted.log(f"new connections wait: {error.strerror}")
                     self._pause(listener)
                     return
                 continue  # that client has closed
