@@ -21,6 +21,7 @@ from agent.zds.messages import Delete
 
 pytestmark = pytest.mark.root
 STREAMS = 8
+PODS = 60
 
 
 @pytest.mark.parametrize("inbound", [False, True])
@@ -157,3 +158,26 @@ def test_the_process_ends_at_once_while_it_waits_for_its_mesh(lab: Lab) -> None:
     until(lambda: "does not exist" in Path(f"{lab.ztunnel.path}.err").read_text(), "it has looked for the mesh")
     lab.ztunnel.terminate()
     assert lab.ztunnel.process.wait(3) == 0
+
+
+def test_twenty_pods_a_second_come_and_go_under_traffic(served: Lab) -> None:
+    """Of each pod that is left behind workers would keep ten descriptors."""
+    traffic = Echo.through(served, inbound=False)
+    other = Place(f"slu-zt-{os.getpid()}-other")
+    try:
+        traffic.wait_more(50)
+        before = served.ztunnel.fds()
+        for number in range(PODS):
+            assert served.agent.add(other, f"other-{number}") == ""
+            with contextlib.suppress(ConnectionResetError):  # it is taken, and reset: this is no captured connection
+                other.connect("127.0.0.1", 15001).close()
+            time.sleep(0.05)
+            assert served.agent.ask(Delete(f"other-{number}")) == ""
+        until(lambda: served.ztunnel.fds() < before + PODS, "the pods' descriptors are closed")
+        until(lambda: refuses(other), "no process has the pods' listeners")
+        assert [psutil.Process(worker).num_threads() for worker in served.ztunnel.workers()] == [1, 1]
+        traffic.wait_more(50)
+    finally:
+        traffic.close()
+        other.remove()
+    assert traffic.failures == []
