@@ -26,6 +26,7 @@ _GROUPS = {
     "pods": "node_status",
     "explain": "explain",
     "connections": "connections",
+    "dns": "dns",
     "verify": "verify",
     "diff": "verify",
     "rules": "rules",
@@ -47,7 +48,7 @@ _DAEMONS = ("agent", "ztunnel")
 
 # The order of commands in the help; those without a section come last.
 _SECTIONS = (
-    ("What holds on this node (asks the agent)", ("status", "pods", "explain", "connections", "verify", "diff")),
+    ("What holds on this node (asks the agent)", ("status", "pods", "explain", "connections", "dns", "verify", "diff")),
     ("What is wrong with it", ("doctor", "report", "preflight")),
     ("Change it (needs no agent)", ("install", "uninstall", "uncapture", "handback", "migrate")),
     ("Run", ("agent", "ztunnel")),

@@ -15,7 +15,7 @@ def main(settings: Settings, version: str, origins: Mapping[str, str]) -> int:
     from agent.app.early import repair_noted  # what is captured is put right before the rest is loaded
 
     # Six descriptors per pod: its namespace, its nf_tables, route and sock_diag sockets, and those for notifications of
-    # the first two; and one more while connections from before its enrolment are left.
+    # the first two; one more while connections from before its enrolment are left; for DNS one per interface, and one.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     state = Notes(settings.run_dir)

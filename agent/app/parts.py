@@ -27,6 +27,7 @@ from agent.export import verifying
 from agent.export.metrics_page import ConnectionMetrics, SharedTotals
 from agent.flows import collector_choice as collectors
 from agent.flows.accounting import Accounting
+from agent.flows.dns.dns_account import DnsAccount
 from agent.flows.identity import Identities
 from agent.flows.journal import ConnectionJournal
 from agent.flows.label_totals import LabelTotals
@@ -34,6 +35,7 @@ from agent.flows.logfile import LogFile
 from agent.flows.peers_file import PeersFile
 from agent.install.host_root import HostRoot
 from agent.kernel import host_view
+from agent.kernel.bpf.asked_resolvers import Asked
 from agent.kernel.host_netns import HostNetns
 from agent.reconciler.host_loop import HostJournal, HostLoop
 from agent.reconciler.interfaces import Journal
@@ -163,6 +165,7 @@ def build_account(
         journal=journal,
         verify_seconds=settings.verify_seconds,
         peers=PeersFile(settings.peers_file, identities) if settings.peers_file else None,
+        dns=DnsAccount(Asked(settings.bpf_dir) if by_socket else None) if settings.dns_accounting else None,
     )
     return Account(accounting, ConnectionMetrics(totals, accounting.losses, accounting.refresh))
 

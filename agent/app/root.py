@@ -38,6 +38,7 @@ from agent.core.settings import Settings
 from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
+from agent.export.dns_api import DnsApi
 from agent.export.explaining import ExplainContext
 from agent.export.metrics import Metrics
 from agent.flows.identity import Identities
@@ -111,6 +112,7 @@ class Agent:
             self.journals.add(self.kubernetes.journal)
         self.health = self._health(version)
         self.records = ConnectionsApi(self.accounting, self.table)
+        self.dns = DnsApi(self.accounting.dns if self.accounting else None, self.table)
         self.cni = self._cni()
         self.admin = self._admin(origins)
         self._collect_metrics()
@@ -196,6 +198,7 @@ class Agent:
             node=self.health.node,
             non_tcp=self.non_tcp,
             records=self.records,
+            dns=self.dns,
             review=self.kubernetes.review if self.kubernetes else None,
             parts=verification_parts(
                 settings=self.settings,
@@ -238,6 +241,7 @@ class Agent:
                 running = [tasks.create_task(part) for part in self._parts()]
                 await stop.wait()
                 self.records.close()
+                self.dns.close()
                 for task in running:
                     task.cancel()
         finally:

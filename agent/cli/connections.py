@@ -22,7 +22,7 @@ _WIRE: Final = ("WIRE", "REMOTE IDENTITY")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
 _WIDTHS: Final = (12, 22, 3, 21, 34, 9, 9, 9, 9, 8, 16, 9, 0)
 _PAUSE: Final = 1.0  # seconds between two readings of ztunnel's pages, which may be large
-_WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
+WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 Row = Mapping[str, Any]
 
 
@@ -32,7 +32,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="print each connection when it ends, until Ctrl-C")
     parser.add_argument("--fate", choices=("captured", "exempt", "leaked", "undecided"), default="", help="only these")
     parser.add_argument(
-        "-n", dest="count", metavar="N", type=_count, default=20, help="show N that ended (default: %(default)s)"
+        "-n", dest="count", metavar="N", type=count, default=20, help="show N that ended (default: %(default)s)"
     )
     parser.add_argument(
         "--wire",
@@ -42,7 +42,7 @@ def register(subparsers: Any) -> None:
     options.finish(parser, _run, options.run_dir, options.output)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return int(text)
@@ -91,7 +91,7 @@ def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> 
         sys.stdout.flush()
         if pages:
             time.sleep(_PAUSE)
-        answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(_WAIT), **query)
+        answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(WAIT), **query)
 
 
 def _print(form: str, row: Row) -> None:

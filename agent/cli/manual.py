@@ -112,6 +112,17 @@ PAGES: Final[Mapping[str, Page]] = {
         },
         {0: "the agent answered", 2: _AWAY + ", or ended while --follow ran", 130: "--follow was ended by Ctrl-C"},
     ),
+    "dns": Page(
+        "Lists the last DNS queries of pods, and says what stands out: resolvers without an answer, names that do not "
+        "exist because a search domain was added, queries that were not captured. With --follow each query is printed "
+        "once it has its answer, or has waited for 5 s. The agent keeps the last 128 queries of each pod.",
+        {
+            "dns": "of all pods: the last 20",
+            "dns shop/web --last 100": "of one pod",
+            "dns --follow -o jsonl": "a line of JSON each, until Ctrl-C",
+        },
+        {0: "the agent answered", 2: _AWAY + ", or ended while --follow ran", 130: "--follow was ended by Ctrl-C"},
+    ),
     "verify": Page(
         "Compares desired and actual state, pod by pod; with --all also the node's own parts. "
         "Made for pipelines: after an upgrade of the CNI, the kernel or Sluice, run it and look at the exit code.",

@@ -212,6 +212,7 @@ class Settings:
         Choice(("auto", "ebpf", "inet_diag", "off")),
         "how connections of pods are accounted for: auto, ebpf, inet_diag (coarser) or off",
     )
+    dns_accounting: bool = _account(True, FLAG, "account for the DNS queries of pods too, unless accounting is off")
     connection_log: str = _account("", LOG_FILE, "file for one JSON line per ended connection; - is standard output")
     connection_log_bytes: int = _account(100 << 20, Whole(1 << 16, 1 << 40), "size at which that file is rotated")
     connection_log_keep: int = _account(2, Whole(0, 99), "number of rotated files to keep")

@@ -14,6 +14,7 @@ from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.export.connections_api import ConnectionsApi
+from agent.export.dns_api import DnsApi
 from agent.export.explaining import ExplainContext, Explaining
 from agent.export.metrics import Metrics
 from agent.export.verifying import Part, Row, row
@@ -43,6 +44,7 @@ class Admin:
     node: Callable[[], Mapping[str, Any]]
     non_tcp: NonTcpCounter
     records: ConnectionsApi
+    dns: DnsApi
     around: ExplainContext
     review: Review | None = None
     parts: Sequence[Part] = ()
@@ -76,6 +78,7 @@ class Admin:
             ("GET", "/v1/verify"): self._verify,
             ("POST", "/v1/verify"): self._verify,
             ("GET", "/v1/connections"): self.records.connections,
+            ("GET", "/v1/dns"): self.dns.queries,
         }
         handler = handlers.get((request.method, request.path))
         if handler is None:

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
+from agent.export.following import Followers, whole
 from agent.flows.accounting import Accounting
-from agent.flows.recent import Recent
 from agent.flows.record import Fate
 from agent.flows.resolved_record import ResolvedRecord
 from agent.kernel.http import Request
 
-_MOST = 500  # records in one answer to a follower: it asks again for the next
-_LONGEST = 30  # seconds that it may be kept waiting
+_MOST = 500  # ended connections in an answer that asks for no number
 _FATES = tuple(fate.word for fate in Fate)
 Keep = Callable[[ResolvedRecord], bool]
 
@@ -28,8 +26,7 @@ class ConnectionsApi:
     def __init__(self, accounting: Accounting | None, table: PodTable) -> None:
         self._accounting = accounting
         self._table = table
-        self._waiting = set[asyncio.Event]()
-        self._closed = False
+        self._followers = Followers()
 
     async def connections(self, request: Request) -> dict[str, Any]:
         """Returns connections. Raises SluiceError.
@@ -45,8 +42,7 @@ class ConnectionsApi:
             raise SluiceError(f"no fate {fate!r}; there are {', '.join(_FATES)}")
         if "after" in query:
             keep = _chosen(self._one(query.get("pod", "")), query.get("pod", ""), fate)
-            after, wait = _number(query, "after", 0), _number(query, "wait", 0)
-            return await self._follow(self._accounting.recent, after, wait, keep)
+            return await self._followers.records(self._accounting.recent, query, keep, "ended")
         return await self._list(self._accounting, query, fate)
 
     async def totals(self) -> list[dict[str, Any]]:
@@ -55,13 +51,11 @@ class ConnectionsApi:
 
     def close(self) -> None:
         """Answers all waiting requests now: the agent ends."""
-        self._closed = True
-        for arrived in self._waiting:
-            arrived.set()
+        self._followers.close()
 
     async def _list(self, accounting: Accounting, query: Mapping[str, str], fate: str) -> dict[str, Any]:
         name = query.get("pod", "")
-        limit = _number(query, "limit", _MOST)
+        limit = whole(query, "limit", _MOST)
         pod = self._one(name)
         await accounting.look()
         ended = accounting.recent.last(limit, _chosen(pod, name, fate))
@@ -78,26 +72,6 @@ class ConnectionsApi:
             "losses": dict(await asyncio.to_thread(accounting.losses)),
             "next": number,
         }
-
-    async def _follow(self, recent: Recent[Any, ResolvedRecord], at: int, wait: int, keep: Keep) -> dict[str, Any]:
-        """Waits for records. `lost` counts records of any pod that were overwritten between two requests."""
-        records = list[ResolvedRecord]()
-        lost = 0
-        arrived = asyncio.Event()
-        self._waiting.add(arrived)
-        try:
-            with recent.listening(arrived.set), contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(wait, _LONGEST)):
-                    while True:
-                        arrived.clear()
-                        records, missed, at = recent.since(at, keep, _MOST)
-                        lost += missed
-                        if records or lost or self._closed:
-                            break
-                        await arrived.wait()
-        finally:
-            self._waiting.discard(arrived)
-        return {"ended": [record.as_dict() for record in records], "lost": lost, "next": at}
 
     def _one(self, name: str) -> Pod | None:
         """Returns the pod of that name on this node; None for none, since connections may outlive their pod here."""
@@ -116,10 +90,3 @@ def _chosen(pod: Pod | None, name: str, fate: str) -> Keep:
         return not name or f"{record.namespace}/{record.pod}" == wanted or (pod is None and record.pod == name)
 
     return keep
-
-
-def _number(query: Mapping[str, str], key: str, default: int) -> int:
-    text = query.get(key, "")
-    if text and not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise SluiceError(f"{key}: {text!r} is not a number")
-    return int(text or default)

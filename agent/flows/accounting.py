@@ -14,12 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from agent.core.errors import KernelError
+from agent.core.errors import KernelError, SluiceError
 from agent.core.model.plan import Foreign
 from agent.core.model.pods import Pod, PodTable
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import text
 from agent.flows.collector import Collector
+from agent.flows.dns.dns_account import DnsAccount
 from agent.flows.identity import Identities
 from agent.flows.inet_diag.socket_counts import PodSockets, SocketCounts
 from agent.flows.journal import ConnectionJournal
@@ -60,8 +61,10 @@ class Accounting:
         journal: ConnectionJournal | None = None,
         verify_seconds: float = 30.0,
         peers: PeersFile | None = None,
+        dns: DnsAccount | None = None,
     ) -> None:
         """Takes `add` for the results of refresh(), as LabelTotals.add; `reason`: why this collector was chosen."""
+        self.dns = dns
         self.collector = collector
         self.reason = reason
         self.recent = Recent[Any, ResolvedRecord](self._named, bad=collector.ended_badly)
@@ -97,6 +100,7 @@ class Accounting:
         try:
             if old is not None and old != cookie:
                 self._release(old)
+            self._tap(pod, target)
             return self.collector.enrol(target, want, captured=captured, fresh=fresh)
         except Exception as error:  # noqa: BLE001 - the pod is captured all the same
             log.warning("pod %s: cannot account for its connections: %s", pod.key, error)
@@ -105,10 +109,18 @@ class Accounting:
     def watch(self, pod: Pod, target: PodNetns) -> None:
         """Calls Collector.watch; never fails either."""
         try:
+            self._tap(pod, target)
             self.collector.watch(target)
             self._count_sockets(pod.uid, target)
         except Exception as error:  # noqa: BLE001 - as above
             log.warning("pod %s: cannot account for all of its connections: %s", pod.key, error)
+
+    def _tap(self, pod: Pod, target: PodNetns) -> None:
+        if self.dns:
+            try:
+                self.dns.enrol(pod, target)
+            except (OSError, SluiceError) as error:  # its connections are counted all the same
+                log.warning("pod %s: cannot account for its DNS queries: %s", pod.key, error)
 
     def returned(self, target: PodNetns) -> tuple[str, ...]:
         """Returns a remark for Collector.returned; never fails either."""
@@ -146,6 +158,8 @@ class Accounting:
 
     def _release(self, cookie: int) -> None:
         self._counts.release(cookie)
+        if self.dns:
+            self.dns.release(cookie)
         self.collector.release(cookie)
 
     def _count_sockets(self, uid: str, target: PodNetns) -> None:
@@ -208,6 +222,8 @@ class Accounting:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._drain())
             tasks.create_task(self._every(REFRESH, self.refresh))
+            if self.dns:
+                tasks.create_task(self.dns.run())
             if self._peers:
                 await asyncio.to_thread(self._peers.load)
                 tasks.create_task(self._every(PEERS, self._peers.load))
@@ -216,6 +232,8 @@ class Accounting:
     def close(self) -> None:
         self.collector.close()
         self._counts.close()
+        if self.dns:
+            self.dns.close()
         self._endpoints.close()
         if self._journal:
             self._journal.close()

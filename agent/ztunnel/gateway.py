@@ -19,10 +19,10 @@ from typing import TypeVar
 
 from agent.core.errors import SluiceError
 from agent.kernel.accepting import Seldom, accept
+from agent.kernel.bpf.asked_resolvers import Asked
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
 from agent.ztunnel import process_life
-from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.hbone.tunnels import HboneTunnels
 from agent.ztunnel.node_mesh import MeshControl, NodeMesh
 from agent.ztunnel.process_life import Ending

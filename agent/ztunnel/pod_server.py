@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from agent.kernel.bpf.asked_resolvers import Asked
 from agent.kernel.netns import Netns
 from agent.zds.messages import Add
-from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.relay.keepalive import LOOK_SECONDS
 from agent.ztunnel.relay.pod_context import Engine, PodContext
 from agent.ztunnel.relay.pod_listener import PodListener

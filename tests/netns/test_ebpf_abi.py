@@ -18,9 +18,8 @@ from agent.backends.ebpf.abi import ExitCause, InterfaceRole, PodFlag, PodValue,
 from agent.backends.ebpf.ztunnels import Role
 from agent.core import names
 from agent.core.errors import CommandError
-from agent.kernel.bpf import load
+from agent.kernel.bpf import asked_resolvers, load
 from agent.kernel.bpf.map import Map
-from agent.ztunnel.dns import dns_origin
 
 pytestmark = pytest.mark.root
 HEADER = BPF / "abi.h"
@@ -70,11 +69,11 @@ def check_keys(types: Types) -> None:
 
 def check_queries(types: Types) -> None:
     """As the embedded ztunnel reads them; ports are in network order."""
-    assert dns_origin.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=0)
+    assert asked_resolvers.encode(9, 0x1234) == types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=0)
     given = types.pack("query", cookie=9, port=b"\x12\x34", protocol=17, source=b"\x7f\1\2\3")
-    assert dns_origin.encode(9, 0x1234, "127.1.2.3") == given
+    assert asked_resolvers.encode(9, 0x1234, "127.1.2.3") == given
     told = types.pack("resolver", address=abi.address(FOUR), port=b"\x00\x35")
-    assert dns_origin.decode(told) == (str(FOUR), 53)
+    assert asked_resolvers.decode(told) == (str(FOUR), 53)
 
 
 def check_enums(types: Types) -> None:

@@ -28,15 +28,15 @@ from support.ebpf_pod import (
 
 from agent.backends.ebpf import abi
 from agent.backends.ebpf.abi import ExitCause
+from agent.kernel.bpf import asked_resolvers
 from agent.kernel.bpf.map import Map
-from agent.ztunnel.dns import dns_origin
 
 pytestmark = pytest.mark.root
 
 
 def asked_for(node: Stage, port: int, given: str = "0.0.0.0") -> Where:
     """The resolver, as the embedded ztunnel looks it up by the port of the query and the address that it was given."""
-    key = dns_origin.encode(node.pod.cookie, port, given)
+    key = asked_resolvers.encode(node.pod.cookie, port, given)
     with Map.open(node.node.pins.maps / "resolvers") as resolvers:
         found = resolvers.lookup(key)
     assert found

@@ -11,9 +11,9 @@ import pytest
 from support.ztunnel import PEER4, RESOLVER4, RESOLVER6, Lab
 
 from agent.core.names import DNS_PORT
+from agent.kernel.bpf.asked_resolvers import encode
 from agent.kernel.bpf.map import Map
 from agent.kernel.exec import run
-from agent.ztunnel.dns.dns_origin import encode
 
 pytestmark = pytest.mark.root
 QUERY = b"\x12\x34\1\0\0\1\0\0\0\0\0\0\1a\4test\0\0\1\0\1"

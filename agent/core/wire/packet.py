@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 TCP, UDP = 6, 17
 SYN, RST, ACK = 2, 4, 16
@@ -16,7 +16,7 @@ SYN, RST, ACK = 2, 4, 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
-    """`flags` are those of TCP, 0 for UDP."""
+    """`flags` are those of TCP, 0 for UDP. `payload` is what was there of it, when the packet was parsed."""
 
     protocol: int
     source: str
@@ -24,6 +24,7 @@ class Packet:
     destination: str
     destination_port: int
     flags: int = 0
+    payload: bytes = field(default=b"", compare=False, repr=False)
 
 
 def syn(source: str, source_port: int, destination: str, destination_port: int, hops: int = 64) -> bytes:
@@ -61,6 +62,7 @@ def parse(data: bytes) -> Packet | None:
         destination=addresses[1],
         destination_port=ports[1],
         flags=flags,
+        payload=data[size + (8 if protocol == UDP else (data[size + 12] >> 4) * 4) :],
     )
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import itertools
 import os
@@ -27,11 +26,11 @@ from agent.core.wire.netlink import (
     message,
     messages,
 )
+from agent.kernel import socket_filter
 
 SOL_NETLINK, NETLINK_EXT_ACK, NETLINK_CAP_ACK = 270, 11, 10
 SO_RCVBUFFORCE, SO_SNDBUFFORCE = 33, 32
-_SO_ATTACH_FILTER, _SO_RCVTIMEO = 26, 20  # asm-generic/socket.h
-_INSTRUCTION_SIZE = 8  # struct sock_filter
+_SO_RCVTIMEO = 20  # asm-generic/socket.h
 
 
 class _Buffer(threading.local):
@@ -63,7 +62,7 @@ class NetlinkSocket:
             self.socket.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
             self.socket.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
             if only:
-                self._attach(only)
+                socket_filter.attach(self.socket, only)
             for group in groups:
                 self.socket.setsockopt(SOL_NETLINK, 1, group)  # NETLINK_ADD_MEMBERSHIP
             self.port: int = self.socket.getsockname()[0]
@@ -131,11 +130,6 @@ class NetlinkSocket:
 
     def close(self) -> None:
         self.socket.close()
-
-    def _attach(self, program: bytes) -> None:
-        held = ctypes.create_string_buffer(program, len(program))  # the kernel copies it
-        fprog = struct.pack("@HP", len(program) // _INSTRUCTION_SIZE, ctypes.addressof(held))  # struct sock_fprog
-        self.socket.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, fprog)
 
 
 def raise_for(operation: str, answer: Message, fine: Container[int] = ()) -> None:

@@ -2,6 +2,5 @@
 """DNS of the pods.
 
 forwarding relays queries by UDP, dns_connection those by TCP, which dns_framing cuts into messages; pending_query asks
-mesh_names first, for which dns_answers makes the answers; dns_origin finds the resolver of a query, dnsmessage reads
-messages.
+mesh_names first, for which dns_answers makes the answers; dnsmessage reads messages.
 """

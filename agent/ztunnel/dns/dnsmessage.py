@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import struct
 
+from agent.core.wire.dns_message import question_end
+
 _HEADER = struct.Struct(">2sHHHHH")  # id, flags, number of questions, answers, authorities, additional records
 _ANSWER, _RECURSION_AVAILABLE, _CODE = 0x8000, 0x0080, 0x000F
 _SERVER_FAILED, _NAME_ERROR = 2, 3
 _KEPT = 0x7900  # operation code and "recursion desired"
-_MOST_NAME, _MOST_LABEL, _TYPE_AND_CLASS = 255, 63, 4
 _FLAGS_END = 4  # bytes
 
 
@@ -20,16 +21,7 @@ def question(message: bytes) -> bytes:
     _, flags, questions, _, _, _ = _HEADER.unpack_from(message)
     if flags & _ANSWER or questions != 1:
         return b""
-    at = _HEADER.size
-    while at < min(len(message), _HEADER.size + _MOST_NAME):
-        label = message[at]
-        at += 1 + label
-        if not label:
-            end = at + _TYPE_AND_CLASS
-            return message[:end] if end <= len(message) else b""
-        if label > _MOST_LABEL:
-            break
-    return b""
+    return message[: question_end(message)]
 
 
 def is_answer(message: bytes) -> bool:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from agent.core.errors import SluiceError
 from agent.core.model.sockets import Endpoint, is_loopback, text
 from agent.kernel.accepting import Seldom
+from agent.kernel.bpf.asked_resolvers import Asked
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.zds.messages import Add
-from agent.ztunnel.dns.dns_origin import Asked
 from agent.ztunnel.relay.original_dst import Address, plain
 from agent.ztunnel.relay.poller import Deadlines, Poller
 from agent.ztunnel.relay.upstream import Upstream, returns_elsewhere

@@ -22,7 +22,7 @@ from agent.core.settings import DECLARED
 REPO = Path(__file__).resolve().parents[3]
 PROGRAM = command_tree.command_tree(parser())
 COMMANDS = [command for command in PROGRAM.walk() if command.words]
-ASKING = [c for c in COMMANDS if c.words[0] in ("status", "pods", "explain", "connections", "verify", "diff")]
+ASKING = [c for c in COMMANDS if c.words[0] in ("status", "pods", "explain", "connections", "dns", "verify", "diff")]
 
 
 def name(command: Command) -> str:

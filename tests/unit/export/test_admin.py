@@ -18,6 +18,7 @@ from agent.core.model.status import State
 from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
+from agent.export.dns_api import DnsApi
 from agent.export.metrics import Metrics
 from agent.kernel.http import Request, Response
 from agent.sources.non_tcp_totals import NonTcpCounter
@@ -38,6 +39,7 @@ class Bench:
             node=lambda: {"node": "n1"},
             non_tcp=NonTcpCounter("nftables"),
             records=ConnectionsApi(None, world.table),
+            dns=DnsApi(None, world.table),
             around=Surroundings().around({}),
         )
 

@@ -72,7 +72,7 @@ class Bench:
         task = asyncio.create_task(self.ask(wait="30", **query))
         for _ in range(5):  # steps of the event loop, of which it needs one
             await asyncio.sleep(0)
-        assert self.records._waiting
+        assert self.records._followers._waiting
         assert not task.done()
         return task
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from agent.core.errors import KernelError
+from agent.kernel.bpf import asked_resolvers
+from agent.kernel.bpf.asked_resolvers import Asked, decode, encode
 from agent.kernel.netns import SO_NETNS_COOKIE
-from agent.ztunnel.dns import dns_origin, forwarding
-from agent.ztunnel.dns.dns_origin import Asked, decode, encode
+from agent.ztunnel.dns import forwarding
 
 CLIENT = ("10.0.0.2", 0x1234)
 V4 = bytes(10) + b"\xff\xff\x0a\x00\x00\x35" + b"\x00\x35" + bytes(6)
@@ -50,7 +51,7 @@ class FakeMap:
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[FakeMap]:
     monkeypatch.setattr(FakeMap, "opened", [], raising=False)
-    monkeypatch.setattr(dns_origin, "Map", FakeMap)
+    monkeypatch.setattr(asked_resolvers, "Map", FakeMap)
     return FakeMap.opened
 
 

@@ -42,10 +42,15 @@ class Asked:
 
         Returns None if it is unknown. Raises KernelError when the map cannot be read.
         """
+        if self._open() is None:
+            return None
+        return self.of(_COOKIE.unpack(listener.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0], client)
+
+    def of(self, cookie: int, client: Endpoint) -> Endpoint | None:
+        """Returns the resolver of a UDP query of `client` in the namespace with that cookie; as resolver()."""
         held = self._open()
         if held is None:
             return None
-        cookie: int = _COOKIE.unpack(listener.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0]
         value = held.lookup(encode(cookie, client[1], client[0])) if client[0].startswith("127.") else None
         value = held.lookup(encode(cookie, client[1])) if value is None else value
         return None if value is None else decode(value)
@@ -67,7 +72,7 @@ class Asked:
                 try:
                     self._map = Map.open(self._pin)
                 except KernelError as error:  # once for each pin, not once for each query
-                    log.warning("cannot open map %s, DNS of pods redirected by eBPF is dropped: %s", self._pin, error)
+                    log.warning("cannot open map %s, resolvers of redirected pods are unknown: %s", self._pin, error)
         return self._map
 
 
