@@ -7,6 +7,7 @@ before them. A variable of Istio's that is not understood is named once, in a wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -152,7 +153,7 @@ def from_environment(environment: Mapping[str, str], cores: int = 1) -> tuple[Zt
     settings = ZtunnelSettings(**values)
     if threads := environment.get("ZTUNNEL_WORKER_THREADS"):
         try:
-            settings = replace(settings, workers=worker_count(threads, cores))
+            settings = replace(settings, workers=worker_count(threads, _limited(cores, environment)))
         except ValueError as error:
             raise SettingsError(f"environment variable ZTUNNEL_WORKER_THREADS: {error}") from None
     if address := environment.get("CA_ADDRESS"):
@@ -168,6 +169,19 @@ def from_environment(environment: Mapping[str, str], cores: int = 1) -> tuple[Zt
         ),
         sorted(name for name, value in environment.items() if value and _is_not_understood(name, value)),
     )
+
+
+def _limited(cores: int, environment: Mapping[str, str]) -> int:
+    """Returns the CPUs that the container may use: Istio's chart passes its limit, as 2, 500m or 1.5."""
+    limit = environment.get("ZTUNNEL_RESOURCE_CPU_LIMIT") or environment.get("ZTUNNEL_CPU_LIMIT")
+    if not limit:
+        return cores
+    number = limit.removesuffix("m")
+    try:
+        cpus = float(number) / (1 if number == limit else 1000)
+        return min(cores, max(math.ceil(cpus), 1))
+    except (ValueError, OverflowError):
+        raise SettingsError(f"environment variable of the CPU limit: {limit!r} is no quantity") from None
 
 
 def _is_not_understood(name: str, value: str) -> bool:

@@ -93,3 +93,22 @@ def test_a_gateway_is_a_workload_of_the_mesh(gateway: str) -> None:
             check(wrong)
     with pytest.raises(SettingsError, match="is not HOST:PORT"):
         check(replace(of_mesh, gateway_address="15008"))
+
+
+@pytest.mark.parametrize(
+    ("limits", "workers"),
+    [
+        ({"ZTUNNEL_CPU_LIMIT": "8"}, 2),
+        ({"ZTUNNEL_RESOURCE_CPU_LIMIT": "2500m", "ZTUNNEL_CPU_LIMIT": "16"}, 1),
+        ({"ZTUNNEL_RESOURCE_CPU_LIMIT": "4.5"}, 2),
+        ({"ZTUNNEL_RESOURCE_CPU_LIMIT": "128"}, 8),
+    ],
+)
+def test_a_part_of_the_cores_is_of_those_that_the_container_may_use(limits: dict[str, str], workers: int) -> None:
+    settings, unknown = from_environment({"ZTUNNEL_WORKER_THREADS": "25%", **limits}, 32)
+    assert (settings.workers, unknown) == (workers, [])
+
+
+def test_a_cpu_limit_that_is_no_quantity_is_an_error() -> None:
+    with pytest.raises(SettingsError, match="'many' is no quantity"):
+        from_environment({"ZTUNNEL_WORKER_THREADS": "25%", "ZTUNNEL_CPU_LIMIT": "many"}, 32)
