@@ -52,7 +52,7 @@ IDLE_SESSION_SECONDS: Final = 300.0  # without a stream
 NOTIFY_SECONDS: Final = 1.0  # for a peer to answer that it knows of a drain
 
 # Of clients, which are addresses. An unfinished handshake holds 1 KB before the client's first byte and 45 KB after it,
-# an open session 43 KB and an idle stream 3 KB. The streams of a pod are among its connections (see settings.share).
+# an open session 40 KB and an idle stream 3 KB. The streams of a pod are among its connections (see settings.share).
 HANDSHAKES: Final = 2048  # unfinished, of all pods
 HANDSHAKES_PER_POD: Final = 512
 HANDSHAKES_PER_CLIENT: Final = 64

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from functools import cache
 from typing import Final
 
 from h2.config import H2Configuration
@@ -24,16 +25,7 @@ from agent.ztunnel.hbone import frames, header_blocks, limits
 from agent.ztunnel.hbone.frames import Data, ErrorCode, Frame, FrameSplitter, Http2Error
 from agent.ztunnel.hbone.header_blocks import BlockReader, HeaderBlock
 from agent.ztunnel.hbone.limits import Budget
-from agent.ztunnel.hbone.session_events import (
-    Answered,
-    Ended,
-    GoneAway,
-    Happening,
-    Headers,
-    Opened,
-    Reset,
-    first,
-)
+from agent.ztunnel.hbone.session_events import Answered, Ended, GoneAway, Happening, Headers, Opened, Reset, first
 
 _LARGEST_STREAM: Final = (1 << 31) - 1
 _LAST_NEW_STREAM: Final = (1 << 30) + 1  # then another session is made: stream numbers are not reused
@@ -83,7 +75,7 @@ class SessionCore:
         self._idle = Budget(limits.IDLE_FRAMES, limits.IDLE_FRAMES_PER_SECOND, now)
         self._early = Budget(limits.EARLY_ENDS, limits.EARLY_ENDS_PER_SECOND, now)
         self._h2 = H2Connection(H2Configuration(client_side=client))
-        self._h2.local_settings = Settings(client=client, initial_values=_settings(client))
+        self._h2.local_settings = _settings(client)
         self._h2.max_inbound_frame_size = limits.MAX_FRAME
         self._h2.decoder.max_header_list_size = limits.MAX_HEADERS
         self._blocks = BlockReader(self._h2.decoder)
@@ -380,7 +372,9 @@ class SessionCore:
             self.output.append(made)
 
 
-def _settings(client: bool) -> dict[SettingCodes, int]:
+@cache
+def _settings(client: bool) -> Settings:
+    """Returns the settings of this end, which never change, so all sessions share them: they take 5 KB."""
     values = {
         SettingCodes.INITIAL_WINDOW_SIZE: limits.STREAM_WINDOW,
         SettingCodes.MAX_FRAME_SIZE: limits.MAX_FRAME,
@@ -390,7 +384,7 @@ def _settings(client: bool) -> dict[SettingCodes, int]:
         values[SettingCodes.ENABLE_PUSH] = 0
     else:
         values[SettingCodes.MAX_CONCURRENT_STREAMS] = limits.STREAMS_PER_SESSION
-    return values
+    return Settings(client=client, initial_values=values)
 
 
 def _widen(window: int, increment: int) -> int:
