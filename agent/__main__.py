@@ -27,6 +27,7 @@ _GROUPS = {
     "explain": "explain",
     "connections": "connections",
     "dns": "dns",
+    "events": "events",
     "verify": "verify",
     "diff": "verify",
     "rules": "rules",
@@ -48,7 +49,10 @@ _DAEMONS = ("agent", "ztunnel")
 
 # The order of commands in the help; those without a section come last.
 _SECTIONS = (
-    ("What holds on this node (asks the agent)", ("status", "pods", "explain", "connections", "dns", "verify", "diff")),
+    (
+        "What holds on this node (asks the agent)",
+        ("status", "pods", "explain", "connections", "dns", "events", "verify", "diff"),
+    ),
     ("What is wrong with it", ("doctor", "report", "preflight")),
     ("Change it (needs no agent)", ("install", "uninstall", "uncapture", "handback", "migrate")),
     ("Run", ("agent", "ztunnel")),

@@ -12,13 +12,14 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from agent.backends.base import PodLayer, lasting
 from agent.backends.choose import LAYERS, Choice, candidates
 from agent.backends.registry import mechanisms
 from agent.core.errors import SluiceError
+from agent.core.model.pods import Pod
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
 from agent.kernel.unix_socket import claim
@@ -35,28 +36,32 @@ log = logging.getLogger("sluice.early")
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """The result of the first step: open namespaces, and the layers that have read them."""
+    """The result of the first step: open namespaces, the layers that have read them, and what was repaired.
+
+    Each of `repairs` is a pod, a layer and the differences.
+    """
 
     namespaces: NamespaceRegistry
     layers: Mapping[str, PodLayer] = field(default_factory=dict)
+    repairs: list[tuple[Pod, str, tuple[str, ...]]] = field(default_factory=list)
 
 
 def repair_noted(settings: Settings, state: Notes) -> Repaired:
     """Repairs captured pods. Never raises: the agent starts in any case, and its loop reports problems."""
-    namespaces = NamespaceRegistry(state)
+    repaired = Repaired(NamespaceRegistry(state))
     try:
         choice = _choice(settings)
         if choice is not None:
             held = claim(Path(settings.run_dir))  # the directory: no other agent may run there
             try:
-                _repair(settings, state, choice, namespaces)
+                _repair(settings, state, choice, repaired)
             finally:
                 os.close(held)
             if not choice.by_socket:  # eBPF's layers share the ztunnels that the agent knows
-                return Repaired(namespaces, {layer.name: layer for layer in choice.active})
+                return replace(repaired, layers={layer.name: layer for layer in choice.active})
     except Exception as error:  # noqa: BLE001 - as above
         log.info("early repair skipped, captured pods wait for their first pass: %s", error)
-    return Repaired(namespaces)
+    return repaired
 
 
 def _choice(settings: Settings) -> Choice | None:
@@ -82,7 +87,8 @@ def _choice(settings: Settings) -> Choice | None:
     return Choice(name=old.backend, reason=old.reason, active=tuple(layers.values()), retired=(), by_socket=by_socket)
 
 
-def _repair(settings: Settings, state: Notes, choice: Choice, namespaces: NamespaceRegistry) -> None:
+def _repair(settings: Settings, state: Notes, choice: Choice, repaired: Repaired) -> None:
+    namespaces = repaired.namespaces
     with closing(PreexistingConnections()) as preexisting:
         enrolment = Enrolment(
             choice=choice,
@@ -112,3 +118,4 @@ def _repair(settings: Settings, state: Notes, choice: Choice, namespaces: Namesp
             for plan in done.applied:
                 if plan.differences:
                     log.info("pod %s: %s applied: %s", note.pod.key, plan.layer, "; ".join(plan.differences[:3]))
+                    repaired.repairs.append((note.pod, plan.layer, plan.differences))

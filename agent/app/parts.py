@@ -7,10 +7,10 @@ import os
 import random
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from agent.backends.base import PodLayer, Support
 from agent.backends.choose import Choice, Recorded, choose, choose_host
@@ -20,6 +20,7 @@ from agent.backends.hostprobes.layers import layers
 from agent.backends.trials import KernelTrials
 from agent.core.errors import SettingsError
 from agent.core.model.pods import Pod, PodTable
+from agent.core.model.status import Status
 from agent.core.policy.canary import ProbeResult
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
@@ -53,10 +54,12 @@ if TYPE_CHECKING:
 class Mechanisms:
     """The chosen backend, and what its layers share.
 
-    `host` is the mechanism of the probe exemption and `host_reason` why; `support` has each layer's trial result.
+    `former` is the backend of the agent before this one, "" for none. `host` is the mechanism of the probe exemption
+    and `host_reason` why; `support` has each layer's trial result.
     """
 
     choice: Choice
+    former: str
     host: str
     host_reason: str
     support: dict[str, Support]
@@ -86,7 +89,15 @@ def choose_mechanisms(settings: Settings, made: Mapping[str, PodLayer]) -> Mecha
             time=time.time(),
         )
         backend_record.save(settings.run_dir, new)
-    return Mechanisms(choice=choice, host=host, host_reason=why, support=tried.support, pins=pins, ztunnels=ztunnels)
+    return Mechanisms(
+        choice=choice,
+        former=old.backend if old else "",
+        host=host,
+        host_reason=why,
+        support=tried.support,
+        pins=pins,
+        ztunnels=ztunnels,
+    )
 
 
 def build_host_loop(settings: Settings, mechanisms: Mechanisms, journal: HostJournal) -> HostLoop:
@@ -104,11 +115,16 @@ def build_host_loop(settings: Settings, mechanisms: Mechanisms, journal: HostJou
     )
 
 
-class Journals:
-    """Passes what the reconciler reports to each of several journals."""
+class NodeJournal(Journal, HostJournal, Protocol):
+    """Receives the events of pods and of the host's loop."""
 
-    def __init__(self, *journals: Journal) -> None:
-        self._journals = list(journals)
+
+class Journals:
+    """Passes what the reconciler and the host's loop report to each of several journals."""
+
+    def __init__(self, *journals: NodeJournal) -> None:
+        self._hosts = journals
+        self._journals: list[Journal] = list(journals)
 
     def add(self, journal: Journal) -> None:
         self._journals.append(journal)
@@ -129,9 +145,17 @@ class Journals:
         for one in self._journals:
             one.probed(pod, finding)
 
-    def passed(self, pod: Pod, seconds: float) -> None:
+    def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         for one in self._journals:
-            one.passed(pod, seconds)
+            one.passed(pod, status, seconds)
+
+    def host_applied(self, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
+        for one in self._hosts:
+            one.host_applied(layer, differences, seconds, cause)
+
+    def host_failed(self, error: Exception) -> None:
+        for one in self._hosts:
+            one.host_failed(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +167,17 @@ class Account:
 
 
 def build_account(
-    settings: Settings, table: PodTable, identities: Identities, node: str, mechanisms: Mechanisms
+    settings: Settings,
+    table: PodTable,
+    identities: Identities,
+    node: str,
+    mechanisms: Mechanisms,
+    leaked: Callable[[Pod, str], None],
 ) -> Account:
-    """Raises SettingsError if the collector that the settings demand is not available."""
+    """Takes `leaked`, which is called with a pod and what leaked.
+
+    Raises SettingsError if the collector that the settings demand is not available.
+    """
     by_socket = mechanisms.choice.by_socket
     collector, reason = collectors.choose(settings, mechanisms.pins, mechanisms.ztunnels, by_socket=by_socket)
     if collector is None:
@@ -163,6 +195,7 @@ def build_account(
         add=totals.add,
         reason=reason,
         journal=journal,
+        leaked=leaked,
         verify_seconds=settings.verify_seconds,
         peers=PeersFile(settings.peers_file, identities) if settings.peers_file else None,
         dns=DnsAccount(Asked(settings.bpf_dir) if by_socket else None) if settings.dns_accounting else None,

@@ -39,7 +39,9 @@ from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.dns_api import DnsApi
+from agent.export.events_api import EventsApi
 from agent.export.explaining import ExplainContext
+from agent.export.history_journal import HistoryJournal
 from agent.export.metrics import Metrics
 from agent.flows.identity import Identities
 from agent.kernel.http import HttpServer
@@ -53,6 +55,7 @@ from agent.sources.non_tcp_totals import NonTcpCounter
 from agent.sources.preexisting_connections import PreexistingConnections
 from agent.sources.probe_canary import ProbeCanary
 from agent.sources.stale_flows import StaleFlows
+from agent.sources.state.history_file import HistoryFile
 from agent.sources.state.notes import Notes
 from agent.sources.state.offline_allowlist import OfflineAllowlist
 from agent.sources.static_file import StaticFile
@@ -84,18 +87,24 @@ class Agent:
         Raises SettingsError if no allowed backend works.
         """
         self.settings = settings
+        self.version = version
         self.state = state
+        self.repairs = repaired.repairs
         self.node_name = settings.node_name or socket.gethostname()
         self.mechanisms = choose_mechanisms(settings, repaired.layers)
-        self.installer = _installer(settings)
         self.table = PodTable()
+        self.history_file = HistoryFile(settings.run_dir, settings.history_bytes, self.node_name)
+        self.history = HistoryJournal(self.history_file)
+        self.installer = _installer(settings, self.history)
         self.exempt = OfflineAllowlist(settings, self.table)
         self.identities = Identities(settings.cluster, settings.trust_domain)
-        account = build_account(settings, self.table, self.identities, self.node_name, self.mechanisms)
+        account = build_account(
+            settings, self.table, self.identities, self.node_name, self.mechanisms, self.history.leaked
+        )
         self.accounting = account.accounting
         self.metrics = Metrics(account.metrics)
-        self.journals = Journals(self.metrics)
-        self.host = build_host_loop(settings, self.mechanisms, self.metrics)
+        self.journals = Journals(self.metrics, self.history)
+        self.host = build_host_loop(settings, self.mechanisms, self.journals)
         self.unannounced = SearchBatcher(self._unannounced_pods)
         self.namespaces = repaired.namespaces
         self.namespaces.unannounced = self.unannounced
@@ -113,6 +122,7 @@ class Agent:
         self.health = self._health(version)
         self.records = ConnectionsApi(self.accounting, self.table)
         self.dns = DnsApi(self.accounting.dns if self.accounting else None, self.table)
+        self.events = EventsApi(self.history_file, self.table)
         self.cni = self._cni()
         self.admin = self._admin(origins)
         self._collect_metrics()
@@ -186,6 +196,7 @@ class Agent:
             namespaces=self.namespaces,
             readiness=self.health.readiness,
             admission=self.kubernetes.admission if self.kubernetes else None,
+            refused=self.history.add_refused,
         )
 
     def _admin(self, origins: Mapping[str, str]) -> Admin:
@@ -199,6 +210,7 @@ class Agent:
             non_tcp=self.non_tcp,
             records=self.records,
             dns=self.dns,
+            events=self.events,
             review=self.kubernetes.review if self.kubernetes else None,
             parts=verification_parts(
                 settings=self.settings,
@@ -233,6 +245,10 @@ class Agent:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         if self.settings.metrics_address:
             self._listener = bind(self.settings.metrics_address)
+        self.history_file.open()
+        choice = self.mechanisms.choice
+        self.history.started(self.version, choice.name, choice.reason, self.mechanisms.former)
+        self.history.repaired_early(self.repairs)
         self._restore()
         if self.kubernetes is None:
             self.exempt.write()
@@ -240,8 +256,11 @@ class Agent:
             async with asyncio.TaskGroup() as tasks:
                 running = [tasks.create_task(part) for part in self._parts()]
                 await stop.wait()
+                self.history.stopped()
+                await asyncio.to_thread(self.history_file.close)  # what ends from now on ends because of that
                 self.records.close()
                 self.dns.close()
+                self.events.close()
                 for task in running:
                     task.cancel()
         finally:
@@ -252,6 +271,7 @@ class Agent:
             self.unannounced.close()
             if self.accounting:
                 self.accounting.close()
+            self.history_file.close()
             log.info("stopped; all rules stay in place")
 
     def _restore(self) -> None:
@@ -259,6 +279,7 @@ class Agent:
             self.namespaces.restore(note)
             self.table.restored(note.pod)
             if note.captured:
+                self.history.restored(note.pod.uid)
                 self.zds.expect(note.pod.uid)
                 self.preexisting.restore(note.pod.uid, note.preexisting)
                 self.preswitch.restore(note.pod.uid, note.preswitch)
@@ -302,19 +323,27 @@ class Agent:
     async def _serve_zds(self) -> None:
         """Serves ztunnel after the first pass over every pod: the snapshot is then complete, and sent once."""
         await self.health.restored.wait()
-        await self.zds.serve(ZtunnelRegistration(self.mechanisms, self.table, self.reconciler, self.accounting))
+        await self.zds.serve(
+            ZtunnelRegistration(
+                mechanisms=self.mechanisms,
+                table=self.table,
+                reconciler=self.reconciler,
+                accounting=self.accounting,
+                history=self.history_file,
+            )
+        )
 
     async def _serve_admin(self) -> None:
         """Serves the admin API. Only root connects there: all connections may be from one client."""
         await HttpServer(self.admin.private).serve(listen(self.settings.admin_socket, socket.SOCK_STREAM), 256, 256)
 
 
-def _installer(settings: Settings) -> Installer | None:
+def _installer(settings: Settings, history: HistoryJournal) -> Installer | None:
     if settings.cni_install == "off":
         return None
     from agent.install.installer import Installer
 
-    installer = Installer(settings)
+    installer = Installer(settings, rewritten=history.rewritten)
     return None if installer.mode == "off" else installer
 
 

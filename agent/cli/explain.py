@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from agent.cli import options
+from agent.cli.events import event_table
 from agent.cli.ztunnel_pages import ZtunnelPages
 from agent.core.text import pairs, table
 from agent.kernel.admin_socket import ask
@@ -52,6 +53,7 @@ def explained(answer: Answer, now: float) -> str:
         "Connections\n" + _indented(_connections(answer, now)),
         *(["Mesh\n" + _indented(_mesh(answer["mesh"]))] if answer["mesh"] else []),
         *(["Repaired\n" + _indented(_repairs(answer, now))] if answer["recent_repairs"] else []),
+        *(["Events\n" + _indented(event_table(events))] if (events := answer.get("events")) else []),
         pairs(_sandbox(answer, now)),
     ]
     return "\n\n".join(parts)

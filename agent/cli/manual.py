@@ -61,6 +61,7 @@ FILES: Final[Mapping[str, str]] = {
     "/run/sluice/agent.sock": "admin API of the agent for these commands; for root only",
     "/run/sluice/cni.sock": "socket on which the CNI plugin calls the agent",
     "/run/sluice/pods, netns, exempt": "state of pods for the next agent, and for the plugin without an agent",
+    "/run/sluice/events.jsonl": "the history that `sluice events` shows; for root only",
     "/sys/fs/bpf/sluice": "pins of backend ebpf and of the accounting",
     "/var/run/ztunnel/ztunnel.sock": "socket to which ztunnel connects",
 }
@@ -88,7 +89,8 @@ PAGES: Final[Mapping[str, Page]] = {
         "Explains why a pod is captured or not, and whether the kernel agrees. The first three lines give the result "
         "and what to do; then come every label, annotation and setting considered, with an arrow at the deciding "
         "one; each option and its origin; desired and actual state of every layer, ztunnel, its listeners, the node's "
-        "probes; the fates of the latest connections; the latest repairs, and the processes that made them necessary.",
+        "probes; the fates of the latest connections; the latest repairs and events, and the processes "
+        "that made them necessary.",
         {
             "explain shop/web": "by namespace and name",
             "explain web": "by its name, if it is unique on this node",
@@ -122,6 +124,23 @@ PAGES: Final[Mapping[str, Page]] = {
             "dns --follow -o jsonl": "a line of JSON each, until Ctrl-C",
         },
         {0: "the agent answered", 2: _AWAY + ", or ended while --follow ran", 130: "--follow was ended by Ctrl-C"},
+    ),
+    "events": Page(
+        "Shows what happened to the pods of this node and to its parts, also before the agent was restarted: from the "
+        "agent, or from its file while no agent runs. Times are in UTC.\n\n"
+        "Kinds: enrolled, excluded, refused (the pod does not start, or its annotations cannot be used), failed, "
+        "repaired (BY names the process that made it necessary), conflict, leaked, canary; and of the node "
+        "agent-started, agent-stopped, backend-switched, ztunnel-connected, ztunnel-disconnected, cni-rewritten.\n\n"
+        "The same event within five minutes is counted as a repetition. The history is limited (setting "
+        "history_bytes); no pod pushes out the events of another.",
+        {
+            "events": "all that is known",
+            "events shop/web": "of one pod, also if it is gone",
+            "events --since 2026-11-21T03:00Z --until 2026-11-21T03:15Z": "of a quarter of an hour",
+            "events --since 10m --follow": "of the last ten minutes, then each that happens",
+            "events -o jsonl": "a line of JSON each",
+        },
+        {0: "the agent answered, or its file was read", 2: "neither", 130: "--follow was ended by Ctrl-C"},
     ),
     "verify": Page(
         "Compares desired and actual state, pod by pod; with --all also the node's own parts. "

@@ -12,6 +12,10 @@ class SettingsError(SluiceError):
     """A file, flag or environment variable that cannot be used as it stands; names the place."""
 
 
+class UnreachableError(SluiceError):
+    """The agent cannot be asked: it does not run, or the caller is not root."""
+
+
 class NetnsError(SluiceError):
     """A path or descriptor that is not the network namespace it was said to be."""
 

@@ -99,6 +99,9 @@ class Settings:
         List(lambda word: str(Whole(1, 65535).parse(word))),
         "ports on which ztunnel must listen in a captured pod (`sluice ztunnel`: 15001,15006)",
     )
+    history_bytes: int = _node(
+        1 << 20, Whole(1 << 16, 1 << 30), "size of the history of events in run_dir (`sluice events`)"
+    )
     ack_seconds: float = _node(5.0, SECONDS, "seconds within which ztunnel must acknowledge a pod")
     log_level: str = _node("info", Choice(("debug", "info", "warning", "error")), "debug, info, warning or error")
     enablement_selectors: tuple[Selector, ...] = _pods(

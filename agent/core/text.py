@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
+
+_SPAN: Final = re.compile(r"(\d{1,9})([smhd])")
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def printable(text: str) -> str:
@@ -42,3 +47,15 @@ def shortened(text: str, most: int) -> str:
 def utc(seconds: float, timespec: str = "microseconds") -> str:
     """Returns seconds since 1970 in ISO 8601 with Z; `timespec` as of `datetime.isoformat`."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+def moment(text: str, now: float) -> float:
+    """Returns the seconds since 1970 of "10m" or "1h30m" (before `now`) or of an ISO 8601 time, UTC without an offset.
+
+    Raises ValueError.
+    """
+    spans = _SPAN.findall(text)
+    if spans and "".join(map("".join, spans)) == text:
+        return now - sum(int(number) * _SECONDS[unit] for number, unit in spans)
+    given = datetime.fromisoformat(text)
+    return (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()

@@ -35,6 +35,7 @@ from agent.kernel.netlink.ipset import IpsetSocket
 from agent.kernel.netlink.sock_diag import SockDiag
 from agent.kernel.netns import Netns
 from agent.sources.netns import existing
+from agent.sources.state import history_file
 
 _RECORDS = "500"
 _FILES = ("/proc/version", "/proc/cmdline", "/proc/modules", "/proc/meminfo", "/proc/mounts")
@@ -69,6 +70,7 @@ def gather(bundle: Bundle, facts: NodeFacts, diagnosis: Any, findings: str, pod:
     bundle.value("settings.json", _settings(facts))
     bundle.value("preflight.json", asdict(facts.preflight))
     _node(bundle, facts)
+    _try(bundle, "events.json", partial(_events, facts.settings.run_dir, pod))
     _agent(bundle, facts, pod)
     _cni(bundle, facts)
     _programs(bundle)
@@ -116,6 +118,15 @@ def _agent(bundle: Bundle, facts: NodeFacts, pod: str) -> None:
     for row in chosen:
         name = f"pods/{safe(row['namespace'])}_{safe(row['name'])}"
         _try(bundle, f"{name}/explain.json", partial(ask, run_dir, "/v1/explain", pod=row["uid"]))
+
+
+def _events(run_dir: str, pod: str) -> list[dict[str, Any]]:
+    """Lists the history; with `pod` the events of it and of the node. Works without an agent. Raises SluiceError."""
+    try:
+        events = history_file.read(run_dir)
+    except OSError as error:
+        raise SluiceError(f"{history_file.path(run_dir)}: {error.strerror}") from None
+    return [one.as_dict() for one in events if not (pod and one.pod) or pod in (one.pod, f"{one.namespace}/{one.pod}")]
 
 
 def _titles(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.settings import Settings
 from agent.export.connections_api import ConnectionsApi
 from agent.export.dns_api import DnsApi
+from agent.export.events_api import EventsApi
 from agent.export.explaining import ExplainContext, Explaining
 from agent.export.metrics import Metrics
 from agent.export.verifying import Part, Row, row
@@ -45,6 +46,7 @@ class Admin:
     non_tcp: NonTcpCounter
     records: ConnectionsApi
     dns: DnsApi
+    events: EventsApi
     around: ExplainContext
     review: Review | None = None
     parts: Sequence[Part] = ()
@@ -66,7 +68,11 @@ class Admin:
         return Response.text("no such path; there are /metrics, /healthz and /readyz", 404)
 
     async def _debug(self, request: Request) -> Response:
-        of_pod: dict[str, Answering] = {"explain": self._explain, "connections": self.records.connections}
+        of_pod: dict[str, Answering] = {
+            "explain": self._explain,
+            "connections": self.records.connections,
+            "events": self.events.events,
+        }
         return await Debug(self.table, self.review, {"pods": self._pods}, of_pod)(request)
 
     async def private(self, request: Request) -> Response:
@@ -79,6 +85,7 @@ class Admin:
             ("POST", "/v1/verify"): self._verify,
             ("GET", "/v1/connections"): self.records.connections,
             ("GET", "/v1/dns"): self.dns.queries,
+            ("GET", "/v1/events"): self.events.events,
         }
         handler = handlers.get((request.method, request.path))
         if handler is None:
@@ -132,6 +139,7 @@ class Admin:
             non_tcp=self.non_tcp,
             node=self.node,
             records=self.records,
+            events=self.events,
             around=self.around,
         )
 

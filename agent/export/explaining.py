@@ -19,6 +19,7 @@ from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import PATIENCE, advise
 from agent.export.connections_api import ConnectionsApi
+from agent.export.events_api import EventsApi
 from agent.kernel.http import Request
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.host_loop import HostLoop
@@ -30,7 +31,7 @@ from agent.sources.ztunnel_ports import ZtunnelPorts
 from agent.zds.server import ZdsServer
 
 _COUNTED = 500  # ended connections that the answer summarises
-_SHOWN = 5  # of the leaked and failed ones
+_SHOWN = 5  # of the leaked and failed ones, and of the latest events
 _ALIKE = 3  # names that a wrong one may have been meant for
 _PROXY, _FOREIGN = "ztunnel", "foreign"  # of an inspection: listeners that are missing, and what others put in the way
 Found = dict[str, tuple[tuple[str, ...], str]]
@@ -60,6 +61,7 @@ class Explaining:
     non_tcp: NonTcpCounter
     node: Callable[[], Mapping[str, Any]]
     records: ConnectionsApi
+    events: EventsApi
     around: ExplainContext
 
     async def __call__(self, request: Request) -> dict[str, Any]:
@@ -101,6 +103,7 @@ class Explaining:
             "annotation": self._annotation(pod),
             "exemption": self._exemption(pod, decision),
             "connections": connections,
+            "events": self.events.of_pod(pod.key, _SHOWN),
         }
         return {**answer, "advice": advise(answer, kubernetes=self._kubernetes, static=self.settings.static_pods)}
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from agent.core.model.pods import Pod, without_sandbox
+from agent.core.model.status import Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.export.collectors import ScrapeCollector
 from agent.export.metrics_page import ConnectionMetrics, Page
@@ -116,7 +117,7 @@ class Metrics:
         self.failures.inc()
         log.error("node: probe exemption failed: %s", error)
 
-    def passed(self, pod: Pod, seconds: float) -> None:
+    def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         self.reconcile.observe(seconds)
 
 

@@ -62,8 +62,12 @@ class Accounting:
         verify_seconds: float = 30.0,
         peers: PeersFile | None = None,
         dns: DnsAccount | None = None,
+        leaked: Callable[[Pod, str], None] | None = None,
     ) -> None:
-        """Takes `add` for the results of refresh(), as LabelTotals.add; `reason`: why this collector was chosen."""
+        """Takes `add` for the results of refresh(), as LabelTotals.add; `reason`: why this collector was chosen.
+
+        `leaked` is called on a worker thread with a pod and what leaked.
+        """
         self.dns = dns
         self.collector = collector
         self.reason = reason
@@ -75,6 +79,7 @@ class Accounting:
         self._journal = journal
         self._verify_seconds = verify_seconds
         self._peers = peers
+        self._leaked = leaked
         self._endpoints = Endpoints()
         self._cookies: dict[str, int] = {}  # by UID
         self._pods: OrderedDict[int, str] = OrderedDict()  # cookie -> UID, of those that have gone too
@@ -212,7 +217,8 @@ class Accounting:
                 pod = self.pod(one.pod)
                 where = f"{one.direction.word} {one.remote or 'unknown address'} port {one.port}"
                 log.warning("pod %s: %d connections leaked (%s)", pod.key if pod else one.pod, count, where)
-
+                if pod and self._leaked:
+                    self._leaked(pod, f"{count} connections bypassed ztunnel: {where}")
         for cookie, message in self.collector.crowded():
             pod = self.pod(cookie)
             log.warning("pod %s: %s", pod.key if pod else cookie, message)

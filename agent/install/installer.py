@@ -56,8 +56,13 @@ class Installer:
     """Installs on one node. `run` repeats until it is cancelled, `step` acts once."""
 
     def __init__(
-        self, settings: Settings, proc: Path = Path("/proc"), clock: Callable[[], float] = time.monotonic
+        self,
+        settings: Settings,
+        proc: Path = Path("/proc"),
+        clock: Callable[[], float] = time.monotonic,
+        rewritten: Callable[[str], None] | None = None,
     ) -> None:
+        """Takes `rewritten`, which is called with each configuration that was written, and why."""
         self.mode = mode(settings)
         self.ready = self.mode == "off"
         self.error = ""
@@ -68,6 +73,7 @@ class Installer:
         self._settings = settings
         self._proc = proc
         self._clock = clock
+        self._rewritten = rewritten
         self._host = HostRoot(settings.host_root)
         self._entry = plugin_entry(settings)
         self._contention = Contention()
@@ -162,6 +168,8 @@ class Installer:
             log.info("%s: %s", directories.conf.path, action)
             if isinstance(action, planning.Write):
                 self._written[f"{directories.conf.path}/{action.name}"] = action.data
+                if self._rewritten:
+                    self._rewritten(f"{directories.conf.path}: {action}")
 
     def _undone(self, look: Look) -> str:
         """Returns the file that must get the same content that we wrote before; a changed primary is no conflict."""

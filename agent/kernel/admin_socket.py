@@ -9,7 +9,7 @@ import socket
 from typing import Any
 from urllib.parse import urlencode
 
-from agent.core.errors import SluiceError
+from agent.core.errors import SluiceError, UnreachableError
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -24,7 +24,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(run_dir: str, path: str, method: str = "GET", seconds: float = 60, /, **query: str) -> Any:
-    """Returns the agent's answer, JSON. Raises SluiceError with its words, or why it cannot be reached.
+    """Returns the agent's answer, JSON. Raises SluiceError with its words, UnreachableError without any.
 
     `seconds`: how long to wait for any part of the answer.
     """
@@ -36,7 +36,9 @@ def ask(run_dir: str, path: str, method: str = "GET", seconds: float = 60, /, **
         body = response.read()
     except (OSError, http.client.HTTPException) as error:
         cause = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
-        raise SluiceError(f"cannot ask the agent at {address}: {cause}; is it running, and are you root?") from None
+        raise UnreachableError(
+            f"cannot ask the agent at {address}: {cause}; is it running, and are you root?"
+        ) from None
     finally:
         connection.close()
     try:

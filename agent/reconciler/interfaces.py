@@ -10,6 +10,7 @@ from agent.core.model.pods import Pod
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket
+from agent.core.model.status import Status
 from agent.core.policy.accept_queue import QueueReading
 from agent.core.policy.canary import ProbeResult
 from agent.kernel.pod_netns import PodNetns
@@ -185,4 +186,5 @@ class Journal(Protocol):
     def probed(self, pod: Pod, result: ProbeResult) -> None:
         """Records the result of the canary."""
 
-    def passed(self, pod: Pod, seconds: float) -> None: ...
+    def passed(self, pod: Pod, status: Status, seconds: float) -> None:
+        """Records the end of a pass, after which the pod has this status."""

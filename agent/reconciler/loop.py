@@ -198,7 +198,7 @@ class Reconciler:
                 ok = True
             else:
                 ok = await self._reconcile(pod, entry)
-                self._journal.passed(pod, time.monotonic() - started)
+                self._journal.passed(pod, entry.status, time.monotonic() - started)
         finally:
             now = time.monotonic()
             probed = self._canaries.due(uid)

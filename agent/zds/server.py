@@ -122,8 +122,8 @@ class ZtunnelObserver(Protocol):
     async def acknowledged(self, uid: str) -> None:
         """Takes each UID that a new ztunnel acknowledged. Its snapshot waits for the end of the call."""
 
-    def left(self) -> None:
-        """Handles the end of a ztunnel's connection."""
+    def left(self, pid: int) -> None:
+        """Handles the end of the connection of the ztunnel with this process id."""
 
 
 class ZdsServer:
@@ -246,7 +246,7 @@ class ZdsServer:
             if connection in self._connections:
                 self._connections.remove(connection)
                 self._last_left = time.time()
-                observer.left()
+                observer.left(pid)
 
     async def _snapshot(self, connection: ZdsConnection, observer: ZtunnelObserver) -> None:
         """Names every pod, and sends SnapshotSent when the agent has acted on each acknowledgement.

@@ -17,6 +17,7 @@ from agent.core.model.pods import Pod, PodTable
 from agent.core.model.port_listeners import PortListeners
 from agent.core.model.redirect import Redirect
 from agent.core.model.sockets import TcpSocket, TcpState
+from agent.core.model.status import Status
 from agent.core.policy.accept_queue import NOTHING_WAITS, QueueReading
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.settings import Settings
@@ -259,7 +260,7 @@ class Journal:
     def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.findings.append(finding)
 
-    def passed(self, pod: Pod, seconds: float) -> None:
+    def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         pass
 
 

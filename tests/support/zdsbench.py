@@ -104,7 +104,7 @@ class Bench:
     def arrived(self, process: Process) -> None:
         process.close()
 
-    def left(self) -> None:
+    def left(self, pid: int) -> None:
         self._note(None)
 
     async def acknowledged(self, uid: str) -> None:

@@ -50,18 +50,27 @@ class CniService:
         namespaces: NamespaceRegistry,
         readiness: Callable[[], tuple[str, str]],
         admission: Admitting | None = None,
+        refused: Callable[[CniRequest, str], None] | None = None,
     ) -> None:
+        """Takes `refused`, which is called with each ADD that fails, and why."""
         self._settings = settings
         self._table = table
         self._reconciler = reconciler
         self._namespaces = namespaces
         self._readiness = readiness
         self._admission = admission
+        self._refused = refused
         # One verb at a time per pod; a lock lives while a task holds it or waits for it.
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def handle(self, request: CniRequest, descriptor: int | None) -> CniReply:
         """Takes over `descriptor`, the pod's namespace. Every failure is an answer, never an exception."""
+        reply = await self._handle(request, descriptor)
+        if reply.code and request.verb is CniVerb.ADD and self._refused:
+            self._refused(request, reply.msg)
+        return reply
+
+    async def _handle(self, request: CniRequest, descriptor: int | None) -> CniReply:
         netns = None
         try:
             if descriptor is not None and request.verb is CniVerb.DEL:

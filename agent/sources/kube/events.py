@@ -13,6 +13,7 @@ from typing import Any
 
 from agent.core.errors import KubeError
 from agent.core.model.pods import Pod, PodTable, without_sandbox
+from agent.core.model.status import Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.core.text import printable
 from agent.sources.kube.api_client import Client
@@ -122,7 +123,7 @@ class EventJournal:
         if result.verdict is not ProbeVerdict.OK:
             self._events.report(pod, "CaptureProbeFailed", str(result))
 
-    def passed(self, pod: Pod, seconds: float) -> None:
+    def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         self._passed(pod.uid)
 
 

@@ -105,12 +105,17 @@ class Notes:
 
 
 def replace_text(path: Path, content: str) -> None:
+    """Calls `replace_bytes`."""
+    replace_bytes(path, content.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Writes to a temporary name and renames, so that the file is never half written. Raises OSError.
 
     No fsync: the run directory is memory, and no pod or namespace survives a reboot.
     """
     temporary = path.with_suffix(".new")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content)
     temporary.replace(path)
 

@@ -14,14 +14,16 @@ from support.world import World, play, pod
 
 from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
-from agent.core.model.status import State
+from agent.core.model.status import State, Status
 from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.dns_api import DnsApi
+from agent.export.events_api import EventsApi
 from agent.export.metrics import Metrics
 from agent.kernel.http import Request, Response
 from agent.sources.non_tcp_totals import NonTcpCounter
+from agent.sources.state.history_file import HistoryFile
 
 Script = Callable[["Bench"], Coroutine[Any, Any, None]]
 
@@ -40,6 +42,7 @@ class Bench:
             non_tcp=NonTcpCounter("nftables"),
             records=ConnectionsApi(None, world.table),
             dns=DnsApi(None, world.table),
+            events=EventsApi(HistoryFile("/nonexistent", 1 << 20, "n1"), world.table),
             around=Surroundings().around({}),
         )
 
@@ -93,7 +96,7 @@ def test_metrics_parse_and_count_what_happened() -> None:
     metrics.applied(Pod("u", "shop", "web"), "nftables", ("a",), 0.001, "nft[1]")
     metrics.applied(Pod("u", "shop", "web"), "nftables", (), 0.001, "")
     metrics.failed(Pod("u", "shop", "web"), KernelError("x", 1, "y"))
-    metrics.passed(Pod("u", "shop", "web"), 0.5)
+    metrics.passed(Pod("u", "shop", "web"), Status(State.ENABLED), 0.5)
     got = {
         (s.name, *sorted(s.labels.items())): s.value
         for family in parsed(metrics.page.own(False).decode())

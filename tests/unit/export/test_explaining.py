@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ class Bench:
             non_tcp=NonTcpCounter("nftables"),
             node=lambda: self.node,
             records=self.records,
+            events=SimpleNamespace(of_pod=lambda key, count: [key, count]),  # type: ignore[arg-type]
             around=self.surroundings.around(places),  # type: ignore[arg-type]
         )
 

@@ -12,6 +12,7 @@ import pytest
 
 from agent.core.errors import KernelError, KubeError, NetnsError
 from agent.core.model.pods import KubePod, Pod, PodTable
+from agent.core.model.status import State, Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.sources.kube import events
 from agent.sources.kube.events import EventJournal, Events
@@ -61,7 +62,7 @@ def test_what_owners_of_pods_have_to_know_is_an_event_on_the_pod(table: PodTable
     journal.failed(replace(POD, source="kube"), NetnsError("nothing of it is here"))
     journal.contended(POD, "iptables[3]", ("foreign",))
     journal.probed(POD, ProbeResult(ProbeVerdict.OK))
-    journal.passed(POD, 0.1)
+    journal.passed(POD, Status(State.ENABLED), 0.1)
     bodies = written(made, api, 3)
     assert [body["reason"] for body in bodies] == ["CaptureRepaired", "CaptureFailed", "CaptureContended"]
     assert bodies[0]["message"] == "nft[12] changed nftables, repaired after 3 ms: a chain is gone"
