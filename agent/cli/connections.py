@@ -37,7 +37,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--wire",
         action="store_true",
-        help="ask ztunnel how each one went on: hbone or plaintext, and to which identity",
+        help="ask ztunnel how it forwarded each one: by hbone or plaintext, and to which identity",
     )
     options.finish(parser, _run, options.run_dir, options.output)
 

@@ -103,8 +103,9 @@ PAGES: Final[Mapping[str, Page]] = {
         "Lists connections of pods: the live ones, the latest ended ones, and with --follow each that ends.\n\n"
         "Fates: captured (through ztunnel), exempt (rightly not; the reason is in brackets), leaked (should have been "
         "captured and was not), undecided (failed before that was known).\n\n"
-        "With --wire, ztunnel's own pages (127.0.0.1:15000 and 15020 in its namespace) say how captured ones went on: "
-        "hbone, plaintext or unknown. Ended ones have an answer for a minute, if all between the same ends agree.",
+        "With --wire, ztunnel's own pages (127.0.0.1:15000 and 15020 in its namespace) say how it forwarded captured "
+        "connections: hbone, plaintext or unknown. Ended ones are known for a minute, if all between the same ends "
+        "went the same way.",
         {
             "connections": "of all pods: the last 20 that ended, and the live ones",
             "connections shop/web": "of one pod",

@@ -50,8 +50,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--workers", metavar="N", type=_workers,
-        help="processes that serve the pods, or auto: a quarter of the cores, but at least 2; 1: no further process"
-        f" (default: {defaults.workers})",
+        help="processes that serve the pods; auto: a quarter of the cores, at least 2; 1: this process serves them"
+        f" itself (default: {defaults.workers})",
     )  # fmt: skip
     pages = (
         ("--stats-address", "metrics (/metrics, /stats/prometheus)"),
@@ -82,7 +82,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument(
         "--revocation-lists", metavar="PATH",
-        help="file or directory of certificate revocation lists, which is followed (default: none)",
+        help="file or directory of certificate revocation lists; changes count without a restart (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--revocation-failure", choices=REVOCATION_FAILURES,

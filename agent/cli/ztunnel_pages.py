@@ -38,7 +38,7 @@ class ZtunnelPages:
         except (SluiceError, OSError) as error:
             self.error = " ".join(str(error).split())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.error = f"ztunnel's pages are not of the known form: {type(error).__name__} {error}"
+            self.error = f"cannot read ztunnel's pages, their format is unknown: {type(error).__name__} {error}"
         if self.error:
             self.evidence = WireEvidence(since=read, read=read)
 

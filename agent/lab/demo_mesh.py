@@ -47,7 +47,7 @@ def run_all(lab: Lab, check: Checks) -> None:
         node.replace_ztunnel(*lab_mesh.options(lab.spec), *lists)
     wire = carried(lab, client, target)
     check("with a mesh the request goes by HBONE", wire.hbone > 0 and wire.answered, f"{wire.hbone} packets")
-    check("not one packet between the nodes has a byte of it in plain", wire.readable == 0)
+    check("no packet between the nodes has a byte of it in plain text", wire.readable == 0)
     for record in _hbone(lab, target):
         print(f"  {record['pod']}: {record['direction']} {record['source']} to {record['destination']} by HBONE")
     _policy(lab, check, client)
@@ -77,7 +77,7 @@ def _revocation(lab: Lab, check: Checks, client: str, target: str) -> None:
         serial = _serial(lab, client)
         print(f"  the certificate {serial:x} of {client} is revoked, while a connection is open")
         lab_mesh.revoke(lab.spec, serial)
-        check("the open connection is ended", _is_ended(connection))
+        check("the open connection ends", _is_ended(connection))
     check("a new one is refused", not call(lab, client, target))
     why = f"certificate {serial:x} of O=Sluice development CA is revoked"
     reasons = still(lambda: {r["error"] for r in _inbound(lab, target)}, lambda read: any(why in one for one in read))

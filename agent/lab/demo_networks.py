@@ -38,7 +38,7 @@ def run_all(lab: Lab, check: Checks) -> None:
             check(f"{client} reaches the service of {target} through the gateway", wire.answered)
             direct = lab.pods.require(target).address(PodProgram.WEB)
             check(f"and not {target} by its address", not demo_mesh.call(lab, client, direct))
-            check("not one packet between the clusters has a byte of it in plain", wire.hbone > 0 and not wire.readable)
+            check("no packet between the clusters has a byte of it in plain text", wire.hbone > 0 and not wire.readable)
             ends = {reporter: _labels(lab, client, target, reporter) for reporter in ("source", "destination")}
             missing = {name for labels in ends.values() for name, value in labels.items() if value == "unknown"}
             counted = [len(labels) for labels in ends.values()]

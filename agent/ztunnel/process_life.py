@@ -56,6 +56,6 @@ class Ending:
         until = loop.time() + seconds
         while is_live():
             if self.urgent.is_set() or loop.time() >= until:
-                log.info("the time to drain is over: open connections are reset")
+                log.info("the drain time is over: resetting open connections")
                 break
             await self.pause(LOOK_SECONDS)

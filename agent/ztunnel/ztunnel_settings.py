@@ -95,12 +95,12 @@ def check(settings: ZtunnelSettings) -> None:
     if settings.identities and not settings.mesh:
         raise SettingsError("identities without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
     if settings.gateway and (settings.gateway.count("/") != 2 or not settings.mesh):
-        raise SettingsError("a gateway is NAMESPACE/POD/SERVICE-ACCOUNT of a workload of the mesh: set --mesh")
+        raise SettingsError("--gateway takes NAMESPACE/POD/SERVICE-ACCOUNT of a workload of the mesh, and needs --mesh")
     host_and_port(settings.gateway_address)
     if settings.revocation_failure not in REVOCATION_FAILURES:
         raise SettingsError(f"revocation failure: {settings.revocation_failure!r} is neither open nor closed")
     if settings.revocation_lists and not settings.mesh:
-        raise SettingsError("revocation lists without a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
+        raise SettingsError("revocation lists need a mesh: set --mesh, LOCAL_XDS_PATH or XDS_ADDRESS")
     if not 1 <= settings.workers <= MOST_WORKERS:
         raise SettingsError(f"workers: {settings.workers} is not between 1 and {MOST_WORKERS}")
     for address in (settings.stats_address, settings.ready_address, settings.admin_address):

@@ -56,7 +56,7 @@ def test_the_old_one_keeps_its_streams_until_the_deadline(tmp_path: Path, whose:
         assert traffic.failures == []
         assert Counter(one["close"] for one in old.records())["drained"] == STREAMS
         assert new.wait_record(kind="hbone", close="fin")
-        assert "the time to drain is over" in Path(f"{old.path}.err").read_text()
+        assert "the drain time is over" in Path(f"{old.path}.err").read_text()
 
 
 def test_an_old_server_says_goaway_and_still_takes_what_is_on_the_way(tmp_path: Path) -> None:

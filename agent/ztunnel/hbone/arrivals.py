@@ -66,7 +66,7 @@ class Arrivals(Generic[Session]):
                 oldest, since = next(iter(queue.items()))
                 if now - since < limits.HANDSHAKE_PATIENCE_SECONDS:
                     return f"{len(queue)} handshakes are unfinished"
-                oldest.close(why="the TLS handshake was the oldest of too many")
+                oldest.close(why="too many TLS handshakes, and this was the oldest one")
         return ""
 
     def add(self, session: Session, address: str, now: float) -> None:

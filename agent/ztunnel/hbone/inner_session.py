@@ -188,7 +188,7 @@ class InnerSession:
         if self._session is None:
             return self._sessions.late(key)
         if not self._transport.answered_well:
-            return "connect timed out: no answer of the gateway", None
+            return "connect timed out: no answer from the gateway", None
         return "connect timed out behind the gateway", None
 
     # The outer session

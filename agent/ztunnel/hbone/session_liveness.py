@@ -27,6 +27,6 @@ class SessionLiveness:
         if self._ping_rounds >= (_STALL_ROUNDS if self.heard else _PING_ROUNDS):
             return "HBONE ping timeout"
         if self._idle_rounds > _IDLE_ROUNDS:
-            return "not used any more"
+            return "unused for too long"
         self.heard = False
         return ""

@@ -297,7 +297,7 @@ class Supervisor:
             if worker.pid and worker.silent > _SILENT_CHECKS:
                 seconds = _CHECK_SECONDS * _SILENT_CHECKS
                 log.error(
-                    "worker %d (pid %d) has not answered for %g s, it is killed", worker.number, worker.pid, seconds
+                    "worker %d (pid %d) has not answered for %g s: killing it", worker.number, worker.pid, seconds
                 )
                 os.kill(worker.pid, signal.SIGKILL)
         self._loop.call_later(_CHECK_SECONDS, self._check)
@@ -324,7 +324,7 @@ class Supervisor:
                 continue
             worker.channel.post(data)
             if worker.channel.waiting > MOST_WAITING:  # it hangs
-                log.error("worker %d (pid %d) does not read, it is killed", worker.number, worker.pid)
+                log.error("worker %d (pid %d) does not read: killing it", worker.number, worker.pid)
                 os.kill(worker.pid, signal.SIGKILL)
 
     # End

@@ -52,7 +52,7 @@ def test_a_certificate_is_that_of_the_account(answers: dict[str, Any]) -> None:
     ("path", "answer", "error"),
     [
         ("/v1/status", SluiceError("cannot ask\nthe agent"), "cannot ask the agent"),
-        ("/v1/status", {}, "ztunnel's pages are not of the known form: KeyError 'ztunnel_processes'"),
+        ("/v1/status", {}, "cannot read ztunnel's pages, their format is unknown: KeyError 'ztunnel_processes'"),
         ("/v1/status", {"ztunnel_processes": [], "ztunnels_since": 1.0}, "no ztunnel is connected to the agent"),
         ("/v1/status", {"ztunnel_processes": [1 << 30], "ztunnels_since": 1.0}, "No such file or directory"),
         (
@@ -60,9 +60,9 @@ def test_a_certificate_is_that_of_the_account(answers: dict[str, Any]) -> None:
             "share a network namespace, and only one of them has its ports",
         ),
         ("/config_dump", SluiceError("Connection refused"), "Connection refused"),
-        ("/config_dump", b"{", "not of the known form"),
-        ("/config_dump", b"[]", "not of the known form"),
-        ("/config_dump", b'{"workloads": {"a": "b"}, "services": [], "workloadState": {}}', "not of the known form"),
+        ("/config_dump", b"{", "their format is unknown"),
+        ("/config_dump", b"[]", "their format is unknown"),
+        ("/config_dump", b'{"workloads": {"a": "b"}, "services": [], "workloadState": {}}', "their format is unknown"),
     ],
 )  # fmt: skip
 def test_an_error_makes_all_of_it_unknown(answers: dict[str, Any], path: str, answer: Any, error: str) -> None:

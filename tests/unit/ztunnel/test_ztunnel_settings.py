@@ -89,7 +89,7 @@ def test_a_gateway_is_a_workload_of_the_mesh(gateway: str) -> None:
     of_mesh = ZtunnelSettings(mesh="/mesh.yaml", identities="files:/identities", gateway="gw/gate/account")
     check(of_mesh)
     for wrong in (replace(of_mesh, gateway=gateway), ZtunnelSettings(gateway="gw/gate/account")):
-        with pytest.raises(SettingsError, match="a gateway is NAMESPACE/POD/SERVICE-ACCOUNT"):
+        with pytest.raises(SettingsError, match="--gateway takes NAMESPACE/POD/SERVICE-ACCOUNT"):
             check(wrong)
     with pytest.raises(SettingsError, match="is not HOST:PORT"):
         check(replace(of_mesh, gateway_address="15008"))
