@@ -35,7 +35,7 @@ LEGACY = "iptables-legacy -t nat -I OUTPUT -p tcp -j ACCEPT"
 SCRIPTS = [
     ("true", ""),
     (theirs("nat", "output", -150, "tcp dport 80 redirect to :7777"), WHAT + "go to 127.0.0.1:7777 instead of ztunnel"),
-    (theirs("filter", "output", -310, "tcp dport 80 notrack"), WHAT + "leave without conntrack"),
+    (theirs("filter", "output", -310, "tcp dport 80 notrack"), ""),  # Sluice's rules refuse what NAT cannot redirect
     (theirs("filter", "output", -160, "tcp dport 80 meta mark set 0x539"), WHAT + "leave the pod uncaptured"),
     (theirs("nat", "output", -150, "accept"), ""),
     (theirs("filter", "output", -310, "ct zone set 7"), ""),

@@ -26,14 +26,22 @@ _FIELDS = {
     (2, 0): "sport", (2, 2): "dport",
 }  # fmt: skip
 _ADDRESSES = {(1, 12): 4, (1, 16): 4, (1, 8): 16, (1, 24): 16}  # place -> size
-_TARGETS = {"DNAT": "dnat", "NETMAP": "dnat", "REDIRECT": "redirect", "TPROXY": "tproxy", "REJECT": "drop"}
-_VERBS = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "queue"}
+_TARGETS = {
+    "DNAT": "dnat",
+    "NETMAP": "dnat",
+    "REDIRECT": "redirect",
+    "TPROXY": "tproxy",
+    "REJECT": "drop",
+    "NOTRACK": "notrack",
+}
+_VERBS = {"redir": "redirect", "tproxy": "tproxy", "reject": "drop", "queue": "queue", "notrack": "notrack"}
+_CT_NOTRACK = 1  # XT_CT_NOTRACK
 _SILENT = frozenset({"counter", "log"})
 
 
 @dataclass(slots=True, kw_only=True)
 class RuleEffect:
-    """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, mark, drop, accept, return.
+    """Effects of one rule: `verbs` among dnat, redirect, tproxy, queue, notrack, mark, drop, accept, return.
 
     `chain` is the one that it goes on in, if any. `selects` are the plain comparisons: field of the packet -> value.
     `comment` is that of iptables.
@@ -199,6 +207,8 @@ def _xt_target(result: RuleEffect, registers: dict[int, _Value], data: Mapping[i
     result.words.append(name)
     if name in _TARGETS:
         result.verbs.add(_TARGETS[name])
+    elif name == "CT" and info[:1] and info[0] & _CT_NOTRACK:  # xt_ct_target_info begins with its flags
+        result.verbs.add("notrack")
     # xt_mark_tginfo2 and xt_connmark_tginfo1: mark, mask; what is outside of both stays as it was.
     elif name in ("MARK", "CONNMARK") and any(unpack_int(info[at : at + 4]) & names.MARK_MASK for at in (0, 4)):
         result.verbs.add("mark")
