@@ -145,6 +145,10 @@ class Journals:
         for one in self._journals:
             one.probed(pod, finding)
 
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        for one in self._journals:
+            one.stalled(pod, over=over)
+
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         for one in self._journals:
             one.passed(pod, status, seconds)

@@ -130,8 +130,9 @@ PAGES: Final[Mapping[str, Page]] = {
         "Shows what happened to the pods of this node and to its parts, also before the agent was restarted: from the "
         "agent, or from its file while no agent runs. Times are in UTC.\n\n"
         "Kinds: enrolled, excluded, refused (the pod does not start, or its annotations cannot be used), failed, "
-        "repaired (BY names the process that made it necessary), conflict, leaked, canary; and of the node "
-        "agent-started, agent-stopped, backend-switched, ztunnel-connected, ztunnel-disconnected, cni-rewritten.\n\n"
+        "repaired (BY names the process that made it necessary), conflict, stalled, resumed, leaked, canary; and of "
+        "the node agent-started, agent-stopped, backend-switched, ztunnel-connected, ztunnel-disconnected, "
+        "cni-rewritten.\n\n"
         "The same event within five minutes is counted as a repetition. The history is limited (setting "
         "history_bytes); no pod pushes out the events of another.",
         {

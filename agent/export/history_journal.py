@@ -65,6 +65,12 @@ class HistoryJournal:
     def probed(self, pod: Pod, result: ProbeResult) -> None:
         self._pod(pod, EventKind.CANARY, str(result))
 
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        if over:
+            self._pod(pod, EventKind.RESUMED, "ztunnel accepts connections again")
+        else:
+            self._pod(pod, EventKind.STALLED, "ztunnel does not accept connections: they hang")
+
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         """Notes a change of the pod's state since its last pass."""
         kind = transition(self._states.get(pod.uid), status.state)

@@ -117,6 +117,9 @@ class Metrics:
         self.failures.inc()
         log.error("node: probe exemption failed: %s", error)
 
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        """Does nothing: the state of the pod is a metric, and the log names all such pods in one line."""
+
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         self.reconcile.observe(seconds)
 

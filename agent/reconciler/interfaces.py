@@ -186,5 +186,8 @@ class Journal(Protocol):
     def probed(self, pod: Pod, result: ProbeResult) -> None:
         """Records the result of the canary."""
 
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        """Records that ztunnel does not accept connections of the pod, or accepts them again (`over`)."""
+
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         """Records the end of a pass, after which the pod has this status."""

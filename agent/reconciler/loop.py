@@ -98,7 +98,7 @@ class Reconciler:
         self._workers = Workers(choice.workers)
         self._capturing = Capturing(self._enrolment, self._workers, choice.retired, await_packets)
         self._proxying = Proxying(publisher, listening, self._workers)
-        self._stalls = listening and StallWatch(self._entries, listening, namespaces, self._workers)
+        self._stalls = listening and StallWatch(self._entries, listening, namespaces, self._workers, journal)
         self._leaving = Leaving(self._enrolment, self._proxying, self._workers)
         self._accounting = AccountingQueue(accounting) if accounting else None
         self._unseen: set[str] = set()  # pods that have not had their first pass

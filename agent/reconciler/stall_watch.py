@@ -18,7 +18,7 @@ from agent.core.errors import SluiceError
 from agent.core.model.status import State
 from agent.core.policy.accept_queue import NOTHING_WAITS, QueueReading, Stall
 from agent.kernel.pod_netns import PodNetns
-from agent.reconciler.interfaces import NamespaceRegistry, ZtunnelPorts
+from agent.reconciler.interfaces import Journal, NamespaceRegistry, ZtunnelPorts
 from agent.reconciler.pod_state import PodState
 from agent.reconciler.workers import Workers
 
@@ -29,6 +29,7 @@ _TOGETHER: Final = 32  # pods in one piece of work: passes over them wait as lon
 _SHOWN: Final = 3  # pods in one log line
 
 
+# By position: all are parts of the reconciler, each of another type.
 class StallWatch:
     """Watches the pods of `entries`. Its methods belong to the event loop's thread."""
 
@@ -38,11 +39,13 @@ class StallWatch:
         ports: ZtunnelPorts,
         namespaces: NamespaceRegistry,
         workers: Workers,
+        journal: Journal,
     ) -> None:
         self._entries = entries
         self._ports = ports
         self._namespaces = namespaces
         self._workers = workers
+        self._journal = journal
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -90,6 +93,11 @@ class StallWatch:
             log.warning("ztunnel has stalled: it does not accept connections of %s", self._names(began))
         if ended := before - now:
             log.info("ztunnel accepts connections again: %s", self._names(ended))
+
+        for uids, over in ((began, False), (ended, True)):
+            for uid in uids:
+                if (entry := self._entries.get(uid)) and entry.decided:
+                    self._journal.stalled(entry.decided[0], over=over)
 
     def _names(self, uids: frozenset[str]) -> str:
         entries = [entry for uid in uids if (entry := self._entries.get(uid))]

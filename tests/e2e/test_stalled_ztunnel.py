@@ -76,6 +76,9 @@ def test_idle_pods_are_not_stalled_and_the_others_are_until_ztunnel_goes_on(here
     until(lambda: here.state(busy) == "enabled", "ztunnel accepts again")
     assert here.captured(busy)
     here.sluice("verify", busy.key)
+    history = json.loads(here.sluice("events", "-o", "json"))
+    hung = [(row["kind"], row["pod"]) for row in history if row["kind"] in ("stalled", "resumed")]
+    assert hung == [("stalled", "busy"), ("resumed", "busy")]
     for pod in (busy, idle):
         here.delete(pod)
 

@@ -52,6 +52,7 @@ def test_the_state_says_so_until_ztunnel_accepts_whatever_passes_do(clock: Simpl
         await look(world, clock, "web", "other")
         assert state(world, "web") is State.ENABLED
         assert world.reconciler.status("web").error == ""
+        assert world.journal.stalls == [("web", False), ("web", True)]
 
     play(script, listens=True)
 

@@ -247,6 +247,7 @@ class Journal:
         self.errors: list[str] = []
         self.fights: list[str] = []
         self.findings: list[ProbeResult] = []
+        self.stalls: list[tuple[str, bool]] = []
 
     def applied(self, pod: Pod, layer: str, differences: tuple[str, ...], seconds: float, cause: str) -> None:
         self.causes.append(cause)
@@ -259,6 +260,9 @@ class Journal:
 
     def probed(self, pod: Pod, finding: ProbeResult) -> None:
         self.findings.append(finding)
+
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        self.stalls.append((pod.uid, over))
 
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         pass

@@ -31,6 +31,8 @@ class EventKind(StrEnum):
     FAILED = "failed"
     REPAIRED = "repaired"
     CONFLICT = "conflict"
+    STALLED = "stalled"
+    RESUMED = "resumed"
     LEAKED = "leaked"
     CANARY = "canary"
 

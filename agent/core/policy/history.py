@@ -29,6 +29,8 @@ _CHANGES = (
     EventKind.BACKEND_SWITCHED,
     EventKind.ZTUNNEL_CONNECTED,
     EventKind.ZTUNNEL_DISCONNECTED,
+    EventKind.STALLED,
+    EventKind.RESUMED,
 )
 _NUMBER = re.compile(r"\d+")
 Holder = tuple[str, str]  # of a part of the bytes: namespace and pod; for the node "" and the kind

@@ -123,6 +123,9 @@ class EventJournal:
         if result.verdict is not ProbeVerdict.OK:
             self._events.report(pod, "CaptureProbeFailed", str(result))
 
+    def stalled(self, pod: Pod, *, over: bool) -> None:
+        """Does nothing: it is no failure of the capture, and it concerns the node rather than the pod."""
+
     def passed(self, pod: Pod, status: Status, seconds: float) -> None:
         self._passed(pod.uid)
 

@@ -50,6 +50,8 @@ def test_what_happens_to_a_pod(bench: Bench) -> None:
     journal.contended(POD, "kube-proxy[7]", ("a foreign rule",))
     journal.probed(POD, ProbeResult(ProbeVerdict.FAILED, ("10.0.0.1", 80), "refused"))
     journal.leaked(POD, "3 connections")
+    journal.stalled(POD, over=False)
+    journal.stalled(POD, over=True)
     assert bench.events() == [
         ("repaired", "web", "nft[12]", "nftables, right again after 3.0 ms: a; b; c; 2 more"),
         ("repaired", "web", "", "routing, right again after 3.0 ms: a rule is gone"),
@@ -58,6 +60,8 @@ def test_what_happens_to_a_pod(bench: Bench) -> None:
         ("conflict", "web", "kube-proxy[7]", "repairs are reverted repeatedly; backing off; a foreign rule"),
         ("canary", "web", "", "probe from the node on 10.0.0.1:80: failed: refused"),
         ("leaked", "web", "", "3 connections"),
+        ("stalled", "web", "", "ztunnel does not accept connections: they hang"),
+        ("resumed", "web", "", "ztunnel accepts connections again"),
     ]
 
 
