@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_a_long_file_is_found(house: ModuleType, tmp_path: Path) -> None:
     for name, lines in (("test_short", 400), ("test_long", 401)):
         (tmp_path / "tests" / "netns" / f"{name}.py").write_text("pass\n" * lines)
     assert house.long_files(tmp_path) == [("tests/netns/test_long.py", 1, "401 lines")]
+
+
+def test_no_conflict_of_a_merge_is_left(house: ModuleType) -> None:
+    marker = re.compile(r"^(<<<<<<<|>>>>>>>) ", re.MULTILINE)
+    read = house.files(
+        REPO, "*.md", "docs/**/*.md", "deploy/**/*.*", "agent/**/*.py", "tests/**/*.py", "bpf/*", "cni_plugin/*.[ch]"
+    )
+    assert [path for path in read if marker.search(path.read_text(errors="replace"))] == []
 
 
 def test_a_module_name_occurs_once(house: ModuleType) -> None:
