@@ -15,6 +15,7 @@ import yaml
 from agent.cli import options
 from agent.cli.ztunnel_pages import ZtunnelPages
 from agent.core.text import printable, table
+from agent.flows.outcome import Outcome
 from agent.kernel.admin_socket import ask
 
 _HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
@@ -121,9 +122,16 @@ def _cells(row: Row, ended: str) -> tuple[str, ...]:
         size(row["received_bytes"]),
         "" if row["rtt_seconds"] is None else span(row["rtt_seconds"]),
         span(lasted),
-        "" if row["closed"] is None else row["close"] + (f" by {row['closed_by']}" if row["closed_by"] else ""),
+        _end(row),
         *((row["wire"], row["remote_identity"]) if "wire" in row else ()),
     )
+
+
+def _end(row: Row) -> str:
+    """Says how it ended; in place of that, what its application did not get."""
+    if row.get("outcome") in (Outcome.CUT_OFF, Outcome.NO_ANSWER):
+        return str(row["outcome"])
+    return "" if row["closed"] is None else row["close"] + (f" by {row['closed_by']}" if row["closed_by"] else "")
 
 
 def _name(row: Row) -> str:

@@ -175,11 +175,13 @@ def _connections(answer: Answer, now: float) -> str:
         lines = [f"{account['live']} live, {account['ended']} recently ended (collector: {account['collector']})"]
     for one in account["fates"]:
         lines.append(f"{one['connections']:>6} {one['direction']} {one['fate']}{_why(one)}")
-    if cut := account.get("cut"):
-        which = (
-            f"the last {cut['connections']} of the captured ones" if cut["connections"] > 1 else "the last captured one"
+    if behind := account.get("behind"):
+        lines.append(
+            f"of the last {behind['considered']} captured outbound ones, ztunnel took and cut off {behind['failed']}:"
         )
-        lines.append(f"{which}: ended by ztunnel without a byte, after {cut['seconds']:.1f} s")
+        for one in behind["destinations"]:
+            name = f" ({one['name']})" if one["name"] else ""
+            lines.append(f"{one['failed']:>6} to {one['remote']}{name} after {one['seconds']:.1f} s: {one['cause']}")
     if account["wrong"]:
         rows = [_wrong(one, now) for one in account["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")

@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from agent.core import names
+from agent.flows.outcome import UNKNOWN_WORKLOAD
 
 Answer = Mapping[str, Any]
-PATIENCE = 4.5  # seconds; ztunnel waits 5 for a workload of the names that the agent sent
-_FEW = 3  # connections in a row that ztunnel cut off; fewer may be a server that was away
-_DENIED = (
-    "ztunnel resets its connections after connect() has succeeded: the other end refuses them, or a policy does; "
-    "see ztunnel's log"
-)
+_FEW = 3  # connections that ztunnel cut off; fewer may be a server that was away
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
 
@@ -69,8 +65,14 @@ def _watch(answer: Answer) -> str:
         return "the node's probes do not reach the application as they should; run `sluice doctor`"
     if any(row["fate"] == "leaked" for row in answer["connections"]["fates"]):
         return f"connections bypassed ztunnel; see `sluice connections {name} --fate leaked`"
-    if (cut := answer["connections"]["cut"]) and cut["connections"] >= _FEW:
-        return _unknown(answer) if cut["seconds"] >= PATIENCE else _DENIED
+    if (behind := answer["connections"]["behind"]) and behind["failed"] >= _FEW and behind["destinations"]:
+        worst = behind["destinations"][0]
+        if UNKNOWN_WORKLOAD <= worst["seconds"] < 2 * UNKNOWN_WORKLOAD:
+            return _unknown(answer)
+        return (
+            f"ztunnel takes its connections to {worst['remote']}, and cuts them off: {worst['cause']}; look there, and "
+            "see ztunnel's log"
+        )
     if answer["outside"]:
         return "restart the pod if its pre-existing connections must be captured, too"
     if annotation and answer["state"] == "enabled" and annotation["value"] != "enabled":

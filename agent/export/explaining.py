@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,9 +16,10 @@ from agent.core.model.pods import Pod, PodTable, mode
 from agent.core.policy.decide import Decision, decide, enrols_namespace, options
 from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
-from agent.export.advice import PATIENCE, advise
+from agent.export.advice import advise
 from agent.export.connections_api import ConnectionsApi
 from agent.export.events_api import EventsApi
+from agent.flows.outcome import behind_ztunnel
 from agent.kernel.http import Request
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.host_loop import HostLoop
@@ -205,7 +205,7 @@ class Explaining:
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:
         """Summarises the last connections by direction, fate and reason, and lists those that look wrong."""
-        nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "cut": None, "wrong": []}
+        nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "behind": None, "wrong": []}
         query = {"pod": pod.uid, "limit": str(_COUNTED)}
         try:
             answer = await self.records.connections(Request("GET", "/v1/connections", query))
@@ -223,7 +223,7 @@ class Explaining:
                 {"direction": direction, "fate": fate, "reason": reason, "connections": count}
                 for (direction, fate, reason), count in counts.most_common()
             ],
-            "cut": _cut(ended),
+            "behind": behind_ztunnel(ended),
             "wrong": wrong[-_SHOWN:],
         }
 
@@ -269,26 +269,6 @@ class Explaining:
         if labels is None:
             return f"Kubernetes has no namespace {name}" if self._kubernetes and self.table.namespaces() else ""
         return f"namespace {name} {'enrols' if enrols_namespace(labels, self.settings) else 'does not enrol'} its pods"
-
-
-def _cut(ended: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Returns how many of the latest captured connections in a row ztunnel cut off, and their median seconds.
-
-    Returns None for none.
-    """
-    taken = [row for row in ended if row["fate"] == "captured" and row["established"]]
-    seconds = [row["duration"] for row in itertools.takewhile(_is_cut, reversed(taken))]
-    return {"connections": len(seconds), "seconds": sorted(seconds)[len(seconds) // 2]} if seconds else None
-
-
-def _is_cut(row: Mapping[str, Any]) -> bool:
-    """Returns whether ztunnel ended it before the application got a byte.
-
-    ztunnel does so by a reset, or after waiting for the workload.
-    """
-    if row["closed_by"] != "remote" or row["received_bytes"]:
-        return False
-    return bool(row["close"] == "reset" or PATIENCE <= row["duration"] < 2 * PATIENCE)
 
 
 def _considered(pod: Pod, settings: Settings) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Any
 from agent.core.model.pods import Pod
 from agent.core.text import utc
 from agent.flows.identity import Identities, pod_workload
+from agent.flows.outcome import outcome
 from agent.flows.record import Connection, Direction, Fate
 
 
@@ -38,6 +39,7 @@ class ResolvedRecord:
             "remote_namespace": self.remote_namespace,
             "remote_service": self.remote_service,
             **self.connection.as_dict(),
+            "outcome": outcome(self.connection).value,
         }
 
 

@@ -215,10 +215,10 @@ def test_connections_that_ztunnel_cuts_off_are_told_with_the_names_that_it_was_s
             assert "reset" in run([sys.executable, "-c", client], netns=pod.netns, check=False).stderr
 
         def counted() -> bool:
-            return (one.ask("/v1/explain", pod=pod.key)["connections"]["cut"] or {}).get("connections") == 3
+            return (one.ask("/v1/explain", pod=pod.key)["connections"]["behind"] or {}).get("failed") == 3
 
         until(counted, "all of them are accounted for")
         said = one.sluice("explain", pod.key)
-        assert "ended by ztunnel without a byte" in said and "Action:    ztunnel resets its connections" in said
+        assert "ztunnel took and cut off 3" in said and "Action:    ztunnel takes its connections to" in said
         assert "has the pod as shop/stranger, service account default" in said
         ztunnel.socket.shutdown(socket.SHUT_RDWR)

@@ -65,7 +65,12 @@ def captured(**changes: Any) -> dict[str, Any]:
         "exemption": {"mechanism": "nftables", "ok": True, "error": "", "addresses": ["10.0.0.2"]},
         "connections": {"collector": "ebpf", "error": "", "live": 1, "ended": 2, "fates": [
             {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 2}],
-            "cut": {"connections": 2, "seconds": 5.0}, "wrong": [LEAKED, FAILED]},
+            "behind": {
+                "considered": 4, "failed": 2,
+                "destinations": [
+                    {"remote": "10.1.0.1:80", "name": "bank/db", "failed": 2, "seconds": 0.04, "cause": "refused"},
+                ],
+            }, "wrong": [LEAKED, FAILED]},
         "advice": "",
         "mesh": {"error": "", "certificate": {"identity": "spiffe://td/ns/shop/sa/robot", "state": "Available",
                                               "until": "2026-03-04T05:06:07Z"},
@@ -118,7 +123,8 @@ Actual
 Connections
   1 live, 2 recently ended (collector: ebpf)
        2 outbound leaked (raw)
-  the last 2 of the captured ones: ended by ztunnel without a byte, after 5.0 s
+  of the last 4 captured outbound ones, ztunnel took and cut off 2:
+       2 to 10.1.0.1:80 (bank/db) after 0.0 s: refused
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s
