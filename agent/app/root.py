@@ -39,6 +39,7 @@ from agent.export import collectors
 from agent.export.admin import Admin
 from agent.export.connections_api import ConnectionsApi
 from agent.export.dns_api import DnsApi
+from agent.export.dns_query_metrics import dns_metrics
 from agent.export.events_api import EventsApi
 from agent.export.explaining import ExplainContext
 from agent.export.history_journal import HistoryJournal
@@ -229,6 +230,8 @@ class Agent:
     def _collect_metrics(self) -> None:
         if self.mechanisms.choice.by_socket:
             self.metrics.collect(lambda: collectors.exit_metrics(partial(exits, self.mechanisms.pins)))
+        if self.accounting and (dns := self.accounting.dns):
+            self.metrics.collect(lambda: dns_metrics(dns.totals, dns.lost))
         self.metrics.collect(
             lambda: collectors.pod_metrics(self.reconciler.status(pod.uid).state for pod in self.table),
             lambda: collectors.ztunnel_metrics(self.zds.connections),

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from agent.cli import options
+from agent.cli.dns import summary_lines
 from agent.cli.events import event_table
 from agent.cli.ztunnel_pages import ZtunnelPages
 from agent.core.text import pairs, table
@@ -51,6 +52,7 @@ def explained(answer: Answer, now: float) -> str:
         *(["Desired\n" + _indented(_options(answer))] if answer["options"] else []),
         *(["Actual\n" + _indented(pairs(_holds(answer)))] if answer["redirect"] or answer["differences"] else []),
         "Connections\n" + _indented(_connections(answer, now)),
+        *(["DNS\n" + _indented("\n".join(summary_lines(answer["dns"])))] if _asks(answer) else []),
         *(["Mesh\n" + _indented(_mesh(answer["mesh"]))] if answer["mesh"] else []),
         *(["Repaired\n" + _indented(_repairs(answer, now))] if answer["recent_repairs"] else []),
         *(["Events\n" + _indented(event_table(events))] if (events := answer.get("events")) else []),
@@ -190,6 +192,11 @@ def _connections(answer: Answer, now: float) -> str:
             size = f"{counts['packets']} packets, {counts['bytes']} bytes"
             lines.append(f"non-TCP, {direction}: {size}, neither TCP nor captured DNS")
     return "\n".join(lines)
+
+
+def _asks(answer: Answer) -> bool:
+    """Returns whether there is anything to say of its DNS queries; an older agent says nothing of them."""
+    return bool((answer.get("dns") or {}).get("queries"))
 
 
 def _mesh(mesh: Answer) -> str:

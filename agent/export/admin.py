@@ -140,6 +140,7 @@ class Admin:
             node=self.node,
             records=self.records,
             events=self.events,
+            dns=self.dns,
             around=self.around,
         )
 

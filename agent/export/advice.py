@@ -73,11 +73,17 @@ def _watch(answer: Answer) -> str:
             f"ztunnel takes its connections to {worst['remote']}, and cuts them off: {worst['cause']}; look there, and "
             "see ztunnel's log"
         )
+    if (dns := answer["dns"]) and sum(dns["silent"].values()) * 2 >= max(dns["queries"], 2 * _FEW):
+        return f"no answer from resolver {_silent(dns)}: see whether it runs and can be reached; `sluice dns {name}`"
     if answer["outside"]:
         return "restart the pod if its pre-existing connections must be captured, too"
     if annotation and answer["state"] == "enabled" and annotation["value"] != "enabled":
         return f"its annotation {annotation['key']} is not written yet; if that lasts, see the agent's log"
     return ""
+
+
+def _silent(dns: Answer) -> str:
+    return ", ".join(name or "unknown" for name in dns["silent"])
 
 
 def _unknown(answer: Answer) -> str:

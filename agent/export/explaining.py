@@ -18,6 +18,7 @@ from agent.core.policy.facts import Origin, considered
 from agent.core.settings import Settings
 from agent.export.advice import advise
 from agent.export.connections_api import ConnectionsApi
+from agent.export.dns_api import DnsApi
 from agent.export.events_api import EventsApi
 from agent.flows.outcome import behind_ztunnel
 from agent.kernel.http import Request
@@ -63,6 +64,7 @@ class Explaining:
     records: ConnectionsApi
     events: EventsApi
     around: ExplainContext
+    dns: DnsApi | None = None
 
     async def __call__(self, request: Request) -> dict[str, Any]:
         """Explains the pod. Raises SluiceError if no pod, or more than one, has that name."""
@@ -104,6 +106,7 @@ class Explaining:
             "exemption": self._exemption(pod, decision),
             "connections": connections,
             "events": self.events.of_pod(pod.key, _SHOWN),
+            "dns": await self.dns.summary(pod) if self.dns else None,
         }
         return {**answer, "advice": advise(answer, kubernetes=self._kubernetes, static=self.settings.static_pods)}
 

@@ -26,7 +26,7 @@ _replaced = [name for name in _SERVERS if name not in sys.modules]
 sys.modules.update((name, _EmptyClasses(name)) for name in _replaced)
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics  # noqa: E402
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric  # noqa: E402
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric  # noqa: E402
 from prometheus_client.exposition import generate_latest  # noqa: E402
 from prometheus_client.gc_collector import GCCollector  # noqa: E402
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics  # noqa: E402
@@ -44,6 +44,7 @@ __all__ = [
     "GCCollector",
     "GaugeMetricFamily",
     "Histogram",
+    "HistogramMetricFamily",
     "Metric",
     "ProcessCollector",
     "disable_created_metrics",

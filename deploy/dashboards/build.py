@@ -12,7 +12,7 @@ from nodes import NODE
 from overview import OVERVIEW
 from panels import laid_out, variable
 from pods import PODS
-from quality import QUALITY
+from quality import DNS, QUALITY
 
 VARIABLES = [
     variable("instance", "Node", "sluice_agent_info", "instance"),
@@ -21,7 +21,7 @@ VARIABLES = [
     variable("pod", "Pod", f'sluice_sockets{{{AT},namespace=~"$namespace"}}', "pod"),
 ]
 
-ROWS = {"Overview": OVERVIEW, "Node": NODE, "Pod": PODS, "Quality": QUALITY}
+ROWS = {"Overview": OVERVIEW, "Node": NODE, "Pod": PODS, "Quality": QUALITY, "DNS": DNS}
 
 
 def text() -> str:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from matching import WORKLOAD, per_second
+from matching import AT, WORKLOAD, per_second
 from panels import heatmap, quantiles, query, series
 
+_DNS = "sluice_dns_queries_total"
 _BY_WORKLOAD = per_second("sluice_tcp_rtt_seconds_bucket", WORKLOAD, "le, namespace, workload")
 
 QUALITY = [
@@ -54,5 +55,32 @@ QUALITY = [
                 "{{namespace}}/{{workload}}",
             )
         ],
+    ),
+]
+
+DNS = [
+    series(
+        "Queries by result",
+        "DNS queries of captured pods; no_answer: none within 5 seconds.",
+        "reqps",
+        [query(per_second(_DNS, AT, "rcode"), "{{rcode}}")],
+    ),
+    series(
+        "Queries by type",
+        "With ndots: 5 a name is asked for with every search domain, as A and as AAAA.",
+        "reqps",
+        [query(per_second(_DNS, AT, "type, captured"), "{{type}}, captured: {{captured}}")],
+    ),
+    series(
+        "Latency",
+        "Time from a query to its answer, as seen in the pod.",
+        "s",
+        quantiles("sluice_dns_latency_seconds", AT),
+    ),
+    series(
+        "Lost",
+        "Packets and queries that the account had no time for.",
+        "cps",
+        [query(per_second("sluice_dns_lost_total", AT, "instance"), "{{instance}}")],
     ),
 ]

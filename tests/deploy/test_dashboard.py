@@ -50,7 +50,7 @@ def test_panels_have_numbers_places_units_and_words() -> None:
     assert max(taken.values()) == 1, "no panel lies on another"
     shown = [panel for panel in panels if panel["type"] != "row"]
     assert {panel["title"] for panel in panels} - {panel["title"] for panel in shown} == {
-        "Overview", "Node", "Pod", "Quality",
+        "Overview", "Node", "Pod", "Quality", "DNS",
     }  # fmt: skip
     assert len({panel["title"] for panel in shown}) == len(shown)
     for panel in shown:

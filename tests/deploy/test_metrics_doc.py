@@ -18,7 +18,9 @@ from agent.core.model.status import State
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.export import collectors, exposition
 from agent.export.collectors import Cluster, Condition
+from agent.export.dns_query_metrics import dns_metrics
 from agent.export.metrics import Metrics
+from agent.flows.dns.summary import DnsTotals
 from agent.flows.identity import Workload
 from agent.flows.inet_diag.socket_counts import Ephemeral, PodSockets
 from agent.flows.label_totals import Fated, Measured, Snapshot, TrafficTotals
@@ -29,6 +31,7 @@ POD, WEB, OUT = Pod("u", "shop", "web"), Workload("web", "shop", service_account
 # Heading -> what the names of its metrics begin with; the first that fits has it.
 GROUPS = {
     "Connections": ("sluice_connections", "istio_tcp_", "sluice_tcp_", "sluice_records_", "sluice_metrics_"),
+    "DNS": ("sluice_dns_",),
     "Pods": ("sluice_pod", "sluice_sockets", "sluice_ephemeral_", "sluice_non_tcp_"),
     "Rules": ("sluice_reconcile_", "sluice_plans_", "sluice_drift", "sluice_contended", "sluice_verif", "sluice_ebpf_"),
     "Probes": ("sluice_probe",),
@@ -41,9 +44,11 @@ GROUPS = {
 def everything() -> list[Metric]:
     """A page on which each metric has a sample."""
     about = dict.fromkeys(dashboard.ABOUT, "x")
-    metrics = Metrics()
+    metrics, totals = Metrics(), DnsTotals()
+    totals.counts["A", "NOERROR", True] = 1
     metrics.collect(
         lambda: collectors.pod_metrics([State.ENABLED]),
+        lambda: dns_metrics(totals, 1),
         lambda: collectors.ztunnel_metrics(1),
         lambda: collectors.non_tcp_metrics([(POD, {"outbound": Counts(1, 1)})]),
         lambda: collectors.exit_metrics(lambda: {next(iter(ExitCause)): 1}),

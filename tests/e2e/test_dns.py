@@ -116,6 +116,23 @@ def test_a_hung_ztunnel_is_silence_of_a_known_resolver(backend: LabBackend) -> N
             for resolver, family in zip(one.resolvers, (4, 6), strict=True)
         }
         assert rows_by_name(rows) == told
+        with stopped(one.node):
+            for number in range(6):
+                ask(one.inside, one.resolvers[0], f"silent.{number}.test")
+            one.queries(8)
+        shown = one.node.sluice("explain", one.pod.key)
+        assert f"No answer from: {one.resolvers[0]} (7), {one.resolvers[1]} (1)" in shown
+        assert f"no answer from resolver {one.resolvers[0]}" in one.node.ask("/v1/explain", pod=one.pod.key)["advice"]
+        ask(one.inside, one.resolvers[0], "fine.test")
+        one.queries(9)
+        page = run(["curl", "-s", "http://127.0.0.1:15014/metrics"], netns=one.node.netns).stdout
+        for line in (
+            'sluice_dns_queries_total{captured="yes",rcode="no_answer",type="A"} 8.0',
+            'sluice_dns_queries_total{captured="yes",rcode="NOERROR",type="A"} 1.0',
+            'sluice_dns_latency_seconds_count{captured="yes"} 1.0',
+            "sluice_dns_lost_total 0.0",
+        ):
+            assert line in page
 
 
 @contextlib.contextmanager

@@ -255,3 +255,21 @@ def test_two_namespaces_are_a_mistake(capsys: pytest.CaptureFixture[str]) -> Non
 def test_ago(seconds: int, said: str) -> None:
     assert explain.ago(1_000.0, 1_000.0 + seconds) == said
     assert explain.ago(0.0, 5.0) == ""
+
+
+def test_dns_is_one_section_where_the_pod_asked_anything() -> None:
+    told = {
+        "queries": 9, "rcodes": {"NXDOMAIN": 5, "no answer": 4}, "median_seconds": 0.002, "silent": {"10.0.0.53": 4},
+        "search": 5, "around": 1, "lost": 7,
+    }  # fmt: skip
+    wanted = (
+        "DNS\n"
+        "  Last 9: 5 NXDOMAIN, 4 no answer; median latency 2.0ms\n"
+        "  No answer from: 10.0.0.53 (4)\n"
+        "  By search domains: 5 for names that do not exist; end names with a dot, or lower ndots\n"
+        "  Not captured: 1\n"
+        "  Lost by the account: 7 packets or queries\n"
+    )
+    assert wanted in explain.explained(captured(dns=told), 10_000.0)
+    for nothing in (None, {**told, "queries": 0}):
+        assert "\nDNS\n" not in explain.explained(captured(dns=nothing), 10_000.0)

@@ -57,7 +57,12 @@ class Bench:
             records=self.records,
             events=SimpleNamespace(of_pod=lambda key, count: [key, count]),  # type: ignore[arg-type]
             around=self.surroundings.around(places),  # type: ignore[arg-type]
+            dns=SimpleNamespace(summary=self._summary),  # type: ignore[arg-type]
         )
+        self.dns: dict[str, Any] | None = None
+
+    async def _summary(self, pod: Pod) -> dict[str, Any] | None:
+        return self.dns
 
     async def __call__(self, name: str = "shop/web") -> dict[str, Any]:
         return await self.explaining(Request("GET", "/v1/explain", {"pod": name}))
@@ -280,3 +285,16 @@ def test_every_reason_to_be_excluded_has_its_advice() -> None:
         told = {"decision": "excluded", "namespace": one.namespace, "name": one.name, "facts": [row]}
         words = advise(told, kubernetes=True, static="")
         assert words and "istio.io/dataplane-mode" not in words, case
+
+
+def test_a_resolver_without_answers_is_named() -> None:
+    async def script(bench: Bench) -> None:
+        await bench.world.settle(pod())
+        assert (await bench())["dns"] is None
+        for silent, queries, advised in ((3, 6, True), (2, 2, False), (3, 7, False)):
+            bench.dns = {"silent": {"10.0.0.53": silent}, "queries": queries}
+            told = await bench()
+            assert told["dns"] == bench.dns
+            assert ("10.0.0.53" in told["advice"]) == advised
+
+    on_bench(script)
