@@ -33,6 +33,12 @@ def test_a_torn_line_is_ignored_and_no_other(events: list[HistoryEvent], data: s
     assert list(decode(cut)) == events[: cut.count(b"\n")]
 
 
+def test_a_line_without_its_end_is_torn() -> None:
+    """What is appended to it would be part of it."""
+    line = HistoryEvent(1, 1, time=1.5, last=1.5, kind="repaired", text="x").line()
+    assert list(decode(line[:-1])) == []
+
+
 @given(st.lists(EVENTS, max_size=3), st.binary(), st.lists(EVENTS, max_size=3))
 def test_garbage_between_lines_is_ignored(
     before: list[HistoryEvent], garbage: bytes, after: list[HistoryEvent]

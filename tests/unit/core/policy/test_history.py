@@ -81,6 +81,7 @@ def test_a_pod_with_many_events_pushes_out_its_own_alone() -> None:
     assert left[:3] == ["of the node", "of another pod", "of another namespace"]
     assert left[-1] == words(1999) and len(left) > 20
     assert sum(len(one.line()) for one in history.events()) <= 20_000
+    assert len(history._latest) == len(left)  # nothing is kept of an event that is gone
 
 
 def test_many_pods_of_one_namespace_push_out_none_of_another() -> None:
@@ -128,10 +129,11 @@ def test_a_history_is_the_same_after_a_restart(noted: list[tuple[str, str, str, 
 def test_of_several_lines_of_one_event_the_last_change_counts() -> None:
     history = History()
     first, again = note(history), note(history)
-    restored = History()
-    restored.restore([again, first])
-    assert restored.events() == [again]
-    assert note(restored).count == 3  # a repetition also after a restart
+    for lines in ([first, again], [again, first]):
+        restored = History()
+        restored.restore(lines)
+        assert restored.events() == [again]
+        assert note(restored).count == 3  # a repetition also after a restart
 
 
 def test_times_and_pods() -> None:
