@@ -15,13 +15,6 @@
 #define BATCH 8
 #define ARRIVED (EPOLLIN | EPOLLOUT)
 
-/* By descriptor; the sink is 0 for a socket that has none. */
-struct source {
-	int32_t sink;
-	uint32_t unused;
-	uint64_t moved; /* bytes */
-};
-
 /* `read` bytes are in the buffer, of which the sink has taken `sent`; each is minus an error number if that failed. */
 struct event {
 	int32_t fd;
@@ -38,7 +31,7 @@ static int64_t milliseconds(void)
 }
 
 /* Returns 1 if the event is done with. */
-static int copied(struct source *source, struct event *event, char *buffer, int32_t size)
+static int copied(int sink, uint64_t *moved, struct event *event, char *buffer, int32_t size)
 {
 	if (event->mask & ~ARRIVED)
 		return 0;
@@ -51,18 +44,21 @@ static int copied(struct source *source, struct event *event, char *buffer, int3
 	}
 	if (!event->read)
 		return 0;
-	event->sent = send(source->sink, buffer, event->read, MSG_DONTWAIT | MSG_NOSIGNAL);
+	event->sent = send(sink, buffer, event->read, MSG_DONTWAIT | MSG_NOSIGNAL);
 	if (event->sent < 0)
 		event->sent = errno == EAGAIN ? 0 : -errno;
 	else
-		source->moved += event->sent;
+		*moved += event->sent;
 	return event->sent == event->read && event->read < size;
 }
 
-/* Returns how many `events` (room for BATCH) are left to the caller; 0 when the time is over or a signal has come, -1 and
+/* `sinks` (0 for a socket that has none) and `moved` (bytes) have `count` elements, one for each descriptor.
+ *
+ * Returns how many `events` (room for BATCH) are left to the caller; 0 when the time is over or a signal has come, -1 and
  * errno on an error. At most one of them has bytes in the buffer. A negative timeout is none.
  */
-int relay_wait(int epoll, int timeout, struct source *sources, int32_t count, struct event *events, char *buffer, int32_t size)
+int wait_and_copy(int epoll, int timeout, const int32_t *sinks, uint64_t *moved, int32_t count, struct event *events,
+		  char *buffer, int32_t size)
 {
 	struct epoll_event ready[BATCH];
 	int64_t until = timeout > 0 ? milliseconds() + timeout : 0;
@@ -73,8 +69,8 @@ int relay_wait(int epoll, int timeout, struct source *sources, int32_t count, st
 		for (int i = 0; i < found; i++) {
 			int32_t fd = ready[i].data.fd;
 			struct event event = {.fd = fd, .mask = ready[i].events};
-			if (!full && fd < count && sources[fd].sink) {
-				if (copied(&sources[fd], &event, buffer, size))
+			if (!full && fd < count && sinks[fd]) {
+				if (copied(sinks[fd], &moved[fd], &event, buffer, size))
 					continue;
 				full = event.read > 0;
 			}

@@ -13,7 +13,7 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 
 LIBRARY: Final = Path(__file__).parent / "objects" / "relay.so"
 BATCH: Final = 8  # as in relay.c
@@ -27,27 +27,19 @@ log = logging.getLogger(__name__)
 Left = Callable[[int, bytes, int], None]
 
 
-class _Source(ctypes.Structure):
-    _fields_ = (("sink", ctypes.c_int32), ("unused", ctypes.c_uint32), ("moved", ctypes.c_uint64))
-
-
 class PairCopier:
     """Belongs to one epoll set. One thread."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._wait = library.relay_wait
-        # By descriptor; the kernel gives memory for the parts that are used. ctypes would fill all of it with zeros.
-        self._sources = (_Source * _DESCRIPTORS).from_buffer(mmap.mmap(-1, ctypes.sizeof(_Source) * _DESCRIPTORS))
-        self._left: dict[int, Left] = {}
+        self._wait = library.wait_and_copy
+        self._sinks, sinks = _zeros("i", ctypes.c_int32)  # by descriptor
+        self._moved, moved = _zeros("Q", ctypes.c_uint64)
+        self._tables = sinks, moved, _DESCRIPTORS
+        self.pairs: dict[int, Left] = {}  # by descriptor; if it is empty there is no reason to wait here
         self._buffer = ctypes.create_string_buffer(CHUNK)
         self._copied = memoryview(self._buffer)
         self._events = (ctypes.c_int32 * (_WORDS * BATCH))()
         self._words = memoryview(self._events).cast("B").cast("i")
-
-    @property
-    def idle(self) -> bool:
-        """Returns True if there is no pair, and so no reason to wait here."""
-        return not self._left
 
     def add(self, one: int, other: int, left: Left) -> bool:
         """Copies between two sockets from now on, until `remove` of both; `left` takes over a longer exchange.
@@ -57,20 +49,20 @@ class PairCopier:
         if max(one, other) >= _DESCRIPTORS:
             return False
         for source, sink in ((one, other), (other, one)):
-            self._sources[source].sink = sink
-            self._sources[source].moved = 0
-            self._left[source] = left
+            self._sinks[source] = sink
+            self._moved[source] = 0
+            self.pairs[source] = left
         return True
 
     def remove(self, source: int) -> int:
         """Stops copying from it; returns how many bytes were copied. Call it before the socket is closed."""
-        del self._left[source]
-        self._sources[source].sink = 0
-        return int(self._sources[source].moved)
+        del self.pairs[source]
+        self._sinks[source] = 0
+        return self.moved(source)
 
     def moved(self, source: int) -> int:
         """Returns how many bytes were copied since `add`."""
-        return int(self._sources[source].moved)
+        return self._moved[source]
 
     def poll(self, epoll: int, seconds: float) -> list[tuple[int, int]]:
         """Waits like epoll.poll, and returns what is left to do: (descriptor, mask). Raises OSError.
@@ -78,7 +70,7 @@ class PairCopier:
         Calls `left` of a pair of which bytes were read.
         """
         timeout = round(seconds * 1e3) if seconds >= 0 else -1
-        count = self._wait(epoll, timeout, self._sources, _DESCRIPTORS, self._events, self._buffer, CHUNK)
+        count = self._wait(epoll, timeout, *self._tables, self._events, self._buffer, CHUNK)
         if count < 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
@@ -87,15 +79,21 @@ class PairCopier:
             fd, mask, read, sent = self._words[at : at + _WORDS]
             if read:
                 rest = bytes(self._copied[sent:read]) if read > 0 and sent >= 0 else b""
-                self._left[fd](fd, rest, -min(read, sent, 0))
+                self.pairs[fd](fd, rest, -min(read, sent, 0))
             found.append((fd, mask))
         return found
 
 
+def _zeros(code: Literal["i", "Q"], kind: type[ctypes.c_int32 | ctypes.c_uint64]) -> tuple[memoryview, Any]:
+    """Returns _DESCRIPTORS numbers for Python and for C. The kernel gives memory for the parts that are used."""
+    table = mmap.mmap(-1, ctypes.sizeof(kind) * _DESCRIPTORS, flags=mmap.MAP_PRIVATE)
+    return memoryview(table).cast(code), (kind * _DESCRIPTORS).from_buffer(table)
+
+
 def pair_copier() -> PairCopier | None:
-    """Returns a copier; None if the library was not built."""
+    """Returns a copier; None if the library of this version was not built."""
     try:
         return PairCopier(ctypes.CDLL(str(LIBRARY), use_errno=True))
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # not built, or of another version
         log.info("short exchanges are copied in Python, which costs more: %s", error)
         return None

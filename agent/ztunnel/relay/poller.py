@@ -117,7 +117,12 @@ class Poller(selectors.BaseSelector):
         fresh = self._fresh
         fresh.clear()
         ready: list[tuple[SelectorKey, int]] = []
-        for fd, mask in self._poll(_wait(timeout)):
+        copier = self.copier
+        if copier is not None and copier.pairs:
+            events = copier.poll(self._epoll.fileno(), _wait(timeout))
+        else:
+            events = self._epoll.poll(_wait(timeout), _EVENTS)
+        for fd, mask in events:
             if fd in fresh:
                 continue
             handler = handlers.get(fd)
@@ -130,12 +135,6 @@ class Poller(selectors.BaseSelector):
             except Exception as error:  # noqa: BLE001 - one connection's defect must not lose the others' edges
                 self.loop.call_exception_handler({"message": "ztunnel: event handler", "exception": error})
         return ready
-
-    def _poll(self, seconds: float) -> list[tuple[int, int]]:
-        copier = self.copier
-        if copier is None or copier.idle:
-            return self._epoll.poll(seconds, _EVENTS)
-        return copier.poll(self._epoll.fileno(), seconds)
 
 
 def _number(fileobj: FileDescriptorLike) -> int:

@@ -160,7 +160,7 @@ def test_events_of_others_pass(scene: Scene) -> None:
     assert server.recv(1) == b"y"
     scene.copier.remove(one.fileno())
     scene.copier.remove(other.fileno())
-    assert scene.copier.idle
+    assert not scene.copier.pairs
     client.send(b"z")
     assert one.fileno() in [fd for fd, _ in scene.poll()] and one.recv(1) == b"z"
 
@@ -177,7 +177,7 @@ def test_errors_and_descriptors_beyond_the_table(scene: Scene, monkeypatch: pyte
     with pytest.raises(OSError, match=r"Bad file descriptor"):
         scene.copier.poll(-1, 0)
     monkeypatch.setattr(pair_copier, "_DESCRIPTORS", 3)
-    assert not scene.copier.add(2, 3, lambda *left: None) and scene.copier.idle
+    assert not scene.copier.add(2, 3, lambda *left: None) and not scene.copier.pairs
 
 
 def test_without_the_library_there_is_no_copier(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
