@@ -184,6 +184,10 @@ def _connections(answer: Answer, now: float) -> str:
         for one in behind["destinations"]:
             name = f" ({one['name']})" if one["name"] else ""
             lines.append(f"{one['failed']:>6} to {one['remote']}{name} after {one['seconds']:.1f} s: {one['cause']}")
+    if waits := account.get("unanswered"):
+        lines.append(
+            f"{waits['connections']} live: sent something, and no answer yet, for up to {waits['seconds']:.1f} s"
+        )
     if account["wrong"]:
         rows = [_wrong(one, now) for one in account["wrong"]]
         lines += table(("DIR", "FATE", "CLOSE", "PEER", "PROCESS", "AGO"), rows).split("\n")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from agent.export.advice import advise
 from agent.export.connections_api import ConnectionsApi
 from agent.export.dns_api import DnsApi
 from agent.export.events_api import EventsApi
-from agent.flows.outcome import behind_ztunnel
+from agent.flows.outcome import behind_ztunnel, unanswered
 from agent.kernel.http import Request
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.host_loop import HostLoop
@@ -208,7 +209,8 @@ class Explaining:
 
     async def _connections(self, pod: Pod) -> dict[str, Any]:
         """Summarises the last connections by direction, fate and reason, and lists those that look wrong."""
-        nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": [], "behind": None, "wrong": []}
+        nothing = {"collector": "off", "error": "", "live": 0, "ended": 0, "fates": []}
+        nothing |= {"behind": None, "unanswered": None, "wrong": []}
         query = {"pod": pod.uid, "limit": str(_COUNTED)}
         try:
             answer = await self.records.connections(Request("GET", "/v1/connections", query))
@@ -227,6 +229,7 @@ class Explaining:
                 for (direction, fate, reason), count in counts.most_common()
             ],
             "behind": behind_ztunnel(ended),
+            "unanswered": unanswered(live, time.time()),
             "wrong": wrong[-_SHOWN:],
         }
 

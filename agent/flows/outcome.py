@@ -16,6 +16,7 @@ from agent.flows.record import Closer, Connection, Direction, Fate, How
 UNKNOWN_WORKLOAD: Final = 4.5  # seconds; ztunnel waits 5 for a workload of the names that the agent sent
 _ABSENT: Final = 1.0  # an address without a host is given up after three ARP requests, a second each
 _SILENT: Final = 2 * UNKNOWN_WORKLOAD  # ztunnel gives up connecting after 10 s
+_WAITING: Final = 1.0  # a younger one without an answer is normal
 CONSIDERED: Final = 20  # of the latest captured connections
 
 Row = Mapping[str, Any]
@@ -86,6 +87,16 @@ def behind_ztunnel(ended: Sequence[Row]) -> dict[str, Any] | None:
     if not failed:
         return None
     return {"considered": len(latest), "failed": len(failed), "destinations": list(_destinations(latest))}
+
+
+def unanswered(live: Iterable[Row], now: float) -> dict[str, Any] | None:
+    """Returns how many live connections have no answer yet, and for how many seconds the longest has been open.
+
+    Returns None if all are younger than a second. `now` is Unix time.
+    """
+    ages = [now - row["opened"] for row in live if row["outcome"] == Outcome.NO_ANSWER]
+    ages = [age for age in ages if age >= _WAITING]
+    return {"connections": len(ages), "seconds": round(max(ages), 1)} if ages else None
 
 
 def _destinations(rows: Iterable[Row]) -> Iterable[dict[str, Any]]:

@@ -15,7 +15,9 @@ from support.node import PORT, Node, NodePod, node, until
 from agent.lab.node_services import LabBackend
 
 pytestmark = pytest.mark.root
-WAYS = [(LabBackend.NFTABLES, "ebpf"), (LabBackend.NFTABLES, "inet_diag"), (LabBackend.EBPF, "ebpf")]
+BY_EBPF = [(LabBackend.NFTABLES, "ebpf"), (LabBackend.EBPF, "ebpf")]
+# By inet_diag a connection that was reset before a dump has shown it is undecided: its other end is not known any more.
+WAYS = [*BY_EBPF, (LabBackend.NFTABLES, "inet_diag")]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids="-".join)
@@ -46,6 +48,7 @@ def outcomes(here: Node, pod: NodePod, host: str, port: int, wanted: list[str]) 
     until(there, f"outcomes {wanted}")
 
 
+@pytest.mark.parametrize("here", BY_EBPF, ids="-".join, indirect=True)
 def test_a_server_that_refuses_is_told_and_that_it_serves_again(here: Node) -> None:
     pod = here.add(here.pod("client"))
     host = here.host(pod)
@@ -60,14 +63,9 @@ def test_a_server_that_refuses_is_told_and_that_it_serves_again(here: Node) -> N
     assert "refused there, or denied by a policy" in told
     assert f"Action:    ztunnel takes its connections to {host}:{PORT + 1}, and cuts them off" in told
     assert "cut off" in here.sluice("connections", pod.key)
-    with contextlib.ExitStack() as kept:
-        server = kept.enter_context(Inside(here.netns).listen("0.0.0.0", PORT + 1))
-        made = kept.enter_context(Inside(pod.netns).connect(host, PORT + 1))
-        taken = kept.enter_context(server.accept()[0])
-        made.sendall(b"request")
-        assert taken.recv(7) == b"request"
-        outcomes(here, pod, host, PORT + 1, [*["cut off"] * 3, "no answer yet"])
-        taken.sendall(b"answer")
+    with Inside(here.netns).listen("0.0.0.0", PORT + 1) as server, Inside(pod.netns).connect(host, PORT + 1) as made:
+        with server.accept()[0] as taken:
+            taken.sendall(b"answer")
         assert made.recv(6) == b"answer"
     outcomes(here, pod, host, PORT + 1, [*["cut off"] * 3, "ok"])
     told = here.sluice("explain", pod.key)
@@ -76,6 +74,25 @@ def test_a_server_that_refuses_is_told_and_that_it_serves_again(here: Node) -> N
     here.delete(pod)
 
 
+def test_a_server_that_is_slow(here: Node) -> None:
+    pod = here.add(here.pod("patient"))
+    host = here.host(pod)
+    with contextlib.ExitStack() as kept:
+        server = kept.enter_context(Inside(here.netns).listen("0.0.0.0", PORT + 2))
+        made = kept.enter_context(Inside(pod.netns).connect(host, PORT + 2))
+        taken = kept.enter_context(server.accept()[0])
+        made.sendall(b"request")
+        assert taken.recv(7) == b"request"
+        outcomes(here, pod, host, PORT + 2, ["no answer yet"])
+        until(lambda: "1 live: sent something, and no answer yet" in here.sluice("explain", pod.key), "it is told")
+        taken.sendall(b"answer")
+        assert made.recv(6) == b"answer"
+        outcomes(here, pod, host, PORT + 2, ["open"])
+    outcomes(here, pod, host, PORT + 2, ["ok"])
+    here.delete(pod)
+
+
+@pytest.mark.parametrize("here", BY_EBPF, ids="-".join, indirect=True)
 def test_an_address_without_a_host(here: Node) -> None:
     pod = here.add(here.pod("lost"))
     nowhere = pod.ipv4.rpartition(".")[0] + ".77"

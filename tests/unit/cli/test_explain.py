@@ -70,7 +70,7 @@ def captured(**changes: Any) -> dict[str, Any]:
                 "destinations": [
                     {"remote": "10.1.0.1:80", "name": "bank/db", "failed": 2, "seconds": 0.04, "cause": "refused"},
                 ],
-            }, "wrong": [LEAKED, FAILED]},
+            }, "unanswered": {"connections": 2, "seconds": 3.0}, "wrong": [LEAKED, FAILED]},
         "advice": "",
         "mesh": {"error": "", "certificate": {"identity": "spiffe://td/ns/shop/sa/robot", "state": "Available",
                                               "until": "2026-03-04T05:06:07Z"},
@@ -125,6 +125,7 @@ Connections
        2 outbound leaked (raw)
   of the last 4 captured outbound ones, ztunnel took and cut off 2:
        2 to 10.1.0.1:80 (bank/db) after 0.0 s: refused
+  2 live: sent something, and no answer yet, for up to 3.0 s
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from agent.flows.outcome import CONSIDERED, UNKNOWN_WORKLOAD, behind_ztunnel, cause, outcome
+from agent.flows.outcome import CONSIDERED, UNKNOWN_WORKLOAD, behind_ztunnel, cause, outcome, unanswered
 from agent.flows.record import Closer, Connection, Direction, Fate, How, Reason
 
 GOOD = Connection(
@@ -99,3 +99,9 @@ def test_only_the_latest_captured_outbound_ones_are_considered() -> None:
     found = behind_ztunnel([row("cut off"), *[row()] * (CONSIDERED - 1)])
     assert found == {"considered": CONSIDERED, "failed": 1, "destinations": []}
     assert behind_ztunnel([]) is None
+
+
+def test_what_waits_for_longer_than_a_moment_is_unanswered() -> None:
+    young, old, older = (row("no answer yet", opened=opened) for opened in (99.5, 97.0, 96.96))
+    assert unanswered([young, row("open", opened=1.0)], 100.0) is None
+    assert unanswered([young, old, older], 100.0) == {"connections": 2, "seconds": 3.0}
