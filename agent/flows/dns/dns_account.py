@@ -34,7 +34,7 @@ from agent.kernel.pod_netns import PodNetns
 log = logging.getLogger("sluice.dns")
 KEPT: Final = 128  # queries of one pod
 _PAUSE: Final = 0.1  # seconds between two readings
-_SHARE: Final = 9  # times as long as a reading took is the least pause after it
+_SHARE: Final = 9  # times the processor time of a reading is the least pause after it
 _TICK: Final = 1.0  # seconds between two looks for queries without an answer
 _MOST: Final = 512  # packets of a tap in one reading
 _ON_LO, _ELSEWHERE = dns_filter(lo=True), dns_filter(lo=False)
@@ -65,6 +65,7 @@ class DnsAccount:
         self._epoll = select.epoll()
         self._due = asyncio.Event()
         self._reading = asyncio.Lock()
+        self._spent = 0.0  # seconds of a processor that the last reading took
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def enrol(self, pod: Pod, target: PodNetns) -> None:
@@ -117,12 +118,12 @@ class DnsAccount:
         self._loop = asyncio.get_running_loop()
         while True:
             await self._arrived()
-            began = time.monotonic()
+            self._spent = 0.0
             try:
                 await self.look()
             except Exception as error:  # noqa: BLE001 - it must not end the agent
                 log.warning("account of DNS queries: %s", error)
-            await asyncio.sleep(max(_PAUSE, _SHARE * (time.monotonic() - began)))
+            await asyncio.sleep(max(_PAUSE, _SHARE * self._spent))
 
     async def _arrived(self) -> None:
         """Waits for packets, for a tap to close, or for a tick while queries wait for their answers."""
@@ -140,13 +141,15 @@ class DnsAccount:
     async def look(self) -> None:
         """Reads the packets that have come since the last call. Raises KernelError."""
         async with self._reading:
-            found = await asyncio.to_thread(self._read)
+            found, self._spent = await asyncio.to_thread(self._read)
             for held, query in found:
                 held.kept.append(query)
                 self.totals.add(query)
             self.recent.add([query for _, query in found])
 
-    def _read(self) -> list[tuple[_Pod, DnsQuery]]:
+    def _read(self) -> tuple[list[tuple[_Pod, DnsQuery]], float]:
+        """Returns the queries that have ended, and the seconds of a processor that it took, without its waits."""
+        began = time.thread_time()
         with self._lock:
             old, self._old = self._old, []
             ready = [one for fd, _ in self._epoll.poll(0) if (one := self._by_descriptor.get(fd))]
@@ -163,7 +166,7 @@ class DnsAccount:
         found += [(held, query) for held in pods for query in held.queries.expire(now)]
         for closing in old:
             closing.close()
-        return found
+        return found, time.thread_time() - began
 
     def close(self) -> None:
         """Closes everything; after `run` has ended."""
