@@ -169,7 +169,8 @@ def test_many_ready_pairs_take_several_batches(scene: Scene) -> None:
     pairs = [scene.pair() for _ in range(3 * BATCH)]
     for client, *_ in pairs:
         client.send(b"x")
-    assert scene.poll(0.001) == []
+    for _ in range(3):  # one suffices, unless its time is over before
+        assert scene.poll(0.001) == []
     assert all(server.recv(1) == b"x" for *_, server in pairs)
 
 
