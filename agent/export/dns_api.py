@@ -43,7 +43,8 @@ class DnsApi:
             return await self._followers.records(self._account.recent, query, keep, "queries")
         limit = whole(query, "limit", KEPT)
         await self._account.look()
-        number, lost = self._account.recent.number, self._account.lost
+        number = self._account.recent.number
+        lost = self._account.lost
         found = self._account.of(pods[0].uid) if pods else None
         if found:
             kept, lost = found

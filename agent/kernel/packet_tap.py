@@ -52,7 +52,8 @@ class PacketTap:
         Packets begin with their IP header. An interface that was set down, or is gone, has none.
         """
         taken = list[tuple[float, bytes]]()
-        receive, longest = self.socket.recvmsg, self._longest
+        receive = self.socket.recvmsg
+        longest = self._longest
         try:
             while len(taken) < most:
                 data, control, _, _ = receive(longest, _CONTROL)

@@ -65,7 +65,8 @@ class StallWatch:
         async with contextlib.AsyncExitStack() as held:
             due = list[tuple[PodState, PodNetns]]()
             for uid in uids:
-                entry, target = self._entries.get(uid), self._namespaces.opened(uid)
+                entry = self._entries.get(uid)
+                target = self._namespaces.opened(uid)
                 if entry is None or entry.lock.locked():
                     continue
                 if target is None or entry.status.state is not State.ENABLED:

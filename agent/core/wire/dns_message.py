@@ -77,7 +77,8 @@ def read(message: bytes) -> DnsMessage | None:
     end = question_end(message)
     if not end:
         return None
-    name, kind = _name(message), int.from_bytes(message[end - 4 : end - 2])
+    name = _name(message)
+    kind = int.from_bytes(message[end - 4 : end - 2])
     if not is_answer:
         return DnsMessage(number, is_answer, name, kind, 0)
     addresses, ttl = _addresses(message, end, min(answers, _MOST_RECORDS))

@@ -151,7 +151,8 @@ class DnsAccount:
         """Returns the queries that have ended, and the seconds of a processor that it took, without its waits."""
         began = time.thread_time()
         with self._lock:
-            old, self._old = self._old, []
+            old = self._old
+            self._old = []
             ready = [one for fd, _ in self._epoll.poll(0) if (one := self._by_descriptor.get(fd))]
             pods = list(self._pods.values())
         now = time.time()  # before the packets are taken: an answer is among them if it came until then

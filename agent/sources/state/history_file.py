@@ -86,7 +86,8 @@ class HistoryFile:
     def select(self, selection: Selection) -> tuple[list[HistoryEvent], int]:
         """Returns the chosen events, and the number of the last change."""
         with self._changed:
-            events, number = self._history.events(), self._history.number
+            events = self._history.events()
+            number = self._history.number
         return selection.of(events), number
 
     @contextmanager

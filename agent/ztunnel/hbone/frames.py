@@ -209,12 +209,14 @@ def write_data_header(buffer: bytearray, length: int, stream: int) -> None:
 def headers(stream: int, block: bytes, largest: int, *, end: bool = False) -> bytes:
     """Returns a header block as HEADERS and CONTINUATION frames of at most `largest` bytes each."""
     made = []
-    kind, flags = HEADERS, END_STREAM if end else 0
+    kind = HEADERS
+    flags = END_STREAM if end else 0
     for at in range(0, len(block), largest):
         part = block[at : at + largest]
         last = END_HEADERS if at + largest >= len(block) else 0
         made.append(_HEADER.pack(len(part) >> 8, len(part) & 0xFF, kind, flags | last, stream) + part)
-        kind, flags = CONTINUATION, 0
+        kind = CONTINUATION
+        flags = 0
     return b"".join(made)
 
 
