@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
 from agent.backends.ebpf.abi import ExitCause
 from agent.backends.non_tcp import Counts
 from agent.core.errors import KernelError
 from agent.core.model.pods import Pod
 from agent.core.model.sockets import TcpState
 from agent.core.model.status import State, Status
-from agent.export.prometheus import Collector, CounterMetricFamily, GaugeMetricFamily, Metric
 from agent.flows.inet_diag.socket_counts import PodSockets
 
 log = logging.getLogger("sluice.reconciler")

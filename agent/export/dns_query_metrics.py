@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-from agent.export.prometheus import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+
 from agent.flows.dns.summary import BOUNDS, DnsTotals
 
 

@@ -7,20 +7,16 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import Metric
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
 from agent.core.model.pods import Pod, without_sandbox
 from agent.core.model.status import Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
 from agent.export.collectors import ScrapeCollector
 from agent.export.metrics_page import ConnectionMetrics, Page
-from agent.export.prometheus import (
-    CollectorRegistry,
-    Counter,
-    GCCollector,
-    Histogram,
-    Metric,
-    ProcessCollector,
-    disable_created_metrics,
-)
 
 log = logging.getLogger("sluice.reconciler")
 

@@ -8,10 +8,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod
 from agent.export import exposition
-from agent.export.prometheus import CollectorRegistry, generate_latest, generate_openmetrics
 from agent.flows.label_totals import LabelTotals, Snapshot
 from agent.flows.record import Delta, Quality
 from agent.kernel import http

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -76,12 +75,6 @@ def test_only_ztunnel_commands_and_lab_may_import_libraries_of_ztunnel() -> None
     allowed = {"agent.__main__", "agent.cli", "agent.diagnosis", "agent.lab", "agent.ztunnel"}
     contract = "The daemon and what it imports load no library of ztunnel"
     assert sources(contract) == TOP - allowed | {"agent.cli.agent"}
-
-
-def test_one_module_imports_prometheus_client() -> None:
-    """It leaves out the HTTP servers that the library brings."""
-    importing = re.compile(r"^\s*(from|import) prometheus_client", re.MULTILINE)
-    assert [name for name, path in MODULES.items() if importing.search(path.read_text())] == ["agent.export.prometheus"]
 
 
 def test_the_packages_of_backends_do_not_know_one_another() -> None:
