@@ -167,7 +167,7 @@ def unusual() -> dict[str, Any]:
         "enablement_selectors": [{"podSelector": {"matchLabels": {"odd": "yes"}}}], "cni_conf_name": "07-odd.conflist",
         "cni_conf_dir": "/odd/net.d", "cni_bin_dir": "/odd/bin", "cni_plugin": "/odd/sluice-cni",
         "host_root": "/odd-host", "connection_log": "/var/log/odd/c.log", "connection_log_bytes": 123456789,
-        "connection_log_keep": 9,
+        "connection_log_keep": 9, "history_bytes": 123456,
         "connection_log_sample": 1000000, "metrics_label_sets": 1000000,
         "ztunnel_ports": ["4321"],
     }  # fmt: skip
