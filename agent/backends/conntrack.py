@@ -97,7 +97,7 @@ class ConntrackBackend:
             remark = f"conntrack forgets half-closed connections of this pod after a minute: {have.refused}"
             return Plan(remarks=(remark,) if changes and want else ())
         steps = tuple(Step(f"sysctl -w {_PREFIX}{one.name}={one.seconds}", one) for one in changes)
-        return Plan(steps, tuple(f"to do: {step.text}" for step in steps))
+        return Plan(steps, tuple(f"sysctl {_PREFIX}{one.name} is not {one.seconds}" for one in changes))
 
     def apply(self, target: PodNetns, plan: Plan[TimeoutChange]) -> None:
         self._seen.pop(target, None)

@@ -23,7 +23,7 @@ from agent.backends.route_places import TABLES, RoutePlace
 from agent.core.errors import KernelError
 from agent.core.model.plan import Plan, Step
 from agent.core.model.redirect import Redirect
-from agent.core.wire.rtnetlink import Item, command
+from agent.core.wire.rtnetlink import Item, command, difference
 from agent.kernel import scratch
 from agent.kernel.netlink.notifications import NotificationMark
 from agent.kernel.netlink.route_socket import RouteSocket
@@ -95,7 +95,7 @@ class RoutingBackend:
         changes += [RouteChange(item, False) for item in reversed(held) if item not in wanted]
         # Interfaces come and go, and the kernel removes their routes: that is not reported.
         due = [c for c in changes if want is None or not route_places.is_for_bound(c.item)]
-        differences = tuple(f"to do: ip {command(c.item, add=c.add)}" for c in due)
+        differences = tuple(difference(c.item, add=c.add) for c in due)
         # Nothing comes before rules that are not wanted; None asks what would come before them.
         return Plan(steps(changes), differences, remarks=have.remarks if want is None or want.marks else ())
 

@@ -21,7 +21,7 @@ from agent.backends.routing import RouteChange, steps
 from agent.core import names
 from agent.core.model.plan import Plan
 from agent.core.wire.policy_rules import by_interface_or_destination
-from agent.core.wire.rtnetlink import LookupRule, Table
+from agent.core.wire.rtnetlink import LookupRule, Table, difference
 from agent.kernel.host_netns import HostNetns
 
 TO_POD_PRIORITY: Final = 512
@@ -80,8 +80,7 @@ class BranchEni:
             # The way to the pod goes before the way back; a pod with unknown addresses keeps both.
             gone = [rule for rule in mine if rule not in due and not (want and want.unknown)]
             changes += [RouteChange(rule, False) for rule in sorted(gone, key=lambda rule: bool(rule.iif))]
-        due_steps = steps(changes)
-        return Plan(due_steps, tuple(f"to do: {step.text}" for step in due_steps))
+        return Plan(steps(changes), tuple(difference(c.item, add=c.add) for c in changes))
 
     def apply(self, target: HostNetns, plan: Plan[RouteChange]) -> None:
         for step in plan.steps:

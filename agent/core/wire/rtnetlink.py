@@ -217,9 +217,16 @@ Item = LookupRule | LocalRoute
 
 def command(item: Item, *, add: bool) -> str:
     """Returns the arguments of the ip command that adds or deletes it."""
-    six = "-6 " if item.family == 6 else ""
-    kind = "route" if isinstance(item, LocalRoute) else "rule"
-    return f"{six}{kind} {'add' if add else 'del'} {item}"
+    return f"{_kind(item)} {'add' if add else 'del'} {item}"
+
+
+def difference(item: Item, *, add: bool) -> str:
+    """Returns in words what is wrong while that command is due."""
+    return f"ip {_kind(item)} {item} is {'missing' if add else 'not wanted'}"
+
+
+def _kind(item: Item) -> str:
+    return ("-6 " if item.family == 6 else "") + ("route" if isinstance(item, LocalRoute) else "rule")
 
 
 def encode(item: Item, *, add: bool) -> tuple[Rtm, bytes]:

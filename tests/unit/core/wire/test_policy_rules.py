@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent.core.wire.netlink import attribute
 from agent.core.wire.policy_rules import FibRule, by_interface_or_destination, parse
-from agent.core.wire.rtnetlink import FIB_RULE_HDR, Action, LookupRule
+from agent.core.wire.rtnetlink import FIB_RULE_HDR, Action, LocalRoute, LookupRule, command, difference
 
 MARKED = {6: 32764, 10: 0x111, 16: 0xFFF, 15: 100}
 
@@ -93,3 +93,11 @@ def test_a_jump_is_printed_with_its_target() -> None:
 )
 def test_rules_by_interface_or_destination_alone(rule: FibRule, found: LookupRule | None) -> None:
     assert by_interface_or_destination(rule) == found
+
+
+def test_an_item_as_a_command_and_as_a_difference() -> None:
+    rule = LookupRule(6, 32764, mark=0x111, mask=0xFFF, table=100)
+    assert command(rule, add=True) == "-6 rule add fwmark 0x111/0xfff lookup 100 pref 32764"
+    assert difference(rule, add=True) == "ip -6 rule fwmark 0x111/0xfff lookup 100 pref 32764 is missing"
+    wrong = difference(LocalRoute(4, 100), add=False)
+    assert wrong.startswith("ip route local 0.0.0.0/0 dev lo table 100") and wrong.endswith(" is not wanted")
