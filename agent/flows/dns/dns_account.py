@@ -37,6 +37,7 @@ _PAUSE: Final = 0.1  # seconds between two readings
 _SHARE: Final = 9  # times the processor time of a reading is the least pause after it
 _TICK: Final = 1.0  # seconds between two looks for queries without an answer
 _MOST: Final = 512  # packets of a tap in one reading
+_TURN: Final = 0.02  # seconds of a processor for a tap in one reading: one TCP segment can have dozens of queries
 _ON_LO, _ELSEWHERE = dns_filter(lo=True), dns_filter(lo=False)
 
 
@@ -159,7 +160,12 @@ class DnsAccount:
         found = list[tuple[_Pod, DnsQuery]]()
         for held, tap in ready:
             packets, lost = tap.take(_MOST)
-            found += [(held, query) for query in held.queries.add(packets)]
+            until = time.thread_time() + _TURN
+            for number, packet in enumerate(packets):
+                if time.thread_time() >= until:
+                    lost += len(packets) - number  # else other pods would lose theirs in the pause that follows
+                    break
+                found += [(held, query) for query in held.queries.add([packet])]
             if lost:
                 lost += held.queries.forget()
                 held.lost += lost
