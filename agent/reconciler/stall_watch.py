@@ -92,13 +92,16 @@ class StallWatch:
     def _report(self, before: frozenset[str], now: frozenset[str]) -> None:
         if began := now - before:
             log.warning("ztunnel has stalled: it does not accept connections of %s", self._names(began))
-        if ended := before - now:
+        if ended := frozenset(uid for uid in before - now if self._is_enrolled(uid)):
             log.info("ztunnel accepts connections again: %s", self._names(ended))
-
         for uids, over in ((began, False), (ended, True)):
             for uid in uids:
                 if (entry := self._entries.get(uid)) and entry.decided:
                     self._journal.stalled(entry.decided[0], over=over)
+
+    def _is_enrolled(self, uid: str) -> bool:
+        entry = self._entries.get(uid)  # None: the pod is gone
+        return entry is not None and entry.status.state is not State.EXCLUDED
 
     def _names(self, uids: frozenset[str]) -> str:
         entries = [entry for uid in uids if (entry := self._entries.get(uid))]

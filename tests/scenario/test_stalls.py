@@ -67,6 +67,7 @@ def test_a_pod_that_left_the_mesh_or_lost_ztunnel_is_not_stalled(clock: SimpleNa
         await world.settle(pod("lost"))
         await look(world, clock, "web", "lost")
         assert [state(world, uid) for uid in ("web", "lost")] == [State.EXCLUDED, State.PENDING]
+        assert ("web", True) not in world.journal.stalls
         world.listening.deaf = False
         await world.settle(pod(), pod("lost"))
         assert [state(world, uid) for uid in ("web", "lost")] == [State.ENABLED, State.ENABLED]
