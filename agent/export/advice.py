@@ -11,6 +11,7 @@ from agent.flows.outcome import UNKNOWN_WORKLOAD
 
 Answer = Mapping[str, Any]
 _FEW = 3  # connections that ztunnel cut off; fewer may be a server that was away
+_CAUSES = 3  # of the latest repairs, by name
 _AMBIENT = f"{names.DATAPLANE_MODE}=ambient"
 
 
@@ -41,7 +42,7 @@ def _broken(answer: Answer, *, kubernetes: bool) -> str:
     if answer["state"] == "pending":
         return "see ztunnel's log: it is connected, but has not accepted this pod"
     if answer["in_kernel"] == "drifted":
-        return f"run `sluice verify {name} --repair`; the process that changed it is shown below after the repair"
+        return _repair(answer)
     if ztunnel["foreign"]:
         return "a process of the pod listens on a port of ztunnel: make it use another port; see docs/limits.md"
     if ztunnel["silent"]:
@@ -52,6 +53,15 @@ def _broken(answer: Answer, *, kubernetes: bool) -> str:
         again = f"delete its pod on node {answer['node']}" if kubernetes else "systemctl restart sluice-ztunnel"
         return f"ztunnel hangs, or has too little CPU: see its log and its CPU limit, then {again}"
     return ""
+
+
+def _repair(answer: Answer) -> str:
+    """Advises on drift. The cause of earlier repairs may cause it again."""
+    repair = f"run `sluice verify {_name(answer)} --repair`"
+    causes = dict.fromkeys(one["cause"] for one in reversed(answer["recent_repairs"]) if one["cause"] != "unknown")
+    if not causes:
+        return f"{repair}; the process that changed it is shown below after the repair"
+    return f"{repair}; if it drifts again, stop what changes it: {', '.join(list(causes)[:_CAUSES])} (see Repaired)"
 
 
 def _watch(answer: Answer) -> str:

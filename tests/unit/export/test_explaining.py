@@ -170,7 +170,11 @@ def test_what_is_not_right_is_advised_on_worst_first() -> None:
         assert "a process of the pod listens on a port of ztunnel" in (await bench())["advice"]
         bench.world.kernel.damage("rules", bench.world.target("web"))
         told = await bench()
-        assert told["advice"].startswith("run `sluice verify shop/web --repair`")
+        repair = "run `sluice verify shop/web --repair`; "
+        assert told["advice"] == repair + "the process that changed it is shown below after the repair"
+        earlier = {**told, "recent_repairs": [{"cause": one} for one in ("nft[7]", "ip[9]", "unknown", "nft[7]")]}
+        again = advise(earlier, kubernetes=False, static="")
+        assert again == repair + "if it drifts again, stop what changes it: nft[7], ip[9] (see Repaired)"
         (wrong,) = [one for one in told["layers"] if not one["in_sync"]]
         assert (wrong["layer"], wrong["differences"], wrong["script"]) == ("rules", ["it holds damaged"], "rules set")
 
