@@ -21,7 +21,7 @@ from agent.kernel.admin_socket import ask
 _HEADER = ("ENDED", "POD", "DIR", "LOCAL", "REMOTE", "FATE", "SENT", "RECEIVED", "RTT", "DURATION", "CLOSE")
 _WIRE: Final = ("WIRE", "REMOTE IDENTITY")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
-_WIDTHS: Final = (12, 22, 3, 21, 34, 9, 9, 9, 9, 8, 16, 9, 0)
+_WIDTHS: Final = (13, 22, 3, 21, 34, 9, 9, 9, 9, 8, 16, 9, 0)
 _PAUSE: Final = 1.0  # seconds between two readings of ztunnel's pages, which may be large
 WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 Row = Mapping[str, Any]
@@ -101,7 +101,7 @@ def _print(form: str, row: Row) -> None:
     elif form == "yaml":
         print(yaml.safe_dump(row, sort_keys=False, explicit_start=True), end="")
     else:
-        print(_line(_cells(row, row["time"][11:23])))  # of an ISO 8601 moment: hours to milliseconds, in UTC
+        print(_line(_cells(row, row["time"][11:])))  # of an ISO 8601 moment: from the hours on
 
 
 def _line(cells: tuple[str, ...]) -> str:

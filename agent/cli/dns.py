@@ -16,7 +16,7 @@ from agent.kernel.admin_socket import ask
 
 _HEADER: Final = ("TIME", "POD", "NAME", "TYPE", "RCODE", "LATENCY", "RESOLVER", "CAPTURED")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
-_WIDTHS: Final = (12, 22, 40, 5, 9, 8, 15, 0)
+_WIDTHS: Final = (13, 22, 40, 5, 9, 8, 15, 0)
 Row = Mapping[str, Any]
 
 
@@ -73,7 +73,7 @@ def _line(cells: tuple[str, ...]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
-        row["time"][11:23],  # of an ISO 8601 moment: hours to milliseconds, in UTC
+        row["time"][11:],  # of an ISO 8601 moment: from the hours on
         f"{row['namespace']}/{row['pod']}",
         row["name"],
         row["type"],

@@ -118,7 +118,8 @@ PAGES: Final[Mapping[str, Page]] = {
     "dns": Page(
         "Lists the last DNS queries of pods, and says what stands out: resolvers without an answer, names that do not "
         "exist because a search domain was added, queries that were not captured. With --follow each query is printed "
-        "once it has its answer, or has waited for 5 s. The agent keeps the last 128 queries of each pod.",
+        "once it has its answer, or has waited for 5 s. The agent keeps the last 128 queries of each pod. Times "
+        "are in UTC.",
         {
             "dns": "of all pods: the last 20",
             "dns shop/web --last 100": "of one pod",

@@ -69,7 +69,7 @@ def outcome(one: Connection) -> Outcome:
 def cause(seconds: float) -> str:
     """Returns the likely cause for a connection that ztunnel cut off after so many seconds."""
     if seconds < _ABSENT:
-        return "refused there, or denied by a policy"
+        return "refused there, no route to it, or denied by a policy"
     if seconds < UNKNOWN_WORKLOAD:
         return "no host has the address"
     return "ztunnel does not know this pod's workload" if seconds < _SILENT else "the host does not answer"

@@ -40,9 +40,9 @@ ENDED  POD       DIR  LOCAL           REMOTE                   FATE            S
 -      -         out  10.0.0.1:40000  10.96.0.1:80 (bank/db)   leaked          4.7GiB  1.5MiB    250us  2h5m      -
 """  # noqa: E501
 LINES = """\
-ENDED         POD                     DIR  LOCAL                  REMOTE                              FATE       SENT       RECEIVED   RTT        DURATION  CLOSE
-05:06:07.890  shop/web                out  10.0.0.1:40000         10.96.0.1:80 (bank/api)             captured   999B       1.5MiB     250us      50.00s    fin by remote
-05:06:08.001  shop/web                in   [fd00::1]:8080         [fd16::1]:50000                     exempt (probe)  0B         0B         -          2.1ms     fin by remote
+ENDED          POD                     DIR  LOCAL                  REMOTE                              FATE       SENT       RECEIVED   RTT        DURATION  CLOSE
+05:06:07.890Z  shop/web                out  10.0.0.1:40000         10.96.0.1:80 (bank/api)             captured   999B       1.5MiB     250us      50.00s    fin by remote
+05:06:08.001Z  shop/web                in   [fd00::1]:8080         [fd16::1]:50000                     exempt (probe)  0B         0B         -          2.1ms     fin by remote
 """  # noqa: E501
 
 

@@ -111,9 +111,14 @@ def test_a_captured_pod_and_where_everything_comes_from() -> None:
     on_bench(script, places, ztunnel_ports=("15001", "15006"))
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(5.01, "not to know the workload shop/web with service account robot"),
-                                                (0.01, "cuts them off: refused there, or denied by a policy"),
-                                                (3.1, "no host has the address")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (5.01, "not to know the workload shop/web with service account robot"),
+        (0.01, "cuts them off: refused there, no route to it, or denied by a policy"),
+        (3.1, "no host has the address"),
+    ],
+)
 def test_connections_that_ztunnel_cuts_off(seconds: float, words: str) -> None:
     async def script(bench: Bench) -> None:
         await bench.world.settle(pod())

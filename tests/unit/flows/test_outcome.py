@@ -66,7 +66,7 @@ def test_each_record_has_one(changes: dict[str, Any], word: str) -> None:
 
 def test_the_likely_cause_is_known_by_the_time_that_it_took() -> None:
     assert [cause(seconds) for seconds in (0.01, 3.1, 5.0, 10.0)] == [
-        "refused there, or denied by a policy",
+        "refused there, no route to it, or denied by a policy",
         "no host has the address",
         "ztunnel does not know this pod's workload",
         "the host does not answer",
