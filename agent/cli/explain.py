@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from agent.cli import options
+from agent.cli.connections import span
 from agent.cli.dns import summary_lines
 from agent.cli.events import event_table
 from agent.cli.ztunnel_pages import ZtunnelPages
@@ -183,10 +184,10 @@ def _connections(answer: Answer, now: float) -> str:
         )
         for one in behind["destinations"]:
             name = f" ({one['name']})" if one["name"] else ""
-            lines.append(f"{one['failed']:>6} to {one['remote']}{name} after {one['seconds']:.1f} s: {one['cause']}")
+            lines.append(f"{one['failed']:>6} to {one['remote']}{name} after {span(one['seconds'])}: {one['cause']}")
     if waits := account.get("unanswered"):
         lines.append(
-            f"{waits['connections']} live: sent something, and no answer yet, for up to {waits['seconds']:.1f} s"
+            f"{waits['connections']} live: sent something, and no answer yet, for up to {span(waits['seconds'])}"
         )
     if account["wrong"]:
         rows = [_wrong(one, now) for one in account["wrong"]]
@@ -242,7 +243,7 @@ def _process(one: Answer) -> str:
 
 def _repairs(answer: Answer, now: float) -> str:
     rows = [
-        (ago(one["time"], now), one["layer"], f"{one['seconds'] * 1e3:.1f} ms", one["cause"], _joined(one))
+        (ago(one["time"], now), one["layer"], span(one["seconds"]), one["cause"], _joined(one))
         for one in answer["recent_repairs"]
     ]
     return table(("AGO", "LAYER", "TOOK", "CHANGED BY", "WHAT DIFFERED"), rows)

@@ -65,7 +65,8 @@ def _fates(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     lines = []
     for fate, reasons in fates.items():
         named = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common() if reason)
-        lines.append((fate, f"{reasons.total()} connections" + (f" ({named})" if named else "")))
+        total = reasons.total()
+        lines.append((fate, f"{total} connection{'s' * (total != 1)}" + (f" ({named})" if named else "")))
     return lines if rows else []
 
 

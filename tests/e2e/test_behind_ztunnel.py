@@ -59,7 +59,7 @@ def test_a_server_that_refuses_is_told_and_that_it_serves_again(here: Node) -> N
     outcomes(here, pod, host, PORT + 1, ["cut off"] * 3)
     told = here.sluice("explain", pod.key)
     assert "of the last 4 captured outbound ones, ztunnel took and cut off 3:" in told
-    assert f"3 to {host}:{PORT + 1} after 0." in told
+    assert f"3 to {host}:{PORT + 1} after " in told
     assert "refused there, no route to it, or denied by a policy" in told
     assert f"Action:    ztunnel takes its connections to {host}:{PORT + 1}, and cuts them off" in told
     assert "cut off" in here.sluice("connections", pod.key)

@@ -126,6 +126,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
             {"direction": "inbound", "fate": "captured", "reason": "", "connections": 2},
             {"direction": "inbound", "fate": "exempt", "reason": "probe", "connections": 1},
             {"direction": "outbound", "fate": "exempt", "reason": "loopback", "connections": 3},
+            {"direction": "outbound", "fate": "leaked", "reason": "raw", "connections": 1},
         ],
     })  # fmt: skip
     assert main(["status"]) == 0
@@ -135,7 +136,7 @@ def test_status(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
     assert said["Foreign rules"] == "before Sluice's in 4 pods: a/a, b/b, c/c, ...; `sluice verify POD` names them"
     assert said["Probes"] == "exempt for 3 addresses by nftables (as the host)"
     assert said["Accounting"] == "ebpf (this kernel supports it)"
-    assert said["  captured"] == "7 connections" and said["  leaked"] == "0 connections"
+    assert said["  captured"] == "7 connections" and said["  leaked"] == "1 connection (1 raw)"
     assert said["  exempt"] == "4 connections (3 loopback, 1 probe)"
     assert said["Exits"] == "10 captured outbound, 2 not tcp"
     assert said["Ztunnels"] == "2; the newest does not have 3 of the pods yet"

@@ -124,8 +124,8 @@ Connections
   1 live, 2 recently ended (collector: ebpf)
        2 outbound leaked (raw)
   of the last 4 captured outbound ones, ztunnel took and cut off 2:
-       2 to 10.1.0.1:80 (bank/db) after 0.0 s: refused
-  2 live: sent something, and no answer yet, for up to 3.0 s
+       2 to 10.1.0.1:80 (bank/db) after 40.0ms: refused
+  2 live: sent something, and no answer yet, for up to 3.00s
   DIR  FATE          CLOSE                     PEER         PROCESS                  AGO
   out  leaked (raw)  reset                     10.0.0.9:80  curl (pid 7, user 1000)  10s
   in   captured      reset, never established  10.0.0.9:80  -                        10s
@@ -138,8 +138,8 @@ Mesh
   out  unknown  -                      1
 
 Repaired
-  AGO  LAYER     TOOK    CHANGED BY  WHAT DIFFERED
-  16m  nftables  2.1 ms  nft[7]      a; b
+  AGO  LAYER     TOOK   CHANGED BY  WHAT DIFFERED
+  16m  nftables  2.1ms  nft[7]      a; b
 
 State:       enabled, verified 5s ago
 Addresses:   10.0.0.2
