@@ -88,7 +88,8 @@ class BlockReader:
         except OversizedHeaderListError as error:
             raise Http2Error(ErrorCode.ENHANCE_YOUR_CALM, str(error)) from None
         except (HPACKError, IndexError, TypeError) as error:
-            raise Http2Error(ErrorCode.COMPRESSION_ERROR, str(error) or type(error).__name__) from None
+            # Its text may repeat the block, and the record of each stream would have it.
+            raise Http2Error(ErrorCode.COMPRESSION_ERROR, f"a malformed header block: {type(error).__name__}") from None
         return HeaderBlock(frame.stream, list(headers), self._ended)
 
 

@@ -102,9 +102,9 @@ class StreamTransport:
     # The stream
 
     def answered(self, headers: Headers) -> None:
-        status = (first(headers, b":status") or b"").decode("latin-1")
-        if status != "200":
-            self._fail(f"http status: {status}, from the gateway")
+        status = first(headers, b":status") or b""
+        if status != b"200":
+            self._fail(f"http status: {status[:3].decode('latin-1')}, from the gateway")
         elif not self._closed:
             self.answered_well = True
             self._event(poller.WRITE)

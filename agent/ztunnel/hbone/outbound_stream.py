@@ -108,7 +108,7 @@ class OutboundStream:
     def answered(self, headers: Headers) -> None:
         status = first(headers, b":status") or b""
         if status != b"200":
-            self._end("refused", f"http status: {status.decode('latin-1')}")
+            self._end("refused", f"http status: {status[:3].decode('latin-1')}")  # it has three digits
             return
         if self._hop.inner is not None and self._parties is not None:
             said = (first(headers, b"baggage") or b"").decode("latin-1")

@@ -80,6 +80,7 @@ def test_blocks_of_a_peer_with_a_table_are_read(fields: Headers, ended: bool) ->
         (b"\0\0\0\1\x0c\0\0\0\1", ErrorCode.PROTOCOL_ERROR),  # padded, without the length of the padding
         (b"\0\0\1\1\4\0\0\0\1\xff", ErrorCode.COMPRESSION_ERROR),
         (b"\0\0\2\1\4\0\0\0\1\xbf\x80", ErrorCode.COMPRESSION_ERROR),  # an entry that does not exist
+        (b"\0\x3a\x98\1\4\0\0\0\1\0\x7f" + b"\xff" * 14_998, ErrorCode.COMPRESSION_ERROR),  # an endless number
     ],
 )
 def test_a_block_that_cannot_be_read_ends_the_session(raw: bytes, code: ErrorCode) -> None:
@@ -87,3 +88,4 @@ def test_a_block_that_cannot_be_read_ends_the_session(raw: bytes, code: ErrorCod
         for one in split(raw):
             BlockReader(Decoder()).add(one)
     assert raised.value.code is code
+    assert len(str(raised.value)) < 100  # the peer's bytes are not in it
