@@ -39,7 +39,7 @@ def _verify(args: argparse.Namespace) -> int:
             row["name"],
             row["state"],
             row["result"],
-            row["error"] or "; ".join(row["differences"]),
+            "; ".join(filter(None, (row["error"], *row["differences"]))),
         )
         for row in rows
     ]

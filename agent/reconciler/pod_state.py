@@ -68,9 +68,13 @@ class PodState:
 
     @property
     def shown(self) -> Status:
-        """Returns the status for people and programs: with what is known of ztunnel between two passes."""
+        """Returns the status for people and programs: with what is known between two passes."""
+        if self.status.state is not State.ENABLED:
+            return self.status
         since = self.stall.since
-        if since is None or self.status.state is not State.ENABLED:
+        if since is None and self.contention.fights(time.monotonic()):
+            return replace(self.status, error="rule conflict: another process reverts repairs, and the agent backs off")
+        if since is None:
             return self.status
         began = time.strftime("%H:%M:%S UTC", time.gmtime(time.time() - (time.monotonic() - since)))
         error = f"ztunnel has not accepted connections since {began}; waiting: {self.stall}"

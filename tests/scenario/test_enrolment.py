@@ -173,6 +173,7 @@ def test_who_keeps_undoing_repairs_is_named_and_no_longer_answered_at_once() -> 
             while len(world.reconciler.repairs("web")) == 0:
                 await world.reconciler.progressed()
         assert world.journal.fights == ["nft[42]"]
+        assert world.reconciler.status("web").error.startswith("rule conflict: another process reverts repairs")
         world.kernel.damage("rules", world.target("web"))
         world.reconciler.wake("web", "nft[42]")
         for _ in range(20):

@@ -73,9 +73,13 @@ class Contention:
         looks = self._looks
         busy = LOOK_PAUSE if len(looks) == LOOKS and now - looks[0] < LOOK_WINDOW else 0.0
         busy = max(busy, self._rested - now)
-        if self._last is None or not self._pause or self._quiet(now):
+        if self._last is None or not self.fights(now):
             return busy
         return max(busy, self._last + self._pause - now)
+
+    def fights(self, now: float) -> bool:
+        """Returns True from where this became a fight until it has been quiet for a while."""
+        return bool(self._pause) and not self._quiet(now)
 
     def _quiet(self, now: float) -> bool:
         return self._last is None or now - self._last > max(self.window, 2 * self._pause, self._rested - self._last)

@@ -71,6 +71,15 @@ def test_verify_ends_with_what_it_found(
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(results)
 
 
+def test_verify_shows_the_error_and_the_differences(agent: FakeAgent, capsys: pytest.CaptureFixture[str]) -> None:
+    agent.answers["/v1/verify"] = (
+        200,
+        [row("drift", error="rule conflict", differences=["routing: x", "nftables: y"])],
+    )
+    assert main(["verify", "web"]) == 1
+    assert "rule conflict; routing: x; nftables: y\n" in capsys.readouterr().out
+
+
 def test_verify_asks_for_a_repair_only_when_told(agent: FakeAgent) -> None:
     agent.answers["/v1/verify"] = (200, [row()])
     assert main(["verify", "shop/web", "--repair"]) == 0

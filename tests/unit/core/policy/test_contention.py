@@ -33,7 +33,8 @@ def test_a_fight_is_told_once_and_slows_down_up_to_a_limit() -> None:
         told += one.repaired(now)
         pauses.append(one.pause(now))
         now += pauses[-1] + 0.01
-    assert told == 1
+    assert told == 1 and one.fights(now)
+    assert not one.fights(now + 3 * LONGEST)
     assert pauses[FREE : FREE + 4] == [1.0, 2.0, 4.0, 8.0] and pauses[-1] == LONGEST
     assert one.pause(now + 3 * LONGEST) == 0
     assert not one.repaired(now + 3 * LONGEST) and one.pause(now + 3 * LONGEST) == 0
