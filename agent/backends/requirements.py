@@ -215,7 +215,7 @@ def _nftables() -> Iterator[Need]:
         "owned tables in nft",
         Printed(OWNED),
         remedy="a newer nft (1.1.3 of Debian 13 can); until then `nft list table inet NAME` for tables of others",
-        without="while no agent runs, nft prints the tables' `flags` without a word, which it cannot load; "
+        without="while no agent runs, `nft list ruleset` prints Sluice's tables so that nft cannot load them; "
         "`nft -j` breaks off",
         behind="owned tables",
     )

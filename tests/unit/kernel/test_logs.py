@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+
+import pytest
 
 from agent.kernel.logs import Formatter
 
@@ -20,6 +23,17 @@ def line(message: str, *args: object, failed: bool = False) -> str:
 
 def test_what_a_pod_is_called_neither_begins_a_record_nor_reaches_the_terminal() -> None:
     assert line("pod %s: %s", "a", "\x1b]0;P\x07\nERROR forged") == "ERROR pod a: \\x1b]0;P\\x07\n    ERROR forged"
+
+
+def test_times_are_in_utc_as_those_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        record = logging.makeLogRecord({"created": 1_772_600_767.0, "msecs": 890.0, "msg": "x"})
+        assert Formatter("%(asctime)s %(message)s").format(record) == "2026-03-04T05:06:07.890Z x"
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_script_and_a_traceback_stay_readable() -> None:
