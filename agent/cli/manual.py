@@ -105,7 +105,7 @@ PAGES: Final[Mapping[str, Page]] = {
         "captured and was not), undecided (failed before that was known).\n\n"
         "With --wire, ztunnel's own pages (127.0.0.1:15000 and 15020 in its namespace) say how it forwarded captured "
         "connections: hbone, plaintext or unknown. Ended ones are known for a minute, if all between the same ends "
-        "went the same way.",
+        "went the same way, and none from there to an address outside of the mesh.",
         {
             "connections": "of all pods: the last 20 that ended, and the live ones",
             "connections shop/web": "of one pod",
