@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Final
 
 from agent.core.errors import KernelError
@@ -37,7 +38,7 @@ _PAUSE: Final = 0.1  # seconds between two readings
 _SHARE: Final = 9  # times the processor time of a reading is the least pause after it
 _TICK: Final = 1.0  # seconds between two looks for queries without an answer
 _MOST: Final = 512  # packets of a tap in one reading
-_TURN: Final = 0.02  # seconds of a processor for a tap in one reading: one TCP segment can have dozens of queries
+_TURN: Final = 0.02  # seconds of a processor for a pod in one reading: one TCP segment can have dozens of queries
 _ON_LO, _ELSEWHERE = dns_filter(lo=True), dns_filter(lo=False)
 
 
@@ -154,12 +155,17 @@ class DnsAccount:
         with self._lock:
             old = self._old
             self._old = []
-            ready = [one for fd, _ in self._epoll.poll(0) if (one := self._by_descriptor.get(fd))]
+            ready = dict[int, tuple[_Pod, list[PacketTap]]]()
+            for fd, _ in self._epoll.poll(0):
+                if one := self._by_descriptor.get(fd):
+                    ready.setdefault(id(one[0]), (one[0], []))[1].append(one[1])
             pods = list(self._pods.values())
         now = time.time()  # before the packets are taken: an answer is among them if it came until then
         found = list[tuple[_Pod, DnsQuery]]()
-        for held, tap in ready:
-            packets, lost = tap.take(_MOST)
+        for held, taps in ready.values():
+            taken = [tap.take(_MOST) for tap in taps]
+            packets = sorted((packet for some, _ in taken for packet in some), key=itemgetter(0))  # by time
+            lost = sum(count for _, count in taken)
             until = time.thread_time() + _TURN
             for number, packet in enumerate(packets):
                 if time.thread_time() >= until:

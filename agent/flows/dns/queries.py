@@ -16,6 +16,7 @@ from agent.core.wire.packet import TCP, Packet, parse
 
 PATIENCE: Final = 5.0  # seconds; a resolver library gives up, or asks again, after as many
 MOST_PENDING: Final = 1024  # queries of a pod
+_COPY: Final = 0.005  # seconds in which a query passes the pod's interfaces: a bridge and its port, a VLAN
 NO_ANSWER: Final = "no answer"
 _SILENCE: Final = 3.0  # seconds; the embedded ztunnel answers for a silent resolver after 4: with SERVFAIL
 Client = tuple[str, int]  # address and port
@@ -113,7 +114,10 @@ class PodQueries:
 
     def _asks(self, time: float, packet: Packet, message: dns_message.DnsMessage) -> Iterator[DnsQuery]:
         key = packet.protocol, packet.source, packet.source_port, message.number
-        before = self._pending.pop(key, None)
+        before = self._pending.get(key)
+        if before is not None and before.message == message and time - before.time < _COPY:
+            return
+        self._pending.pop(key, None)
         if before is None and len(self._pending) >= MOST_PENDING:
             key_of_oldest = next(iter(self._pending))
             yield self._record(key_of_oldest, self._pending.pop(key_of_oldest))
