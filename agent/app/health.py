@@ -48,8 +48,12 @@ class Health:
     kubernetes: Kubernetes | None
     restored: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def readiness(self) -> tuple[str, str]:
-        """Returns (why the agent cannot capture pods, what is degraded); both empty if all is well."""
+    def readiness(self, *, stalls: bool = True) -> tuple[str, str]:
+        """Returns (why the agent cannot capture pods, what is degraded); both empty if all is well.
+
+        Without `stalls` it leaves out a ztunnel that has stalled: a runtime that asks the plugin for its STATUS takes
+        the whole node out of service, and the stall may be of one pod.
+        """
         if not self.restored.is_set():
             return "still restoring pods from the previous run", ""
         if self.kubernetes and self.kubernetes.missing:
@@ -58,7 +62,7 @@ class Health:
             return f"the CNI plugin is not installed: {self.installer.error or 'installation in progress'}", ""
         if not self.zds.connections:
             return "", self.zds.absence
-        if stalled := self.stalled():
+        if stalls and (stalled := self.stalled()):
             return "", stalled
         if self.host.status.error:
             return "", f"probes from this node are captured: {self.host.status.error}"

@@ -195,7 +195,7 @@ class Agent:
             table=self.table,
             reconciler=self.reconciler,
             namespaces=self.namespaces,
-            readiness=self.health.readiness,
+            readiness=lambda: self.health.readiness(stalls=False),
             admission=self.kubernetes.admission if self.kubernetes else None,
             refused=self.history.add_refused,
         )

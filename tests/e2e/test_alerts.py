@@ -28,6 +28,7 @@ from support.installing import CALICO, text
 from support.leaking import marking
 from support.node import PLUGIN, PORT, Node, NodePod, node, until
 from support.prometheus import RULES, Prometheus, discovered, hastened, prometheus, rules
+from support.resolver import Resolver, ask
 
 from agent.core import names
 from agent.kernel.exec import run, start
@@ -130,8 +131,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def pods(world: World) -> dict[str, NodePod]:
-    """Three that talk all the time, each in its own way."""
+def pods(world: World) -> Iterator[dict[str, NodePod]]:
+    """Four that talk all the time, each in its own way; one of them asks a resolver of the node."""
     made = {name: world.here.add(world.told(name)) for name in ("client", "careless", "narrow", "touched")}
     run(["sysctl", "-qw", "net.ipv4.ip_local_port_range=40000 40009"], netns=made["narrow"].netns)
     world.again_and_again(lambda: made["client"].connect(world.here.host(made["client"])), 0.1)
@@ -142,7 +143,17 @@ def pods(world: World) -> dict[str, NodePod]:
     with Netns.open(made["client"].netns) as inside:
         datagrams = inside.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     world.again_and_again(lambda: datagrams.sendto(b"x", (made["touched"].ipv4, 9)), 0.3)
-    return made
+    with Netns.open(world.here.netns) as outside:
+        resolver = Resolver(outside, world.here.host(made["client"]))
+    with contextlib.closing(resolver):
+        asking(world, made["client"], "fine.test", 0.2)
+        yield made
+
+
+def asking(world: World, pod: NodePod, name: str, pause: float) -> threading.Event:
+    """Queries of the pod, again and again."""
+    inside, resolver = Netns.open(pod.netns), world.here.host(pod)
+    return world.again_and_again(lambda: ask(inside, resolver, name), pause)
 
 
 def test_a_healthy_node_is_silent(world: World, pods: dict[str, NodePod]) -> None:
@@ -187,6 +198,8 @@ def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: Worl
     rewriting = world.again_and_again(lambda: ours.rename(ours.with_suffix(".cilium_bak")), 0.1)
     # A pod runs, by the API server's word, and nobody here has ever heard of it.
     api.put(objects.pod("nowhere", namespace="shop", uid="uid-nowhere", address="10.99.250.2"))
+    # The pod's resolver fails.
+    failing = asking(world, pods["client"], "broken.test", 0.05)
     # The agent may have hardly more descriptors than it has.
     limits = resource.prlimit(world.agent, resource.RLIMIT_NOFILE)
     opened = int(world.server.value("max_over_time(process_open_fds[3s])"))
@@ -197,6 +210,8 @@ def test_what_goes_wrong_beside_each_other_is_told_each_by_its_alert(world: Worl
     world.fires("SluiceDrift", backend="routing")
     world.fires("SluiceRulesFoughtOver")
     fight.set()
+    world.fires("SluiceDnsServfail")
+    failing.set()
     world.fires("SluicePodFailed")
     world.fires("SluiceAgentDescriptors")
     resource.prlimit(world.agent, resource.RLIMIT_NOFILE, limits)
@@ -222,7 +237,10 @@ def test_what_the_agent_depends_on_is_away(world: World, pods: dict[str, NodePod
         world.fires("SluiceProbesFail", verdict="failed")
     run(["nft", "delete", "table", "inet", "test"], netns=here.netns)
     with here.ztunnel_stopped(), Inside(pods["touched"].netns).connect(here.host(pods["touched"]), PORT):
+        unanswered = asking(world, pods["client"], "silent.test", 0.05)
         world.fires("SluiceZtunnelStalled", state="stalled")
+        world.fires("SluiceDnsNoAnswer")
+        unanswered.set()
     world.ends("SluiceZtunnelStalled")
     # No ztunnel, no API server, no directory of plugins.
     here.processes.end("ztunnel")

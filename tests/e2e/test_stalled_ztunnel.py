@@ -68,6 +68,7 @@ def test_idle_pods_are_not_stalled_and_the_others_are_until_ztunnel_goes_on(here
         assert rows(here)["busy"] == "stalled"
         assert "ztunnel has stalled" in here.ask("/v1/status")["problem"]
         assert here.ask("/v1/status")["ready"]
+        assert here.cni("STATUS", idle).error == 0, "the node stays in service"
         told = here.sluice("explain", busy.key)
         assert "but its connections hang" in told
         assert "1 on port 15001" in told
