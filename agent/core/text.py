@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
+
+from agent.core.errors import SluiceError
 
 _SPAN: Final = re.compile(r"(\d{1,9})([smhd])")
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -59,3 +61,11 @@ def moment(text: str, now: float) -> float:
         return now - sum(int(number) * _SECONDS[unit] for number, unit in spans)
     given = datetime.fromisoformat(text)
     return (given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp()
+
+
+def natural(query: Mapping[str, str], key: str, default: int = 0) -> int:
+    """Returns the number of that name in a query, or the default without one. Raises SluiceError for anything else."""
+    text = query.get(key, "")
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise SluiceError(f"{key}: {text!r} is not a number")
+    return int(text or default)

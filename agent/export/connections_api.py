@@ -9,7 +9,8 @@ from typing import Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
-from agent.export.following import Followers, whole
+from agent.core.text import natural
+from agent.export.following import Followers
 from agent.flows.accounting import Accounting
 from agent.flows.record import Fate
 from agent.flows.resolved_record import ResolvedRecord
@@ -41,7 +42,8 @@ class ConnectionsApi:
         if fate and fate not in _FATES:
             raise SluiceError(f"no fate {fate!r}; there are {', '.join(_FATES)}")
         if "after" in query:
-            keep = _chosen(self._one(query.get("pod", "")), query.get("pod", ""), fate)
+            name = query.get("pod", "")
+            keep = _chosen(self._table.one(name), name, fate)
             return await self._followers.records(self._accounting.recent, query, keep, "ended")
         return await self._list(self._accounting, query, fate)
 
@@ -55,8 +57,8 @@ class ConnectionsApi:
 
     async def _list(self, accounting: Accounting, query: Mapping[str, str], fate: str) -> dict[str, Any]:
         name = query.get("pod", "")
-        limit = whole(query, "limit", _MOST)
-        pod = self._one(name)
+        limit = natural(query, "limit", _MOST)
+        pod = self._table.one(name)  # None: connections may outlive their pod here
         await accounting.look()
         ended = accounting.recent.last(limit, _chosen(pod, name, fate))
         number = accounting.recent.number
@@ -72,13 +74,6 @@ class ConnectionsApi:
             "losses": dict(await asyncio.to_thread(accounting.losses)),
             "next": number,
         }
-
-    def _one(self, name: str) -> Pod | None:
-        """Returns the pod of that name on this node; None for none, since connections may outlive their pod here."""
-        pods = self._table.find(name) if name else []
-        if len(pods) > 1:
-            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
-        return pods[0] if pods else None
 
 
 def _chosen(pod: Pod | None, name: str, fate: str) -> Keep:

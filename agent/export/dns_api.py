@@ -8,7 +8,8 @@ from typing import Any
 
 from agent.core.errors import SluiceError
 from agent.core.model.pods import Pod, PodTable
-from agent.export.following import Followers, whole
+from agent.core.text import natural
+from agent.export.following import Followers
 from agent.flows.dns.dns_account import KEPT, DnsAccount
 from agent.flows.dns.queries import DnsQuery
 from agent.flows.dns.summary import summary
@@ -35,22 +36,20 @@ class DnsApi:
             raise SluiceError(_OFF)
         query = request.query
         name = query.get("pod", "")
-        pods = self._table.find(name) if name else []
-        if len(pods) > 1:
-            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
-        keep = _of(pods[0] if pods else None, name)
+        pod = self._table.one(name)
+        keep = _of(pod, name)
         if "after" in query:
             return await self._followers.records(self._account.recent, query, keep, "queries")
-        limit = whole(query, "limit", KEPT)
+        limit = natural(query, "limit", KEPT)
         await self._account.look()
         number = self._account.recent.number
         lost = self._account.lost
-        found = self._account.of(pods[0].uid) if pods else None
+        found = self._account.of(pod.uid) if pod else None
         if found:
             kept, lost = found
         else:  # of all pods, or of one that is gone
             kept = self._account.recent.last(number, keep)
-        if name and not pods and not kept:
+        if name and not pod and not kept:
             raise SluiceError(f"no pod {name!r} on this node, nor a query of one; `sluice pods` lists them")
         shown = kept[-limit:] if limit else []
         return {"queries": [one.as_dict() for one in shown], "summary": summary(kept, lost), "next": number}

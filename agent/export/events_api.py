@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
+from agent.core.model.history_event import HistoryEvent
 from agent.core.model.pods import PodTable
-from agent.core.policy.history import Selection, natural, selection
+from agent.core.policy.history import Selection, selection
+from agent.core.text import natural
+from agent.export.following import Followers
 from agent.kernel.http import Request
 from agent.sources.state.history_file import HistoryFile
-
-_LONGEST = 30  # seconds that a follower may be kept waiting
 
 
 class EventsApi:
@@ -22,8 +24,7 @@ class EventsApi:
     def __init__(self, history: HistoryFile, table: PodTable) -> None:
         self._history = history
         self._table = table
-        self._waiting = set[asyncio.Event]()
-        self._closed = False
+        self._followers = Followers()
 
     async def events(self, request: Request) -> dict[str, Any]:
         """Returns the events that the query chooses. Raises SluiceError.
@@ -33,22 +34,19 @@ class EventsApi:
         """
         query = request.query
         chosen = selection({**query, "pod": self._name(query.get("pod", ""))}, time.time())
-        wait = natural(query, "wait")
-        arrived = asyncio.Event()
         loop = asyncio.get_running_loop()
-        self._waiting.add(arrived)
-        try:
-            notified = self._history.listening(lambda: loop.call_soon_threadsafe(arrived.set))
-            with notified, contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(wait, _LONGEST)):
-                    while True:
-                        arrived.clear()
-                        events, number = self._history.select(chosen)
-                        if events or self._closed:
-                            break
-                        await arrived.wait()
-        finally:
-            self._waiting.discard(arrived)
+        events = list[HistoryEvent]()
+        number = 0
+
+        def listening(notify: Callable[[], None]) -> AbstractContextManager[None]:
+            return self._history.listening(lambda: loop.call_soon_threadsafe(notify))
+
+        def found() -> bool:
+            nonlocal events, number
+            events, number = self._history.select(chosen)
+            return bool(events)
+
+        await self._followers.wait(natural(query, "wait"), listening, found)
         return {"events": [one.as_dict() for one in events], "next": number}
 
     def of_pod(self, key: str, count: int) -> list[dict[str, Any]]:
@@ -57,9 +55,7 @@ class EventsApi:
 
     def close(self) -> None:
         """Answers all waiting requests now: the agent ends."""
-        self._closed = True
-        for arrived in self._waiting:
-            arrived.set()
+        self._followers.close()
 
     def _name(self, name: str) -> str:
         """Returns namespace/name if it is the UID of a pod on this node, else the name: events outlive their pod."""

@@ -242,12 +242,10 @@ class Explaining:
 
     def one(self, name: str) -> Pod:
         """Returns the pod. Raises SluiceError if no pod, or more than one, has that name."""
-        pods = self.table.find(name)
-        if not pods:
+        pod = self.table.one(name)
+        if pod is None:
             raise SluiceError(f"no pod {name!r} on this node; {self._missing(name)}")
-        if len(pods) > 1:
-            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
-        return pods[0]
+        return pod
 
     def _missing(self, name: str) -> str:
         """Says what is known about a missing pod, and where to look."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records over the admin API: numbers in questions, and long polling for records that are yet to come."""
+"""Long polling over the admin API: a question waits for what is yet to come."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from agent.core.errors import SluiceError
+from agent.core.text import natural
 from agent.flows.recent import Recent
 
 _MOST = 500  # records in one answer to a follower: it asks again for the next
@@ -20,14 +20,33 @@ class _Record(Protocol):
 
 
 R = TypeVar("R", bound=_Record)
+Listening = Callable[[Callable[[], None]], contextlib.AbstractContextManager[None]]
 
 
 class Followers:
-    """Those who wait for records."""
+    """Those who wait for something new."""
 
     def __init__(self) -> None:
         self._waiting = set[asyncio.Event]()
         self._closed = False
+
+    async def wait(self, seconds: int, listening: Listening, found: Callable[[], bool]) -> None:
+        """Returns once `found` is True, which is called at first and after each news, at `close`, or after `seconds`.
+
+        `listening` makes a context in which news call its argument, on the event loop.
+        """
+        arrived = asyncio.Event()
+        self._waiting.add(arrived)
+        try:
+            with listening(arrived.set), contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(seconds, _LONGEST)):
+                    while True:
+                        arrived.clear()
+                        if found() or self._closed:
+                            break
+                        await arrived.wait()
+        finally:
+            self._waiting.discard(arrived)
 
     async def records(
         self, recent: Recent[Any, R], query: Mapping[str, str], keep: Callable[[R], bool], name: str
@@ -36,23 +55,17 @@ class Followers:
 
         `lost` counts records of any pod that were overwritten between two requests. Raises SluiceError.
         """
-        at, wait = whole(query, "after", 0), whole(query, "wait", 0)
+        at, wait = natural(query, "after"), natural(query, "wait")
         records = list[R]()
         lost = 0
-        arrived = asyncio.Event()
-        self._waiting.add(arrived)
-        try:
-            with recent.listening(arrived.set), contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(wait, _LONGEST)):
-                    while True:
-                        arrived.clear()
-                        records, missed, at = recent.since(at, keep, _MOST)
-                        lost += missed
-                        if records or lost or self._closed:
-                            break
-                        await arrived.wait()
-        finally:
-            self._waiting.discard(arrived)
+
+        def found() -> bool:
+            nonlocal records, lost, at
+            records, missed, at = recent.since(at, keep, _MOST)
+            lost += missed
+            return bool(records or lost)
+
+        await self.wait(wait, recent.listening, found)
         return {name: [record.as_dict() for record in records], "lost": lost, "next": at}
 
     def close(self) -> None:
@@ -60,11 +73,3 @@ class Followers:
         self._closed = True
         for arrived in self._waiting:
             arrived.set()
-
-
-def whole(query: Mapping[str, str], key: str, default: int) -> int:
-    """Returns a number of the question. Raises SluiceError for anything else."""
-    text = query.get(key, "")
-    if text and not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise SluiceError(f"{key}: {text!r} is not a number")
-    return int(text or default)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 
 from agent.core import names
-from agent.core.errors import NetnsError, PodGoneError, SettingsError
+from agent.core.errors import NetnsError, PodGoneError, SettingsError, SluiceError
 
 UID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")  # also names files below the run directory
 LABEL = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")  # a Kubernetes object name
@@ -228,6 +228,13 @@ class PodTable:
     def find(self, name: str) -> list[Pod]:
         """Pods by UID, namespace/name, or a name that is alone."""
         return [pod for pod in self if name in (pod.uid, pod.key, pod.name)]
+
+    def one(self, name: str) -> Pod | None:
+        """Returns the pod of `find`, None for none. Raises SluiceError if there is more than one."""
+        pods = self.find(name)
+        if len(pods) > 1:
+            raise SluiceError(f"{name!r} is ambiguous: {', '.join(sorted(p.key for p in pods))}; give namespace/name")
+        return pods[0] if pods else None
 
     def __iter__(self) -> Iterator[Pod]:
         return iter(list(self._merged.values()))

@@ -16,7 +16,7 @@ from math import inf
 
 from agent.core.errors import SluiceError
 from agent.core.model.history_event import EventKind, HistoryEvent
-from agent.core.text import moment, shortened
+from agent.core.text import moment, natural, shortened
 
 WINDOW = 300.0  # seconds from an event in which the same one is counted as its repetition
 _LONGEST, _PROCESS = 600, 100  # characters of a text, and of a process
@@ -159,11 +159,3 @@ def selection(query: Mapping[str, str], now: float) -> Selection:
                     f"{name}: {text!r} is neither a time (2026-11-21T03:12:00Z) nor a duration (10m)"
                 ) from None
     return replace(chosen, since=times.get("since", -inf), until=times.get("until", inf))
-
-
-def natural(query: Mapping[str, str], key: str) -> int:
-    """Returns the number in the query, 0 without one. Raises SluiceError."""
-    text = query.get(key, "") or "0"
-    if not (text.isascii() and text.isdecimal() and len(text) < 20):
-        raise SluiceError(f"{key}: {text!r} is not a number")
-    return int(text)
