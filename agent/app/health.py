@@ -14,6 +14,7 @@ from agent.core.model.pods import PodTable
 from agent.core.model.status import State
 from agent.core.policy.decide import decide
 from agent.core.settings import Settings
+from agent.core.text import some
 from agent.export.collectors import Cluster, Condition, age, uncaptured
 from agent.flows.accounting import Accounting
 from agent.reconciler.host_loop import HostLoop
@@ -71,8 +72,7 @@ class Health:
     def stalled(self) -> str:
         """Returns in which pods ztunnel does not accept connections; "" if in none."""
         pods = sorted(pod.key for pod in self.table if self.reconciler.status(pod.uid).state is State.STALLED)
-        names = ", ".join(pods[:_SHOWN]) + (f" and {len(pods) - _SHOWN} more" if len(pods) > _SHOWN else "")
-        return f"ztunnel has stalled: it does not accept connections of {names}" if pods else ""
+        return f"ztunnel has stalled: it does not accept connections of {some(pods, _SHOWN)}" if pods else ""
 
     def lacking(self) -> str:
         """Returns why a pod that starts now might run uncaptured; "" if none can."""

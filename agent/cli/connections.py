@@ -14,7 +14,7 @@ import yaml
 
 from agent.cli import options
 from agent.cli.ztunnel_pages import ZtunnelPages
-from agent.core.text import printable, table
+from agent.core.text import line, table
 from agent.flows.outcome import Outcome
 from agent.kernel.admin_socket import ask
 
@@ -23,7 +23,6 @@ _WIRE: Final = ("WIRE", "REMOTE IDENTITY")
 # Of a line that follows others: the next ones are not known, so what is longer shifts the rest of its line.
 _WIDTHS: Final = (13, 22, 3, 21, 34, 9, 9, 9, 9, 8, 16, 9, 0)
 _PAUSE: Final = 1.0  # seconds between two readings of ztunnel's pages, which may be large
-WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 Row = Mapping[str, Any]
 
 
@@ -33,7 +32,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="print each connection when it ends, until Ctrl-C")
     parser.add_argument("--fate", choices=("captured", "exempt", "leaked", "undecided"), default="", help="only these")
     parser.add_argument(
-        "-n", dest="count", metavar="N", type=count, default=20, help="show N that ended (default: %(default)s)"
+        "-n", dest="count", metavar="N", type=options.count, default=20, help="show N that ended (default: %(default)s)"
     )
     parser.add_argument(
         "--wire",
@@ -41,12 +40,6 @@ def register(subparsers: Any) -> None:
         help="ask ztunnel how it forwarded each one: by hbone or plaintext, and to which identity",
     )
     options.finish(parser, _run, options.run_dir, options.output)
-
-
-def count(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return int(text)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -92,7 +85,7 @@ def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> 
         sys.stdout.flush()
         if pages:
             time.sleep(_PAUSE)
-        answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(WAIT), **query)
+        answer = ask(args.run_dir, "/v1/connections", after=str(answer["next"]), wait=str(options.WAIT), **query)
 
 
 def _print(form: str, row: Row) -> None:
@@ -105,8 +98,7 @@ def _print(form: str, row: Row) -> None:
 
 
 def _line(cells: tuple[str, ...]) -> str:
-    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=False))
-    return printable("  ".join(padded).rstrip())
+    return line(cells, _WIDTHS[: len(cells)])  # without --wire the last two are not there
 
 
 def _cells(row: Row, ended: str) -> tuple[str, ...]:

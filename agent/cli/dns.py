@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from agent.cli import options
-from agent.cli.connections import WAIT, count, span
-from agent.core.text import printable, table
+from agent.cli.connections import span
+from agent.core.text import line, printable, table
 from agent.kernel.admin_socket import ask
 
 _HEADER: Final = ("TIME", "POD", "NAME", "TYPE", "RCODE", "LATENCY", "RESOLVER", "CAPTURED")
@@ -24,9 +24,8 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser("dns", help="DNS queries of pods, and what stands out in them")
     parser.add_argument("pod", metavar="POD", nargs="?", default="", help="namespace/name, a unique name, or a UID")
     parser.add_argument("-f", "--follow", action="store_true", help="print each query once it has ended, until Ctrl-C")
-    parser.add_argument(
-        "--last", dest="count", metavar="N", type=count, default=20, help="show the last N (default: %(default)s)"
-    )
+    shown = "show the last N (default: %(default)s)"
+    parser.add_argument("--last", dest="count", metavar="N", type=options.count, default=20, help=shown)
     options.finish(parser, _run, options.run_dir)
     parser.add_argument(
         "-o", "--output", choices=("table", "json", "jsonl"), default="table", help="how to print (default: table)"
@@ -52,23 +51,18 @@ def _run(args: argparse.Namespace) -> int:
 def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> None:
     """Prints queries until the user or the agent ends it."""
     if args.output == "table":
-        print(_line(_HEADER), flush=True)
+        print(line(_HEADER, _WIDTHS), flush=True)
     while True:
         if lost := answer.get("lost", 0):
             print(f"sluice: {lost} records lost", file=sys.stderr, flush=True)
         _print(args.output, answer["queries"])
         sys.stdout.flush()
-        answer = ask(args.run_dir, "/v1/dns", after=str(answer["next"]), wait=str(WAIT), **query)
+        answer = ask(args.run_dir, "/v1/dns", after=str(answer["next"]), wait=str(options.WAIT), **query)
 
 
 def _print(form: str, rows: list[Row]) -> None:
     for row in rows:
-        print(_line(_cells(row)) if form == "table" else json.dumps(row))
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
-    return printable("  ".join(padded).rstrip())
+        print(line(_cells(row), _WIDTHS) if form == "table" else json.dumps(row))
 
 
 def _cells(row: Row) -> tuple[str, ...]:

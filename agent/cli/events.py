@@ -13,13 +13,12 @@ from typing import Any, Final, NoReturn
 from agent.cli import options
 from agent.core.errors import SluiceError, UnreachableError
 from agent.core.policy.history import selection
-from agent.core.text import printable, table
+from agent.core.text import line, table
 from agent.kernel.admin_socket import ask
 from agent.sources.state import history_file
 
 _HEADER: Final = ("TIME", "KIND", "POD", "BY", "EVENT")
 _WIDTHS: Final = (20, 20, 22, 16, 0)  # of a line that follows others
-_WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 _PAUSE: Final = 1.0  # seconds between two readings of the file while no agent answers
 Row = Mapping[str, Any]
 
@@ -55,12 +54,12 @@ def _run(args: argparse.Namespace) -> int:
 def _follow(args: argparse.Namespace, query: Mapping[str, str], answer: Any) -> NoReturn:
     """Prints events until the user ends it; continues while the agent is restarted."""
     if args.output == "table":
-        print(_line(_HEADER))
+        print(line(_HEADER, _WIDTHS))
     while True:
         _print_each(args.output, answer["events"])
         if answer["file"]:
             time.sleep(_PAUSE)
-        new = {"since": "", "after": str(answer["next"]), "wait": str(_WAIT)}
+        new = {"since": "", "after": str(answer["next"]), "wait": str(options.WAIT)}
         answer = _ask(args.run_dir, {**query, **new}, quiet=answer["file"])
 
 
@@ -89,13 +88,8 @@ def _ask(run_dir: str, query: Mapping[str, str], *, quiet: bool = False) -> Any:
 
 def _print_each(form: str, rows: Iterable[Row]) -> None:
     for row in rows:
-        print(_line(_cells(row)) if form == "table" else json.dumps(row))
+        print(line(_cells(row), _WIDTHS) if form == "table" else json.dumps(row))
     sys.stdout.flush()
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
-    return printable("  ".join(padded).rstrip())
 
 
 def event_table(rows: Sequence[Row]) -> str:

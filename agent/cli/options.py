@@ -7,13 +7,15 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from agent.core import names
 from agent.core.errors import SluiceError
 from agent.core.text import printable
+
+WAIT: Final = 10  # seconds that the agent keeps a question that it has no answer to
 
 
 def finish(
@@ -78,6 +80,12 @@ def emit(form: str, value: Any, table: str) -> None:
         print(yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False), end="")
     else:
         print("\n".join(map(printable, table.split("\n"))))
+
+
+def count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
 
 
 def require_root(reason: str) -> None:

@@ -46,6 +46,22 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters in all)"
 
 
+def first(items: Sequence[str], most: int) -> tuple[str, ...]:
+    """Returns all of them, or the first ones and "N more"."""
+    return (*items[:most], f"{len(items) - most} more") if len(items) > most else tuple(items)
+
+
+def some(items: Sequence[str], most: int) -> str:
+    """Returns "a, b", or the first ones and how many there are besides: "a, b and 3 more"."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Returns one line of a table of which the next lines come later. A cell wider than its column shifts the rest."""
+    padded = ((cell or "-").ljust(width) for cell, width in zip(cells, widths, strict=True))
+    return printable("  ".join(padded).rstrip())
+
+
 def utc(seconds: float, timespec: str = "microseconds") -> str:
     """Returns seconds since 1970 in ISO 8601 with Z; `timespec` as of `datetime.isoformat`."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")

@@ -13,6 +13,7 @@ from agent.core.model.pods import Pod, without_sandbox
 from agent.core.model.status import State, Status
 from agent.core.policy.canary import ProbeResult
 from agent.core.policy.history import Selection
+from agent.core.text import first
 from agent.sources.cni.wire import CniRequest
 from agent.sources.state.history_file import HistoryFile
 
@@ -132,5 +133,4 @@ def _repair(layer: str, differences: Sequence[str], seconds: float) -> str:
 
 
 def _shown(differences: Sequence[str]) -> str:
-    more = (f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ()
-    return "; ".join((*differences[:_SHOWN], *more)) or "ownership of tables, or empty ones"
+    return "; ".join(first(differences, _SHOWN)) or "ownership of tables, or empty ones"

@@ -15,6 +15,7 @@ from prometheus_client.process_collector import ProcessCollector
 from agent.core.model.pods import Pod, without_sandbox
 from agent.core.model.status import Status
 from agent.core.policy.canary import ProbeResult, ProbeVerdict
+from agent.core.text import first
 from agent.export.collectors import ScrapeCollector
 from agent.export.metrics_page import ConnectionMetrics, Page
 
@@ -122,6 +123,5 @@ class Metrics:
 
 def _description(differences: tuple[str, ...], seconds: float, cause: str) -> str:
     by = f" after a change by {cause}" if cause else ""
-    shown = differences[:_SHOWN] + ((f"{len(differences) - _SHOWN} more",) if len(differences) > _SHOWN else ())
-    described = "; ".join(shown) or "took over table ownership or removed empty tables"
+    described = "; ".join(first(differences, _SHOWN)) or "took over table ownership or removed empty tables"
     return f"in {seconds * 1e3:.1f} ms{by}: {described}"

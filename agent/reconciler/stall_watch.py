@@ -17,6 +17,7 @@ from typing import Final
 from agent.core.errors import SluiceError
 from agent.core.model.status import State
 from agent.core.policy.accept_queue import NOTHING_WAITS, QueueReading, Stall
+from agent.core.text import some
 from agent.kernel.pod_netns import PodNetns
 from agent.reconciler.interfaces import Journal, NamespaceRegistry, ZtunnelPorts
 from agent.reconciler.pod_state import PodState
@@ -106,5 +107,4 @@ class StallWatch:
     def _names(self, uids: frozenset[str]) -> str:
         entries = [entry for uid in uids if (entry := self._entries.get(uid))]
         pods = sorted(entry.decided[0].key for entry in entries if entry.decided)
-        more = f" and {len(pods) - _SHOWN} more" if len(pods) > _SHOWN else ""
-        return ", ".join(pods[:_SHOWN]) + more
+        return some(pods, _SHOWN)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from agent.core.model.sockets import CAPTURE_PORTS, CONNECTED, TcpSocket, in_order, taken
+from agent.core.text import some
 
 NAMED = 5  # connections that a line of text names
 Select = Callable[[Sequence[TcpSocket]], tuple[TcpSocket, ...]]  # of all connections of a pod, see CONNECTED
@@ -63,5 +64,4 @@ def report(connections: Sequence[TcpSocket], since: str = "the enrolment", how: 
 
 
 def _named(connections: Iterable[TcpSocket]) -> str:
-    texts = [str(one) for one in connections]
-    return ", ".join(texts[:NAMED]) + (f" and {len(texts) - NAMED} more" if len(texts) > NAMED else "")
+    return some([str(one) for one in connections], NAMED)
